@@ -1,0 +1,1 @@
+"""segkit: attention U-Nets for medical images, and gate maps on the patient's own voxel grid."""

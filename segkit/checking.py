@@ -1,0 +1,127 @@
+"""`segkit check`: what segkit understands of a config, a dataset or a volume."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from segkit.build import build_network
+from segkit.config import ModelDescription, dump_yaml, load_config
+from segkit.data.cases import Case, read_case, read_dataset, split
+from segkit.errors import SegkitError, VolumeError
+from segkit.geometry import Orientation
+from segkit.volume import Volume, read_volume
+
+Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
+
+
+def check(
+    path: Path, overrides: tuple[str, ...] = (), *, track: Track = lambda cases, what, count: cases
+) -> str:
+    """What was understood of a config (.yaml), a dataset folder or a volume, in lines.
+
+    Raises SegkitError with what is wrong and where.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        return check_config(path, overrides)
+    if path.is_dir():
+        return check_dataset(path, track)
+    return describe_volume(path, read_volume(path))
+
+
+def check_config(path: Path, overrides: tuple[str, ...]) -> str:
+    """The whole resolved config, and what its network and dataset come to."""
+    config = load_config(path, overrides)
+    dataset = read_dataset(config.data.folder)
+    train, held_out = split(dataset, config.data.validation, config.train.seed)
+    description = ModelDescription(
+        segkit="",
+        run=config.name,
+        channels=list(dataset.channels),
+        labels=dataset.labels,
+        network=config.network,
+        spacing=config.data.spacing or (1.0, 1.0, 1.0),
+        normalisation=[],
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+    )
+    network = build_network(description)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    maps = ", ".join(network.maps()) or "none"
+    return (
+        f"{dump_yaml(config)}"
+        f"# {len(train)} cases to train on, {len(held_out)} held out\n"
+        f"# labels: {', '.join(dataset.labels)}\n"
+        f"# network: {parameters:,} parameters; attention maps: {maps}"
+    )
+
+
+def check_dataset(folder: Path, track: Track) -> str:
+    """Every case read and held against dataset.json: sizes, spacings, voxels of each label.
+
+    Raises DatasetError listing every case that is wrong.
+    """
+    dataset = read_dataset(folder)
+    shapes, spacings, problems, orientations = [], [], [], set()
+    voxels = np.zeros(len(dataset.labels), dtype=np.int64)
+    present = np.zeros(len(dataset.labels), dtype=np.int64)
+    for case in track(dataset.cases, "reading", len(dataset.cases)):
+        try:
+            image, label = read_case(case, dataset)
+        except SegkitError as error:
+            problems.append(error)
+            continue
+        orientation = Orientation.of(image.grid.affine)
+        orientations.add(orientation.code)
+        turned = orientation.turn_grid(image.grid)
+        shapes.append(turned.shape)
+        spacings.append(turned.spacing)
+        counts = np.bincount(label.data.ravel(order="K"), minlength=len(voxels))
+        voxels += counts
+        present += counts > 0
+    if problems:
+        rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
+        raise type(problems[0])(f"{problems[0]}{rest}")
+    lines = [
+        f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
+        f"channels: {', '.join(dataset.channels)}",
+        f"orientations: {', '.join(sorted(orientations))}",
+        f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
+        f"voxel size in mm: {_range(spacings, '.3g')}",
+    ]
+    share = voxels / voxels.sum()
+    for name, number in dataset.labels.items():
+        lines.append(
+            f"label {number} {name}: in {present[number]} cases, {share[number]:.2%} of voxels"
+        )
+    return "\n".join(lines)
+
+
+def describe_volume(path: Path, volume: Volume) -> str:
+    """Size, spacing, orientation, position, codes and intensities of a volume."""
+    grid, data = volume.grid, volume.data
+    if not np.isfinite(data).all():
+        raise VolumeError(f"{path}: holds voxels that are not numbers; repair it")
+    first = grid.affine[:3, 3]
+    lines = [
+        f"{path}: {' x '.join(str(size) for size in grid.shape)} voxels of "
+        f"{' x '.join(f'{size:.3g}' for size in grid.spacing)} mm, {data.dtype}, "
+        f"{data.shape[3] if data.ndim == 4 else 1} channel(s)",
+        f"axes run to {Orientation.of(grid.affine).code}; the first voxel's centre lies at "
+        f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
+    ]
+    if volume.header is not None:
+        sform, qform = int(volume.header["sform_code"]), int(volume.header["qform_code"])
+        used = "sform" if sform else "qform" if qform else "voxel sizes alone"
+        lines.append(f"placed by its {used} (sform code {sform}, qform code {qform})")
+    lines.append(f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}")
+    return "\n".join(lines)
+
+
+def _range(rows: list[tuple[int, int, int]] | list[tuple[float, float, float]], form: str) -> str:
+    table = np.array(rows)
+    low, middle, high = table.min(0), np.median(table, axis=0), table.max(0)
+    return ", ".join(
+        f"{low[axis].item():{form}} to {high[axis].item():{form}} (median {middle[axis]:.3g})"
+        for axis in range(3)
+    )

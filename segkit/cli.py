@@ -1,0 +1,233 @@
+"""The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
+
+import logging
+import sys
+import warnings
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from segkit.errors import SegkitError
+
+app = typer.Typer(
+    help="Segment medical images with attention U-Nets, and see where their gates look.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        console.print(f"segkit {installed_version('segkit')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Segment medical images with attention U-Nets, and see where their gates look."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A folder for what it writes.")] = Path("segkit_demo"),
+    contrast: Annotated[
+        Literal["t1", "random"],
+        typer.Option(help="Training contrasts: drawn about those of a T1 scan, or wholly random."),
+    ] = "t1",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
+    from segkit.demo import run_demo
+    from segkit.progress import Tracker, TrainingProgress
+
+    _hush()
+    run_demo(
+        out,
+        contrast=contrast,
+        steps=steps,
+        overwrite=overwrite,
+        say=_say,
+        callbacks=[TrainingProgress(console)],
+        track=Tracker(console),
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML, e.g. configs/attention_unet_3d.yaml.")],
+    overrides: Overrides = None,
+    runs: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path("runs"),
+) -> None:
+    """Train the network that CONFIG describes, on the dataset that it names."""
+    from segkit.config import load_config
+    from segkit.errors import ConfigError
+
+    if config.is_dir():
+        raise ConfigError(
+            f"{config}: expected a YAML config, found a folder; name it by data.folder"
+        )
+    settings = load_config(config, overrides or ())
+    from segkit.progress import Tracker, TrainingProgress
+    from segkit.training import train as run
+
+    _hush()
+    result = run(settings, runs=runs, callbacks=[TrainingProgress(console)], track=Tracker(console))
+    summary = result.summary
+    _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
+    scores = summary["validation"]
+    if scores["cases"]:
+        classes = ", ".join(f"{name} {dice:.3f}" for name, dice in scores["dice"].items())
+        _say(
+            f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
+        )
+    _say(f"wrote {result.folder}")
+    _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+
+
+@app.command()
+def predict(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A file or a folder for the labels.")] = None,
+    maps: Annotated[
+        Path | None, typer.Option(help="A folder for every attention map, made in the same pass.")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write each class's probability as well.")
+    ] = False,
+    device: Device = "auto",
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+    ] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per call of the network.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Segment volumes; without --out the labels go beside each input, as NAME_seg."""
+    from segkit.inference.predictor import Predictor
+    from segkit.model import load_model, model_folder, newest_model
+    from segkit.prediction import find_inputs, predict_files
+    from segkit.progress import Tracker
+
+    folder = model_folder(model) if model else newest_model(Path("runs"))
+    loaded = load_model(folder)
+    found = find_inputs(inputs, len(loaded.description.channels))
+    _say(f"model: {folder}")
+    predictor = Predictor(loaded, device=device, overlap=overlap, batch_size=batch)
+    track = Tracker(console)
+    failures = []
+    outcomes = predict_files(
+        predictor,
+        found,
+        out=out,
+        maps=maps,
+        probabilities=probabilities,
+        overwrite=overwrite,
+        track=lambda slabs, count: track(slabs, "segmenting", count),
+    )
+    for outcome in outcomes:
+        if outcome.error is None:
+            more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
+            _say(f"wrote {outcome.written[0]}{more}")
+        else:
+            failures.append(outcome.error)
+            if len(found) > 1:
+                _complain(outcome.error)
+    if len(failures) == 1 and len(found) == 1:
+        raise SegkitError(failures[0])
+    if failures:
+        raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="A segmentation, or a folder of them.")],
+    references: Annotated[Path, typer.Argument(help="Its reference, or a folder of them.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file for every score.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A dataset.json with label names; else the nearest one.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Of the normalised surface Dice, in mm.")
+    ] = 1.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
+    from segkit.errors import VolumeError
+    from segkit.evaluation import find_pairs, label_names, score_pairs
+    from segkit.files import write_json
+    from segkit.metrics.table import summarise, to_json, to_table
+    from segkit.progress import Tracker
+
+    if out is not None and out.exists() and not overwrite:
+        raise VolumeError(f"{out}: exists already; pass --overwrite or name another --out")
+    pairs = find_pairs(predictions, references)
+    rows = score_pairs(
+        Tracker(console)(pairs, "scoring", len(pairs)),
+        label_names(references, labels),
+        tolerance_mm=tolerance,
+    )
+    if not rows:
+        raise VolumeError(f"{references}: holds background alone; there is nothing to score")
+    summary = summarise(rows)
+    if out is not None:
+        write_json(out, to_json(rows, summary))
+    console.print(to_table(summary))
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
+    overrides: Overrides = None,
+) -> None:
+    """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
+    from segkit.checking import check as look
+    from segkit.progress import Tracker
+
+    _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _complain(sentence: str) -> None:
+    print(f"segkit: {sentence}", file=sys.stderr)
+
+
+def _hush() -> None:
+    """Leave the terminal to segkit, once lightning has set up its own logging."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def main() -> NoReturn:
+    """Run the command; what a user can cause is one line on stderr and exit code 2."""
+    try:
+        app()
+    except SegkitError as error:
+        _complain(str(error))
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,385 @@
+"""Every setting, its one default, and the sentence that refuses a wrong one.
+
+A YAML file states what differs from these defaults; trailing `KEY=VALUE` words change it further.
+Nothing here imports torch, and no setting names a Python class.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from segkit.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Millimetres = Annotated[float, Field(gt=0)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A group of settings that refuses names it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _kind_alone(value: Any) -> Any:
+    """`skip: additive_grid` means `skip: {kind: additive_grid}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class AdditiveGridGate(Section):
+    """Oktay et al. 2018 as their code runs it: the map is computed on the coarser signal's grid."""
+
+    kind: Literal["additive_grid"] = "additive_grid"
+    levels: list[Annotated[int, Field(ge=0)]] | None = None
+    """Levels that are gated; all but the finest, 0, where not given."""
+    initial_bias: float = 3.0
+    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
+    output_transform: bool = False
+    """Whether a 1x1 convolution and a normalisation follow the product, as in their code."""
+
+
+class AdditiveSameLevelGate(Section):
+    """The variant on the skip's own grid, with the signal brought up first (MONAI's is one)."""
+
+    kind: Literal["additive_same_level"] = "additive_same_level"
+    levels: list[Annotated[int, Field(ge=0)]] | None = None
+    """Levels that are gated; all of them where not given."""
+    initial_bias: float = 3.0
+    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
+
+
+class SqueezeExcitation(Section):
+    """Channel attention of Hu et al. 2018."""
+
+    kind: Literal["se"] = "se"
+    reduction: Positive = 2
+    """Channels are squeezed by this factor; 16 in the paper's classifiers, 2 in segmentation."""
+
+
+class ConvolutionalBlockAttention(Section):
+    """CBAM of Woo et al. 2018: channel attention, then spatial attention."""
+
+    kind: Literal["cbam"] = "cbam"
+    reduction: Positive = 16
+    """Channels are squeezed by this factor."""
+    kernel_size: Positive = 7
+    """Size of the spatial convolution along each axis."""
+
+
+SkipAttention = Annotated[
+    Annotated[AdditiveGridGate | AdditiveSameLevelGate, Field(discriminator="kind")],
+    BeforeValidator(_kind_alone),
+]
+BlockAttention = Annotated[
+    Annotated[SqueezeExcitation | ConvolutionalBlockAttention, Field(discriminator="kind")],
+    BeforeValidator(_kind_alone),
+]
+
+
+class AttentionConfig(Section):
+    """Which attention sits where; none anywhere is the plain U-Net."""
+
+    skip: SkipAttention | None = None
+    """What a skip passes through before it joins the decoder."""
+    encoder: BlockAttention | None = None
+    """What follows each encoder level's convolutions."""
+    decoder: BlockAttention | None = None
+    """What follows each decoder level's convolutions."""
+
+
+class NetworkConfig(Section):
+    """A U-Net in two or three dimensions, and the attention in it."""
+
+    spatial_dims: Literal[2, 3] = 3
+    channels: Annotated[list[Positive], Field(min_length=2)] = [16, 32, 64, 128]
+    """Feature channels of each level, finest first."""
+    strides: list[list[Positive]] | None = None
+    """Per step down, the stride along each axis; 2 everywhere where not given."""
+    kernels: list[list[Positive]] | None = None
+    """Per level, the convolution size along each axis (odd); 3 everywhere where not given."""
+    normalisation: Literal["instance", "batch", "group", "none"] = "instance"
+    downsampling: Literal["stride", "pool"] = "stride"
+    """A strided convolution, as nnU-Net, or max-pooling, as the first U-Nets."""
+    deep_supervision: bool = True
+    """Whether coarser decoder levels are trained against the label as well."""
+    attention: AttentionConfig = AttentionConfig()
+
+    @property
+    def step_strides(self) -> list[list[int]]:
+        """The stride of each step down, along each axis."""
+        return self.strides or [[2] * self.spatial_dims for _ in self.channels[1:]]
+
+    @property
+    def level_kernels(self) -> list[list[int]]:
+        """The convolution size of each level, along each axis."""
+        return self.kernels or [[3] * self.spatial_dims for _ in self.channels]
+
+    @property
+    def total_stride(self) -> list[int]:
+        """The factor between the finest and the coarsest level, along each axis."""
+        total = [1] * self.spatial_dims
+        for step in self.step_strides:
+            total = [product * factor for product, factor in zip(total, step, strict=True)]
+        return total
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        for name, rows, wanted in (
+            ("strides", self.step_strides, len(self.channels) - 1),
+            ("kernels", self.level_kernels, len(self.channels)),
+        ):
+            if len(rows) != wanted or any(len(row) != self.spatial_dims for row in rows):
+                raise ValueError(
+                    f"network.{name} must hold {wanted} lists of {self.spatial_dims} numbers "
+                    f"for {len(self.channels)} levels"
+                )
+        if any(size % 2 == 0 for row in self.level_kernels for size in row):
+            raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
+        gate = self.attention.skip
+        deepest_skip = len(self.channels) - 2
+        if (
+            gate is not None
+            and gate.levels is not None
+            and max(gate.levels, default=0) > (deepest_skip)
+        ):
+            raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
+        return self
+
+
+class ZScore(Section):
+    """Each image minus its mean, over its standard deviation."""
+
+    kind: Literal["zscore"] = "zscore"
+    nonzero: bool = False
+    """Whether only voxels above or below 0 count, and 0 stays 0 (skull-stripped heads)."""
+
+
+class CtWindow(Section):
+    """Intensities clipped to a window in HU, minus a mean, over a standard deviation.
+
+    Whatever is not given is read off the foreground of the training cases: percentiles 0.5 and
+    99.5, mean and standard deviation.
+    """
+
+    kind: Literal["ct"] = "ct"
+    lower: float | None = None
+    upper: float | None = None
+    mean: float | None = None
+    std: Annotated[float, Field(gt=0)] | None = None
+
+
+Normalisation = Annotated[
+    Annotated[ZScore | CtWindow, Field(discriminator="kind")], BeforeValidator(_kind_alone)
+]
+
+
+class SynthesisConfig(Section):
+    """Train on images drawn from the label maps instead of on the scans (Billot et al. 2023)."""
+
+    intensities: dict[str, tuple[float, float]] | None = None
+    """Per label name, the range its mean intensity is drawn from; wholly random where not given."""
+
+
+class DataConfig(Section):
+    """Which volumes, how they are brought to one form, and how patches are drawn from them."""
+
+    folder: Path
+    """A folder with a Decathlon-style dataset.json."""
+    validation: Share | list[str] = 0.2
+    """The share of cases held out, chosen by the seed, or a list of their names."""
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+    """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
+    normalisation: Normalisation | None = None
+    """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
+    slices: Literal["sagittal", "coronal", "axial"] = "axial"
+    """The plane that a 2D network sees."""
+    patch_size: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+    """In voxels of the network's spacing, one number per axis of the network."""
+    batch_size: Positive = 2
+    foreground_share: Share = 0.33
+    """The share of patches that are centred on a voxel of a class drawn at random."""
+    augment: bool = True
+    """Whether patches are turned, scaled and mirrored, and their intensities varied."""
+    mirror: list[Literal["x", "y", "z"]] = ["x", "y", "z"]
+    """World axes along which patches may be mirrored; leave out x where left and right differ."""
+    synthesis: SynthesisConfig | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that cut patches."""
+    cache: Path | None = None
+    """Where prepared cases are kept; the folder `.segkit` inside the dataset by default."""
+
+
+class TrainConfig(Section):
+    """How the weights are found."""
+
+    steps: Positive = 1000
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """AdamW on a one-cycle schedule, or SGD with Nesterov momentum on a polynomial one."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """The highest of the schedule; 0.003 for AdamW and 0.01 for SGD where not given."""
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    gradient_clip: Annotated[float, Field(gt=0)] = 12.0
+    """The largest norm of a step's gradient."""
+    batch_dice: bool = False
+    """Whether the Dice loss pools the whole batch or averages over its samples."""
+    validate_every: Positive = 200
+    """Steps between validations on whole volumes."""
+    seed: int = 0
+
+
+class TrainerConfig(Section):
+    """What is handed to Lightning as it is."""
+
+    accelerator: str = "auto"
+    devices: int | str | list[int] = "auto"
+    precision: str | int = "32-true"
+    strategy: str = "auto"
+    num_nodes: Positive = 1
+    max_time: str | None = None
+    """DD:HH:MM:SS after which training ends, trained or not."""
+
+
+class Config(Section):
+    """One training run, whole."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """The run is written to `runs/<name>`."""
+    data: DataConfig
+    network: NetworkConfig = NetworkConfig()
+    train: TrainConfig = TrainConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _patch_fits_network(self) -> Self:
+        patch, total = self.data.patch_size, self.network.total_stride
+        if len(patch) != len(total):
+            raise ValueError(
+                f"data.patch_size {patch} must have {len(total)} numbers, "
+                f"as network.spatial_dims is {len(total)}"
+            )
+        if any(size % stride for size, stride in zip(patch, total, strict=True)):
+            raise ValueError(
+                f"data.patch_size {patch} must be multiples of {total}, "
+                f"the product of network.strides"
+            )
+        return self
+
+
+class ModelDescription(Section):
+    """All that prediction needs beside the weights; the content of `model.json`."""
+
+    format: Literal[1] = 1
+    segkit: str
+    """The version that wrote it."""
+    run: str
+    channels: list[str]
+    """Names of the input's channels, in order."""
+    labels: dict[str, int]
+    """Names of the labels and their numbers, 0 the background."""
+    network: NetworkConfig
+    spacing: tuple[Millimetres, Millimetres, Millimetres]
+    normalisation: list[Normalisation]
+    """One per channel."""
+    slices: Literal["sagittal", "coronal", "axial"]
+    patch_size: list[Positive]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply dotted `key=value` overrides, and check the whole once.
+
+    A relative `data.folder` counts from the working directory. Raises ConfigError with one
+    sentence that names the key.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return validated(Config, tree, source=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises ConfigError where it holds anything else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'data:', found {type(tree).__name__}")
+    return tree
+
+
+def validated(model: type[Model], tree: Mapping[str, Any], source: str) -> Model:
+    """The settings in `tree`, checked. Raises ConfigError, naming each wrong key and the source."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The whole config as YAML, defaults and all."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"expected KEY=VALUE such as train.steps=500, found {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"cannot read the value of {override!r} as YAML; quote it") from None
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        below = tree.setdefault(section, {})
+        if isinstance(below, str):
+            below = tree[section] = {"kind": below}
+        if below is None:
+            below = tree[section] = {}
+        if not isinstance(below, dict):
+            where = ".".join(sections[: depth + 1])
+            raise ConfigError(f"cannot set {key}: {where} is a value, not a section")
+        tree = below
+    tree[name] = value
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in parts if part not in _tags())
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(parts[-1], _names(), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"{key} is not a setting{hint}"
+        case "missing":
+            return f"{key} is missing; give it a value"
+        case "union_tag_invalid":
+            context = problem["ctx"]
+            return f"{key}.kind is {context['tag']!r}; choose {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{key}.kind is missing; name one"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            reason = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{key} is {problem['input']!r}: {reason.replace('input should', 'it should')}"
+
+
+def _names() -> list[str]:
+    """Every setting's name, for the nearest to a misspelt one."""
+    return [name for section in Section.__subclasses__() for name in section.model_fields]
+
+
+def _tags() -> set[str]:
+    """What pydantic puts into a location and the user never wrote: kinds and types of a union."""
+    sections = Section.__subclasses__()
+    kinds = [section.model_fields["kind"] for section in sections if "kind" in section.model_fields]
+    return {str(kind.default) for kind in kinds} | {"constrained-float", "list[str]", "int", "str"}

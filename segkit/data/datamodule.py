@@ -1,0 +1,105 @@
+"""Batches for Lightning: numbered patches to train on, whole prepared cases to validate on."""
+
+from collections.abc import Iterator, Sequence
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from segkit.data.sampling import Patch, PatchDataset
+from segkit.data.store import StoredCase
+
+
+class WholeCases(TorchDataset[Patch]):
+    """Held-out cases, whole: `image` (channel, x, y, z) and `label` (x, y, z)."""
+
+    def __init__(self, cases: Sequence[StoredCase]) -> None:
+        self.cases = cases
+
+    def __len__(self) -> int:
+        """How many cases there are."""
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Patch:
+        """Case number `index`, read from disk."""
+        case = self.cases[index]
+        return {
+            "image": torch.from_numpy(case.image.copy()),
+            "label": torch.from_numpy(case.label.copy()),
+        }
+
+
+class ConsecutiveSampler(Sampler[int]):
+    """The numbers of one epoch's items, each process of several taking every n-th one.
+
+    Lightning tells the epoch by `set_epoch`.
+    """
+
+    def __init__(self, per_epoch: int, *, rank: int, num_processes: int) -> None:
+        self.per_epoch = per_epoch
+        self.rank = rank
+        self.num_processes = num_processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the items of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """How many items an epoch gives this process."""
+        return len(range(self.rank, self.per_epoch, self.num_processes))
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers, in order."""
+        first = self.epoch * self.per_epoch
+        return iter(range(first + self.rank, first + self.per_epoch, self.num_processes))
+
+
+class SegmentationData(L.LightningDataModule):
+    """Patches of the training cases, and the held-out cases whole."""
+
+    def __init__(
+        self,
+        patches: PatchDataset,
+        held_out: Sequence[StoredCase],
+        *,
+        batch_size: int,
+        steps_per_epoch: int,
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.patches = patches
+        self.held_out = held_out
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader[Patch]:
+        """Batches of `batch_size` patches for each process."""
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = ConsecutiveSampler(
+            self.batch_size * self.steps_per_epoch * trainer.world_size,
+            rank=trainer.global_rank,
+            num_processes=trainer.world_size,
+        )
+        return DataLoader(
+            self.patches,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            multiprocessing_context="spawn" if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Patch]:
+        """One held-out case at a time, shared out over the processes."""
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = ConsecutiveSampler(
+            len(self.held_out), rank=trainer.global_rank, num_processes=trainer.world_size
+        )
+        sampler.set_epoch = lambda epoch: None  # type: ignore[method-assign]
+        return DataLoader(WholeCases(self.held_out), batch_size=None, sampler=sampler)

@@ -1,0 +1,30 @@
+"""What can go wrong in a user's hands, each with the one sentence that the user reads.
+
+    SegkitError
+    ├── ConfigError    a setting: unknown, of the wrong type, or at odds with another
+    ├── VolumeError    a file that is not the volume it should be
+    ├── DatasetError   a dataset folder whose parts do not fit together
+    └── ModelError     a model folder that cannot be used
+
+Anything else that is raised is our own bug and keeps its traceback.
+"""
+
+
+class SegkitError(Exception):
+    """One sentence: what was expected, what was found, what to do."""
+
+
+class ConfigError(SegkitError):
+    """A setting is unknown, of the wrong type, or at odds with another."""
+
+
+class VolumeError(SegkitError):
+    """A file is missing, unreadable, or not the volume it should be."""
+
+
+class DatasetError(SegkitError):
+    """The parts of a dataset folder do not fit together."""
+
+
+class ModelError(SegkitError):
+    """A model folder is missing, incomplete, or does not fit the input."""

@@ -1,0 +1,1 @@
+"""Attention maps on the patient's own grid, and what they mean."""

@@ -1,0 +1,57 @@
+"""Attention maps as files: on the input's grid, on their own, and their figures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.files import write_json
+from segkit.inference.predictor import AttentionMap, map_on_source
+from segkit.volume import Volume, write_volume
+
+
+def write_maps(
+    folder: Path, stem: str, maps: Mapping[str, AttentionMap], source: Volume
+) -> list[Path]:
+    """Write every map of a volume and return the files.
+
+    `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
+    own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
+    channels has no place and stands in the JSON alone.
+    """
+    written = []
+    figures = []
+    for key, attention_map in maps.items():
+        figures.append(_figures(attention_map))
+        if attention_map.volume is None:
+            continue
+        name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"
+        write_volume(folder / name, map_on_source(attention_map, source))
+        write_volume(folder / "native" / name, attention_map.volume)
+        written += [folder / name, folder / "native" / name]
+    summary = folder / f"{stem}_maps.json"
+    write_json(summary, {"maps": figures})
+    return [*written, summary]
+
+
+def _figures(attention_map: AttentionMap) -> dict[str, Any]:
+    info = attention_map.info
+    values = attention_map.volume.data if attention_map.volume else attention_map.channel_mean
+    assert values is not None
+    figures: dict[str, Any] = {
+        "key": info.key,
+        "kind": info.kind,
+        "level": info.level,
+        "stride": info.placement and list(info.placement.stride),
+        "offset": info.placement and list(info.placement.offset),
+        "shape": list(values.shape),
+        "range": [info.lowest, info.highest],
+        "min": float(values.min()),
+        "mean": float(values.mean(dtype=np.float64)),
+        "max": float(values.max()),
+    }
+    if attention_map.channel_mean is not None and attention_map.channel_std is not None:
+        figures["channel_mean"] = attention_map.channel_mean.tolist()
+        figures["channel_std"] = attention_map.channel_std.tolist()
+    return figures

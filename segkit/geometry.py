@@ -1,0 +1,181 @@
+"""Where voxels lie in the patient: grids, their orientation, and the grids that layers make.
+
+World coordinates are RAS+ millimetres (x to the patient's right, y to the front, z to the head).
+The centre of voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A block of voxels in the world: a shape, and the affine that places voxel centres in mm."""
+
+    shape: tuple[int, int, int]
+    affine: Float[ndarray, "4 4"]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxel centres along each array axis, in mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+    def world(self, index: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
+        """World coordinates (mm) of voxel indices, which may be fractions."""
+        return index @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def index(self, world: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
+        """Voxel indices, as fractions, of world coordinates (mm)."""
+        return (world - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
+
+    def centres(self) -> Float[ndarray, "x y z 3"]:
+        """World coordinates (mm) of every voxel centre."""
+        axes = [np.arange(size, dtype=float) for size in self.shape]
+        return self.world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1))
+
+    def positions_of(self, other: "Grid") -> tuple[ndarray, ndarray, ndarray]:
+        """Where `other`'s cell centres lie along each axis of this grid, as fractional indices.
+
+        The grids' axes run alike (one was made from the other by placing, cropping or respacing).
+        Indices are rounded to 1e-9, so that equal grids give whole numbers.
+        """
+        step = np.linalg.inv(self.affine) @ other.affine
+        assert np.abs(step[:3, :3] - np.diag(np.diag(step)[:3])).max() < 1e-4, "axes differ"
+        x, y, z = (
+            np.round(step[axis, axis] * np.arange(size) + step[axis, 3], 9)
+            for axis, size in enumerate(other.shape)
+        )
+        return x, y, z
+
+    def agrees_with(self, other: "Grid", *, tolerance: float = 1e-3) -> bool:
+        """Whether both grids have one shape and no corner lies further than `tolerance` mm off."""
+        if self.shape != other.shape:
+            return False
+        corners = np.stack(np.meshgrid(*[(0.0, size - 1.0) for size in self.shape]), axis=-1)
+        return bool(np.abs(self.world(corners) - other.world(corners)).max() <= tolerance)
+
+    def placed(
+        self, shape: Sequence[int], stride: Sequence[float], offset: Sequence[float]
+    ) -> "Grid":
+        """The grid of `shape` whose cell j has its centre at this one's `stride * j + offset`."""
+        step = np.eye(4)
+        step[:3, :3] = np.diag(stride)
+        step[:3, 3] = offset
+        x, y, z = shape
+        return Grid((x, y, z), self.affine @ step)
+
+    def with_spacing(self, spacing: Sequence[float]) -> "Grid":
+        """The grid of this field of view at another spacing (mm).
+
+        Outer edges stay where they are, up to the rounding of the new shape to whole voxels, which
+        is shared by both ends: the two grids have the same centre.
+        """
+        old = np.array(self.shape)
+        stride = np.array(spacing) / self.spacing
+        new = np.maximum(np.round(old / stride), 1).astype(int)
+        offset = (old - 1) / 2 - stride * (new - 1) / 2
+        return self.placed(new.tolist(), stride.tolist(), offset.tolist())
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How an array's axes run through the patient, and how to turn them to RAS+ and back.
+
+    `order[i]` is the array axis that runs along world axis i; `flip[i]` says that it runs the
+    other way. Turning is a view: no voxel is copied or interpolated.
+    """
+
+    order: tuple[int, int, int]
+    flip: tuple[bool, bool, bool]
+
+    @classmethod
+    def of(cls, affine: Float[ndarray, "4 4"]) -> Self:
+        """The orientation closest to `affine`: each array axis takes the world axis nearest to it.
+
+        Where two axes are nearest to the same world axis, the permutation with the largest sum of
+        absolute direction cosines decides.
+        """
+        directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+        order = max(
+            permutations,
+            key=lambda axes: sum(abs(directions[world, axis]) for world, axis in enumerate(axes)),
+        )
+        x, y, z = (bool(directions[world, axis] < 0) for world, axis in enumerate(order))
+        return cls(order, (x, y, z))
+
+    @property
+    def code(self) -> str:
+        """Three letters, such as 'LPS': where each array axis points, in the array's own order."""
+        letters = [""] * 3
+        for world, axis in enumerate(self.order):
+            letters[axis] = AXIS_LETTERS[world][not self.flip[world]]
+        return "".join(letters)
+
+    def flipped_axes(self) -> tuple[int, ...]:
+        """The world axes along which the turned array must be reversed."""
+        return tuple(axis for axis in range(3) if self.flip[axis])
+
+    def turn_grid(self, grid: Grid) -> Grid:
+        """The same voxels in RAS+ order: the world coordinate of every voxel stays."""
+        turn = np.zeros((4, 4))
+        turn[3, 3] = 1
+        for world, axis in enumerate(self.order):
+            turn[axis, world] = -1 if self.flip[world] else 1
+            turn[axis, 3] = grid.shape[axis] - 1 if self.flip[world] else 0
+        x, y, z = (grid.shape[axis] for axis in self.order)
+        return Grid((x, y, z), grid.affine @ turn)
+
+    def turn(self, array: ndarray) -> ndarray:
+        """The array (x, y, z, …) in RAS+ order, as a view."""
+        turned = np.transpose(array, (*self.order, *range(3, array.ndim)))
+        return np.flip(turned, self.flipped_axes())
+
+    def turn_back(self, array: ndarray) -> ndarray:
+        """The inverse of `turn`, as a view."""
+        unflipped = np.flip(array, self.flipped_axes())
+        back = [self.order.index(axis) for axis in range(3)]
+        return np.transpose(unflipped, (*back, *range(3, array.ndim)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the cells of a feature map lie: cell j's centre is `stride * j + offset` of the image.
+
+    Both are in voxels of the network's input, one entry per axis. `through` composes layers from
+    the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
+    """
+
+    stride: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def identity(cls, num_axes: int) -> Self:
+        """The placement of the input itself."""
+        return cls((1.0,) * num_axes, (0.0,) * num_axes)
+
+    def through(
+        self,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int] | None = None,
+    ) -> "Placement":
+        """The placement behind a layer with this kernel, stride, padding and dilation per axis."""
+        dilation = dilation or (1,) * len(kernel)
+        local = [d * (k - 1) / 2 - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+        return Placement(
+            tuple(outer * inner for outer, inner in zip(self.stride, stride, strict=True)),
+            tuple(
+                start + outer * shift
+                for start, outer, shift in zip(self.offset, self.stride, local, strict=True)
+            ),
+        )

@@ -1,0 +1,222 @@
+"""One walk over an image in overlapping windows, in memory that follows the slab.
+
+Windows of a size-10 axis, patch 6, overlap 0.5, in multiples of 2, walked from left to right:
+
+    image    0 1 2 3 4 5 6 7 8 9
+    window 0 [─────────]             blended, rows 0-1 are finished: yielded and let go
+    window 1     [─────────]         … rows 2-3
+    window 2         [─────────]     … rows 4-9
+
+A function may return several outputs of a window, each on a grid of its own that is a whole number
+of times coarser. Windows start at multiples of the largest of these strides, and padding stands
+only at the far end, so each output blends on one global grid of its own.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+WindowFunction = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Finished rows of every output: `rows[name]` holds those from `starts[name]` on."""
+
+    starts: dict[str, int]
+    rows: dict[str, Tensor]
+
+
+def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
+    """First voxels of the windows that cover an axis: evenly spread multiples of `multiple`.
+
+    Neighbours share at least `overlap` of a patch. The last window ends at the axis's end rounded
+    up to a multiple.
+    """
+    assert patch % multiple == 0, f"patch {patch} is no multiple of {multiple}"
+    last = max(math.ceil(size / multiple) * multiple - patch, 0)
+    step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
+    count = math.ceil(last / step)
+    return [round(index * last / max(count, 1) / multiple) * multiple for index in range(count + 1)]
+
+
+def gaussian(patch: int, *, width: float = 1 / 8) -> Float[Tensor, " patch"]:
+    """Weights of a window's voxels along one axis: a Gaussian of sigma `width * patch`.
+
+    Isensee et al. (2021, nnU-Net) weigh windows so. There is no floor: in float32 even the product
+    of three corners keeps its precision.
+    """
+    distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
+    return torch.exp(-0.5 * (distance / (width * patch)) ** 2).float()
+
+
+class Blend:
+    """The running weighted sum of one output over the rows that are not finished yet."""
+
+    def __init__(
+        self,
+        window: Float[Tensor, "batch channel *cells"],
+        *,
+        image_size: Sequence[int],
+        patch_size: Sequence[int],
+        starts: Sequence[Sequence[int]],
+        axis: int,
+    ) -> None:
+        cells = window.shape[2:]
+        self.axis = axis
+        self.stride = [patch // count for patch, count in zip(patch_size, cells, strict=True)]
+        if any(patch % count for patch, count in zip(patch_size, cells, strict=True)):
+            raise ValueError(f"a window of {tuple(patch_size)} gave {tuple(cells)} cells")
+        self.size = [-(-size // step) for size, step in zip(image_size, self.stride, strict=True)]
+        kernels = [
+            gaussian(patch).view(count, -1).mean(dim=1).to(window.device)
+            for patch, count in zip(patch_size, cells, strict=True)
+        ]
+        self.weight = kernels[0]
+        for kernel in kernels[1:]:
+            self.weight = self.weight[..., None] * kernel
+        self.totals = [
+            self._total(kernel, [start // step for start in axis_starts])
+            for kernel, axis_starts, step in zip(kernels, starts, self.stride, strict=True)
+        ]
+        extent = [len(total) for total in self.totals]
+        extent[axis] = cells[axis]
+        self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
+        self.first_row = 0
+
+    @staticmethod
+    def _total(kernel: Tensor, starts: Sequence[int]) -> Tensor:
+        """The weights of all windows at each cell of an axis, summed: the windows are a product."""
+        total = torch.zeros(starts[-1] + len(kernel), device=kernel.device)
+        for start in starts:
+            total[start : start + len(kernel)] += kernel
+        return total
+
+    def add(self, window: Float[Tensor, "channel *cells"], start: Sequence[int]) -> None:
+        """Add one window's output, its first voxel at `start` of the image."""
+        cells = [first // step for first, step in zip(start, self.stride, strict=True)]
+        cells[self.axis] -= self.first_row
+        region = tuple(
+            slice(first, first + count)
+            for first, count in zip(cells, window.shape[1:], strict=True)
+        )
+        self.sum[(slice(None), *region)].addcmul_(window.float(), self.weight)
+
+    def finish(self, next_start: int | None) -> tuple[int, Float[Tensor, "channel *space"]]:
+        """First row and values of the rows that no window from `next_start` on touches."""
+        axis = self.axis + 1
+        held = self.sum.shape[axis]
+        first = self.first_row
+        if next_start is None:
+            count = held
+        else:
+            count = min(next_start // self.stride[self.axis] - first, held)
+        rows = self.sum.narrow(axis, 0, count).clone()
+        for other, total in enumerate(self.totals):
+            weights = total[first : first + count] if other == self.axis else total
+            shape = [1] * rows.ndim
+            shape[other + 1] = -1
+            rows /= weights.view(shape)
+        rest = self.sum.narrow(axis, count, held - count).clone()
+        self.sum.zero_().narrow(axis, 0, held - count).copy_(rest)
+        self.first_row += count
+        inside = [slice(0, size) for size in self.size]
+        inside[self.axis] = slice(0, max(self.size[self.axis] - first, 0))
+        return first, rows[(slice(None), *inside)]
+
+
+def stream(
+    image: Float[Tensor, "channel *space"],
+    function: WindowFunction,
+    *,
+    patch_size: Sequence[int],
+    overlap: Sequence[float],
+    multiple: Sequence[int],
+    axis: int = 0,
+    batch_size: int = 1,
+) -> Iterator[Slab]:
+    """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
+
+    Args:
+        image: what the windows are cut from; beyond its far ends they hold zeros.
+        function: from (batch, channel, *patch) to named outputs (batch, channel, *cells).
+        patch_size: of a window, in voxels, multiples of `multiple`.
+        overlap: share of a patch that neighbours have in common, per axis, from 0 to below 1.
+        multiple: what window starts are multiples of: the network's total stride.
+        axis: the spatial axis to walk along.
+        batch_size: windows per call of the function.
+    """
+    size = image.shape[1:]
+    starts = [
+        window_starts(*numbers) for numbers in zip(size, patch_size, overlap, multiple, strict=True)
+    ]
+    across = [axis_starts if other != axis else [0] for other, axis_starts in enumerate(starts)]
+    blends: dict[str, Blend] = {}
+    for row, next_row in itertools.pairwise([*starts[axis], None]):
+        assert row is not None
+        places = [
+            tuple(row if other == axis else first for other, first in enumerate(place))
+            for place in itertools.product(*across)
+        ]
+        for batch in _batches(places, batch_size):
+            windows = torch.stack([_window(image, place, patch_size) for place in batch])
+            for name, output in function(windows).items():
+                if name not in blends:
+                    blends[name] = Blend(
+                        output, image_size=size, patch_size=patch_size, starts=starts, axis=axis
+                    )
+                for window, place in zip(output, batch, strict=True):
+                    blends[name].add(window, place)
+        finished = {name: blend.finish(next_row) for name, blend in blends.items()}
+        yield Slab(
+            {name: first for name, (first, _) in finished.items()},
+            {name: rows for name, (_, rows) in finished.items()},
+        )
+
+
+def slide(
+    image: Float[Tensor, "channel *space"],
+    function: WindowFunction,
+    *,
+    patch_size: Sequence[int],
+    overlap: Sequence[float],
+    multiple: Sequence[int],
+    axis: int = 0,
+    batch_size: int = 1,
+) -> dict[str, Float[Tensor, "channel ..."]]:
+    """The function's blended outputs over the whole image, by name. Arguments as for `stream`."""
+    slabs = list(
+        stream(
+            image,
+            function,
+            patch_size=patch_size,
+            overlap=overlap,
+            multiple=multiple,
+            axis=axis,
+            batch_size=batch_size,
+        )
+    )
+    return {
+        name: torch.cat([slab.rows[name] for slab in slabs], dim=axis + 1) for name in slabs[0].rows
+    }
+
+
+def _batches(places: list[tuple[int, ...]], batch_size: int) -> Iterator[list[tuple[int, ...]]]:
+    for first in range(0, len(places), batch_size):
+        yield places[first : first + batch_size]
+
+
+def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    region = tuple(
+        slice(first, first + size) for first, size in zip(start, patch_size, strict=True)
+    )
+    window = image[(slice(None), *region)]
+    missing = [size - held for size, held in zip(patch_size, window.shape[1:], strict=True)]
+    padding = [amount for size in reversed(missing) for amount in (0, size)]
+    return F.pad(window, padding) if any(missing) else window

@@ -1,0 +1,79 @@
+"""Overlap of two label maps, all of it derived from one confusion matrix."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64, Int64, Integer
+from torch import Tensor
+
+
+def confusion_matrix(
+    prediction: Integer[Tensor, "*space"],
+    reference: Integer[Tensor, "..."],
+    num_classes: int,
+) -> Int64[Tensor, "reference prediction"]:
+    """Number of voxels of each (reference label, prediction label) pair, on the labels' device.
+
+    Any shape will do, a batch included; both must have the same. Matrices add: the sum over
+    patches is the matrix of the whole, whereas a mean of their Dice is not the Dice of the whole.
+
+    Labels outside [0, num_classes) are an error on every device, at no extra cost: they all fall
+    into one bin past the last cell, so the counts come out one longer, and that length is known
+    to the host anyway, because `torch.bincount` waits for it.
+    """
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"expected prediction and reference of one shape, got {tuple(prediction.shape)} and "
+            f"{tuple(reference.shape)}; resample the prediction to the reference's grid"
+        )
+    column, row = prediction.flatten().long(), reference.flatten().long()
+    inside = (column >= 0) & (column < num_classes) & (row >= 0) & (row < num_classes)
+    num_cells = num_classes * num_classes
+    cell = torch.where(inside, row * num_classes + column, num_cells)
+    counts = torch.bincount(cell, minlength=num_cells)
+    if len(counts) > num_cells:
+        raise ValueError(
+            f"expected labels in [0, {num_classes}), got {_span(column)} in the prediction and "
+            f"{_span(row)} in the reference; map them to 0..{num_classes - 1} or raise num_classes"
+        )
+    return counts.reshape(num_classes, num_classes)
+
+
+def _span(labels: Int64[Tensor, "voxel"]) -> str:
+    return f"{labels.min().item()}..{labels.max().item()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """Voxels each class has right, too many and too few, and the scores they give."""
+
+    true_positive: Int64[Tensor, "*classes"]
+    false_positive: Int64[Tensor, "*classes"]
+    false_negative: Int64[Tensor, "*classes"]
+
+    @classmethod
+    def from_confusion(
+        cls, confusion: Int64[Tensor, "*batch num_classes num_classes"]
+    ) -> "Overlap":
+        """Overlap of every class of a matrix with reference labels as rows, or of a stack."""
+        true_positive = confusion.diagonal(dim1=-2, dim2=-1)
+        return cls(
+            true_positive=true_positive,
+            false_positive=confusion.sum(dim=-2) - true_positive,
+            false_negative=confusion.sum(dim=-1) - true_positive,
+        )
+
+    @property
+    def dice(self) -> Float64[Tensor, "*classes"]:
+        """2 TP / (2 TP + FP + FN), of Dice (1945, doi:10.2307/1932409).
+
+        0 where a class is in one of the two only; NaN, that is undefined, where it is in neither.
+        """
+        double = 2 * self.true_positive
+        return double.double() / (double + self.false_positive + self.false_negative).double()
+
+    @property
+    def iou(self) -> Float64[Tensor, "*classes"]:
+        """TP / (TP + FP + FN), of Jaccard (1912); 0 and NaN as for Dice."""
+        union = self.true_positive + self.false_positive + self.false_negative
+        return self.true_positive.double() / union.double()

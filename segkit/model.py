@@ -1,0 +1,89 @@
+"""A model folder: `model.json` says what it is, `weights.safetensors` holds its numbers.
+
+Neither can run code when it is read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from segkit.build import build_network
+from segkit.config import ModelDescription, validated
+from segkit.errors import ConfigError, ModelError
+from segkit.files import whole, write_json
+from segkit.nn.planes import Planes, SegmentationNetwork
+
+DESCRIPTION = "model.json"
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network and all that prediction must know beside it."""
+
+    description: ModelDescription
+    network: SegmentationNetwork
+
+
+def save_model(folder: Path, model: Model) -> None:
+    """Write a model folder; the description comes last, so that a folder with one is complete."""
+    state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
+    with whole(folder / WEIGHTS) as partial:
+        save_file(state, partial)
+    write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
+
+
+def load_model(path: Path) -> Model:
+    """Read a model folder, or the `model` folder of a run, onto the CPU, ready to evaluate.
+
+    Raises ModelError where there is none, or its weights do not fit its description.
+    """
+    folder = model_folder(path)
+    source = folder / DESCRIPTION
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        description = validated(ModelDescription, content, str(source))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{source}: cannot be read: {error}") from None
+    except ConfigError as error:
+        raise ModelError(f"{error}; was it written by another version of segkit?") from None
+    model = Model(description, build_network(description))
+    try:
+        _inner(model.network).load_state_dict(load_file(folder / WEIGHTS))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
+    model.network.eval()
+    return model
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the model: `path` itself, or `path/model` for a run."""
+    for folder in (path, path / "model"):
+        if (folder / DESCRIPTION).is_file():
+            return folder
+    raise ModelError(f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither")
+
+
+def newest_model(runs: Path) -> Path:
+    """The model folder of the run that finished last. Raises ModelError where there is none."""
+    finished = sorted(runs.glob(f"*/model/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
+    return finished[-1].parent
+
+
+def _inner(network: SegmentationNetwork) -> nn.Module:
+    return network.network if isinstance(network, Planes) else network
+
+
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = _inner(model.network).state_dict()
+    return weights

@@ -1,0 +1,117 @@
+"""Training as Lightning sees it: a network, a loss, a schedule, and Dice on held-out cases."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Generator, Tensor
+
+from segkit.losses import deep_dice_cross_entropy
+from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.nn.planes import SegmentationNetwork
+
+Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
+Segment = Callable[[SegmentationNetwork, Tensor], Tensor]
+
+
+class SegmentationModule(L.LightningModule):
+    """Trains a network on varied patches and scores it on whole held-out cases.
+
+    Args:
+        network: gives `supervised` logits of a batch.
+        vary: from a batch as it was cut to the batch that is trained on; random by its generator.
+        segment: labels of a whole prepared image, by sliding windows.
+        class_names: of the labels 0, 1, …, the background first.
+        optimiser: AdamW on a one-cycle schedule (Smith and Topin 2019, arXiv:1708.07120), or SGD
+            with Nesterov momentum 0.99 on a polynomial schedule of power 0.9 (nnU-Net).
+        learning_rate: the schedule's highest.
+        num_steps: the schedule's length.
+        batch_dice: whether the Dice loss pools the batch.
+        seed: of the variations; step and process decide the rest.
+    """
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        *,
+        vary: Vary,
+        segment: Segment,
+        class_names: Sequence[str],
+        optimiser: Literal["adamw", "sgd"],
+        learning_rate: float,
+        weight_decay: float,
+        num_steps: int,
+        batch_dice: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.vary = vary
+        self.segment = segment
+        self.class_names = tuple(class_names)
+        self.optimiser = optimiser
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.num_steps = num_steps
+        self.batch_dice = batch_dice
+        self.seed = seed
+        self.dice_of_cases: list[Tensor] = []
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Float[Tensor, ""]:
+        """The loss of one batch, varied anew."""
+        entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        generator = Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        image, label = self.vary(batch["image"], batch["label"], generator)
+        logits = self.network.supervised(image)
+        loss = deep_dice_cross_entropy(logits, label, pool_batch=self.batch_dice)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(label))
+        return loss
+
+    def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
+        """Dice of each class of one held-out case, on the network's own grid."""
+        prediction: Integer[Tensor, "x y z"] = self.segment(self.network, case["image"])
+        matrix = confusion_matrix(
+            prediction, case["label"].to(prediction.device), len(self.class_names)
+        )
+        self.dice_of_cases.append(Overlap.from_confusion(matrix).dice[1:].cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over cases of each class's Dice, and the mean of those."""
+        dice = torch.stack(self.dice_of_cases) if self.dice_of_cases else torch.empty(0, 1)
+        self.dice_of_cases = []
+        count = dice.isfinite().sum(0).to(self.device)
+        total = dice.nan_to_num().sum(0).to(self.device, torch.float32)
+        counts: Tensor = self.trainer.strategy.reduce(count, reduce_op="sum")
+        totals: Tensor = self.trainer.strategy.reduce(total, reduce_op="sum")
+        means = totals / counts
+        for name, mean in zip(self.class_names[1:], means, strict=True):
+            self.log(f"validation/dice_{name}", mean, batch_size=1)
+        self.log("validation/dice", means[counts > 0].mean(), prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and its schedule, which advances each step."""
+        parameters = self.network.parameters()
+        optimiser: torch.optim.Optimizer
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if self.optimiser == "adamw":
+            optimiser = torch.optim.AdamW(
+                parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+            )
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, max_lr=self.learning_rate, total_steps=self.num_steps + 1
+            )
+        else:
+            optimiser = torch.optim.SGD(
+                parameters,
+                lr=self.learning_rate,
+                weight_decay=self.weight_decay,
+                momentum=0.99,
+                nesterov=True,
+            )
+            schedule = torch.optim.lr_scheduler.PolynomialLR(
+                optimiser, total_iters=self.num_steps, power=0.9
+            )
+        return [optimiser], [{"scheduler": schedule, "interval": "step"}]

@@ -1,0 +1,113 @@
+"""The layers that every network here is made of, in two or three dimensions by table."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NormalisationKind = Literal["instance", "batch", "group", "none"]
+
+CONV: dict[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
+MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
+NEGATIVE_SLOPE = 0.01
+
+
+def normalisation(kind: NormalisationKind, spatial_dims: int, channels: int) -> nn.Module:
+    """A normalisation layer; instance and group normalisation suit small batches."""
+    match kind:
+        case "instance":
+            by_dims = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+            return by_dims[spatial_dims](channels, affine=True)
+        case "batch":
+            return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims](channels)
+        case "group":
+            return nn.GroupNorm(math.gcd(8, channels), channels)
+        case "none":
+            return nn.Identity()
+
+
+def convolution(
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> nn.Conv2d | nn.Conv3d:
+    """A convolution that keeps its grid up to the stride, with He-normal weights (He et al. 2015).
+
+    The kernel is odd along every axis, so that cell j of the output has its centre at input cell
+    `stride * j`.
+    """
+    layer = CONV[spatial_dims](
+        in_channels,
+        out_channels,
+        kernel_size=tuple(kernel),
+        stride=tuple(stride or (1,) * spatial_dims),
+        padding=tuple(size // 2 for size in kernel),
+    )
+    nn.init.kaiming_normal_(layer.weight, a=NEGATIVE_SLOPE)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConvolutionBlock(nn.Module):
+    """Convolutions, each followed by a normalisation and a leaky ReLU; the first may stride."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        *,
+        widths: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int] | None = None,
+        norm: NormalisationKind = "instance",
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in widths:
+            layers += [
+                convolution(spatial_dims, in_channels, width, kernel=kernel, stride=stride),
+                normalisation(norm, spatial_dims, width),
+                nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+            ]
+            in_channels, stride = width, None
+        self.layers = nn.Sequential(*layers)
+
+    def forward(
+        self, features: Float[Tensor, "batch in_channel *space"]
+    ) -> Float[Tensor, "batch out_channel *strided"]:
+        """The convolved features."""
+        output: Tensor = self.layers(features)
+        return output
+
+
+class Modulated(nn.Module):
+    """Features multiplied by one attention map after another; each map sees the product so far."""
+
+    def __init__(self, *attention_maps: nn.Module) -> None:
+        super().__init__()
+        self.attention_maps = nn.ModuleList(attention_maps)
+
+    def forward(
+        self, features: Float[Tensor, "batch channel *space"]
+    ) -> Float[Tensor, "batch channel *space"]:
+        """The features, let through as far as the maps say."""
+        for attention_map in self.attention_maps:
+            features = features * attention_map(features)
+        return features
+
+
+def sigmoid_in_float32(logits: Tensor) -> Tensor:
+    """The sigmoid, computed in float32 because it saturates early in half precision."""
+    return torch.sigmoid(logits.float())

@@ -1,0 +1,59 @@
+"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch."""
+
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segkit.geometry import Placement
+from segkit.nn.taps import MapInfo
+from segkit.nn.unet import UNet
+
+
+class Planes(nn.Module):
+    """Logits of every class at every voxel, from a network that sees one plane at a time.
+
+    `axis` is the spatial axis across the planes (0, 1 or 2).
+    """
+
+    def __init__(self, network: UNet, *, axis: int) -> None:
+        super().__init__()
+        self.network = network
+        self.axis = axis
+        stride = list(network.total_stride)
+        stride.insert(axis, 1)
+        self.total_stride = tuple(stride)
+
+    def maps(self) -> dict[str, MapInfo]:
+        """The network's maps; across the planes, cells are voxels."""
+        return {
+            key: replace(info, placement=info.placement and self._in_volume(info.placement))
+            for key, info in self.network.maps().items()
+        }
+
+    def forward(self, image: Float[Tensor, "batch in_channel x y z"]) -> Tensor:
+        """Logits on the image's grid."""
+        return self.stack(self.network(self._planes(image)), len(image))
+
+    def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> tuple[Tensor, ...]:
+        """Logits of every supervised level, finest first."""
+        levels = self.network.supervised(self._planes(image))
+        return tuple(self.stack(level, len(image)) for level in levels)
+
+    def stack(
+        self, planes: Float[Tensor, "planes channel *cells"], batch_size: int
+    ) -> Float[Tensor, "batch channel ..."]:
+        """Outputs of the planes of each of `batch_size` volumes, put back beside one another."""
+        return planes.unflatten(0, (batch_size, -1)).movedim(1, self.axis + 2)
+
+    def _planes(self, image: Tensor) -> Tensor:
+        return image.movedim(self.axis + 2, 1).flatten(0, 1)
+
+    def _in_volume(self, placement: Placement) -> Placement:
+        stride, offset = list(placement.stride), list(placement.offset)
+        stride.insert(self.axis, 1.0)
+        offset.insert(self.axis, 0.0)
+        return Placement(tuple(stride), tuple(offset))
+
+
+SegmentationNetwork = UNet | Planes

@@ -1,0 +1,240 @@
+"""The U-Net, in two and three dimensions, with attention where it is asked for.
+
+    image ─▶ encoder.0 ────────────── skip.0 ──▶ decoder.0 ─▶ heads.0 ─▶ logits
+                │ stride                            ▲ transposed convolution
+             encoder.1 ────────────── skip.1 ──▶ decoder.1
+                │                                   ▲
+             encoder.2 (bottleneck) ────────────────┘
+
+Level 0 is the finest. Without attention this is the U-Net of Ronneberger et al. (2015,
+arXiv:1505.04597) and Çiçek et al. (2016, arXiv:1606.06650), with padded convolutions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segkit.geometry import Placement
+from segkit.nn.blocks import (
+    CONV,
+    MAX_POOL,
+    TRANSPOSED_CONV,
+    ConvolutionBlock,
+    NormalisationKind,
+)
+from segkit.nn.taps import MapInfo, place_taps, taps
+
+
+class Gate(Protocol):
+    """A map of how much of a skip to let through, and what follows the product."""
+
+    signal: Literal["coarse", "upsampled"]
+    output_transform: nn.Module
+
+    def __call__(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The map, on the skip's grid."""
+
+
+class GateFactory(Protocol):
+    """Makes the gate of one level, or None where the level's skip stands open."""
+
+    def __call__(
+        self,
+        *,
+        level: int,
+        skip_channels: int,
+        coarse_channels: int,
+        upsampled_channels: int,
+        stride: Sequence[int],
+        deepest: bool,
+    ) -> nn.Module | None:
+        """The gate, which says by its attribute `signal` which features it is steered by."""
+
+
+BlockFactory = Callable[[int], nn.Module]
+"""Makes attention over features of so many channels, f(x) -> x."""
+
+
+class Join(nn.Module):
+    """One step up: bring the coarse features to the skip's grid, gate the skip, convolve both."""
+
+    def __init__(
+        self, upsample: nn.Module, gate: nn.Module | None, block: nn.Module, attention: nn.Module
+    ) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.gate = gate
+        self.block = block
+        self.attention = attention
+
+    def forward(
+        self,
+        skip: Float[Tensor, "batch skip_channel *space"],
+        coarse: Float[Tensor, "batch coarse_channel *coarse"],
+    ) -> Float[Tensor, "batch out_channel *space"]:
+        """The decoder's features on the skip's grid."""
+        upsampled = self.upsample(coarse)
+        if self.gate is not None:
+            gate = cast(Gate, self.gate)
+            signal = upsampled if gate.signal == "upsampled" else coarse
+            skip = gate.output_transform(skip * gate(skip, signal))
+        features: Tensor = self.attention(self.block(torch.cat([upsampled, skip], dim=1)))
+        return features
+
+
+class UNet(nn.Module):
+    """Logits of every class at every voxel.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: image channels.
+        out_channels: classes, background included.
+        channels: features of each level, finest first; a pair gives the widths of the encoder's
+            two convolutions, a number is both.
+        strides: per step down, the stride along each axis; 2 where not given.
+        kernels: per level, the odd kernel size along each axis; 3 where not given.
+        norm: normalisation after each convolution.
+        downsampling: by the first convolution of a level, or by max-pooling before it.
+        upsampled_channels: whether a transposed convolution takes on the finer level's width
+            ("level", as in 2D by Ronneberger) or keeps the coarser one's ("keep", as in 3D by
+            Çiçek).
+        upsampling_bias: whether transposed convolutions have a bias.
+        deep_supervision: whether coarser decoder levels get logits of their own; the coarsest has
+            none (nnU-Net gives it no weight).
+        skip_gate: makes the gate of a level.
+        encoder_attention, decoder_attention: make what follows a level's convolutions.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        *,
+        out_channels: int,
+        channels: Sequence[int | tuple[int, int]],
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
+        norm: NormalisationKind = "instance",
+        downsampling: Literal["stride", "pool"] = "stride",
+        upsampled_channels: Literal["level", "keep"] = "level",
+        upsampling_bias: bool = True,
+        deep_supervision: bool = False,
+        skip_gate: GateFactory | None = None,
+        encoder_attention: BlockFactory | None = None,
+        decoder_attention: BlockFactory | None = None,
+    ) -> None:
+        super().__init__()
+        pairs = [(width, width) if isinstance(width, int) else width for width in channels]
+        widths = [last for _, last in pairs]
+        steps = [tuple(step) for step in strides or [[2] * spatial_dims] * (len(pairs) - 1)]
+        sizes = [tuple(size) for size in kernels or [[3] * spatial_dims] * len(pairs)]
+        num_skips = len(pairs) - 1
+        assert len(steps) == num_skips and len(sizes) == len(pairs)
+        self.total_stride = tuple(math.prod(axis) for axis in zip(*steps, strict=True))
+
+        self.encoder = nn.ModuleList()
+        placement = Placement.identity(spatial_dims)
+        placements = []
+        for level, pair in enumerate(pairs):
+            step = steps[level - 1] if level else (1,) * spatial_dims
+            strided = level > 0 and downsampling == "stride"
+            pooled = level > 0 and downsampling == "pool"
+            block = ConvolutionBlock(
+                spatial_dims,
+                widths[level - 1] if level else in_channels,
+                widths=pair,
+                kernel=sizes[level],
+                stride=step if strided else None,
+                norm=norm,
+            )
+            attention = encoder_attention(pair[1]) if encoder_attention else nn.Identity()
+            pool = MAX_POOL[spatial_dims](step) if pooled else nn.Identity()
+            self.encoder.append(nn.Sequential(pool, block, attention))
+            if pooled:
+                placement = placement.through(step, step, (0,) * spatial_dims)
+            if strided:
+                placement = placement.through(sizes[level], step, [k // 2 for k in sizes[level]])
+            placements.append(placement)
+            place_taps(attention, f"encoder.{level}", level, placement)
+
+        self.decoder = nn.ModuleList()
+        for level in range(num_skips):
+            coarse, width, step = widths[level + 1], widths[level], steps[level]
+            upsampled = width if upsampled_channels == "level" else coarse
+            upsample = TRANSPOSED_CONV[spatial_dims](
+                coarse, upsampled, kernel_size=step, stride=step, bias=upsampling_bias
+            )
+            gate = None
+            if skip_gate is not None:
+                gate = skip_gate(
+                    level=level,
+                    skip_channels=width,
+                    coarse_channels=coarse,
+                    upsampled_channels=upsampled,
+                    stride=step,
+                    deepest=level == num_skips - 1,
+                )
+            block = ConvolutionBlock(
+                spatial_dims,
+                upsampled + width,
+                widths=(width, width),
+                kernel=sizes[level],
+                norm=norm,
+            )
+            attention = decoder_attention(width) if decoder_attention else nn.Identity()
+            self.decoder.append(Join(upsample, gate, block, attention))
+            if gate is not None:
+                place_taps(gate, f"skip.{level}", level, placements[level])
+            place_taps(attention, f"decoder.{level}", level, placements[level])
+
+        num_heads = max(num_skips - 1, 1) if deep_supervision else 1
+        self.heads = nn.ModuleList(
+            CONV[spatial_dims](width, out_channels, kernel_size=1) for width in widths[:num_heads]
+        )
+
+    def maps(self) -> dict[str, MapInfo]:
+        """What each attention map of this network is and where it lies, by key."""
+        return {key: tap.info for key, tap in taps(self).items() if tap.info is not None}
+
+    def forward(
+        self, image: Float[Tensor, "batch in_channel *space"]
+    ) -> Float[Tensor, "batch out_channel *space"]:
+        """Logits on the image's grid.
+
+        Raises ValueError where the image's size is no multiple of the total stride.
+        """
+        logits: Tensor = self.heads[0](self._decode(image)[0])
+        return logits
+
+    def supervised(
+        self, image: Float[Tensor, "batch in_channel *space"]
+    ) -> tuple[Float[Tensor, "batch out_channel ..."], ...]:
+        """Logits of every supervised level, finest first; the first are those of `forward`."""
+        features = self._decode(image)
+        return tuple(head(level) for head, level in zip(self.heads, features, strict=False))
+
+    def _decode(self, image: Tensor) -> list[Tensor]:
+        space = tuple(image.shape[2:])
+        if any(size % stride for size, stride in zip(space, self.total_stride, strict=True)):
+            padded = tuple(
+                -(-size // stride) * stride
+                for size, stride in zip(space, self.total_stride, strict=True)
+            )
+            raise ValueError(
+                f"image space {space} must be multiples of {self.total_stride}; "
+                f"pad to {padded} or use slide()"
+            )
+        skips: list[Tensor] = []
+        features = image
+        for encoder_level in self.encoder:
+            features = encoder_level(features)
+            skips.append(features)
+        decoded: list[Tensor] = []
+        for level in reversed(range(len(self.decoder))):
+            features = self.decoder[level](skips[level], features)
+            decoded.insert(0, features)
+        return decoded

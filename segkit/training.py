@@ -1,0 +1,333 @@
+"""`segkit train`: from a config to a finished run.
+
+runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   summary.json
+"""
+
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Generator, Tensor
+
+from segkit.build import build_network, build_normalisers, volume_patch
+from segkit.config import (
+    Config,
+    CtWindow,
+    ModelDescription,
+    Normalisation,
+    ZScore,
+    dump_yaml,
+)
+from segkit.data.augment import IntensityVariation, SpatialVariation, middle
+from segkit.data.cases import Case, Dataset, read_case, read_dataset, split
+from segkit.data.datamodule import SegmentationData
+from segkit.data.preprocess import foreground_statistics, median_spacing
+from segkit.data.sampling import PatchDataset
+from segkit.data.store import store_cases
+from segkit.errors import ConfigError
+from segkit.files import write_json, write_text
+from segkit.inference.predictor import Predictor, segment_prepared
+from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.model import Model, save_model
+from segkit.module import SegmentationModule, Vary
+from segkit.volume import read_grid
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
+WORLD_AXES = {"x": 0, "y": 1, "z": 2}
+HARMLESS = (
+    "Experiment logs directory",  # the run's folder holds config.yaml already
+    "Checkpoint directory",
+    "The '.*_dataloader' does not have many workers",  # a choice: data.workers
+    ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
+    "GPU available but not used",  # a choice: trainer.accelerator
+)
+Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, what `summary.json` holds, and its model."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    model: Model
+
+
+def train(
+    config: Config,
+    *,
+    runs: Path = Path("runs"),
+    callbacks: Sequence[Callback] = (),
+    track: Track = lambda cases, what, count: cases,
+) -> Run:
+    """Train the network that the config describes and write the run's folder.
+
+    `callbacks` are Lightning's, for progress; `track` may show the progress over cases.
+    Raises SegkitError where the config and the dataset do not fit.
+    """
+    dataset = read_dataset(config.data.folder)
+    train_cases, held_out = split(dataset, config.data.validation, config.train.seed)
+    description = describe(config, dataset, train_cases, track)
+    config = resolved(config, description)
+    folder = new_run_folder(runs, config.name)
+    write_text(folder / "config.yaml", dump_yaml(config))
+    logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
+
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    network = build_network(description)
+    patch_size = volume_patch(description)
+    store = partial(
+        store_cases,
+        dataset=dataset,
+        folder=config.data.cache or config.data.folder / ".segkit",
+        spacing=description.spacing,
+        normalisers=build_normalisers(description.normalisation),
+        settings=[setting.model_dump() for setting in description.normalisation],
+    )
+    stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
+    stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
+
+    vary, cut_size = variation(config, patch_size, dataset)
+    steps_per_epoch = min(config.train.validate_every, config.train.steps)
+    data = SegmentationData(
+        PatchDataset(
+            stored,
+            cut_size=cut_size,
+            foreground_share=config.data.foreground_share,
+            seed=config.train.seed,
+        ),
+        stored_held_out,
+        batch_size=config.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        workers=config.data.workers,
+    )
+    module = SegmentationModule(
+        network,
+        vary=vary,
+        segment=partial(segment_prepared, patch_size=patch_size),
+        class_names=list(description.labels),
+        optimiser=config.train.optimiser,
+        learning_rate=config.train.learning_rate or LEARNING_RATE[config.train.optimiser],
+        weight_decay=config.train.weight_decay,
+        num_steps=config.train.steps,
+        batch_dice=config.train.batch_dice,
+        seed=config.train.seed,
+    )
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="validation/dice" if held_out else None,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    trainer = L.Trainer(
+        **config.trainer.model_dump(),
+        max_steps=config.train.steps,
+        max_epochs=-1,
+        gradient_clip_val=config.train.gradient_clip,
+        check_val_every_n_epoch=1,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if held_out else 0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=min(10, steps_per_epoch),
+        callbacks=[best, *callbacks],
+        logger=loggers(folder),
+        default_root_dir=folder,
+    )
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - started
+
+    model = Model(description, network.to("cpu").eval())
+    save_model(folder / "model", model)
+    best_dice = best.best_model_score
+    summary = {
+        "run": folder.name,
+        "steps": trainer.global_step,
+        "seconds_of_training": round(seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "seed": config.train.seed,
+        "training_cases": len(train_cases),
+        "validation": {
+            "note": "whole held-out volumes, on their own grids, by the final weights",
+            **score(model, dataset, held_out, track),
+            "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
+        },
+        "versions": versions(),
+    }
+    write_json(folder / "summary.json", summary)
+    return Run(folder, summary, model)
+
+
+def describe(
+    config: Config, dataset: Dataset, train_cases: Sequence[Case], track: Track
+) -> ModelDescription:
+    """What the model will be, with spacing and normalisation settled by the training cases."""
+    spacing = config.data.spacing or median_spacing(
+        [read_grid(case.images[0]) for case in train_cases]
+    )
+    settings: list[Normalisation] = [
+        config.data.normalisation or (CtWindow() if name.lower() == "ct" else ZScore())
+        for name in dataset.channels
+    ]
+    return ModelDescription(
+        segkit=version("segkit"),
+        run=config.name,
+        channels=list(dataset.channels),
+        labels=dataset.labels,
+        network=config.network,
+        spacing=spacing,
+        normalisation=_measured(settings, dataset, train_cases, track),
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+    )
+
+
+def resolved(config: Config, description: ModelDescription) -> Config:
+    """The config with the spacing that was settled, so that the run's own says it all."""
+    data = config.data.model_copy(
+        update={"spacing": description.spacing, "folder": config.data.folder.resolve()}
+    )
+    return config.model_copy(update={"data": data})
+
+
+def variation(
+    config: Config, patch_size: tuple[int, int, int], dataset: Dataset
+) -> tuple[Vary, tuple[int, ...]]:
+    """How a batch is varied on its way to the network, and the size that patches are cut at."""
+    if not config.data.augment:
+        return lambda image, label, _: middle(image, label, patch_size), patch_size
+    mirror_axes = tuple(WORLD_AXES[name] for name in config.data.mirror)
+    spatial = SpatialVariation(patch_size, mirror_axes)
+    intensity = IntensityVariation()
+
+    def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        image, label = spatial(image, label, generator)
+        return intensity(image, generator), label
+
+    return vary, spatial.cut_size
+
+
+def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -> dict[str, Any]:
+    """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
+    predictor = Predictor(model)
+    dice: dict[str, list[float]] = {}
+    for case in track(cases, "scoring", len(cases)):
+        image, label = read_case(case, dataset)
+        prediction = predictor(image).labels.data
+        matrix = confusion_matrix(
+            torch.from_numpy(prediction.astype(np.int64)),
+            torch.from_numpy(label.data.astype(np.int64)),
+            len(dataset.labels),
+        )
+        dice[case.name] = Overlap.from_confusion(matrix).dice[1:].tolist()
+    names = list(dataset.labels)[1:]
+    table = np.array(list(dice.values())).reshape(len(dice), len(names))
+    means = [_mean(column) for column in table.T]
+    return {
+        "cases": len(cases),
+        "dice": dict(zip(names, means, strict=True)),
+        "mean_dice": _mean(np.array(means)),
+        "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
+    }
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """A folder `runs/<name>` that did not exist before; a number follows where one does."""
+    for number in range(1, 1_000_000):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made: {error}; choose another folder") from None
+        return folder
+    raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
+
+
+def loggers(folder: Path) -> list[Logger]:
+    """metrics.csv always, TensorBoard events where tensorboard is installed."""
+    found: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)]
+    if find_spec("tensorboard"):
+        found.append(TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard"))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("segkit", "torch", "lightning", "numpy")},
+    }
+
+
+def _measured(
+    settings: Sequence[Normalisation],
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+) -> list[Normalisation]:
+    """The settings, with what a CT window lacks read off the foreground of the cases."""
+    if not any(_incomplete(setting) for setting in settings):
+        return list(settings)
+    foreground: list[list[np.ndarray]] = [[] for _ in settings]
+    random = np.random.default_rng(1234)
+    per_case = max(10_000_000 // len(cases), 1000)
+    for case in track(cases, "measuring intensities", len(cases)):
+        image, label = read_case(case, dataset)
+        for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
+            inside = values[label.data > 0]
+            if len(inside) > per_case:
+                inside = random.choice(inside, per_case)
+            foreground[channel].append(inside.astype(np.float64))
+    measured: list[Normalisation] = []
+    for setting, parts in zip(settings, foreground, strict=True):
+        values = np.concatenate(parts)
+        if not isinstance(setting, CtWindow) or not _incomplete(setting):
+            measured.append(setting)
+            continue
+        if not len(values):
+            raise ConfigError("data.normalisation: no case has foreground; give the CT window")
+        statistics = dict(
+            zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
+        )
+        given = setting.model_dump(exclude_none=True)
+        measured.append(CtWindow.model_validate({**statistics, **given}))
+    return measured
+
+
+def _mean(scores: np.ndarray) -> float:
+    """The mean of those that are defined; not a number where none is."""
+    defined = scores[~np.isnan(scores)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def _incomplete(setting: Normalisation) -> bool:
+    return isinstance(setting, CtWindow) and None in (
+        setting.lower,
+        setting.upper,
+        setting.mean,
+        setting.std,
+    )
