@@ -156,7 +156,7 @@ class ZScore(Section):
 
     kind: Literal["zscore"] = "zscore"
     nonzero: bool = False
-    """Whether only voxels above or below 0 count, and 0 stays 0 (skull-stripped heads)."""
+    """Whether mean and deviation are those of voxels other than 0 alone (skull-stripped heads)."""
 
 
 class CtWindow(Section):
@@ -183,6 +183,8 @@ class SynthesisConfig(Section):
 
     intensities: dict[str, tuple[float, float]] | None = None
     """Per label name, the range its mean intensity is drawn from; wholly random where not given."""
+    deformation: Annotated[float, Field(ge=0)] = 2.0
+    """Standard deviation, in voxels, of the smooth displacement at points 16 voxels apart."""
 
 
 class DataConfig(Section):
@@ -307,7 +309,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-99-99
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(tree, dict):
@@ -335,7 +337,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"expected KEY=VALUE such as train.steps=500, found {override!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         raise ConfigError(f"cannot read the value of {override!r} as YAML; quote it") from None
     *sections, name = key.split(".")
     for depth, section in enumerate(sections):
@@ -382,4 +384,5 @@ def _tags() -> set[str]:
     """What pydantic puts into a location and the user never wrote: kinds and types of a union."""
     sections = Section.__subclasses__()
     kinds = [section.model_fields["kind"] for section in sections if "kind" in section.model_fields]
-    return {str(kind.default) for kind in kinds} | {"constrained-float", "list[str]", "int", "str"}
+    types = {"constrained-float", "list[str]", "list[int]", "int", "str"}
+    return {str(kind.default) for kind in kinds} | types

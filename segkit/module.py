@@ -64,7 +64,9 @@ class SegmentationModule(L.LightningModule):
         """The loss of one batch, varied anew."""
         entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
         generator = Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        image, label = self.vary(batch["image"], batch["label"], generator)
+        # In half precision a voxel's place would be off by more than the voxel.
+        with torch.autocast(self.device.type, enabled=False):
+            image, label = self.vary(batch["image"], batch["label"], generator)
         logits = self.network.supervised(image)
         loss = deep_dice_cross_entropy(logits, label, pool_batch=self.batch_dice)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(label))
@@ -80,7 +82,9 @@ class SegmentationModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over cases of each class's Dice, and the mean of those."""
-        dice = torch.stack(self.dice_of_cases) if self.dice_of_cases else torch.empty(0, 1)
+        # A process of several may have had no case.
+        none = torch.empty(0, len(self.class_names) - 1)
+        dice = torch.stack(self.dice_of_cases) if self.dice_of_cases else none
         self.dice_of_cases = []
         count = dice.isfinite().sum(0).to(self.device)
         total = dice.nan_to_num().sum(0).to(self.device, torch.float32)

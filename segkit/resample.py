@@ -18,7 +18,7 @@ def sample_axis(
     """Values at fractional indices along one axis, linear in between, constant beyond the ends."""
     last = values.shape[axis] - 1
     clamped = torch.from_numpy(positions).clamp(0, last)
-    lower = clamped.floor().long().clamp(max=max(last - 1, 0))
+    lower = clamped.floor().long()
     weight = (clamped - lower).to(values.dtype)
     shape = [1] * values.ndim
     shape[axis] = -1
@@ -30,7 +30,7 @@ def sample_axis(
 
 
 def resample(
-    values: Float[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " samples"]]
+    values: Float[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " _"]]
 ) -> Float[Tensor, "channel new_x new_y new_z"]:
     """Values at the grid of fractional indices `positions` (one vector per axis), trilinearly.
 
@@ -45,7 +45,7 @@ def resample(
 
 
 def resample_labels(
-    labels: Integer[Tensor, "x y z"], positions: Sequence[Float[ndarray, " samples"]]
+    labels: Integer[Tensor, "x y z"], positions: Sequence[Float[ndarray, " _"]]
 ) -> Integer[Tensor, "new_x new_y new_z"]:
     """The label with the largest trilinear share at each position; the lowest where shares tie."""
     shape = tuple(len(samples) for samples in positions)
@@ -53,14 +53,13 @@ def resample_labels(
     best = torch.zeros(shape, device=labels.device)
     for label in torch.unique(labels).tolist():
         share = resample((labels == label)[None].float(), positions)[0]
-        better = share > best
-        winner[better] = label
+        winner = torch.where(share > best, torch.tensor(label, dtype=labels.dtype), winner)
         best = torch.maximum(best, share)
     return winner
 
 
 def resample_nearest(
-    values: Num[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " samples"]]
+    values: Num[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " _"]]
 ) -> Num[Tensor, "channel new_x new_y new_z"]:
     """The nearest value to each position; the lower index where two are equally near."""
     for axis, samples in enumerate(positions, start=1):

@@ -28,6 +28,7 @@ from segkit.config import (
     CtWindow,
     ModelDescription,
     Normalisation,
+    SynthesisConfig,
     ZScore,
     dump_yaml,
 )
@@ -37,7 +38,8 @@ from segkit.data.datamodule import SegmentationData
 from segkit.data.preprocess import foreground_statistics, median_spacing
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
-from segkit.errors import ConfigError
+from segkit.data.synthesis import deform, synthesise
+from segkit.errors import ConfigError, DatasetError
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
@@ -82,6 +84,7 @@ def train(
     """
     dataset = read_dataset(config.data.folder)
     train_cases, held_out = split(dataset, config.data.validation, config.train.seed)
+    check_images(config, dataset, train_cases, held_out)
     description = describe(config, dataset, train_cases, track)
     config = resolved(config, description)
     folder = new_run_folder(runs, config.name)
@@ -180,13 +183,31 @@ def train(
     return Run(folder, summary, model)
 
 
+def check_images(
+    config: Config, dataset: Dataset, train_cases: Sequence[Case], held_out: Sequence[Case]
+) -> None:
+    """Cases without an image can be trained on by synthesis alone, and never scored.
+
+    Raises DatasetError or ConfigError, in one sentence.
+    """
+    needed = held_out if config.data.synthesis else (*train_cases, *held_out)
+    for case in needed:
+        if not case.images:
+            raise DatasetError(
+                f"{dataset.folder}: case {case.name} has no image; give it one, or train on it by "
+                f"data.synthesis and hold out others by data.validation"
+            )
+    if config.data.synthesis and len(dataset.channels) > 1:
+        raise ConfigError(
+            f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
+        )
+
+
 def describe(
     config: Config, dataset: Dataset, train_cases: Sequence[Case], track: Track
 ) -> ModelDescription:
     """What the model will be, with spacing and normalisation settled by the training cases."""
-    spacing = config.data.spacing or median_spacing(
-        [read_grid(case.images[0]) for case in train_cases]
-    )
+    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
     settings: list[Normalisation] = [
         config.data.normalisation or (CtWindow() if name.lower() == "ct" else ZScore())
         for name in dataset.channels
@@ -215,11 +236,23 @@ def resolved(config: Config, description: ModelDescription) -> Config:
 def variation(
     config: Config, patch_size: tuple[int, int, int], dataset: Dataset
 ) -> tuple[Vary, tuple[int, ...]]:
-    """How a batch is varied on its way to the network, and the size that patches are cut at."""
-    if not config.data.augment:
-        return lambda image, label, _: middle(image, label, patch_size), patch_size
+    """How a batch is varied on its way to the network, and the size that patches are cut at.
+
+    With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
+    their intensities further would add nothing.
+    """
     mirror_axes = tuple(WORLD_AXES[name] for name in config.data.mirror)
     spatial = SpatialVariation(patch_size, mirror_axes)
+    if config.data.synthesis is not None:
+        draw = synthesiser(config.data.synthesis, dataset)
+
+        def invent(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+            _, label = spatial(image, label, generator)
+            return draw(label, generator)
+
+        return invent, spatial.cut_size
+    if not config.data.augment:
+        return lambda image, label, _: middle(image, label, patch_size), patch_size
     intensity = IntensityVariation()
 
     def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -227,6 +260,35 @@ def variation(
         return intensity(image, generator), label
 
     return vary, spatial.cut_size
+
+
+def synthesiser(
+    settings: SynthesisConfig, dataset: Dataset
+) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
+    """Draws an image for a label map that it deforms first.
+
+    Raises ConfigError for a label that the dataset does not have.
+    """
+    intensities = None
+    if settings.intensities is not None:
+        if unknown := sorted(set(settings.intensities) - set(dataset.labels)):
+            raise ConfigError(
+                f"data.synthesis.intensities names {unknown[0]!r}; "
+                f"the dataset has {', '.join(map(repr, dataset.labels))}"
+            )
+        intensities = [settings.intensities.get(name, (0.0, 1.0)) for name in dataset.labels]
+
+    def draw(label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        label = deform(label, amplitude=settings.deformation, generator=generator)
+        image = synthesise(
+            label,
+            num_labels=len(dataset.labels),
+            intensities=intensities,
+            generator=generator,
+        )
+        return image, label
+
+    return draw
 
 
 def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -> dict[str, Any]:

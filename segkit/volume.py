@@ -27,7 +27,8 @@ from segkit.geometry import Grid
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".mha")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
-MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+# By the three lowest bits of xyzt_units; a code that the standard leaves undefined counts as mm.
+MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
 Result = TypeVar("Result")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -148,8 +149,8 @@ def _nifti_grid(path: Path, image: Nifti1Image | Nifti2Image) -> Grid:
 
 
 def _millimetre_affine(header: Nifti1Header) -> ndarray:
-    unit = header.get_xyzt_units()[0]
-    affine: ndarray = np.diag([MILLIMETRES[unit]] * 3 + [1.0]) @ header.get_best_affine()
+    affine: ndarray = header.get_best_affine().copy()
+    affine[:3] *= MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     return affine
 
 
@@ -159,8 +160,9 @@ def _read_nifti(path: Path) -> Volume:
     data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "biuf":
         raise VolumeError(f"{path}: expected one real number per voxel, found {data.dtype}")
-    slope, _ = image.header.get_slope_inter()
-    scaled = slope is not None and data.dtype.kind == "f" and image.get_data_dtype().kind != "f"
+    # The header has forgotten its scaling by now; what applies it to the voxels has not.
+    proxy: Any = image.dataobj
+    scaled = (proxy.slope, proxy.inter) != (1, 0)
     kind = np.dtype(np.float32) if scaled else data.dtype.newbyteorder("=")
     data = data.astype(kind, copy=False)
     channels = data.shape[3:][-1:]
@@ -170,7 +172,11 @@ def _read_nifti(path: Path) -> Volume:
 def _checked_affine(path: Path, affine: ndarray) -> ndarray:
     directions = affine[:3, :3]
     spacing = np.linalg.norm(directions, axis=0)
-    if not np.isfinite(affine).all() or not (spacing > 0).all():
+    if not np.isfinite(affine).all():
+        raise VolumeError(
+            f"{path}: its affine holds values that are not numbers; repair its header"
+        )
+    if not (spacing > 0).all():
         raise VolumeError(f"{path}: expected voxel sizes above zero, found {spacing.tolist()} mm")
     if abs(np.linalg.det(directions / spacing)) < 1e-3:
         raise VolumeError(f"{path}: its affine is singular: two of its axes point one way")
@@ -187,13 +193,16 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     if same_grid and len(header.get_data_shape()) == 2 and shape[2:] == (1,):
         shape = shape[:2]
     header.set_data_dtype(volume.data.dtype)
+    pixdim = header["pixdim"].copy()
     header.set_data_shape(shape)
+    header["pixdim"] = pixdim  # of a 2D image, the shape makes the slice 1 mm thick
     header.set_slope_inter(None, None)
     for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
         header[field] = 0
     header["descrip"] = b"segkit"
     header["intent_code"] = 0
-    if not same_grid:
+    # A header without codes has an affine that depends on its shape, which is set by now.
+    if not np.array_equal(_millimetre_affine(header), volume.grid.affine):
         code = max(int(header["sform_code"]), int(header["qform_code"])) or 2
         header.set_xyzt_units("mm")
         header.set_sform(volume.grid.affine, code)

@@ -33,14 +33,18 @@ class SpatialVariation:
     def cut_size(self) -> tuple[int, ...]:
         """What to cut so that turning seldom looks beyond it: a quarter more along each long axis.
 
-        Axes of one voxel stay: a slice is turned within its plane.
+        As much at either end, or else a patch that is not turned would lie half a voxel off. Axes
+        of one voxel stay: a slice is turned within its plane.
         """
-        return tuple(size if size == 1 else math.ceil(size * 1.25) for size in self.patch_size)
+        return tuple(
+            size if size == 1 else size + 2 * math.ceil(size / 8) for size in self.patch_size
+        )
 
     def __call__(self, image: Tensor, label: Tensor, generator: Generator) -> Batch:
         """A patch out of the middle of each cut, seen through a random affine transform.
 
-        Intensities are interpolated linearly, labels by nearest neighbour, both at the same places.
+        Intensities are interpolated linearly, labels by nearest neighbour, both at the same places;
+        beyond the cut lie its outermost voxels.
         """
         transform = self._transforms(len(image), generator)
         cut = torch.tensor(image.shape[2:], dtype=torch.float64)
@@ -52,9 +56,13 @@ class SpatialVariation:
         theta = F.pad(backwards, (0, 1)).to(image.device, torch.float32)
         size = [len(image), 1, *self.patch_size]
         grid = F.affine_grid(theta, size, align_corners=False)
-        turned = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
+        turned = F.grid_sample(
+            image, grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
         indices = label[:, None].to(image.dtype)
-        turned_label = F.grid_sample(indices, grid, mode="nearest", align_corners=False)
+        turned_label = F.grid_sample(
+            indices, grid, mode="nearest", padding_mode="border", align_corners=False
+        )
         return turned, turned_label[:, 0].to(label.dtype)
 
     def _transforms(self, batch_size: int, generator: Generator) -> Float[Tensor, "batch n n"]:

@@ -1,12 +1,14 @@
 """What a dataset folder holds: a Decathlon-style dataset.json and the volumes it names."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy import ndarray
 from pydantic import BaseModel, Field, ValidationError
 
 from segkit.errors import DatasetError
@@ -14,7 +16,7 @@ from segkit.volume import Volume, read_volume, stem_of
 
 
 class _Training(BaseModel):
-    image: str | list[str]
+    image: str | list[str] = []
     label: str
 
 
@@ -28,7 +30,10 @@ class _DatasetFile(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """One subject: the files of its channels, and its label."""
+    """One subject: the files of its channels, and its label.
+
+    A case without images is a label map to synthesise images from.
+    """
 
     name: str
     images: tuple[Path, ...]
@@ -49,7 +54,8 @@ def read_dataset(folder: Path) -> Dataset:
     """Read `folder/dataset.json` and see that every file it names is there.
 
     `modality` names the channels, `labels` the labels 0, 1, 2, …, 0 being the background; each
-    entry of `training` gives an image (a list of files where each channel has its own) and a label.
+    entry of `training` gives an image (a list of files where each channel has its own) and a label,
+    or a label alone, to synthesise images from.
 
     Raises DatasetError, in one sentence.
     """
@@ -80,15 +86,21 @@ def read_dataset(folder: Path) -> Dataset:
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{path}: case {twice} is listed twice in training")
     channels = tuple(file.modality[key] for key in sorted(file.modality, key=_number))
-    labels = {file.labels[str(number)]: number for number in numbers}
+    labels = {file.labels[key]: int(key) for key in sorted(file.labels, key=int)}
     return Dataset(folder, tuple(cases), channels, labels)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
     """The image (x, y, z, channel) and the label (x, y, z) of a case, on one grid.
 
+    The image of a case without one is zero throughout.
+
     Raises DatasetError where they do not fit each other or the dataset.json.
     """
+    label = read_volume(case.label)
+    if not case.images:
+        blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
+        return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts = [read_volume(path) for path in case.images]
     for path, part in zip(case.images, parts, strict=True):
         _check_grid(path, part, case.images[0], parts[0])
@@ -100,18 +112,8 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
             f"{case.images[0]}: expected {len(dataset.channels)} channels "
             f"({', '.join(dataset.channels)}), found {data.shape[3]}"
         )
-    label = read_volume(case.label)
     _check_grid(case.label, label, case.images[0], parts[0])
-    found = np.unique(label.data)
-    declared = sorted(dataset.labels.values())
-    if not np.isin(found, declared).all():
-        strange = found[~np.isin(found, declared)][:5].tolist()
-        raise DatasetError(
-            f"{case.label}: holds label {', '.join(f'{value:g}' for value in strange)}, which "
-            f"dataset.json does not declare (it has {declared[0]} to {declared[-1]})"
-        )
-    kind = np.min_scalar_type(declared[-1])
-    return parts[0].like(data), label.like(label.data.reshape(label.grid.shape).astype(kind))
+    return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 
 def split(
@@ -148,6 +150,21 @@ def _case(folder: Path, entry: _Training) -> Case:
         if not path.is_file():
             raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
     return Case(stem_of(label), paths, label)
+
+
+def _checked_label(case: Case, label: Volume, dataset: Dataset) -> ndarray:
+    if label.data.size != math.prod(label.grid.shape):
+        raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
+    found = np.unique(label.data)
+    declared = sorted(dataset.labels.values())
+    if not np.isin(found, declared).all():
+        strange = found[~np.isin(found, declared)][:5].tolist()
+        raise DatasetError(
+            f"{case.label}: holds label {', '.join(f'{value:g}' for value in strange)}, which "
+            f"dataset.json does not declare (it has {declared[0]} to {declared[-1]})"
+        )
+    kind = np.min_scalar_type(declared[-1])
+    return label.data.reshape(label.grid.shape).astype(kind)
 
 
 def _check_grid(path: Path, volume: Volume, reference_path: Path, reference: Volume) -> None:

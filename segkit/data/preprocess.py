@@ -38,7 +38,8 @@ def prepare(
     orientation = Orientation.of(volume.grid.affine)
     source = orientation.turn_grid(volume.grid)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
-    image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(turned, 3, 0), dtype=np.float32))
+    # A copy, as channels are normalised in place and torch takes no reversed view.
+    image = torch.from_numpy(np.array(np.moveaxis(turned, 3, 0), np.float32, order="C"))
     assert len(normalisers) == len(image), "one normaliser per channel"
     for channel, normalise in zip(image, normalisers, strict=True):
         channel.copy_(normalise(channel))
@@ -50,21 +51,24 @@ def prepare_label(label: Volume, *, spacing: Sequence[float]) -> Integer[Tensor,
     """A label turned and resampled as `prepare` does the image on the same grid."""
     orientation = Orientation.of(label.grid.affine)
     source = orientation.turn_grid(label.grid)
-    turned = torch.from_numpy(np.ascontiguousarray(orientation.turn(label.data)))
+    turned = torch.from_numpy(np.array(orientation.turn(label.data), order="C"))
     return resample_labels(turned, source.positions_of(source.with_spacing(spacing)))
 
 
 def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*space"]:
     """The image minus its mean over its standard deviation; a constant image becomes 0.
 
-    With `nonzero`, only voxels other than 0 count, and 0 stays 0.
+    With `nonzero`, the statistics are those of the voxels other than 0; all voxels are shifted
+    alike, so that a background of 0 stays the darkest. (nnU-Net sets it to 0, which is the value of
+    the average tissue.)
     """
     counted = image != 0 if nonzero else torch.ones_like(image, dtype=torch.bool)
     values = image[counted].double()
     if values.numel() == 0:
         return image
     mean, std = float(values.mean()), float(values.std(correction=0))
-    return torch.where(counted, (image - mean) / max(std, 1e-8 * max(abs(mean), 1.0)), image)
+    varies = std > 1e-8 * abs(mean)
+    return (image - mean) / (std if varies else 1.0)
 
 
 def ct_window(

@@ -22,7 +22,8 @@ class PatchDataset(TorchDataset[Patch]):
 
     A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
     those of the case (Isensee et al. 2021); the others lie anywhere. Where a patch reaches beyond
-    the volume it holds zeros, at either end. There is no last patch: a sampler decides.
+    the volume, at either end, it repeats the outermost voxels. There is no last patch: a sampler
+    decides how many are drawn.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class PatchDataset(TorchDataset[Patch]):
 
 
 def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:
-    """A copy of the block of the last three axes that begins at `start`; zeros beyond the array."""
-    block = np.zeros((*array.shape[:-3], *size), dtype=array.dtype)
+    """A copy of the block of the last three axes that begins at `start`.
+
+    Beyond the array the block repeats the array's outermost voxels; some of it lies within.
+    """
     inside: list[slice] = []
-    outside: list[slice] = []
+    beyond: list[tuple[int, int]] = []
     for first, count, extent in zip(start, size, array.shape[-3:], strict=True):
         low, high = max(first, 0), min(first + count, extent)
-        if low >= high:
-            return block
-        inside.append(slice(low - first, high - first))
-        outside.append(slice(low, high))
-    lead = [slice(None)] * (array.ndim - 3)
-    block[(*lead, *inside)] = array[(*lead, *outside)]
-    return block
+        inside.append(slice(low, high))
+        beyond.append((low - first, first + count - high))
+    lead = array.ndim - 3
+    block = array[(*[slice(None)] * lead, *inside)]
+    return np.pad(block, [*[(0, 0)] * lead, *beyond], mode="edge")

@@ -10,7 +10,6 @@ and let go.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ class Predictor:
         self.normalisers = build_normalisers(model.description.normalisation)
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> Self:
+    def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> "Predictor":
         """A predictor from a run or a model folder. Raises ModelError where there is none."""
         return cls(load_model(Path(path)), device=device, overlap=overlap)
 

@@ -144,7 +144,7 @@ def stream(
     """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
 
     Args:
-        image: what the windows are cut from; beyond its far ends they hold zeros.
+        image: what the windows are cut from; beyond its far ends they repeat its last voxels.
         function: from (batch, channel, *patch) to named outputs (batch, channel, *cells).
         patch_size: of a window, in voxels, multiples of `multiple`.
         overlap: share of a patch that neighbours have in common, per axis, from 0 to below 1.
@@ -189,7 +189,7 @@ def slide(
     multiple: Sequence[int],
     axis: int = 0,
     batch_size: int = 1,
-) -> dict[str, Float[Tensor, "channel ..."]]:
+) -> dict[str, Float[Tensor, "_ ..."]]:
     """The function's blended outputs over the whole image, by name. Arguments as for `stream`."""
     slabs = list(
         stream(
@@ -219,4 +219,5 @@ def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> T
     window = image[(slice(None), *region)]
     missing = [size - held for size, held in zip(patch_size, window.shape[1:], strict=True)]
     padding = [amount for size in reversed(missing) for amount in (0, size)]
-    return F.pad(window, padding) if any(missing) else window
+    # The batch axis is there because torch pads no image by replication without one.
+    return F.pad(window[None], padding, mode="replicate")[0] if any(missing) else window

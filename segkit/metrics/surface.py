@@ -142,7 +142,7 @@ def _surface(
     mask: Bool[np.ndarray, "*space"], scale: Float64[np.ndarray, "axis"]
 ) -> Float64[np.ndarray, "voxel axis"]:
     """Centres of the mask's surface voxels, in mm."""
-    return np.argwhere(mask & ~binary_erosion(mask)) * scale
+    return np.asarray(np.argwhere(mask & ~binary_erosion(mask)) * scale)
 
 
 def _nearest(
@@ -153,4 +153,4 @@ def _nearest(
         return np.full(len(sources), np.inf)
     # Built once and queried once, a tree of plain midpoint splits and fuller leaves is fastest.
     tree = KDTree(targets, leafsize=32, balanced_tree=False, compact_nodes=False)
-    return tree.query(sources)[0]
+    return np.asarray(tree.query(sources)[0])

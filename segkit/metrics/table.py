@@ -253,7 +253,7 @@ def _resampled_means(
     totals = weights @ np.nan_to_num(scores).T
     counts = weights @ (~np.isnan(scores)).T.astype(np.int64)
     class_means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
-    return np.nanmean(class_means, axis=1)
+    return np.asarray(np.nanmean(class_means, axis=1))
 
 
 def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
+CONV_FUNCTION: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
 NEGATIVE_SLOPE = 0.01

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segkit.nn.blocks import (
     CONV,
+    CONV_FUNCTION,
     LINEAR_MODE,
     ConvolutionBlock,
     NormalisationKind,
@@ -38,7 +39,7 @@ class Coefficients(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, in_channels, *[1] * spatial_dims))
         self.bias = nn.Parameter(torch.full((1,), initial_bias))
         nn.init.normal_(self.weight, std=0.01)
-        self.convolve = {2: F.conv2d, 3: F.conv3d}[spatial_dims]
+        self.convolve = CONV_FUNCTION[spatial_dims]
 
     def forward(
         self, features: Float[Tensor, "batch channel *cells"]

@@ -12,7 +12,7 @@ arXiv:1505.04597) and Çiçek et al. (2016, arXiv:1606.06650), with padded convo
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class Gate(Protocol):
         """The map, on the skip's grid."""
 
 
+@runtime_checkable
 class GateFactory(Protocol):
     """Makes the gate of one level, or None where the level's skip stands open."""
 

@@ -1,0 +1,130 @@
+"""Scans that never were, drawn from label maps, so that a network learns anatomy and not contrast.
+
+After SynthSeg (Billot et al. 2023, Medical Image Analysis 86, arXiv:2107.09559): the map is
+deformed smoothly; each label is given an intensity at random and a texture; then come blur, a bias
+field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D; numbers
+are drawn by a generator on the CPU, so that every device sees the same ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Generator, Tensor
+
+from segkit.nn.blocks import CONV_FUNCTION, LINEAR_MODE
+
+CONTROL_SPACING = 16
+"""Voxels between the control points of a smooth field."""
+
+
+def smooth_field(
+    batch_size: int, channels: int, space: Sequence[int], *, generator: Generator
+) -> Float[Tensor, "batch channel *space"]:
+    """Standard normal numbers at control points about 16 voxels apart, interpolated linearly."""
+    points = [max(round(size / CONTROL_SPACING) + 1, 2) if size > 1 else 1 for size in space]
+    coarse = torch.randn(batch_size, channels, *points, generator=generator)
+    return F.interpolate(
+        coarse, size=tuple(space), mode=LINEAR_MODE[len(space)], align_corners=True
+    )
+
+
+def deform(
+    labels: Integer[Tensor, "batch *space"], *, amplitude: float, generator: Generator
+) -> Integer[Tensor, "batch *space"]:
+    """Labels read at smoothly displaced places, by nearest neighbour.
+
+    `amplitude` is the displacement's standard deviation at the control points, in voxels. Axes of
+    one voxel stay. What is read beyond the edge is the edge's label.
+    """
+    space = labels.shape[1:]
+    displacement = amplitude * smooth_field(len(labels), len(space), space, generator=generator)
+    thin = torch.tensor([size == 1 for size in space])
+    displacement[:, thin] = 0
+    # grid_sample counts in half axes, last axis first.
+    half = torch.tensor([size / 2 for size in space]).view(1, -1, *[1] * len(space))
+    offset = (displacement / half).flip(1).movedim(1, -1)
+    identity = torch.eye(len(space), len(space) + 1).expand(len(labels), -1, -1)
+    grid = F.affine_grid(identity, [len(labels), 1, *space], align_corners=False) + offset
+    read = F.grid_sample(
+        labels[:, None].float(),
+        grid.to(labels.device),
+        mode="nearest",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return read[:, 0].to(labels.dtype)
+
+
+def synthesise(
+    labels: Integer[Tensor, "batch *space"],
+    *,
+    num_labels: int,
+    intensities: Sequence[tuple[float, float]] | None,
+    generator: Generator,
+) -> Float[Tensor, "batch 1 *space"]:
+    """An image for each label map, normalised over its non-zero voxels.
+
+    `intensities[label]` is the range that a label's mean is drawn from; [0, 1] for every label
+    where None, for any contrast whatever. A label whose mean is 0 has neither texture nor noise, as
+    the background of a scan without its skull; mean and deviation are taken over the others, as the
+    normalisation `zscore` with `nonzero` does to a real scan.
+    """
+    batch, *space = labels.shape
+    ranges = torch.tensor(intensities if intensities is not None else [(0.0, 1.0)] * num_labels)
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(batch, *shape, generator=generator)
+
+    means = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * draw(0, 1, num_labels)
+    deviations = draw(0.0, 0.06, num_labels) * (means > 0)
+    index = labels.long()
+    flat = index.flatten(1).cpu()
+    mean = means.gather(1, flat).view(batch, 1, *space)
+    deviation = deviations.gather(1, flat).view(batch, 1, *space)
+    texture = torch.randn(batch, 1, *space, generator=generator)
+    image = (mean + deviation * texture).to(labels.device)
+    image = blur(image, draw(0.3, 1.2))
+    shape = (batch, 1, *[1] * len(space))
+    bias = smooth_field(batch, 1, space, generator=generator) * draw(0.0, 0.2).view(shape)
+    noise = torch.randn(batch, 1, *space, generator=generator) * draw(0.0, 0.04).view(shape)
+    image = (image * bias.exp().to(image.device) + noise.to(image.device)).clamp(min=0)
+    exponent = draw(-0.3, 0.3).exp().view(shape).to(image.device)
+    image = image**exponent
+    silent = (mean == 0).to(image.device)
+    return _normalised(image.masked_fill(silent, 0), ~silent)
+
+
+def blur(
+    image: Float[Tensor, "batch channel *space"], sigma: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch channel *space"]:
+    """Each image under a Gaussian of its own sigma (voxels), one axis after the other."""
+    num_axes = image.ndim - 2
+    reach = 3
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    kernels = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).to(image.device)
+    batch, channels, *space = image.shape
+    folded = image.reshape(1, batch * channels, *space)
+    weights = kernels.repeat_interleave(channels, dim=0)
+    for axis in range(num_axes):
+        if space[axis] == 1:
+            continue
+        shape = [1] * num_axes
+        shape[axis] = 2 * reach + 1
+        padding = [0, 0] * num_axes
+        padding[2 * (num_axes - 1 - axis) : 2 * (num_axes - axis)] = [reach, reach]
+        padded = F.pad(folded, padding, mode="replicate")
+        folded = CONV_FUNCTION[num_axes](
+            padded, weights.view(-1, 1, *shape), groups=batch * channels
+        )
+    return folded.view(image.shape)
+
+
+def _normalised(image: Tensor, counted: Tensor) -> Tensor:
+    axes = tuple(range(1, image.ndim))
+    number = counted.sum(axes, keepdim=True).clamp(min=1)
+    mean = (image * counted).sum(axes, keepdim=True) / number
+    variance = ((image - mean).square() * counted).sum(axes, keepdim=True) / number
+    return (image - mean) / variance.sqrt().clamp(min=1e-6)

@@ -1,0 +1,97 @@
+"""A picture of volumes side by side: one column each, one row for each plane."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.errors import SegkitError
+from segkit.files import whole
+from segkit.geometry import Grid, Orientation
+
+PLANES = ("sagittal", "coronal", "axial")
+LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446"]
+Panel = tuple[str, ndarray | None, Literal["labels", "map"]]
+
+
+def write_montage(path: Path, scan: ndarray, grid: Grid, panels: Sequence[Panel]) -> None:
+    """Draw the scan's three middle planes, under each panel's title and overlay.
+
+    An overlay is a label map, of which each label has a colour and 0 none, or an attention map,
+    whose colours span its own range, as its scale says. Planes are shown to radiologists'
+    custom: the patient's right is on the left.
+
+    Raises SegkitError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SegkitError("a montage needs matplotlib; run pip install 'segkit[report]'") from None
+    orientation = Orientation.of(grid.affine)
+    turned_grid = orientation.turn_grid(grid)
+    turned = orientation.turn(scan)
+    middle = _middle(turned)
+    low, high = np.percentile(turned[turned != 0], [0.5, 99.5]) if turned.any() else (0.0, 1.0)
+    width = 2.3 * len(panels)
+    figure = Figure(figsize=(width, 7.4), facecolor="black", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, len(panels), squeeze=False)
+    colours = ListedColormap(LABEL_COLOURS)
+    for column, (title, overlay, kind) in enumerate(panels):
+        turned_overlay = None if overlay is None else orientation.turn(overlay)
+        image: Any = None
+        for row, plane in enumerate(PLANES):
+            axis = axes[row][column]
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(title, color="white", fontsize=11)
+            background, aspect = _slice(turned, turned_grid, row, middle[row])
+            axis.imshow(background, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            if turned_overlay is None:
+                if column == 0:
+                    axis.text(0.02, 0.02, plane, color="0.7", fontsize=8, transform=axis.transAxes)
+                continue
+            values, _ = _slice(turned_overlay, turned_grid, row, middle[row])
+            if kind == "labels":
+                shown = np.ma.masked_equal(values, 0)
+                wrapped = (shown - 1) % len(LABEL_COLOURS)
+                axis.imshow(
+                    wrapped,
+                    cmap=colours,
+                    vmin=-0.5,
+                    vmax=len(LABEL_COLOURS) - 0.5,
+                    alpha=0.55,
+                    interpolation="nearest",
+                    aspect=aspect,
+                )
+            else:
+                lowest, highest = float(turned_overlay.min()), float(turned_overlay.max())
+                image = axis.imshow(
+                    values, cmap="inferno", vmin=lowest, vmax=highest, alpha=0.8, aspect=aspect
+                )
+        if image is not None:
+            bar = figure.colorbar(image, ax=axes[2][column], orientation="horizontal", shrink=0.8)
+            bar.set_label("share let through", color="white", fontsize=8)
+            bar.ax.tick_params(colors="white", labelsize=8)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
+def _middle(scan: ndarray) -> list[int]:
+    """The middle of what is not zero along each axis."""
+    if not scan.any():
+        return [size // 2 for size in scan.shape]
+    found = np.nonzero(scan)
+    return [int(indices.min() + indices.max()) // 2 for indices in found]
+
+
+def _slice(values: ndarray, grid: Grid, axis: int, index: int) -> tuple[ndarray, float]:
+    """A plane with up and the patient's right-to-left as on a light box, and its pixels' aspect."""
+    across, up = [other for other in range(3) if other != axis]
+    plane = np.take(values, index, axis=axis)
+    aspect = grid.spacing[up] / grid.spacing[across]
+    return plane.T[::-1, ::-1], aspect

@@ -1,0 +1,191 @@
+import hypothesis.strategies as st
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import Tensor
+from torch.testing import assert_close
+
+from segkit.data.preprocess import (
+    ct_window,
+    foreground_statistics,
+    median_spacing,
+    prepare,
+    prepare_label,
+    zscore,
+)
+from segkit.geometry import Grid, Orientation
+from segkit.volume import Volume
+from tests.helpers import ORIENTATIONS, affine_of, grids, inside, linear_field
+
+ANATOMY = Grid((6, 7, 5), affine_of("RAS", spacing=(0.9, 1.2, 3.0)))
+SPACING = (1.1, 1.0, 1.5)
+
+
+def unchanged(image: Tensor) -> Tensor:
+    return image
+
+
+def scanned_as(code: str, values: ndarray) -> Volume:
+    """The same anatomy from a scanner with other axes, turned by nibabel."""
+    image = nib.Nifti1Image(values, ANATOMY.affine)
+    turn = ornt_transform(io_orientation(ANATOMY.affine), axcodes2ornt(tuple(code)))
+    turned = image.as_reoriented(turn)
+    x, y, z = turned.shape[:3]
+    return Volume(np.asanyarray(turned.dataobj), Grid((x, y, z), turned.affine))
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_the_same_anatomy_gives_the_same_image_however_it_was_scanned(code: str) -> None:
+    noise = np.random.default_rng(0).normal(size=(*ANATOMY.shape, 2)).astype(np.float32)
+    expected = prepare(
+        Volume(noise, ANATOMY), spacing=SPACING, normalisers=[unchanged, torch.square]
+    )
+    volume = scanned_as(code, noise)
+    assert "".join(nib.aff2axcodes(volume.grid.affine)) == code
+    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged, torch.square])
+    assert prepared.orientation.code == code
+    assert prepared.grid.agrees_with(expected.grid, tolerance=1e-9)
+    assert_close(prepared.image, expected.image, rtol=0, atol=1e-5)
+
+
+@given(grids(smallest=2), st.tuples(*[st.floats(0.5, 5.0)] * 3))
+def test_a_prepared_grid_tells_where_its_voxels_lie(
+    grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    field = grid.centres().astype(np.float32)
+    prepared = prepare(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
+    assert Orientation.of(prepared.grid.affine).code == "RAS"
+    assert_allclose(prepared.grid.spacing, spacing, rtol=1e-6)
+    within = inside(prepared.source, prepared.grid)
+    # float32 places a voxel 500 mm away to 3e-5 mm.
+    assert_allclose(
+        prepared.image.movedim(0, 3).numpy()[within], prepared.grid.centres()[within], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "IPR"])
+def test_the_source_is_the_scan_itself_in_ras(code: str) -> None:
+    volume = scanned_as(code, linear_field(ANATOMY.centres()).astype(np.float32))
+    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged])
+    turned = prepared.orientation.turn(volume.data)
+    assert_allclose(linear_field(prepared.source.centres()), turned, atol=1e-4)
+    assert_allclose(prepared.source.spacing, ANATOMY.spacing, rtol=1e-6)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_a_label_is_prepared_onto_the_images_grid(code: str) -> None:
+    """Half of the world is 1: so is what lies on that side, but for what a voxel spans."""
+    side = linear_field(ANATOMY.centres()) - linear_field(ANATOMY.centres()).mean()
+    image = prepare(scanned_as(code, side), spacing=SPACING, normalisers=[unchanged])
+    label = prepare_label(scanned_as(code, (side > 0).astype(np.uint8)), spacing=SPACING)
+    assert label.dtype == torch.uint8
+    assert tuple(label.shape) == image.grid.shape
+    distance = linear_field(image.grid.centres()) - linear_field(ANATOMY.centres()).mean()
+    reach = np.abs(np.array([0.31, 0.73, 1.17])) @ np.abs(ANATOMY.affine[:3, :3]).sum(axis=1)
+    clear = inside(image.source, image.grid) & (np.abs(distance) > reach)
+    assert clear.sum() > 10
+    assert_array_equal(label.numpy()[clear], distance[clear] > 0)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("code", ["RAS", "LPI"])
+def test_preparing_leaves_the_volume_as_it_was(code: str, order: str) -> None:
+    values = np.asarray(np.arange(60, dtype=np.float32).reshape(3, 4, 5), order=order)
+    volume = Volume(values, Grid((3, 4, 5), affine_of(code)))
+    prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image * 0 - 1])
+    assert_array_equal(values, np.arange(60).reshape(3, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 1), (1, 4, 5), (4, 1, 5), (1, 1, 5), (1, 1, 1)])
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+def test_a_single_slice_is_prepared_however_it_was_scanned(
+    code: str, shape: tuple[int, int, int]
+) -> None:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    grid = Grid(shape, affine_of(code))
+    spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
+    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    assert_array_equal(prepared.orientation.turn_back(prepared.image[0].numpy()), values)
+    label = prepare_label(Volume(values.astype(np.uint8), grid), spacing=spacing)
+    assert_array_equal(prepared.orientation.turn_back(label.numpy()), values)
+
+
+def test_each_channel_has_its_own_normaliser() -> None:
+    values = np.stack([np.full((2, 2, 2), 3.0), np.full((2, 2, 2), 5.0)], axis=3)
+    volume = Volume(values, Grid((2, 2, 2), np.eye(4)))
+    prepared = prepare(
+        volume,
+        spacing=(1.0, 1.0, 1.0),
+        normalisers=[lambda image: image + 1, lambda image: image * 2],
+    )
+    assert prepared.image[:, 0, 0, 0].tolist() == [4.0, 10.0]
+    with pytest.raises(AssertionError, match="one normaliser per channel"):
+        prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[unchanged])
+
+
+# Intensities
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0.0, -3.0, 1e3])
+def test_zscore_gives_mean_0_and_standard_deviation_1(scale: float, offset: float) -> None:
+    noise = np.random.default_rng(0).normal(offset, 1, (8, 9, 10)) * scale
+    image = zscore(torch.from_numpy(noise.astype(np.float32)), nonzero=False).double()
+    assert_close(image.mean().item(), 0.0, rtol=0, atol=1e-4)
+    assert_close(image.std(correction=0).item(), 1.0, rtol=1e-4, atol=0)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(-100, 100))
+def test_zscore_does_not_depend_on_scale_or_offset(scale: float, offset: float) -> None:
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 5)))
+    moved = zscore((noise + offset) * scale, nonzero=False)
+    assert_close(moved, zscore(noise, nonzero=False), rtol=0, atol=1e-6)
+
+
+def test_zscore_of_what_is_not_0_shifts_the_background_with_it() -> None:
+    tissue = np.random.default_rng(0).normal(50, 20, (4, 9, 10)).astype(np.float32)
+    head = torch.from_numpy(np.concatenate([np.zeros_like(tissue), tissue]))
+    image = zscore(head, nonzero=True)
+    assert_close(image[4:].mean().item(), 0.0, rtol=0, atol=1e-5)
+    assert_close(image[4:].std(correction=0).item(), 1.0, rtol=1e-5, atol=0)
+    background = torch.full_like(image[:4], -float(tissue.mean() / tissue.std()))
+    assert_close(image[:4], background, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("nonzero", [False, True])
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e-20, 1e20])
+def test_zscore_of_a_constant_is_0(value: float, nonzero: bool) -> None:
+    image = zscore(torch.full((5, 6, 7), value), nonzero=nonzero)
+    assert_array_equal(image, np.zeros((5, 6, 7)))
+
+
+def test_ct_window_clips_and_then_scales() -> None:
+    hounsfield = torch.tensor([-1000.0, -160.0, 40.0, 240.0, 3000.0])
+    image = ct_window(hounsfield, lower=-160.0, upper=240.0, mean=40.0, std=50.0)
+    assert image.tolist() == [-4.0, -4.0, 0.0, 4.0, 4.0]
+
+
+def test_median_spacing_counts_along_the_worlds_axes() -> None:
+    # 1 mm to the right, 2 to the front and 3 to the head, whichever array axis that is.
+    grids = [
+        Grid((2, 2, 2), affine_of("RAS", (1.0, 2.0, 3.0))),
+        Grid((2, 2, 2), affine_of("SRP", (3.0, 1.0, 2.0))),
+        Grid((2, 2, 2), affine_of("PIL", (9.0, 9.0, 9.0))),
+    ]
+    assert median_spacing(grids) == (1.0, 2.0, 3.0)
+
+
+def test_foreground_statistics_are_percentiles_mean_and_standard_deviation() -> None:
+    # 0 … 1000: the percentiles 0.5 and 99.5 are 5 and 995, the variance (1001² - 1) / 12.
+    values = np.random.default_rng(0).permutation(1001).astype(float)
+    expected = (5.0, 995.0, 500.0, np.sqrt((1001**2 - 1) / 12))
+    assert_allclose(foreground_statistics(values), expected, rtol=1e-12)
+
+
+def test_foreground_statistics_of_a_constant_can_be_divided_by() -> None:
+    assert foreground_statistics(np.full(9, 3.0)) == (3.0, 3.0, 3.0, 1e-8)

@@ -1,0 +1,202 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+from torch.testing import assert_close
+
+from segkit.geometry import Grid
+from segkit.resample import resample, resample_labels, resample_nearest, sample_axis
+from tests.helpers import affine_of, grids, inside, linear_field
+
+Positions = list[ndarray]
+SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    size = st.integers(1, 7)
+    return draw(size), draw(size), draw(size)
+
+
+@st.composite
+def positions_in(draw: st.DrawFn, shape: tuple[int, ...], beyond: float) -> Positions:
+    """Fractional indices along each axis, up to `beyond` voxels past the outermost centres."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return [random.uniform(-beyond, size - 1 + beyond, draw(st.integers(1, 9))) for size in shape]
+
+
+@st.composite
+def images(draw: st.DrawFn) -> Tensor:
+    """Noise of one to three channels, as float64."""
+    channels, (x, y, z) = draw(st.integers(1, 3)), draw(shapes())
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return torch.from_numpy(random.normal(size=(channels, x, y, z)))
+
+
+@st.composite
+def label_maps(draw: st.DrawFn) -> Tensor:
+    """Labels 0, 2 and 7, voxel by voxel."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return torch.from_numpy(random.choice(np.array([0, 2, 7], np.uint8), draw(shapes())))
+
+
+def whole_numbers(shape: tuple[int, ...]) -> Positions:
+    return [np.arange(size, dtype=float) for size in shape]
+
+
+# Linear
+
+
+@given(images())
+def test_reading_at_the_voxels_themselves_returns_them_bit_for_bit(image: Tensor) -> None:
+    image[0, 0, 0, 0], image[-1, -1, -1, -1] = -0.0, torch.inf
+    again = resample(image, whole_numbers(image.shape[1:]))
+    assert_array_equal(again.numpy().view(np.int64), image.numpy().view(np.int64))
+
+
+@given(st.data())
+def test_a_constant_stays_what_it_is(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    constant = torch.full((1, *shape), 0.1)
+    again = resample(constant, data.draw(positions_in(shape, beyond=3)))
+    assert_close(again, torch.full_like(again, 0.1), rtol=1e-6, atol=0)
+
+
+@given(st.data())
+def test_linear_fields_are_kept_inside(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    positions = data.draw(positions_in(shape, beyond=0))
+    field = linear_field(np.stack(np.indices(shape), axis=-1))
+    expected = linear_field(np.stack(np.meshgrid(*positions, indexing="ij"), axis=-1))
+    assert_allclose(resample(torch.from_numpy(field)[None], positions)[0], expected, atol=1e-12)
+
+
+@given(images(), st.data())
+def test_values_stay_between_the_least_and_the_greatest(image: Tensor, data: st.DataObject) -> None:
+    again = resample(image, data.draw(positions_in(image.shape[1:], beyond=3)))
+    assert again.min() >= image.min()
+    assert again.max() <= image.max()
+
+
+@given(images(), st.data())
+def test_beyond_the_ends_the_outermost_values_go_on(image: Tensor, data: st.DataObject) -> None:
+    positions = data.draw(positions_in(image.shape[1:], beyond=4))
+    clamped = [np.clip(p, 0, n - 1) for p, n in zip(positions, image.shape[1:], strict=True)]
+    assert torch.equal(resample(image, positions), resample(image, clamped))
+
+
+@pytest.mark.parity
+@given(images(), st.data())
+def test_trilinear_values_are_scipys(image: Tensor, data: st.DataObject) -> None:
+    positions = data.draw(positions_in(image.shape[1:], beyond=3))
+    points = np.stack(np.meshgrid(*positions, indexing="ij"))
+    for channel, again in zip(image, resample(image, positions), strict=True):
+        expected = map_coordinates(channel.numpy(), points, order=1, mode="nearest")
+        assert_allclose(again, expected, atol=1e-12)
+
+
+@given(images(), st.data())
+def test_axes_can_be_read_one_at_a_time_in_any_order(image: Tensor, data: st.DataObject) -> None:
+    positions = data.draw(positions_in(image.shape[1:], beyond=1))
+    for order in ((0, 1, 2), (2, 0, 1)):
+        again = image
+        for axis in order:
+            again = sample_axis(again, positions[axis], axis + 1)
+        assert_close(again, resample(image, positions), rtol=0, atol=1e-12)
+
+
+@given(grids(smallest=2), SPACINGS)
+def test_a_field_of_world_coordinates_becomes_the_new_grids_own(
+    grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    respaced = grid.with_spacing(spacing)
+    field = torch.from_numpy(grid.centres()).movedim(3, 0)
+    again = resample(field, grid.positions_of(respaced)).movedim(0, 3).numpy()
+    within = inside(grid, respaced)
+    assert_allclose(again[within], respaced.centres()[within], atol=1e-4)
+
+
+def test_most_of_a_respaced_grid_lies_inside() -> None:
+    # So that the law above compares what it should: 8 of 10 samples an axis, at the least.
+    grid = Grid((10, 11, 12), affine_of("PIR", spacing=(1.0, 0.8, 3.0)))
+    assert inside(grid, grid.with_spacing((0.9, 1.1, 1.5))).mean() > 0.5
+
+
+# Labels
+
+
+@given(label_maps())
+def test_labels_at_the_voxels_themselves_are_returned(labels: Tensor) -> None:
+    assert torch.equal(resample_labels(labels, whole_numbers(labels.shape)), labels)
+
+
+@given(label_maps(), st.data())
+def test_no_label_is_invented(labels: Tensor, data: st.DataObject) -> None:
+    again = resample_labels(labels, data.draw(positions_in(labels.shape, beyond=2)))
+    assert again.dtype == labels.dtype
+    assert set(again.unique().tolist()) <= set(labels.unique().tolist())
+
+
+@given(label_maps(), st.data())
+def test_the_label_with_the_largest_trilinear_share_wins(
+    labels: Tensor, data: st.DataObject
+) -> None:
+    positions = data.draw(positions_in(labels.shape, beyond=1))
+    points = np.stack(np.meshgrid(*positions, indexing="ij"))
+    present = labels.unique().tolist()
+    shares = np.stack(
+        [
+            map_coordinates(
+                (labels == label).numpy().astype(float), points, order=1, mode="nearest"
+            )
+            for label in present
+        ]
+    )
+    first, second = np.sort(np.concatenate([shares, np.zeros_like(shares)]), axis=0)[-1:-3:-1]
+    clear = first - second > 1e-5
+    again = resample_labels(labels, positions).numpy()
+    assert_array_equal(again[clear], np.array(present)[shares.argmax(axis=0)][clear])
+
+
+def test_the_lowest_of_tied_labels_wins() -> None:
+    labels = torch.tensor([7, 2, 0, 7], dtype=torch.uint8)[:, None, None]
+    halfway = [np.array([0.5, 1.5, 2.5]), np.zeros(1), np.zeros(1)]
+    assert resample_labels(labels, halfway).flatten().tolist() == [2, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "int32", "int64"])
+def test_labels_keep_their_type(kind: str) -> None:
+    highest = np.iinfo(kind).max
+    labels = torch.from_numpy(np.array([0, highest], kind))[:, None, None]
+    again = resample_labels(labels, [np.array([0.2, 0.4, 0.6, 0.8]), np.zeros(1), np.zeros(1)])
+    assert_array_equal(again.flatten().numpy(), np.array([0, 0, highest, highest], kind))
+
+
+# Nearest
+
+
+@given(images())
+def test_the_nearest_to_the_voxels_are_the_voxels(image: Tensor) -> None:
+    assert torch.equal(resample_nearest(image, whole_numbers(image.shape[1:])), image)
+
+
+@pytest.mark.parity
+@given(images(), st.data())
+def test_nearest_values_are_scipys(image: Tensor, data: st.DataObject) -> None:
+    positions = data.draw(positions_in(image.shape[1:], beyond=3))
+    assume(all((np.abs(p % 1 - 0.5) > 1e-9).all() for p in positions))  # ties are our own
+    points = np.stack(np.meshgrid(*positions, indexing="ij"))
+    for channel, again in zip(image, resample_nearest(image, positions), strict=True):
+        expected = map_coordinates(channel.numpy(), points, order=0, mode="nearest")
+        assert_array_equal(again, expected)
+
+
+def test_the_lower_of_two_equally_near_is_taken() -> None:
+    values = torch.arange(4)[None, :, None, None]
+    halfway = [np.array([-0.5, 0.5, 1.5, 2.5, 3.5]), np.zeros(1), np.zeros(1)]
+    assert resample_nearest(values, halfway).flatten().tolist() == [0, 0, 1, 2, 3]
