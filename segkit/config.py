@@ -269,6 +269,12 @@ class Config(Section):
                 f"data.patch_size {patch} must be multiples of {total}, "
                 f"the product of network.strides"
             )
+        coarsest = [size // stride for size, stride in zip(patch, total, strict=True)]
+        if self.network.normalisation == "instance" and set(coarsest) == {1}:
+            raise ValueError(
+                f"data.patch_size {patch} leaves one voxel at the coarsest level, which instance "
+                f"normalisation cannot normalise; double an axis or take fewer network.channels"
+            )
         return self
 
 

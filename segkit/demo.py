@@ -27,6 +27,7 @@ from segkit.volume import Volume, write_volume
 LABELS = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}
 SCORED = ("grey matter", "white matter")
 RESOLUTION_MM = 2
+STEPS = 200
 BRAIN_THRESHOLD = 0.02
 """Of the scan's range 0 to 1: nilearn's interpolation leaves ripples below it outside the brain."""
 T1_INTENSITIES = {
@@ -143,7 +144,9 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
     write_json(folder / "dataset.json", content)
 
 
-def demo_config(dataset: Path, *, contrast: Literal["t1", "random"], steps: int) -> Config:
+def demo_config(
+    dataset: Path, *, contrast: Literal["t1", "random"], steps: int = STEPS, seed: int = 0
+) -> Config:
     """What the demo trains."""
     tree = {
         "name": "demo",
@@ -157,7 +160,7 @@ def demo_config(dataset: Path, *, contrast: Literal["t1", "random"], steps: int)
             "synthesis": {"intensities": T1_INTENSITIES if contrast == "t1" else None},
         },
         "network": {"channels": [8, 16, 32, 64], "attention": {"skip": "additive_grid"}},
-        "train": {"steps": steps, "validate_every": steps},
+        "train": {"steps": steps, "validate_every": steps, "seed": seed},
     }
     return validated(Config, tree, "the demo's config")
 

@@ -64,7 +64,7 @@ class SegmentationModule(L.LightningModule):
         """The loss of one batch, varied anew."""
         entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
         generator = Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        # In half precision a voxel's place would be off by more than the voxel.
+        # In half precision the places that voxels are read at would be off by part of a voxel.
         with torch.autocast(self.device.type, enabled=False):
             image, label = self.vary(batch["image"], batch["label"], generator)
         logits = self.network.supervised(image)

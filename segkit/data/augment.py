@@ -114,17 +114,17 @@ class IntensityVariation:
             drawn = torch.where(chosen, value, torch.tensor(neutral))
             return drawn.view(shape).to(image.device, image.dtype)
 
-        variance = draw(0, self.largest_noise_variance, self.noise_probability, 0)
+        variance = draw(0.0, self.largest_noise_variance, self.noise_probability, 0.0)
         if bool((variance > 0).any()):
             noise = torch.randn(image.shape, generator=generator)
             image = image + noise.to(image.device, image.dtype) * variance.sqrt()
-        image = image * draw(*self.brightness, self.brightness_probability, 1)
-        factor = draw(*self.contrast, self.contrast_probability, 1)
+        image = image * draw(*self.brightness, self.brightness_probability, 1.0)
+        factor = draw(*self.contrast, self.contrast_probability, 1.0)
         axes = tuple(range(2, image.ndim))
         mean = image.mean(axes, keepdim=True)
         low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
         image = torch.clamp((image - mean) * factor + mean, low, high)
-        exponent = draw(*self.gamma, self.gamma_probability, 1)
+        exponent = draw(*self.gamma, self.gamma_probability, 1.0)
         return torch.where(exponent == 1, image, _gamma(image, exponent))
 
 

@@ -77,7 +77,7 @@ def synthesise(
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
 
-    means = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * draw(0, 1, num_labels)
+    means = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * draw(0.0, 1.0, num_labels)
     deviations = draw(0.0, 0.06, num_labels) * (means > 0)
     index = labels.long()
     flat = index.flatten(1).cpu()

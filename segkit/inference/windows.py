@@ -36,8 +36,8 @@ class Slab:
 def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
     """First voxels of the windows that cover an axis: evenly spread multiples of `multiple`.
 
-    Neighbours share at least `overlap` of a patch. The last window ends at the axis's end rounded
-    up to a multiple.
+    Neighbours share at least `overlap` of a patch, unless a patch is a single multiple: then none.
+    The last window ends at the axis's end rounded up to a multiple.
     """
     assert patch % multiple == 0, f"patch {patch} is no multiple of {multiple}"
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
@@ -73,6 +73,12 @@ class Blend:
         self.stride = [patch // count for patch, count in zip(patch_size, cells, strict=True)]
         if any(patch % count for patch, count in zip(patch_size, cells, strict=True)):
             raise ValueError(f"a window of {tuple(patch_size)} gave {tuple(cells)} cells")
+        for axis_starts, step in zip(starts, self.stride, strict=True):
+            if any(start % step for start in axis_starts):
+                raise ValueError(
+                    f"an output has a cell every {step} voxels, but windows start at "
+                    f"{axis_starts}; give `multiple` as a multiple of {step}"
+                )
         self.size = [-(-size // step) for size, step in zip(image_size, self.stride, strict=True)]
         kernels = [
             gaussian(patch).view(count, -1).mean(dim=1).to(window.device)

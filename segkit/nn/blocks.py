@@ -31,7 +31,8 @@ def normalisation(kind: NormalisationKind, spatial_dims: int, channels: int) -> 
         case "batch":
             return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims](channels)
         case "group":
-            return nn.GroupNorm(math.gcd(8, channels), channels)
+            # Up to eight groups, of four channels at least, or it would be instance normalisation.
+            return nn.GroupNorm(math.gcd(8, max(channels // 4, 1), channels), channels)
         case "none":
             return nn.Identity()
 

@@ -1,0 +1,231 @@
+"""What a user sees: files, one sentence, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from segkit.cli import main
+from tests.helpers import affine_of
+from tests.small import small_dataset, trained_run
+
+COMMANDS = ("demo", "train", "predict", "evaluate", "check")
+
+
+def run(*words: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a `segkit` command."""
+    before, sys.argv = sys.argv, ["segkit", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    code = stop.value.code
+    assert code is None or isinstance(code, int)
+    return code or 0, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on small made-up volumes."""
+    return trained_run(tmp_path_factory.mktemp("finished"))
+
+
+def test_help_loads_neither_torch_nor_lightning_nor_monai() -> None:
+    code = (
+        "import sys; sys.argv = ['segkit', '--help']\n"
+        "from segkit.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'monai', 'lightning', 'nibabel', 'scipy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_module_and_command_are_one() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "segkit", "--version"], capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.startswith("segkit 0.")
+
+
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{folder: {tmp_path}, patch_size: [8, 8, 8]}}\n")
+    code, out, err = run("train", config, "train.stepps=3", capsys=capsys)
+    assert code == 2 and out == ""
+    assert err == f"segkit: {config}: train.stepps is not a setting (did you mean steps?)\n"
+
+
+@pytest.mark.parametrize("words", [("check", "nowhere.nii.gz"), ("predict", "x.nii.gz")])
+def test_a_missing_file_is_one_line_and_exit_code_2(
+    words: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEGKIT_MODEL", str(finished))
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2
+    assert err.startswith(f"segkit: {words[1]}: no such file") and err.count("\n") == 1
+
+
+def test_predicting_without_a_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("predict", "x.nii.gz", capsys=capsys)
+    assert code == 2 and "no finished run under runs/" in err
+
+
+def test_our_own_bugs_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("segkit.checking.check", broken)
+    monkeypatch.setattr(sys, "argv", ["segkit", "check", str(tmp_path)])
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main()
+
+
+def test_a_prediction_keeps_the_files_affine_codes_and_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    affine = affine_of("LPS", spacing=(1.1, 0.9, 2.0))
+    image = nib.Nifti1Image(np.random.default_rng(0).random((17, 12, 9), np.float32), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 3)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, scan)
+    code, out, _ = run(
+        "predict",
+        scan,
+        "--model",
+        finished,
+        "--maps",
+        tmp_path / "maps",
+        "--probabilities",
+        capsys=capsys,
+    )
+    assert code == 0 and "wrote" in out and str(finished) in out.replace("\n", "")
+    written = nib.load(tmp_path / "scan_seg.nii.gz")
+    source = nib.load(scan)
+    assert_array_equal(written.affine, source.affine)
+    for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x"):
+        assert_array_equal(written.header[field], source.header[field])
+    assert written.get_data_dtype() == np.uint8 and written.shape == (17, 12, 9)
+    shares = nib.load(tmp_path / "scan_prob.nii.gz").get_fdata()
+    assert_allclose(shares.sum(-1), 1, atol=2e-3)
+    on_input = nib.load(tmp_path / "maps" / "scan_map-skip.1-gate.nii.gz")
+    assert on_input.shape == (17, 12, 9)
+    assert_array_equal(on_input.affine, source.affine)
+    described = json.loads((tmp_path / "maps" / "scan_maps.json").read_text())["maps"]
+    (described_gate,) = [entry for entry in described if entry["key"] == "skip.1/gate"]
+    native = nib.load(tmp_path / "maps" / "native" / "scan_map-skip.1-gate.nii.gz")
+    assert list(native.shape) == described_gate["shape"]
+    assert described_gate["stride"] == [4.0, 4.0, 4.0]
+    assert 0 < described_gate["min"] <= described_gate["mean"] <= described_gate["max"] < 1
+
+
+def test_nothing_is_overwritten_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), scan)
+    mine = tmp_path / "scan_seg.nii.gz"
+    mine.write_bytes(b"mine")
+    code, _, err = run("predict", scan, "--model", finished, capsys=capsys)
+    assert code == 2 and "exists already" in err and mine.read_bytes() == b"mine"
+    code, _, err = run("predict", scan, "--model", finished, "--out", scan, capsys=capsys)
+    assert code == 2 and "is the input itself" in err
+    code, _, _ = run("predict", scan, "--model", finished, "--overwrite", capsys=capsys)
+    assert code == 0 and nib.load(mine).shape == (8, 8, 8)
+
+
+def test_a_cohort_goes_on_past_a_bad_file_and_says_so_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a", "c"):
+        image = nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4))
+        nib.save(image, scans / f"{name}.nii.gz")
+    (scans / "b.nii.gz").write_bytes(b"no volume")
+    out = tmp_path / "out"
+    code, _, err = run("predict", scans, "--model", finished, "--out", out, capsys=capsys)
+    assert code == 2
+    assert "b.nii.gz: cannot be read" in err and "1 of 3 volumes failed" in err
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_evaluating_a_folder_against_itself_scores_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=3)
+    labels, scores = folder / "labelsTr", tmp_path / "scores.json"
+    code, out, _ = run("evaluate", labels, labels, "--out", scores, capsys=capsys)
+    assert code == 0 and "ball" in out
+    content = json.loads(scores.read_text())
+    assert content["overall"]["dice"]["mean"] == 1.0
+    assert content["overall"]["hd95_mm"]["mean"] == 0.0
+    assert len(content["cases"]) == 3
+
+
+def test_evaluating_refuses_what_does_not_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, _, err = run("evaluate", empty, folder / "labelsTr", capsys=capsys)
+    assert code == 2 and "holds no volume named as one in" in err
+    one = nib.load(folder / "labelsTr" / "case_0.nii.gz")
+    moved = one.affine.copy()
+    moved[0, 3] += 5
+    nib.save(nib.Nifti1Image(np.asarray(one.dataobj), moved), empty / "case_0.nii.gz")
+    nib.save(one, empty / "case_1.nii.gz")
+    code, _, err = run("evaluate", empty, folder / "labelsTr", capsys=capsys)
+    assert code == 2 and "lies on another grid" in err
+
+
+def test_check_tells_what_it_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=4)
+    code, out, _ = run("check", folder, capsys=capsys)
+    assert code == 0 and "4 cases, all readable" in out and "label 1 ball: in 4 cases" in out
+    code, out, _ = run("check", folder / "imagesTr" / "case_0.nii.gz", capsys=capsys)
+    assert code == 0 and "16 x 16 x 16 voxels of 1 x 1 x 1 mm" in out and "RAS" in out
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{folder: {folder}, patch_size: [16, 16, 16]}}\n"
+        "network: {channels: [4, 8, 8], attention: {skip: additive_grid}}\n"
+    )
+    code, out, _ = run("check", config, "data.validation=0.5", capsys=capsys)
+    assert code == 0
+    assert "# 2 cases to train on, 2 held out" in out and "attention maps: skip.1/gate" in out
+
+
+def test_check_names_the_case_whose_label_lies_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    path = folder / "labelsTr" / "case_1.nii.gz"
+    label = nib.load(path)
+    values = np.asarray(label.dataobj).copy()
+    nib.save(nib.Nifti1Image(values, np.diag([2.0, 1, 1, 1])), path)
+    code, _, err = run("check", folder, capsys=capsys)
+    assert code == 2 and "case_1.nii.gz: its grid" in err

@@ -1,0 +1,192 @@
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from torch import Tensor
+
+from segkit.data.datamodule import ConsecutiveSampler, SegmentationData, WholeCases
+from segkit.data.sampling import PatchDataset
+from segkit.data.store import StoredCase
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+SPACE = (10, 8, 6)
+
+
+def stored_case(folder: Path, name: str, seed: int) -> StoredCase:
+    """A case as it lies on disk."""
+    random = np.random.default_rng(seed)
+    target = folder / name
+    target.mkdir()
+    label = random.integers(0, 3, SPACE).astype(np.uint8)
+    np.save(target / "image.npy", random.normal(size=(1, *SPACE)).astype(np.float32))
+    np.save(target / "label.npy", label)
+    positions = {str(number): np.argwhere(label == number) for number in (1, 2)}
+    np.savez(target / "voxels.npz", **positions)
+    return StoredCase(name, target)
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[StoredCase]:
+    return [stored_case(tmp_path, f"case{seed}", seed) for seed in range(3)]
+
+
+class Numbers(PatchDataset):
+    """Patches that are but their numbers."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": torch.tensor(index)}
+
+
+def data_of(
+    patches: PatchDataset,
+    held_out: list[StoredCase],
+    *,
+    workers: int = 0,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> SegmentationData:
+    data = SegmentationData(patches, held_out, batch_size=2, steps_per_epoch=3, workers=workers)
+    trainer: Any = SimpleNamespace(world_size=num_processes, global_rank=rank)
+    data.trainer = trainer
+    return data
+
+
+def patches_of(cases: list[StoredCase]) -> PatchDataset:
+    return PatchDataset(cases, cut_size=(4, 4, 4), foreground_share=0.5, seed=3)
+
+
+def numbers_of(cases: list[StoredCase]) -> Numbers:
+    return Numbers(cases, cut_size=(4, 4, 4), foreground_share=0.5, seed=3)
+
+
+@given(per_epoch=st.integers(0, 40), num_processes=st.integers(1, 7), epochs=st.integers(1, 4))
+def test_epochs_continue_where_the_last_ended_and_processes_share_out_every_item(
+    per_epoch: int, num_processes: int, epochs: int
+) -> None:
+    samplers = [
+        ConsecutiveSampler(per_epoch, rank=rank, num_processes=num_processes)
+        for rank in range(num_processes)
+    ]
+    seen: list[int] = []
+    for epoch in range(epochs):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            share = list(sampler)
+            assert len(share) == len(sampler)
+            assert list(sampler) == share
+            seen += share
+    assert sorted(seen) == list(range(epochs * per_epoch))
+
+
+def test_processes_take_turns_within_each_step(cases: list[StoredCase]) -> None:
+    """One step of all processes together covers the numbers that follow the step before."""
+    loaders = [
+        data_of(numbers_of(cases), [], rank=rank, num_processes=2).train_dataloader()
+        for rank in range(2)
+    ]
+    steps = zip(*loaders, strict=True)
+    numbers = [sorted(torch.cat([b["image"] for b in step]).tolist()) for step in steps]
+    assert numbers == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_batches_are_the_numbered_patches(cases: list[StoredCase]) -> None:
+    patches = patches_of(cases)
+    batches = list(data_of(patches, []).train_dataloader())
+    assert len(batches) == 3
+    for number in range(6):
+        batch = batches[number // 2]
+        for key in ("image", "label"):
+            assert torch.equal(batch[key][number % 2], patches[number][key])
+
+
+@pytest.mark.slow  # each worker is a fresh process that imports everything
+def test_workers_change_no_batch(cases: list[StoredCase]) -> None:
+    alone = list(data_of(patches_of(cases), []).train_dataloader())
+    shared = list(data_of(patches_of(cases), [], workers=2).train_dataloader())
+    assert len(alone) == len(shared) == 3
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["label"], other["label"])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
+def test_held_out_cases_are_shared_out_whole(cases: list[StoredCase], num_processes: int) -> None:
+    seen = []
+    for rank in range(num_processes):
+        data = data_of(patches_of(cases), cases, rank=rank, num_processes=num_processes)
+        loader = data.val_dataloader()
+        loader.sampler.set_epoch(4)  # type: ignore[attr-defined]
+        seen += [case["image"].numpy().tobytes() for case in loader]
+    assert sorted(seen) == sorted(case.image.tobytes() for case in cases)
+
+
+def test_a_held_out_case_is_the_stored_one_and_writable(cases: list[StoredCase]) -> None:
+    whole = WholeCases(cases)
+    assert len(whole) == 3
+    case = whole[1]
+    assert_array_equal(case["image"].numpy(), cases[1].image)
+    assert_array_equal(case["label"].numpy(), cases[1].label)
+    case["image"].zero_()
+    assert cases[1].image.any()
+
+
+class Recorder(L.LightningModule):
+    """Learns nothing; remembers the numbers it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.numbers: list[int] = []
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        self.numbers += batch["image"].tolist()
+        return self.weight * 0
+
+    def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
+        self.validated.append(float(case["image"].sum()))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(
+    cases: list[StoredCase], steps: int, *, save: Path | None = None, resume: Path | None = None
+) -> Recorder:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = SegmentationData(numbers_of(cases), cases, batch_size=2, steps_per_epoch=3, workers=0)
+    recorder = Recorder()
+    trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=False)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return recorder
+
+
+def test_a_run_sees_consecutive_patches_over_its_epochs_and_after_it_is_resumed(
+    cases: list[StoredCase], tmp_path: Path
+) -> None:
+    unbroken = fit(cases, 9)
+    assert unbroken.numbers == list(range(18))
+    sums = [float(torch.from_numpy(case.image.copy()).sum()) for case in cases]
+    assert unbroken.validated == pytest.approx(sums * 3)
+
+    fit(cases, 6, save=tmp_path / "half.ckpt")
+    assert fit(cases, 9, resume=tmp_path / "half.ckpt").numbers == list(range(12, 18))

@@ -1,0 +1,246 @@
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+
+from segkit.module import SegmentationModule
+from segkit.nn.planes import Planes
+from segkit.nn.unet import UNet
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
+]
+Case = dict[str, Tensor]
+
+
+def network() -> Planes:
+    torch.manual_seed(0)
+    return Planes(UNet(2, 1, out_channels=3, channels=(8, 16), deep_supervision=True), axis=2)
+
+
+def unvaried(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    return image, label
+
+
+def as_said(network: Planes, image: Tensor) -> Tensor:
+    """The labels that the image itself holds."""
+    return image[0].long()
+
+
+def module_of(kind: type[SegmentationModule] = SegmentationModule, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "vary": unvaried,
+        "segment": as_said,
+        "class_names": ("background", "near", "far"),
+        "optimiser": "adamw",
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "num_steps": 19,
+        "batch_dice": True,
+        "seed": 5,
+    }
+    return kind(network(), **{**arguments, **changes})
+
+
+def trainer_of(steps: int = -1, **changes: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **changes,
+    )
+
+
+def batches(count: int, size: int = 8) -> DataLoader[Case]:
+    """One batch so many times: a square of each foreground class on noise."""
+    generator = Generator().manual_seed(1)
+    label = torch.zeros(size, size, 1, dtype=torch.uint8)
+    label[1 : size // 2, 1 : size // 2] = 1
+    label[size // 2 : -1, size // 2 : -1] = 2
+    image = label[None].float() + 0.3 * torch.randn(1, size, size, 1, generator=generator)
+    return DataLoader([{"image": image, "label": label}] * count, batch_size=1)  # type: ignore[arg-type]
+
+
+class Losses(L.Callback):
+    """What each training step gave."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+class Rates(L.Callback):
+    """The learning rate that each step is taken at."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def recording(numbers: list[float]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Varies nothing, and keeps the first number that each step's generator gives."""
+
+    def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        numbers.append(float(torch.rand((), generator=generator)))
+        return image, label
+
+    return vary
+
+
+def numbers_of(
+    steps: int, *, seed: int = 5, save: Path | None = None, resume: Path | None = None
+) -> list[float]:
+    numbers: list[float] = []
+    trainer = trainer_of(steps)
+    module = module_of(vary=recording(numbers), seed=seed)
+    trainer.fit(module, batches(2), ckpt_path=resume, weights_only=False)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return numbers
+
+
+def test_every_step_is_varied_anew_and_a_step_always_alike(tmp_path: Path) -> None:
+    numbers = numbers_of(4)
+    assert len(set(numbers)) == 4
+    assert numbers_of(4) == numbers
+    assert not set(numbers_of(4, seed=6)) & set(numbers)
+    assert numbers_of(2, save=tmp_path / "half.ckpt") == numbers[:2]
+    assert numbers_of(4, resume=tmp_path / "half.ckpt") == numbers[2:]
+
+
+def test_patches_are_varied_in_full_precision() -> None:
+    """Sampling grids in bfloat16 would miss by part of a voxel."""
+    autocast: list[bool] = []
+
+    def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return image, label
+
+    trainer_of(1, precision="bf16-mixed").fit(module_of(vary=vary), batches(1))
+    assert autocast == [False]
+
+
+def rates_of(steps: int, **changes: Any) -> list[float]:
+    """The rate of each step, and the one that a step after the last would have."""
+    rates = Rates()
+    trainer = trainer_of(steps, callbacks=[rates])
+    trainer.fit(module_of(num_steps=steps, **changes), batches(2))
+    return [*rates.values, trainer.optimizers[0].param_groups[0]["lr"]]
+
+
+def test_adamw_follows_one_cycle() -> None:
+    """From lr / 25 up to lr at 30 % and down to lr / 250,000."""
+    rates = rates_of(19, optimiser="adamw", learning_rate=2e-3)
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(2e-3 / 25)
+    assert rates[5] == pytest.approx(2e-3) == max(rates)  # 0.3 of 20 points, less the first
+    assert rates[-1] == pytest.approx(2e-3 / 25 / 1e4)
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_sgd_follows_a_polynomial() -> None:
+    rates = rates_of(10, optimiser="sgd", learning_rate=1e-2)
+    assert rates == pytest.approx([1e-2 * (1 - step / 10) ** 0.9 for step in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("adamw", torch.optim.AdamW, {"weight_decay": 0.03}),
+        ("sgd", torch.optim.SGD, {"weight_decay": 0.03, "momentum": 0.99, "nesterov": True}),
+    ],
+)
+def test_an_optimiser_has_every_parameter_once(
+    name: str, kind: type, expected: Mapping[str, Any]
+) -> None:
+    module = module_of(optimiser=name, weight_decay=0.03)
+    (optimiser,), _ = module.configure_optimizers()
+    (group,) = optimiser.param_groups
+    assert isinstance(optimiser, kind)
+    assert {key: group[key] for key in expected} == expected
+    assert [id(p) for p in group["params"]] == [id(p) for p in module.network.parameters()]
+
+
+def held_out(prediction: list[int], reference: list[int]) -> Case:
+    return {
+        "image": torch.tensor(prediction, dtype=torch.float32).view(1, -1, 1, 1),
+        "label": torch.tensor(reference, dtype=torch.uint8).view(-1, 1, 1),
+    }
+
+
+def validated(module: SegmentationModule, cases: list[Case]) -> dict[str, float]:
+    loader: DataLoader[Case] = DataLoader(cases, batch_size=None)  # type: ignore[arg-type]
+    trainer = trainer_of()
+    trainer.validate(module, loader, verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def test_dice_is_averaged_over_cases_and_then_classes_without_undefined_ones() -> None:
+    module = module_of(class_names=("background", "a", "b", "c"))
+    cases = [
+        # a: 2·1 / (2 + 1) = 2/3; b is in neither
+        held_out([1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]),
+        # a is in one only: 0; b: 2·2 / (3 + 2) = 4/5
+        held_out([1, 2, 2, 2, 0, 0], [0, 2, 2, 0, 0, 0]),
+        # a: 1; b is in neither
+        held_out([1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]),
+    ]
+    for _ in range(2):  # nothing is carried over to the next validation
+        scores = validated(module, cases)
+        assert scores["validation/dice_a"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+        assert scores["validation/dice_b"] == pytest.approx(4 / 5)
+        assert scores["validation/dice_c"] != scores["validation/dice_c"]  # in no case at all
+        assert scores["validation/dice"] == pytest.approx((5 / 9 + 4 / 5) / 2)
+
+
+class Idle(SegmentationModule):
+    """One process of several, to which no case fell."""
+
+    def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
+        pass
+
+
+def test_a_process_without_a_case_still_counts_every_class() -> None:
+    scores = validated(module_of(Idle), [held_out([1], [1])])
+    assert set(scores) == {"validation/dice", "validation/dice_near", "validation/dice_far"}
+    assert all(score != score for score in scores.values())
+
+
+def test_the_loss_is_that_of_the_varied_batch() -> None:
+    """A batch that is varied to hold other labels is trained on with those."""
+
+    def blank(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        return image, torch.zeros_like(label)
+
+    first, other = Losses(), Losses()
+    trainer_of(1, callbacks=[first]).fit(module_of(), batches(1))
+    trainer_of(1, callbacks=[other]).fit(module_of(vary=blank), batches(1))
+    assert abs(first.values[0] - other.values[0]) > 0.05
+
+
+def test_one_patch_is_learnt_by_heart() -> None:
+    losses = Losses()
+    module = module_of(num_steps=60, learning_rate=2e-2)
+    trainer_of(60, callbacks=[losses]).fit(module, batches(60, size=16))
+    assert losses.values[0] > 0.8
+    assert losses.values[-1] < 0.1
+
+    batch = next(iter(batches(1, size=16)))
+    with torch.no_grad():
+        labels = module.network(batch["image"]).argmax(1)
+    assert (labels == batch["label"]).float().mean() > 0.98
