@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from segkit.config import (
     AdditiveGridGate,
@@ -11,19 +11,26 @@ from segkit.config import (
     BlockAttention,
     ConvolutionalBlockAttention,
     CtWindow,
+    DataConfig,
     ModelDescription,
     NetworkConfig,
     Normalisation,
     SkipAttention,
     SqueezeExcitation,
+    SynthesisConfig,
     ZScore,
 )
 from segkit.data import preprocess
+from segkit.data.augment import IntensityVariation, SpatialVariation, middle
+from segkit.data.synthesis import deform, synthesise
+from segkit.errors import ConfigError
+from segkit.module import Vary
 from segkit.nn import attention, gates
 from segkit.nn.blocks import Modulated
 from segkit.nn.planes import Planes, SegmentationNetwork
 from segkit.nn.unet import BlockFactory, GateFactory, UNet
 
+WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
 
@@ -63,6 +70,35 @@ def volume_patch(description: ModelDescription) -> tuple[int, int, int]:
         patch.insert(ACROSS[description.slices], 1)
     x, y, z = patch
     return x, y, z
+
+
+def build_variation(
+    config: DataConfig, patch_size: tuple[int, int, int], labels: Sequence[str]
+) -> tuple[Vary, tuple[int, ...]]:
+    """How a batch is varied on its way to the network, and the size that patches are cut at.
+
+    With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
+    their intensities further would add nothing.
+    """
+    mirror_axes = tuple(WORLD_AXES[name] for name in config.mirror)
+    spatial = SpatialVariation(patch_size, mirror_axes)
+    if config.synthesis is not None:
+        draw = _synthesiser(config.synthesis, labels)
+
+        def invent(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+            _, label = spatial(image, label, generator)
+            return draw(label, generator)
+
+        return invent, spatial.cut_size
+    if not config.augment:
+        return lambda image, label, _: middle(image, label, patch_size), patch_size
+    intensity = IntensityVariation()
+
+    def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        image, label = spatial(image, label, generator)
+        return intensity(image, generator), label
+
+    return vary, spatial.cut_size
 
 
 def _normaliser(setting: Normalisation) -> Callable[[Tensor], Tensor]:
@@ -122,3 +158,32 @@ def _block_factory(setting: BlockAttention, config: NetworkConfig) -> BlockFacto
             return lambda channels: attention.convolutional_block_attention(
                 config.spatial_dims, channels, reduction=reduction, kernel_size=kernel_size
             )
+
+
+def _synthesiser(
+    settings: SynthesisConfig, labels: Sequence[str]
+) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
+    """Draws an image for a label map that it deforms first.
+
+    `labels` are the dataset's names in the order of their numbers. Raises ConfigError for another.
+    """
+    intensities = None
+    if settings.intensities is not None:
+        if unknown := sorted(set(settings.intensities) - set(labels)):
+            raise ConfigError(
+                f"data.synthesis.intensities names {unknown[0]!r}; "
+                f"the dataset has {', '.join(map(repr, labels))}"
+            )
+        intensities = [settings.intensities.get(name, (0.0, 1.0)) for name in labels]
+
+    def draw(label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        label = deform(label, amplitude=settings.deformation, generator=generator)
+        image = synthesise(
+            label,
+            num_labels=len(labels),
+            intensities=intensities,
+            generator=generator,
+        )
+        return image, label
+
+    return draw

@@ -1,18 +1,16 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from segkit.build import build_network
-from segkit.config import ModelDescription, dump_yaml, load_config
-from segkit.data.cases import Case, read_case, read_dataset, split
+from segkit.config import dump_yaml, load_config
+from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
+from segkit.settle import Track, check_images, describe
 from segkit.volume import Volume, read_volume
-
-Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
 
 
 def check(
@@ -23,28 +21,19 @@ def check(
     Raises SegkitError with what is wrong and where.
     """
     if path.suffix in (".yaml", ".yml"):
-        return check_config(path, overrides)
+        return check_config(path, overrides, track)
     if path.is_dir():
         return check_dataset(path, track)
     return describe_volume(path, read_volume(path))
 
 
-def check_config(path: Path, overrides: tuple[str, ...]) -> str:
+def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
     dataset = read_dataset(config.data.folder)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
-    description = ModelDescription(
-        segkit="",
-        run=config.name,
-        channels=list(dataset.channels),
-        labels=dataset.labels,
-        network=config.network,
-        spacing=config.data.spacing or (1.0, 1.0, 1.0),
-        normalisation=[],
-        slices=config.data.slices,
-        patch_size=config.data.patch_size,
-    )
+    check_images(config, dataset, train, held_out)
+    description = describe(config, dataset, train, track)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = ", ".join(network.maps()) or "none"
@@ -52,6 +41,8 @@ def check_config(path: Path, overrides: tuple[str, ...]) -> str:
         f"{dump_yaml(config)}"
         f"# {len(train)} cases to train on, {len(held_out)} held out\n"
         f"# labels: {', '.join(dataset.labels)}\n"
+        f"# spacing {description.spacing} mm; normalisation "
+        f"{[setting.model_dump() for setting in description.normalisation]}\n"
         f"# network: {parameters:,} parameters; attention maps: {maps}"
     )
 

@@ -21,7 +21,8 @@ from segkit.files import write_json
 from segkit.geometry import Grid
 from segkit.inference.predictor import Prediction, Predictor, map_on_source
 from segkit.montage import Panel, write_montage
-from segkit.training import Track, train
+from segkit.settle import Track
+from segkit.training import train
 from segkit.volume import Volume, write_volume
 
 LABELS = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}

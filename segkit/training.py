@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,37 +20,24 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from torch import Generator, Tensor
 
-from segkit.build import build_network, build_normalisers, volume_patch
-from segkit.config import (
-    Config,
-    CtWindow,
-    ModelDescription,
-    Normalisation,
-    SynthesisConfig,
-    ZScore,
-    dump_yaml,
-)
-from segkit.data.augment import IntensityVariation, SpatialVariation, middle
+from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.config import Config, ModelDescription, dump_yaml
 from segkit.data.cases import Case, Dataset, read_case, read_dataset, split
 from segkit.data.datamodule import SegmentationData
-from segkit.data.preprocess import foreground_statistics, median_spacing
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
-from segkit.data.synthesis import deform, synthesise
-from segkit.errors import ConfigError, DatasetError
+from segkit.errors import ConfigError
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.model import Model, save_model
-from segkit.module import SegmentationModule, Vary
-from segkit.volume import read_grid
+from segkit.module import SegmentationModule
+from segkit.settle import Track, check_images, describe
 
 logger = logging.getLogger(__name__)
 
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
-WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 HARMLESS = (
     "Experiment logs directory",  # the run's folder holds config.yaml already
     "Checkpoint directory",
@@ -58,7 +45,6 @@ HARMLESS = (
     ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
     "GPU available but not used",  # a choice: trainer.accelerator
 )
-Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ def train(
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
-    vary, cut_size = variation(config, patch_size, dataset)
+    vary, cut_size = build_variation(config.data, patch_size, list(dataset.labels))
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
         PatchDataset(
@@ -183,112 +169,12 @@ def train(
     return Run(folder, summary, model)
 
 
-def check_images(
-    config: Config, dataset: Dataset, train_cases: Sequence[Case], held_out: Sequence[Case]
-) -> None:
-    """Cases without an image can be trained on by synthesis alone, and never scored.
-
-    Raises DatasetError or ConfigError, in one sentence.
-    """
-    needed = held_out if config.data.synthesis else (*train_cases, *held_out)
-    for case in needed:
-        if not case.images:
-            raise DatasetError(
-                f"{dataset.folder}: case {case.name} has no image; give it one, or train on it by "
-                f"data.synthesis and hold out others by data.validation"
-            )
-    if config.data.synthesis and len(dataset.channels) > 1:
-        raise ConfigError(
-            f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
-        )
-
-
-def describe(
-    config: Config, dataset: Dataset, train_cases: Sequence[Case], track: Track
-) -> ModelDescription:
-    """What the model will be, with spacing and normalisation settled by the training cases."""
-    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
-    settings: list[Normalisation] = [
-        config.data.normalisation or (CtWindow() if name.lower() == "ct" else ZScore())
-        for name in dataset.channels
-    ]
-    return ModelDescription(
-        segkit=version("segkit"),
-        run=config.name,
-        channels=list(dataset.channels),
-        labels=dataset.labels,
-        network=config.network,
-        spacing=spacing,
-        normalisation=_measured(settings, dataset, train_cases, track),
-        slices=config.data.slices,
-        patch_size=config.data.patch_size,
-    )
-
-
 def resolved(config: Config, description: ModelDescription) -> Config:
     """The config with the spacing that was settled, so that the run's own says it all."""
     data = config.data.model_copy(
         update={"spacing": description.spacing, "folder": config.data.folder.resolve()}
     )
     return config.model_copy(update={"data": data})
-
-
-def variation(
-    config: Config, patch_size: tuple[int, int, int], dataset: Dataset
-) -> tuple[Vary, tuple[int, ...]]:
-    """How a batch is varied on its way to the network, and the size that patches are cut at.
-
-    With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
-    their intensities further would add nothing.
-    """
-    mirror_axes = tuple(WORLD_AXES[name] for name in config.data.mirror)
-    spatial = SpatialVariation(patch_size, mirror_axes)
-    if config.data.synthesis is not None:
-        draw = synthesiser(config.data.synthesis, dataset)
-
-        def invent(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-            _, label = spatial(image, label, generator)
-            return draw(label, generator)
-
-        return invent, spatial.cut_size
-    if not config.data.augment:
-        return lambda image, label, _: middle(image, label, patch_size), patch_size
-    intensity = IntensityVariation()
-
-    def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        image, label = spatial(image, label, generator)
-        return intensity(image, generator), label
-
-    return vary, spatial.cut_size
-
-
-def synthesiser(
-    settings: SynthesisConfig, dataset: Dataset
-) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
-    """Draws an image for a label map that it deforms first.
-
-    Raises ConfigError for a label that the dataset does not have.
-    """
-    intensities = None
-    if settings.intensities is not None:
-        if unknown := sorted(set(settings.intensities) - set(dataset.labels)):
-            raise ConfigError(
-                f"data.synthesis.intensities names {unknown[0]!r}; "
-                f"the dataset has {', '.join(map(repr, dataset.labels))}"
-            )
-        intensities = [settings.intensities.get(name, (0.0, 1.0)) for name in dataset.labels]
-
-    def draw(label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        label = deform(label, amplitude=settings.deformation, generator=generator)
-        image = synthesise(
-            label,
-            num_labels=len(dataset.labels),
-            intensities=intensities,
-            generator=generator,
-        )
-        return image, label
-
-    return draw
 
 
 def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -> dict[str, Any]:
@@ -345,51 +231,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _measured(
-    settings: Sequence[Normalisation],
-    dataset: Dataset,
-    cases: Sequence[Case],
-    track: Track,
-) -> list[Normalisation]:
-    """The settings, with what a CT window lacks read off the foreground of the cases."""
-    if not any(_incomplete(setting) for setting in settings):
-        return list(settings)
-    foreground: list[list[np.ndarray]] = [[] for _ in settings]
-    random = np.random.default_rng(1234)
-    per_case = max(10_000_000 // len(cases), 1000)
-    for case in track(cases, "measuring intensities", len(cases)):
-        image, label = read_case(case, dataset)
-        for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
-            inside = values[label.data > 0]
-            if len(inside) > per_case:
-                inside = random.choice(inside, per_case)
-            foreground[channel].append(inside.astype(np.float64))
-    measured: list[Normalisation] = []
-    for setting, parts in zip(settings, foreground, strict=True):
-        values = np.concatenate(parts)
-        if not isinstance(setting, CtWindow) or not _incomplete(setting):
-            measured.append(setting)
-            continue
-        if not len(values):
-            raise ConfigError("data.normalisation: no case has foreground; give the CT window")
-        statistics = dict(
-            zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
-        )
-        given = setting.model_dump(exclude_none=True)
-        measured.append(CtWindow.model_validate({**statistics, **given}))
-    return measured
-
-
 def _mean(scores: np.ndarray) -> float:
     """The mean of those that are defined; not a number where none is."""
     defined = scores[~np.isnan(scores)]
     return float(defined.mean()) if len(defined) else float("nan")
-
-
-def _incomplete(setting: Normalisation) -> bool:
-    return isinstance(setting, CtWindow) and None in (
-        setting.lower,
-        setting.upper,
-        setting.mean,
-        setting.std,
-    )

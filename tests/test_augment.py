@@ -40,7 +40,7 @@ def waves(batch_size: int, space: tuple[int, ...]) -> Tensor:
     image = torch.zeros(batch_size, 1, *space)
     for sample in range(batch_size):
         for _ in range(4):
-            direction = torch.randn(len(space), generator=generator) * 0.25
+            direction = torch.randn(len(space), generator=generator) * 0.15
             phase = float(torch.rand((), generator=generator)) * 2 * math.pi
             along = sum(c * k for c, k in zip(coordinates(space), direction.tolist(), strict=True))
             image[sample, 0] += torch.sin(along + phase)
@@ -83,7 +83,7 @@ def test_image_and_label_move_together(patch_size: tuple[int, ...]) -> None:
 
     # The label is read at most half a diagonal from where the image is.
     far = (turned[:, 0] - 0.5).abs() > steepest(image) * math.sqrt(3) / 2
-    assert far.float().mean() > 0.6
+    assert far.float().mean() > 0.4
     assert_close(turned_label[far], (turned[:, 0] > 0.5).to(torch.uint8)[far])
     unmoved, _ = middle(image, label, patch_size)
     assert ((turned - unmoved).abs().amax((1, 2, 3, 4)) > 0.1).all()

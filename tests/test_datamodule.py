@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.testing import assert_array_equal
 from torch import Tensor
 
@@ -158,35 +159,64 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Halt(L.Callback):
+    """Ends a run in the middle of it, as a crash would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.after:
+            raise RuntimeError("halted")
+
+
 def fit(
-    cases: list[StoredCase], steps: int, *, save: Path | None = None, resume: Path | None = None
-) -> Recorder:
+    recorder: Recorder,
+    cases: list[StoredCase],
+    *,
+    callbacks: list[L.Callback],
+    resume: Path | None = None,
+) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_steps=9,
         max_epochs=-1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=callbacks,
     )
     data = SegmentationData(numbers_of(cases), cases, batch_size=2, steps_per_epoch=3, workers=0)
-    recorder = Recorder()
     trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=False)
-    if save is not None:
-        trainer.save_checkpoint(save)
-    return recorder
 
 
 def test_a_run_sees_consecutive_patches_over_its_epochs_and_after_it_is_resumed(
     cases: list[StoredCase], tmp_path: Path
 ) -> None:
-    unbroken = fit(cases, 9)
+    checkpoints = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", save_top_k=-1)
+    unbroken = Recorder()
+    fit(unbroken, cases, callbacks=[checkpoints])
     assert unbroken.numbers == list(range(18))
     sums = [float(torch.from_numpy(case.image.copy()).sum()) for case in cases]
     assert unbroken.validated == pytest.approx(sums * 3)
 
-    fit(cases, 6, save=tmp_path / "half.ckpt")
-    assert fit(cases, 9, resume=tmp_path / "half.ckpt").numbers == list(range(12, 18))
+    resumed = Recorder()
+    fit(resumed, cases, callbacks=[], resume=tmp_path / "kept" / "step=3.ckpt")
+    assert resumed.numbers == list(range(6, 18))
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(
+    cases: list[StoredCase], tmp_path: Path
+) -> None:
+    checkpoints = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", save_top_k=-1)
+    died = Recorder()
+    with pytest.raises(RuntimeError, match="halted"):
+        fit(died, cases, callbacks=[checkpoints, Halt(8)])
+    assert died.numbers == list(range(16))
+
+    resumed = Recorder()
+    fit(resumed, cases, callbacks=[], resume=tmp_path / "kept" / "step=6.ckpt")
+    assert resumed.numbers == list(range(12, 18))

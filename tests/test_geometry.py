@@ -68,9 +68,10 @@ def test_orientation_is_nibabels_for_oblique_grids(affine: ndarray) -> None:
 
 
 def test_two_axes_nearest_to_the_same_world_axis_share_out_with_the_largest_sum() -> None:
-    # Both are nearest to x: 0.80 + 0.66 (the second along x) is more than 0.75 + 0.60.
+    # Both are nearest to x: 0.80 + 0.66 (the second along x) is more than 0.75 + 0.60, however far
+    # apart the voxels are along the first.
     affine = np.eye(4)
-    affine[:3, :3] = np.array([[0.75, 0.66, 0.0], [0.80, -0.60, 0.0], [0.0, 0.0, 1.0]]).T
+    affine[:3, :3] = np.array([[7.5, 6.6, 0.0], [0.80, -0.60, 0.0], [0.0, 0.0, 1.0]]).T
     assert Orientation.of(affine).code == "ARS"
     assert Orientation.of(affine).order == (1, 0, 2)
 

@@ -84,6 +84,11 @@ class SegmentationData(L.LightningDataModule):
             rank=trainer.global_rank,
             num_processes=trainer.world_size,
         )
+        # Steps tell the epoch: Lightning (2.6) tells one too many in a run that is resumed.
+        go_to = sampler.set_epoch
+        sampler.set_epoch = lambda epoch: go_to(  # type: ignore[method-assign]
+            trainer.global_step // self.steps_per_epoch
+        )
         return DataLoader(
             self.patches,
             batch_size=self.batch_size,
