@@ -122,9 +122,9 @@ def train(
         filename="best",
         monitor="validation/dice" if held_out else None,
         mode="max",
-        save_last=True,
         enable_version_counter=False,
     )
+    last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
     trainer = L.Trainer(
         **config.trainer.model_dump(),
         max_steps=config.train.steps,
@@ -137,7 +137,7 @@ def train(
         enable_model_summary=False,
         enable_progress_bar=False,
         log_every_n_steps=min(10, steps_per_epoch),
-        callbacks=[best, *callbacks],
+        callbacks=[best, last, *callbacks],
         logger=loggers(folder),
         default_root_dir=folder,
     )

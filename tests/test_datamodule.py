@@ -17,7 +17,10 @@ from segkit.data.datamodule import ConsecutiveSampler, SegmentationData, WholeCa
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import StoredCase
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
+]
 SPACE = (10, 8, 6)
 
 

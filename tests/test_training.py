@@ -68,6 +68,15 @@ def test_checkpoints_hold_plain_data_alone(dataset: Path, tmp_path: Path) -> Non
         assert content["state_dict"].keys() >= {"network.heads.0.weight"}
 
 
+def test_the_last_checkpoint_is_of_the_last_step(dataset: Path, tmp_path: Path) -> None:
+    run = train(small_config(dataset, train={"steps": 8, "validate_every": 2}), runs=tmp_path)
+    content = torch.load(run.folder / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 8
+    saved = load_file(run.folder / "model" / "weights.safetensors")
+    for key, weight in saved.items():
+        assert torch.equal(content["state_dict"][f"network.{key}"], weight)
+
+
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(
     dataset: Path, tmp_path: Path
 ) -> None:

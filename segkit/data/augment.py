@@ -27,6 +27,7 @@ class SpatialVariation:
     """Radians, about each axis in 3D."""
     scale_probability: float = 0.2
     scales: tuple[float, float] = (0.7, 1.4)
+    """Above 1 magnifies."""
     mirror_probability: float = 0.5
 
     @property

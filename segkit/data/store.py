@@ -1,7 +1,7 @@
 """Prepared cases on disk, memory-mapped: what training holds in memory is one batch.
 
-Each case is three arrays beside a `done` mark: `image.npy` (float32, channel x y z), `label.npy`
-(the smallest unsigned type), and `voxels.npz`, positions of each class to centre patches on. The
+Each case is a folder of three arrays: `image.npy` (float32, channel x y z), `label.npy` (the
+smallest unsigned type), and `voxels.npz`, positions of each class to centre patches on. The
 folder's name is a digest of everything they depend on, so a changed setting or file never meets an
 old array.
 """
@@ -69,7 +69,7 @@ def store_cases(
     """
     stored = []
     for case in track(cases):
-        target = folder / f"{case.name}-{_digest(case, spacing, settings)}"
+        target = folder / f"{case.name}-{_digest(case, dataset, spacing, settings)}"
         if not target.is_dir():
             _store(case, dataset, target, spacing, normalisers)
         stored.append(StoredCase(case.name, target))
@@ -112,10 +112,12 @@ def _positions(label: Integer[ndarray, "x y z"]) -> dict[str, Any]:
     return found
 
 
-def _digest(case: Case, spacing: Sequence[float], settings: Any) -> str:
+def _digest(case: Case, dataset: Dataset, spacing: Sequence[float], settings: Any) -> str:
     files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
     content = {
         "format": FORMAT,
+        "channels": dataset.channels,
+        "labels": dataset.labels,
         "spacing": list(spacing),
         "settings": settings,
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
