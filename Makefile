@@ -48,18 +48,19 @@ clean: ## remove caches and builds (keeps .venv and runs)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-# torch goes first and alone, so that a build of it that is already there (a CPU one, say) stays.
+# torch goes first and alone, so that a build of it that is already there stays, and another can be
+# asked for: make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("segkit needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 $(FOR_DEMO): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install torch -c constraints.txt
+	$(PIP) install torch -c constraints.txt $(TORCH_ARGS)
 	$(PIP) install -e ".[demo]" -c constraints.txt
 	touch $@
 
 $(FOR_WORK): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install torch -c constraints.txt
+	$(PIP) install torch -c constraints.txt $(TORCH_ARGS)
 	$(PIP) install -e ".[demo,report,dev]" -c constraints.txt
 	touch $(FOR_DEMO) $@
