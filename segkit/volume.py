@@ -1,8 +1,9 @@
 """Volumes: voxels with the grid they lie on, read from files and written back without loss.
 
-NIfTI goes through nibabel, NRRD and MetaImage through SimpleITK. The affine is the one that the
-NIfTI-1 standard's precedence gives (sform if its code is set, else qform, else the voxel sizes), in
-millimetres whatever the file's unit.
+NIfTI goes through nibabel, NRRD and MetaImage through SimpleITK. The affine is nibabel's, in
+millimetres whatever the file's unit: the sform if its code is set, else the qform, as the NIfTI-1
+standard has it; with neither, voxel sizes about the image's centre with x from right to left, where
+the standard would put the first voxel at 0.
 """
 
 import zlib
