@@ -352,3 +352,27 @@ def test_progress_sees_every_slab_and_their_number_beforehand() -> None:
     model = Model(description(spacing=(1.0, 1.0, 1.0)), nearest_class(2))
     Predictor(model)(noise_volume((8, 8, 30)), track=track)
     assert counts == [len(seen)] and counts[0] > 1
+
+
+def test_beyond_the_body_labels_are_background_and_maps_are_zero() -> None:
+    """A background of zeros is cut off before the network sees it."""
+    grid = Grid((24, 20, 22), affine_of("LPS", spacing=(1.0, 1.0, 1.0), rotation=(0.0, 0.0, 0.0)))
+    body = np.zeros(grid.shape, bool)
+    body[5:17, 3:15, 6:20] = True
+    values = np.where(body, np.random.default_rng(0).normal(5, 1, grid.shape), 0)
+    network = NetworkConfig(channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGate()))
+    predictor = Predictor(random_model(network))
+    volume = Volume(values.astype(np.float32), grid)
+    prediction = predictor(volume, maps=True, probabilities=True)
+    box = (slice(5, 17), slice(3, 15), slice(6, 20))
+    corner = grid.placed((12, 12, 14), (1.0, 1.0, 1.0), (5.0, 3.0, 6.0))
+    alone = predictor(Volume(volume.data[box], corner), maps=True, probabilities=True)
+    assert_array_equal(prediction.labels.data[box], alone.labels.data)
+    assert not prediction.labels.data[~body].any()
+    assert prediction.probabilities is not None
+    assert (prediction.probabilities.data[~body] == [1, 0, 0]).all()
+    gate = map_on_source(prediction.maps["skip.1/gate"], volume).data
+    assert_allclose(
+        gate[box], map_on_source(alone.maps["skip.1/gate"], Volume(volume.data[box], corner)).data
+    )
+    assert not gate[~body].any() and (gate[body] > 0).all()

@@ -82,7 +82,7 @@ def test_a_label_is_prepared_onto_the_images_grid(code: str) -> None:
     """Half of the world is 1: so is what lies on that side, but for what a voxel spans."""
     side = linear_field(ANATOMY.centres()) - linear_field(ANATOMY.centres()).mean()
     image = prepare(scanned_as(code, side), spacing=SPACING, normalisers=[unchanged])
-    label = prepare_label(scanned_as(code, (side > 0).astype(np.uint8)), spacing=SPACING)
+    label = prepare_label(scanned_as(code, (side > 0).astype(np.uint8)), image)
     assert label.dtype == torch.uint8
     assert tuple(label.shape) == image.grid.shape
     distance = linear_field(image.grid.centres()) - linear_field(ANATOMY.centres()).mean()
@@ -106,12 +106,12 @@ def test_preparing_leaves_the_volume_as_it_was(code: str, order: str) -> None:
 def test_a_single_slice_is_prepared_however_it_was_scanned(
     code: str, shape: tuple[int, int, int]
 ) -> None:
-    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    values = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     grid = Grid(shape, affine_of(code))
     spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
     prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
     assert_array_equal(prepared.orientation.turn_back(prepared.image[0].numpy()), values)
-    label = prepare_label(Volume(values.astype(np.uint8), grid), spacing=spacing)
+    label = prepare_label(Volume(values.astype(np.uint8), grid), prepared)
     assert_array_equal(prepared.orientation.turn_back(label.numpy()), values)
 
 
@@ -189,3 +189,26 @@ def test_foreground_statistics_are_percentiles_mean_and_standard_deviation() -> 
 
 def test_foreground_statistics_of_a_constant_can_be_divided_by() -> None:
     assert foreground_statistics(np.full(9, 3.0)) == (3.0, 3.0, 3.0, 1e-8)
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+def test_a_background_of_zeros_is_cut_off_and_the_body_stays_in_its_place(code: str) -> None:
+    grid = Grid((9, 8, 7), affine_of(code))
+    values = np.zeros(grid.shape)
+    values[2:7, 3:6, 1:5] = linear_field(grid.centres())[2:7, 3:6, 1:5] + 1000
+    spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
+    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    assert sorted(prepared.grid.shape) == [3, 4, 5]
+    expected = linear_field(prepared.grid.centres()) + 1000
+    assert_allclose(prepared.image[0].numpy(), expected, rtol=1e-6)
+    whole = Orientation.of(grid.affine).turn(values)
+    assert_allclose(whole[prepared.box], prepared.image[0].numpy(), rtol=1e-6)
+
+
+def test_an_image_of_zeros_alone_is_kept_whole() -> None:
+    prepared = prepare(
+        Volume(np.zeros((3, 4, 5)), Grid((3, 4, 5), np.eye(4))),
+        spacing=(1.0, 1.0, 1.0),
+        normalisers=[unchanged],
+    )
+    assert prepared.grid.shape == (3, 4, 5)

@@ -70,11 +70,11 @@ def store_in(
 def test_stored_arrays_are_those_of_prepare(tmp_path: Path, case: Case, dataset: Dataset) -> None:
     stored = store_in(tmp_path / "cache", dataset)
     volume, label = read_case(case, dataset)
-    image = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp]).image
+    prepared = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp])
     assert stored.name == "one"
     assert stored.image.dtype == np.float32 and stored.label.dtype == np.uint8
-    assert_array_equal(stored.image, image.numpy())
-    assert_array_equal(stored.label, prepare_label(label, spacing=SPACING).numpy())
+    assert_array_equal(stored.image, prepared.image.numpy())
+    assert_array_equal(stored.label, prepare_label(label, prepared).numpy())
 
 
 def test_stored_arrays_are_mapped_and_read_only(tmp_path: Path, dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""One form for every volume: RAS+ axes, the network's spacing, normalised intensities.
+"""One form for every volume: the body's box, RAS+ axes, the network's spacing, normalised values.
 
 Training and prediction both come through `prepare`; whatever it does to the grid, its result's own
 grid says exactly, so that nothing has to be undone by memory.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped
+from numpy import ndarray
 from torch import Tensor
 
 from segkit.geometry import Grid, Orientation
@@ -17,6 +18,7 @@ from segkit.resample import resample, resample_labels
 from segkit.volume import Volume
 
 Normaliser = Callable[[Tensor], Tensor]
+Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,9 @@ class Prepared:
     image: Float[Tensor, "channel x y z"]
     grid: Grid
     source: Grid
-    """The grid of the volume it was made from, turned to RAS+ but at its own spacing."""
+    """The box of the volume that it was made from, turned to RAS+ but at its own spacing."""
+    box: Box
+    """Where that box lies in the turned volume."""
     orientation: Orientation
     """How the volume's own axes run."""
 
@@ -34,25 +38,53 @@ class Prepared:
 def prepare(
     volume: Volume, *, spacing: Sequence[float], normalisers: Sequence[Normaliser]
 ) -> Prepared:
-    """Turn to RAS+, normalise each channel, and resample linearly to `spacing` (mm)."""
+    """Turn to RAS+, cut the body's box, normalise each channel, resample linearly to `spacing`, mm.
+
+    The box holds every voxel that is not 0 (nnU-Net): a background of zeros would only mislead
+    normalisation, that of the image and those inside a network.
+    """
     orientation = Orientation.of(volume.grid.affine)
-    source = orientation.turn_grid(volume.grid)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
+    box = body_box(turned)
+    source = cropped(orientation.turn_grid(volume.grid), box)
+    turned = turned[box]
     # A copy, as channels are normalised in place and torch takes no reversed view.
     image = torch.from_numpy(np.array(np.moveaxis(turned, 3, 0), np.float32, order="C"))
     assert len(normalisers) == len(image), "one normaliser per channel"
     for channel, normalise in zip(image, normalisers, strict=True):
         channel.copy_(normalise(channel))
     grid = source.with_spacing(spacing)
-    return Prepared(resample(image, source.positions_of(grid)), grid, source, orientation)
+    return Prepared(resample(image, source.positions_of(grid)), grid, source, box, orientation)
 
 
-def prepare_label(label: Volume, *, spacing: Sequence[float]) -> Integer[Tensor, "x y z"]:
-    """A label turned and resampled as `prepare` does the image on the same grid."""
-    orientation = Orientation.of(label.grid.affine)
-    source = orientation.turn_grid(label.grid)
-    turned = torch.from_numpy(np.array(orientation.turn(label.data), order="C"))
-    return resample_labels(turned, source.positions_of(source.with_spacing(spacing)))
+def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]:
+    """A label turned, cut and resampled as its image was."""
+    turned = prepared.orientation.turn(label.data)[prepared.box]
+    return resample_labels(
+        torch.from_numpy(np.array(turned, order="C")),
+        prepared.source.positions_of(prepared.grid),
+    )
+
+
+def body_box(values: Shaped[ndarray, "x y z channel"]) -> Box:
+    """The smallest box that holds every voxel with a channel that is not 0; all where none is."""
+    found = (values != 0).any(axis=3)
+    if not found.any():
+        x, y, z = (slice(0, size) for size in found.shape)
+        return x, y, z
+    spans = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        inside = np.flatnonzero(found.any(axis=others))
+        spans.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    x, y, z = spans
+    return x, y, z
+
+
+def cropped(grid: Grid, box: Box) -> Grid:
+    """The part of a grid that lies in a box of it."""
+    first = [float(span.start) for span in box]
+    return grid.placed([span.stop - span.start for span in box], (1.0, 1.0, 1.0), first)
 
 
 def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*space"]:

@@ -22,7 +22,7 @@ from numpy import ndarray
 from segkit.data.cases import Case, Dataset, read_case
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 
-FORMAT = 1
+FORMAT = 2
 POSITIONS_PER_CLASS = 10_000
 
 
@@ -84,8 +84,12 @@ def _store(
     normalisers: Sequence[Normaliser],
 ) -> None:
     volume, label_volume = read_case(case, dataset)
-    image = prepare(volume, spacing=spacing, normalisers=normalisers).image.numpy()
-    label = prepare_label(label_volume, spacing=spacing).numpy()
+    # A case without an image has its background in its label; its own image stays blank.
+    labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
+    body = volume if case.images else volume.like(labels)
+    prepared = prepare(body, spacing=spacing, normalisers=normalisers)
+    image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
+    label = prepare_label(label_volume, prepared).numpy()
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder appears whole: it is filled under another name and then renamed.
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:

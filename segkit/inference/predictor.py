@@ -20,7 +20,7 @@ from torch import Tensor
 from segkit.build import build_normalisers, volume_patch
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
-from segkit.geometry import Orientation
+from segkit.geometry import Grid, Orientation
 from segkit.inference.engines import LOGITS, Engine, TorchEngine, choose_device
 from segkit.inference.windows import Slab, slide, stream, window_starts
 from segkit.model import Model, load_model
@@ -44,6 +44,8 @@ class AttentionMap:
     info: MapInfo
     volume: Volume | None
     """Raw values, float32, where the map has a place."""
+    seen: Grid
+    """The part of the volume, turned to RAS+, that the network saw."""
     channel_mean: Float[ndarray, " channel"] | None = None
     """Where it has none: each channel's mean over windows …"""
     channel_std: Float[ndarray, " channel"] | None = None
@@ -147,8 +149,10 @@ class Predictor:
                         coarse.setdefault(key, []).append(rows.cpu())
                 yield slab.rows[LOGITS]
 
-        turned = prepared.orientation.turn(labels)
-        turned_shares = None if shares is None else prepared.orientation.turn(shares)
+        if shares is not None:
+            shares[..., 0] = 1  # what the network never sees is background
+        turned = prepared.orientation.turn(labels)[prepared.box]
+        turned_shares = None if shares is None else prepared.orientation.turn(shares)[prepared.box]
         for first, logits in to_source_rows(logits_of(track(slabs, count)), prepared):
             rows = slice(first, first + logits.count)
             turned[:, :, rows] = logits.labels().cpu().numpy()
@@ -158,7 +162,7 @@ class Predictor:
             volume.like(labels),
             None if shares is None else volume.like(shares),
             {
-                key: vectors.result(info)
+                key: vectors.result(info, prepared.source)
                 if info.placement is None
                 else _placed(info, torch.cat(coarse[key], dim=WALK_AXIS + 1), prepared, volume)
                 for key, info in infos.items()
@@ -284,25 +288,28 @@ class ChannelMoments:
         """Take in the maps of a batch of windows."""
         self.windows.setdefault(key, []).append(window_maps.amax(tuple(range(2, window_maps.ndim))))
 
-    def result(self, info: MapInfo) -> AttentionMap:
+    def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
         """The moments of one map."""
         vectors = torch.cat(self.windows[info.key]).double().cpu()
-        return AttentionMap(
-            info, None, vectors.mean(dim=0).numpy(), vectors.std(dim=0, correction=0).numpy()
-        )
+        mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
+        return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
 
 
 def map_on_source(attention_map: AttentionMap, source: Volume) -> Volume:
-    """A placed map, resampled linearly to the grid of the volume it was made of, float32."""
+    """A placed map, resampled linearly to the grid of the volume it was made of, float32.
+
+    Voxels that the network did not see, beyond the body's box, are 0.
+    """
     native = attention_map.volume
     assert native is not None, "a vector over channels lies nowhere"
     orientation = Orientation.of(source.grid.affine)
-    positions = native.grid.positions_of(orientation.turn_grid(source.grid))
+    seen = attention_map.seen
     cells = torch.from_numpy(native.data.reshape(*native.grid.shape, -1)).movedim(-1, 0)
-    values = resample(cells, positions).movedim(0, -1).numpy()
-    shape = source.grid.shape + native.data.shape[3:]
-    onto = np.zeros(shape, np.float32, order="F")
-    orientation.turn(onto)[...] = values.reshape(*values.shape[:3], *native.data.shape[3:])
+    values = resample(cells, native.grid.positions_of(seen)).movedim(0, -1).numpy()
+    first = orientation.turn_grid(source.grid).index(seen.affine[:3, 3]).round().astype(int)
+    box = tuple(slice(low, low + size) for low, size in zip(first, seen.shape, strict=True))
+    onto = np.zeros(source.grid.shape + native.data.shape[3:], np.float32, order="F")
+    orientation.turn(onto)[box] = values.reshape(*seen.shape, *native.data.shape[3:])
     return source.like(onto)
 
 
@@ -313,4 +320,4 @@ def _placed(info: MapInfo, cells: Tensor, prepared: Prepared, volume: Volume) ->
     values = np.asfortranarray(cells.movedim(0, -1).numpy())
     if values.shape[3] == 1:
         values = values[..., 0]
-    return AttentionMap(info, volume.on(grid, values))
+    return AttentionMap(info, volume.on(grid, values), prepared.source)
