@@ -49,7 +49,7 @@ def demo(
         Literal["t1", "random"],
         typer.Option(help="Training contrasts: drawn about those of a T1 scan, or wholly random."),
     ] = "t1",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
     overwrite: Overwrite = False,
 ) -> None:
     """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""

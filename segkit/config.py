@@ -207,8 +207,10 @@ class DataConfig(Section):
     """The share of patches that are centred on a voxel of a class drawn at random."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
-    mirror: list[Literal["x", "y", "z"]] = ["x", "y", "z"]
-    """World axes along which patches may be mirrored; leave out x where left and right differ."""
+    mirror: list[Literal["x", "y", "z"]] = ["x"]
+    """World axes along which patches may be mirrored: x runs from left to right, y from back to
+    front, z from foot to head. Give [] where labels tell left from right. (nnU-Net mirrors along
+    all three; what has a front and a top is learned far faster without.)"""
     synthesis: SynthesisConfig | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that cut patches."""

@@ -28,7 +28,7 @@ from segkit.volume import Volume, write_volume
 LABELS = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}
 SCORED = ("grey matter", "white matter")
 RESOLUTION_MM = 2
-STEPS = 200
+STEPS = 300
 BRAIN_THRESHOLD = 0.02
 """Of the scan's range 0 to 1: nilearn's interpolation leaves ripples below it outside the brain."""
 T1_INTENSITIES = {
@@ -76,7 +76,13 @@ def run_demo(
     write_volume(out / "reference.nii.gz", reference)
     write_volume(out / "segmentation.nii.gz", prediction.labels)
     write_maps(out / "maps", "scan", prediction.maps, scan)
-    write_montage(out / "montage.png", scan.data, scan.grid, panels(scan, reference, prediction))
+    write_montage(
+        out / "montage.png",
+        scan.data,
+        scan.grid,
+        panels(scan, reference, prediction),
+        label_names={number: name for name, number in LABELS.items()},
+    )
 
     dice = {name: run.summary["validation"]["dice"][name] for name in SCORED}
     summary = {
@@ -161,7 +167,12 @@ def demo_config(
             "synthesis": {"intensities": T1_INTENSITIES if contrast == "t1" else None},
         },
         "network": {"channels": [8, 16, 32, 64], "attention": {"skip": "additive_grid"}},
-        "train": {"steps": steps, "validate_every": steps, "seed": seed},
+        "train": {
+            "steps": steps,
+            "validate_every": steps,
+            "learning_rate": 6e-3,
+            "seed": seed,
+        },
     }
     return validated(Config, tree, "the demo's config")
 

@@ -1,6 +1,6 @@
 """A picture of volumes side by side: one column each, one row for each plane."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,19 @@ LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446
 Panel = tuple[str, ndarray | None, Literal["labels", "map"]]
 
 
-def write_montage(path: Path, scan: ndarray, grid: Grid, panels: Sequence[Panel]) -> None:
+def write_montage(
+    path: Path,
+    scan: ndarray,
+    grid: Grid,
+    panels: Sequence[Panel],
+    *,
+    label_names: Mapping[int, str],
+) -> None:
     """Draw the scan's three middle planes, under each panel's title and overlay.
 
     An overlay is a label map, of which each label has a colour and 0 none, or an attention map,
-    whose colours span its own range, as its scale says. Planes are shown to radiologists'
-    custom: the patient's right is on the left.
+    whose colours span percentiles 1 to 99 of what is not 0, as its scale says. Planes are shown to
+    radiologists' custom: the patient's right is on the left.
 
     Raises SegkitError where matplotlib is not installed.
     """
@@ -29,6 +36,7 @@ def write_montage(path: Path, scan: ndarray, grid: Grid, panels: Sequence[Panel]
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise SegkitError("a montage needs matplotlib; run pip install 'segkit[report]'") from None
     orientation = Orientation.of(grid.affine)
@@ -53,7 +61,7 @@ def write_montage(path: Path, scan: ndarray, grid: Grid, panels: Sequence[Panel]
             axis.imshow(background, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if turned_overlay is None:
                 if column == 0:
-                    axis.text(0.02, 0.02, plane, color="0.7", fontsize=8, transform=axis.transAxes)
+                    axis.text(0.02, 0.94, plane, color="0.7", fontsize=8, transform=axis.transAxes)
                 continue
             values, _ = _slice(turned_overlay, turned_grid, row, middle[row])
             if kind == "labels":
@@ -69,14 +77,25 @@ def write_montage(path: Path, scan: ndarray, grid: Grid, panels: Sequence[Panel]
                     aspect=aspect,
                 )
             else:
-                lowest, highest = float(turned_overlay.min()), float(turned_overlay.max())
+                lowest, highest = np.percentile(turned_overlay[turned_overlay != 0], [1, 99])
                 image = axis.imshow(
-                    values, cmap="inferno", vmin=lowest, vmax=highest, alpha=0.8, aspect=aspect
+                    np.ma.masked_equal(values, 0),
+                    cmap="inferno",
+                    vmin=lowest,
+                    vmax=highest,
+                    alpha=0.8,
+                    aspect=aspect,
                 )
         if image is not None:
             bar = figure.colorbar(image, ax=axes[2][column], orientation="horizontal", shrink=0.8)
             bar.set_label("share let through", color="white", fontsize=8)
             bar.ax.tick_params(colors="white", labelsize=8)
+    patches = [
+        Patch(color=LABEL_COLOURS[(number - 1) % len(LABEL_COLOURS)], label=name)
+        for number, name in label_names.items()
+        if number
+    ]
+    figure.legend(handles=patches, loc="lower left", labelcolor="white", frameon=False, fontsize=9)
     with whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
