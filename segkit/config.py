@@ -215,7 +215,7 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that cut patches."""
     cache: Path | None = None
-    """Where prepared cases are kept; the folder `.segkit` inside the dataset by default."""
+    """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 
 
 class TrainConfig(Section):
@@ -240,7 +240,7 @@ class TrainerConfig(Section):
     """What is handed to Lightning as it is."""
 
     accelerator: str = "auto"
-    devices: int | str | list[int] = "auto"
+    devices: int | str | list[int] = 1
     precision: str | int = "32-true"
     strategy: str = "auto"
     num_nodes: Positive = 1

@@ -5,6 +5,7 @@ runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   summary
 
 import logging
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from segkit.build import build_network, build_normalisers, build_variation, volume_patch
 from segkit.config import Config, ModelDescription, dump_yaml
@@ -83,7 +85,7 @@ def train(
     store = partial(
         store_cases,
         dataset=dataset,
-        folder=config.data.cache or config.data.folder / ".segkit",
+        folder=config.data.cache or runs / ".cache",
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
         settings=[setting.model_dump() for setting in description.normalisation],
@@ -125,22 +127,27 @@ def train(
         enable_version_counter=False,
     )
     last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
-    trainer = L.Trainer(
-        **config.trainer.model_dump(),
-        max_steps=config.train.steps,
-        max_epochs=-1,
-        gradient_clip_val=config.train.gradient_clip,
-        check_val_every_n_epoch=1,
-        num_sanity_val_steps=0,
-        limit_val_batches=1.0 if held_out else 0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        log_every_n_steps=min(10, steps_per_epoch),
-        callbacks=[best, last, *callbacks],
-        logger=loggers(folder),
-        default_root_dir=folder,
-    )
+    try:
+        trainer = L.Trainer(
+            **config.trainer.model_dump(),
+            max_steps=config.train.steps,
+            max_epochs=-1,
+            gradient_clip_val=config.train.gradient_clip,
+            check_val_every_n_epoch=1,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if held_out else 0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            log_every_n_steps=min(10, steps_per_epoch),
+            callbacks=[best, last, *callbacks],
+            logger=loggers(folder),
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        shutil.rmtree(folder)
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
     started = time.perf_counter()
     with warnings.catch_warnings():
         for message in HARMLESS:

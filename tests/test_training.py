@@ -172,6 +172,23 @@ def test_a_ct_window_is_read_off_the_training_cases(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"accelerator": "abacus"}, {"precision": "7-bit"}, {"strategy": "hope"}]
+)
+def test_what_lightning_refuses_is_one_sentence_and_leaves_no_run(
+    wrong: dict[str, object], dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="trainer: Lightning refuses these settings"):
+        train(small_config(dataset, trainer=wrong), runs=tmp_path)
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_dataset_folder_is_left_as_it_was(dataset: Path, tmp_path: Path) -> None:
+    before = sorted(dataset.rglob("*"))
+    train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
+    assert sorted(dataset.rglob("*")) == before
+
+
 def test_no_held_out_case_is_no_obstacle(dataset: Path, tmp_path: Path) -> None:
     run = train(small_config(dataset, data={"validation": 0.0}), runs=tmp_path)
     assert run.summary["validation"]["cases"] == 0
