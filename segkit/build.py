@@ -21,7 +21,7 @@ from segkit.config import (
     ZScore,
 )
 from segkit.data import preprocess
-from segkit.data.augment import IntensityVariation, SpatialVariation, middle
+from segkit.data.augment import IntensityVariation, SpatialVariation
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
 from segkit.module import Vary
@@ -75,7 +75,7 @@ def volume_patch(description: ModelDescription) -> tuple[int, int, int]:
 def build_variation(
     config: DataConfig, patch_size: tuple[int, int, int], labels: Sequence[str]
 ) -> tuple[Vary, tuple[int, ...]]:
-    """How a batch is varied on its way to the network, and the size that patches are cut at.
+    """How a batch is varied on its way to the network, and what that needs beyond each patch.
 
     With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
     their intensities further would add nothing.
@@ -89,16 +89,16 @@ def build_variation(
             _, label = spatial(image, label, generator)
             return draw(label, generator)
 
-        return invent, spatial.cut_size
+        return invent, spatial.margin
     if not config.augment:
-        return lambda image, label, _: middle(image, label, patch_size), patch_size
+        return lambda image, label, _: (image, label), (0, 0, 0)
     intensity = IntensityVariation()
 
     def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         image, label = spatial(image, label, generator)
         return intensity(image, generator), label
 
-    return vary, spatial.cut_size
+    return vary, spatial.margin
 
 
 def _normaliser(setting: Normalisation) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from segkit.build import build_network, build_normalisers, build_variation, volume_patch
 from segkit.config import Config, ModelDescription, dump_yaml
@@ -93,12 +93,13 @@ def train(
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
-    vary, cut_size = build_variation(config.data, patch_size, list(dataset.labels))
+    vary, margin = build_variation(config.data, patch_size, list(dataset.labels))
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
         PatchDataset(
             stored,
-            cut_size=cut_size,
+            patch_size=patch_size,
+            margin=margin,
             foreground_share=config.data.foreground_share,
             seed=config.train.seed,
         ),

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from torch import Generator, Tensor
 from torch.testing import assert_close
 
 from segkit.data import augment
-from segkit.data.augment import IntensityVariation, SpatialVariation, middle
+from segkit.data.augment import IntensityVariation, SpatialVariation
 
 PATCHES = [(24, 24, 1), (20, 17, 1), (16, 12, 20)]
 UNIT = {
@@ -16,6 +17,16 @@ UNIT = {
     "contrast_probability": 0.0,
     "gamma_probability": 0.0,
 }
+
+
+def middle(image: Tensor, label: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The patch in the middle of each cut, unvaried."""
+    region: tuple[slice, ...] = tuple(
+        slice((cut - size) // 2, (cut - size) // 2 + size)
+        for cut, size in zip(label.shape[1:], patch_size, strict=True)
+    )
+    every = slice(None)
+    return image[(every, every, *region)], label[(every, *region)]
 
 
 def seeded(seed: int) -> Generator:

@@ -64,11 +64,11 @@ def data_of(
 
 
 def patches_of(cases: list[StoredCase]) -> PatchDataset:
-    return PatchDataset(cases, cut_size=(4, 4, 4), foreground_share=0.5, seed=3)
+    return PatchDataset(cases, patch_size=(4, 4, 4), foreground_share=0.5, seed=3)
 
 
 def numbers_of(cases: list[StoredCase]) -> Numbers:
-    return Numbers(cases, cut_size=(4, 4, 4), foreground_share=0.5, seed=3)
+    return Numbers(cases, patch_size=(4, 4, 4), foreground_share=0.5, seed=3)
 
 
 @given(per_epoch=st.integers(0, 40), num_processes=st.integers(1, 7), epochs=st.integers(1, 4))

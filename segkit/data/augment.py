@@ -5,7 +5,6 @@ brightness, contrast, gamma and noise. Geometry is composed into one resampling.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +30,19 @@ class SpatialVariation:
     mirror_probability: float = 0.5
 
     @property
-    def cut_size(self) -> tuple[int, ...]:
-        """What to cut so that turning seldom looks beyond it: a quarter more along each long axis.
+    def margin(self) -> tuple[int, ...]:
+        """What to cut beyond either end of a patch, so that turning seldom looks further.
 
-        As much at either end, or else a patch that is not turned would lie half a voxel off. Axes
-        of one voxel stay: a slice is turned within its plane.
+        An eighth of the patch; as much at either end, or else a patch that is not turned would lie
+        half a voxel off. Axes of one voxel stay: a slice is turned within its plane.
         """
+        return tuple(0 if size == 1 else math.ceil(size / 8) for size in self.patch_size)
+
+    @property
+    def cut_size(self) -> tuple[int, ...]:
+        """A patch and its margins."""
         return tuple(
-            size if size == 1 else size + 2 * math.ceil(size / 8) for size in self.patch_size
+            size + 2 * beyond for size, beyond in zip(self.patch_size, self.margin, strict=True)
         )
 
     def __call__(self, image: Tensor, label: Tensor, generator: Generator) -> Batch:
@@ -153,13 +157,3 @@ def _uniform(low: float, high: float, generator: Generator) -> float:
 
 def _chance(probability: float, generator: Generator) -> bool:
     return float(torch.rand((), generator=generator)) < probability
-
-
-def middle(image: Tensor, label: Tensor, patch_size: Sequence[int]) -> Batch:
-    """The patch in the middle of each cut, unvaried."""
-    region: tuple[slice, ...] = tuple(
-        slice((cut - size) // 2, (cut - size) // 2 + size)
-        for cut, size in zip(label.shape[1:], patch_size, strict=True)
-    )
-    every = slice(None)
-    return image[(every, every, *region)], label[(every, *region)]

@@ -21,21 +21,27 @@ class PatchDataset(TorchDataset[Patch]):
     """Patch number i of a training run: `image` (channel, *cut), `label` (*cut).
 
     A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
-    those of the case (Isensee et al. 2021); the others lie anywhere. Where a patch reaches beyond
-    the volume, at either end, it repeats the outermost voxels. There is no last patch: a sampler
-    decides how many are drawn.
+    those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
+    it where it is smaller. Each is cut with a `margin` (voxels) beyond either end, for the
+    augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is no last
+    patch: a sampler decides how many are drawn.
     """
 
     def __init__(
         self,
         cases: Sequence[StoredCase],
         *,
-        cut_size: Sequence[int],
+        patch_size: Sequence[int],
+        margin: Sequence[int] = (0, 0, 0),
         foreground_share: float,
         seed: int,
     ) -> None:
         self.cases = cases
-        self.cut_size = tuple(cut_size)
+        self.patch_size = tuple(patch_size)
+        self.margin = tuple(margin)
+        self.cut_size = tuple(
+            patch + 2 * beyond for patch, beyond in zip(patch_size, margin, strict=True)
+        )
         self.foreground_share = foreground_share
         self.seed = seed
 
@@ -45,8 +51,10 @@ class PatchDataset(TorchDataset[Patch]):
         case = self.cases[int(random.integers(len(self.cases)))]
         wants_foreground = random.random() < self.foreground_share
         start = [
-            self._anywhere(random, size, cut)
-            for size, cut in zip(case.label.shape, self.cut_size, strict=True)
+            self._anywhere(random, size, patch) - margin
+            for size, patch, margin in zip(
+                case.label.shape, self.patch_size, self.margin, strict=True
+            )
         ]
         if wants_foreground and case.positions:
             classes = sorted(case.positions)
@@ -61,8 +69,8 @@ class PatchDataset(TorchDataset[Patch]):
         }
 
     @staticmethod
-    def _anywhere(random: np.random.Generator, size: int, cut: int) -> int:
-        lowest, highest = min(0, size - cut), max(0, size - cut)
+    def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
+        lowest, highest = min(0, size - patch), max(0, size - patch)
         return int(random.integers(lowest, highest + 1))
 
 
