@@ -1,7 +1,10 @@
 """Laws of prediction: what goes in comes back where it was, and maps lie where their cells are."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ from segkit.model import Model
 from segkit.nn.planes import Planes
 from segkit.nn.taps import taps
 from segkit.nn.unet import UNet
+from segkit.prediction import find_inputs, predict_files
 from segkit.volume import Volume
 from tests.helpers import ORIENTATIONS, affine_of, linear_field
 
@@ -96,6 +100,9 @@ def pooled_coordinates(strides: list[list[int]]) -> Model:
     told = description(channels=3, spacing=(0.7, 1.3, 4.0), patch_size=(16, 16, 8), network=network)
     built = build_network(told)
     built.__class__ = PooledCoordinates
+    for tap in taps(built).values():
+        assert tap.info is not None
+        tap.info = replace(tap.info, lowest=-1e6, highest=1e6)
     return Model(told, built)
 
 
@@ -115,6 +122,36 @@ def test_every_orientation_comes_back_voxel_for_voxel(code: str) -> None:
     assert_array_equal(prediction.labels.data, volume.data)
     assert prediction.labels.grid is volume.grid
     assert prediction.labels.data.dtype == np.uint8
+
+
+@pytest.mark.parametrize("code", sorted(ORIENTATIONS))
+def test_a_file_of_every_orientation_comes_back_with_its_affine_codes_and_units(
+    code: str, tmp_path: Path
+) -> None:
+    affine = affine_of(code)
+    values = class_volume(Grid((9, 11, 7), affine), 5).data
+    image = nib.Nifti1Image(values, affine)
+    image.set_sform(affine, 3)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "scan.nii.gz")
+    spacing = Orientation.of(affine).turn_grid(Grid((9, 11, 7), affine)).spacing
+    predictor = Predictor(Model(description(classes=5, spacing=spacing), nearest_class(5)))
+    (outcome,) = predict_files(predictor, find_inputs([tmp_path / "scan.nii.gz"], 1))
+    assert outcome.error is None
+    source, result = nib.load(tmp_path / "scan.nii.gz"), nib.load(outcome.written[0])
+    assert_array_equal(np.asarray(result.dataobj), values)
+    index = np.array(list(np.ndindex(*values.shape)))
+    assert_allclose(
+        nib.affines.apply_affine(result.affine, index),
+        nib.affines.apply_affine(affine, index),
+        atol=1e-4,
+    )
+    for form in ("get_sform", "get_qform"):
+        expected, found = (getattr(file, form)(coded=True) for file in (source, result))
+        assert_array_equal(found[0], expected[0])
+        assert found[1] == expected[1]
+    assert result.header.get_xyzt_units() == ("mm", "sec")
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "PSR", "IAL"])

@@ -317,7 +317,8 @@ def _placed(info: MapInfo, cells: Tensor, prepared: Prepared, volume: Volume) ->
     assert info.placement is not None
     shape = cells.shape[1:]
     grid = prepared.grid.placed(shape, info.placement.stride, info.placement.offset)
-    values = np.asfortranarray(cells.movedim(0, -1).numpy())
+    # Blending is convex, but for the last digit.
+    values = np.asfortranarray(cells.clamp(info.lowest, info.highest).movedim(0, -1).numpy())
     if values.shape[3] == 1:
         values = values[..., 0]
     return AttentionMap(info, volume.on(grid, values), prepared.source)
