@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from segkit.config import load_config
+from segkit.config_file import load_config
 from segkit.progress import Tracker, TrainingProgress
 from segkit.training import train
 

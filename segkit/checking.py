@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.build import build_network
-from segkit.config import dump_yaml, load_config
+from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation

@@ -75,7 +75,7 @@ def train(
     runs: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path("runs"),
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names."""
-    from segkit.config import load_config
+    from segkit.config_file import load_config
     from segkit.errors import ConfigError
 
     if config.is_dir():

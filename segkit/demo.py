@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
-from segkit.config import Config, validated
+from segkit.config import Config
+from segkit.config_file import validated
 from segkit.errors import SegkitError
 from segkit.explain.maps import write_maps
 from segkit.files import write_json

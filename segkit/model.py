@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from segkit.build import build_network
-from segkit.config import ModelDescription, validated
+from segkit.config import ModelDescription
+from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
 from segkit.nn.planes import Planes, SegmentationNetwork

@@ -24,7 +24,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from segkit.build import build_network, build_normalisers, build_variation, volume_patch
-from segkit.config import Config, ModelDescription, dump_yaml
+from segkit.config import Config, ModelDescription
+from segkit.config_file import dump_yaml
 from segkit.data.cases import Case, Dataset, read_case, read_dataset, split
 from segkit.data.datamodule import SegmentationData
 from segkit.data.sampling import PatchDataset

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.config import Config, validated
+from segkit.config import Config
+from segkit.config_file import validated
 from segkit.geometry import Grid
 from segkit.training import train
 from segkit.volume import Volume, write_volume

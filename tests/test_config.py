@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from segkit.config import (
-    AdditiveGridGate,
-    Config,
-    CtWindow,
-    dump_yaml,
-    load_config,
-    validated,
-)
+from segkit.config import AdditiveGridGate, Config, CtWindow
+from segkit.config_file import dump_yaml, load_config, validated
 from segkit.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -313,7 +307,7 @@ def test_a_tag_that_would_run_code_is_refused_and_runs_nothing(path: Path, tag: 
 
 
 def test_config_and_errors_load_without_torch() -> None:
-    program = "import sys, segkit.config, segkit.errors; print(*sys.modules)"
+    program = "import sys, segkit.config_file, segkit.errors; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from segkit.config import load_config
+from segkit.config_file import load_config
 from segkit.errors import ConfigError, DatasetError
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import Overlap, confusion_matrix

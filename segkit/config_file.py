@@ -1,0 +1,115 @@
+"""Settings from a YAML file and `KEY=VALUE` words, and the sentence that refuses a wrong one.
+
+A YAML file states what differs from the defaults in `segkit.config`; trailing `KEY=VALUE` words
+change it further. The file is read by `safe_load`: nothing in it can run.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from segkit.config import Config, Section
+from segkit.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply dotted `key=value` overrides, and check the whole once.
+
+    A relative `data.folder` counts from the working directory. Raises ConfigError with one
+    sentence that names the key.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return validated(Config, tree, source=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises ConfigError where it holds anything else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-99-99
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'data:', found {type(tree).__name__}")
+    return tree
+
+
+def validated(model: type[Model], tree: Mapping[str, Any], source: str) -> Model:
+    """The settings in `tree`, checked. Raises ConfigError, naming each wrong key and the source."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The whole config as YAML, defaults and all."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"expected KEY=VALUE such as train.steps=500, found {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        raise ConfigError(f"cannot read the value of {override!r} as YAML; quote it") from None
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        below = tree.setdefault(section, {})
+        if isinstance(below, str):
+            below = tree[section] = {"kind": below}
+        if below is None:
+            below = tree[section] = {}
+        if not isinstance(below, dict):
+            where = ".".join(sections[: depth + 1])
+            raise ConfigError(f"cannot set {key}: {where} is a value, not a section")
+        tree = below
+    tree[name] = value
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in parts if part not in _tags())
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(parts[-1], _names(), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"{key} is not a setting{hint}"
+        case "missing":
+            return f"{key} is missing; give it a value"
+        case "union_tag_invalid":
+            context = problem["ctx"]
+            return f"{key}.kind is {context['tag']!r}; choose {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{key}.kind is missing; name one"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            reason = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{key} is {problem['input']!r}: {reason.replace('input should', 'it should')}"
+
+
+def _names() -> list[str]:
+    """Every setting's name, for the nearest to a misspelt one."""
+    return [name for section in Section.__subclasses__() for name in section.model_fields]
+
+
+def _tags() -> set[str]:
+    """What pydantic puts into a location and the user never wrote: kinds and types of a union."""
+    sections = Section.__subclasses__()
+    kinds = [section.model_fields["kind"] for section in sections if "kind" in section.model_fields]
+    types = {"constrained-float", "list[str]", "list[int]", "int", "str"}
+    return {str(kind.default) for kind in kinds} | types
