@@ -7,7 +7,7 @@ other, each a gather and a linear blend, on any device.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
@@ -56,14 +56,3 @@ def resample_labels(
         winner = torch.where(share > best, torch.tensor(label, dtype=labels.dtype), winner)
         best = torch.maximum(best, share)
     return winner
-
-
-def resample_nearest(
-    values: Num[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " _"]]
-) -> Num[Tensor, "channel new_x new_y new_z"]:
-    """The nearest value to each position; the lower index where two are equally near."""
-    for axis, samples in enumerate(positions, start=1):
-        last = values.shape[axis] - 1
-        nearest = torch.from_numpy(samples).sub(0.5).ceil().long().clamp(0, last)
-        values = values.index_select(axis, nearest.to(values.device))
-    return values

@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import map_coordinates
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.geometry import Grid
-from segkit.resample import resample, resample_labels, resample_nearest, sample_axis
+from segkit.resample import resample, resample_labels, sample_axis
 from tests.helpers import affine_of, grids, inside, linear_field
 
 Positions = list[ndarray]
@@ -175,28 +175,3 @@ def test_labels_keep_their_type(kind: str) -> None:
     labels = torch.from_numpy(np.array([0, highest], kind))[:, None, None]
     again = resample_labels(labels, [np.array([0.2, 0.4, 0.6, 0.8]), np.zeros(1), np.zeros(1)])
     assert_array_equal(again.flatten().numpy(), np.array([0, 0, highest, highest], kind))
-
-
-# Nearest
-
-
-@given(images())
-def test_the_nearest_to_the_voxels_are_the_voxels(image: Tensor) -> None:
-    assert torch.equal(resample_nearest(image, whole_numbers(image.shape[1:])), image)
-
-
-@pytest.mark.parity
-@given(images(), st.data())
-def test_nearest_values_are_scipys(image: Tensor, data: st.DataObject) -> None:
-    positions = data.draw(positions_in(image.shape[1:], beyond=3))
-    assume(all((np.abs(p % 1 - 0.5) > 1e-9).all() for p in positions))  # ties are our own
-    points = np.stack(np.meshgrid(*positions, indexing="ij"))
-    for channel, again in zip(image, resample_nearest(image, positions), strict=True):
-        expected = map_coordinates(channel.numpy(), points, order=0, mode="nearest")
-        assert_array_equal(again, expected)
-
-
-def test_the_lower_of_two_equally_near_is_taken() -> None:
-    values = torch.arange(4)[None, :, None, None]
-    halfway = [np.array([-0.5, 0.5, 1.5, 2.5, 3.5]), np.zeros(1), np.zeros(1)]
-    assert resample_nearest(values, halfway).flatten().tolist() == [0, 0, 1, 2, 3]
