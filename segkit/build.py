@@ -3,20 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
+from segkit.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.config import (
-    AdditiveGridGate,
-    AdditiveSameLevelGate,
-    BlockAttention,
-    ConvolutionalBlockAttention,
     CtWindow,
     DataConfig,
     ModelDescription,
-    NetworkConfig,
     Normalisation,
-    SkipAttention,
-    SqueezeExcitation,
     SynthesisConfig,
     ZScore,
 )
@@ -25,10 +19,8 @@ from segkit.data.augment import IntensityVariation, SpatialVariation
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
 from segkit.module import Vary
-from segkit.nn import attention, gates
-from segkit.nn.blocks import Modulated
 from segkit.nn.planes import Planes, SegmentationNetwork
-from segkit.nn.unet import BlockFactory, GateFactory, UNet
+from segkit.nn.unet import UNet
 
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -38,7 +30,11 @@ ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 def build_network(description: ModelDescription) -> SegmentationNetwork:
     """The network that a model's description asks for, with fresh weights; it takes volumes."""
     config = description.network
-    placed = config.attention
+    attention = config.attention
+    coarsest = [
+        size // stride
+        for size, stride in zip(description.patch_size, config.total_stride, strict=True)
+    ]
     unet = UNet(
         config.spatial_dims,
         len(description.channels),
@@ -49,9 +45,15 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
         norm=config.normalisation,
         downsampling=config.downsampling,
         deep_supervision=config.deep_supervision,
-        skip_gate=_gate_factory(placed.skip, config) if placed.skip else None,
-        encoder_attention=_block_factory(placed.encoder, config) if placed.encoder else None,
-        decoder_attention=_block_factory(placed.decoder, config) if placed.decoder else None,
+        skip_gate=skip_factory(config) if attention.skip else None,
+        encoder_attention=block_factory(attention.encoder, config) if attention.encoder else None,
+        decoder_attention=block_factory(attention.decoder, config) if attention.decoder else None,
+        bottleneck_attention=(
+            token_factory(attention.bottleneck, coarsest) if attention.bottleneck else None
+        ),
+        presence_head=(
+            pooling_factory(attention.head, len(description.labels) - 1) if attention.head else None
+        ),
     )
     if config.spatial_dims == 3:
         return unet
@@ -108,56 +110,6 @@ def _normaliser(setting: Normalisation) -> Callable[[Tensor], Tensor]:
         case CtWindow(lower=lower, upper=upper, mean=mean, std=std):
             assert lower is not None and upper is not None and mean is not None and std is not None
             return partial(preprocess.ct_window, lower=lower, upper=upper, mean=mean, std=std)
-
-
-def _gate_factory(setting: SkipAttention, config: NetworkConfig) -> GateFactory:
-    def make(
-        *,
-        level: int,
-        skip_channels: int,
-        coarse_channels: int,
-        upsampled_channels: int,
-        stride: Sequence[int],
-        deepest: bool,
-    ) -> nn.Module | None:
-        match setting:
-            case AdditiveGridGate():
-                if level not in (setting.levels or range(1, len(config.channels))):
-                    return None
-                return gates.AdditiveGridGate(
-                    config.spatial_dims,
-                    skip_channels=skip_channels,
-                    signal_channels=coarse_channels,
-                    stride=stride,
-                    deepest=deepest,
-                    initial_bias=setting.initial_bias,
-                    output_transform=setting.output_transform,
-                    norm=config.normalisation,
-                )
-            case AdditiveSameLevelGate():
-                if level not in (setting.levels or range(len(config.channels))):
-                    return None
-                return gates.AdditiveSameLevelGate(
-                    config.spatial_dims,
-                    skip_channels=skip_channels,
-                    signal_channels=upsampled_channels,
-                    initial_bias=setting.initial_bias,
-                    norm=config.normalisation,
-                )
-
-    return make
-
-
-def _block_factory(setting: BlockAttention, config: NetworkConfig) -> BlockFactory:
-    match setting:
-        case SqueezeExcitation(reduction=reduction):
-            return lambda channels: Modulated(
-                attention.SqueezeExcitation(channels, reduction=reduction)
-            )
-        case ConvolutionalBlockAttention(reduction=reduction, kernel_size=kernel_size):
-            return lambda channels: attention.convolutional_block_attention(
-                config.spatial_dims, channels, reduction=reduction, kernel_size=kernel_size
-            )
 
 
 def _synthesiser(

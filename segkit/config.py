@@ -4,92 +4,19 @@ Nothing here imports torch, and no setting names a Python class. `segkit.config_
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Millimetres = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A group of settings that refuses names it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-def _kind_alone(value: Any) -> Any:
-    """`skip: additive_grid` means `skip: {kind: additive_grid}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-class AdditiveGridGate(Section):
-    """Oktay et al. 2018 as their code runs it: the map is computed on the coarser signal's grid."""
-
-    kind: Literal["additive_grid"] = "additive_grid"
-    levels: list[Annotated[int, Field(ge=0)]] | None = None
-    """Levels that are gated; all but the finest, 0, where not given."""
-    initial_bias: float = 3.0
-    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
-    output_transform: bool = False
-    """Whether a 1x1 convolution and a normalisation follow the product, as in their code."""
-
-
-class AdditiveSameLevelGate(Section):
-    """The variant on the skip's own grid, with the signal brought up first (MONAI's is one)."""
-
-    kind: Literal["additive_same_level"] = "additive_same_level"
-    levels: list[Annotated[int, Field(ge=0)]] | None = None
-    """Levels that are gated; all of them where not given."""
-    initial_bias: float = 3.0
-    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
-
-
-class SqueezeExcitation(Section):
-    """Channel attention of Hu et al. 2018."""
-
-    kind: Literal["se"] = "se"
-    reduction: Positive = 2
-    """Channels are squeezed by this factor; 16 in the paper's classifiers, 2 in segmentation."""
-
-
-class ConvolutionalBlockAttention(Section):
-    """CBAM of Woo et al. 2018: channel attention, then spatial attention."""
-
-    kind: Literal["cbam"] = "cbam"
-    reduction: Positive = 16
-    """Channels are squeezed by this factor."""
-    kernel_size: Positive = 7
-    """Size of the spatial convolution along each axis."""
-
-
-SkipAttention = Annotated[
-    Annotated[AdditiveGridGate | AdditiveSameLevelGate, Field(discriminator="kind")],
-    BeforeValidator(_kind_alone),
-]
-BlockAttention = Annotated[
-    Annotated[SqueezeExcitation | ConvolutionalBlockAttention, Field(discriminator="kind")],
-    BeforeValidator(_kind_alone),
-]
-
-
-class AttentionConfig(Section):
-    """Which attention sits where; none anywhere is the plain U-Net."""
-
-    skip: SkipAttention | None = None
-    """What a skip passes through before it joins the decoder."""
-    encoder: BlockAttention | None = None
-    """What follows each encoder level's convolutions."""
-    decoder: BlockAttention | None = None
-    """What follows each decoder level's convolutions."""
+from segkit.config_attention import AttentionConfig
+from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
 
 
 class NetworkConfig(Section):
     """A U-Net in two or three dimensions, and the attention in it."""
 
     spatial_dims: Literal[2, 3] = 3
-    channels: Annotated[list[Positive], Field(min_length=2)] = [16, 32, 64, 128]
+    channels: list[Positive] = Field([16, 32, 64, 128], min_length=2)
     """Feature channels of each level, finest first."""
     strides: list[list[Positive]] | None = None
     """Per step down, the stride along each axis; 2 everywhere where not given."""
@@ -133,15 +60,26 @@ class NetworkConfig(Section):
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
             raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
-        gate = self.attention.skip
-        deepest_skip = len(self.channels) - 2
-        if (
-            gate is not None
-            and gate.levels is not None
-            and max(gate.levels, default=0) > (deepest_skip)
-        ):
-            raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
+        self._attention_fits()
         return self
+
+    def _attention_fits(self) -> None:
+        deepest_skip = len(self.channels) - 2
+        levels = self.attention.skip_levels(len(self.channels))
+        if max(levels, default=0) > deepest_skip:
+            raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
+        heads = getattr(self.attention.skip, "heads", None)
+        if isinstance(heads, list) and len(heads) != len(levels):
+            raise ValueError(
+                f"network.attention.skip.heads must be a number or hold {len(levels)}, "
+                f"one for each of the levels {levels}"
+            )
+        window = getattr(self.attention.bottleneck, "window", None)
+        if window is not None and len(window) != self.spatial_dims:
+            raise ValueError(
+                f"network.attention.bottleneck.window must hold {self.spatial_dims} numbers, "
+                f"as network.spatial_dims is {self.spatial_dims}"
+            )
 
 
 class ZScore(Section):
@@ -167,7 +105,7 @@ class CtWindow(Section):
 
 
 Normalisation = Annotated[
-    Annotated[ZScore | CtWindow, Field(discriminator="kind")], BeforeValidator(_kind_alone)
+    Annotated[ZScore | CtWindow, Field(discriminator="kind")], BeforeValidator(kind_alone)
 ]
 
 
@@ -200,7 +138,7 @@ class DataConfig(Section):
     """The share of patches that are centred on a voxel of a class drawn at random."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
-    mirror: list[Literal["x", "y", "z"]] = ["x"]
+    mirror: list[Literal["x", "y", "z"]] = Field(["x"])
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Give [] where labels tell left from right. (nnU-Net mirrors along
     all three; what has a front and a top is learned far faster without.)"""

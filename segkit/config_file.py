@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from segkit.config import Config, Section
+from segkit.config import Config
+from segkit.config_base import Section
 from segkit.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -76,3 +76,17 @@ def _shrunk(label: Tensor, space: Sequence[int]) -> Tensor:
                 axis, torch.arange(cells, device=label.device) * step + step // 2
             )
     return label
+
+
+def presence_cross_entropy(
+    logits: Float[Tensor, "batch classes"], label: Integer[Tensor, "batch *space"]
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy of whether each image holds any voxel of each class but the background.
+
+    `logits` begin with class 1.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        voxels = label.flatten(1)
+        present = [(voxels == number).any(dim=1) for number in range(1, logits.shape[1] + 1)]
+        target = torch.stack(present, dim=1).float()
+        return F.binary_cross_entropy_with_logits(logits.float(), target)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
-from segkit.losses import deep_dice_cross_entropy
+from segkit.losses import deep_dice_cross_entropy, presence_cross_entropy
 from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.nn.gates import anneal
 from segkit.nn.planes import SegmentationNetwork
 
 Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
@@ -31,6 +32,7 @@ class SegmentationModule(L.LightningModule):
         num_steps: the schedule's length.
         batch_dice: whether the Dice loss pools the batch.
         seed: of the variations; step and process decide the rest.
+        presence_weight: of the presence head's loss, where the network has one.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class SegmentationModule(L.LightningModule):
         num_steps: int,
         batch_dice: bool,
         seed: int,
+        presence_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -58,17 +61,25 @@ class SegmentationModule(L.LightningModule):
         self.num_steps = num_steps
         self.batch_dice = batch_dice
         self.seed = seed
+        self.presence_weight = presence_weight
         self.dice_of_cases: list[Tensor] = []
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Float[Tensor, ""]:
         """The loss of one batch, varied anew."""
         entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
-        generator = Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
+        generator = Generator().manual_seed(seeds[0])
+        torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates
+        anneal(self.network, self.global_step / self.num_steps)
         # In half precision the places that voxels are read at would be off by part of a voxel.
         with torch.autocast(self.device.type, enabled=False):
             image, label = self.vary(batch["image"], batch["label"], generator)
-        logits = self.network.supervised(image)
-        loss = deep_dice_cross_entropy(logits, label, pool_batch=self.batch_dice)
+        levels, presence = self.network.supervised(image)
+        loss = deep_dice_cross_entropy(levels, label, pool_batch=self.batch_dice)
+        if presence is not None:
+            presence_loss = presence_cross_entropy(presence, label)
+            self.log("train/presence_loss", presence_loss, batch_size=len(label))
+            loss = loss + self.presence_weight * presence_loss
         self.log("train/loss", loss, prog_bar=True, batch_size=len(label))
         return loss
 

@@ -120,6 +120,7 @@ def train(
         num_steps=config.train.steps,
         batch_dice=config.train.batch_dice,
         seed=config.train.seed,
+        presence_weight=head.weight if (head := config.network.attention.head) else 0.0,
     )
     best = ModelCheckpoint(
         dirpath=folder,

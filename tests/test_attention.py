@@ -4,13 +4,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from segkit.geometry import Placement
-from segkit.nn.attention import (
-    PooledChannelAttention,
-    PooledSpatialAttention,
-    SqueezeExcitation,
-    convolutional_block_attention,
-)
 from segkit.nn.blocks import Modulated
+from segkit.nn.channel import PooledChannelAttention, SqueezeExcitation
+from segkit.nn.spatial import PooledSpatialAttention, convolutional_block_attention
 from segkit.nn.taps import editing, place_taps, recording
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from segkit.config import AdditiveGridGate, Config, CtWindow
+from segkit.config import Config, CtWindow
+from segkit.config_attention import AdditiveGridGate
 from segkit.config_file import dump_yaml, load_config, validated
 from segkit.errors import ConfigError
 

@@ -14,14 +14,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.build import build_network
-from segkit.config import (
-    AdditiveGridGate,
-    AttentionConfig,
-    CtWindow,
-    ModelDescription,
-    NetworkConfig,
-    SqueezeExcitation,
-)
+from segkit.config import CtWindow, ModelDescription, NetworkConfig
+from segkit.config_attention import AdditiveGridGate, AttentionConfig, SqueezeExcitation
 from segkit.data.preprocess import prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation

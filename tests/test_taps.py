@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from segkit.geometry import Grid, Placement
-from segkit.nn.attention import SqueezeExcitation, convolutional_block_attention
 from segkit.nn.blocks import Modulated
+from segkit.nn.channel import SqueezeExcitation
 from segkit.nn.gates import AdditiveGridGate, AdditiveSameLevelGate
 from segkit.nn.planes import Planes
+from segkit.nn.spatial import convolutional_block_attention
 from segkit.nn.taps import MapInfo, editing, recording, taps
 from segkit.nn.unet import GateFactory, UNet
 

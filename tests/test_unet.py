@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from segkit.nn.attention import SqueezeExcitation, convolutional_block_attention
 from segkit.nn.blocks import Modulated, NormalisationKind
+from segkit.nn.channel import SqueezeExcitation
 from segkit.nn.gates import AdditiveGridGate, AdditiveSameLevelGate, Coefficients
+from segkit.nn.spatial import convolutional_block_attention
 from segkit.nn.taps import editing, recording
 from segkit.nn.unet import GateFactory, UNet
 
@@ -106,7 +107,7 @@ def test_the_first_supervised_logits_are_those_of_forward(deep_supervision: bool
         skip_gate=gates(2, "grid"),
     )
     image = image_of(2, 1, 16, 24)
-    levels = network.supervised(image)
+    levels = network.supervised(image).levels
     assert torch.equal(levels[0], network(image))
     # Four levels make three decoder levels, the coarsest of which has no logits of its own.
     expected = [(2, 2, 16, 24), (2, 2, 8, 12)] if deep_supervision else [(2, 2, 16, 24)]
@@ -324,7 +325,7 @@ def test_every_parameter_learns_from_the_supervised_logits(
             # Gates start nearly flat and open, and would let little gradient through.
             nn.init.normal_(module.weight)
             nn.init.zeros_(module.bias)
-    levels = network.supervised(image_of(2, 2, 16, 16))
+    levels = network.supervised(image_of(2, 2, 16, 16)).levels
     torch.stack([(level * image_of(*level.shape)).sum() for level in levels]).sum().backward()
 
     # A normalisation of each channel by itself takes its mean away, and with it the bias of the

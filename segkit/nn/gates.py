@@ -25,32 +25,149 @@ from segkit.nn.blocks import (
 )
 from segkit.nn.taps import MapTap
 
+CoefficientKind = Literal["sigmoid", "softmax", "mean_flow", "hard"]
+"""How a gate's logits become its map: see `Coefficients`."""
+HIGHEST_TEMPERATURE = 1.0
+LOWEST_TEMPERATURE = 0.5
 
-class Coefficients(nn.Module):
-    """The last 1x1 convolution of an additive gate, and the sigmoid: one map in (0, 1).
 
-    It is never normalised: instance normalisation would fix the mean of its one channel, and batch
-    normalisation cancels the bias. Weights start at N(0, 0.01^2), so that a gate starts at
-    sigmoid(initial_bias) everywhere. Both steps run in float32 under autocast.
+class Gate(nn.Module):
+    """What every gate has beside its map: which signal steers it, and what follows the product."""
+
+    signal: Literal["coarse", "upsampled"]
+    output_transform: nn.Module
+
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The gated skip; one copy of it after another where there are several maps."""
+        attention_map = self(skip, signal)
+        if attention_map.shape[1] == 1:
+            gated = skip * attention_map
+        else:
+            gated = (skip[:, None] * attention_map[:, :, None]).flatten(1, 2)
+        output: Tensor = self.output_transform(gated)
+        return output
+
+
+class ChannelwiseGate(Gate):
+    """A gate whose map has a value for each of the skip's channels."""
+
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The gated skip."""
+        return skip * self(skip, signal)
+
+
+class HardGate(nn.Module):
+    """Open or shut, 1 or 0, drawn with probability sigmoid(logit) while training.
+
+    The binary Concrete distribution of Maddison et al. (2017, arXiv:1611.00712, Appendix B) and
+    Jang et al. (2017, arXiv:1611.01144, Sec. 2.2), straight through: with logistic noise L the
+    value is 1 where logit + L > 0, and the gradient is that of sigmoid((logit + L) / temperature).
+    While evaluating there is no noise: 1 where logit > 0. `anneal` lowers the temperature.
     """
 
-    def __init__(self, spatial_dims: int, in_channels: int, *, initial_bias: float) -> None:
+    temperature: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, in_channels, *[1] * spatial_dims))
-        self.bias = nn.Parameter(torch.full((1,), initial_bias))
+        self.register_buffer("temperature", torch.tensor(HIGHEST_TEMPERATURE))
+
+    def forward(
+        self, logits: Float[Tensor, "batch channel *cells"]
+    ) -> Float[Tensor, "batch channel *cells"]:
+        """The gate, each value 0 or 1."""
+        if not self.training:
+            return (logits > 0).to(logits.dtype)
+        # Away from 0 and 1, whose logits are infinite.
+        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        relaxed = torch.sigmoid((logits + torch.logit(uniform)) / self.temperature)
+        return (relaxed > 0.5).to(logits.dtype) + (relaxed - relaxed.detach())
+
+
+def anneal(network: nn.Module, progress: float) -> None:
+    """Lower the temperature of every hard gate of a network, linearly from 1 to 0.5.
+
+    `progress` is the share of training that is done.
+    """
+    temperature = HIGHEST_TEMPERATURE + progress * (LOWEST_TEMPERATURE - HIGHEST_TEMPERATURE)
+    for module in network.modules():
+        if isinstance(module, HardGate):
+            module.temperature.fill_(temperature)
+
+
+class Coefficients(nn.Module):
+    """The last 1x1 convolution of an additive gate, and what makes maps of its logits.
+
+    Kinds:
+        sigmoid: each voxel on its own, in (0, 1) (Oktay et al. 2018).
+        softmax: over all voxels (Schlemper et al. 2019, arXiv:1808.08114, Sec. 3.2).
+        mean_flow: logits less their minimum, over their sum (their released code).
+        hard: `HardGate`.
+
+    In Schlemper's pooled classifiers the second and third sum to 1. At a skip that would all but
+    shut it, so here their mean is 1: flat logits let everything through.
+
+    Logits are never normalised: instance normalisation would fix the mean of their one channel, and
+    batch normalisation cancels the bias. Weights start at N(0, 0.01^2), so that a sigmoid starts at
+    sigmoid(initial_bias) everywhere. All is computed in float32, under autocast too. Several gates
+    (`num_gates`) share nothing: each sees its own part of the channels.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        *,
+        initial_bias: float,
+        kind: CoefficientKind = "sigmoid",
+        num_gates: int = 1,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(num_gates, in_channels // num_gates, *[1] * spatial_dims)
+        )
+        # The other kinds take no notice of a number added to all logits.
+        self.bias = (
+            nn.Parameter(torch.full((num_gates,), initial_bias))
+            if kind in ("sigmoid", "hard")
+            else None
+        )
         nn.init.normal_(self.weight, std=0.01)
         self.convolve = CONV_FUNCTION[spatial_dims]
+        self.kind = kind
+        self.num_gates = num_gates
+        self.hard = HardGate() if kind == "hard" else nn.Identity()
 
     def forward(
         self, features: Float[Tensor, "batch channel *cells"]
-    ) -> Float[Tensor, "batch 1 *cells"]:
-        """The map in (0, 1), float32."""
+    ) -> Float[Tensor, "batch gates *cells"]:
+        """The maps, float32."""
         with torch.autocast(features.device.type, enabled=False):
-            weight, bias = self.weight.float(), self.bias.float()
-            return sigmoid_in_float32(self.convolve(features.float(), weight, bias))
+            bias = None if self.bias is None else self.bias.float()
+            logits = self.convolve(
+                features.float(), self.weight.float(), bias, groups=self.num_gates
+            )
+            match self.kind:
+                case "sigmoid":
+                    return sigmoid_in_float32(logits)
+                case "softmax":
+                    cells = logits.flatten(2)
+                    return (cells.softmax(dim=2) * cells.shape[2]).view(logits.shape)
+                case "mean_flow":
+                    cells = logits.flatten(2)
+                    # The small number lets everything through where all logits are the same.
+                    risen = cells - cells.amin(dim=2, keepdim=True) + 1e-6
+                    return (risen / risen.mean(dim=2, keepdim=True)).view(logits.shape)
+                case "hard":
+                    gates: Tensor = self.hard(logits)
+                    return gates
+
+    def tap(self, *, stride: tuple[int, ...] | None = None) -> MapTap:
+        """A tap with the range of these maps."""
+        highest = 1.0 if self.kind in ("sigmoid", "hard") else math.inf
+        return MapTap("gate", stride=stride, highest=highest)
 
 
-class AdditiveGridGate(nn.Module):
+class AdditiveGridGate(Gate):
     """Map of how much of each skip voxel to let through, computed on the coarser signal's grid.
 
     Additive gate of Oktay et al. (2018, arXiv:1804.03999, Eq. 1-2) as their published CT network
@@ -63,6 +180,11 @@ class AdditiveGridGate(nn.Module):
     says and the code does not. The stride is the level's own, so it may be anisotropic. The 1x1
     convolution and normalisation after the product, which are in the code and not in the paper, are
     off unless `output_transform` is set.
+
+    With several gates (`num_gates`) each has weights of its own, and what they let through is
+    brought back to the skip's channels by a 1x1 convolution, a normalisation and an activation:
+    the multi-dimensional coefficients that the paper proposes for several classes (Sec. 2.2), as
+    the code's `_multi_att` networks run them.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
@@ -77,11 +199,14 @@ class AdditiveGridGate(nn.Module):
         deepest: bool,
         initial_bias: float = 3.0,
         output_transform: bool = False,
+        coefficients: CoefficientKind = "sigmoid",
+        num_gates: int = 1,
         norm: NormalisationKind = "instance",
     ) -> None:
         super().__init__()
         kernel = [1] * spatial_dims
         conv = CONV[spatial_dims]
+        between = skip_channels * num_gates
         self.prepare_signal = (
             ConvolutionBlock(
                 spatial_dims, signal_channels, widths=[signal_channels], kernel=kernel, norm=norm
@@ -91,38 +216,49 @@ class AdditiveGridGate(nn.Module):
         )
         self.from_skip = conv(
             skip_channels,
-            skip_channels,
+            between,
             kernel_size=tuple(stride),
             stride=tuple(stride),
             bias=False,
         )
-        self.from_signal = conv(signal_channels, skip_channels, kernel_size=1)
-        self.coefficients = Coefficients(spatial_dims, skip_channels, initial_bias=initial_bias)
-        self.tap = MapTap("gate", stride=tuple(stride))
-        self.output_transform = (
-            nn.Sequential(
+        self.from_signal = conv(signal_channels, between, kernel_size=1)
+        self.coefficients = Coefficients(
+            spatial_dims,
+            between,
+            initial_bias=initial_bias,
+            kind=coefficients,
+            num_gates=num_gates,
+        )
+        self.tap = self.coefficients.tap(stride=tuple(stride))
+        if num_gates > 1:
+            self.output_transform = ConvolutionBlock(
+                spatial_dims, between, widths=[skip_channels], kernel=kernel, norm=norm
+            )
+        elif output_transform:
+            self.output_transform = nn.Sequential(
                 convolution(spatial_dims, skip_channels, skip_channels, kernel=kernel),
                 normalisation(norm, spatial_dims, skip_channels),
             )
-            if output_transform
-            else nn.Identity()
-        )
-        self.mode = LINEAR_MODE[spatial_dims]
+        else:
+            self.output_transform = nn.Identity()
+        # A hard gate stays hard: each voxel has the gate of its cell.
+        self.mode = "nearest" if coefficients == "hard" else LINEAR_MODE[spatial_dims]
 
     def forward(
         self,
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *coarse"],
-    ) -> Float[Tensor, "batch 1 *space"]:
-        """The map in (0, 1) on the skip's grid. The skip is a whole number of strides in size."""
+    ) -> Float[Tensor, "batch gates *space"]:
+        """The maps on the skip's grid. The skip is a whole number of strides in size."""
         query = self.from_signal(self.prepare_signal(signal))
         coarse = self.tap(self.coefficients(F.relu(self.from_skip(skip) + query)))
-        # Cell centres stay where they are, and a convex combination stays in (0, 1).
-        fine = F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=False)
+        # Cell centres stay where they are, and a convex combination keeps to the map's range.
+        align = None if self.mode == "nearest" else False
+        fine = F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=align)
         return fine.to(skip.dtype)
 
 
-class AdditiveSameLevelGate(nn.Module):
+class AdditiveSameLevelGate(Gate):
     """Map of how much of each skip voxel to let through, computed on the skip's own grid.
 
     The widespread variant of Oktay et al. (2018): the signal first comes up to the skip's grid,
@@ -140,6 +276,7 @@ class AdditiveSameLevelGate(nn.Module):
         skip_channels: int,
         signal_channels: int,
         initial_bias: float = 3.0,
+        coefficients: CoefficientKind = "sigmoid",
         norm: NormalisationKind = "instance",
     ) -> None:
         super().__init__()
@@ -153,8 +290,10 @@ class AdditiveSameLevelGate(nn.Module):
             convolution(spatial_dims, signal_channels, between, kernel=kernel),
             normalisation(norm, spatial_dims, between),
         )
-        self.coefficients = Coefficients(spatial_dims, between, initial_bias=initial_bias)
-        self.tap = MapTap("gate")
+        self.coefficients = Coefficients(
+            spatial_dims, between, initial_bias=initial_bias, kind=coefficients
+        )
+        self.tap = self.coefficients.tap()
         self.output_transform = nn.Identity()
 
     def forward(
@@ -162,7 +301,7 @@ class AdditiveSameLevelGate(nn.Module):
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *space"],
     ) -> Float[Tensor, "batch 1 *space"]:
-        """The map in (0, 1) on the skip's grid."""
+        """The map on the skip's grid."""
         features = F.relu(self.from_skip(skip) + self.from_signal(signal))
         attention_map: Tensor = self.tap(self.coefficients(features))
         return attention_map.to(skip.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from segkit.geometry import Placement
 from segkit.nn.taps import MapInfo
-from segkit.nn.unet import UNet
+from segkit.nn.unet import Supervised, UNet
 
 
 class Planes(nn.Module):
@@ -35,16 +35,34 @@ class Planes(nn.Module):
         """Logits on the image's grid."""
         return self.stack(self.network(self._planes(image)), len(image))
 
-    def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> tuple[Tensor, ...]:
-        """Logits of every supervised level, finest first."""
-        levels = self.network.supervised(self._planes(image))
-        return tuple(self.stack(level, len(image)) for level in levels)
+    def classified(
+        self, image: Float[Tensor, "batch in_channel x y z"]
+    ) -> tuple[Float[Tensor, "batch out_channel x y z"], Float[Tensor, "batch classes"]]:
+        """Logits, and logits of each class's presence: what any plane holds, the volume holds."""
+        logits, presence = self.network.classified(self._planes(image))
+        return self.stack(logits, len(image)), self._any_plane(presence, len(image))
+
+    def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> Supervised:
+        """What is trained, of volumes."""
+        levels, presence = self.network.supervised(self._planes(image))
+        return Supervised(
+            tuple(self.stack(level, len(image)) for level in levels),
+            None if presence is None else self._any_plane(presence, len(image)),
+        )
 
     def stack(
         self, planes: Float[Tensor, "planes channel *cells"], batch_size: int
     ) -> Float[Tensor, "batch channel ..."]:
         """Outputs of the planes of each of `batch_size` volumes, put back beside one another."""
         return planes.unflatten(0, (batch_size, -1)).movedim(1, self.axis + 2)
+
+    @property
+    def presence(self) -> nn.Module | None:
+        """The network's presence head, if it has one."""
+        return self.network.presence
+
+    def _any_plane(self, presence: Tensor, batch_size: int) -> Tensor:
+        return presence.unflatten(0, (batch_size, -1)).amax(dim=1)
 
     def _planes(self, image: Tensor) -> Tensor:
         return image.movedim(self.axis + 2, 1).flatten(0, 1)

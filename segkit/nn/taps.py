@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from segkit.geometry import Placement
 
-MapKind = Literal["gate", "channel", "spatial"]
+MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
+"""What a tap carries:
+
+- gate: how much of each skip voxel to let through; spatial: the same for a block's own features.
+- channel: how much each channel counts.
+- pool: the share that each voxel has in a weighted mean.
+- received: of a matrix of attention, what each voxel receives, as a multiple of its fair share.
+- branch: a switch per head of attention that is added, 1 unless edited. It is no map.
+"""
 Edit = Callable[[Tensor], Tensor]
 
 
@@ -32,19 +40,36 @@ class MapInfo:
     """In voxels of the network's input; None for a vector over channels, which lies nowhere."""
     lowest: float
     highest: float
+    """Infinite for maps whose mean is 1."""
 
 
 class MapTap(nn.Module):
     """Returns the map it is given, recorded into `sink` and changed by `edit` where these are set.
 
-    `stride` is the step between the map's cells in cells of the feature map that its module
-    attends to: a gate that works on the next coarser grid has the stride to that grid.
+    Args:
+        kind: of the map.
+        stride: the step between the map's cells in cells of the feature map that its module
+            attends to: a gate that works on the next coarser grid has the stride to that grid.
+        lowest, highest: what the map's values lie between.
+        mean: whether only the mean over channels is recorded, where a map has as many channels as
+            the features.
     """
 
-    def __init__(self, kind: MapKind, *, stride: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        kind: MapKind,
+        *,
+        stride: tuple[int, ...] | None = None,
+        lowest: float = 0.0,
+        highest: float = 1.0,
+        mean: bool = False,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.stride = stride
+        self.lowest = lowest
+        self.highest = highest
+        self.mean = mean
         self.info: MapInfo | None = None
         self.sink: dict[str, Tensor] | None = None
         self.edit: Edit | None = None
@@ -52,10 +77,12 @@ class MapTap(nn.Module):
     def place(self, position: str, level: int, features: Placement) -> None:
         """Name the map after its position, and place it given where the features lie."""
         placement = None
-        if self.kind != "channel":
+        if self.kind not in ("channel", "branch"):
             step = self.stride or (1,) * len(features.stride)
             placement = features.through(kernel=step, stride=step, padding=(0,) * len(step))
-        self.info = MapInfo(f"{position}/{self.kind}", self.kind, level, placement, 0.0, 1.0)
+        self.info = MapInfo(
+            f"{position}/{self.kind}", self.kind, level, placement, self.lowest, self.highest
+        )
 
     def forward(
         self, attention_map: Float[Tensor, "batch channel *cells"]
@@ -63,10 +90,15 @@ class MapTap(nn.Module):
         """The map, which the caller multiplies with."""
         if self.edit is not None:
             attention_map = self.edit(attention_map)
+        self.record(attention_map)
+        return attention_map
+
+    def record(self, attention_map: Float[Tensor, "batch channel *cells"]) -> None:
+        """Put a map into the sink, if there is one."""
         if self.sink is not None:
             assert self.info is not None, "the network places its taps when it is built"
-            self.sink[self.info.key] = attention_map.detach().float()
-        return attention_map
+            kept = attention_map.detach().float()
+            self.sink[self.info.key] = kept.mean(dim=1, keepdim=True) if self.mean else kept
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:
@@ -77,7 +109,7 @@ def place_taps(module: nn.Module, position: str, level: int, features: Placement
 
 
 def taps(network: nn.Module) -> dict[str, MapTap]:
-    """Every placed tap of a network by its map's key."""
+    """Every placed tap of a network by its key, switches included."""
     return {
         module.info.key: module
         for module in network.modules()
@@ -93,7 +125,7 @@ def recording(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     outer one resumes when the inner one ends.
     """
     sink: dict[str, Tensor] = {}
-    before = {tap: tap.sink for tap in taps(network).values()}
+    before = {tap: tap.sink for tap in taps(network).values() if tap.kind != "branch"}
     for tap in before:
         tap.sink = sink
     try:

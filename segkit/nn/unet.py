@@ -4,7 +4,8 @@
                 │ stride                            ▲ transposed convolution
              encoder.1 ────────────── skip.1 ──▶ decoder.1
                 │                                   ▲
-             encoder.2 (bottleneck) ────────────────┘
+             encoder.2 ─▶ bottleneck ───────────────┘
+                              └──▶ presence
 
 Level 0 is the finest. Without attention this is the U-Net of Ronneberger et al. (2015,
 arXiv:1505.04597) and Çiçek et al. (2016, arXiv:1606.06650), with padded convolutions.
@@ -12,7 +13,7 @@ arXiv:1505.04597) and Çiçek et al. (2016, arXiv:1606.06650), with padded convo
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,14 +30,13 @@ from segkit.nn.blocks import (
 from segkit.nn.taps import MapInfo, place_taps, taps
 
 
-class Gate(Protocol):
-    """A map of how much of a skip to let through, and what follows the product."""
+class SkipAttention(Protocol):
+    """What a skip passes through before it joins the decoder, steered by the decoder's signal."""
 
     signal: Literal["coarse", "upsampled"]
-    output_transform: nn.Module
 
-    def __call__(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """The map, on the skip's grid."""
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The skip as it joins the decoder."""
 
 
 @runtime_checkable
@@ -60,6 +60,16 @@ BlockFactory = Callable[[int], nn.Module]
 """Makes attention over features of so many channels, f(x) -> x."""
 
 
+class Supervised(NamedTuple):
+    """What a network gives in training."""
+
+    levels: tuple[Tensor, ...]
+    """Logits (batch, classes, cells …) of every supervised level, finest first; the first are those
+    of prediction."""
+    presence: Tensor | None
+    """Logits (batch, classes but the background) of each class's presence in the image."""
+
+
 class Join(nn.Module):
     """One step up: bring the coarse features to the skip's grid, gate the skip, convolve both."""
 
@@ -80,9 +90,9 @@ class Join(nn.Module):
         """The decoder's features on the skip's grid."""
         upsampled = self.upsample(coarse)
         if self.gate is not None:
-            gate = cast(Gate, self.gate)
+            gate = cast(SkipAttention, self.gate)
             signal = upsampled if gate.signal == "upsampled" else coarse
-            skip = gate.output_transform(skip * gate(skip, signal))
+            skip = gate.let_through(skip, signal)
         features: Tensor = self.attention(self.block(torch.cat([upsampled, skip], dim=1)))
         return features
 
@@ -106,8 +116,11 @@ class UNet(nn.Module):
         upsampling_bias: whether transposed convolutions have a bias.
         deep_supervision: whether coarser decoder levels get logits of their own; the coarsest has
             none (nnU-Net gives it no weight).
-        skip_gate: makes the gate of a level.
+        skip_gate: makes what a level's skip passes through.
         encoder_attention, decoder_attention: make what follows a level's convolutions.
+        bottleneck_attention: makes what follows the coarsest level.
+        presence_head: makes, of the coarsest features' channels, what says for each class but the
+            background whether the image holds any of it.
     """
 
     def __init__(
@@ -127,6 +140,8 @@ class UNet(nn.Module):
         skip_gate: GateFactory | None = None,
         encoder_attention: BlockFactory | None = None,
         decoder_attention: BlockFactory | None = None,
+        bottleneck_attention: BlockFactory | None = None,
+        presence_head: BlockFactory | None = None,
     ) -> None:
         super().__init__()
         pairs = [(width, width) if isinstance(width, int) else width for width in channels]
@@ -162,6 +177,11 @@ class UNet(nn.Module):
             placements.append(placement)
             place_taps(attention, f"encoder.{level}", level, placement)
 
+        self.bottleneck = (
+            bottleneck_attention(widths[-1]) if bottleneck_attention else nn.Identity()
+        )
+        place_taps(self.bottleneck, "bottleneck", num_skips, placement)
+
         self.decoder = nn.ModuleList()
         for level in range(num_skips):
             coarse, width, step = widths[level + 1], widths[level], steps[level]
@@ -196,10 +216,17 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList(
             CONV[spatial_dims](width, out_channels, kernel_size=1) for width in widths[:num_heads]
         )
+        self.presence = presence_head(widths[-1]) if presence_head else None
+        if self.presence is not None:
+            place_taps(self.presence, "head", num_skips, placement)
 
     def maps(self) -> dict[str, MapInfo]:
         """What each attention map of this network is and where it lies, by key."""
-        return {key: tap.info for key, tap in taps(self).items() if tap.info is not None}
+        return {
+            key: tap.info
+            for key, tap in taps(self).items()
+            if tap.info is not None and tap.kind != "branch"
+        }
 
     def forward(
         self, image: Float[Tensor, "batch in_channel *space"]
@@ -208,17 +235,32 @@ class UNet(nn.Module):
 
         Raises ValueError where the image's size is no multiple of the total stride.
         """
-        logits: Tensor = self.heads[0](self._decode(image)[0])
+        skips = self._encode(image)
+        if self.presence is not None:
+            self.presence(skips[-1])  # for its maps
+        logits: Tensor = self.heads[0](self._decode(skips)[0])
         return logits
 
-    def supervised(
+    def classified(
         self, image: Float[Tensor, "batch in_channel *space"]
-    ) -> tuple[Float[Tensor, "batch out_channel ..."], ...]:
-        """Logits of every supervised level, finest first; the first are those of `forward`."""
-        features = self._decode(image)
-        return tuple(head(level) for head, level in zip(self.heads, features, strict=False))
+    ) -> tuple[Float[Tensor, "batch out_channel *space"], Float[Tensor, "batch classes"]]:
+        """Logits of `forward`, and logits of each class's presence but the background's.
 
-    def _decode(self, image: Tensor) -> list[Tensor]:
+        Raises ValueError where the network has no presence head.
+        """
+        if self.presence is None:
+            raise ValueError("the network has no presence head; build it with one")
+        skips = self._encode(image)
+        return self.heads[0](self._decode(skips)[0]), self.presence(skips[-1])
+
+    def supervised(self, image: Float[Tensor, "batch in_channel *space"]) -> Supervised:
+        """What is trained: logits of every supervised level, and of each class's presence."""
+        skips = self._encode(image)
+        features = self._decode(skips)
+        levels = tuple(head(level) for head, level in zip(self.heads, features, strict=False))
+        return Supervised(levels, self.presence(skips[-1]) if self.presence is not None else None)
+
+    def _encode(self, image: Tensor) -> list[Tensor]:
         space = tuple(image.shape[2:])
         if any(size % stride for size, stride in zip(space, self.total_stride, strict=True)):
             padded = tuple(
@@ -234,6 +276,11 @@ class UNet(nn.Module):
         for encoder_level in self.encoder:
             features = encoder_level(features)
             skips.append(features)
+        skips[-1] = self.bottleneck(features)
+        return skips
+
+    def _decode(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        features = skips[-1]
         decoded: list[Tensor] = []
         for level in reversed(range(len(self.decoder))):
             features = self.decoder[level](skips[level], features)

@@ -1,0 +1,20 @@
+"""What every group of settings is made of."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Millimetres = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A group of settings that refuses names it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def kind_alone(value: Any) -> Any:
+    """`skip: additive_grid` means `skip: {kind: additive_grid}`."""
+    return {"kind": value} if isinstance(value, str) else value

@@ -1,0 +1,208 @@
+"""Attention between tokens: every query takes a weighted mean of all values.
+
+The matrix of weights has a row for each query and is not kept: it is made a few rows at a time,
+and only where somebody looks (`rows`) or edits. Otherwise torch's fused kernel runs, which has no
+matrix at all.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from segkit.nn.taps import Edit, MapTap
+
+LARGEST_BLOCK = 2**24
+"""Weights that are held at once, where a matrix is made row by row."""
+
+Rows = Callable[[int, int], Tensor]
+"""Weights (batch, heads, queries, keys) of the queries from one number to another."""
+
+
+def softmax_rows(
+    query: Float[Tensor, "batch heads queries channels"],
+    key: Float[Tensor, "batch heads keys channels"],
+    bias: Float[Tensor, "#batch #heads #queries keys"] | None,
+) -> Rows:
+    """Weights softmax(q k^T / sqrt(channels) + bias), in float32."""
+
+    def rows(first: int, last: int) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query[:, :, first:last].float() @ key.float().transpose(-2, -1)
+            logits = logits / math.sqrt(query.shape[-1])
+            if bias is not None:
+                logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, first:last]).float()
+            return logits.softmax(dim=-1)
+
+    return rows
+
+
+def blocks(num_queries: int, numbers_per_query: int) -> Iterator[tuple[int, int]]:
+    """The first and last query of each block of rows that is held at once."""
+    step = max(LARGEST_BLOCK // numbers_per_query, 1)
+    for first in range(0, num_queries, step):
+        yield first, min(first + step, num_queries)
+
+
+def gather(
+    rows: Rows,
+    value: Float[Tensor, "batch heads keys channels"],
+    num_queries: int,
+    edit: Edit,
+    inside: Bool[Tensor, "batch keys"] | None = None,
+) -> tuple[Float[Tensor, "batch heads queries channels"], Float[Tensor, "batch heads keys"]]:
+    """Each query's mean of the values by edited weights, and what each key receives of them."""
+
+    def edited(first: int, last: int) -> Tensor:
+        weights = edit(rows(first, last))
+        with torch.autocast(value.device.type, enabled=False):
+            taken.append(weights @ value.float())
+        return weights
+
+    taken: list[Tensor] = []
+    share = received(edited, value, num_queries, inside)
+    return torch.cat(taken, dim=2).to(value.dtype), share
+
+
+def received(
+    rows: Rows,
+    key: Float[Tensor, "batch heads keys channels"],
+    num_queries: int,
+    inside: Bool[Tensor, "batch keys"] | None = None,
+) -> Float[Tensor, "batch heads keys"]:
+    """What each key gets of all queries' attention: 1 where it gets its fair share.
+
+    With `inside`, queries and keys are the same cells, and only those inside count.
+    """
+    total = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    for first, last in blocks(num_queries, key.shape[:3].numel()):
+        weights = rows(first, last).detach()
+        if inside is not None:
+            weights = weights * inside[:, None, first:last, None]
+        total = total + weights.sum(dim=2)
+    return total if inside is not None else total * (key.shape[2] / num_queries)
+
+
+class MultiHeadAttention(nn.Module):
+    """Every query's weighted mean of the values, several times over, each head by its own weights.
+
+    Vaswani et al. (2017, arXiv:1706.03762, Eq. 1 and Sec. 3.2.2): heads of softmax(Q K^T / sqrt(d))
+    V, concatenated, through W_o. Queries and values have biases; that of keys the softmax would not
+    notice. W_o has none and starts at 0: without heads nothing is added, and attention that is
+    added to features starts as nothing.
+    """
+
+    def __init__(
+        self,
+        query_channels: int,
+        *,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int,
+        heads: int,
+        head_channels: int,
+    ) -> None:
+        super().__init__()
+        inner = heads * head_channels
+        self.heads = heads
+        self.query = nn.Linear(query_channels, inner)
+        self.key = nn.Linear(key_channels, inner, bias=False)
+        self.value = nn.Linear(value_channels, inner)
+        self.out = nn.Linear(inner, out_channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+        self.branch = MapTap("branch")
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch queries query_channels"],
+        key: Float[Tensor, "batch keys key_channels"],
+        value: Float[Tensor, "batch keys value_channels"],
+        *,
+        matrix: MapTap,
+        turn: Callable[[Tensor], Tensor] | None = None,
+        bias: Float[Tensor, "#batch #heads #queries keys"] | None = None,
+        inside: Bool[Tensor, "batch keys"] | None = None,
+        samples: int | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch queries out_channels"], Float[Tensor, "batch heads keys"] | None
+    ]:
+        """What the queries take from the values, and what each key receives if `matrix` records.
+
+        `turn` encodes positions in queries and keys, `bias` is added to the logits, and keys that
+        are not `inside` get no attention. The batch holds a whole number of windows of each of so
+        many samples.
+        """
+        queries, keys = self._split(self.query(query)), self._split(self.key(key))
+        values = self._split(self.value(value))
+        if turn is not None:
+            queries, keys = turn(queries), turn(keys)
+        if inside is not None:
+            shut = torch.zeros_like(inside, dtype=queries.dtype).masked_fill(~inside, -math.inf)
+            bias = shut[:, None, None] if bias is None else bias + shut[:, None, None]
+        rows = softmax_rows(queries, keys, bias)
+        share: Tensor | None = None
+        if matrix.edit is not None:
+            taken, share = gather(rows, values, queries.shape[2], matrix.edit, inside)
+        else:
+            mask = None if bias is None else bias.to(queries.dtype)
+            taken = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+            if matrix.sink is not None:
+                with torch.no_grad():
+                    share = received(rows, keys, queries.shape[2], inside)
+        if self.branch.edit is not None:
+            count = samples or len(taken)
+            switches = self.branch(taken.new_ones(count, self.heads))
+            switches = switches.repeat_interleave(len(taken) // count, dim=0)
+            taken = taken * switches[:, :, None, None].to(taken.dtype)
+        return self.out(taken.transpose(1, 2).flatten(2)), share
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Windows:
+    """A grid cut into windows of one size, the last ones filled up beyond the grid's far ends."""
+
+    def __init__(self, space: Sequence[int], window: Sequence[int] | None) -> None:
+        self.space = tuple(space)
+        self.window = tuple(window or space)
+        self.counts = tuple(
+            -(-size // width) for size, width in zip(self.space, self.window, strict=True)
+        )
+        self.padded = tuple(n * width for n, width in zip(self.counts, self.window, strict=True))
+
+    def cut(
+        self, features: Float[Tensor, "batch channel *space"]
+    ) -> Float[Tensor, "windows cells channel"]:
+        """The windows' cells as tokens, all windows of a sample beside one another."""
+        dims = len(self.space)
+        missing = [full - size for full, size in zip(self.padded, self.space, strict=True)]
+        if any(missing):
+            features = F.pad(features, [n for size in reversed(missing) for n in (0, size)])
+        split = [n for pair in zip(self.counts, self.window, strict=True) for n in pair]
+        parts = features.reshape(*features.shape[:2], *split)
+        order = [0, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2), 1]
+        return parts.permute(order).reshape(-1, math.prod(self.window), features.shape[1])
+
+    def join(
+        self, tokens: Float[Tensor, "windows cells channel"], batch_size: int
+    ) -> Float[Tensor, "batch channel *space"]:
+        """Tokens back on the grid; the inverse of `cut`."""
+        dims = len(self.space)
+        parts = tokens.reshape(batch_size, *self.counts, *self.window, tokens.shape[-1])
+        pairs = [
+            axis for pair in zip(range(dims), range(dims, 2 * dims), strict=True) for axis in pair
+        ]
+        whole = parts.permute(0, 2 * dims + 1, *[axis + 1 for axis in pairs])
+        features = whole.reshape(batch_size, tokens.shape[-1], *self.padded)
+        return features[(slice(None), slice(None), *[slice(size) for size in self.space])]
+
+    def inside(self, batch_size: int, device: torch.device) -> Bool[Tensor, "windows cells"] | None:
+        """Which of the windows' cells lie on the grid; None where all do."""
+        if self.padded == self.space:
+            return None
+        grid = torch.ones(1, 1, *self.space, device=device)
+        return self.cut(grid)[..., 0].bool().repeat(batch_size, 1)

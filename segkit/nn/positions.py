@@ -1,0 +1,84 @@
+"""Where a token lies, told to attention that would otherwise not know: three ways."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+PositionKind = Literal["none", "sincos", "relative", "rotary"]
+SINCOS_BASE = 10_000.0
+ROTARY_BASE = 100.0
+
+
+def cells_of(
+    shape: Sequence[int], device: torch.device | None = None
+) -> Integer[Tensor, "cells axes"]:
+    """The index of every cell of a grid, the last axis running fastest."""
+    axes = [torch.arange(size, device=device) for size in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def sincos(
+    shape: Sequence[int], channels: int, device: torch.device | None = None
+) -> Float[Tensor, "cells channels"]:
+    """Sines and cosines of each cell's index, an equal share of the channels for each axis.
+
+    Vaswani et al. (2017, arXiv:1706.03762, Sec. 3.5) along each axis; channels that cannot be
+    shared out evenly stay 0.
+    """
+    angles = _angles(shape, channels // (2 * len(shape)), SINCOS_BASE, device)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return torch.nn.functional.pad(waves, (0, channels - waves.shape[1]))
+
+
+def rotate(
+    tokens: Float[Tensor, "batch heads cells channels"], shape: Sequence[int]
+) -> Float[Tensor, "batch heads cells channels"]:
+    """Queries or keys turned by angles that grow with the cell's index.
+
+    Rotary embedding of Su et al. (2021, arXiv:2104.09864, Eq. 34), axial: pairs of channels are
+    shared out evenly among the axes, with the base of 100 that suits small grids (Heo et al. 2024,
+    arXiv:2403.13298, Eq. 12). A product of a query and a key then depends on their offset alone.
+    Pairs left over are not turned.
+    """
+    angles = _angles(shape, tokens.shape[-1] // (2 * len(shape)), ROTARY_BASE, tokens.device)
+    angles = angles.flatten(1)
+    half = angles.shape[1]
+    cosine, sine = angles.cos().to(tokens.dtype), angles.sin().to(tokens.dtype)
+    first, second, rest = tokens.split([half, half, tokens.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], dim=-1)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and each offset between two cells of a window.
+
+    Liu et al. (2021, arXiv:2103.14030, Sec. 3.2): a table of prod(2 w - 1) offsets.
+    """
+
+    index: Tensor
+
+    def __init__(self, window: Sequence[int], *, heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(math.prod(2 * size - 1 for size in window), heads))
+        nn.init.trunc_normal_(self.table, std=0.02)
+        cells = cells_of(window)
+        index = torch.zeros(len(cells), len(cells), dtype=torch.long)
+        for axis, size in enumerate(window):
+            offset = cells[:, None, axis] - cells[None, :, axis] + size - 1
+            index = index * (2 * size - 1) + offset
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Float[Tensor, "heads cells cells"]:
+        """What to add to the logits of each pair of cells."""
+        return self.table[self.index].permute(2, 0, 1)
+
+
+def _angles(
+    shape: Sequence[int], per_axis: int, base: float, device: torch.device | None
+) -> Float[Tensor, "cells axes frequencies"]:
+    exponents = torch.arange(per_axis, device=device, dtype=torch.float32) / max(per_axis, 1)
+    frequencies = torch.pow(torch.tensor(base, device=device), -exponents)
+    return cells_of(shape, device)[:, :, None].float() * frequencies
