@@ -149,6 +149,9 @@ def predict(
         if outcome.error is None:
             more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
             _say(f"wrote {outcome.written[0]}{more}")
+            if outcome.presence is not None:
+                shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
+                _say(f"probability that it holds: {shares}")
         else:
             failures.append(outcome.error)
             if len(found) > 1:
@@ -157,6 +160,61 @@ def predict(
         raise SegkitError(failures[0])
     if failures:
         raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
+
+
+@app.command()
+def explain(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for maps and tables.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The label of INPUT, or a folder of labels of that name.")
+    ] = None,
+    heads: Annotated[
+        bool,
+        typer.Option("--heads", help="Say whether several heads of attention beat one here."),
+    ] = False,
+    device: Device = "auto",
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+    ] = 0.5,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write attention maps, how far attention reaches in mm, and what each head is worth."""
+    from segkit.errors import VolumeError
+    from segkit.explanation import explain_files, explain_heads
+    from segkit.inference.predictor import Predictor
+    from segkit.model import load_model, model_folder, newest_model
+    from segkit.prediction import find_inputs
+    from segkit.progress import Tracker
+
+    if heads and reference is None:
+        raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
+    folder = model_folder(model) if model else newest_model(Path("runs"))
+    loaded = load_model(folder)
+    found = find_inputs(inputs, len(loaded.description.channels))
+    _say(f"model: {folder}")
+    predictor = Predictor(loaded, device=device, overlap=overlap)
+    track = Tracker(console)
+    for explained in explain_files(predictor, found, out, overwrite=overwrite, track=track):
+        _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
+        for position, reach in explained.reach.items():
+            for number, head in enumerate(reach):
+                _say(
+                    f"{explained.name} {position} head {number}: reaches {head.distance_mm:.1f} mm "
+                    f"({head.distance_ratio:.2f} of uniform attention), "
+                    f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
+                )
+    if heads and reference is not None:
+        figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
+        for studied in figures:
+            _say(studied.answer())
+        _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
 
 
 @app.command()

@@ -8,7 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from segkit.config_attention import AttentionConfig
+from segkit.config_attention import (
+    AttentionConfig,
+    CrossAttention,
+    SelfAttention,
+    UTransformerGate,
+)
 from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
 
 
@@ -74,7 +79,23 @@ class NetworkConfig(Section):
                 f"network.attention.skip.heads must be a number or hold {len(levels)}, "
                 f"one for each of the levels {levels}"
             )
-        window = getattr(self.attention.bottleneck, "window", None)
+        if isinstance(self.attention.skip, CrossAttention | UTransformerGate):
+            narrowest = min((self.channels[level] for level in levels), default=6)
+            if narrowest < 2 * self.spatial_dims:
+                raise ValueError(
+                    f"network.attention.skip needs network.channels of {2 * self.spatial_dims} or "
+                    f"more to tell positions, found {narrowest}"
+                )
+        bottleneck = self.attention.bottleneck
+        if isinstance(bottleneck, SelfAttention):
+            told_by = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}
+            if told_by.get(bottleneck.positions, 2 * self.spatial_dims) < 2 * self.spatial_dims:
+                raise ValueError(
+                    f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
+                    f"{2 * self.spatial_dims} channels or more (of each head, for rotary), "
+                    f"found {told_by[bottleneck.positions]}"
+                )
+        window = getattr(bottleneck, "window", None)
         if window is not None and len(window) != self.spatial_dims:
             raise ValueError(
                 f"network.attention.bottleneck.window must hold {self.spatial_dims} numbers, "

@@ -27,9 +27,11 @@ class AdditiveGridGate(Section):
     gates: Positive = 1
     """Gates side by side at each level, for tasks of several classes."""
     initial_bias: float = 3.0
-    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
+    """Of `sigmoid` and `hard` gates, the bias of the last convolution: they start at sigmoid(3) =
+    0.95, nearly open."""
     output_transform: bool = False
-    """Whether a 1x1 convolution and a normalisation follow the product, as in their code."""
+    """Whether a 1x1 convolution and a normalisation follow the product, as in their code. Several
+    gates always have them."""
 
 
 class AdditiveSameLevelGate(Section):
@@ -41,7 +43,8 @@ class AdditiveSameLevelGate(Section):
     coefficients: Literal["sigmoid", "softmax", "mean_flow", "hard"] = "sigmoid"
     """As for `additive_grid`."""
     initial_bias: float = 3.0
-    """Bias of the last convolution: the gates start at sigmoid(3) = 0.95, nearly open."""
+    """Of `sigmoid` and `hard` gates, the bias of the last convolution: they start at sigmoid(3) =
+    0.95, nearly open."""
 
 
 class CrossAttention(Section):

@@ -1,7 +1,7 @@
 """`segkit predict`: files in, files out."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
+from segkit.files import write_json
 from segkit.inference.predictor import Predictor, Track
 from segkit.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of, write_volume
 
@@ -30,6 +31,8 @@ class Outcome:
     input: Input
     written: tuple[Path, ...]
     error: str | None = None
+    presence: Mapping[str, float] | None = None
+    """The probability that the volume holds each class, where the model says so."""
 
 
 def find_inputs(paths: Sequence[Path], num_channels: int) -> list[Input]:
@@ -91,10 +94,10 @@ def predict_files(
     for source in inputs:
         try:
             target = output_path(source, out=out, alone=len(inputs) == 1)
-            written = _predict_file(
+            written, presence = _predict_file(
                 predictor, source, target, maps, probabilities, overwrite, track
             )
-            yield Outcome(source, tuple(written))
+            yield Outcome(source, tuple(written), presence=presence)
         except SegkitError as error:
             file = str(source.files[0])
             sentence = str(error) if file in str(error) else f"{file}: {error}"
@@ -122,10 +125,12 @@ def _predict_file(
     probabilities: bool,
     overwrite: bool,
     track: Track,
-) -> list[Path]:
-    stem = stem_of(target)
-    beside = target.with_name(f"{stem.removesuffix('_seg')}_prob{suffix_of(target)}")
-    for path in [target, *([beside] if probabilities else [])]:
+) -> tuple[list[Path], dict[str, float] | None]:
+    stem = stem_of(target).removesuffix("_seg")
+    beside = target.with_name(f"{stem}_prob{suffix_of(target)}")
+    told = target.with_name(f"{stem}_presence.json")
+    classifies = predictor.model.network.presence is not None
+    for path in [target, *([beside] if probabilities else []), *([told] if classifies else [])]:
         if path in source.files:
             raise VolumeError(f"{path}: is the input itself; name another --out")
         if path.exists() and not overwrite:
@@ -140,6 +145,9 @@ def _predict_file(
         shares = prediction.probabilities
         write_volume(beside, shares.like(shares.data.astype(np.float32)))
         written.append(beside)
+    if prediction.presence is not None:
+        write_json(told, {"presence": prediction.presence})
+        written.append(told)
     # The labels come last: where they are, everything is.
     write_volume(target, prediction.labels)
-    return [target, *written]
+    return [target, *written], prediction.presence

@@ -191,11 +191,19 @@ def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
     predictor = Predictor(model)
     dice: dict[str, list[float]] = {}
+    told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
-        prediction = predictor(image).labels.data
+        prediction = predictor(image)
+        if prediction.presence is not None:
+            told_right.append(
+                [
+                    (probability > 0.5) == bool((label.data == number).any())
+                    for number, probability in enumerate(prediction.presence.values(), start=1)
+                ]
+            )
         matrix = confusion_matrix(
-            torch.from_numpy(prediction.astype(np.int64)),
+            torch.from_numpy(prediction.labels.data.astype(np.int64)),
             torch.from_numpy(label.data.astype(np.int64)),
             len(dataset.labels),
         )
@@ -203,8 +211,13 @@ def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -
     names = list(dataset.labels)[1:]
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = [_mean(column) for column in table.T]
+    told = {}
+    if told_right:
+        shares = np.mean(told_right, axis=0).tolist()
+        told = {"presence_accuracy": dict(zip(names, shares, strict=True))}
     return {
         "cases": len(cases),
+        **told,
         "dice": dict(zip(names, means, strict=True)),
         "mean_dice": _mean(np.array(means)),
         "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},

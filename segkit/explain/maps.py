@@ -1,29 +1,40 @@
 """Attention maps as files: on the input's grid, on their own, and their figures."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segkit.explain.reach import HeadReach
 from segkit.files import write_json
 from segkit.inference.predictor import AttentionMap, map_on_source
 from segkit.volume import Volume, write_volume
 
 
 def write_maps(
-    folder: Path, stem: str, maps: Mapping[str, AttentionMap], source: Volume
+    folder: Path,
+    stem: str,
+    maps: Mapping[str, AttentionMap],
+    source: Volume,
+    *,
+    reach: Mapping[str, Sequence[HeadReach]] | None = None,
 ) -> list[Path]:
     """Write every map of a volume and return the files.
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
     own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
-    channels has no place and stands in the JSON alone.
+    channels has no place and stands in the JSON alone. `reach` are figures of the heads of each
+    position.
     """
     written = []
     figures = []
     for key, attention_map in maps.items():
         figures.append(_figures(attention_map))
+        heads = (reach or {}).get(key.split("/")[0])
+        if heads is not None and attention_map.info.kind == "received":
+            figures[-1]["heads"] = [head.figures() for head in heads]
         if attention_map.volume is None:
             continue
         name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"
@@ -46,7 +57,7 @@ def _figures(attention_map: AttentionMap) -> dict[str, Any]:
         "stride": info.placement and list(info.placement.stride),
         "offset": info.placement and list(info.placement.offset),
         "shape": list(values.shape),
-        "range": [info.lowest, info.highest],
+        "range": [info.lowest, info.highest if math.isfinite(info.highest) else None],
         "min": float(values.min()),
         "mean": float(values.mean(dtype=np.float64)),
         "max": float(values.max()),

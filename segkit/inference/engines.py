@@ -11,6 +11,8 @@ from segkit.nn.planes import Planes, SegmentationNetwork
 from segkit.nn.taps import recording
 
 LOGITS = "logits"
+PRESENCE = "presence"
+"""Logits of each class's presence in a window, of networks that have a head for it."""
 
 
 class Engine(Protocol):
@@ -19,7 +21,10 @@ class Engine(Protocol):
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """The logits of windows, and the maps of these keys, each (batch, channel, cells …)."""
+        """The logits of windows, and the maps of these keys, each (batch, channel, cells …).
+
+        Among the keys may be PRESENCE, (batch, classes).
+        """
 
 
 class TorchEngine:
@@ -46,11 +51,20 @@ class TorchEngine:
         with torch.autocast(self.device.type, dtype=self.precision, enabled=half):
             if not keys:
                 return {LOGITS: self.network(windows)}
-            with recording(self.network) as maps:
-                logits = self.network(windows)
-        if isinstance(self.network, Planes):
-            maps = {key: self.network.stack(maps[key], len(windows)) for key in keys}
-        return {LOGITS: logits, **{key: maps[key] for key in keys}}
+            outputs: dict[str, Tensor] = {}
+            with recording(self.network) as recorded:
+                if PRESENCE in keys:
+                    outputs[LOGITS], outputs[PRESENCE] = self.network.classified(windows)
+                else:
+                    outputs[LOGITS] = self.network(windows)
+        for key in keys:
+            if key == PRESENCE:
+                continue
+            cells = recorded[key]
+            if isinstance(self.network, Planes):
+                cells = self.network.stack(cells, len(windows))
+            outputs[key] = cells
+        return outputs
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from segkit.build import build_normalisers, volume_patch
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
-from segkit.inference.engines import LOGITS, Engine, TorchEngine, choose_device
+from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine, choose_device
 from segkit.inference.windows import Slab, slide, stream, window_starts
 from segkit.model import Model, load_model
 from segkit.nn.planes import SegmentationNetwork
@@ -61,6 +61,9 @@ class Prediction:
     probabilities: Volume | None
     """Float16, the classes last."""
     maps: dict[str, AttentionMap]
+    presence: dict[str, float] | None = None
+    """Of networks with a head for it, the probability that the volume holds any of each class: the
+    highest of its windows'."""
 
 
 class Predictor:
@@ -109,16 +112,19 @@ class Predictor:
         `track(slabs, count)` may show progress. Raises ModelError where the channels do not fit,
         VolumeError for voxels that are not numbers.
         """
-        prepared = self._prepare(volume)
+        prepared = self.prepare(volume)
         infos = self.model.network.maps() if maps else {}
         vectors = ChannelMoments()
-        keys = list(infos)
+        presence: list[Tensor] = []
+        keys = [*infos, *([PRESENCE] if self.model.network.presence is not None else [])]
 
         def run(windows: Tensor) -> dict[str, Tensor]:
             outputs = self.engine(windows, keys)
             for key, info in infos.items():
                 if info.placement is None:
                     vectors.add(key, outputs.pop(key))
+            if PRESENCE in outputs:
+                presence.append(outputs.pop(PRESENCE).amax(dim=0))
             return outputs
 
         patch, overlap, multiple = self.layout
@@ -167,9 +173,11 @@ class Predictor:
                 else _placed(info, torch.cat(coarse[key], dim=WALK_AXIS + 1), prepared, volume)
                 for key, info in infos.items()
             },
+            _present(presence, list(self.model.description.labels)[1:]) if presence else None,
         )
 
-    def _prepare(self, volume: Volume) -> Prepared:
+    def prepare(self, volume: Volume) -> Prepared:
+        """The volume as the network sees it. Raises ModelError and VolumeError as a call does."""
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
@@ -311,6 +319,11 @@ def map_on_source(attention_map: AttentionMap, source: Volume) -> Volume:
     onto = np.zeros(source.grid.shape + native.data.shape[3:], np.float32, order="F")
     orientation.turn(onto)[box] = values.reshape(*seen.shape, *native.data.shape[3:])
     return source.like(onto)
+
+
+def _present(windows: list[Tensor], names: list[str]) -> dict[str, float]:
+    highest = torch.stack(windows).amax(dim=0).float().sigmoid()
+    return dict(zip(names, highest.tolist(), strict=True))
 
 
 def _placed(info: MapInfo, cells: Tensor, prepared: Prepared, volume: Volume) -> AttentionMap:

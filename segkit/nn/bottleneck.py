@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         if positions == "relative":
             assert self.window is not None, "relative positions need a window"
             self.bias = RelativeBias(self.window, heads=heads)
-        self.matrix = MapTap("received", highest=math.inf)
+        self.matrix = MapTap("received", highest=math.inf, window=self.window)
 
     def forward(
         self, features: Float[Tensor, "batch channel *space"]

@@ -72,7 +72,8 @@ class EfficientChannelAttention(nn.Module):
     """Map of how much each channel counts: sigmoid of a convolution along the channels' means.
 
     ECA, Wang et al. (2020, arXiv:1910.03151, Eq. 5-9). The convolution has no bias and a size that
-    grows with the number of channels C: the odd number at or next above (log2(C) + 1) / 2.
+    grows with the number of channels C: the whole part of (log2(C) + 1) / 2, and 1 more where that
+    is even.
     """
 
     def __init__(self, channels: int) -> None:

@@ -29,6 +29,8 @@ CoefficientKind = Literal["sigmoid", "softmax", "mean_flow", "hard"]
 """How a gate's logits become its map: see `Coefficients`."""
 HIGHEST_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 0.5
+LARGEST_HALF = 65504.0
+"""The largest number of half precision, which a share of very many voxels could pass."""
 
 
 class Gate(nn.Module):
@@ -104,7 +106,9 @@ class Coefficients(nn.Module):
         hard: `HardGate`.
 
     In Schlemper's pooled classifiers the second and third sum to 1. At a skip that would all but
-    shut it, so here their mean is 1: flat logits let everything through.
+    shut it, so here their mean is 1: flat logits let everything through. Neither notices a number
+    added to all logits, and `mean_flow` no factor either, so `initial_bias` opens the others alone,
+    a softmax starts near 1, and mean flow starts anywhere.
 
     Logits are never normalised: instance normalisation would fix the mean of their one channel, and
     batch normalisation cancels the bias. Weights start at N(0, 0.01^2), so that a sigmoid starts at
@@ -125,7 +129,6 @@ class Coefficients(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(num_gates, in_channels // num_gates, *[1] * spatial_dims)
         )
-        # The other kinds take no notice of a number added to all logits.
         self.bias = (
             nn.Parameter(torch.full((num_gates,), initial_bias))
             if kind in ("sigmoid", "hard")
@@ -151,12 +154,14 @@ class Coefficients(nn.Module):
                     return sigmoid_in_float32(logits)
                 case "softmax":
                     cells = logits.flatten(2)
-                    return (cells.softmax(dim=2) * cells.shape[2]).view(logits.shape)
+                    shares = cells.softmax(dim=2) * cells.shape[2]
+                    return shares.clamp(max=LARGEST_HALF).view(logits.shape)
                 case "mean_flow":
                     cells = logits.flatten(2)
                     # The small number lets everything through where all logits are the same.
                     risen = cells - cells.amin(dim=2, keepdim=True) + 1e-6
-                    return (risen / risen.mean(dim=2, keepdim=True)).view(logits.shape)
+                    shares = risen / risen.mean(dim=2, keepdim=True)
+                    return shares.clamp(max=LARGEST_HALF).view(logits.shape)
                 case "hard":
                     gates: Tensor = self.hard(logits)
                     return gates
@@ -181,10 +186,10 @@ class AdditiveGridGate(Gate):
     convolution and normalisation after the product, which are in the code and not in the paper, are
     off unless `output_transform` is set.
 
-    With several gates (`num_gates`) each has weights of its own, and what they let through is
-    brought back to the skip's channels by a 1x1 convolution, a normalisation and an activation:
-    the multi-dimensional coefficients that the paper proposes for several classes (Sec. 2.2), as
-    the code's `_multi_att` networks run them.
+    With several gates (`num_gates`) each has weights of its own (they share what prepares the
+    deepest signal), and what they let through is always brought back to the skip's channels by a
+    1x1 convolution, a normalisation and an activation: the multi-dimensional coefficients that the
+    paper proposes for several classes (Sec. 2.2), as the code's `_multi_att` networks run them.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"

@@ -54,10 +54,18 @@ def gather(
     edit: Edit,
     inside: Bool[Tensor, "batch keys"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries channels"], Float[Tensor, "batch heads keys"]]:
-    """Each query's mean of the values by edited weights, and what each key receives of them."""
+    """Each query's mean of the values by edited weights, and what each key receives of them.
+
+    Rows of queries that are not `inside` are 0, and so are weights of such keys, whatever the edit.
+    """
 
     def edited(first: int, last: int) -> Tensor:
-        weights = edit(rows(first, last))
+        weights = rows(first, last)
+        if inside is not None:
+            weights = weights * inside[:, None, first:last, None]
+        weights = edit(weights)
+        if inside is not None:
+            weights = weights * inside[:, None, None]
         with torch.autocast(value.device.type, enabled=False):
             taken.append(weights @ value.float())
         return weights

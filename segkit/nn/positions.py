@@ -27,7 +27,7 @@ def sincos(
     """Sines and cosines of each cell's index, an equal share of the channels for each axis.
 
     Vaswani et al. (2017, arXiv:1706.03762, Sec. 3.5) along each axis; channels that cannot be
-    shared out evenly stay 0.
+    shared out evenly stay 0. Raises ValueError for fewer than two channels an axis.
     """
     angles = _angles(shape, channels // (2 * len(shape)), SINCOS_BASE, device)
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
@@ -42,7 +42,7 @@ def rotate(
     Rotary embedding of Su et al. (2021, arXiv:2104.09864, Eq. 34), axial: pairs of channels are
     shared out evenly among the axes, with the base of 100 that suits small grids (Heo et al. 2024,
     arXiv:2403.13298, Eq. 12). A product of a query and a key then depends on their offset alone.
-    Pairs left over are not turned.
+    Pairs left over are not turned. Raises ValueError for fewer than two channels an axis.
     """
     angles = _angles(shape, tokens.shape[-1] // (2 * len(shape)), ROTARY_BASE, tokens.device)
     angles = angles.flatten(1)
@@ -79,6 +79,11 @@ class RelativeBias(nn.Module):
 def _angles(
     shape: Sequence[int], per_axis: int, base: float, device: torch.device | None
 ) -> Float[Tensor, "cells axes frequencies"]:
-    exponents = torch.arange(per_axis, device=device, dtype=torch.float32) / max(per_axis, 1)
+    if per_axis == 0:
+        raise ValueError(
+            f"positions along {len(shape)} axes need at least {2 * len(shape)} channels; "
+            f"widen the level or the heads"
+        )
+    exponents = torch.arange(per_axis, device=device, dtype=torch.float32) / per_axis
     frequencies = torch.pow(torch.tensor(base, device=device), -exponents)
     return cells_of(shape, device)[:, :, None].float() * frequencies

@@ -51,6 +51,7 @@ class MapTap(nn.Module):
         stride: the step between the map's cells in cells of the feature map that its module
             attends to: a gate that works on the next coarser grid has the stride to that grid.
         lowest, highest: what the map's values lie between.
+        window: cells of the windows within which attention is paid, where it is not paid to all.
         mean: whether only the mean over channels is recorded, where a map has as many channels as
             the features.
     """
@@ -62,6 +63,7 @@ class MapTap(nn.Module):
         stride: tuple[int, ...] | None = None,
         lowest: float = 0.0,
         highest: float = 1.0,
+        window: tuple[int, ...] | None = None,
         mean: bool = False,
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class MapTap(nn.Module):
         self.stride = stride
         self.lowest = lowest
         self.highest = highest
+        self.window = window
         self.mean = mean
         self.info: MapInfo | None = None
         self.sink: dict[str, Tensor] | None = None

@@ -1,0 +1,72 @@
+"""Heads of attention taken out of a model for good."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from segkit import config_attention as settings
+from segkit.build import build_network
+from segkit.config import ModelDescription
+from segkit.errors import ModelError
+from segkit.explain.heads import multi_headed
+from segkit.model import Model
+from segkit.nn.bottleneck import SelfAttention
+from segkit.nn.planes import Planes
+
+
+def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
+    """The model without the heads that are not kept, of the positions that are named.
+
+    Its output is that of the model with these heads masked; its weights are fewer. Raises
+    ModelError for a position without heads, a head that is not there, or none kept.
+    """
+    modules = multi_headed(model.network)
+    state = _inner(model.network).state_dict()
+    names = {module: name for name, module in _inner(model.network).named_modules()}
+    heads = {position: module.attention.heads for position, module in modules.items()}
+    for position, chosen in kept.items():
+        if position not in modules:
+            raise ModelError(f"no attention with heads at {position}; the model has {[*modules]}")
+        count = heads[position]
+        if not chosen or not set(chosen) <= set(range(count)):
+            raise ModelError(
+                f"{position}: heads to keep must be some of 0 … {count - 1}, found {list(chosen)}"
+            )
+        module, chosen = modules[position], sorted(set(chosen))
+        width = module.attention.value.out_features // count
+        rows = torch.cat([torch.arange(head * width, (head + 1) * width) for head in chosen])
+        prefix = f"{names[module]}.attention"
+        for name in ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias"):
+            state[f"{prefix}.{name}"] = state[f"{prefix}.{name}"][rows]
+        state[f"{prefix}.out.weight"] = state[f"{prefix}.out.weight"][:, rows]
+        table = f"{names[module]}.bias.table"
+        if isinstance(module, SelfAttention) and table in state:
+            state[table] = state[table][:, chosen]
+        heads[position] = len(chosen)
+    description = _with_heads(model.description, heads)
+    network = build_network(description)
+    _inner(network).load_state_dict(state)
+    return Model(description, network.eval())
+
+
+def _with_heads(description: ModelDescription, heads: Mapping[str, int]) -> ModelDescription:
+    attention = description.network.attention
+    changed: dict[str, settings.SkipAttention | settings.TokenAttention] = {}
+    if isinstance(attention.bottleneck, settings.SelfAttention):
+        changed["bottleneck"] = attention.bottleneck.model_copy(
+            update={"heads": heads["bottleneck"]}
+        )
+    if isinstance(attention.skip, settings.CrossAttention | settings.UTransformerGate):
+        levels = attention.skip_levels(len(description.network.channels))
+        changed["skip"] = attention.skip.model_copy(
+            update={"heads": [heads[f"skip.{level}"] for level in levels]}
+        )
+    network = description.network.model_copy(
+        update={"attention": attention.model_copy(update=changed)}
+    )
+    return description.model_copy(update={"network": network})
+
+
+def _inner(network: nn.Module) -> nn.Module:
+    return network.network if isinstance(network, Planes) else network

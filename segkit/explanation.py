@@ -1,0 +1,117 @@
+"""`segkit explain`: what a model attends to, and what its heads of attention are worth."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import VolumeError
+from segkit.explain.heads import Case, PositionFigures, head_table, study_heads
+from segkit.explain.maps import write_maps
+from segkit.explain.reach import HeadReach, watching
+from segkit.files import write_json, write_text
+from segkit.inference.predictor import Predictor
+from segkit.prediction import Input, read_input
+from segkit.volume import SUFFIXES, read_volume, write_volume
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was written of one volume, and how far each head reached in it, by position."""
+
+    name: str
+    written: tuple[Path, ...]
+    reach: dict[str, list[HeadReach]]
+
+
+def explain_files(
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    track: Track = lambda items, what, count: items,
+) -> Iterator[Explained]:
+    """Write each volume's labels and maps, and say how far the heads of attention reach.
+
+    `NAME_seg`, the maps of `write_maps`, and in `NAME_maps.json` distance and entropy of each head.
+    """
+    for source in inputs:
+        told = folder / f"{source.name}_maps.json"
+        if told.exists() and not overwrite:
+            raise VolumeError(f"{told}: exists already; pass --overwrite or name another --out")
+        volume = read_input(source)
+        with watching(predictor) as watchers:
+            prediction = predictor(
+                volume, maps=True, track=lambda slabs, count: track(slabs, "explaining", count)
+            )
+        reach = {position: watcher.result() for position, watcher in watchers.items()}
+        labels = folder / f"{source.name}_seg.nii.gz"
+        write_volume(labels, prediction.labels)
+        written = write_maps(folder, source.name, prediction.maps, volume, reach=reach)
+        yield Explained(source.name, (labels, *written), reach)
+
+
+def explain_heads(
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    references: Path,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    track: Track = lambda items, what, count: items,
+) -> list[PositionFigures]:
+    """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
+    table, whole = folder / "heads.csv", folder / "heads.json"
+    for path in (table, whole):
+        if path.exists() and not overwrite:
+            raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")
+    cases = [
+        Case(source.name, read_input(source), read_volume(reference_of(source, references)))
+        for source in inputs
+    ]
+    figures = study_heads(predictor, cases, track=track)
+    rows = head_table(figures)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(table, text.getvalue())
+    write_json(
+        whole,
+        {
+            "cases": [case.name for case in cases],
+            "positions": [
+                {
+                    "position": position.position,
+                    "answer": position.answer(),
+                    "p_value": position.p_value,
+                    "dice": position.dice,
+                    "dice_without_any": position.dice_without_any,
+                    "dice_least_important_masked_first": position.least_first,
+                    "dice_most_important_masked_first": position.most_first,
+                    "heads": [vars(head) for head in position.heads],
+                }
+                for position in figures
+            ],
+        },
+    )
+    return figures
+
+
+def reference_of(source: Input, references: Path) -> Path:
+    """The reference of an input: the file itself, or the one in a folder that has its name."""
+    if references.is_file():
+        return references
+    if not references.is_dir():
+        raise VolumeError(f"{references}: no such file or folder; check the path")
+    found = [
+        path for suffix in SUFFIXES if (path := references / f"{source.name}{suffix}").exists()
+    ]
+    if not found:
+        raise VolumeError(f"{references}: holds no volume called {source.name}")
+    return found[0]
