@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from segkit.losses import deep_dice_cross_entropy, dice_cross_entropy, level_weights, soft_dice
+from segkit.losses import (
+    deep_dice_cross_entropy,
+    dice_cross_entropy,
+    level_weights,
+    presence_cross_entropy,
+    soft_dice,
+)
 
 SPACES = [(6, 5), (4, 3, 5)]
 
@@ -240,3 +246,88 @@ def test_a_step_down_the_gradient_lowers_the_loss() -> None:
     assert logits.grad is not None
     after = dice_cross_entropy(logits.detach() - logits.grad, label, pool_batch=True)
     assert after < loss
+
+
+def test_presence_has_the_cross_entropy_worked_out_by_hand() -> None:
+    # Logits log 3 and 0 are probabilities 3/4 and 1/2; of the two classes the first is there.
+    logits = torch.tensor([[math.log(3), 0.0]])
+    label = torch.tensor([[[0, 1], [0, 0]]])
+    expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
+    assert_close(presence_cross_entropy(logits, label), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_of_background_alone_every_class_is_absent(space: tuple[int, ...]) -> None:
+    logits = example((), classes=3)[0]
+    label = torch.zeros(2, *space, dtype=torch.long)
+    # -log(1 - sigmoid(z)) = log(1 + e^z)
+    expected = torch.log(1 + logits.exp()).mean()
+    assert_close(presence_cross_entropy(logits, label), expected)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_logits_of_presence_begin_with_class_1(number: int) -> None:
+    label = torch.zeros(1, 4, 5, dtype=torch.long)
+    label[0, 2, 3] = number
+    right = torch.full((1, 3), -30.0)
+    right[0, number - 1] = 30.0
+    assert presence_cross_entropy(right, label) < 1e-6
+    # Another class in its stead is two logits wrong of three, by 30 each.
+    assert_close(presence_cross_entropy(right.roll(1, dims=1), label), torch.tensor(20.0))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_presence_asks_neither_where_a_class_is_nor_how_much_of_it(space: tuple[int, ...]) -> None:
+    logits, _ = example((), classes=3)
+    label = torch.zeros(2, math.prod(space), dtype=torch.long)
+    label[0, 4], label[1, 7], label[1, 8] = 2, 3, 1
+    expected = presence_cross_entropy(logits, label.reshape(2, *space))
+    order = torch.randperm(label.shape[1], generator=torch.Generator().manual_seed(1))
+    shuffled = label[:, order]
+    shuffled[0, shuffled[0].argmin()] = 2  # one voxel more
+    assert torch.equal(presence_cross_entropy(logits, shuffled.reshape(2, *space)), expected)
+    swapped = label.flip(0).reshape(2, *space)  # each image with the other's classes
+    assert abs(presence_cross_entropy(logits, swapped) - expected) > 0.1
+
+
+def test_presence_is_counted_for_each_image_on_its_own() -> None:
+    logits, _ = example((), classes=2)
+    label = torch.zeros(2, 3, 4, dtype=torch.long)
+    label[0, 1, 1] = 1
+    alone = [presence_cross_entropy(logits[[one]], label[[one]]) for one in range(2)]
+    assert_close(presence_cross_entropy(logits, label), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("label_type", [torch.uint8, torch.int64])
+def test_presence_has_the_cross_entropy_of_torch(label_type: torch.dtype) -> None:
+    logits, _ = example((), batch=4, classes=3)
+    label = torch.zeros(4, 2, 3, dtype=label_type)
+    label[0, 0, 0] = 1
+    label[1] = 3
+    label[3] = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    expected = F.binary_cross_entropy(logits.sigmoid(), target)
+    assert_close(presence_cross_entropy(logits, label), expected)
+
+
+def test_the_loss_of_presence_is_float32_of_bfloat16_logits() -> None:
+    logits, label = example((6, 5), classes=3)
+    logits = logits[:, 1:, 0, 0].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = presence_cross_entropy(logits, label)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, presence_cross_entropy(logits.float(), label))
+    assert loss != loss.bfloat16().float(), "was rounded"
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_extreme_logits_of_presence_have_a_finite_loss_and_gradient(magnitude: float) -> None:
+    label = torch.ones(1, 3, 3, dtype=torch.long)
+    logits = torch.full((1, 2), magnitude, requires_grad=True)
+    loss = presence_cross_entropy(logits, label)
+    loss.backward()
+    # One of the two classes is there and the other is not: one logit is wrong whatever the sign.
+    assert_close(loss, torch.tensor(5e3))
+    assert logits.grad is not None
+    wrong = [0.0, 0.5] if magnitude > 0 else [-0.5, 0.0]
+    assert_close(logits.grad, torch.tensor([wrong]))

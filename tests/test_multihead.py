@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from segkit.geometry import Placement
 from segkit.nn import multihead
-from segkit.nn.multihead import MultiHeadAttention, Windows, blocks, softmax_rows
+from segkit.nn.multihead import MultiHeadAttention, blocks, softmax_rows, windows_over
 from segkit.nn.taps import MapTap, editing, place_taps, recording
 
 RECEIVED = "bottleneck/received"
@@ -444,9 +444,9 @@ def test_two_heads_copy_both_neighbours_at_once_but_one_head_only_their_mean() -
 def test_the_softmax_is_computed_in_float32_from_lower_precision() -> None:
     query, key = features_of(1, 2, 5, 4).bfloat16(), features_of(1, 2, 6, 4, seed=2).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        weights = softmax_rows(query, key, None)(0, 5)
+        weights = softmax_rows(query, key, None, 0, 5)
     assert weights.dtype == torch.float32
-    assert_close(weights, softmax_rows(query.float(), key.float(), None)(0, 5))
+    assert_close(weights, softmax_rows(query.float(), key.float(), None, 0, 5))
 
 
 @st.composite
@@ -462,7 +462,7 @@ def cut_grids(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def test_windows_put_together_again_are_the_grid(
     grid: tuple[tuple[int, ...], tuple[int, ...]], batch_size: int
 ) -> None:
-    windows = Windows(*grid)
+    windows = windows_over(*grid)
     features = features_of(batch_size, 3, *grid[0])
     assert torch.equal(windows.join(windows.cut(features), batch_size), features)
 
@@ -473,7 +473,7 @@ def test_a_window_holds_the_cells_that_slicing_gives_and_nothing_beyond_the_grid
     grid: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
     space, window = grid
-    windows = Windows(space, window)
+    windows = windows_over(space, window)
     features = features_of(2, 3, *space)
     tokens = iter(windows.cut(features))
     inside = windows.inside(2, features.device)
@@ -501,7 +501,7 @@ def test_a_window_holds_the_cells_that_slicing_gives_and_nothing_beyond_the_grid
 
 @pytest.mark.parametrize("space", [(4, 5), (3, 2, 4)])
 def test_without_a_window_all_cells_are_in_one(space: tuple[int, ...]) -> None:
-    windows = Windows(space, None)
+    windows = windows_over(space, None)
     features = features_of(2, 3, *space)
     assert torch.equal(windows.cut(features), features.flatten(2).transpose(1, 2))
     assert windows.inside(2, features.device) is None

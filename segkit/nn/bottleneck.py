@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segkit.nn.multihead import MultiHeadAttention, Windows, blocks, gather, received
+from segkit.nn.multihead import MultiHeadAttention, blocks, gather, received, windows_over
 from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
 from segkit.nn.taps import MapTap
 
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "batch channel *space"]:
         """The features with what their voxels take from one another."""
         batch_size, space = len(features), features.shape[2:]
-        windows = Windows(space, self.window)
+        windows = windows_over(space, self.window)
         placed = self.norm(features.movedim(1, -1))
         if self.positions == "sincos":
             waves = sincos(space, features.shape[1], features.device)
@@ -116,10 +116,7 @@ class AdditiveSelfAttention(nn.Module):
         tokens = self.norm(features.flatten(2).transpose(1, 2))
         query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
 
-        def rows(first: int, last: int) -> Tensor:
-            return self._weights(query[:, first:last], key)[:, None]
-
-        num_cells = key.shape[1]
+        rows, num_cells = partial(self._rows, query, key), key.shape[1]
         share: Tensor | None = None
         if self.matrix.edit is not None:
             taken, share = gather(rows, value[:, None], num_cells, self.matrix.edit)
@@ -136,6 +133,9 @@ class AdditiveSelfAttention(nn.Module):
         added = self.out(taken).transpose(1, 2).unflatten(2, space)
         return features + added.to(features.dtype)
 
+    def _rows(self, query: Tensor, key: Tensor, first: int, last: int) -> Tensor:
+        return self._weights(query[:, first:last], key)[:, None]
+
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Rows of weights, float32; made of so few queries at a time that their sums fit."""
         parts = [
@@ -145,16 +145,17 @@ class AdditiveSelfAttention(nn.Module):
         return torch.cat(parts, dim=1).float().softmax(dim=-1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        def attend(some: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self._weights(some, key).to(value.dtype) @ value
-
         parts = list(blocks(query.shape[1], key.numel()))
         if len(parts) == 1:
-            return attend(query, key, value)
-        kept = [
-            checkpoint(attend, query[:, first:last], key, value, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else attend(query[:, first:last], key, value)
-            for first, last in parts
-        ]
-        return torch.cat(kept, dim=1)
+            return self._mean(query, key, value)
+        if not torch.is_grad_enabled():
+            means = [self._mean(query[:, first:last], key, value) for first, last in parts]
+        else:
+            means = [
+                checkpoint(self._mean, query[:, first:last], key, value, use_reentrant=False)
+                for first, last in parts
+            ]
+        return torch.cat(means, dim=1)
+
+    def _mean(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._weights(query, key).to(value.dtype) @ value

@@ -7,6 +7,8 @@ matrix at all.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +28,16 @@ def softmax_rows(
     query: Float[Tensor, "batch heads queries channels"],
     key: Float[Tensor, "batch heads keys channels"],
     bias: Float[Tensor, "#batch #heads #queries keys"] | None,
-) -> Rows:
-    """Weights softmax(q k^T / sqrt(channels) + bias), in float32."""
-
-    def rows(first: int, last: int) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            logits = query[:, :, first:last].float() @ key.float().transpose(-2, -1)
-            logits = logits / math.sqrt(query.shape[-1])
-            if bias is not None:
-                logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, first:last]).float()
-            return logits.softmax(dim=-1)
-
-    return rows
+    first: int,
+    last: int,
+) -> Float[Tensor, "batch heads rows keys"]:
+    """Weights softmax(q k^T / sqrt(channels) + bias) of some queries, in float32."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query[:, :, first:last].float() @ key.float().transpose(-2, -1)
+        logits = logits / math.sqrt(query.shape[-1])
+        if bias is not None:
+            logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, first:last]).float()
+        return logits.softmax(dim=-1)
 
 
 def blocks(num_queries: int, numbers_per_query: int) -> Iterator[tuple[int, int]]:
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         if inside is not None:
             shut = torch.zeros_like(inside, dtype=queries.dtype).masked_fill(~inside, -math.inf)
             bias = shut[:, None, None] if bias is None else bias + shut[:, None, None]
-        rows = softmax_rows(queries, keys, bias)
+        rows = partial(softmax_rows, queries, keys, bias)
         share: Tensor | None = None
         if matrix.edit is not None:
             taken, share = gather(rows, values, queries.shape[2], matrix.edit, inside)
@@ -171,16 +171,25 @@ class MultiHeadAttention(nn.Module):
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class Windows:
+def windows_over(space: Sequence[int], window: Sequence[int] | None) -> "Windows":
+    """Windows of a size over a grid; one of the grid's own size where None."""
+    sizes = tuple(window or space)
+    counts = tuple(-(-size // width) for size, width in zip(space, sizes, strict=True))
+    return Windows(tuple(space), sizes, counts)
+
+
+class Windows(NamedTuple):
     """A grid cut into windows of one size, the last ones filled up beyond the grid's far ends."""
 
-    def __init__(self, space: Sequence[int], window: Sequence[int] | None) -> None:
-        self.space = tuple(space)
-        self.window = tuple(window or space)
-        self.counts = tuple(
-            -(-size // width) for size, width in zip(self.space, self.window, strict=True)
-        )
-        self.padded = tuple(n * width for n, width in zip(self.counts, self.window, strict=True))
+    space: tuple[int, ...]
+    window: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Windows along each axis."""
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """The grid, filled up."""
+        return tuple(n * width for n, width in zip(self.counts, self.window, strict=True))
 
     def cut(
         self, features: Float[Tensor, "batch channel *space"]
