@@ -1,15 +1,18 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
+from segkit.losses import deep_dice_cross_entropy, presence_cross_entropy
 from segkit.module import SegmentationModule
+from segkit.nn.gates import AdditiveGridGate, HardGate
 from segkit.nn.planes import Planes
+from segkit.nn.pooling import MeanPooling
 from segkit.nn.unet import UNet
 
 pytestmark = [
@@ -244,3 +247,127 @@ def test_one_patch_is_learnt_by_heart() -> None:
     with torch.no_grad():
         labels = module.network(batch["image"]).argmax(1)
     assert (labels == batch["label"]).float().mean() > 0.98
+
+
+def with_head() -> Planes:
+    """The network of the other tests, and a head for its two foreground classes."""
+    torch.manual_seed(0)
+    unet = UNet(
+        2,
+        1,
+        out_channels=3,
+        channels=(8, 16),
+        deep_supervision=True,
+        presence_head=lambda channels: MeanPooling(channels, num_classes=2),
+    )
+    return Planes(unet, axis=2)
+
+
+def trained(
+    network: Planes, steps: int = 1, *more: L.Callback, **changes: Any
+) -> tuple[list[float], Mapping[str, Tensor]]:
+    """The loss of each step of a network's training, and what was logged last."""
+    losses = Losses()
+    module = module_of(**changes)
+    module.network = network
+    trainer = trainer_of(steps, callbacks=[losses, *more])
+    trainer.fit(module, batches(steps))
+    return losses.values, trainer.callback_metrics
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
+def test_the_loss_is_that_of_segmentation_plus_the_weighted_one_of_presence(weight: float) -> None:
+    network = with_head()
+    batch = next(iter(batches(1)))
+    levels, logits = network.supervised(batch["image"])
+    segmentation = deep_dice_cross_entropy(levels, batch["label"], pool_batch=True).item()
+    assert logits is not None
+    presence = presence_cross_entropy(logits, batch["label"]).item()
+    assert presence > 0.1
+    (loss,), logged = trained(network, presence_weight=weight)
+    assert loss == pytest.approx(segmentation + weight * presence, rel=1e-6)
+    assert logged["train/loss"].item() == pytest.approx(loss)
+    assert logged["train/presence_loss"].item() == pytest.approx(presence, rel=1e-6)
+
+
+def test_the_loss_of_presence_teaches_the_head() -> None:
+    for weight in (0.0, 0.5):
+        network = with_head()
+        assert isinstance(network.presence, MeanPooling)
+        classify = network.presence.classify
+        before = {name: value.clone() for name, value in classify.state_dict().items()}
+        trained(network, presence_weight=weight)
+        for name, value in classify.state_dict().items():
+            # Both classes are there, so that both of their logits are too low.
+            assert torch.equal(value, before[name]) == (weight == 0)
+        assert (classify.bias > before["bias"]).all() == (weight > 0)
+
+
+def test_a_network_without_a_head_has_no_loss_of_presence() -> None:
+    expected, logged = trained(network(), 3)
+    assert trained(network(), 3, presence_weight=5.0)[0] == expected
+    assert "train/loss" in logged and "train/presence_loss" not in logged
+
+
+def hard_gated() -> Planes:
+    """A network whose gates are open or shut with equal probability."""
+
+    def make(
+        *,
+        level: int,
+        skip_channels: int,
+        coarse_channels: int,
+        upsampled_channels: int,
+        stride: Sequence[int],
+        deepest: bool,
+    ) -> nn.Module:
+        return AdditiveGridGate(
+            2,
+            skip_channels=skip_channels,
+            signal_channels=coarse_channels,
+            stride=stride,
+            deepest=deepest,
+            initial_bias=0.0,
+            coefficients="hard",
+        )
+
+    torch.manual_seed(0)
+    return Planes(UNet(2, 1, out_channels=3, channels=(8, 16), skip_gate=make), axis=2)
+
+
+class Unsettled(L.Callback):
+    """Puts the global generator into another state before training and before each step."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        torch.manual_seed(self.seed)
+        self.seed += 1
+
+
+def test_the_noise_of_hard_gates_depends_on_the_seed_and_the_step_alone() -> None:
+    # So slow that the weights stay as they are: whatever changes is noise.
+    still = {"optimiser": "sgd", "learning_rate": 1e-12}
+    losses, _ = trained(hard_gated(), 4, **still)
+    assert len(set(losses)) == 4
+    for global_seed in (1, 2):
+        assert trained(hard_gated(), 4, Unsettled(global_seed), **still)[0] == losses
+    assert not set(trained(hard_gated(), 4, seed=6, **still)[0]) & set(losses)
+
+
+class Temperatures(L.Callback):
+    """The temperature that each step was taken at."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        gates = [part for part in module.network.modules() if isinstance(part, HardGate)]
+        self.values.extend(gate.temperature.item() for gate in gates)
+
+
+def test_hard_gates_cool_from_1_to_a_half_over_the_steps_of_training() -> None:
+    temperatures = Temperatures()
+    trained(hard_gated(), 4, temperatures, num_steps=4)
+    assert temperatures.values == [1.0, 0.875, 0.75, 0.625]  # a step later it would be a half

@@ -132,5 +132,6 @@ def test_presence_teaches_the_plane_that_shows_a_class_most() -> None:
     presence[0, 1].backward()
     assert volume.grad is not None
     touched = volume.grad.abs().amax(dim=(0, 1, 2, 3)).nonzero().flatten().tolist()
-    alone = [float(network.network.classified(plane)[1][0, 1]) for plane in volume.unbind(4)]
-    assert touched == [max(range(6), key=alone.__getitem__)]
+    planes = volume.detach().unbind(4)
+    alone = torch.stack([network.network.classified(plane)[1][0, 1] for plane in planes])
+    assert touched == [alone.argmax().item()]

@@ -1,0 +1,148 @@
+"""What each kind of attention costs beside the plain U-Net of the same widths.
+
+    python benchmarks/attention.py [--size 64] [--rounds 9] [--device cpu]
+
+In every round each network runs once after the plain one, and the two times are divided; the table
+gives the medians of these ratios. Multiply-adds are counted, not timed. It is printed as Markdown.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from segkit.build import build_network
+from segkit.config import ModelDescription, NetworkConfig
+from segkit.config_file import validated
+
+PLAIN = "plain"
+KINDS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "skip: additive_grid": {"skip": "additive_grid"},
+    "skip: additive_grid, softmax": {"skip": {"kind": "additive_grid", "coefficients": "softmax"}},
+    "skip: additive_grid, hard": {"skip": {"kind": "additive_grid", "coefficients": "hard"}},
+    "skip: additive_grid, 2 gates": {"skip": {"kind": "additive_grid", "gates": 2}},
+    "skip: additive_same_level": {"skip": "additive_same_level"},
+    "skip: cross_attention": {"skip": "cross_attention"},
+    "skip: u_transformer": {"skip": "u_transformer"},
+    **{
+        f"encoder: {kind}": {"encoder": kind}
+        for kind in ("se", "eca", "cbam", "bam", "scse", "spatial", "sse", "gc")
+    },
+    "bottleneck: self_attention": {"bottleneck": "self_attention"},
+    "bottleneck: additive_self": {"bottleneck": "additive_self"},
+    "head: gated": {"head": "gated"},
+    "head: learned_query": {"head": "learned_query"},
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=64, help="voxels along each axis")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    image = torch.randn(1, 1, *[options.size] * 3, device=device)
+    networks = {name: network(kind, options.size).to(device) for name, kind in KINDS.items()}
+    plain = networks[PLAIN]
+    console = Console()
+    lines = [
+        f"One image of {options.size}³ voxels, widths 16 to 128, {device.type}, "
+        f"{torch.get_num_threads()} threads, medians of {options.rounds} paired rounds.",
+        "",
+        "| kind | parameters | multiply-adds | forward | forward and backward |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    size, work = parameters(plain), multiply_adds(plain, image)
+    for name, one in track(networks.items(), "measuring", console=console):
+        forward = ratio(lambda n: n(image), plain, one, options.rounds, device)
+        both = ratio(lambda n: train_once(n, image), plain, one, options.rounds, device)
+        lines.append(
+            f"| {name} | {parameters(one):,} ({parameters(one) / size - 1:+.1%}) "
+            f"| {multiply_adds(one, image) / 1e9:.2f} G "
+            f"({multiply_adds(one, image) / work - 1:+.1%}) | {forward:.3f} | {both:.3f} |"
+        )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def network(attention: dict[str, Any], size: int) -> nn.Module:
+    """A 3D U-Net with that attention, as a config would build it."""
+    torch.manual_seed(0)
+    return build_network(
+        ModelDescription(
+            segkit="benchmark",
+            run="benchmark",
+            channels=["image"],
+            labels={"background": 0, "one": 1, "two": 2},
+            network=validated(NetworkConfig, {"attention": attention}, "benchmark"),
+            spacing=(1.0, 1.0, 1.0),
+            normalisation=["zscore"],
+            slices="axial",
+            patch_size=[size] * 3,
+        )
+    )
+
+
+def parameters(network: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def multiply_adds(network: nn.Module, image: Tensor) -> float:
+    """Of one forward pass, convolutions and matrix products; the fused kernel taken apart."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        network(image)
+    return float(counter.get_total_flops()) / 2
+
+
+def train_once(network: nn.Module, image: Tensor) -> None:
+    """One pass there and back, of all that is supervised."""
+    levels, presence = network.supervised(image)  # type: ignore[operator]
+    loss = torch.stack([level.mean() for level in levels]).sum()
+    if presence is not None:
+        loss = loss + presence.mean()
+    loss.backward()
+    network.zero_grad()
+
+
+def ratio(
+    run: Callable[[nn.Module], object],
+    plain: nn.Module,
+    other: nn.Module,
+    rounds: int,
+    device: torch.device,
+) -> float:
+    """Median over rounds of the other's time over the plain one's, which run in turn."""
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = []
+        # In turn first and second, so that neither is always the one with a warm cache.
+        pair = [plain, other] if number % 2 else [other, plain]
+        for network in pair:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            run(network)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        if number % 2 == 0:
+            seconds.reverse()
+        if number:  # the first round warms up
+            ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
+
+
+if __name__ == "__main__":
+    main()
