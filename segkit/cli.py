@@ -187,7 +187,7 @@ def explain(
 ) -> None:
     """Write attention maps, how far attention reaches in mm, and what each head is worth."""
     from segkit.errors import VolumeError
-    from segkit.explanation import explain_files, explain_heads
+    from segkit.explanation import explain_files, explain_heads, refuse_existing
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
     from segkit.prediction import find_inputs
@@ -201,6 +201,12 @@ def explain(
     _say(f"model: {folder}")
     predictor = Predictor(loaded, device=device, overlap=overlap)
     track = Tracker(console)
+    refuse_existing(found, out, overwrite=overwrite)
+    if heads and reference is not None:
+        figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
+        for studied in figures:
+            _say(studied.answer())
+        _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
     for explained in explain_files(predictor, found, out, overwrite=overwrite, track=track):
         _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
         for position, reach in explained.reach.items():
@@ -210,11 +216,6 @@ def explain(
                     f"({head.distance_ratio:.2f} of uniform attention), "
                     f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
                 )
-    if heads and reference is not None:
-        figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
-        for studied in figures:
-            _say(studied.answer())
-        _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
 
 
 @app.command()

@@ -79,13 +79,23 @@ class NetworkConfig(Section):
                 f"network.attention.skip.heads must be a number or hold {len(levels)}, "
                 f"one for each of the levels {levels}"
             )
-        if isinstance(self.attention.skip, CrossAttention | UTransformerGate):
-            narrowest = min((self.channels[level] for level in levels), default=6)
-            if narrowest < 2 * self.spatial_dims:
-                raise ValueError(
-                    f"network.attention.skip needs network.channels of {2 * self.spatial_dims} or "
-                    f"more to tell positions, found {narrowest}"
-                )
+        skip = self.attention.skip
+        if skip is not None and skip.levels is None and not levels:
+            raise ValueError(
+                "network.attention.skip leaves out level 0, which is the only skip of two "
+                "network.channels; give it levels: [0]"
+            )
+        placed: list[int] = []
+        if isinstance(skip, CrossAttention):
+            placed = [*levels, *(level + 1 for level in levels)]
+        elif isinstance(skip, UTransformerGate):
+            placed = [level + 1 for level in levels]
+        narrowest = min((self.channels[level] for level in placed), default=2 * self.spatial_dims)
+        if narrowest < 2 * self.spatial_dims:
+            raise ValueError(
+                f"network.attention.skip needs network.channels of {2 * self.spatial_dims} or "
+                f"more to tell positions, found {narrowest}"
+            )
         bottleneck = self.attention.bottleneck
         if isinstance(bottleneck, SelfAttention):
             told_by = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}

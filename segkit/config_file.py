@@ -50,8 +50,14 @@ def validated(model: type[Model], tree: Mapping[str, Any], source: str) -> Model
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        problems = [_sentence(dict(problem)) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+        # Of a value that fits no type of a union, the first type's complaint will do.
+        problems = {
+            key: _sentence(key, dict(problem))
+            for problem in reversed(error.errors())
+            for key in [_key(problem["loc"], tree, problem["type"])]
+        }
+        sentences = reversed(problems.values())
+        raise ConfigError(f"{source}: " + "; ".join(sentences)) from None
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -81,12 +87,28 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[name] = value
 
 
-def _sentence(problem: dict[str, Any]) -> str:
-    parts = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in parts if part not in _tags())
+def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
+    """The dotted key of a problem: what the user wrote, without what pydantic puts between.
+
+    Pydantic's location also names the kind or the type of a union that it tried.
+    """
+    parts: list[str] = []
+    for part in location:
+        if isinstance(tree, Mapping) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, Sequence) and not isinstance(tree, str) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        elif not (problem == "missing" and part is location[-1]):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _sentence(key: str, problem: dict[str, Any]) -> str:
     match problem["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(parts[-1], _names(), n=1)
+            name = key.rpartition(".")[2]
+            near = difflib.get_close_matches(name, _names() - {name}, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             return f"{key} is not a setting{hint}"
         case "missing":
@@ -103,14 +125,6 @@ def _sentence(problem: dict[str, Any]) -> str:
             return f"{key} is {problem['input']!r}: {reason.replace('input should', 'it should')}"
 
 
-def _names() -> list[str]:
+def _names() -> set[str]:
     """Every setting's name, for the nearest to a misspelt one."""
-    return [name for section in Section.__subclasses__() for name in section.model_fields]
-
-
-def _tags() -> set[str]:
-    """What pydantic puts into a location and the user never wrote: kinds and types of a union."""
-    sections = Section.__subclasses__()
-    kinds = [section.model_fields["kind"] for section in sections if "kind" in section.model_fields]
-    types = {"constrained-float", "list[str]", "list[int]", "int", "str"}
-    return {str(kind.default) for kind in kinds} | types
+    return {name for section in Section.__subclasses__() for name in section.model_fields}

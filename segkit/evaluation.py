@@ -8,7 +8,7 @@ import numpy as np
 
 from segkit.errors import VolumeError
 from segkit.metrics.table import CaseScores, score_case
-from segkit.volume import SUFFIXES, Volume, read_volume, stem_of
+from segkit.volume import SUFFIXES, read_labels, stem_of
 
 
 def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
@@ -64,12 +64,12 @@ def score_pairs(
         present: set[int] = set()
         for _, *paths in pairs:
             for path in paths:
-                present |= set(np.unique(_labels(path).data).tolist())
+                present |= set(np.unique(read_labels(path).data).tolist())
         names = {number: f"label {number}" for number in sorted(present - {0})}
     foreground = {number: name for number, name in names.items() if number}
     rows: list[CaseScores] = []
     for name, prediction_path, reference_path in pairs:
-        prediction, reference = _labels(prediction_path), _labels(reference_path)
+        prediction, reference = read_labels(prediction_path), read_labels(reference_path)
         if not prediction.grid.agrees_with(reference.grid):
             raise VolumeError(
                 f"{prediction_path}: lies on another grid than {reference_path}; "
@@ -91,11 +91,3 @@ def score_pairs(
 
 def _volumes(folder: Path) -> Sequence[Path]:
     return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
-
-
-def _labels(path: Path) -> Volume:
-    volume = read_volume(path)
-    whole = volume.data.astype(np.int64)
-    if volume.data.ndim != 3 or not np.array_equal(whole, volume.data) or whole.min() < 0:
-        raise VolumeError(f"{path}: expected whole numbers from 0 on, one per voxel, as labels")
-    return volume.like(whole)

@@ -14,7 +14,7 @@ from segkit.explain.reach import HeadReach, watching
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
-from segkit.volume import SUFFIXES, read_volume, write_volume
+from segkit.volume import SUFFIXES, read_labels, write_volume
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -40,10 +40,8 @@ def explain_files(
 
     `NAME_seg`, the maps of `write_maps`, and in `NAME_maps.json` distance and entropy of each head.
     """
+    refuse_existing(inputs, folder, overwrite=overwrite)
     for source in inputs:
-        told = folder / f"{source.name}_maps.json"
-        if told.exists() and not overwrite:
-            raise VolumeError(f"{told}: exists already; pass --overwrite or name another --out")
         volume = read_input(source)
         with watching(predictor) as watchers:
             prediction = predictor(
@@ -67,12 +65,16 @@ def explain_heads(
 ) -> list[PositionFigures]:
     """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
     table, whole = folder / "heads.csv", folder / "heads.json"
-    for path in (table, whole):
-        if path.exists() and not overwrite:
-            raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")
+    if not overwrite:
+        _refuse([table, whole])
+    if references.is_file() and len(inputs) > 1:
+        raise VolumeError(
+            f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
+        )
+    paths = [reference_of(source, references) for source in inputs]
     cases = [
-        Case(source.name, read_input(source), read_volume(reference_of(source, references)))
-        for source in inputs
+        Case(source.name, read_input(source), read_labels(path))
+        for source, path in zip(inputs, paths, strict=True)
     ]
     figures = study_heads(predictor, cases, track=track)
     rows = head_table(figures)
@@ -101,6 +103,28 @@ def explain_heads(
         },
     )
     return figures
+
+
+def refuse_existing(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
+    """Raise VolumeError where what `explain_files` would write is there already, or is an input."""
+    files = {file.resolve() for source in inputs for file in source.files}
+    targets = [
+        folder / f"{source.name}{ending}"
+        for source in inputs
+        for ending in ("_seg.nii.gz", "_maps.json")
+    ]
+    for target in targets:
+        if target.resolve() in files:
+            raise VolumeError(f"{target}: is an input itself; name another --out")
+    if not overwrite:
+        _refuse(targets)
+        _refuse([path for source in inputs for path in folder.glob(f"{source.name}_map-*.nii.gz")])
+
+
+def _refuse(targets: Sequence[Path]) -> None:
+    for target in targets:
+        if target.exists():
+            raise VolumeError(f"{target}: exists already; pass --overwrite or name another --out")
 
 
 def reference_of(source: Input, references: Path) -> Path:

@@ -126,7 +126,9 @@ def _predict_file(
     overwrite: bool,
     track: Track,
 ) -> tuple[list[Path], dict[str, float] | None]:
-    stem = stem_of(target).removesuffix("_seg")
+    stem = stem_of(target)
+    if stem != source.name:
+        stem = stem.removesuffix("_seg")
     beside = target.with_name(f"{stem}_prob{suffix_of(target)}")
     told = target.with_name(f"{stem}_presence.json")
     classifies = predictor.model.network.presence is not None

@@ -87,6 +87,16 @@ def read_volume(path: Path) -> Volume:
     return _open(path, _read_nifti, _read_itk)
 
 
+def read_labels(path: Path) -> Volume:
+    """A volume of labels, int64. Raises VolumeError for anything but whole numbers from 0 on."""
+    volume = read_volume(path)
+    with np.errstate(invalid="ignore"):
+        whole = volume.data.astype(np.int64)
+    if volume.data.ndim != 3 or not np.array_equal(whole, volume.data) or whole.min() < 0:
+        raise VolumeError(f"{path}: expected whole numbers from 0 on, one per voxel, as labels")
+    return volume.like(whole)
+
+
 def read_grid(path: Path) -> Grid:
     """The grid of a volume, from its header alone.
 

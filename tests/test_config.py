@@ -6,8 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
-from segkit.config import Config, CtWindow
-from segkit.config_attention import AdditiveGridGate
+from segkit.config import Config, CtWindow, NetworkConfig
+from segkit.config_attention import (
+    AdditiveGridGate,
+    AttentionConfig,
+    GatedPooling,
+    GlobalContext,
+    SelfAttention,
+)
 from segkit.config_file import dump_yaml, load_config, validated
 from segkit.errors import ConfigError
 
@@ -114,6 +120,27 @@ def test_an_override_reaches_into_a_kind_that_stands_alone(path: Path) -> None:
     path.write_text(SMALLEST + "network: {attention: {skip: additive_grid}}\n")
     config = load_config(path, ["network.attention.skip.levels=[2]"])
     assert config.network.attention.skip == AdditiveGridGate(levels=[2])
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "option", "expected"),
+    [
+        ("encoder", "gc", "reduction=4", GlobalContext(reduction=4)),
+        ("bottleneck", "self_attention", "window=[2, 4, 2]", SelfAttention(window=[2, 4, 2])),
+        ("head", "gated", "weight=0.5", GatedPooling(weight=0.5)),
+    ],
+)
+def test_an_override_reaches_attention_at_every_place(
+    path: Path, place: str, kind: str, option: str, expected: object
+) -> None:
+    change = f"network.attention.{place}.{option}"
+    path.write_text(SMALLEST + f"network: {{attention: {{{place}: {kind}}}}}\n")
+    assert getattr(load_config(path, [change]).network.attention, place) == expected
+    without = load_config(path, [f"network.attention.{place}=null"])
+    assert without.network.attention == AttentionConfig()
+    path.write_text(SMALLEST)
+    with pytest.raises(ConfigError, match=rf"network\.attention\.{place}\.kind is missing; name"):
+        load_config(path, [change])
 
 
 def test_an_override_fills_an_empty_section(path: Path) -> None:
@@ -314,3 +341,65 @@ def test_config_and_errors_load_without_torch() -> None:
     ).stdout.split()
     assert "segkit.config" in loaded
     assert {"torch", "lightning", "monai", "numpy", "nibabel"}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize(
+    ("attention", "sentence"),
+    [
+        ({"spatial": 3}, "network.attention.spatial is not a setting"),
+        ({"head": {"kind": "gated", "mean": 3}}, "network.attention.head.mean is not a setting"),
+        ({"head": {"kind": "mean", "width": 3}}, "network.attention.head.width is not a setting"),
+        (
+            {"skip": {"kind": "cross_attention", "heads": 0}},
+            "network.attention.skip.heads is 0: it should be greater than 0",
+        ),
+        (
+            {"skip": {"kind": "cross_attention", "heads": "many"}},
+            "network.attention.skip.heads is 'many': it should be a valid integer",
+        ),
+    ],
+)
+def test_a_refusal_names_what_was_written_and_no_kind_or_type_that_was_tried(
+    attention: dict[str, Any], sentence: str
+) -> None:
+    tree = {"data": {"folder": "x", "patch_size": [8, 8, 8]}, "network": {"attention": attention}}
+    with pytest.raises(ConfigError) as refused:
+        validated(Config, tree, "c.yaml")
+    message = str(refused.value)
+    assert message.startswith(f"c.yaml: {sentence}")
+    assert "constrained" not in message and "; " not in message
+    assert "did you mean width" not in message
+
+
+def test_a_setting_that_is_named_like_a_kind_is_named_in_full() -> None:
+    normalisation = {"kind": "ct", "mean": "abc"}
+    tree = {"data": {"folder": "x", "patch_size": [8, 8, 8], "normalisation": normalisation}}
+    with pytest.raises(ConfigError, match=r"^c: data\.normalisation\.mean is 'abc'"):
+        validated(Config, tree, "c")
+
+
+@pytest.mark.parametrize(
+    ("channels", "skip", "found"),
+    [
+        ([16, 8, 4], {"kind": "cross_attention", "levels": [1]}, 4),
+        ([16, 8, 4], {"kind": "u_transformer", "levels": [1]}, 4),
+        ([4, 8, 16], {"kind": "cross_attention", "levels": [0]}, 4),
+        ([4, 8, 16], {"kind": "u_transformer", "levels": [0]}, None),
+        ([4, 8, 16], {"kind": "u_transformer"}, None),
+    ],
+)
+def test_attention_that_knows_positions_needs_channels_for_them(
+    channels: list[int], skip: dict[str, Any], found: int | None
+) -> None:
+    tree = {"channels": channels, "attention": {"skip": skip}}
+    if found is None:
+        assert validated(NetworkConfig, tree, "c").channels == channels
+        return
+    with pytest.raises(ConfigError, match=f"needs network.channels of 6 or more .* found {found}$"):
+        validated(NetworkConfig, tree, "c")
+
+
+@pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
+def test_attention_that_would_sit_nowhere_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"only skip of two network.channels; give it levels"):
+        validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")

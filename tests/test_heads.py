@@ -380,22 +380,26 @@ def test_the_sign_test_counts_who_wins(gains: list[float], expected: float) -> N
         (
             figures_of([0.25, 0.25]),
             "bottleneck: 2 heads, 2 cases cannot tell: Dice 0.7500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 2 of 2 cases (p = 0.5)",
+            "alone, 0.2500 with none; all do better than it in 2 of 2 cases and worse in 0 "
+            "(p = 0.5)",
         ),
         (
             figures_of([-0.25], heads=3),
             "bottleneck: 3 heads, 1 case cannot tell: Dice 0.2500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 0 of 1 cases (p = 1)",
+            "alone, 0.2500 with none; all do better than it in 0 of 1 cases and worse in 1 "
+            "(p = 1)",
         ),
         (
             figures_of([0.25] * 6),
             "bottleneck: 2 heads, better than one: Dice 0.7500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 6 of 6 cases (p = 0.0312)",
+            "alone, 0.2500 with none; all do better than it in 6 of 6 cases and worse in 0 "
+            "(p = 0.0312)",
         ),
         (
             figures_of([-0.25] * 6, best=0),
             "bottleneck: 2 heads, no better than one: Dice 0.2500 with all, 0.5000 with head 0 "
-            "alone, 0.2500 with none; all do better than it in 0 of 6 cases (p = 0.0312)",
+            "alone, 0.2500 with none; all do better than it in 0 of 6 cases and worse in 6 "
+            "(p = 0.0312)",
         ),
     ],
     ids=["one", "two cases", "one case", "better", "no better"],
@@ -444,3 +448,12 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
     ):
         with pytest.raises(VolumeError, match=message):
             study_heads(predictor, [noise_case(*PATCH), Case("case 1", good.volume, reference)])
+
+
+def test_one_case_far_off_does_not_turn_what_the_others_say() -> None:
+    study = figures_of([0.0625] * 9 + [-0.5])
+    assert sum(study.gain) > 0 and study.won_and_lost == (9, 1)
+    assert "2 heads, better than one" in study.answer()
+    worse_by_mean = figures_of([0.03125] * 9 + [-0.5])
+    assert sum(worse_by_mean.gain) < 0
+    assert "2 heads, better than one" in worse_by_mean.answer()

@@ -1,13 +1,20 @@
 """Which files are one volume, where its result goes, and that what lies there is kept."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from segkit.build import build_network
+from segkit.config import ModelDescription, NetworkConfig, ZScore
+from segkit.config_attention import AttentionConfig, MeanPooling
 from segkit.errors import VolumeError
 from segkit.geometry import Grid
-from segkit.prediction import Input, find_inputs, output_path, read_input
+from segkit.inference.predictor import Predictor
+from segkit.model import Model
+from segkit.prediction import Input, find_inputs, output_path, predict_files, read_input
 from segkit.volume import Volume, write_volume
 
 
@@ -63,3 +70,87 @@ def test_a_result_lies_beside_its_input_or_where_it_was_asked_for() -> None:
 def test_a_result_keeps_its_inputs_format() -> None:
     source = Input("scan", (Path("scan.NRRD"),))
     assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.NRRD")
+
+
+def predictor_of(head: MeanPooling | None) -> Predictor:
+    torch.manual_seed(0)
+    description = ModelDescription(
+        segkit="test",
+        run="test",
+        channels=["MRI"],
+        labels={"background": 0, "head": 1, "tail": 2},
+        network=NetworkConfig(channels=[2, 4], attention=AttentionConfig(head=head)),
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=[ZScore()],
+        slices="axial",
+        patch_size=[8, 8, 8],
+    )
+    return Predictor(Model(description, build_network(description)), device="cpu")
+
+
+def noise_at(path: Path, seed: int = 0) -> Path:
+    values = np.random.default_rng(seed).normal(size=(8, 8, 8)).astype(np.float32)
+    write_volume(path, Volume(values, Grid((8, 8, 8), np.eye(4))))
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_presence_is_written_beside_the_labels_of_a_model_with_a_head(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "in" / f"{name}.nii.gz") for name in "ab"], 1)
+    predictor = predictor_of(MeanPooling())
+    for outcome in predict_files(predictor, inputs, out=tmp_path / "out"):
+        assert outcome.error is None
+        told = tmp_path / "out" / f"{outcome.input.name}_presence.json"
+        assert outcome.written == (tmp_path / "out" / f"{outcome.input.name}.nii.gz", told)
+        expected = predictor(read_input(outcome.input)).presence
+        assert expected is not None and expected.keys() == {"head", "tail"}
+        assert json.loads(told.read_text()) == {"presence": expected}
+        assert outcome.presence == expected
+    names = ["a.nii.gz", "a_presence.json", "b.nii.gz", "b_presence.json"]
+    assert names_in(tmp_path / "out") == names
+
+
+def test_presence_beside_an_input_is_named_after_it(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    (outcome,) = predict_files(predictor_of(MeanPooling()), inputs)
+    assert outcome.error is None
+    names = ["scan.nii.gz", "scan_presence.json", "scan_seg.nii.gz"]
+    assert names_in(tmp_path) == names
+
+
+def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    told = tmp_path / "scan_presence.json"
+    told.write_text("kept")
+    predictor = predictor_of(MeanPooling())
+    (refused,) = predict_files(predictor, inputs)
+    reason = f"{told}: exists already; pass --overwrite or name another --out"
+    assert refused.error is not None and refused.error.endswith(reason)
+    assert refused.written == () and refused.presence is None
+    assert told.read_text() == "kept"
+    assert names_in(tmp_path) == ["scan.nii.gz", "scan_presence.json"]
+    (written,) = predict_files(predictor, inputs, overwrite=True)
+    assert json.loads(told.read_text()) == {"presence": written.presence}
+
+
+def test_a_model_without_a_head_neither_writes_nor_minds_presence(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz"), noise_at(tmp_path / "b.nii.gz")], 1)
+    told = tmp_path / "scan_presence.json"
+    told.write_text("kept")
+    for outcome in predict_files(predictor_of(None), inputs, overwrite=True):
+        assert outcome.error is None and outcome.presence is None
+    assert told.read_text() == "kept"
+    assert not (tmp_path / "b_presence.json").exists()
+
+
+def test_inputs_named_alike_but_for_seg_keep_their_own_presence(tmp_path: Path) -> None:
+    names = ["scan", "scan_seg"]
+    paths = [noise_at(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate(names)]
+    predictor = predictor_of(MeanPooling())
+    outcomes = list(predict_files(predictor, find_inputs(paths, 1), out=tmp_path / "out"))
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    told = [json.loads((tmp_path / "out" / f"{name}_presence.json").read_text()) for name in names]
+    assert told[0] != told[1]

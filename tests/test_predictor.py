@@ -15,10 +15,16 @@ from torch import Tensor
 
 from segkit.build import build_network
 from segkit.config import CtWindow, ModelDescription, NetworkConfig
-from segkit.config_attention import AdditiveGridGate, AttentionConfig, SqueezeExcitation
+from segkit.config_attention import (
+    AdditiveGridGate,
+    AttentionConfig,
+    GatedPooling,
+    SqueezeExcitation,
+)
 from segkit.data.preprocess import prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
+from segkit.inference.engines import PRESENCE
 from segkit.inference.predictor import (
     WALK_AXIS,
     Predictor,
@@ -407,3 +413,70 @@ def test_beyond_the_body_labels_are_background_and_maps_are_zero() -> None:
         gate[box], map_on_source(alone.maps["skip.1/gate"], Volume(volume.data[box], corner)).data
     )
     assert not gate[~body].any() and (gate[body] > 0).all()
+
+
+def headed_model(*, patch_size: tuple[int, ...] = (8, 8, 8), **changes: object) -> Model:
+    attention = AttentionConfig(head=GatedPooling(width=6), skip=AdditiveGridGate())
+    settings = {"channels": [4, 4, 4], "attention": attention, **changes}
+    return random_model(NetworkConfig.model_validate(settings), patch_size)
+
+
+def test_presence_of_one_window_is_the_sigmoid_of_the_networks_logits() -> None:
+    model = headed_model()
+    volume = noise_volume((8, 8, 8))
+    presence = Predictor(model)(volume).presence
+    with torch.no_grad():
+        logits = model.network.classified(torch.from_numpy(volume.data[None, None]))[1]
+    first, second = torch.sigmoid(logits[0]).tolist()
+    assert abs(first - second) > 0.01
+    assert presence == pytest.approx({"label 1": first, "label 2": second}, rel=1e-5)
+    assert presence is not None and list(presence) == ["label 1", "label 2"]
+
+
+def test_presence_of_a_volume_is_the_highest_of_its_windows() -> None:
+    predictor = Predictor(headed_model())
+    volume = noise_volume((8, 12, 20))
+    image = predictor.prepare(volume).image
+    # Windows of 8 voxels that share half: at 0 and 4 of 12 voxels, and at 0, 4, 8 and 12 of 20.
+    windows = torch.stack(
+        [image[:, :, y : y + 8, z : z + 8] for z in (0, 4, 8, 12) for y in (0, 4)]
+    )
+    logits = predictor.engine(windows, [PRESENCE])[PRESENCE]
+    highest, best = logits.max(dim=0)
+    assert logits.std(dim=0).min() > 1e-3
+    assert set(best.tolist()) - {0, 7}  # not always the first or the last
+    expected = dict(zip(("label 1", "label 2"), torch.sigmoid(highest).tolist(), strict=True))
+    for batch_size in (1, 3):
+        batched = Predictor(predictor.model, batch_size=batch_size)
+        assert batched(volume).presence == pytest.approx(expected, rel=1e-5)
+
+
+def test_presence_in_2d_is_the_highest_of_all_planes() -> None:
+    model = headed_model(patch_size=(8, 8), spatial_dims=2)
+    assert isinstance(model.network, Planes)
+    volume = noise_volume((8, 8, 11))
+    planes = torch.from_numpy(volume.data).movedim(2, 0)[:, None]
+    with torch.no_grad():
+        highest = model.network.network.classified(planes)[1].amax(dim=0)
+    presence = Predictor(model)(volume).presence
+    assert presence is not None
+    assert_allclose(list(presence.values()), torch.sigmoid(highest).numpy(), rtol=1e-5)
+
+
+def test_presence_is_the_same_beside_maps_and_changes_none_of_them() -> None:
+    volume = noise_volume((12, 8, 13))
+    model = headed_model()
+    predictor = Predictor(model)
+    bare, full = predictor(volume), predictor(volume, maps=True, probabilities=True)
+    assert full.presence == bare.presence
+    assert_array_equal(full.labels.data, bare.labels.data)
+    assert set(full.maps) == {"skip.1/gate", "head/pool"}
+
+    without = headed_model(attention=AttentionConfig(skip=AdditiveGridGate()))
+    without.network.load_state_dict(model.network.state_dict(), strict=False)
+    plain = Predictor(without)(volume, maps=True)
+    assert plain.presence is None
+    assert_array_equal(plain.labels.data, bare.labels.data)
+    left, right = plain.maps["skip.1/gate"].volume, full.maps["skip.1/gate"].volume
+    assert left is not None and right is not None
+    assert_array_equal(left.data, right.data)

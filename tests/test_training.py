@@ -10,13 +10,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from segkit.build import build_network
+from segkit.config import ModelDescription, NetworkConfig, ZScore
+from segkit.config_attention import AttentionConfig, MeanPooling
 from segkit.config_file import load_config
+from segkit.data.cases import read_dataset
 from segkit.errors import ConfigError, DatasetError
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import Overlap, confusion_matrix
-from segkit.model import load_model
-from segkit.training import train
-from segkit.volume import read_volume
+from segkit.model import Model, load_model
+from segkit.nn import pooling
+from segkit.training import score, train
+from segkit.volume import read_volume, write_volume
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -213,4 +218,67 @@ def test_every_config_trains_for_one_step(path: Path, dataset: Path, tmp_path: P
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     gated = any(info.kind == "gate" for info in run.model.network.maps().values())
     assert run.summary["steps"] == 1 and np.isfinite(losses).all()
-    assert gated == path.stem.startswith("attention")
+    assert gated == path.stem.startswith(("attention", "u_transformer"))
+
+
+def balls_told_by(head: MeanPooling | None, logit: float = 0.0) -> Model:
+    """A model of balls whose head says the same of every image."""
+    description = ModelDescription(
+        segkit="test",
+        run="test",
+        channels=["MRI"],
+        labels={"background": 0, "ball": 1},
+        network=NetworkConfig(channels=[2, 4], attention=AttentionConfig(head=head)),
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=[ZScore()],
+        slices="axial",
+        patch_size=[16, 16, 16],
+    )
+    network = build_network(description)
+    if isinstance(network.presence, pooling.MeanPooling):
+        torch.nn.init.zeros_(network.presence.classify.weight)
+        torch.nn.init.constant_(network.presence.classify.bias, logit)
+    return Model(description, network.eval())
+
+
+def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path)
+    empty = folder / "labelsTr" / "case_2.nii.gz"
+    label = read_volume(empty)
+    write_volume(empty, label.like(np.zeros_like(label.data)))
+    dataset = read_dataset(folder)
+
+    def scored(model: Model) -> dict[str, object]:
+        return score(model, dataset, dataset.cases, lambda cases, what, count: cases)
+
+    # Three of the four cases hold a ball.
+    for logit, accuracy in ((2.0, 0.75), (-2.0, 0.25)):
+        scores = scored(balls_told_by(MeanPooling(), logit))
+        assert scores["cases"] == 4
+        assert scores["presence_accuracy"] == {"ball": accuracy}
+    assert "presence_accuracy" not in scored(balls_told_by(None))
+
+
+@pytest.mark.slow
+def test_the_summary_holds_presence_where_the_network_has_a_head(
+    dataset: Path, tmp_path: Path
+) -> None:
+    attention = {"head": {"kind": "gated", "width": 4, "weight": 3.0}}
+    run = train(small_config(dataset, network={"attention": attention}), runs=tmp_path)
+    (name,) = run.summary["validation"]["dice_of_cases"]
+    told = Predictor(load_model(run.folder))(
+        read_volume(dataset / "imagesTr" / f"{name}.nii.gz")
+    ).presence
+    assert told is not None
+    # Every case holds a ball.
+    expected = {"ball": float(told["ball"] > 0.5)}
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["validation"]["presence_accuracy"] == expected
+    logged = [row for row in metrics(run.folder) if row["train/presence_loss"]]
+    assert logged
+    for row in logged:
+        assert float(row["train/loss"]) > 3.0 * float(row["train/presence_loss"]) > 0
+
+    plain = train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
+    assert "presence_accuracy" not in plain.summary["validation"]
+    assert "train/presence_loss" not in metrics(plain.folder)[0]

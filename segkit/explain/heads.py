@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A volume and what is right for it."""
+    """A volume and the labels that are right for it."""
 
     name: str
     volume: Volume
@@ -44,7 +43,7 @@ class HeadFigures:
     head: int
     importance: float
     """Michel et al. (2019): mean over windows of |dLoss / dSwitch|; of each position, the squares
-    of all heads' sum to 1."""
+    of all heads' sum to 1, or are 0 where none does anything."""
     dice_without: list[float]
     """Mean Dice over classes of each case, this head alone masked."""
     dice_alone: list[float]
@@ -77,10 +76,14 @@ class PositionFigures:
         return [a - b for a, b in zip(self.dice, self.best_alone.dice_alone, strict=True)]
 
     @property
+    def won_and_lost(self) -> tuple[int, int]:
+        """Cases in which all heads do better than the best one alone, and worse."""
+        return sum(gain > 0 for gain in self.gain), sum(gain < 0 for gain in self.gain)
+
+    @property
     def p_value(self) -> float:
         """Two-sided sign test of the gain: how likely so lopsided a count is by chance."""
-        won = sum(gain > 0 for gain in self.gain)
-        lost = sum(gain < 0 for gain in self.gain)
+        won, lost = self.won_and_lost
         tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
         return min(1.0, 2 * tail / 2 ** (won + lost))
 
@@ -97,16 +100,16 @@ class PositionFigures:
                 f"{self.position}: one head; Dice {_mean(self.dice):.4f} with it and "
                 f"{_mean(self.dice_without_any):.4f} without ({gain:+.4f})"
             )
+        won, lost = self.won_and_lost
         if self.p_value >= 0.05:
             verdict = f"{len(self.gain)} case{'s' * (len(self.gain) != 1)} cannot tell"
         else:
-            verdict = "better than one" if _mean(self.gain) > 0 else "no better than one"
-        won = sum(gain > 0 for gain in self.gain)
+            verdict = "better than one" if won > lost else "no better than one"
         return (
             f"{self.position}: {num} heads, {verdict}: Dice {_mean(self.dice):.4f} with all, "
             f"{_mean(best.dice_alone):.4f} with head {best.head} alone, "
             f"{_mean(self.dice_without_any):.4f} with none; all do better than it in "
-            f"{won} of {len(self.gain)} cases (p = {self.p_value:.3g})"
+            f"{won} of {len(self.gain)} cases and worse in {lost} (p = {self.p_value:.3g})"
         )
 
 
@@ -279,14 +282,14 @@ def case_dice(predictor: Predictor, case: Case) -> float:
 def _check(case: Case, num_classes: int) -> None:
     if not case.reference.grid.agrees_with(case.volume.grid):
         raise VolumeError(f"{case.name}: its reference lies on another grid than the volume")
-    labels = np.unique(case.reference.data)
-    if labels[-1] == 0:
-        raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
-    if labels[0] < 0 or labels[-1] >= num_classes:
+    lowest, highest = int(case.reference.data.min()), int(case.reference.data.max())
+    if lowest < 0 or highest >= num_classes:
         raise VolumeError(
             f"{case.name}: its reference must hold the model's labels 0 … {num_classes - 1}, "
-            f"found {labels[0]} … {labels[-1]}"
+            f"found {lowest} … {highest}"
         )
+    if highest == 0:
+        raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
 
 
 def _tensor(volume: Volume) -> Integer[Tensor, "x y z"]:
