@@ -15,7 +15,8 @@ from segkit.config import (
     ZScore,
 )
 from segkit.data import preprocess
-from segkit.data.augment import IntensityVariation, SpatialVariation
+from segkit.data.augment import SpatialVariation
+from segkit.data.intensity import IntensityVariation
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
 from segkit.module import Vary
@@ -75,7 +76,11 @@ def volume_patch(description: ModelDescription) -> tuple[int, int, int]:
 
 
 def build_variation(
-    config: DataConfig, patch_size: tuple[int, int, int], labels: Sequence[str]
+    config: DataConfig,
+    patch_size: tuple[int, int, int],
+    *,
+    spacing: tuple[float, float, float],
+    labels: Sequence[str],
 ) -> tuple[Vary, tuple[int, ...]]:
     """How a batch is varied on its way to the network, and what that needs beyond each patch.
 
@@ -83,7 +88,7 @@ def build_variation(
     their intensities further would add nothing.
     """
     mirror_axes = tuple(WORLD_AXES[name] for name in config.mirror)
-    spatial = SpatialVariation(patch_size, mirror_axes)
+    spatial = SpatialVariation(patch_size, mirror_axes, spacing=spacing)
     if config.synthesis is not None:
         draw = _synthesiser(config.synthesis, labels)
 
@@ -94,7 +99,10 @@ def build_variation(
         return invent, spatial.margin
     if not config.augment:
         return lambda image, label, _: (image, label), (0, 0, 0)
-    intensity = IntensityVariation()
+    still = [axis for axis in range(3) if axis not in spatial.moving_axes]
+    intensity = IntensityVariation(
+        low_resolution_spared_axes=tuple(axis for axis in still if patch_size[axis] > 1)
+    )
 
     def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         image, label = spatial(image, label, generator)

@@ -70,24 +70,36 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML, e.g. configs/attention_unet_3d.yaml.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML, e.g. configs/attention_unet_3d.yaml.")
+    ] = None,
     overrides: Overrides = None,
     runs: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path("runs"),
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
+    ] = None,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names."""
     from segkit.config_file import load_config
     from segkit.errors import ConfigError
 
-    if config.is_dir():
+    if (config is None) == (resume is None):
+        raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
+    if config is not None and config.is_dir():
         raise ConfigError(
             f"{config}: expected a YAML config, found a folder; name it by data.folder"
         )
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, overrides or ()) if config else None
+    from segkit import training
     from segkit.progress import Tracker, TrainingProgress
-    from segkit.training import train as run
 
     _hush()
-    result = run(settings, runs=runs, callbacks=[TrainingProgress(console)], track=Tracker(console))
+    progress = [TrainingProgress(console)]
+    if settings is not None:
+        result = training.train(settings, runs=runs, callbacks=progress, track=Tracker(console))
+    else:
+        assert resume is not None
+        result = training.resume(resume, callbacks=progress, track=Tracker(console))
     summary = result.summary
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]

@@ -156,6 +156,8 @@ class DataConfig(Section):
     """A folder with a Decathlon-style dataset.json."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
+    fold: Annotated[int, Field(ge=0, le=4)] | None = None
+    """A fold of nnU-Net's five, 0 to 4, held out instead."""
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
     normalisation: Normalisation | None = None
@@ -194,7 +196,14 @@ class TrainConfig(Section):
     batch_dice: bool = False
     """Whether the Dice loss pools the whole batch or averages over its samples."""
     validate_every: Positive = 200
-    """Steps between validations on whole volumes."""
+    """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    patience: Positive | None = None
+    """Validations without a better Dice after which training ends; never where not given."""
+    averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay, such as 0.999, of a running average of the weights, which is then validated and saved
+    in their stead; none where not given."""
+    start_from: Path | None = None
+    """A run or model folder whose weights to begin with, wherever name and shape are the same."""
     seed: int = 0
 
 

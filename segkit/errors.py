@@ -4,7 +4,8 @@
     ├── ConfigError    a setting: unknown, of the wrong type, or at odds with another
     ├── VolumeError    a file that is not the volume it should be
     ├── DatasetError   a dataset folder whose parts do not fit together
-    └── ModelError     a model folder that cannot be used
+    ├── ModelError     a model folder that cannot be used
+    └── TrainingError  training that went astray
 
 Anything else that is raised is our own bug and keeps its traceback.
 """
@@ -28,3 +29,7 @@ class DatasetError(SegkitError):
 
 class ModelError(SegkitError):
     """A model folder is missing, incomplete, or does not fit the input."""
+
+
+class TrainingError(SegkitError):
+    """Training went astray: the loss is no number."""

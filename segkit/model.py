@@ -65,6 +65,23 @@ def load_model(path: Path) -> Model:
     return model
 
 
+def start_from(network: SegmentationNetwork, path: Path) -> str:
+    """Give a network the weights of a model, wherever name and shape are the same, and say so.
+
+    A model of other classes or channels lends all but its first or last layers. Raises ModelError
+    where there is no model or nothing fits.
+    """
+    lent = _weights(load_model(path))
+    own = _inner(network).state_dict()
+    fitting = {
+        key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
+    }
+    if not fitting:
+        raise ModelError(f"{path}: none of its weights fits the network; give both one topology")
+    _inner(network).load_state_dict(fitting, strict=False)
+    return f"{len(fitting)} of {len(own)} weights are those of {path}"
+
+
 def model_folder(path: Path) -> Path:
     """The folder with the model: `path` itself, or `path/model` for a run."""
     for folder in (path, path / "model"):

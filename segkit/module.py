@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
+from segkit.errors import TrainingError
 from segkit.losses import deep_dice_cross_entropy, presence_cross_entropy
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.nn.gates import anneal
@@ -63,8 +64,9 @@ class SegmentationModule(L.LightningModule):
         self.seed = seed
         self.presence_weight = presence_weight
         self.dice_of_cases: list[Tensor] = []
+        self.previous: tuple[int, Tensor, list[str]] | None = None
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
         """The loss of one batch, varied anew."""
         entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
         seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
@@ -80,8 +82,49 @@ class SegmentationModule(L.LightningModule):
             presence_loss = presence_cross_entropy(presence, label)
             self.log("train/presence_loss", presence_loss, batch_size=len(label))
             loss = loss + self.presence_weight * presence_loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(label))
+        self._check_previous()
+        self.previous = (self.global_step, loss.detach(), list(batch.get("name", ())))
+        self.log(
+            "train/loss",
+            loss,
+            prog_bar=True,
+            batch_size=len(label),
+            sync_dist=self.trainer.world_size > 1,
+        )
         return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log by the true step, of which Lightning's own count (2.6) is off in a resumed run."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """On a CPU, see to the loss at once: there is nothing to wait for."""
+        if self.device.type == "cpu":
+            self._check_previous()
+
+    def on_validation_start(self) -> None:
+        """See to the last loss before a checkpoint is kept."""
+        self._check_previous()
+
+    def on_train_epoch_end(self) -> None:
+        """See to the last loss, where nothing is validated."""
+        self._check_previous()
+
+    def _check_previous(self) -> None:
+        """Raise TrainingError where a loss is no number.
+
+        A GPU is asked one step late, when it has the answer and need not be waited for.
+        """
+        if self.previous is None:
+            return
+        step, loss, names = self.previous
+        self.previous = None
+        if not bool(loss.isfinite()):
+            raise TrainingError(
+                f"the loss of step {step} is {float(loss)}, its patches are of "
+                f"{', '.join(names) or 'unnamed cases'}; look at these images, or lower "
+                f"train.learning_rate, or set trainer.precision to 32-true"
+            )
 
     def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
         """Dice of each class of one held-out case, on the network's own grid."""

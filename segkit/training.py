@@ -1,18 +1,19 @@
-"""`segkit train`: from a config to a finished run.
+"""`segkit train`: from a config to a finished run, and from a stopped run to the same.
 
-runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   summary.json
+Patches, augmentation and noise depend on the seed and the step alone, so that a run that goes on
+from its last checkpoint ends with the weights of one that was never stopped.
 """
 
 import logging
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from segkit.averaging import Averaging
 from segkit.build import build_network, build_normalisers, build_variation, volume_patch
 from segkit.config import Config, ModelDescription
-from segkit.config_file import dump_yaml
-from segkit.data.cases import Case, Dataset, read_case, read_dataset, split
+from segkit.config_file import dump_yaml, load_config
+from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
 from segkit.data.datamodule import SegmentationData
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
@@ -34,8 +36,15 @@ from segkit.errors import ConfigError
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
-from segkit.model import Model, save_model
+from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.run_folder import (
+    CONFIG,
+    checkpoint_of,
+    loggers,
+    new_run_folder,
+    stopped_run,
+)
 from segkit.settle import Track, check_images, describe
 
 logger = logging.getLogger(__name__)
@@ -47,6 +56,7 @@ HARMLESS = (
     "The '.*_dataloader' does not have many workers",  # a choice: data.workers
     ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
     "GPU available but not used",  # a choice: trainer.accelerator
+    ".ModelCheckpoint.monitor=.validation/dice",  # a resumed run ends its last epoch once more
 )
 
 
@@ -66,22 +76,55 @@ def train(
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
 ) -> Run:
-    """Train the network that the config describes and write the run's folder.
+    """Train the network that the config describes and write a new run's folder.
 
-    `callbacks` are Lightning's, for progress; `track` may show the progress over cases.
+    `callbacks` are Lightning's, for progress; `track` may show the progress over cases. Of several
+    processes the first alone writes the folder and returns; the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
+    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track)
+
+
+def resume(
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    track: Track = lambda cases, what, count: cases,
+) -> Run:
+    """Go on with a run that was stopped, from its last checkpoint, as if it never had been.
+
+    Raises ConfigError where there is no run to go on with, and whatever `train` raises.
+    """
+    config = load_config(stopped_run(folder) / CONFIG)
+    return _train(config, runs=folder.parent, folder=folder, callbacks=callbacks, track=track)
+
+
+def _train(
+    config: Config,
+    *,
+    runs: Path,
+    folder: Path | None,
+    callbacks: Sequence[Callback],
+    track: Track,
+) -> Run:
+    first = getattr(rank_zero_only, "rank", 0) == 0
     dataset = read_dataset(config.data.folder)
-    train_cases, held_out = split(dataset, config.data.validation, config.train.seed)
+    train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     description = describe(config, dataset, train_cases, track)
     config = resolved(config, description)
-    folder = new_run_folder(runs, config.name)
-    write_text(folder / "config.yaml", dump_yaml(config))
+    resumed = folder is not None
+    if folder is None:
+        # Other processes write nothing; Lightning tells them where checkpoints lie.
+        folder = new_run_folder(runs, config.name) if first else runs / config.name
+        if first:
+            write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     network = build_network(description)
+    if config.train.start_from is not None:
+        logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
     store = partial(
         store_cases,
@@ -94,7 +137,9 @@ def train(
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
-    vary, margin = build_variation(config.data, patch_size, list(dataset.labels))
+    vary, margin = build_variation(
+        config.data, patch_size, spacing=description.spacing, labels=list(dataset.labels)
+    )
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
         PatchDataset(
@@ -129,7 +174,24 @@ def train(
         mode="max",
         enable_version_counter=False,
     )
-    last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
+    last = ModelCheckpoint(
+        dirpath=folder,
+        filename="last",
+        enable_version_counter=False,
+        # Where nothing is validated: at an epoch's end Lightning (2.6) would go on in that epoch.
+        every_n_train_steps=None if held_out else steps_per_epoch,
+    )
+    averaging = [Averaging(config.train.averaging)] if config.train.averaging else []
+    patience: list[Callback] = []
+    if config.train.patience is not None and held_out:
+        patience = [
+            EarlyStopping(
+                "validation/dice",
+                mode="max",
+                patience=config.train.patience,
+                check_on_train_epoch_end=False,
+            )
+        ]
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(),
@@ -143,20 +205,28 @@ def train(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, steps_per_epoch),
-            callbacks=[best, last, *callbacks],
-            logger=loggers(folder),
+            callbacks=[*averaging, best, last, *patience, *callbacks],
+            logger=loggers(folder) if first else False,
             default_root_dir=folder,
         )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        shutil.rmtree(folder)
+        if first and not resumed:
+            shutil.rmtree(folder)
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
     started = time.perf_counter()
     with warnings.catch_warnings():
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(
+            module,
+            datamodule=data,
+            ckpt_path=checkpoint_of(folder) if resumed else None,
+            weights_only=True,
+        )
     seconds = time.perf_counter() - started
+    if not first:
+        sys.exit(0)
 
     model = Model(description, network.to("cpu").eval())
     save_model(folder / "model", model)
@@ -177,6 +247,13 @@ def train(
     }
     write_json(folder / "summary.json", summary)
     return Run(folder, summary, model)
+
+
+def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to train on and those held out."""
+    if config.data.fold is not None:
+        return fold_of(dataset, config.data.fold)
+    return split(dataset, config.data.validation, config.train.seed)
 
 
 def resolved(config: Config, description: ModelDescription) -> Config:
@@ -222,28 +299,6 @@ def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -
         "mean_dice": _mean(np.array(means)),
         "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
     }
-
-
-def new_run_folder(runs: Path, name: str) -> Path:
-    """A folder `runs/<name>` that did not exist before; a number follows where one does."""
-    for number in range(1, 1_000_000):
-        folder = runs / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be made: {error}; choose another folder") from None
-        return folder
-    raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
-
-
-def loggers(folder: Path) -> list[Logger]:
-    """metrics.csv always, TensorBoard events where tensorboard is installed."""
-    found: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)]
-    if find_spec("tensorboard"):
-        found.append(TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard"))
-    return found
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,16 +8,9 @@ import torch
 from torch import Generator, Tensor
 from torch.testing import assert_close
 
-from segkit.data import augment
-from segkit.data.augment import IntensityVariation, SpatialVariation
+from segkit.data.augment import SpatialVariation, cubic_weights
 
 PATCHES = [(24, 24, 1), (20, 17, 1), (16, 12, 20)]
-UNIT = {
-    "noise_probability": 0.0,
-    "brightness_probability": 0.0,
-    "contrast_probability": 0.0,
-    "gamma_probability": 0.0,
-}
 
 
 def middle(image: Tensor, label: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -43,6 +37,22 @@ def coordinates(space: tuple[int, ...]) -> list[Tensor]:
     """Each voxel's place along each axis, from the middle."""
     axes = [torch.arange(size) - (size - 1) / 2 for size in space]
     return list(torch.meshgrid(*axes, indexing="ij"))
+
+
+def world(space: tuple[int, ...], spacing: tuple[float, ...]) -> Tensor:
+    """Each voxel's place in mm from the middle, one channel an axis; exact under interpolation."""
+    places = zip(coordinates(space), spacing, strict=True)
+    return torch.stack([place * width for place, width in places])
+
+
+def blank(batch_size: int, space: tuple[int, ...]) -> Tensor:
+    return torch.zeros(batch_size, *space, dtype=torch.uint8)
+
+
+def likely(count: int, total: int, probability: float) -> bool:
+    """Whether a count lies within four standard deviations of what is expected."""
+    deviation = math.sqrt(total * probability * (1 - probability))
+    return abs(count - total * probability) <= 4 * deviation
 
 
 def waves(batch_size: int, space: tuple[int, ...]) -> Tensor:
@@ -83,9 +93,17 @@ def in_plane_width(image: Tensor) -> float:
 
 
 @pytest.mark.parametrize("patch_size", PATCHES)
-def test_image_and_label_move_together(patch_size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("elastic_probability", [0.0, 0.8])
+def test_image_and_label_move_together(
+    patch_size: tuple[int, ...], elastic_probability: float
+) -> None:
     spatial = SpatialVariation(
-        patch_size, (0, 1, 2), rotation_probability=0.8, scale_probability=0.8
+        patch_size,
+        (0, 1, 2),
+        rotation_probability=0.8,
+        scale_probability=0.8,
+        elastic_probability=elastic_probability,
+        elastic_spacing=8.0,
     )
     image = waves(6, spatial.cut_size)
     label = (image[:, 0] > 0.5).to(torch.uint8)
@@ -111,8 +129,8 @@ def test_with_probabilities_zero_the_patch_is_the_middle_of_the_cut(
     turned, turned_label = spatial(image, label, seeded(0))
 
     expected, expected_label = middle(image, label, patch_size)
-    assert_close(turned, expected, atol=1e-5, rtol=0)
-    assert_close(turned_label, expected_label)
+    assert torch.equal(turned, expected)
+    assert torch.equal(turned_label, expected_label)
 
 
 @pytest.mark.parametrize("patch_size", [*PATCHES, (8, 8, 8), (100, 36, 1)])
@@ -139,8 +157,33 @@ def test_a_pure_mirror_is_a_flip_of_the_middle(axes: tuple[int, ...]) -> None:
     turned, turned_label = spatial(image, label, seeded(0))
 
     expected, expected_label = middle(image, label, (8, 12, 10))
-    assert_close(turned, expected.flip([axis + 2 for axis in axes]), atol=1e-5, rtol=0)
-    assert_close(turned_label, expected_label.flip([axis + 1 for axis in axes]))
+    assert torch.equal(turned, expected.flip([axis + 2 for axis in axes]))
+    assert torch.equal(turned_label, expected_label.flip([axis + 1 for axis in axes]))
+
+
+def test_a_patch_turned_and_mirrored_is_the_turned_patch_mirrored() -> None:
+    plain = still((12, 10, 8), rotation_probability=1.0, scale_probability=1.0)
+    mirroring = still(
+        (12, 10, 8), rotation_probability=1.0, scale_probability=1.0, mirror_probability=1.0
+    )
+    image = waves(2, plain.cut_size)
+    label = (image[:, 0] * 9).to(torch.uint8)
+    turned, turned_label = plain(image, label, seeded(3))
+    mirrored, mirrored_label = mirroring(image, label, seeded(3))
+    assert torch.equal(mirrored, turned.flip(2, 3, 4))
+    assert torch.equal(mirrored_label, turned_label.flip(1, 2, 3))
+
+
+def test_mirroring_twice_is_the_identity() -> None:
+    spatial = still((8, 6, 5), mirror_probability=1.0)
+    image = torch.rand(2, 1, *spatial.cut_size, generator=seeded(3))
+    label = (image[:, 0] * 5).to(torch.uint8)
+    once = spatial(image, label, seeded(0))
+    # A patch of its own size is its own middle.
+    twice = spatial(*once, seeded(0))
+    expected = middle(image, label, (8, 6, 5))
+    assert not torch.equal(once[0], expected[0])
+    assert torch.equal(twice[0], expected[0]) and torch.equal(twice[1], expected[1])
 
 
 def test_each_axis_is_mirrored_at_its_probability() -> None:
@@ -172,17 +215,140 @@ def test_turning_keeps_a_blobs_distance_from_the_middle(patch_size: tuple[int, .
     assert torch.pdist(found).min() > 0.2
 
 
-def test_a_quarter_turn_is_rot90(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment, "_uniform", lambda low, high, generator: math.pi / 2)
-    spatial = still((16, 16, 1), rotation_probability=1.0)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_quarter_turn_of_a_slice_is_rot90(axis: int) -> None:
+    size = [16, 16]
+    size.insert(axis, 1)
+    quarter = (math.pi / 2, math.pi / 2)
+    spatial = still(tuple(size), rotation_probability=1.0, angles=quarter)
     image = torch.rand(1, 1, *spatial.cut_size, generator=seeded(3))
     label = (image[:, 0] * 5).to(torch.uint8)
 
     turned, turned_label = spatial(image, label, seeded(0))
 
-    expected, expected_label = middle(image, label, (16, 16, 1))
-    assert_close(turned, expected.rot90(-1, (2, 3)), atol=1e-5, rtol=0)
-    assert_close(turned_label, expected_label.rot90(-1, (1, 2)))
+    first, second = [other for other in (0, 1, 2) if other != axis]
+    expected, expected_label = middle(image, label, tuple(size))
+    assert_close(turned, expected.rot90(-1, (first + 2, second + 2)), atol=1e-5, rtol=0)
+    assert torch.equal(turned_label, expected_label.rot90(-1, (first + 1, second + 1)))
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_quarter_turns_of_a_cube_are_rot90_in_each_plane(size: int) -> None:
+    quarter = (math.pi / 2, math.pi / 2)
+    spatial = still((size,) * 3, rotation_probability=1.0, angles=quarter, spacing=(0.7,) * 3)
+    image = torch.rand(2, 1, *spatial.cut_size, generator=seeded(3))
+    label = (image[:, 0] * 5).to(torch.uint8)
+
+    turned, turned_label = spatial(image, label, seeded(0))
+
+    expected, expected_label = middle(image, label, (size,) * 3)
+    for first, second in [(0, 1), (0, 2), (1, 2)]:
+        expected = expected.rot90(-1, (first + 2, second + 2))
+        expected_label = expected_label.rot90(-1, (first + 1, second + 1))
+    assert_close(turned, expected, atol=1e-5, rtol=0)
+    assert torch.equal(turned_label, expected_label)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "spacing"),
+    [
+        ((16, 16, 12), (1.0, 1.0, 1.5)),
+        ((9, 14, 20), (2.5, 1.0, 0.8)),
+        ((20, 1, 12), (0.5, 3.0, 1.0)),
+        ((12, 24, 6), (1.0, 1.0, 4.0)),
+    ],
+)
+def test_turning_keeps_every_voxels_distance_from_the_middle_in_mm(
+    patch_size: tuple[int, ...], spacing: tuple[float, ...]
+) -> None:
+    spatial = still(patch_size, spacing=spacing, rotation_probability=1.0)
+    image = world(spatial.cut_size, spacing).expand(4, -1, -1, -1, -1)
+
+    turned, _ = spatial(image, blank(4, spatial.cut_size), seeded(4))
+
+    before = world(patch_size, spacing)
+    reach = [
+        (cut - 1) / 2 * width
+        for cut, width, size in zip(spatial.cut_size, spacing, patch_size, strict=True)
+        if size > 1
+    ]
+    # As far from the middle as every axis of the cut goes, no turn leads beyond the cut.
+    inside = before.norm(dim=0) < min(reach)
+    assert inside.float().mean() > 0.2
+    found = turned.norm(dim=1)[:, inside]
+    assert_close(found, before.norm(dim=0)[inside].expand(4, -1), atol=1e-4, rtol=0)
+    assert (turned - before).abs().amax((1, 2, 3, 4)).min() > 0.5
+
+
+def test_a_sphere_in_mm_stays_a_sphere() -> None:
+    spacing = (1.0, 1.0, 2.0)
+    spatial = still((24, 24, 12), spacing=spacing, rotation_probability=1.0)
+    sphere = (world(spatial.cut_size, spacing).norm(dim=0) < 8).to(torch.uint8)
+    label = sphere.expand(4, -1, -1, -1)
+
+    _, turned = spatial(label[:, None].float(), label, seeded(0))
+
+    # A voxel is read at most half a voxel's diagonal from where it should be.
+    radius = world((24, 24, 12), spacing).norm(dim=0)
+    away = math.hypot(*spacing) / 2
+    assert turned[:, radius < 8 - away].all()
+    assert not turned[:, radius > 8 + away].any()
+
+    # Turned about its voxels, as if they were cubes, it leans.
+    _, leaning = replace(spatial, spacing=None)(label[:, None].float(), label, seeded(0))
+    assert not leaning[:, radius < 8 - away].all()
+
+
+def angles_of(spatial: SpatialVariation, plane: tuple[int, int]) -> Tensor:
+    """How far a hundred patches are turned in a plane, in degrees."""
+    first, second = plane
+    transforms = spatial._transforms(100, seeded(3))
+    return torch.atan2(transforms[:, second, first], transforms[:, first, first]).rad2deg()
+
+
+@pytest.mark.parametrize("patch_size", [(24, 15, 1), (1, 10, 16), (16, 10)])
+def test_an_oblong_slice_is_turned_by_15_degrees_at_most(patch_size: tuple[int, ...]) -> None:
+    first, second = [axis for axis, size in enumerate(patch_size) if size > 1]
+    angles = angles_of(still(patch_size, rotation_probability=1.0), (first, second))
+    assert angles.abs().max() <= 15
+    assert angles.min() < -12 and angles.max() > 12
+
+
+@pytest.mark.parametrize("patch_size", [(24, 16, 1), (16, 16)])
+def test_a_slice_of_like_sides_is_turned_any_way(patch_size: tuple[int, ...]) -> None:
+    angles = angles_of(still(patch_size, rotation_probability=1.0), (0, 1))
+    assert angles.min() < -150 and angles.max() > 150
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "spacing", "flat"),
+    [
+        ((6, 20, 20), None, 0),
+        ((20, 20, 6), (1.0, 1.0, 5.0), 2),
+        ((20, 6, 12), (1.0, 3.0, 1.0), 1),
+        ((7, 21, 21), None, None),  # three times as long is not flat yet
+        ((6, 20, 20), (1.0, 1.0, 2.0), None),  # short, but not along the coarsest axis
+    ],
+)
+def test_a_flat_patch_is_turned_and_scaled_like_a_stack_of_slices(
+    patch_size: tuple[int, ...], spacing: tuple[float, ...] | None, flat: int | None
+) -> None:
+    spatial = still(patch_size, spacing=spacing, rotation_probability=1.0, scale_probability=1.0)
+    transforms = spatial._transforms(100, seeded(3))
+    for axis in range(3):
+        alone = torch.zeros(3, dtype=torch.float64)
+        alone[axis] = 1
+        kept = torch.equal(transforms[:, axis], alone.expand(100, 3)) and torch.equal(
+            transforms[:, :, axis], alone.expand(100, 3)
+        )
+        assert kept == (axis == flat)
+        assert (spatial.margin[axis] == 0) == (axis == flat)
+    if flat is not None:
+        first, second = [axis for axis in range(3) if axis != flat]
+        angles = angles_of(
+            still(patch_size, spacing=spacing, rotation_probability=1.0), (first, second)
+        )
+        assert angles.min() < -150 and angles.max() > 150
 
 
 def test_in_3d_no_axis_leans_further_than_the_largest_angles_allow() -> None:
@@ -261,77 +427,119 @@ def test_labels_are_moved_and_never_invented(kind: torch.dtype) -> None:
     assert_close(turned.unique(), values)
 
 
-def test_with_probabilities_zero_intensities_stay() -> None:
-    image = torch.randn(3, 2, 6, 5, 4, generator=seeded(0))
-    assert_close(IntensityVariation(**UNIT)(image, seeded(1)), image)
+def test_rotation_scale_and_bending_come_at_their_probabilities() -> None:
+    size = (8, 8, 1)
+    usual = SpatialVariation(size, ())
+    assert usual.elastic_probability == 0
+    for setting, probability in [
+        ("rotation_probability", 0.2),
+        ("scale_probability", 0.2),
+        ("elastic_probability", 0.4),
+    ]:
+        spatial = still(size, **{setting: getattr(usual, setting) or probability})
+        image = world(spatial.cut_size, (1.0, 1.0, 1.0))[:2].expand(500, -1, -1, -1, -1)
+        turned, _ = spatial(image, blank(500, spatial.cut_size), seeded(2))
+        unmoved, _ = middle(image, blank(500, spatial.cut_size), size)
+        moved = int((turned != unmoved).flatten(1).any(1).sum())
+        assert likely(moved, 500, probability), (setting, moved)
 
 
-def test_brightness_multiplies() -> None:
-    image = torch.randn(3, 2, 6, 5, 4, generator=seeded(0))
-    vary = IntensityVariation(**{**UNIT, "brightness_probability": 1.0, "brightness": (1.2, 1.2)})
-    assert_close(vary(image, seeded(1)), image * 1.2)
+def test_bending_by_nothing_is_the_identity() -> None:
+    for amplitude, tolerance in [(0.0, 0.0), (1e-7, 1e-5)]:
+        spatial = still((9, 12, 6), elastic_probability=1.0, elastic_amplitude=amplitude)
+        image = torch.rand(2, 2, *spatial.cut_size, generator=seeded(3))
+        label = (image[:, 0] * 5).to(torch.uint8)
+        bent, bent_label = spatial(image, label, seeded(0))
+        expected, expected_label = middle(image, label, (9, 12, 6))
+        assert_close(bent, expected, atol=tolerance, rtol=0)
+        assert torch.equal(bent_label, expected_label)
 
 
-def test_every_channel_of_every_sample_is_varied_on_its_own() -> None:
-    image = torch.rand(4, 3, 6, 5, 1, generator=seeded(0)) + 1
-    vary = IntensityVariation(**{**UNIT, "brightness_probability": 1.0})
-    ratio = (vary(image, seeded(1)) / image).flatten(2)
-    assert_close(ratio, ratio[..., :1].expand_as(ratio))
-    factors = ratio[..., 0].flatten()
-    assert len(factors.unique()) == 12
-    assert 0.75 <= factors.min() < 0.9 and 1.1 < factors.max() <= 1.25
+def test_bending_displaces_control_points_by_its_amplitude_in_mm() -> None:
+    """The middle voxel of an odd patch lies at a control point."""
+    spacing = (1.0, 2.0, 0.5)
+    spatial = still(
+        (9, 9, 9),
+        spacing=spacing,
+        elastic_probability=1.0,
+        elastic_amplitude=0.2,
+        elastic_spacing=4.0,
+    )
+    image = world(spatial.cut_size, spacing).expand(400, -1, -1, -1, -1)
+    bent, _ = spatial(image, blank(400, spatial.cut_size), seeded(0))
+    displacement = bent[:, :, 4, 4, 4]
+    assert_close(displacement.std(0), torch.full((3,), 0.2), atol=0.03, rtol=0)
+    assert_close(displacement.mean(0), torch.zeros(3), atol=0.04, rtol=0)
+    # Two voxels on along the second axis, 4 mm, lies the next one, which knows nothing of it.
+    both = torch.stack([displacement[:, 0], bent[:, 0, 4, 6, 4]])
+    assert both.corrcoef()[0, 1].abs() < 0.2
 
 
-@pytest.mark.parametrize("factor", [0.75, 1.25])
-def test_contrast_scales_about_the_mean_within_the_range(factor: float) -> None:
-    image = torch.randn(2, 2, 8, 8, 8, generator=seeded(0))
-    vary = IntensityVariation(**{**UNIT, "contrast_probability": 1.0, "contrast": (factor, factor)})
-    expected = torch.empty_like(image)
-    for index in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        channel = image[index]
-        stretched = (channel - channel.mean()) * factor + channel.mean()
-        expected[index] = stretched.clamp(channel.min(), channel.max())
-    assert_close(vary(image, seeded(1)), expected)
+def test_bending_is_smooth_and_leaves_the_thin_and_the_coarse_axis() -> None:
+    for patch_size, still_axis in [((12, 10, 1), 2), ((3, 12, 12), 0)]:
+        spatial = still(
+            patch_size, elastic_probability=1.0, elastic_amplitude=0.4, elastic_spacing=6.0
+        )
+        image = world(spatial.cut_size, (1.0, 1.0, 1.0)).expand(4, -1, -1, -1, -1)
+        bent, _ = spatial(image, blank(4, spatial.cut_size), seeded(0))
+        displacement = bent - world(patch_size, (1.0, 1.0, 1.0))
+        assert_close(displacement[:, still_axis], torch.zeros_like(displacement[:, 0]))
+        moving = [axis for axis in range(3) if axis != still_axis]
+        assert displacement[:, moving].abs().amax((1, 2, 3, 4)).min() > 0.3
+        for axis in moving:
+            assert displacement.diff(dim=axis + 2).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("exponent", [0.7, 1.5])
-def test_gamma_bends_the_range_and_keeps_mean_deviation_and_order(exponent: float) -> None:
-    image = torch.randn(2, 2, 8, 8, 8, generator=seeded(0)) * 3 - 5
-    vary = IntensityVariation(**{**UNIT, "gamma_probability": 1.0, "gamma": (exponent, exponent)})
-
-    bent = vary(image, seeded(1)).flatten(2)
-
-    flat = image.flatten(2)
-    assert_close(bent.mean(2), flat.mean(2), atol=1e-4, rtol=0)
-    assert_close(bent.std(2), flat.std(2), atol=1e-4, rtol=0)
-    assert (bent.gather(2, flat.argsort(2)).diff(dim=2) >= -1e-6).all()
-    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    curve = ((flat - low) / (high - low)) ** exponent
-    bent_low, bent_high = bent.amin(2, keepdim=True), bent.amax(2, keepdim=True)
-    assert_close((bent - bent_low) / (bent_high - bent_low), curve, atol=1e-4, rtol=0)
+@pytest.mark.parametrize(("size", "step"), [(9, 4.0), (12, 3.5), (1, 2.0), (40, 24.0), (3, 0.5)])
+def test_cubic_weights_sum_to_one_and_leave_straight_lines_straight(size: int, step: float) -> None:
+    weights = cubic_weights(size, step)
+    points = torch.arange(weights.shape[1]) * step
+    voxels = torch.arange(size, dtype=torch.float32)
+    assert_close(weights.sum(1), torch.ones(size))
+    along = weights @ points
+    assert_close(along - along[0], voxels, atol=1e-4, rtol=0)
 
 
-def test_a_constant_image_survives_every_variation_but_noise() -> None:
-    certain = {name: float(name != "noise_probability") for name in UNIT}
-    vary = IntensityVariation(**{**certain, "brightness": (1.0, 1.0)})
-    image = torch.full((2, 1, 4, 4, 4), -0.3)
-    assert_close(vary(image, seeded(0)), image)
+def test_cubic_weights_go_through_the_control_points() -> None:
+    # Of five voxels, points at voxels 0, 2 and 4; halfway, Keys's -1, 9, 9 and -1 sixteenths.
+    weights = cubic_weights(5, 2.0)
+    assert_close(weights[[0, 2, 4]], torch.eye(weights.shape[1])[1:4])
+    assert_close(weights[1], torch.tensor([-1, 9, 9, -1, 0, 0]) / 16)
 
 
-def test_noise_is_normal_with_a_variance_up_to_the_largest() -> None:
-    vary = IntensityVariation(**{**UNIT, "noise_probability": 1.0, "largest_noise_variance": 0.1})
-    image = torch.ones(30, 1, 16, 16, 16)
-    noise = (vary(image, seeded(0)) - image).flatten(1)
-    variances = noise.var(1)
-    assert (noise.mean(1).abs() < 5 * (variances / 4096).sqrt()).all()
-    assert 0 < variances.min() < 0.02 and 0.08 < variances.max() < 0.1 * 1.1
-    standard = noise / noise.std(1, keepdim=True)
-    assert_close((standard.abs() < 1).float().mean(), torch.tensor(0.6827), atol=0.01, rtol=0)
+def test_half_precision_around_it_moves_no_voxel() -> None:
+    spatial = SpatialVariation(
+        (12, 12, 12), (0,), rotation_probability=1.0, elastic_probability=1.0, elastic_spacing=6.0
+    )
+    image = waves(2, spatial.cut_size)
+    label = (image[:, 0] * 4).to(torch.uint8)
+    expected, expected_label = spatial(image, label, seeded(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        turned, turned_label = spatial(image, label, seeded(1))
+    assert torch.equal(turned, expected) and torch.equal(turned_label, expected_label)
+    half, _ = spatial(image.half(), label, seeded(1))
+    assert half.dtype == torch.float16
+    assert_close(half.float(), expected, atol=2e-3, rtol=0)
 
 
-def test_the_seed_decides_the_intensities() -> None:
-    image = torch.randn(4, 2, 6, 5, 4, generator=seeded(0))
-    vary = IntensityVariation(noise_probability=0.5, gamma_probability=0.5)
-    first, again, other = (vary(image, seeded(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def test_large_label_numbers_survive_turning() -> None:
+    spatial = still((6, 6, 1), rotation_probability=1.0)
+    label = torch.full((1, *spatial.cut_size), 2**24 + 1)  # which a float cannot hold
+    _, turned = spatial(torch.zeros(1, 1, *spatial.cut_size), label, seeded(1))
+    assert turned.unique().tolist() == [2**24 + 1]
+
+
+@pytest.mark.parametrize("cut", [(9, 12, 12), (12, 12, 7)])
+def test_a_cut_without_a_patch_in_its_middle_is_refused(cut: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"no patch of \(8, 8, 8\) in its middle; cut \(10, 10"):
+        still((8, 8, 8))(torch.zeros(1, 1, *cut), blank(1, cut), seeded(0))
+
+
+def test_what_went_in_stays_as_it_was() -> None:
+    spatial = still((8, 8, 1), rotation_probability=0.5, mirror_probability=0.5)
+    image = torch.rand(4, 1, *spatial.cut_size, generator=seeded(0))
+    label = (image[:, 0] * 5).to(torch.uint8)
+    before = image.clone(), label.clone()
+    turned, _ = spatial(image, label, seeded(1))
+    turned.zero_()
+    assert torch.equal(image, before[0]) and torch.equal(label, before[1])

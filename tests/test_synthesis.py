@@ -4,11 +4,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter1d
 from torch import Generator, Tensor
 from torch.testing import assert_close
 
-from segkit.data.synthesis import blur, deform, smooth_field, synthesise
+from segkit.data.synthesis import deform, smooth_field, synthesise
 
 BACKGROUND, OTHER, GREY, WHITE = range(4)
 T1_LIKE = [(0.0, 0.0), (0.18, 0.22), (0.45, 0.5), (0.8, 0.85)]
@@ -156,45 +155,6 @@ def test_maps_of_one_label_give_finite_images(space: tuple[int, ...], label: int
     image = synthesise(labels, num_labels=4, intensities=T1_LIKE, generator=seeded(1))
     assert image.isfinite().all()
     assert (image == 0).all() == (label == BACKGROUND)
-
-
-@pytest.mark.parametrize("space", [(12, 16), (9, 8, 1), (8, 9, 10), (2, 3, 4)])
-def test_blur_keeps_a_constant(space: tuple[int, ...]) -> None:
-    image = torch.tensor([2.5, -1.0]).view(2, 1, *[1] * len(space)).expand(2, 3, *space)
-    assert_close(blur(image, torch.tensor([0.4, 1.2])), image)
-
-
-@pytest.mark.parametrize("space", [(20, 16), (16, 20, 1), (14, 16, 15)])
-def test_blur_keeps_the_mean_and_widens_by_its_sigma(space: tuple[int, ...]) -> None:
-    image = torch.zeros(2, 1, *space)
-    image[(slice(None), 0, *[size // 2 for size in space])] = 1
-    sigma = torch.tensor([0.8, 1.0])
-    blurred = blur(image, sigma)
-    assert_close(blurred.flatten(1).sum(1), torch.ones(2))
-    for axis in (0, 1):
-        others = [n + 2 for n in range(len(space)) if n != axis]
-        profile = blurred.sum(others)[:, 0]
-        along = torch.arange(space[axis]) - space[axis] // 2
-        # Cut off at three voxels, a Gaussian of sigma 1 is a little narrower.
-        spread = (profile * along**2).sum(1).sqrt()
-        assert_close(spread, sigma, atol=0.02, rtol=0)
-
-
-def test_blur_is_scipys_with_each_image_under_its_own_sigma() -> None:
-    image = torch.rand(3, 2, 12, 10, 11, generator=seeded(0))
-    sigmas = [0.3, 0.8, 1.2]
-    blurred = blur(image, torch.tensor(sigmas))
-    for sample, sigma in enumerate(sigmas):
-        expected = image[sample].numpy()
-        for axis in (1, 2, 3):
-            expected = gaussian_filter1d(expected, sigma, axis=axis, mode="nearest", radius=3)
-        assert_close(blurred[sample], torch.from_numpy(expected), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("sigma", [0.0, 1e-6, 0.05])
-def test_a_sigma_near_zero_leaves_the_image(sigma: float) -> None:
-    image = torch.randn(2, 2, 9, 8, 7, generator=seeded(0))
-    assert_close(blur(image, torch.tensor([sigma, sigma])), image)
 
 
 @pytest.mark.parametrize("space", SPACES)

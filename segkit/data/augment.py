@@ -1,42 +1,79 @@
-"""Variations of a batch of patches, on the training device, image and label together.
+"""Places of a batch of patches varied, on the training device, image and label together.
 
-The ranges and probabilities are nnU-Net's (Isensee et al. 2021) for rotation, scale, mirroring,
-brightness, contrast, gamma and noise. Geometry is composed into one resampling.
+Ranges and probabilities are nnU-Net's (Isensee et al. 2021) for rotation, scale and mirroring.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Generator, Tensor
 
 Batch = tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]
+LARGEST_ANGLE = math.pi / 6
+"""Radians either way about each axis in 3D; a plane is turned by up to half a turn."""
+LARGEST_ANGLE_OF_AN_OBLONG = math.pi / 12
+OBLONG = 1.5
+"""From this ratio of its sides on, an image in 2D is turned by little."""
+FLAT = 3
+"""From this ratio of its sides on, a patch in 3D is turned like a stack of slices."""
 
 
 @dataclass(frozen=True)
 class SpatialVariation:
-    """How far patches are turned, scaled and mirrored."""
+    """How far patches are turned, scaled, bent and mirrored.
+
+    Turned and bent in millimetres: where voxels are anisotropic, a sphere stays a sphere, which is
+    not so in nnU-Net, which turns in voxels. Bending is no part of nnU-Net's, and off.
+    """
 
     patch_size: tuple[int, ...]
     mirror_axes: tuple[int, ...]
+    spacing: tuple[float, ...] | None = None
+    """In mm along each axis; None: 1 along all."""
     rotation_probability: float = 0.2
-    largest_angle: float = math.pi / 6
-    """Radians, about each axis in 3D."""
+    angles: tuple[float, float] | None = None
+    """Radians, in each plane that is turned; None: as far as the patch's shape allows."""
     scale_probability: float = 0.2
     scales: tuple[float, float] = (0.7, 1.4)
     """Above 1 magnifies."""
+    elastic_probability: float = 0.0
+    elastic_amplitude: float = 2.0
+    """Standard deviation of the displacement along each axis at the control points, in mm."""
+    elastic_spacing: float = 24.0
+    """Distance between control points, in mm."""
     mirror_probability: float = 0.5
+
+    @property
+    def moving_axes(self) -> tuple[int, ...]:
+        """Along which voxels are turned, scaled and bent; mirrored they are along any.
+
+        Not along an axis of one voxel: a slice stays in its plane. Nor along the coarsest axis of a
+        patch in 3D that has over three times as many voxels along another: its slices stay apart.
+        """
+        axes = [axis for axis, size in enumerate(self.patch_size) if size > 1]
+        if len(axes) == 3:
+            spacing = self._spacing
+            coarsest = max(axes, key=lambda axis: (spacing[axis], -self.patch_size[axis]))
+            if max(self.patch_size) / self.patch_size[coarsest] > FLAT:
+                axes.remove(coarsest)
+        return tuple(axes)
 
     @property
     def margin(self) -> tuple[int, ...]:
         """What to cut beyond either end of a patch, so that turning seldom looks further.
 
-        An eighth of the patch; as much at either end, or else a patch that is not turned would lie
-        half a voxel off. Axes of one voxel stay: a slice is turned within its plane.
+        An eighth of the patch along the axes that move; as much at either end, or else a patch that
+        is not turned would lie half a voxel off.
         """
-        return tuple(0 if size == 1 else math.ceil(size / 8) for size in self.patch_size)
+        moving = self.moving_axes
+        return tuple(
+            math.ceil(size / 8) if axis in moving else 0
+            for axis, size in enumerate(self.patch_size)
+        )
 
     @property
     def cut_size(self) -> tuple[int, ...]:
@@ -45,103 +82,202 @@ class SpatialVariation:
             size + 2 * beyond for size, beyond in zip(self.patch_size, self.margin, strict=True)
         )
 
-    def __call__(self, image: Tensor, label: Tensor, generator: Generator) -> Batch:
-        """A patch out of the middle of each cut, seen through a random affine transform.
+    def __call__(
+        self,
+        image: Float[Tensor, "batch channel *cut"],
+        label: Integer[Tensor, "batch *cut"],
+        generator: Generator,
+    ) -> Batch:
+        """A patch out of the middle of each cut, seen through a random transform.
 
         Intensities are interpolated linearly, labels by nearest neighbour, both at the same places;
-        beyond the cut lie its outermost voxels.
+        beyond the cut lie its outermost voxels. What is not turned, scaled or bent is cut and
+        flipped, bit for bit.
         """
-        transform = self._transforms(len(image), generator)
-        cut = torch.tensor(image.shape[2:], dtype=torch.float64)
-        patch = torch.tensor(self.patch_size, dtype=torch.float64)
-        # From patch voxels about the patch's centre to cut voxels about the cut's centre; then to
-        # grid_sample's own units, in which the outer edges lie at -1 and 1 and axes run backwards.
-        scaled = transform * patch[None, None, :] / cut[None, :, None]
-        backwards = scaled.flip(1, 2)
-        theta = F.pad(backwards, (0, 1)).to(image.device, torch.float32)
-        size = [len(image), 1, *self.patch_size]
-        grid = F.affine_grid(theta, size, align_corners=False)
-        turned = F.grid_sample(
-            image, grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        indices = label[:, None].to(image.dtype)
-        turned_label = F.grid_sample(
-            indices, grid, mode="nearest", padding_mode="border", align_corners=False
-        )
-        return turned, turned_label[:, 0].to(label.dtype)
+        transforms = self._transforms(len(image), generator)
+        bent = torch.rand(len(image), generator=generator) < self.elastic_probability
+        if self.elastic_amplitude == 0:
+            bent = torch.zeros_like(bent)
+        flips = torch.rand(len(image), len(self.mirror_axes), generator=generator)
+        identity = torch.eye(len(self.patch_size), dtype=torch.float64)
+        moved = ((transforms != identity).flatten(1).any(1) | bent).nonzero().flatten()
+
+        middle = self._middle(tuple(label.shape[1:]))
+        patch, patch_label = image[:, :, *middle], label[:, *middle]
+        if len(moved) > 0:
+            rows = moved.to(image.device, non_blocking=True)
+            displacement = None
+            if bent.any():
+                displacement = self._displacement(bent[moved], generator, image.device)
+            places = _places(self.patch_size, transforms[moved], displacement, image.device)
+            seen, seen_label = _resample(
+                image.index_select(0, rows), label.index_select(0, rows), places
+            )
+            patch = patch.index_copy(0, rows, seen)
+            patch_label = patch_label.index_copy(0, rows, seen_label)
+        from_last = [axis - len(self.patch_size) for axis in self.mirror_axes]
+        mirrored = [
+            tuple(axis for axis, drawn in zip(from_last, sample, strict=True) if drawn)
+            for sample in (flips < self.mirror_probability).tolist()
+        ]
+        return _mirror(patch, mirrored), _mirror(patch_label, mirrored)
+
+    @property
+    def _spacing(self) -> tuple[float, ...]:
+        return self.spacing or (1.0,) * len(self.patch_size)
+
+    def _angles(self) -> tuple[float, float]:
+        if self.angles is not None:
+            return self.angles
+        moving = self.moving_axes
+        sides = [self.patch_size[axis] for axis in moving]
+        largest = LARGEST_ANGLE
+        if len(moving) == 2:
+            is_a_slice = sum(size > 1 for size in self.patch_size) == 2
+            oblong = is_a_slice and max(sides) / min(sides) > OBLONG
+            largest = LARGEST_ANGLE_OF_AN_OBLONG if oblong else math.pi
+        return -largest, largest
 
     def _transforms(self, batch_size: int, generator: Generator) -> Float[Tensor, "batch n n"]:
+        """From voxels of the patch to voxels of the cut, each about its middle; not mirrored."""
         num_axes = len(self.patch_size)
-        in_plane = [axis for axis, size in enumerate(self.patch_size) if size > 1]
-        pairs = [(a, b) for i, a in enumerate(in_plane) for b in in_plane[i + 1 :]]
-        largest = math.pi if len(pairs) == 1 else self.largest_angle
-        transforms = []
-        for _ in range(batch_size):
-            matrix = torch.eye(num_axes, dtype=torch.float64)
-            turn = _chance(self.rotation_probability, generator)
-            for first, second in pairs:
-                angle = _uniform(-largest, largest, generator)
-                if turn:
-                    matrix = matrix @ _rotation(num_axes, first, second, angle)
-            scale = _uniform(*self.scales, generator)
-            if _chance(self.scale_probability, generator):
-                matrix[:, in_plane] /= scale
-            for axis in self.mirror_axes:
-                if _chance(self.mirror_probability, generator):
-                    matrix[:, axis] *= -1
-            transforms.append(matrix)
-        return torch.stack(transforms)
+        moving = self.moving_axes
+        planes = [(a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]]
+        low, high = self._angles()
+        spacing = torch.tensor(self._spacing, dtype=torch.float64)
+        transforms = torch.eye(num_axes, dtype=torch.float64).repeat(batch_size, 1, 1)
+        draws = torch.rand(batch_size, 3 + len(planes), generator=generator).tolist()
+        for matrix, (turn, resize, scale, *turns) in zip(transforms, draws, strict=True):
+            if turn < self.rotation_probability:
+                for (first, second), angle in zip(planes, turns, strict=True):
+                    angle = low + (high - low) * angle
+                    matrix.copy_(matrix @ _rotation(num_axes, first, second, angle))
+                matrix.mul_(spacing).div_(spacing[:, None])
+            if resize < self.scale_probability:
+                matrix[:, moving] /= self.scales[0] + (self.scales[1] - self.scales[0]) * scale
+        return transforms
+
+    def _displacement(
+        self, bent: Bool[Tensor, " row"], generator: Generator, device: torch.device
+    ) -> Float[Tensor, "row n *patch"]:
+        """In voxels; smooth through normal numbers at control points; zero where not `bent`."""
+        weights = [
+            cubic_weights(size, self.elastic_spacing / spacing)
+            for size, spacing in zip(self.patch_size, self._spacing, strict=True)
+        ]
+        points = [weight.shape[1] for weight in weights]
+        field = torch.zeros(len(bent), len(points), *points)
+        for axis in self.moving_axes:
+            drawn = torch.randn(int(bent.sum()), *points, generator=generator)
+            field[bent, axis] = drawn * self.elastic_amplitude / self._spacing[axis]
+        field = field.to(device, non_blocking=True)
+        with torch.autocast(device.type, enabled=False):
+            for axis, weight in enumerate(weights, start=2):
+                spread = weight.T.to(device, non_blocking=True)
+                field = (field.movedim(axis, -1) @ spread).movedim(-1, axis)
+        return field
+
+    def _middle(self, cut: Sequence[int]) -> tuple[slice, ...]:
+        region = []
+        for size, extent in zip(self.patch_size, cut, strict=True):
+            beyond = extent - size
+            if beyond < 0 or beyond % 2 == 1:
+                raise ValueError(
+                    f"a cut of {tuple(cut)} has no patch of {self.patch_size} in its middle; "
+                    f"cut {self.cut_size}"
+                )
+            region.append(slice(beyond // 2, beyond // 2 + size))
+        return tuple(region)
 
 
-@dataclass(frozen=True)
-class IntensityVariation:
-    """How far intensities are varied; each channel of each sample on its own."""
+def cubic_weights(size: int, step: float) -> Float[Tensor, "size point"]:
+    """What each of the control points, `step` voxels apart, is worth at each voxel of an axis.
 
-    noise_probability: float = 0.1
-    largest_noise_variance: float = 0.1
-    brightness_probability: float = 0.15
-    brightness: tuple[float, float] = (0.75, 1.25)
-    contrast_probability: float = 0.15
-    contrast: tuple[float, float] = (0.75, 1.25)
-    gamma_probability: float = 0.3
-    gamma: tuple[float, float] = (0.7, 1.5)
-
-    def __call__(
-        self, image: Float[Tensor, "batch channel *space"], generator: Generator
-    ) -> Float[Tensor, "batch channel *space"]:
-        """The batch with noise, brightness, contrast and gamma changed at random."""
-        lead = image.shape[:2]
-        shape = (*lead, *[1] * (image.ndim - 2))
-
-        def draw(low: float, high: float, probability: float, neutral: float) -> Tensor:
-            value = low + (high - low) * torch.rand(lead, generator=generator)
-            chosen = torch.rand(lead, generator=generator) < probability
-            drawn = torch.where(chosen, value, torch.tensor(neutral))
-            return drawn.view(shape).to(image.device, image.dtype)
-
-        variance = draw(0.0, self.largest_noise_variance, self.noise_probability, 0.0)
-        if bool((variance > 0).any()):
-            noise = torch.randn(image.shape, generator=generator)
-            image = image + noise.to(image.device, image.dtype) * variance.sqrt()
-        image = image * draw(*self.brightness, self.brightness_probability, 1.0)
-        factor = draw(*self.contrast, self.contrast_probability, 1.0)
-        axes = tuple(range(2, image.ndim))
-        mean = image.mean(axes, keepdim=True)
-        low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
-        image = torch.clamp((image - mean) * factor + mean, low, high)
-        exponent = draw(*self.gamma, self.gamma_probability, 1.0)
-        return torch.where(exponent == 1, image, _gamma(image, exponent))
+    Keys's cubic convolution (1981, IEEE TASSP 29) with a = -1/2: it goes through the points, bends
+    without a kink, and leaves straight lines straight. One point lies at the axis's middle.
+    """
+    half = (size - 1) / 2 / step
+    middle = math.ceil(half) + 1
+    at = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / step + middle
+    distance = (at[:, None] - torch.arange(2 * middle + 2)).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    worth = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    return worth.float()
 
 
-def _gamma(image: Tensor, exponent: Tensor) -> Tensor:
-    """The image's range to the power of `exponent`, with its mean and deviation kept."""
-    axes = tuple(range(2, image.ndim))
-    low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
-    span = (high - low).clamp(min=1e-7)
-    bent = ((image - low) / span).clamp(min=0) ** exponent * span + low
-    mean, std = image.mean(axes, keepdim=True), image.std(axes, keepdim=True, correction=0)
-    new_mean, new_std = bent.mean(axes, keepdim=True), bent.std(axes, keepdim=True, correction=0)
-    return (bent - new_mean) / new_std.clamp(min=1e-7) * std + mean
+def _places(
+    patch_size: Sequence[int],
+    transforms: Float[Tensor, "row n n"],
+    displacement: Float[Tensor, "row n *patch"] | None,
+    device: torch.device,
+) -> list[Tensor]:
+    """Where each voxel of the patch is read, along each axis, in voxels from the cut's middle.
+
+    Sums and not a matrix product: on a GPU that may run in TF32, which is off by part of a voxel.
+    """
+    num_axes = len(patch_size)
+    matrices = transforms.float().to(device, non_blocking=True)
+    along = []
+    for axis, size in enumerate(patch_size):
+        shape = [1] * (num_axes + 1)
+        shape[axis + 1] = size
+        offset = (torch.arange(size, device=device) - (size - 1) / 2).view(shape)
+        if displacement is not None:
+            offset = offset + displacement[:, axis]
+        along.append(offset)
+    places = []
+    for row in range(num_axes):
+        place = torch.zeros((), device=device)
+        for column, offset in enumerate(along):
+            place = place + matrices[:, row, column].view(-1, *[1] * num_axes) * offset
+        places.append(place)
+    return places
+
+
+def _resample(
+    image: Float[Tensor, "row channel *cut"],
+    label: Integer[Tensor, "row *cut"],
+    places: Sequence[Tensor],
+) -> Batch:
+    cut = label.shape[1:]
+    # A stack of one slice is read as a slice, which takes torch a tenth of the time.
+    thin = [axis for axis, place in enumerate(places) if cut[axis] == place.shape[axis + 1] == 1]
+    thin = thin if len(thin) == len(cut) - 2 else []
+    wide = [axis for axis in range(len(cut)) if axis not in thin]
+    # In grid_sample's units the outer edges lie at -1 and 1, and axes run backwards. Each goes to
+    # its place at once: torch.stack would take as long as the sampling.
+    flat = [place.squeeze([axis + 1 for axis in thin]) for place in places]
+    grid = torch.empty(*flat[0].shape, len(wide), device=image.device)
+    for number, axis in enumerate(reversed(wide)):
+        torch.mul(flat[axis], 2 / cut[axis], out=grid[..., number])
+    seen = F.grid_sample(
+        image.float().squeeze([axis + 2 for axis in thin]),
+        grid,
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    index = torch.zeros_like(places[0], dtype=torch.int32)
+    for place, extent in zip(places, cut, strict=True):
+        voxel = (place + (extent - 1) / 2).round_().clamp_(0, extent - 1)
+        index = index.mul_(extent).add_(voxel.int())
+    seen_label = label.flatten(1).gather(1, index.flatten(1).long()).view(index.shape)
+    seen = seen.view(*image.shape[:2], *index.shape[1:])
+    return seen.to(image.dtype), seen_label
+
+
+def _mirror(patches: Tensor, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
+    """Each patch flipped along axes of its own; patches that share them, together."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for number, axes in enumerate(mirrored):
+        members.setdefault(axes, []).append(number)
+    result = torch.empty_like(patches, memory_format=torch.contiguous_format)
+    for axes, numbers in members.items():
+        rows = torch.tensor(numbers).to(patches.device, non_blocking=True)
+        chosen = patches.index_select(0, rows)
+        result.index_copy_(0, rows, chosen.flip(axes))
+    return result
 
 
 def _rotation(num_axes: int, first: int, second: int, angle: float) -> Float[Tensor, "n n"]:
@@ -149,11 +285,3 @@ def _rotation(num_axes: int, first: int, second: int, angle: float) -> Float[Ten
     matrix[first, first] = matrix[second, second] = math.cos(angle)
     matrix[first, second], matrix[second, first] = -math.sin(angle), math.sin(angle)
     return matrix
-
-
-def _uniform(low: float, high: float, generator: Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def _chance(probability: float, generator: Generator) -> bool:
-    return float(torch.rand((), generator=generator)) < probability

@@ -5,20 +5,20 @@ workers does not matter, and a run that is resumed goes on with the patch it wou
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy import ndarray
-from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from segkit.data.store import StoredCase
 
-Patch = dict[str, Tensor]
+Patch = dict[str, Any]
 
 
 class PatchDataset(TorchDataset[Patch]):
-    """Patch number i of a training run: `image` (channel, *cut), `label` (*cut).
+    """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
 
     A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
     those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
@@ -64,6 +64,7 @@ class PatchDataset(TorchDataset[Patch]):
                 int(voxel) - cut // 2 for voxel, cut in zip(centre, self.cut_size, strict=True)
             ]
         return {
+            "name": case.name,
             "image": torch.from_numpy(cut(case.image, start, self.cut_size)),
             "label": torch.from_numpy(cut(case.label, start, self.cut_size)),
         }

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
-from segkit.nn.blocks import CONV_FUNCTION, LINEAR_MODE
+from segkit.data.intensity import blur
+from segkit.nn.blocks import LINEAR_MODE
 
 CONTROL_SPACING = 16
 """Voxels between the control points of a smooth field."""
@@ -85,7 +86,8 @@ def synthesise(
     deviation = deviations.gather(1, flat).view(batch, 1, *space)
     texture = torch.randn(batch, 1, *space, generator=generator)
     image = (mean + deviation * texture).to(labels.device)
-    image = blur(image, draw(0.3, 1.2))
+    sigmas = draw(0.3, 1.2)[:, None].expand(-1, len(space))
+    image = blur(image[:, 0], sigmas)[:, None]
     shape = (batch, 1, *[1] * len(space))
     bias = smooth_field(batch, 1, space, generator=generator) * draw(0.0, 0.2).view(shape)
     noise = torch.randn(batch, 1, *space, generator=generator) * draw(0.0, 0.04).view(shape)
@@ -94,32 +96,6 @@ def synthesise(
     image = image**exponent
     silent = (mean == 0).to(image.device)
     return _normalised(image.masked_fill(silent, 0), ~silent)
-
-
-def blur(
-    image: Float[Tensor, "batch channel *space"], sigma: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch channel *space"]:
-    """Each image under a Gaussian of its own sigma (voxels), one axis after the other."""
-    num_axes = image.ndim - 2
-    reach = 3
-    distance = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernels = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernels = (kernels / kernels.sum(1, keepdim=True)).to(image.device)
-    batch, channels, *space = image.shape
-    folded = image.reshape(1, batch * channels, *space)
-    weights = kernels.repeat_interleave(channels, dim=0)
-    for axis in range(num_axes):
-        if space[axis] == 1:
-            continue
-        shape = [1] * num_axes
-        shape[axis] = 2 * reach + 1
-        padding = [0, 0] * num_axes
-        padding[2 * (num_axes - 1 - axis) : 2 * (num_axes - axis)] = [reach, reach]
-        padded = F.pad(folded, padding, mode="replicate")
-        folded = CONV_FUNCTION[num_axes](
-            padded, weights.view(-1, 1, *shape), groups=batch * channels
-        )
-    return folded.view(image.shape)
 
 
 def _normalised(image: Tensor, counted: Tensor) -> Tensor:

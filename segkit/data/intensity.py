@@ -1,0 +1,206 @@
+"""Intensities of a batch of patches varied, on the training device.
+
+Kinds, order, ranges and probabilities are nnU-Net's (Isensee et al. 2021). What is not drawn for a
+sample costs it nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from segkit.nn.blocks import LINEAR_MODE
+
+Range = tuple[float, float]
+Rows = Float[Tensor, "row *space"]
+"""Channels of samples, one below the other."""
+
+
+@dataclass(frozen=True)
+class IntensityVariation:
+    """How far intensities are varied.
+
+    Whether is drawn for each sample, or for each of its channels as well where there is a channel
+    probability; how far, for each channel.
+    """
+
+    noise_probability: float = 0.1
+    noise_variance: Range = (0.0, 0.1)
+    """The same in all channels of a sample; the noise is not."""
+    blur_probability: float = 0.2
+    blur_channel_probability: float = 0.5
+    blur_sigma: Range = (0.5, 1.0)
+    """In voxels, drawn for each axis."""
+    brightness_probability: float = 0.15
+    brightness: Range = (0.75, 1.25)
+    contrast_probability: float = 0.15
+    contrast: Range = (0.75, 1.25)
+    low_resolution_probability: float = 0.25
+    low_resolution_channel_probability: float = 0.5
+    low_resolution_zoom: Range = (0.5, 1.0)
+    low_resolution_spared_axes: tuple[int, ...] = ()
+    """Axes that are coarse already."""
+    inverted_gamma_probability: float = 0.1
+    gamma_probability: float = 0.3
+    gamma: Range = (0.7, 1.5)
+
+    def __call__(
+        self, image: Float[Tensor, "batch channel *space"], generator: Generator
+    ) -> Float[Tensor, "batch channel *space"]:
+        """The batch with intensities changed at random."""
+        batch, channels, *space = image.shape
+        steps: list[tuple[float, float, Callable[[Rows, Generator], Rows]]] = [
+            (self.noise_probability, 1.0, partial(self._noise, channels=channels)),
+            (self.blur_probability, self.blur_channel_probability, self._blur),
+            (self.brightness_probability, 1.0, self._brightness),
+            (self.contrast_probability, 1.0, self._contrast),
+            (
+                self.low_resolution_probability,
+                self.low_resolution_channel_probability,
+                self._low_resolution,
+            ),
+            (self.inverted_gamma_probability, 1.0, self._inverted_gamma),
+            (self.gamma_probability, 1.0, self._gamma),
+        ]
+        with torch.autocast(image.device.type, enabled=False):
+            varied = image.to(torch.float32, copy=True).flatten(0, 1)
+            for of_samples, of_channels, step in steps:
+                samples = torch.rand(batch, 1, generator=generator) < of_samples
+                chosen = samples & (torch.rand(batch, channels, generator=generator) < of_channels)
+                rows = chosen.flatten().nonzero().flatten().to(image.device, non_blocking=True)
+                if len(rows) > 0:
+                    varied.index_copy_(0, rows, step(varied.index_select(0, rows), generator))
+        return varied.view(batch, channels, *space).to(image.dtype)
+
+    def _noise(self, rows: Rows, generator: Generator, *, channels: int) -> Rows:
+        variance = _uniform(self.noise_variance, len(rows) // channels, generator)
+        deviation = variance.sqrt().repeat_interleave(channels)
+        # Drawn on the CPU, so that every device sees the same noise.
+        noise = torch.randn(rows.shape, generator=generator)
+        return rows + noise.to(rows.device, non_blocking=True) * _each(deviation, rows)
+
+    def _blur(self, rows: Rows, generator: Generator) -> Rows:
+        num_axes = rows.ndim - 1
+        sigmas = _uniform(self.blur_sigma, len(rows) * num_axes, generator)
+        return blur(rows, sigmas.view(-1, num_axes), reach=math.ceil(3 * self.blur_sigma[1]))
+
+    def _brightness(self, rows: Rows, generator: Generator) -> Rows:
+        return rows * _each(_about_one(self.brightness, len(rows), generator), rows)
+
+    def _contrast(self, rows: Rows, generator: Generator) -> Rows:
+        return stretch_contrast(rows, _about_one(self.contrast, len(rows), generator))
+
+    def _low_resolution(self, rows: Rows, generator: Generator) -> Rows:
+        zooms = _uniform(self.low_resolution_zoom, len(rows), generator)
+        return lower_resolution(rows, zooms, spared_axes=self.low_resolution_spared_axes)
+
+    def _gamma(self, rows: Rows, generator: Generator) -> Rows:
+        return bend(rows, _about_one(self.gamma, len(rows), generator))
+
+    def _inverted_gamma(self, rows: Rows, generator: Generator) -> Rows:
+        return -self._gamma(-rows, generator)
+
+
+def gaussian(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:
+    """A Gaussian of each sigma (voxels) at whole distances up to `reach`, summing to 1."""
+    distance = torch.arange(-reach, reach + 1, dtype=sigmas.dtype)
+    weights = torch.exp(-0.5 * (distance / sigmas[..., None]) ** 2)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def blur(
+    rows: Float[Tensor, "row *space"], sigmas: Float[Tensor, "row axis"], *, reach: int = 3
+) -> Float[Tensor, "row *space"]:
+    """Each row under a Gaussian of its own along each axis; its outermost voxels go on for ever.
+
+    Weighted sums of the image shifted: for kernels that differ between rows, torch's grouped
+    convolution takes ten times as long on a CPU.
+    """
+    weights = gaussian(sigmas, reach).to(rows.device, non_blocking=True)
+    for axis, size in enumerate(rows.shape[1:]):
+        if size == 1:
+            continue
+        padding = [0, 0] * (rows.ndim - 1)
+        padding[-2 * axis - 2] = padding[-2 * axis - 1] = reach
+        padded = F.pad(rows[None], padding, mode="replicate")[0]
+        taps = [_each(tap, rows) for tap in weights[:, axis].unbind(1)]
+        rows = padded.narrow(axis + 1, reach, size) * taps[reach]
+        for step in range(1, reach + 1):
+            before = padded.narrow(axis + 1, reach - step, size)
+            after = padded.narrow(axis + 1, reach + step, size)
+            rows = torch.addcmul(rows, before + after, taps[reach + step])
+    return rows
+
+
+def stretch_contrast(
+    rows: Float[Tensor, "row *space"], factors: Float[Tensor, " row"]
+) -> Float[Tensor, "row *space"]:
+    """Each row's distance from its mean multiplied, and clipped to the range that it had."""
+    flat = rows.flatten(1)
+    mean = flat.mean(1, keepdim=True)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    stretched = (flat - mean) * _each(factors, flat) + mean
+    return torch.clamp(stretched, low, high).view(rows.shape)
+
+
+def lower_resolution(
+    rows: Float[Tensor, "row *space"],
+    zooms: Float[Tensor, " row"],
+    *,
+    spared_axes: Sequence[int] = (),
+) -> Float[Tensor, "row *space"]:
+    """Each row as if scanned with fewer voxels, `zooms` times as many along every axis but some.
+
+    Picked by nearest neighbour, and interpolated linearly between those that were picked.
+    """
+    space = rows.shape[1:]
+    lowered = []
+    for row, zoom in zip(rows, zooms.tolist(), strict=True):
+        fewer = [
+            size if axis in spared_axes else max(round(size * zoom), 1)
+            for axis, size in enumerate(space)
+        ]
+        picked = F.interpolate(row[None, None], size=fewer, mode="nearest-exact")
+        lowered.append(F.interpolate(picked, size=tuple(space), mode=LINEAR_MODE[len(space)])[0, 0])
+    return torch.stack(lowered)
+
+
+def bend(
+    rows: Float[Tensor, "row *space"], exponents: Float[Tensor, " row"]
+) -> Float[Tensor, "row *space"]:
+    """Each row's range to the power of its exponent; its mean and deviation stay."""
+    flat = rows.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    # Of the curve, only the shape counts: mean and deviation are set below.
+    bent = ((flat - low) / (high - low).clamp(min=1e-7)) ** _each(exponents, flat)
+    bent = bent - bent.mean(1, keepdim=True)
+    mean = flat.mean(1, keepdim=True)
+    # By hand: torch.std takes ten times as long on a CPU, and vector_norm rounds badly there.
+    std = (flat - mean).square().mean(1, keepdim=True).sqrt()
+    bent_std = bent.square().mean(1, keepdim=True).sqrt()
+    return (bent * (std / bent_std.clamp(min=1e-7)) + mean).view(rows.shape)
+
+
+def _uniform(limits: Range, count: int, generator: Generator) -> Float[Tensor, " count"]:
+    low, high = limits
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _about_one(limits: Range, count: int, generator: Generator) -> Float[Tensor, " count"]:
+    """Below 1 as often as above, evenly on either side, as nnU-Net draws factors and exponents."""
+    low, high = limits
+    if not low < 1 < high:
+        return _uniform(limits, count, generator)
+    side = torch.rand(count, generator=generator) < 0.5
+    below, above = (_uniform(half, count, generator) for half in ((low, 1.0), (1.0, high)))
+    return torch.where(side, below, above)
+
+
+def _each(values: Float[Tensor, " row"], rows: Tensor) -> Tensor:
+    """One value for each row, on the rows' device, ready to be multiplied with them."""
+    return values.to(rows.device, non_blocking=True).view(-1, *[1] * (rows.ndim - 1))

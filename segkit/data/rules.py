@@ -1,0 +1,348 @@
+"""nnU-Net's rules: from what a dataset is like to spacing, patch, network and batch.
+
+Isensee et al. (2021, doi:10.1038/s41592-020-01008-z), as version 2 has them; every function names
+its own. They differ from it in this:
+
+- Axes keep the order x, y, z (RAS+), where nnU-Net counts z, y, x with the coarsest put first.
+- A network has one step down at least; an image too small for that gets a patch larger than it is.
+- A patch that must shrink loses voxels at every try, so that shrinking ends; nnU-Net's may grow
+  where an axis that is no longer pooled lets another be.
+
+Spacing is in mm; patches, shapes, strides and kernels are in voxels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Spacing = tuple[float, ...]
+Size = tuple[int, ...]
+Lengths = tuple[int | float, ...]
+"""A size that may be a half, where two cases share the middle."""
+
+SMALLEST_EDGE = 4
+"""Cells along an axis below which it is not pooled to."""
+ANISOTROPY = 3.0
+"""How many times coarser than the others an axis is that is treated apart."""
+START_WIDTHS = (32, 16, 8)
+WIDEST = {2: 512, 3: 320}
+INITIAL_VOXELS = {2: 2048**2, 3: 256**3}
+# What nnU-Net allows 8 GB: so many activations of a batch of so many.
+REFERENCE_ACTIVATIONS = {2: 85e6, 3: 560e6}
+REFERENCE_BATCH = {2: 12, 3: 2}
+REFERENCE_GIGABYTES = 8.0
+SMALLEST_BATCH = 2
+LARGEST_SHARE = 0.05
+"""The share of the dataset's voxels that one batch may hold."""
+LEAST_COVERED = 0.25
+"""The share of the median image that a patch must hold; else there is a plan at low resolution."""
+PLANES: tuple[Literal["sagittal", "coronal", "axial"], ...] = ("sagittal", "coronal", "axial")
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """Foreground intensities of one channel, over all cases."""
+
+    mean: float
+    std: float
+    median: float
+    minimum: float
+    maximum: float
+    lower: float
+    """Percentile 0.5."""
+    upper: float
+    """Percentile 99.5."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What of a dataset decides its plan; spacings, shapes and shares are those of each case."""
+
+    spacings: tuple[tuple[float, float, float], ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    """Of the body's boxes."""
+    box_shares: tuple[float, ...]
+    """Of each volume, the share that the body's box holds."""
+    channels: tuple[str, ...]
+    intensities: tuple[Intensities | None, ...]
+    num_classes: int
+    """The background is one."""
+
+
+@dataclass(frozen=True)
+class ChannelNormalisation:
+    """How one channel's intensities are brought to one scale; the numbers are those of `ct`."""
+
+    kind: Literal["zscore", "zscore nonzero", "ct"]
+    lower: float | None = None
+    upper: float | None = None
+    mean: float | None = None
+    std: float | None = None
+
+
+class Topology(NamedTuple):
+    """Where a network pools and how far its convolutions reach, and a patch that it can take."""
+
+    patch_size: Size
+    strides: tuple[Size, ...]
+    kernels: tuple[Size, ...]
+
+    @property
+    def divisor(self) -> Size:
+        """What the patch must be a multiple of."""
+        ones = (1,) * len(self.patch_size)
+        return tuple(math.prod(steps) for steps in zip(ones, *self.strides, strict=True))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What patch and network are fitted to; spacing and median run along the network's axes."""
+
+    spacing: Spacing
+    median: Lengths
+    """The median shape at that spacing."""
+    dataset_voxels: float
+    in_channels: int
+    num_classes: int
+    last_to_yield: int | None = None
+    """Of axes that tie, the one to be shortened last: the coarsest, which nnU-Net puts first."""
+
+
+# The grid
+
+
+def target_spacing(
+    spacings: Sequence[Spacing], shapes: Sequence[Size]
+) -> tuple[float, float, float]:
+    """The spacing that all cases are brought to: the median along each axis ("target spacing").
+
+    An axis over 3 times coarser than the others, with under a third of their voxels, takes the 10th
+    percentile of its spacings instead, so that fewer cases lose slices; but it stays the coarsest.
+    """
+    target = np.median(np.array(spacings, float), axis=0).tolist()
+    sizes = np.median(np.array(shapes, float), axis=0).tolist()
+    worst = coarsest_axis(target)
+    others = [axis for axis in range(3) if axis != worst]
+    next_coarsest = max(target[axis] for axis in others)
+    fewest = min(sizes[axis] for axis in others)
+    if target[worst] > ANISOTROPY * next_coarsest and sizes[worst] * ANISOTROPY < fewest:
+        low = float(np.percentile([spacing[worst] for spacing in spacings], 10))
+        target[worst] = low if low >= next_coarsest else next_coarsest + 1e-5
+    return target[0], target[1], target[2]
+
+
+def coarsest_axis(spacing: Spacing | list[float]) -> int:
+    """The axis that nnU-Net puts first: the coarsest, the last of those that tie."""
+    return max(range(len(spacing)), key=lambda axis: (spacing[axis], axis))
+
+
+def median_shape(
+    spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
+) -> tuple[float, float, float]:
+    """The median of the cases' shapes at the target spacing, each rounded to whole voxels."""
+    resampled = [
+        [max(round(s * n / t), 1) for s, n, t in zip(spacing, shape, target, strict=True)]
+        for spacing, shape in zip(spacings, shapes, strict=True)
+    ]
+    x, y, z = np.median(np.array(resampled, float), axis=0).tolist()
+    return x, y, z
+
+
+def is_separate(current: Spacing, target: Spacing) -> bool:
+    """Whether slices are resampled each in its plane, and between by the nearest ("resampling").
+
+    So it is where the spacing of the scan, or else the target's, is over 3 times as coarse along
+    one axis as along the finest, and along that axis alone.
+    """
+    for spacing in (current, target):
+        if max(spacing) / min(spacing) > ANISOTROPY:
+            return spacing.count(max(spacing)) == 1
+    return False
+
+
+# The network
+
+
+def initial_patch(spacing: Spacing, median: Lengths) -> Lengths:
+    """A patch as long along each axis in mm, of 256³ voxels (2D: 2048²), cut to the median shape.
+
+    nnU-Net's "initial patch size"; it is too large on purpose.
+    """
+    num_axes = len(spacing)
+    edge = (INITIAL_VOXELS[num_axes] * math.prod(spacing)) ** (1 / num_axes)
+    return tuple(min(round(edge / s), size) for s, size in zip(spacing, median, strict=True))
+
+
+def topology(spacing: Spacing, patch: Lengths) -> Topology:
+    """The steps down that a patch allows, and the patch padded to what they divide ("topology").
+
+    An axis is pooled by 2 while it keeps 4 cells and is under twice as coarse as the finest axis
+    that may be pooled; one axis alone needs 12 cells to begin with. A level's kernel is 3 along an
+    axis once that is under twice as coarse as the finest, and 1 before; at the coarsest level it is
+    3. So a coarse axis is left alone until the others have caught up with it.
+    """
+    num_axes = len(spacing)
+    spacings, sizes = list(spacing), list(patch)
+    kernel: Size = (1,) * num_axes
+    strides: list[Size] = []
+    kernels: list[Size] = []
+    while pooled := _pooled(spacings, sizes):
+        kernel = tuple(
+            3 if edge == 3 or s / min(spacings) < 2 else 1
+            for edge, s in zip(kernel, spacings, strict=True)
+        )
+        kernels.append(kernel)
+        strides.append(tuple(2 if axis in pooled else 1 for axis in range(num_axes)))
+        for axis in pooled:
+            spacings[axis] *= 2
+            sizes[axis] = math.ceil(sizes[axis] / 2)
+    if not strides:
+        fine = [s / min(spacing) < 2 for s in spacing]
+        least = (2 if sum(fine) > 1 else 3) * SMALLEST_EDGE
+        raised = [max(n, least) if f else n for n, f in zip(patch, fine, strict=True)]
+        return topology(spacing, tuple(raised))
+    divisors = [math.prod(steps) for steps in zip(*strides, strict=True)]
+    padded = tuple(math.ceil(n / d) * d for n, d in zip(patch, divisors, strict=True))
+    return Topology(padded, tuple(strides), (*kernels, (3,) * num_axes))
+
+
+def _pooled(spacings: Sequence[float], sizes: Sequence[int | float]) -> list[int]:
+    large = [axis for axis, size in enumerate(sizes) if size >= 2 * SMALLEST_EDGE]
+    finest = min((spacings[axis] for axis in large), default=math.inf)
+    pooled = [axis for axis in large if spacings[axis] / finest < 2]
+    alone = len(pooled) == 1 and sizes[pooled[0]] < 3 * SMALLEST_EDGE
+    return [] if alone else pooled
+
+
+def shrinking(setting: Setting, first: Topology) -> Iterator[Topology]:
+    """The topology, and ever smaller ones, down to the smallest ("shrink to budget").
+
+    Each takes from the axis that is longest for the median image as little as a network of that
+    size can: what the patch must be a multiple of once it is smaller. Of 256, pooled 6 times, that
+    is 32, and not 64. Axes that tie give way in the order x, y, z, the coarsest last, and none that
+    can still be pooled is shortened to where it cannot.
+    """
+    candidate: Topology | None = first
+    while candidate is not None:
+        yield candidate
+        candidate = _smaller(setting, candidate)
+
+
+def _smaller(setting: Setting, current: Topology) -> Topology | None:
+    patch = current.patch_size
+    ratios = [size / median for size, median in zip(patch, setting.median, strict=True)]
+    last = setting.last_to_yield
+    order = sorted(range(len(patch)), key=lambda axis: (-ratios[axis], axis == last, axis))
+    for axis in order:
+        trial = max(patch[axis] - current.divisor[axis], 1)
+        tried = topology(setting.spacing, (*patch[:axis], trial, *patch[axis + 1 :]))
+        for size in range(patch[axis] - tried.divisor[axis], 2 * SMALLEST_EDGE - 1, -1):
+            found = topology(setting.spacing, (*patch[:axis], size, *patch[axis + 1 :]))
+            if math.prod(found.patch_size) < math.prod(patch):
+                return found
+    return None
+
+
+def widths(num_levels: int, *, spatial_dims: int, start: int = START_WIDTHS[0]) -> tuple[int, ...]:
+    """Channels of each level: doubled at every step, up to 320 in 3D and 512 in 2D."""
+    return tuple(min(start * 2**level, WIDEST[spatial_dims]) for level in range(num_levels))
+
+
+# What it costs
+
+
+def activations(
+    *, channels: Sequence[int], strides: Sequence[Size], patch_size: Size, num_classes: int
+) -> int:
+    """Numbers that the layers of a U-Net put out for one patch ("memory estimate").
+
+    Two convolutions a level on the way down; a transposed convolution and two more on the way up;
+    the head. Heads of deep supervision are not counted, as nnU-Net has it.
+    """
+    voxels = _voxels(patch_size, strides)
+    down = sum(2 * width * count for width, count in zip(channels, voxels, strict=True))
+    up = sum(3 * width * count for width, count in zip(channels[:-1], voxels[:-1], strict=True))
+    return down + up + num_classes * voxels[0]
+
+
+def multiply_adds(
+    *,
+    channels: Sequence[int],
+    strides: Sequence[Size],
+    kernels: Sequence[Size],
+    patch_size: Size,
+    in_channels: int,
+    num_classes: int,
+    deep_supervision: bool = True,
+) -> int:
+    """Multiplications with addition that a forward pass of `UNet` takes for one patch.
+
+    Those of its convolutions: what normalises and activates is small beside them. A training step
+    takes three times as many.
+    """
+    voxels = _voxels(patch_size, strides)
+    reaches = [math.prod(kernel) for kernel in kernels]
+    num_skips = len(strides)
+    total = 0
+    for level, width in enumerate(channels):
+        entering = channels[level - 1] if level else in_channels
+        total += voxels[level] * reaches[level] * width * (entering + width)
+    for level in range(num_skips):
+        width, coarse = channels[level], channels[level + 1]
+        # The stride is the kernel of a transposed convolution: each voxel is made of one cell.
+        total += voxels[level] * width * (coarse + reaches[level] * (2 * width + width))
+    for level in range(max(num_skips - 1, 1) if deep_supervision else 1):
+        total += voxels[level] * channels[level] * num_classes
+    return total
+
+
+def _voxels(patch_size: Size, strides: Sequence[Size]) -> list[int]:
+    """Cells of each level."""
+    sizes = [patch_size]
+    for step in strides:
+        sizes.append(tuple(n // stride for n, stride in zip(sizes[-1], step, strict=True)))
+    return [math.prod(size) for size in sizes]
+
+
+def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: float) -> int:
+    """What the budget allows, but at most 5 % of the dataset's voxels, and 2 at least ("batch")."""
+    covered = round(dataset_voxels * LARGEST_SHARE / math.prod(patch_size))
+    return max(min(round(budget / cost), covered), SMALLEST_BATCH)
+
+
+# Low resolution and intensities
+
+
+def needs_low_resolution(patch_size: Size, median_voxels: int | float) -> bool:
+    """Whether a patch sees too little of an image: under 25 % of its voxels ("low resolution")."""
+    return math.prod(patch_size) < LEAST_COVERED * median_voxels
+
+
+def coarser(spacing: Spacing) -> Spacing:
+    """A spacing 3 % coarser: along axes over twice as fine as the coarsest, or else along all."""
+    finer = [max(spacing) / s > 2 for s in spacing]
+    return tuple(
+        s * 1.03 if f or not any(finer) else s for s, f in zip(spacing, finer, strict=True)
+    )
+
+
+def normalisations(numbers: Numbers) -> tuple[ChannelNormalisation, ...]:
+    """What is done to each channel's intensities ("intensity normalisation").
+
+    A channel named CT is clipped to percentiles 0.5 and 99.5 of the foreground and scaled by its
+    mean and deviation. Any other is scaled by its own mean and deviation in each image: over voxels
+    that are not 0, where half of the body's boxes hold under 75 % of their volume.
+    """
+    nonzero = float(np.median(numbers.box_shares)) < 0.75
+    return tuple(
+        ChannelNormalisation(
+            "ct",
+            *((found.lower, found.upper, found.mean, found.std) if found else (None,) * 4),
+        )
+        if name.lower() == "ct"
+        else ChannelNormalisation("zscore nonzero" if nonzero else "zscore")
+        for name, found in zip(numbers.channels, numbers.intensities, strict=True)
+    )
