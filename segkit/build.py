@@ -1,5 +1,6 @@
 """Settings become objects, here and nowhere else."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,6 +24,7 @@ from segkit.module import Vary
 from segkit.nn.planes import Planes, SegmentationNetwork
 from segkit.nn.unet import UNet
 
+SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
@@ -87,7 +89,8 @@ def build_variation(
     With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
     their intensities further would add nothing.
     """
-    mirror_axes = tuple(WORLD_AXES[name] for name in config.mirror)
+    names = default_mirror(labels) if config.mirror is None else config.mirror
+    mirror_axes = tuple(WORLD_AXES[name] for name in names)
     spatial = SpatialVariation(patch_size, mirror_axes, spacing=spacing)
     if config.synthesis is not None:
         draw = _synthesiser(config.synthesis, labels)
@@ -109,6 +112,15 @@ def build_variation(
         return intensity(image, generator), label
 
     return vary, spatial.margin
+
+
+def default_mirror(labels: Sequence[str]) -> list[str]:
+    """The world axes along which a dataset may be mirrored: x, unless labels tell left from right.
+
+    A label tells by a word of its name: left, right, l, r, lh or rh.
+    """
+    sides = any(SIDE.search(name.lower()) for name in labels)
+    return [] if sides else ["x"]
 
 
 def _normaliser(setting: Normalisation) -> Callable[[Tensor], Tensor]:

@@ -69,9 +69,55 @@ def demo(
 
 
 @app.command()
+def plan(
+    dataset: Annotated[Path, typer.Argument(help="A folder with a dataset.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The config to write; NAME.yaml where not given.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0.5, help="GB to plan for, on a GPU.")] = 8.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="To plan for, on a CPU.")] = 20.0,
+    dims: Annotated[int, typer.Option(min=2, max=3, help="2 for slices, 3 for volumes.")] = 3,
+    preset: Annotated[
+        Literal["auto", "nnunet"],
+        typer.Option(help="nnunet: its own plan and schedule, wherever it runs."),
+    ] = "auto",
+    device: Device = "auto",
+    runs: Annotated[Path, typer.Option(help="The folder whose cache keeps measurements.")] = Path(
+        "runs"
+    ),
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a dataset and write a config for it that says why each value was chosen."""
+    from segkit.files import write_text
+    from segkit.planning import plan_dataset, refuse_existing
+    from segkit.progress import Tracker
+
+    target = out or Path(f"{dataset.resolve().name}.yaml")
+    refuse_existing(target, overwrite=overwrite)
+    planned = plan_dataset(
+        dataset,
+        cache=runs / ".cache",
+        device=device,
+        spatial_dims=dims,
+        gigabytes=memory,
+        minutes=minutes,
+        preset=preset,
+        track=Tracker(console),
+    )
+    write_text(target, planned.text)
+    _say(planned.text.rstrip())
+    _say(f"wrote {target}")
+    _say(f"next: segkit train {target}")
+
+
+@app.command()
 def train(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML, e.g. configs/attention_unet_3d.yaml.")
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG|DATASET",
+            help="YAML, e.g. configs/attention_unet_3d.yaml, or a dataset, which is planned first.",
+        ),
     ] = None,
     overrides: Overrides = None,
     runs: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path("runs"),
@@ -79,19 +125,24 @@ def train(
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
 ) -> None:
-    """Train the network that CONFIG describes, on the dataset that it names."""
-    from segkit.config_file import load_config
+    """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
+    from segkit.config_file import changed, load_config
     from segkit.errors import ConfigError
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
-    if config is not None and config.is_dir():
-        raise ConfigError(
-            f"{config}: expected a YAML config, found a folder; name it by data.folder"
-        )
-    settings = load_config(config, overrides or ()) if config else None
+    settings = None
+    if config is not None and not config.is_dir():
+        settings = load_config(config, overrides or ())
     from segkit import training
     from segkit.progress import Tracker, TrainingProgress
+
+    if config is not None and config.is_dir():
+        from segkit.planning import plan_dataset
+
+        planned = plan_dataset(config, cache=runs / ".cache", track=Tracker(console))
+        _say(planned.text.rstrip())
+        settings = changed(planned.config, overrides or ())
 
     _hush()
     progress = [TrainingProgress(console)]

@@ -171,10 +171,11 @@ class DataConfig(Section):
     """The share of patches that are centred on a voxel of a class drawn at random."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
-    mirror: list[Literal["x", "y", "z"]] = Field(["x"])
+    mirror: list[Literal["x", "y", "z"]] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
-    front, z from foot to head. Give [] where labels tell left from right. (nnU-Net mirrors along
-    all three; what has a front and a top is learned far faster without.)"""
+    front, z from foot to head. Where not given, x alone, or none where labels tell left from right
+    by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
+    faster without.)"""
     synthesis: SynthesisConfig | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that cut patches."""

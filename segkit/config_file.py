@@ -31,6 +31,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, source=str(path))
 
 
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with dotted `key=value` overrides. Raises ConfigError as `load_config` does."""
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(tree, override)
+    return validated(Config, tree, source="settings")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises ConfigError where it holds anything else."""
     try:
