@@ -213,7 +213,8 @@ class TrainerConfig(Section):
 
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
-    precision: str | int = "32-true"
+    precision: str | int = "auto"
+    """`auto` is bf16-mixed or 16-mixed on a GPU, and 32-true on a CPU."""
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: str | None = None

@@ -194,7 +194,8 @@ def _train(
         ]
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(),
+            **config.trainer.model_dump(exclude={"precision"}),
+            precision=precision(config),
             max_steps=config.train.steps,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -247,6 +248,20 @@ def _train(
     }
     write_json(folder / "summary.json", summary)
     return Run(folder, summary, model)
+
+
+def precision(config: Config) -> Any:
+    """Lightning's precision: `auto` is a half type where there is a GPU for it, else single.
+
+    On a CPU never a half type: where the cores have no instructions for it, a step takes 40 times
+    as long.
+    """
+    asked = config.trainer.precision
+    if asked != "auto":
+        return asked
+    if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
 def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:

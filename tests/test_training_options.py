@@ -12,7 +12,7 @@ from segkit.averaging import Averaging
 from segkit.data.cases import Case, Dataset, fold_of
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.model import load_model, start_from
-from segkit.training import train
+from segkit.training import precision, train
 from segkit.volume import read_volume, write_volume
 from tests.small import small_config, small_dataset
 
@@ -184,3 +184,26 @@ def test_an_image_that_holds_what_is_no_number_never_reaches_training(tmp_path: 
     write_volume(path, image)
     with pytest.raises(DatasetError, match=r"case_1\.nii\.gz: holds voxels that are not numbers"):
         train(small_config(data), runs=tmp_path)
+
+
+# How numbers are kept
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "bf16", "expected"),
+    [
+        ("auto", False, False, "32-true"),
+        ("cpu", True, True, "32-true"),
+        ("auto", True, True, "bf16-mixed"),
+        ("gpu", True, False, "16-mixed"),
+    ],
+)
+def test_half_precision_is_for_gpus_alone(
+    accelerator: str, gpu: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    config = small_config(Path("data"), trainer={"accelerator": accelerator})
+    assert precision(config) == expected
+    asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
+    assert precision(asked) == "bf16-mixed"
