@@ -1,6 +1,7 @@
 """Dice on held-out hippocampi with each kind of attention and without, after equally many steps.
 
     python benchmarks/ablation.py DATASET [--steps 200] [--seeds 0 1 2] [--results FOLDER]
+                                          [--arms ARM …]
     python benchmarks/ablation.py --results FOLDER --table
 
 Every arm is trained from each seed on the same 160 cases and scored on the same 40, with the same
@@ -56,12 +57,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("ablation"))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
     console = Console()
     if not options.table:
         # Seeds are the outer loop, so that every arm is there early.
-        runs = [(arm, seed) for seed in options.seeds for arm in ARMS]
+        runs = [(arm, seed) for seed in options.seeds for arm in options.arms]
         missing = [run for run in runs if not result_of(options.results, *run).exists()]
         for arm, seed in track(missing, "training", console=console):
             write_json(
@@ -126,15 +128,15 @@ def table(folder: Path, seeds: list[int]) -> str:
     lines = [
         f"Mean Dice of 40 held-out hippocampi after {', '.join(map(str, sorted(steps)))} steps.",
         "",
-        "| arm | parameters | Dice, mean ± sd | seeds | against | difference | seeds that gain |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        "| arm | parameters | Dice, mean ± sd | of each seed | against | difference | gain |",
+        "|---|---:|---:|---|---|---:|---:|",
     ]
     for arm, dice in scores.items():
         heavier = parameters[arm] > 1.02 * parameters[PLAIN]
         beside = WIDER if heavier and arm != WIDER else PLAIN
         spread = statistics.stdev(dice) if len(dice) > 1 else float("nan")
         row = f"| {arm} | {parameters[arm]:,} | {statistics.mean(dice):.4f} ± {spread:.4f} "
-        row += f"| {len(dice)} "
+        row += f"| {', '.join(f'{one:.3f}' for one in dice)} "
         if arm == PLAIN or beside not in scores:
             lines.append(row + "| | | |")
             continue
