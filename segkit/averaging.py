@@ -1,5 +1,6 @@
 """A running average of the weights, which scores a little better than the last of them."""
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -8,16 +9,25 @@ from torch import Tensor
 class Averaging(WeightAveraging):
     """Exponential moving average of weights (Polyak and Juditsky 1992), validated and saved.
 
-    The decay begins at 0.1 and rises to `decay` as (1 + n) / (10 + n) after n steps, so that a
-    short run forgets where it began. Lightning keeps the average in checkpoints.
+    After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, so that a short run
+    forgets where it began. Buffers are averaged too where they are real numbers. Lightning keeps
+    the average in checkpoints.
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-            steps = float(count)
-            weight = 1 - min(decay, (1 + steps) / (10 + steps))
-            if not averaged.is_floating_point():
-                return current
-            return torch.lerp(averaged, current, weight)
+        super().__init__(multi_avg_fn=self._average)
+        self.decay = decay
 
-        super().__init__(avg_fn=average)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the average where the model will be, which is not there yet."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        # Lightning's count is a number, the given one a tensor of the device, to be waited for.
+        steps = self._latest_update_step
+        if averaged[0].is_floating_point():
+            kept = min(self.decay, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(averaged, current, 1 - kept)
+        else:
+            torch._foreach_copy_(averaged, current)

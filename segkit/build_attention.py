@@ -1,16 +1,20 @@
 """Settings of attention become modules."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
 from segkit import config_attention as settings
 from segkit.config import NetworkConfig
+from segkit.errors import ConfigError
 from segkit.nn import bottleneck, channel, cross, gates, pooling, spatial
 from segkit.nn.blocks import Modulated
 from segkit.nn.unet import BlockFactory, GateFactory
 
 LEAST_SQUEEZED = 4
+MOST_PAIRED = 4096
+"""Cells of a window, of whose pairs each has a bias: four heads of so many take 268 MB."""
 
 
 def skip_factory(config: NetworkConfig) -> GateFactory:
@@ -133,6 +137,12 @@ def token_factory(setting: settings.TokenAttention, coarsest: Sequence[int]) -> 
                 window = setting.window
                 if window is None and setting.positions == "relative":
                     window = list(coarsest)
+                if setting.positions == "relative" and math.prod(window or ()) > MOST_PAIRED:
+                    raise ConfigError(
+                        f"network.attention.bottleneck: relative positions among "
+                        f"{math.prod(window or ())} voxels of the coarsest level take too much "
+                        f"memory; give it a window of {MOST_PAIRED} at most, or other positions"
+                    )
                 return bottleneck.SelfAttention(
                     channels,
                     heads=_heads(heads, 0, channels, head_channels),

@@ -140,9 +140,18 @@ def train(
     if config is not None and config.is_dir():
         from segkit.planning import plan_dataset
 
-        planned = plan_dataset(config, cache=runs / ".cache", track=Tracker(console))
-        _say(planned.text.rstrip())
+        accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
+        device = [accelerator[word] for word in overrides or () if word in accelerator]
+        planned = plan_dataset(
+            config, cache=runs / ".cache", device=(device or ["auto"])[-1], track=Tracker(console)
+        )
         settings = changed(planned.config, overrides or ())
+        if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
+            raise ConfigError(
+                f"{config}: several processes must train by one plan; "
+                f"write it first: segkit plan {config}"
+            )
+        _say(planned.text.rstrip())
 
     _hush()
     progress = [TrainingProgress(console)]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import VolumeError
-from segkit.explain.heads import Case, PositionFigures, head_table, study_heads
+from segkit.explain.heads import PositionFigures, head_table, study_heads
 from segkit.explain.maps import write_maps
 from segkit.explain.reach import HeadReach, watching
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
-from segkit.volume import SUFFIXES, read_labels, write_volume
+from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -26,6 +26,29 @@ class Explained:
     name: str
     written: tuple[Path, ...]
     reach: dict[str, list[HeadReach]]
+
+
+@dataclass(frozen=True)
+class CaseOnDisk:
+    """A volume and its reference, read whenever they are looked at."""
+
+    source: Input
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The volume's."""
+        return self.source.name
+
+    @property
+    def volume(self) -> Volume:
+        """The volume."""
+        return read_input(self.source)
+
+    @property
+    def reference(self) -> Volume:
+        """Its labels."""
+        return read_labels(self.path)
 
 
 def explain_files(
@@ -72,10 +95,7 @@ def explain_heads(
             f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
         )
     paths = [reference_of(source, references) for source in inputs]
-    cases = [
-        Case(source.name, read_input(source), read_labels(path))
-        for source, path in zip(inputs, paths, strict=True)
-    ]
+    cases = [CaseOnDisk(source, path) for source, path in zip(inputs, paths, strict=True)]
     figures = study_heads(predictor, cases, track=track)
     rows = head_table(figures)
     text = io.StringIO()

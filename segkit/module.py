@@ -19,6 +19,30 @@ Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 Segment = Callable[[SegmentationNetwork, Tensor], Tensor]
 
 
+class PendingLoss:
+    """A step's loss on its way to the host, which need not wait for the step that follows."""
+
+    def __init__(self, step: int, loss: Tensor, names: Sequence[str]) -> None:
+        self.step, self.names = step, names
+        self.value, self.arrived = loss.detach(), None
+        if loss.device.type == "cuda":
+            self.value = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            self.value.copy_(loss.detach(), non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def check(self) -> None:
+        """Raise TrainingError where the loss is no number."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if not bool(self.value.isfinite()):
+            raise TrainingError(
+                f"the loss of step {self.step} is {float(self.value)}, its patches are of "
+                f"{', '.join(self.names) or 'unnamed cases'}; look at these images, or lower "
+                f"train.learning_rate, or set trainer.precision to 32-true"
+            )
+
+
 class SegmentationModule(L.LightningModule):
     """Trains a network on varied patches and scores it on whole held-out cases.
 
@@ -64,7 +88,7 @@ class SegmentationModule(L.LightningModule):
         self.seed = seed
         self.presence_weight = presence_weight
         self.dice_of_cases: list[Tensor] = []
-        self.previous: tuple[int, Tensor, list[str]] | None = None
+        self.previous: PendingLoss | None = None
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
         """The loss of one batch, varied anew."""
@@ -83,7 +107,7 @@ class SegmentationModule(L.LightningModule):
             self.log("train/presence_loss", presence_loss, batch_size=len(label))
             loss = loss + self.presence_weight * presence_loss
         self._check_previous()
-        self.previous = (self.global_step, loss.detach(), list(batch.get("name", ())))
+        self.previous = PendingLoss(self.global_step, loss, list(batch.get("name", ())))
         self.log(
             "train/loss",
             loss,
@@ -111,20 +135,10 @@ class SegmentationModule(L.LightningModule):
         self._check_previous()
 
     def _check_previous(self) -> None:
-        """Raise TrainingError where a loss is no number.
-
-        A GPU is asked one step late, when it has the answer and need not be waited for.
-        """
-        if self.previous is None:
-            return
-        step, loss, names = self.previous
-        self.previous = None
-        if not bool(loss.isfinite()):
-            raise TrainingError(
-                f"the loss of step {step} is {float(loss)}, its patches are of "
-                f"{', '.join(names) or 'unnamed cases'}; look at these images, or lower "
-                f"train.learning_rate, or set trainer.precision to 32-true"
-            )
+        """Raise TrainingError where a loss is no number; on a GPU, one step late."""
+        if self.previous is not None:
+            self.previous.check()
+            self.previous = None
 
     def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
         """Dice of each class of one held-out case, on the network's own grid."""

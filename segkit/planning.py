@@ -104,6 +104,8 @@ def plan_dataset(
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
         budget = f"{gigabytes:g} GB of memory"
     tree, reasons = _settings(folder, plan, steps, own_schedule)
+    if device != "auto":
+        tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
     reasons["train.steps"] = why_steps
     config = validated(Config, tree, f"plan of {folder}")
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
@@ -166,6 +168,7 @@ def _settings(
         network["attention"] = {"skip": {"kind": "additive_grid", "levels": [0]}}
     train: dict[str, Any] = {"steps": steps, "batch_dice": plan.batch_dice}
     train["optimiser"] = "sgd" if own_schedule else "adamw"
+    train["validate_every"] = max(min(200, steps), steps // 50 // 50 * 50)
     reasons = {
         "data.spacing": plan.reasons["spacing"],
         "data.patch_size": plan.reasons["patch_size"],
@@ -175,7 +178,12 @@ def _settings(
         "network.channels": plan.reasons["channels"],
         "network.strides": plan.reasons["strides"],
         "network.kernels": plan.reasons["kernels"],
-        "network.attention": "Gates at the skips; see docs/attention.md for the others, or none.",
+        "network.attention": (
+            "As nnU-Net, without any."
+            if own_schedule
+            else "Gates at the skips; see docs/attention.md for the others, or none."
+        ),
+        "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
         "train.batch_dice": plan.reasons["batch_dice"],
     }
     name = folder.resolve().name

@@ -43,7 +43,11 @@ def find_inputs(paths: Sequence[Path], num_channels: int) -> list[Input]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(SUFFIXES))
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+            )
             if not inside:
                 raise VolumeError(f"{path}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
             files += inside
@@ -132,7 +136,13 @@ def _predict_file(
     beside = target.with_name(f"{stem}_prob{suffix_of(target)}")
     told = target.with_name(f"{stem}_presence.json")
     classifies = predictor.model.network.presence is not None
-    for path in [target, *([beside] if probabilities else []), *([told] if classifies else [])]:
+    listed = [] if maps is None else [maps / f"{source.name}_maps.json"]
+    for path in [
+        target,
+        *([beside] if probabilities else []),
+        *([told] if classifies else []),
+        *listed,
+    ]:
         if path in source.files:
             raise VolumeError(f"{path}: is the input itself; name another --out")
         if path.exists() and not overwrite:

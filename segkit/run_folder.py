@@ -4,6 +4,7 @@ runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   summary
 """
 
 import csv
+import io
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,8 +73,10 @@ def _continued(folder: Path) -> CSVLogger:
     if rows:
         with warnings.catch_warnings(action="ignore"):
             writer = logger.experiment  # which deletes what was there
-        names = list(rows[0])
-        lines = [",".join(names), *(",".join(row[name] for name in names) for row in rows)]
-        write_text(path, "\n".join(lines) + "\n")
-        writer.metrics_keys = names
+        writer.metrics_keys = list(rows[0])
+        text = io.StringIO()
+        kept = csv.DictWriter(text, writer.metrics_keys)
+        kept.writeheader()
+        kept.writerows(rows)
+        write_text(path, text.getvalue())
     return logger

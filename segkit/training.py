@@ -123,7 +123,7 @@ def _train(
 
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     network = build_network(description)
-    if config.train.start_from is not None:
+    if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
     store = partial(
@@ -229,7 +229,7 @@ def _train(
     if not first:
         sys.exit(0)
 
-    model = Model(description, network.to("cpu").eval())
+    model = Model(description, network.eval())
     save_model(folder / "model", model)
     best_dice = best.best_model_score
     summary = {
@@ -241,12 +241,13 @@ def _train(
         "training_cases": len(train_cases),
         "validation": {
             "note": "whole held-out volumes, on their own grids, by the final weights",
-            **score(model, dataset, held_out, track),
+            **score(model, dataset, held_out, track, device=str(trainer.strategy.root_device)),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
+    network.to("cpu")
     return Run(folder, summary, model)
 
 
@@ -261,7 +262,7 @@ def precision(config: Config) -> Any:
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
@@ -274,14 +275,23 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 def resolved(config: Config, description: ModelDescription) -> Config:
     """The config with the spacing that was settled, so that the run's own says it all."""
     data = config.data.model_copy(
-        update={"spacing": description.spacing, "folder": config.data.folder.resolve()}
+        update={
+            "spacing": description.spacing,
+            "folder": config.data.folder.resolve(),
+            "cache": config.data.cache and config.data.cache.resolve(),
+        }
     )
-    return config.model_copy(update={"data": data})
+    train = config.train.model_copy(
+        update={"start_from": config.train.start_from and config.train.start_from.resolve()}
+    )
+    return config.model_copy(update={"data": data, "train": train})
 
 
-def score(model: Model, dataset: Dataset, cases: Sequence[Case], track: Track) -> dict[str, Any]:
+def score(
+    model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
+) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
-    predictor = Predictor(model)
+    predictor = Predictor(model, device=device)
     dice: dict[str, list[float]] = {}
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):

@@ -11,8 +11,9 @@ from torch import nn
 
 from segkit import config_attention
 from segkit.build import build_network
+from segkit.build_attention import token_factory
 from segkit.config import Config, ModelDescription
-from segkit.config_attention import AttentionConfig
+from segkit.config_attention import AttentionConfig, SelfAttention
 from segkit.config_base import Section
 from segkit.config_file import dump_yaml, load_config, validated
 from segkit.errors import ConfigError
@@ -566,14 +567,23 @@ def test_gates_have_the_coefficients_and_the_bias_given(kind: str, coefficients:
 @pytest.mark.parametrize("kind", ["additive_grid", "additive_same_level", "u_transformer"])
 def test_gates_start_open_by_default(kind: str) -> None:
     for gate in attention_of(built({"skip": kind})).values():
-        bias = gate.bias if kind == "u_transformer" else gate.coefficients.bias
+        bias = gate.norm.bias if kind == "u_transformer" else gate.coefficients.bias
         assert set(bias.tolist()) == {3.0}
 
 
 def test_a_u_transformer_has_the_bias_given_for_every_channel() -> None:
     found = attention_of(built({"skip": {"kind": "u_transformer", "initial_bias": 0.25}}))
-    assert found["skip.1"].bias.tolist() == [0.25] * 12
-    assert found["skip.2"].bias.tolist() == [0.25] * 16
+    for name, width in (("skip.1", 12), ("skip.2", 16)):
+        # The normalisation's own; a second would be one too many.
+        assert found[name].norm.bias.tolist() == [0.25] * width
+        assert found[name].bias is None
+
+
+def test_relative_positions_among_too_many_voxels_are_refused() -> None:
+    relative = {"kind": "self_attention", "positions": "relative"}
+    with pytest.raises(ConfigError, match="take too much memory; give it a window of 4096 at most"):
+        token_factory(validated(SelfAttention, relative, "c"), (17, 16, 16))(8)
+    token_factory(validated(SelfAttention, {**relative, "window": [4, 4, 4]}, "c"), (17, 16, 16))(8)
 
 
 def test_grid_gates_are_as_many_as_asked_for() -> None:

@@ -221,7 +221,7 @@ def test_a_u_transformer_gate_is_the_sigmoid_of_what_the_signal_takes_of_the_ski
 ) -> None:
     gate = u_transformer(spatial_dims)
     make_attention_matter(gate)
-    for parameter in (gate.norm.weight, gate.norm.bias, gate.bias):
+    for parameter in (gate.norm.weight, gate.norm.bias):
         nn.init.normal_(parameter)
     skip, signal = skip_and_signal(spatial_dims)
     cells = signal.shape[2:]
@@ -234,7 +234,7 @@ def test_a_u_transformer_gate_is_the_sigmoid_of_what_the_signal_takes_of_the_ski
     # Instance normalisation: over the cells of each channel.
     centred = taken - taken.mean(dim=2, keepdim=True)
     scaled = centred / (centred.square().mean(dim=2, keepdim=True) + gate.norm.eps).sqrt()
-    shift = gate.norm.bias + gate.bias
+    shift = gate.norm.bias
     coarse = torch.sigmoid(scaled * gate.norm.weight[:, None] + shift[:, None]).view(2, 6, *cells)
     assert coarse.std() > 0.1
     assert_close(attention_map, upsampled(coarse, skip), rtol=1e-4, atol=1e-5)

@@ -154,3 +154,26 @@ def test_inputs_named_alike_but_for_seg_keep_their_own_presence(tmp_path: Path) 
     assert [outcome.error for outcome in outcomes] == [None, None]
     told = [json.loads((tmp_path / "out" / f"{name}_presence.json").read_text()) for name in names]
     assert told[0] != told[1]
+
+
+def test_maps_that_are_there_already_are_kept_unless_they_may_be_overwritten(
+    tmp_path: Path,
+) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    predictor = predictor_of(MeanPooling())
+    told = tmp_path / "maps" / "scan_maps.json"
+    told.parent.mkdir()
+    told.write_text("precious")
+    (outcome,) = predict_files(predictor, inputs, maps=told.parent)
+    assert outcome.error is not None and outcome.error.endswith(
+        "scan_maps.json: exists already; pass --overwrite or name another --out"
+    )
+    assert told.read_text() == "precious"
+    (outcome,) = predict_files(predictor, inputs, maps=told.parent, overwrite=True)
+    assert outcome.error is None and told.read_text() != "precious"
+
+
+def test_hidden_files_of_a_folder_are_no_volumes(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "._a.nii.gz"):
+        noise_at(tmp_path / name)
+    assert [found.name for found in find_inputs([tmp_path], 1)] == ["a"]

@@ -73,8 +73,9 @@ def test_the_average_of_weights_is_the_exponential_one_with_a_swift_start() -> N
     module = nn.Linear(1, 1, bias=False)
     averaging = Averaging(0.5)
     averaging._average_model = torch.optim.swa_utils.AveragedModel(module, **averaging._kwargs)
-    for weight in weights:
+    for number, weight in enumerate(weights):
         nn.init.constant_(module.weight, weight)
+        averaging._latest_update_step = number  # as Lightning counts
         averaging._average_model.update_parameters(module)
     found = averaging._average_model.module.weight.item()
     assert found == pytest.approx(averages(0.5, weights), abs=1e-6)
@@ -202,7 +203,7 @@ def test_half_precision_is_for_gpus_alone(
     accelerator: str, gpu: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     config = small_config(Path("data"), trainer={"accelerator": accelerator})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})

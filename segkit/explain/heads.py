@@ -6,7 +6,7 @@ Each head is masked through its tap, so nothing is trained again.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Integer
@@ -25,6 +25,22 @@ from segkit.volume import Volume
 
 MultiHeaded = SelfAttention | CrossAttention | UTransformerGate
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+class LabelledCase(Protocol):
+    """A volume and the labels that are right for it, held in memory or read when looked at."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+
+    @property
+    def volume(self) -> Volume:
+        """The volume."""
+
+    @property
+    def reference(self) -> Volume:
+        """Its labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +167,10 @@ def head_table(figures: Sequence[PositionFigures]) -> list[dict[str, Any]]:
 
 
 def study_heads(
-    predictor: Predictor, cases: Sequence[Case], *, track: Track = lambda items, what, count: items
+    predictor: Predictor,
+    cases: Sequence[LabelledCase],
+    *,
+    track: Track = lambda items, what, count: items,
 ) -> list[PositionFigures]:
     """Importance of every head, and Dice without it, with it alone, and in order of importance.
 
@@ -221,7 +240,10 @@ def _figures(
 
 
 def head_importance(
-    predictor: Predictor, cases: Sequence[Case], *, track: Track = lambda items, what, count: items
+    predictor: Predictor,
+    cases: Sequence[LabelledCase],
+    *,
+    track: Track = lambda items, what, count: items,
 ) -> dict[str, list[float]]:
     """Importance of every head, by position: mean over windows of |dLoss / dSwitch|.
 
@@ -270,7 +292,7 @@ def head_importance(
     }
 
 
-def case_dice(predictor: Predictor, case: Case) -> float:
+def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
     found = _tensor(predictor(case.volume).labels)
     matrix = confusion_matrix(
@@ -279,10 +301,11 @@ def case_dice(predictor: Predictor, case: Case) -> float:
     return float(Overlap.from_confusion(matrix).dice[1:].nanmean())
 
 
-def _check(case: Case, num_classes: int) -> None:
-    if not case.reference.grid.agrees_with(case.volume.grid):
+def _check(case: LabelledCase, num_classes: int) -> None:
+    reference = case.reference
+    if not reference.grid.agrees_with(case.volume.grid):
         raise VolumeError(f"{case.name}: its reference lies on another grid than the volume")
-    lowest, highest = int(case.reference.data.min()), int(case.reference.data.max())
+    lowest, highest = int(reference.data.min()), int(reference.data.max())
     if lowest < 0 or highest >= num_classes:
         raise VolumeError(
             f"{case.name}: its reference must hold the model's labels 0 … {num_classes - 1}, "

@@ -52,7 +52,7 @@ class TorchEngine:
             if not keys:
                 return {LOGITS: self.network(windows)}
             outputs: dict[str, Tensor] = {}
-            with recording(self.network) as recorded:
+            with recording(self.network, keys) as recorded:
                 if PRESENCE in keys:
                     outputs[LOGITS], outputs[PRESENCE] = self.network.classified(windows)
                 else:

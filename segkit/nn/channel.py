@@ -109,8 +109,10 @@ class ContextPooling(nn.Module):
         """One value per channel."""
         logits = self.logits(features)
         shares = self.tap(logits.float().flatten(2).softmax(dim=2).view(logits.shape))
-        voxels, weights = features.flatten(2), shares.flatten(2).to(features.dtype)
-        return torch.einsum("bcn,bon->bc", voxels, weights)
+        # A share of very many voxels is too small for half precision.
+        with torch.autocast(features.device.type, enabled=False):
+            context = torch.einsum("bcn,bon->bc", features.flatten(2).float(), shares.flatten(2))
+        return context.to(features.dtype)
 
 
 class GlobalContextExcitation(nn.Module):

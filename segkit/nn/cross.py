@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +92,12 @@ class UTransformerGate(ChannelwiseGate):
     Multi-head cross-attention of U-Transformer, Petit et al. (2021, arXiv:2103.06104, Sec. 2.2):
     queries and keys are of the coarser signal, values of the skip, which comes down to the signal's
     grid; a 1x1 convolution (here the attention's own W_o), a normalisation and a sigmoid make the
-    gate, which is interpolated to the skip's grid. The skip comes down by a convolution whose
-    kernel equals its stride. Sines and cosines tell queries and keys where they lie.
+    gate, which is interpolated to the skip's grid. Sines and cosines tell queries and keys where
+    they lie.
 
-    We depart from it by starting open: the normalisation's bias starts at `initial_bias`.
+    We depart from it in three places. The gate starts open: the bias before the sigmoid starts at
+    `initial_bias`. Both sides are first normalised over channels. The skip comes down by a
+    convolution whose kernel equals its stride.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
@@ -129,7 +131,12 @@ class UTransformerGate(ChannelwiseGate):
         # Not 0 as where attention is added: the normalisation would have nothing to work on.
         nn.init.xavier_uniform_(self.attention.out.weight)
         self.norm = normalisation(norm, spatial_dims, skip_channels)
-        self.bias = nn.Parameter(torch.full((skip_channels,), initial_bias))
+        # The normalisation's own bias where there is one: two would be one too many.
+        self.bias = (
+            nn.Parameter(torch.full((skip_channels,), initial_bias)) if norm == "none" else None
+        )
+        if norm != "none":
+            nn.init.constant_(cast(Tensor, self.norm.bias), initial_bias)
         self.matrix = MapTap("received", stride=tuple(stride), highest=math.inf)
         self.tap = MapTap("gate", stride=tuple(stride), mean=True)
         self.output_transform = nn.Identity()
@@ -148,8 +155,9 @@ class UTransformerGate(ChannelwiseGate):
         if share is not None:
             self.matrix.record(share.unflatten(2, cells))
         logits = self.norm(taken.transpose(1, 2).unflatten(2, cells))
-        bias = self.bias.view(-1, *[1] * len(cells))
-        coarse = self.tap(sigmoid_in_float32(logits + bias))
+        if self.bias is not None:
+            logits = logits + self.bias.view(-1, *[1] * len(cells))
+        coarse = self.tap(sigmoid_in_float32(logits))
         fine = F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=False)
         return fine.to(skip.dtype)
 

@@ -2,7 +2,7 @@
 
 The matrix of weights has a row for each query and is not kept: it is made a few rows at a time,
 and only where somebody looks (`rows`) or edits. Otherwise torch's fused kernel runs, which has no
-matrix at all.
+matrix unless there is a bias for each pair.
 """
 
 import math

@@ -55,25 +55,24 @@ def rotate(
 class RelativeBias(nn.Module):
     """A learned number for each head and each offset between two cells of a window.
 
-    Liu et al. (2021, arXiv:2103.14030, Sec. 3.2): a table of prod(2 w - 1) offsets.
+    Liu et al. (2021, arXiv:2103.14030, Sec. 3.2): a table of prod(2 w - 1) offsets. What it gives
+    is a number for each pair of cells, so windows should be small.
     """
-
-    index: Tensor
 
     def __init__(self, window: Sequence[int], *, heads: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.empty(math.prod(2 * size - 1 for size in window), heads))
         nn.init.trunc_normal_(self.table, std=0.02)
-        cells = cells_of(window)
-        index = torch.zeros(len(cells), len(cells), dtype=torch.long)
-        for axis, size in enumerate(window):
-            offset = cells[:, None, axis] - cells[None, :, axis] + size - 1
-            index = index * (2 * size - 1) + offset
-        self.register_buffer("index", index, persistent=False)
+        self.window = tuple(window)
 
     def forward(self) -> Float[Tensor, "heads cells cells"]:
         """What to add to the logits of each pair of cells."""
-        return self.table[self.index].permute(2, 0, 1)
+        cells = cells_of(self.window, self.table.device)
+        index = torch.zeros(len(cells), len(cells), dtype=torch.long, device=cells.device)
+        for axis, size in enumerate(self.window):
+            offset = cells[:, None, axis] - cells[None, :, axis] + size - 1
+            index = index * (2 * size - 1) + offset
+        return self.table[index].permute(2, 0, 1)
 
 
 def _angles(
@@ -85,5 +84,5 @@ def _angles(
             f"widen the level or the heads"
         )
     exponents = torch.arange(per_axis, device=device, dtype=torch.float32) / per_axis
-    frequencies = torch.pow(torch.tensor(base, device=device), -exponents)
+    frequencies = torch.pow(base, -exponents)
     return cells_of(shape, device)[:, :, None].float() * frequencies

@@ -6,7 +6,7 @@ ablation and export use nothing else. Forward hooks would not do: one that is ad
 `torch.compile` never fires.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -121,14 +121,21 @@ def taps(network: nn.Module) -> dict[str, MapTap]:
 
 
 @contextmanager
-def recording(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+def recording(
+    network: nn.Module, keys: Collection[str] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """A dictionary that holds the maps of the latest forward pass, by key, in float32.
 
+    Maps of these keys alone, where some are given: others cost nothing then.
     Recording changes no bit of the output. Nested recordings each get their own dictionary; the
     outer one resumes when the inner one ends.
     """
     sink: dict[str, Tensor] = {}
-    before = {tap: tap.sink for tap in taps(network).values() if tap.kind != "branch"}
+    before = {
+        tap: tap.sink
+        for key, tap in taps(network).items()
+        if tap.kind != "branch" and (keys is None or key in keys)
+    }
     for tap in before:
         tap.sink = sink
     try:
