@@ -1,6 +1,6 @@
 """What each kind of attention costs beside the plain U-Net of the same widths.
 
-    python benchmarks/attention.py [--size 64] [--rounds 9] [--device cpu]
+    python benchmarks/attention.py [--size 64] [--rounds 9] [--device cpu] [--kinds KIND …]
 
 In every round each network runs once after the plain one, and the two times are divided; the table
 gives the medians of these ratios. Multiply-adds are counted, not timed. It is printed as Markdown.
@@ -50,11 +50,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="voxels along each axis")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     options = parser.parse_args()
     device = torch.device(options.device)
     image = torch.randn(1, 1, *[options.size] * 3, device=device)
-    networks = {name: network(kind, options.size).to(device) for name, kind in KINDS.items()}
-    plain = networks[PLAIN]
+    networks = {name: network(KINDS[name], options.size).to(device) for name in options.kinds}
+    plain = network(KINDS[PLAIN], options.size).to(device)
     console = Console()
     lines = [
         f"One image of {options.size}³ voxels, widths 16 to 128, {device.type}, "

@@ -13,6 +13,7 @@ from segkit.nn.blocks import Modulated
 from segkit.nn.unet import BlockFactory, GateFactory
 
 LEAST_SQUEEZED = 4
+LEAST_CONVOLVED = 8
 MOST_PAIRED = 4096
 """Cells of a window, of whose pairs each has a bias: four heads of so many take 268 MB."""
 
@@ -105,7 +106,8 @@ def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> Bl
                     spatial.BottleneckAttention(
                         dims,
                         channels,
-                        reduction=min(reduction, most),
+                        # Its convolutions are seven times slower over 4 channels than over 8.
+                        reduction=min(reduction, max(channels // LEAST_CONVOLVED, 1)),
                         dilation=dilation,
                         norm=config.normalisation,
                     )

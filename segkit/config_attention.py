@@ -105,7 +105,7 @@ class BottleneckAttention(Section):
 
     kind: Literal["bam"] = "bam"
     reduction: Positive = 16
-    """Channels are squeezed by this factor, but to no fewer than 4."""
+    """Channels are squeezed by this factor, but to no fewer than 8."""
     dilation: Positive = 4
     """Spacing of the spatial convolutions' cells."""
 

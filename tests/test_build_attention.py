@@ -460,7 +460,6 @@ def test_attention_changes_no_key_or_shape_of_the_other_weights(place: str, kind
     [
         {"kind": "se"},
         {"kind": "cbam"},
-        {"kind": "bam"},
         {"kind": "scse"},
         {"kind": "gc", "fusion": "add"},
         {"kind": "gc", "fusion": "scale"},
@@ -489,6 +488,14 @@ def test_channels_are_squeezed_by_the_reduction_but_to_no_fewer_than_4(
         assert widths == [{width} for width in expected]
 
 
+def test_bam_squeezes_to_no_fewer_than_8_channels_which_convolutions_like() -> None:
+    for reduction, expected in ((1, [6, 16, 80]), (2, [6, 8, 40]), (16, [6, 8, 8])):
+        attention = {"encoder": {"kind": "bam", "reduction": reduction}}
+        found = attention_of(built(attention, channels=[6, 16, 80]))
+        widths = [squeezed_widths(found[f"encoder.{level}"]) for level in range(3)]
+        assert widths == [{width} for width in expected]
+
+
 def test_the_papers_reductions_are_the_defaults() -> None:
     for kind, expected in (("se", 64), ("scse", 64), ("cbam", 8), ("bam", 8), ("gc", 8)):
         found = attention_of(built({"decoder": kind}, channels=[128, 2, 2]))
@@ -504,7 +511,7 @@ def test_the_convolutions_of_bam_have_its_dilation_and_width(
     found = attention_of(
         built({"decoder": setting}, spatial_dims=spatial_dims, normalisation="batch")
     )
-    for name, width in (("decoder.0", 4), ("decoder.1", 6), ("decoder.2", 8)):
+    for name, width in (("decoder.0", 8), ("decoder.1", 12), ("decoder.2", 8)):
         layers = list(found[name].spatial)
         convolutions = [layer for layer in layers if hasattr(layer, "dilation")]
         assert [layer.out_channels for layer in convolutions] == [width, width, width, 1]
