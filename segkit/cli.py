@@ -24,6 +24,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
+Inputs = Annotated[
+    list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+]
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
+]
+Overlap = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
@@ -174,13 +184,8 @@ def train(
 
 @app.command()
 def predict(
-    inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
-    ] = None,
+    inputs: Inputs,
+    model: ModelFolder = None,
     out: Annotated[Path | None, typer.Option(help="A file or a folder for the labels.")] = None,
     maps: Annotated[
         Path | None, typer.Option(help="A folder for every attention map, made in the same pass.")
@@ -189,9 +194,7 @@ def predict(
         bool, typer.Option("--probabilities", help="Write each class's probability as well.")
     ] = False,
     device: Device = "auto",
-    overlap: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
-    ] = 0.5,
+    overlap: Overlap = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows per call of the network.")] = 1,
     overwrite: Overwrite = False,
 ) -> None:
@@ -236,14 +239,9 @@ def predict(
 
 @app.command()
 def explain(
-    inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
-    ],
+    inputs: Inputs,
     out: Annotated[Path, typer.Option(help="A folder for maps and tables.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
-    ] = None,
+    model: ModelFolder = None,
     reference: Annotated[
         Path | None, typer.Option(help="The label of INPUT, or a folder of labels of that name.")
     ] = None,
@@ -252,14 +250,12 @@ def explain(
         typer.Option("--heads", help="Say whether several heads of attention beat one here."),
     ] = False,
     device: Device = "auto",
-    overlap: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
-    ] = 0.5,
+    overlap: Overlap = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
     """Write attention maps, how far attention reaches in mm, and what each head is worth."""
     from segkit.errors import VolumeError
-    from segkit.explanation import explain_files, explain_heads, refuse_existing
+    from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
     from segkit.prediction import find_inputs
@@ -273,7 +269,7 @@ def explain(
     _say(f"model: {folder}")
     predictor = Predictor(loaded, device=device, overlap=overlap)
     track = Tracker(console)
-    refuse_existing(found, out, overwrite=overwrite)
+    check_targets(found, out, overwrite=overwrite)
     if heads and reference is not None:
         figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
         for studied in figures:
@@ -306,12 +302,12 @@ def evaluate(
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
     from segkit.errors import VolumeError
     from segkit.evaluation import find_pairs, label_names, score_pairs
-    from segkit.files import write_json
+    from segkit.files import refuse_existing, write_json
     from segkit.metrics.table import summarise, to_json, to_table
     from segkit.progress import Tracker
 
-    if out is not None and out.exists() and not overwrite:
-        raise VolumeError(f"{out}: exists already; pass --overwrite or name another --out")
+    if out is not None:
+        refuse_existing([out], overwrite=overwrite)
     pairs = find_pairs(predictions, references)
     rows = score_pairs(
         Tracker(console)(pairs, "scoring", len(pairs)),

@@ -11,7 +11,7 @@ from segkit.errors import VolumeError
 from segkit.explain.heads import PositionFigures, head_table, study_heads
 from segkit.explain.maps import write_maps
 from segkit.explain.reach import HeadReach, watching
-from segkit.files import write_json, write_text
+from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
@@ -63,7 +63,7 @@ def explain_files(
 
     `NAME_seg`, the maps of `write_maps`, and in `NAME_maps.json` distance and entropy of each head.
     """
-    refuse_existing(inputs, folder, overwrite=overwrite)
+    check_targets(inputs, folder, overwrite=overwrite)
     for source in inputs:
         volume = read_input(source)
         with watching(predictor) as watchers:
@@ -88,8 +88,7 @@ def explain_heads(
 ) -> list[PositionFigures]:
     """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
     table, whole = folder / "heads.csv", folder / "heads.json"
-    if not overwrite:
-        _refuse([table, whole])
+    refuse_existing([table, whole], overwrite=overwrite)
     if references.is_file() and len(inputs) > 1:
         raise VolumeError(
             f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
@@ -125,7 +124,7 @@ def explain_heads(
     return figures
 
 
-def refuse_existing(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
+def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
     """Raise VolumeError where what `explain_files` would write is there already, or is an input."""
     files = {file.resolve() for source in inputs for file in source.files}
     targets = [
@@ -136,15 +135,8 @@ def refuse_existing(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -
     for target in targets:
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    if not overwrite:
-        _refuse(targets)
-        _refuse([path for source in inputs for path in folder.glob(f"{source.name}_map-*.nii.gz")])
-
-
-def _refuse(targets: Sequence[Path]) -> None:
-    for target in targets:
-        if target.exists():
-            raise VolumeError(f"{target}: exists already; pass --overwrite or name another --out")
+    maps = [path for source in inputs for path in folder.glob(f"{source.name}_map-*.nii.gz")]
+    refuse_existing([*targets, *maps], overwrite=overwrite)
 
 
 def reference_of(source: Input, references: Path) -> Path:

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from segkit.errors import VolumeError
 
 
 @contextmanager
@@ -43,3 +45,10 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value
+
+
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Raise VolumeError for the first that is there already, unless it may be overwritten."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")

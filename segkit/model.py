@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from segkit.build import build_network
 from segkit.config import ModelDescription
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
-from segkit.nn.planes import Planes, SegmentationNetwork
+from segkit.nn.planes import SegmentationNetwork, unet_of
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -55,7 +54,7 @@ def load_model(path: Path) -> Model:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
     model = Model(description, build_network(description))
     try:
-        _inner(model.network).load_state_dict(load_file(folder / WEIGHTS))
+        unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
         raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -72,13 +71,13 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
     where there is no model or nothing fits.
     """
     lent = _weights(load_model(path))
-    own = _inner(network).state_dict()
+    own = unet_of(network).state_dict()
     fitting = {
         key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
     }
     if not fitting:
         raise ModelError(f"{path}: none of its weights fits the network; give both one topology")
-    _inner(network).load_state_dict(fitting, strict=False)
+    unet_of(network).load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
@@ -98,10 +97,6 @@ def newest_model(runs: Path) -> Path:
     return finished[-1].parent
 
 
-def _inner(network: SegmentationNetwork) -> nn.Module:
-    return network.network if isinstance(network, Planes) else network
-
-
 def _weights(model: Model) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = _inner(model.network).state_dict()
+    weights: dict[str, torch.Tensor] = unet_of(model.network).state_dict()
     return weights

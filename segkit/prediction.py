@@ -9,7 +9,7 @@ import numpy as np
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
-from segkit.files import write_json
+from segkit.files import refuse_existing, write_json
 from segkit.inference.predictor import Predictor, Track
 from segkit.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of, write_volume
 
@@ -145,8 +145,7 @@ def _predict_file(
     ]:
         if path in source.files:
             raise VolumeError(f"{path}: is the input itself; name another --out")
-        if path.exists() and not overwrite:
-            raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")
+        refuse_existing([path], overwrite=overwrite)
     volume = read_input(source)
     prediction = predictor(volume, maps=maps is not None, probabilities=probabilities, track=track)
     written = []

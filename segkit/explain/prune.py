@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 from segkit import config_attention as settings
 from segkit.build import build_network
@@ -12,7 +11,7 @@ from segkit.errors import ModelError
 from segkit.explain.heads import multi_headed
 from segkit.model import Model
 from segkit.nn.bottleneck import SelfAttention
-from segkit.nn.planes import Planes
+from segkit.nn.planes import unet_of
 
 
 def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
@@ -22,8 +21,8 @@ def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
     ModelError for a position without heads, a head that is not there, or none kept.
     """
     modules = multi_headed(model.network)
-    state = _inner(model.network).state_dict()
-    names = {module: name for name, module in _inner(model.network).named_modules()}
+    state = unet_of(model.network).state_dict()
+    names = {module: name for name, module in unet_of(model.network).named_modules()}
     heads = {position: module.attention.heads for position, module in modules.items()}
     for position, chosen in kept.items():
         if position not in modules:
@@ -46,7 +45,7 @@ def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
         heads[position] = len(chosen)
     description = _with_heads(model.description, heads)
     network = build_network(description)
-    _inner(network).load_state_dict(state)
+    unet_of(network).load_state_dict(state)
     return Model(description, network.eval())
 
 
@@ -66,7 +65,3 @@ def _with_heads(description: ModelDescription, heads: Mapping[str, int]) -> Mode
         update={"attention": attention.model_copy(update=changed)}
     )
     return description.model_copy(update={"network": network})
-
-
-def _inner(network: nn.Module) -> nn.Module:
-    return network.network if isinstance(network, Planes) else network

@@ -16,20 +16,16 @@ from segkit.nn.blocks import (
     normalisation,
     sigmoid_in_float32,
 )
-from segkit.nn.gates import ChannelwiseGate
 from segkit.nn.multihead import MultiHeadAttention
 from segkit.nn.positions import sincos
 from segkit.nn.taps import MapTap
 
 
-class CrossAttention(nn.Module):
-    """What the decoder asks of the skip: queries from the signal, keys and values from the skip.
+class AttentionToSkip(nn.Module):
+    """What attention between the decoder's signal and the skip is made of, on the signal's grid.
 
-    Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.2.3, where the decoder
-    attends to the encoder) on the coarser signal's grid: the skip comes down to it by a convolution
-    whose kernel equals its stride (as Wang et al. 2021, arXiv:2102.12122, Eq. 3 reduce keys and
-    values). What the queries take is interpolated linearly to the skip's grid and added to the
-    skip; at first it is 0. Sines and cosines tell both sides where they lie.
+    The skip comes down to the coarser signal by a convolution whose kernel equals its stride; both
+    are normalised over channels; what queries take is interpolated linearly to the skip's grid.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
@@ -40,6 +36,7 @@ class CrossAttention(nn.Module):
         *,
         skip_channels: int,
         signal_channels: int,
+        key_channels: int,
         stride: Sequence[int],
         heads: int,
         head_channels: int,
@@ -52,7 +49,7 @@ class CrossAttention(nn.Module):
         self.norm_signal = nn.LayerNorm(signal_channels)
         self.attention = MultiHeadAttention(
             signal_channels,
-            key_channels=skip_channels,
+            key_channels=key_channels,
             value_channels=skip_channels,
             out_channels=skip_channels,
             heads=heads,
@@ -60,6 +57,48 @@ class CrossAttention(nn.Module):
         )
         self.matrix = MapTap("received", stride=tuple(stride), highest=math.inf)
         self.mode = LINEAR_MODE[spatial_dims]
+
+    def _take(self, query: Tensor, key: Tensor, value: Tensor, cells: Sequence[int]) -> Tensor:
+        """What the queries take, as features on the signal's grid."""
+        taken, share = self.attention(query, key, value, matrix=self.matrix)
+        if share is not None:
+            self.matrix.record(share.unflatten(2, cells))
+        features: Tensor = taken.transpose(1, 2).unflatten(2, cells)
+        return features
+
+    def _on_skip(self, coarse: Tensor, skip: Tensor) -> Tensor:
+        return F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=False)
+
+
+class CrossAttention(AttentionToSkip):
+    """What the decoder asks of the skip: queries from the signal, keys and values from the skip.
+
+    Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.2.3, where the decoder
+    attends to the encoder) on the coarser signal's grid: the skip comes down to it by a convolution
+    whose kernel equals its stride (as Wang et al. 2021, arXiv:2102.12122, Eq. 3 reduce keys and
+    values). What the queries take is interpolated linearly to the skip's grid and added to the
+    skip; at first it is 0. Sines and cosines tell both sides where they lie.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        *,
+        skip_channels: int,
+        signal_channels: int,
+        stride: Sequence[int],
+        heads: int,
+        head_channels: int,
+    ) -> None:
+        super().__init__(
+            spatial_dims,
+            skip_channels=skip_channels,
+            signal_channels=signal_channels,
+            key_channels=skip_channels,
+            stride=stride,
+            heads=heads,
+            head_channels=head_channels,
+        )
 
     def forward(
         self,
@@ -70,23 +109,15 @@ class CrossAttention(nn.Module):
         cells = signal.shape[2:]
         asked = _tokens(signal, self.norm_signal)
         offered = _tokens(self.from_skip(skip), self.norm_skip)
-        taken, share = self.attention(
-            _placed(asked, cells),
-            _placed(offered, cells),
-            offered,
-            matrix=self.matrix,
-        )
-        if share is not None:
-            self.matrix.record(share.unflatten(2, cells))
-        coarse = taken.transpose(1, 2).unflatten(2, cells)
-        return F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=False)
+        taken = self._take(_placed(asked, cells), _placed(offered, cells), offered, cells)
+        return self._on_skip(taken, skip)
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
         """The skip with what the decoder asked for."""
         return skip + self(skip, signal).to(skip.dtype)
 
 
-class UTransformerGate(ChannelwiseGate):
+class UTransformerGate(AttentionToSkip):
     """Map of how much of each skip channel and voxel to let through, made by attention.
 
     Multi-head cross-attention of U-Transformer, Petit et al. (2021, arXiv:2103.06104, Sec. 2.2):
@@ -100,8 +131,6 @@ class UTransformerGate(ChannelwiseGate):
     convolution whose kernel equals its stride.
     """
 
-    signal: Literal["coarse", "upsampled"] = "coarse"
-
     def __init__(
         self,
         spatial_dims: int,
@@ -114,17 +143,12 @@ class UTransformerGate(ChannelwiseGate):
         initial_bias: float = 3.0,
         norm: NormalisationKind = "instance",
     ) -> None:
-        super().__init__()
-        self.from_skip = CONV[spatial_dims](
-            skip_channels, skip_channels, kernel_size=tuple(stride), stride=tuple(stride)
-        )
-        self.norm_skip = nn.LayerNorm(skip_channels)
-        self.norm_signal = nn.LayerNorm(signal_channels)
-        self.attention = MultiHeadAttention(
-            signal_channels,
+        super().__init__(
+            spatial_dims,
+            skip_channels=skip_channels,
+            signal_channels=signal_channels,
             key_channels=signal_channels,
-            value_channels=skip_channels,
-            out_channels=skip_channels,
+            stride=stride,
             heads=heads,
             head_channels=head_channels,
         )
@@ -137,10 +161,7 @@ class UTransformerGate(ChannelwiseGate):
         )
         if norm != "none":
             nn.init.constant_(cast(Tensor, self.norm.bias), initial_bias)
-        self.matrix = MapTap("received", stride=tuple(stride), highest=math.inf)
         self.tap = MapTap("gate", stride=tuple(stride), mean=True)
-        self.output_transform = nn.Identity()
-        self.mode = LINEAR_MODE[spatial_dims]
 
     def forward(
         self,
@@ -151,15 +172,16 @@ class UTransformerGate(ChannelwiseGate):
         cells = signal.shape[2:]
         asked = _placed(_tokens(signal, self.norm_signal), cells)
         offered = _tokens(self.from_skip(skip), self.norm_skip)
-        taken, share = self.attention(asked, asked, offered, matrix=self.matrix)
-        if share is not None:
-            self.matrix.record(share.unflatten(2, cells))
-        logits = self.norm(taken.transpose(1, 2).unflatten(2, cells))
+        logits = self.norm(self._take(asked, asked, offered, cells))
         if self.bias is not None:
             logits = logits + self.bias.view(-1, *[1] * len(cells))
         coarse = self.tap(sigmoid_in_float32(logits))
-        fine = F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=False)
-        return fine.to(skip.dtype)
+        return self._on_skip(coarse, skip).to(skip.dtype)
+
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The gated skip."""
+        gated: Tensor = skip * self(skip, signal)
+        return gated
 
 
 def _tokens(features: Tensor, norm: nn.Module) -> Tensor:

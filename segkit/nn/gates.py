@@ -50,14 +50,6 @@ class Gate(nn.Module):
         return output
 
 
-class ChannelwiseGate(Gate):
-    """A gate whose map has a value for each of the skip's channels."""
-
-    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """The gated skip."""
-        return skip * self(skip, signal)
-
-
 class HardGate(nn.Module):
     """Open or shut, 1 or 0, drawn with probability sigmoid(logit) while training.
 

@@ -75,3 +75,8 @@ class Planes(nn.Module):
 
 
 SegmentationNetwork = UNet | Planes
+
+
+def unet_of(network: SegmentationNetwork) -> UNet:
+    """The U-Net itself, which is what has weights."""
+    return network.network if isinstance(network, Planes) else network
