@@ -214,7 +214,8 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     precision: str | int = "auto"
-    """`auto` is bf16-mixed or 16-mixed on a GPU, and 32-true on a CPU."""
+    """`auto` is bf16-mixed or 16-mixed on a GPU; on a CPU bf16-mixed where it has matrix units for
+    that (AMX), else 32-true."""
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: str | None = None

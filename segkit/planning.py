@@ -2,7 +2,6 @@
 
 import os
 import textwrap
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,25 @@ from segkit.config_file import validated
 from segkit.data.cases import read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
-from segkit.data.rules import multiply_adds
+from segkit.data.rules import Numbers
 from segkit.errors import ConfigError
 from segkit.inference.engines import choose_device
-from segkit.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
+from segkit.processor import half_pays, multiply_adds_per_second, step_seconds
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
 
-STEPS = {"cpu": 1200, "cuda": 20_000}
+FEWEST_STEPS = 1200
+"""Below these a CPU's time goes to a narrower network."""
+ENOUGH_STEPS = 10_000
+"""Beyond these it goes to a larger batch."""
+SHARE_OF_STEPS = 0.9
+"""Of the time; the rest is for validation, augmentation and preparing the cases."""
+GPU_STEPS = 20_000
 NNUNET_STEPS = 250_000
+VALIDATIONS = 20
+AVERAGING = 0.999
 CASES_PER_PROCESS = 300
 """So many small cases are measured in the time that another process takes to start."""
 
@@ -68,38 +75,28 @@ def plan_dataset(
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
-    steps = NNUNET_STEPS if own_schedule else STEPS.get(kind, STEPS["cuda"])
     if kind == "cpu" and not own_schedule:
-        speed = measured_speed()
         plan = plan_for_time(
             numbers,
             spatial_dims=spatial_dims,
             minutes=minutes,
-            steps=steps,
-            multiply_adds_per_second=speed,
+            fewest_steps=FEWEST_STEPS,
+            enough_steps=ENOUGH_STEPS,
+            multiply_adds_per_second=multiply_adds_per_second(),
             gigabytes=gigabytes,
         )
         # What is left of the time goes into more steps.
-        per_step = (
-            3
-            * plan.batch_size
-            * multiply_adds(
-                channels=plan.channels,
-                strides=plan.strides,
-                kernels=plan.kernels,
-                patch_size=plan.patch_size,
-                in_channels=len(dataset.channels),
-                num_classes=len(dataset.labels),
-            )
-        )
-        affordable = minutes * 60 * speed / per_step
-        steps = max(int(affordable) // 100 * 100, 100)
+        seconds = seconds_of_step(plan, numbers)
+        affordable = minutes * 60 * SHARE_OF_STEPS / seconds
+        steps = max(int(affordable) // 50 * 50, 50)
+        precision = "bfloat16" if half_pays() else "single precision"
         why_steps = (
-            f"{minutes:g} minutes hold {affordable:.0f} steps of {per_step / 1e9:.3g} billion "
-            f"multiply-adds, at the {speed / 1e9:.3g} billion a second measured here."
+            f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
+            f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
         )
         budget = f"{minutes:g} minutes of training on this machine's CPU"
     else:
+        steps = NNUNET_STEPS if own_schedule else GPU_STEPS
         plan = plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
         budget = f"{gigabytes:g} GB of memory"
@@ -113,31 +110,20 @@ def plan_dataset(
     return Planned(config, text, measured, plan)
 
 
-def measured_speed() -> float:
-    """Multiply-adds per second of training on this CPU: the median of a few steps, in a second."""
-    channels, strides = (16, 32, 64), ((2, 2, 2),) * 2
-    network = UNet(3, 1, out_channels=3, channels=channels, strides=strides)
-    image = torch.randn(2, 1, 32, 32, 32)
-    label = torch.zeros(2, 32, 32, 32, dtype=torch.long)
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        levels = network.supervised(image).levels
-        deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
-        seconds.append(time.perf_counter() - started)
-    per_step = (
-        2
-        * 3
-        * multiply_adds(
-            channels=channels,
-            strides=strides,
-            kernels=((3, 3, 3),) * 3,
-            patch_size=(32, 32, 32),
-            in_channels=1,
-            num_classes=3,
-        )
+def seconds_of_step(plan: Plan, numbers: Numbers) -> float:
+    """What a training step of the plan's network takes on this CPU, in a few tries."""
+    network = UNet(
+        plan.spatial_dims,
+        len(numbers.channels),
+        out_channels=numbers.num_classes,
+        channels=plan.channels,
+        strides=plan.strides,
+        kernels=plan.kernels,
+        deep_supervision=True,
     )
-    return per_step / sorted(seconds[1:])[2]
+    image = torch.randn(plan.batch_size, len(numbers.channels), *plan.patch_size)
+    label = torch.zeros(plan.batch_size, *plan.patch_size, dtype=torch.long)
+    return step_seconds(network, image, label, half=half_pays(), repeats=3)
 
 
 def _settings(
@@ -168,7 +154,9 @@ def _settings(
         network["attention"] = {"skip": {"kind": "additive_grid", "levels": [0]}}
     train: dict[str, Any] = {"steps": steps, "batch_dice": plan.batch_dice}
     train["optimiser"] = "sgd" if own_schedule else "adamw"
-    train["validate_every"] = max(min(200, steps), steps // 50 // 50 * 50)
+    if not own_schedule:
+        train["averaging"] = AVERAGING
+    train["validate_every"] = max(min(50, steps), steps // VALIDATIONS // 50 * 50)
     reasons = {
         "data.spacing": plan.reasons["spacing"],
         "data.patch_size": plan.reasons["patch_size"],
@@ -184,6 +172,7 @@ def _settings(
             else "Gates at the skips; see docs/attention.md for the others, or none."
         ),
         "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
+        "train.averaging": "A running average of the weights scores better than the last of them.",
         "train.batch_dice": plan.reasons["batch_dice"],
     }
     name = folder.resolve().name

@@ -38,6 +38,7 @@ from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
     checkpoint_of,
@@ -194,8 +195,7 @@ def _train(
         ]
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"precision"}),
-            precision=precision(config),
+            **config.trainer.model_dump(),
             max_steps=config.train.steps,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -251,17 +251,16 @@ def _train(
     return Run(folder, summary, model)
 
 
-def precision(config: Config) -> Any:
-    """Lightning's precision: `auto` is a half type where there is a GPU for it, else single.
+def precision(config: Config) -> str | int:
+    """Lightning's precision: `auto` is a half type where the device is faster in it, else single.
 
-    On a CPU never a half type: where the cores have no instructions for it, a step takes 40 times
-    as long.
+    On a CPU that needs matrix units: cores without them take 40 times as long in a half type.
     """
     asked = config.trainer.precision
     if asked != "auto":
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
+        return "bf16-mixed" if half_pays() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
@@ -273,7 +272,7 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 
 def resolved(config: Config, description: ModelDescription) -> Config:
-    """The config with the spacing that was settled, so that the run's own says it all."""
+    """The config with spacing and precision settled, so that the run's own says it all."""
     data = config.data.model_copy(
         update={
             "spacing": description.spacing,
@@ -284,7 +283,8 @@ def resolved(config: Config, description: ModelDescription) -> Config:
     train = config.train.model_copy(
         update={"start_from": config.train.start_from and config.train.start_from.resolve()}
     )
-    return config.model_copy(update={"data": data, "train": train})
+    trainer = config.trainer.model_copy(update={"precision": precision(config)})
+    return config.model_copy(update={"data": data, "train": train, "trainer": trainer})
 
 
 def score(

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from segkit import planning
 from segkit.build import default_mirror
+from segkit.config import Config
 from segkit.config_file import load_config
-from segkit.data.rules import multiply_adds
-from segkit.planning import measured_speed, plan_dataset
+from segkit.planning import plan_dataset
+from segkit.processor import multiply_adds_per_second
 from segkit.training import train
 from tests.small import small_dataset
 
@@ -54,29 +56,17 @@ def test_a_plan_trains(spatial_dims: int, dataset: Path, tmp_path: Path) -> None
 def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segkit import planning
+    # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 1e9)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
 
-    monkeypatch.setattr(planning, "measured_speed", lambda: 1e9)
+    def planned(minutes: float) -> Config:
+        return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes).config
 
-    def work(minutes: float) -> float:
-        config = plan_dataset(
-            dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes
-        ).config
-        cost = 3 * multiply_adds(
-            channels=config.network.channels,
-            strides=[tuple(step) for step in config.network.step_strides],
-            kernels=[tuple(size) for size in config.network.level_kernels],
-            patch_size=tuple(config.data.patch_size),
-            in_channels=1,
-            num_classes=2,
-        )
-        return cost * config.data.batch_size * config.train.steps
-
-    budgets = [5.0, 20.0, 80.0]
-    works = [work(minutes) for minutes in budgets]
-    assert works == sorted(works) and works[0] < works[2]
-    for minutes, done in zip(budgets, works, strict=True):
-        assert 0.8 * minutes * 60e9 < done <= minutes * 60e9
+    widths = [planned(minutes).network.channels[0] for minutes in (5.0, 50.0, 500.0)]
+    assert widths == sorted(widths) and widths[0] < widths[2]
+    assert planned(1000.0).network == planned(500.0).network
+    assert planned(1000.0).train.steps == 2 * planned(500.0).train.steps
 
 
 def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Path) -> None:
@@ -100,8 +90,18 @@ def test_cases_are_measured_once(
     assert plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").fingerprint == first
 
 
+def test_steps_take_nine_tenths_of_the_time(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    config = plan_dataset(dataset, cache=tmp_path / "c", device="cpu", minutes=10.0).config
+    assert config.train.steps == 10 * 60 * 0.9 / 0.5 // 50 * 50
+    assert config.train.steps / config.train.validate_every == pytest.approx(20, abs=2)
+    assert config.train.averaging == 0.999
+
+
 def test_the_measured_speed_is_that_of_a_processor() -> None:
-    assert 1e8 < measured_speed() < 1e14
+    assert 1e8 < multiply_adds_per_second() < 1e14
 
 
 @pytest.mark.parametrize(
