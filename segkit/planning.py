@@ -89,7 +89,7 @@ def plan_dataset(
                 kernels=plan.kernels,
                 patch_size=plan.patch_size,
                 in_channels=len(dataset.channels),
-                num_classes=len(dataset.labels),
+                num_classes=len(dataset.labelling.outputs),
             )
         )
         affordable = minutes * 60 * speed / per_step
