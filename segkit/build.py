@@ -41,7 +41,7 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
     unet = UNet(
         config.spatial_dims,
         len(description.channels),
-        out_channels=len(description.labels),
+        out_channels=len(description.labelling.outputs),
         channels=config.channels,
         strides=config.step_strides,
         kernels=config.level_kernels,
@@ -137,7 +137,7 @@ def _synthesiser(
 ) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
     """Draws an image for a label map that it deforms first.
 
-    `labels` are the dataset's names in the order of their numbers. Raises ConfigError for another.
+    `labels` are names of all numbers that label maps hold. Raises ConfigError for another.
     """
     intensities = None
     if settings.intensities is not None:

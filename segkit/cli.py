@@ -301,7 +301,7 @@ def evaluate(
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
     from segkit.errors import VolumeError
-    from segkit.evaluation import find_pairs, label_names, score_pairs
+    from segkit.evaluation import find_labelling, find_pairs, score_pairs
     from segkit.files import refuse_existing, write_json
     from segkit.metrics.table import summarise, to_json, to_table
     from segkit.progress import Tracker
@@ -311,7 +311,7 @@ def evaluate(
     pairs = find_pairs(predictions, references)
     rows = score_pairs(
         Tracker(console)(pairs, "scoring", len(pairs)),
-        label_names(references, labels),
+        find_labelling(references, labels),
         tolerance_mm=tolerance,
     )
     if not rows:

@@ -15,6 +15,7 @@ from segkit.config_attention import (
     UTransformerGate,
 )
 from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.labelling import Labelling
 
 
 class NetworkConfig(Section):
@@ -153,7 +154,7 @@ class DataConfig(Section):
     """Which volumes, how they are brought to one form, and how patches are drawn from them."""
 
     folder: Path
-    """A folder with a Decathlon-style dataset.json."""
+    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0, le=4)] | None = None
@@ -264,10 +265,26 @@ class ModelDescription(Section):
     channels: list[str]
     """Names of the input's channels, in order."""
     labels: dict[str, int]
-    """Names of the labels and their numbers, 0 the background."""
+    """Names of the classes or regions and the numbers they are written as, 0 the background."""
+    regions: dict[str, list[int]] = Field({})
+    """In the order they are written, the numbers in label files of each region; classes if none."""
+    ignore: int | None = None
+    """The number in label files of voxels that nobody labelled."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     normalisation: list[Normalisation]
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+
+    @model_validator(mode="after")
+    def _regions_are_written(self) -> Self:
+        if unknown := [name for name in self.regions if name not in self.labels]:
+            raise ValueError(f"regions holds {unknown[0]!r}, for which labels has no number")
+        return self
+
+    @property
+    def labelling(self) -> Labelling:
+        """What the model tells apart."""
+        regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
+        return Labelling(self.labels, regions, self.ignore)

@@ -28,6 +28,8 @@ def describe(
         run=config.name,
         channels=list(dataset.channels),
         labels=dataset.labels,
+        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
+        ignore=dataset.ignore,
         network=config.network,
         spacing=spacing,
         normalisation=_measured(settings, dataset, train_cases, track),
@@ -71,7 +73,7 @@ def _measured(
     for case in track(cases, "measuring intensities", len(cases)):
         image, label = read_case(case, dataset)
         for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
-            inside = values[label.data > 0]
+            inside = values[dataset.foreground(label.data)]
             if len(inside) > per_case:
                 inside = random.choice(inside, per_case)
             foreground[channel].append(inside.astype(np.float64))

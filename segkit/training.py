@@ -139,7 +139,7 @@ def _train(
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
     vary, margin = build_variation(
-        config.data, patch_size, spacing=description.spacing, labels=list(dataset.labels)
+        config.data, patch_size, spacing=description.spacing, labels=dataset.labelling.value_names
     )
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
@@ -158,7 +158,9 @@ def _train(
     module = SegmentationModule(
         network,
         vary=vary,
-        segment=partial(segment_prepared, patch_size=patch_size),
+        segment=partial(
+            segment_prepared, patch_size=patch_size, written=description.labelling.written
+        ),
         class_names=list(description.labels),
         optimiser=config.train.optimiser,
         learning_rate=config.train.learning_rate or LEARNING_RATE[config.train.optimiser],
@@ -167,6 +169,8 @@ def _train(
         batch_dice=config.train.batch_dice,
         seed=config.train.seed,
         presence_weight=head.weight if (head := config.network.attention.head) else 0.0,
+        regions=list(description.regions.values()),
+        ignore=description.ignore,
     )
     best = ModelCheckpoint(
         dirpath=folder,
@@ -290,8 +294,13 @@ def resolved(config: Config, description: ModelDescription) -> Config:
 def score(
     model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
 ) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
+    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
+
+    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    """
     predictor = Predictor(model, device=device)
+    labelling = dataset.labelling
+    members = labelling.members
     dice: dict[str, list[float]] = {}
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
@@ -300,17 +309,18 @@ def score(
         if prediction.presence is not None:
             told_right.append(
                 [
-                    (probability > 0.5) == bool((label.data == number).any())
-                    for number, probability in enumerate(prediction.presence.values(), start=1)
+                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
+                    for name, numbers in members.items()
                 ]
             )
         matrix = confusion_matrix(
             torch.from_numpy(prediction.labels.data.astype(np.int64)),
             torch.from_numpy(label.data.astype(np.int64)),
-            len(dataset.labels),
+            len(labelling.value_names),
         )
-        dice[case.name] = Overlap.from_confusion(matrix).dice[1:].tolist()
-    names = list(dataset.labels)[1:]
+        overlap = Overlap.of_groups(matrix, list(members.values()), ignore=labelling.ignore)
+        dice[case.name] = overlap.dice.tolist()
+    names = list(members)
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = [_mean(column) for column in table.T]
     told = {}

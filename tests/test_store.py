@@ -216,3 +216,19 @@ def test_cases_are_tracked_and_keep_their_order(tmp_path: Path) -> None:
         track=track,
     )
     assert [case.name for case in stored] == seen == ["b", "a", "c"]
+
+
+def test_positions_leave_out_what_is_ignored_and_say_what_is_not(tmp_path: Path) -> None:
+    label = np.random.default_rng(6).integers(0, 4, (9, 8, 5))
+    case = write_case(tmp_path / "data", "one", label)
+    classes = {"background": 0, "near": 1, "far": 2}
+    dataset = Dataset(tmp_path / "data", (case,), ("T1", "T2"), classes, ignore=3)
+    stored = store_in(tmp_path / "cache", dataset)
+    assert sorted(stored.positions) == [0, 1, 2]
+    for number in (1, 2):
+        assert_array_equal(stored.positions[number], np.argwhere(np.array(stored.label) == number))
+    assert_array_equal(stored.positions[0], np.argwhere(np.array(stored.label) != 3))
+    # The same files, with 3 as a class of its own, are stored apart.
+    dataset = Dataset(tmp_path / "data", (case,), ("T1", "T2"), {**classes, "farther": 3})
+    again = store_in(tmp_path / "cache", dataset)
+    assert again.folder != stored.folder and sorted(again.positions) == [1, 2, 3]

@@ -80,6 +80,8 @@ class Fingerprint:
 
     channels: tuple[str, ...]
     labels: dict[str, int]
+    num_outputs: int
+    """Of a network: one per class, or one per region."""
     cases: tuple[CaseSize, ...]
     intensities: tuple[Intensities | None, ...]
     """Of the foreground of all cases, one per channel; None where no case has any."""
@@ -95,6 +97,7 @@ class Fingerprint:
         return cls(
             tuple(content["channels"]),
             dict(content["labels"]),
+            content["num_outputs"],
             tuple(_size(case) for case in content["cases"]),
             tuple(item and Intensities(**item) for item in content["intensities"]),
         )
@@ -107,7 +110,7 @@ class Fingerprint:
             box_shares=tuple(case.box_share for case in self.cases),
             channels=self.channels,
             intensities=self.intensities,
-            num_classes=len(self.labels),
+            num_classes=self.num_outputs,
         )
 
 
@@ -134,6 +137,7 @@ def fingerprint(
     return Fingerprint(
         dataset.channels,
         dataset.labels,
+        len(dataset.labelling.outputs),
         tuple(measurement.size for measurement in measurements),
         tuple(
             _merged([m.samples[channel] for m in measurements])
@@ -162,17 +166,18 @@ def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:
     # A case without an image has its background in its label, as when it is prepared.
     values = orientation.turn(image.data) if case.images else labels[..., None]
     box = body_box(values)
-    inside = labels[box] > 0
+    foreground = dataset.foreground(labels)
+    inside = foreground[box]
     spacing = orientation.turn_grid(image.grid).spacing
     size = CaseSize(
         case.name,
         (round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
         inside.shape,
         inside.size / labels.size,
-        tuple(np.unique(labels[labels > 0]).tolist()),
+        tuple(np.unique(labels[foreground]).tolist()),
     )
-    foreground = values[box][inside].T if case.images else np.empty((len(dataset.channels), 0))
-    measurement = Measurement(size, tuple(_sample(channel) for channel in foreground))
+    intensities = values[box][inside].T if case.images else np.empty((len(dataset.channels), 0))
+    measurement = Measurement(size, tuple(_sample(channel) for channel in intensities))
     write_json(path, asdict(measurement))
     return measurement
 
@@ -229,6 +234,8 @@ def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
         # What a case is checked against when it is read.
         "channels": dataset.channels,
         "labels": dataset.labels,
+        "regions": dataset.regions,
+        "ignore": dataset.ignore,
         "num_images": len(case.images),
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
     }

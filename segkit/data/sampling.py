@@ -22,9 +22,10 @@ class PatchDataset(TorchDataset[Patch]):
 
     A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
     those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
-    it where it is smaller. Each is cut with a `margin` (voxels) beyond either end, for the
-    augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is no last
-    patch: a sampler decides how many are drawn.
+    it where it is smaller, but in a case with ignored voxels they are centred on one that is not.
+    Each is cut with a `margin` (voxels) beyond either end, for the augmentation to turn it in.
+    Beyond the volume stand its outermost voxels again. There is no last patch: a sampler decides
+    how many are drawn.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class PatchDataset(TorchDataset[Patch]):
                 case.label.shape, self.patch_size, self.margin, strict=True
             )
         ]
-        if wants_foreground and case.positions:
-            classes = sorted(case.positions)
+        classes = sorted(number for number in case.positions if number)
+        voxels = case.positions.get(0)
+        if wants_foreground and classes:
             voxels = case.positions[classes[int(random.integers(len(classes)))]]
+        if voxels is not None and len(voxels):
             centre = voxels[random.integers(len(voxels))]
             start = [
                 int(voxel) - cut // 2 for voxel, cut in zip(centre, self.cut_size, strict=True)

@@ -47,7 +47,11 @@ class StoredCase:
 
     @cached_property
     def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
-        """For each foreground class that is present, voxels of it (all, or 10,000 drawn evenly)."""
+        """For each label that is present, voxels of it (all, or 10,000 drawn evenly).
+
+        Neither the background nor what is ignored has any; but where a case has ignored voxels,
+        those of all others stand under 0.
+        """
         with np.load(self.folder / "voxels.npz", allow_pickle=False) as file:
             return {int(name): file[name] for name in file.files}
 
@@ -97,7 +101,7 @@ def _store(
         inside.mkdir()
         np.save(inside / "image.npy", image)
         np.save(inside / "label.npy", label)
-        np.savez(inside / "voxels.npz", **_positions(label))
+        np.savez(inside / "voxels.npz", **_positions(label, dataset.ignore))
         try:
             inside.rename(target)
         except OSError:  # another run stored the same case in the meantime
@@ -105,10 +109,15 @@ def _store(
                 raise
 
 
-def _positions(label: Integer[ndarray, "x y z"]) -> dict[str, Any]:
+def _positions(label: Integer[ndarray, "x y z"], ignore: int | None) -> dict[str, Any]:
+    present = np.unique(label).tolist()
+    numbers = [number for number in present if number not in (0, ignore)]
+    if ignore in present:
+        numbers.append(0)
     found = {}
-    for number in np.unique(label[label > 0]).tolist():
-        voxels = np.argwhere(label == number).astype(np.int32)
+    for number in numbers:
+        mask = label == number if number else label != ignore
+        voxels = np.argwhere(mask).astype(np.int32)
         if len(voxels) > POSITIONS_PER_CLASS:
             chosen = np.linspace(0, len(voxels) - 1, POSITIONS_PER_CLASS).round().astype(int)
             voxels = voxels[chosen]
@@ -122,6 +131,7 @@ def _digest(case: Case, dataset: Dataset, spacing: Sequence[float], settings: An
         "format": FORMAT,
         "channels": dataset.channels,
         "labels": dataset.labels,
+        "ignore": dataset.ignore,
         "spacing": list(spacing),
         "settings": settings,
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],

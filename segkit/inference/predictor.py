@@ -7,7 +7,7 @@ A slab of logits is resampled to the volume's grid, a block of classes at a time
 and let go.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
 from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine, choose_device
+from segkit.inference.regions import written_regions
 from segkit.inference.windows import Slab, slide, stream, window_starts
 from segkit.model import Model, load_model
 from segkit.nn.planes import SegmentationNetwork
@@ -59,7 +60,7 @@ class Prediction:
     labels: Volume
     """The smallest unsigned type that holds them."""
     probabilities: Volume | None
-    """Float16, the classes last."""
+    """Float16, the classes or regions last."""
     maps: dict[str, AttentionMap]
     presence: dict[str, float] | None = None
     """Of networks with a head for it, the probability that the volume holds any of each class: the
@@ -139,10 +140,11 @@ class Predictor:
         )
         size = prepared.grid.shape[WALK_AXIS]
         count = len(window_starts(size, patch[WALK_AXIS], overlap[WALK_AXIS], multiple[WALK_AXIS]))
-        num_classes = len(self.model.description.labels)
-        labels = np.zeros(volume.grid.shape, np.min_scalar_type(num_classes - 1), order="F")
+        labelling = self.model.description.labelling
+        kind = np.min_scalar_type(max(labelling.numbers.values()))
+        labels = np.zeros(volume.grid.shape, kind, order="F")
         shares = (
-            np.zeros((*volume.grid.shape, num_classes), np.float16, order="F")
+            np.zeros((*volume.grid.shape, len(labelling.outputs)), np.float16, order="F")
             if probabilities
             else None
         )
@@ -155,11 +157,12 @@ class Predictor:
                         coarse.setdefault(key, []).append(rows.cpu())
                 yield slab.rows[LOGITS]
 
-        if shares is not None:
+        if shares is not None and labelling.written is None:
             shares[..., 0] = 1  # what the network never sees is background
         turned = prepared.orientation.turn(labels)[prepared.box]
         turned_shares = None if shares is None else prepared.orientation.turn(shares)[prepared.box]
-        for first, logits in to_source_rows(logits_of(track(slabs, count)), prepared):
+        blended = logits_of(track(slabs, count))
+        for first, logits in to_source_rows(blended, prepared, written=labelling.written):
             rows = slice(first, first + logits.count)
             turned[:, :, rows] = logits.labels().cpu().numpy()
             if turned_shares is not None:
@@ -208,8 +211,12 @@ def segment_prepared(
     *,
     patch_size: tuple[int, int, int],
     overlap: float = 0.5,
+    written: Sequence[int] | None = None,
 ) -> Tensor:
-    """Labels of a prepared image on its own grid: what validation during training looks at."""
+    """Labels of a prepared image on its own grid: what validation during training looks at.
+
+    `written` are the numbers of regions, in order; None where outputs are classes.
+    """
     device = next(network.parameters()).device
     engine = TorchEngine(network, device=device)
     patch, overlaps, multiple = window_layout(network, patch_size, overlap)
@@ -220,6 +227,8 @@ def segment_prepared(
         overlap=overlaps,
         multiple=multiple,
     )
+    if written is not None:
+        return written_regions([outputs[LOGITS]], written)
     return outputs[LOGITS].max(dim=0).indices
 
 
@@ -229,6 +238,8 @@ class SourceRows:
 
     logits: Float[Tensor, "classes x y rows"]
     positions: tuple[ndarray, ndarray]
+    written: Sequence[int] | None = None
+    """The numbers of regions, in order; None where outputs are classes."""
 
     @property
     def count(self) -> int:
@@ -236,7 +247,12 @@ class SourceRows:
         return self.logits.shape[-1]
 
     def labels(self) -> Tensor:
-        """The class with the largest logit at each voxel; the lowest where they tie."""
+        """The class with the largest logit at each voxel; the lowest where they tie.
+
+        Of regions, the number of the last whose probability is above one half.
+        """
+        if self.written is not None:
+            return written_regions(self._blocks(), self.written)
         best = winner = None
         for first in range(0, len(self.logits), CLASS_BLOCK):
             value, index = self._in_plane(first).max(dim=0)
@@ -250,9 +266,13 @@ class SourceRows:
         return winner
 
     def probabilities(self) -> Tensor:
-        """The softmax of the resampled logits."""
-        blocks = [self._in_plane(first) for first in range(0, len(self.logits), CLASS_BLOCK)]
-        return torch.cat(blocks).softmax(dim=0).half()
+        """The softmax of the resampled logits; of regions, the sigmoid."""
+        if self.written is not None:
+            return torch.cat([block.sigmoid().half() for block in self._blocks()])
+        return torch.cat(list(self._blocks())).softmax(dim=0).half()
+
+    def _blocks(self) -> Iterator[Tensor]:
+        return (self._in_plane(first) for first in range(0, len(self.logits), CLASS_BLOCK))
 
     def _in_plane(self, first_class: int) -> Tensor:
         block = self.logits[first_class : first_class + CLASS_BLOCK]
@@ -261,7 +281,10 @@ class SourceRows:
 
 
 def to_source_rows(
-    slabs: Iterable[Float[Tensor, "classes x y slab_rows"]], prepared: Prepared
+    slabs: Iterable[Float[Tensor, "classes x y slab_rows"]],
+    prepared: Prepared,
+    *,
+    written: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, SourceRows]]:
     """The first row and the logits of the rows of the volume that each slab makes known.
 
@@ -278,7 +301,7 @@ def to_source_rows(
         known = int(np.searchsorted(np.ceil(clamped), newest, side="right"))
         if known > done:
             part = sample_axis(held, clamped[done:known] - held_from, WALK_AXIS + 1)
-            yield done, SourceRows(part, (x, y))
+            yield done, SourceRows(part, (x, y), written)
             done = known
         keep_from = min(int(clamped[done]) if done < len(clamped) else newest, newest)
         held = held[..., keep_from - held_from :].clone()
