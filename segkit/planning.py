@@ -148,6 +148,7 @@ def _settings(
     data: dict[str, Any] = {
         "folder": str(folder),
         "spacing": list(plan.spacing),
+        "interpolation": "cubic",
         "patch_size": list(plan.patch_size),
         "batch_size": plan.batch_size,
     }
@@ -171,6 +172,7 @@ def _settings(
     train["validate_every"] = max(min(200, steps), steps // 50 // 50 * 50)
     reasons = {
         "data.spacing": plan.reasons["spacing"],
+        "data.interpolation": f"As nnU-Net. {plan.reasons['separate_z']}",
         "data.patch_size": plan.reasons["patch_size"],
         "data.batch_size": plan.reasons["batch_size"],
         "data.slices": plan.reasons["slices"],

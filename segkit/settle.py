@@ -30,6 +30,7 @@ def describe(
         labels=dataset.labels,
         network=config.network,
         spacing=spacing,
+        interpolation=config.data.interpolation,
         normalisation=_measured(settings, dataset, train_cases, track),
         slices=config.data.slices,
         patch_size=config.data.patch_size,
