@@ -1,6 +1,5 @@
 """`segkit plan`: from a dataset to a config that says why each value was chosen."""
 
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from segkit.config import Config
 from segkit.config_file import validated
 from segkit.data.cases import read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
+from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
 from segkit.data.rules import multiply_adds
 from segkit.errors import ConfigError
@@ -64,7 +64,7 @@ def plan_dataset(
     Raises DatasetError where the dataset does not fit together.
     """
     dataset = read_dataset(folder)
-    workers = min(os.cpu_count() or 1, len(dataset.cases) // CASES_PER_PROCESS)
+    workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
