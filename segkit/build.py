@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Generator, Tensor
 
@@ -61,6 +62,11 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
     if config.spatial_dims == 3:
         return unet
     return Planes(unet, axis=ACROSS[description.slices])
+
+
+def interpolation_order(description: ModelDescription) -> Literal[1, 3]:
+    """The order by which images are resampled for a model."""
+    return 3 if description.interpolation == "cubic" else 1
 
 
 def build_normalisers(settings: Sequence[Normalisation]) -> list[Callable[[Tensor], Tensor]]:

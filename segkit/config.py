@@ -161,6 +161,9 @@ class DataConfig(Section):
     """A fold of nnU-Net's five, 0 to 4, held out instead."""
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
+    interpolation: Literal["linear", "cubic"] = "cubic"
+    """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
+    slices over three times as far apart as their pixels, the nearest is taken instead."""
     normalisation: Normalisation | None = None
     """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
@@ -272,6 +275,8 @@ class ModelDescription(Section):
     """The number in label files of voxels that nobody labelled."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """Linear in models from before there was another."""
     normalisation: list[Normalisation]
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]

@@ -1,6 +1,5 @@
 """`segkit plan`: from a dataset to a config that says why each value was chosen."""
 
-import os
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from segkit.config import Config
 from segkit.config_file import validated
 from segkit.data.cases import read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
+from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
 from segkit.data.rules import Numbers
 from segkit.errors import ConfigError
@@ -71,7 +71,7 @@ def plan_dataset(
     Raises DatasetError where the dataset does not fit together.
     """
     dataset = read_dataset(folder)
-    workers = min(os.cpu_count() or 1, len(dataset.cases) // CASES_PER_PROCESS)
+    workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
@@ -134,6 +134,7 @@ def _settings(
     data: dict[str, Any] = {
         "folder": str(folder),
         "spacing": list(plan.spacing),
+        "interpolation": "cubic",
         "patch_size": list(plan.patch_size),
         "batch_size": plan.batch_size,
     }
@@ -159,6 +160,7 @@ def _settings(
     train["validate_every"] = max(min(50, steps), steps // VALIDATIONS // 50 * 50)
     reasons = {
         "data.spacing": plan.reasons["spacing"],
+        "data.interpolation": f"As nnU-Net. {plan.reasons['separate_z']}",
         "data.patch_size": plan.reasons["patch_size"],
         "data.batch_size": plan.reasons["batch_size"],
         "data.slices": plan.reasons["slices"],

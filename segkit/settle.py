@@ -32,6 +32,7 @@ def describe(
         ignore=dataset.ignore,
         network=config.network,
         spacing=spacing,
+        interpolation=config.data.interpolation,
         normalisation=_measured(settings, dataset, train_cases, track),
         slices=config.data.slices,
         patch_size=config.data.patch_size,

@@ -25,7 +25,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from segkit.averaging import Averaging
-from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.build import (
+    build_network,
+    build_normalisers,
+    build_variation,
+    interpolation_order,
+    volume_patch,
+)
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
@@ -133,6 +139,7 @@ def _train(
         folder=config.data.cache or runs / ".cache",
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
+        order=interpolation_order(description),
         settings=[setting.model_dump() for setting in description.normalisation],
     )
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))

@@ -22,12 +22,12 @@ from segkit.data.rules import (
     activations,
     coarser,
     initial_patch,
-    is_separate,
     largest_batch,
     median_shape,
     multiply_adds,
     needs_low_resolution,
     normalisations,
+    separate_axis,
     target_spacing,
     topology,
     widths,
@@ -372,11 +372,14 @@ def test_a_spacing_is_coarsened_along_the_fine_axes_first() -> None:
 
 def test_slices_are_resampled_apart_where_one_axis_alone_is_coarse() -> None:
     fine: Spacing = (1.0, 1.0, 1.0)
-    assert is_separate((1.0, 1.0, 3.1), fine) and is_separate(fine, (3.1, 1.0, 1.0))
-    assert not is_separate((1.0, 1.0, 3.0), fine)
-    assert not is_separate((3.1, 1.0, 3.1), fine)
+    assert separate_axis((1.0, 1.0, 3.1), fine) == 2
+    assert separate_axis(fine, (3.1, 1.0, 1.0)) == 0
+    assert separate_axis((1.0, 1.0, 3.0), fine) is None
+    assert separate_axis((3.1, 1.0, 3.1), fine) is None
+    assert separate_axis((3.1, 1.0, 3.10001), fine) is None  # equal, but for rounding
     # What the scan says goes before what the target says.
-    assert not is_separate((3.1, 1.0, 3.1), (1.0, 1.0, 3.1))
+    assert separate_axis((3.1, 1.0, 3.1), (1.0, 1.0, 3.1)) is None
+    assert separate_axis((3.1, 1.0, 1.0), (1.0, 1.0, 3.1)) == 0
 
 
 def test_a_channel_named_ct_is_clipped_and_any_other_scaled_by_itself() -> None:

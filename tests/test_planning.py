@@ -32,7 +32,16 @@ def test_what_is_written_is_what_was_planned(dataset: Path, tmp_path: Path) -> N
 
 def test_a_reason_stands_above_every_value_that_was_chosen(dataset: Path, tmp_path: Path) -> None:
     lines = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").text.splitlines()
-    keys = ["spacing", "patch_size", "batch_size", "channels", "strides", "kernels", "steps"]
+    keys = [
+        "spacing",
+        "interpolation",
+        "patch_size",
+        "batch_size",
+        "channels",
+        "strides",
+        "kernels",
+        "steps",
+    ]
     for key in keys:
         (number,) = [n for n, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
         assert lines[number - 1].startswith("  # "), key

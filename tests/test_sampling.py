@@ -15,9 +15,14 @@ from segkit.data.store import StoredCase
 SPACE = (20, 16, 12)
 
 
+class CaseInMemory(StoredCase):
+    """A case whose arrays are its own, so that no file is read."""
+
+    image = label = positions = None  # type: ignore[assignment]
+
+
 def case_of(image: ndarray, label: ndarray, name: str = "case") -> StoredCase:
-    """A case whose arrays are in memory, so that no file is read."""
-    case = StoredCase(name, Path())
+    case = CaseInMemory(name, Path())
     classes = np.unique(label[label > 0]).tolist()
     positions = {number: np.argwhere(label == number).astype(np.int32) for number in classes}
     case.__dict__.update(image=image, label=label, positions=positions)

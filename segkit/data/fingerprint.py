@@ -13,9 +13,7 @@ chance or order: means and deviations are exact, percentiles to one part in 8,00
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 
 from segkit.data.cases import Case, Dataset, read_case
+from segkit.data.parallel import in_processes
 from segkit.data.preprocess import body_box
 from segkit.data.rules import Intensities, Numbers
 from segkit.errors import DatasetError
@@ -126,12 +125,13 @@ def fingerprint(
     With 0 workers or 1 this process does it. `track` may show progress; it is given what is to be
     counted, its name and its number.
 
-    Raises DatasetError or VolumeError, in one sentence, as `read_case` does.
+    Raises DatasetError or VolumeError, in one sentence, as `read_case` does, and WorkerError where
+    a process was killed.
     """
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
-    fresh = _measure_all(measure, pending, min(workers, len(pending)))
+    fresh = in_processes(measure, pending, min(workers, len(pending)))
     new = {m.size.name: m for m in track(fresh, "measuring cases", len(pending))}
     measurements = [new.get(case.name) or _read(paths[case.name]) for case in dataset.cases]
     return Fingerprint(
@@ -144,18 +144,6 @@ def fingerprint(
             for channel in range(len(dataset.channels))
         ),
     )
-
-
-def _measure_all(
-    measure: Callable[[Case], Measurement], cases: Sequence[Case], workers: int
-) -> Iterator[Measurement]:
-    if workers <= 1:
-        yield from map(measure, cases)
-        return
-    # A fresh process each: a forked one would inherit threads and locks that torch holds.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        yield from executor.map(measure, cases)
 
 
 def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:

@@ -33,12 +33,12 @@ from segkit.data.rules import (
     coarser,
     coarsest_axis,
     initial_patch,
-    is_separate,
     largest_batch,
     median_shape,
     multiply_adds,
     needs_low_resolution,
     normalisations,
+    separate_axis,
     shrinking,
     target_spacing,
     topology,
@@ -293,7 +293,7 @@ def _assembled(
         kernels=chosen.kernels,
         normalisation=normalisations(numbers),
         batch_dice=batch_dice,
-        separate_z=is_separate(current, spacing),
+        separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
             "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
@@ -304,7 +304,7 @@ def _assembled(
             f"holds {share:.3g} of the volume in the median (zeros are left out under 0.75).",
             "separate_z": f"The coarsest spacing is {ratios[0]:.3g} times the finest in the median "
             f"case and {ratios[1]:.3g} times in the target; one axis alone over {ANISOTROPY:g} "
-            f"times would be apart.",
+            f"times would be resampled apart, by the nearest slice.",
             **fitted.reasons,
             **reasons,
         },

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.build import build_normalisers, volume_patch
+from segkit.build import build_normalisers, interpolation_order, volume_patch
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
@@ -190,7 +190,12 @@ class Predictor:
             )
         if not np.isfinite(volume.data).all():
             raise VolumeError("the volume holds voxels that are not numbers; repair it")
-        return prepare(volume, spacing=self.model.description.spacing, normalisers=self.normalisers)
+        return prepare(
+            volume,
+            spacing=self.model.description.spacing,
+            normalisers=self.normalisers,
+            order=interpolation_order(self.model.description),
+        )
 
 
 def window_layout(
@@ -290,7 +295,7 @@ def to_source_rows(
 
     A row between two of the network's is known as soon as both are; until then one row is held.
     """
-    x, y, rows = prepared.grid.positions_of(prepared.source)
+    x, y, rows = prepared.positions_of_source()
     last = prepared.grid.shape[WALK_AXIS] - 1
     clamped = np.clip(rows, 0, last)
     held: Tensor | None = None
