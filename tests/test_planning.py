@@ -1,15 +1,21 @@
 """A plan is a config that trains, with a reason beside each value."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from segkit import planning
 from segkit.build import default_mirror
+from segkit.config import Config
 from segkit.config_file import load_config
 from segkit.data.rules import multiply_adds
-from segkit.planning import measured_speed, plan_dataset
+from segkit.geometry import Grid
+from segkit.planning import Planned, Preset, measured_speed, plan_dataset
 from segkit.training import train
+from segkit.volume import Volume, read_volume, write_volume
 from tests.small import small_dataset
 
 
@@ -54,8 +60,6 @@ def test_a_plan_trains(spatial_dims: int, dataset: Path, tmp_path: Path) -> None
 def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segkit import planning
-
     monkeypatch.setattr(planning, "measured_speed", lambda: 1e9)
 
     def work(minutes: float) -> float:
@@ -77,6 +81,68 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     assert works == sorted(works) and works[0] < works[2]
     for minutes, done in zip(budgets, works, strict=True):
         assert 0.8 * minutes * 60e9 < done <= minutes * 60e9
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """One voxel of the file is four of the world, so that a patch holds little of an image."""
+    folder = small_dataset(tmp_path / "large", num_cases=5)
+    fine = Grid((64, 64, 64), np.eye(4))
+    for path in sorted(folder.glob("*Tr/*.nii.gz")):
+        data = read_volume(path).data
+        write_volume(path, Volume(data.repeat(4, 0).repeat(4, 1).repeat(4, 2), fine))
+    return folder
+
+
+def written(planned: Planned, path: Path) -> Config:
+    path.write_text(planned.text)
+    return load_config(path)
+
+
+@pytest.mark.parametrize("preset", ["auto", "nnunet"])
+def test_a_large_volume_is_planned_in_two_stages(
+    preset: Preset, large: Path, tmp_path: Path
+) -> None:
+    planned = plan_dataset(
+        large,
+        cache=tmp_path / "cache",
+        device="cuda" if preset == "auto" else "cpu",
+        preset=preset,
+        gigabytes=0.05,
+        runs=Path("elsewhere"),
+    )
+    assert planned.low is not None and planned.low.low is None
+    full, low = written(planned, tmp_path / "a.yaml"), written(planned.low, tmp_path / "b.yaml")
+    assert (full, low) == (planned.config, planned.low.config)
+    assert (full.name, low.name) == ("large", "large_low")
+    assert full.data.first_stage == [Path("elsewhere/large_low")] and low.data.first_stage is None
+    assert full.data.spacing == (1.0, 1.0, 1.0)
+    assert low.data.spacing is not None and min(low.data.spacing) > 1.2
+    whole = math.prod(low.data.patch_size) * math.prod(low.data.spacing)
+    assert math.prod(full.data.patch_size) < 0.25 * 64**3 <= 1.1 * whole
+    lines = planned.text.splitlines()
+    (number,) = [n for n, line in enumerate(lines) if line.startswith("  first_stage:")]
+    assert lines[number - 1].startswith("  # ") and "first of two stages" in planned.low.text
+
+
+def test_two_stages_share_the_minutes(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "measured_speed", lambda: 2e9)
+    planned = plan_dataset(large, cache=tmp_path / "cache", device="cpu", minutes=10.0)
+    assert planned.low is not None
+    total = 0.0
+    for config, entering in ((planned.config, 2), (planned.low.config, 1)):
+        cost = 3 * multiply_adds(
+            channels=config.network.channels,
+            strides=[tuple(step) for step in config.network.step_strides],
+            kernels=[tuple(size) for size in config.network.level_kernels],
+            patch_size=tuple(config.data.patch_size),
+            in_channels=entering,
+            num_classes=2,
+        )
+        total += cost * config.data.batch_size * config.train.steps
+    assert 0.8 * 10 * 60 * 2e9 < total <= 10 * 60 * 2e9
 
 
 def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Path) -> None:

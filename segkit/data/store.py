@@ -9,7 +9,7 @@ old array.
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,9 @@ from jaxtyping import Float, Integer
 from numpy import ndarray
 
 from segkit.data.cases import Case, Dataset, read_case
+from segkit.data.first_stage import with_labels
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
+from segkit.volume import read_volume
 
 FORMAT = 2
 POSITIONS_PER_CLASS = 10_000
@@ -60,18 +62,21 @@ def store_cases(
     spacing: Sequence[float],
     normalisers: Sequence[Normaliser],
     settings: Any,
+    first_labels: Mapping[str, Path] | None = None,
     track: Callable[[Iterable[Case]], Iterable[Case]] = iter,
 ) -> tuple[StoredCase, ...]:
     """Prepare each case that is not in `folder` yet.
 
     `settings` is whatever JSON-able value names the normalisers; it goes into the digest beside the
-    spacing and the files' sizes and times. `track` may show progress.
+    spacing and the files' sizes and times. `first_labels` are files with a first stage's labels of
+    each case by its name, which become the last channel of its image. `track` may show progress.
     """
     stored = []
     for case in track(cases):
-        target = folder / f"{case.name}-{_digest(case, dataset, spacing, settings)}"
+        first = first_labels[case.name] if first_labels else None
+        target = folder / f"{case.name}-{_digest(case, dataset, spacing, settings, first)}"
         if not target.is_dir():
-            _store(case, dataset, target, spacing, normalisers)
+            _store(case, dataset, target, spacing, normalisers, first)
         stored.append(StoredCase(case.name, target))
     return tuple(stored)
 
@@ -82,6 +87,7 @@ def _store(
     target: Path,
     spacing: Sequence[float],
     normalisers: Sequence[Normaliser],
+    first: Path | None,
 ) -> None:
     volume, label_volume = read_case(case, dataset)
     # A case without an image has its background in its label; its own image stays blank.
@@ -89,6 +95,8 @@ def _store(
     body = volume if case.images else volume.like(labels)
     prepared = prepare(body, spacing=spacing, normalisers=normalisers)
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
+    if first is not None:
+        image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder appears whole: it is filled under another name and then renamed.
@@ -116,8 +124,11 @@ def _positions(label: Integer[ndarray, "x y z"]) -> dict[str, Any]:
     return found
 
 
-def _digest(case: Case, dataset: Dataset, spacing: Sequence[float], settings: Any) -> str:
-    files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
+def _digest(
+    case: Case, dataset: Dataset, spacing: Sequence[float], settings: Any, first: Path | None
+) -> str:
+    paths = [*case.images, case.label, *([first] if first else [])]
+    files = [(str(path.resolve()), path.stat()) for path in paths]
     content = {
         "format": FORMAT,
         "channels": dataset.channels,
