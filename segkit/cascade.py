@@ -82,7 +82,7 @@ def held_out_of(folder: Path) -> frozenset[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: expected the cases that the run held out, cannot read them: {error!r}; "
-            f"name its model folder elsewhere to do without"
+            f"move the model folder away from it to do without"
         ) from None
 
 

@@ -98,7 +98,7 @@ def plan(
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a dataset and write a config for it that says why each value was chosen."""
+    """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
     from segkit.files import write_text
     from segkit.planning import plan_dataset, refuse_existing
     from segkit.progress import Tracker

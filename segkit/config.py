@@ -273,7 +273,7 @@ class FirstStage(Section):
     models: Positive
     """How many there are; they lie in `first/0`, `first/1`, … of the model folder."""
     classes: Annotated[list[str], Field(min_length=1)]
-    """Names of their labels 1, 2, …, each of which becomes one channel of 0 and 1."""
+    """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
 
 
 class ModelDescription(Section):
@@ -294,8 +294,4 @@ class ModelDescription(Section):
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
     first_stage: FirstStage | None = None
-
-    @property
-    def input_channels(self) -> int:
-        """Of what the network takes: the image's, and behind them the first stage's labels."""
-        return len(self.channels) + (self.first_stage is not None)
+    """Whose labels, where there is one, are one more channel of the input behind the image's."""

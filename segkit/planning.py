@@ -88,13 +88,14 @@ def plan_dataset(
         )
 
     plan = within(minutes)
-    if speed is not None and plan.low_resolution is not None:
-        # In half the time a patch holds no more of an image, so that two stages it stays.
-        minutes /= 2
-        plan = within(minutes)
     budget = f"{gigabytes:g} GB of memory"
     if speed is not None:
-        budget = f"{minutes:g} minutes of training on this machine's CPU"
+        time = f"{minutes:g}"
+        if plan.low_resolution is not None:
+            # In half the time a patch holds no more of an image, so that two stages it stays.
+            minutes /= 2
+            plan, time = within(minutes), f"{minutes:g} of {time}"
+        budget = f"{time} minutes of training on this machine's CPU"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
 
     def written(plan: Plan, name: str, stage: str, first: Path | None = None) -> Planned:
@@ -217,10 +218,10 @@ def _settings(
             if own_schedule
             else "Gates at the skips; see docs/attention.md for the others, or none."
         ),
-        "data.first_stage": f"{plan.reasons['low_resolution']} That model's labels go beside the "
-        "image; without this line there is one stage. They are better on cases that the model was "
-        "trained on than on new ones: five runs of it, with data.fold=0 to 4, all named here, "
-        "give each case labels of a model that never saw it.",
+        "data.first_stage": f"{plan.reasons['low_resolution']} The labels that it finds there go "
+        "beside the image; without this line there is one stage. They are better on cases that "
+        "the first stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
+        "all named here, give each case labels of a model that never saw it.",
         "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
         "train.batch_dice": plan.reasons["batch_dice"],
     }

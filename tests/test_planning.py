@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -12,11 +11,9 @@ from segkit.build import default_mirror
 from segkit.config import Config
 from segkit.config_file import load_config
 from segkit.data.rules import multiply_adds
-from segkit.geometry import Grid
 from segkit.planning import Planned, Preset, measured_speed, plan_dataset
 from segkit.training import train
-from segkit.volume import Volume, read_volume, write_volume
-from tests.small import small_dataset
+from tests.small import magnified, small_dataset
 
 
 @pytest.fixture
@@ -85,13 +82,7 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """One voxel of the file is four of the world, so that a patch holds little of an image."""
-    folder = small_dataset(tmp_path / "large", num_cases=5)
-    fine = Grid((64, 64, 64), np.eye(4))
-    for path in sorted(folder.glob("*Tr/*.nii.gz")):
-        data = read_volume(path).data
-        write_volume(path, Volume(data.repeat(4, 0).repeat(4, 1).repeat(4, 2), fine))
-    return folder
+    return magnified(small_dataset(tmp_path / "large", num_cases=5), 4)
 
 
 def written(planned: Planned, path: Path) -> Config:

@@ -1,7 +1,8 @@
 """Labels of a first stage made worse at random, so that a second learns not to trust them blindly.
 
 Kinds and probabilities are those of nnU-Net's cascade (Isensee et al. 2021). All of it runs on the
-labels' device, but for finding connected components; what is not drawn costs nothing.
+labels' device, but for finding connected components; what is not drawn costs nothing. A voxel keeps
+one label: were each class's channel changed by itself, the network would be told of two at once.
 """
 
 from collections.abc import Callable
@@ -47,11 +48,15 @@ class LabelCorruption:
         for sample, index in (reshaped < self.reshaping_probability).nonzero().tolist():
             reshape = RESHAPINGS[int(kinds[sample, index])]
             mask = labels[sample] == index + 1
+            if not mask.any():
+                continue
             changed = reshape(mask, int(radii[sample, index]))
             labels[sample].masked_fill_(mask, 0).masked_fill_(changed, index + 1)
         for sample in removed.nonzero().flatten().tolist():
             for index in range(num_classes):
                 mask = labels[sample] == index + 1
+                if not mask.any():
+                    continue
                 part = small_part(mask, which[sample][index], largest=self.largest_removed)
                 labels[sample].masked_fill_(part, 0)
         return labels
