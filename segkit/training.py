@@ -246,7 +246,7 @@ def _train(
     if not first:
         sys.exit(0)
 
-    model = Model(description, network.eval(), tuple(first.model for first in first_stage))
+    model = Model(description, network.eval(), tuple(stage.model for stage in first_stage))
     save_model(folder / "model", model)
     best_dice = best.best_model_score
     summary = {
