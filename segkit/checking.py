@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.build import build_network
+from segkit.cascade import described, first_models
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
@@ -35,7 +36,8 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
     dataset = read_dataset(config.data.folder)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
     check_images(config, dataset, train, held_out)
-    description = describe(config, dataset, train, track)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    description = described(describe(config, dataset, train, track), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = ", ".join(network.maps()) or "none"

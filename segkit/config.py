@@ -181,10 +181,24 @@ class DataConfig(Section):
     by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
     faster without.)"""
     synthesis: SynthesisConfig | None = None
+    first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
+    """Runs or model folders, of lower resolution say, whose labels the network is given beside the
+    image. Labels of a case come from the runs that held it out, or else from all of them. A model
+    does better on cases that it was trained on than on new ones, so that the five folds of a
+    cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that cut patches."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
+
+    @model_validator(mode="after")
+    def _first_stage_has_scans(self) -> Self:
+        if self.first_stage and self.synthesis:
+            raise ValueError(
+                "data.first_stage labels scans, and data.synthesis draws images that are none; "
+                "take one of them"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -258,6 +272,15 @@ class Config(Section):
         return self
 
 
+class FirstStage(Section):
+    """Models whose labels a network is given beside the image."""
+
+    models: Positive
+    """How many there are; they lie in `first/0`, `first/1`, … of the model folder."""
+    classes: Annotated[list[str], Field(min_length=1)]
+    """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
+
+
 class ModelDescription(Section):
     """All that prediction needs beside the weights; the content of `model.json`."""
 
@@ -281,6 +304,8 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+    first_stage: FirstStage | None = None
+    """Whose labels, where there is one, are one more channel of the input behind the image's."""
 
     @model_validator(mode="after")
     def _regions_are_written(self) -> Self:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class Planned:
     text: str
     fingerprint: Fingerprint
     plan: Plan
+    low: "Planned | None" = None
+    """The stage to train before, at low resolution, where a patch holds too little of an image."""
 
 
 def plan_dataset(
@@ -57,16 +59,18 @@ def plan_dataset(
     gigabytes: float = 8.0,
     minutes: float = 20.0,
     preset: Preset = "auto",
+    runs: Path = Path("runs"),
     track: Track = lambda items, what, count: items,
 ) -> Planned:
-    """Measure a dataset and plan its training on this machine.
+    """Measure a dataset and plan its training here, in two stages where images are large.
 
     Args:
         folder: with a dataset.json.
         cache: where measurements of cases are kept.
-        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, on a GPU
-            `gigabytes` of its memory.
+        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
+            stages share, and on a GPU `gigabytes` of its memory.
         preset: `nnunet` gives nnU-Net's own plan and schedule wherever it runs.
+        runs: where a second stage will find the first.
 
     Raises DatasetError where the dataset does not fit together.
     """
@@ -75,43 +79,75 @@ def plan_dataset(
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
-    if kind == "cpu" and not own_schedule:
-        plan = plan_for_time(
+    timed = kind == "cpu" and not own_schedule
+    speed = multiply_adds_per_second() if timed else None
+
+    def within(minutes: float) -> Plan:
+        if speed is None:
+            return plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
+        return plan_for_time(
             numbers,
             spatial_dims=spatial_dims,
             minutes=minutes,
             fewest_steps=FEWEST_STEPS,
             enough_steps=ENOUGH_STEPS,
-            multiply_adds_per_second=multiply_adds_per_second(),
+            multiply_adds_per_second=speed,
             gigabytes=gigabytes,
         )
-        # What is left of the time goes into more steps.
-        seconds = seconds_of_step(plan, numbers)
-        affordable = minutes * 60 * SHARE_OF_STEPS / seconds
-        steps = max(int(affordable) // 50 * 50, 50)
-        precision = "bfloat16" if half_pays() else "single precision"
-        why_steps = (
-            f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
-            f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
-        )
-        budget = f"{minutes:g} minutes of training on this machine's CPU"
-    else:
-        steps = NNUNET_STEPS if own_schedule else GPU_STEPS
-        plan = plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
-        why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
-        budget = f"{gigabytes:g} GB of memory"
-    tree, reasons = _settings(folder, plan, steps, own_schedule)
-    if device != "auto":
-        tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
-    reasons["train.steps"] = why_steps
-    config = validated(Config, tree, f"plan of {folder}")
+
+    plan = within(minutes)
+    budget = f"{gigabytes:g} GB of memory"
+    if timed:
+        time = f"{minutes:g}"
+        if plan.low_resolution is not None:
+            # In half the time a patch holds no more of an image, so that two stages it stays.
+            minutes /= 2
+            plan, time = within(minutes), f"{minutes:g} of {time}"
+        budget = f"{time} minutes of training on this machine's CPU"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    text = _commented(tree, reasons, f"Planned for {folder} ({size}) and {budget}.")
-    return Planned(config, text, measured, plan)
+
+    def written(plan: Plan, name: str, stage: str, first: Path | None = None) -> Planned:
+        steps = NNUNET_STEPS if own_schedule else GPU_STEPS
+        why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
+        if timed:
+            label_classes = len(dataset.labelling.value_names) - 1 if first else 0
+            steps, why_steps = _steps_within(
+                minutes, seconds_of_step(plan, numbers, label_classes=label_classes)
+            )
+        tree, reasons = _settings(folder, name, plan, steps, own_schedule)
+        reasons["train.steps"] = why_steps
+        if first is not None:
+            tree["data"]["first_stage"] = [str(first)]
+        if device != "auto":
+            tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
+        config = validated(Config, tree, f"plan of {folder}")
+        heading = f"Planned for {folder} ({size}) and {budget}.{stage}"
+        return Planned(config, _commented(tree, reasons, heading), measured, plan)
+
+    name = _run_name(folder)
+    if plan.low_resolution is None:
+        return written(plan, name, "")
+    first = f"{name}_low"
+    low = written(plan.low_resolution, first, f" The first of two stages: train it before {name}.")
+    full = written(plan, name, f" The second of two stages: train {first} before.", runs / first)
+    return replace(full, low=low)
 
 
-def seconds_of_step(plan: Plan, numbers: Numbers) -> float:
-    """What a training step of the plan's network takes on this CPU, in a few tries."""
+def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
+    """What is left of the time goes into more steps: how many, and the sentence that says so."""
+    affordable = minutes * 60 * SHARE_OF_STEPS / seconds
+    precision = "bfloat16" if half_pays() else "single precision"
+    return max(int(affordable) // 50 * 50, 50), (
+        f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
+        f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
+    )
+
+
+def seconds_of_step(plan: Plan, numbers: Numbers, *, label_classes: int = 0) -> float:
+    """What a training step of the plan's network takes on this CPU, in a few tries.
+
+    `label_classes` are those of a first stage, whose labels are one more channel.
+    """
     network = UNet(
         plan.spatial_dims,
         len(numbers.channels),
@@ -120,14 +156,16 @@ def seconds_of_step(plan: Plan, numbers: Numbers) -> float:
         strides=plan.strides,
         kernels=plan.kernels,
         deep_supervision=True,
+        label_classes=label_classes,
     )
-    image = torch.randn(plan.batch_size, len(numbers.channels), *plan.patch_size)
+    channels = len(numbers.channels) + bool(label_classes)
+    image = torch.zeros(plan.batch_size, channels, *plan.patch_size)
     label = torch.zeros(plan.batch_size, *plan.patch_size, dtype=torch.long)
     return step_seconds(network, image, label, half=half_pays(), repeats=3)
 
 
 def _settings(
-    folder: Path, plan: Plan, steps: int, own_schedule: bool
+    folder: Path, name: str, plan: Plan, steps: int, own_schedule: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The config's sections, and by dotted key why a value is what it is."""
     kinds = {normalisation.kind for normalisation in plan.normalisation}
@@ -173,19 +211,27 @@ def _settings(
             if own_schedule
             else "Gates at the skips; see docs/attention.md for the others, or none."
         ),
+        "data.first_stage": f"{plan.reasons['low_resolution']} The labels that it finds there go "
+        "beside the image; without this line there is one stage. They are better on cases that "
+        "the first stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
+        "all named here, give each case labels of a model that never saw it.",
         "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
         "train.averaging": "A running average of the weights scores better than the last of them.",
         "train.batch_dice": plan.reasons["batch_dice"],
     }
-    name = folder.resolve().name
     tree = {
-        "name": "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-")
-        or "run",
+        "name": name,
         "data": data,
         "network": network,
         "train": train,
     }
     return tree, reasons
+
+
+def _run_name(folder: Path) -> str:
+    """The folder's name, in the letters that a run's may have."""
+    name = folder.resolve().name
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
 
 
 def _commented(tree: dict[str, Any], reasons: dict[str, str], heading: str) -> str:

@@ -32,6 +32,7 @@ from segkit.build import (
     interpolation_order,
     volume_patch,
 )
+from segkit.cascade import described, first_models, first_stage_of, label_cases
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
@@ -53,6 +54,7 @@ from segkit.run_folder import (
     stopped_run,
 )
 from segkit.settle import Track, check_images, describe
+from segkit.volume import read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,8 @@ def _train(
     dataset = read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
-    description = describe(config, dataset, train_cases, track)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    description = described(describe(config, dataset, train_cases, track), first_stage)
     config = resolved(config, description)
     resumed = folder is not None
     if folder is None:
@@ -133,20 +136,34 @@ def _train(
     if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
+    cache = config.data.cache or runs / ".cache"
+    first_labels = label_cases(
+        (*train_cases, *held_out),
+        dataset,
+        first_stage,
+        cache=cache,
+        device={"gpu": "cuda"}.get(config.trainer.accelerator, config.trainer.accelerator),
+        track=track,
+    )
     store = partial(
         store_cases,
         dataset=dataset,
-        folder=config.data.cache or runs / ".cache",
+        folder=cache,
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
         order=interpolation_order(description),
         settings=[setting.model_dump() for setting in description.normalisation],
+        first_labels=first_labels,
     )
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
     vary, margin = build_variation(
-        config.data, patch_size, spacing=description.spacing, labels=dataset.labelling.value_names
+        config.data,
+        patch_size,
+        spacing=description.spacing,
+        labels=dataset.labelling.value_names,
+        first_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
@@ -240,7 +257,7 @@ def _train(
     if not first:
         sys.exit(0)
 
-    model = Model(description, network.eval())
+    model = Model(description, network.eval(), tuple(stage.model for stage in first_stage))
     save_model(folder / "model", model)
     best_dice = best.best_model_score
     summary = {
@@ -252,14 +269,28 @@ def _train(
         "training_cases": len(train_cases),
         "validation": {
             "note": "whole held-out volumes, on their own grids, by the final weights",
-            **score(model, dataset, held_out, track, device=str(trainer.strategy.root_device)),
+            **score(
+                model,
+                dataset,
+                held_out,
+                track,
+                device=str(trainer.strategy.root_device),
+                first_labels=first_labels,
+            ),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
+        **first_stage_of(first_stage, train_cases, held_out),
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
     network.to("cpu")
     return Run(folder, summary, model)
+
+
+def after(config: Config, first: Run) -> Config:
+    """The config of a second stage, which is given the labels of a run."""
+    data = config.data.model_copy(update={"first_stage": [first.folder]})
+    return config.model_copy(update={"data": data})
 
 
 def precision(config: Config) -> str | int:
@@ -289,6 +320,8 @@ def resolved(config: Config, description: ModelDescription) -> Config:
             "spacing": description.spacing,
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
+            "first_stage": config.data.first_stage
+            and [path.resolve() for path in config.data.first_stage],
         }
     )
     train = config.train.model_copy(
@@ -299,11 +332,19 @@ def resolved(config: Config, description: ModelDescription) -> Config:
 
 
 def score(
-    model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
+    model: Model,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+    *,
+    device: str = "auto",
+    first_labels: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
     Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    `first_labels` are files with the labels that a first stage gives each case: those of its models
+    that held the case out, where the whole first stage would do better than on a new case.
     """
     predictor = Predictor(model, device=device)
     labelling = dataset.labelling
@@ -312,7 +353,8 @@ def score(
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
-        prediction = predictor(image)
+        known = read_volume(first_labels[case.name]) if first_labels else None
+        prediction = predictor(image, first_labels=known)
         if prediction.presence is not None:
             told_right.append(
                 [

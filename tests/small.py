@@ -9,7 +9,7 @@ from segkit.config import Config
 from segkit.config_file import validated
 from segkit.geometry import Grid
 from segkit.training import train
-from segkit.volume import Volume, write_volume
+from segkit.volume import Volume, read_volume, write_volume
 
 
 def small_dataset(folder: Path, num_cases: int = 4, size: int = 16) -> Path:
@@ -31,6 +31,17 @@ def small_dataset(folder: Path, num_cases: int = 4, size: int = 16) -> Path:
         "training": entries,
     }
     (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def magnified(folder: Path, times: int) -> Path:
+    """The dataset with each voxel repeated along each axis, every one of 1 mm."""
+    for path in sorted(folder.glob("*Tr/*.nii.gz")):
+        data = read_volume(path).data
+        for axis in range(3):
+            data = data.repeat(times, axis)
+        x, y, z = data.shape
+        write_volume(path, Volume(data, Grid((x, y, z), np.eye(4))))
     return folder
 
 

@@ -424,3 +424,30 @@ def test_positions_leave_out_what_is_ignored_and_say_what_is_not(tmp_path: Path)
     dataset = Dataset(tmp_path / "data", (case,), ("T1", "T2"), {**classes, "farther": 3})
     again = store_in(tmp_path / "cache", dataset)
     assert again.folder != stored.folder and sorted(again.positions) == [1, 2, 3]
+
+
+def test_a_first_stages_labels_are_the_last_channel_and_name_the_folder(
+    tmp_path: Path, case: Case, dataset: Dataset
+) -> None:
+    volume, reference = read_case(case, dataset)
+    prepared = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp])
+    stored = []
+    for number in (1, 2):
+        path = tmp_path / f"first-{number}.nii.gz"
+        said = reference.like((reference.data == number).astype(np.uint8))
+        write_volume(path, said)
+        (one,) = store_cases(
+            [case],
+            dataset,
+            folder=tmp_path / "cache",
+            spacing=SPACING,
+            normalisers=[halved, torch.exp],
+            settings="halved",
+            first_labels={"one": path},
+        )
+        assert_array_equal(one.image[:2], prepared.image.numpy().astype(one.image.dtype))
+        assert_array_equal(one.image[2], prepare_label(said, prepared).numpy())
+        stored.append(one)
+    stored.append(store_in(tmp_path / "cache", dataset))
+    assert len({one.folder for one in stored}) == 3
+    assert len(stored[2].image) == 2

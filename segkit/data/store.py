@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from jaxtyping import Float, Integer
 from numpy import ndarray
 
 from segkit.data.cases import Case, Dataset, read_case
+from segkit.data.first_stage import with_labels
 from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
 from segkit.geometry import Orientation
-from segkit.volume import read_grid
+from segkit.volume import read_grid, read_volume
 
 FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
@@ -82,26 +83,29 @@ def store_cases(
     normalisers: Sequence[Normaliser],
     order: Literal[1, 3] = 1,
     settings: Any,
+    first_labels: Mapping[str, Path] | None = None,
     track: Callable[[Iterable[Case]], Iterable[Case]] = iter,
     num_processes: int | None = None,
 ) -> tuple[StoredCase, ...]:
     """Prepare each case that is not in `folder` yet, in as many processes as that is worth.
 
     `settings` is whatever JSON-able value names the normalisers; it goes into the digest beside the
-    spacing, the order of interpolation and the files' sizes and times. `track` may show progress.
-    For more processes than one, the normalisers must pickle.
+    spacing, the order of interpolation and the files' sizes and times. `first_labels` are files
+    with a first stage's labels of each case by its name, which become the last channel of its
+    image. `track` may show progress. For more processes than one, the normalisers must pickle.
 
     Raises DatasetError or VolumeError as `read_case` does, and WorkerError where a process was
     killed. Cases that were stored by then stay.
     """
     described = replace(dataset, cases=())
+    firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
     stored = [
         StoredCase(case.name, folder / f"{case.name}-{digest}")
         for case in cases
-        for digest in [_digest(case, dataset, spacing, order, settings)]
+        for digest in [_digest(case, dataset, spacing, order, settings, firsts[case.name])]
     ]
     pending = [
-        (case, target.folder)
+        (case, firsts[case.name], target.folder)
         for case, target in zip(cases, stored, strict=True)
         if not target.folder.is_dir()
     ]
@@ -110,7 +114,7 @@ def store_cases(
             pass
         return tuple(stored)
     if num_processes is None:
-        num_processes = _processes([case for case, _ in pending], spacing, len(normalisers))
+        num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
     folder.mkdir(parents=True, exist_ok=True)
     # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
     # process included, takes with it what was not finished.
@@ -124,7 +128,7 @@ def store_cases(
             order=order,
         )
         fresh = in_processes(store, pending, min(num_processes, len(pending)))
-        names = {case.name for case, _ in pending}
+        names = {case.name for case, *_ in pending}
         for _ in track(_as_stored(cases, names, fresh)):
             pass
     return tuple(stored)
@@ -191,7 +195,7 @@ def _processes(cases: Sequence[Case], spacing: Sequence[float], num_channels: in
 
 
 def _store(
-    task: tuple[Case, Path],
+    task: tuple[Case, Path | None, Path],
     *,
     dataset: Dataset,
     partial_folder: Path,
@@ -199,13 +203,15 @@ def _store(
     normalisers: Sequence[Normaliser],
     order: Literal[1, 3],
 ) -> None:
-    case, target = task
+    case, first, target = task
     volume, label_volume = read_case(case, dataset)
     # A case without an image has its background in its label; its own image stays blank.
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
     prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
+    if first is not None:
+        image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
     write_arrays(inside, image, label, ignore=dataset.ignore)
@@ -239,9 +245,15 @@ def _positions(
 
 
 def _digest(
-    case: Case, dataset: Dataset, spacing: Sequence[float], order: int, settings: Any
+    case: Case,
+    dataset: Dataset,
+    spacing: Sequence[float],
+    order: int,
+    settings: Any,
+    first: Path | None,
 ) -> str:
-    files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
+    paths = [*case.images, case.label, *([first] if first else [])]
+    files = [(str(path.resolve()), path.stat()) for path in paths]
     content = {
         "format": FORMAT,
         "channels": dataset.channels,

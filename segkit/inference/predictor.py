@@ -9,6 +9,7 @@ and let go.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from segkit.build import build_normalisers, interpolation_order, volume_patch
+from segkit.data.first_stage import majority, with_labels
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
@@ -94,6 +96,7 @@ class Predictor:
         self.layout = window_layout(model.network, volume_patch(model.description), overlap)
         self.batch_size = batch_size
         self.normalisers = build_normalisers(model.description.normalisation)
+        self.overlap, self.device, self.precision = overlap, device, precision
 
     @classmethod
     def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> "Predictor":
@@ -106,14 +109,16 @@ class Predictor:
         *,
         maps: bool = False,
         probabilities: bool = False,
+        first_labels: Volume | None = None,
         track: Track = lambda slabs, count: slabs,
     ) -> Prediction:
         """Labels of every voxel of `volume`, and probabilities and attention maps where asked for.
 
-        `track(slabs, count)` may show progress. Raises ModelError where the channels do not fit,
-        VolumeError for voxels that are not numbers.
+        `first_labels` are those of the first stage where they are known already; a model with one
+        finds them itself. `track(slabs, count)` may show progress. Raises ModelError where the
+        channels do not fit, VolumeError for voxels that are not numbers.
         """
-        prepared = self.prepare(volume)
+        prepared = self.prepare(volume, first_labels, track)
         infos = self.model.network.maps() if maps else {}
         vectors = ChannelMoments()
         presence: list[Tensor] = []
@@ -179,7 +184,12 @@ class Predictor:
             _present(presence, list(self.model.description.labels)[1:]) if presence else None,
         )
 
-    def prepare(self, volume: Volume) -> Prepared:
+    def prepare(
+        self,
+        volume: Volume,
+        first_labels: Volume | None = None,
+        track: Track = lambda slabs, count: slabs,
+    ) -> Prepared:
         """The volume as the network sees it. Raises ModelError and VolumeError as a call does."""
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
@@ -190,11 +200,29 @@ class Predictor:
             )
         if not np.isfinite(volume.data).all():
             raise VolumeError("the volume holds voxels that are not numbers; repair it")
-        return prepare(
+        two_stages = self.model.description.first_stage is not None
+        if two_stages and first_labels is None:
+            first_labels = majority([stage(volume, track=track).labels for stage in self.first])
+        prepared = prepare(
             volume,
             spacing=self.model.description.spacing,
             normalisers=self.normalisers,
             order=interpolation_order(self.model.description),
+        )
+        return with_labels(prepared, first_labels) if two_stages and first_labels else prepared
+
+    @cached_property
+    def first(self) -> "tuple[Predictor, ...]":
+        """Predictors of the model's first stage, made when they are first asked for."""
+        return tuple(
+            Predictor(
+                model,
+                device=self.device,
+                overlap=self.overlap,
+                batch_size=self.batch_size,
+                precision=self.precision,
+            )
+            for model in self.model.first
         )
 
 
