@@ -253,6 +253,15 @@ class Config(Section):
         return self
 
 
+class Postprocessing(Section):
+    """What is done to predicted labels, adopted by cross-validation alone; nothing by default."""
+
+    largest_foreground: bool = False
+    """Whether of all that is not background only the largest component stays."""
+    largest_of: tuple[Positive, ...] = ()
+    """The numbers of the labels of which, after that, only the largest component stays."""
+
+
 class ModelDescription(Section):
     """All that prediction needs beside the weights; the content of `model.json`."""
 
@@ -270,3 +279,4 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+    postprocessing: Postprocessing = Postprocessing()

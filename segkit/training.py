@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -23,9 +24,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from numpy import ndarray
 
 from segkit.averaging import Averaging
 from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.components import Operation, candidates, class_means
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
@@ -35,7 +38,7 @@ from segkit.data.store import store_cases
 from segkit.errors import ConfigError
 from segkit.files import write_json, write_text
 from segkit.inference.predictor import Predictor, segment_prepared
-from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.metrics.overlap import Overlap, confusion_matrix, mean_of_defined
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
 from segkit.run_folder import (
@@ -114,6 +117,10 @@ def _train(
     description = describe(config, dataset, train_cases, track)
     config = resolved(config, description)
     resumed = folder is not None
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    network = build_network(description)
+    if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
+        logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
@@ -121,10 +128,6 @@ def _train(
             write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
-    L.seed_everything(config.train.seed, workers=True, verbose=False)
-    network = build_network(description)
-    if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
-        logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
     store = partial(
         store_cases,
@@ -232,6 +235,10 @@ def _train(
     model = Model(description, network.eval())
     save_model(folder / "model", model)
     best_dice = best.best_model_score
+    # A fold is a piece of a cross-validation, which may adopt what a single run never does.
+    numbers = list(description.labels.values())[1:]
+    operations = {} if config.data.fold is None else candidates(numbers)
+    device = str(trainer.strategy.root_device)
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -241,7 +248,7 @@ def _train(
         "training_cases": len(train_cases),
         "validation": {
             "note": "whole held-out volumes, on their own grids, by the final weights",
-            **score(model, dataset, held_out, track, device=str(trainer.strategy.root_device)),
+            **score(model, dataset, held_out, track, device=device, operations=operations),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
         "versions": versions(),
@@ -274,9 +281,14 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 def resolved(config: Config, description: ModelDescription) -> Config:
     """The config with the spacing that was settled, so that the run's own says it all."""
+    data = config.data.model_copy(update={"spacing": description.spacing})
+    return with_whole_paths(config.model_copy(update={"data": data}))
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with paths that mean the same from any working directory."""
     data = config.data.model_copy(
         update={
-            "spacing": description.spacing,
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
         }
@@ -288,11 +300,22 @@ def resolved(config: Config, description: ModelDescription) -> Config:
 
 
 def score(
-    model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
+    model: Model,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+    *,
+    device: str = "auto",
+    operations: Mapping[str, Operation] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
+    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
+
+    Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
+    `dice_of_cases_after`: all that a cross-validation must know to adopt one.
+    """
     predictor = Predictor(model, device=device)
     dice: dict[str, list[float]] = {}
+    after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
@@ -304,15 +327,21 @@ def score(
                     for number, probability in enumerate(prediction.presence.values(), start=1)
                 ]
             )
-        matrix = confusion_matrix(
-            torch.from_numpy(prediction.labels.data.astype(np.int64)),
-            torch.from_numpy(label.data.astype(np.int64)),
-            len(dataset.labels),
-        )
-        dice[case.name] = Overlap.from_confusion(matrix).dice[1:].tolist()
+        dice[case.name] = dice_of(prediction.labels.data, label.data, dataset)
+        for name, operation in operations.items():
+            after[name][case.name] = dice_of(operation(prediction.labels.data), label.data, dataset)
     names = list(dataset.labels)[1:]
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
-    means = [_mean(column) for column in table.T]
+    means = class_means(table)
+
+    def told_by_name(rows: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+        return {case: dict(zip(names, row, strict=True)) for case, row in rows.items()}
+
+    evidence = {}
+    if after:
+        evidence = {
+            "dice_of_cases_after": {name: told_by_name(rows) for name, rows in after.items()}
+        }
     told = {}
     if told_right:
         shares = np.mean(told_right, axis=0).tolist()
@@ -320,10 +349,21 @@ def score(
     return {
         "cases": len(cases),
         **told,
-        "dice": dict(zip(names, means, strict=True)),
-        "mean_dice": _mean(np.array(means)),
-        "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
+        "dice": dict(zip(names, means.tolist(), strict=True)),
+        "mean_dice": mean_of_defined(means),
+        "dice_of_cases": told_by_name(dice),
+        **evidence,
     }
+
+
+def dice_of(prediction: ndarray, reference: ndarray, dataset: Dataset) -> list[float]:
+    """The Dice of each class but the background; NaN of one that is in neither."""
+    matrix = confusion_matrix(
+        torch.from_numpy(prediction.astype(np.int64)),
+        torch.from_numpy(reference.astype(np.int64)),
+        len(dataset.labels),
+    )
+    return Overlap.from_confusion(matrix).dice[1:].tolist()
 
 
 def versions() -> dict[str, str]:
@@ -332,9 +372,3 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("segkit", "torch", "lightning", "numpy")},
     }
-
-
-def _mean(scores: np.ndarray) -> float:
-    """The mean of those that are defined; not a number where none is."""
-    defined = scores[~np.isnan(scores)]
-    return float(defined.mean()) if len(defined) else float("nan")
