@@ -39,9 +39,11 @@ def apply(
         return labels
     kept = labels.copy(order="K")
     if largest_foreground:
-        _remove_the_rest(kept, kept > 0)
-    for number in sorted(largest_of):
-        _remove_the_rest(kept, kept == number)
+        for box in ndimage.find_objects((kept > 0).view(np.uint8)):
+            _remove_the_rest(kept[box], kept[box] > 0)
+    for number, box in enumerate(ndimage.find_objects(kept) if largest_of else (), start=1):
+        if number in largest_of and box is not None:
+            _remove_the_rest(kept[box], kept[box] == number)
     return kept
 
 
@@ -115,7 +117,4 @@ def class_means(table: Float64[ndarray, "case classes"]) -> Float64[ndarray, " c
 
 def _remove_the_rest(labels: Integer[ndarray, "*space"], mask: Bool[ndarray, "*space"]) -> None:
     """Set to 0, in place, what of the mask is not in its largest component."""
-    boxes = ndimage.find_objects(mask.view(np.uint8))
-    if boxes:
-        box = boxes[0]
-        labels[box][mask[box] & ~largest_component(mask[box])] = 0
+    labels[mask & ~largest_component(mask)] = 0

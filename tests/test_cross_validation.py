@@ -1,6 +1,7 @@
 """Laws of a cross-validation: folds are runs, their cases are pooled, and evidence decides."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,33 @@ def test_the_evidence_is_the_dice_of_the_predicted_labels_after_each_operation(
             kept = function(labels)
             dice = 2 * (kept * label).sum() / (kept.sum() + label.sum())
             assert told[operation][name]["ball"] == pytest.approx(dice, abs=1e-12)
+
+
+def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    for fold in range(5):
+        path = folder / f"fold_{fold}" / "summary.json"
+        content = read(path)
+        for name, dice in content["validation"]["dice_of_cases"].items():
+            dice["ball"] = 0.5
+            for operation in (FOREGROUND, CLASSES, BOTH):
+                content["validation"]["dice_of_cases_after"][operation][name]["ball"] = 0.75
+        path.write_text(json.dumps(content))
+    result = resume(folder)
+    assert result.summary["validation"]["mean_dice"] == 0.5
+    # Of one class, its largest component is the foreground's.
+    told = result.summary["postprocessing"]
+    assert told["largest_foreground"] and told["largest_of"] == []
+    assert told["adopted"]["mean_dice"] == 0.75
+    assert result.post_processing() == (
+        "post-processing: largest component of the whole foreground; mean Dice 0.750"
+    )
+    for model in model_folders(folder):
+        assert load_model(model).description.postprocessing == Postprocessing(
+            largest_foreground=True
+        )
 
 
 def validation(cases: dict[str, tuple[float | None, float | None]]) -> dict[str, Any]:
