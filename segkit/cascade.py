@@ -18,14 +18,14 @@ from segkit.errors import ModelError
 from segkit.inference.predictor import Predictor
 from segkit.model import (
     DESCRIPTION,
+    SUMMARY,
     WEIGHTS,
     Model,
     check_first_stage,
+    load_description,
     load_model,
     model_folder,
-    read_description,
 )
-from segkit.run_folder import SUMMARY
 from segkit.settle import Track
 from segkit.volume import Volume, write_volume
 
@@ -54,7 +54,7 @@ def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, .
     found: list[FirstModel] = []
     for path in paths:
         folder = model_folder(path)
-        description = read_description(folder)
+        description = load_description(folder)
         if tuple(description.channels) != dataset.channels:
             raise ModelError(
                 f"{folder}: takes the channels {', '.join(description.channels)}, and "

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from segkit.errors import SegkitError
+from segkit.errors import ConfigError, SegkitError
 
 app = typer.Typer(
     help="Segment medical images with attention U-Nets, and see where their gates look.",
@@ -143,17 +143,23 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
+        ),
+    ] = None,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
     from segkit.config_file import changed, load_config
-    from segkit.errors import ConfigError
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
+    wanted = _folds(folds)
     settings = low = None
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
-    from segkit import training
+    from segkit import cross_validation, training
     from segkit.progress import Tracker, TrainingProgress
 
     if config is not None and config.is_dir():
@@ -185,16 +191,35 @@ def train(
         _say(planned.text.rstrip())
 
     _hush()
-    progress = [TrainingProgress(console)]
+    progress, track = [TrainingProgress(console)], Tracker(console)
+    result: training.Run | cross_validation.CrossValidation
     if settings is not None and low is not None:
-        first = training.train(low, runs=runs, callbacks=progress, track=Tracker(console))
+        if wanted:
+            raise ConfigError(
+                f"{config}: is planned in two stages, and --folds trains one; write the plan first "
+                f"and give each stage its folds: segkit plan {config}"
+            )
+        first = training.train(low, runs=runs, callbacks=progress, track=track)
         _tell(first.folder, first.summary)
         settings = training.after(settings, first)
-    if settings is not None:
-        result = training.train(settings, runs=runs, callbacks=progress, track=Tracker(console))
+    if settings is not None and wanted:
+        result = cross_validation.cross_validate(
+            settings, wanted, runs=runs, say=_say, callbacks=progress, track=track
+        )
+    elif settings is not None:
+        result = training.train(settings, runs=runs, callbacks=progress, track=track)
     else:
         assert resume is not None
-        result = training.resume(resume, callbacks=progress, track=Tracker(console))
+        if cross_validation.is_cross_validation(resume):
+            result = cross_validation.resume(
+                resume, wanted, say=_say, callbacks=progress, track=track
+            )
+        elif wanted:
+            raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
+        else:
+            result = training.resume(resume, callbacks=progress, track=track)
+    if isinstance(result, cross_validation.CrossValidation):
+        _say(result.post_processing())
     _tell(result.folder, result.summary)
     _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
 
@@ -361,6 +386,16 @@ def check(
     from segkit.progress import Tracker
 
     _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+
+
+def _folds(text: str | None) -> tuple[int, ...]:
+    """The numbers of folds that were named; none where nothing was."""
+    if text is None:
+        return ()
+    words = ["0", "1", "2", "3", "4"] if text == "all" else text.split(",")
+    if not all(word.strip() in {"0", "1", "2", "3", "4"} for word in words):
+        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 to 4 such as 0,2")
+    return tuple(int(word) for word in words)
 
 
 def _say(text: str) -> None:

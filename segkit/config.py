@@ -281,6 +281,15 @@ class FirstStage(Section):
     """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
 
 
+class Postprocessing(Section):
+    """What is done to predicted labels, adopted by cross-validation alone; nothing by default."""
+
+    largest_foreground: bool = False
+    """Whether of all that is not background only the largest component stays."""
+    largest_of: tuple[Positive, ...] = ()
+    """The numbers of the labels of which, after that, only the largest component stays."""
+
+
 class ModelDescription(Section):
     """All that prediction needs beside the weights; the content of `model.json`."""
 
@@ -306,6 +315,7 @@ class ModelDescription(Section):
     patch_size: list[Positive]
     first_stage: FirstStage | None = None
     """Whose labels, where there is one, are one more channel of the input behind the image's."""
+    postprocessing: Postprocessing = Postprocessing()
 
     @model_validator(mode="after")
     def _regions_are_written(self) -> Self:

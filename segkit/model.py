@@ -6,6 +6,7 @@ Neither can run code when it is read.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from segkit.build import build_network
-from segkit.config import ModelDescription
+from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
@@ -24,6 +25,12 @@ from segkit.nn.planes import SegmentationNetwork, unet_of
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
 FIRST = "first"
+SUMMARY = "summary.json"
+"""What a finished run, or a finished cross-validation, has beside its models."""
+FOLD = "fold_"
+"""Before its number, the name of a fold's run in the folder of a cross-validation."""
+CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
+"""Names of weights in the blocks of a U-Net."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +60,12 @@ def load_model(path: Path) -> Model:
     stage not it.
     """
     folder = model_folder(path)
-    description = read_description(folder)
+    description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
         inside = folder / FIRST / str(number)
         # Looked at before it is loaded: a first stage of a first stage ends here.
-        told = read_description(inside)
+        told = load_description(inside)
         if told.channels != description.channels:
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
@@ -81,7 +88,7 @@ def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[s
         )
 
 
-def read_description(folder: Path) -> ModelDescription:
+def load_description(folder: Path) -> ModelDescription:
     """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
     source = folder / DESCRIPTION
     try:
@@ -106,37 +113,69 @@ def _with_weights(folder: Path, description: ModelDescription, first: tuple[Mode
     return model
 
 
+def adopt(folder: Path, postprocessing: Postprocessing) -> None:
+    """Write what is to be done to predicted labels into the description of a model folder."""
+    description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
+    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+
+
 def start_from(network: SegmentationNetwork, path: Path) -> str:
     """Give a network the weights of a model, wherever name and shape are the same, and say so.
 
     A model of other classes or channels lends all but its first or last layers. Raises ModelError
-    where there is no model or nothing fits.
+    where there is no model, where there are several, and where no convolution of its blocks fits:
+    a network of another kind or width would take its biases alone, which teach nothing.
     """
+    folders = model_folders(path)
+    if len(folders) > 1:
+        raise ModelError(
+            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
+            f"{folders[0].parent}"
+        )
     lent = _weights(load_model(path))
     own = unet_of(network).state_dict()
     fitting = {
         key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
     }
-    if not fitting:
-        raise ModelError(f"{path}: none of its weights fits the network; give both one topology")
+    if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
+        raise ModelError(
+            f"{path}: none of its weights fits the network; give both the same "
+            f"network.spatial_dims, channels, strides and kernels"
+        )
     unet_of(network).load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the model: `path` itself, or `path/model` for a run."""
+    """The folder with the model: the only one of `model_folders`, or the first fold's."""
+    return model_folders(path)[0]
+
+
+def model_folders(path: Path) -> tuple[Path, ...]:
+    """The folders with the models: `path` itself, `path/model` for a run, or those of the finished
+    folds of a cross-validation, in order. Raises ModelError where there is none.
+    """
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
-            return folder
-    raise ModelError(f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither")
+            return (folder,)
+    folds = sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+    if not folds:
+        raise ModelError(
+            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither"
+        )
+    return tuple(description.parent for description in folds)
 
 
 def newest_model(runs: Path) -> Path:
-    """The model folder of the run that finished last. Raises ModelError where there is none."""
-    finished = sorted(runs.glob(f"*/model/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    """What finished last: a run's model folder, or the folder of a cross-validation, of which
+    `model_folders` gives the models. Raises ModelError where there is none.
+    """
+    finished = list(runs.glob(f"*/model/{DESCRIPTION}"))
+    of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
+    finished += [path for path in of_folds if path.is_file()]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
-    return finished[-1].parent
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
 def _weights(model: Model) -> dict[str, torch.Tensor]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -33,16 +32,16 @@ from segkit.build import (
     volume_patch,
 )
 from segkit.cascade import described, first_models, first_stage_of, label_cases
+from segkit.components import candidates
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
-from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
+from segkit.data.cases import Case, Dataset, fold_of, read_dataset, split
 from segkit.data.datamodule import SegmentationData
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
 from segkit.errors import ConfigError
 from segkit.files import write_json, write_text
-from segkit.inference.predictor import Predictor, segment_prepared
-from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.inference.predictor import segment_prepared
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
 from segkit.processor import half_pays
@@ -53,8 +52,8 @@ from segkit.run_folder import (
     new_run_folder,
     stopped_run,
 )
+from segkit.scoring import score
 from segkit.settle import Track, check_images, describe
-from segkit.volume import read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +123,10 @@ def _train(
     description = described(describe(config, dataset, train_cases, track), first_stage)
     config = resolved(config, description)
     resumed = folder is not None
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    network = build_network(description)
+    if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
+        logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
@@ -131,10 +134,6 @@ def _train(
             write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
-    L.seed_everything(config.train.seed, workers=True, verbose=False)
-    network = build_network(description)
-    if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
-        logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
     cache = config.data.cache or runs / ".cache"
     first_labels = label_cases(
@@ -260,6 +259,10 @@ def _train(
     model = Model(description, network.eval(), tuple(stage.model for stage in first_stage))
     save_model(folder / "model", model)
     best_dice = best.best_model_score
+    # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
+    # overlap, so that what is left of one is not its own affair.
+    adopts = config.data.fold is not None and not dataset.regions
+    operations = candidates(list(description.labels.values())[1:]) if adopts else {}
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -276,6 +279,7 @@ def _train(
                 track,
                 device=str(trainer.strategy.root_device),
                 first_labels=first_labels,
+                operations=operations,
             ),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
@@ -315,9 +319,15 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 def resolved(config: Config, description: ModelDescription) -> Config:
     """The config with spacing and precision settled, so that the run's own says it all."""
+    data = config.data.model_copy(update={"spacing": description.spacing})
+    trainer = config.trainer.model_copy(update={"precision": precision(config)})
+    return with_whole_paths(config.model_copy(update={"data": data, "trainer": trainer}))
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with paths that mean the same from any working directory."""
     data = config.data.model_copy(
         update={
-            "spacing": description.spacing,
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
             "first_stage": config.data.first_stage
@@ -327,62 +337,7 @@ def resolved(config: Config, description: ModelDescription) -> Config:
     train = config.train.model_copy(
         update={"start_from": config.train.start_from and config.train.start_from.resolve()}
     )
-    trainer = config.trainer.model_copy(update={"precision": precision(config)})
-    return config.model_copy(update={"data": data, "train": train, "trainer": trainer})
-
-
-def score(
-    model: Model,
-    dataset: Dataset,
-    cases: Sequence[Case],
-    track: Track,
-    *,
-    device: str = "auto",
-    first_labels: Mapping[str, Path] | None = None,
-) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
-
-    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
-    `first_labels` are files with the labels that a first stage gives each case: those of its models
-    that held the case out, where the whole first stage would do better than on a new case.
-    """
-    predictor = Predictor(model, device=device)
-    labelling = dataset.labelling
-    members = labelling.members
-    dice: dict[str, list[float]] = {}
-    told_right: list[list[bool]] = []
-    for case in track(cases, "scoring", len(cases)):
-        image, label = read_case(case, dataset)
-        known = read_volume(first_labels[case.name]) if first_labels else None
-        prediction = predictor(image, first_labels=known)
-        if prediction.presence is not None:
-            told_right.append(
-                [
-                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
-                    for name, numbers in members.items()
-                ]
-            )
-        matrix = confusion_matrix(
-            torch.from_numpy(prediction.labels.data.astype(np.int64)),
-            torch.from_numpy(label.data.astype(np.int64)),
-            len(labelling.value_names),
-        )
-        overlap = Overlap.of_groups(matrix, list(members.values()), ignore=labelling.ignore)
-        dice[case.name] = overlap.dice.tolist()
-    names = list(members)
-    table = np.array(list(dice.values())).reshape(len(dice), len(names))
-    means = [_mean(column) for column in table.T]
-    told = {}
-    if told_right:
-        shares = np.mean(told_right, axis=0).tolist()
-        told = {"presence_accuracy": dict(zip(names, shares, strict=True))}
-    return {
-        "cases": len(cases),
-        **told,
-        "dice": dict(zip(names, means, strict=True)),
-        "mean_dice": _mean(np.array(means)),
-        "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
-    }
+    return config.model_copy(update={"data": data, "train": train})
 
 
 def versions() -> dict[str, str]:
@@ -391,9 +346,3 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("segkit", "torch", "lightning", "numpy")},
     }
-
-
-def _mean(scores: np.ndarray) -> float:
-    """The mean of those that are defined; not a number where none is."""
-    defined = scores[~np.isnan(scores)]
-    return float(defined.mean()) if len(defined) else float("nan")

@@ -23,7 +23,8 @@ from segkit.errors import ConfigError, ModelError
 from segkit.inference.predictor import Predictor
 from segkit.model import Model, load_model, newest_model, save_model
 from segkit.nn.unet import UNet
-from segkit.training import Run, after, resume, score, train
+from segkit.scoring import score
+from segkit.training import Run, after, resume, train
 from segkit.volume import Volume, read_volume
 from tests.small import small_config, small_dataset
 from tests.test_resume import StopAfter, StoppedError

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.build import build_network
-from segkit.config import CtWindow, ModelDescription, NetworkConfig
+from segkit.config import CtWindow, ModelDescription, NetworkConfig, Postprocessing
 from segkit.config_attention import (
     AdditiveGridGate,
     AttentionConfig,
@@ -104,6 +104,33 @@ def pooled_coordinates(strides: list[list[int]]) -> Model:
         assert tap.info is not None
         tap.info = replace(tap.info, lowest=-1e6, highest=1e6)
     return Model(told, built)
+
+
+def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
+    values = np.zeros((20, 12, 9), np.uint8)
+    values[2:6, 3:7, 2:6] = 1  # the larger
+    values[4:6, 3:5, 3:5] = 2  # a class inside it
+    values[12:15, 8:11, 4:7] = 2  # the smaller, the largest of its class
+    volume = Volume(values, Grid(values.shape, np.eye(4)))
+    told = description(classes=3, spacing=(1.0, 1.0, 1.0))
+    network = nearest_class(3)
+
+    def labels(adopted: Postprocessing) -> ndarray:
+        changed = told.model_copy(update={"postprocessing": adopted})
+        prediction = Predictor(Model(changed, network))(volume, probabilities=True)
+        # Probabilities stay those of the network.
+        assert prediction.probabilities is not None
+        assert_array_equal(prediction.probabilities.data.argmax(axis=3), values)
+        return prediction.labels.data
+
+    assert_array_equal(labels(Postprocessing()), values)
+    without_blob, without_inside = values.copy(), values.copy()
+    without_blob[12:15] = 0
+    assert_array_equal(labels(Postprocessing(largest_foreground=True)), without_blob)
+    without_inside[4:6, 3:5, 3:5] = 0
+    assert_array_equal(labels(Postprocessing(largest_of=(2,))), without_inside)
+    both = Postprocessing(largest_foreground=True, largest_of=(2,))
+    assert_array_equal(labels(both), without_blob)
 
 
 def class_volume(grid: Grid, classes: int) -> Volume:

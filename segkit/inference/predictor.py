@@ -4,7 +4,8 @@
                                         └────▶ maps, each on one coarse grid of its own
 
 A slab of logits is resampled to the volume's grid, a block of classes at a time, reduced to labels
-and let go.
+and let go. Post-processing, where a model has it, comes last: a component may span every slab, so
+it needs the labels of the whole volume in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from segkit import components
 from segkit.build import build_normalisers, interpolation_order, volume_patch
 from segkit.data.first_stage import majority, with_labels
 from segkit.data.preprocess import Prepared, prepare
@@ -60,9 +62,9 @@ class Prediction:
     """What a model makes of a volume."""
 
     labels: Volume
-    """The smallest unsigned type that holds them."""
+    """The smallest unsigned type that holds them, after the model's post-processing."""
     probabilities: Volume | None
-    """Float16, the classes or regions last."""
+    """Float16, the classes or regions last; post-processing leaves them as they are."""
     maps: dict[str, AttentionMap]
     presence: dict[str, float] | None = None
     """Of networks with a head for it, the probability that the volume holds any of each class: the
@@ -172,6 +174,8 @@ class Predictor:
             turned[:, :, rows] = logits.labels().cpu().numpy()
             if turned_shares is not None:
                 turned_shares[:, :, rows] = logits.probabilities().movedim(0, -1).cpu().numpy()
+        adopted = self.model.description.postprocessing
+        labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
             volume.like(labels),
             None if shares is None else volume.like(shares),

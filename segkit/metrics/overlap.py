@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float64, Int64, Integer
+from numpy import ndarray
 from torch import Tensor
 
 
@@ -38,6 +40,12 @@ def confusion_matrix(
             f"{_span(row)} in the reference; map them to 0..{num_classes - 1} or raise num_classes"
         )
     return counts.reshape(num_classes, num_classes)
+
+
+def mean_of_defined(scores: Float64[ndarray, " scores"]) -> float:
+    """The mean of those that are defined; not a number where none is."""
+    defined = scores[~np.isnan(scores)]
+    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def _span(labels: Int64[Tensor, "voxel"]) -> str:
