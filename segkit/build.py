@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Generator, Tensor
 
@@ -89,8 +90,7 @@ def build_variation(
     With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
     their intensities further would add nothing.
     """
-    names = default_mirror(labels) if config.mirror is None else config.mirror
-    mirror_axes = tuple(WORLD_AXES[name] for name in names)
+    mirror_axes = tuple(WORLD_AXES[name] for name in mirrored(config, labels))
     spatial = SpatialVariation(patch_size, mirror_axes, spacing=spacing)
     if config.synthesis is not None:
         draw = _synthesiser(config.synthesis, labels)
@@ -114,7 +114,14 @@ def build_variation(
     return vary, spatial.margin
 
 
-def default_mirror(labels: Sequence[str]) -> list[str]:
+def mirrored(config: DataConfig, labels: Sequence[str]) -> list[Literal["x", "y", "z"]]:
+    """The world axes along which patches are mirrored in training."""
+    if not config.augment and config.synthesis is None:
+        return []
+    return default_mirror(labels) if config.mirror is None else config.mirror
+
+
+def default_mirror(labels: Sequence[str]) -> list[Literal["x", "y", "z"]]:
     """The world axes along which a dataset may be mirrored: x, unless labels tell left from right.
 
     A label tells by a word of its name: left, right, l, r, lh or rh.

@@ -270,3 +270,5 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+    mirror: list[Literal["x", "y", "z"]] = Field([])
+    """World axes along which it was trained on mirror images as well."""

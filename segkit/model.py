@@ -89,6 +89,11 @@ def model_folder(path: Path) -> Path:
     raise ModelError(f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither")
 
 
+def model_folders(path: Path) -> tuple[Path, ...]:
+    """The folders with the models that a path stands for. Raises ModelError where there is none."""
+    return (model_folder(path),)
+
+
 def newest_model(runs: Path) -> Path:
     """The model folder of the run that finished last. Raises ModelError where there is none."""
     finished = sorted(runs.glob(f"*/model/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)

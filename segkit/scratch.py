@@ -4,19 +4,15 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-
-class Allocate(Protocol):
-    """Gives an array of zeros of a shape and type, its first axis fastest."""
-
-    def __call__(self, shape: Sequence[int], kind: np.dtype[Any]) -> ndarray:
-        """The array."""
+Allocate = Callable[[Sequence[int], np.dtype[Any]], ndarray]
+"""Gives an array of zeros of a shape and type, its first axis fastest."""
 
 
 def in_memory(shape: Sequence[int], kind: np.dtype[Any]) -> ndarray:

@@ -25,7 +25,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from segkit.averaging import Averaging
-from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.build import (
+    build_network,
+    build_normalisers,
+    build_variation,
+    mirrored,
+    volume_patch,
+)
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
@@ -111,7 +117,9 @@ def _train(
     dataset = read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
-    description = describe(config, dataset, train_cases, track)
+    description = describe(config, dataset, train_cases, track).model_copy(
+        update={"mirror": mirrored(config.data, list(dataset.labels))}
+    )
     config = resolved(config, description)
     resumed = folder is not None
     if folder is None:

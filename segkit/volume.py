@@ -210,7 +210,7 @@ def _write_nifti(path: Path, volume: Volume) -> None:
     image = _to_nifti(volume)
     data = np.asanyarray(image.dataobj)
     kind = image.get_data_dtype()
-    with ImageOpener(path, "wb") as file:
+    with ImageOpener(str(path), "wb") as file:
         image.header.set_slope_inter(1, 0)
         image.header.write_to(file)
         for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:

@@ -1,4 +1,4 @@
-"""Arrays in files are arrays, lose nothing when their memory is let go, and leave nothing behind."""
+"""Arrays in files lose nothing when their memory is let go, and leave nothing behind."""
 
 import os
 from pathlib import Path

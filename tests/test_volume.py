@@ -517,7 +517,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     volume = Volume(values_of("int16"), Grid(SHAPE, affine_of("RAS")))
 
     def write_half(*arguments: Any, **options: Any) -> None:
-        (path,) = (Path(a) for a in arguments if isinstance(a, str | Path) and a != "wb")
+        (path,) = (Path(a) for a in arguments if isinstance(a, str) and a != "wb")
         path.write_bytes(b"half a volume")
         raise failure
 

@@ -48,13 +48,16 @@ def prepare(
     box = body_box(turned)
     source = cropped(orientation.turn_grid(volume.grid), box)
     turned = turned[box]
-    # A copy, as channels are normalised in place and torch takes no reversed view.
-    image = torch.from_numpy(np.array(np.moveaxis(turned, 3, 0), np.float32, order="C"))
-    assert len(normalisers) == len(image), "one normaliser per channel"
-    for channel, normalise in zip(image, normalisers, strict=True):
-        channel.copy_(normalise(channel))
+    assert len(normalisers) == turned.shape[3], "one normaliser per channel"
     grid = source.with_spacing(spacing)
-    return Prepared(resample(image, source.positions_of(grid)), grid, source, box, orientation)
+    positions = source.positions_of(grid)
+    image = torch.empty(len(normalisers), *grid.shape)
+    # One channel after the other, so that one at a time is held at the volume's own spacing.
+    for channel, normalise in enumerate(normalisers):
+        # A copy, as torch takes no reversed view.
+        own = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
+        image[channel] = resample(normalise(own)[None], positions)[0]
+    return Prepared(image, grid, source, box, orientation)
 
 
 def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]:
