@@ -91,7 +91,7 @@ class SourceRows:
 
 
 def to_source_rows(
-    slabs: Iterable[Float[Tensor, "channel x y slab_rows"]],
+    slabs: Iterable[Float[Tensor, "channel x y _"]],
     prepared: Prepared,
     *,
     with_spread: bool = False,
