@@ -214,7 +214,7 @@ def _write_nifti(path: Path, volume: Volume) -> None:
         image.header.set_slope_inter(1, 0)
         image.header.write_to(file)
         for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
-            file.write(np.asarray(channel, kind).tobytes(order="F"))
+            file.write(np.asarray(channel, kind, order="F").T)
             release(data)
 
 

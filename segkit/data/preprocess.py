@@ -55,8 +55,9 @@ def prepare(
     # One channel after the other, so that one at a time is held at the volume's own spacing.
     for channel, normalise in enumerate(normalisers):
         # A copy, as torch takes no reversed view.
-        own = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
-        image[channel] = resample(normalise(own)[None], positions)[0]
+        values = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
+        values = normalise(values)
+        image[channel] = resample(values[None], positions)[0]
     return Prepared(image, grid, source, box, orientation)
 
 
