@@ -214,7 +214,8 @@ def _write_nifti(path: Path, volume: Volume) -> None:
         image.header.set_slope_inter(1, 0)
         image.header.write_to(file)
         for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
-            file.write(np.asarray(channel, kind, order="F").T)
+            stored: Any = np.asarray(channel, kind, order="F").T
+            file.write(stored)  # without a copy, as its first axis is the slowest now
             release(data)
 
 

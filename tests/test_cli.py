@@ -1,6 +1,7 @@
 """What a user sees: files, one sentence, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,51 @@ def test_check_names_the_case_whose_label_lies_elsewhere(
     nib.save(nib.Nifti1Image(values, np.diag([2.0, 1, 1, 1])), path)
     code, _, err = run("check", folder, capsys=capsys)
     assert code == 2 and "case_1.nii.gz: its grid" in err
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    for seed, name in enumerate("abc"):
+        values = np.random.default_rng(seed).random((16, 16, 16), np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_several_models_mirrored_say_how_far_they_agree(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    scans: Path,
+) -> None:
+    assert json.loads((finished / "model" / "model.json").read_text())["mirror"] == ["x"]
+    words = ["predict", scans / "a.nii.gz", "--tta", "--uncertainty"]
+    twice = ["--model", finished, "--model", finished / "model"]
+    code, out, _ = run(*words, *twice, "--out", tmp_path / "option", capsys=capsys)
+    assert code == 0 and out.count("model: ") == 2 and "changes nothing" not in out
+    monkeypatch.setenv("SEGKIT_MODEL", os.pathsep.join([str(finished)] * 2))
+    code, out, _ = run(*words, "--out", tmp_path / "environment", capsys=capsys)
+    assert code == 0 and out.count("model: ") == 2
+    for name in ("a", "a_entropy", "a_variance"):
+        files = [nib.load(tmp_path / out / f"{name}.nii.gz") for out in ("option", "environment")]
+        assert_array_equal(files[0].get_fdata(), files[1].get_fdata())
+        assert files[0].shape == (16, 16, 16)
+    entropy = nib.load(tmp_path / "option" / "a_entropy.nii.gz").get_fdata()
+    assert entropy.min() >= 0 and 0 < entropy.max() <= 1
+
+
+def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
+) -> None:
+    words = ["predict", scans, "--model", finished, "--out", tmp_path]
+    code, out, _ = run(*words, "--shard", "2/2", capsys=capsys)
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["b.nii.gz"]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and "left 1 of 3 volumes alone" in out and out.count("wrote") == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    code, out, _ = run(*words, "--shard", "5/5", capsys=capsys)
+    assert code == 0 and "wrote" not in out
+    code, _, err = run(*words, "--shard", "3/2", capsys=capsys)
+    assert code == 2
+    assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8\n"

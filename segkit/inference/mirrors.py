@@ -47,7 +47,7 @@ class Mirrored:
         asked = [key for key in keys if key != SPREAD]
         for number, answer in enumerate(self._answers(windows, asked), start=1):
             if SPREAD in keys:
-                shares.add(answer[LOGITS].float().softmax(dim=1))
+                shares.add(answer[LOGITS].softmax(dim=1))
             for key, value in answer.items():
                 mean = means.get(key, value)
                 means[key] = mean + (value - mean) / number
@@ -63,11 +63,12 @@ class Mirrored:
             outputs = self.engine(images, keys)
             parts = {key: output.split(len(windows)) for key, output in outputs.items()}
             for number, axes in enumerate(mirrors):
-                yield {
-                    # What has no space, such as presence, has nothing to turn back.
-                    key: part[number].flip(axes) if part[number].ndim == 5 else part[number]
-                    for key, part in parts.items()
-                }
+                yield {key: _turned(part[number].float(), axes) for key, part in parts.items()}
+
+
+def _turned(answer: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """An answer turned back; what has no space, such as presence, has nothing to turn."""
+    return answer.flip(axes) if axes and answer.ndim == 5 else answer
 
 
 def mirrored_map(info: MapInfo, axes: Sequence[int]) -> MapInfo:
