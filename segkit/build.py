@@ -100,8 +100,7 @@ def build_variation(
     their intensities further would add nothing. `first_classes` are those of a first stage's
     labels, which stand in the last channel and are never varied as intensities are.
     """
-    names = default_mirror(labels) if config.mirror is None else config.mirror
-    mirror_axes = tuple(WORLD_AXES[name] for name in names)
+    mirror_axes = tuple(WORLD_AXES[name] for name in mirrored(config, labels))
     spatial = SpatialVariation(patch_size, mirror_axes, spacing=spacing)
     if config.synthesis is not None:
         draw = _synthesiser(config.synthesis, labels)
@@ -128,7 +127,14 @@ def build_variation(
     return vary, spatial.margin
 
 
-def default_mirror(labels: Sequence[str]) -> list[str]:
+def mirrored(config: DataConfig, labels: Sequence[str]) -> list[Literal["x", "y", "z"]]:
+    """The world axes along which patches are mirrored in training."""
+    if not config.augment and config.synthesis is None:
+        return []
+    return default_mirror(labels) if config.mirror is None else config.mirror
+
+
+def default_mirror(labels: Sequence[str]) -> list[Literal["x", "y", "z"]]:
     """The world axes along which a dataset may be mirrored: x, unless labels tell left from right.
 
     A label tells by a word of its name: left, right, l, r, lh or rh.

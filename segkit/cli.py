@@ -32,6 +32,14 @@ ModelFolder = Annotated[
     Path | None,
     typer.Option(envvar="SEGKIT_MODEL", help="A run or model folder; else the newest run."),
 ]
+ModelFolders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--model",
+        envvar="SEGKIT_MODEL",
+        help="A run or model folder; else the newest run. Several are averaged.",
+    ),
+]
 Overlap = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
@@ -239,7 +247,7 @@ def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
 @app.command()
 def predict(
     inputs: Inputs,
-    model: ModelFolder = None,
+    models: ModelFolders = None,
     out: Annotated[Path | None, typer.Option(help="A file or a folder for the labels.")] = None,
     maps: Annotated[
         Path | None, typer.Option(help="A folder for every attention map, made in the same pass.")
@@ -247,48 +255,87 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write each class's probability as well.")
     ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option("--uncertainty", help="Write entropy, and variance of models and mirrors."),
+    ] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over mirror images, as the model was trained on.")
+    ] = False,
     device: Device = "auto",
     overlap: Overlap = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows per call of the network.")] = 1,
+    all_windows: Annotated[
+        bool, typer.Option("--all-windows", help="Ask the network even where all is 0.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="The I-th of N jobs that share the volumes.")
+    ] = "1/1",
     overwrite: Overwrite = False,
 ) -> None:
-    """Segment volumes; without --out the labels go beside each input, as NAME_seg."""
-    from segkit.inference.predictor import Predictor
-    from segkit.model import load_model, model_folder, newest_model
-    from segkit.prediction import find_inputs, predict_files
-    from segkit.progress import Tracker
+    """Segment volumes; without --out the labels go beside each input, as NAME_seg.
 
-    folder = model_folder(model) if model else newest_model(Path("runs"))
-    loaded = load_model(folder)
-    found = find_inputs(inputs, len(loaded.description.channels))
-    _say(f"model: {folder}")
-    predictor = Predictor(loaded, device=device, overlap=overlap, batch_size=batch)
-    track = Tracker(console)
-    failures = []
-    outcomes = predict_files(
-        predictor,
-        found,
-        out=out,
-        maps=maps,
-        probabilities=probabilities,
-        overwrite=overwrite,
-        track=lambda slabs, count: track(slabs, "segmenting", count),
+    Of a folder, volumes that have their results are left alone: a stopped job goes on where it was.
+    """
+    from segkit.inference.predictor import Predictor
+    from segkit.model import load_model, model_folders, newest_model
+    from segkit.prediction import find_inputs, parse_shard, predict_files
+    from segkit.progress import CohortProgress
+
+    number, count = parse_shard(shard)
+    folders = [
+        folder for path in models or [newest_model(Path("runs"))] for folder in model_folders(path)
+    ]
+    predictor = Predictor(
+        [load_model(folder) for folder in folders],
+        device=device,
+        overlap=overlap,
+        batch_size=batch,
+        tta=tta,
+        skip_empty=not all_windows,
     )
-    for outcome in outcomes:
-        if outcome.error is None:
-            more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
-            _say(f"wrote {outcome.written[0]}{more}")
-            if outcome.presence is not None:
-                shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
-                _say(f"probability that it holds: {shares}")
-        else:
-            failures.append(outcome.error)
-            if len(found) > 1:
-                _complain(outcome.error)
+    found = find_inputs(inputs, len(predictor.model.description.channels))
+    for folder in folders:
+        _say(f"model: {folder}")
+    if tta and not predictor.mirrors:
+        _say("no model was trained on mirror images: --tta changes nothing")
+    mine = len(range(number - 1, len(found), count))
+    failures = []
+    kept = 0
+    with CohortProgress(console, "segmenting", mine) as progress:
+        outcomes = predict_files(
+            predictor,
+            found,
+            out=out,
+            maps=maps,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
+            overwrite=overwrite,
+            shard=(number, count),
+            track=progress.track,
+        )
+        for outcome in outcomes:
+            progress.done()
+            if outcome.kept is not None:
+                kept += 1
+            elif outcome.error is None:
+                more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
+                _say(f"wrote {outcome.written[0]}{more}")
+                if outcome.presence is not None:
+                    shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
+                    _say(f"probability that it holds: {shares}")
+            else:
+                failures.append(outcome.error)
+                if len(found) > 1:
+                    _complain(outcome.error)
+    if kept:
+        _say(
+            f"left {kept} of {mine} volumes alone, whose results are there; --overwrite redoes them"
+        )
     if len(failures) == 1 and len(found) == 1:
         raise SegkitError(failures[0])
     if failures:
-        raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
+        raise SegkitError(f"{len(failures)} of {mine} volumes failed, as told above")
 
 
 @app.command()

@@ -313,6 +313,8 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+    mirror: list[Literal["x", "y", "z"]] = Field([])
+    """World axes along which it was trained on mirror images as well."""
     first_stage: FirstStage | None = None
     """Whose labels, where there is one, are one more channel of the input behind the image's."""
     postprocessing: Postprocessing = Postprocessing()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -53,6 +53,60 @@ class Tracker:
                     if now - last > SECONDS_BETWEEN_LINES:
                         self.console.print(f"{what}: {number + 1} of {count}")
                         last = now
+
+
+class CohortProgress:
+    """Shows progress over several volumes, each by its slabs, and the time left for all of them.
+
+    Use it as a context: `track` shows one volume, `done` counts one, whatever came of it.
+    """
+
+    def __init__(self, console: Console, what: str, count: int) -> None:
+        self.console = console
+        self.what = what
+        self.count = count
+        self.display = bars(console)
+        self.task = self.display.add_task(what, total=count)
+        self.share = 0.0
+        self.told = 0
+        self.first: tuple[float, float] | None = None
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.stop()
+
+    def track(self, slabs: Iterable[Item], count: int) -> Iterator[Item]:
+        """The slabs of one volume, as they are."""
+        before = round(self.share)
+        self.first = self.first or (time.monotonic(), self.share)
+        for number, slab in enumerate(slabs, start=1):
+            yield slab
+            del slab  # or it would live on beside the next
+            self._show(before + number / count)
+
+    def done(self) -> None:
+        """One volume more; those that were there already take no time."""
+        self.told += 1
+        self._show(max(self.told, self.share))
+
+    def _show(self, share: float) -> None:
+        self.share = share
+        self.display.update(self.task, completed=share)
+        now = time.monotonic()
+        if self.console.is_terminal or self.first is None:
+            return
+        started, before = self.first
+        if now - self.last > SECONDS_BETWEEN_LINES and share > before:
+            self.last = now
+            left = (now - started) / (share - before) * (self.count - share) / 60
+            self.console.print(
+                f"{self.what}: {share:.1f} of {self.count} volumes, about {left:.0f} min left",
+                highlight=False,
+            )
 
 
 class TrainingProgress(Callback):

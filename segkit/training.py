@@ -29,6 +29,7 @@ from segkit.build import (
     build_normalisers,
     build_variation,
     interpolation_order,
+    mirrored,
     volume_patch,
 )
 from segkit.cascade import described, first_models, first_stage_of, label_cases
@@ -120,7 +121,9 @@ def _train(
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(describe(config, dataset, train_cases, track), first_stage)
+    description = described(describe(config, dataset, train_cases, track), first_stage).model_copy(
+        update={"mirror": mirrored(config.data, list(dataset.labels))}
+    )
     config = resolved(config, description)
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)

@@ -18,12 +18,14 @@ import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.files import whole
 from segkit.geometry import Grid
+from segkit.scratch import release
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".mha")
@@ -110,11 +112,13 @@ def write_volume(path: Path, volume: Volume) -> None:
 
     On the grid that its header describes, affine, qform, sform, their codes and units are the
     header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
+    Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
+    and MetaImage the whole is put together in memory.
     """
     suffix = suffix_of(path).lower()
     with whole(path) as partial:
         if suffix in NIFTI_SUFFIXES:
-            nib.save(_to_nifti(volume), partial)
+            _write_nifti(partial, volume)
         else:
             sitk.WriteImage(_to_itk(volume), str(partial), useCompression=True)
 
@@ -168,16 +172,24 @@ def _millimetre_affine(header: Nifti1Header) -> ndarray:
 def _read_nifti(path: Path) -> Volume:
     image = _load_nifti(path)
     grid = _nifti_grid(path, image)
-    data = np.asanyarray(image.dataobj)
-    if data.dtype.kind not in "biuf":
-        raise VolumeError(f"{path}: expected one real number per voxel, found {data.dtype}")
     # The header has forgotten its scaling by now; what applies it to the voxels has not.
     proxy: Any = image.dataobj
-    scaled = (proxy.slope, proxy.inter) != (1, 0)
-    kind = np.dtype(np.float32) if scaled else data.dtype.newbyteorder("=")
-    data = data.astype(kind, copy=False)
+    data = np.asanyarray(proxy.get_unscaled())
+    if data.dtype.kind not in "biuf":
+        raise VolumeError(f"{path}: expected one real number per voxel, found {data.dtype}")
+    if (proxy.slope, proxy.inter) != (1, 0):
+        data = _scaled(data, proxy.slope, proxy.inter)
+    data = data.astype(data.dtype.newbyteorder("="), copy=False)
     channels = data.shape[3:][-1:]
     return Volume(data.reshape(grid.shape + channels, order="A"), grid, image.header)
+
+
+def _scaled(stored: ndarray, slope: float, intercept: float) -> ndarray:
+    """Float32, worked out in float64 a part at a time."""
+    values = np.empty(stored.shape, np.float32, order="F")
+    for part in range(stored.shape[-1]):
+        values[..., part] = stored[..., part] * np.float64(slope) + np.float64(intercept)
+    return values
 
 
 def _checked_affine(path: Path, affine: ndarray) -> ndarray:
@@ -194,6 +206,19 @@ def _checked_affine(path: Path, affine: ndarray) -> ndarray:
     return affine
 
 
+def _write_nifti(path: Path, volume: Volume) -> None:
+    image = _to_nifti(volume)
+    data = np.asanyarray(image.dataobj)
+    kind = image.get_data_dtype()
+    with ImageOpener(str(path), "wb") as file:
+        image.header.set_slope_inter(1, 0)
+        image.header.write_to(file)
+        for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
+            stored: Any = np.asarray(channel, kind, order="F").T
+            file.write(stored)  # without a copy, as its first axis is the slowest now
+            release(data)
+
+
 def _to_nifti(volume: Volume) -> Nifti1Image:
     source = volume.header
     shape = volume.data.shape
@@ -203,7 +228,8 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     )
     if same_grid and len(header.get_data_shape()) == 2 and shape[2:] == (1,):
         shape = shape[:2]
-    header.set_data_dtype(volume.data.dtype)
+    kind = volume.data.dtype
+    header.set_data_dtype(np.float32 if kind == np.float16 else kind)
     pixdim = header["pixdim"].copy()
     header.set_data_shape(shape)
     header["pixdim"] = pixdim  # of a 2D image, the shape makes the slice 1 mm thick

@@ -1,6 +1,7 @@
 """What a user sees: files, one sentence, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,10 +110,12 @@ def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
     (tmp_path / "runs/small/fold_3/summary.json").unlink()
     code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
     assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out
-    # Until folds are named, what is asked of the folder is asked of its models.
+    # All folds predict together.
     scan = data / "imagesTr" / "case_0.nii.gz"
     code, out, _ = run("predict", scan, "--out", tmp_path / "seg.nii.gz", capsys=capsys)
-    assert code == 0 and "model: runs/small\n" in out
+    assert code == 0 and out.startswith(
+        "model: runs/small/fold_0/model\nmodel: runs/small/fold_3/model\nwrote "
+    )
 
 
 @pytest.mark.parametrize("folds", ["5", "0,x", "", "every"])
@@ -304,3 +307,51 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
     assert code == 0 and not Path("runs/one_low").exists(), err
     assert not (Path("runs/one/model/first")).exists()
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    for seed, name in enumerate("abc"):
+        values = np.random.default_rng(seed).random((16, 16, 16), np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_several_models_mirrored_say_how_far_they_agree(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    scans: Path,
+) -> None:
+    assert json.loads((finished / "model" / "model.json").read_text())["mirror"] == ["x"]
+    words = ["predict", scans / "a.nii.gz", "--tta", "--uncertainty"]
+    twice = ["--model", finished, "--model", finished / "model"]
+    code, out, _ = run(*words, *twice, "--out", tmp_path / "option", capsys=capsys)
+    assert code == 0 and out.count("model: ") == 2 and "changes nothing" not in out
+    monkeypatch.setenv("SEGKIT_MODEL", os.pathsep.join([str(finished)] * 2))
+    code, out, _ = run(*words, "--out", tmp_path / "environment", capsys=capsys)
+    assert code == 0 and out.count("model: ") == 2
+    for name in ("a", "a_entropy", "a_variance"):
+        files = [nib.load(tmp_path / out / f"{name}.nii.gz") for out in ("option", "environment")]
+        assert_array_equal(files[0].get_fdata(), files[1].get_fdata())
+        assert files[0].shape == (16, 16, 16)
+    entropy = nib.load(tmp_path / "option" / "a_entropy.nii.gz").get_fdata()
+    assert entropy.min() >= 0 and 0 < entropy.max() <= 1
+
+
+def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
+) -> None:
+    words = ["predict", scans, "--model", finished, "--out", tmp_path]
+    code, out, _ = run(*words, "--shard", "2/2", capsys=capsys)
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["b.nii.gz"]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and "left 1 of 3 volumes alone" in out and out.count("wrote") == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    code, out, _ = run(*words, "--shard", "5/5", capsys=capsys)
+    assert code == 0 and "wrote" not in out
+    code, _, err = run(*words, "--shard", "3/2", capsys=capsys)
+    assert code == 2
+    assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8\n"

@@ -502,7 +502,7 @@ def test_presence_of_a_volume_is_the_highest_of_its_windows() -> None:
     windows = torch.stack(
         [image[:, :, y : y + 8, z : z + 8] for z in (0, 4, 8, 12) for y in (0, 4)]
     )
-    logits = predictor.engine(windows, [PRESENCE])[PRESENCE]
+    logits = predictor.members[0].engine(windows, [PRESENCE])[PRESENCE]
     highest, best = logits.max(dim=0)
     assert logits.std(dim=0).min() > 1e-3
     assert set(best.tolist()) - {0, 7}  # not always the first or the last

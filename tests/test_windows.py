@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,12 @@ class Walk:
     def image(self, num_channels: int = 2) -> Tensor:
         generator = torch.Generator().manual_seed(sum(self.size))
         return torch.randn(num_channels, *self.size, generator=generator) + 0.5
+
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """The first voxels of all windows."""
+        numbers = zip(self.size, self.patch_size, self.overlap, self.multiple, strict=True)
+        return list(itertools.product(*(window_starts(*axis) for axis in numbers)))
 
     def slide(self, image: Tensor, function: WindowFunction) -> dict[str, Tensor]:
         return slide(
@@ -159,7 +165,12 @@ def gaussian_by_definition(patch: int) -> ndarray:
 
 
 def blended_densely(
-    image: Tensor, function: Callable[[Tensor], Tensor], walk: Walk, pooling: Sequence[int]
+    image: Tensor,
+    function: Callable[[Tensor], Tensor],
+    walk: Walk,
+    pooling: Sequence[int],
+    skip: Collection[tuple[int, ...]] = (),
+    unseen: float = 0.0,
 ) -> ndarray:
     """Every window's answer and weight added up over the whole grid, in float64, then divided."""
     starts = [
@@ -179,6 +190,8 @@ def blended_densely(
     extent = [-(-length // step) for length, step in zip(reach, pooling, strict=True)]
     total, weight = np.zeros((image.shape[0], *extent)), np.zeros(extent)
     for place in itertools.product(*starts):
+        if place in skip:
+            continue
         voxels = tuple(
             slice(first, first + patch) for first, patch in zip(place, walk.patch_size, strict=True)
         )
@@ -190,7 +203,8 @@ def blended_densely(
         total[(slice(None), *cells)] += answer.numpy().astype(float) * kernel
         weight[cells] += kernel
     inside = [slice(0, -(-size // step)) for size, step in zip(walk.size, pooling, strict=True)]
-    return (total / np.maximum(weight, 1e-300))[(slice(None), *inside)]
+    blended = np.where(weight > 0, total / np.maximum(weight, 1e-300), unseen)
+    return blended[(slice(None), *inside)]
 
 
 @settings(max_examples=100)
@@ -388,3 +402,54 @@ def test_half_precision_windows_are_blended_in_float32() -> None:
     )["image"]
     assert blended.dtype == torch.float32
     assert_close(blended, image.bfloat16().float(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=30)
+@given(walks(), st.data())
+def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
+    walk: Walk, data: st.DataObject
+) -> None:
+    skip = frozenset(data.draw(st.sets(st.sampled_from(walk.places))))
+    asked = 0
+
+    def function(batch: Tensor) -> dict[str, Tensor]:
+        nonlocal asked
+        asked += len(batch)
+        scaled = times_window_mean(batch)
+        return {"coarse": mean_pooled(scaled, walk.pooling), "fine": scaled}
+
+    image = walk.image()
+    slabs = list(
+        stream(
+            image,
+            function,
+            patch_size=walk.patch_size,
+            overlap=walk.overlap,
+            multiple=walk.multiple,
+            axis=walk.axis,
+            batch_size=walk.batch_size,
+            skip=skip,
+            unseen={"fine": torch.full((2,), -7.0)},
+        )
+    )
+
+    def coarse(batch: Tensor) -> Tensor:
+        return mean_pooled(times_window_mean(batch), walk.pooling)
+
+    first_row = [place for place in walk.places if place[walk.axis] == 0]
+    kept = len(walk.places) - len(skip)
+    assert asked == kept + (set(first_row) <= skip)  # one for the form of outputs alone
+    for name, alone, pooling, unseen in (
+        ("fine", times_window_mean, [1] * len(walk.size), -7.0),
+        ("coarse", coarse, walk.pooling, 0.0),
+    ):
+        streamed = torch.cat([slab.rows[name] for slab in slabs], dim=walk.axis + 1)
+        expected = blended_densely(image, alone, walk, pooling, skip, unseen)
+        assert_close(streamed, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_running_sum_advances_in_place() -> None:
+    rows = torch.arange(24.0).reshape(2, 4, 3)
+    expected = torch.cat([rows[:, 3:], torch.zeros(2, 3, 3)], dim=1)
+    windows._advance(rows, 1, 3)
+    assert_close(rows, expected)

@@ -138,7 +138,7 @@ class EngineClock:
 
     def watch(self, predictor: object) -> None:
         """Put a clock around the predictor's engine."""
-        engine: Callable[..., dict[str, Tensor]] = predictor.engine  # type: ignore[attr-defined]
+        engine: Callable[..., dict[str, Tensor]] = predictor.members[0].engine  # type: ignore[attr-defined]
 
         def timed(windows: Tensor, keys: object) -> dict[str, Tensor]:
             started = time.perf_counter()
@@ -147,7 +147,7 @@ class EngineClock:
             self.windows += len(windows)
             return outputs
 
-        predictor.engine = timed  # type: ignore[attr-defined]
+        predictor.members[0].engine = timed  # type: ignore[attr-defined]
 
 
 def monai(case: Case, source: Path, target: Path, settings: dict[str, str]) -> dict[str, float]:

@@ -76,18 +76,20 @@ def prepare(
     box = body_box(turned)
     source = cropped(orientation.turn_grid(volume.grid), box)
     turned = turned[box]
-    # A copy, as channels are normalised in place and torch takes no reversed view.
-    image = torch.from_numpy(np.array(np.moveaxis(turned, 3, 0), np.float32, order="C"))
-    assert len(normalisers) == len(image), "one normaliser per channel"
-    for channel, normalise in zip(image, normalisers, strict=True):
-        channel.copy_(normalise(channel))
+    assert len(normalisers) == turned.shape[3], "one normaliser per channel"
     grid = source.with_spacing(spacing)
     x, y, z = orders_between(source, grid, order)
-    resampled = resample(image, source.positions_of(grid), (x, y, z))
-    if order == 3:
-        lowest, highest = image.amin((1, 2, 3), True), image.amax((1, 2, 3), True)
-        resampled.clamp_(lowest, highest)
-    return Prepared(resampled, grid, source, box, orientation, (x, y, z))
+    positions = source.positions_of(grid)
+    image = torch.empty(len(normalisers), *grid.shape)
+    # One channel after the other, so that one at a time is held at the volume's own spacing.
+    for channel, normalise in enumerate(normalisers):
+        # A copy, as torch takes no reversed view.
+        values = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
+        values = normalise(values)
+        image[channel] = resample(values[None], positions, (x, y, z))[0]
+        if order == 3:
+            image[channel].clamp_(values.min(), values.max())
+    return Prepared(image, grid, source, box, orientation, (x, y, z))
 
 
 def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:

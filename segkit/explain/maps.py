@@ -10,6 +10,7 @@ import numpy as np
 from segkit.explain.reach import HeadReach
 from segkit.files import write_json
 from segkit.inference.predictor import AttentionMap, map_on_source
+from segkit.scratch import OnDisk
 from segkit.volume import Volume, write_volume
 
 
@@ -38,7 +39,7 @@ def write_maps(
         if attention_map.volume is None:
             continue
         name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"
-        write_volume(folder / name, map_on_source(attention_map, source))
+        write_volume(folder / name, map_on_source(attention_map, source, allocate=OnDisk(folder)))
         write_volume(folder / "native" / name, attention_map.volume)
         written += [folder / name, folder / "native" / name]
     summary = folder / f"{stem}_maps.json"

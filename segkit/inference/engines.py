@@ -1,7 +1,7 @@
 """What runs a batch of windows through a network: logits, and the attention maps beside them."""
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ PRESENCE = "presence"
 """Logits of each class's presence in a window, of networks that have a head for it."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs windows through a network."""
 

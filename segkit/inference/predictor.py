@@ -4,189 +4,249 @@
                                         └────▶ maps, each on one coarse grid of its own
 
 A slab of logits is resampled to the volume's grid, a block of classes at a time, reduced to labels
-and let go. Post-processing, where a model has it, comes last: a component may span every slab, so
-it needs the labels of the whole volume in memory.
+and let go. Several models each walk so, and what they say of the same rows is averaged.
+Post-processing, where a model has it, comes last: a component may span every slab, so it needs the
+labels of the whole volume in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor
 
 from segkit import components
-from segkit.build import build_normalisers, interpolation_order, volume_patch
-from segkit.data.first_stage import majority, with_labels
-from segkit.data.preprocess import Prepared, prepare
+from segkit.config import Postprocessing
+from segkit.data.first_stage import majority
+from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
-from segkit.geometry import Grid, Orientation
-from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine, choose_device
+from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
+from segkit.inference.engines import LOGITS, TorchEngine, choose_device
+from segkit.inference.ensemble import Verdict, consult, merge
+from segkit.inference.member import Member, Track, window_layout
 from segkit.inference.regions import written_regions
-from segkit.inference.windows import Slab, slide, stream, window_starts
-from segkit.model import Model, load_model
+from segkit.inference.results import Results
+from segkit.inference.source_rows import (
+    CLASS_BLOCK,
+    WALK_AXIS,
+    SourceRows,
+    pieces,
+    to_source_rows,
+)
+from segkit.inference.windows import stream
+from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
-from segkit.nn.taps import MapInfo
-from segkit.resample import resample, sample_axis
+from segkit.scratch import Allocate, in_memory
 from segkit.volume import Volume
 
-CLASS_BLOCK = 8
-PLANES_PER_WINDOW = 8
-WALK_AXIS = 2
-"""Slabs advance from foot to head, along which most volumes are stored slowest."""
+__all__ = [
+    "WALK_AXIS",
+    "AttentionMap",
+    "Prediction",
+    "Predictor",
+    "SourceRows",
+    "Track",
+    "map_on_source",
+    "segment_prepared",
+    "to_source_rows",
+    "window_layout",
+]
 
-Track = Callable[[Iterable[Slab], int], Iterable[Slab]]
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMap:
-    """A map of the whole volume: of voxels on `volume`'s own grid, or of channels as a vector."""
-
-    info: MapInfo
-    volume: Volume | None
-    """Raw values, float32, where the map has a place."""
-    seen: Grid
-    """The part of the volume, turned to RAS+, that the network saw."""
-    channel_mean: Float[ndarray, " channel"] | None = None
-    """Where it has none: each channel's mean over windows …"""
-    channel_std: Float[ndarray, " channel"] | None = None
-    """… and standard deviation."""
+PIECE = 2**24
+"""Numbers, one for each voxel and class looked at together, that a slab is resampled to at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model makes of a volume."""
+    """What a model, or several, make of a volume."""
 
     labels: Volume
-    """The smallest unsigned type that holds them, after the model's post-processing."""
+    """The smallest unsigned type that holds them."""
     probabilities: Volume | None
     """Float16, the classes or regions last; post-processing leaves them as they are."""
     maps: dict[str, AttentionMap]
+    """The first model's."""
     presence: dict[str, float] | None = None
     """Of networks with a head for it, the probability that the volume holds any of each class: the
-    highest of its windows'."""
+    highest of its windows', and the mean of the models that have such a head."""
+    entropy: Volume | None = None
+    """Of the probabilities, over that of classes all alike: from 0 to 1, float32."""
+    variance: Volume | None = None
+    """Of the probabilities between models and between mirror images, mean over classes, float32."""
 
 
 class Predictor:
-    """Segments volumes with a model.
+    """Segments volumes with a model, or with several that share labels and channels.
+
+    One predictor may be called from several threads at once.
 
     Args:
-        model: a trained model.
+        models: a trained model, or several: their probabilities are averaged.
         device: 'auto', 'cpu', 'cuda' or any name that torch knows.
         overlap: share of a window that neighbours have in common.
-        batch_size: windows per call of the network.
+        batch_size: windows, and mirror images of them, per call of the network.
         precision: of the network's arithmetic; sums over windows are always float32.
+        tta: whether the logits of each window are averaged over its mirror images along the axes
+            that the model was trained to mirror.
+        skip_empty: whether windows under which the volume is 0 throughout are background unasked.
     """
 
     def __init__(
         self,
-        model: Model,
+        models: Model | Sequence[Model],
         *,
         device: str = "auto",
         overlap: float = 0.5,
         batch_size: int = 1,
         precision: torch.dtype = torch.float32,
+        tta: bool = False,
+        skip_empty: bool = True,
     ) -> None:
-        self.model = model
-        self.engine: Engine = TorchEngine(
-            model.network, device=choose_device(device), precision=precision
-        )
-        self.layout = window_layout(model.network, volume_patch(model.description), overlap)
-        self.batch_size = batch_size
-        self.normalisers = build_normalisers(model.description.normalisation)
-        self.overlap, self.device, self.precision = overlap, device, precision
+        models = [models] if isinstance(models, Model) else models
+        _check_alike(models)
+        self.members = [
+            Member(
+                model,
+                device=choose_device(device),
+                overlap=overlap,
+                batch_size=batch_size,
+                precision=precision,
+                tta=tta,
+                skip_empty=skip_empty,
+            )
+            for model in models
+        ]
+        self.model = models[0]
+        """The first, and its layout of windows."""
+        self.layout = self.members[0].layout
+        self.first_stages: list[list[Predictor]] = [
+            [
+                Predictor(
+                    first,
+                    device=device,
+                    overlap=overlap,
+                    batch_size=batch_size,
+                    precision=precision,
+                    tta=tta,
+                    skip_empty=skip_empty,
+                )
+                for first in model.first
+            ]
+            for model in models
+        ]
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> "Predictor":
-        """A predictor from a run or a model folder. Raises ModelError where there is none."""
-        return cls(load_model(Path(path)), device=device, overlap=overlap)
+    def load(
+        cls,
+        *paths: Path | str,
+        device: str = "auto",
+        overlap: float = 0.5,
+        batch_size: int = 1,
+        tta: bool = False,
+        skip_empty: bool = True,
+    ) -> "Predictor":
+        """A predictor from runs or model folders. Raises ModelError where there is none."""
+        return cls(
+            [load_model(folder) for path in paths for folder in model_folders(Path(path))],
+            device=device,
+            overlap=overlap,
+            batch_size=batch_size,
+            tta=tta,
+            skip_empty=skip_empty,
+        )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether predictions tell which classes a volume holds."""
+        return any(member.model.network.presence is not None for member in self.members)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether any model is asked about mirror images."""
+        return any(member.mirror_axes for member in self.members)
 
     def __call__(
         self,
         volume: Volume,
         *,
+        first_labels: Volume | None = None,
         maps: bool = False,
         probabilities: bool = False,
-        first_labels: Volume | None = None,
+        uncertainty: bool = False,
+        allocate: Allocate = in_memory,
         track: Track = lambda slabs, count: slabs,
     ) -> Prediction:
-        """Labels of every voxel of `volume`, and probabilities and attention maps where asked for.
+        """Labels of every voxel of `volume`, and what else is asked for: probabilities, attention
+        maps, and uncertainty, which is entropy and variance.
 
         `first_labels` are those of the first stage where they are known already; a model with one
-        finds them itself. `track(slabs, count)` may show progress. Raises ModelError where the
-        channels do not fit, VolumeError for voxels that are not numbers.
+        finds them itself. `allocate` gives the arrays for all but labels; `track(slabs, count)` may
+        show progress. Raises ModelError where the channels do not fit, VolumeError for voxels that
+        are not numbers.
         """
-        prepared = self.prepare(volume, first_labels, track)
-        infos = self.model.network.maps() if maps else {}
-        vectors = ChannelMoments()
-        presence: list[Tensor] = []
-        keys = [*infos, *([PRESENCE] if self.model.network.presence is not None else [])]
-
-        def run(windows: Tensor) -> dict[str, Tensor]:
-            outputs = self.engine(windows, keys)
-            for key, info in infos.items():
-                if info.placement is None:
-                    vectors.add(key, outputs.pop(key))
-            if PRESENCE in outputs:
-                presence.append(outputs.pop(PRESENCE).amax(dim=0))
-            return outputs
-
-        patch, overlap, multiple = self.layout
-        slabs = stream(
-            prepared.image,
-            run,
-            patch_size=patch,
-            overlap=overlap,
-            multiple=multiple,
-            axis=WALK_AXIS,
-            batch_size=self.batch_size,
-        )
-        size = prepared.grid.shape[WALK_AXIS]
-        count = len(window_starts(size, patch[WALK_AXIS], overlap[WALK_AXIS], multiple[WALK_AXIS]))
+        images = self._prepare_all(volume, first_labels, track)
+        first = images[0]
+        infos = self.members[0].maps() if maps else {}
+        collectors = [
+            MapCollector(wanted, prepared, allocate=allocate)
+            for wanted, prepared in zip([infos, *[{}] * (len(images) - 1)], images, strict=True)
+        ]
+        presence: list[list[Tensor]] = [[] for _ in self.members]
+        walks = [
+            member.walk(
+                volume,
+                prepared,
+                maps=collector,
+                presence=seen,
+                uncertainty=uncertainty,
+                # The others keep pace with the first.
+                track=track if number == 0 else lambda slabs, count: slabs,
+            )
+            for number, (member, prepared, collector, seen) in enumerate(
+                zip(self.members, images, collectors, presence, strict=True)
+            )
+        ]
         labelling = self.model.description.labelling
         kind = np.min_scalar_type(max(labelling.numbers.values()))
         labels = np.zeros(volume.grid.shape, kind, order="F")
-        shares = (
-            np.zeros((*volume.grid.shape, len(labelling.outputs)), np.float16, order="F")
-            if probabilities
-            else None
-        )
-        coarse: dict[str, list[Tensor]] = {}
-
-        def logits_of(slabs: Iterable[Slab]) -> Iterator[Tensor]:
-            for slab in slabs:
-                for key, rows in slab.rows.items():
-                    if key != LOGITS:
-                        coarse.setdefault(key, []).append(rows.cpu())
-                yield slab.rows[LOGITS]
-
-        if shares is not None and labelling.written is None:
-            shares[..., 0] = 1  # what the network never sees is background
-        turned = prepared.orientation.turn(labels)[prepared.box]
-        turned_shares = None if shares is None else prepared.orientation.turn(shares)[prepared.box]
-        blended = logits_of(track(slabs, count))
-        for first, logits in to_source_rows(blended, prepared, written=labelling.written):
-            rows = slice(first, first + logits.count)
-            turned[:, :, rows] = logits.labels().cpu().numpy()
-            if turned_shares is not None:
-                turned_shares[:, :, rows] = logits.probabilities().movedim(0, -1).cpu().numpy()
-        adopted = self.model.description.postprocessing
+        results = Results(volume, first, allocate=allocate)
+        if probabilities:
+            # What the network never sees is background, which has no place among regions.
+            beyond = [0.0] * len(labelling.outputs)
+            beyond[0] = float(labelling.written is None)
+            results.add("probabilities", np.dtype(np.float16), beyond)
+        if uncertainty:
+            results.add("entropy", np.dtype(np.float32), [0.0])
+            results.add("variance", np.dtype(np.float32), [0.0])
+        turned = first.orientation.turn(labels)[first.box]
+        for start, verdict in self._verdicts(walks, probabilities, uncertainty):
+            rows = slice(start, start + verdict.labels.shape[-1])
+            turned[:, :, rows] = verdict.labels.cpu().numpy()
+            if verdict.probabilities is not None:
+                results.put("probabilities", rows, verdict.probabilities)
+            if verdict.entropy is not None and verdict.variance is not None:
+                results.put("entropy", rows, verdict.entropy[None])
+                results.put("variance", rows, verdict.variance[None])
+            del verdict
+        adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
             volume.like(labels),
-            None if shares is None else volume.like(shares),
-            {
-                key: vectors.result(info, prepared.source)
-                if info.placement is None
-                else _placed(info, torch.cat(coarse[key], dim=WALK_AXIS + 1), prepared, volume)
-                for key, info in infos.items()
-            },
-            _present(presence, list(self.model.description.labels)[1:]) if presence else None,
+            results.volume("probabilities"),
+            collectors[0].result(volume),
+            _present(presence, list(labelling.members)),
+            results.volume("entropy"),
+            results.volume("variance"),
         )
+
+    @property
+    def postprocessing(self) -> Postprocessing:
+        """What is done to the labels: what all models adopted, nothing where they differ."""
+        adopted = [member.model.description.postprocessing for member in self.members]
+        return adopted[0] if all(one == adopted[0] for one in adopted) else Postprocessing()
 
     def prepare(
         self,
@@ -194,7 +254,37 @@ class Predictor:
         first_labels: Volume | None = None,
         track: Track = lambda slabs, count: slabs,
     ) -> Prepared:
-        """The volume as the network sees it. Raises ModelError and VolumeError as a call does."""
+        """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
+        return self._prepare_all(volume, first_labels, track)[0]
+
+    def _prepare_all(
+        self, volume: Volume, first_labels: Volume | None, track: Track
+    ) -> list[Prepared]:
+        """The volume as each network sees it; those that see it alike share one image."""
+        self._check(volume)
+        images: dict[str, Prepared] = {}
+        for member, stages in zip(self.members, self.first_stages, strict=True):
+            if member.preparation in images:
+                continue
+            said = None
+            if stages:
+                said = first_labels or majority([one(volume, track=track).labels for one in stages])
+            images[member.preparation] = member.prepare(volume, said)
+        return [images[member.preparation] for member in self.members]
+
+    def _verdicts(
+        self, walks: Sequence[Iterator[tuple[int, SourceRows]]], shares: bool, uncertainty: bool
+    ) -> Iterator[tuple[int, Verdict]]:
+        """What is said of a few rows at a time, and the first of these rows."""
+        together = len(self.model.description.labelling.outputs)
+        if len(walks) == 1 and not shares and not uncertainty:
+            together = min(together, CLASS_BLOCK)
+        for start, rows in merge(walks):
+            for first, few in pieces(rows, numbers=PIECE // together):
+                yield start + first, consult(few, shares=shares, uncertainty=uncertainty)
+            del rows, few  # or the slab would live on beside the next
+
+    def _check(self, volume: Volume) -> None:
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
@@ -202,44 +292,8 @@ class Predictor:
                 f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
                 f"has {found}; give it the volumes it was trained on"
             )
-        if not np.isfinite(volume.data).all():
+        if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
             raise VolumeError("the volume holds voxels that are not numbers; repair it")
-        two_stages = self.model.description.first_stage is not None
-        if two_stages and first_labels is None:
-            first_labels = majority([stage(volume, track=track).labels for stage in self.first])
-        prepared = prepare(
-            volume,
-            spacing=self.model.description.spacing,
-            normalisers=self.normalisers,
-            order=interpolation_order(self.model.description),
-        )
-        return with_labels(prepared, first_labels) if two_stages and first_labels else prepared
-
-    @cached_property
-    def first(self) -> "tuple[Predictor, ...]":
-        """Predictors of the model's first stage, made when they are first asked for."""
-        return tuple(
-            Predictor(
-                model,
-                device=self.device,
-                overlap=self.overlap,
-                batch_size=self.batch_size,
-                precision=self.precision,
-            )
-            for model in self.model.first
-        )
-
-
-def window_layout(
-    network: SegmentationNetwork, patch_size: tuple[int, int, int], overlap: float
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
-    """Patch, overlap and multiple of windows, per axis of a volume.
-
-    Planes of a 2D network need no overlap; several go into one window.
-    """
-    patch = tuple(PLANES_PER_WINDOW if size == 1 else size for size in patch_size)
-    overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
-    return patch, overlaps, network.total_stride
 
 
 def segment_prepared(
@@ -252,146 +306,45 @@ def segment_prepared(
 ) -> Tensor:
     """Labels of a prepared image on its own grid: what validation during training looks at.
 
-    `written` are the numbers of regions, in order; None where outputs are classes.
+    `written` are the numbers of regions, in order, where the network's outputs are regions.
     """
     device = next(network.parameters()).device
     engine = TorchEngine(network, device=device)
     patch, overlaps, multiple = window_layout(network, patch_size, overlap)
-    outputs = slide(
+    slabs = stream(
         image,
         lambda windows: engine(windows, ()),
         patch_size=patch,
         overlap=overlaps,
         multiple=multiple,
     )
-    if written is not None:
-        return written_regions([outputs[LOGITS]], written)
-    return outputs[LOGITS].max(dim=0).indices
-
-
-@dataclass(frozen=True, eq=False)
-class SourceRows:
-    """Logits of some rows of the volume, still on the network's grid in the plane."""
-
-    logits: Float[Tensor, "classes x y rows"]
-    positions: tuple[ndarray, ndarray]
-    written: Sequence[int] | None = None
-    """The numbers of regions, in order; None where outputs are classes."""
-
-    @property
-    def count(self) -> int:
-        """How many rows of the volume these are."""
-        return self.logits.shape[-1]
-
-    def labels(self) -> Tensor:
-        """The class with the largest logit at each voxel; the lowest where they tie.
-
-        Of regions, the number of the last whose probability is above one half.
-        """
-        if self.written is not None:
-            return written_regions(self._blocks(), self.written)
-        best = winner = None
-        for first in range(0, len(self.logits), CLASS_BLOCK):
-            value, index = self._in_plane(first).max(dim=0)
-            if best is None or winner is None:
-                best, winner = value, index
-            else:
-                better = value > best
-                winner = torch.where(better, index + first, winner)
-                best = torch.maximum(value, best)
-        assert winner is not None
-        return winner
-
-    def probabilities(self) -> Tensor:
-        """The softmax of the resampled logits; of regions, the sigmoid."""
-        if self.written is not None:
-            return torch.cat([block.sigmoid().half() for block in self._blocks()])
-        return torch.cat(list(self._blocks())).softmax(dim=0).half()
-
-    def _blocks(self) -> Iterator[Tensor]:
-        return (self._in_plane(first) for first in range(0, len(self.logits), CLASS_BLOCK))
-
-    def _in_plane(self, first_class: int) -> Tensor:
-        block = self.logits[first_class : first_class + CLASS_BLOCK]
-        x, y = self.positions
-        return sample_axis(sample_axis(block, x, 1), y, 2)
-
-
-def to_source_rows(
-    slabs: Iterable[Float[Tensor, "classes x y slab_rows"]],
-    prepared: Prepared,
-    *,
-    written: Sequence[int] | None = None,
-) -> Iterator[tuple[int, SourceRows]]:
-    """The first row and the logits of the rows of the volume that each slab makes known.
-
-    A row between two of the network's is known as soon as both are; until then one row is held.
-    """
-    x, y, rows = prepared.positions_of_source()
-    last = prepared.grid.shape[WALK_AXIS] - 1
-    clamped = np.clip(rows, 0, last)
-    held: Tensor | None = None
-    held_from = done = 0
+    parts = []
     for slab in slabs:
-        held = slab if held is None else torch.cat([held, slab], dim=-1)
-        newest = held_from + held.shape[-1] - 1
-        known = int(np.searchsorted(np.ceil(clamped), newest, side="right"))
-        if known > done:
-            part = sample_axis(held, clamped[done:known] - held_from, WALK_AXIS + 1)
-            yield done, SourceRows(part, (x, y), written)
-            done = known
-        keep_from = min(int(clamped[done]) if done < len(clamped) else newest, newest)
-        held = held[..., keep_from - held_from :].clone()
-        held_from = keep_from
-    assert done == len(clamped), f"{done} of {len(clamped)} rows were predicted"
+        logits = slab.rows.pop(LOGITS)
+        if written is None:
+            parts.append(logits.max(dim=0).indices)
+        else:
+            parts.append(written_regions([logits], written))
+    return torch.cat(parts)
 
 
-class ChannelMoments:
-    """Mean and standard deviation over windows of maps that are vectors over channels."""
-
-    def __init__(self) -> None:
-        self.windows: dict[str, list[Tensor]] = {}
-
-    def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
-        """Take in the maps of a batch of windows."""
-        self.windows.setdefault(key, []).append(window_maps.amax(tuple(range(2, window_maps.ndim))))
-
-    def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
-        """The moments of one map."""
-        vectors = torch.cat(self.windows[info.key]).double().cpu()
-        mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
-        return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
+def _check_alike(models: Sequence[Model]) -> None:
+    if not models:
+        raise ModelError("expected a model, or several, found none")
+    first = models[0].description
+    for other in (model.description for model in models[1:]):
+        for what in ("labels", "regions", "channels"):
+            expected, found = list(getattr(first, what)), list(getattr(other, what))
+            if getattr(first, what) != getattr(other, what):
+                raise ModelError(
+                    f"models that predict together share labels and channels, but {first.run} has "
+                    f"the {what} {', '.join(expected)} and {other.run} has {', '.join(found)}; "
+                    f"name models of one task"
+                )
 
 
-def map_on_source(attention_map: AttentionMap, source: Volume) -> Volume:
-    """A placed map, resampled linearly to the grid of the volume it was made of, float32.
-
-    Voxels that the network did not see, beyond the body's box, are 0.
-    """
-    native = attention_map.volume
-    assert native is not None, "a vector over channels lies nowhere"
-    orientation = Orientation.of(source.grid.affine)
-    seen = attention_map.seen
-    cells = torch.from_numpy(native.data.reshape(*native.grid.shape, -1)).movedim(-1, 0)
-    values = resample(cells, native.grid.positions_of(seen)).movedim(0, -1).numpy()
-    first = orientation.turn_grid(source.grid).index(seen.affine[:3, 3]).round().astype(int)
-    box = tuple(slice(low, low + size) for low, size in zip(first, seen.shape, strict=True))
-    onto = np.zeros(source.grid.shape + native.data.shape[3:], np.float32, order="F")
-    orientation.turn(onto)[box] = values.reshape(*seen.shape, *native.data.shape[3:])
-    return source.like(onto)
-
-
-def _present(windows: list[Tensor], names: list[str]) -> dict[str, float]:
-    highest = torch.stack(windows).amax(dim=0).float().sigmoid()
-    return dict(zip(names, highest.tolist(), strict=True))
-
-
-def _placed(info: MapInfo, cells: Tensor, prepared: Prepared, volume: Volume) -> AttentionMap:
-    assert info.placement is not None
-    shape = cells.shape[1:]
-    grid = prepared.grid.placed(shape, info.placement.stride, info.placement.offset)
-    # Blending is convex, but for the last digit.
-    values = np.asfortranarray(cells.clamp(info.lowest, info.highest).movedim(0, -1).numpy())
-    if values.shape[3] == 1:
-        values = values[..., 0]
-    return AttentionMap(info, volume.on(grid, values), prepared.source)
+def _present(members: Sequence[list[Tensor]], names: list[str]) -> dict[str, float] | None:
+    told = [torch.stack(windows).amax(dim=0).float().sigmoid() for windows in members if windows]
+    if not told:
+        return None
+    return dict(zip(names, torch.stack(told).mean(dim=0).tolist(), strict=True))

@@ -10,11 +10,14 @@ Windows of a size-10 axis, patch 6, overlap 0.5, in multiples of 2, walked from 
 A function may return several outputs of a window, each on a grid of its own that is a whole number
 of times coarser. Windows start at multiples of the largest of these strides, and padding stands
 only at the far end, so each output blends on one global grid of its own.
+
+Windows may be skipped, such as those that hold nothing. They have no weight: what other windows say
+of their voxels stands alone, and voxels of which no window says anything hold a value given.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 WindowFunction = Callable[[Tensor], dict[str, Tensor]]
+Place = tuple[int, ...]
+"""The first voxel of a window along each axis."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,12 @@ class Blend:
         patch_size: Sequence[int],
         starts: Sequence[Sequence[int]],
         axis: int,
+        unseen: Float[Tensor, " channel"] | None = None,
     ) -> None:
+        """`unseen`, where windows are skipped, is what cells hold that none of the others covers.
+
+        Otherwise the sum of weights is a product of sums along each axis and is never held.
+        """
         cells = window.shape[2:]
         self.axis = axis
         self.stride = [patch // count for patch, count in zip(patch_size, cells, strict=True)]
@@ -94,6 +104,8 @@ class Blend:
         extent = [len(total) for total in self.totals]
         extent[axis] = cells[axis]
         self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
+        self.unseen = unseen
+        self.counted = None if unseen is None else torch.zeros(extent, device=window.device)
         self.first_row = 0
 
     @staticmethod
@@ -113,6 +125,8 @@ class Blend:
             for first, count in zip(cells, window.shape[1:], strict=True)
         )
         self.sum[(slice(None), *region)].addcmul_(window.float(), self.weight)
+        if self.counted is not None:
+            self.counted[region] += self.weight
 
     def finish(self, next_start: int | None) -> tuple[int, Float[Tensor, "channel *space"]]:
         """First row and values of the rows that no window from `next_start` on touches."""
@@ -124,17 +138,41 @@ class Blend:
         else:
             count = min(next_start // self.stride[self.axis] - first, held)
         rows = self.sum.narrow(axis, 0, count).clone()
+        if self.counted is None:
+            self._divide_by_product(rows, first)
+        else:
+            self._divide_by_counted(rows)
+        for channel in self.sum:
+            _advance(channel, self.axis, count)
+        self.first_row += count
+        inside = [slice(0, size) for size in self.size]
+        inside[self.axis] = slice(0, max(self.size[self.axis] - first, 0))
+        return first, rows[(slice(None), *inside)]
+
+    def _divide_by_product(self, rows: Tensor, first: int) -> None:
+        count = rows.shape[self.axis + 1]
         for other, total in enumerate(self.totals):
             weights = total[first : first + count] if other == self.axis else total
             shape = [1] * rows.ndim
             shape[other + 1] = -1
             rows /= weights.view(shape)
-        rest = self.sum.narrow(axis, count, held - count).clone()
-        self.sum.zero_().narrow(axis, 0, held - count).copy_(rest)
-        self.first_row += count
-        inside = [slice(0, size) for size in self.size]
-        inside[self.axis] = slice(0, max(self.size[self.axis] - first, 0))
-        return first, rows[(slice(None), *inside)]
+
+    def _divide_by_counted(self, rows: Tensor) -> None:
+        assert self.counted is not None and self.unseen is not None
+        count = rows.shape[self.axis + 1]
+        weights = self.counted.narrow(self.axis, 0, count)
+        nobody = weights == 0
+        for channel, value in zip(rows, self.unseen.tolist(), strict=True):
+            channel.div_(weights).masked_fill_(nobody, value)
+        _advance(self.counted, self.axis, count)
+
+
+def _advance(rows: Tensor, axis: int, count: int) -> None:
+    """Drop the first `count` rows of a running sum, in place, and begin as many new ones."""
+    kept = rows.shape[axis] - count
+    rest = rows.narrow(axis, count, kept).clone()
+    rows.narrow(axis, 0, kept).copy_(rest)
+    rows.narrow(axis, kept, count).zero_()
 
 
 def stream(
@@ -146,6 +184,8 @@ def stream(
     multiple: Sequence[int],
     axis: int = 0,
     batch_size: int = 1,
+    skip: Collection[Place] = (),
+    unseen: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[Slab]:
     """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
 
@@ -157,6 +197,9 @@ def stream(
         multiple: what window starts are multiples of: the network's total stride.
         axis: the spatial axis to walk along.
         batch_size: windows per call of the function.
+        skip: windows that the function is not asked about. (Where that leaves nothing to begin
+            with, it is asked about one of them, for the form of its outputs alone.)
+        unseen: what cells hold that only skipped windows cover, by output; 0 where not given.
     """
     size = image.shape[1:]
     starts = [
@@ -164,26 +207,44 @@ def stream(
     ]
     across = [axis_starts if other != axis else [0] for other, axis_starts in enumerate(starts)]
     blends: dict[str, Blend] = {}
+
+    def answers(batch: Sequence[Place]) -> dict[str, Tensor]:
+        windows = torch.stack([_window(image, place, patch_size) for place in batch])
+        outputs = function(windows)
+        for name, output in outputs.items():
+            if name not in blends:
+                told = (unseen or {}).get(name, torch.zeros(output.shape[1])) if skip else None
+                blends[name] = Blend(
+                    output,
+                    image_size=size,
+                    patch_size=patch_size,
+                    starts=starts,
+                    axis=axis,
+                    unseen=told,
+                )
+        return outputs
+
     for row, next_row in itertools.pairwise([*starts[axis], None]):
         assert row is not None
         places = [
             tuple(row if other == axis else first for other, first in enumerate(place))
             for place in itertools.product(*across)
         ]
-        for batch in _batches(places, batch_size):
-            windows = torch.stack([_window(image, place, patch_size) for place in batch])
-            for name, output in function(windows).items():
-                if name not in blends:
-                    blends[name] = Blend(
-                        output, image_size=size, patch_size=patch_size, starts=starts, axis=axis
-                    )
+        asked = [place for place in places if place not in skip]
+        if not asked and not blends:
+            answers(places[:1])
+        for batch in _batches(asked, batch_size):
+            for name, output in answers(batch).items():
                 for window, place in zip(output, batch, strict=True):
                     blends[name].add(window, place)
         finished = {name: blend.finish(next_row) for name, blend in blends.items()}
-        yield Slab(
+        slab = Slab(
             {name: first for name, (first, _) in finished.items()},
             {name: rows for name, (_, rows) in finished.items()},
         )
+        del finished  # or these rows would live on beside the next
+        yield slab
+        del slab
 
 
 def slide(

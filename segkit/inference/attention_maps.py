@@ -1,0 +1,144 @@
+"""Attention maps of whole volumes: gathered as windows and slabs pass, each on its own grid."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from segkit.data.preprocess import Prepared
+from segkit.geometry import Grid, Orientation
+from segkit.inference.source_rows import WALK_AXIS
+from segkit.inference.windows import Slab
+from segkit.nn.taps import MapInfo
+from segkit.resample import resample
+from segkit.scratch import Allocate, in_memory, release
+from segkit.volume import Volume
+
+ROWS = 16
+"""Rows of a volume that a map is resampled to at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """A map of the whole volume: of voxels on `volume`'s own grid, or of channels as a vector."""
+
+    info: MapInfo
+    volume: Volume | None
+    """Raw values, float32, where the map has a place."""
+    seen: Grid
+    """The part of the volume, turned to RAS+, that the network saw."""
+    channel_mean: Float[ndarray, " channel"] | None = None
+    """Where it has none: each channel's mean over windows …"""
+    channel_std: Float[ndarray, " channel"] | None = None
+    """… and standard deviation."""
+
+
+class ChannelMoments:
+    """Mean and standard deviation over windows of maps that are vectors over channels."""
+
+    def __init__(self) -> None:
+        self.windows: dict[str, list[Tensor]] = {}
+
+    def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
+        """Take in the maps of a batch of windows."""
+        self.windows.setdefault(key, []).append(window_maps.amax(tuple(range(2, window_maps.ndim))))
+
+    def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
+        """The moments of one map."""
+        vectors = torch.cat(self.windows[info.key]).double().cpu()
+        mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
+        return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
+
+
+class MapCollector:
+    """Gathers the maps of a volume while the network walks over it.
+
+    Args:
+        infos: of the maps that are asked for, by key.
+        prepared: the image that is walked over.
+        allocate: gives the arrays for maps that have a place.
+    """
+
+    def __init__(
+        self, infos: Mapping[str, MapInfo], prepared: Prepared, *, allocate: Allocate
+    ) -> None:
+        self.infos = infos
+        self.prepared = prepared
+        self.allocate = allocate
+        self.vectors = ChannelMoments()
+        self.placed: dict[str, ndarray] = {}
+
+    def take_vectors(self, outputs: dict[str, Tensor]) -> None:
+        """Take the maps over channels out of what the network says of a batch of windows."""
+        for key, info in self.infos.items():
+            if info.placement is None:
+                self.vectors.add(key, outputs.pop(key))
+
+    def take_rows(self, slab: Slab) -> None:
+        """Take the finished rows of placed maps out of a slab."""
+        for key in [key for key in slab.rows if key in self.infos]:
+            rows, first = slab.rows.pop(key), slab.starts[key]
+            info = self.infos[key]
+            assert info.placement is not None
+            if key not in self.placed:
+                size = self.prepared.grid.shape[WALK_AXIS]
+                length = -(-size // int(info.placement.stride[WALK_AXIS]))
+                shape = (*rows.shape[1:3], length, len(rows))
+                self.placed[key] = self.allocate(shape, np.dtype(np.float32))
+            # Blending is convex, but for the last digit.
+            values = rows.clamp(info.lowest, info.highest).movedim(0, -1).cpu().numpy()
+            self.placed[key][:, :, first : first + rows.shape[-1]] = values
+            release(self.placed[key])
+
+    def result(self, volume: Volume) -> dict[str, AttentionMap]:
+        """The maps of the whole volume."""
+        source = self.prepared.source
+        return {
+            key: self.vectors.result(info, source)
+            if info.placement is None
+            else AttentionMap(info, self._on_its_grid(info, volume), source)
+            for key, info in self.infos.items()
+        }
+
+    def _on_its_grid(self, info: MapInfo, volume: Volume) -> Volume:
+        assert info.placement is not None
+        values = self.placed[info.key]
+        grid = self.prepared.grid.placed(
+            values.shape[:3], info.placement.stride, info.placement.offset
+        )
+        return volume.on(grid, values[..., 0] if values.shape[3] == 1 else values)
+
+
+def map_on_source(
+    attention_map: AttentionMap, source: Volume, *, allocate: Allocate = in_memory
+) -> Volume:
+    """A placed map, resampled linearly to the grid of the volume it was made of, float32.
+
+    Voxels that the network did not see, beyond the body's box, are 0. `allocate` gives the array.
+    """
+    native = attention_map.volume
+    assert native is not None, "a vector over channels lies nowhere"
+    orientation = Orientation.of(source.grid.affine)
+    turned = orientation.turn_grid(source.grid)
+    seen = attention_map.seen
+    first = turned.index(seen.affine[:3, 3]).round().astype(int)
+    x_box, y_box, _ = (slice(low, low + size) for low, size in zip(first, seen.shape, strict=True))
+    cells = native.data.reshape(*native.grid.shape, -1)
+    onto = allocate((*turned.shape, cells.shape[3]), np.dtype(np.float32))
+    x, y, rows = native.grid.positions_of(seen)
+    clamped = np.clip(rows, 0, native.grid.shape[WALK_AXIS] - 1)
+    for start in range(0, len(rows), ROWS):
+        block = clamped[start : start + ROWS]
+        lowest, highest = int(np.floor(block[0])), int(np.ceil(block[-1]))
+        held = torch.from_numpy(np.moveaxis(cells[:, :, lowest : highest + 1], 3, 0).copy())
+        values = resample(held, (x, y, block - lowest)).movedim(0, -1).numpy()
+        low = int(first[WALK_AXIS]) + start
+        onto[x_box, y_box, low : low + len(block)] = values
+        release(onto)
+        release(native.data)
+    back = orientation.turn_back(onto)
+    return source.like(back if native.data.ndim == 4 else back[..., 0])

@@ -1,0 +1,101 @@
+"""What several models make of the same rows of a volume, and how far they agree.
+
+Each model walks over the volume in slabs of its own, on a grid of its own, and none runs ahead: the
+one that knows least goes on, so that each holds a slab.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from segkit.inference.moments import Moments
+from segkit.inference.regions import written_regions
+from segkit.inference.source_rows import SourceRows
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What is said of some rows of the volume."""
+
+    labels: Integer[Tensor, "x y rows"]
+    probabilities: Float[Tensor, "classes x y rows"] | None = None
+    """The mean of the members'."""
+    entropy: Float[Tensor, "x y rows"] | None = None
+    """Of the mean probabilities, from 0 to 1: 1 where all classes, or yes and no, are alike."""
+    variance: Float[Tensor, "x y rows"] | None = None
+    """Of each class's probability between members, and mirrors of a window, mean over classes."""
+
+
+def merge(
+    members: Sequence[Iterator[tuple[int, SourceRows]]],
+) -> Iterator[tuple[int, list[SourceRows]]]:
+    """The rows of the volume that all members know, with their first, as soon as all do.
+
+    Each member yields consecutive rows from 0 on, and all end at the same row.
+    """
+    known: list[tuple[int, SourceRows] | None] = [next(member, None) for member in members]
+    done = 0
+    while True:
+        held = [head for head in known if head is not None]
+        if not held:
+            return
+        assert len(held) == len(members), "the members end at different rows"
+        reached = min(first + rows.count for first, rows in held)
+        parts = [rows.part(done - first, reached - first) for first, rows in held]
+        del held
+        yield done, parts
+        del parts
+        done = reached
+        for number, member in enumerate(members):
+            head = known[number]
+            if head is not None and head[0] + head[1].count == done:
+                # Its slab is let go before the next is made.
+                known[number] = head = None
+                known[number] = next(member, None)
+
+
+def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -> Verdict:
+    """The verdict of one or several members on the rows that they all have.
+
+    Args:
+        members: the same rows of the volume.
+        shares: whether probabilities are asked for.
+        uncertainty: whether entropy and variance are.
+    """
+    alone = len(members) == 1
+    if alone and not shares and not uncertainty:
+        return Verdict(members[0].labels())
+    moments = Moments(class_axis=0)
+    for rows in members:
+        moments.add(rows.probabilities())
+    written = members[0].written
+    if alone:  # the label is the same whatever else is asked for
+        labels = members[0].labels()
+    elif written is None:
+        labels = moments.mean.max(dim=0).indices
+    else:
+        labels = written_regions([moments.mean - 0.5], written)
+    probabilities = moments.mean if shares else None
+    if not uncertainty:
+        return Verdict(labels, probabilities)
+    variance = moments.variance
+    for rows in members:
+        variance = variance + rows.spread() / len(members)
+    uncertain = entropy if written is None else region_entropy
+    return Verdict(labels, probabilities, uncertain(moments.mean), variance)
+
+
+def entropy(probabilities: Float[Tensor, "classes *space"]) -> Float[Tensor, "*space"]:
+    """The entropy over that of classes all alike."""
+    total = torch.special.entr(probabilities).sum(dim=0)
+    return (total / math.log(max(len(probabilities), 2))).clamp(0, 1)
+
+
+def region_entropy(probabilities: Float[Tensor, "regions *space"]) -> Float[Tensor, "*space"]:
+    """The entropy of yes and no, over its largest, as the mean over regions."""
+    both = torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)
+    return (both.mean(dim=0) / math.log(2)).clamp(0, 1)

@@ -1,0 +1,59 @@
+"""Run as a program: segments a volume of SLICES with CLASSES classes, and prints its peak memory.
+
+python tests/peak_memory.py FOLDER CLASSES SLICES
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segkit.config import CtWindow, ModelDescription, NetworkConfig
+from segkit.geometry import Grid
+from segkit.inference.predictor import Predictor
+from segkit.model import Model
+from segkit.nn.unet import UNet
+from segkit.prediction import find_inputs, predict_files
+from segkit.volume import Volume, write_volume
+
+SIDE = 48
+
+
+class NearestClass(UNet):
+    """Logits that are largest for the class whose number is nearest to the voxel's value."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        classes = torch.arange(self.heads[0].out_channels, device=image.device)
+        return (image - classes.view(1, -1, 1, 1, 1)).abs().neg()
+
+
+def main(folder: Path, classes: int, slices: int) -> None:
+    grid = Grid((SIDE, SIDE, slices), np.eye(4))
+    rows = np.arange(slices, dtype=np.int16) % classes
+    values = np.broadcast_to(rows, grid.shape)
+    write_volume(folder / "scan.nii", Volume(values, grid))
+    told = ModelDescription(
+        segkit="test",
+        run="test",
+        channels=["CT"],
+        labels={f"label {number}": number for number in range(classes)},
+        network=NetworkConfig(channels=[2, 2, 2]),
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=[CtWindow(lower=-1e6, upper=1e6, mean=0.0, std=1.0)],
+        slices="axial",
+        patch_size=[16, 16, 16],
+    )
+    network = NearestClass(3, 1, out_channels=classes, channels=(2, 2, 2))
+    predictor = Predictor(Model(told, network), device="cpu", overlap=0.25)
+    (outcome,) = predict_files(
+        predictor, find_inputs([folder / "scan.nii"], 1), probabilities=True, uncertainty=True
+    )
+    assert outcome.error is None, outcome.error
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

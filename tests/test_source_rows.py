@@ -1,0 +1,101 @@
+"""Rows that slabs make known, piece by piece, are those of the whole resampled at once."""
+
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from torch import Tensor
+from torch.testing import assert_close
+
+from segkit.data.preprocess import Prepared, prepare
+from segkit.geometry import Grid
+from segkit.inference.source_rows import pieces, to_source_rows
+from segkit.resample import resample
+from segkit.volume import Volume
+from tests.helpers import grids
+
+
+def prepared_of(grid: Grid, spacing: tuple[float, float, float]) -> Prepared:
+    volume = Volume(np.ones(grid.shape, np.float32), grid)
+    return prepare(volume, spacing=spacing, normalisers=[lambda image: image])
+
+
+@st.composite
+def cut(draw: st.DrawFn, length: int) -> list[int]:
+    """Lengths of slabs that make up a length."""
+    ends = sorted({*draw(st.sets(st.integers(1, length))), length})
+    return np.diff([0, *ends]).tolist()
+
+
+@settings(max_examples=40)
+@given(
+    grids(largest=8),
+    st.tuples(*[st.floats(0.4, 5.0)] * 3),
+    st.integers(1, 19),
+    st.integers(1, 400),
+    st.data(),
+)
+def test_rows_of_slabs_are_those_of_the_whole_at_once(
+    grid: Grid,
+    spacing: tuple[float, float, float],
+    classes: int,
+    numbers: int,
+    data: st.DataObject,
+) -> None:
+    size = max(grid.spacing)
+    spacing = (spacing[0] * size, spacing[1] * size, spacing[2] * size)
+    prepared = prepared_of(grid, spacing)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(classes + 1, *prepared.grid.shape, generator=generator)
+    slabs = logits.split(data.draw(cut(prepared.grid.shape[2])), dim=-1)
+    whole = resample(logits, prepared.grid.positions_of(prepared.source))
+    labels, shares, spread = [], [], []
+    reached = 0
+    for first, rows in to_source_rows(slabs, prepared, with_spread=True):
+        assert first == reached
+        reached += rows.count
+        for start, (few,) in pieces([rows], numbers=numbers):
+            assert (
+                few.count == 1
+                or few.count * len(rows.positions[0]) * len(rows.positions[1]) <= numbers
+            )
+            assert start + few.count <= rows.count
+            labels.append(few.labels())
+            shares.append(few.probabilities())
+            spread.append(few.spread())
+    assert reached == prepared.source.shape[2]
+    probabilities = torch.cat(shares, dim=-1)
+    assert_close(probabilities, whole[:classes].softmax(dim=0), rtol=1e-4, atol=1e-6)
+    assert_close(torch.cat(spread, dim=-1), whole[classes], rtol=1e-4, atol=1e-5)
+    chosen = torch.cat(labels, dim=-1)
+    best = probabilities.gather(0, chosen[None])[0]
+    assert_close(best, probabilities.max(dim=0).values, rtol=1e-4, atol=1e-6)
+
+
+def test_without_mirrors_there_is_no_spread() -> None:
+    prepared = prepared_of(Grid((3, 4, 5), np.eye(4)), (1.0, 1.0, 1.0))
+    ((_, rows),) = to_source_rows([torch.randn(2, 3, 4, 5)], prepared)
+    assert_array_equal(rows.spread().numpy(), np.zeros((3, 4, 5)))
+
+
+def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
+
+    prepared = prepared_of(Grid((3, 4, 12), np.eye(4)), (1.0, 1.0, 1.0))
+    alive: list[weakref.ref[Tensor]] = []
+
+    def slabs() -> Iterator[Tensor]:
+        for _ in range(4):
+            assert all(past() is None for past in alive)
+            slab = torch.randn(2, 3, 4, 3)
+            alive.append(weakref.ref(slab))
+            yield slab
+            del slab
+
+    for _, rows in to_source_rows(slabs(), prepared):
+        rows.labels()
+        del rows
+    assert len(alive) == 4
