@@ -196,6 +196,10 @@ def predict(
     device: Device = "auto",
     overlap: Overlap = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows per call of the network.")] = 1,
+    engine: Annotated[
+        Literal["auto", "torch", "compile", "openvino", "onnx"],
+        typer.Option(help="What runs the network; auto is OpenVINO on a CPU where it pays."),
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg."""
@@ -208,7 +212,7 @@ def predict(
     loaded = load_model(folder)
     found = find_inputs(inputs, len(loaded.description.channels))
     _say(f"model: {folder}")
-    predictor = Predictor(loaded, device=device, overlap=overlap, batch_size=batch)
+    predictor = Predictor(loaded, device=device, overlap=overlap, batch_size=batch, engine=engine)
     track = Tracker(console)
     failures = []
     outcomes = predict_files(

@@ -28,6 +28,8 @@ class Model:
 
     description: ModelDescription
     network: SegmentationNetwork
+    folder: Path | None = None
+    """Where it was read from."""
 
 
 def save_model(folder: Path, model: Model) -> None:
@@ -52,7 +54,7 @@ def load_model(path: Path) -> Model:
         raise ModelError(f"{source}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
-    model = Model(description, build_network(description))
+    model = Model(description, build_network(description), folder)
     try:
         unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:

@@ -21,7 +21,8 @@ from segkit.build import build_normalisers, volume_patch
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
-from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine, choose_device
+from segkit.inference.choice import EngineName, choose_engine
+from segkit.inference.engines import LOGITS, PRESENCE, TorchEngine
 from segkit.inference.windows import Slab, slide, stream, window_starts
 from segkit.model import Model, load_model
 from segkit.nn.planes import SegmentationNetwork
@@ -75,6 +76,7 @@ class Predictor:
         overlap: share of a window that neighbours have in common.
         batch_size: windows per call of the network.
         precision: of the network's arithmetic; sums over windows are always float32.
+        engine: what runs the network; 'auto' is the fastest that `choose_engine` knows here.
     """
 
     def __init__(
@@ -85,19 +87,25 @@ class Predictor:
         overlap: float = 0.5,
         batch_size: int = 1,
         precision: torch.dtype = torch.float32,
+        engine: EngineName = "auto",
     ) -> None:
         self.model = model
-        self.engine: Engine = TorchEngine(
-            model.network, device=choose_device(device), precision=precision
-        )
+        self.engine = choose_engine(engine, model, device=device, precision=precision)
         self.layout = window_layout(model.network, volume_patch(model.description), overlap)
         self.batch_size = batch_size
         self.normalisers = build_normalisers(model.description.normalisation)
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> "Predictor":
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        device: str = "auto",
+        overlap: float = 0.5,
+        engine: EngineName = "auto",
+    ) -> "Predictor":
         """A predictor from a run or a model folder. Raises ModelError where there is none."""
-        return cls(load_model(Path(path)), device=device, overlap=overlap)
+        return cls(load_model(Path(path)), device=device, overlap=overlap, engine=engine)
 
     def __call__(
         self,
@@ -124,7 +132,7 @@ class Predictor:
                 if info.placement is None:
                     vectors.add(key, outputs.pop(key))
             if PRESENCE in outputs:
-                presence.append(outputs.pop(PRESENCE).amax(dim=0))
+                presence.append(outputs.pop(PRESENCE).amax(dim=0).cpu())
             return outputs
 
         patch, overlap, multiple = self.layout
@@ -273,7 +281,7 @@ def to_source_rows(
     held: Tensor | None = None
     held_from = done = 0
     for slab in slabs:
-        held = slab if held is None else torch.cat([held, slab], dim=-1)
+        held = slab if held is None else torch.cat([held.to(slab.device), slab], dim=-1)
         newest = held_from + held.shape[-1] - 1
         known = int(np.searchsorted(np.ceil(clamped), newest, side="right"))
         if known > done:
@@ -294,11 +302,12 @@ class ChannelMoments:
 
     def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
         """Take in the maps of a batch of windows."""
-        self.windows.setdefault(key, []).append(window_maps.amax(tuple(range(2, window_maps.ndim))))
+        vectors = window_maps.amax(tuple(range(2, window_maps.ndim))).cpu()
+        self.windows.setdefault(key, []).append(vectors)
 
     def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
         """The moments of one map."""
-        vectors = torch.cat(self.windows[info.key]).double().cpu()
+        vectors = torch.cat(self.windows[info.key]).double()
         mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
         return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
 
