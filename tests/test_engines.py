@@ -469,6 +469,19 @@ def test_bfloat16_comes_back_as_float32() -> None:
     assert {output.dtype for output in outputs.values()} == {torch.float32}
 
 
+def test_openvino_computes_in_bfloat16_where_asked_and_the_cpu_can() -> None:
+    model, batch = model_of({}, 3), windows_of(3)
+    able = OpenVino().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in able:
+        with pytest.raises(ModelError, match=r"float32 here, found torch\.bfloat16"):
+            choose_engine("openvino", model, precision=torch.bfloat16)
+        return
+    exact = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    rough = choose_engine("openvino", model, precision=torch.bfloat16)(batch, ())[LOGITS]
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().mean() < 0.05 * exact.std()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_gives_what_the_cpu_gives(precision: torch.dtype) -> None:

@@ -80,7 +80,9 @@ class ConvertedEngine:
     one; outputs that are not asked for cost nothing. A network whose maps are being edited runs in
     PyTorch, for what was converted knows no edits. A model that was not read from a folder is
     converted for this engine alone. Both runtimes could flush numbers too small to be normal to
-    zero, but would leave the caller's thread doing so for good: they are not asked to. Raises ConversionError where the runtime cannot run it.
+    zero, but would leave the caller's thread doing so for good: they are not asked to.
+
+    Raises ConversionError where the runtime cannot run the network.
     """
 
     def __init__(self, model: Model, runtime: Runtime) -> None:
