@@ -3,9 +3,10 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -97,12 +98,13 @@ def plan(
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a dataset and write a config for it that says why each value was chosen."""
+    """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
     from segkit.files import write_text
     from segkit.planning import plan_dataset, refuse_existing
     from segkit.progress import Tracker
 
     target = out or Path(f"{dataset.resolve().name}.yaml")
+    low = target.with_name(f"{target.stem}_low{target.suffix}")
     refuse_existing(target, overwrite=overwrite)
     planned = plan_dataset(
         dataset,
@@ -112,12 +114,19 @@ def plan(
         gigabytes=memory,
         minutes=minutes,
         preset=preset,
+        runs=runs,
         track=Tracker(console),
     )
+    if planned.low is not None:
+        refuse_existing(low, overwrite=overwrite)
+        write_text(low, planned.low.text)
+        _say(planned.low.text.rstrip())
+        _say(f"wrote {low}")
     write_text(target, planned.text)
     _say(planned.text.rstrip())
     _say(f"wrote {target}")
-    _say(f"next: segkit train {target}")
+    before = f"segkit train {low}, and then " if planned.low else ""
+    _say(f"next: {before}segkit train {target}")
 
 
 @app.command()
@@ -141,7 +150,7 @@ def train(
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
-    settings = None
+    settings = low = None
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
     from segkit import training
@@ -153,9 +162,21 @@ def train(
         accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
         device = [accelerator[word] for word in overrides or () if word in accelerator]
         planned = plan_dataset(
-            config, cache=runs / ".cache", device=(device or ["auto"])[-1], track=Tracker(console)
+            config,
+            cache=runs / ".cache",
+            device=(device or ["auto"])[-1],
+            runs=runs,
+            track=Tracker(console),
         )
         settings = changed(planned.config, overrides or ())
+        if planned.low and settings.data.first_stage == planned.config.data.first_stage:
+            low = changed(planned.low.config, [*(overrides or ()), f"name={settings.name}_low"])
+            if low.data.spacing == settings.data.spacing:
+                raise ConfigError(
+                    f"{config}: two stages cannot share data.spacing; write their configs first: "
+                    f"segkit plan {config}; or train one with data.first_stage=null"
+                )
+            _say(planned.low.text.rstrip())
         if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
             raise ConfigError(
                 f"{config}: several processes must train by one plan; "
@@ -165,12 +186,21 @@ def train(
 
     _hush()
     progress = [TrainingProgress(console)]
+    if settings is not None and low is not None:
+        first = training.train(low, runs=runs, callbacks=progress, track=Tracker(console))
+        _tell(first.folder, first.summary)
+        settings = training.after(settings, first)
     if settings is not None:
         result = training.train(settings, runs=runs, callbacks=progress, track=Tracker(console))
     else:
         assert resume is not None
         result = training.resume(resume, callbacks=progress, track=Tracker(console))
-    summary = result.summary
+    _tell(result.folder, result.summary)
+    _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+
+
+def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Say what became of a run."""
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
@@ -178,8 +208,7 @@ def train(
         _say(
             f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
         )
-    _say(f"wrote {result.folder}")
-    _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+    _say(f"wrote {folder}")
 
 
 @app.command()
@@ -305,7 +334,7 @@ def evaluate(
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
     from segkit.errors import VolumeError
-    from segkit.evaluation import find_pairs, label_names, score_pairs
+    from segkit.evaluation import find_labelling, find_pairs, score_pairs
     from segkit.files import refuse_existing, write_json
     from segkit.metrics.table import summarise, to_json, to_table
     from segkit.progress import Tracker
@@ -315,7 +344,7 @@ def evaluate(
     pairs = find_pairs(predictions, references)
     rows = score_pairs(
         Tracker(console)(pairs, "scoring", len(pairs)),
-        label_names(references, labels),
+        find_labelling(references, labels),
         tolerance_mm=tolerance,
     )
     if not rows:

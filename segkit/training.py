@@ -25,7 +25,14 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from segkit.averaging import Averaging
-from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.build import (
+    build_network,
+    build_normalisers,
+    build_variation,
+    interpolation_order,
+    volume_patch,
+)
+from segkit.cascade import described, first_models, first_stage_of, label_cases
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
@@ -38,6 +45,7 @@ from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
     checkpoint_of,
@@ -46,6 +54,7 @@ from segkit.run_folder import (
     stopped_run,
 )
 from segkit.settle import Track, check_images, describe
+from segkit.volume import read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +120,8 @@ def _train(
     dataset = read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
-    description = describe(config, dataset, train_cases, track)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    description = described(describe(config, dataset, train_cases, track), first_stage)
     config = resolved(config, description)
     resumed = folder is not None
     if folder is None:
@@ -126,19 +136,34 @@ def _train(
     if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
+    cache = config.data.cache or runs / ".cache"
+    first_labels = label_cases(
+        (*train_cases, *held_out),
+        dataset,
+        first_stage,
+        cache=cache,
+        device={"gpu": "cuda"}.get(config.trainer.accelerator, config.trainer.accelerator),
+        track=track,
+    )
     store = partial(
         store_cases,
         dataset=dataset,
-        folder=config.data.cache or runs / ".cache",
+        folder=cache,
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
+        order=interpolation_order(description),
         settings=[setting.model_dump() for setting in description.normalisation],
+        first_labels=first_labels,
     )
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
     vary, margin = build_variation(
-        config.data, patch_size, spacing=description.spacing, labels=list(dataset.labels)
+        config.data,
+        patch_size,
+        spacing=description.spacing,
+        labels=dataset.labelling.value_names,
+        first_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
@@ -157,7 +182,9 @@ def _train(
     module = SegmentationModule(
         network,
         vary=vary,
-        segment=partial(segment_prepared, patch_size=patch_size),
+        segment=partial(
+            segment_prepared, patch_size=patch_size, written=description.labelling.written
+        ),
         class_names=list(description.labels),
         optimiser=config.train.optimiser,
         learning_rate=config.train.learning_rate or LEARNING_RATE[config.train.optimiser],
@@ -166,6 +193,8 @@ def _train(
         batch_dice=config.train.batch_dice,
         seed=config.train.seed,
         presence_weight=head.weight if (head := config.network.attention.head) else 0.0,
+        regions=list(description.regions.values()),
+        ignore=description.ignore,
     )
     best = ModelCheckpoint(
         dirpath=folder,
@@ -194,8 +223,7 @@ def _train(
         ]
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"precision"}),
-            precision=precision(config),
+            **config.trainer.model_dump(),
             max_steps=config.train.steps,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -229,7 +257,7 @@ def _train(
     if not first:
         sys.exit(0)
 
-    model = Model(description, network.eval())
+    model = Model(description, network.eval(), tuple(stage.model for stage in first_stage))
     save_model(folder / "model", model)
     best_dice = best.best_model_score
     summary = {
@@ -241,9 +269,17 @@ def _train(
         "training_cases": len(train_cases),
         "validation": {
             "note": "whole held-out volumes, on their own grids, by the final weights",
-            **score(model, dataset, held_out, track, device=str(trainer.strategy.root_device)),
+            **score(
+                model,
+                dataset,
+                held_out,
+                track,
+                device=str(trainer.strategy.root_device),
+                first_labels=first_labels,
+            ),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
+        **first_stage_of(first_stage, train_cases, held_out),
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
@@ -251,17 +287,22 @@ def _train(
     return Run(folder, summary, model)
 
 
-def precision(config: Config) -> Any:
-    """Lightning's precision: `auto` is a half type where there is a GPU for it, else single.
+def after(config: Config, first: Run) -> Config:
+    """The config of a second stage, which is given the labels of a run."""
+    data = config.data.model_copy(update={"first_stage": [first.folder]})
+    return config.model_copy(update={"data": data})
 
-    On a CPU never a half type: where the cores have no instructions for it, a step takes 40 times
-    as long.
+
+def precision(config: Config) -> str | int:
+    """Lightning's precision: `auto` is a half type where the device is faster in it, else single.
+
+    On a CPU that needs matrix units: cores without them take 40 times as long in a half type.
     """
     asked = config.trainer.precision
     if asked != "auto":
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
+        return "bf16-mixed" if half_pays() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
@@ -273,44 +314,62 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 
 def resolved(config: Config, description: ModelDescription) -> Config:
-    """The config with the spacing that was settled, so that the run's own says it all."""
+    """The config with spacing and precision settled, so that the run's own says it all."""
     data = config.data.model_copy(
         update={
             "spacing": description.spacing,
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
+            "first_stage": config.data.first_stage
+            and [path.resolve() for path in config.data.first_stage],
         }
     )
     train = config.train.model_copy(
         update={"start_from": config.train.start_from and config.train.start_from.resolve()}
     )
-    return config.model_copy(update={"data": data, "train": train})
+    trainer = config.trainer.model_copy(update={"precision": precision(config)})
+    return config.model_copy(update={"data": data, "train": train, "trainer": trainer})
 
 
 def score(
-    model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
+    model: Model,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+    *,
+    device: str = "auto",
+    first_labels: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
+    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
+
+    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    `first_labels` are files with the labels that a first stage gives each case: those of its models
+    that held the case out, where the whole first stage would do better than on a new case.
+    """
     predictor = Predictor(model, device=device)
+    labelling = dataset.labelling
+    members = labelling.members
     dice: dict[str, list[float]] = {}
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
-        prediction = predictor(image)
+        known = read_volume(first_labels[case.name]) if first_labels else None
+        prediction = predictor(image, first_labels=known)
         if prediction.presence is not None:
             told_right.append(
                 [
-                    (probability > 0.5) == bool((label.data == number).any())
-                    for number, probability in enumerate(prediction.presence.values(), start=1)
+                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
+                    for name, numbers in members.items()
                 ]
             )
         matrix = confusion_matrix(
             torch.from_numpy(prediction.labels.data.astype(np.int64)),
             torch.from_numpy(label.data.astype(np.int64)),
-            len(dataset.labels),
+            len(labelling.value_names),
         )
-        dice[case.name] = Overlap.from_confusion(matrix).dice[1:].tolist()
-    names = list(dataset.labels)[1:]
+        overlap = Overlap.of_groups(matrix, list(members.values()), ignore=labelling.ignore)
+        dice[case.name] = overlap.dice.tolist()
+    names = list(members)
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = [_mean(column) for column in table.T]
     told = {}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from segkit import planning
 from segkit.cli import main
 from tests.helpers import affine_of
-from tests.small import small_dataset, trained_run
+from tests.small import magnified, small_dataset, trained_run
 
 COMMANDS = ("demo", "train", "predict", "evaluate", "check")
 
@@ -242,3 +243,34 @@ def test_check_names_the_case_whose_label_lies_elsewhere(
     nib.save(nib.Nifti1Image(values, np.diag([2.0, 1, 1, 1])), path)
     code, _, err = run("check", folder, capsys=capsys)
     assert code == 2 and "case_1.nii.gz: its grid" in err
+
+
+def test_a_large_dataset_is_planned_and_trained_in_two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "measured_speed", lambda: 3e8)
+    magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
+    code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 0, err
+    assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
+    code, _, err = run("check", "balls.yaml", capsys=capsys)
+    assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
+    (tmp_path / "balls.yaml").unlink()
+    code, _, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 2 and "balls_low.yaml: exists already" in err
+    assert not (tmp_path / "balls.yaml").exists()
+
+    words = ["train", "balls", "trainer.accelerator=cpu", "train.steps=2", "name=two"]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0, err
+    low, full = Path("runs/two_low"), Path("runs/two")
+    assert out.index(f"wrote {low}\n") < out.index(f"wrote {full}\n")
+    assert (full / "model" / "first" / "0" / "weights.safetensors").read_bytes() == (
+        low / "model" / "weights.safetensors"
+    ).read_bytes()
+    code, _, err = run(*words, "data.spacing=[1,1,1]", capsys=capsys)
+    assert code == 2 and "two stages cannot share data.spacing" in err
+    code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
+    assert code == 0 and not Path("runs/one_low").exists(), err
+    assert not (Path("runs/one/model/first")).exists()

@@ -106,7 +106,7 @@ def model_of(attention: dict[str, Any], spatial_dims: int, folder: Path | None =
         slices="axial",
         patch_size=PATCH[spatial_dims],
     )
-    return Model(description, network, folder)
+    return Model(description, network, folder=folder)
 
 
 def saved(folder: Path, attention: dict[str, Any] | None = None) -> Model:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segkit import training
 from segkit.averaging import Averaging
 from segkit.data.cases import Case, Dataset, fold_of
 from segkit.errors import DatasetError, ModelError, TrainingError
@@ -191,20 +192,28 @@ def test_an_image_that_holds_what_is_no_number_never_reaches_training(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "gpu", "bf16", "expected"),
+    ("accelerator", "gpu", "bf16", "matrix_units", "expected"),
     [
-        ("auto", False, False, "32-true"),
-        ("cpu", True, True, "32-true"),
-        ("auto", True, True, "bf16-mixed"),
-        ("gpu", True, False, "16-mixed"),
+        ("auto", False, False, False, "32-true"),
+        ("auto", False, False, True, "bf16-mixed"),
+        ("cpu", True, True, False, "32-true"),
+        ("cpu", True, True, True, "bf16-mixed"),
+        ("auto", True, True, False, "bf16-mixed"),
+        ("gpu", True, False, True, "16-mixed"),
     ],
 )
-def test_half_precision_is_for_gpus_alone(
-    accelerator: str, gpu: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_half_precision_is_for_devices_that_are_faster_in_it(
+    accelerator: str,
+    gpu: bool,
+    bf16: bool,
+    matrix_units: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    config = small_config(Path("data"), trainer={"accelerator": accelerator})
+    monkeypatch.setattr(training, "half_pays", lambda: matrix_units)
+    config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
     assert precision(asked) == "bf16-mixed"
