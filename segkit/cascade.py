@@ -152,7 +152,8 @@ def first_stage_of(
 
 
 def _segmenter(first: FirstModel, device: str) -> Segment:
-    predictor = Predictor(first.model, device=device)
+    # Whether a conversion lies in the cache must not decide what is trained on.
+    predictor = Predictor(first.model, device=device, engine="torch")
     return lambda volume: predictor(volume).labels
 
 

@@ -271,6 +271,10 @@ def predict(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="The I-th of N jobs that share the volumes.")
     ] = "1/1",
+    engine: Annotated[
+        Literal["auto", "torch", "compile", "openvino", "onnx"],
+        typer.Option(help="What runs the network; auto is OpenVINO on a CPU where it pays."),
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg.
@@ -293,6 +297,7 @@ def predict(
         batch_size=batch,
         tta=tta,
         skip_empty=not all_windows,
+        engine=engine,
     )
     found = find_inputs(inputs, len(predictor.model.description.channels))
     for folder in folders:

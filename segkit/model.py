@@ -41,6 +41,8 @@ class Model:
     network: SegmentationNetwork
     first: "tuple[Model, ...]" = ()
     """Of the stage before, if its description tells of one."""
+    folder: Path | None = None
+    """Where it was read from."""
 
 
 def save_model(folder: Path, model: Model) -> None:
@@ -101,7 +103,7 @@ def load_description(folder: Path) -> ModelDescription:
 
 
 def _with_weights(folder: Path, description: ModelDescription, first: tuple[Model, ...]) -> Model:
-    model = Model(description, build_network(description), first)
+    model = Model(description, build_network(description), first, folder)
     try:
         unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:

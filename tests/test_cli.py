@@ -204,6 +204,19 @@ def test_nothing_is_overwritten_unasked(
     assert code == 0 and nib.load(mine).shape == (8, 8, 8)
 
 
+def test_an_engine_is_chosen_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), scan)
+    out = tmp_path / "labels.nii.gz"
+    words = ("predict", scan, "--model", finished, "--out", out, "--engine")
+    code, _, err = run(*words, "onnx", "--device", "cuda", capsys=capsys)
+    assert code == 2 and "the engine onnx runs on the CPU, found --device cuda" in err
+    code, _, err = run(*words, "onnx", capsys=capsys)
+    assert code == 0 and nib.load(out).shape == (8, 8, 8), err
+
+
 def test_a_cohort_goes_on_past_a_bad_file_and_says_so_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:

@@ -52,7 +52,7 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(classes + 1, *prepared.grid.shape, generator=generator)
     slabs = logits.split(data.draw(cut(prepared.grid.shape[2])), dim=-1)
-    whole = resample(logits, prepared.grid.positions_of(prepared.source))
+    whole = resample(logits, prepared.positions_of_source())
     labels, shares, spread = [], [], []
     reached = 0
     for first, rows in to_source_rows(slabs, prepared, with_spread=True):

@@ -45,7 +45,8 @@ class ChannelMoments:
 
     def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
         """Take in the maps of a batch of windows."""
-        self.windows.setdefault(key, []).append(window_maps.amax(tuple(range(2, window_maps.ndim))))
+        vectors = window_maps.amax(tuple(range(2, window_maps.ndim))).cpu()
+        self.windows.setdefault(key, []).append(vectors)
 
     def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
         """The moments of one map."""

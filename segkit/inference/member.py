@@ -17,8 +17,9 @@ from segkit.config import ModelDescription
 from segkit.data.first_stage import with_labels
 from segkit.data.preprocess import Prepared, prepare
 from segkit.inference.attention_maps import MapCollector
+from segkit.inference.choice import EngineName, choose_engine
 from segkit.inference.empty import empty_windows
-from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine
+from segkit.inference.engines import LOGITS, PRESENCE, Engine
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, stream, window_starts
@@ -41,15 +42,16 @@ class Member:
         self,
         model: Model,
         *,
-        device: torch.device,
+        device: str,
         overlap: float,
         batch_size: int,
         precision: torch.dtype,
         tta: bool,
         skip_empty: bool,
+        engine: EngineName,
     ) -> None:
         self.model = model
-        self.engine: Engine = TorchEngine(model.network, device=device, precision=precision)
+        self.engine: Engine = choose_engine(engine, model, device=device, precision=precision)
         self.layout = window_layout(model.network, volume_patch(model.description), overlap)
         self.batch_size = batch_size
         self.skip_empty = skip_empty
@@ -110,7 +112,7 @@ class Member:
                 outputs = engine(windows, keys)
             maps.take_vectors(outputs)
             if PRESENCE in outputs:
-                presence.append(outputs.pop(PRESENCE).amax(dim=0))
+                presence.append(outputs.pop(PRESENCE).amax(dim=0).cpu())
             if spreads:
                 outputs[LOGITS] = torch.cat([outputs[LOGITS], outputs.pop(SPREAD)], dim=1)
             return outputs

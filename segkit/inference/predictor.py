@@ -24,7 +24,8 @@ from segkit.data.first_stage import majority
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
 from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
-from segkit.inference.engines import LOGITS, TorchEngine, choose_device
+from segkit.inference.choice import EngineName
+from segkit.inference.engines import LOGITS, TorchEngine
 from segkit.inference.ensemble import Verdict, consult, merge
 from segkit.inference.member import Member, Track, window_layout
 from segkit.inference.regions import written_regions
@@ -92,6 +93,7 @@ class Predictor:
         tta: whether the logits of each window are averaged over its mirror images along the axes
             that the model was trained to mirror.
         skip_empty: whether windows under which the volume is 0 throughout are background unasked.
+        engine: what runs the network; 'auto' is the fastest that `choose_engine` knows here.
     """
 
     def __init__(
@@ -104,18 +106,20 @@ class Predictor:
         precision: torch.dtype = torch.float32,
         tta: bool = False,
         skip_empty: bool = True,
+        engine: EngineName = "auto",
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
         self.members = [
             Member(
                 model,
-                device=choose_device(device),
+                device=device,
                 overlap=overlap,
                 batch_size=batch_size,
                 precision=precision,
                 tta=tta,
                 skip_empty=skip_empty,
+                engine=engine,
             )
             for model in models
         ]
@@ -132,6 +136,7 @@ class Predictor:
                     precision=precision,
                     tta=tta,
                     skip_empty=skip_empty,
+                    engine=engine,
                 )
                 for first in model.first
             ]
@@ -147,6 +152,7 @@ class Predictor:
         batch_size: int = 1,
         tta: bool = False,
         skip_empty: bool = True,
+        engine: EngineName = "auto",
     ) -> "Predictor":
         """A predictor from runs or model folders. Raises ModelError where there is none."""
         return cls(
@@ -156,6 +162,7 @@ class Predictor:
             batch_size=batch_size,
             tta=tta,
             skip_empty=skip_empty,
+            engine=engine,
         )
 
     @property

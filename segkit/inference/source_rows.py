@@ -96,7 +96,7 @@ class SourceRows:
         block = self.logits[channels, ..., max(lowest, 0) : highest + 1]
         if lowest < 0:
             assert self.before is not None
-            block = torch.cat([self.before[channels], block], dim=-1)
+            block = torch.cat([self.before[channels].to(block.device), block], dim=-1)
         return resample(block, (x, y, rows - lowest))
 
 

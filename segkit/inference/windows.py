@@ -16,6 +16,7 @@ of their voxels stands alone, and voxels of which no window says anything hold a
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 WindowFunction = Callable[[Tensor], dict[str, Tensor]]
 Place = tuple[int, ...]
@@ -103,9 +106,13 @@ class Blend:
         ]
         extent = [len(total) for total in self.totals]
         extent[axis] = cells[axis]
-        self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
+        try:
+            self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
+        except torch.OutOfMemoryError:
+            logger.warning("the device's memory ran out; sums over windows are kept on the host")
+            self.sum = torch.zeros((window.shape[1], *extent))
         self.unseen = unseen
-        self.counted = None if unseen is None else torch.zeros(extent, device=window.device)
+        self.counted = None if unseen is None else torch.zeros(extent, device=self.sum.device)
         self.first_row = 0
 
     @staticmethod
@@ -117,7 +124,15 @@ class Blend:
         return total
 
     def add(self, window: Float[Tensor, "channel *cells"], start: Sequence[int]) -> None:
-        """Add one window's output, its first voxel at `start` of the image."""
+        """Add one window's output, its first voxel at `start` of the image.
+
+        The sum lies where the first output came from. Once either is on the host, the sum stays
+        there.
+        """
+        if window.device != self.sum.device:
+            window, self.sum, self.weight = window.cpu(), self.sum.cpu(), self.weight.cpu()
+            self.totals = [total.cpu() for total in self.totals]
+            self.counted = None if self.counted is None else self.counted.cpu()
         cells = [first // step for first, step in zip(start, self.stride, strict=True)]
         cells[self.axis] -= self.first_row
         region = tuple(

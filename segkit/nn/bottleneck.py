@@ -71,7 +71,8 @@ class SelfAttention(nn.Module):
         if self.positions == "sincos":
             waves = sincos(space, features.shape[1], features.device)
             placed = placed + waves.view(*space, -1).to(placed.dtype)
-        tokens = windows.cut(placed.movedim(-1, 1))
+        # The axis is counted from the front because ONNX's exporter cannot count from the back.
+        tokens = windows.cut(placed.movedim(placed.ndim - 1, 1))
         taken, share = self.attention(
             tokens,
             tokens,

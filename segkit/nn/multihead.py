@@ -173,6 +173,7 @@ class MultiHeadAttention(nn.Module):
 
 def windows_over(space: Sequence[int], window: Sequence[int] | None) -> "Windows":
     """Windows of a size over a grid; one of the grid's own size where None."""
+    space = [int(size) for size in space]  # while torch traces, sizes are tensors
     sizes = tuple(window or space)
     counts = tuple(-(-size // width) for size, width in zip(space, sizes, strict=True))
     return Windows(tuple(space), sizes, counts)

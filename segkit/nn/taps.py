@@ -120,6 +120,11 @@ def taps(network: nn.Module) -> dict[str, MapTap]:
     }
 
 
+def edited(network: nn.Module) -> bool:
+    """Whether any map or switch of a network is being edited."""
+    return any(tap.edit is not None for tap in taps(network).values())
+
+
 @contextmanager
 def recording(
     network: nn.Module, keys: Collection[str] | None = None

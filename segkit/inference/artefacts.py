@@ -1,0 +1,84 @@
+"""Folders of files that took long to make, kept for the next time, whole or not at all.
+
+A folder's manifest says what each file must hold. One that is damaged is made again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from segkit.files import write_json
+
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def artefact(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The folder of that name from the first of `folders` that has it undamaged.
+
+    Where none has, `make` fills it, in the first that can be written. Raises OSError where none
+    can be.
+    """
+    found = find(name, folders)
+    if found is not None:
+        return found
+    for folder, another in zip(folders, [*folders[1:], None], strict=True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return _made(folder / name, make)
+        except OSError as error:
+            if another is None:
+                raise
+            logger.info("%s cannot be written (%s); %s is kept in %s", folder, error, name, another)
+    raise AssertionError("artefacts need a folder")
+
+
+def find(name: str, folders: Sequence[Path]) -> Path | None:
+    """The folder of that name from the first of `folders` that has it undamaged, if any has."""
+    for folder in folders:
+        if (folder / name).is_dir():
+            if _intact(folder / name):
+                return folder / name
+            logger.warning("%s is damaged and is made again", folder / name)
+    return None
+
+
+def user_cache() -> Path:
+    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, or ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    return (Path(named) if named else Path.home() / ".cache") / "segkit"
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    partial.mkdir()
+    try:
+        make(partial)
+        write_json(partial / MANIFEST, {file.name: _sum(file) for file in partial.iterdir()})
+        if target.is_dir() and not _intact(target):
+            shutil.rmtree(target)
+        if not target.is_dir():  # else another process was quicker
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(sums) and all(
+            _sum(folder / name) == expected for name, expected in sums.items()
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

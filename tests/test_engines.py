@@ -1,0 +1,509 @@
+"""Laws of engines: each gives what PyTorch gives, and what was converted is kept and trusted only
+as long as nothing it depends on has changed."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from segkit.config import ModelDescription
+from segkit.errors import ModelError
+from segkit.geometry import Grid
+from segkit.inference import windows
+from segkit.inference.artefacts import MANIFEST, artefact
+from segkit.inference.choice import WORTH, EngineName, WaitingEngine, choose_engine
+from segkit.inference.compiled import CompiledEngine
+from segkit.inference.converted import FOLDER, ConversionError, ConvertedEngine, digest
+from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine
+from segkit.inference.onnx_runtime import OnnxRuntime
+from segkit.inference.openvino_runtime import OpenVino
+from segkit.inference.predictor import Predictor
+from segkit.inference.sparing import SparingEngine
+from segkit.inference.windows import slide
+from segkit.model import Model, load_model, save_model
+from segkit.nn.planes import Planes, unet_of
+from segkit.nn.taps import editing
+from segkit.volume import Volume
+from tests.test_contract import FAMILIES, PATCH, network_of, settings
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+FAST: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (3, {}),
+    "gated": (3, {"skip": "additive_grid"}),
+    "channel and space": (3, {"encoder": "se", "decoder": "cbam"}),
+    "self-attention": (
+        3,
+        FAMILIES["self-attention"]
+        | {
+            "bottleneck": {
+                "kind": "self_attention",
+                "heads": 2,
+                "head_channels": 6,
+                "positions": "rotary",
+            }
+        },
+    ),
+    "planes with presence": (2, {"skip": "additive_grid", "head": "gated"}),
+}
+SLOW: dict[str, tuple[int, dict[str, Any]]] = {
+    f"{name} {dims}D": (dims, attention)
+    for dims in (2, 3)
+    for name, attention in {
+        **{family: FAMILIES[family] for family in FAMILIES if family != "self-attention"},
+        "softmax gate": {"skip": {"kind": "additive_grid", "coefficients": "softmax"}},
+        "mean-flow gate": {"skip": {"kind": "additive_grid", "coefficients": "mean_flow"}},
+        "hard grid gate": {"skip": {"kind": "additive_grid", "coefficients": "hard"}},
+        "several gates": {"skip": {"kind": "additive_grid", "gates": 2}},
+        "self-attention in windows": {
+            "bottleneck": {**FAMILIES["self-attention"]["bottleneck"], "window": [2] * dims}
+        },
+        "self-attention by offsets": {
+            "bottleneck": {
+                **FAMILIES["self-attention"]["bottleneck"],
+                "window": [2] * dims,
+                "positions": "relative",
+            }
+        },
+        "self-attention with sines": {
+            "bottleneck": {
+                "kind": "self_attention", "heads": 2, "head_channels": 6, "positions": "sincos"
+            }
+        },
+        "mean head": {"head": "mean"},
+        "gated head": {"head": "gated"},
+    }.items()
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch traces, sizes are tensors, not the integers that signatures tell of."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def model_of(attention: dict[str, Any], spatial_dims: int, folder: Path | None = None) -> Model:
+    """Anisotropic strides, two channels, three classes; attention far from its start."""
+    inner = network_of(attention, spatial_dims)
+    network = inner if spatial_dims == 3 else Planes(inner, axis=2)
+    description = ModelDescription(
+        segkit="0",
+        run="test",
+        channels=["a", "b"],
+        labels={"background": 0, "one": 1, "two": 2},
+        network=settings(attention, spatial_dims),
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=["zscore", "zscore"],
+        slices="axial",
+        patch_size=PATCH[spatial_dims],
+    )
+    return Model(description, network, folder=folder)
+
+
+def saved(folder: Path, attention: dict[str, Any] | None = None) -> Model:
+    save_model(folder, model_of(attention or {"skip": "additive_grid"}, 3))
+    return load_model(folder)
+
+
+def windows_of(spatial_dims: int, count: int = 3, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = (12, 6, 6) if spatial_dims == 3 else (12, 10, 4)
+    return torch.randn(count, 2, *size, generator=generator)
+
+
+def keys_of(model: Model) -> list[str]:
+    presence = [PRESENCE] if model.network.presence is not None else []
+    return [*model.network.maps(), *presence]
+
+
+def assert_agree(engine: Engine, model: Model, batch: Tensor) -> None:
+    """Logits and every map, with and without being asked for."""
+    keys = keys_of(model)
+    expected = TorchEngine(model.network, device=CPU)(batch, keys)
+    found = engine(batch, keys)
+    assert set(found) == set(expected) == {LOGITS, *keys}
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=0, atol=1e-4)
+    same = found[LOGITS].argmax(dim=1) == expected[LOGITS].argmax(dim=1)
+    assert same.float().mean() >= 0.9999
+    bare = engine(batch, ())
+    assert set(bare) == {LOGITS}
+    torch.testing.assert_close(bare[LOGITS], expected[LOGITS], rtol=0, atol=1e-4)
+
+
+def agrees(name: EngineName, spatial_dims: int, attention: dict[str, Any]) -> None:
+    model = model_of(attention, spatial_dims)
+    engine = choose_engine(name, model, device="cpu")
+    for count in (1, 3):
+        assert_agree(engine, model, windows_of(spatial_dims, count))
+
+
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_an_engine_gives_the_logits_and_maps_that_pytorch_gives(
+    name: EngineName, family: str
+) -> None:
+    agrees(name, *FAST[family])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SLOW)
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_every_family_runs_in_every_engine(name: EngineName, family: str) -> None:
+    agrees(name, *SLOW[family])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAST)
+def test_torch_compile_gives_the_logits_and_maps_that_pytorch_gives(family: str) -> None:
+    # In a process of its own, where shapes are not checked: the compiler cannot read the checks.
+    code = f"from tests.test_engines import FAST, agrees; agrees('compile', *FAST[{family!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the folders that OpenVINO was told to write, as it is told."""
+    told: list[str] = []
+    convert = OpenVino.convert
+
+    def counted(runtime: OpenVino, network: Any, window: Tensor, folder: Path) -> None:
+        told.append(folder.name)
+        convert(runtime, network, window, folder)
+
+    monkeypatch.setattr(OpenVino, "convert", counted)
+    return told
+
+
+def test_a_model_is_converted_once_and_anew_for_other_weights_windows_and_versions(
+    tmp_path: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = saved(tmp_path), windows_of(3)
+    assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
+    assert len(conversions) == 1
+    again = load_model(tmp_path)
+    assert_agree(ConvertedEngine(again, OpenVino()), again, batch)
+    assert len(conversions) == 1
+    assert not again.network.training
+
+    with torch.no_grad():
+        next(again.network.parameters()).add_(0.1)
+    assert_agree(ConvertedEngine(again, OpenVino()), again, batch)
+    assert len(conversions) == 2
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert len({digest(model, (2, size, 4, 4), f"2026.{size}") for size in (4, 8)}) == 2
+    assert digest(model, (2, 4, 4, 4), "1") != digest(model, (2, 4, 4, 4), "2")
+    assert digest(model, (2, 4, 4, 4), "1") == digest(load_model(tmp_path), (2, 4, 4, 4), "1")
+
+
+def test_a_damaged_conversion_is_made_again(
+    tmp_path: Path, conversions: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = saved(tmp_path), windows_of(3)
+    assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
+    (folder,) = (tmp_path / FOLDER).iterdir()
+    numbers = bytearray((folder / "network.bin").read_bytes())
+    numbers[len(numbers) // 2] ^= 0xFF
+    (folder / "network.bin").write_bytes(numbers)
+    assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
+    assert len(conversions) == 2
+    assert "is damaged and is made again" in caplog.text
+    (folder / MANIFEST).write_text("{}")
+    assert not ConvertedEngine(model, OpenVino()).is_ready(batch[:, :, :4])
+    assert not ConvertedEngine(model, OpenVino()).is_ready(batch)
+
+
+def test_a_model_without_a_folder_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = model_of({}, 3)
+    engine = ConvertedEngine(model, OnnxRuntime())
+    engine(windows_of(3), ())
+    assert len(list(tmp_path.iterdir())) == 1
+    del engine
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_kept_beside_the_model_goes_to_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = saved(tmp_path / "model")
+    (tmp_path / "model" / FOLDER).write_text("a file where the folder should be")
+    with caplog.at_level(logging.INFO):
+        ConvertedEngine(model, OnnxRuntime())(windows_of(3), ())
+    assert "cannot be written" in caplog.text
+    (kept,) = (tmp_path / "cache" / "segkit" / FOLDER).iterdir()
+    assert (kept / "network.onnx").is_file()
+    assert ConvertedEngine(model, OnnxRuntime()).is_ready(windows_of(3))
+
+
+def test_an_artefact_is_whole_or_not_there(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        artefact("name", [tmp_path], fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_edited_maps_are_edited_in_every_engine() -> None:
+    model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
+    engine = choose_engine("onnx", model)
+    bare = engine(batch, ())[LOGITS]
+    (key,) = model.network.maps()
+    with editing(model.network, {key: torch.zeros_like}):
+        shut = engine(batch, (key,))
+        expected = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    assert torch.equal(shut[LOGITS], expected)
+    assert not shut[key].any()
+    assert not torch.allclose(expected, bare, atol=1e-3)
+    assert torch.equal(engine(batch, ())[LOGITS], bare)
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino", "onnx"])
+def test_an_engine_leaves_the_callers_arithmetic_as_it_was(name: EngineName) -> None:
+    choose_engine(name, model_of({}, 3), device="cpu")(windows_of(3), ())
+    assert (torch.full((4,), 1e-40) * 1.0).all()
+
+
+def test_auto_turns_to_openvino_once_it_has_earned_its_conversion(
+    tmp_path: Path, conversions: list[str]
+) -> None:
+    model, batch = saved(tmp_path), windows_of(3, WORTH // 2)
+    engine = choose_engine("auto", model, device="cpu")
+    eager = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    for _ in range(2):
+        assert torch.equal(engine(batch, ())[LOGITS], eager)
+    assert not conversions
+    assert_agree(engine, model, batch)
+    assert len(conversions) == 1
+    # The next time it is there from the first window on.
+    turned = choose_engine("auto", load_model(tmp_path), device="cpu")
+    assert isinstance(turned, WaitingEngine) and turned.converted is not None
+    assert torch.equal(turned(batch, ())[LOGITS], turned.converted(batch, ())[LOGITS])
+    assert len(conversions) == 1
+
+
+def test_auto_stays_in_pytorch_with_one_warning_where_a_conversion_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(OpenVino, "convert", fail)
+    model, batch = saved(tmp_path), windows_of(3, WORTH)
+    with pytest.raises(ConversionError, match="openvino cannot run this network: no such operat"):
+        choose_engine("openvino", model)(batch, ())
+    engine = choose_engine("auto", model, device="cpu")
+    eager = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    for _ in range(3):
+        assert torch.equal(engine(batch, ())[LOGITS], eager)
+    assert caplog.text.count("cannot run this network") == 1
+
+
+def test_auto_is_pytorch_for_a_model_without_a_folder_and_in_half_precision(tmp_path: Path) -> None:
+    assert type(choose_engine("auto", model_of({}, 3), device="cpu")) is TorchEngine
+    half = choose_engine("auto", saved(tmp_path), device="cpu", precision=torch.bfloat16)
+    assert type(half) is TorchEngine
+    assert isinstance(choose_engine("compile", model_of({}, 3), device="cpu"), CompiledEngine)
+
+
+@pytest.mark.parametrize(("name", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_an_engine_that_is_not_installed_is_one_sentence(
+    name: EngineName, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    sentence = rf"{name} is not installed; pip install 'segkit\[{name}\]'"
+    with pytest.raises(ModelError, match=sentence):
+        choose_engine(name, model_of({}, 3))
+    if name == "openvino":
+        assert type(choose_engine("auto", saved(tmp_path), device="cpu")) is TorchEngine
+
+
+def test_an_engine_refuses_what_it_cannot_do() -> None:
+    model = model_of({}, 3)
+    with pytest.raises(ModelError, match="openvino runs on the CPU, found --device cuda"):
+        choose_engine("openvino", model, device="cuda")
+    for name in ("openvino", "onnx"):
+        with pytest.raises(ModelError, match=r"float32.*found torch\.float16"):
+            choose_engine(name, model, precision=torch.float16)
+
+
+def test_openvino_tells_nobody_that_it_is_used() -> None:
+    OpenVino()
+    assert sys.modules["openvino_telemetry"] is None
+
+
+def test_a_compiler_that_fails_is_one_sentence() -> None:
+    def fail(*arguments: object) -> None:
+        raise TorchDynamoException("no C++ compiler")
+
+    engine = CompiledEngine(model_of({}, 3).network, device=CPU)
+    engine.compiled = fail
+    with pytest.raises(
+        ModelError, match=r"cannot compile .*: no C\+\+ compiler; use --engine torch"
+    ):
+        engine(windows_of(3), ())
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_a_volume_is_segmented_alike_in_every_engine(name: EngineName, tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    values = np.random.default_rng(0).standard_normal((18, 11, 9, 2)).astype(np.float32)
+    volume = Volume(values, Grid((18, 11, 9), np.eye(4)))
+    expected = Predictor(model, engine="torch")(volume, maps=True, probabilities=True)
+    found = Predictor.load(tmp_path, engine=name)(volume, maps=True, probabilities=True)
+    assert (found.labels.data == expected.labels.data).mean() >= 0.9999
+    assert found.probabilities is not None and expected.probabilities is not None
+    np.testing.assert_allclose(found.probabilities.data, expected.probabilities.data, atol=1e-3)
+    for key, attention_map in expected.maps.items():
+        there, here = attention_map.volume, found.maps[key].volume
+        assert there is not None and here is not None
+        np.testing.assert_allclose(here.data, there.data, atol=1e-4)
+
+
+class Planted:
+    """An engine whose device runs out of memory at these calls."""
+
+    def __init__(self, engine: Engine, failing: Collection[int]) -> None:
+        self.engine = engine
+        self.failing = failing
+        self.calls = 0
+
+    def __call__(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise torch.OutOfMemoryError("planted")
+        return self.engine(windows, keys)
+
+
+def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
+    eager = TorchEngine(model.network, device=CPU)
+    keys = keys_of(model)
+    device, host = Planted(eager, failing=(2, 4)), Planted(eager, failing=())
+    engine = SparingEngine(device, lambda: host)
+    counts = []
+    for _ in range(6):
+        found = engine(batch, keys)
+        for key, values in eager(batch, keys).items():
+            assert torch.equal(found[key], values)
+        counts.append((device.calls, host.calls))
+    # The second batch alone goes to the host; from the fourth on, all do.
+    assert counts == [(1, 0), (2, 1), (3, 1), (4, 2), (4, 3), (4, 4)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "sums over windows are kept on the host" in caplog.messages[0]
+    assert "the network runs on the CPU" in caplog.messages[1]
+
+
+def test_another_error_of_the_device_is_not_taken_for_want_of_memory() -> None:
+    def fail(windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
+        raise RuntimeError("device-side assert")
+
+    engine = SparingEngine(fail, lambda: fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        engine(windows_of(3), ())
+
+
+def test_sums_that_do_not_fit_on_the_device_are_kept_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = windows_of(3, 1)[0]
+
+    def slid() -> Tensor:
+        return slide(
+            image,
+            lambda batch: {"same": batch},
+            patch_size=(4, 4, 4),
+            overlap=(0.5, 0.5, 0.5),
+            multiple=(2, 2, 2),
+        )["same"]
+
+    zeros = torch.zeros
+    expected = slid()
+
+    def crowded(*size: Any, **options: Any) -> Tensor:
+        # Sums alone have a channel and three axes.
+        if "device" in options and isinstance(size[0], tuple) and len(size[0]) == 4:
+            raise torch.OutOfMemoryError("planted")
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(windows.torch, "zeros", crowded)
+    assert torch.equal(slid(), expected)
+    assert "kept on the host" in caplog.text
+
+
+def test_logits_that_overflow_float16_are_computed_again_in_float32(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, batch = model_of({}, 3), windows_of(3)
+    with torch.no_grad():
+        unet_of(model.network).heads[0].weight.mul_(1e6)
+    exact = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    engine = TorchEngine(model.network, device=CPU, precision=torch.float16)
+    for _ in range(2):
+        assert torch.equal(engine(batch, ())[LOGITS], exact)
+    assert caplog.text.count("overflow float16") == 1
+
+
+def test_bfloat16_comes_back_as_float32() -> None:
+    model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
+    outputs = TorchEngine(model.network, device=CPU, precision=torch.bfloat16)(
+        batch, keys_of(model)
+    )
+    assert {output.dtype for output in outputs.values()} == {torch.float32}
+
+
+def test_openvino_computes_in_bfloat16_where_asked_and_the_cpu_can() -> None:
+    model, batch = model_of({}, 3), windows_of(3)
+    able = OpenVino().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in able:
+        with pytest.raises(ModelError, match=r"float32 here, found torch\.bfloat16"):
+            choose_engine("openvino", model, precision=torch.bfloat16)
+        return
+    exact = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
+    rough = choose_engine("openvino", model, precision=torch.bfloat16)(batch, ())[LOGITS]
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().mean() < 0.05 * exact.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_gives_what_the_cpu_gives(precision: torch.dtype) -> None:
+    model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
+    keys = keys_of(model)
+    expected = TorchEngine(model_of({"skip": "additive_grid"}, 3).network, device=CPU)(batch, keys)
+    found = choose_engine("auto", model, device="cuda", precision=precision)(batch, keys)
+    for key, values in expected.items():
+        assert found[key].device.type == "cuda"
+        tolerance = 1e-3 if precision == torch.float32 else 0.1 * values.std()
+        assert (found[key].cpu() - values).abs().mean() < tolerance
+
+
+@pytest.mark.gpu
+def test_a_gpu_whose_memory_runs_out_mid_scan_ends_where_it_would_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of({"skip": "additive_grid"}, 3)
+    values = np.random.default_rng(0).standard_normal((34, 19, 21, 2)).astype(np.float32)
+    volume = Volume(values, Grid((34, 19, 21), np.eye(4)))
+    predictor = Predictor(model, device="cuda")
+    expected = predictor(volume, maps=True).labels.data
+    assert isinstance(predictor.engine, SparingEngine) and predictor.engine.engine is not None
+    predictor.engine.engine = Planted(predictor.engine.engine, failing=(5, 9))
+    assert (predictor(volume, maps=True).labels.data == expected).mean() > 0.999
