@@ -171,6 +171,8 @@ class DataConfig(Section):
     """The share of patches that are centred on a voxel of a class drawn at random."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
+    elastic: bool = False
+    """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
     mirror: list[Literal["x", "y", "z"]] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Where not given, x alone, or none where labels tell left from right
@@ -181,6 +183,12 @@ class DataConfig(Section):
     """Processes that cut patches."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
+
+    @model_validator(mode="after")
+    def _bends_what_it_augments(self) -> Self:
+        if self.elastic and not self.augment and self.synthesis is None:
+            raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
+        return self
 
 
 class TrainConfig(Section):
