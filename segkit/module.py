@@ -140,13 +140,16 @@ class SegmentationModule(L.LightningModule):
             self.previous.check()
             self.previous = None
 
-    def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
-        """Dice of each class of one held-out case, on the network's own grid."""
+    def validation_step(
+        self, case: Mapping[str, Tensor], batch_index: int
+    ) -> Integer[Tensor, "x y z"]:
+        """The labels of one held-out case on the network's own grid, their Dice kept."""
         prediction: Integer[Tensor, "x y z"] = self.segment(self.network, case["image"])
         matrix = confusion_matrix(
             prediction, case["label"].to(prediction.device), len(self.class_names)
         )
         self.dice_of_cases.append(Overlap.from_confusion(matrix).dice[1:].cpu())
+        return prediction
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over cases of each class's Dice, and the mean of those."""
