@@ -206,6 +206,8 @@ class TrainConfig(Section):
     """Whether the Dice loss pools the whole batch or averages over its samples."""
     validate_every: Positive = 200
     """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    pictures: Annotated[int, Field(ge=0)] = 3
+    """Held-out cases whose slices are drawn at each validation, where Pillow is installed."""
     patience: Positive | None = None
     """Validations without a better Dice after which training ends; never where not given."""
     averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -217,7 +219,7 @@ class TrainConfig(Section):
 
 
 class TrainerConfig(Section):
-    """What is handed to Lightning as it is."""
+    """What is handed to Lightning."""
 
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
@@ -226,7 +228,11 @@ class TrainerConfig(Section):
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: str | None = None
-    """DD:HH:MM:SS after which training ends, trained or not."""
+    """DD:HH:MM:SS after which training ends, trained or not. The learning rate follows train.steps
+    alone, so give it as many as fit; after twenty of them training says how many do."""
+    loggers: list[Literal["wandb", "mlflow"]] = Field([])
+    """Where training is followed beside its folder, which always has metrics.csv, and TensorBoard's
+    events where that is installed. They obey WANDB_MODE and MLFLOW_TRACKING_URI."""
 
 
 class Config(Section):

@@ -38,6 +38,7 @@ from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.pace import Pace
 from segkit.run_folder import (
     CONFIG,
     checkpoint_of,
@@ -45,7 +46,9 @@ from segkit.run_folder import (
     new_run_folder,
     stopped_run,
 )
+from segkit.samples import SamplePictures
 from segkit.settle import Track, check_images, describe
+from segkit.trackers import check_installed, trackers
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +78,16 @@ def train(
     runs: Path = Path("runs"),
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
+    dataset: Dataset | None = None,
 ) -> Run:
     """Train the network that the config describes and write a new run's folder.
 
-    `callbacks` are Lightning's, for progress; `track` may show the progress over cases. Of several
-    processes the first alone writes the folder and returns; the others end here.
+    `callbacks` are Lightning's, for progress; `track` may show the progress over cases; a `dataset`
+    is taken instead of the one that the config names. Of several processes the first alone writes
+    the folder and returns; the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
-    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track)
+    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track, dataset=dataset)
 
 
 def resume(
@@ -106,9 +111,11 @@ def _train(
     folder: Path | None,
     callbacks: Sequence[Callback],
     track: Track,
+    dataset: Dataset | None = None,
 ) -> Run:
+    check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
-    dataset = read_dataset(config.data.folder)
+    dataset = dataset or read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     description = describe(config, dataset, train_cases, track)
@@ -181,6 +188,13 @@ def _train(
         # Where nothing is validated: at an epoch's end Lightning (2.6) would go on in that epoch.
         every_n_train_steps=None if held_out else steps_per_epoch,
     )
+    pictures = SamplePictures(
+        folder,
+        names=[case.name for case in held_out],
+        classes=list(description.labels),
+        spacing=description.spacing,
+        count=config.train.pictures,
+    )
     averaging = [Averaging(config.train.averaging)] if config.train.averaging else []
     patience: list[Callback] = []
     if config.train.patience is not None and held_out:
@@ -193,8 +207,11 @@ def _train(
             )
         ]
     try:
+        followed = trackers(
+            folder, config.trainer.loggers if first else (), config.model_dump(mode="json")
+        )
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"precision"}),
+            **config.trainer.model_dump(exclude={"precision", "loggers"}),
             precision=precision(config),
             max_steps=config.train.steps,
             max_epochs=-1,
@@ -206,8 +223,8 @@ def _train(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, steps_per_epoch),
-            callbacks=[*averaging, best, last, *patience, *callbacks],
-            logger=loggers(folder) if first else False,
+            callbacks=[*averaging, best, last, *patience, pictures, Pace(), *callbacks],
+            logger=[*loggers(folder), *followed] if first else False,
             default_root_dir=folder,
         )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -215,6 +232,10 @@ def _train(
             shutil.rmtree(folder)
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+    except ConfigError:
+        if first and not resumed:
+            shutil.rmtree(folder)
+        raise
     started = time.perf_counter()
     with warnings.catch_warnings():
         for message in HARMLESS:
