@@ -134,6 +134,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it will be and take, by a step; leave no run."),
+    ] = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
     from segkit.config_file import changed, load_config
@@ -141,6 +145,8 @@ def train(
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
+    if dry_run and resume is not None:
+        raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
     settings = None
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
@@ -164,6 +170,13 @@ def train(
         _say(planned.text.rstrip())
 
     _hush()
+    if dry_run:
+        from segkit.rehearsal import rehearse
+
+        assert settings is not None
+        for line in rehearse(settings, track=Tracker(console)).lines():
+            _say(line)
+        return
     progress = [TrainingProgress(console)]
     if settings is not None:
         result = training.train(settings, runs=runs, callbacks=progress, track=Tracker(console))

@@ -227,7 +227,7 @@ class TrainerConfig(Section):
     """`auto` is bf16-mixed or 16-mixed on a GPU, and 32-true on a CPU."""
     strategy: str = "auto"
     num_nodes: Positive = 1
-    max_time: str | None = None
+    max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
     """DD:HH:MM:SS after which training ends, trained or not. The learning rate follows train.steps
     alone, so give it as many as fit; after twenty of them training says how many do."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])

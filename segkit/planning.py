@@ -5,19 +5,21 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from segkit.config import Config
+from segkit.config import Config, ModelDescription
 from segkit.config_file import validated
 from segkit.data.cases import read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
 from segkit.data.rules import multiply_adds
 from segkit.errors import ConfigError
+from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
 from segkit.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
@@ -109,7 +111,25 @@ def plan_dataset(
     reasons["train.steps"] = why_steps
     config = validated(Config, tree, f"plan of {folder}")
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    text = _commented(tree, reasons, f"Planned for {folder} ({size}) and {budget}.")
+    description = ModelDescription(
+        segkit=version("segkit"),
+        run=config.name,
+        channels=list(dataset.channels),
+        labels=dataset.labels,
+        network=config.network,
+        spacing=plan.spacing,
+        normalisation=[],
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+    )
+    half = kind == "cuda"
+    memory = memory_of_step(config, description, half=half)
+    headings = [
+        f"Planned for {folder} ({size}) and {budget}.",
+        f"A training step is estimated to take, in {'half' if half else 'single'} precision and "
+        f"without what libraries take for themselves, {memory}.",
+    ]
+    text = _commented(tree, reasons, headings)
     return Planned(config, text, measured, plan)
 
 
@@ -197,8 +217,10 @@ def _settings(
     return tree, reasons
 
 
-def _commented(tree: dict[str, Any], reasons: dict[str, str], heading: str) -> str:
-    lines = textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
+def _commented(tree: dict[str, Any], reasons: dict[str, str], headings: list[str]) -> str:
+    lines = []
+    for heading in headings:
+        lines += textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
     for section, values in tree.items():
         if not isinstance(values, dict):
             lines.append(_yaml({section: values}))
