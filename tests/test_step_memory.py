@@ -146,7 +146,7 @@ def test_bytes_in_words(count: float, words: str) -> None:
 MEASURED = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
-from tests.test_memory import large, loss_of
+from tests.test_step_memory import large, loss_of
 network = large()
 optimiser = torch.optim.AdamW(network.parameters())
 image = torch.rand(2, 1, 64, 64, 64)
