@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Generator, Tensor
 
@@ -17,6 +18,8 @@ from segkit.config import (
 )
 from segkit.data import preprocess
 from segkit.data.augment import SpatialVariation
+from segkit.data.corruption import LabelCorruption
+from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
@@ -45,7 +48,7 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
     unet = UNet(
         config.spatial_dims,
         len(description.channels),
-        out_channels=len(description.labels),
+        out_channels=len(description.labelling.outputs),
         channels=config.channels,
         strides=config.step_strides,
         kernels=config.level_kernels,
@@ -61,10 +64,16 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
         presence_head=(
             pooling_factory(attention.head, len(description.labels) - 1) if attention.head else None
         ),
+        label_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
     if config.spatial_dims == 3:
         return unet
     return Planes(unet, axis=ACROSS[description.slices])
+
+
+def interpolation_order(description: ModelDescription) -> Literal[1, 3]:
+    """The order by which images are resampled for a model."""
+    return 3 if description.interpolation == "cubic" else 1
 
 
 def build_normalisers(settings: Sequence[Normalisation]) -> list[Callable[[Tensor], Tensor]]:
@@ -87,11 +96,13 @@ def build_variation(
     *,
     spacing: tuple[float, float, float],
     labels: Sequence[str],
+    first_classes: int = 0,
 ) -> tuple[Vary, tuple[int, ...]]:
     """How a batch is varied on its way to the network, and what that needs beyond each patch.
 
     With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
-    their intensities further would add nothing.
+    their intensities further would add nothing. `first_classes` are those of a first stage's
+    labels, which stand in the last channel and are never varied as intensities are.
     """
     names = default_mirror(labels) if config.mirror is None else config.mirror
     mirror_axes = tuple(WORLD_AXES[name] for name in names)
@@ -120,6 +131,9 @@ def build_variation(
     intensity = IntensityVariation(
         low_resolution_spared_axes=tuple(axis for axis in still if patch_size[axis] > 1)
     )
+    if first_classes:
+        beside = VariationWithLabels(first_classes, spatial, intensity, LabelCorruption())
+        return beside, spatial.margin
 
     def vary(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         image, label = spatial(image, label, generator)
@@ -151,7 +165,7 @@ def _synthesiser(
 ) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
     """Draws an image for a label map that it deforms first.
 
-    `labels` are the dataset's names in the order of their numbers. Raises ConfigError for another.
+    `labels` are names of all numbers that label maps hold. Raises ConfigError for another.
     """
     intensities = None
     if settings.intensities is not None:

@@ -1,14 +1,17 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from segkit.build import build_network
+from segkit.cascade import described, first_models
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
+from segkit.labelling import Labelling
 from segkit.settle import Track, check_images, describe
 from segkit.volume import Volume, read_volume
 
@@ -33,14 +36,15 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
     dataset = read_dataset(config.data.folder)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
     check_images(config, dataset, train, held_out)
-    description = describe(config, dataset, train, track)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    description = described(describe(config, dataset, train, track), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = ", ".join(network.maps()) or "none"
     return (
         f"{dump_yaml(config)}"
         f"# {len(train)} cases to train on, {len(held_out)} held out\n"
-        f"# labels: {', '.join(dataset.labels)}\n"
+        f"# {_told_apart(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
         f"# network: {parameters:,} parameters; attention maps: {maps}"
@@ -48,14 +52,17 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
 
 
 def check_dataset(folder: Path, track: Track) -> str:
-    """Every case read and held against dataset.json: sizes, spacings, voxels of each label.
+    """Every case read and held against dataset.json: sizes, spacings, voxels of each class.
 
     Raises DatasetError listing every case that is wrong.
     """
     dataset = read_dataset(folder)
     shapes, spacings, problems, orientations = [], [], [], set()
-    voxels = np.zeros(len(dataset.labels), dtype=np.int64)
-    present = np.zeros(len(dataset.labels), dtype=np.int64)
+    labelling = dataset.labelling
+    groups = _groups(labelling)
+    voxels = np.zeros(len(groups), dtype=np.int64)
+    present = np.zeros(len(groups), dtype=np.int64)
+    total = 0
     for case in track(dataset.cases, "reading", len(dataset.cases)):
         try:
             image, label = read_case(case, dataset)
@@ -67,7 +74,9 @@ def check_dataset(folder: Path, track: Track) -> str:
         turned = orientation.turn_grid(image.grid)
         shapes.append(turned.shape)
         spacings.append(turned.spacing)
-        counts = np.bincount(label.data.ravel(order="K"), minlength=len(voxels))
+        held = np.bincount(label.data.ravel(order="K"), minlength=len(labelling.value_names))
+        counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
+        total += label.data.size
         voxels += counts
         present += counts > 0
     if problems:
@@ -80,12 +89,33 @@ def check_dataset(folder: Path, track: Track) -> str:
         f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
         f"voxel size in mm: {_range(spacings, '.3g')}",
     ]
-    share = voxels / voxels.sum()
-    for name, number in dataset.labels.items():
-        lines.append(
-            f"label {number} {name}: in {present[number]} cases, {share[number]:.2%} of voxels"
-        )
+    for what, cases, count in zip(groups, present, voxels, strict=True):
+        lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
     return "\n".join(lines)
+
+
+def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
+    """The numbers of each class, region, and of what is ignored, by what to call it."""
+    groups: dict[str, tuple[int, ...]] = {}
+    for name, number in labelling.numbers.items():
+        if not labelling.regions:
+            groups[f"label {number} {name}"] = (number,)
+        elif name in labelling.regions:
+            numbers = labelling.regions[name]
+            groups[f"region {name} ({_listing(numbers)}, written as {number})"] = numbers
+    if labelling.ignore is not None:
+        groups[f"label {labelling.ignore} ignore, left out"] = (labelling.ignore,)
+    return groups
+
+
+def _listing(items: Iterable[object]) -> str:
+    return ", ".join(str(item) for item in items)
+
+
+def _told_apart(labelling: Labelling) -> str:
+    if labelling.regions:
+        return f"regions: {_listing(labelling.regions)}"
+    return f"labels: {_listing(labelling.numbers)}"
 
 
 def describe_volume(path: Path, volume: Volume) -> str:

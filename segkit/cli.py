@@ -3,14 +3,18 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
-from segkit.errors import SegkitError
+from segkit.errors import ConfigError, SegkitError
+
+if TYPE_CHECKING:
+    from segkit.config import Config
 
 app = typer.Typer(
     help="Segment medical images with attention U-Nets, and see where their gates look.",
@@ -97,12 +101,13 @@ def plan(
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a dataset and write a config for it that says why each value was chosen."""
+    """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
     from segkit.files import write_text
     from segkit.planning import plan_dataset, refuse_existing
     from segkit.progress import Tracker
 
     target = out or Path(f"{dataset.resolve().name}.yaml")
+    low = target.with_name(f"{target.stem}_low{target.suffix}")
     refuse_existing(target, overwrite=overwrite)
     planned = plan_dataset(
         dataset,
@@ -112,12 +117,19 @@ def plan(
         gigabytes=memory,
         minutes=minutes,
         preset=preset,
+        runs=runs,
         track=Tracker(console),
     )
+    if planned.low is not None:
+        refuse_existing(low, overwrite=overwrite)
+        write_text(low, planned.low.text)
+        _say(planned.low.text.rstrip())
+        _say(f"wrote {low}")
     write_text(target, planned.text)
     _say(planned.text.rstrip())
     _say(f"wrote {target}")
-    _say(f"next: segkit train {target}")
+    before = f"segkit train {low}, and then " if planned.low else ""
+    _say(f"next: {before}segkit train {target}")
 
 
 @app.command()
@@ -138,19 +150,25 @@ def train(
         bool,
         typer.Option("--dry-run", help="Say what it will be and take, by a step; leave no run."),
     ] = False,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
+        ),
+    ] = None,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
     from segkit.config_file import changed, load_config
-    from segkit.errors import ConfigError
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
     if dry_run and resume is not None:
         raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
-    settings = None
+    wanted = _folds(folds)
+    settings = low = None
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
-    from segkit import training
+    from segkit import cross_validation, training
     from segkit.progress import Tracker, TrainingProgress
 
     if config is not None and config.is_dir():
@@ -159,9 +177,21 @@ def train(
         accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
         device = [accelerator[word] for word in overrides or () if word in accelerator]
         planned = plan_dataset(
-            config, cache=runs / ".cache", device=(device or ["auto"])[-1], track=Tracker(console)
+            config,
+            cache=runs / ".cache",
+            device=(device or ["auto"])[-1],
+            runs=runs,
+            track=Tracker(console),
         )
         settings = changed(planned.config, overrides or ())
+        if planned.low and settings.data.first_stage == planned.config.data.first_stage:
+            low = changed(planned.low.config, [*(overrides or ()), f"name={settings.name}_low"])
+            if low.data.spacing == settings.data.spacing:
+                raise ConfigError(
+                    f"{config}: two stages cannot share data.spacing; write their configs first: "
+                    f"segkit plan {config}; or train one with data.first_stage=null"
+                )
+            _say(planned.low.text.rstrip())
         if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
             raise ConfigError(
                 f"{config}: several processes must train by one plan; "
@@ -171,19 +201,44 @@ def train(
 
     _hush()
     if dry_run:
-        from segkit.rehearsal import rehearse
-
         assert settings is not None
-        for line in rehearse(settings, track=Tracker(console)).lines():
-            _say(line)
+        _rehearse(settings, low, wanted)
         return
-    progress = [TrainingProgress(console)]
-    if settings is not None:
-        result = training.train(settings, runs=runs, callbacks=progress, track=Tracker(console))
+    progress, track = [TrainingProgress(console)], Tracker(console)
+    result: training.Run | cross_validation.CrossValidation
+    if settings is not None and low is not None:
+        if wanted:
+            raise ConfigError(
+                f"{config}: is planned in two stages, and --folds trains one; write the plan first "
+                f"and give each stage its folds: segkit plan {config}"
+            )
+        first = training.train(low, runs=runs, callbacks=progress, track=track)
+        _tell(first.folder, first.summary)
+        settings = training.after(settings, first)
+    if settings is not None and wanted:
+        result = cross_validation.cross_validate(
+            settings, wanted, runs=runs, say=_say, callbacks=progress, track=track
+        )
+    elif settings is not None:
+        result = training.train(settings, runs=runs, callbacks=progress, track=track)
     else:
         assert resume is not None
-        result = training.resume(resume, callbacks=progress, track=Tracker(console))
-    summary = result.summary
+        if cross_validation.is_cross_validation(resume):
+            result = cross_validation.resume(
+                resume, wanted, say=_say, callbacks=progress, track=track
+            )
+        elif wanted:
+            raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
+        else:
+            result = training.resume(resume, callbacks=progress, track=track)
+    if isinstance(result, cross_validation.CrossValidation):
+        _say(result.post_processing())
+    _tell(result.folder, result.summary)
+    _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+
+
+def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Say what became of a run."""
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
@@ -191,8 +246,7 @@ def train(
         _say(
             f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
         )
-    _say(f"wrote {result.folder}")
-    _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+    _say(f"wrote {folder}")
 
 
 @app.command()
@@ -314,7 +368,7 @@ def evaluate(
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
     from segkit.errors import VolumeError
-    from segkit.evaluation import find_pairs, label_names, score_pairs
+    from segkit.evaluation import find_labelling, find_pairs, score_pairs
     from segkit.files import refuse_existing, write_json
     from segkit.metrics.table import summarise, to_json, to_table
     from segkit.progress import Tracker
@@ -324,7 +378,7 @@ def evaluate(
     pairs = find_pairs(predictions, references)
     rows = score_pairs(
         Tracker(console)(pairs, "scoring", len(pairs)),
-        label_names(references, labels),
+        find_labelling(references, labels),
         tolerance_mm=tolerance,
     )
     if not rows:
@@ -345,6 +399,32 @@ def check(
     from segkit.progress import Tracker
 
     _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+
+
+def _folds(text: str | None) -> tuple[int, ...]:
+    """The numbers of folds that were named; none where nothing was."""
+    if text is None:
+        return ()
+    words = ["0", "1", "2", "3", "4"] if text == "all" else text.split(",")
+    if not all(word.strip() in {"0", "1", "2", "3", "4"} for word in words):
+        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 to 4 such as 0,2")
+    return tuple(int(word) for word in words)
+
+
+def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
+    """Say what a training will be and take, in one stage or in the first of two."""
+    from segkit.progress import Tracker
+    from segkit.rehearsal import rehearse
+
+    stage = low or settings
+    if folds:
+        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
+    for line in rehearse(stage, track=Tracker(console)).lines():
+        _say(line)
+    if len(folds) > 1:
+        _say(f"so it is with each of {len(folds)} folds")
+    if low is not None:
+        _say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,7 @@ from segkit.config_attention import (
     UTransformerGate,
 )
 from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.labelling import Labelling
 
 
 class NetworkConfig(Section):
@@ -153,13 +154,16 @@ class DataConfig(Section):
     """Which volumes, how they are brought to one form, and how patches are drawn from them."""
 
     folder: Path
-    """A folder with a Decathlon-style dataset.json."""
+    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0, le=4)] | None = None
     """A fold of nnU-Net's five, 0 to 4, held out instead."""
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
+    interpolation: Literal["linear", "cubic"] = "cubic"
+    """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
+    slices over three times as far apart as their pixels, the nearest is taken instead."""
     normalisation: Normalisation | None = None
     """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
@@ -179,13 +183,23 @@ class DataConfig(Section):
     by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
     faster without.)"""
     synthesis: SynthesisConfig | None = None
+    first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
+    """Runs or model folders, of lower resolution say, whose labels the network is given beside the
+    image. Labels of a case come from the runs that held it out, or else from all of them. A model
+    does better on cases that it was trained on than on new ones, so that the five folds of a
+    cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that cut patches."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 
     @model_validator(mode="after")
-    def _bends_what_it_augments(self) -> Self:
+    def _parts_go_together(self) -> Self:
+        if self.first_stage and self.synthesis:
+            raise ValueError(
+                "data.first_stage labels scans, and data.synthesis draws images that are none; "
+                "take one of them"
+            )
         if self.elastic and not self.augment and self.synthesis is None:
             raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
         return self
@@ -224,7 +238,8 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     precision: str | int = "auto"
-    """`auto` is bf16-mixed or 16-mixed on a GPU, and 32-true on a CPU."""
+    """`auto` is bf16-mixed or 16-mixed on a GPU; on a CPU bf16-mixed where it has matrix units for
+    that (AMX), else 32-true."""
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
@@ -267,6 +282,24 @@ class Config(Section):
         return self
 
 
+class FirstStage(Section):
+    """Models whose labels a network is given beside the image."""
+
+    models: Positive
+    """How many there are; they lie in `first/0`, `first/1`, … of the model folder."""
+    classes: Annotated[list[str], Field(min_length=1)]
+    """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
+
+
+class Postprocessing(Section):
+    """What is done to predicted labels, adopted by cross-validation alone; nothing by default."""
+
+    largest_foreground: bool = False
+    """Whether of all that is not background only the largest component stays."""
+    largest_of: tuple[Positive, ...] = ()
+    """The numbers of the labels of which, after that, only the largest component stays."""
+
+
 class ModelDescription(Section):
     """All that prediction needs beside the weights; the content of `model.json`."""
 
@@ -277,10 +310,31 @@ class ModelDescription(Section):
     channels: list[str]
     """Names of the input's channels, in order."""
     labels: dict[str, int]
-    """Names of the labels and their numbers, 0 the background."""
+    """Names of the classes or regions and the numbers they are written as, 0 the background."""
+    regions: dict[str, list[int]] = Field({})
+    """In the order they are written, the numbers in label files of each region; classes if none."""
+    ignore: int | None = None
+    """The number in label files of voxels that nobody labelled."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """Linear in models from before there was another."""
     normalisation: list[Normalisation]
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
+    first_stage: FirstStage | None = None
+    """Whose labels, where there is one, are one more channel of the input behind the image's."""
+    postprocessing: Postprocessing = Postprocessing()
+
+    @model_validator(mode="after")
+    def _regions_are_written(self) -> Self:
+        if unknown := [name for name in self.regions if name not in self.labels]:
+            raise ValueError(f"regions holds {unknown[0]!r}, for which labels has no number")
+        return self
+
+    @property
+    def labelling(self) -> Labelling:
+        """What the model tells apart."""
+        regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
+        return Labelling(self.labels, regions, self.ignore)

@@ -5,7 +5,8 @@
     ├── VolumeError    a file that is not the volume it should be
     ├── DatasetError   a dataset folder whose parts do not fit together
     ├── ModelError     a model folder that cannot be used
-    └── TrainingError  training that went astray
+    ├── TrainingError  training that went astray
+    └── WorkerError    a process that was killed at its work
 
 Anything else that is raised is our own bug and keeps its traceback.
 """
@@ -33,3 +34,7 @@ class ModelError(SegkitError):
 
 class TrainingError(SegkitError):
     """Training went astray: the loss is no number."""
+
+
+class WorkerError(SegkitError):
+    """A process that shared the work was killed."""

@@ -5,15 +5,25 @@ from segkit.config import Config, ModelDescription
 from segkit.memory import MOMENTS, StepMemory, step_memory
 
 
+def margin_of(config: Config, description: ModelDescription) -> tuple[int, ...]:
+    """Voxels that are cut beyond either end of a patch."""
+    _, margin = build_variation(
+        config.data,
+        volume_patch(description),
+        spacing=description.spacing,
+        labels=description.labelling.value_names,
+    )
+    return margin
+
+
 def memory_of_step(config: Config, description: ModelDescription, *, half: bool) -> StepMemory:
     """The estimate for one training step, in half precision (mixed) or in single."""
     patch_size = volume_patch(description)
-    _, margin = build_variation(
-        config.data, patch_size, spacing=description.spacing, labels=list(description.labels)
-    )
+    margin = margin_of(config, description)
     return step_memory(
         build_network(description),
-        in_channels=len(description.channels),
+        # A first stage's labels are one more.
+        in_channels=len(description.channels) + (description.first_stage is not None),
         patch_size=patch_size,
         margin=margin,
         batch_size=config.data.batch_size,

@@ -1,12 +1,13 @@
 """`segkit evaluate`: predictions against references, file by file."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from segkit.data.dataset_file import read_labelling
 from segkit.errors import VolumeError
+from segkit.labelling import Labelling
 from segkit.metrics.table import CaseScores, score_case
 from segkit.volume import SUFFIXES, read_labels, stem_of
 
@@ -36,17 +37,16 @@ def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     return found
 
 
-def label_names(references: Path, labels: Path | None) -> dict[int, str] | None:
-    """Names of the labels by number, from a dataset.json: the one given, or one beside or above."""
+def find_labelling(references: Path, labels: Path | None) -> Labelling | None:
+    """What is told apart, by a dataset.json: the one given, or one beside or above.
+
+    Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
+    """
     folder = references if references.is_dir() else references.parent
     candidates = [labels] if labels else [folder / "dataset.json", folder.parent / "dataset.json"]
     for path in candidates:
         if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))["labels"]
-                return {int(number): str(name) for number, name in content.items()}
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise VolumeError(f"{path}: cannot be read for label names: {error}") from None
+            return read_labelling(path)
     if labels:
         raise VolumeError(f"{labels}: no such file; check the path")
     return None
@@ -54,19 +54,23 @@ def label_names(references: Path, labels: Path | None) -> dict[int, str] | None:
 
 def score_pairs(
     pairs: Iterable[tuple[str, Path, Path]],
-    names: dict[int, str] | None,
+    labelling: Labelling | None,
     *,
     tolerance_mm: float,
 ) -> list[CaseScores]:
-    """Scores of every case and class; classes are those named, or else all that occur anywhere."""
+    """Scores of every case and class or region; or else of all labels that occur anywhere.
+
+    Raises VolumeError where a pair does not fit together.
+    """
     pairs = list(pairs)
-    if names is None:
+    if labelling is None:
         present: set[int] = set()
         for _, *paths in pairs:
             for path in paths:
                 present |= set(np.unique(read_labels(path).data).tolist())
-        names = {number: f"label {number}" for number in sorted(present - {0})}
-    foreground = {number: name for number, name in names.items() if number}
+        labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
+    names = {labelling.numbers[name]: name for name in labelling.members}
+    regions = {labelling.numbers[name]: numbers for name, numbers in labelling.members.items()}
     rows: list[CaseScores] = []
     for name, prediction_path, reference_path in pairs:
         prediction, reference = read_labels(prediction_path), read_labels(reference_path)
@@ -79,10 +83,12 @@ def score_pairs(
             rows += score_case(
                 prediction.data,
                 reference.data,
-                foreground,
+                names,
                 reference.grid.spacing,
                 case=name,
                 tolerance_mm=tolerance_mm,
+                regions=regions,
+                ignore=labelling.ignore,
             )
         except ValueError as error:
             raise VolumeError(f"{prediction_path}: {error}") from None

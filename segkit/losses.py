@@ -1,6 +1,10 @@
-"""Dice and cross-entropy, over one level or over every supervised one; always in float32."""
+"""Dice and cross-entropy, over one level or over every supervised one; always in float32.
 
-from collections.abc import Sequence
+Voxels whose label is `ignore` count in neither: a loss is what it would be without them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +26,15 @@ def soft_dice(
     denominator (Drozdzal et al. 2016). Classes are averaged, and samples too unless `pool_batch`
     takes the sums over the whole batch.
     """
+    return _dice(probabilities, target, pool_batch=pool_batch)[..., 1:].mean()
+
+
+def _dice(probabilities: Tensor, target: Tensor, *, pool_batch: bool) -> Tensor:
+    """Of each class, and of each sample unless `pool_batch`."""
     axes = tuple(axis for axis in range(probabilities.ndim) if axis != 1 and (axis or pool_batch))
     overlap = (probabilities * target).sum(axes)
     total = probabilities.sum(axes) + target.sum(axes)
-    dice = (2 * overlap + SMOOTH) / (total + SMOOTH)
-    return dice[..., 1:].mean()
+    return (2 * overlap + SMOOTH) / (total + SMOOTH)
 
 
 def dice_cross_entropy(
@@ -34,15 +42,60 @@ def dice_cross_entropy(
     label: Integer[Tensor, "batch *space"],
     *,
     pool_batch: bool,
+    ignore: int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy plus one minus soft Dice, in equal parts (Isensee et al. 2021)."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        target = F.one_hot(label.long(), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+        counted = None if ignore is None else label != ignore
+        classes = label.long() if counted is None else label.long().masked_fill(~counted, 0)
+        target = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
         log_probabilities = F.log_softmax(logits, dim=1)
-        cross_entropy = -(target * log_probabilities).sum(1).mean()
-        dice = soft_dice(log_probabilities.exp(), target, pool_batch=pool_batch)
+        probabilities = log_probabilities.exp()
+        if counted is None:
+            cross_entropy = -(target * log_probabilities).sum(1).mean()
+        else:
+            weight = counted[:, None].to(logits.dtype)
+            target, probabilities = target * weight, probabilities * weight
+            cross_entropy = -(target * log_probabilities).sum() / weight.sum().clamp(min=1)
+        dice = soft_dice(probabilities, target, pool_batch=pool_batch)
         return cross_entropy + 1 - dice
+
+
+def dice_binary_cross_entropy(
+    logits: Float[Tensor, "batch regions *space"],
+    label: Integer[Tensor, "batch *space"],
+    *,
+    regions: Sequence[Sequence[int]],
+    pool_batch: bool,
+    ignore: int | None = None,
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy of each region, plus one minus its soft Dice, in equal parts (nnU-Net).
+
+    `regions` are the labels in each; both terms are means over regions, which may overlap. (With
+    ignored voxels nnU-Net takes the sum of the cross-entropy over regions.)
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        target = torch.stack([_within(label, region) for region in regions], dim=1).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        probabilities = logits.sigmoid()
+        if ignore is None:
+            cross_entropy = each.mean()
+        else:
+            weight = (label != ignore)[:, None].to(logits.dtype)
+            target, probabilities = target * weight, probabilities * weight
+            cross_entropy = (each.mean(1, keepdim=True) * weight).sum() / weight.sum().clamp(min=1)
+        dice = _dice(probabilities, target, pool_batch=pool_batch).mean()
+        return cross_entropy + 1 - dice
+
+
+def _within(label: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Where the label is one of the numbers."""
+    found = label == numbers[0]
+    for number in numbers[1:]:
+        found = found | (label == number)
+    return found
 
 
 def level_weights(num_levels: int) -> list[float]:
@@ -52,16 +105,36 @@ def level_weights(num_levels: int) -> list[float]:
 
 
 def deep_dice_cross_entropy(
-    logits: Sequence[Tensor], label: Integer[Tensor, "batch *space"], *, pool_batch: bool
+    logits: Sequence[Tensor],
+    label: Integer[Tensor, "batch *space"],
+    *,
+    pool_batch: bool,
+    ignore: int | None = None,
 ) -> Float[Tensor, ""]:
     """`dice_cross_entropy` of every level's logits, finest first, weighted by `level_weights`.
 
     The label comes down to each level by nearest neighbour.
     """
-    losses = [
-        dice_cross_entropy(level, _shrunk(label, level.shape[2:]), pool_batch=pool_batch)
-        for level in logits
-    ]
+    return _deep(partial(dice_cross_entropy, pool_batch=pool_batch, ignore=ignore), logits, label)
+
+
+def deep_dice_binary_cross_entropy(
+    logits: Sequence[Tensor],
+    label: Integer[Tensor, "batch *space"],
+    *,
+    regions: Sequence[Sequence[int]],
+    pool_batch: bool,
+    ignore: int | None = None,
+) -> Float[Tensor, ""]:
+    """`dice_binary_cross_entropy` of every level, as `deep_dice_cross_entropy` has it."""
+    loss = partial(dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore)
+    return _deep(loss, logits, label)
+
+
+def _deep(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Sequence[Tensor], label: Tensor
+) -> Tensor:
+    losses = [loss(level, _shrunk(label, level.shape[2:])) for level in logits]
     weights = level_weights(len(losses))
     return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
 
@@ -79,14 +152,23 @@ def _shrunk(label: Tensor, space: Sequence[int]) -> Tensor:
 
 
 def presence_cross_entropy(
-    logits: Float[Tensor, "batch classes"], label: Integer[Tensor, "batch *space"]
+    logits: Float[Tensor, "batch classes"],
+    label: Integer[Tensor, "batch *space"],
+    *,
+    regions: Sequence[Sequence[int]] = (),
+    ignore: int | None = None,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy of whether each image holds any voxel of each class but the background.
 
-    `logits` begin with class 1.
+    `logits` begin with class 1; with `regions`, they are of each region. What is not seen in an
+    image with ignored voxels may lie among these, and does not count.
     """
     with torch.autocast(logits.device.type, enabled=False):
         voxels = label.flatten(1)
-        present = [(voxels == number).any(dim=1) for number in range(1, logits.shape[1] + 1)]
-        target = torch.stack(present, dim=1).float()
-        return F.binary_cross_entropy_with_logits(logits.float(), target)
+        groups = regions or [(number,) for number in range(1, logits.shape[1] + 1)]
+        present = torch.stack([_within(voxels, group).any(dim=1) for group in groups], dim=1)
+        if ignore is None:
+            return F.binary_cross_entropy_with_logits(logits.float(), present.float())
+        each = F.binary_cross_entropy_with_logits(logits.float(), present.float(), reduction="none")
+        known = present | ~(voxels == ignore).any(dim=1, keepdim=True)
+        return (each * known).sum() / known.sum().clamp(min=1)

@@ -1,9 +1,13 @@
 """A model folder: `model.json` says what it is, `weights.safetensors` holds its numbers.
 
+Models of a first stage, whose labels it takes beside the image, lie whole in `first/0`, and so on.
+
 Neither can run code when it is read.
 """
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from segkit.build import build_network
-from segkit.config import ModelDescription
+from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
@@ -20,6 +24,13 @@ from segkit.nn.planes import SegmentationNetwork, unet_of
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
+FIRST = "first"
+SUMMARY = "summary.json"
+"""What a finished run, or a finished cross-validation, has beside its models."""
+FOLD = "fold_"
+"""Before its number, the name of a fold's run in the folder of a cross-validation."""
+CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
+"""Names of weights in the blocks of a U-Net."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +39,14 @@ class Model:
 
     description: ModelDescription
     network: SegmentationNetwork
+    first: "tuple[Model, ...]" = ()
+    """Of the stage before, if its description tells of one."""
 
 
 def save_model(folder: Path, model: Model) -> None:
     """Write a model folder; the description comes last, so that a folder with one is complete."""
+    for number, first in enumerate(model.first):
+        save_model(folder / FIRST / str(number), first)
     state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
     with whole(folder / WEIGHTS) as partial:
         save_file(state, partial)
@@ -41,18 +56,52 @@ def save_model(folder: Path, model: Model) -> None:
 def load_model(path: Path) -> Model:
     """Read a model folder, or the `model` folder of a run, onto the CPU, ready to evaluate.
 
-    Raises ModelError where there is none, or its weights do not fit its description.
+    Raises ModelError where there is none, or its weights do not fit its description, or its first
+    stage not it.
     """
     folder = model_folder(path)
+    description = load_description(folder)
+    stage, first = description.first_stage, []
+    for number in range(stage.models if stage else 0):
+        inside = folder / FIRST / str(number)
+        # Looked at before it is loaded: a first stage of a first stage ends here.
+        told = load_description(inside)
+        if told.channels != description.channels:
+            raise ModelError(f"{inside}: its channels are not those of {folder}")
+        check_first_stage(inside, told, stage.classes if stage else ())
+        first.append(_with_weights(inside, told, ()))
+    return _with_weights(folder, description, tuple(first))
+
+
+def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
+    """Raise ModelError unless the model's labels are these and it takes no others' itself."""
+    if first.first_stage is not None:
+        raise ModelError(
+            f"{source}: takes the labels of a first stage itself, and two stages are the most; "
+            f"name a model that takes an image alone"
+        )
+    own = list(first.labels)[1:]
+    if own != list(classes):
+        raise ModelError(
+            f"{source}: its classes are {', '.join(own)} where {', '.join(classes)} are expected; "
+            f"models of one first stage share their labels"
+        )
+
+
+def load_description(folder: Path) -> ModelDescription:
+    """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
     source = folder / DESCRIPTION
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-        description = validated(ModelDescription, content, str(source))
+        return validated(ModelDescription, content, str(source))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{source}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
-    model = Model(description, build_network(description))
+
+
+def _with_weights(folder: Path, description: ModelDescription, first: tuple[Model, ...]) -> Model:
+    model = Model(description, build_network(description), first)
     try:
         unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
@@ -64,37 +113,69 @@ def load_model(path: Path) -> Model:
     return model
 
 
+def adopt(folder: Path, postprocessing: Postprocessing) -> None:
+    """Write what is to be done to predicted labels into the description of a model folder."""
+    description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
+    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+
+
 def start_from(network: SegmentationNetwork, path: Path) -> str:
     """Give a network the weights of a model, wherever name and shape are the same, and say so.
 
     A model of other classes or channels lends all but its first or last layers. Raises ModelError
-    where there is no model or nothing fits.
+    where there is no model, where there are several, and where no convolution of its blocks fits:
+    a network of another kind or width would take its biases alone, which teach nothing.
     """
+    folders = model_folders(path)
+    if len(folders) > 1:
+        raise ModelError(
+            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
+            f"{folders[0].parent}"
+        )
     lent = _weights(load_model(path))
     own = unet_of(network).state_dict()
     fitting = {
         key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
     }
-    if not fitting:
-        raise ModelError(f"{path}: none of its weights fits the network; give both one topology")
+    if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
+        raise ModelError(
+            f"{path}: none of its weights fits the network; give both the same "
+            f"network.spatial_dims, channels, strides and kernels"
+        )
     unet_of(network).load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the model: `path` itself, or `path/model` for a run."""
+    """The folder with the model: the only one of `model_folders`, or the first fold's."""
+    return model_folders(path)[0]
+
+
+def model_folders(path: Path) -> tuple[Path, ...]:
+    """The folders with the models: `path` itself, `path/model` for a run, or those of the finished
+    folds of a cross-validation, in order. Raises ModelError where there is none.
+    """
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
-            return folder
-    raise ModelError(f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither")
+            return (folder,)
+    folds = sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+    if not folds:
+        raise ModelError(
+            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither"
+        )
+    return tuple(description.parent for description in folds)
 
 
 def newest_model(runs: Path) -> Path:
-    """The model folder of the run that finished last. Raises ModelError where there is none."""
-    finished = sorted(runs.glob(f"*/model/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    """What finished last: a run's model folder, or the folder of a cross-validation, of which
+    `model_folders` gives the models. Raises ModelError where there is none.
+    """
+    finished = list(runs.glob(f"*/model/{DESCRIPTION}"))
+    of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
+    finished += [path for path in of_folds if path.is_file()]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
-    return finished[-1].parent
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
 def _weights(model: Model) -> dict[str, torch.Tensor]:

@@ -10,7 +10,11 @@ from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
 from segkit.errors import TrainingError
-from segkit.losses import deep_dice_cross_entropy, presence_cross_entropy
+from segkit.losses import (
+    deep_dice_binary_cross_entropy,
+    deep_dice_cross_entropy,
+    presence_cross_entropy,
+)
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.nn.gates import anneal
 from segkit.nn.planes import SegmentationNetwork
@@ -50,7 +54,7 @@ class SegmentationModule(L.LightningModule):
         network: gives `supervised` logits of a batch.
         vary: from a batch as it was cut to the batch that is trained on; random by its generator.
         segment: labels of a whole prepared image, by sliding windows.
-        class_names: of the labels 0, 1, …, the background first.
+        class_names: of what is told apart, the background first.
         optimiser: AdamW on a one-cycle schedule (Smith and Topin 2019, arXiv:1708.07120), or SGD
             with Nesterov momentum 0.99 on a polynomial schedule of power 0.9 (nnU-Net).
         learning_rate: the schedule's highest.
@@ -58,6 +62,8 @@ class SegmentationModule(L.LightningModule):
         batch_dice: whether the Dice loss pools the batch.
         seed: of the variations; step and process decide the rest.
         presence_weight: of the presence head's loss, where the network has one.
+        regions: where outputs are regions, the labels in each; else they are the labels 0, 1, ….
+        ignore: the label, if any, that counts neither in the loss nor in Dice.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class SegmentationModule(L.LightningModule):
         batch_dice: bool,
         seed: int,
         presence_weight: float = 0.0,
+        regions: Sequence[Sequence[int]] = (),
+        ignore: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -87,6 +95,8 @@ class SegmentationModule(L.LightningModule):
         self.batch_dice = batch_dice
         self.seed = seed
         self.presence_weight = presence_weight
+        self.regions = tuple(regions)
+        self.ignore = ignore
         self.dice_of_cases: list[Tensor] = []
         self.previous: PendingLoss | None = None
 
@@ -101,9 +111,11 @@ class SegmentationModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             image, label = self.vary(batch["image"], batch["label"], generator)
         levels, presence = self.network.supervised(image)
-        loss = deep_dice_cross_entropy(levels, label, pool_batch=self.batch_dice)
+        loss = self._loss(levels, label)
         if presence is not None:
-            presence_loss = presence_cross_entropy(presence, label)
+            presence_loss = presence_cross_entropy(
+                presence, label, regions=self.regions, ignore=self.ignore
+            )
             self.log("train/presence_loss", presence_loss, batch_size=len(label))
             loss = loss + self.presence_weight * presence_loss
         self._check_previous()
@@ -116,6 +128,15 @@ class SegmentationModule(L.LightningModule):
             sync_dist=self.trainer.world_size > 1,
         )
         return loss
+
+    def _loss(self, levels: Sequence[Tensor], label: Tensor) -> Tensor:
+        if not self.regions:
+            return deep_dice_cross_entropy(
+                levels, label, pool_batch=self.batch_dice, ignore=self.ignore
+            )
+        return deep_dice_binary_cross_entropy(
+            levels, label, regions=self.regions, pool_batch=self.batch_dice, ignore=self.ignore
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log by the true step, of which Lightning's own count (2.6) is off in a resumed run."""
@@ -143,12 +164,13 @@ class SegmentationModule(L.LightningModule):
     def validation_step(
         self, case: Mapping[str, Tensor], batch_index: int
     ) -> Integer[Tensor, "x y z"]:
-        """The labels of one held-out case on the network's own grid, their Dice kept."""
+        """The labels of one held-out case on the network's own grid; keeps Dice of each class."""
         prediction: Integer[Tensor, "x y z"] = self.segment(self.network, case["image"])
-        matrix = confusion_matrix(
-            prediction, case["label"].to(prediction.device), len(self.class_names)
-        )
-        self.dice_of_cases.append(Overlap.from_confusion(matrix).dice[1:].cpu())
+        groups = self.regions or [(number,) for number in range(1, len(self.class_names))]
+        highest = max(self.ignore or 0, *(number for group in groups for number in group))
+        matrix = confusion_matrix(prediction, case["label"].to(prediction.device), highest + 1)
+        overlap = Overlap.of_groups(matrix, groups, ignore=self.ignore)
+        self.dice_of_cases.append(overlap.dice.cpu())
         return prediction
 
     def on_validation_epoch_end(self) -> None:

@@ -1,10 +1,8 @@
 """`segkit plan`: from a dataset to a config that says why each value was chosen."""
 
-import os
 import textwrap
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,23 +10,32 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from segkit.config import Config, ModelDescription
+from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
-from segkit.data.cases import read_dataset
+from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
+from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
-from segkit.data.rules import multiply_adds
+from segkit.data.rules import Numbers
 from segkit.errors import ConfigError
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
-from segkit.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
+from segkit.processor import half_pays, multiply_adds_per_second, step_seconds
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
 
-STEPS = {"cpu": 1200, "cuda": 20_000}
+FEWEST_STEPS = 1200
+"""Below these a CPU's time goes to a narrower network."""
+ENOUGH_STEPS = 10_000
+"""Beyond these it goes to a larger batch."""
+SHARE_OF_STEPS = 0.9
+"""Of the time; the rest is for validation, augmentation and preparing the cases."""
+GPU_STEPS = 20_000
 NNUNET_STEPS = 250_000
+VALIDATIONS = 20
+AVERAGING = 0.999
 CASES_PER_PROCESS = 300
 """So many small cases are measured in the time that another process takes to start."""
 
@@ -41,6 +48,8 @@ class Planned:
     text: str
     fingerprint: Fingerprint
     plan: Plan
+    low: "Planned | None" = None
+    """The stage to train before, at low resolution, where a patch holds too little of an image."""
 
 
 def plan_dataset(
@@ -52,122 +61,145 @@ def plan_dataset(
     gigabytes: float = 8.0,
     minutes: float = 20.0,
     preset: Preset = "auto",
+    runs: Path = Path("runs"),
     track: Track = lambda items, what, count: items,
 ) -> Planned:
-    """Measure a dataset and plan its training on this machine.
+    """Measure a dataset and plan its training here, in two stages where images are large.
 
     Args:
         folder: with a dataset.json.
         cache: where measurements of cases are kept.
-        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, on a GPU
-            `gigabytes` of its memory.
+        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
+            stages share, and on a GPU `gigabytes` of its memory.
         preset: `nnunet` gives nnU-Net's own plan and schedule wherever it runs.
+        runs: where a second stage will find the first.
 
     Raises DatasetError where the dataset does not fit together.
     """
     dataset = read_dataset(folder)
-    workers = min(os.cpu_count() or 1, len(dataset.cases) // CASES_PER_PROCESS)
+    workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
-    steps = NNUNET_STEPS if own_schedule else STEPS.get(kind, STEPS["cuda"])
-    if kind == "cpu" and not own_schedule:
-        speed = measured_speed()
-        plan = plan_for_time(
+    timed = kind == "cpu" and not own_schedule
+    speed = multiply_adds_per_second() if timed else None
+
+    def within(minutes: float) -> Plan:
+        if speed is None:
+            return plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
+        return plan_for_time(
             numbers,
             spatial_dims=spatial_dims,
             minutes=minutes,
-            steps=steps,
+            fewest_steps=FEWEST_STEPS,
+            enough_steps=ENOUGH_STEPS,
             multiply_adds_per_second=speed,
             gigabytes=gigabytes,
         )
-        # What is left of the time goes into more steps.
-        per_step = (
-            3
-            * plan.batch_size
-            * multiply_adds(
-                channels=plan.channels,
-                strides=plan.strides,
-                kernels=plan.kernels,
-                patch_size=plan.patch_size,
-                in_channels=len(dataset.channels),
-                num_classes=len(dataset.labels),
-            )
-        )
-        affordable = minutes * 60 * speed / per_step
-        steps = max(int(affordable) // 100 * 100, 100)
-        why_steps = (
-            f"{minutes:g} minutes hold {affordable:.0f} steps of {per_step / 1e9:.3g} billion "
-            f"multiply-adds, at the {speed / 1e9:.3g} billion a second measured here."
-        )
-        budget = f"{minutes:g} minutes of training on this machine's CPU"
-    else:
-        plan = plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
-        why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
-        budget = f"{gigabytes:g} GB of memory"
-    tree, reasons = _settings(folder, plan, steps, own_schedule)
-    if device != "auto":
-        tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
-    reasons["train.steps"] = why_steps
-    config = validated(Config, tree, f"plan of {folder}")
+
+    plan = within(minutes)
+    budget = f"{gigabytes:g} GB of memory"
+    if timed:
+        time = f"{minutes:g}"
+        if plan.low_resolution is not None:
+            # In half the time a patch holds no more of an image, so that two stages it stays.
+            minutes /= 2
+            plan, time = within(minutes), f"{minutes:g} of {time}"
+        budget = f"{time} minutes of training on this machine's CPU"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    description = ModelDescription(
+
+    def written(plan: Plan, name: str, stage: str, first: Path | None = None) -> Planned:
+        steps = NNUNET_STEPS if own_schedule else GPU_STEPS
+        why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
+        first_classes = list(dataset.labelling.value_names[1:]) if first else []
+        if timed:
+            steps, why_steps = _steps_within(
+                minutes, seconds_of_step(plan, numbers, label_classes=len(first_classes))
+            )
+        tree, reasons = _settings(folder, name, plan, steps, own_schedule)
+        reasons["train.steps"] = why_steps
+        if first is not None:
+            tree["data"]["first_stage"] = [str(first)]
+        if device != "auto":
+            tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
+        config = validated(Config, tree, f"plan of {folder}")
+        half = kind != "cpu" or half_pays()
+        memory = memory_of_step(config, _description(config, dataset, first_classes), half=half)
+        headings = [
+            f"Planned for {folder} ({size}) and {budget}.{stage}",
+            f"A training step is estimated to take, in {'half' if half else 'single'} precision "
+            f"and without what libraries take for themselves, {memory}.",
+        ]
+        return Planned(config, _commented(tree, reasons, headings), measured, plan)
+
+    name = _run_name(folder)
+    if plan.low_resolution is None:
+        return written(plan, name, "")
+    first = f"{name}_low"
+    low = written(plan.low_resolution, first, f" The first of two stages: train it before {name}.")
+    full = written(plan, name, f" The second of two stages: train {first} before.", runs / first)
+    return replace(full, low=low)
+
+
+def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> ModelDescription:
+    """What the model will be, but for how intensities are normalised."""
+    assert config.data.spacing is not None, "a plan has one"
+    return ModelDescription(
         segkit=version("segkit"),
         run=config.name,
         channels=list(dataset.channels),
         labels=dataset.labels,
+        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
+        ignore=dataset.ignore,
         network=config.network,
-        spacing=plan.spacing,
+        spacing=config.data.spacing,
         normalisation=[],
         slices=config.data.slices,
         patch_size=config.data.patch_size,
+        first_stage=FirstStage(models=1, classes=first_classes) if first_classes else None,
     )
-    half = kind == "cuda"
-    memory = memory_of_step(config, description, half=half)
-    headings = [
-        f"Planned for {folder} ({size}) and {budget}.",
-        f"A training step is estimated to take, in {'half' if half else 'single'} precision and "
-        f"without what libraries take for themselves, {memory}.",
-    ]
-    text = _commented(tree, reasons, headings)
-    return Planned(config, text, measured, plan)
 
 
-def measured_speed() -> float:
-    """Multiply-adds per second of training on this CPU: the median of a few steps, in a second."""
-    channels, strides = (16, 32, 64), ((2, 2, 2),) * 2
-    network = UNet(3, 1, out_channels=3, channels=channels, strides=strides)
-    image = torch.randn(2, 1, 32, 32, 32)
-    label = torch.zeros(2, 32, 32, 32, dtype=torch.long)
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        levels = network.supervised(image).levels
-        deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
-        seconds.append(time.perf_counter() - started)
-    per_step = (
-        2
-        * 3
-        * multiply_adds(
-            channels=channels,
-            strides=strides,
-            kernels=((3, 3, 3),) * 3,
-            patch_size=(32, 32, 32),
-            in_channels=1,
-            num_classes=3,
-        )
+def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
+    """What is left of the time goes into more steps: how many, and the sentence that says so."""
+    affordable = minutes * 60 * SHARE_OF_STEPS / seconds
+    precision = "bfloat16" if half_pays() else "single precision"
+    return max(int(affordable) // 50 * 50, 50), (
+        f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
+        f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
     )
-    return per_step / sorted(seconds[1:])[2]
+
+
+def seconds_of_step(plan: Plan, numbers: Numbers, *, label_classes: int = 0) -> float:
+    """What a training step of the plan's network takes on this CPU, in a few tries.
+
+    `label_classes` are those of a first stage, whose labels are one more channel.
+    """
+    network = UNet(
+        plan.spatial_dims,
+        len(numbers.channels),
+        out_channels=numbers.num_classes,
+        channels=plan.channels,
+        strides=plan.strides,
+        kernels=plan.kernels,
+        deep_supervision=True,
+        label_classes=label_classes,
+    )
+    channels = len(numbers.channels) + bool(label_classes)
+    image = torch.zeros(plan.batch_size, channels, *plan.patch_size)
+    label = torch.zeros(plan.batch_size, *plan.patch_size, dtype=torch.long)
+    return step_seconds(network, image, label, half=half_pays(), repeats=3)
 
 
 def _settings(
-    folder: Path, plan: Plan, steps: int, own_schedule: bool
+    folder: Path, name: str, plan: Plan, steps: int, own_schedule: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The config's sections, and by dotted key why a value is what it is."""
     kinds = {normalisation.kind for normalisation in plan.normalisation}
     data: dict[str, Any] = {
         "folder": str(folder),
         "spacing": list(plan.spacing),
+        "interpolation": "cubic",
         "patch_size": list(plan.patch_size),
         "batch_size": plan.batch_size,
     }
@@ -188,9 +220,12 @@ def _settings(
         network["attention"] = {"skip": {"kind": "additive_grid", "levels": [0]}}
     train: dict[str, Any] = {"steps": steps, "batch_dice": plan.batch_dice}
     train["optimiser"] = "sgd" if own_schedule else "adamw"
-    train["validate_every"] = max(min(200, steps), steps // 50 // 50 * 50)
+    if not own_schedule:
+        train["averaging"] = AVERAGING
+    train["validate_every"] = max(min(50, steps), steps // VALIDATIONS // 50 * 50)
     reasons = {
         "data.spacing": plan.reasons["spacing"],
+        "data.interpolation": f"As nnU-Net. {plan.reasons['separate_z']}",
         "data.patch_size": plan.reasons["patch_size"],
         "data.batch_size": plan.reasons["batch_size"],
         "data.slices": plan.reasons["slices"],
@@ -203,18 +238,27 @@ def _settings(
             if own_schedule
             else "Gates at the skips; see docs/attention.md for the others, or none."
         ),
+        "data.first_stage": f"{plan.reasons['low_resolution']} The labels that it finds there go "
+        "beside the image; without this line there is one stage. They are better on cases that "
+        "the first stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
+        "all named here, give each case labels of a model that never saw it.",
         "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
+        "train.averaging": "A running average of the weights scores better than the last of them.",
         "train.batch_dice": plan.reasons["batch_dice"],
     }
-    name = folder.resolve().name
     tree = {
-        "name": "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-")
-        or "run",
+        "name": name,
         "data": data,
         "network": network,
         "train": train,
     }
     return tree, reasons
+
+
+def _run_name(folder: Path) -> str:
+    """The folder's name, in the letters that a run's may have."""
+    name = folder.resolve().name
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
 
 
 def _commented(tree: dict[str, Any], reasons: dict[str, str], headings: list[str]) -> str:

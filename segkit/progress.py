@@ -69,6 +69,8 @@ class TrainingProgress(Callback):
         if not trainer.is_global_zero:
             return
         self.started = self.last = time.monotonic()
+        if self.task is not None:  # that of the fold before
+            self.display.remove_task(self.task)
         self.display.start()
         self.task = self.display.add_task("training", total=trainer.max_steps)
 

@@ -17,12 +17,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
-from segkit.build import build_variation, volume_patch
+from segkit.build import volume_patch
 from segkit.config import Config, ModelDescription
 from segkit.data.cases import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
-from segkit.estimates import memory_of_step
+from segkit.estimates import margin_of, memory_of_step
 from segkit.memory import StepMemory, in_words
 from segkit.pace import finish, too_slow
 from segkit.settle import Track, check_images
@@ -165,25 +165,18 @@ def rehearse(config: Config, *, track: Track = lambda cases, what, count: cases)
                 f"{_size(config.data.patch_size)} does not fit into the GPU's memory; lower "
                 f"data.batch_size, data.patch_size or network.channels"
             ) from None
-    asked = str(precision(config))
-    _, margin = build_variation(
-        config.data,
-        patch_size := volume_patch(run.model.description),
-        spacing=spacing,
-        labels=list(dataset.labels),
-    )
+    description, asked = run.model.description, str(precision(config))
+    margin = margin_of(config, description)
     return Rehearsal(
         config=config,
-        description=run.model.description,
-        cut_size=tuple(n + 2 * m for n, m in zip(patch_size, margin, strict=True)),
+        description=description,
+        cut_size=tuple(n + 2 * m for n, m in zip(volume_patch(description), margin, strict=True)),
         training_cases=len(train_cases),
         held_out=len(held_out),
         parameters=run.summary["parameters"],
         precision=asked,
         device=str(watch.device),
-        estimate=memory_of_step(
-            config, run.model.description, half=asked.startswith(("16", "bf16"))
-        ),
+        estimate=memory_of_step(config, description, half=asked.startswith(("16", "bf16"))),
         peak=watch.peak,
         before=watch.before,
         seconds=watch.seconds,

@@ -14,11 +14,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from segkit.errors import ConfigError
 from segkit.files import write_text
+from segkit.model import SUMMARY
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
 METRICS = "metrics.csv"
-SUMMARY = "summary.json"
 
 
 def new_run_folder(runs: Path, name: str) -> Path:

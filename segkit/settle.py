@@ -28,8 +28,11 @@ def describe(
         run=config.name,
         channels=list(dataset.channels),
         labels=dataset.labels,
+        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
+        ignore=dataset.ignore,
         network=config.network,
         spacing=spacing,
+        interpolation=config.data.interpolation,
         normalisation=_measured(settings, dataset, train_cases, track),
         slices=config.data.slices,
         patch_size=config.data.patch_size,
@@ -71,7 +74,7 @@ def _measured(
     for case in track(cases, "measuring intensities", len(cases)):
         image, label = read_case(case, dataset)
         for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
-            inside = values[label.data > 0]
+            inside = values[dataset.foreground(label.data)]
             if len(inside) > per_case:
                 inside = random.choice(inside, per_case)
             foreground[channel].append(inside.astype(np.float64))

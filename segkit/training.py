@@ -18,27 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from segkit.averaging import Averaging
-from segkit.build import build_network, build_normalisers, build_variation, volume_patch
+from segkit.build import (
+    build_network,
+    build_normalisers,
+    build_variation,
+    interpolation_order,
+    volume_patch,
+)
+from segkit.cascade import described, first_models, first_stage_of, label_cases
+from segkit.components import candidates
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
-from segkit.data.cases import Case, Dataset, fold_of, read_case, read_dataset, split
+from segkit.data.cases import Case, Dataset, fold_of, read_dataset, split
 from segkit.data.datamodule import SegmentationData
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
 from segkit.errors import ConfigError
 from segkit.files import write_json, write_text
-from segkit.inference.predictor import Predictor, segment_prepared
-from segkit.metrics.overlap import Overlap, confusion_matrix
+from segkit.inference.predictor import segment_prepared
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
 from segkit.pace import Pace
+from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
     checkpoint_of,
@@ -47,6 +54,7 @@ from segkit.run_folder import (
     stopped_run,
 )
 from segkit.samples import SamplePictures
+from segkit.scoring import score
 from segkit.settle import Track, check_images, describe
 from segkit.trackers import check_installed, trackers
 
@@ -118,9 +126,14 @@ def _train(
     dataset = dataset or read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
-    description = describe(config, dataset, train_cases, track)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    description = described(describe(config, dataset, train_cases, track), first_stage)
     config = resolved(config, description)
     resumed = folder is not None
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    network = build_network(description)
+    if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
+        logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
@@ -128,24 +141,35 @@ def _train(
             write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
-    L.seed_everything(config.train.seed, workers=True, verbose=False)
-    network = build_network(description)
-    if config.train.start_from is not None and not (resumed and checkpoint_of(folder)):
-        logger.info("%s", start_from(network, config.train.start_from))
     patch_size = volume_patch(description)
+    cache = config.data.cache or runs / ".cache"
+    first_labels = label_cases(
+        (*train_cases, *held_out),
+        dataset,
+        first_stage,
+        cache=cache,
+        device={"gpu": "cuda"}.get(config.trainer.accelerator, config.trainer.accelerator),
+        track=track,
+    )
     store = partial(
         store_cases,
         dataset=dataset,
-        folder=config.data.cache or runs / ".cache",
+        folder=cache,
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
+        order=interpolation_order(description),
         settings=[setting.model_dump() for setting in description.normalisation],
+        first_labels=first_labels,
     )
     stored = store(train_cases, track=lambda cases: track(cases, "preparing", len(train_cases)))
     stored_held_out = store(held_out, track=lambda cases: track(cases, "held out", len(held_out)))
 
     vary, margin = build_variation(
-        config.data, patch_size, spacing=description.spacing, labels=list(dataset.labels)
+        config.data,
+        patch_size,
+        spacing=description.spacing,
+        labels=dataset.labelling.value_names,
+        first_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
     steps_per_epoch = min(config.train.validate_every, config.train.steps)
     data = SegmentationData(
@@ -164,7 +188,9 @@ def _train(
     module = SegmentationModule(
         network,
         vary=vary,
-        segment=partial(segment_prepared, patch_size=patch_size),
+        segment=partial(
+            segment_prepared, patch_size=patch_size, written=description.labelling.written
+        ),
         class_names=list(description.labels),
         optimiser=config.train.optimiser,
         learning_rate=config.train.learning_rate or LEARNING_RATE[config.train.optimiser],
@@ -173,6 +199,8 @@ def _train(
         batch_dice=config.train.batch_dice,
         seed=config.train.seed,
         presence_weight=head.weight if (head := config.network.attention.head) else 0.0,
+        regions=list(description.regions.values()),
+        ignore=description.ignore,
     )
     best = ModelCheckpoint(
         dirpath=folder,
@@ -191,7 +219,7 @@ def _train(
     pictures = SamplePictures(
         folder,
         names=[case.name for case in held_out],
-        classes=list(description.labels),
+        classes=description.labelling.value_names,
         spacing=description.spacing,
         count=config.train.pictures,
     )
@@ -211,8 +239,7 @@ def _train(
             folder, config.trainer.loggers if first else (), config.model_dump(mode="json")
         )
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"precision", "loggers"}),
-            precision=precision(config),
+            **config.trainer.model_dump(exclude={"loggers"}),
             max_steps=config.train.steps,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -250,9 +277,13 @@ def _train(
     if not first:
         sys.exit(0)
 
-    model = Model(description, network.eval())
+    model = Model(description, network.eval(), tuple(stage.model for stage in first_stage))
     save_model(folder / "model", model)
     best_dice = best.best_model_score
+    # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
+    # overlap, so that what is left of one is not its own affair.
+    adopts = config.data.fold is not None and not dataset.regions
+    operations = candidates(list(description.labels.values())[1:]) if adopts else {}
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -262,9 +293,18 @@ def _train(
         "training_cases": len(train_cases),
         "validation": {
             "note": "whole held-out volumes, on their own grids, by the final weights",
-            **score(model, dataset, held_out, track, device=str(trainer.strategy.root_device)),
+            **score(
+                model,
+                dataset,
+                held_out,
+                track,
+                device=str(trainer.strategy.root_device),
+                first_labels=first_labels,
+                operations=operations,
+            ),
             "best_mean_dice_during_training": None if best_dice is None else float(best_dice),
         },
+        **first_stage_of(first_stage, train_cases, held_out),
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
@@ -272,17 +312,22 @@ def _train(
     return Run(folder, summary, model)
 
 
-def precision(config: Config) -> Any:
-    """Lightning's precision: `auto` is a half type where there is a GPU for it, else single.
+def after(config: Config, first: Run) -> Config:
+    """The config of a second stage, which is given the labels of a run."""
+    data = config.data.model_copy(update={"first_stage": [first.folder]})
+    return config.model_copy(update={"data": data})
 
-    On a CPU never a half type: where the cores have no instructions for it, a step takes 40 times
-    as long.
+
+def precision(config: Config) -> str | int:
+    """Lightning's precision: `auto` is a half type where the device is faster in it, else single.
+
+    On a CPU that needs matrix units: cores without them take 40 times as long in a half type.
     """
     asked = config.trainer.precision
     if asked != "auto":
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
+        return "bf16-mixed" if half_pays() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
@@ -294,12 +339,20 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 
 def resolved(config: Config, description: ModelDescription) -> Config:
-    """The config with the spacing that was settled, so that the run's own says it all."""
+    """The config with spacing and precision settled, so that the run's own says it all."""
+    data = config.data.model_copy(update={"spacing": description.spacing})
+    trainer = config.trainer.model_copy(update={"precision": precision(config)})
+    return with_whole_paths(config.model_copy(update={"data": data, "trainer": trainer}))
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with paths that mean the same from any working directory."""
     data = config.data.model_copy(
         update={
-            "spacing": description.spacing,
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
+            "first_stage": config.data.first_stage
+            and [path.resolve() for path in config.data.first_stage],
         }
     )
     train = config.train.model_copy(
@@ -308,54 +361,9 @@ def resolved(config: Config, description: ModelDescription) -> Config:
     return config.model_copy(update={"data": data, "train": train})
 
 
-def score(
-    model: Model, dataset: Dataset, cases: Sequence[Case], track: Track, *, device: str = "auto"
-) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid."""
-    predictor = Predictor(model, device=device)
-    dice: dict[str, list[float]] = {}
-    told_right: list[list[bool]] = []
-    for case in track(cases, "scoring", len(cases)):
-        image, label = read_case(case, dataset)
-        prediction = predictor(image)
-        if prediction.presence is not None:
-            told_right.append(
-                [
-                    (probability > 0.5) == bool((label.data == number).any())
-                    for number, probability in enumerate(prediction.presence.values(), start=1)
-                ]
-            )
-        matrix = confusion_matrix(
-            torch.from_numpy(prediction.labels.data.astype(np.int64)),
-            torch.from_numpy(label.data.astype(np.int64)),
-            len(dataset.labels),
-        )
-        dice[case.name] = Overlap.from_confusion(matrix).dice[1:].tolist()
-    names = list(dataset.labels)[1:]
-    table = np.array(list(dice.values())).reshape(len(dice), len(names))
-    means = [_mean(column) for column in table.T]
-    told = {}
-    if told_right:
-        shares = np.mean(told_right, axis=0).tolist()
-        told = {"presence_accuracy": dict(zip(names, shares, strict=True))}
-    return {
-        "cases": len(cases),
-        **told,
-        "dice": dict(zip(names, means, strict=True)),
-        "mean_dice": _mean(np.array(means)),
-        "dice_of_cases": {name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
-    }
-
-
 def versions() -> dict[str, str]:
     """What the run was made with."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("segkit", "torch", "lightning", "numpy")},
     }
-
-
-def _mean(scores: np.ndarray) -> float:
-    """The mean of those that are defined; not a number where none is."""
-    defined = scores[~np.isnan(scores)]
-    return float(defined.mean()) if len(defined) else float("nan")

@@ -147,9 +147,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "not JSON": (no_json, r"dataset\.json: cannot be read as JSON: "),
     "not text": (no_text, r"dataset\.json: cannot be read as JSON: "),
     "a list": (a_list, r"dataset\.json: it is wrong: "),
-    "no modality": (with_keys(modality=None), "modality is wrong: field required"),
+    "no modality": (
+        with_keys(modality=None),
+        r"expected channel_names \(or modality\), found neither",
+    ),
     "no labels": (with_keys(labels=None), "labels is wrong: field required"),
-    "no training": (with_keys(training=None), "training is wrong: field required"),
+    "no training": (
+        with_keys(training=None),
+        "expected a list training, or file_ending, found neither",
+    ),
     "nothing to train on": (with_keys(training=[]), "training is wrong: .* at least 1 item"),
     "no label": (
         with_keys(training=[{"image": "imagesTr/anna.nii.gz"}]),

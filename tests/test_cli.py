@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from segkit import planning
 from segkit.cli import main
+from segkit.config_file import dump_yaml
 from tests.helpers import affine_of
-from tests.small import small_dataset, trained_run
+from tests.small import magnified, small_config, small_dataset, trained_run
 
 COMMANDS = ("demo", "train", "predict", "evaluate", "check")
 
@@ -88,6 +90,48 @@ def test_predicting_without_a_model_says_so(
     monkeypatch.chdir(tmp_path)
     code, _, err = run("predict", "x.nii.gz", capsys=capsys)
     assert code == 2 and "no finished run under runs/" in err
+
+
+def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_dataset(tmp_path / "data", num_cases=5)
+    config = small_config(data, train={"steps": 1})
+    (tmp_path / "small.yaml").write_text(dump_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("train", "small.yaml", "--folds", "0,3", capsys=capsys)
+    assert (code, err) == (0, "")
+    for line in ("fold 0, 1 of 2", "fold 3, 2 of 2", "2 steps in", "mean Dice of 2 held-out cases"):
+        assert line in out, line
+    assert "post-processing: " in out and "wrote runs/small\n" in out
+    code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
+    assert code == 2 and "runs/small: is finished already" in err
+    (tmp_path / "runs/small/fold_3/summary.json").unlink()
+    code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
+    assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out
+    # Until folds are named, what is asked of the folder is asked of its models.
+    scan = data / "imagesTr" / "case_0.nii.gz"
+    code, out, _ = run("predict", scan, "--out", tmp_path / "seg.nii.gz", capsys=capsys)
+    assert code == 0 and "model: runs/small\n" in out
+
+
+@pytest.mark.parametrize("folds", ["5", "0,x", "", "every"])
+def test_folds_that_are_none_are_refused(
+    folds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("train", tmp_path / "c.yaml", "--folds", folds, capsys=capsys)
+    assert code == 2
+    assert err == (
+        f"segkit: --folds is {folds!r}; expected all, or numbers from 0 to 4 such as 0,2\n"
+    )
+
+
+def test_a_run_has_no_folds_to_go_on_with(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("train", "--resume", finished, "--folds", "all", capsys=capsys)
+    assert code == 2
+    assert err == f"segkit: {finished}: is one run, not a cross-validation; leave --folds out\n"
 
 
 def test_our_own_bugs_keep_their_traceback(
@@ -229,3 +273,34 @@ def test_check_names_the_case_whose_label_lies_elsewhere(
     nib.save(nib.Nifti1Image(values, np.diag([2.0, 1, 1, 1])), path)
     code, _, err = run("check", folder, capsys=capsys)
     assert code == 2 and "case_1.nii.gz: its grid" in err
+
+
+def test_a_large_dataset_is_planned_and_trained_in_two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 3e8)
+    magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
+    code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 0, err
+    assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
+    code, _, err = run("check", "balls.yaml", capsys=capsys)
+    assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
+    (tmp_path / "balls.yaml").unlink()
+    code, _, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 2 and "balls_low.yaml: exists already" in err
+    assert not (tmp_path / "balls.yaml").exists()
+
+    words = ["train", "balls", "trainer.accelerator=cpu", "train.steps=2", "name=two"]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0, err
+    low, full = Path("runs/two_low"), Path("runs/two")
+    assert out.index(f"wrote {low}\n") < out.index(f"wrote {full}\n")
+    assert (full / "model" / "first" / "0" / "weights.safetensors").read_bytes() == (
+        low / "model" / "weights.safetensors"
+    ).read_bytes()
+    code, _, err = run(*words, "data.spacing=[1,1,1]", capsys=capsys)
+    assert code == 2 and "two stages cannot share data.spacing" in err
+    code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
+    assert code == 0 and not Path("runs/one_low").exists(), err
+    assert not (Path("runs/one/model/first")).exists()

@@ -26,6 +26,7 @@ data:
   folder: scans
   validation: [anna, ben]
   spacing: [1, 1.5, 2]
+  interpolation: linear
   normalisation: {kind: ct, lower: -160, upper: 240, mean: 40.5, std: 50}
   slices: coronal
   patch_size: [32, 48, 16]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from segkit.data.datamodule import ConsecutiveSampler, SegmentationData, WholeCases
 from segkit.data.sampling import PatchDataset
-from segkit.data.store import StoredCase
+from segkit.data.store import StoredCase, write_arrays
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -27,14 +27,9 @@ SPACE = (10, 8, 6)
 def stored_case(folder: Path, name: str, seed: int) -> StoredCase:
     """A case as it lies on disk."""
     random = np.random.default_rng(seed)
-    target = folder / name
-    target.mkdir()
-    label = random.integers(0, 3, SPACE).astype(np.uint8)
-    np.save(target / "image.npy", random.normal(size=(1, *SPACE)).astype(np.float32))
-    np.save(target / "label.npy", label)
-    positions = {str(number): np.argwhere(label == number) for number in (1, 2)}
-    np.savez(target / "voxels.npz", **positions)
-    return StoredCase(name, target)
+    image = random.normal(size=(1, *SPACE)).astype(np.float32)
+    write_arrays(folder / name, image, random.integers(0, 3, SPACE).astype(np.uint8))
+    return StoredCase(name, folder / name)
 
 
 @pytest.fixture
@@ -129,13 +124,14 @@ def test_held_out_cases_are_shared_out_whole(cases: list[StoredCase], num_proces
         loader = data.val_dataloader()
         loader.sampler.set_epoch(4)  # type: ignore[attr-defined]
         seen += [case["image"].numpy().tobytes() for case in loader]
-    assert sorted(seen) == sorted(case.image.tobytes() for case in cases)
+    assert sorted(seen) == sorted(case.image.astype(np.float32).tobytes() for case in cases)
 
 
 def test_a_held_out_case_is_the_stored_one_and_writable(cases: list[StoredCase]) -> None:
     whole = WholeCases(cases)
     assert len(whole) == 3
     case = whole[1]
+    assert cases[1].image.dtype == np.float16 and case["image"].dtype == torch.float32
     assert_array_equal(case["image"].numpy(), cases[1].image)
     assert_array_equal(case["label"].numpy(), cases[1].label)
     case["image"].zero_()
@@ -203,7 +199,7 @@ def test_a_run_sees_consecutive_patches_over_its_epochs_and_after_it_is_resumed(
     unbroken = Recorder()
     fit(unbroken, cases, callbacks=[checkpoints])
     assert unbroken.numbers == list(range(18))
-    sums = [float(torch.from_numpy(case.image.copy()).sum()) for case in cases]
+    sums = [float(torch.from_numpy(case.image.astype(np.float32)).sum()) for case in cases]
     assert unbroken.validated == pytest.approx(sums * 3)
 
     resumed = Recorder()

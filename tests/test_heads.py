@@ -204,7 +204,9 @@ def test_importance_within_windows_of_attention_is_summed_over_them() -> None:
 def test_importance_is_the_slope_of_the_loss_in_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """By finite differences, in double precision, of a loss that is not cast to single."""
 
-    def mean_right_logit(logits: Tensor, label: Tensor, *, pool_batch: bool) -> Tensor:
+    def mean_right_logit(
+        logits: Tensor, label: Tensor, *, pool_batch: bool, ignore: None = None
+    ) -> Tensor:
         return logits.gather(1, label[:, None]).mean()
 
     monkeypatch.setattr(explained, "dice_cross_entropy", mean_right_logit)
@@ -241,7 +243,9 @@ def test_slopes_of_two_windows_do_not_cancel_and_a_linear_loss_drops_by_the_impo
     0.5 twice. The means of their sizes, 1 and 0.5, over their norm are 2 and 1 over the root of 5.
     """
 
-    def mean_logit(logits: Tensor, label: Tensor, *, pool_batch: bool) -> Tensor:
+    def mean_logit(
+        logits: Tensor, label: Tensor, *, pool_batch: bool, ignore: None = None
+    ) -> Tensor:
         return logits.mean()
 
     monkeypatch.setattr(explained, "dice_cross_entropy", mean_logit)

@@ -10,9 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segkit.build import build_network
-from segkit.config import ModelDescription, NetworkConfig, ZScore
+from segkit.config import ModelDescription, NetworkConfig, Postprocessing, ZScore
 from segkit.errors import ModelError
-from segkit.model import Model, load_model, newest_model, save_model
+from segkit.files import write_json
+from segkit.model import (
+    Model,
+    adopt,
+    load_description,
+    load_model,
+    model_folders,
+    newest_model,
+    save_model,
+)
 
 
 def small_model(seed: int = 0, spatial_dims: int = 3) -> Model:
@@ -70,6 +79,40 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
 def change(folder: Path, **keys: object) -> None:
     path = folder / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def test_a_cross_validation_counts_once_it_is_finished(tmp_path: Path) -> None:
+    save_model(tmp_path / "run" / "model", small_model())
+    for fold in (0, 3):
+        save_model(tmp_path / "five" / f"fold_{fold}" / "model", small_model())
+    assert newest_model(tmp_path) == tmp_path / "run" / "model"
+    write_json(tmp_path / "five" / "summary.json", {})
+    assert newest_model(tmp_path) == tmp_path / "five"
+    (tmp_path / "five" / "fold_1" / "model").mkdir(parents=True)  # one that is not finished
+    expected = tuple(tmp_path / "five" / f"fold_{fold}" / "model" for fold in (0, 3))
+    assert model_folders(tmp_path / "five") == expected
+
+
+def test_a_description_from_before_post_processing_loads_unchanged(tmp_path: Path) -> None:
+    model = small_model()
+    save_model(tmp_path, model)
+    path = tmp_path / "model.json"
+    content = json.loads(path.read_text())
+    assert content.pop("postprocessing") == {"largest_foreground": False, "largest_of": []}
+    path.write_text(json.dumps(content))
+    assert load_model(tmp_path).description == model.description
+
+
+def test_what_is_adopted_is_all_that_changes_in_a_model(tmp_path: Path) -> None:
+    model = small_model()
+    save_model(tmp_path, model)
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    chosen = Postprocessing(largest_foreground=True, largest_of=(1,))
+    adopt(tmp_path, chosen)
+    assert load_description(tmp_path) == model.description.model_copy(
+        update={"postprocessing": chosen}
+    )
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

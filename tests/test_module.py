@@ -211,6 +211,16 @@ def test_dice_is_averaged_over_cases_and_then_classes_without_undefined_ones() -
         assert scores["validation/dice"] == pytest.approx((5 / 9 + 4 / 5) / 2)
 
 
+def test_dice_of_regions_is_that_of_all_their_labels_where_nothing_is_ignored() -> None:
+    module = module_of(
+        class_names=("background", "whole", "core"), regions=((1, 2), (2,)), ignore=3
+    )
+    # Of the first five voxels: whole 2·3 / (4 + 3), core 2·1 / (2 + 2).
+    scores = validated(module, [held_out([1, 1, 2, 2, 0, 2], [1, 2, 2, 0, 0, 3])])
+    assert scores["validation/dice_whole"] == pytest.approx(6 / 7)
+    assert scores["validation/dice_core"] == pytest.approx(1 / 2)
+
+
 class Idle(SegmentationModule):
     """One process of several, to which no case fell."""
 

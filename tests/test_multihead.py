@@ -312,7 +312,8 @@ def test_block_by_block_is_the_same_as_all_at_once(
     monkeypatch.setattr(multihead, "LARGEST_BLOCK", largest)
     assert len(list(blocks(11, 66))) == count
     for by_blocks, at_once in zip(run(), whole, strict=True):
-        assert_close(by_blocks, at_once, rtol=1e-6, atol=1e-6)
+        # Sums of some dozens of float32 products, in whatever order the processor's kernels take.
+        assert_close(by_blocks, at_once, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("edited", [False, True])

@@ -134,3 +134,31 @@ def test_dice_and_iou_equal_monai(shape: tuple[int, ...]) -> None:
     dice, iou = metrics.compute_dice(*one_hot), metrics.compute_iou(*one_hot)
     assert_close(ours.dice, dice.double(), rtol=0, atol=1e-5)
     assert_close(ours.iou, iou.double(), rtol=0, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(label_pairs())
+def test_groups_of_one_label_each_overlap_as_the_labels_do(
+    pair: tuple[Tensor, Tensor, int],
+) -> None:
+    matrix = confusion_matrix(*pair)
+    groups = Overlap.of_groups(matrix, [(number,) for number in range(pair[2])])
+    alone = Overlap.from_confusion(matrix)
+    assert torch.equal(groups.true_positive, alone.true_positive)
+    assert torch.equal(groups.false_positive, alone.false_positive)
+    assert torch.equal(groups.false_negative, alone.false_negative)
+
+
+def test_groups_that_share_labels_overlap_as_their_masks_do_where_nothing_is_ignored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(0, 4, (6, 5), generator=generator)
+    reference = torch.randint(0, 5, (6, 5), generator=generator)
+    groups = [(1, 2, 3), (2, 3), (3,)]
+    overlap = Overlap.of_groups(confusion_matrix(prediction, reference, 5), groups, ignore=4)
+    counted = reference != 4
+    for number, group in enumerate(groups):
+        found = torch.isin(prediction, torch.tensor(group)) & counted
+        right = torch.isin(reference, torch.tensor(group)) & counted
+        assert overlap.true_positive[number] == (found & right).sum() > 0
+        assert overlap.false_positive[number] == (found & ~right).sum()
+        assert overlap.false_negative[number] == (right & ~found).sum()

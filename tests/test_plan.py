@@ -22,12 +22,12 @@ from segkit.data.rules import (
     activations,
     coarser,
     initial_patch,
-    is_separate,
     largest_batch,
     median_shape,
     multiply_adds,
     needs_low_resolution,
     normalisations,
+    separate_axis,
     target_spacing,
     topology,
     widths,
@@ -372,11 +372,14 @@ def test_a_spacing_is_coarsened_along_the_fine_axes_first() -> None:
 
 def test_slices_are_resampled_apart_where_one_axis_alone_is_coarse() -> None:
     fine: Spacing = (1.0, 1.0, 1.0)
-    assert is_separate((1.0, 1.0, 3.1), fine) and is_separate(fine, (3.1, 1.0, 1.0))
-    assert not is_separate((1.0, 1.0, 3.0), fine)
-    assert not is_separate((3.1, 1.0, 3.1), fine)
+    assert separate_axis((1.0, 1.0, 3.1), fine) == 2
+    assert separate_axis(fine, (3.1, 1.0, 1.0)) == 0
+    assert separate_axis((1.0, 1.0, 3.0), fine) is None
+    assert separate_axis((3.1, 1.0, 3.1), fine) is None
+    assert separate_axis((3.1, 1.0, 3.10001), fine) is None  # equal, but for rounding
     # What the scan says goes before what the target says.
-    assert not is_separate((3.1, 1.0, 3.1), (1.0, 1.0, 3.1))
+    assert separate_axis((3.1, 1.0, 3.1), (1.0, 1.0, 3.1)) is None
+    assert separate_axis((3.1, 1.0, 1.0), (1.0, 1.0, 3.1)) == 0
 
 
 def test_a_channel_named_ct_is_clipped_and_any_other_scaled_by_itself() -> None:
@@ -419,7 +422,12 @@ def test_a_2d_network_sees_the_planes_across_the_coarsest_axis(
 
 def test_time_without_end_gives_the_plan_for_memory() -> None:
     plan = plan_for_time(
-        HIPPOCAMPUS, spatial_dims=3, minutes=1e9, steps=1, multiply_adds_per_second=1e9
+        HIPPOCAMPUS,
+        spatial_dims=3,
+        minutes=1e9,
+        fewest_steps=1,
+        enough_steps=1,
+        multiply_adds_per_second=1e9,
     )
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
     assert replace(plan, reasons=whole.reasons) == whole
@@ -432,7 +440,8 @@ def in_time(billions: float) -> Plan:
         HIPPOCAMPUS,
         spatial_dims=3,
         minutes=10.0,
-        steps=100,
+        fewest_steps=100,
+        enough_steps=100,
         multiply_adds_per_second=billions * 1e9 * 100 / 600,
     )
 
@@ -459,6 +468,27 @@ def test_what_takes_too_long_is_thinned_out_then_narrowed_then_shrunk() -> None:
     # x is 40 / 35 of the median image, more than y and z.
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (32, 56, 40))
     assert "Shrunk from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
+
+
+def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
+    whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
+    patch = 3 * cost_of_patch(whole, HIPPOCAMPUS)
+
+    def planned(patches: float) -> Plan:
+        """The plan where so many patches fit into the time."""
+        return plan_for_time(
+            HIPPOCAMPUS,
+            spatial_dims=3,
+            minutes=1.0,
+            fewest_steps=100,
+            enough_steps=1000,
+            multiply_adds_per_second=patches * patch / 60,
+        )
+
+    for patches, batch in [(201, 2), (2999, 2), (3001, 3), (8999, 8), (9001, 9), (1e6, 9)]:
+        plan = planned(patches)
+        assert (plan.batch_size, plan.channels) == (batch, whole.channels)
+    assert planned(199).channels[0] == 16
 
 
 def test_the_smallest_plan_of_all_says_that_it_takes_longer() -> None:
@@ -521,7 +551,8 @@ def test_every_plan_fits_its_network(
             spatial_dims=spatial_dims,
             gigabytes=gigabytes,
             minutes=minutes,
-            steps=1000,
+            fewest_steps=1000,
+            enough_steps=8000,
             multiply_adds_per_second=1e10,
         ),
     ):
@@ -564,7 +595,8 @@ def test_more_time_never_makes_less_of_a_step(
             numbers,
             spatial_dims=spatial_dims,
             minutes=10**magnitude,
-            steps=1000,
+            fewest_steps=1000,
+            enough_steps=8000,
             multiply_adds_per_second=1e10,
         )
         costs.append(plan.batch_size * cost_of_patch(plan, numbers))

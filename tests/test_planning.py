@@ -1,16 +1,20 @@
 """A plan is a config that trains, with a reason beside each value."""
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import Tensor
 
+from segkit import planning
 from segkit.build import default_mirror
+from segkit.config import Config
 from segkit.config_file import load_config
-from segkit.data.rules import multiply_adds
-from segkit.planning import measured_speed, plan_dataset
+from segkit.planning import Planned, Preset, plan_dataset
+from segkit.processor import multiply_adds_per_second
 from segkit.training import train
-from tests.small import small_dataset
+from tests.small import magnified, small_dataset
 
 
 @pytest.fixture
@@ -30,7 +34,16 @@ def test_what_is_written_is_what_was_planned(dataset: Path, tmp_path: Path) -> N
 
 def test_a_reason_stands_above_every_value_that_was_chosen(dataset: Path, tmp_path: Path) -> None:
     lines = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").text.splitlines()
-    keys = ["spacing", "patch_size", "batch_size", "channels", "strides", "kernels", "steps"]
+    keys = [
+        "spacing",
+        "interpolation",
+        "patch_size",
+        "batch_size",
+        "channels",
+        "strides",
+        "kernels",
+        "steps",
+    ]
     for key in keys:
         (number,) = [n for n, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
         assert lines[number - 1].startswith("  # "), key
@@ -54,29 +67,72 @@ def test_a_plan_trains(spatial_dims: int, dataset: Path, tmp_path: Path) -> None
 def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segkit import planning
+    # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 1e9)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
 
-    monkeypatch.setattr(planning, "measured_speed", lambda: 1e9)
+    def planned(minutes: float) -> Config:
+        return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes).config
 
-    def work(minutes: float) -> float:
-        config = plan_dataset(
-            dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes
-        ).config
-        cost = 3 * multiply_adds(
-            channels=config.network.channels,
-            strides=[tuple(step) for step in config.network.step_strides],
-            kernels=[tuple(size) for size in config.network.level_kernels],
-            patch_size=tuple(config.data.patch_size),
-            in_channels=1,
-            num_classes=2,
-        )
-        return cost * config.data.batch_size * config.train.steps
+    widths = [planned(minutes).network.channels[0] for minutes in (5.0, 50.0, 500.0)]
+    assert widths == sorted(widths) and widths[0] < widths[2]
+    assert planned(1000.0).network == planned(500.0).network
+    assert planned(1000.0).train.steps == 2 * planned(500.0).train.steps
 
-    budgets = [5.0, 20.0, 80.0]
-    works = [work(minutes) for minutes in budgets]
-    assert works == sorted(works) and works[0] < works[2]
-    for minutes, done in zip(budgets, works, strict=True):
-        assert 0.8 * minutes * 60e9 < done <= minutes * 60e9
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    return magnified(small_dataset(tmp_path / "large", num_cases=5), 4)
+
+
+def written(planned: Planned, path: Path) -> Config:
+    path.write_text(planned.text)
+    return load_config(path)
+
+
+@pytest.mark.parametrize("preset", ["auto", "nnunet"])
+def test_a_large_volume_is_planned_in_two_stages(
+    preset: Preset, large: Path, tmp_path: Path
+) -> None:
+    planned = plan_dataset(
+        large,
+        cache=tmp_path / "cache",
+        device="cuda" if preset == "auto" else "cpu",
+        preset=preset,
+        gigabytes=0.05,
+        runs=Path("elsewhere"),
+    )
+    assert planned.low is not None and planned.low.low is None
+    full, low = written(planned, tmp_path / "a.yaml"), written(planned.low, tmp_path / "b.yaml")
+    assert (full, low) == (planned.config, planned.low.config)
+    assert (full.name, low.name) == ("large", "large_low")
+    assert full.data.first_stage == [Path("elsewhere/large_low")] and low.data.first_stage is None
+    assert full.data.spacing == (1.0, 1.0, 1.0)
+    assert low.data.spacing is not None and min(low.data.spacing) > 1.2
+    whole = math.prod(low.data.patch_size) * math.prod(low.data.spacing)
+    assert math.prod(full.data.patch_size) < 0.25 * 64**3 <= 1.1 * whole
+    lines = planned.text.splitlines()
+    (number,) = [n for n, line in enumerate(lines) if line.startswith("  first_stage:")]
+    assert lines[number - 1].startswith("  # ") and "first of two stages" in planned.low.text
+
+
+def test_two_stages_share_the_minutes(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 2e9)
+    entered = []
+
+    def half_a_second(_: object, image: Tensor, *__: object, **___: object) -> float:
+        entered.append(image.shape[1])
+        return 0.5
+
+    monkeypatch.setattr(planning, "step_seconds", half_a_second)
+    planned = plan_dataset(large, cache=tmp_path / "cache", device="cpu", minutes=10.0)
+    assert planned.low is not None
+    for config in (planned.config, planned.low.config):
+        assert config.train.steps == 5 * 60 * 0.9 / 0.5 // 50 * 50
+    # The second stage is given the labels of the first beside the image.
+    assert entered == [1, 2]
 
 
 def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Path) -> None:
@@ -100,8 +156,18 @@ def test_cases_are_measured_once(
     assert plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").fingerprint == first
 
 
+def test_steps_take_nine_tenths_of_the_time(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    config = plan_dataset(dataset, cache=tmp_path / "c", device="cpu", minutes=10.0).config
+    assert config.train.steps == 10 * 60 * 0.9 / 0.5 // 50 * 50
+    assert config.train.steps / config.train.validate_every == pytest.approx(20, abs=2)
+    assert config.train.averaging == 0.999
+
+
 def test_the_measured_speed_is_that_of_a_processor() -> None:
-    assert 1e8 < measured_speed() < 1e14
+    assert 1e8 < multiply_adds_per_second() < 1e14
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.build import build_network
-from segkit.config import CtWindow, ModelDescription, NetworkConfig
+from segkit.config import CtWindow, ModelDescription, NetworkConfig, Postprocessing
 from segkit.config_attention import (
     AdditiveGridGate,
     AttentionConfig,
@@ -33,7 +33,7 @@ from segkit.inference.predictor import (
     to_source_rows,
 )
 from segkit.inference.windows import stream
-from segkit.model import Model
+from segkit.model import Model, load_model, save_model
 from segkit.nn.planes import Planes
 from segkit.nn.taps import taps
 from segkit.nn.unet import UNet
@@ -106,6 +106,33 @@ def pooled_coordinates(strides: list[list[int]]) -> Model:
     return Model(told, built)
 
 
+def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
+    values = np.zeros((20, 12, 9), np.uint8)
+    values[2:6, 3:7, 2:6] = 1  # the larger
+    values[4:6, 3:5, 3:5] = 2  # a class inside it
+    values[12:15, 8:11, 4:7] = 2  # the smaller, the largest of its class
+    volume = Volume(values, Grid(values.shape, np.eye(4)))
+    told = description(classes=3, spacing=(1.0, 1.0, 1.0))
+    network = nearest_class(3)
+
+    def labels(adopted: Postprocessing) -> ndarray:
+        changed = told.model_copy(update={"postprocessing": adopted})
+        prediction = Predictor(Model(changed, network))(volume, probabilities=True)
+        # Probabilities stay those of the network.
+        assert prediction.probabilities is not None
+        assert_array_equal(prediction.probabilities.data.argmax(axis=3), values)
+        return prediction.labels.data
+
+    assert_array_equal(labels(Postprocessing()), values)
+    without_blob, without_inside = values.copy(), values.copy()
+    without_blob[12:15] = 0
+    assert_array_equal(labels(Postprocessing(largest_foreground=True)), without_blob)
+    without_inside[4:6, 3:5, 3:5] = 0
+    assert_array_equal(labels(Postprocessing(largest_of=(2,))), without_inside)
+    both = Postprocessing(largest_foreground=True, largest_of=(2,))
+    assert_array_equal(labels(both), without_blob)
+
+
 def class_volume(grid: Grid, classes: int) -> Volume:
     """Classes by place in the world, so that a voxel out of place shows."""
     values = np.floor(linear_field(grid.centres()) / 3) % classes
@@ -122,6 +149,40 @@ def test_every_orientation_comes_back_voxel_for_voxel(code: str) -> None:
     assert_array_equal(prediction.labels.data, volume.data)
     assert prediction.labels.grid is volume.grid
     assert prediction.labels.data.dtype == np.uint8
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "PSR", "IAL"])
+@pytest.mark.parametrize("slice_distance", [1.0, 1.9, 3.9])
+def test_slices_far_apart_are_not_blended_on_the_way_there_or_back(
+    code: str, slice_distance: float
+) -> None:
+    """Noise from slice to slice comes back voxel for voxel, at any finer distance of slices."""
+    x, y, z = ((0.7, 1.3, 4.0)[axis] for axis in world_axes(code))
+    grid = Grid((9, 11, 7), affine_of(code, spacing=(x, y, z)))
+    values = np.random.default_rng(0).integers(0, 5, grid.shape)
+    predictor = Predictor(
+        Model(description(classes=5, spacing=(0.7, 1.3, slice_distance)), nearest_class(5))
+    )
+    volume = Volume(values.astype(np.uint8), grid)
+    prepared = predictor.prepare(volume)
+    assert prepared.orders == (1, 1, 0) and prepared.grid.shape[2] > prepared.source.shape[2] - 1
+    assert_array_equal(predictor(volume).labels.data, values)
+
+
+def test_an_interpolation_is_the_models(tmp_path: Path) -> None:
+    grid = Grid((9, 8, 7), np.diag([1.0, 1.0, 1.0, 1.0]))
+    volume = Volume(np.random.default_rng(0).normal(size=grid.shape).astype(np.float32), grid)
+    told = description(spacing=(0.8, 0.9, 1.1))
+    assert told.interpolation == "linear"  # as in models from before there was another
+    images = {}
+    for name, order in (("linear", 1), ("cubic", 3)):
+        model = Model(told.model_copy(update={"interpolation": name}), nearest_class(2))
+        save_model(tmp_path / name, Model(model.description, build_network(told)))
+        assert load_model(tmp_path / name).description.interpolation == name
+        prepared = Predictor(model).prepare(volume)
+        assert prepared.orders == (order,) * 3
+        images[name] = prepared.image
+    assert not torch.equal(images["linear"], images["cubic"])
 
 
 @pytest.mark.parametrize("code", sorted(ORIENTATIONS))

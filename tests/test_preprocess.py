@@ -1,3 +1,5 @@
+from typing import Literal
+
 import hypothesis.strategies as st
 import nibabel as nib
 import numpy as np
@@ -18,7 +20,9 @@ from segkit.data.preprocess import (
     prepare_label,
     zscore,
 )
+from segkit.data.rules import separate_axis
 from segkit.geometry import Grid, Orientation
+from segkit.resample import resample
 from segkit.volume import Volume
 from tests.helpers import ORIENTATIONS, affine_of, grids, inside, linear_field
 
@@ -61,11 +65,86 @@ def test_a_prepared_grid_tells_where_its_voxels_lie(
     prepared = prepare(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
     assert Orientation.of(prepared.grid.affine).code == "RAS"
     assert_allclose(prepared.grid.spacing, spacing, rtol=1e-6)
-    within = inside(prepared.source, prepared.grid)
+    apart = separate_axis(prepared.source.spacing, spacing)
+    assert prepared.orders == tuple(0 if axis == apart else 1 for axis in range(3))
+    index = prepared.source.index(prepared.grid.centres())
+    if apart is not None:  # the place of the nearest slice
+        last = prepared.source.shape[apart] - 1
+        index[..., apart] = np.clip(np.ceil(np.round(index[..., apart], 9) - 0.5), 0, last)
+    within = ((index >= -1e-9) & (index <= np.array(prepared.source.shape) - 1 + 1e-9)).all(-1)
     # float32 places a voxel 500 mm away to 3e-5 mm.
     assert_allclose(
-        prepared.image.movedim(0, 3).numpy()[within], prepared.grid.centres()[within], atol=1e-3
+        prepared.image.movedim(0, 3).numpy()[within],
+        prepared.source.world(index)[within],
+        atol=1e-3,
     )
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "PIR"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("thick", [2.0, 3.5])
+def test_world_coordinates_come_back_by_every_order_and_anisotropy(
+    thick: float, order: Literal[1, 3], axis: int, code: str
+) -> None:
+    """In the middle, where no end is near: exactly, but along slices that lie far apart."""
+    spacing = [1.0, 1.1, 0.9]
+    spacing[axis] = thick
+    x, y, z = (spacing["RLAPSI".index(letter) // 2] for letter in code)
+    grid = Grid((30, 31, 29), affine_of(code, spacing=(x, y, z)))
+    field = grid.centres().astype(np.float32) + 200
+    prepared = prepare(
+        Volume(field, grid), spacing=(0.8, 0.85, 1.3), normalisers=[unchanged] * 3, order=order
+    )
+    separate = thick > 3
+    assert prepared.orders == tuple(
+        0 if separate and number == axis else order for number in range(3)
+    )
+    index = prepared.source.index(prepared.grid.centres())
+    middle = ((index > 9) & (index < np.array(prepared.source.shape) - 10)).all(axis=-1)
+    assert middle.any()
+    found = prepared.image.movedim(0, 3).numpy()[middle] - 200
+    off = prepared.source.index(found.astype(float)) - index[middle]
+    linear = [number for number in range(3) if not (separate and number == axis)]
+    assert_allclose(off[:, linear], 0, atol=1e-3)
+    if separate:  # a slice itself, and none is nearer
+        slices = index[middle][:, axis] + off[:, axis]
+        assert_allclose(slices, slices.round(), atol=1e-3)
+        assert np.abs(off[:, axis]).max() < 0.501
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+@pytest.mark.parametrize("target", [1.0, 1.7, 4.4])
+def test_labels_of_slices_far_apart_are_those_of_the_nearest_slice(
+    code: str, target: float
+) -> None:
+    """Slices 4 mm apart, of labels 1 to 7 from foot to head, at other distances."""
+    labels = np.broadcast_to(np.arange(1, 8, dtype=np.uint8), (5, 6, 7))
+    head_first = Grid((5, 6, 7), affine_of("RAS", (1.0, 1.0, 4.0), rotation=(0.0, 0.0, 0.0)))
+    image = nib.Nifti1Image(labels, head_first.affine)
+    turn = ornt_transform(io_orientation(head_first.affine), axcodes2ornt(tuple(code)))
+    turned = image.as_reoriented(turn)
+    x, y, z = turned.shape
+    volume = Volume(np.asanyarray(turned.dataobj), Grid((x, y, z), turned.affine))
+    prepared = prepare(volume, spacing=(1.2, 0.9, target), normalisers=[unchanged], order=3)
+    assert prepared.orders == (3, 3, 0)
+    heights = prepared.grid.centres()[0, 0, :, 2]
+    slices = np.abs(heights[:, None] - head_first.centres()[0, 0, :, 2]).argmin(axis=1)
+    found = prepare_label(volume, prepared).numpy()
+    assert_array_equal(found, np.broadcast_to(1 + slices, found.shape))
+    assert_allclose(prepared.image[0].numpy(), found, rtol=1e-6)
+
+
+def test_what_a_spline_overshoots_is_cut_to_the_channels_range() -> None:
+    step = np.ones((16, 3, 3), np.float32)
+    step[8:] = 5.0
+    volume = Volume(np.stack([step, -step], axis=3), Grid((16, 3, 3), np.eye(4)))
+    prepared = prepare(volume, spacing=(0.7, 1.0, 1.0), normalisers=[unchanged] * 2, order=3)
+    positions = prepared.source.positions_of(prepared.grid)
+    free = resample(torch.from_numpy(np.moveaxis(volume.data, 3, 0)), positions, (3, 3, 3))
+    assert free[0].max() > 5.1 and free[1].max() > -0.9
+    assert_array_equal(prepared.image[0], free[0].clamp(1, 5))
+    assert_array_equal(prepared.image[1], free[1].clamp(-5, -1))
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "IPR"])

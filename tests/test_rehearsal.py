@@ -145,6 +145,42 @@ def test_a_run_to_resume_has_begun_already(
     assert "--dry-run is for a CONFIG or DATASET" in capsys.readouterr().err
 
 
+def test_a_second_stage_is_rehearsed_with_the_labels_of_its_first(
+    dataset: Path, tmp_path: Path
+) -> None:
+    first = train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
+    changes = [f"data.first_stage=[{first.folder}]", "name=second"]
+    alone, found = (
+        rehearse(config)
+        for config in (small_config(dataset), changed(small_config(dataset), changes))
+    )
+    assert found.description.first_stage is not None
+    # Each of the first convolution's 4 features sees one more channel, of 27 voxels.
+    assert found.parameters == alone.parameters + 4 * 27
+    assert found.estimate.patches == alone.estimate.patches * 9 // 5  # two floats and a label
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["small"]
+
+
+def test_of_folds_the_first_is_rehearsed(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{folder: {dataset}, patch_size: [16, 16, 16], validation: 0.6}}\n"
+        "network: {channels: [4, 8]}\ntrainer: {accelerator: cpu}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["segkit", "train", str(config), "--folds=all", "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out = capsys.readouterr().out
+    assert stop.value.code in (None, 0)
+    assert "4 cases of" in out and "1 held out" in out and "each of 5 folds" in out
+
+
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(config: Config, *, dataset: Dataset, **rest: object) -> Run:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")

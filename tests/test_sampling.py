@@ -15,9 +15,14 @@ from segkit.data.store import StoredCase
 SPACE = (20, 16, 12)
 
 
+class CaseInMemory(StoredCase):
+    """A case whose arrays are its own, so that no file is read."""
+
+    image = label = positions = None  # type: ignore[assignment]
+
+
 def case_of(image: ndarray, label: ndarray, name: str = "case") -> StoredCase:
-    """A case whose arrays are in memory, so that no file is read."""
-    case = StoredCase(name, Path())
+    case = CaseInMemory(name, Path())
     classes = np.unique(label[label > 0]).tolist()
     positions = {number: np.argwhere(label == number).astype(np.int32) for number in classes}
     case.__dict__.update(image=image, label=label, positions=positions)
@@ -168,3 +173,20 @@ def test_a_margin_adds_to_either_end_and_moves_no_patch() -> None:
     for index in range(20):
         inner = wide[index]["label"][2:-2, 1:-1, 3:-3]
         assert torch.equal(inner, bare[index]["label"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_in_a_case_with_ignored_voxels_no_patch_is_centred_on_one(share: float) -> None:
+    label = np.full(SPACE, 3, np.uint8)
+    label[4, 5] = 0  # one line that somebody drew, and a class within it
+    label[4, 5, 2:4] = 1
+    case = numbered(SPACE, label)
+    del case.positions[3]
+    case.positions[0] = np.argwhere(label != 3).astype(np.int32)
+    dataset = patches([case], share=share)
+    centres = {tuple(dataset[index]["image"][:, 4, 4, 4].long().tolist()) for index in range(80)}
+    on_the_class = {(4, 5, 2), (4, 5, 3)}
+    if share == 1:
+        assert centres == on_the_class
+    else:
+        assert centres > on_the_class and all(label[centre] != 3 for centre in centres)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from segkit.build import build_network, volume_patch
-from segkit.config import ModelDescription, NetworkConfig, ZScore
+from segkit.config import FirstStage, ModelDescription, NetworkConfig, ZScore
 from segkit.config_file import validated
+from segkit.estimates import memory_of_step
 from segkit.losses import deep_dice_cross_entropy
 from segkit.memory import Counting, StepMemory, in_words, step_memory
 from segkit.nn.planes import SegmentationNetwork
 from segkit.nn.unet import UNet
+from tests.small import small_config
 
 GATES = {"skip": "additive_grid"}
 NETWORKS = {
@@ -101,6 +103,17 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
     # There, too, gradients come while activations go; the estimate holds room for them all along.
     found = estimate.activations + estimate.passing
     assert counted.peak == pytest.approx(found, rel=0.1)
+
+
+def test_labels_of_a_first_stage_are_one_channel_of_patches_and_several_of_the_network() -> None:
+    alone = description({"channels": [8, 16]}, [16, 16, 16])
+    second = alone.model_copy(update={"first_stage": FirstStage(models=1, classes=["a", "b", "c"])})
+    config = small_config(Path("data"), data={"augment": False})
+    without, beside = (memory_of_step(config, each, half=False) for each in (alone, second))
+    voxels = 2 * 16**3
+    assert beside.patches - without.patches == 4 * voxels
+    assert beside.gradients - without.gradients == 4 * 3 * 8 * 27  # of the first convolution
+    assert beside.activations - without.activations >= 4 * 3 * voxels
 
 
 def plain(*, batch_size: int, half: bool = False, averaged: bool = False) -> StepMemory:

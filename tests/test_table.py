@@ -281,3 +281,24 @@ def test_the_table_shows_each_class_and_the_overall_in_80_columns() -> None:
     assert sum("HD95 (mm)" in line for line in lines) == 3
     assert "2 cases" in text and "within 1 mm" in text
     assert max(map(len, lines)) <= 80
+
+
+def test_a_region_is_scored_as_its_mask_and_ignored_voxels_lie_in_neither_image() -> None:
+    random = np.random.default_rng(0)
+    prediction, reference = random.integers(0, 3, (6, 5, 4)), random.integers(0, 4, (6, 5, 4))
+    names, regions = {1: "whole", 2: "core"}, {1: (1, 2)}
+    spacing = (1.0, 1.0, 2.0)
+    rows = score_case(prediction, reference, names, spacing, case="a", regions=regions, ignore=3)
+    counted = reference != 3
+    for scored, values in zip(rows, ((1, 2), (2,)), strict=True):
+        masks = [
+            (np.isin(image, values) & counted).astype(int) for image in (prediction, reference)
+        ]
+        (alone,) = score_case(*masks, {1: scored.name}, spacing, case="a")
+        assert replace(alone, label=scored.label) == scored
+
+
+def test_a_prediction_may_hold_nothing_that_is_ignored() -> None:
+    image = np.array([[0, 1, 2]])
+    with pytest.raises(ValueError, match="expected the labels 0, 1, got 2 in the prediction"):
+        score_case(image, image, {1: "liver"}, (1.0, 1.0), case="a", ignore=2)

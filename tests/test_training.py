@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.testing import assert_array_equal
 from safetensors.torch import load_file
 
 from segkit.build import build_network
@@ -15,6 +16,7 @@ from segkit.config import ModelDescription, NetworkConfig, ZScore
 from segkit.config_attention import AttentionConfig, MeanPooling
 from segkit.config_file import load_config
 from segkit.data.cases import read_dataset
+from segkit.data.store import StoredCase
 from segkit.errors import ConfigError, DatasetError
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import Overlap, confusion_matrix
@@ -192,6 +194,22 @@ def test_the_dataset_folder_is_left_as_it_was(dataset: Path, tmp_path: Path) -> 
     before = sorted(dataset.rglob("*"))
     train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
     assert sorted(dataset.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("interpolation", "order"), [("linear", 1), ("cubic", 3)])
+def test_training_and_prediction_see_one_image(
+    interpolation: str, order: int, dataset: Path, tmp_path: Path
+) -> None:
+    data = {"spacing": [0.9, 1.1, 4.0], "interpolation": interpolation, "patch_size": [16, 16, 4]}
+    network = {"channels": [4, 8], "attention": {}}
+    config = small_config(dataset, data=data, network=network, train={"steps": 1})
+    predictor = Predictor(train(config, runs=tmp_path).model)
+    for case in read_dataset(dataset).cases:
+        prepared = predictor.prepare(read_volume(case.images[0]))
+        assert prepared.orders == (order, order, 0)  # 4 mm is over 3 times the finest
+        (stored,) = (tmp_path / ".cache").glob(f"{case.name}-*")
+        image = StoredCase(case.name, stored).image
+        assert_array_equal(image, prepared.image.half().numpy())
 
 
 def test_no_held_out_case_is_no_obstacle(dataset: Path, tmp_path: Path) -> None:

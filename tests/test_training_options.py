@@ -1,5 +1,6 @@
 """What a run can be told beside its network: folds, averages, other weights, when to end."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segkit import training
 from segkit.averaging import Averaging
 from segkit.data.cases import Case, Dataset, fold_of
 from segkit.errors import DatasetError, ModelError, TrainingError
@@ -133,6 +135,67 @@ def test_training_starts_from_the_weights_that_were_named(tmp_path: Path) -> Non
         torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=0)
 
 
+def with_two_channels_and_three_labels(folder: Path, target: Path) -> Path:
+    """The balls of a small dataset, each in two channels and cut into two labels."""
+    content = json.loads((folder / "dataset.json").read_text())
+    for entry in content["training"]:
+        label = read_volume(folder / entry["label"])
+        halves = label.data.copy()
+        halves[:8] *= 2
+        write_volume(target / entry["label"], label.like(halves))
+        entry["image"] = [str((folder / entry["image"]).resolve())] * 2
+    content["modality"] = {"0": "T1", "1": "T2"}
+    content["labels"] = {"0": "background", "1": "right", "2": "left"}
+    (target / "dataset.json").write_text(json.dumps(content))
+    return target
+
+
+def test_training_starts_from_a_model_of_other_classes_and_channels(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    first = train(small_config(data, train={"steps": 1}), runs=tmp_path)
+    other = with_two_channels_and_three_labels(data, tmp_path / "other")
+    settings = {"steps": 1, "learning_rate": 1e-9, "start_from": str(first.folder), "seed": 5}
+    second = train(small_config(other, train=settings), runs=tmp_path)
+    lent, own = (load_file(run.folder / "model" / "weights.safetensors") for run in (first, second))
+    assert lent.keys() == own.keys()
+    differ = {key for key in lent if lent[key].shape != own[key].shape}
+    # The first convolution sees two channels, the last makes three classes.
+    assert {key.split(".")[0] for key in differ} == {"encoder", "heads"}
+    assert {key for key in differ if key.startswith("encoder")} == {
+        key for key in own if own[key].ndim == 5 and own[key].shape[1] == 2
+    }
+    for key in lent.keys() - differ:
+        torch.testing.assert_close(own[key], lent[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"network": {"channels": [6, 12, 12]}},
+        {"network": {"spatial_dims": 2}, "data": {"patch_size": [16, 16]}},
+        {"network": {"kernels": [[1, 1, 1]] * 3, "strides": [[1, 2, 2]] * 2}},
+    ],
+    ids=["width", "dimensions", "kernels"],
+)
+def test_a_network_that_would_take_biases_alone_is_refused_and_leaves_no_run(
+    sections: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    data = small_dataset(tmp_path / "data")
+    first = train(small_config(data, train={"steps": 1}), runs=tmp_path / "first")
+    sections = {"train": {"steps": 1, "start_from": str(first.folder)}, **sections}
+    message = r"small: none of its weights fits the network; give both the same network\.spatial_d"
+    with pytest.raises(ModelError, match=message):
+        train(small_config(data, **sections), runs=tmp_path / "second")
+    assert not (tmp_path / "second" / "small").exists()
+
+
+def test_a_folder_without_a_model_to_start_from_leaves_no_run(tmp_path: Path) -> None:
+    config = small_config(small_dataset(tmp_path / "data"), train={"start_from": "nowhere"})
+    with pytest.raises(ModelError, match="nowhere: expected a run or a model folder"):
+        train(config, runs=tmp_path)
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data, train={"steps": 1}), runs=tmp_path)
@@ -191,20 +254,28 @@ def test_an_image_that_holds_what_is_no_number_never_reaches_training(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "gpu", "bf16", "expected"),
+    ("accelerator", "gpu", "bf16", "matrix_units", "expected"),
     [
-        ("auto", False, False, "32-true"),
-        ("cpu", True, True, "32-true"),
-        ("auto", True, True, "bf16-mixed"),
-        ("gpu", True, False, "16-mixed"),
+        ("auto", False, False, False, "32-true"),
+        ("auto", False, False, True, "bf16-mixed"),
+        ("cpu", True, True, False, "32-true"),
+        ("cpu", True, True, True, "bf16-mixed"),
+        ("auto", True, True, False, "bf16-mixed"),
+        ("gpu", True, False, True, "16-mixed"),
     ],
 )
-def test_half_precision_is_for_gpus_alone(
-    accelerator: str, gpu: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_half_precision_is_for_devices_that_are_faster_in_it(
+    accelerator: str,
+    gpu: bool,
+    bf16: bool,
+    matrix_units: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    config = small_config(Path("data"), trainer={"accelerator": accelerator})
+    monkeypatch.setattr(training, "half_pays", lambda: matrix_units)
+    config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
     assert precision(asked) == "bf16-mixed"

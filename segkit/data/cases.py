@@ -1,31 +1,17 @@
-"""What a dataset folder holds: a Decathlon-style dataset.json and the volumes it names."""
+"""What a dataset folder holds: a dataset.json and the volumes it speaks of."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 from numpy import ndarray
-from pydantic import BaseModel, Field, ValidationError
 
+from segkit.data.dataset_file import read_dataset_file
 from segkit.errors import DatasetError
+from segkit.labelling import Labelling
 from segkit.volume import Volume, read_volume, stem_of
-
-
-class _Training(BaseModel):
-    image: str | list[str] = []
-    label: str
-
-
-class _DatasetFile(BaseModel):
-    """The keys of a Decathlon dataset.json that segkit reads; it has others, which are let be."""
-
-    modality: dict[str, str]
-    labels: dict[str, str]
-    training: Annotated[list[_Training], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -48,46 +34,41 @@ class Dataset:
     cases: tuple[Case, ...]
     channels: tuple[str, ...]
     labels: dict[str, int]
+    """Names of classes or regions and the numbers they are written as, the background first."""
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The numbers in label files of each region, in the order they are written; classes if none."""
+    ignore: int | None = None
+    """The number of voxels that nobody labelled."""
+
+    @property
+    def labelling(self) -> Labelling:
+        """What is told apart."""
+        return Labelling(self.labels, self.regions, self.ignore)
+
+    def foreground(self, label: ndarray) -> ndarray:
+        """Which voxels belong to a class or region: neither background nor ignored."""
+        inside: ndarray = label > 0
+        return inside if self.ignore is None else inside & (label != self.ignore)
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """Read `folder/dataset.json` and see that every file it names is there.
-
-    `modality` names the channels, `labels` the labels 0, 1, 2, …, 0 being the background; each
-    entry of `training` gives an image (a list of files where each channel has its own) and a label,
-    or a label alone, to synthesise images from.
+    """Read `folder/dataset.json`, as `read_dataset_file` has it, and put its cases in order.
 
     Raises DatasetError, in one sentence.
     """
-    path = folder / "dataset.json"
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        file = _DatasetFile.model_validate(content)
-    except FileNotFoundError:
-        raise DatasetError(f"{folder}: expected a dataset.json in it, found none") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "it"
-        raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
-    numbers = sorted(int(number) for number in file.labels if number.isdecimal())
-    if len(numbers) != len(file.labels) or numbers != list(range(len(numbers))) or len(numbers) < 2:
-        raise DatasetError(
-            f"{path}: labels must be numbered 0 (background), 1, 2, …, found {list(file.labels)}"
-        )
-    if len(set(file.labels.values())) != len(file.labels):
-        raise DatasetError(f"{path}: two labels share a name; give each its own")
-    cases = sorted((_case(folder, entry) for entry in file.training), key=lambda case: case.name)
+    file = read_dataset_file(folder)
+    cases = sorted(
+        (Case(stem_of(label), images, label) for images, label in file.files),
+        key=lambda case: case.name,
+    )
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DatasetError(f"{path}: case {twice} is listed twice in training")
-    channels = tuple(file.modality[key] for key in sorted(file.modality, key=_number))
-    labels = {file.labels[key]: int(key) for key in sorted(file.labels, key=int)}
-    return Dataset(folder, tuple(cases), channels, labels)
+        raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
+    told = file.labelling
+    return Dataset(
+        folder, tuple(cases), file.channels, dict(told.numbers), dict(told.regions), told.ignore
+    )
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
@@ -166,21 +147,11 @@ def fold_of(
     )
 
 
-def _case(folder: Path, entry: _Training) -> Case:
-    images = [entry.image] if isinstance(entry.image, str) else entry.image
-    paths = tuple(folder / image for image in images)
-    label = folder / entry.label
-    for path in (*paths, label):
-        if not path.is_file():
-            raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
-    return Case(stem_of(label), paths, label)
-
-
 def _checked_label(case: Case, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     found = np.unique(label.data)
-    declared = sorted(dataset.labels.values())
+    declared = range(len(dataset.labelling.value_names))
     if not np.isin(found, declared).all():
         strange = found[~np.isin(found, declared)][:5].tolist()
         raise DatasetError(
@@ -204,7 +175,3 @@ def _described(volume: Volume) -> str:
     spacing = "x".join(f"{value:.3g}" for value in volume.grid.spacing)
     origin = ", ".join(f"{value:.1f}" for value in volume.grid.affine[:3, 3])
     return f"({size} voxels of {spacing} mm, first at {origin})"
-
-
-def _number(key: str) -> tuple[int, str]:
-    return (int(key) if key.isdecimal() else 0, key)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
@@ -12,7 +13,7 @@ from segkit.data.store import StoredCase
 
 
 class WholeCases(TorchDataset[Patch]):
-    """Held-out cases, whole: `image` (channel, x, y, z) and `label` (x, y, z)."""
+    """Held-out cases, whole: `image` (channel, x, y, z), float32, and `label` (x, y, z)."""
 
     def __init__(self, cases: Sequence[StoredCase]) -> None:
         self.cases = cases
@@ -25,7 +26,7 @@ class WholeCases(TorchDataset[Patch]):
         """Case number `index`, read from disk."""
         case = self.cases[index]
         return {
-            "image": torch.from_numpy(case.image.copy()),
+            "image": torch.from_numpy(case.image.astype(np.float32)),
             "label": torch.from_numpy(case.label.copy()),
         }
 

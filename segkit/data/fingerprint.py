@@ -13,9 +13,7 @@ chance or order: means and deviations are exact, percentiles to one part in 8,00
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 
 from segkit.data.cases import Case, Dataset, read_case
+from segkit.data.parallel import in_processes
 from segkit.data.preprocess import body_box
 from segkit.data.rules import Intensities, Numbers
 from segkit.errors import DatasetError
@@ -80,6 +79,8 @@ class Fingerprint:
 
     channels: tuple[str, ...]
     labels: dict[str, int]
+    num_outputs: int
+    """Of a network: one per class, or one per region."""
     cases: tuple[CaseSize, ...]
     intensities: tuple[Intensities | None, ...]
     """Of the foreground of all cases, one per channel; None where no case has any."""
@@ -95,6 +96,7 @@ class Fingerprint:
         return cls(
             tuple(content["channels"]),
             dict(content["labels"]),
+            content["num_outputs"],
             tuple(_size(case) for case in content["cases"]),
             tuple(item and Intensities(**item) for item in content["intensities"]),
         )
@@ -107,7 +109,7 @@ class Fingerprint:
             box_shares=tuple(case.box_share for case in self.cases),
             channels=self.channels,
             intensities=self.intensities,
-            num_classes=len(self.labels),
+            num_classes=self.num_outputs,
         )
 
 
@@ -123,35 +125,25 @@ def fingerprint(
     With 0 workers or 1 this process does it. `track` may show progress; it is given what is to be
     counted, its name and its number.
 
-    Raises DatasetError or VolumeError, in one sentence, as `read_case` does.
+    Raises DatasetError or VolumeError, in one sentence, as `read_case` does, and WorkerError where
+    a process was killed.
     """
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
-    fresh = _measure_all(measure, pending, min(workers, len(pending)))
+    fresh = in_processes(measure, pending, min(workers, len(pending)))
     new = {m.size.name: m for m in track(fresh, "measuring cases", len(pending))}
     measurements = [new.get(case.name) or _read(paths[case.name]) for case in dataset.cases]
     return Fingerprint(
         dataset.channels,
         dataset.labels,
+        len(dataset.labelling.outputs),
         tuple(measurement.size for measurement in measurements),
         tuple(
             _merged([m.samples[channel] for m in measurements])
             for channel in range(len(dataset.channels))
         ),
     )
-
-
-def _measure_all(
-    measure: Callable[[Case], Measurement], cases: Sequence[Case], workers: int
-) -> Iterator[Measurement]:
-    if workers <= 1:
-        yield from map(measure, cases)
-        return
-    # A fresh process each: a forked one would inherit threads and locks that torch holds.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        yield from executor.map(measure, cases)
 
 
 def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:
@@ -162,17 +154,18 @@ def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:
     # A case without an image has its background in its label, as when it is prepared.
     values = orientation.turn(image.data) if case.images else labels[..., None]
     box = body_box(values)
-    inside = labels[box] > 0
+    foreground = dataset.foreground(labels)
+    inside = foreground[box]
     spacing = orientation.turn_grid(image.grid).spacing
     size = CaseSize(
         case.name,
         (round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
         inside.shape,
         inside.size / labels.size,
-        tuple(np.unique(labels[labels > 0]).tolist()),
+        tuple(np.unique(labels[foreground]).tolist()),
     )
-    foreground = values[box][inside].T if case.images else np.empty((len(dataset.channels), 0))
-    measurement = Measurement(size, tuple(_sample(channel) for channel in foreground))
+    intensities = values[box][inside].T if case.images else np.empty((len(dataset.channels), 0))
+    measurement = Measurement(size, tuple(_sample(channel) for channel in intensities))
     write_json(path, asdict(measurement))
     return measurement
 
@@ -229,6 +222,8 @@ def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
         # What a case is checked against when it is read.
         "channels": dataset.channels,
         "labels": dataset.labels,
+        "regions": dataset.regions,
+        "ignore": dataset.ignore,
         "num_images": len(case.images),
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
     }

@@ -33,12 +33,12 @@ from segkit.data.rules import (
     coarser,
     coarsest_axis,
     initial_patch,
-    is_separate,
     largest_batch,
     median_shape,
     multiply_adds,
     needs_low_resolution,
     normalisations,
+    separate_axis,
     shrinking,
     target_spacing,
     topology,
@@ -89,18 +89,25 @@ def plan_for_time(
     *,
     spatial_dims: int,
     minutes: float,
-    steps: int,
+    fewest_steps: int,
+    enough_steps: int,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
 ) -> Plan:
-    """The plan for that memory, made smaller until so many training steps take so many minutes.
+    """The plan for that memory, made smaller until so many training steps fit into the minutes.
 
-    First the batch is made smaller, then the network narrower, and at last the patch smaller. If
-    the smallest of all takes longer still, it is what is given, and its reasons say so. Only the
-    convolutions of training are counted, not preparation, validation or augmentation.
+    First the batch is made smaller, until there is time for `enough_steps`: more steps of few
+    patches teach more than few steps of many. Then the network is made narrower, and at last the
+    patch smaller, until there is time for `fewest_steps`. If the smallest of all takes longer
+    still, it is what is given, and its reasons say so. Only the convolutions of training are
+    counted, not preparation, validation or augmentation.
     """
-    per_step = minutes * 60 * multiply_adds_per_second / steps
-    return _plan(numbers, spatial_dims, lambda setting: _fit_time(setting, gigabytes, per_step))
+    total = minutes * 60 * multiply_adds_per_second
+
+    def fit(setting: Setting) -> Fit:
+        return _fit_time(setting, gigabytes, total / fewest_steps, total / enough_steps)
+
+    return _plan(numbers, spatial_dims, fit)
 
 
 def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
@@ -136,7 +143,7 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
     return Fit(candidate, channels, batch, reasons)
 
 
-def _fit_time(setting: Setting, gigabytes: float, per_step: float) -> Fit:
+def _fit_time(setting: Setting, gigabytes: float, per_step: float, per_step_of_many: float) -> Fit:
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
@@ -157,7 +164,8 @@ def _fit_time(setting: Setting, gigabytes: float, per_step: float) -> Fit:
     chosen, batch = start.topology, start.batch_size
     # Smaller batches come first: a wide network at a batch of 2 learns more in the same time than a
     # narrow one at more.
-    batch = max(min(batch, int(per_step // cost(chosen, start.channels))), SMALLEST_BATCH)
+    affordable = int(per_step_of_many // cost(chosen, start.channels))
+    batch = max(min(batch, affordable), SMALLEST_BATCH)
     for width in START_WIDTHS:
         channels = narrowed(chosen, width)
         if batch * cost(chosen, channels) <= per_step:
@@ -178,7 +186,9 @@ def _fit_time(setting: Setting, gigabytes: float, per_step: float) -> Fit:
     if channels != start.channels:
         reasons["channels"] = f"Narrowed from {start.channels[0]} to {channels[0]}: {budget}."
     if batch != start.batch_size:
-        reasons["batch_size"] = f"Made smaller, from {start.batch_size} to {batch}: {budget}."
+        reasons["batch_size"] = (
+            f"Made smaller, from {start.batch_size} to {batch}: that gives time for more steps."
+        )
     if chosen != start.topology:
         whole = _size(start.topology.patch_size)
         reasons["patch_size"] = f"Shrunk from {whole} to {patch}: {budget}."
@@ -283,7 +293,7 @@ def _assembled(
         kernels=chosen.kernels,
         normalisation=normalisations(numbers),
         batch_dice=batch_dice,
-        separate_z=is_separate(current, spacing),
+        separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
             "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
@@ -294,7 +304,7 @@ def _assembled(
             f"holds {share:.3g} of the volume in the median (zeros are left out under 0.75).",
             "separate_z": f"The coarsest spacing is {ratios[0]:.3g} times the finest in the median "
             f"case and {ratios[1]:.3g} times in the target; one axis alone over {ANISOTROPY:g} "
-            f"times would be apart.",
+            f"times would be resampled apart, by the nearest slice.",
             **fitted.reasons,
             **reasons,
         },

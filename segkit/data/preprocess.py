@@ -6,6 +6,7 @@ grid says exactly, so that nothing has to be undone by memory.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.data.rules import separate_axis
 from segkit.geometry import Grid, Orientation
-from segkit.resample import resample, resample_labels
+from segkit.resample import Order, nearest, resample, resample_labels
 from segkit.volume import Volume
 
 Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
+NEAREST: Literal[0] = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +36,40 @@ class Prepared:
     """Where that box lies in the turned volume."""
     orientation: Orientation
     """How the volume's own axes run."""
+    orders: tuple[Order, Order, Order]
+    """By which the image was resampled along each axis; 0 along that of separate slices."""
+
+    def positions_of_source(self) -> tuple[ndarray, ndarray, ndarray]:
+        """Where the source's cell centres lie on the grid, for what is read there linearly.
+
+        They are fractional indices, but whole ones, of the nearest slices, along the axis that was
+        resampled so.
+        """
+        x, y, z = (
+            positions if order else nearest(positions)
+            for positions, order in zip(
+                self.grid.positions_of(self.source), self.orders, strict=True
+            )
+        )
+        return x, y, z
 
 
 def prepare(
-    volume: Volume, *, spacing: Sequence[float], normalisers: Sequence[Normaliser]
+    volume: Volume,
+    *,
+    spacing: Sequence[float],
+    normalisers: Sequence[Normaliser],
+    order: Literal[1, 3] = 1,
 ) -> Prepared:
-    """Turn to RAS+, cut the body's box, normalise each channel, resample linearly to `spacing`, mm.
+    """Turn to RAS+, cut the body's box, normalise each channel, and resample to `spacing`, mm.
 
     The box holds every voxel that is not 0 (nnU-Net): a background of zeros would only mislead
     normalisation, that of the image and those inside a network.
+
+    Resampling is linear or, by order 3, cubic. Where a cubic spline overshoots an edge it is cut to
+    the channel's own range, as skimage's `resize`, which nnU-Net calls, has it by default. Along an
+    axis that the scan or the network sees in slices far apart (`separate_axis`) each voxel is that
+    of the nearest slice: what lies between is not invented.
     """
     orientation = Orientation.of(volume.grid.affine)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
@@ -54,15 +82,28 @@ def prepare(
     for channel, normalise in zip(image, normalisers, strict=True):
         channel.copy_(normalise(channel))
     grid = source.with_spacing(spacing)
-    return Prepared(resample(image, source.positions_of(grid)), grid, source, box, orientation)
+    x, y, z = orders_between(source, grid, order)
+    resampled = resample(image, source.positions_of(grid), (x, y, z))
+    if order == 3:
+        lowest, highest = image.amin((1, 2, 3), True), image.amax((1, 2, 3), True)
+        resampled.clamp_(lowest, highest)
+    return Prepared(resampled, grid, source, box, orientation, (x, y, z))
+
+
+def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:
+    """The order along each axis: 0 along that of separate slices, where there is one."""
+    apart = separate_axis(source.spacing, grid.spacing)
+    x, y, z = (NEAREST if axis == apart else order for axis in range(3))
+    return x, y, z
 
 
 def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]:
-    """A label turned, cut and resampled as its image was."""
+    """A label turned, cut and resampled as its image was, linearly where that was cubic."""
     turned = prepared.orientation.turn(label.data)[prepared.box]
     return resample_labels(
         torch.from_numpy(np.array(turned, order="C")),
         prepared.source.positions_of(prepared.grid),
+        [1 if order else 0 for order in prepared.orders],
     )
 
 

@@ -151,16 +151,18 @@ def median_shape(
     return x, y, z
 
 
-def is_separate(current: Spacing, target: Spacing) -> bool:
-    """Whether slices are resampled each in its plane, and between by the nearest ("resampling").
+def separate_axis(current: Spacing, target: Spacing) -> int | None:
+    """The axis whose slices are resampled each in its plane, and picked by the nearest; or None.
 
-    So it is where the spacing of the scan, or else the target's, is over 3 times as coarse along
-    one axis as along the finest, and along that axis alone.
+    It is the one along which the spacing of the scan, or else the target's, is over 3 times as
+    coarse as along the finest ("resampling"). Where two are coarsest, but for what a header rounds,
+    there is none.
     """
     for spacing in (current, target):
         if max(spacing) / min(spacing) > ANISOTROPY:
-            return spacing.count(max(spacing)) == 1
-    return False
+            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
 
 
 # The network

@@ -20,11 +20,14 @@ Patch = dict[str, Any]
 class PatchDataset(TorchDataset[Patch]):
     """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
 
+    Images are float32, in whatever precision they are stored. No case's array is kept.
+
     A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
     those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
-    it where it is smaller. Each is cut with a `margin` (voxels) beyond either end, for the
-    augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is no last
-    patch: a sampler decides how many are drawn.
+    it where it is smaller, but in a case with ignored voxels they are centred on one that is not.
+    Each is cut with a `margin` (voxels) beyond either end, for the augmentation to turn it in.
+    Beyond the volume stand its outermost voxels again. There is no last patch: a sampler decides
+    how many are drawn.
     """
 
     def __init__(
@@ -49,24 +52,26 @@ class PatchDataset(TorchDataset[Patch]):
         """Patch number `index`."""
         random = np.random.default_rng([self.seed, index])
         case = self.cases[int(random.integers(len(self.cases)))]
+        image, label = case.image, case.label  # mapped once
         wants_foreground = random.random() < self.foreground_share
         start = [
             self._anywhere(random, size, patch) - margin
-            for size, patch, margin in zip(
-                case.label.shape, self.patch_size, self.margin, strict=True
-            )
+            for size, patch, margin in zip(label.shape, self.patch_size, self.margin, strict=True)
         ]
-        if wants_foreground and case.positions:
-            classes = sorted(case.positions)
-            voxels = case.positions[classes[int(random.integers(len(classes)))]]
+        positions = case.positions
+        classes = sorted(number for number in positions if number)
+        voxels = positions.get(0)
+        if wants_foreground and classes:
+            voxels = positions[classes[int(random.integers(len(classes)))]]
+        if voxels is not None and len(voxels):
             centre = voxels[random.integers(len(voxels))]
             start = [
                 int(voxel) - cut // 2 for voxel, cut in zip(centre, self.cut_size, strict=True)
             ]
         return {
             "name": case.name,
-            "image": torch.from_numpy(cut(case.image, start, self.cut_size)),
-            "label": torch.from_numpy(cut(case.label, start, self.cut_size)),
+            "image": torch.from_numpy(cut(image, start, self.cut_size)).float(),
+            "label": torch.from_numpy(cut(label, start, self.cut_size)),
         }
 
     @staticmethod

@@ -3,11 +3,14 @@
 Each head is masked through its tap, so nothing is trained again.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -16,7 +19,8 @@ from segkit.data.preprocess import prepare_label
 from segkit.errors import ModelError, VolumeError
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import stream
-from segkit.losses import dice_cross_entropy
+from segkit.labelling import Labelling
+from segkit.losses import dice_binary_cross_entropy, dice_cross_entropy
 from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.nn.bottleneck import SelfAttention
 from segkit.nn.cross import CrossAttention, UTransformerGate
@@ -183,9 +187,9 @@ def study_heads(
             "the model has no attention with heads; train one with network.attention.bottleneck="
             "self_attention or network.attention.skip=cross_attention or u_transformer"
         )
-    num_classes = len(predictor.model.description.labels)
+    labelling = predictor.model.description.labelling
     for case in cases:
-        _check(case, num_classes)
+        _check(case, labelling)
     importance = head_importance(predictor, cases, track=track)
     ranks = {
         position: sorted(range(len(scores)), key=scores.__getitem__)
@@ -253,6 +257,15 @@ def head_importance(
     finest level.
     """
     network, device = predictor.model.network, next(predictor.model.network.parameters()).device
+    labelling = predictor.model.description.labelling
+    loss_of = partial(dice_cross_entropy, ignore=labelling.ignore, pool_batch=False)
+    if labelling.regions:
+        loss_of = partial(
+            dice_binary_cross_entropy,
+            regions=list(labelling.regions.values()),
+            ignore=labelling.ignore,
+            pool_batch=False,
+        )
     positions = list(multi_headed(network))
     totals: dict[str, Tensor] = {}
     switches: dict[str, Tensor] = {}
@@ -267,7 +280,7 @@ def head_importance(
     def differentiate(windows: Tensor) -> dict[str, Tensor]:
         image, label = windows[:, :-1].to(device), windows[:, -1].round().long().to(device)
         with torch.enable_grad():
-            loss = dice_cross_entropy(network(image), label, pool_batch=False)
+            loss = loss_of(network(image), label)
         slopes = torch.autograd.grad(loss, [switches[position] for position in positions])
         for position, slope in zip(positions, slopes, strict=True):
             total = slope.abs().double().sum(dim=0)
@@ -294,24 +307,25 @@ def head_importance(
 
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
+    labelling = predictor.model.description.labelling
     found = _tensor(predictor(case.volume).labels)
-    matrix = confusion_matrix(
-        found, _tensor(case.reference), len(predictor.model.description.labels)
-    )
-    return float(Overlap.from_confusion(matrix).dice[1:].nanmean())
+    matrix = confusion_matrix(found, _tensor(case.reference), len(labelling.value_names))
+    groups = list(labelling.members.values())
+    return float(Overlap.of_groups(matrix, groups, ignore=labelling.ignore).dice.nanmean())
 
 
-def _check(case: LabelledCase, num_classes: int) -> None:
+def _check(case: LabelledCase, labelling: Labelling) -> None:
+    num_labels = len(labelling.value_names)
     reference = case.reference
     if not reference.grid.agrees_with(case.volume.grid):
         raise VolumeError(f"{case.name}: its reference lies on another grid than the volume")
     lowest, highest = int(reference.data.min()), int(reference.data.max())
-    if lowest < 0 or highest >= num_classes:
+    if lowest < 0 or highest >= num_labels:
         raise VolumeError(
-            f"{case.name}: its reference must hold the model's labels 0 … {num_classes - 1}, "
+            f"{case.name}: its reference must hold the model's labels 0 … {num_labels - 1}, "
             f"found {lowest} … {highest}"
         )
-    if highest == 0:
+    if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
         raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
 
 

@@ -1,6 +1,7 @@
 """Heads of attention taken out of a model for good."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -46,7 +47,7 @@ def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
     description = _with_heads(model.description, heads)
     network = build_network(description)
     unet_of(network).load_state_dict(state)
-    return Model(description, network.eval())
+    return replace(model, description=description, network=network.eval())
 
 
 def _with_heads(description: ModelDescription, heads: Mapping[str, int]) -> ModelDescription:

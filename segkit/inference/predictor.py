@@ -4,11 +4,13 @@
                                         └────▶ maps, each on one coarse grid of its own
 
 A slab of logits is resampled to the volume's grid, a block of classes at a time, reduced to labels
-and let go.
+and let go. Post-processing, where a model has it, comes last: a component may span every slab, so
+it needs the labels of the whole volume in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,14 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.build import build_normalisers, volume_patch
+from segkit import components
+from segkit.build import build_normalisers, interpolation_order, volume_patch
+from segkit.data.first_stage import majority, with_labels
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry import Grid, Orientation
 from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine, choose_device
+from segkit.inference.regions import written_regions
 from segkit.inference.windows import Slab, slide, stream, window_starts
 from segkit.model import Model, load_model
 from segkit.nn.planes import SegmentationNetwork
@@ -57,9 +62,9 @@ class Prediction:
     """What a model makes of a volume."""
 
     labels: Volume
-    """The smallest unsigned type that holds them."""
+    """The smallest unsigned type that holds them, after the model's post-processing."""
     probabilities: Volume | None
-    """Float16, the classes last."""
+    """Float16, the classes or regions last; post-processing leaves them as they are."""
     maps: dict[str, AttentionMap]
     presence: dict[str, float] | None = None
     """Of networks with a head for it, the probability that the volume holds any of each class: the
@@ -93,6 +98,7 @@ class Predictor:
         self.layout = window_layout(model.network, volume_patch(model.description), overlap)
         self.batch_size = batch_size
         self.normalisers = build_normalisers(model.description.normalisation)
+        self.overlap, self.device, self.precision = overlap, device, precision
 
     @classmethod
     def load(cls, path: Path | str, *, device: str = "auto", overlap: float = 0.5) -> "Predictor":
@@ -105,14 +111,16 @@ class Predictor:
         *,
         maps: bool = False,
         probabilities: bool = False,
+        first_labels: Volume | None = None,
         track: Track = lambda slabs, count: slabs,
     ) -> Prediction:
         """Labels of every voxel of `volume`, and probabilities and attention maps where asked for.
 
-        `track(slabs, count)` may show progress. Raises ModelError where the channels do not fit,
-        VolumeError for voxels that are not numbers.
+        `first_labels` are those of the first stage where they are known already; a model with one
+        finds them itself. `track(slabs, count)` may show progress. Raises ModelError where the
+        channels do not fit, VolumeError for voxels that are not numbers.
         """
-        prepared = self.prepare(volume)
+        prepared = self.prepare(volume, first_labels, track)
         infos = self.model.network.maps() if maps else {}
         vectors = ChannelMoments()
         presence: list[Tensor] = []
@@ -139,10 +147,11 @@ class Predictor:
         )
         size = prepared.grid.shape[WALK_AXIS]
         count = len(window_starts(size, patch[WALK_AXIS], overlap[WALK_AXIS], multiple[WALK_AXIS]))
-        num_classes = len(self.model.description.labels)
-        labels = np.zeros(volume.grid.shape, np.min_scalar_type(num_classes - 1), order="F")
+        labelling = self.model.description.labelling
+        kind = np.min_scalar_type(max(labelling.numbers.values()))
+        labels = np.zeros(volume.grid.shape, kind, order="F")
         shares = (
-            np.zeros((*volume.grid.shape, num_classes), np.float16, order="F")
+            np.zeros((*volume.grid.shape, len(labelling.outputs)), np.float16, order="F")
             if probabilities
             else None
         )
@@ -155,15 +164,18 @@ class Predictor:
                         coarse.setdefault(key, []).append(rows.cpu())
                 yield slab.rows[LOGITS]
 
-        if shares is not None:
+        if shares is not None and labelling.written is None:
             shares[..., 0] = 1  # what the network never sees is background
         turned = prepared.orientation.turn(labels)[prepared.box]
         turned_shares = None if shares is None else prepared.orientation.turn(shares)[prepared.box]
-        for first, logits in to_source_rows(logits_of(track(slabs, count)), prepared):
+        blended = logits_of(track(slabs, count))
+        for first, logits in to_source_rows(blended, prepared, written=labelling.written):
             rows = slice(first, first + logits.count)
             turned[:, :, rows] = logits.labels().cpu().numpy()
             if turned_shares is not None:
                 turned_shares[:, :, rows] = logits.probabilities().movedim(0, -1).cpu().numpy()
+        adopted = self.model.description.postprocessing
+        labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
             volume.like(labels),
             None if shares is None else volume.like(shares),
@@ -176,7 +188,12 @@ class Predictor:
             _present(presence, list(self.model.description.labels)[1:]) if presence else None,
         )
 
-    def prepare(self, volume: Volume) -> Prepared:
+    def prepare(
+        self,
+        volume: Volume,
+        first_labels: Volume | None = None,
+        track: Track = lambda slabs, count: slabs,
+    ) -> Prepared:
         """The volume as the network sees it. Raises ModelError and VolumeError as a call does."""
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
@@ -187,7 +204,30 @@ class Predictor:
             )
         if not np.isfinite(volume.data).all():
             raise VolumeError("the volume holds voxels that are not numbers; repair it")
-        return prepare(volume, spacing=self.model.description.spacing, normalisers=self.normalisers)
+        two_stages = self.model.description.first_stage is not None
+        if two_stages and first_labels is None:
+            first_labels = majority([stage(volume, track=track).labels for stage in self.first])
+        prepared = prepare(
+            volume,
+            spacing=self.model.description.spacing,
+            normalisers=self.normalisers,
+            order=interpolation_order(self.model.description),
+        )
+        return with_labels(prepared, first_labels) if two_stages and first_labels else prepared
+
+    @cached_property
+    def first(self) -> "tuple[Predictor, ...]":
+        """Predictors of the model's first stage, made when they are first asked for."""
+        return tuple(
+            Predictor(
+                model,
+                device=self.device,
+                overlap=self.overlap,
+                batch_size=self.batch_size,
+                precision=self.precision,
+            )
+            for model in self.model.first
+        )
 
 
 def window_layout(
@@ -208,8 +248,12 @@ def segment_prepared(
     *,
     patch_size: tuple[int, int, int],
     overlap: float = 0.5,
+    written: Sequence[int] | None = None,
 ) -> Tensor:
-    """Labels of a prepared image on its own grid: what validation during training looks at."""
+    """Labels of a prepared image on its own grid: what validation during training looks at.
+
+    `written` are the numbers of regions, in order; None where outputs are classes.
+    """
     device = next(network.parameters()).device
     engine = TorchEngine(network, device=device)
     patch, overlaps, multiple = window_layout(network, patch_size, overlap)
@@ -220,6 +264,8 @@ def segment_prepared(
         overlap=overlaps,
         multiple=multiple,
     )
+    if written is not None:
+        return written_regions([outputs[LOGITS]], written)
     return outputs[LOGITS].max(dim=0).indices
 
 
@@ -229,6 +275,8 @@ class SourceRows:
 
     logits: Float[Tensor, "classes x y rows"]
     positions: tuple[ndarray, ndarray]
+    written: Sequence[int] | None = None
+    """The numbers of regions, in order; None where outputs are classes."""
 
     @property
     def count(self) -> int:
@@ -236,7 +284,12 @@ class SourceRows:
         return self.logits.shape[-1]
 
     def labels(self) -> Tensor:
-        """The class with the largest logit at each voxel; the lowest where they tie."""
+        """The class with the largest logit at each voxel; the lowest where they tie.
+
+        Of regions, the number of the last whose probability is above one half.
+        """
+        if self.written is not None:
+            return written_regions(self._blocks(), self.written)
         best = winner = None
         for first in range(0, len(self.logits), CLASS_BLOCK):
             value, index = self._in_plane(first).max(dim=0)
@@ -250,9 +303,13 @@ class SourceRows:
         return winner
 
     def probabilities(self) -> Tensor:
-        """The softmax of the resampled logits."""
-        blocks = [self._in_plane(first) for first in range(0, len(self.logits), CLASS_BLOCK)]
-        return torch.cat(blocks).softmax(dim=0).half()
+        """The softmax of the resampled logits; of regions, the sigmoid."""
+        if self.written is not None:
+            return torch.cat([block.sigmoid().half() for block in self._blocks()])
+        return torch.cat(list(self._blocks())).softmax(dim=0).half()
+
+    def _blocks(self) -> Iterator[Tensor]:
+        return (self._in_plane(first) for first in range(0, len(self.logits), CLASS_BLOCK))
 
     def _in_plane(self, first_class: int) -> Tensor:
         block = self.logits[first_class : first_class + CLASS_BLOCK]
@@ -261,13 +318,16 @@ class SourceRows:
 
 
 def to_source_rows(
-    slabs: Iterable[Float[Tensor, "classes x y slab_rows"]], prepared: Prepared
+    slabs: Iterable[Float[Tensor, "classes x y slab_rows"]],
+    prepared: Prepared,
+    *,
+    written: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, SourceRows]]:
     """The first row and the logits of the rows of the volume that each slab makes known.
 
     A row between two of the network's is known as soon as both are; until then one row is held.
     """
-    x, y, rows = prepared.grid.positions_of(prepared.source)
+    x, y, rows = prepared.positions_of_source()
     last = prepared.grid.shape[WALK_AXIS] - 1
     clamped = np.clip(rows, 0, last)
     held: Tensor | None = None
@@ -278,7 +338,7 @@ def to_source_rows(
         known = int(np.searchsorted(np.ceil(clamped), newest, side="right"))
         if known > done:
             part = sample_axis(held, clamped[done:known] - held_from, WALK_AXIS + 1)
-            yield done, SourceRows(part, (x, y))
+            yield done, SourceRows(part, (x, y), written)
             done = known
         keep_from = min(int(clamped[done]) if done < len(clamped) else newest, newest)
         held = held[..., keep_from - held_from :].clone()

@@ -1,9 +1,12 @@
 """Overlap of two label maps, all of it derived from one confusion matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float64, Int64, Integer
+from numpy import ndarray
 from torch import Tensor
 
 
@@ -39,6 +42,12 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes)
 
 
+def mean_of_defined(scores: Float64[ndarray, " scores"]) -> float:
+    """The mean of those that are defined; not a number where none is."""
+    defined = scores[~np.isnan(scores)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
 def _span(labels: Int64[Tensor, "voxel"]) -> str:
     return f"{labels.min().item()}..{labels.max().item()}"
 
@@ -62,6 +71,30 @@ class Overlap:
             false_positive=confusion.sum(dim=-2) - true_positive,
             false_negative=confusion.sum(dim=-1) - true_positive,
         )
+
+    @classmethod
+    def of_groups(
+        cls,
+        confusion: Int64[Tensor, "num_classes num_classes"],
+        groups: Sequence[Sequence[int]],
+        *,
+        ignore: int | None = None,
+    ) -> "Overlap":
+        """Overlap of groups of labels, each taken as one; they may share labels.
+
+        Of voxels whose reference label is `ignore`, none counts.
+        """
+        counted = confusion.clone()
+        if ignore is not None:
+            counted[ignore] = 0
+        of_prediction, of_reference = counted.sum(dim=0), counted.sum(dim=1)
+        rows = []
+        for group in groups:
+            members = list(group)
+            both = counted[members][:, members].sum()
+            rows.append([both, of_prediction[members].sum(), of_reference[members].sum()])
+        both, predicted, present = torch.stack([torch.stack(row) for row in rows], dim=1)
+        return cls(both, predicted - both, present - both)
 
     @property
     def dice(self) -> Float64[Tensor, "*classes"]:

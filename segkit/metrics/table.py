@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -97,38 +98,46 @@ def score_case(
     *,
     case: str,
     tolerance_mm: float = 1.0,
+    regions: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ignore: int | None = None,
 ) -> list[CaseScores]:
     """Scores of each labelled class, by rising label; spacing is mm, one per axis.
 
-    0 is background: it may be in the images and in `labels`, and is not scored. Any other value
-    that `labels` lacks is an error, or a whole structure would go unscored unnoticed.
+    A label that `regions` has stands for all the values given there. 0 is background: it may be in
+    the images and in `labels`, and is not scored. Voxels where the reference is `ignore` are in
+    neither image. Any other value that nothing lists is an error, or a whole structure would go
+    unscored unnoticed.
     """
-    _check_listed(prediction, labels, "prediction")
-    _check_listed(reference, labels, "reference")
+    members = {label: regions.get(label, (label,)) for label in sorted(labels) if label != 0}
+    known = {0, *labels, *(value for values in members.values() for value in values)}
+    _check_listed(prediction, known, "prediction")
+    _check_listed(reference, known if ignore is None else {*known, ignore}, "reference")
+    counted = np.True_ if ignore is None else reference != ignore
     return [
         _score_class(
-            prediction == label,
-            reference == label,
+            _within(prediction, values) & counted,
+            _within(reference, values) & counted,
             spacing,
             case=case,
             label=label,
             name=labels[label],
             tolerance_mm=tolerance_mm,
         )
-        for label in sorted(labels)
-        if label != 0
+        for label, values in members.items()
     ]
 
 
-def _check_listed(
-    volume: Shaped[np.ndarray, "*space"], labels: Mapping[int, str], role: str
-) -> None:
-    listed = np.isin(volume, [0, *labels])
+def _within(volume: Shaped[np.ndarray, "*space"], values: Sequence[int]) -> np.ndarray:
+    return volume == values[0] if len(values) == 1 else np.isin(volume, values)
+
+
+def _check_listed(volume: Shaped[np.ndarray, "*space"], labels: set[int], role: str) -> None:
+    listed = np.isin(volume, sorted(labels))
     if listed.all():
         return
     found = ", ".join(str(value) for value in np.unique(volume[~listed])[:5].tolist())
     raise ValueError(
-        f"expected the labels 0, {', '.join(map(str, sorted(set(labels) - {0})))}, got {found} in "
+        f"expected the labels 0, {', '.join(map(str, sorted(labels - {0})))}, got {found} in "
         f"the {role}; name it among the labels or correct the file"
     )
 

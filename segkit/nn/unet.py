@@ -27,6 +27,7 @@ from segkit.nn.blocks import (
     ConvolutionBlock,
     NormalisationKind,
 )
+from segkit.nn.labels import spread_labels
 from segkit.nn.taps import MapInfo, place_taps, taps
 
 
@@ -103,6 +104,8 @@ class UNet(nn.Module):
     Args:
         spatial_dims: 2 or 3.
         in_channels: image channels.
+        label_classes: foreground classes of the labels, if any, that stand in one more channel
+            behind the image's; they enter as one channel of 0 and 1 for each.
         out_channels: classes, background included.
         channels: features of each level, finest first; a pair gives the widths of the encoder's
             two convolutions, a number is both.
@@ -142,8 +145,10 @@ class UNet(nn.Module):
         decoder_attention: BlockFactory | None = None,
         bottleneck_attention: BlockFactory | None = None,
         presence_head: BlockFactory | None = None,
+        label_classes: int = 0,
     ) -> None:
         super().__init__()
+        self.label_classes = label_classes
         pairs = [(width, width) if isinstance(width, int) else width for width in channels]
         widths = [last for _, last in pairs]
         steps = [tuple(step) for step in strides or [[2] * spatial_dims] * (len(pairs) - 1)]
@@ -161,7 +166,7 @@ class UNet(nn.Module):
             pooled = level > 0 and downsampling == "pool"
             block = ConvolutionBlock(
                 spatial_dims,
-                widths[level - 1] if level else in_channels,
+                widths[level - 1] if level else in_channels + label_classes,
                 widths=pair,
                 kernel=sizes[level],
                 stride=step if strided else None,
@@ -272,7 +277,7 @@ class UNet(nn.Module):
                 f"pad to {padded} or use slide()"
             )
         skips: list[Tensor] = []
-        features = image
+        features = spread_labels(image, self.label_classes) if self.label_classes else image
         for encoder_level in self.encoder:
             features = encoder_level(features)
             skips.append(features)

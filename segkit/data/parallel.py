@@ -1,0 +1,89 @@
+"""Work on many cases in several processes: as many as cores and memory bear, results in order."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from segkit.errors import WorkerError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+UNKNOWN_MEMORY = 4 * 1024**3
+MEMORY_STATE = Path("/proc/meminfo")
+MEMORY_LIMITS = Path("/sys/fs/cgroup")
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], num_processes: int
+) -> Iterator[Result]:
+    """The function of each item, in order, from so many processes; from this one for 0 or 1.
+
+    Function, items and results must pickle. Torch works in one thread, so that the bits of a result
+    do not depend on how many processes or cores there are. Raises what the function raises, and
+    WorkerError where a process was killed.
+    """
+    work = partial(_in_one_thread, function)
+    if num_processes <= 1:
+        yield from map(work, items)
+        return
+    # A fresh process each: a forked one would inherit threads and locks that torch holds.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
+            yield from executor.map(work, items)
+    except BrokenProcessPool:
+        raise WorkerError(
+            f"one of {num_processes} processes that read cases was killed, as happens where memory "
+            "runs out; free some and run again, which goes on where this ended (a script that "
+            "calls segkit must do so under `if __name__ == '__main__':`)"
+        ) from None
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that new processes may take: what Linux calls available, within a container's limit.
+
+    Elsewhere half of the memory that is built in, or 4 GiB where not even that is told.
+    """
+    try:
+        lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
+        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        free = int(available) * 1024
+    except (OSError, ValueError):
+        return _half_of_what_is_built_in()
+    try:
+        limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
+        lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
+        (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, max(limit - int(held), 0))
+
+
+def _half_of_what_is_built_in() -> int:
+    if not hasattr(os, "sysconf"):
+        return UNKNOWN_MEMORY
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _in_one_thread(function: Callable[[Item], Result], item: Item) -> Result:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(item)
+    finally:
+        torch.set_num_threads(num_threads)
