@@ -31,6 +31,10 @@ SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
+ELASTIC_PROBABILITY = 0.2
+CONTROL_POINTS_MM = 24.0
+BENDING = 1 / 12
+"""Amplitude of bending over the distance of its control points; at this ratio nothing folds."""
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
@@ -101,7 +105,17 @@ def build_variation(
     labels, which stand in the last channel and are never varied as intensities are.
     """
     mirror_axes = tuple(WORLD_AXES[name] for name in mirrored(config, labels))
-    spatial = SpatialVariation(patch_size, mirror_axes, spacing=spacing)
+    # A patch has two control points at least along its longest side, or it would only be shifted.
+    longest = max(size * step for size, step in zip(patch_size, spacing, strict=True))
+    apart = min(CONTROL_POINTS_MM, longest / 2)
+    spatial = SpatialVariation(
+        patch_size,
+        mirror_axes,
+        spacing=spacing,
+        elastic_probability=ELASTIC_PROBABILITY if config.elastic else 0.0,
+        elastic_amplitude=apart * BENDING,
+        elastic_spacing=apart,
+    )
     if config.synthesis is not None:
         draw = _synthesiser(config.synthesis, labels)
 

@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from segkit.errors import ConfigError, SegkitError
+
+if TYPE_CHECKING:
+    from segkit.config import Config
 
 app = typer.Typer(
     help="Segment medical images with attention U-Nets, and see where their gates look.",
@@ -151,6 +154,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it will be and take, by a step; leave no run."),
+    ] = False,
     folds: Annotated[
         str | None,
         typer.Option(
@@ -163,6 +170,8 @@ def train(
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
+    if dry_run and resume is not None:
+        raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
     wanted = _folds(folds)
     settings = low = None
     if config is not None and not config.is_dir():
@@ -199,6 +208,10 @@ def train(
         _say(planned.text.rstrip())
 
     _hush()
+    if dry_run:
+        assert settings is not None
+        _rehearse(settings, low, wanted)
+        return
     progress, track = [TrainingProgress(console)], Tracker(console)
     result: training.Run | cross_validation.CrossValidation
     if settings is not None and low is not None:
@@ -448,6 +461,22 @@ def _folds(text: str | None) -> tuple[int, ...]:
     if not all(word.strip() in {"0", "1", "2", "3", "4"} for word in words):
         raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 to 4 such as 0,2")
     return tuple(int(word) for word in words)
+
+
+def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
+    """Say what a training will be and take, in one stage or in the first of two."""
+    from segkit.progress import Tracker
+    from segkit.rehearsal import rehearse
+
+    stage = low or settings
+    if folds:
+        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
+    for line in rehearse(stage, track=Tracker(console)).lines():
+        _say(line)
+    if len(folds) > 1:
+        _say(f"so it is with each of {len(folds)} folds")
+    if low is not None:
+        _say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")
 
 
 def _say(text: str) -> None:

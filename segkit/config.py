@@ -175,6 +175,8 @@ class DataConfig(Section):
     """The share of patches that are centred on a voxel of a class drawn at random."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
+    elastic: bool = False
+    """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
     mirror: list[Literal["x", "y", "z"]] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Where not given, x alone, or none where labels tell left from right
@@ -192,12 +194,14 @@ class DataConfig(Section):
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 
     @model_validator(mode="after")
-    def _first_stage_has_scans(self) -> Self:
+    def _parts_go_together(self) -> Self:
         if self.first_stage and self.synthesis:
             raise ValueError(
                 "data.first_stage labels scans, and data.synthesis draws images that are none; "
                 "take one of them"
             )
+        if self.elastic and not self.augment and self.synthesis is None:
+            raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
         return self
 
 
@@ -216,6 +220,8 @@ class TrainConfig(Section):
     """Whether the Dice loss pools the whole batch or averages over its samples."""
     validate_every: Positive = 200
     """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    pictures: Annotated[int, Field(ge=0)] = 3
+    """Held-out cases whose slices are drawn at each validation, where Pillow is installed."""
     patience: Positive | None = None
     """Validations without a better Dice after which training ends; never where not given."""
     averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -227,7 +233,7 @@ class TrainConfig(Section):
 
 
 class TrainerConfig(Section):
-    """What is handed to Lightning as it is."""
+    """What is handed to Lightning."""
 
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
@@ -236,8 +242,12 @@ class TrainerConfig(Section):
     that (AMX), else 32-true."""
     strategy: str = "auto"
     num_nodes: Positive = 1
-    max_time: str | None = None
-    """DD:HH:MM:SS after which training ends, trained or not."""
+    max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
+    """DD:HH:MM:SS after which training ends, trained or not. The learning rate follows train.steps
+    alone, so give it as many as fit; after twenty of them training says how many do."""
+    loggers: list[Literal["wandb", "mlflow"]] = Field([])
+    """Where training is followed beside its folder, which always has metrics.csv, and TensorBoard's
+    events where that is installed. They obey WANDB_MODE and MLFLOW_TRACKING_URI."""
 
 
 class Config(Section):

@@ -161,14 +161,17 @@ class SegmentationModule(L.LightningModule):
             self.previous.check()
             self.previous = None
 
-    def validation_step(self, case: Mapping[str, Tensor], batch_index: int) -> None:
-        """Dice of each class or region of one held-out case, on the network's own grid."""
+    def validation_step(
+        self, case: Mapping[str, Tensor], batch_index: int
+    ) -> Integer[Tensor, "x y z"]:
+        """The labels of one held-out case on the network's own grid; keeps Dice of each class."""
         prediction: Integer[Tensor, "x y z"] = self.segment(self.network, case["image"])
         groups = self.regions or [(number,) for number in range(1, len(self.class_names))]
         highest = max(self.ignore or 0, *(number for group in groups for number in group))
         matrix = confusion_matrix(prediction, case["label"].to(prediction.device), highest + 1)
         overlap = Overlap.of_groups(matrix, groups, ignore=self.ignore)
         self.dice_of_cases.append(overlap.dice.cpu())
+        return prediction
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over cases of each class's Dice, and the mean of those."""

@@ -109,8 +109,12 @@ def _middle(scan: ndarray) -> list[int]:
 
 
 def _slice(values: ndarray, grid: Grid, axis: int, index: int) -> tuple[ndarray, float]:
-    """A plane with up and the patient's right-to-left as on a light box, and its pixels' aspect."""
+    """A plane as on a light box, and its pixels' aspect."""
     across, up = [other for other in range(3) if other != axis]
-    plane = np.take(values, index, axis=axis)
     aspect = grid.spacing[up] / grid.spacing[across]
-    return plane.T[::-1, ::-1], aspect
+    return on_light_box(np.take(values, index, axis=axis)), aspect
+
+
+def on_light_box(plane: ndarray) -> ndarray:
+    """A plane of RAS+ axes as a picture: head or front up, the patient's right on the left."""
+    return plane.T[::-1, ::-1]

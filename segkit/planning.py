@@ -3,20 +3,22 @@
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from segkit.config import Config
+from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
-from segkit.data.cases import read_dataset
+from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
 from segkit.data.rules import Numbers
 from segkit.errors import ConfigError
+from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
 from segkit.nn.unet import UNet
 from segkit.processor import half_pays, multiply_adds_per_second, step_seconds
@@ -109,10 +111,10 @@ def plan_dataset(
     def written(plan: Plan, name: str, stage: str, first: Path | None = None) -> Planned:
         steps = NNUNET_STEPS if own_schedule else GPU_STEPS
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
+        first_classes = list(dataset.labelling.value_names[1:]) if first else []
         if timed:
-            label_classes = len(dataset.labelling.value_names) - 1 if first else 0
             steps, why_steps = _steps_within(
-                minutes, seconds_of_step(plan, numbers, label_classes=label_classes)
+                minutes, seconds_of_step(plan, numbers, label_classes=len(first_classes))
             )
         tree, reasons = _settings(folder, name, plan, steps, own_schedule)
         reasons["train.steps"] = why_steps
@@ -121,8 +123,14 @@ def plan_dataset(
         if device != "auto":
             tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
         config = validated(Config, tree, f"plan of {folder}")
-        heading = f"Planned for {folder} ({size}) and {budget}.{stage}"
-        return Planned(config, _commented(tree, reasons, heading), measured, plan)
+        half = kind != "cpu" or half_pays()
+        memory = memory_of_step(config, _description(config, dataset, first_classes), half=half)
+        headings = [
+            f"Planned for {folder} ({size}) and {budget}.{stage}",
+            f"A training step is estimated to take, in {'half' if half else 'single'} precision "
+            f"and without what libraries take for themselves, {memory}.",
+        ]
+        return Planned(config, _commented(tree, reasons, headings), measured, plan)
 
     name = _run_name(folder)
     if plan.low_resolution is None:
@@ -131,6 +139,25 @@ def plan_dataset(
     low = written(plan.low_resolution, first, f" The first of two stages: train it before {name}.")
     full = written(plan, name, f" The second of two stages: train {first} before.", runs / first)
     return replace(full, low=low)
+
+
+def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> ModelDescription:
+    """What the model will be, but for how intensities are normalised."""
+    assert config.data.spacing is not None, "a plan has one"
+    return ModelDescription(
+        segkit=version("segkit"),
+        run=config.name,
+        channels=list(dataset.channels),
+        labels=dataset.labels,
+        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
+        ignore=dataset.ignore,
+        network=config.network,
+        spacing=config.data.spacing,
+        normalisation=[],
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+        first_stage=FirstStage(models=1, classes=first_classes) if first_classes else None,
+    )
 
 
 def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
@@ -234,8 +261,10 @@ def _run_name(folder: Path) -> str:
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
 
 
-def _commented(tree: dict[str, Any], reasons: dict[str, str], heading: str) -> str:
-    lines = textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
+def _commented(tree: dict[str, Any], reasons: dict[str, str], headings: list[str]) -> str:
+    lines = []
+    for heading in headings:
+        lines += textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
     for section, values in tree.items():
         if not isinstance(values, dict):
             lines.append(_yaml({section: values}))

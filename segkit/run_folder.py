@@ -1,6 +1,6 @@
 """A run's folder: made once, gone on with after a stop, and logged into.
 
-runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   summary.json
+runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   samples/   summary.json
 """
 
 import csv

@@ -45,6 +45,7 @@ from segkit.files import write_json, write_text
 from segkit.inference.predictor import segment_prepared
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
@@ -53,8 +54,10 @@ from segkit.run_folder import (
     new_run_folder,
     stopped_run,
 )
+from segkit.samples import SamplePictures
 from segkit.scoring import score
 from segkit.settle import Track, check_images, describe
+from segkit.trackers import check_installed, trackers
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +87,16 @@ def train(
     runs: Path = Path("runs"),
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
+    dataset: Dataset | None = None,
 ) -> Run:
     """Train the network that the config describes and write a new run's folder.
 
-    `callbacks` are Lightning's, for progress; `track` may show the progress over cases. Of several
-    processes the first alone writes the folder and returns; the others end here.
+    `callbacks` are Lightning's, for progress; `track` may show the progress over cases; a `dataset`
+    is taken instead of the one that the config names. Of several processes the first alone writes
+    the folder and returns; the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
-    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track)
+    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track, dataset=dataset)
 
 
 def resume(
@@ -115,9 +120,11 @@ def _train(
     folder: Path | None,
     callbacks: Sequence[Callback],
     track: Track,
+    dataset: Dataset | None = None,
 ) -> Run:
+    check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
-    dataset = read_dataset(config.data.folder)
+    dataset = dataset or read_dataset(config.data.folder)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -212,6 +219,13 @@ def _train(
         # Where nothing is validated: at an epoch's end Lightning (2.6) would go on in that epoch.
         every_n_train_steps=None if held_out else steps_per_epoch,
     )
+    pictures = SamplePictures(
+        folder,
+        names=[case.name for case in held_out],
+        classes=description.labelling.value_names,
+        spacing=description.spacing,
+        count=config.train.pictures,
+    )
     averaging = [Averaging(config.train.averaging)] if config.train.averaging else []
     patience: list[Callback] = []
     if config.train.patience is not None and held_out:
@@ -224,8 +238,11 @@ def _train(
             )
         ]
     try:
+        followed = trackers(
+            folder, config.trainer.loggers if first else (), config.model_dump(mode="json")
+        )
         trainer = L.Trainer(
-            **config.trainer.model_dump(),
+            **config.trainer.model_dump(exclude={"loggers"}),
             max_steps=config.train.steps,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -236,8 +253,8 @@ def _train(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, steps_per_epoch),
-            callbacks=[*averaging, best, last, *patience, *callbacks],
-            logger=loggers(folder) if first else False,
+            callbacks=[*averaging, best, last, *patience, pictures, Pace(), *callbacks],
+            logger=[*loggers(folder), *followed] if first else False,
             default_root_dir=folder,
         )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -245,6 +262,10 @@ def _train(
             shutil.rmtree(folder)
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+    except ConfigError:
+        if first and not resumed:
+            shutil.rmtree(folder)
+        raise
     started = time.perf_counter()
     with warnings.catch_warnings():
         for message in HARMLESS:

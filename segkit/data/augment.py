@@ -66,12 +66,13 @@ class SpatialVariation:
     def margin(self) -> tuple[int, ...]:
         """What to cut beyond either end of a patch, so that turning seldom looks further.
 
-        An eighth of the patch along the axes that move; as much at either end, or else a patch that
-        is not turned would lie half a voxel off.
+        An eighth of the patch along the axes that move, and twice the amplitude where patches are
+        bent; as much at either end, or else a patch that is not turned would lie half a voxel off.
         """
         moving = self.moving_axes
+        bent = 2 * self.elastic_amplitude if self.elastic_probability > 0 else 0.0
         return tuple(
-            math.ceil(size / 8) if axis in moving else 0
+            math.ceil(size / 8) + math.ceil(bent / self._spacing[axis]) if axis in moving else 0
             for axis, size in enumerate(self.patch_size)
         )
 

@@ -1,0 +1,33 @@
+"""What a config's training step takes of memory, before there is one."""
+
+from segkit.build import build_network, build_variation, volume_patch
+from segkit.config import Config, ModelDescription
+from segkit.memory import MOMENTS, StepMemory, step_memory
+
+
+def margin_of(config: Config, description: ModelDescription) -> tuple[int, ...]:
+    """Voxels that are cut beyond either end of a patch."""
+    _, margin = build_variation(
+        config.data,
+        volume_patch(description),
+        spacing=description.spacing,
+        labels=description.labelling.value_names,
+    )
+    return margin
+
+
+def memory_of_step(config: Config, description: ModelDescription, *, half: bool) -> StepMemory:
+    """The estimate for one training step, in half precision (mixed) or in single."""
+    patch_size = volume_patch(description)
+    margin = margin_of(config, description)
+    return step_memory(
+        build_network(description),
+        # A first stage's labels are one more.
+        in_channels=len(description.channels) + (description.first_stage is not None),
+        patch_size=patch_size,
+        margin=margin,
+        batch_size=config.data.batch_size,
+        moments=MOMENTS[config.train.optimiser],
+        averaged=config.train.averaging is not None,
+        half=half,
+    )
