@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
+import segkit.explain.page as page_module
 from segkit.errors import VolumeError
 from segkit.explain.embed import Embedded, embed, embed_labels, thinning
 from segkit.explain.page import (
@@ -320,5 +322,87 @@ def test_the_patients_right_and_front_are_where_letters_say(
     right_is_left = orientation == "radiological"
     assert white_up < up - 50 and (white_left < left - 50) == right_is_left
     assert abs(white_left - left) > 50
-    letters = [shown.text(f"edge {edge}") for edge in ("left", "right", "top", "bottom")]
-    assert letters == ["R", "L", "A", "P"] if right_is_left else ["L", "R", "A", "P"]
+    letters = "".join(shown.text(f"edge {edge}") for edge in ("left", "right", "top", "bottom"))
+    assert letters == ("RLAP" if right_is_left else "LRAP")
+
+
+@in_a_browser
+def test_a_script_that_is_slipped_in_does_not_run(tmp_path: Path) -> None:
+    slipped = "<script>document.title='caught'</script></body>"
+    (tmp_path / "page.html").write_text(page_text(small_page()).replace("</body>", slipped))
+    shown = show(tmp_path / "page.html", tmp_path / "run")
+    assert 'data-ready="yes"' in shown.dom and "<title>Of gate</title>" in shown.dom
+    assert len(shown.console) == 1 and "Content Security Policy" in shown.console[0]
+
+
+# Without a screen there are no frames to wait for, so drawing is asked of the clock instead.
+HANDS = """
+window.requestAnimationFrame = (draw) => setTimeout(draw, 0);
+(async () => {
+  const drawn = () => new Promise((done) => setTimeout(done, 20));
+  while (page.dataset.ready !== "yes") await drawn();
+  const seen = [];
+  const act = async (target, event) => {
+    target.dispatchEvent(event);
+    await drawn();
+    seen.push(byId("voxel").textContent);
+  };
+  const press = (key, more) => new KeyboardEvent("keydown", { key, bubbles: true, ...more });
+  const axial = byId("axial");
+  await act(axial, press("ArrowRight"));
+  await act(axial, press("ArrowUp"));
+  await act(axial, press("PageUp"));
+  await act(axial, press("ArrowLeft", { shiftKey: true }));
+  await act(axial, new WheelEvent("wheel", { deltaY: 100, cancelable: true }));
+  const box = axial.getBoundingClientRect();
+  const place = { clientX: box.left + 2, clientY: box.bottom - 2, button: 0 };
+  await act(axial, new PointerEvent("pointerdown", place));
+  byId("convention").click();
+  await act(axial, press("ArrowRight"));
+  await act(axial, press("2"));
+  const [x, y, z] = document.querySelectorAll(".world input");
+  x.value = 4; y.value = 5; z.value = 1000;
+  await act(z, new Event("change"));
+  document.querySelector("#tables thead .number button").click();
+  const order = [...document.querySelectorAll("#tables tbody th")].map((cell) => cell.textContent);
+  document.querySelector("#verdicts button").click();
+  await drawn();
+  byId("spoken").textContent = JSON.stringify({ seen, order });
+})();
+"""
+
+
+@in_a_browser
+def test_keys_wheel_and_mouse_move_the_cross_hair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(str(VIEWER), tmp_path / "viewer")
+    (tmp_path / "viewer" / "hands.js").write_text(HANDS)
+    monkeypatch.setattr(page_module, "VIEWER", tmp_path / "viewer")
+    monkeypatch.setattr(page_module, "SCRIPTS", (*SCRIPTS, "hands.js"))
+    grid = Grid((20, 30, 40), np.eye(4))
+    scan = grid.centres()[..., 0]
+    page = Page(
+        "Hands",
+        Volume(scan, grid),
+        [Layer(name, "map", scan, grid) for name in ("first", "second")],
+        tables=[Table("Dice", ["case", "Dice"], [["a", 0.9], ["b", None], ["c", 0.1]])],
+        verdicts=[Verdict("second", "informative", "It is.")],
+    )
+    write_page(tmp_path / "page.html", page)
+    shown = show(tmp_path / "page.html", tmp_path / "run", [("at", "10,15,20")])
+    told = json.loads(shown.text("spoken"))
+    assert told["seen"] == [
+        "9, 15, 20",  # towards the patient's left, which is on the right
+        "9, 16, 20",
+        "9, 16, 21",
+        "19, 16, 21",
+        "19, 16, 20",
+        "19, 0, 20",  # the lower left corner
+        "19, 0, 20",  # no further to the right
+        "19, 0, 20",
+        "4, 5, 39",  # nor beyond the head
+    ]
+    assert told["order"] == ["b", "c", "a"]
+    assert shown.view["overlay"] == ["second"] and shown.view["off"] == ["first"]
+    assert shown.view["orientation"] == ["neurological"]

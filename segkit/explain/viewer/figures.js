@@ -18,6 +18,11 @@ function svg(tag, attributes = {}, text = null) {
   return element;
 }
 
+/** Text about a point, centred on it unless told otherwise. */
+function words(text, x, y, more = {}) {
+  return svg("text", { x, y, "text-anchor": "middle", ...more }, text);
+}
+
 /** Round numbers that span low to high, about five steps of 1, 2 or 5 times a power of ten. */
 function ticks(low, high) {
   if (!(high > low)) [low, high] = [low - 0.5, low + 0.5];
@@ -50,9 +55,9 @@ function barPlot(plot) {
     plot.bars.map(({ name, value }) => `${name} ${figure3(value)}`).join(", "));
   for (const mark of marks) {
     drawing.append(svg("line", { class: mark === 0 ? "axis" : "grid", x1: x(mark), x2: x(mark), y1: top, y2: bottom }),
-      svg("text", { x: x(mark), y: bottom + 16, "text-anchor": "middle" }, figure3(mark)));
+      words(figure3(mark), x(mark), bottom + 16));
   }
-  drawing.append(svg("text", { class: "label", x: (left + WIDTH - right) / 2, y: bottom + 36, "text-anchor": "middle" }, plot.label));
+  drawing.append(words(plot.label, (left + WIDTH - right) / 2, bottom + 36, { class: "label" }));
   plot.bars.forEach(({ name, value, low, high, chance }, n) => {
     const middle = top + row * (n + 0.5);
     const shown = name.length > 22 ? `${name.slice(0, 21)}…` : name;
@@ -95,22 +100,24 @@ function curvePlot(plot) {
   const x = (value) => left + ((value - xs[0]) / (xs.at(-1) - xs[0])) * (WIDTH - left - right);
   const y = (value) => bottom - ((value - ys[0]) / (ys.at(-1) - ys[0])) * (bottom - top);
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${bottom + 42}`, role: "img" });
-  drawing.setAttribute("aria-label", `${plot.title}: ${plot.y_label} over ${plot.x_label}; ${plot.lines.map((line) => line.name).join(", ")}`);
+  const names = plot.lines.map((line) => line.name).join(", ");
+  drawing.setAttribute("aria-label", `${plot.title}: ${plot.y_label} over ${plot.x_label}; ${names}`);
   for (const mark of xs) {
     drawing.append(svg("line", { class: "grid", x1: x(mark), x2: x(mark), y1: top, y2: bottom }),
-      svg("text", { x: x(mark), y: bottom + 16, "text-anchor": "middle" }, figure3(mark)));
+      words(figure3(mark), x(mark), bottom + 16));
   }
   for (const mark of ys) {
-    drawing.append(svg("line", { class: mark === 0 ? "axis" : "grid", x1: left, x2: WIDTH - right, y1: y(mark), y2: y(mark) }),
-      svg("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, figure3(mark)));
+    const rule = { class: mark === 0 ? "axis" : "grid", x1: left, x2: WIDTH - right, y1: y(mark), y2: y(mark) };
+    drawing.append(svg("line", rule), words(figure3(mark), left - 6, y(mark) + 4, { "text-anchor": "end" }));
   }
   const middle = (top + bottom) / 2;
   drawing.append(
-    svg("text", { class: "label", x: (left + WIDTH - right) / 2, y: bottom + 36, "text-anchor": "middle" }, plot.x_label),
-    svg("text", { class: "label", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, plot.y_label));
+    words(plot.x_label, (left + WIDTH - right) / 2, bottom + 36, { class: "label" }),
+    words(plot.y_label, 14, middle, { class: "label", transform: `rotate(-90 14 ${middle})` }));
   plot.lines.forEach((line, n) => {
     const points = line.x.map((value, at) => [value, line.y[at]]).filter((pair) => finite(pair).length === 2);
-    drawing.append(svg("polyline", { class: `line line-${n % 6}`, points: points.map(([a, b]) => `${x(a)},${y(b)}`).join(" ") }));
+    const path = points.map(([a, b]) => `${x(a)},${y(b)}`).join(" ");
+    drawing.append(svg("polyline", { class: `line line-${n % 6}`, points: path }));
   });
   const keys = plot.lines.map((line, n) => {
     const stroke = svg("svg", { viewBox: "0 0 28 8", width: 28, height: 8, "aria-hidden": "true" });
@@ -139,9 +146,9 @@ function sortableTable({ title, columns, rows, note }) {
     const button = make("button", { type: "button" }, name);
     const head = make("th", { scope: "col", className: numeric[n] ? "number" : "" }, button);
     button.addEventListener("click", () => {
-      const down = head.ariaSort === "ascending";
-      for (const other of heads) other.ariaSort = "none";
-      head.ariaSort = down ? "descending" : "ascending";
+      const down = head.getAttribute("aria-sort") === "ascending";
+      for (const other of heads) other.setAttribute("aria-sort", "none");
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
       fill([...rows].sort((first, second) => (down ? -1 : 1) * compare(first[n], second[n])));
     });
     return head;
@@ -163,7 +170,9 @@ function compare(first, second) {
 /** A map's verdict; `look`, where the map is among the layers, shows it alone. */
 function verdictCard({ map, verdict, reason, numbers }, look) {
   const parts = [
-    make("h3", {}, make("span", { className: "name" }, map), make("span", { className: `verdict ${verdict}` }, verdict)),
+    make("h3", {},
+      make("span", { className: "name" }, map),
+      make("span", { className: `verdict ${verdict}` }, verdict)),
     make("p", {}, reason),
     make("dl", { className: "numbers" }, ...Object.entries(numbers).map(([name, value]) =>
       make("div", {}, make("dt", {}, name), make("dd", {}, figure3(value))))),

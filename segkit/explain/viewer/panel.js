@@ -89,7 +89,8 @@ function scanCard(view, changed, chooseChannel) {
     view.window = [centre - width / 2, centre + width / 2];
     changed();
   };
-  const level = slider("Level", { min: Math.min(lowest, low), max: Math.max(highest, high), value: (low + high) / 2 }, tell, apply);
+  const reach = { min: Math.min(lowest, low), max: Math.max(highest, high) };
+  const level = slider("Level", { ...reach, value: (low + high) / 2 }, tell, apply);
   const span = slider("Window", { min: 0, max: widest, value: high - low }, tell, apply);
   const parts = [level.row, span.row];
   if (view.channels.length > 1) {
@@ -123,9 +124,11 @@ function layerCard(layer, number, changed) {
 }
 
 function labelControls(layer, changed) {
-  const items = layer.labels.map(({ name, colour, millilitres }) => make("li", { className: millilitres ? "" : "absent" },
-    swatch(colour), make("span", {}, name),
-    make("span", { className: "amount" }, millilitres ? `${Number(millilitres.toPrecision(3))} ml` : "none")));
+  const items = layer.labels.map(({ name, colour, millilitres }) => {
+    const amount = millilitres ? `${Number(millilitres.toPrecision(3))} ml` : "none";
+    return make("li", { className: millilitres ? "" : "absent" },
+      swatch(colour), make("span", {}, name), make("span", { className: "amount" }, amount));
+  });
   return [
     checkbox("Outline only", layer.outline, (on) => { layer.outline = on; changed(); }),
     make("ul", { className: "legend" }, ...items),
@@ -140,7 +143,7 @@ function mapControls(layer, changed) {
   const paint = () => {
     layer.table = lookup(layer.colourMap);
     bar.style.background = `linear-gradient(to right, ${COLOUR_MAPS[layer.colourMap].join(", ")})`;
-    bar.ariaLabel = `${layer.colourMap}, ${end(layer.low)} to ${end(layer.high)}`;
+    bar.setAttribute("aria-label", `${layer.colourMap}, ${end(layer.low)} to ${end(layer.high)}`);
   };
   const choice = make("select", {}, ...Object.keys(COLOUR_MAPS).map((name) => make("option", {}, name)));
   choice.value = layer.colourMap;
@@ -153,7 +156,8 @@ function mapControls(layer, changed) {
   });
   const parts = [
     bar,
-    make("div", { className: "scale" }, make("span", {}, end(layer.low)), make("span", {}, layer.quantity), make("span", {}, end(layer.high))),
+    make("div", { className: "scale" },
+      ...[end(layer.low), layer.quantity, end(layer.high)].map((text) => make("span", {}, text))),
     make("label", { className: "choice" }, make("span", {}, "Colours"), choice),
   ];
   if (layer.high > layer.low) parts.push(hide.row);

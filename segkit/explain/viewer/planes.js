@@ -24,7 +24,7 @@ function rgb(colour) {
 }
 
 function pale(colour) {
-  return `rgb(${rgb(colour).map((part) => Math.round(0.35 * part + 0.65 * 255)).join(", ")})`;
+  return `rgb(${rgb(colour).map((part) => Math.round(0.55 * part + 0.45 * 255)).join(", ")})`;
 }
 
 /** 256 colours of a map, three bytes each. */
@@ -241,8 +241,8 @@ function listen(plane, view, move) {
   };
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
-    canvas.setPointerCapture(event.pointerId);
     point(event);
+    canvas.setPointerCapture(event.pointerId);
   });
   canvas.addEventListener("pointermove", (event) => {
     if (canvas.hasPointerCapture(event.pointerId)) point(event);

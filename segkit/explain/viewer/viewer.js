@@ -75,8 +75,10 @@ async function start() {
     changed();
   }
 
-  for (const plane of planes) listen(plane, view, move);
-  for (const plane of planes) plane.slider.addEventListener("input", () => move([[plane.through, plane.slider.valueAsNumber]]));
+  for (const plane of planes) {
+    listen(plane, view, move);
+    plane.slider.addEventListener("input", () => move([[plane.through, plane.slider.valueAsNumber]]));
+  }
   byId("convention").addEventListener("click", () => { view.radiological = !view.radiological; changed(); });
   addEventListener("keydown", (event) => {
     const layer = view.layers[Number(event.key) - 1];
@@ -138,7 +140,7 @@ function setChannel(view, channel) {
 function middle(view) {
   const { shape } = view.scan;
   const half = shape.map((size) => Math.floor(size / 2));
-  const labels = view.layers.find((layer) => layer.kind === "labels" && layer.labels.some(({ millilitres }) => millilitres));
+  const labels = view.layers.find((layer) => layer.labels?.some(({ millilitres }) => millilitres));
   if (!labels) return half;
   const { codes, nx, ny } = labels.volume;
   const sum = [0, 0, 0];
@@ -160,7 +162,8 @@ function buildPlane(plane, view) {
   const canvas = make("canvas", { tabIndex: 0, role: "application", id: plane.name.toLowerCase() });
   canvas.setAttribute("aria-label", `${plane.name} plane: arrows move the cross-hair, Page Up and Page Down the slice`);
   canvas.setAttribute("aria-describedby", "spoken");
-  const letters = Object.fromEntries(["left", "right", "top", "bottom"].map((edge) => [edge, make("span", { className: `edge ${edge}` })]));
+  const letters = {};
+  for (const edge of ["left", "right", "top", "bottom"]) letters[edge] = make("span", { className: `edge ${edge}` });
   const slider = make("input", { type: "range", min: 0, max: slices - 1, step: 1, disabled: slices === 1 });
   slider.setAttribute("aria-label", `${plane.name} slice`);
   const place = make("output");
@@ -189,7 +192,8 @@ function fillSections(content, view, showAlone) {
   }));
   fill("plots", [...content.bars.map(barPlot), ...content.curves.map(curvePlot)]);
   fill("tables", content.tables.map(sortableTable));
-  byId("facts").append(make("div", { className: "card" }, definitions({ ...content.facts, ...aboutScan(content, view) })));
+  const facts = { ...content.facts, ...aboutScan(content, view) };
+  byId("facts").append(make("div", { className: "card" }, definitions(facts)));
 }
 
 /** What the page itself must say of its volumes. */
@@ -197,19 +201,23 @@ function aboutScan({ scan, layers }, view) {
   const spacing = scan.file_spacing.map((mm) => Number(mm.toFixed(3))).join(" × ");
   const facts = { Scan: `${scan.file_shape.join(" × ")} voxels of ${spacing} mm, stored ${scan.orientation}` };
   if (scan.oblique > 0.5) {
-    facts.Planes = `the scan's own, up to ${scan.oblique.toFixed(1)}° off the patient's axes; world coordinates are exact`;
+    facts.Planes = `the scan's own, up to ${scan.oblique.toFixed(1)}° off the patient's axes; ` +
+      "world coordinates are exact";
   }
   if (scan.every.some((step) => step > 1)) {
     facts.Shown = `one voxel of every ${scan.every.join(" × ")} along the file's axes, to keep this page small`;
   }
-  const maps = layers.some((layer) => layer.kind === "map") ? "; maps are interpolated linearly between their own cells" : "";
-  facts["Values shown"] = `the scan's ${precision(view.scan)}, at the centre of the voxel under the cross-hair${maps}`;
+  facts["Values shown"] = `the scan's ${precision(view.scan)}, at the centre of the voxel under the cross-hair`;
+  if (layers.some((layer) => layer.kind === "map")) {
+    facts["Values shown"] += "; maps are interpolated linearly between their own cells";
+  }
   return facts;
 }
 
 function help() {
   return make("p", { className: "note" },
-    "Click or drag to move the cross-hair; wheel, Page Up and Page Down change the slice; arrows move by a voxel, with Shift by ten; 1 to 9 switch overlays.");
+    "Click or drag to move the cross-hair; wheel, Page Up and Page Down change the slice; arrows move by a voxel, " +
+    "with Shift by ten; 1 to 9 switch overlays.");
 }
 
 /** The address of this view. */
