@@ -7,12 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 
+from segkit.colours import LABEL_COLOURS
 from segkit.errors import SegkitError
 from segkit.files import whole
 from segkit.geometry import Grid, Orientation
 
 PLANES = ("sagittal", "coronal", "axial")
-LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446"]
 Panel = tuple[str, ndarray | None, Literal["labels", "map"]]
 
 

@@ -1,0 +1,240 @@
+"use strict";
+// The page as a whole: unpack, build, and keep what is shown in step with what is chosen.
+//
+// The fragment of the address sets the view: at=X,Y,Z in mm; overlay=NAME, given once or more, shows
+// these and no others, off=NAME hides one; orientation=radiological|neurological; theme=light|dark.
+
+const byId = (id) => document.getElementById(id);
+
+async function start() {
+  const content = JSON.parse(byId("content").textContent);
+  const volumes = await Promise.all(content.volumes.map((described, number) => unpack(number, described)));
+  const view = firstView(content, volumes);
+  const planes = planesOf(view.scan).map((plane) => buildPlane(plane, view));
+  const where = whereabouts(view, (world) => goTo(world));
+  byId("planes").append(...planes.map((plane) => plane.element));
+  byId(planes.length > 1 ? "planes" : "panel").append(where.element); // in the free corner
+  const cards = view.layers.map((layer, n) => layerCard(layer, n + 1, () => changed()));
+  let scan = scanCard(view, () => changed(), chooseChannel);
+  byId("panel").append(scan, ...cards.map((card) => card.element), help());
+  fillSections(content, view, (map) => {
+    for (const layer of view.layers) if (layer.kind === "map") layer.shown = layer === map;
+    changed();
+    byId("viewer").scrollIntoView({ block: "start" });
+  });
+
+  let waiting = false;
+  function changed() {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; show(); });
+  }
+
+  function show() {
+    for (const plane of planes) {
+      draw(plane, view);
+      plane.update();
+    }
+    for (const card of cards) card.update();
+    byId("spoken").textContent = where.show();
+    byId("link").hash = fragment(view);
+    byId("convention").textContent = view.radiological
+      ? "Radiological: patient’s right on the left"
+      : "Neurological: patient’s right on the right";
+  }
+
+  function move(steps) {
+    for (const [axis, index] of steps) {
+      view.at[axis] = Math.min(Math.max(Math.round(index), 0), view.scan.shape[axis] - 1);
+    }
+    changed();
+  }
+
+  function goTo(world) {
+    if (world.every(Number.isFinite)) move(through(view.index, world).map((index, axis) => [axis, index]));
+  }
+
+  function chooseChannel(channel) {
+    setChannel(view, channel);
+    const card = scanCard(view, changed, chooseChannel);
+    scan.replaceWith(card);
+    scan = card;
+    changed();
+  }
+
+  function follow() {
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    const only = wanted.getAll("overlay");
+    for (const layer of view.layers) {
+      if (only.length) layer.shown = only.includes(layer.name);
+      if (wanted.getAll("off").includes(layer.name)) layer.shown = false;
+    }
+    if (wanted.has("orientation")) view.radiological = wanted.get("orientation") !== "neurological";
+    if (["light", "dark"].includes(wanted.get("theme"))) setTheme(wanted.get("theme"));
+    if (wanted.has("at")) goTo(wanted.get("at").split(",").map(Number));
+    changed();
+  }
+
+  for (const plane of planes) {
+    listen(plane, view, move);
+    plane.slider.addEventListener("input", () => move([[plane.through, plane.slider.valueAsNumber]]));
+  }
+  byId("convention").addEventListener("click", () => { view.radiological = !view.radiological; changed(); });
+  addEventListener("keydown", (event) => {
+    const layer = view.layers[Number(event.key) - 1];
+    const typing = event.target.matches("input:not([type=checkbox], [type=range]), select");
+    if (!layer || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    layer.shown = !layer.shown;
+    changed();
+  });
+  addEventListener("hashchange", follow);
+  const resized = () => { layOut(planes, byId("planes"), view); changed(); };
+  addEventListener("resize", resized);
+  layOut(planes, byId("planes"), view);
+  follow();
+  show();
+  page.dataset.ready = "yes";
+}
+
+/** What is shown at first: the first map under outlines of labels, where these have their middle. */
+function firstView(content, volumes) {
+  const { scan } = content;
+  const view = {
+    channels: volumes.slice(0, scan.windows.length),
+    windows: scan.windows,
+    affine: scan.affine,
+    index: scan.index,
+    fileIndex: scan.file_index,
+    spacing: scan.spacing,
+    radiological: true,
+    smooth: false,
+    crossHair: true,
+  };
+  setChannel(view, 0);
+  const kinds = { labels: 0, map: 0 };
+  const mapped = content.layers.some((layer) => layer.kind === "map");
+  view.layers = content.layers.map((layer) => {
+    const nth = kinds[layer.kind]++;
+    const described = { ...layer, volume: volumes[layer.volume] };
+    if (layer.kind === "map") {
+      return { ...described, shown: nth === 0, opacity: 0.8, colourMap: "inferno", threshold: -Infinity, fade: true };
+    }
+    return {
+      ...described, shown: true, opacity: nth || mapped ? 0.9 : 0.5, outline: nth > 0 || mapped, pale: nth > 0,
+      colours: new Map(layer.labels.map(({ number, colour }) => [number, rgb(colour)])),
+      names: new Map(layer.labels.map(({ number, name }) => [number, name])),
+    };
+  });
+  view.at = middle(view);
+  return view;
+}
+
+function setChannel(view, channel) {
+  view.channel = channel;
+  view.scan = view.channels[channel];
+  view.scan.channelName = view.channels.length > 1 ? "Scan, channel shown" : "Scan";
+  view.window = view.windows[channel];
+}
+
+/** The voxel of the scan nearest to the centre of all labels, else its middle. */
+function middle(view) {
+  const { shape } = view.scan;
+  const half = shape.map((size) => Math.floor(size / 2));
+  const labels = view.layers.find((layer) => layer.labels?.some(({ millilitres }) => millilitres));
+  if (!labels) return half;
+  const { codes, nx, ny } = labels.volume;
+  const sum = [0, 0, 0];
+  let count = 0;
+  codes.forEach((code, n) => {
+    if (code === 0) return;
+    sum[0] += n % nx;
+    sum[1] += Math.floor(n / nx) % ny;
+    sum[2] += Math.floor(n / (nx * ny));
+    count++;
+  });
+  const centre = through(labels.to_scan, sum.map((each) => each / count));
+  return centre.map((index, axis) => Math.min(Math.max(Math.round(index), 0), shape[axis] - 1));
+}
+
+/** A plane's canvas, the letters at its edges and its slider. */
+function buildPlane(plane, view) {
+  const slices = view.scan.shape[plane.through];
+  const canvas = make("canvas", { tabIndex: 0, role: "application", id: plane.name.toLowerCase() });
+  canvas.setAttribute("aria-label", `${plane.name} plane: arrows move the cross-hair, Page Up and Page Down the slice`);
+  canvas.setAttribute("aria-describedby", "spoken");
+  const letters = {};
+  for (const edge of ["left", "right", "top", "bottom"]) letters[edge] = make("span", { className: `edge ${edge}` });
+  const slider = make("input", { type: "range", min: 0, max: slices - 1, step: 1, disabled: slices === 1 });
+  slider.setAttribute("aria-label", `${plane.name} slice`);
+  const place = make("output");
+  const element = make("figure", { className: `plane ${plane.name.toLowerCase()}` },
+    make("div", { className: "screen" }, canvas, ...Object.values(letters)),
+    make("figcaption", {}, make("span", {}, plane.name), slider, place));
+  const update = () => {
+    for (const [edge, letter] of Object.entries(edgeLetters(plane, view.radiological))) {
+      letters[edge].textContent = letter;
+      letters[edge].title = SIDES[letter];
+    }
+    slider.value = view.at[plane.through];
+    place.textContent = `${AXES[plane.through]} ${through(view.affine, view.at)[plane.through].toFixed(1)} mm`;
+  };
+  return { ...plane, canvas, slider, element, update, voxels: document.createElement("canvas") };
+}
+
+function fillSections(content, view, showAlone) {
+  const fill = (id, parts) => {
+    byId(id).hidden = !parts.length;
+    byId(id).append(make("div", { className: "cards" }, ...parts));
+  };
+  fill("verdicts", content.verdicts.map((verdict) => {
+    const map = view.layers.find((layer) => layer.kind === "map" && layer.name === verdict.map);
+    return verdictCard(verdict, map && (() => showAlone(map)));
+  }));
+  fill("plots", [...content.bars.map(barPlot), ...content.curves.map(curvePlot)]);
+  fill("tables", content.tables.map(sortableTable));
+  const facts = { ...content.facts, ...aboutScan(content, view) };
+  byId("facts").append(make("div", { className: "card" }, definitions(facts)));
+}
+
+/** What the page itself must say of its volumes. */
+function aboutScan({ scan, layers }, view) {
+  const spacing = scan.file_spacing.map((mm) => Number(mm.toFixed(3))).join(" × ");
+  const facts = { Scan: `${scan.file_shape.join(" × ")} voxels of ${spacing} mm, stored ${scan.orientation}` };
+  if (scan.oblique > 0.5) {
+    facts.Planes = `the scan's own, up to ${scan.oblique.toFixed(1)}° off the patient's axes; ` +
+      "world coordinates are exact";
+  }
+  if (scan.every.some((step) => step > 1)) {
+    facts.Shown = `one voxel of every ${scan.every.join(" × ")} along the file's axes, to keep this page small`;
+  }
+  facts["Values shown"] = `the scan's ${precision(view.scan)}, at the centre of the voxel under the cross-hair`;
+  if (layers.some((layer) => layer.kind === "map")) {
+    facts["Values shown"] += "; maps are interpolated linearly between their own cells";
+  }
+  return facts;
+}
+
+function help() {
+  return make("p", { className: "note" },
+    "Click or drag to move the cross-hair; wheel, Page Up and Page Down change the slice; arrows move by a voxel, " +
+    "with Shift by ten; 1 to 9 switch overlays.");
+}
+
+/** The address of this view. */
+function fragment(view) {
+  const wanted = new URLSearchParams();
+  wanted.set("at", through(view.affine, view.at).map((mm) => mm.toFixed(2)).join(","));
+  for (const layer of view.layers) wanted.append(layer.shown ? "overlay" : "off", layer.name);
+  wanted.set("orientation", view.radiological ? "radiological" : "neurological");
+  return wanted.toString();
+}
+
+byId("theme").textContent = "Light or dark";
+byId("theme").addEventListener("click", () => setTheme(page.dataset.theme === "dark" ? "light" : "dark"));
+start().catch((error) => {
+  byId("trouble").hidden = false;
+  byId("trouble").textContent = "DecompressionStream" in window
+    ? `This page could not be shown: ${error.message}`
+    : "This browser is too old to unpack the page's volumes; Chrome 80, Firefox 113 or Safari 16.4 and later can.";
+  console.error(error);
+});
