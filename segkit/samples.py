@@ -22,9 +22,10 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.colours import LABEL_COLOURS
 from segkit.files import whole
 from segkit.module import SegmentationModule
-from segkit.montage import LABEL_COLOURS, on_light_box
+from segkit.montage import on_light_box
 
 logger = logging.getLogger(__name__)
 
