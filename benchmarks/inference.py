@@ -59,6 +59,7 @@ def smooth(folder: Path, shape: Sequence[int]) -> Path:
 
 def run(contender: str, case: str, source: Path, target: Path, **settings: str) -> Figures:
     """The figures of one process."""
+    settings["model"] = str(target.parent / f"model-{case}")
     words = [contender, case, str(source), str(target), *(f"{k}={v}" for k, v in settings.items())]
     done = subprocess.run(
         [sys.executable, str(CHILD), *words], check=True, capture_output=True, text=True

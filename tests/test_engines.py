@@ -20,7 +20,7 @@ from segkit.errors import ModelError
 from segkit.geometry import Grid
 from segkit.inference import windows
 from segkit.inference.artefacts import MANIFEST, artefact
-from segkit.inference.choice import WORTH, EngineName, WaitingEngine, choose_engine
+from segkit.inference.choice import EngineName, WillingEngine, choose_engine
 from segkit.inference.compiled import CompiledEngine
 from segkit.inference.converted import FOLDER, ConversionError, ConvertedEngine, digest
 from segkit.inference.engines import LOGITS, PRESENCE, Engine, TorchEngine
@@ -279,21 +279,16 @@ def test_an_engine_leaves_the_callers_arithmetic_as_it_was(name: EngineName) -> 
     assert (torch.full((4,), 1e-40) * 1.0).all()
 
 
-def test_auto_turns_to_openvino_once_it_has_earned_its_conversion(
+def test_auto_is_openvino_converted_once_for_a_model_with_a_folder(
     tmp_path: Path, conversions: list[str]
 ) -> None:
-    model, batch = saved(tmp_path), windows_of(3, WORTH // 2)
-    engine = choose_engine("auto", model, device="cpu")
-    eager = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]
-    for _ in range(2):
-        assert torch.equal(engine(batch, ())[LOGITS], eager)
-    assert not conversions
-    assert_agree(engine, model, batch)
-    assert len(conversions) == 1
-    # The next time it is there from the first window on.
-    turned = choose_engine("auto", load_model(tmp_path), device="cpu")
-    assert isinstance(turned, WaitingEngine) and turned.converted is not None
-    assert torch.equal(turned(batch, ())[LOGITS], turned.converted(batch, ())[LOGITS])
+    model, batch = saved(tmp_path), windows_of(3)
+    first = choose_engine("auto", model, device="cpu")
+    assert isinstance(first, WillingEngine) and isinstance(first.chosen, ConvertedEngine)
+    assert_agree(first, model, batch)
+    # The next time it is there, and gives the same to the last bit.
+    again = choose_engine("auto", load_model(tmp_path), device="cpu")
+    assert torch.equal(again(batch, ())[LOGITS], first(batch, ())[LOGITS])
     assert len(conversions) == 1
 
 
@@ -304,7 +299,7 @@ def test_auto_stays_in_pytorch_with_one_warning_where_a_conversion_fails(
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr(OpenVino, "convert", fail)
-    model, batch = saved(tmp_path), windows_of(3, WORTH)
+    model, batch = saved(tmp_path), windows_of(3)
     with pytest.raises(ConversionError, match="openvino cannot run this network: no such operat"):
         choose_engine("openvino", model)(batch, ())
     engine = choose_engine("auto", model, device="cpu")
@@ -314,10 +309,12 @@ def test_auto_stays_in_pytorch_with_one_warning_where_a_conversion_fails(
     assert caplog.text.count("cannot run this network") == 1
 
 
-def test_auto_is_pytorch_for_a_model_without_a_folder_and_in_half_precision(tmp_path: Path) -> None:
+def test_auto_is_pytorch_without_a_folder_or_in_a_precision_that_openvino_lacks(
+    tmp_path: Path,
+) -> None:
     assert type(choose_engine("auto", model_of({}, 3), device="cpu")) is TorchEngine
-    half = choose_engine("auto", saved(tmp_path), device="cpu", precision=torch.bfloat16)
-    assert type(half) is TorchEngine
+    double = choose_engine("auto", saved(tmp_path), device="cpu", precision=torch.float64)
+    assert type(double) is TorchEngine
     assert isinstance(choose_engine("compile", model_of({}, 3), device="cpu"), CompiledEngine)
 
 

@@ -84,6 +84,19 @@ def test_logits_maps_and_presence_are_means_of_what_is_said_of_all_mirror_images
     assert_close(found[SPREAD], spread)
 
 
+def test_mirrors_of_regions_differ_by_their_yes_and_no() -> None:
+    windows = torch.randn(1, 1, 4, 4, 4)
+    engine = Weighing((4, 4, 4))
+    found = Mirrored(engine, (0,), regions=True)(windows, [SPREAD])
+    shares = torch.stack(
+        [
+            engine(windows, ())[LOGITS].sigmoid(),
+            engine(windows.flip(2), ())[LOGITS].flip(2).sigmoid(),
+        ]
+    )
+    assert_close(found[SPREAD], shares.var(dim=0, correction=0).mean(dim=1, keepdim=True))
+
+
 def test_what_does_not_depend_on_the_side_is_not_changed_by_mirroring_at_all() -> None:
     told = description(classes=5, spacing=(1.0, 1.0, 1.0)).model_copy(
         update={"mirror": ["x", "y", "z"]}

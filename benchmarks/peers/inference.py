@@ -115,7 +115,9 @@ def segkit(case: Case, source: Path, target: Path, settings: dict[str, str]) -> 
     network = network_of(case)
     if not case.gated:
         network = PlainNetwork(network, (2 ** (len(case.channels) - 1),) * 3)
-    model = Model(description_of(case), network)  # type: ignore[arg-type]
+    # As if it had been read from there: what it is converted to is kept in the folder.
+    kept = Path(settings["model"])
+    model = Model(description_of(case), network, (), kept)  # type: ignore[arg-type]
     clock = EngineClock()
     started = time.perf_counter()
     predictor = Predictor(model, device="cpu", engine=settings.get("engine", "auto"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit.errors import ModelError
 from segkit.inference.compiled import CompiledEngine
-from segkit.inference.converted import ConversionError, ConvertedEngine, Runtime
+from segkit.inference.converted import ConversionError, ConvertedEngine
 from segkit.inference.engines import Engine, TorchEngine, choose_device
 from segkit.inference.onnx_runtime import OnnxRuntime
 from segkit.inference.openvino_runtime import OpenVino
@@ -19,9 +19,6 @@ from segkit.inference.sparing import SparingEngine
 from segkit.model import Model
 
 EngineName = Literal["auto", "torch", "compile", "openvino", "onnx"]
-WORTH = 12
-"""Windows that a conversion is worth. On two cores, that of an attention U-Net of 32 to 256
-channels for windows of 96³ took 27 s, and a window then 2.1 s instead of 4.4 s."""
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 logger = logging.getLogger(__name__)
@@ -38,10 +35,8 @@ def choose_engine(
 
     - on a GPU, PyTorch;
     - on a CPU, OpenVINO, if it is installed, if the model was read from a folder, where what is
-      converted will serve again, and if the arithmetic is float32. Unless the network has been
-      converted before, the first 12 windows run in PyTorch: a small scan does not wait for a
-      conversion that it would not earn back. A network that OpenVINO cannot run stays in PyTorch,
-      with a warning;
+      converted serves again, and if it can compute in that precision. The conversion takes a few
+      seconds, once. A network that OpenVINO cannot run stays in PyTorch, with a warning;
     - else PyTorch. `torch.compile` is never chosen: on a CPU it is no faster.
 
     Raises ModelError for an engine that is not installed, or that cannot run on that device or in
@@ -65,41 +60,31 @@ def choose_engine(
             place = choose_device(device)
             eager = _in_torch(TorchEngine, model, place, precision)
             lasting = place.type == "cpu" and model.folder is not None
-            if name == "torch" or not lasting or precision != torch.float32:
+            if name == "torch" or not lasting:
                 return eager
             try:
-                return WaitingEngine(eager, model, OpenVino())
-            except ModelError:  # it is not installed
+                return WillingEngine(ConvertedEngine(model, OpenVino(precision)), eager)
+            except ModelError:  # it is not installed, or has no such precision here
                 return eager
 
 
-class WaitingEngine:
-    """One engine for the first windows, and what the model is converted to for all that follow.
+class WillingEngine:
+    """A converted network, and the one it was converted from where that cannot be done."""
 
-    Which window it turns at depends on their number alone, so that runs can be repeated.
-    """
-
-    def __init__(self, first: Engine, model: Model, runtime: Runtime) -> None:
-        self.first = first
-        self.converted: ConvertedEngine | None = ConvertedEngine(model, runtime)
-        self.count = 0
+    def __init__(self, converted: ConvertedEngine, eager: Engine) -> None:
+        self.chosen: Engine = converted
+        self.eager = eager
 
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
         """The logits of windows, and the maps of these keys, in float32 on the CPU."""
-        if self.converted is None:
-            return self.first(windows, keys)
-        if self.count == 0 and self.converted.is_ready(windows):
-            self.count = WORTH
-        if self.count >= WORTH:
-            try:
-                return self.converted(windows, keys)
-            except ConversionError as error:
-                logger.warning("%s", error)
-                self.converted = None
-        self.count += len(windows)
-        return self.first(windows, keys)
+        try:
+            return self.chosen(windows, keys)
+        except ConversionError as error:
+            logger.warning("%s", error)
+            self.chosen = self.eager
+            return self.eager(windows, keys)
 
 
 def _in_torch(

@@ -105,7 +105,12 @@ class Member:
         ]
         engine = self.engine
         if self.mirror_axes:
-            engine = Mirrored(engine, self.mirror_axes, batch_size=self.batch_size)
+            engine = Mirrored(
+                engine,
+                self.mirror_axes,
+                batch_size=self.batch_size,
+                regions=self.model.description.labelling.written is not None,
+            )
 
         def run(windows: Tensor) -> dict[str, Tensor]:
             with self.lock:

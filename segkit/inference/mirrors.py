@@ -28,10 +28,14 @@ class Mirrored:
         engine: what is asked.
         axes: spatial axes of a window, 0 to 2.
         batch_size: windows and mirror images per call of the engine.
+        regions: whether outputs are regions, each yes or no, and not classes.
     """
 
-    def __init__(self, engine: Engine, axes: Sequence[int], *, batch_size: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, axes: Sequence[int], *, batch_size: int = 1, regions: bool = False
+    ) -> None:
         self.engine = engine
+        self.regions = regions
         self.batch_size = batch_size
         self.mirrors = [
             tuple(axis + 2 for axis, turned in zip(axes, choice, strict=True) if turned)
@@ -47,7 +51,8 @@ class Mirrored:
         asked = [key for key in keys if key != SPREAD]
         for number, answer in enumerate(self._answers(windows, asked), start=1):
             if SPREAD in keys:
-                shares.add(answer[LOGITS].softmax(dim=1))
+                logits = answer[LOGITS]
+                shares.add(logits.sigmoid() if self.regions else logits.softmax(dim=1))
             for key, value in answer.items():
                 mean = means.get(key, value)
                 means[key] = mean + (value - mean) / number
