@@ -1,9 +1,10 @@
 """Values on one grid, read at the cell centres of another whose axes run alike.
 
 Such grids differ by a stride and an offset per axis, so resampling is separable: one axis after the
-other, on any device. Each axis has an order: 0 takes the nearest voxel; 1 is linear, a gather and a
-blend; 3 is the interpolating cubic B-spline (Unser 1999, doi:10.1109/79.799930), a product with a
-banded matrix. Beyond an end the outermost voxel goes on for ever.
+other, on any device. Each axis has an order: 0 takes the nearest voxel; 1 is linear; 3 is the
+interpolating cubic B-spline (Unser 1999, doi:10.1109/79.799930). The latter two are products with a
+banded matrix, which a CPU does many times faster than it gathers. Beyond an end the outermost voxel
+goes on for ever.
 """
 
 import math
@@ -43,19 +44,14 @@ def sample_axis(
     """
     if order == 0:
         positions = nearest(positions)
-    elif order == 3 and (positions % 1 != 0).any():
-        return _sample_cubic(values, positions, axis)
-    last = values.shape[axis] - 1
-    clamped = torch.from_numpy(positions).clamp(0, last)
-    lower = clamped.floor().long()
-    weight = (clamped - lower).to(values.dtype)
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    below = values.index_select(axis, lower.to(values.device))
-    if not bool(weight.any()):
-        return below
-    above = values.index_select(axis, (lower + 1).clamp(max=last).to(values.device))
-    return torch.lerp(below, above, weight.to(values.device).view(shape))
+    size = values.shape[axis]
+    clamped = np.clip(positions, 0, size - 1)
+    if order == 3 and (positions % 1 != 0).any():
+        kind = torch.promote_types(values.dtype, torch.float32)
+        return _by_shares(values, cubic_shares(positions, size), positions, axis, REACH[kind])
+    if (clamped % 1 != 0).any():
+        return _by_shares(values, linear_shares(clamped, size), clamped, axis, 0)
+    return values.index_select(axis, torch.from_numpy(clamped).long().to(values.device))
 
 
 def resample(
@@ -112,21 +108,36 @@ def cubic_shares(
     return inside
 
 
-def _sample_cubic(values: Tensor, positions: ndarray, axis: int) -> Tensor:
+def linear_shares(
+    positions: Float[ndarray, " samples"], size: int
+) -> Float[ndarray, "samples {size}"]:
+    """How much of each of `size` voxels is in the linear value at each fractional index of them."""
+    lower = np.floor(positions).astype(int)
+    shares = np.zeros((len(positions), size))
+    samples = np.arange(len(positions))
+    shares[samples, np.minimum(lower + 1, size - 1)] = positions - lower
+    shares[samples, lower] = 1 - (positions - lower)
+    return shares
+
+
+def _by_shares(
+    values: Tensor, shares: ndarray, positions: ndarray, axis: int, reach: int
+) -> Tensor:
+    """Sums of voxels by their shares, which are 0 further than `reach` beyond the neighbours."""
     size, shape = values.shape[axis], values.shape
     # Single precision at least: half would lose what the shares of opposite signs leave.
     kind = torch.promote_types(values.dtype, torch.float32)
-    shares = torch.from_numpy(cubic_shares(positions, size)).to(kind).to(values.device)
+    weights = torch.from_numpy(shares).to(kind).to(values.device)
     rows = values.to(kind).reshape(math.prod(shape[:axis]), size, math.prod(shape[axis + 1 :]))
     sampled = rows.new_empty(rows.shape[0], len(positions), rows.shape[2])
     with torch.autocast(values.device.type, enabled=False):
         for first in range(0, len(positions), BLOCK):
             block = slice(first, first + BLOCK)
-            low = math.floor(positions[block].min()) - REACH[kind]
-            high = math.ceil(positions[block].max()) + REACH[kind] + 1
+            low = math.floor(positions[block].min()) - reach
+            high = math.ceil(positions[block].max()) + reach + 1
             # Far beyond an end the band still holds the outermost voxel.
             band = slice(min(max(low, 0), size - 1), min(max(high, 1), size))
-            part = shares[block, band]
+            part = weights[block, band]
             if rows.shape[2] == 1:
                 sampled[:, block, 0] = rows[:, band, 0] @ part.T
             else:

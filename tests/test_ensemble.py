@@ -166,7 +166,7 @@ def test_a_predictor_of_several_folders_is_one_of_their_models(tmp_path: Path) -
     for number in (1, 2):
         save_model(tmp_path / str(number), seeded(number))
     volume = noise_volume((8, 8, 8))
-    loaded = Predictor.load(tmp_path / "1", tmp_path / "2")
+    loaded = Predictor.load(tmp_path / "1", tmp_path / "2", engine="torch")
     assert_array_equal(
         shares_of(loaded, volume), shares_of(Predictor([seeded(1), seeded(2)]), volume)
     )

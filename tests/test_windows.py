@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class Walk:
         )
 
     def stream(self, image: Tensor, function: WindowFunction) -> list[windows.Slab]:
-        return list(
+        return copies(
             stream(
                 image,
                 function,
@@ -63,6 +63,14 @@ class Walk:
                 batch_size=self.batch_size,
             )
         )
+
+
+def copies(slabs: Iterable[windows.Slab]) -> list[windows.Slab]:
+    """All slabs, each of which is gone when the next is asked for."""
+    return [
+        windows.Slab(slab.starts, {name: rows.clone() for name, rows in slab.rows.items()})
+        for slab in slabs
+    ]
 
 
 @st.composite
@@ -419,7 +427,7 @@ def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
         return {"coarse": mean_pooled(scaled, walk.pooling), "fine": scaled}
 
     image = walk.image()
-    slabs = list(
+    slabs = copies(
         stream(
             image,
             function,

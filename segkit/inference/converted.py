@@ -35,7 +35,7 @@ FOLDER = "engines"
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
-"""The outputs of these names for a batch of one window."""
+"""The outputs of these names for a batch of one window, until the same thread asks again."""
 
 
 class ConversionError(ModelError):
@@ -77,7 +77,8 @@ class ConvertedEngine:
     """Runs a network on the CPU in another runtime than PyTorch's.
 
     It is converted when the first window comes, for windows of that shape, which go through one by
-    one; outputs that are not asked for cost nothing. A network whose maps are being edited runs in
+    one; outputs that are not asked for cost nothing, and those of a batch of one are not copied:
+    they hold until the same thread asks again. A network whose maps are being edited runs in
     PyTorch, for what was converted knows no edits. A model that was not read from a folder is
     converted for this engine alone. Both runtimes could flush numbers too small to be normal to
     zero, but would leave the caller's thread doing so for good: they are not asked to.
@@ -103,7 +104,12 @@ class ConvertedEngine:
         if shape not in self.runs:
             self.runs[shape] = self._load(windows[:1])
         names = (LOGITS, *sorted(keys))
-        each = [self.runs[shape](window, names) for window in windows.split(1)]
+        if len(windows) == 1:
+            return dict(zip(names, self.runs[shape](windows, names), strict=True))
+        each = [
+            [output.clone() for output in self.runs[shape](window, names)]
+            for window in windows.split(1)
+        ]
         return {name: torch.cat([outputs[n] for outputs in each]) for n, name in enumerate(names)}
 
     def is_ready(self, windows: Float[Tensor, "batch channel x y z"]) -> bool:

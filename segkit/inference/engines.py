@@ -34,6 +34,7 @@ class Engine(Protocol):
     ) -> dict[str, Tensor]:
         """The logits of windows, and the maps of these keys, each (batch, channel, cells …).
 
+        They hold until the same thread asks again.
         Among the keys may be PRESENCE, (batch, classes).
         """
 

@@ -56,7 +56,7 @@ __all__ = [
     "window_layout",
 ]
 
-PIECE = 2**24
+PIECE = 2**22
 """Numbers, one for each voxel and class looked at together, that a slab is resampled to at once."""
 
 

@@ -77,10 +77,7 @@ class Blend:
         axis: int,
         unseen: Float[Tensor, " channel"] | None = None,
     ) -> None:
-        """`unseen`, where windows are skipped, is what cells hold that none of the others covers.
-
-        Otherwise the sum of weights is a product of sums along each axis and is never held.
-        """
+        """`unseen`, where windows are skipped, is what cells hold that no other covers."""
         cells = window.shape[2:]
         self.axis = axis
         self.stride = [patch // count for patch, count in zip(patch_size, cells, strict=True)]
@@ -97,14 +94,24 @@ class Blend:
             gaussian(patch).view(count, -1).mean(dim=1).to(window.device)
             for patch, count in zip(patch_size, cells, strict=True)
         ]
-        self.weight = kernels[0]
-        for kernel in kernels[1:]:
-            self.weight = self.weight[..., None] * kernel
-        self.totals = [
+        totals = [
             self._total(kernel, [start // step for start in axis_starts])
             for kernel, axis_starts, step in zip(kernels, starts, self.stride, strict=True)
         ]
-        extent = [len(total) for total in self.totals]
+        # Windows are a product, and so is what all of them weigh at a cell: divided by it before
+        # they are summed, their sum is the mean. Where some are skipped it is not a product.
+        self.weights = [
+            {
+                start // step: kernel
+                if unseen is not None
+                else kernel / total[start // step : start // step + len(kernel)]
+                for start in axis_starts
+            }
+            for kernel, total, axis_starts, step in zip(
+                kernels, totals, starts, self.stride, strict=True
+            )
+        ]
+        extent = [len(total) for total in totals]
         extent[axis] = cells[axis]
         try:
             self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
@@ -113,7 +120,7 @@ class Blend:
             self.sum = torch.zeros((window.shape[1], *extent))
         self.unseen = unseen
         self.counted = None if unseen is None else torch.zeros(extent, device=self.sum.device)
-        self.first_row = 0
+        self.first_row = self.finished = 0
 
     @staticmethod
     def _total(kernel: Tensor, starts: Sequence[int]) -> Tensor:
@@ -130,56 +137,55 @@ class Blend:
         there.
         """
         if window.device != self.sum.device:
-            window, self.sum, self.weight = window.cpu(), self.sum.cpu(), self.weight.cpu()
-            self.totals = [total.cpu() for total in self.totals]
+            window, self.sum = window.cpu(), self.sum.cpu()
+            self.weights = [
+                {start: weight.cpu() for start, weight in axis.items()} for axis in self.weights
+            ]
             self.counted = None if self.counted is None else self.counted.cpu()
         cells = [first // step for first, step in zip(start, self.stride, strict=True)]
+        weight, *others = (
+            weights[first] for weights, first in zip(self.weights, cells, strict=True)
+        )
+        for along in others:
+            weight = weight[..., None] * along
         cells[self.axis] -= self.first_row
         region = tuple(
             slice(first, first + count)
             for first, count in zip(cells, window.shape[1:], strict=True)
         )
-        self.sum[(slice(None), *region)].addcmul_(window.float(), self.weight)
+        self.sum[(slice(None), *region)].addcmul_(window.float(), weight)
         if self.counted is not None:
-            self.counted[region] += self.weight
+            self.counted[region] += weight
 
     def finish(self, next_start: int | None) -> tuple[int, Float[Tensor, "channel *space"]]:
-        """First row and values of the rows that no window from `next_start` on touches."""
+        """First row and values of the rows that no window from `next_start` on touches.
+
+        They are the sum's own, and are gone with `advance`.
+        """
         axis = self.axis + 1
-        held = self.sum.shape[axis]
-        first = self.first_row
-        if next_start is None:
-            count = held
-        else:
+        held, first = self.sum.shape[axis], self.first_row
+        count = held
+        if next_start is not None:
             count = min(next_start // self.stride[self.axis] - first, held)
-        rows = self.sum.narrow(axis, 0, count).clone()
-        if self.counted is None:
-            self._divide_by_product(rows, first)
-        else:
-            self._divide_by_counted(rows)
-        for channel in self.sum:
-            _advance(channel, self.axis, count)
-        self.first_row += count
+        rows = self.sum.narrow(axis, 0, count)
+        if self.counted is not None and self.unseen is not None:
+            weights = self.counted.narrow(self.axis, 0, count)
+            nobody = weights == 0
+            for channel, value in zip(rows, self.unseen.tolist(), strict=True):
+                channel.div_(weights).masked_fill_(nobody, value)
+        self.finished = count
         inside = [slice(0, size) for size in self.size]
         inside[self.axis] = slice(0, max(self.size[self.axis] - first, 0))
         return first, rows[(slice(None), *inside)]
 
-    def _divide_by_product(self, rows: Tensor, first: int) -> None:
-        count = rows.shape[self.axis + 1]
-        for other, total in enumerate(self.totals):
-            weights = total[first : first + count] if other == self.axis else total
-            shape = [1] * rows.ndim
-            shape[other + 1] = -1
-            rows /= weights.view(shape)
-
-    def _divide_by_counted(self, rows: Tensor) -> None:
-        assert self.counted is not None and self.unseen is not None
-        count = rows.shape[self.axis + 1]
-        weights = self.counted.narrow(self.axis, 0, count)
-        nobody = weights == 0
-        for channel, value in zip(rows, self.unseen.tolist(), strict=True):
-            channel.div_(weights).masked_fill_(nobody, value)
-        _advance(self.counted, self.axis, count)
+    def advance(self) -> None:
+        """Let the finished rows go."""
+        for channel in self.sum:
+            _advance(channel, self.axis, self.finished)
+        if self.counted is not None:
+            _advance(self.counted, self.axis, self.finished)
+        self.first_row += self.finished
+        self.finished = 0
 
 
 def _advance(rows: Tensor, axis: int, count: int) -> None:
@@ -203,6 +209,8 @@ def stream(
     unseen: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[Slab]:
     """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
+
+    A slab holds until the next is asked for: its rows then make room for those.
 
     Args:
         image: what the windows are cut from; beyond its far ends they repeat its last voxels.
@@ -253,13 +261,13 @@ def stream(
                 for window, place in zip(output, batch, strict=True):
                     blends[name].add(window, place)
         finished = {name: blend.finish(next_row) for name, blend in blends.items()}
-        slab = Slab(
+        yield Slab(
             {name: first for name, (first, _) in finished.items()},
             {name: rows for name, (_, rows) in finished.items()},
         )
-        del finished  # or these rows would live on beside the next
-        yield slab
-        del slab
+        if next_row is not None:
+            for blend in blends.values():
+                blend.advance()
 
 
 def slide(
@@ -273,20 +281,19 @@ def slide(
     batch_size: int = 1,
 ) -> dict[str, Float[Tensor, "_ ..."]]:
     """The function's blended outputs over the whole image, by name. Arguments as for `stream`."""
-    slabs = list(
-        stream(
-            image,
-            function,
-            patch_size=patch_size,
-            overlap=overlap,
-            multiple=multiple,
-            axis=axis,
-            batch_size=batch_size,
-        )
-    )
-    return {
-        name: torch.cat([slab.rows[name] for slab in slabs], dim=axis + 1) for name in slabs[0].rows
-    }
+    parts: dict[str, list[Tensor]] = {}
+    for slab in stream(
+        image,
+        function,
+        patch_size=patch_size,
+        overlap=overlap,
+        multiple=multiple,
+        axis=axis,
+        batch_size=batch_size,
+    ):
+        for name, rows in slab.rows.items():
+            parts.setdefault(name, []).append(rows.clone())
+    return {name: torch.cat(rows, dim=axis + 1) for name, rows in parts.items()}
 
 
 def _batches(places: list[tuple[int, ...]], batch_size: int) -> Iterator[list[tuple[int, ...]]]:
