@@ -282,7 +282,10 @@ def predict(
         bool, typer.Option("--all-windows", help="Ask the network even where all is 0.")
     ] = False,
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="The I-th of N jobs that share the volumes.")
+        str,
+        typer.Option(
+            metavar="I/N", help="The I-th of N jobs that share the volumes; auto under torchrun."
+        ),
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
@@ -305,7 +308,15 @@ def predict(
     from segkit.prediction import find_inputs, parse_shard, predict_files
     from segkit.progress import CohortProgress
 
-    number, count = parse_shard(shard)
+    if shard == "auto":
+        from segkit.launcher import place_of_process
+
+        place = place_of_process()
+        number, count = place.number, place.count
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{place.local}"
+    else:
+        number, count = parse_shard(shard)
     folders = [
         folder for path in models or [newest_model(Path("runs"))] for folder in model_folders(path)
     ]

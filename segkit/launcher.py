@@ -1,0 +1,38 @@
+"""Which of several processes this is, by what launched it: torchrun or SLURM."""
+
+from dataclasses import dataclass
+
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from segkit.errors import SegkitError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among several."""
+
+    number: int
+    """From 1 on."""
+    count: int
+    local: int
+    """On its own machine, from 0 on: the number of its device."""
+
+
+def place_of_process() -> Place:
+    """This process's place, as Lightning reads it from the launcher's variables.
+
+    Raises SegkitError where nothing launched it.
+    """
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect():
+            try:
+                environment = kind()
+            except RuntimeError as error:  # of a job that was asked for in a way it cannot be told
+                raise SegkitError(f"--shard auto: {' '.join(str(error).split())}") from None
+            return Place(
+                environment.global_rank() + 1, environment.world_size(), environment.local_rank()
+            )
+    raise SegkitError(
+        "--shard auto: expected a process that torchrun or srun has launched, found none; "
+        "give --shard I/N"
+    )
