@@ -7,7 +7,7 @@ from hypothesis import given
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from segkit.explain.ranks import holm, signed_rank_p, spearman
+from segkit.explain.ranks import holm, settled, signed_rank_p, spearman
 
 
 @pytest.mark.parity
@@ -25,6 +25,16 @@ def test_ranks_notice_order_alone_and_a_constant_map_has_none() -> None:
     assert spearman(values, -values) == pytest.approx(-1)
     assert spearman(values, np.ones_like(values)) is None
     assert spearman(np.ones(3), np.ones(3)) == 1
+
+
+@given(st.floats(-1e3, 1e3), st.integers(0, 99))
+def test_last_digits_are_no_ranks(value: float, seed: int) -> None:
+    """A map of one value, off by up to four units in the last place of float32."""
+    off = np.random.default_rng(seed).integers(-4, 5, 50) * 2.0**-24
+    assert np.ptp(settled(value * (1 + off))) == 0
+    values = np.random.default_rng(seed).permutation(50) / 50
+    assert (np.argsort(settled(values)) == np.argsort(values)).all()
+    assert_allclose(settled(values), values, atol=2.0**-18)
 
 
 def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two() -> None:
