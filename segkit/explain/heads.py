@@ -189,7 +189,7 @@ def study_heads(
         )
     labelling = predictor.model.description.labelling
     for case in cases:
-        _check(case, labelling)
+        check_case(case, labelling)
     importance = head_importance(predictor, cases, track=track)
     ranks = {
         position: sorted(range(len(scores)), key=scores.__getitem__)
@@ -314,7 +314,8 @@ def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     return float(Overlap.of_groups(matrix, groups, ignore=labelling.ignore).dice.nanmean())
 
 
-def _check(case: LabelledCase, labelling: Labelling) -> None:
+def check_case(case: LabelledCase, labelling: Labelling) -> None:
+    """Raise VolumeError for a reference that does not fit its volume or holds nothing."""
     num_labels = len(labelling.value_names)
     reference = case.reference
     if not reference.grid.agrees_with(case.volume.grid):

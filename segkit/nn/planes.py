@@ -33,22 +33,26 @@ class Planes(nn.Module):
 
     def forward(self, image: Float[Tensor, "batch in_channel x y z"]) -> Tensor:
         """Logits on the image's grid."""
-        return self.stack(self.network(self._planes(image)), len(image))
+        return self.stack(self.network(self.planes(image)), len(image))
 
     def classified(
         self, image: Float[Tensor, "batch in_channel x y z"]
     ) -> tuple[Float[Tensor, "batch out_channel x y z"], Float[Tensor, "batch classes"]]:
         """Logits, and logits of each class's presence: what any plane holds, the volume holds."""
-        logits, presence = self.network.classified(self._planes(image))
+        logits, presence = self.network.classified(self.planes(image))
         return self.stack(logits, len(image)), self._any_plane(presence, len(image))
 
     def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> Supervised:
         """What is trained, of volumes."""
-        levels, presence = self.network.supervised(self._planes(image))
+        levels, presence = self.network.supervised(self.planes(image))
         return Supervised(
             tuple(self.stack(level, len(image)) for level in levels),
             None if presence is None else self._any_plane(presence, len(image)),
         )
+
+    def planes(self, image: Float[Tensor, "batch channel x y z"]) -> Tensor:
+        """All planes of a batch of volumes, one after another: (planes, channel, rows, columns)."""
+        return image.movedim(self.axis + 2, 1).flatten(0, 1)
 
     def stack(
         self, planes: Float[Tensor, "planes channel *cells"], batch_size: int
@@ -57,15 +61,17 @@ class Planes(nn.Module):
         return planes.unflatten(0, (batch_size, -1)).movedim(1, self.axis + 2)
 
     @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where the features of each level lie; across the planes, cells are voxels."""
+        return tuple(self._in_volume(placement) for placement in self.network.placements)
+
+    @property
     def presence(self) -> nn.Module | None:
         """The network's presence head, if it has one."""
         return self.network.presence
 
     def _any_plane(self, presence: Tensor, batch_size: int) -> Tensor:
         return presence.unflatten(0, (batch_size, -1)).amax(dim=1)
-
-    def _planes(self, image: Tensor) -> Tensor:
-        return image.movedim(self.axis + 2, 1).flatten(0, 1)
 
     def _in_volume(self, placement: Placement) -> Placement:
         stride, offset = list(placement.stride), list(placement.offset)

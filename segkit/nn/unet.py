@@ -181,6 +181,8 @@ class UNet(nn.Module):
                 placement = placement.through(sizes[level], step, [k // 2 for k in sizes[level]])
             placements.append(placement)
             place_taps(attention, f"encoder.{level}", level, placement)
+        self.placements = tuple(placements)
+        """Where the features of each level lie, encoder's and decoder's alike."""
 
         self.bottleneck = (
             bottleneck_attention(widths[-1]) if bottleneck_attention else nn.Identity()
@@ -257,6 +259,16 @@ class UNet(nn.Module):
             raise ValueError("the network has no presence head; build it with one")
         skips = self._encode(image)
         return self.heads[0](self._decode(skips)[0]), self.presence(skips[-1])
+
+    def features(
+        self, image: Float[Tensor, "batch in_channel *space"]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Features of the encoder and of the decoder, each level's, finest first.
+
+        The encoder's coarsest are the bottleneck's; `heads[0]` makes logits of the decoder's first.
+        """
+        skips = self._encode(image)
+        return skips, self._decode(skips)
 
     def supervised(self, image: Float[Tensor, "batch in_channel *space"]) -> Supervised:
         """What is trained: logits of every supervised level, and of each class's presence."""

@@ -1,0 +1,68 @@
+"""What ranks alone can tell: do two maps agree, do cases agree, and are many tests too many?"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy import stats
+
+MOST_EXACT = 50
+"""Cases up to which all signs are counted; beyond, the normal approximation serves."""
+
+
+LAST_DIGITS = 2.0**-18
+"""Of a map's largest value: what sums over windows may be off by, and no cell is higher for it."""
+
+
+def settled(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
+    """A map rounded to 2^-18 of its largest size, before its cells are ranked.
+
+    Windows are blended in float32, so that a map of one value comes out with last digits that
+    depend on where a cell lies in its window; they would rank the middle of the image first.
+    """
+    step = float(np.abs(values).max(initial=0)) * LAST_DIGITS
+    return np.round(values / step) * step if step > 0 else values
+
+
+def spearman(first: Float[ndarray, "*cells"], second: Float[ndarray, "*cells"]) -> float | None:
+    """Spearman's rank correlation of two maps on one grid, from -1 to 1; ties take mean ranks.
+
+    1 for equal maps, even where they are constant; else None where either is, which has no ranks.
+    Values that differ in their last digits alone are the same.
+    """
+    if np.array_equal(first, second):
+        return 1.0
+    first, second = settled(first), settled(second)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    ranks = [stats.rankdata(values, axis=None) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def signed_rank_p(changes: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test (1945, doi:10.2307/3001968) that changes go one
+    way.
+
+    Changes of 0 are left out, as in the paper; 1 where all are 0. Of n others it is no less than
+    2^(1 - n).
+    """
+    counted = [change for change in changes if change != 0]
+    if not counted:
+        return 1.0
+    method = "exact" if len(counted) <= MOST_EXACT else "asymptotic"
+    return float(stats.wilcoxon(counted, method=method).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values, each corrected for their number (Holm 1979, www.jstor.org/stable/4615733).
+
+    The i-th smallest of m, counted from 0, becomes (m - i) p, no less than those before it and no
+    more than 1. Where what is then below 0.05 is believed, any error at all has that probability.
+    """
+    corrected = [0.0] * len(p_values)
+    least = 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min((len(p_values) - place) * p_values[number], 1.0))
+        corrected[number] = least
+    return corrected
