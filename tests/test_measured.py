@@ -233,7 +233,8 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     each, weights = each[inside], weights[inside]
     mean = np.nansum(weights * each, axis=0) / weights.sum(axis=0)
     squares = np.nansum(weights * (each - mean) ** 2, axis=0) / weights.sum(axis=0)
-    assert_allclose(found, np.sqrt(squares), atol=1e-4)
+    # Sums in single precision: their rounding, 1e-7, is a square's.
+    assert_allclose(found, np.sqrt(squares), atol=5e-4)
     count = spread.windows_over(cells, (stride,) * 3)
     assert_array_equal(count, (~np.isnan(each)).sum(axis=0))
     shown = where_windows_meet(found[..., None], count)
