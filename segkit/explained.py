@@ -23,7 +23,7 @@ import torch
 from segkit.errors import SegkitError
 from segkit.explain.findings import Findings, Study
 from segkit.explain.fuse import with_fused
-from segkit.explain.measured import TOLERANCE_MM, Measure, measure_maps, members
+from segkit.explain.measured import TOLERANCE_MM, Measure, check_reference, measure_maps, members
 from segkit.explain.page import Layer, Page
 from segkit.explain.reach import HeadReach, watching
 from segkit.explain.report import (
@@ -187,6 +187,8 @@ def explain(
     """
     description = predictor.model.description
     labelling = description.labelling
+    if reference is not None:
+        check_reference(reference, volume, f"{name}: the reference")
     with watching(predictor) as watchers:
         prediction = predictor(volume, maps=True, disagreement=True, track=track)
     reach = {position: watcher.result() for position, watcher in watchers.items()}

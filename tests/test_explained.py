@@ -10,7 +10,7 @@ from browser import CHROMIUM, show
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config_attention import AdditiveGridGate
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, VolumeError
 from segkit.explain.cohort import CaseFigures, cohort_text
 from segkit.explain.findings import Findings
 from segkit.explain.measured import Measure
@@ -42,8 +42,15 @@ def study(
 @pytest.fixture(scope="module")
 def explained() -> Explanation:
     """Of a scan of two windows along its first axis, with its reference and one study."""
-    case = noise_case(12, 8, 8)
-    return explain(gated(), case.volume, case.reference, name="<a>", studies=[study])
+    scan = noise_case(12, 8, 8).volume
+    return explain(gated(), scan, layered(scan), name="<a>", studies=[study])
+
+
+def layered(scan: Volume) -> Volume:
+    """Labels of whole cells of any of the maps: 1 in the first third, 2 in the next."""
+    labels = np.zeros(scan.grid.shape, np.uint8)
+    labels[:4], labels[4:8] = 1, 2
+    return scan.like(labels)
 
 
 def test_maps_are_those_of_the_predictor_and_the_fused_one(explained: Explanation) -> None:
@@ -76,6 +83,12 @@ def test_one_window_has_nothing_to_disagree_with() -> None:
     told = {one.map: one.value for one in found.measures if one.name == "disagreement"}
     assert list(told) == KEYS[:2] and all(np.isnan(value) for value in told.values())
     assert found.against == "prediction" and found.dice == {}
+
+
+def test_a_reference_elsewhere_is_refused_by_name() -> None:
+    scan, other = noise_case(8, 8, 8).volume, noise_case(8, 8, 12)
+    with pytest.raises(VolumeError, match=r"^b: the reference lies on another grid than the scan"):
+        explain(gated(), scan, other.reference, name="b")
 
 
 def test_disagreement_is_not_told_unasked() -> None:

@@ -235,7 +235,7 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     squares = np.nansum(weights * (each - mean) ** 2, axis=0) / weights.sum(axis=0)
     # Sums in single precision: their rounding, 1e-7, is a square's.
     assert_allclose(found, np.sqrt(squares), atol=5e-4)
-    count = spread.windows_over(cells, (stride,) * 3)
+    count = spread.windows_over(cells, (float(stride),) * 3)
     assert_array_equal(count, (~np.isnan(each)).sum(axis=0))
     shown = where_windows_meet(found[..., None], count)
     assert_array_equal(np.isnan(shown), count < 2)

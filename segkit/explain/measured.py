@@ -58,8 +58,7 @@ def measure_maps(
     that a map can be seen to tell more than they do; for shares, their lowest value counts as 0.
     Raises VolumeError for labels on another grid than the scan's.
     """
-    if not labels.grid.agrees_with(scan.grid):
-        raise VolumeError("the reference lies on another grid than the scan; resample it onto it")
+    check_reference(labels, scan, "the reference")
     placed = {key: one for key, one in maps.items() if one.volume is not None}
     if not placed:
         return []
@@ -72,6 +71,12 @@ def measure_maps(
     for key, one in placed.items():
         measured += _measure(key, one, baselines, inside, unlabelled, tolerance_mm)
     return measured
+
+
+def check_reference(labels: Volume, scan: Volume, what: str) -> None:
+    """Raise VolumeError where labels lie on another grid than the scan's."""
+    if not labels.grid.agrees_with(scan.grid):
+        raise VolumeError(f"{what} lies on another grid than the scan; resample it onto the scan's")
 
 
 def members(labelling: Labelling) -> dict[str, tuple[int, ...]]:

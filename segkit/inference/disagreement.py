@@ -39,7 +39,7 @@ class WindowSpread:
         """Put the squares of each map beside it."""
         for key in self.keys:
             values = outputs[key].float()
-            centre = self.centres.setdefault(key, float(values.double().mean()))
+            centre = self.centres.setdefault(key, float(values.mean()))
             outputs[key + SQUARES] = (values - centre) ** 2
 
     def deviation(
