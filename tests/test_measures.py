@@ -11,13 +11,13 @@ from scipy.stats import mannwhitneyu, rankdata, spearmanr
 
 from segkit.explain.measures import (
     Figure,
+    Ranked,
     auroc,
     distribution,
     energy_inside,
     entropy,
     iou_at_prevalence,
     localisation,
-    mid_ranks,
     near_structure,
     pointing,
     saturation,
@@ -30,7 +30,7 @@ LEVELS = arrays(np.float64, 20, elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 
 
 
 def told(values: ndarray, inside: ndarray = INSIDE) -> dict[str, Figure]:
-    return {figure.name: figure for figure in localisation(values, inside, inside)}
+    return {figure.name: figure for figure in localisation(Ranked.of(values), inside, inside)}
 
 
 def test_a_constant_map_tells_nothing() -> None:
@@ -74,7 +74,7 @@ def test_random_maps_come_to_what_chance_says() -> None:
 def test_nothing_is_said_of_a_structure_that_is_not_there(inside: ndarray) -> None:
     figures = told(np.arange(4.0), inside)
     assert all(np.isnan(figure.value) for figure in figures.values())
-    assert np.isnan(auroc(np.arange(4.0), ~inside))
+    assert np.isnan(auroc(Ranked.of(np.arange(4.0)), ~inside))
 
 
 def test_a_share_of_the_energy_by_hand() -> None:
@@ -111,9 +111,9 @@ def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
 
 def test_as_many_of_the_highest_are_taken_as_lie_inside_the_first_of_ties() -> None:
     inside = np.array([True, False, True, False])
-    assert iou_at_prevalence(np.array([4.0, 3.0, 2.0, 1.0]), inside) == 1 / 3
-    assert iou_at_prevalence(np.array([4.0, 1.0, 2.0, 1.0]), inside) == 1
-    assert iou_at_prevalence(np.ones(4), inside) == 1 / 3  # the first two
+    assert iou_at_prevalence(Ranked.of(np.array([4.0, 3.0, 2.0, 1.0])), inside) == 1 / 3
+    assert iou_at_prevalence(Ranked.of(np.array([4.0, 1.0, 2.0, 1.0])), inside) == 1
+    assert iou_at_prevalence(Ranked.of(np.ones(4)), inside) == 1 / 3  # the first two
 
 
 def test_entropy_is_one_of_all_alike_and_zero_of_one_alone() -> None:
@@ -137,19 +137,25 @@ def test_saturation_counts_both_ends_of_the_range() -> None:
 def test_any_growing_scale_leaves_ranks_and_so_auroc_and_iou(values: ndarray, count: int) -> None:
     inside = np.arange(20) < count
     scaled = np.exp(3 * values) - 5
-    assert auroc(scaled, inside) == auroc(values, inside)
-    assert iou_at_prevalence(scaled, inside) == iou_at_prevalence(values, inside)
-    assert auroc(-values, inside) == pytest.approx(1 - auroc(values, inside))
+    assert auroc(Ranked.of(scaled), inside) == auroc(Ranked.of(values), inside)
+    assert iou_at_prevalence(Ranked.of(scaled), inside) == iou_at_prevalence(
+        Ranked.of(values), inside
+    )
+    assert auroc(Ranked.of(-values), inside) == pytest.approx(1 - auroc(Ranked.of(values), inside))
 
 
 @pytest.mark.parity
 @given(LEVELS, LEVELS, st.integers(1, 19))
 def test_ranks_are_scipys(values: ndarray, others: ndarray, count: int) -> None:
     inside = np.arange(20) < count
-    assert_array_equal(mid_ranks(values), rankdata(values))
+    assert_array_equal(Ranked.of(values).ranks, rankdata(values))
     counted = mannwhitneyu(values[inside], values[~inside], method="asymptotic").statistic
-    assert auroc(values, inside) == pytest.approx(counted / (count * (20 - count)))
+    assert auroc(Ranked.of(values), inside) == pytest.approx(counted / (count * (20 - count)))
     if np.ptp(values) and np.ptp(others):
-        assert_allclose(spearman(values, others), spearmanr(values, others).statistic, atol=1e-12)
+        assert_allclose(
+            spearman(Ranked.of(values), Ranked.of(others)),
+            spearmanr(values, others).statistic,
+            atol=1e-12,
+        )
     else:
-        assert np.isnan(spearman(values, others))
+        assert np.isnan(spearman(Ranked.of(values), Ranked.of(others)))

@@ -11,6 +11,7 @@ from segkit.explain.cells import Cells, pictures, seen_part
 from segkit.explain.fuse import scalar
 from segkit.explain.measures import (
     Figure,
+    Ranked,
     distribution,
     localisation,
     near_structure,
@@ -103,8 +104,11 @@ def _measure(
         counted = counted & (cells.mean(unlabelled.astype(np.float32)) == 0)
     if not counted.any():
         return []
-    values = scalar(one.volume).data[counted].astype(np.float64)
-    others = {name: cells.mean(image)[counted] for name, image in baselines.items()}
+    values = Ranked.of(scalar(one.volume).data[counted].astype(np.float64))
+    others: dict[str, Ranked] = {}
+    for name, image in baselines.items():
+        covered = cells.mean(image)[counted].astype(np.float64)
+        others[name] = Ranked.of(covered - covered.min())
     measured: list[Measure] = []
 
     def add(of: str, structure: str, figures: Sequence[Figure]) -> None:
@@ -113,7 +117,7 @@ def _measure(
             for figure in figures
         )
 
-    own = distribution(values, one.info.lowest, one.info.highest)
+    own = distribution(values.values, one.info.lowest, one.info.highest)
     own += [
         Figure(f"spearman_{name}", spearman(values, image), 0.0) for name, image in others.items()
     ]
@@ -129,5 +133,5 @@ def _measure(
         inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
         add("map", name, localisation(values, inside, near))
         for baseline, image in others.items():
-            add(baseline, name, localisation(image - image.min(), inside, near))
+            add(baseline, name, localisation(image, inside, near))
     return measured

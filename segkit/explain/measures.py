@@ -6,9 +6,10 @@ structure that no cell or every cell lies in, or of ranks that are all alike.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from scipy.ndimage import distance_transform_edt
 
@@ -27,21 +28,44 @@ class Figure:
     chance: float | None = None
 
 
-def localisation(values: Cells, inside: Inside, near: Inside) -> list[Figure]:
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A map's values, sorted once for all that goes by rank."""
+
+    values: Cells
+    ranks: Cells
+    """From 1 on, those of equal values their mean."""
+    order: Integer[ndarray, " cells"]
+    """The cells from the highest value to the lowest, equal ones as they come in the array."""
+
+    @classmethod
+    def of(cls, values: Cells) -> Self:
+        """The values with their ranks."""
+        order = np.argsort(-values, kind="stable")
+        ordered = values[order]
+        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        counts = np.diff(np.append(first, len(values)))
+        ranks = np.empty(len(values))
+        ranks[order] = np.repeat(len(values) - first - (counts - 1) / 2, counts)
+        return cls(values, ranks, order)
+
+
+def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
     """How well the highest values pick out a structure; `near` are the cells close enough to it.
 
     energy and enrichment (EBPG, Wang et al. 2020, arXiv:1910.01279), pointing (Zhang et al. 2018,
     doi:10.1007/s11263-017-1059-x), auroc and iou.
     """
     share = float(inside.mean())
+    values = ranked.values
     energy = energy_inside(values, inside)
     defined = bool(inside.any())
     return [
         Figure("energy", energy, share),
         Figure("enrichment", energy / share if defined else float("nan"), 1.0),
         Figure("pointing", pointing(values, near) if defined else float("nan"), float(near.mean())),
-        Figure("auroc", auroc(values, inside), 0.5),
-        Figure("iou", iou_at_prevalence(values, inside), share / (2 - share)),
+        Figure("auroc", auroc(ranked, inside), 0.5),
+        Figure("iou", iou_at_prevalence(ranked, inside), share / (2 - share)),
     ]
 
 
@@ -83,7 +107,7 @@ def near_structure(
     return distance <= tolerance_mm + 1e-6
 
 
-def auroc(values: Cells, inside: Inside) -> float:
+def auroc(ranked: Ranked, inside: Inside) -> float:
     """The chance that a cell inside has a higher value than one outside, a tie counting half.
 
     Mann and Whitney's U by mid-ranks; 0.5 for a constant.
@@ -92,11 +116,11 @@ def auroc(values: Cells, inside: Inside) -> float:
     beyond = len(inside) - within
     if within == 0 or beyond == 0:
         return float("nan")
-    ranks = mid_ranks(values)[inside].sum()
+    ranks = ranked.ranks[inside].sum()
     return float((ranks - within * (within + 1) / 2) / (within * beyond))
 
 
-def iou_at_prevalence(values: Cells, inside: Inside) -> float:
+def iou_at_prevalence(ranked: Ranked, inside: Inside) -> float:
     """Intersection over union of the structure and as many cells of the highest values.
 
     Of equal values those that come first in the array are taken. By chance about p / (2 - p).
@@ -104,8 +128,7 @@ def iou_at_prevalence(values: Cells, inside: Inside) -> float:
     count = int(inside.sum())
     if count == 0:
         return float("nan")
-    highest = np.argsort(-values, kind="stable")[:count]
-    both = int(inside[highest].sum())
+    both = int(inside[ranked.order[:count]].sum())
     return both / (2 * count - both)
 
 
@@ -130,16 +153,9 @@ def saturation(values: Cells, lowest: float, highest: float) -> tuple[float, flo
     return float(low), float(high)
 
 
-def spearman(values: Cells, others: Cells) -> float:
+def spearman(values: Ranked, others: Ranked) -> float:
     """The correlation of the mid-ranks; NaN where either is constant."""
-    first, second = mid_ranks(values), mid_ranks(others)
-    first, second = first - first.mean(), second - second.mean()
-    scale = np.sqrt((first @ first) * (second @ second))
-    return float(first @ second / scale) if scale > 0 else float("nan")
-
-
-def mid_ranks(values: Cells) -> Cells:
-    """Ranks from 1 on, those of equal values their mean."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: ndarray = (np.cumsum(counts) - (counts - 1) / 2)[place.ravel()]
-    return ranks
+    if np.ptp(values.ranks) == 0 or np.ptp(others.ranks) == 0:
+        return float("nan")
+    first, second = values.ranks - values.ranks.mean(), others.ranks - others.ranks.mean()
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
