@@ -201,7 +201,7 @@ def explain(
         channels=description.channels,
         tolerance_mm=tolerance_mm,
     )
-    dice = {}
+    dice: dict[str, float] = {}
     if reference is not None:
         told = np.ones(volume.grid.shape, bool)
         if labelling.ignore is not None:

@@ -174,7 +174,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     """
     files = {file.resolve() for source in inputs for file in source.files}
     names: set[str] = set()
-    targets = []
+    targets: list[Path] = []
     for source in inputs:
         if source.name in names:
             raise VolumeError(
