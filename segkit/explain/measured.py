@@ -132,6 +132,6 @@ def _measure(
         within &= counted
         inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
         add("map", name, localisation(values, inside, near))
-        for baseline, image in others.items():
-            add(baseline, name, localisation(image, inside, near))
+        for baseline, ranked in others.items():
+            add(baseline, name, localisation(ranked, inside, near))
     return measured
