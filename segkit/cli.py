@@ -386,11 +386,18 @@ def explain(
         bool,
         typer.Option("--heads", help="Say whether several heads of attention beat one here."),
     ] = False,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
+    ] = 5.0,
     device: Device = "auto",
     overlap: Overlap = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, how far attention reaches in mm, and what each head is worth."""
+    """Write attention maps, what they pick out beside chance, and a page that shows them.
+
+    With a reference, measures compare with it, else with the model's own labels. Several volumes
+    get a folder each, a table over all, and a page that sums them up.
+    """
     from segkit.errors import VolumeError
     from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
@@ -404,7 +411,8 @@ def explain(
     loaded = load_model(folder)
     found = find_inputs(inputs, len(loaded.description.channels))
     _say(f"model: {folder}")
-    predictor = Predictor(loaded, device=device, overlap=overlap)
+    # Windows of a map that nobody asked about would count as cells that let nothing through.
+    predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
     if heads and reference is not None:
@@ -412,7 +420,16 @@ def explain(
         for studied in figures:
             _say(studied.answer())
         _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
-    for explained in explain_files(predictor, found, out, overwrite=overwrite, track=track):
+    explanations = explain_files(
+        predictor,
+        found,
+        out,
+        references=reference,
+        tolerance_mm=tolerance,
+        overwrite=overwrite,
+        track=track,
+    )
+    for explained in explanations:
         _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
         for position, reach in explained.reach.items():
             for number, head in enumerate(reach):
@@ -421,6 +438,7 @@ def explain(
                     f"({head.distance_ratio:.2f} of uniform attention), "
                     f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
                 )
+    _say(f"next: open {out / 'index.html'}")
 
 
 @app.command()

@@ -1,21 +1,29 @@
-"""`segkit explain`: what a model attends to, and what its heads of attention are worth."""
+"""`segkit explain`: what a model attends to, measured, and what its heads are worth."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import VolumeError
+from segkit.explain.cohort import CaseFigures, cohort_text
+from segkit.explain.findings import Study
 from segkit.explain.heads import PositionFigures, head_table, study_heads
 from segkit.explain.maps import write_maps
-from segkit.explain.reach import HeadReach, watching
+from segkit.explain.measured import TOLERANCE_MM
+from segkit.explain.page import write_page
+from segkit.explain.reach import HeadReach
+from segkit.explain.report import rows_as_csv
+from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
+TABLE = "measures.csv"
+FIGURES = "measures.json"
+PAGE = "index.html"
+COHORT = "cohort.csv"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
@@ -56,25 +64,69 @@ def explain_files(
     inputs: Sequence[Input],
     folder: Path,
     *,
+    references: Path | None = None,
+    tolerance_mm: float = TOLERANCE_MM,
+    studies: Sequence[Study] = (),
     overwrite: bool = False,
     track: Track = lambda items, what, count: items,
 ) -> Iterator[Explained]:
-    """Write each volume's labels and maps, and say how far the heads of attention reach.
+    """Write each volume's labels, maps, measures and page; of several, each in its own folder.
 
-    `NAME_seg`, the maps of `write_maps`, and in `NAME_maps.json` distance and entropy of each head.
+    `NAME_seg`, the maps of `write_maps` with how far heads reach, `measures.json`, `measures.csv`
+    and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
+    Measures compare with `references`, a file or a folder, or else with the model's own labels.
     """
     check_targets(inputs, folder, overwrite=overwrite)
+    labels = {} if references is None else find_references(inputs, references)
+    finished: list[CaseFigures] = []
+    rows: list[dict[str, Any]] = []
     for source in inputs:
-        volume = read_input(source)
-        with watching(predictor) as watchers:
-            prediction = predictor(
-                volume, maps=True, track=lambda slabs, count: track(slabs, "explaining", count)
-            )
-        reach = {position: watcher.result() for position, watcher in watchers.items()}
-        labels = folder / f"{source.name}_seg.nii.gz"
-        write_volume(labels, prediction.labels)
-        written = write_maps(folder, source.name, prediction.maps, volume, reach=reach)
-        yield Explained(source.name, (labels, *written), reach)
+        path = labels.get(source.name)
+        explanation = explain(
+            predictor,
+            read_input(source),
+            None if path is None else read_labels(path),
+            name=source.name,
+            tolerance_mm=tolerance_mm,
+            studies=studies,
+            track=lambda slabs, count: track(slabs, "explaining", count),
+        )
+        written = write_explanation(case_folder(source, inputs, folder), explanation)
+        yield Explained(source.name, written, explanation.reach)
+        rows += explanation.rows()
+        finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
+    if len(inputs) > 1:
+        facts = facts_of(predictor)
+        write_text(folder / COHORT, rows_as_csv(rows))
+        write_text(folder / PAGE, cohort_text(finished, facts))
+
+
+def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
+    """Write all that `explain_files` does of one volume, and return the files, the labels first."""
+    name = explanation.name
+    labels = folder / f"{name}_seg.nii.gz"
+    write_volume(labels, explanation.labels)
+    maps = write_maps(folder, name, explanation.maps, explanation.scan, reach=explanation.reach)
+    write_text(folder / TABLE, rows_as_csv(explanation.rows()))
+    write_json(
+        folder / FIGURES,
+        {
+            "case": name,
+            "against": explanation.against,
+            "tolerance_mm": explanation.tolerance_mm,
+            "made": explanation.facts,
+            "dice": explanation.dice,
+            "measures": [vars(measure) for measure in explanation.measures],
+            **{found.name: dict(found.figures) for found in explanation.findings},
+        },
+    )
+    write_page(folder / PAGE, explanation.page())
+    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, PAGE)))
+
+
+def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
+    """Where the files of one volume go: the folder itself if it is the only one."""
+    return folder if len(inputs) == 1 else folder / source.name
 
 
 def explain_heads(
@@ -89,19 +141,10 @@ def explain_heads(
     """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
     table, whole = folder / "heads.csv", folder / "heads.json"
     refuse_existing([table, whole], overwrite=overwrite)
-    if references.is_file() and len(inputs) > 1:
-        raise VolumeError(
-            f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
-        )
-    paths = [reference_of(source, references) for source in inputs]
-    cases = [CaseOnDisk(source, path) for source, path in zip(inputs, paths, strict=True)]
+    paths = find_references(inputs, references)
+    cases = [CaseOnDisk(source, paths[source.name]) for source in inputs]
     figures = study_heads(predictor, cases, track=track)
-    rows = head_table(figures)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(table, text.getvalue())
+    write_text(table, rows_as_csv(head_table(figures)))
     write_json(
         whole,
         {
@@ -125,18 +168,38 @@ def explain_heads(
 
 
 def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
-    """Raise VolumeError where what `explain_files` would write is there already, or is an input."""
+    """Raise VolumeError where what `explain_files` would write is there already, or is an input.
+
+    Or where two volumes of one name would share their files.
+    """
     files = {file.resolve() for source in inputs for file in source.files}
-    targets = [
-        folder / f"{source.name}{ending}"
-        for source in inputs
-        for ending in ("_seg.nii.gz", "_maps.json")
-    ]
+    names: set[str] = set()
+    targets: list[Path] = []
+    for source in inputs:
+        if source.name in names:
+            raise VolumeError(
+                f"{source.files[0]}: another volume is called {source.name} too; rename one"
+            )
+        names.add(source.name)
+        place = case_folder(source, inputs, folder)
+        targets += [place / f"{source.name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")]
+        targets += [place / each for each in (TABLE, FIGURES, PAGE)]
+        targets += place.glob(f"{source.name}_map-*.nii.gz")
+    if len(inputs) > 1:
+        targets += [folder / COHORT, folder / PAGE]
     for target in targets:
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    maps = [path for source in inputs for path in folder.glob(f"{source.name}_map-*.nii.gz")]
-    refuse_existing([*targets, *maps], overwrite=overwrite)
+    refuse_existing(targets, overwrite=overwrite)
+
+
+def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
+    """The reference of each input, by its name. Raises VolumeError where one has none."""
+    if references.is_file() and len(inputs) > 1:
+        raise VolumeError(
+            f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
+        )
+    return {source.name: reference_of(source, references) for source in inputs}
 
 
 def reference_of(source: Input, references: Path) -> Path:

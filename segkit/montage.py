@@ -77,7 +77,8 @@ def write_montage(
                     aspect=aspect,
                 )
             else:
-                lowest, highest = np.percentile(turned_overlay[turned_overlay != 0], [1, 99])
+                said = turned_overlay[turned_overlay != 0]
+                lowest, highest = np.percentile(said, [1, 99]) if said.size else (0.0, 1.0)
                 image = axis.imshow(
                     np.ma.masked_equal(values, 0),
                     cmap="inferno",

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.config_attention import AdditiveGridGate, CrossAttention
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads import Case, HeadFigures, PositionFigures, head_table, study_heads
+from segkit.explained import explain
 from segkit.explanation import explain_files, explain_heads, reference_of
 from segkit.geometry import Grid
 from segkit.inference.predictor import Predictor
@@ -54,19 +55,24 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def files_of(name: str, *maps: str) -> set[str]:
+def files_of(name: str, *maps: str, within: str = "") -> set[str]:
     shown = {f"{name}_map-{key}.nii.gz" for key in maps}
-    return {f"{name}_seg.nii.gz", f"{name}_maps.json"} | shown | {f"native/{m}" for m in shown}
+    found = {f"{name}_seg.nii.gz", f"{name}_maps.json", *shown, *(f"native/{m}" for m in shown)}
+    found |= {"measures.csv", "measures.json", "index.html"}
+    return {f"{within}{path}" for path in found}
+
+
+OVER_ALL = {"cohort.csv", "index.html"}
 
 
 def test_labels_maps_and_figures_of_every_volume_are_written(scans: Path, tmp_path: Path) -> None:
     predictor, out = predictor_of(bottleneck=self_attention(2)), tmp_path / "out"
     explained = list(explain_files(predictor, find_inputs([scans], 1), out))
-    expected = [files_of(name, "bottleneck-received") for name in ("a", "b")]
-    assert files_in(out) == expected[0] | expected[1]
+    expected = [files_of(name, "bottleneck-received", within=f"{name}/") for name in ("a", "b")]
+    assert files_in(out) == expected[0] | expected[1] | OVER_ALL
     for found, wanted, name in zip(explained, expected, ("a", "b"), strict=True):
         assert found.name == name
-        assert found.written[0] == out / f"{name}_seg.nii.gz"
+        assert found.written[0] == out / name / f"{name}_seg.nii.gz"
         assert {str(path.relative_to(out)) for path in found.written} == wanted
         plain = predictor(read_volume(scans / f"{name}.nii.gz")).labels
         written = read_volume(found.written[0])
@@ -200,10 +206,10 @@ def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
         scans, "--out", out, "--model", model, "--heads", "--reference", labels
     )
     assert (code, err) == (0, "")
-    expected = {"heads.csv", "heads.json"}
+    expected = {"heads.csv", "heads.json"} | OVER_ALL
     for name in ("a", "b"):
-        expected |= files_of(name, "bottleneck-received")
-        heads = json.loads((out / f"{name}_maps.json").read_text())["maps"][0]["heads"]
+        expected |= files_of(name, "bottleneck-received", within=f"{name}/")
+        heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
         for number, head in enumerate(heads):
             assert (
                 f"{name} bottleneck head {number}: reaches {head['distance_mm']:.1f} mm "
@@ -257,12 +263,23 @@ def test_a_study_of_a_model_without_heads_writes_nothing(scans: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("left", ["a_maps.json", "a_seg.nii.gz", "a_map-skip.1-gate.nii.gz"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "a/a_maps.json",
+        "a/a_seg.nii.gz",
+        "a/a_map-skip.1-gate.nii.gz",
+        "b/measures.csv",
+        "a/index.html",
+        "cohort.csv",
+        "index.html",
+    ],
+)
 def test_any_file_that_is_there_already_stops_it_before_anything_is_written(
     left: str, scans: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    (out / left).parent.mkdir(parents=True)
     (out / left).write_bytes(b"precious")
     predictor = predictor_of(bottleneck=self_attention(2))
     with pytest.raises(VolumeError, match=rf"{left}: exists already"):
@@ -271,12 +288,71 @@ def test_any_file_that_is_there_already_stops_it_before_anything_is_written(
 
 
 def test_an_input_is_never_written_over(scans: Path) -> None:
-    both = [scans / "a.nii.gz", scans / "a_seg.nii.gz"]
-    both[1].write_bytes(both[0].read_bytes())
+    inside = scans / "a" / "a_seg.nii.gz"
+    inside.parent.mkdir()
+    inside.write_bytes((scans / "a.nii.gz").read_bytes())
+    both = [scans / "a.nii.gz", inside]
     predictor = predictor_of(bottleneck=self_attention(2))
     with pytest.raises(VolumeError, match=r"a_seg\.nii\.gz: is an input itself"):
         list(explain_files(predictor, find_inputs(both, 1), scans, overwrite=True))
-    assert both[1].read_bytes() == both[0].read_bytes()
+    assert inside.read_bytes() == both[0].read_bytes()
+
+
+def test_volumes_of_one_name_are_refused(scans: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "a.nii.gz"
+    other.parent.mkdir()
+    other.write_bytes((scans / "a.nii.gz").read_bytes())
+    inputs = find_inputs([scans / "a.nii.gz", other], 1)
+    with pytest.raises(VolumeError, match=r"other/a\.nii\.gz: another volume is called a too"):
+        list(explain_files(predictor_of(skip=AdditiveGridGate()), inputs, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_of_a_cohort_are_those_of_its_scans_with_its_references(
+    scans: Path, tmp_path: Path
+) -> None:
+    out, labels = tmp_path / "out", scans.parent / "labels"
+    for path in labels.iterdir():
+        halves = np.zeros((8, 8, 8), np.uint8)
+        halves[:4], halves[4:, 4:] = 1, 2
+        write_volume(path, read_volume(path).like(halves))
+    predictor = predictor_of(skip=AdditiveGridGate(levels=[0, 1]))
+    inputs = find_inputs([scans], 1)
+    list(explain_files(predictor, inputs, out, references=labels, tolerance_mm=2.0))
+    rows = {name: rows_of(out / name / "measures.csv") for name in ("a", "b")}
+    assert rows_of(out / "cohort.csv") == rows["a"] + rows["b"]
+    for name in ("a", "b"):
+        told = json.loads((out / name / "measures.json").read_text())
+        assert told["against"] == "reference" and told["tolerance_mm"] == 2.0
+        explanation = explain(
+            predictor,
+            *(read_volume(folder / f"{name}.nii.gz") for folder in (scans, labels)),
+            tolerance_mm=2.0,
+        )
+        for found, measure in zip(told["measures"], explanation.measures, strict=True):
+            expected = {**vars(measure), "value": pytest.approx(measure.value, nan_ok=True)}
+            assert {**found, "value": nan_of(found["value"])} == expected
+        aurocs = {
+            (row["map"], row["of"], row["structure"]): float(row["auroc"])
+            for row in rows[name]
+            if row["auroc"]
+        }
+        assert {key for key, _, _ in aurocs} == {"skip.0/gate", "skip.1/gate", "fused/gate"}
+        for measure in explanation.measures:
+            if measure.name == "auroc":
+                place = (measure.map, measure.of, measure.structure)
+                assert aurocs[place] == pytest.approx(measure.value)
+    page = (out / "index.html").read_text()
+    assert 'href="a/index.html"' in page and "<script" not in page
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def nan_of(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def test_one_reference_is_not_that_of_several_volumes(scans: Path, tmp_path: Path) -> None:

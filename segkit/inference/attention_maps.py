@@ -11,6 +11,7 @@ from torch import Tensor
 
 from segkit.data.preprocess import Prepared
 from segkit.geometry import Grid, Orientation
+from segkit.inference.disagreement import SQUARES, WindowSpread, where_windows_meet
 from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import Slab
 from segkit.nn.taps import MapInfo
@@ -35,6 +36,9 @@ class AttentionMap:
     """Where it has none: each channel's mean over windows …"""
     channel_std: Float[ndarray, " channel"] | None = None
     """… and standard deviation."""
+    disagreement: Volume | None = None
+    """Standard deviation between the windows over each cell, mean over channels, where asked for:
+    float32, and no number where fewer than two windows looked."""
 
 
 class ChannelMoments:
@@ -62,38 +66,57 @@ class MapCollector:
         infos: of the maps that are asked for, by key.
         prepared: the image that is walked over.
         allocate: gives the arrays for maps that have a place.
+        disagreement: whether to tell how far windows disagree about each map that has a place.
     """
 
     def __init__(
-        self, infos: Mapping[str, MapInfo], prepared: Prepared, *, allocate: Allocate
+        self,
+        infos: Mapping[str, MapInfo],
+        prepared: Prepared,
+        *,
+        allocate: Allocate,
+        disagreement: bool = False,
     ) -> None:
         self.infos = infos
         self.prepared = prepared
         self.allocate = allocate
         self.vectors = ChannelMoments()
         self.placed: dict[str, ndarray] = {}
+        placed = [key for key, info in infos.items() if info.placement is not None]
+        self.spread = WindowSpread(placed) if disagreement else None
 
     def take_vectors(self, outputs: dict[str, Tensor]) -> None:
-        """Take the maps over channels out of what the network says of a batch of windows."""
+        """Take the maps over channels out of what the network says of a batch of windows.
+
+        Beside the others go their squares, where disagreement is asked for.
+        """
         for key, info in self.infos.items():
             if info.placement is None:
                 self.vectors.add(key, outputs.pop(key))
+        if self.spread is not None:
+            self.spread.add_squares(outputs)
 
     def take_rows(self, slab: Slab) -> None:
         """Take the finished rows of placed maps out of a slab."""
         for key in [key for key in slab.rows if key in self.infos]:
             rows, first = slab.rows.pop(key), slab.starts[key]
             info = self.infos[key]
-            assert info.placement is not None
-            if key not in self.placed:
-                size = self.prepared.grid.shape[WALK_AXIS]
-                length = -(-size // int(info.placement.stride[WALK_AXIS]))
-                shape = (*rows.shape[1:3], length, len(rows))
-                self.placed[key] = self.allocate(shape, np.dtype(np.float32))
+            if self.spread is not None:
+                squares = slab.rows.pop(key + SQUARES)
+                self._put(info, key + SQUARES, self.spread.deviation(key, rows, squares), first)
             # Blending is convex, but for the last digit.
-            values = rows.clamp(info.lowest, info.highest).movedim(0, -1).cpu().numpy()
-            self.placed[key][:, :, first : first + rows.shape[-1]] = values
-            release(self.placed[key])
+            self._put(info, key, rows.clamp(info.lowest, info.highest), first)
+
+    def _put(self, info: MapInfo, name: str, rows: Tensor, first: int) -> None:
+        assert info.placement is not None
+        if name not in self.placed:
+            size = self.prepared.grid.shape[WALK_AXIS]
+            length = -(-size // int(info.placement.stride[WALK_AXIS]))
+            shape = (*rows.shape[1:3], length, len(rows))
+            self.placed[name] = self.allocate(shape, np.dtype(np.float32))
+        values = rows.movedim(0, -1).cpu().numpy()
+        self.placed[name][:, :, first : first + rows.shape[-1]] = values
+        release(self.placed[name])
 
     def result(self, volume: Volume) -> dict[str, AttentionMap]:
         """The maps of the whole volume."""
@@ -101,9 +124,24 @@ class MapCollector:
         return {
             key: self.vectors.result(info, source)
             if info.placement is None
-            else AttentionMap(info, self._on_its_grid(info, volume), source)
+            else AttentionMap(
+                info,
+                self._on_its_grid(info, volume),
+                source,
+                disagreement=self._disagreement(info, volume),
+            )
             for key, info in self.infos.items()
         }
+
+    def _disagreement(self, info: MapInfo, volume: Volume) -> Volume | None:
+        if self.spread is None or info.placement is None:
+            return None
+        deviation = self.placed[info.key + SQUARES]
+        windows = self.spread.windows_over(deviation.shape[:3], info.placement.stride)
+        grid = self.prepared.grid.placed(
+            windows.shape, info.placement.stride, info.placement.offset
+        )
+        return volume.on(grid, where_windows_meet(deviation, windows))
 
     def _on_its_grid(self, info: MapInfo, volume: Volume) -> Volume:
         assert info.placement is not None

@@ -1,5 +1,6 @@
 """One model at work: how its windows are laid out, run and walked over."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -132,6 +133,9 @@ class Member:
             if self.skip_empty
             else frozenset()
         )
+        if maps.spread is not None:
+            asked = (place for place in itertools.product(*starts) if place not in empty)
+            maps.spread.will_see(asked, patch)
         labelling = self.model.description.labelling
         background = torch.full((len(labelling.outputs),), UNLIKELY)
         if labelling.written is None:

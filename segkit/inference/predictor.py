@@ -181,13 +181,15 @@ class Predictor:
         *,
         first_labels: Volume | None = None,
         maps: bool = False,
+        disagreement: bool = False,
         probabilities: bool = False,
         uncertainty: bool = False,
         allocate: Allocate = in_memory,
         track: Track = lambda slabs, count: slabs,
     ) -> Prediction:
         """Labels of every voxel of `volume`, and what else is asked for: probabilities, attention
-        maps, and uncertainty, which is entropy and variance.
+        maps, with how far windows disagree about them, and uncertainty, which is entropy and
+        variance.
 
         `first_labels` are those of the first stage where they are known already; a model with one
         finds them itself. `allocate` gives the arrays for all but labels; `track(slabs, count)` may
@@ -198,7 +200,7 @@ class Predictor:
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
-            MapCollector(wanted, prepared, allocate=allocate)
+            MapCollector(wanted, prepared, allocate=allocate, disagreement=disagreement)
             for wanted, prepared in zip([infos, *[{}] * (len(images) - 1)], images, strict=True)
         ]
         presence: list[list[Tensor]] = [[] for _ in self.members]
