@@ -19,10 +19,14 @@ def settled(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
     """A map rounded to 2^-18 of its largest size, before its cells are ranked.
 
     Windows are blended in float32, so that a map of one value comes out with last digits that
-    depend on where a cell lies in its window; they would rank the middle of the image first.
+    depend on where a cell lies in its window; they would rank the middle of the image first. For
+    the same reason a map whose largest value is too small for float32 is 0.
     """
-    step = float(np.abs(values).max(initial=0)) * LAST_DIGITS
-    return np.round(values / step) * step if step > 0 else values
+    largest = float(np.abs(values).max(initial=0))
+    if largest < np.finfo(np.float32).tiny:
+        return np.zeros_like(values)
+    step = largest * LAST_DIGITS
+    return np.round(values / step) * step
 
 
 def spearman(first: Float[ndarray, "*cells"], second: Float[ndarray, "*cells"]) -> float | None:
