@@ -131,7 +131,7 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
     page = (out / "index.html").read_text()
     (verdict,) = cohort["verdicts"]
-    assert verdict["map"] == "skip.1/gate" and f"<td>{verdict['verdict']}</td>" in page
+    assert verdict["map"] == "skip.1/gate" and f"</b> is <b>{verdict['verdict']}</b>: " in page
 
 
 def test_a_model_without_gates_is_refused() -> None:

@@ -51,7 +51,7 @@ def cohort_text(
         "<p>Mean ± standard deviation over scans, and how many have a figure where not all do. "
         "Chance stands in brackets. Rows of intensity and gradient say what the scan itself tells "
         "on the cells of the map.</p>",
-        *_verdict_table(verdicts),
+        *_verdicts(verdicts),
         *_measure_tables(cases),
         "<h2>Scans</h2>",
         _case_table(cases),
@@ -62,11 +62,12 @@ def cohort_text(
     return "\n".join(parts)
 
 
-def _verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [[_text(one.map), one.verdict, _text(one.reason)] for one in verdicts]
-    if not rows:
-        return []
-    return ["<h2>What each map is worth</h2>", _table(["map", "over all scans", "why"], rows)]
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    told = [
+        f"<p><b>{_text(one.map)}</b> is <b>{one.verdict}</b>: {_text(one.reason)}</p>"
+        for one in verdicts
+    ]
+    return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
 
 
 def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:
