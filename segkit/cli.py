@@ -386,6 +386,10 @@ def explain(
         bool,
         typer.Option("--heads", help="Say whether several heads of attention beat one here."),
     ] = False,
+    verdicts: Annotated[
+        bool,
+        typer.Option("--verdicts", help="Say whether each gate matters; minutes a scan."),
+    ] = False,
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
@@ -399,6 +403,7 @@ def explain(
     get a folder each, a table over all, and a page that sums them up.
     """
     from segkit.errors import VolumeError
+    from segkit.explain.study import WorthStudy, check_gates
     from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
@@ -415,6 +420,8 @@ def explain(
     predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
+    if verdicts:
+        check_gates(predictor)
     if heads and reference is not None:
         figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
         for studied in figures:
@@ -426,6 +433,7 @@ def explain(
         out,
         references=reference,
         tolerance_mm=tolerance,
+        studies=[WorthStudy(track=track)] if verdicts else [],
         overwrite=overwrite,
         track=track,
     )
@@ -438,6 +446,8 @@ def explain(
                     f"({head.distance_ratio:.2f} of uniform attention), "
                     f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
                 )
+        for verdict in explained.verdicts:
+            _say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
     _say(f"next: open {out / 'index.html'}")
 
 

@@ -220,7 +220,7 @@ def explain(
         tolerance_mm,
         dice,
         reach,
-        tuple(study(predictor, volume, reference, maps) for study in studies),
+        tuple(study(predictor, name, volume, reference, maps, measures) for study in studies),
         {number: label for label, number in labelling.numbers.items()},
         facts_of(predictor),
     )

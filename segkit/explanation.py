@@ -11,9 +11,10 @@ from segkit.explain.findings import Study
 from segkit.explain.heads import PositionFigures, head_table, study_heads
 from segkit.explain.maps import write_maps
 from segkit.explain.measured import TOLERANCE_MM
-from segkit.explain.page import write_page
+from segkit.explain.page import Verdict, write_page
 from segkit.explain.reach import HeadReach
 from segkit.explain.report import rows_as_csv
+from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
@@ -24,6 +25,7 @@ TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
 COHORT = "cohort.csv"
+COHORT_FIGURES = "cohort.json"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
@@ -34,6 +36,8 @@ class Explained:
     name: str
     written: tuple[Path, ...]
     reach: dict[str, list[HeadReach]]
+    verdicts: tuple[Verdict, ...] = ()
+    """Of studies."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,14 @@ def explain_files(
     `NAME_seg`, the maps of `write_maps` with how far heads reach, `measures.json`, `measures.csv`
     and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
     Measures compare with `references`, a file or a folder, or else with the model's own labels.
+    With a `WorthStudy`, `ablation.csv` has a row for each map that is taken out and each class, and
+    over several volumes `cohort.json` the verdicts over all.
     """
     check_targets(inputs, folder, overwrite=overwrite)
     labels = {} if references is None else find_references(inputs, references)
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
+    worths: list[Worth] = []
     for source in inputs:
         path = labels.get(source.name)
         explanation = explain(
@@ -92,13 +99,21 @@ def explain_files(
             track=lambda slabs, count: track(slabs, "explaining", count),
         )
         written = write_explanation(case_folder(source, inputs, folder), explanation)
-        yield Explained(source.name, written, explanation.reach)
+        verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
+        yield Explained(source.name, written, explanation.reach, verdicts)
+        worths += [found for found in explanation.findings if isinstance(found, Worth)]
         rows += explanation.rows()
         finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
     if len(inputs) > 1:
         facts = facts_of(predictor)
         write_text(folder / COHORT, rows_as_csv(rows))
-        write_text(folder / PAGE, cohort_text(finished, facts))
+        pooled: Sequence[Verdict] = ()
+        if worths:
+            pooled, figures = cohort_figures([found.evidence for found in worths])
+            write_json(folder / COHORT_FIGURES, {"scans": len(inputs), "made": facts, **figures})
+            ablated = [row for found in worths for row in found.rows[ABLATIONS]]
+            write_text(folder / ABLATIONS, rows_as_csv(ablated))
+        write_text(folder / PAGE, cohort_text(finished, facts, pooled))
 
 
 def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
@@ -120,8 +135,11 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
             **{found.name: dict(found.figures) for found in explanation.findings},
         },
     )
+    tables = {file: rows for found in explanation.findings for file, rows in found.rows.items()}
+    for file, rows in tables.items():
+        write_text(folder / file, rows_as_csv(rows))
     write_page(folder / PAGE, explanation.page())
-    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, PAGE)))
+    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
@@ -183,10 +201,10 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
         names.add(source.name)
         place = case_folder(source, inputs, folder)
         targets += [place / f"{source.name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")]
-        targets += [place / each for each in (TABLE, FIGURES, PAGE)]
+        targets += [place / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)]
         targets += place.glob(f"{source.name}_map-*.nii.gz")
     if len(inputs) > 1:
-        targets += [folder / COHORT, folder / PAGE]
+        targets += [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
     for target in targets:
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")

@@ -1,7 +1,7 @@
 """An explanation as an object: what it holds, and how it shows itself."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,14 @@ def gated() -> Predictor:
 
 def study(
     predictor: Predictor,
+    name: str,
     volume: Volume,
     reference: Volume | None,
     maps: Mapping[str, AttentionMap],
+    measures: Sequence[Measure],
 ) -> Findings:
-    assert list(maps) == KEYS and predictor.model.description.run
+    assert list(maps) == KEYS and name == "<a>" and predictor.model.description.run
+    assert {measure.map for measure in measures} == set(KEYS)
     told = "with" if reference is not None else "without"
     verdict = Verdict("skip.1/gate", "redundant", f"Looked at {told} a reference.")
     return Findings("verdicts", verdicts=(verdict,), figures={"dice": [0.5]})

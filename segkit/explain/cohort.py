@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from segkit.explain.measured import Measure
+from segkit.explain.page import Verdict
 from segkit.explain.report import DISTRIBUTION, LOCALISATION, TITLES, by_row
 
 STYLE = """
@@ -32,8 +33,13 @@ class CaseFigures:
     dice: Mapping[str, float]
 
 
-def cohort_text(cases: Sequence[CaseFigures], facts: Mapping[str, str]) -> str:
-    """The page as HTML: plain tables that run nothing and fetch nothing."""
+def cohort_text(
+    cases: Sequence[CaseFigures], facts: Mapping[str, str], verdicts: Sequence[Verdict] = ()
+) -> str:
+    """The page as HTML: plain tables that run nothing and fetch nothing.
+
+    `verdicts` are of all scans together.
+    """
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     title = f"Attention maps of {len(cases)} scans"
     parts = [
@@ -45,6 +51,7 @@ def cohort_text(cases: Sequence[CaseFigures], facts: Mapping[str, str]) -> str:
         "<p>Mean ± standard deviation over scans, and how many have a figure where not all do. "
         "Chance stands in brackets. Rows of intensity and gradient say what the scan itself tells "
         "on the cells of the map.</p>",
+        *_verdicts(verdicts),
         *_measure_tables(cases),
         "<h2>Scans</h2>",
         _case_table(cases),
@@ -53,6 +60,14 @@ def cohort_text(cases: Sequence[CaseFigures], facts: Mapping[str, str]) -> str:
         "<footer>Research software and no medical device.</footer>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    told = [
+        f"<p><b>{_text(one.map)}</b> is <b>{one.verdict}</b>: {_text(one.reason)}</p>"
+        for one in verdicts
+    ]
+    return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
 
 
 def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:

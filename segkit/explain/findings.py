@@ -1,9 +1,10 @@
 """What a study of a model's maps hands over, to be shown and kept beside the measures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from segkit.explain.measured import Measure
 from segkit.explain.page import Bars, Curve, Table, Verdict
 from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.predictor import Predictor
@@ -22,6 +23,8 @@ class Findings:
     verdicts: tuple[Verdict, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON."""
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """Tables for files of their own, by the name of the file."""
 
 
 class Study(Protocol):
@@ -30,8 +33,10 @@ class Study(Protocol):
     def __call__(
         self,
         predictor: Predictor,
+        name: str,
         volume: Volume,
         reference: Volume | None,
         maps: Mapping[str, AttentionMap],
+        measures: Sequence[Measure],
     ) -> Findings:
-        """What it found; `maps` are those of the scan, the fused one with them."""
+        """What it found; `maps` are those of the scan, the fused one with them, as measured."""
