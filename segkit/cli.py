@@ -110,13 +110,13 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
-    from segkit.files import write_text
-    from segkit.planning import plan_dataset, refuse_existing
+    from segkit.files import refuse_existing, write_text
+    from segkit.planning import plan_dataset
     from segkit.progress import Tracker
 
     target = out or Path(f"{dataset.resolve().name}.yaml")
     low = target.with_name(f"{target.stem}_low{target.suffix}")
-    refuse_existing(target, overwrite=overwrite)
+    refuse_existing([target], overwrite=overwrite)
     planned = plan_dataset(
         dataset,
         cache=runs / ".cache",
@@ -129,7 +129,7 @@ def plan(
         track=Tracker(console),
     )
     if planned.low is not None:
-        refuse_existing(low, overwrite=overwrite)
+        refuse_existing([low], overwrite=overwrite)
         write_text(low, planned.low.text)
         _say(planned.low.text.rstrip())
         _say(f"wrote {low}")

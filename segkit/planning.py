@@ -17,7 +17,6 @@ from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, plan_for_memory, plan_for_time
 from segkit.data.rules import Numbers
-from segkit.errors import ConfigError
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
 from segkit.nn.unet import UNet
@@ -282,9 +281,3 @@ def _yaml(value: dict[str, Any]) -> str:
     ((key, content),) = value.items()
     flow = yaml.safe_dump(content, default_flow_style=True, width=10_000, sort_keys=False)
     return f"{key}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}"
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError where a plan would be written over."""
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path}: exists already; pass --overwrite or name another --out")
