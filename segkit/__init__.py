@@ -7,7 +7,7 @@ it is first asked for: `import segkit` itself loads neither torch nor anything e
     prediction = segkit.Predictor(run.model)(segkit.read_volume(Path("scan.nii.gz")), maps=True)
 
 Volumes are (x, y, z) or (x, y, z, channel) in the file's own order, world coordinates RAS+ in mm.
-Whatever a user can cause is a `SegkitError` of one sentence. Other modules may change without notice.
+Whatever a user can cause is a `SegkitError` of one sentence. Other modules may change unannounced.
 """
 
 from importlib import import_module

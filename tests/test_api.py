@@ -15,12 +15,41 @@ from segkit.errors import SegkitError
 from segkit.nn.taps import MapInfo
 
 # Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
-PUBLIC = """
-    AttentionMap Config ConfigError CrossValidation DatasetError Evaluation Explanation Grid Model
-    ModelError Planned Prediction Predictor Run SegkitError TrainingError Understood Volume
-    VolumeError WorkerError check cross_validate evaluate explain_volume load_config load_model
-    map_on_source plan_dataset read_labels read_volume resume train write_volume
-""".split()
+PUBLIC = [
+    "AttentionMap",
+    "Config",
+    "ConfigError",
+    "CrossValidation",
+    "DatasetError",
+    "Evaluation",
+    "Explanation",
+    "Grid",
+    "Model",
+    "ModelError",
+    "Planned",
+    "Prediction",
+    "Predictor",
+    "Run",
+    "SegkitError",
+    "TrainingError",
+    "Understood",
+    "Volume",
+    "VolumeError",
+    "WorkerError",
+    "check",
+    "cross_validate",
+    "evaluate",
+    "explain_volume",
+    "load_config",
+    "load_model",
+    "map_on_source",
+    "plan_dataset",
+    "read_labels",
+    "read_volume",
+    "resume",
+    "train",
+    "write_volume",
+]
 each_name = pytest.mark.parametrize("name", PUBLIC)
 
 
