@@ -82,13 +82,12 @@ def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
 
 def test_every_page_of_docs_is_in_the_site(site: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
-        name = "" if page.stem == "index" else page.stem
-        assert (site / name / "index.html").is_file(), page
+        assert (site / f"{page.stem}.html").is_file(), page
     assert not list(site.rglob("*.py"))
 
 
 def test_the_reference_holds_every_public_name(site: Path) -> None:
-    text = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
+    text = (site / "reference" / "api.html").read_text(encoding="utf-8")
     for name in segkit.__all__:
         assert f'id="segkit.{name}"' in text, name
 
