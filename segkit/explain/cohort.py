@@ -41,7 +41,7 @@ def cohort_text(
     `verdicts` are of all scans together.
     """
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    title = f"Attention maps of {len(cases)} scans"
+    title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
