@@ -115,12 +115,14 @@ def test_the_page_shows_every_map_and_what_studies_found(explained: Explanation)
         assert_array_equal(layer.values, native.data)
         assert (layer.low, layer.high) == (0, 1)
     assert [verdict.reason for verdict in page.verdicts] == ["Looked at with a reference."]
-    bars = {bars.title: {bar.name: bar for bar in bars.bars} for bars in page.bars}
+    bars = {bars.title: iter(bars.bars) for bars in page.bars}
     for one in explained.measures:
         if one.name == "auroc" and np.isfinite(one.value):
-            name = one.map if one.of == "map" else f"{one.map}: {one.of}"
-            bar = bars[f"AUROC: {one.structure}"][name]
+            bar = next(bars[f"AUROC: {one.structure}"])
             assert (bar.value, bar.chance) == (one.value, 0.5)
+            assert (bar.name, bar.beside) == (
+                (one.map, False) if one.of == "map" else (one.of, True)
+            )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install chromium")
