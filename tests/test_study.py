@@ -78,6 +78,21 @@ def test_a_gate_of_one_value_is_uninformative() -> None:
     assert "changes by +0.0000 with it evened out" in page.verdicts[0].reason
 
 
+@pytest.mark.parametrize("kind", ["constant", "noise"])
+def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
+    """Exactly, of one value; of noise, on average over scans, but for pointing, which is 0 or 1."""
+    found: dict[str, list[float]] = {}
+    for seed in range(1 if kind == "constant" else 6):
+        case = planted_case(seed)
+        for one in explain(planted(kind), case.volume, case.reference).measures:
+            if one.of == "map" and one.structure and one.chance:
+                found.setdefault(one.name, []).append(one.value / one.chance - 1)
+    assert set(found) == {"energy", "enrichment", "pointing", "auroc", "iou"}
+    for name in set(found) - ({"pointing"} if kind == "noise" else set()):
+        tolerance = 1e-5 if kind == "constant" else 0.25 if name == "iou" else 0.1
+        assert np.mean(found[name]) == pytest.approx(0, abs=tolerance), name
+
+
 def test_without_a_reference_the_models_own_labels_stand_in() -> None:
     (found,) = studied("mask", labelled=False).findings
     (figures,) = found.figures["figures"]
