@@ -20,8 +20,8 @@ COLUMNS = {
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """A row for each map: the word, and the chief numbers behind it."""
-    cases = max(verdict.numbers[NAMES["cases"]] for verdict in verdicts)
+    """A row for each of one map or more: the word, and the chief numbers behind it."""
+    cases = verdicts[0].numbers[NAMES["cases"]]
     table = Table(
         title=f"What each map is worth over {cases} scans",
         caption="Dice: its change with the map evened out, and Holm's p. Baseline: the best AUROC "
