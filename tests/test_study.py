@@ -148,7 +148,8 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
     page = (out / "index.html").read_text()
     (verdict,) = cohort["verdicts"]
-    assert verdict["map"] == "skip.1/gate" and f"</b> is <b>{verdict['verdict']}</b>: " in page
+    word = verdict["verdict"]
+    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
     # … and the terminal has them as a table, with the figures of the file.
     (figures,) = cohort["figures"]
     table = said[said.index("What each map is worth over 2 scans") :]
