@@ -400,10 +400,13 @@ def explain(
     """Write attention maps, what they pick out beside chance, and a page that shows them.
 
     With a reference, measures compare with it, else with the model's own labels. Several volumes
-    get a folder each, a table over all, and a page that sums them up.
+    get a folder each, a table over all, and a page that sums them up; one that cannot be read does
+    not stop the others.
     """
     from segkit.errors import VolumeError
+    from segkit.explain.page import Verdict
     from segkit.explain.study import WorthStudy, check_gates
+    from segkit.explain.verdict_table import verdict_table
     from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
@@ -427,6 +430,7 @@ def explain(
         for studied in figures:
             _say(studied.answer())
         _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
+    over_all: list[Verdict] = []
     explanations = explain_files(
         predictor,
         found,
@@ -435,9 +439,14 @@ def explain(
         tolerance_mm=tolerance,
         studies=[WorthStudy(track=track)] if verdicts else [],
         overwrite=overwrite,
+        conclude=over_all.extend,
         track=track,
     )
+    failures = []
     for explained in explanations:
+        if explained.error is not None:
+            failures.append(explained.error)
+            continue
         _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
         for position, reach in explained.reach.items():
             for number, head in enumerate(reach):
@@ -448,7 +457,16 @@ def explain(
                 )
         for verdict in explained.verdicts:
             _say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
-    _say(f"next: open {out / 'index.html'}")
+    if over_all:
+        console.print(verdict_table(over_all))
+    if len(failures) < len(found):
+        _say(f"next: open {out / 'index.html'}")
+    if len(found) == len(failures) == 1:
+        raise SegkitError(failures[0])
+    for error in failures:
+        _complain(error)
+    if failures:
+        raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, VolumeError
+from segkit.errors import ConfigError, SegkitError, VolumeError
 from segkit.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
@@ -86,3 +86,11 @@ def read_input(source: Input) -> Volume:
     if len(parts) == 1:
         return parts[0]
     return parts[0].like(np.stack([part.data for part in parts], axis=3))
+
+
+def failure(source: Input, error: SegkitError | OSError) -> str:
+    """Why an input has no result, in a sentence that names its file."""
+    file = str(source.files[0])
+    if isinstance(error, OSError):
+        return f"{file}: cannot write its result: {error}"
+    return str(error) if file in str(error) else f"{file}: {error}"
