@@ -1,28 +1,30 @@
 """The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
 
-import logging
 import sys
-import warnings
+import traceback
 from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from segkit.errors import ConfigError, SegkitError
+from segkit.terminal import Commands, Json, Quiet, Verbose, console, is_verbose, say_json, start
+from segkit.terminal import complain as _complain
+from segkit.terminal import hush as _hush
+from segkit.terminal import say as _say
 
 if TYPE_CHECKING:
     from segkit.config import Config
 
 app = typer.Typer(
+    cls=Commands,
     help="Segment medical images with attention U-Nets, and see where their gates look.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")
@@ -51,7 +53,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that
 
 def _version(shown: bool) -> None:
     if shown:
-        console.print(f"segkit {installed_version('segkit')}", highlight=False)
+        print(f"segkit {installed_version('segkit')}")
         raise typer.Exit
 
 
@@ -60,6 +62,8 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Segment medical images with attention U-Nets, and see where their gates look."""
 
@@ -107,6 +111,7 @@ def plan(
     runs: Annotated[Path, typer.Option(help="The folder whose cache keeps measurements.")] = Path(
         "runs"
     ),
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
@@ -138,6 +143,14 @@ def plan(
     _say(f"wrote {target}")
     before = f"segkit train {low}, and then " if planned.low else ""
     _say(f"next: {before}segkit train {target}")
+    if json:
+        stages = [(low, planned.low), (target, planned)]
+        files = [
+            {"file": str(file), "config": stage.config.model_dump(mode="json")}
+            for file, stage in stages
+            if stage is not None
+        ]
+        say_json({"plans": files})
 
 
 @app.command()
@@ -164,6 +177,7 @@ def train(
             metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
         ),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
     from segkit.config_file import changed, load_config
@@ -172,6 +186,8 @@ def train(
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
     if dry_run and resume is not None:
         raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
+    if dry_run and json:
+        raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
     wanted = _folds(folds)
     settings = low = None
     if config is not None and not config.is_dir():
@@ -243,6 +259,8 @@ def train(
         _say(result.post_processing())
     _tell(result.folder, result.summary)
     _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+    if json:
+        say_json({"folder": str(result.folder), **result.summary})
 
 
 def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -295,6 +313,7 @@ def predict(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of the network's arithmetic; half is faster where there are units."),
     ] = "float32",
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg.
@@ -337,6 +356,7 @@ def predict(
         _say("no model was trained on mirror images: --tta changes nothing")
     mine = len(range(number - 1, len(found), count))
     failures = []
+    volumes = []
     kept = 0
     with CohortProgress(console, "segmenting", mine) as progress:
         outcomes = predict_files(
@@ -352,6 +372,7 @@ def predict(
         )
         for outcome in outcomes:
             progress.done()
+            volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
             elif outcome.error is None:
@@ -368,6 +389,8 @@ def predict(
         _say(
             f"left {kept} of {mine} volumes alone, whose results are there; --overwrite redoes them"
         )
+    if json:
+        say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     if len(failures) == 1 and len(found) == 1:
         raise SegkitError(failures[0])
     if failures:
@@ -480,41 +503,41 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the normalised surface Dice, in mm.")
     ] = 1.0,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
-    from segkit.errors import VolumeError
-    from segkit.evaluation import find_labelling, find_pairs, score_pairs
+    from segkit.evaluation import evaluate as score
     from segkit.files import refuse_existing, write_json
-    from segkit.metrics.table import summarise, to_json, to_table
+    from segkit.metrics.table import to_table
     from segkit.progress import Tracker
 
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
-    pairs = find_pairs(predictions, references)
-    rows = score_pairs(
-        Tracker(console)(pairs, "scoring", len(pairs)),
-        find_labelling(references, labels),
-        tolerance_mm=tolerance,
+    scores = score(
+        predictions, references, labels=labels, tolerance_mm=tolerance, track=Tracker(console)
     )
-    if not rows:
-        raise VolumeError(f"{references}: holds background alone; there is nothing to score")
-    summary = summarise(rows)
     if out is not None:
-        write_json(out, to_json(rows, summary))
-    console.print(to_table(summary))
+        write_json(out, scores.to_json())
+    console.print(to_table(scores.summary))
+    if json:
+        say_json(scores.to_json())
 
 
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
     overrides: Overrides = None,
+    json: Json = False,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check as look
     from segkit.progress import Tracker
 
-    _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+    understood = look(path, tuple(overrides or ()), track=Tracker(console))
+    _say(understood.text)
+    if json:
+        say_json({"kind": understood.kind, **understood.facts})
 
 
 def _folds(text: str | None) -> tuple[int, ...]:
@@ -543,27 +566,14 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
         _say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")
 
 
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _complain(sentence: str) -> None:
-    print(f"segkit: {sentence}", file=sys.stderr)
-
-
-def _hush() -> None:
-    """Leave the terminal to segkit, once lightning has set up its own logging."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
 def main() -> NoReturn:
     """Run the command; what a user can cause is one line on stderr and exit code 2."""
+    start()
     try:
         app()
     except SegkitError as error:
+        if is_verbose():
+            traceback.print_exc()
         _complain(str(error))
         sys.exit(2)
     sys.exit(0)

@@ -54,7 +54,7 @@ class Planned:
 def plan_dataset(
     folder: Path,
     *,
-    cache: Path,
+    cache: Path | None = None,
     device: str = "auto",
     spatial_dims: int = 3,
     gigabytes: float = 8.0,
@@ -67,7 +67,7 @@ def plan_dataset(
 
     Args:
         folder: with a dataset.json.
-        cache: where measurements of cases are kept.
+        cache: where measurements of cases are kept; `.cache` of `runs` where not given.
         device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
             stages share, and on a GPU `gigabytes` of its memory.
         preset: `nnunet` gives nnU-Net's own plan and schedule wherever it runs.
@@ -77,6 +77,7 @@ def plan_dataset(
     """
     dataset = read_dataset(folder)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
+    cache = cache or runs / ".cache"
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
@@ -36,6 +37,16 @@ class Outcome:
     """The probability that the volume holds each class, where the model says so."""
     kept: Path | None = None
     """Labels that were there already, with all else that was asked for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and strings; the labels are the first that was written."""
+        return {
+            "input": [str(file) for file in self.input.files],
+            "written": [str(file) for file in self.written],
+            "kept": None if self.kept is None else str(self.kept),
+            "error": self.error,
+            "presence": None if self.presence is None else dict(self.presence),
+        }
 
 
 @dataclass(frozen=True)

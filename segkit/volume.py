@@ -113,7 +113,7 @@ def write_volume(path: Path, volume: Volume) -> None:
     On the grid that its header describes, affine, qform, sform, their codes and units are the
     header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
     Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
-    and MetaImage the whole is put together in memory.
+    and MetaImage the whole is put together in memory. Raises VolumeError for other kinds of name.
     """
     suffix = suffix_of(path).lower()
     with whole(path) as partial:
