@@ -7,7 +7,8 @@ import numpy as np
 
 from segkit.build import build_network
 from segkit.cascade import described, first_models
-from segkit.config_file import dump_yaml, load_config
+from segkit.config_file import dataset_in, dump_yaml, load_config
+from segkit.config_files import FilesConfig
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
@@ -23,17 +24,18 @@ def check(
 
     Raises SegkitError with what is wrong and where.
     """
-    if path.suffix in (".yaml", ".yml"):
-        return check_config(path, overrides, track)
-    if path.is_dir():
-        return check_dataset(path, track)
+    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+        dataset = dataset_in(path)
+        if dataset is None:
+            return check_config(path, overrides, track)
+        return check_dataset(dataset.folder, track, dataset.files)
     return describe_volume(path, read_volume(path))
 
 
 def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -51,12 +53,12 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
     )
 
 
-def check_dataset(folder: Path, track: Track) -> str:
-    """Every case read and held against dataset.json: sizes, spacings, voxels of each class.
+def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) -> str:
+    """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
     Raises DatasetError listing every case that is wrong.
     """
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, files)
     shapes, spacings, problems, orientations = [], [], [], set()
     labelling = dataset.labelling
     groups = _groups(labelling)

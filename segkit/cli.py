@@ -92,7 +92,9 @@ def demo(
 
 @app.command()
 def plan(
-    dataset: Annotated[Path, typer.Argument(help="A folder with a dataset.json.")],
+    dataset: Annotated[
+        Path, typer.Argument(help="A folder with a dataset.json, or YAML with data.files.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The config to write; NAME.yaml where not given.")
     ] = None,
@@ -110,15 +112,20 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
+    from segkit.config_file import dataset_in
     from segkit.files import refuse_existing, write_text
     from segkit.planning import plan_dataset
     from segkit.progress import Tracker
 
-    target = out or Path(f"{dataset.resolve().name}.yaml")
+    source = dataset_in(dataset)
+    if source is None:
+        raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
+    target = out or Path(f"{source.folder.resolve().name}.yaml")
     low = target.with_name(f"{target.stem}_low{target.suffix}")
     refuse_existing([target], overwrite=overwrite)
     planned = plan_dataset(
-        dataset,
+        source.folder,
+        source.files,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,
@@ -166,7 +173,7 @@ def train(
     ] = None,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
-    from segkit.config_file import changed, load_config
+    from segkit.config_file import changed, dataset_in, load_config
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
@@ -174,18 +181,20 @@ def train(
         raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
     wanted = _folds(folds)
     settings = low = None
-    if config is not None and not config.is_dir():
+    dataset = None if config is None else dataset_in(config)
+    if config is not None and dataset is None:
         settings = load_config(config, overrides or ())
     from segkit import cross_validation, training
     from segkit.progress import Tracker, TrainingProgress
 
-    if config is not None and config.is_dir():
+    if dataset is not None:
         from segkit.planning import plan_dataset
 
         accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
         device = [accelerator[word] for word in overrides or () if word in accelerator]
         planned = plan_dataset(
-            config,
+            dataset.folder,
+            dataset.files,
             cache=runs / ".cache",
             device=(device or ["auto"])[-1],
             runs=runs,
