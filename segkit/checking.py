@@ -13,23 +13,45 @@ from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
+from segkit.series import choose_series, holds_series, list_series, read_series
 from segkit.settle import Track, check_images, describe
 from segkit.volume import Volume, read_volume
 
 
 def check(
-    path: Path, overrides: tuple[str, ...] = (), *, track: Track = lambda cases, what, count: cases
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    series: str | None = None,
+    track: Track = lambda cases, what, count: cases,
 ) -> str:
     """What was understood of a config (.yaml), a dataset folder or a volume, in lines.
 
+    Of a folder of DICOM files, the `series` of that UID, or the only one, or a list of those there.
     Raises SegkitError with what is wrong and where.
     """
+    if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
+        return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         dataset = dataset_in(path)
         if dataset is None:
             return check_config(path, overrides, track)
         return check_dataset(dataset.folder, track, dataset.files)
     return describe_volume(path, read_volume(path))
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset.json").exists()
+
+
+def describe_series(folder: Path, uid: str | None) -> str:
+    """The volume that a DICOM series makes, or of several, what there is to ask for by --series."""
+    found = list_series(folder)
+    if uid is None and len(found) > 1:
+        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        return "\n".join([*lines, *map(str, found)])
+    chosen = choose_series(folder, uid)
+    return f"DICOM series {chosen}\n{describe_volume(folder, read_series(chosen))}"
 
 
 def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:

@@ -29,7 +29,8 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
-    list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+    list[Path],
+    typer.Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders of them."),
 ]
 ModelFolder = Annotated[
     Path | None,
@@ -45,6 +46,10 @@ ModelFolders = Annotated[
 ]
 Overlap = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+]
+Series = Annotated[
+    str | None,
+    typer.Option(metavar="UID", help="Which DICOM series, where a folder holds several."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
@@ -88,6 +93,22 @@ def demo(
         callbacks=[TrainingProgress(console)],
         track=Tracker(console),
     )
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Such as hippocampus, or Task04_Hippocampus.")],
+    out: Annotated[Path, typer.Option(help="The folder to put it into.")] = Path(),
+) -> None:
+    """Download a dataset of the Medical Segmentation Decathlon, as MONAI keeps it."""
+    from segkit import fetching
+
+    sources = fetching.decathlon()
+    whole = fetching.named(name, sources)
+    _say(f"fetching {sources[whole].url}")
+    folder = fetching.fetch(whole, sources[whole], out)
+    _say(f"wrote {folder}")
+    _say(f"next: segkit check {folder}, and then segkit train {folder}")
 
 
 @app.command()
@@ -281,6 +302,18 @@ def predict(
         bool,
         typer.Option("--uncertainty", help="Write entropy, and variance of models and mirrors."),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Write voxels, ml, mean and sd of each class as JSON."),
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write a PNG of three planes, labels over them.")
+    ] = False,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations."),
+    ] = False,
+    series: Series = None,
     tta: Annotated[
         bool, typer.Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
@@ -339,7 +372,7 @@ def predict(
         engine=engine,
         precision=getattr(torch, precision),
     )
-    found = find_inputs(inputs, len(predictor.model.description.channels))
+    found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
     for folder in folders:
         _say(f"model: {folder}")
     if tta and not predictor.mirrors:
@@ -355,6 +388,9 @@ def predict(
             maps=maps,
             probabilities=probabilities,
             uncertainty=uncertainty,
+            statistics=statistics,
+            preview=preview,
+            as_dicom=dicom_seg,
             overwrite=overwrite,
             shard=(number, count),
             track=progress.track,
@@ -402,6 +438,7 @@ def explain(
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
+    series: Series = None,
     device: Device = "auto",
     overlap: Overlap = 0.5,
     overwrite: Overwrite = False,
@@ -423,7 +460,7 @@ def explain(
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
     folder = model_folder(model) if model else newest_model(Path("runs"))
     loaded = load_model(folder)
-    found = find_inputs(inputs, len(loaded.description.channels))
+    found = find_inputs(inputs, len(loaded.description.channels), series=series)
     _say(f"model: {folder}")
     # Windows of a map that nobody asked about would count as cells that let nothing through.
     predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
@@ -500,12 +537,13 @@ def evaluate(
 def check(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
     overrides: Overrides = None,
+    series: Series = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check as look
     from segkit.progress import Tracker
 
-    _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+    _say(look(path, tuple(overrides or ()), series=series, track=Tracker(console)))
 
 
 def _folds(text: str | None) -> tuple[int, ...]:

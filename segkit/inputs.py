@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import ConfigError, VolumeError
+from segkit.series import SUFFIX as DICOM_SUFFIX
 from segkit.series import choose_series, holds_series, read_series
 from segkit.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
 
@@ -65,6 +66,8 @@ def find_inputs(
             continue
         if series is not None:
             raise VolumeError(f"{path}: expected the folder of the DICOM series {series}")
+        if path.name.lower().endswith(DICOM_SUFFIX):
+            raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
         inside = _volumes_in(path) if of_folder else [path]
         single = num_channels == 1 and of_folder and _all_numbered(inside)
         for file in inside:

@@ -226,6 +226,8 @@ def _check_even(slices: Sequence[Slice], places: ndarray, normal: ndarray) -> No
 
 
 def _files_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise VolumeError(f"{folder}: expected a folder of DICOM files, found none; check the path")
     return sorted(
         file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")
     )
