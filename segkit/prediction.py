@@ -290,7 +290,11 @@ def _write(
             image.data if image.data.ndim == 3 else image.data[..., 0],
             image.grid,
             [(source.name, None, "labels"), ("segmentation", labels.data, "labels")],
-            label_names={number: name for name, number in labelling.numbers.items()},
+            label_names={
+                number: name
+                for name, number in labelling.numbers.items()
+                if (labels.data == number).any()
+            },
             through=labels.data,
         )
         written.append(targets.preview)
