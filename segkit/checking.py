@@ -12,8 +12,9 @@ from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
+from segkit.nifti import placement
 from segkit.settle import Track, check_images, describe
-from segkit.volume import Volume, read_volume
+from segkit.volume import Volume, read_volume, trouble_with
 
 
 def check(
@@ -121,8 +122,8 @@ def _told_apart(labelling: Labelling) -> str:
 def describe_volume(path: Path, volume: Volume) -> str:
     """Size, spacing, orientation, position, codes and intensities of a volume."""
     grid, data = volume.grid, volume.data
-    if not np.isfinite(data).all():
-        raise VolumeError(f"{path}: holds voxels that are not numbers; repair it")
+    if trouble := trouble_with(data):
+        raise VolumeError(f"{path}: {trouble}")
     first = grid.affine[:3, 3]
     lines = [
         f"{path}: {' x '.join(str(size) for size in grid.shape)} voxels of "
@@ -132,9 +133,7 @@ def describe_volume(path: Path, volume: Volume) -> str:
         f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
     ]
     if volume.header is not None:
-        sform, qform = int(volume.header["sform_code"]), int(volume.header["qform_code"])
-        used = "sform" if sform else "qform" if qform else "voxel sizes alone"
-        lines.append(f"placed by its {used} (sform code {sform}, qform code {qform})")
+        lines.append(placement(volume.header))
     lines.append(f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import VolumeError
+from segkit.errors import SegkitError, VolumeError
 from segkit.explain.cohort import CaseFigures, cohort_text
 from segkit.explain.findings import Study
 from segkit.explain.heads import PositionFigures, head_table, study_heads
@@ -18,7 +18,7 @@ from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
-from segkit.prediction import Input, read_input
+from segkit.inputs import Input, about, read_input
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 TABLE = "measures.csv"
@@ -89,15 +89,19 @@ def explain_files(
     worths: list[Worth] = []
     for source in inputs:
         path = labels.get(source.name)
-        explanation = explain(
-            predictor,
-            read_input(source),
-            None if path is None else read_labels(path),
-            name=source.name,
-            tolerance_mm=tolerance_mm,
-            studies=studies,
-            track=lambda slabs, count: track(slabs, "explaining", count),
-        )
+        reference = None if path is None else read_labels(path)
+        try:
+            explanation = explain(
+                predictor,
+                read_input(source),
+                reference,
+                name=source.name,
+                tolerance_mm=tolerance_mm,
+                studies=studies,
+                track=lambda slabs, count: track(slabs, "explaining", count),
+            )
+        except SegkitError as error:
+            raise type(error)(about(source, error)) from None
         written = write_explanation(case_folder(source, inputs, folder), explanation)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)

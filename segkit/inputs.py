@@ -77,6 +77,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def about(source: Input, error: Exception) -> str:
+    """The error's sentence, which begins with the input's file where it does not name it."""
+    file = str(source.files[0])
+    return str(error) if file in str(error) else f"{file}: {error}"
+
+
 def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     parts = [read_volume(file) for file in source.files]

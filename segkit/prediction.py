@@ -10,7 +10,7 @@ from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
 from segkit.files import refuse_existing, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
-from segkit.inputs import Input, find_inputs, parse_shard, read_input
+from segkit.inputs import Input, about, find_inputs, parse_shard, read_input
 from segkit.scratch import OnDisk
 from segkit.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
 
@@ -242,7 +242,6 @@ def _guarded(source: Input, work: Callable[[], Outcome]) -> Outcome:
 
 
 def _failed(source: Input, error: SegkitError | OSError) -> Outcome:
-    file = str(source.files[0])
     if isinstance(error, OSError):
-        return Outcome(source, (), f"{file}: cannot write its result: {error}")
-    return Outcome(source, (), str(error) if file in str(error) else f"{file}: {error}")
+        return Outcome(source, (), f"{source.files[0]}: cannot write its result: {error}")
+    return Outcome(source, (), about(source, error))
