@@ -52,6 +52,8 @@ def read_nifti_header(path: Path) -> tuple[Nifti1Header, Layout, tuple[float, fl
     if kind.kind not in "iuf" or kind.itemsize > 8:
         raise VolumeError(f"expected one real number per voxel, found {kind}")
     offset = header.get_data_offset()
+    if np.isinf(float(header["scl_slope"])):
+        raise VolumeError("expected a finite scl_slope, found an infinite one; repair its header")
     slope, intercept = header.get_slope_inter()
     header["vox_offset"] = 0  # it holds for this file alone
     x, y, z = (*shape, 1)[:3]

@@ -53,12 +53,12 @@ SIGNS = {
 }
 UNUSED = {
     *("content", "number", "min", "max", "old min", "oldmin", "old max", "oldmax", "block size"),
-    *("blocksize", "sample units", "sampleunits", "space units", "measurement frame"),
+    *("blocksize", "sample units", "sampleunits", "measurement frame"),
     *("thicknesses", "centers", "centerings", "labels", "units"),
 }
 USED = {
     *("type", "dimension", "sizes", "encoding", "endian", "space", "space dimension"),
-    *("space directions", "space origin", "spacings", "kinds"),
+    *("space directions", "space origin", "space units", "spacings", "kinds"),
 }
 
 
@@ -154,6 +154,9 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
     space = fields.get("space", "lps").lower()
     if space not in SIGNS:
         raise VolumeError(f"expected a patient's space such as LPS, found {space}")
+    units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
+    if strange := [unit for unit in units if unit.lower() not in ("", "mm")]:
+        raise VolumeError(f"expected space units of mm, found {strange[0]}")
     if "space directions" in fields:
         vectors = _vectors(fields["space directions"])
         if len(vectors) != num_axes:
