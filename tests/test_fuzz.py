@@ -29,7 +29,7 @@ def test_mutated_files_are_accepted_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_mutated_files_are_accepted_or_refused(tmp_path: Path) -> None:
-    assert_only_accepted_or_refused(fuzz(10_000, seed=7, keep=tmp_path / "faults"), 10_000)
+    assert_only_accepted_or_refused(fuzz(10_000, seed=0, keep=tmp_path / "faults"), 10_000)
 
 
 def test_every_file_that_is_mutated_is_valid_before(tmp_path: Path) -> None:
