@@ -15,9 +15,10 @@ from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
+from segkit.nifti import placement
 from segkit.series import Series, choose_series, holds_series, list_series, read_series
 from segkit.settle import Track, check_images, describe
-from segkit.volume import Volume, read_volume
+from segkit.volume import Volume, read_volume, trouble_with
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def _told_apart(labelling: Labelling) -> str:
 def describe_volume(path: Path, volume: Volume) -> Understood:
     """Size, spacing, orientation, position, codes and intensities of a volume."""
     grid, data = volume.grid, volume.data
-    if not np.isfinite(data).all():
-        raise VolumeError(f"{path}: holds voxels that are not numbers; repair it")
+    if trouble := trouble_with(data):
+        raise VolumeError(f"{path}: {trouble}")
     first = grid.affine[:3, 3]
     channels = data.shape[3] if data.ndim == 4 else 1
     orientation = Orientation.of(grid.affine).code
@@ -208,9 +209,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
         f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
     ]
     if volume.header is not None:
-        sform, qform = int(volume.header["sform_code"]), int(volume.header["qform_code"])
-        used = "sform" if sform else "qform" if qform else "voxel sizes alone"
-        lines.append(f"placed by its {used} (sform code {sform}, qform code {qform})")
+        lines.append(placement(volume.header))
     lines.append(f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}")
     facts = {
         "shape": list(grid.shape),

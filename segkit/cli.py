@@ -1,5 +1,6 @@
 """The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
 
+import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -298,11 +299,15 @@ def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
-        classes = ", ".join(f"{name} {dice:.3f}" for name, dice in scores["dice"].items())
-        _say(
-            f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
-        )
+        classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
+        mean = _dice(scores["mean_dice"])
+        _say(f"mean Dice of {scores['cases']} held-out cases: {mean} ({classes})")
     _say(f"wrote {folder}")
+
+
+def _dice(dice: float) -> str:
+    """Three digits; or a word, where a class is in neither references nor predictions."""
+    return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
 @app.command()

@@ -59,6 +59,10 @@ def evaluate(
     return Evaluation(rows, summarise(rows))
 
 
+MOST_LABELS = 1000
+"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
+
+
 def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
     """Name, prediction and reference of every case: two files, or two folders paired by name.
 
@@ -115,6 +119,11 @@ def score_pairs(
         for _, *paths in pairs:
             for path in paths:
                 present |= set(np.unique(read_labels(path).data).tolist())
+        if len(present) > MOST_LABELS:
+            raise VolumeError(
+                f"{pairs[0][2]}: holds {len(present)} different numbers with the other files, more "
+                f"than labels would be; give segmentations, or name their labels by --labels"
+            )
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     names = {labelling.numbers[name]: name for name in labelling.members}
     regions = {labelling.numbers[name]: numbers for name, numbers in labelling.members.items()}

@@ -13,7 +13,7 @@ from segkit.data.dataset_file import read_dataset_file
 from segkit.data.listing import list_files
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
-from segkit.volume import Volume, read_volume
+from segkit.volume import Volume, read_volume, trouble_with
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
     parts = [read_volume(path) for path in case.images]
     for path, part in zip(case.images, parts, strict=True):
         _check_grid(path, part, case.images[0], parts[0])
-        if not np.isfinite(part.data).all():
-            raise DatasetError(f"{path}: holds voxels that are not numbers; repair it")
+        if trouble := trouble_with(part.data):
+            raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):
         raise DatasetError(
@@ -109,12 +109,13 @@ def split(
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """The cases to train on and those held out: a share drawn by the seed, or the named ones.
 
-    A share above 0 holds out at least one case. Raises DatasetError where no case is left to train
-    on or a name is unknown.
+    A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
+    where no case is left to train on or a name is unknown.
     """
     names = [case.name for case in dataset.cases]
     if isinstance(validation, float | int):
-        count = min(max(round(validation * len(names)), 1), len(names)) if validation else 0
+        shared = validation and len(names) > 1
+        count = min(max(round(validation * len(names)), 1), len(names)) if shared else 0
         held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
     else:
         held_out = set(validation)

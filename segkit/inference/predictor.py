@@ -41,7 +41,7 @@ from segkit.inference.windows import stream
 from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
 from segkit.scratch import Allocate, in_memory
-from segkit.volume import Volume
+from segkit.volume import Volume, trouble_with
 
 __all__ = [
     "WALK_AXIS",
@@ -301,8 +301,8 @@ class Predictor:
                 f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
                 f"has {found}; give it the volumes it was trained on"
             )
-        if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
-            raise VolumeError("the volume holds voxels that are not numbers; repair it")
+        if trouble := trouble_with(volume.data):
+            raise VolumeError(f"the volume {trouble}")
 
 
 def segment_prepared(
