@@ -377,7 +377,7 @@ def test_without_codes_voxel_sizes_place_the_voxels_about_the_centre(tmp_path: P
     path = edit(PIXDIM, "4f", 1, 2, 3, 4, codes=(0, 0))(tmp_path)
     expected = [[-2, 0, 0, 2], [0, 3, 0, -4.5], [0, 0, 4, -8], [0, 0, 0, 1]]
     assert_array_equal(read_grid(path).affine, expected)
-    assert "placed by its voxel sizes alone" in describe_volume(path, read_volume(path))
+    assert "placed by its voxel sizes alone" in str(describe_volume(path, read_volume(path)))
 
 
 def test_where_sform_and_qform_disagree_the_sform_is_used_and_it_is_said(tmp_path: Path) -> None:
@@ -389,11 +389,11 @@ def test_where_sform_and_qform_disagree_the_sform_is_used_and_it_is_said(tmp_pat
     nib.save(image, tmp_path / "scan.nii")
     volume = read_volume(tmp_path / "scan.nii")
     assert_allclose(volume.grid.affine, moved, atol=1e-4)
-    said = describe_volume(tmp_path / "scan.nii", volume)
+    said = str(describe_volume(tmp_path / "scan.nii", volume))
     assert "placed by its sform (sform code 2, qform code 1); its qform lies up to 7 mm" in said
     image.header.set_qform(moved, 1)
     nib.save(image, tmp_path / "scan.nii")
-    said = describe_volume(tmp_path / "scan.nii", read_volume(tmp_path / "scan.nii"))
+    said = str(describe_volume(tmp_path / "scan.nii", read_volume(tmp_path / "scan.nii")))
     assert "placed by its sform (sform code 2, qform code 1)\n" in said
 
 

@@ -62,7 +62,7 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
             if path.is_file():
                 inside = packed.parent / NAME / path.relative_to(folder)
                 assert path.read_bytes() == inside.read_bytes()
-        assert "4 cases, all readable" in check(folder)
+        assert "4 cases, all readable" in str(check(folder))
         with pytest.raises(DatasetError, match="exists already; use it, or name another --out"):
             fetch(NAME, source_of(address, packed), out)
 
