@@ -22,9 +22,11 @@ from segkit.export.agreement import Agreement, compare, noise_for
 from segkit.export.deployment import deployment
 from segkit.export.graphs import export_onnx, export_openvino
 from segkit.export.verb import Export, Form, export
+from segkit.export.whole_volume import WholeVolume
 from segkit.geometry import Grid, Placement
 from segkit.inference.converted import Run
 from segkit.inference.engines import LOGITS, PRESENCE
+from segkit.inference.predictor import Predictor
 from segkit.model import Model, described_model, load_model
 from segkit.nn.taps import MapInfo
 from segkit.volume import Volume
@@ -91,6 +93,32 @@ def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_pat
     (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
     assert json.loads(told) == deployment(model)
     assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
+
+
+def test_a_session_and_what_its_file_tells_are_enough_to_predict(tmp_path: Path) -> None:
+    model, scan = saved(tmp_path / "model"), scan_of()
+    export_onnx(model, tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "a.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    told = json.loads(session.get_modelmeta().custom_metadata_map["segkit"])
+
+    def ask(windows: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"image": windows.numpy()})[0])
+
+    inferer = WholeVolume(
+        spacing=told["spacing"],
+        normalisation=told["normalisation"],
+        interpolation=told["interpolation"],
+        patch_size=told["windows"]["patch"],
+        overlap=told["windows"]["overlap"],
+        multiple=told["windows"]["multiple"],
+        regions=bool(told["regions"]),
+    )
+    box = torch.from_numpy(np.moveaxis(scan.data, 3, 0).copy())
+    labels = inferer.logits(box, (1.0, 1.0, 1.0), ask).argmax(dim=0).numpy()
+    expected = Predictor(model, device="cpu", engine="torch")(scan).labels.data
+    assert (labels == expected).mean() >= 0.9999
 
 
 def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
