@@ -15,6 +15,7 @@ from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor
 from typer.testing import CliRunner
 
+from segkit.build import build_network
 from segkit.cli import app
 from segkit.config import ModelDescription
 from segkit.errors import ModelError, SegkitError, VolumeError
@@ -29,7 +30,7 @@ from segkit.inference.engines import LOGITS, PRESENCE
 from segkit.inference.predictor import Predictor
 from segkit.model import Model, described_model, load_model
 from segkit.nn.taps import MapInfo
-from segkit.volume import Volume
+from segkit.volume import Volume, read_volume
 from tests.test_engines import FAST, SLOW, model_of, saved
 
 GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
@@ -261,3 +262,25 @@ def test_a_model_that_was_loaded_is_the_one_that_is_exported(tmp_path: Path) -> 
     model = saved(tmp_path / "model")
     run = export_onnx(model, tmp_path / "a.onnx")
     assert compare(load_model(tmp_path / "model"), run, noise_for(model)).holds
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("form", ["onnx", "openvino", "monai-bundle"])
+def test_an_exported_model_agrees_on_a_real_scan(
+    form: Form, tmp_path: Path, data_folder: Path
+) -> None:
+    scan = read_volume(data_folder / "hippocampus" / "imagesTr" / "hippocampus_001.nii.gz")
+    model = model_of({"skip": "additive_grid"}, 3)
+    described = model.description.model_copy(update={"channels": ["MRI"]}).model_dump()
+    described["normalisation"] = ["zscore"]
+    described["patch_size"] = [32, 32, 32]
+    description = ModelDescription.model_validate(described)
+    torch.manual_seed(0)
+    exported = export(
+        Model(description, build_network(description).eval()),
+        form,
+        tmp_path / NAMES.get(form, "bundle"),
+        check=True,
+        scan=scan,
+    )
+    assert exported.holds, exported.lines()
