@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from segkit.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.config import (
@@ -22,8 +22,9 @@ from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
 from segkit.data.synthesis import deform, synthesise
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, ModelError
 from segkit.module import Vary
+from segkit.nn.given import Given
 from segkit.nn.planes import Planes, SegmentationNetwork
 from segkit.nn.unet import UNet
 
@@ -38,8 +39,17 @@ BENDING = 1 / 12
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
-    """The network that a model's description asks for, with fresh weights; it takes volumes."""
+    """The network that a model's description asks for, with fresh weights; it takes volumes.
+
+    Raises ModelError where that is a module which Python must give.
+    """
     config = description.network
+    if config.given is not None:
+        raise ModelError(
+            f"{description.run}: its network is a module of Python's "
+            f"({config.given.name or 'unnamed'}), which no file holds; give it from Python: "
+            f"train(config, network=module), load_model(path, network=module)"
+        )
     attention = config.attention
     coarsest = [
         size // stride
@@ -66,9 +76,34 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
         ),
         label_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
-    if config.spatial_dims == 3:
-        return unet
-    return Planes(unet, axis=ACROSS[description.slices])
+    return _of_volumes(unet, description)
+
+
+def wrap_network(description: ModelDescription, module: nn.Module) -> SegmentationNetwork:
+    """A module that gives logits, in the form of a network; it takes volumes.
+
+    `network.given` of the description must say what the sizes of its input are multiples of.
+    Raises ModelError where the description is that of a U-Net, or where the module's state cannot
+    be saved.
+    """
+    given = description.network.given
+    if given is None:
+        raise ModelError(
+            f"{description.run}: is described as a U-Net, and a module was given; set "
+            f"network.given.multiple to what the sizes of its input must be multiples of"
+        )
+    if description.first_stage is not None:
+        raise ModelError("labels of a first stage are for U-Nets, found a module that was given")
+    network = Given(
+        module, out_channels=len(description.labelling.outputs), multiple=given.multiple
+    )
+    return _of_volumes(network, description)
+
+
+def _of_volumes(network: UNet | Given, description: ModelDescription) -> SegmentationNetwork:
+    if description.network.spatial_dims == 3:
+        return network
+    return Planes(network, axis=ACROSS[description.slices])
 
 
 def interpolation_order(description: ModelDescription) -> Literal[1, 3]:

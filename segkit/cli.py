@@ -592,6 +592,54 @@ def check(
         say_json({"kind": understood.kind, **understood.facts})
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
+    form: Annotated[
+        Literal["onnx", "openvino", "monai-bundle"],
+        typer.Option("--format", help="What other programs read."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A file .onnx or .xml (with .bin beside it), or a bundle's folder.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run it, and say how far it is from PyTorch.")
+    ] = False,
+    scan: Annotated[
+        Path | None, typer.Option(help="To check it on; noise where not given.")
+    ] = None,
+    overlap: Overlap = 0.5,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
+    from segkit.export.verb import export as write
+    from segkit.inputs import find_inputs, read_input
+    from segkit.model import load_model, model_folders
+
+    folder, *more = model_folders(model)
+    if more:
+        raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
+    loaded = load_model(folder)
+    found = find_inputs([scan], len(loaded.description.channels)) if scan else []
+    exported = write(
+        loaded,
+        form,
+        out,
+        overlap=overlap,
+        check=check or bool(found),
+        scan=read_input(found[0]) if found else None,
+        overwrite=overwrite,
+    )
+    for path in exported.written:
+        _say(f"wrote {path}")
+    for line in exported.lines():
+        _say(line)
+    if not exported.holds:
+        raise SegkitError(
+            f"{out}: differs from PyTorch by more than rounding; do not use it, and tell its makers"
+        )
+
+
 def _folds(text: str | None) -> tuple[int, ...]:
     """The numbers of folds that were named; none where nothing was."""
     if text is None:

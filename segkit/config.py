@@ -19,6 +19,15 @@ from segkit.config_files import FilesConfig, LabelCode
 from segkit.labelling import Labelling
 
 
+class GivenModule(Section):
+    """A network that Python gives: `train(config, network=module)`. No file holds or names it."""
+
+    multiple: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+    """What the sizes of its input must be multiples of, along each axis."""
+    name: str = ""
+    """A note for those who must find the module again, such as its class."""
+
+
 class NetworkConfig(Section):
     """A U-Net in two or three dimensions, and the attention in it."""
 
@@ -35,6 +44,8 @@ class NetworkConfig(Section):
     deep_supervision: bool = True
     """Whether coarser decoder levels are trained against the label as well."""
     attention: AttentionConfig = AttentionConfig()
+    given: GivenModule | None = None
+    """A module from elsewhere in the U-Net's stead, of which only spatial_dims is set beside it."""
 
     @property
     def step_strides(self) -> list[list[int]]:
@@ -49,6 +60,8 @@ class NetworkConfig(Section):
     @property
     def total_stride(self) -> list[int]:
         """The factor between the finest and the coarsest level, along each axis."""
+        if self.given is not None:
+            return self.given.multiple
         total = [1] * self.spatial_dims
         for step in self.step_strides:
             total = [product * factor for product, factor in zip(total, step, strict=True)]
@@ -56,6 +69,8 @@ class NetworkConfig(Section):
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
+        if self.given is not None:
+            return self._given_alone(self.given)
         for name, rows, wanted in (
             ("strides", self.step_strides, len(self.channels) - 1),
             ("kernels", self.level_kernels, len(self.channels)),
@@ -68,6 +83,24 @@ class NetworkConfig(Section):
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
             raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
         self._attention_fits()
+        return self
+
+    def _given_alone(self, given: GivenModule) -> Self:
+        if len(given.multiple) != self.spatial_dims:
+            raise ValueError(
+                f"network.given.multiple must hold {self.spatial_dims} numbers, as "
+                f"network.spatial_dims is {self.spatial_dims}"
+            )
+        fields = type(self).model_fields.items()
+        if others := [
+            name
+            for name, setting in fields
+            if name not in ("spatial_dims", "given") and getattr(self, name) != setting.default
+        ]:
+            raise ValueError(
+                f"network.{others[0]} is of a U-Net, and network.given has a module in its stead; "
+                f"take one of them away"
+            )
         return self
 
     def _attention_fits(self) -> None:
@@ -277,7 +310,8 @@ class Config(Section):
                 f"the product of network.strides"
             )
         coarsest = [size // stride for size, stride in zip(patch, total, strict=True)]
-        if self.network.normalisation == "instance" and set(coarsest) == {1}:
+        normalised = self.network.given is None and self.network.normalisation == "instance"
+        if normalised and set(coarsest) == {1}:
             raise ValueError(
                 f"data.patch_size {patch} leaves one voxel at the coarsest level, which instance "
                 f"normalisation cannot normalise; double an axis or take fewer network.channels"

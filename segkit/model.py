@@ -2,7 +2,8 @@
 
 Models of a first stage, whose labels it takes beside the image, lie whole in `first/0`, and so on.
 
-Neither can run code when it is read.
+Neither can run code when it is read, and neither names any. The weights of a module that Python
+gave (`network.given`) are those of its own state, and it must be given again to be loaded.
 """
 
 import json
@@ -14,13 +15,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from segkit.build import build_network
+from segkit.build import build_network, wrap_network
 from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
-from segkit.nn.planes import SegmentationNetwork, unet_of
+from segkit.nn.planes import SegmentationNetwork, weights_of
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -49,15 +51,29 @@ def save_model(folder: Path, model: Model) -> None:
     """Write a model folder; the description comes last, so that a folder with one is complete."""
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
-    state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
+    state = {
+        # Copied, as weights that share memory, which a given module may have, are not written.
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in _weights(model).items()
+    }
     with whole(folder / WEIGHTS) as partial:
         save_file(state, partial)
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 
-def load_model(path: Path) -> Model:
+def described_model(description: ModelDescription, module: nn.Module) -> Model:
+    """A model of any module that gives logits, for `Predictor` and for export.
+
+    The description says what it was trained on and, as `network.given`, what the sizes of its input
+    must be multiples of. Raises ModelError where the two do not fit.
+    """
+    return Model(description, wrap_network(description, module).eval())
+
+
+def load_model(path: Path, *, network: nn.Module | None = None) -> Model:
     """Read a model folder, or the `model` folder of a run, onto the CPU, ready to evaluate.
 
+    `network` is the module of a model that was trained with one; it gets the weights.
     Raises ModelError where there is none, or its weights do not fit its description, or its first
     stage not it.
     """
@@ -72,7 +88,7 @@ def load_model(path: Path) -> Model:
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
         first.append(_with_weights(inside, told, ()))
-    return _with_weights(folder, description, tuple(first))
+    return _with_weights(folder, description, tuple(first), network)
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
@@ -102,16 +118,23 @@ def load_description(folder: Path) -> ModelDescription:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
 
 
-def _with_weights(folder: Path, description: ModelDescription, first: tuple[Model, ...]) -> Model:
-    model = Model(description, build_network(description), first, folder)
+def _with_weights(
+    folder: Path,
+    description: ModelDescription,
+    first: tuple[Model, ...],
+    module: nn.Module | None = None,
+) -> Model:
+    network = build_network(description) if module is None else wrap_network(description, module)
+    model = Model(description, network, first, folder)
     try:
-        unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
+        weights_of(network).load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
         raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
-    model.network.eval()
+    # A module that was given may lie on a GPU.
+    model.network.cpu().eval()
     return model
 
 
@@ -135,7 +158,7 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
             f"{folders[0].parent}"
         )
     lent = _weights(load_model(path))
-    own = unet_of(network).state_dict()
+    own = weights_of(network).state_dict()
     fitting = {
         key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
     }
@@ -144,7 +167,7 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
             f"{path}: none of its weights fits the network; give both the same "
             f"network.spatial_dims, channels, strides and kernels"
         )
-    unet_of(network).load_state_dict(fitting, strict=False)
+    weights_of(network).load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
@@ -181,5 +204,5 @@ def newest_model(runs: Path) -> Path:
 
 
 def _weights(model: Model) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = unet_of(model.network).state_dict()
+    weights: dict[str, torch.Tensor] = weights_of(model.network).state_dict()
     return weights

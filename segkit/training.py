@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import nn
 
 from segkit.averaging import Averaging
 from segkit.build import (
@@ -31,6 +32,7 @@ from segkit.build import (
     interpolation_order,
     mirrored,
     volume_patch,
+    wrap_network,
 )
 from segkit.cascade import described, first_models, first_stage_of, label_cases
 from segkit.components import candidates
@@ -45,6 +47,7 @@ from segkit.files import write_json, write_text
 from segkit.inference.predictor import segment_prepared
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.nn.given import try_out
 from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
@@ -88,15 +91,26 @@ def train(
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
     dataset: Dataset | None = None,
+    network: nn.Module | None = None,
 ) -> Run:
     """Train the network that the config describes and write a new run's folder.
 
     `callbacks` are Lightning's, for progress; `track` may show the progress over cases; a `dataset`
-    is taken instead of the one that the config names. Of several processes the first alone writes
+    is taken instead of the one that the config names. `network` is any module that makes logits
+    (batch, output, cells …) of (batch, channel, cells …), trained in place of a U-Net, where the
+    config has `network.given`. Of several processes the first alone writes
     the folder and returns; the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
-    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track, dataset=dataset)
+    return _train(
+        config,
+        runs=runs,
+        folder=None,
+        callbacks=callbacks,
+        track=track,
+        dataset=dataset,
+        module=network,
+    )
 
 
 def resume(
@@ -104,13 +118,22 @@ def resume(
     *,
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
+    network: nn.Module | None = None,
 ) -> Run:
     """Go on with a run that was stopped, from its last checkpoint, as if it never had been.
 
+    `network` is the module of a run that trains one; its weights become the checkpoint's.
     Raises ConfigError where there is no run to go on with, and whatever `train` raises.
     """
     config = load_config(stopped_run(folder) / CONFIG)
-    return _train(config, runs=folder.parent, folder=folder, callbacks=callbacks, track=track)
+    return _train(
+        config,
+        runs=folder.parent,
+        folder=folder,
+        callbacks=callbacks,
+        track=track,
+        module=network,
+    )
 
 
 def _train(
@@ -121,6 +144,7 @@ def _train(
     callbacks: Sequence[Callback],
     track: Track,
     dataset: Dataset | None = None,
+    module: nn.Module | None = None,
 ) -> Run:
     check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
@@ -134,7 +158,11 @@ def _train(
     config = resolved(config, description)
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
-    network = build_network(description)
+    if module is None:
+        network = build_network(description)
+    else:
+        network = wrap_network(description, module).cpu()
+        try_out(network, torch.zeros(1, len(description.channels), *volume_patch(description)))
     if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
@@ -188,7 +216,7 @@ def _train(
         steps_per_epoch=steps_per_epoch,
         workers=config.data.workers,
     )
-    module = SegmentationModule(
+    lightning_module = SegmentationModule(
         network,
         vary=vary,
         segment=partial(
@@ -271,7 +299,7 @@ def _train(
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
         trainer.fit(
-            module,
+            lightning_module,
             datamodule=data,
             ckpt_path=checkpoint_of(folder) if resumed else None,
             weights_only=True,

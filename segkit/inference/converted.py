@@ -31,11 +31,13 @@ from segkit.nn.planes import SegmentationNetwork, unet_of
 from segkit.nn.taps import edited
 
 FOLDER = "engines"
+INPUT = "image"
+"""The name of the input in files that have names."""
 
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
-"""The outputs of these names for a batch of one window, until the same thread asks again."""
+"""The outputs of these names for a batch of windows, until the same thread asks again."""
 
 
 class ConversionError(ModelError):
@@ -136,12 +138,22 @@ class ConvertedEngine:
             ) from error
 
     def _folders(self) -> list[Path]:
-        if self.model.folder is None:
-            return []
-        return [self.model.folder / FOLDER, user_cache() / FOLDER]
+        beside = lasting_folder(self.model)
+        return [] if beside is None else [beside, user_cache() / FOLDER]
 
     def _name(self, shape: tuple[int, ...]) -> str:
         return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:16]}"
+
+
+def lasting_folder(model: Model) -> Path | None:
+    """Where what a model is converted to lies for the next time, beside it.
+
+    None where it was not read from a folder, and for a module that was given: another of the same
+    weights may compute something else, and nothing here would tell.
+    """
+    if model.folder is None or model.description.network.given is not None:
+        return None
+    return model.folder / FOLDER
 
 
 def digest(model: Model, shape: tuple[int, ...], runtime: str) -> str:

@@ -56,7 +56,7 @@ def run(
             continue
         cells = recorded[key]
         if isinstance(network, Planes):
-            cells = network.stack(cells, len(windows))
+            cells = network.stack(cells, windows.shape[0])
         outputs[key] = cells
     return outputs
 

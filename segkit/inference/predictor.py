@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit import components
 from segkit.config import Postprocessing
@@ -153,10 +153,20 @@ class Predictor:
         tta: bool = False,
         skip_empty: bool = True,
         engine: EngineName = "auto",
+        network: nn.Module | None = None,
     ) -> "Predictor":
-        """A predictor from runs or model folders. Raises ModelError where there is none."""
+        """A predictor from runs or model folders. Raises ModelError where there is none.
+
+        `network` is the module of a model that was trained with one.
+        """
+        folders = [folder for path in paths for folder in model_folders(Path(path))]
+        if network is not None and len(folders) > 1:
+            raise ModelError(
+                f"one module cannot hold the weights of {len(folders)} models; load each with a "
+                f"module of its own: Predictor([load_model(path, network=module), …])"
+            )
         return cls(
-            [load_model(folder) for path in paths for folder in model_folders(Path(path))],
+            [load_model(folder, network=network) for folder in folders],
             device=device,
             overlap=overlap,
             batch_size=batch_size,
