@@ -1,11 +1,12 @@
 """Settings become objects, here and nowhere else."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, device
 
 from segkit.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.config import (
@@ -21,13 +22,16 @@ from segkit.data.augment import SpatialVariation
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
+from segkit.data.parallel import free_memory
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
+from segkit.memory import in_words
 from segkit.module import Vary
-from segkit.nn.planes import Planes, SegmentationNetwork
+from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
 from segkit.nn.unet import UNet
 
 SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
+BYTES_PER_WEIGHT = 4
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
@@ -38,7 +42,34 @@ BENDING = 1 / 12
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
-    """The network that a model's description asks for, with fresh weights; it takes volumes."""
+    """The network that a model's description asks for, with fresh weights; it takes volumes.
+
+    Raises ConfigError where its weights alone would take more memory than is free.
+    """
+    count = sum(math.prod(shape) for shape in weight_shapes(description).values())
+    free = free_memory()
+    if count * BYTES_PER_WEIGHT > free:
+        raise ConfigError(
+            f"network: {count:,} weights take {in_words(count * BYTES_PER_WEIGHT)} of memory, and "
+            f"{in_words(free)} are free; take fewer network.channels"
+        )
+    return _network(description)
+
+
+def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight that the network will have; none is made for this.
+
+    Raises ConfigError where there can be no such network.
+    """
+    try:
+        with device("meta"):
+            unet = unet_of(_network(description))
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"network: cannot be built: {' '.join(str(error).split())}") from None
+    return {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+
+
+def _network(description: ModelDescription) -> SegmentationNetwork:
     config = description.network
     attention = config.attention
     coarsest = [

@@ -5,22 +5,22 @@ Models of a first stage, whose labels it takes beside the image, lie whole in `f
 Neither can run code when it is read.
 """
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from segkit.build import build_network
+from segkit.build import build_network, weight_shapes
 from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
 from segkit.files import whole, write_json
 from segkit.nn.planes import SegmentationNetwork, unet_of
+from segkit.untrusted import read_json_object
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -94,25 +94,55 @@ def load_description(folder: Path) -> ModelDescription:
     """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
     source = folder / DESCRIPTION
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-        return validated(ModelDescription, content, str(source))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        description = validated(ModelDescription, read_json_object(source), str(source))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
+    if len(description.normalisation) != len(description.channels):
+        raise ModelError(
+            f"{source}: expected a normalisation for each of {len(description.channels)} channels, "
+            f"found {len(description.normalisation)}"
+        )
+    if any(None in setting.model_dump().values() for setting in description.normalisation):
+        raise ModelError(f"{source}: its CT window lacks numbers; was it made by segkit train?")
+    return description
 
 
 def _with_weights(folder: Path, description: ModelDescription, first: tuple[Model, ...]) -> Model:
-    model = Model(description, build_network(description), first, folder)
+    source = folder / WEIGHTS
+    if not source.is_file():
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
     try:
-        unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
+        # Held against what the file says it holds before there is either network or weights, so
+        # that neither can be larger than the file.
+        _check_fit(_shapes_in(source), weight_shapes(description))
+        model = Model(description, build_network(description), first, folder)
+        unet_of(model.network).load_state_dict(load_file(source))
+    except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
     model.network.eval()
     return model
+
+
+def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
+    """What a weights file says it holds."""
+    with safe_open(source, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check_fit(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError for the first tensor that is missing, unknown, or of another shape."""
+    for name in [*expected, *found]:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} is no weight of the network")
+        if found[name] != expected[name]:
+            raise ValueError(f"{name} is {found[name]} where {expected[name]} is expected")
 
 
 def adopt(folder: Path, postprocessing: Postprocessing) -> None:

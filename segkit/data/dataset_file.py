@@ -1,6 +1,5 @@
 """What a dataset.json says, in the Medical Segmentation Decathlon's form or in nnU-Net v2's."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
+from segkit.untrusted import read_json
 from segkit.volume import SUFFIXES, stem_of
 
 IGNORE = "ignore"
@@ -90,14 +90,13 @@ def read_labelling(path: Path) -> Labelling:
 
 def _read(path: Path, kind: type[Content]) -> Content:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return kind.model_validate(content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
+        return kind.model_validate(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "it"
         raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
+    except (OSError, ValueError) as error:  # ValidationError is a ValueError too
+        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def _labelling(path: Path, file: _Labels) -> Labelling:
