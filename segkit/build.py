@@ -31,7 +31,9 @@ from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
 from segkit.nn.unet import UNet
 
 SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
-BYTES_PER_WEIGHT = 4
+BYTES_PER_NUMBER = 4
+FEATURES_HELD = 4
+"""Of each channel at once: the skip, what comes from below, and the two side by side."""
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
@@ -48,12 +50,28 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
     """
     count = sum(math.prod(shape) for shape in weight_shapes(description).values())
     free = free_memory()
-    if count * BYTES_PER_WEIGHT > free:
+    if count * BYTES_PER_NUMBER > free:
         raise ConfigError(
-            f"network: {count:,} weights take {in_words(count * BYTES_PER_WEIGHT)} of memory, and "
+            f"network: {count:,} weights take {in_words(count * BYTES_PER_NUMBER)} of memory, and "
             f"{in_words(free)} are free; take fewer network.channels"
         )
     return _network(description)
+
+
+def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
+    """Raise ConfigError where the features of a window alone would outgrow free memory.
+
+    Counted are those of the finest level where a skip is joined, the least that any network holds.
+    """
+    width = description.network.channels[0]
+    needed = FEATURES_HELD * width * math.prod(patch_size) * BYTES_PER_NUMBER
+    free = free_memory()
+    if needed > free:
+        size = " x ".join(map(str, patch_size))
+        raise ConfigError(
+            f"patch_size: the features of {size} voxels take {in_words(needed)} of memory or more, "
+            f"and {in_words(free)} are free; this model needs a larger machine"
+        )
 
 
 def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:

@@ -466,10 +466,17 @@ def evaluate(
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
     from segkit.errors import VolumeError
-    from segkit.evaluation import find_labelling, find_pairs, score_pairs
+    from segkit.evaluation import (
+        find_labelling,
+        find_pairs,
+        labels_file,
+        score_pairs,
+        scored_by,
+    )
     from segkit.files import refuse_existing, write_json
     from segkit.metrics.table import summarise, to_json, to_table
     from segkit.progress import Tracker
+    from segkit.provenance import PROVENANCE
 
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
@@ -483,7 +490,8 @@ def evaluate(
         raise VolumeError(f"{references}: holds background alone; there is nothing to score")
     summary = summarise(rows)
     if out is not None:
-        write_json(out, to_json(rows, summary))
+        made = scored_by(pairs, labels_file(references, labels), tolerance_mm=tolerance)
+        write_json(out, {**to_json(rows, summary), PROVENANCE: made})
     console.print(to_table(summary))
 
 

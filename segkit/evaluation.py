@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segkit.data.dataset_file import read_labelling
 from segkit.errors import VolumeError
+from segkit.files import checksum
 from segkit.labelling import Labelling
 from segkit.metrics.table import CaseScores, score_case
+from segkit.provenance import checksums, versions
 from segkit.volume import SUFFIXES, read_labels, stem_of
 
 
@@ -42,14 +45,38 @@ def find_labelling(references: Path, labels: Path | None) -> Labelling | None:
 
     Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
     """
+    path = labels_file(references, labels)
+    return None if path is None else read_labelling(path)
+
+
+def labels_file(references: Path, labels: Path | None) -> Path | None:
+    """The dataset.json that says what is told apart: the one given, or one beside or above.
+
+    Raises VolumeError where the one given is not there.
+    """
     folder = references if references.is_dir() else references.parent
     candidates = [labels] if labels else [folder / "dataset.json", folder.parent / "dataset.json"]
     for path in candidates:
         if path.is_file():
-            return read_labelling(path)
+            return path
     if labels:
         raise VolumeError(f"{labels}: no such file; check the path")
     return None
+
+
+def scored_by(
+    pairs: Iterable[tuple[str, Path, Path]], labels: Path | None, *, tolerance_mm: float
+) -> dict[str, Any]:
+    """What scores were made of: settings, the files of each case, and versions."""
+    return {
+        "tolerance_mm": tolerance_mm,
+        "labels": checksums([labels] if labels else []),
+        "inputs": [
+            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
+            for name, prediction, reference in pairs
+        ],
+        "versions": versions(),
+    }
 
 
 def score_pairs(

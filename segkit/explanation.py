@@ -1,6 +1,6 @@
 """`segkit explain`: what a model attends to, measured, and what its heads are worth."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
+from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -87,6 +89,7 @@ def explain_files(
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
     worths: list[Worth] = []
+    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
         explanation = explain(
@@ -98,7 +101,10 @@ def explain_files(
             studies=studies,
             track=lambda slabs, count: track(slabs, "explaining", count),
         )
-        written = write_explanation(case_folder(source, inputs, folder), explanation)
+        made = made_by(predictor, asked, source.files)
+        if path is not None:
+            made["reference"] = checksums([path])
+        written = write_explanation(case_folder(source, inputs, folder), explanation, made)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)
         worths += [found for found in explanation.findings if isinstance(found, Worth)]
@@ -108,20 +114,38 @@ def explain_files(
         facts = facts_of(predictor)
         write_text(folder / COHORT, rows_as_csv(rows))
         pooled: Sequence[Verdict] = ()
+        figures: dict[str, Any] = {}
         if worths:
             pooled, figures = cohort_figures([found.evidence for found in worths])
-            write_json(folder / COHORT_FIGURES, {"scans": len(inputs), "made": facts, **figures})
             ablated = [row for found in worths for row in found.rows[ABLATIONS]]
             write_text(folder / ABLATIONS, rows_as_csv(ablated))
+        made = made_by(predictor, asked, (file for source in inputs for file in source.files))
+        about = {"scans": len(inputs), "made": facts, PROVENANCE: made}
+        write_json(folder / COHORT_FIGURES, {**about, **figures})
         write_text(folder / PAGE, cohort_text(finished, facts, pooled))
 
 
-def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
-    """Write all that `explain_files` does of one volume, and return the files, the labels first."""
+def write_explanation(
+    folder: Path, explanation: Explanation, made: Mapping[str, Any]
+) -> tuple[Path, ...]:
+    """Write all that `explain_files` does of one volume, and return the files, the labels first.
+
+    `made` is what made it, told in each JSON file.
+    """
     name = explanation.name
     labels = folder / f"{name}_seg.nii.gz"
     write_volume(labels, explanation.labels)
-    maps = write_maps(folder, name, explanation.maps, explanation.scan, reach=explanation.reach)
+    sidecar = folder / f"{name}_seg.json"
+    numbers = {label: number for number, label in explanation.label_names.items()}
+    write_json(sidecar, {"labels": numbers, PROVENANCE: made})
+    maps = write_maps(
+        folder,
+        name,
+        explanation.maps,
+        explanation.scan,
+        reach=explanation.reach,
+        made={PROVENANCE: made},
+    )
     write_text(folder / TABLE, rows_as_csv(explanation.rows()))
     write_json(
         folder / FIGURES,
@@ -130,6 +154,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
             "against": explanation.against,
             "tolerance_mm": explanation.tolerance_mm,
             "made": explanation.facts,
+            PROVENANCE: made,
             "dice": explanation.dice,
             "measures": [vars(measure) for measure in explanation.measures],
             **{found.name: dict(found.figures) for found in explanation.findings},
@@ -139,7 +164,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
     for file, rows in tables.items():
         write_text(folder / file, rows_as_csv(rows))
     write_page(folder / PAGE, explanation.page())
-    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
+    return (labels, sidecar, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
@@ -167,6 +192,14 @@ def explain_heads(
         whole,
         {
             "cases": [case.name for case in cases],
+            PROVENANCE: {
+                **made_by(
+                    predictor,
+                    asked_of(predictor),
+                    (file for source in inputs for file in source.files),
+                ),
+                "reference": checksums(paths.values()),
+            },
             "positions": [
                 {
                     "position": position.position,
@@ -200,7 +233,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
             )
         names.add(source.name)
         place = case_folder(source, inputs, folder)
-        targets += [place / f"{source.name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")]
+        targets += [place / f"{source.name}{ending}" for ending in ENDINGS]
         targets += [place / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)]
         targets += place.glob(f"{source.name}_map-*.nii.gz")
     if len(inputs) > 1:

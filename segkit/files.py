@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole, indented for a reader; not-a-number becomes null."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """JSON, indented for a reader and ended by a newline; not-a-number becomes null."""
+    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:
@@ -45,6 +51,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, as `sha256sum` has it."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ Models of a first stage, whose labels it takes beside the image, lie whole in `f
 Neither can run code when it is read.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from segkit.build import build_network, weight_shapes
 from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
-from segkit.files import whole, write_json
+from segkit.files import checksum, json_text, whole, write_json
 from segkit.nn.planes import SegmentationNetwork, unet_of
 from segkit.untrusted import read_json_object
 
@@ -49,9 +50,8 @@ def save_model(folder: Path, model: Model) -> None:
     """Write a model folder; the description comes last, so that a folder with one is complete."""
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
-    state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
     with whole(folder / WEIGHTS) as partial:
-        save_file(state, partial)
+        save_file(_savable(model), partial)
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 
@@ -118,7 +118,11 @@ def _with_weights(folder: Path, description: ModelDescription, first: tuple[Mode
         # that neither can be larger than the file.
         _check_fit(_shapes_in(source), weight_shapes(description))
         model = Model(description, build_network(description), first, folder)
-        unet_of(model.network).load_state_dict(load_file(source))
+        weights = load_file(source)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are not numbers")
+        unet_of(model.network).load_state_dict(weights)
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
@@ -143,6 +147,18 @@ def _check_fit(
             raise ValueError(f"{name} is no weight of the network")
         if found[name] != expected[name]:
             raise ValueError(f"{name} is {found[name]} where {expected[name]} is expected")
+
+
+def checksums_of(model: Model) -> dict[str, str]:
+    """The SHA-256 of a model's files, as they are or as `save_model` would write them."""
+    if model.folder is not None:
+        files = [model.folder / name for name in (DESCRIPTION, WEIGHTS)]
+        return {file.name: checksum(file) for file in files}
+    contents = {
+        DESCRIPTION: json_text(model.description.model_dump(mode="json")).encode(),
+        WEIGHTS: save(_savable(model)),
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def adopt(folder: Path, postprocessing: Postprocessing) -> None:
@@ -208,6 +224,10 @@ def newest_model(runs: Path) -> Path:
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
     return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def _savable(model: Model) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
 
 
 def _weights(model: Model) -> dict[str, torch.Tensor]:

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
 from segkit.files import refuse_existing, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
 from segkit.inputs import Input, find_inputs, parse_shard, read_input
+from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
 from segkit.scratch import OnDisk
 from segkit.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
 
@@ -52,8 +53,14 @@ class Targets:
 
     @property
     def all(self) -> list[Path]:
-        """Those that are asked for, the labels first."""
-        return [path for path in vars(self).values() if path is not None]
+        """Those that are asked for, the labels first, and what tells how volumes were made."""
+        asked = [path for path in vars(self).values() if path is not None]
+        return [*asked, *(sidecar_of(path) for path in asked if path.suffix != ".json")]
+
+
+def sidecar_of(volume: Path) -> Path:
+    """The JSON file beside a volume that is written, which tells how it was made."""
+    return volume.with_name(f"{stem_of(volume)}.json")
 
 
 def output_path(source: Input, *, out: Path | None, alone: bool) -> Path:
@@ -102,7 +109,7 @@ def predict_files(
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
             continue
-        owner = owners.setdefault(labels.resolve(), source)
+        owner = owners.setdefault(sidecar_of(labels.resolve()), source)
         if owner is not source:
             twice = VolumeError(f"{labels}: is the result of {owner.files[0]} as well; rename one")
             planned.append((source, _failed(source, twice)))
@@ -117,15 +124,18 @@ def predict_files(
         )
         planned.append((source, targets))
     files = {file.resolve() for source in inputs for file in source.files}
+    asked = asked_of(predictor)
 
     def begin(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
         if isinstance(targets, Outcome):
             return targets
+        finished = source.of_folder and not overwrite and targets.labels.exists()
         try:
             _refuse(source, targets, files, overwrite=overwrite)
+            if finished:
+                check_asked(targets.labels, sidecar_of(targets.labels), asked)
         except VolumeError as error:
             return _failed(source, error)
-        finished = source.of_folder and not overwrite and targets.labels.exists()
         return Outcome(source, (), kept=targets.labels) if finished else targets
 
     def segment(source: Input, targets: Targets, volume: Future[Volume]) -> Callable[[], Outcome]:
@@ -138,7 +148,13 @@ def predict_files(
             allocate=OnDisk(targets.labels.parent),
             track=track,
         )
-        return partial(_write, source, targets, prediction, image)
+
+        def write() -> Outcome:
+            made = {PROVENANCE: made_by(predictor, asked, source.files)}
+            about = {"labels": predictor.model.description.labels, **made}
+            return _write(source, targets, prediction, image, about, made)
+
+        return write
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         mine = ((source, begin(source, told)) for source, told in planned[number - 1 :: count])
@@ -214,10 +230,18 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
         refuse_existing([targets.labels], overwrite=overwrite)
 
 
-def _write(source: Input, targets: Targets, prediction: Prediction, image: Volume) -> Outcome:
+def _write(
+    source: Input,
+    targets: Targets,
+    prediction: Prediction,
+    image: Volume,
+    about: Mapping[str, Any],
+    made: Mapping[str, Any],
+) -> Outcome:
     written = []
     if targets.figures is not None:
-        written += write_maps(targets.figures.parent, source.name, prediction.maps, image)
+        maps = targets.figures.parent
+        written += write_maps(maps, source.name, prediction.maps, image, made=made)
     for path, volume in (
         (targets.probabilities, prediction.probabilities),
         (targets.entropy, prediction.entropy),
@@ -225,10 +249,13 @@ def _write(source: Input, targets: Targets, prediction: Prediction, image: Volum
     ):
         if path is not None and volume is not None:
             write_volume(path, volume)
-            written.append(path)
+            write_json(sidecar_of(path), made)
+            written += [path, sidecar_of(path)]
     if targets.presence is not None and prediction.presence is not None:
-        write_json(targets.presence, {"presence": prediction.presence})
+        write_json(targets.presence, {"presence": prediction.presence, **made})
         written.append(targets.presence)
+    write_json(sidecar_of(targets.labels), about)
+    written.append(sidecar_of(targets.labels))
     # The labels come last: where they are, everything is.
     write_volume(targets.labels, prediction.labels)
     return Outcome(source, (targets.labels, *written), presence=prediction.presence)

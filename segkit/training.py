@@ -28,6 +28,7 @@ from segkit.build import (
     build_network,
     build_normalisers,
     build_variation,
+    check_windows,
     interpolation_order,
     mirrored,
     volume_patch,
@@ -49,6 +50,7 @@ from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
+    check_checkpoint,
     checkpoint_of,
     loggers,
     new_run_folder,
@@ -132,6 +134,8 @@ def _train(
         update={"mirror": mirrored(config.data, list(dataset.labels))}
     )
     config = resolved(config, description)
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        check_windows(description, (config.data.batch_size, *volume_patch(description)))
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     network = build_network(description)
@@ -205,6 +209,8 @@ def _train(
         regions=list(description.regions.values()),
         ignore=description.ignore,
     )
+    if resumed:
+        check_checkpoint(folder, module)
     best = ModelCheckpoint(
         dirpath=folder,
         filename="best",
