@@ -5,14 +5,20 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+"""Of a layer. Beyond this, as beyond the others' limits, a number is a mistake or an attack."""
+Few = Annotated[int, Field(gt=0, le=64)]
+"""Of strides, kernels and what stands side by side."""
 Share = Annotated[float, Field(ge=0, le=1)]
-Millimetres = Annotated[float, Field(gt=0)]
+Millimetres = Annotated[float, Field(gt=0, le=1e3)]
 
 
 class Section(BaseModel):
     """A group of settings that refuses names it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def kind_alone(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """`segkit explain`: what a model attends to, measured, and what its heads are worth."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
 from segkit.inputs import Input, failure, read_input
+from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -95,6 +97,7 @@ def explain_files(
     rows: list[dict[str, Any]] = []
     worths: list[Worth] = []
     left_out: dict[str, str] = {}
+    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -108,7 +111,10 @@ def explain_files(
                 studies=studies,
                 track=lambda slabs, count: track(slabs, "explaining", count),
             )
-            written = write_explanation(place, explanation)
+            made = made_by(predictor, asked, source.files)
+            if path is not None:
+                made["reference"] = checksums([path])
+            written = write_explanation(place, explanation, made)
         except (SegkitError, OSError) as error:
             left_out[source.name] = failure(source, error)
             yield Explained(source.name, error=left_out[source.name])
@@ -125,25 +131,43 @@ def explain_files(
     if left_out:
         facts["scans left out"] = "; ".join(left_out.values())
     write_text(folder / COHORT, rows_as_csv(rows))
-    written_of_all = [folder / COHORT, folder / PAGE]
+    written_of_all = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
     pooled: Sequence[Verdict] = ()
+    figures: dict[str, Any] = {}
     if worths:
         pooled, figures = cohort_figures([found.evidence for found in worths])
-        write_json(folder / COHORT_FIGURES, {"scans": len(finished), "made": facts, **figures})
         ablated = [row for found in worths for row in found.rows[ABLATIONS]]
         write_text(folder / ABLATIONS, rows_as_csv(ablated))
-        written_of_all += [folder / COHORT_FIGURES, folder / ABLATIONS]
+        written_of_all.append(folder / ABLATIONS)
         conclude(pooled)
+    made = made_by(predictor, asked, (file for source in inputs for file in source.files))
+    about = {"scans": len(finished), "made": facts, PROVENANCE: made}
+    write_json(folder / COHORT_FIGURES, {**about, **figures})
     write_text(folder / PAGE, cohort_text(finished, facts, pooled))
     _remove(_of_cohort(folder), but=written_of_all)
 
 
-def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
-    """Write all that `explain_files` does of one volume, and return the files, the labels first."""
+def write_explanation(
+    folder: Path, explanation: Explanation, made: Mapping[str, Any]
+) -> tuple[Path, ...]:
+    """Write all that `explain_files` does of one volume, and return the files, the labels first.
+
+    `made` is what made it, told in each JSON file.
+    """
     name = explanation.name
     labels = folder / f"{name}_seg.nii.gz"
     write_volume(labels, explanation.labels)
-    maps = write_maps(folder, name, explanation.maps, explanation.scan, reach=explanation.reach)
+    sidecar = folder / f"{name}_seg.json"
+    numbers = {label: number for number, label in explanation.label_names.items()}
+    write_json(sidecar, {"labels": numbers, PROVENANCE: made})
+    maps = write_maps(
+        folder,
+        name,
+        explanation.maps,
+        explanation.scan,
+        reach=explanation.reach,
+        made={PROVENANCE: made},
+    )
     write_text(folder / TABLE, rows_as_csv(explanation.rows()))
     write_json(
         folder / FIGURES,
@@ -152,6 +176,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
             "against": explanation.against,
             "tolerance_mm": explanation.tolerance_mm,
             "made": explanation.facts,
+            PROVENANCE: made,
             "dice": explanation.dice,
             "measures": [vars(measure) for measure in explanation.measures],
             **{found.name: dict(found.figures) for found in explanation.findings},
@@ -161,7 +186,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
     for file, rows in tables.items():
         write_text(folder / file, rows_as_csv(rows))
     write_page(folder / PAGE, explanation.page())
-    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
+    return (labels, sidecar, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
@@ -189,6 +214,14 @@ def explain_heads(
         whole,
         {
             "cases": [case.name for case in cases],
+            PROVENANCE: {
+                **made_by(
+                    predictor,
+                    asked_of(predictor),
+                    (file for source in inputs for file in source.files),
+                ),
+                "reference": checksums(paths.values()),
+            },
             "positions": [
                 {
                     "position": position.position,
@@ -233,7 +266,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
 def _of_volume(name: str, folder: Path) -> list[Path]:
     """What may be written of one volume, or is there of it: maps, whose names a model sets."""
     return [
-        *(folder / f"{name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")),
+        *(folder / f"{name}{ending}" for ending in ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
         *folder.glob(f"{name}_map-*.nii.gz"),
         *folder.glob(f"native/{name}_map-*.nii.gz"),

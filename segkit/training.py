@@ -29,6 +29,7 @@ from segkit.build import (
     build_network,
     build_normalisers,
     build_variation,
+    check_windows,
     interpolation_order,
     mirrored,
     volume_patch,
@@ -52,6 +53,7 @@ from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
+    check_checkpoint,
     checkpoint_of,
     loggers,
     new_run_folder,
@@ -156,6 +158,8 @@ def _train(
         update={"mirror": mirrored(config.data, list(dataset.labels))}
     )
     config = resolved(config, description)
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        check_windows(description, (config.data.batch_size, *volume_patch(description)))
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     if module is None:
@@ -233,6 +237,8 @@ def _train(
         regions=list(description.regions.values()),
         ignore=description.ignore,
     )
+    if resumed:
+        check_checkpoint(folder, lightning_module)
     best = ModelCheckpoint(
         dirpath=folder,
         filename="best",

@@ -69,10 +69,27 @@ class StoredCase:
         those of all others stand under 0.
         """
         voxels = _mapped(self.folder / "voxels.npy")
-        return {
-            number: voxels[first:end]
-            for number, first, end in np.load(self.folder / "classes.npy").tolist()
-        }
+        classes = _mapped(self.folder / "classes.npy").tolist()
+        return {number: voxels[first:end] for number, first, end in classes}
+
+    def check(self, num_channels: int) -> None:
+        """Raise DatasetError unless the arrays are what `write_arrays` makes."""
+        image, label, voxels, classes = (
+            _mapped(self.folder / f"{name}.npy") for name in ("image", "label", "voxels", "classes")
+        )
+        whole = (
+            image.dtype in (np.float16, np.float32)
+            and image.ndim == 4
+            and image.shape == (num_channels, *label.shape)
+            and all(array.dtype.kind in "ui" for array in (label, voxels, classes))
+            and voxels.ndim == classes.ndim == 2
+            and voxels.shape[1] == classes.shape[1] == 3
+            and bool((np.diff(classes[:, 1:]) >= 0).all())
+            and bool(((classes[:, 1:] >= 0) & (classes[:, 1:] <= len(voxels))).all())
+            and bool(((voxels >= 0) & (voxels < label.shape)).all())
+        )
+        if not whole:
+            raise _damaged(self.folder)
 
 
 def store_cases(
@@ -110,6 +127,10 @@ def store_cases(
         for case, target in zip(cases, stored, strict=True)
         if not target.folder.is_dir()
     ]
+    known = {target for _, _, target in pending}
+    for case in stored:
+        if case.folder not in known:
+            case.check(len(normalisers) + bool(first_labels))
     if not pending:
         for _ in track(cases):
             pass
@@ -227,8 +248,20 @@ def _store(
 
 
 def _mapped(path: Path) -> ndarray:
-    array: ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent) from error
+    if not isinstance(array, ndarray):  # but a zip of several
+        raise _damaged(path.parent)
     return array
+
+
+def _damaged(folder: Path) -> DatasetError:
+    return DatasetError(
+        f"{folder}: expected a prepared case, found arrays that are damaged or of another kind; "
+        f"delete the folder, and it is prepared again"
+    )
 
 
 def _positions(

@@ -9,7 +9,7 @@ Post-processing, where a model has it, comes last: a component may span every sl
 labels of the whole volume in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,14 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
+        self.settings: Mapping[str, object] = {
+            "overlap": overlap,
+            "precision": str(precision).removeprefix("torch."),
+            "tta": tta,
+            "skip_empty": skip_empty,
+            "engine": engine,
+        }
+        """What decides what is said, beside the models."""
         self.members = [
             Member(
                 model,
