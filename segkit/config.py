@@ -16,7 +16,7 @@ from segkit.config_attention import (
     SelfAttention,
     UTransformerGate,
 )
-from segkit.config_base import Few, Millimetres, Positive, Section, Share, Width, kind_alone
+from segkit.config_base import Few, Millimetres, Name, Positive, Section, Share, Width, kind_alone
 from segkit.config_files import FilesConfig, LabelCode
 from segkit.labelling import Labelling
 
@@ -372,10 +372,10 @@ class ModelDescription(Section):
     format: Literal[1] = 1
     segkit: str
     """The version that wrote it."""
-    run: str
-    channels: list[str]
+    run: Name
+    channels: list[Name]
     """Names of the input's channels, in order."""
-    labels: Annotated[dict[str, LabelNumber], Field(min_length=2)]
+    labels: Annotated[dict[Name, LabelNumber], Field(min_length=2)]
     """Names of the classes or regions and the numbers they are written as, 0 the background."""
     regions: dict[str, Annotated[list[LabelNumber], Field(min_length=1)]] = Field({})
     """In the order they are written, the numbers in label files of each region; classes if none."""

@@ -2,8 +2,17 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds characters that cannot be shown; choose another name")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
+"""Of a class or channel: it is shown on terminals, which obey what they cannot show."""
 Positive = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 """Of a layer. Beyond this, as beyond the others' limits, a number is a mistake or an attack."""

@@ -555,6 +555,34 @@ def test_json_of_another_kind_is_refused(
     refused(told, path.name.replace(".", r"\."))
 
 
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def test_no_name_reaches_a_terminal_that_would_obey_it(
+    tmp_path: Path, run: Run, stopped: Path
+) -> None:
+    save_model(tmp_path / "model", small_model())
+    changed = put(described(tmp_path / "model"), ("labels",), {"background": 0, ESCAPE: 1})
+    (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
+    shutil.copytree(stopped / "data", tmp_path / "data")
+    content = (tmp_path / "data" / "dataset.json").read_text()
+    content = content.replace('"ball"', json.dumps(ESCAPE))
+    (tmp_path / "data" / "dataset.json").write_text(content)
+    (tmp_path / "config.yaml").write_text('"\\e]0;owned\\a": 1\ndata: {folder: a, patch_size: [8]}')
+    scan = scan_at(tmp_path / "scan.nii.gz")
+    commands: list[tuple[str | Path, ...]] = [
+        ("predict", scan, "--model", tmp_path / "model"),
+        ("check", tmp_path / "data"),
+        ("check", tmp_path / "config.yaml"),
+        ("check", tmp_path / f"{ESCAPE}.nii"),
+        ("check", tmp_path / "two\nlines.nii"),
+    ]
+    for words in commands:
+        told = run(*words)
+        refused(told, ".")
+        assert told[1].removesuffix("\n").isprintable(), told
+
+
 def test_text_is_read_up_to_a_bearable_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from segkit.config_base import Name
 from segkit.config_files import LabelCode
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
@@ -26,7 +27,7 @@ class _Training(BaseModel):
 
 
 class _Labels(BaseModel):
-    labels: dict[str, str | int | list[int]]
+    labels: dict[Name, Name | int | list[int]]
     regions_class_order: list[int] | None = None
     codes: dict[str, LabelCode] = {}
 
@@ -34,8 +35,8 @@ class _Labels(BaseModel):
 class _DatasetFile(_Labels):
     """The keys that segkit reads; a file has others, which are let be."""
 
-    modality: dict[str, str] | None = None
-    channel_names: dict[str, str] | None = None
+    modality: dict[str, Name] | None = None
+    channel_names: dict[str, Name] | None = None
     training: Annotated[list[_Training], Field(min_length=1)] | None = None
     num_training: Annotated[int | None, Field(alias="numTraining")] = None
     file_ending: str | None = None
