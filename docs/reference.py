@@ -166,9 +166,9 @@ def _range(value: Mapping[str, Any]) -> str:
 def _default(value: Mapping[str, Any], schema: Mapping[str, Any], key: str) -> str:
     if key in schema.get("required", ()):
         return "must be given"
-    if "default" not in value or isinstance(value["default"], dict):
+    default = value.get("default")
+    if "default" not in value or (isinstance(default, dict) and default):
         return ""
-    default = value["default"]
     if isinstance(default, bool) or default is None:
         return f"`{str(default).lower()}`".replace("none", "null")
     return f"`{default}`"

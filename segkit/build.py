@@ -1,11 +1,12 @@
 """Settings become objects, here and nowhere else."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, device, nn
 
 from segkit.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.config import (
@@ -21,13 +22,19 @@ from segkit.data.augment import SpatialVariation
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
+from segkit.data.parallel import free_memory
 from segkit.data.synthesis import deform, synthesise
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, ModelError
+from segkit.memory import in_words
 from segkit.module import Vary
-from segkit.nn.planes import Planes, SegmentationNetwork
+from segkit.nn.given import Given
+from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
 from segkit.nn.unet import UNet
 
 SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
+BYTES_PER_NUMBER = 4
+FEATURES_HELD = 4
+"""Of each channel at once: the skip, what comes from below, and the two side by side."""
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
@@ -38,8 +45,60 @@ BENDING = 1 / 12
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
-    """The network that a model's description asks for, with fresh weights; it takes volumes."""
+    """The network that a model's description asks for, with fresh weights; it takes volumes.
+
+    Raises ConfigError where its weights alone would take more memory than is free, and ModelError
+    where it is a module which Python must give.
+    """
+    count = sum(math.prod(shape) for shape in weight_shapes(description).values())
+    free = free_memory()
+    if count * BYTES_PER_NUMBER > free:
+        raise ConfigError(
+            f"network: {count:,} weights take {in_words(count * BYTES_PER_NUMBER)} of memory, and "
+            f"{in_words(free)} are free; take fewer network.channels"
+        )
+    return _network(description)
+
+
+def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
+    """Raise ConfigError where the features of a window alone would outgrow free memory.
+
+    Counted are those of the finest level where a skip is joined, the least that any U-Net holds.
+    """
+    if description.network.given is not None:
+        return
+    width = description.network.channels[0]
+    needed = FEATURES_HELD * width * math.prod(patch_size) * BYTES_PER_NUMBER
+    free = free_memory()
+    if needed > free:
+        size = " x ".join(map(str, patch_size))
+        raise ConfigError(
+            f"patch_size: the features of {size} voxels take {in_words(needed)} of memory or more, "
+            f"and {in_words(free)} are free; this model needs a larger machine"
+        )
+
+
+def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight that the network will have; none is made for this.
+
+    Raises ConfigError where there can be no such network.
+    """
+    try:
+        with device("meta"):
+            unet = unet_of(_network(description))
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"network: cannot be built: {' '.join(str(error).split())}") from None
+    return {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+
+
+def _network(description: ModelDescription) -> SegmentationNetwork:
     config = description.network
+    if config.given is not None:
+        raise ModelError(
+            f"{description.run}: its network is a module of Python's "
+            f"({config.given.name or 'unnamed'}), which no file holds; give it from Python: "
+            f"train(config, network=module), load_model(path, network=module)"
+        )
     attention = config.attention
     coarsest = [
         size // stride
@@ -66,9 +125,34 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
         ),
         label_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
-    if config.spatial_dims == 3:
-        return unet
-    return Planes(unet, axis=ACROSS[description.slices])
+    return _of_volumes(unet, description)
+
+
+def wrap_network(description: ModelDescription, module: nn.Module) -> SegmentationNetwork:
+    """A module that gives logits, in the form of a network; it takes volumes.
+
+    `network.given` of the description must say what the sizes of its input are multiples of.
+    Raises ModelError where the description is that of a U-Net, or where the module's state cannot
+    be saved.
+    """
+    given = description.network.given
+    if given is None:
+        raise ModelError(
+            f"{description.run}: is described as a U-Net, and a module was given; set "
+            f"network.given.multiple to what the sizes of its input must be multiples of"
+        )
+    if description.first_stage is not None:
+        raise ModelError("labels of a first stage are for U-Nets, found a module that was given")
+    network = Given(
+        module, out_channels=len(description.labelling.outputs), multiple=given.multiple
+    )
+    return _of_volumes(network, description)
+
+
+def _of_volumes(network: UNet | Given, description: ModelDescription) -> SegmentationNetwork:
+    if description.network.spatial_dims == 3:
+        return network
+    return Planes(network, axis=ACROSS[description.slices])
 
 
 def interpolation_order(description: ModelDescription) -> Literal[1, 3]:

@@ -27,6 +27,7 @@ from segkit.model import (
     model_folder,
 )
 from segkit.settle import Track
+from segkit.untrusted import read_json_object
 from segkit.volume import Volume, write_volume
 
 Segment = Callable[[Volume], Volume]
@@ -75,7 +76,7 @@ def held_out_of(folder: Path) -> frozenset[str]:
     """Names of the cases that the run of a model held out, by its summary; none without one."""
     path = folder.parent / SUMMARY
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         return frozenset(content["validation"]["dice_of_cases"])
     except FileNotFoundError:
         return frozenset()

@@ -9,20 +9,23 @@ import numpy as np
 
 from segkit.build import build_network
 from segkit.cascade import described, first_models
-from segkit.config_file import dump_yaml, load_config
+from segkit.config_file import dataset_in, dump_yaml, load_config
+from segkit.config_files import FilesConfig
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
+from segkit.nifti import placement
+from segkit.series import Series, choose_series, holds_series, list_series, read_series
 from segkit.settle import Track, check_images, describe
-from segkit.volume import Volume, read_volume
+from segkit.volume import Volume, read_volume, trouble_with
 
 
 @dataclass(frozen=True)
 class Understood:
-    """What segkit makes of a config, a dataset or a volume."""
+    """What segkit makes of a config, a dataset, DICOM series or a volume."""
 
-    kind: Literal["config", "dataset", "volume"]
+    kind: Literal["config", "dataset", "series", "volume"]
     text: str
     """In lines, for a reader."""
     facts: Mapping[str, Any]
@@ -33,24 +36,57 @@ class Understood:
 
 
 def check(
-    path: Path, overrides: tuple[str, ...] = (), *, track: Track = lambda cases, what, count: cases
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    series: str | None = None,
+    track: Track = lambda cases, what, count: cases,
 ) -> Understood:
     """What was understood of a config (.yaml), a dataset folder or a volume.
 
-    `overrides` are a config's, such as `train.steps=500`. Raises SegkitError with what is wrong and
-    where.
+    Of a folder of DICOM files, the `series` of that UID, or the only one, or a list of those there.
+    Raises SegkitError with what is wrong and where.
     """
-    if path.suffix in (".yaml", ".yml"):
-        return check_config(path, overrides, track)
-    if path.is_dir():
-        return check_dataset(path, track)
+    if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
+        return describe_series(path, series)
+    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+        dataset = dataset_in(path)
+        if dataset is None:
+            return check_config(path, overrides, track)
+        return check_dataset(dataset.folder, track, dataset.files)
     return describe_volume(path, read_volume(path))
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset.json").exists()
+
+
+def describe_series(folder: Path, uid: str | None) -> Understood:
+    """The volume that a DICOM series makes, or of several, what there is to ask for by --series."""
+    found = list_series(folder)
+    if uid is None and len(found) > 1:
+        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        facts = {"series": [_series_facts(series) for series in found]}
+        return Understood("series", "\n".join([*lines, *map(str, found)]), facts)
+    chosen = choose_series(folder, uid)
+    volume = describe_volume(folder, read_series(chosen))
+    facts = {**volume.facts, "series": [_series_facts(chosen)]}
+    return Understood("series", f"DICOM series {chosen}\n{volume}", facts)
+
+
+def _series_facts(series: Series) -> dict[str, Any]:
+    return {
+        "uid": series.uid,
+        "description": series.description,
+        "modality": series.modality,
+        "slices": len(series.slices),
+    }
 
 
 def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> Understood:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -79,12 +115,12 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> Unders
     return Understood("config", text, facts)
 
 
-def check_dataset(folder: Path, track: Track) -> Understood:
-    """Every case read and held against dataset.json: sizes, spacings, voxels of each class.
+def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) -> Understood:
+    """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
     Raises DatasetError listing every case that is wrong.
     """
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, files)
     shapes, spacings, problems, orientations = [], [], [], set()
     labelling = dataset.labelling
     groups = _groups(labelling)
@@ -160,8 +196,8 @@ def _told_apart(labelling: Labelling) -> str:
 def describe_volume(path: Path, volume: Volume) -> Understood:
     """Size, spacing, orientation, position, codes and intensities of a volume."""
     grid, data = volume.grid, volume.data
-    if not np.isfinite(data).all():
-        raise VolumeError(f"{path}: holds voxels that are not numbers; repair it")
+    if trouble := trouble_with(data):
+        raise VolumeError(f"{path}: {trouble}")
     first = grid.affine[:3, 3]
     channels = data.shape[3] if data.ndim == 4 else 1
     orientation = Orientation.of(grid.affine).code
@@ -173,9 +209,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
         f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
     ]
     if volume.header is not None:
-        sform, qform = int(volume.header["sform_code"]), int(volume.header["qform_code"])
-        used = "sform" if sform else "qform" if qform else "voxel sizes alone"
-        lines.append(f"placed by its {used} (sform code {sform}, qform code {qform})")
+        lines.append(placement(volume.header))
     lines.append(f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}")
     facts = {
         "shape": list(grid.shape),

@@ -1,5 +1,6 @@
 """The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
 
+import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
-    list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+    list[Path],
+    typer.Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders of them."),
 ]
 ModelFolder = Annotated[
     Path | None,
@@ -47,6 +49,10 @@ ModelFolders = Annotated[
 ]
 Overlap = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+]
+Series = Annotated[
+    str | None,
+    typer.Option(metavar="UID", help="Which DICOM series, where a folder holds several."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
@@ -95,8 +101,26 @@ def demo(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Such as hippocampus, or Task04_Hippocampus.")],
+    out: Annotated[Path, typer.Option(help="The folder to put it into.")] = Path(),
+) -> None:
+    """Download a dataset of the Medical Segmentation Decathlon, as MONAI keeps it."""
+    from segkit import fetching
+
+    sources = fetching.decathlon()
+    whole = fetching.named(name, sources)
+    _say(f"fetching {sources[whole].url}")
+    folder = fetching.fetch(whole, sources[whole], out)
+    _say(f"wrote {folder}")
+    _say(f"next: segkit check {folder}, and then segkit train {folder}")
+
+
+@app.command()
 def plan(
-    dataset: Annotated[Path, typer.Argument(help="A folder with a dataset.json.")],
+    dataset: Annotated[
+        Path, typer.Argument(help="A folder with a dataset.json, or YAML with data.files.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The config to write; NAME.yaml where not given.")
     ] = None,
@@ -115,15 +139,20 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
+    from segkit.config_file import dataset_in
     from segkit.files import refuse_existing, write_text
     from segkit.planning import plan_dataset
     from segkit.progress import Tracker
 
-    target = out or Path(f"{dataset.resolve().name}.yaml")
+    source = dataset_in(dataset)
+    if source is None:
+        raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
+    target = out or Path(f"{source.folder.resolve().name}.yaml")
     low = target.with_name(f"{target.stem}_low{target.suffix}")
     refuse_existing([target], overwrite=overwrite)
     planned = plan_dataset(
-        dataset,
+        source.folder,
+        source.files,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,
@@ -180,7 +209,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
-    from segkit.config_file import changed, load_config
+    from segkit.config_file import changed, dataset_in, load_config
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
@@ -190,18 +219,20 @@ def train(
         raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
     wanted = _folds(folds)
     settings = low = None
-    if config is not None and not config.is_dir():
+    dataset = None if config is None else dataset_in(config)
+    if config is not None and dataset is None:
         settings = load_config(config, overrides or ())
     from segkit import cross_validation, training
     from segkit.progress import Tracker, TrainingProgress
 
-    if config is not None and config.is_dir():
+    if dataset is not None:
         from segkit.planning import plan_dataset
 
         accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
         device = [accelerator[word] for word in overrides or () if word in accelerator]
         planned = plan_dataset(
-            config,
+            dataset.folder,
+            dataset.files,
             cache=runs / ".cache",
             device=(device or ["auto"])[-1],
             runs=runs,
@@ -268,11 +299,15 @@ def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
-        classes = ", ".join(f"{name} {dice:.3f}" for name, dice in scores["dice"].items())
-        _say(
-            f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
-        )
+        classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
+        mean = _dice(scores["mean_dice"])
+        _say(f"mean Dice of {scores['cases']} held-out cases: {mean} ({classes})")
     _say(f"wrote {folder}")
+
+
+def _dice(dice: float) -> str:
+    """Three digits; or a word, where a class is in neither references nor predictions."""
+    return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
 @app.command()
@@ -290,6 +325,18 @@ def predict(
         bool,
         typer.Option("--uncertainty", help="Write entropy, and variance of models and mirrors."),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Write voxels, ml, mean and sd of each class as JSON."),
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write a PNG of three planes, labels over them.")
+    ] = False,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations."),
+    ] = False,
+    series: Series = None,
     tta: Annotated[
         bool, typer.Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
@@ -349,7 +396,7 @@ def predict(
         engine=engine,
         precision=getattr(torch, precision),
     )
-    found = find_inputs(inputs, len(predictor.model.description.channels))
+    found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
     for folder in folders:
         _say(f"model: {folder}")
     if tta and not predictor.mirrors:
@@ -366,6 +413,9 @@ def predict(
             maps=maps,
             probabilities=probabilities,
             uncertainty=uncertainty,
+            statistics=statistics,
+            preview=preview,
+            as_dicom=dicom_seg,
             overwrite=overwrite,
             shard=(number, count),
             track=progress.track,
@@ -416,6 +466,7 @@ def explain(
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
+    series: Series = None,
     device: Device = "auto",
     overlap: Overlap = 0.5,
     overwrite: Overwrite = False,
@@ -423,10 +474,13 @@ def explain(
     """Write attention maps, what they pick out beside chance, and a page that shows them.
 
     With a reference, measures compare with it, else with the model's own labels. Several volumes
-    get a folder each, a table over all, and a page that sums them up.
+    get a folder each, a table over all, and a page that sums them up; one that cannot be read does
+    not stop the others.
     """
     from segkit.errors import VolumeError
+    from segkit.explain.page import Verdict
     from segkit.explain.study import WorthStudy, check_gates
+    from segkit.explain.verdict_table import verdict_table
     from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
@@ -437,7 +491,7 @@ def explain(
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
     folder = model_folder(model) if model else newest_model(Path("runs"))
     loaded = load_model(folder)
-    found = find_inputs(inputs, len(loaded.description.channels))
+    found = find_inputs(inputs, len(loaded.description.channels), series=series)
     _say(f"model: {folder}")
     # Windows of a map that nobody asked about would count as cells that let nothing through.
     predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
@@ -450,6 +504,7 @@ def explain(
         for studied in figures:
             _say(studied.answer())
         _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
+    over_all: list[Verdict] = []
     explanations = explain_files(
         predictor,
         found,
@@ -458,9 +513,14 @@ def explain(
         tolerance_mm=tolerance,
         studies=[WorthStudy(track=track)] if verdicts else [],
         overwrite=overwrite,
+        conclude=over_all.extend,
         track=track,
     )
+    failures = []
     for explained in explanations:
+        if explained.error is not None:
+            failures.append(explained.error)
+            continue
         _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
         for position, reach in explained.reach.items():
             for number, head in enumerate(reach):
@@ -471,7 +531,16 @@ def explain(
                 )
         for verdict in explained.verdicts:
             _say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
-    _say(f"next: open {out / 'index.html'}")
+    if over_all:
+        console.print(verdict_table(over_all))
+    if len(failures) < len(found):
+        _say(f"next: open {out / 'index.html'}")
+    if len(found) == len(failures) == 1:
+        raise SegkitError(failures[0])
+    for error in failures:
+        _complain(error)
+    if failures:
+        raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
 
 
 @app.command()
@@ -511,15 +580,64 @@ def check(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
     overrides: Overrides = None,
     json: Json = False,
+    series: Series = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check as look
     from segkit.progress import Tracker
 
-    understood = look(path, tuple(overrides or ()), track=Tracker(console))
+    understood = look(path, tuple(overrides or ()), series=series, track=Tracker(console))
     _say(understood.text)
     if json:
         say_json({"kind": understood.kind, **understood.facts})
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
+    form: Annotated[
+        Literal["onnx", "openvino", "monai-bundle"],
+        typer.Option("--format", help="What other programs read."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A file .onnx or .xml (with .bin beside it), or a bundle's folder.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run it, and say how far it is from PyTorch.")
+    ] = False,
+    scan: Annotated[
+        Path | None, typer.Option(help="To check it on; noise where not given.")
+    ] = None,
+    overlap: Overlap = 0.5,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
+    from segkit.export.verb import export as write
+    from segkit.inputs import find_inputs, read_input
+    from segkit.model import load_model, model_folders
+
+    folder, *more = model_folders(model)
+    if more:
+        raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
+    loaded = load_model(folder)
+    found = find_inputs([scan], len(loaded.description.channels)) if scan else []
+    exported = write(
+        loaded,
+        form,
+        out,
+        overlap=overlap,
+        check=check or bool(found),
+        scan=read_input(found[0]) if found else None,
+        overwrite=overwrite,
+    )
+    for path in exported.written:
+        _say(f"wrote {path}")
+    for line in exported.lines():
+        _say(line)
+    if not exported.holds:
+        raise SegkitError(
+            f"{out}: differs from PyTorch by more than rounding; do not use it, and tell its makers"
+        )
 
 
 def _folds(text: str | None) -> tuple[int, ...]:

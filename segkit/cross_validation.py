@@ -6,7 +6,6 @@ Each fold is a run of its own. Every case is held out by one of them, so that to
 Dice of cases that were not trained on, and by it whether to keep largest components alone.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from segkit.metrics.overlap import mean_of_defined
 from segkit.model import FOLD, SUMMARY, adopt, load_description
 from segkit.run_folder import new_run_folder
 from segkit.settle import Track
+from segkit.untrusted import read_json_object
 from segkit.volume import read_grid
 
 RECORD = "cross_validation.json"
@@ -93,7 +93,7 @@ def cross_validate(
             f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
             f"train each fold as a run of its own by data.fold"
         )
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     for fold in folds:
         fold_of(dataset, fold)
     spacing = config.data.spacing or median_spacing(
@@ -230,10 +230,9 @@ def _fold(folder: Path, fold: int) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-    return content
 
 
 def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:

@@ -13,7 +13,19 @@ Anything else that is raised is our own bug and keeps its traceback.
 
 
 class SegkitError(Exception):
-    """One sentence: what was expected, what was found, what to do."""
+    """One sentence: what was expected, what was found, what to do.
+
+    It may quote a stranger's file: what a terminal would obey rather than show is spelt out.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(map(_shown, sentence)))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class ConfigError(SegkitError):

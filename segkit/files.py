@@ -1,7 +1,9 @@
 """Files appear whole or not at all."""
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,25 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `path` to fill; it takes the name `path` if the block ends well.
+
+    It replaces what is there where that may be overwritten. If the block raises, what was written
+    is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.mkdir()
+    try:
+        yield partial
+        if overwrite and path.is_dir():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with whole(path) as partial:
@@ -50,6 +71,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, as `sha256sum` has it."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:

@@ -2,25 +2,28 @@
 
 Models of a first stage, whose labels it takes beside the image, lie whole in `first/0`, and so on.
 
-Neither can run code when it is read.
+Neither can run code when it is read, and neither names any. The weights of a module that Python
+gave (`network.given`) are those of its own state, and it must be given again to be loaded.
 """
 
-import json
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import nn
 
-from segkit.build import build_network
+from segkit.build import build_network, weight_shapes, wrap_network
 from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
-from segkit.files import whole, write_json
-from segkit.nn.planes import SegmentationNetwork, unet_of
+from segkit.files import checksum, json_text, whole, write_json
+from segkit.nn.planes import SegmentationNetwork, weights_of
+from segkit.untrusted import read_json_object
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -49,15 +52,24 @@ def save_model(folder: Path, model: Model) -> None:
     """Write a model folder; the description comes last, so that a folder with one is complete."""
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
-    state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
     with whole(folder / WEIGHTS) as partial:
-        save_file(state, partial)
+        save_file(_savable(model), partial)
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 
-def load_model(path: Path) -> Model:
+def described_model(description: ModelDescription, module: nn.Module) -> Model:
+    """A model of any module that gives logits, for `Predictor` and for export.
+
+    The description says what it was trained on and, as `network.given`, what the sizes of its input
+    must be multiples of. Raises ModelError where the two do not fit.
+    """
+    return Model(description, wrap_network(description, module).eval())
+
+
+def load_model(path: Path, *, network: nn.Module | None = None) -> Model:
     """Read a model folder, or the `model` folder of a run, onto the CPU, ready to evaluate.
 
+    `network` is the module of a model that was trained with one; it gets the weights.
     Raises ModelError where there is none, or its weights do not fit its description, or its first
     stage not it.
     """
@@ -72,7 +84,7 @@ def load_model(path: Path) -> Model:
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
         first.append(_with_weights(inside, told, ()))
-    return _with_weights(folder, description, tuple(first))
+    return _with_weights(folder, description, tuple(first), network)
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
@@ -94,25 +106,81 @@ def load_description(folder: Path) -> ModelDescription:
     """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
     source = folder / DESCRIPTION
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-        return validated(ModelDescription, content, str(source))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        description = validated(ModelDescription, read_json_object(source), str(source))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
+    if len(description.normalisation) != len(description.channels):
+        raise ModelError(
+            f"{source}: expected a normalisation for each of {len(description.channels)} channels, "
+            f"found {len(description.normalisation)}"
+        )
+    if any(None in setting.model_dump().values() for setting in description.normalisation):
+        raise ModelError(f"{source}: its CT window lacks numbers; was it made by segkit train?")
+    return description
 
 
-def _with_weights(folder: Path, description: ModelDescription, first: tuple[Model, ...]) -> Model:
-    model = Model(description, build_network(description), first, folder)
+def _with_weights(
+    folder: Path,
+    description: ModelDescription,
+    first: tuple[Model, ...],
+    module: nn.Module | None = None,
+) -> Model:
+    source = folder / WEIGHTS
+    if not source.is_file():
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
     try:
-        unet_of(model.network).load_state_dict(load_file(folder / WEIGHTS))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
+        # Held against what the file says it holds before there is either network or weights, so
+        # that neither can be larger than the file.
+        if module is None:
+            _check_fit(_shapes_in(source), weight_shapes(description))
+            network = build_network(description)
+        else:
+            network = wrap_network(description, module)
+        model = Model(description, network, first, folder)
+        weights = load_file(source)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are not numbers")
+        weights_of(network).load_state_dict(weights)
+    except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
-    model.network.eval()
+    # A module that was given may lie on a GPU.
+    model.network.cpu().eval()
     return model
+
+
+def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
+    """What a weights file says it holds."""
+    with safe_open(source, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check_fit(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError for the first tensor that is missing, unknown, or of another shape."""
+    for name in [*expected, *found]:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} is no weight of the network")
+        if found[name] != expected[name]:
+            raise ValueError(f"{name} is {found[name]} where {expected[name]} is expected")
+
+
+def checksums_of(model: Model) -> dict[str, str]:
+    """The SHA-256 of a model's files, as they are or as `save_model` would write them."""
+    if model.folder is not None:
+        files = [model.folder / name for name in (DESCRIPTION, WEIGHTS)]
+        return {file.name: checksum(file) for file in files}
+    contents = {
+        DESCRIPTION: json_text(model.description.model_dump(mode="json")).encode(),
+        WEIGHTS: save(_savable(model)),
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def adopt(folder: Path, postprocessing: Postprocessing) -> None:
@@ -135,7 +203,7 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
             f"{folders[0].parent}"
         )
     lent = _weights(load_model(path))
-    own = unet_of(network).state_dict()
+    own = weights_of(network).state_dict()
     fitting = {
         key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
     }
@@ -144,7 +212,7 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
             f"{path}: none of its weights fits the network; give both the same "
             f"network.spatial_dims, channels, strides and kernels"
         )
-    unet_of(network).load_state_dict(fitting, strict=False)
+    weights_of(network).load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
@@ -180,6 +248,14 @@ def newest_model(runs: Path) -> Path:
     return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
+def _savable(model: Model) -> dict[str, torch.Tensor]:
+    # Copied, as weights that share memory, which a given module may have, are not written.
+    return {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in _weights(model).items()
+    }
+
+
 def _weights(model: Model) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = unet_of(model.network).state_dict()
+    weights: dict[str, torch.Tensor] = weights_of(model.network).state_dict()
     return weights

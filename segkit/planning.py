@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import yaml
 
 from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
+from segkit.config_files import FilesConfig
 from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.parallel import num_cores
@@ -20,7 +22,12 @@ from segkit.data.rules import Numbers
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
 from segkit.nn.unet import UNet
-from segkit.processor import half_pays, multiply_adds_per_second, step_seconds
+from segkit.processor import (
+    half_pays,
+    measured_once,
+    multiply_adds_per_second,
+    step_seconds,
+)
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
@@ -32,6 +39,10 @@ ENOUGH_STEPS = 10_000
 SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
 GPU_STEPS = 20_000
+SPEED = "speed.json"
+"""In the cache: what was timed of this processor, so that one dataset has one plan."""
+STEP_OF = ("spatial_dims", "channels", "strides", "kernels", "patch_size", "batch_size")
+"""What of a plan decides how long a step takes."""
 NNUNET_STEPS = 250_000
 VALIDATIONS = 20
 AVERAGING = 0.999
@@ -53,6 +64,7 @@ class Planned:
 
 def plan_dataset(
     folder: Path,
+    files: FilesConfig | None = None,
     *,
     cache: Path | None = None,
     device: str = "auto",
@@ -66,7 +78,7 @@ def plan_dataset(
     """Measure a dataset and plan its training here, in two stages where images are large.
 
     Args:
-        folder: with a dataset.json.
+        folder: with a dataset.json, or with `files`.
         cache: where measurements of cases are kept; `.cache` of `runs` where not given.
         device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
             stages share, and on a GPU `gigabytes` of its memory.
@@ -75,14 +87,17 @@ def plan_dataset(
 
     Raises DatasetError where the dataset does not fit together.
     """
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, files)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     cache = cache or runs / ".cache"
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
     timed = kind == "cpu" and not own_schedule
-    speed = multiply_adds_per_second() if timed else None
+    figures = cache / SPEED
+    speed = None
+    if timed:
+        speed = measured_once(figures, {"what": "multiply-adds"}, multiply_adds_per_second)
 
     def within(minutes: float) -> Plan:
         if speed is None:
@@ -113,10 +128,19 @@ def plan_dataset(
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
         first_classes = list(dataset.labelling.value_names[1:]) if first else []
         if timed:
-            steps, why_steps = _steps_within(
-                minutes, seconds_of_step(plan, numbers, label_classes=len(first_classes))
+            step = {
+                "what": "step",
+                **{name: getattr(plan, name) for name in STEP_OF},
+                "channels_in": len(numbers.channels),
+                "classes": [numbers.num_classes, len(first_classes)],
+            }
+            seconds = measured_once(
+                figures,
+                step,
+                partial(seconds_of_step, plan, numbers, label_classes=len(first_classes)),
             )
-        tree, reasons = _settings(folder, name, plan, steps, own_schedule)
+            steps, why_steps = _steps_within(minutes, seconds)
+        tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
         reasons["train.steps"] = why_steps
         if first is not None:
             tree["data"]["first_stage"] = [str(first)]
@@ -151,6 +175,7 @@ def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> 
         labels=dataset.labels,
         regions={name: list(numbers) for name, numbers in dataset.regions.items()},
         ignore=dataset.ignore,
+        codes=dataset.codes,
         network=config.network,
         spacing=config.data.spacing,
         normalisation=[],
@@ -192,7 +217,12 @@ def seconds_of_step(plan: Plan, numbers: Numbers, *, label_classes: int = 0) -> 
 
 
 def _settings(
-    folder: Path, name: str, plan: Plan, steps: int, own_schedule: bool
+    folder: Path,
+    files: FilesConfig | None,
+    name: str,
+    plan: Plan,
+    steps: int,
+    own_schedule: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The config's sections, and by dotted key why a value is what it is."""
     kinds = {normalisation.kind for normalisation in plan.normalisation}
@@ -203,6 +233,8 @@ def _settings(
         "patch_size": list(plan.patch_size),
         "batch_size": plan.batch_size,
     }
+    if files is not None:
+        data["files"] = files.model_dump(mode="json", exclude_unset=True)
     if plan.spatial_dims == 2:
         data["slices"] = plan.slices
     if kinds == {"zscore nonzero"}:

@@ -5,20 +5,44 @@ runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   samples
 
 import csv
 import io
+import pickle
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
 
 from segkit.errors import ConfigError
 from segkit.files import write_text
 from segkit.model import SUMMARY
+from segkit.untrusted import read_text
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
 METRICS = "metrics.csv"
+CHECKPOINT_KEYS = {
+    "epoch",
+    "global_step",
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+}
+UNREADABLE = (
+    pickle.UnpicklingError,  # what is no plain data, among others
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
+"""What torch raises for a file that is no checkpoint."""
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
@@ -50,6 +74,49 @@ def checkpoint_of(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def check_checkpoint(folder: Path, module: nn.Module) -> None:
+    """Raise ConfigError unless the last checkpoint of a run, if it has one, is of this module.
+
+    Lightning would go on with whatever it finds, or end in a traceback.
+    """
+    path = checkpoint_of(folder)
+    if path is None:
+        return
+    content = _read_checkpoint(path)
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    weights = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        fits = {name: value.shape for name, value in content["state_dict"].items()} == expected
+        for optimiser in content["optimizer_states"]:
+            fits &= sum(len(group["params"]) for group in optimiser["param_groups"]) == len(weights)
+            for number, moments in optimiser["state"].items():
+                shapes = {value.shape for value in moments.values() if getattr(value, "ndim", 0)}
+                fits &= shapes <= {weights[number]}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise _no_checkpoint(path, f"lacks {error}") from None
+    if not fits:
+        raise _no_checkpoint(path, f"does not fit the network of {folder / CONFIG}")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, plain data and tensors alone."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _no_checkpoint(path, f"cannot be read as plain data: {reason}") from None
+    lacking = CHECKPOINT_KEYS - set(content if isinstance(content, dict) else ())
+    if lacking:
+        raise _no_checkpoint(path, f"lacks {', '.join(sorted(lacking))}")
+    return dict(content)
+
+
+def _no_checkpoint(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: expected a checkpoint of this run, which {why}; delete it to begin the run anew"
+    )
+
+
 def loggers(folder: Path) -> list[Logger]:
     """metrics.csv always, TensorBoard events where tensorboard is installed.
 
@@ -65,10 +132,12 @@ def _continued(folder: Path) -> CSVLogger:
     path, checkpoint = folder / METRICS, checkpoint_of(folder)
     rows: list[dict[str, str]] = []
     if path.is_file() and checkpoint is not None:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        done = int(content["global_step"])
-        table = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-        rows = [row for row in table if int(row["step"]) < done]
+        done = _read_checkpoint(checkpoint)["global_step"]
+        try:
+            table = csv.DictReader(read_text(path).splitlines())
+            rows = [row for row in table if int(row["step"]) < int(done)]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ConfigError(f"{path}: cannot be gone on with: {error!r}; move it away") from None
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)
     if rows:
         with warnings.catch_warnings(action="ignore"):

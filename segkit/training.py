@@ -22,15 +22,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import nn
 
 from segkit.averaging import Averaging
 from segkit.build import (
     build_network,
     build_normalisers,
     build_variation,
+    check_windows,
     interpolation_order,
     mirrored,
     volume_patch,
+    wrap_network,
 )
 from segkit.cascade import described, first_models, first_stage_of, label_cases
 from segkit.components import candidates
@@ -45,10 +48,12 @@ from segkit.files import write_json, write_text
 from segkit.inference.predictor import segment_prepared
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
+from segkit.nn.given import try_out
 from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
+    check_checkpoint,
     checkpoint_of,
     loggers,
     new_run_folder,
@@ -88,15 +93,26 @@ def train(
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
     dataset: Dataset | None = None,
+    network: nn.Module | None = None,
 ) -> Run:
     """Train the network that the config describes and write a new run's folder.
 
     `callbacks` are Lightning's, for progress; `track` may show the progress over cases; a `dataset`
-    is taken instead of the one that the config names. Of several processes the first alone writes
+    is taken instead of the one that the config names. `network` is any module that makes logits
+    (batch, output, cells …) of (batch, channel, cells …), trained in place of a U-Net, where the
+    config has `network.given`. Of several processes the first alone writes
     the folder and returns; the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
-    return _train(config, runs=runs, folder=None, callbacks=callbacks, track=track, dataset=dataset)
+    return _train(
+        config,
+        runs=runs,
+        folder=None,
+        callbacks=callbacks,
+        track=track,
+        dataset=dataset,
+        module=network,
+    )
 
 
 def resume(
@@ -104,13 +120,22 @@ def resume(
     *,
     callbacks: Sequence[Callback] = (),
     track: Track = lambda cases, what, count: cases,
+    network: nn.Module | None = None,
 ) -> Run:
     """Go on with a run that was stopped, from its last checkpoint, as if it never had been.
 
+    `network` is the module of a run that trains one; its weights become the checkpoint's.
     Raises ConfigError where there is no run to go on with, and whatever `train` raises.
     """
     config = load_config(stopped_run(folder) / CONFIG)
-    return _train(config, runs=folder.parent, folder=folder, callbacks=callbacks, track=track)
+    return _train(
+        config,
+        runs=folder.parent,
+        folder=folder,
+        callbacks=callbacks,
+        track=track,
+        module=network,
+    )
 
 
 def _train(
@@ -121,10 +146,11 @@ def _train(
     callbacks: Sequence[Callback],
     track: Track,
     dataset: Dataset | None = None,
+    module: nn.Module | None = None,
 ) -> Run:
     check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
-    dataset = dataset or read_dataset(config.data.folder)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -132,9 +158,15 @@ def _train(
         update={"mirror": mirrored(config.data, list(dataset.labels))}
     )
     config = resolved(config, description)
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        check_windows(description, (config.data.batch_size, *volume_patch(description)))
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
-    network = build_network(description)
+    if module is None:
+        network = build_network(description)
+    else:
+        network = wrap_network(description, module).cpu()
+        try_out(network, torch.zeros(1, len(description.channels), *volume_patch(description)))
     if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
@@ -188,7 +220,7 @@ def _train(
         steps_per_epoch=steps_per_epoch,
         workers=config.data.workers,
     )
-    module = SegmentationModule(
+    lightning_module = SegmentationModule(
         network,
         vary=vary,
         segment=partial(
@@ -205,6 +237,8 @@ def _train(
         regions=list(description.regions.values()),
         ignore=description.ignore,
     )
+    if resumed:
+        check_checkpoint(folder, lightning_module)
     best = ModelCheckpoint(
         dirpath=folder,
         filename="best",
@@ -271,7 +305,7 @@ def _train(
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
         trainer.fit(
-            module,
+            lightning_module,
             datamodule=data,
             ckpt_path=checkpoint_of(folder) if resumed else None,
             weights_only=True,

@@ -8,12 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from segkit import terminal
 from segkit.cli import main
 from segkit.data.dataset_file import read_labelling
 from segkit.training import train
+from segkit.volume import read_volume
+from tests.dicom import write_series
 from tests.documents import (
     PAGES,
     blocks_of,
@@ -52,6 +55,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(data / "imagesTr" / "case_0.nii.gz", folder / f"{name}.nii.gz")
     for name in ("label", "b"):
         shutil.copy(data / "labelsTr" / "case_0.nii.gz", folder / f"{name}.nii.gz")
+    scan = read_volume(data / "imagesTr" / "case_0.nii.gz")
+    stored = np.round(100 * scan.data).astype(np.int16)
+    write_series(folder / "thorax_ct", stored, scan.grid)
     return folder
 
 

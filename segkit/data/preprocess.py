@@ -4,6 +4,7 @@ Training and prediction both come through `prepare`; whatever it does to the gri
 grid says exactly, so that nothing has to be undone by memory.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,9 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.data.parallel import free_memory
 from segkit.data.rules import separate_axis
+from segkit.errors import VolumeError
 from segkit.geometry import Grid, Orientation
 from segkit.resample import Order, nearest, resample, resample_labels
 from segkit.volume import Volume
@@ -22,6 +25,7 @@ from segkit.volume import Volume
 Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
+BYTES_PER_VALUE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,8 @@ def prepare(
     the channel's own range, as skimage's `resize`, which nnU-Net calls, has it by default. Along an
     axis that the scan or the network sees in slices far apart (`separate_axis`) each voxel is that
     of the nearest slice: what lies between is not invented.
+
+    Raises VolumeError, before anything is allocated, where the image would outgrow free memory.
     """
     orientation = Orientation.of(volume.grid.affine)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
@@ -77,6 +83,7 @@ def prepare(
     source = cropped(orientation.turn_grid(volume.grid), box)
     turned = turned[box]
     assert len(normalisers) == turned.shape[3], "one normaliser per channel"
+    _check_memory(source, spacing, len(normalisers))
     grid = source.with_spacing(spacing)
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
@@ -90,6 +97,20 @@ def prepare(
         if order == 3:
             image[channel].clamp_(values.min(), values.max())
     return Prepared(image, grid, source, box, orientation, (x, y, z))
+
+
+def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> None:
+    # In floating point, as an absurd spacing makes numbers that no integer holds.
+    with np.errstate(over="ignore"):
+        shape = (np.array(source.shape) * (source.spacing / np.array(spacing))).tolist()
+    needed, free = BYTES_PER_VALUE * num_channels * math.prod(shape), free_memory()
+    if not needed <= free:
+        size = " x ".join(f"{length:.3g}" for length in shape)
+        raise VolumeError(
+            f"expected a volume that fits into memory at the network's spacing of "
+            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which take "
+            f"{needed / 1e9:.3g} GB where {free / 1e9:.3g} GB are free; check both spacings"
+        )
 
 
 def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:

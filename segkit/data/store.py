@@ -30,6 +30,7 @@ from segkit.data.first_stage import with_labels
 from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
+from segkit.errors import DatasetError, VolumeError
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -68,10 +69,27 @@ class StoredCase:
         those of all others stand under 0.
         """
         voxels = _mapped(self.folder / "voxels.npy")
-        return {
-            number: voxels[first:end]
-            for number, first, end in np.load(self.folder / "classes.npy").tolist()
-        }
+        classes = _mapped(self.folder / "classes.npy").tolist()
+        return {number: voxels[first:end] for number, first, end in classes}
+
+    def check(self, num_channels: int) -> None:
+        """Raise DatasetError unless the arrays are what `write_arrays` makes."""
+        image, label, voxels, classes = (
+            _mapped(self.folder / f"{name}.npy") for name in ("image", "label", "voxels", "classes")
+        )
+        whole = (
+            image.dtype in (np.float16, np.float32)
+            and image.ndim == 4
+            and image.shape == (num_channels, *label.shape)
+            and all(array.dtype.kind in "ui" for array in (label, voxels, classes))
+            and voxels.ndim == classes.ndim == 2
+            and voxels.shape[1] == classes.shape[1] == 3
+            and bool((np.diff(classes[:, 1:]) >= 0).all())
+            and bool(((classes[:, 1:] >= 0) & (classes[:, 1:] <= len(voxels))).all())
+            and bool(((voxels >= 0) & (voxels < label.shape)).all())
+        )
+        if not whole:
+            raise _damaged(self.folder)
 
 
 def store_cases(
@@ -109,6 +127,10 @@ def store_cases(
         for case, target in zip(cases, stored, strict=True)
         if not target.folder.is_dir()
     ]
+    known = {target for _, _, target in pending}
+    for case in stored:
+        if case.folder not in known:
+            case.check(len(normalisers) + bool(first_labels))
     if not pending:
         for _ in track(cases):
             pass
@@ -208,7 +230,10 @@ def _store(
     # A case without an image has its background in its label; its own image stays blank.
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
-    prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+    try:
+        prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+    except VolumeError as error:
+        raise DatasetError(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
     if first is not None:
         image = with_labels(prepared, read_volume(first)).image.numpy()
@@ -223,8 +248,20 @@ def _store(
 
 
 def _mapped(path: Path) -> ndarray:
-    array: ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent) from error
+    if not isinstance(array, ndarray):  # but a zip of several
+        raise _damaged(path.parent)
     return array
+
+
+def _damaged(folder: Path) -> DatasetError:
+    return DatasetError(
+        f"{folder}: expected a prepared case, found arrays that are damaged or of another kind; "
+        f"delete the folder, and it is prepared again"
+    )
 
 
 def _positions(

@@ -20,6 +20,7 @@ from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import stream
 from segkit.nn.planes import Planes, unet_of
 from segkit.nn.taps import MapInfo
+from segkit.nn.unet import UNet
 from segkit.scratch import in_memory
 from segkit.volume import Volume
 
@@ -43,6 +44,11 @@ def grad_cam(
     Raises ModelError for a class or level that the model does not have.
     """
     unet = unet_of(predictor.model.network)
+    if not isinstance(unet, UNet):
+        raise ModelError(
+            f"Grad-CAM knows the levels of U-Nets alone, found a given {type(unet.module).__name__}"
+            f"; take input_gradient"
+        )
     levels = len(unet.encoder) if position == "encoder" else len(unet.decoder)
     if not 0 <= level < levels:
         raise ModelError(f"the {position} has the levels 0 … {levels - 1}, found {level}; name one")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit.errors import ModelError
 from segkit.inference.compiled import CompiledEngine
-from segkit.inference.converted import ConversionError, ConvertedEngine
+from segkit.inference.converted import ConversionError, ConvertedEngine, lasting_folder
 from segkit.inference.engines import Engine, TorchEngine, choose_device
 from segkit.inference.onnx_runtime import OnnxRuntime
 from segkit.inference.openvino_runtime import OpenVino
@@ -59,7 +59,7 @@ def choose_engine(
         case "torch" | "auto":
             place = choose_device(device)
             eager = _in_torch(TorchEngine, model, place, precision)
-            lasting = place.type == "cpu" and model.folder is not None
+            lasting = place.type == "cpu" and lasting_folder(model) is not None
             if name == "torch" or not lasting:
                 return eager
             try:
@@ -85,6 +85,19 @@ class WillingEngine:
             logger.warning("%s", error)
             self.chosen = self.eager
             return self.eager(windows, keys)
+
+
+def name_of(engine: Engine | None) -> str:
+    """The name of what runs a network, and its version where it is no part of torch."""
+    match engine:
+        case WillingEngine(chosen=inner) | SparingEngine(engine=inner):
+            return name_of(inner)
+        case ConvertedEngine(runtime=runtime):
+            return f"{runtime.name} {runtime.version}"
+        case CompiledEngine():
+            return "torch.compile"
+        case _:
+            return "torch"
 
 
 def _in_torch(

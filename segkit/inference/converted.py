@@ -1,11 +1,11 @@
-"""The network converted once for a faster runtime, and kept beside the model.
+"""The network converted once for a faster runtime, and kept in the user's cache.
 
-    network ─▶ traced with one window, every map an output ─▶ the runtime's own files,
-                                                              in model/engines/NAME-DIGEST/
+    network ─▶ traced with one window, every map an output ─▶ the runtime's own files, in
+                                                              ~/.cache/segkit/engines/NAME-DIGEST/
 
-Those files are data: a graph of operations that the runtime knows, and numbers. Reading them runs
-no code. The digest covers all that they depend on, so that other weights, another window or another
-version make files of their own.
+The digest covers all that they depend on, so that other weights, another window or another version
+make files of their own. They are kept in the user's own cache alone: beside a model that comes from
+elsewhere could lie what was never made of its weights, or a graph that reads files of its choice.
 """
 
 import hashlib
@@ -31,11 +31,13 @@ from segkit.nn.planes import SegmentationNetwork, unet_of
 from segkit.nn.taps import edited
 
 FOLDER = "engines"
+INPUT = "image"
+"""The name of the input in files that have names."""
 
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
-"""The outputs of these names for a batch of one window, until the same thread asks again."""
+"""The outputs of these names for a batch of windows, until the same thread asks again."""
 
 
 class ConversionError(ModelError):
@@ -136,12 +138,22 @@ class ConvertedEngine:
             ) from error
 
     def _folders(self) -> list[Path]:
-        if self.model.folder is None:
-            return []
-        return [self.model.folder / FOLDER, user_cache() / FOLDER]
+        lasting = lasting_folder(self.model)
+        return [] if lasting is None else [lasting]
 
     def _name(self, shape: tuple[int, ...]) -> str:
-        return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:16]}"
+        return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:32]}"
+
+
+def lasting_folder(model: Model) -> Path | None:
+    """Where what a model is converted to lies for the next time: in the user's own cache.
+
+    None where it was not read from a folder, and for a module that was given: another of the same
+    weights may compute something else, and nothing here would tell.
+    """
+    if model.folder is None or model.description.network.given is not None:
+        return None
+    return user_cache() / FOLDER
 
 
 def digest(model: Model, shape: tuple[int, ...], runtime: str) -> str:

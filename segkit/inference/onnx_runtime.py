@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.errors import ModelError
-from segkit.inference.converted import Run, Traced
+from segkit.inference.converted import INPUT, Run, Traced
 
 GRAPH = "network.onnx"
 OPSET = 18
@@ -27,19 +27,40 @@ class OnnxRuntime:
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
+        self.write(network, window, folder / GRAPH)
+
+    def write(self, network: Traced, window: Tensor, file: Path, *, batch: str = "") -> None:
+        """Write a network for windows like these, its outputs by their names.
+
+        Where `batch` has a name, the file takes as many windows as there are, else so many.
+        """
+        names = (INPUT, *network.names)
         with warnings.catch_warnings():
             # torch's older exporter, which needs no package beside onnx, says that it is old, that
             # the window's size becomes a part of the graph, and that instance normalisation uses
             # each image's own moments.
             warnings.simplefilter("ignore")
-            torch.onnx.export(network, (window,), folder / GRAPH, dynamo=False, opset_version=OPSET)
+            torch.onnx.export(
+                network,
+                (window,),
+                file,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=network.names,
+                dynamic_axes={name: {0: batch} for name in names} if batch else {},
+            )
 
     def load(self, folder: Path, names: Sequence[str]) -> Run:
         """What runs the network of these files, whose outputs have these names, in order."""
+        return self.read(folder / GRAPH, names)
+
+    def read(self, file: Path, names: Sequence[str]) -> Run:
+        """What runs the network of a file, whose outputs have these names, in order."""
         options = self.onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = self.onnxruntime.InferenceSession(
-            (folder / GRAPH).read_bytes(), options, providers=["CPUExecutionProvider"]
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
         (image,) = [given.name for given in session.get_inputs()]
         own_names = [output.name for output in session.get_outputs()]

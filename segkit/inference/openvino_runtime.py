@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 
 from segkit.errors import ModelError
-from segkit.inference.converted import Run, Traced
+from segkit.inference.converted import INPUT, Run, Traced
 
 GRAPH = "network.xml"
 NUMBERS = "network.bin"
@@ -51,6 +51,14 @@ class OpenVino:
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
+        graph = self.graph(network, window, batch=len(window))
+        self.openvino.serialize(graph, folder / GRAPH, folder / NUMBERS)
+
+    def graph(self, network: Traced, window: Tensor, *, batch: int) -> Any:
+        """OpenVINO's own form of a network for windows like these, its outputs by their names.
+
+        It takes `batch` windows at once; any number where that is -1.
+        """
         with warnings.catch_warnings(), torch.no_grad():
             # torch warns that the window's size becomes a part of the trace, which is wanted, and
             # that tracing is old; but of what torch.export gives, OpenVINO makes thrice as many
@@ -58,8 +66,11 @@ class OpenVino:
             warnings.simplefilter("ignore", TracerWarning)
             warnings.filterwarnings("ignore", r".torch\.jit\.trace", DeprecationWarning)
             traced = torch.jit.trace(network, window, check_trace=False)
-        graph = self.openvino.convert_model(traced, input=[list(window.shape)])
-        self.openvino.serialize(graph, folder / GRAPH, folder / NUMBERS)
+        graph = self.openvino.convert_model(traced, input=[[batch, *window.shape[1:]]])
+        graph.inputs[0].get_tensor().set_names({INPUT})
+        for output, name in zip(graph.outputs, network.names, strict=True):
+            output.get_tensor().set_names({name})
+        return graph
 
     def load(self, folder: Path, names: Sequence[str]) -> Run:
         """What runs the network of these files, whose outputs have these names, in order.
@@ -67,7 +78,11 @@ class OpenVino:
         It is compiled for each set of outputs that is asked for, in a second or so; OpenVINO's own
         cache of what is compiled would save little of that.
         """
-        graph = self.core.read_model(folder / GRAPH, folder / NUMBERS)
+        return self.read(folder / GRAPH, folder / NUMBERS, names)
+
+    def read(self, file: Path, numbers: Path, names: Sequence[str]) -> Run:
+        """What runs the network of these two files, whose outputs have these names, in order."""
+        graph = self.core.read_model(file, numbers)
         compiled: dict[tuple[str, ...], Any] = {}
         requests: dict[tuple[int, tuple[str, ...]], Any] = {}
 

@@ -9,14 +9,14 @@ Post-processing, where a model has it, comes last: a component may span every sl
 labels of the whole volume in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit import components
 from segkit.config import Postprocessing
@@ -41,7 +41,7 @@ from segkit.inference.windows import stream
 from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
 from segkit.scratch import Allocate, in_memory
-from segkit.volume import Volume
+from segkit.volume import Volume, trouble_with
 
 __all__ = [
     "WALK_AXIS",
@@ -110,6 +110,14 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
+        self.settings: Mapping[str, object] = {
+            "overlap": overlap,
+            "precision": str(precision).removeprefix("torch."),
+            "tta": tta,
+            "skip_empty": skip_empty,
+            "engine": engine,
+        }
+        """What decides what is said, beside the models."""
         self.members = [
             Member(
                 model,
@@ -153,10 +161,20 @@ class Predictor:
         tta: bool = False,
         skip_empty: bool = True,
         engine: EngineName = "auto",
+        network: nn.Module | None = None,
     ) -> "Predictor":
-        """A predictor from runs or model folders. Raises ModelError where there is none."""
+        """A predictor from runs or model folders. Raises ModelError where there is none.
+
+        `network` is the module of a model that was trained with one.
+        """
+        folders = [folder for path in paths for folder in model_folders(Path(path))]
+        if network is not None and len(folders) > 1:
+            raise ModelError(
+                f"one module cannot hold the weights of {len(folders)} models; load each with a "
+                f"module of its own: Predictor([load_model(path, network=module), …])"
+            )
         return cls(
-            [load_model(folder) for path in paths for folder in model_folders(Path(path))],
+            [load_model(folder, network=network) for folder in folders],
             device=device,
             overlap=overlap,
             batch_size=batch_size,
@@ -301,8 +319,8 @@ class Predictor:
                 f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
                 f"has {found}; give it the volumes it was trained on"
             )
-        if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
-            raise VolumeError("the volume holds voxels that are not numbers; repair it")
+        if trouble := trouble_with(volume.data):
+            raise VolumeError(f"the volume {trouble}")
 
 
 def segment_prepared(

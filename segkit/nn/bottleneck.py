@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         self, features: Float[Tensor, "batch channel *space"]
     ) -> Float[Tensor, "batch channel *space"]:
         """The features with what their voxels take from one another."""
-        batch_size, space = len(features), features.shape[2:]
+        batch_size, space = features.shape[0], features.shape[2:]
         windows = windows_over(space, self.window)
         placed = self.norm(features.movedim(1, -1))
         if self.positions == "sincos":

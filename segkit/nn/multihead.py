@@ -85,12 +85,15 @@ def received(
 
     With `inside`, queries and keys are the same cells, and only those inside count.
     """
-    total = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    # Not begun with zeros: ONNX's exporter would fix the length of the batch by their shape.
+    total: Tensor | None = None
     for first, last in blocks(num_queries, key.shape[:3].numel()):
         weights = rows(first, last).detach()
         if inside is not None:
             weights = weights * inside[:, None, first:last, None]
-        total = total + weights.sum(dim=2)
+        part = weights.sum(dim=2)
+        total = part if total is None else total + part
+    assert total is not None, "there are queries"
     return total if inside is not None else total * (key.shape[2] / num_queries)
 
 

@@ -1,4 +1,7 @@
-"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch."""
+"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch.
+
+And what all networks are: those that take volumes, whatever is inside them.
+"""
 
 from dataclasses import replace
 
@@ -6,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.geometry import Placement
+from segkit.nn.given import Given
 from segkit.nn.taps import MapInfo
 from segkit.nn.unet import Supervised, UNet
 
@@ -16,7 +20,7 @@ class Planes(nn.Module):
     `axis` is the spatial axis across the planes (0, 1 or 2).
     """
 
-    def __init__(self, network: UNet, *, axis: int) -> None:
+    def __init__(self, network: UNet | Given, *, axis: int) -> None:
         super().__init__()
         self.network = network
         self.axis = axis
@@ -33,21 +37,21 @@ class Planes(nn.Module):
 
     def forward(self, image: Float[Tensor, "batch in_channel x y z"]) -> Tensor:
         """Logits on the image's grid."""
-        return self.stack(self.network(self.planes(image)), len(image))
+        return self.stack(self.network(self.planes(image)), image.shape[0])
 
     def classified(
         self, image: Float[Tensor, "batch in_channel x y z"]
     ) -> tuple[Float[Tensor, "batch out_channel x y z"], Float[Tensor, "batch classes"]]:
         """Logits, and logits of each class's presence: what any plane holds, the volume holds."""
         logits, presence = self.network.classified(self.planes(image))
-        return self.stack(logits, len(image)), self._any_plane(presence, len(image))
+        return self.stack(logits, image.shape[0]), self._any_plane(presence, image.shape[0])
 
     def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> Supervised:
         """What is trained, of volumes."""
         levels, presence = self.network.supervised(self.planes(image))
         return Supervised(
-            tuple(self.stack(level, len(image)) for level in levels),
-            None if presence is None else self._any_plane(presence, len(image)),
+            tuple(self.stack(level, image.shape[0]) for level in levels),
+            None if presence is None else self._any_plane(presence, image.shape[0]),
         )
 
     def planes(self, image: Float[Tensor, "batch channel x y z"]) -> Tensor:
@@ -58,7 +62,9 @@ class Planes(nn.Module):
         self, planes: Float[Tensor, "planes channel *cells"], batch_size: int
     ) -> Float[Tensor, "batch channel ..."]:
         """Outputs of the planes of each of `batch_size` volumes, put back beside one another."""
-        return planes.unflatten(0, (batch_size, -1)).movedim(1, self.axis + 2)
+        # Not `unflatten`, and above no `len`: while torch traces, the batch must stay a variable.
+        volumes = planes.reshape(batch_size, -1, *planes.shape[1:])
+        return volumes.movedim(1, self.axis + 2)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -71,7 +77,7 @@ class Planes(nn.Module):
         return self.network.presence
 
     def _any_plane(self, presence: Tensor, batch_size: int) -> Tensor:
-        return presence.unflatten(0, (batch_size, -1)).amax(dim=1)
+        return presence.reshape(batch_size, -1, presence.shape[1]).amax(dim=1)
 
     def _in_volume(self, placement: Placement) -> Placement:
         stride, offset = list(placement.stride), list(placement.offset)
@@ -80,9 +86,15 @@ class Planes(nn.Module):
         return Placement(tuple(stride), tuple(offset))
 
 
-SegmentationNetwork = UNet | Planes
+SegmentationNetwork = UNet | Given | Planes
 
 
-def unet_of(network: SegmentationNetwork) -> UNet:
-    """The U-Net itself, which is what has weights."""
+def unet_of(network: SegmentationNetwork) -> UNet | Given:
+    """The U-Net itself, which is what has weights, or what was given in its stead."""
     return network.network if isinstance(network, Planes) else network
+
+
+def weights_of(network: SegmentationNetwork) -> nn.Module:
+    """The module whose state is kept in files: the U-Net, or the very module that was given."""
+    inner = unet_of(network)
+    return inner.module if isinstance(inner, Given) else inner

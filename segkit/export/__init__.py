@@ -1,0 +1,1 @@
+"""Models for other programs: ONNX, OpenVINO's IR, and MONAI bundles."""

@@ -1,0 +1,75 @@
+"""What a deployer must know beside the network, as plain data that JSON holds."""
+
+import math
+from typing import Any
+
+from segkit.build import volume_patch
+from segkit.data.rules import ANISOTROPY
+from segkit.inference.converted import INPUT
+from segkit.inference.engines import LOGITS, PRESENCE
+from segkit.inference.member import mirror_axes, window_layout
+from segkit.model import Model
+from segkit.nn.taps import MapInfo
+
+KEY = "segkit"
+"""Where it stands in a file's own metadata."""
+FORMAT = 1
+
+
+def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
+    """How a scan becomes windows, and what the network says of them a segmentation.
+
+    The steps stand in their order. `docs/export.md` tells what each of them means.
+    """
+    description = model.description
+    labelling = description.labelling
+    patch, overlaps, multiple = window_layout(model.network, volume_patch(description), overlap)
+    stage = description.first_stage
+    return {
+        "format": FORMAT,
+        "made_by": f"segkit {description.segkit}",
+        "run": description.run,
+        "input": {
+            "name": INPUT,
+            "axes": "batch, channel, x, y, z",
+            "channels": description.channels,
+            # Each number 1, 2, … of the channel behind the image's is a class of these.
+            "labels_of_first_stage": list(stage.classes) if stage else [],
+        },
+        "orientation": "RAS",
+        "box": "of voxels that are not 0 in every channel",
+        "normalisation": [setting.model_dump(mode="json") for setting in description.normalisation],
+        "spacing": list(description.spacing),
+        "interpolation": description.interpolation,
+        "nearest_slice_beyond": ANISOTROPY,
+        "windows": {
+            "patch": list(patch),
+            "overlap": list(overlaps),
+            "multiple": list(multiple),
+            "padding": "the last voxels again, beyond the far ends",
+            "weights": "gaussian, sigma patch / 8",
+            "skipped": "where the scan is 0 throughout",
+        },
+        "mirror_axes": [int(axis) for axis in mirror_axes(description)],
+        "outputs": {
+            LOGITS: list(labelling.outputs),
+            "maps": {key: _map(info) for key, info in model.network.maps().items()},
+            PRESENCE: list(labelling.members) if model.network.presence is not None else [],
+        },
+        "decision": "largest logit" if labelling.written is None else "each logit above 0",
+        "labels": dict(description.labels),
+        # In the order in which they are written, later over earlier.
+        "regions": {name: labelling.numbers[name] for name in labelling.regions},
+        "postprocessing": description.postprocessing.model_dump(mode="json"),
+    }
+
+
+def _map(info: MapInfo) -> dict[str, Any]:
+    placement = info.placement
+    return {
+        "kind": info.kind,
+        "level": info.level,
+        "stride": None if placement is None else list(placement.stride),
+        "offset": None if placement is None else list(placement.offset),
+        "range": [info.lowest, info.highest if math.isfinite(info.highest) else None],
+    }

@@ -1,0 +1,83 @@
+"""A network as a graph that other runtimes read: ONNX, and OpenVINO's IR.
+
+Each has the logits and every map as named outputs and takes any number of windows at once. What a
+deployer must know beside it stands in the file itself, as JSON.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from segkit.build import volume_patch
+from segkit.errors import ModelError
+from segkit.export.deployment import KEY, deployment
+from segkit.files import whole
+from segkit.inference.converted import Run, Traced
+from segkit.inference.member import window_layout
+from segkit.inference.onnx_runtime import OnnxRuntime
+from segkit.inference.openvino_runtime import OpenVino
+from segkit.model import Model
+
+WINDOWS = 2
+"""In the batch that the network is traced with; of one, a trace may keep that it was one."""
+
+
+def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
+    """Write a model as ONNX, and give what runs it. Raises ModelError where that cannot be done.
+
+    Its `metadata_props` hold the JSON of `deployment` as 'segkit'.
+    """
+    runtime = OnnxRuntime()
+    import onnx  # an optional extra, which the runtime has just asked for
+
+    traced = Traced(model.network.cpu()).eval()
+    told = json.dumps(deployment(model, overlap=overlap))
+    try:
+        with whole(file) as partial:
+            runtime.write(traced, example_windows(model), partial, batch="batch")
+            graph = onnx.load(partial)
+            onnx.helper.set_model_props(graph, {KEY: told})
+            onnx.save(graph, partial)
+            onnx.checker.check_model(partial)
+        return runtime.read(file, traced.names)
+    except OSError:
+        raise
+    except Exception as error:  # what exporters raise has nothing in common
+        raise _cannot("ONNX", error) from error
+
+
+def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
+    """Write a model as OpenVINO's IR, and give what runs it: `file`.xml, and .bin beside it.
+
+    Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError where that cannot be
+    done.
+    """
+    runtime = OpenVino()
+    traced = Traced(model.network.cpu()).eval()
+    told = json.dumps(deployment(model, overlap=overlap))
+    numbers = file.with_suffix(".bin")
+    try:
+        with whole(file) as partial, whole(numbers) as partial_numbers:
+            graph = runtime.graph(traced, example_windows(model), batch=-1)
+            graph.set_rt_info(told, [KEY])
+            runtime.openvino.serialize(graph, partial, partial_numbers)
+        return runtime.read(file, numbers, traced.names)
+    except OSError:
+        raise
+    except Exception as error:  # what exporters raise has nothing in common
+        raise _cannot("OpenVINO", error) from error
+
+
+def example_windows(model: Model) -> torch.Tensor:
+    """Noise in the form of a batch of windows: what networks are traced with."""
+    description = model.description
+    patch, _, _ = window_layout(model.network, volume_patch(description), 0.5)
+    channels = len(description.channels) + (description.first_stage is not None)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(WINDOWS, channels, *patch, generator=generator)
+
+
+def _cannot(form: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    return ModelError(f"{form} cannot hold this network: {reason}; export it in another form")

@@ -1,0 +1,311 @@
+"""Whole scans through an exported network, as segkit has it: resampled, in windows, and back.
+
+This file is carried along with what is exported. It needs PyTorch, NumPy and SciPy, and neither
+segkit nor MONAI, so that it reads as one sheet: what `segkit predict` does in slabs and in little
+memory, done plainly.
+
+    body's box ─▶ normalised ─▶ the network's spacing ─▶ windows ─▶ blended ─▶ the box's own spacing
+
+An image is (channel, x, y, z) with its axes to the right, the front and the head (RAS+), cut to
+the box of all that is not 0. Logits come back on the grid that it came on.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+ANISOTROPY = 3.0
+"""Between slices that lie over so many times as far apart as pixels, nothing is interpolated."""
+UNLIKELY = -30.0
+"""The logit of every class but the background, or of every region, where no window was asked."""
+
+
+class WholeVolume:
+    """From a scan to the logits of every voxel; MONAI calls it as any `Inferer`.
+
+    Args:
+        spacing: of the network's voxels, mm.
+        normalisation: one for each channel: {"kind": "zscore", "nonzero": …} or {"kind": "ct",
+            "lower": …, "upper": …, "mean": …, "std": …}.
+        interpolation: how images are brought to the spacing, "linear" or "cubic".
+        patch_size: of a window, in voxels.
+        overlap: share of a window that neighbours have in common, per axis.
+        multiple: what the first voxels of windows are multiples of, per axis.
+        regions: whether outputs are regions, each yes or no, and not classes.
+        batch_size: windows per call of the network.
+        skip_empty: whether windows under which the scan is 0 throughout are background unasked.
+    """
+
+    def __init__(
+        self,
+        *,
+        spacing: Sequence[float],
+        normalisation: Sequence[Mapping[str, Any]],
+        interpolation: str,
+        patch_size: Sequence[int],
+        overlap: Sequence[float],
+        multiple: Sequence[int],
+        regions: bool = False,
+        batch_size: int = 1,
+        skip_empty: bool = True,
+    ) -> None:
+        self.spacing = list(spacing)
+        self.normalisation = list(normalisation)
+        self.interpolation = interpolation
+        self.patch_size = list(patch_size)
+        self.overlap = list(overlap)
+        self.multiple = list(multiple)
+        self.regions = regions
+        self.batch_size = batch_size
+        self.skip_empty = skip_empty
+
+    def __call__(self, image: Any, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits (1, output, x, y, z) of a MetaTensor of MONAI's, (1, channel, x, y, z)."""
+        affine = np.asarray(image.affine, dtype=np.float64).reshape(-1, 4, 4)[0]
+        own_spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        return self.logits(image.as_tensor()[0], own_spacing, network)[None]
+
+    @torch.no_grad()
+    def logits(
+        self, image: Tensor, own_spacing: Sequence[float], network: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Logits (output, x, y, z) of an image (channel, x, y, z) of a spacing in mm.
+
+        `network` makes logits (batch, output, *patch) of windows (batch, channel, *patch).
+        """
+        axes = [
+            Axis(size, own, wanted)
+            for size, own, wanted in zip(image.shape[1:], own_spacing, self.spacing, strict=True)
+        ]
+        if (apart := separate_axis(own_spacing, self.spacing)) is not None:
+            axes[apart].nearest = True
+        prepared = torch.stack(
+            [
+                self._resampled(normalised(channel.float(), told), axes)
+                for channel, told in zip(image, self.normalisation, strict=True)
+            ]
+        )
+        blended = self._blended(prepared, image, axes, network)
+        for number, axis in enumerate(axes, start=1):
+            blended = linear(blended, axis.of_source(), number)
+        return blended
+
+    def _resampled(self, channel: Tensor, axes: Sequence["Axis"]) -> Tensor:
+        """A channel at the network's spacing, within its own range."""
+        lowest, highest = channel.min(), channel.max()
+        between = [self.interpolation == "cubic" and not axis.picks for axis in axes]
+        for number, axis in enumerate(axes):
+            if not between[number]:
+                channel = linear(channel, axis.of_network(), number)
+        if not any(between):
+            return channel
+        spline = ndimage.affine_transform(
+            channel.cpu().numpy(),
+            [axis.stride if cubic else 1.0 for axis, cubic in zip(axes, between, strict=True)],
+            offset=[
+                axis.offset if cubic else 0.0 for axis, cubic in zip(axes, between, strict=True)
+            ],
+            output_shape=tuple(axis.new_size for axis in axes),
+            order=3,
+            mode="nearest",
+        )
+        return torch.from_numpy(spline).to(channel.device).clamp(lowest, highest)
+
+    def _blended(
+        self,
+        prepared: Tensor,
+        image: Tensor,
+        axes: Sequence["Axis"],
+        network: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The logits of all windows on the network's grid, each weighed by a Gaussian."""
+        size = prepared.shape[1:]
+        starts = [
+            window_starts(*numbers)
+            for numbers in zip(size, self.patch_size, self.overlap, self.multiple, strict=True)
+        ]
+        # Beyond the far ends windows see the last voxels again.
+        full = [first[-1] + patch for first, patch in zip(starts, self.patch_size, strict=True)]
+        for number, (length, held) in enumerate(zip(full, size, strict=True), start=1):
+            index = torch.arange(length, device=prepared.device).clamp(max=held - 1)
+            prepared = prepared.index_select(number, index)
+        weight = torch.ones(())
+        for patch in self.patch_size:
+            weight = weight[..., None] * gaussian(patch)
+        weight = weight.to(prepared.device)
+        places = list(itertools.product(*starts))
+        asked = [place for place in places if not self._is_empty(image, axes, place)]
+        total = torch.zeros(full, device=prepared.device)
+        summed: Tensor | None = None
+        for first in range(0, max(len(asked), 1), self.batch_size):
+            # Where no window is asked, one is, for the number of its outputs.
+            batch = asked[first : first + self.batch_size] or places[:1]
+            spans = [
+                tuple(slice(at, at + n) for at, n in zip(place, self.patch_size, strict=True))
+                for place in batch
+            ]
+            answers = network(torch.stack([prepared[(slice(None), *span)] for span in spans]))
+            if summed is None:
+                summed = torch.zeros(answers.shape[1], *full, device=prepared.device)
+            for answer, span in zip(answers if asked else (), spans, strict=False):
+                summed[(slice(None), *span)] += answer.float() * weight
+                total[span] += weight
+        assert summed is not None
+        for output, values in enumerate(summed):
+            background = output == 0 and not self.regions
+            values.div_(total).masked_fill_(total == 0, 0.0 if background else UNLIKELY)
+        return summed[(slice(None), *(slice(length) for length in size))]
+
+    def _is_empty(self, image: Tensor, axes: Sequence["Axis"], place: Sequence[int]) -> bool:
+        """Whether the scan is 0 at every voxel that a window is interpolated from."""
+        if not self.skip_empty:
+            return False
+        spans = [
+            axis.below(first, first + patch)
+            for axis, first, patch in zip(axes, place, self.patch_size, strict=True)
+        ]
+        return not bool(image[(slice(None), *spans)].any())
+
+
+class Axis:
+    """An axis of a scan, and the network's voxels along it: of the same middle, at its spacing."""
+
+    def __init__(self, size: int, own_spacing: float, spacing: float) -> None:
+        self.size = size
+        self.stride = spacing / own_spacing
+        self.new_size = max(round(size / self.stride), 1)
+        self.offset = (size - 1) / 2 - self.stride * (self.new_size - 1) / 2
+        self.nearest = False
+        """Whether each voxel is that of the nearest slice."""
+
+    @property
+    def picks(self) -> bool:
+        """Whether each of the network's voxels is one of the scan's, with nothing in between."""
+        return self.nearest or not bool((self._inside() % 1).any())
+
+    def of_network(self) -> np.ndarray:
+        """Where the network's voxels lie among the scan's."""
+        return self._taken(self._inside())
+
+    def of_source(self) -> np.ndarray:
+        """Where the scan's voxels lie among the network's."""
+        return self._taken(np.round((np.arange(self.size) - self.offset) / self.stride, 9))
+
+    def below(self, first: int, last: int) -> slice:
+        """The scan's voxels that the network's from `first` up to `last` lie between."""
+        inside = self._inside()[first:last]
+        low, high = (min(max(at, 0), self.size - 1) for at in (inside[0], inside[-1]))
+        return slice(math.floor(low), math.ceil(high) + 1)
+
+    def _inside(self) -> np.ndarray:
+        return np.round(self.stride * np.arange(self.new_size) + self.offset, 9)
+
+    def _taken(self, positions: np.ndarray) -> np.ndarray:
+        return np.ceil(positions - 0.5) if self.nearest else positions
+
+
+def separate_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
+    """The axis along which the scan, or else the network, sees slices far apart; None where none.
+
+    As nnU-Net (Isensee et al. 2021): over `ANISOTROPY` times as far as along the finest axis.
+    """
+    for spacing in (own, wanted):
+        if max(spacing) / min(spacing) > ANISOTROPY:
+            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
+
+
+def normalised(channel: Tensor, told: Mapping[str, Any]) -> Tensor:
+    """A channel's intensities as the network was trained on them."""
+    if told["kind"] == "ct":
+        window: Tensor = (channel.clamp(told["lower"], told["upper"]) - told["mean"]) / told["std"]
+        return window
+    counted = channel[channel != 0] if told["nonzero"] else channel
+    if counted.numel() == 0:
+        return channel
+    mean, std = (
+        float(counted.double().mean()),
+        float(counted.double().std(correction=0)),
+    )
+    return (channel - mean) / (std if std > 1e-8 * abs(mean) else 1.0)
+
+
+def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
+    """Values between neighbours along an axis, at fractional indices; the outermost go on."""
+    last = values.shape[axis] - 1
+    places = np.clip(positions, 0, last)
+    lower = np.floor(places).astype(np.int64)
+    below = torch.from_numpy(lower).to(values.device)
+    found = values.index_select(axis, below)
+    if (places == lower).all():
+        return found
+    above = values.index_select(axis, (below + 1).clamp(max=last))
+    share = torch.from_numpy(places - lower).to(values).view(-1, *[1] * (values.ndim - axis - 1))
+    return found * (1 - share) + above * share
+
+
+def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
+    """First voxels of the windows of an axis: evenly spread multiples of `multiple`."""
+    last = max(math.ceil(size / multiple) * multiple - patch, 0)
+    step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
+    count = math.ceil(last / step)
+    return [round(index * last / max(count, 1) / multiple) * multiple for index in range(count + 1)]
+
+
+def gaussian(patch: int) -> Tensor:
+    """Weights of a window's voxels along an axis: a Gaussian whose sigma is an eighth of it."""
+    distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
+    return torch.exp(-0.5 * (distance / (patch / 8)) ** 2).float()
+
+
+class WrittenRegions:
+    """From logits (region, x, y, z) to labels (1, x, y, z): each region's number where above 0.
+
+    Later regions are written over earlier ones; what is in none is 0.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = list(numbers)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The labels."""
+        labels = torch.zeros_like(logits[:1])
+        for region, number in zip(logits, self.numbers, strict=True):
+            labels[0].masked_fill_(region > 0, number)
+        return labels
+
+
+class LargestComponents:
+    """Labels (1, x, y, z) without what lies apart from the largest component.
+
+    Args:
+        of_foreground: whether of all that is not 0, whatever its label, the largest alone stays.
+        of_labels: the labels of which, after that, the largest alone stays.
+    """
+
+    def __init__(self, *, of_foreground: bool, of_labels: Sequence[int]) -> None:
+        self.of_foreground = of_foreground
+        self.of_labels = list(of_labels)
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """The labels that stay; of components that are equally large all do."""
+        kept = labels.cpu().numpy()[0].copy()
+        if self.of_foreground:
+            self._remove_the_rest(kept, kept > 0)
+        for label in self.of_labels:
+            self._remove_the_rest(kept, kept == label)
+        return torch.from_numpy(kept)[None].to(labels)
+
+    @staticmethod
+    def _remove_the_rest(kept: np.ndarray, mask: np.ndarray) -> None:
+        pieces, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(pieces.ravel(), minlength=count + 1)
+        sizes[0] = 0
+        kept[mask & (sizes < sizes.max())[pieces]] = 0
