@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from segkit.errors import ConfigError, SegkitError
+from segkit.errors import ConfigError, SegkitError, Stopped, sentence_of
+from segkit.signals import handling
 
 if TYPE_CHECKING:
     from segkit.config import Config
@@ -176,7 +177,7 @@ def train(
     settings = low = None
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
-    from segkit import cross_validation, training
+    from segkit import cross_validation, training, two_stages
     from segkit.progress import Tracker, TrainingProgress
 
     if config is not None and config.is_dir():
@@ -220,10 +221,15 @@ def train(
                 f"{config}: is planned in two stages, and --folds trains one; write the plan first "
                 f"and give each stage its folds: segkit plan {config}"
             )
-        first = training.train(low, runs=runs, callbacks=progress, track=track)
-        _tell(first.folder, first.summary)
-        settings = training.after(settings, first)
-    if settings is not None and wanted:
+        result = two_stages.train(
+            low,
+            settings,
+            runs=runs,
+            tell=lambda first: _tell(first.folder, first.summary),
+            callbacks=progress,
+            track=track,
+        )
+    elif settings is not None and wanted:
         result = cross_validation.cross_validate(
             settings, wanted, runs=runs, say=_say, callbacks=progress, track=track
         )
@@ -238,7 +244,12 @@ def train(
         elif wanted:
             raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
         else:
-            result = training.resume(resume, callbacks=progress, track=track)
+            result = two_stages.resume(
+                resume,
+                tell=lambda first: _tell(first.folder, first.summary),
+                callbacks=progress,
+                track=track,
+            )
     if isinstance(result, cross_validation.CrossValidation):
         _say(result.post_processing())
     _tell(result.folder, result.summary)
@@ -542,10 +553,20 @@ def _hush() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command; what a user can cause is one line on stderr and exit code 2."""
+    """Run the command; what a user can cause is one line on stderr and exit code 2.
+
+    Stopped by a signal, the exit code is the shell's for it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     try:
-        app()
+        with handling():
+            app()
     except SegkitError as error:
         _complain(str(error))
         sys.exit(2)
+    except OSError as error:
+        _complain(sentence_of(error))
+        sys.exit(2)
+    except Stopped as stopped:
+        _complain(str(stopped))
+        sys.exit(128 + stopped.signum)
     sys.exit(0)

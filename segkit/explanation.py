@@ -16,7 +16,15 @@ from segkit.explain.reach import HeadReach
 from segkit.explain.report import rows_as_csv
 from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
-from segkit.files import refuse_existing, write_json, write_text
+from segkit.files import (
+    begin,
+    finish,
+    left_behind,
+    refuse_existing,
+    sweep,
+    write_json,
+    write_text,
+)
 from segkit.inference.predictor import Predictor
 from segkit.prediction import Input, read_input
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
@@ -82,7 +90,9 @@ def explain_files(
     With a `WorthStudy`, `ablation.csv` has a row for each map that is taken out and each class, and
     over several volumes `cohort.json` the verdicts over all.
     """
-    check_targets(inputs, folder, overwrite=overwrite)
+    targets = check_targets(inputs, folder, overwrite=overwrite)
+    for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
+        sweep(place)
     labels = {} if references is None else find_references(inputs, references)
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
@@ -98,6 +108,7 @@ def explain_files(
             studies=studies,
             track=lambda slabs, count: track(slabs, "explaining", count),
         )
+        begin(folder / PAGE, targets)
         written = write_explanation(case_folder(source, inputs, folder), explanation)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)
@@ -114,6 +125,7 @@ def explain_files(
             ablated = [row for found in worths for row in found.rows[ABLATIONS]]
             write_text(folder / ABLATIONS, rows_as_csv(ablated))
         write_text(folder / PAGE, cohort_text(finished, facts, pooled))
+    finish(folder / PAGE)
 
 
 def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
@@ -185,14 +197,16 @@ def explain_heads(
     return figures
 
 
-def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
-    """Raise VolumeError where what `explain_files` would write is there already, or is an input.
+def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
+    """What `explain_files` would write, but for the maps.
 
-    Or where two volumes of one name would share their files.
+    Raises VolumeError where some of it is there already, unless a run that was stopped left it, or
+    is an input, or where two volumes of one name would share their files.
     """
     files = {file.resolve() for source in inputs for file in source.files}
     names: set[str] = set()
     targets: list[Path] = []
+    maps: list[Path] = []
     for source in inputs:
         if source.name in names:
             raise VolumeError(
@@ -202,13 +216,17 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
         place = case_folder(source, inputs, folder)
         targets += [place / f"{source.name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")]
         targets += [place / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)]
-        targets += place.glob(f"{source.name}_map-*.nii.gz")
+        maps += place.glob(f"{source.name}_map-*.nii.gz")
     if len(inputs) > 1:
         targets += [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
-    for target in targets:
+    for target in (*targets, *maps):
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    refuse_existing(targets, overwrite=overwrite)
+    left = left_behind(folder / PAGE)
+    refuse_existing(targets, overwrite=overwrite, left=left)
+    if not left:
+        refuse_existing(maps, overwrite=overwrite)
+    return targets
 
 
 def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:

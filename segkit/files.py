@@ -2,12 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import VolumeError
+
+PARTIAL = ".partial-"
+"""How names begin of what is being written; readers of folders pass over names with a dot."""
+ABANDONED = 3600.0
+"""Seconds after which what nobody went on writing was left behind by a process that was killed."""
 
 
 @contextmanager
@@ -18,7 +25,7 @@ def whole(path: Path) -> Iterator[Path]:
     renaming is atomic. If the block raises, what was written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -26,6 +33,21 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed left half-written in a folder, if there is any."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        try:
+            touched = [path.stat().st_mtime for path in (partial, *partial.rglob("*"))]
+        except FileNotFoundError:  # it is being finished now
+            continue
+        if time.time() - max(touched) < ABANDONED:
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,8 +69,37 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Raise VolumeError for the first that is there already, unless it may be overwritten."""
+def begin(first: Path, others: Iterable[Path]) -> None:
+    """Leave a note beside the first of some files that belong together, until `finish`.
+
+    By it the next run knows what a run that was stopped has left of them, and makes it anew.
+    """
+    write_json(_note(first), {"unfinished": [str(path.absolute()) for path in (first, *others)]})
+
+
+def finish(first: Path) -> None:
+    """Take the note away: all files are there."""
+    _note(first).unlink(missing_ok=True)
+
+
+def left_behind(first: Path) -> frozenset[Path]:
+    """Files that a run began and did not finish, by the note beside the first; else none."""
+    try:
+        content = json.loads(_note(first).read_text(encoding="utf-8"))
+        return frozenset(Path(name) for name in content["unfinished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool, left: Collection[Path] = ()) -> None:
+    """Raise VolumeError for the first that is there already, unless it may be overwritten.
+
+    So may those that were `left` by a run that was stopped.
+    """
     for path in paths:
-        if path.exists() and not overwrite:
+        if path.exists() and not overwrite and path.absolute() not in left:
             raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")
+
+
+def _note(first: Path) -> Path:
+    return first.with_name(f".unfinished-{first.name}.json")

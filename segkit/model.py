@@ -51,7 +51,10 @@ def save_model(folder: Path, model: Model) -> None:
         save_model(folder / FIRST / str(number), first)
     state = {key: value.detach().cpu().contiguous() for key, value in _weights(model).items()}
     with whole(folder / WEIGHTS) as partial:
-        save_file(state, partial)
+        try:
+            save_file(state, partial)
+        except SafetensorError as error:
+            raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 

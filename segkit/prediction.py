@@ -8,7 +8,7 @@ from pathlib import Path
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
-from segkit.files import refuse_existing, write_json
+from segkit.files import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
 from segkit.inputs import Input, find_inputs, parse_shard, read_input
 from segkit.scratch import OnDisk
@@ -89,9 +89,9 @@ def predict_files(
     Of `shard` (I, N), every N-th input is segmented, from the I-th on. The next volume is read and
     the last result written while the network works, so that three volumes are held at most.
 
-    Nothing is overwritten unless it may be. For an input of a folder that is no failure: where all
-    results are there it is left alone, and where the labels are missing, which come last, the rest
-    is what a stopped run left and is made anew.
+    Nothing is overwritten unless it may be, or a stopped run left it. For an input of a folder that
+    is no failure: where all results are there it is left alone, and where the labels are missing,
+    which come last, the rest is what a stopped run left and is made anew.
     """
     number, count = shard
     planned: list[tuple[Input, Targets | Outcome]] = []
@@ -116,9 +116,11 @@ def predict_files(
             presence=predictor.classifies,
         )
         planned.append((source, targets))
+    for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
+        sweep(folder)
     files = {file.resolve() for source in inputs for file in source.files}
 
-    def begin(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
+    def checked(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
         if isinstance(targets, Outcome):
             return targets
         try:
@@ -141,7 +143,7 @@ def predict_files(
         return partial(_write, source, targets, prediction, image)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        mine = ((source, begin(source, told)) for source, told in planned[number - 1 :: count])
+        mine = ((source, checked(source, told)) for source, told in planned[number - 1 :: count])
         writing: Future[Outcome] | None = None
         for source, told, volume in _read_ahead(mine, reader):
             following: Future[Outcome] = Future()
@@ -209,12 +211,14 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
             which = "the" if path in source.files else "an"
             raise VolumeError(f"{path}: is {which} input itself; name another --out")
     if not source.of_folder:
-        refuse_existing(targets.all, overwrite=overwrite)
+        left = left_behind(targets.labels)
+        refuse_existing(targets.all, overwrite=overwrite, left=left)
     elif targets.labels.exists() and not all(path.exists() for path in targets.all):
         refuse_existing([targets.labels], overwrite=overwrite)
 
 
 def _write(source: Input, targets: Targets, prediction: Prediction, image: Volume) -> Outcome:
+    begin(targets.labels, targets.all)
     written = []
     if targets.figures is not None:
         written += write_maps(targets.figures.parent, source.name, prediction.maps, image)
@@ -231,6 +235,7 @@ def _write(source: Input, targets: Targets, prediction: Prediction, image: Volum
         written.append(targets.presence)
     # The labels come last: where they are, everything is.
     write_volume(targets.labels, prediction.labels)
+    finish(targets.labels)
     return Outcome(source, (targets.labels, *written), presence=prediction.presence)
 
 

@@ -30,6 +30,8 @@ from segkit.data.first_stage import with_labels
 from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
+from segkit.errors import DatasetError
+from segkit.files import PARTIAL, sweep
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -116,9 +118,10 @@ def store_cases(
     if num_processes is None:
         num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
     # process included, takes with it what was not finished.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial_folder:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
         store = partial(
             _store,
             dataset=described,
@@ -253,7 +256,10 @@ def _digest(
     first: Path | None,
 ) -> str:
     paths = [*case.images, case.label, *([first] if first else [])]
-    files = [(str(path.resolve()), path.stat()) for path in paths]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": FORMAT,
         "channels": dataset.channels,

@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from segkit.files import write_json
+from segkit.files import PARTIAL, sweep, write_json
 
 MANIFEST = "manifest.json"
 
@@ -55,15 +56,19 @@ def user_cache() -> Path:
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    partial.mkdir()
+    sweep(target.parent)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
+    partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
     try:
         make(partial)
         write_json(partial / MANIFEST, {file.name: _sum(file) for file in partial.iterdir()})
         if target.is_dir() and not _intact(target):
             shutil.rmtree(target)
-        if not target.is_dir():  # else another process was quicker
+        try:
             partial.rename(target)
+        except OSError:  # another process was quicker
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
