@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,19 @@ ABANDONED = 3600.0
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError that is raised while a file is written say which, where it does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # as NumPy raises it
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name `path` if the block ends well.
 
@@ -27,9 +41,10 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        with naming(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from segkit.errors import SegkitError, VolumeError
+from segkit.errors import SegkitError, VolumeError, sentence_of
 from segkit.explain.maps import write_maps
 from segkit.files import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
@@ -218,7 +218,8 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
 
 
 def _write(source: Input, targets: Targets, prediction: Prediction, image: Volume) -> Outcome:
-    begin(targets.labels, targets.all)
+    if len(targets.all) > 1:
+        begin(targets.labels, targets.all)
     written = []
     if targets.figures is not None:
         written += write_maps(targets.figures.parent, source.name, prediction.maps, image)
@@ -249,5 +250,5 @@ def _guarded(source: Input, work: Callable[[], Outcome]) -> Outcome:
 def _failed(source: Input, error: SegkitError | OSError) -> Outcome:
     file = str(source.files[0])
     if isinstance(error, OSError):
-        return Outcome(source, (), f"{file}: cannot write its result: {error}")
+        return Outcome(source, (), f"{file}: cannot write its result: {sentence_of(error)}")
     return Outcome(source, (), str(error) if file in str(error) else f"{file}: {error}")

@@ -31,7 +31,7 @@ from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
 from segkit.errors import DatasetError
-from segkit.files import PARTIAL, sweep
+from segkit.files import PARTIAL, naming, sweep
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -217,7 +217,8 @@ def _store(
         image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
-    write_arrays(inside, image, label, ignore=dataset.ignore)
+    with naming(target):
+        write_arrays(inside, image, label, ignore=dataset.ignore)
     try:
         inside.rename(target)
     except OSError:  # another run stored the same case in the meantime
