@@ -14,7 +14,7 @@ from typing import Any
 from segkit.config import FirstStage, ModelDescription
 from segkit.data.cases import Case, Dataset, read_case
 from segkit.data.first_stage import majority, out_of_fold
-from segkit.errors import ModelError
+from segkit.errors import DatasetError, ModelError
 from segkit.inference.predictor import Predictor
 from segkit.model import (
     DESCRIPTION,
@@ -159,7 +159,10 @@ def _segmenter(first: FirstModel, device: str) -> Segment:
 
 
 def _digest(case: Case, models: Sequence[str]) -> str:
-    files = [(str(path.resolve()), path.stat()) for path in case.images]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in case.images]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "models": models,
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],

@@ -29,8 +29,9 @@ from segkit.errors import ConfigError, SegkitError
 from segkit.files import write_json
 from segkit.metrics.overlap import mean_of_defined
 from segkit.model import FOLD, SUMMARY, adopt, load_description
-from segkit.run_folder import new_run_folder
+from segkit.run_folder import claimed, new_run_folder
 from segkit.settle import Track
+from segkit.signals import advising
 from segkit.untrusted import read_json_object
 from segkit.volume import read_grid
 
@@ -105,7 +106,8 @@ def cross_validate(
     record = Record(folds=sorted(set(folds)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+        with claimed(folder), advising(_how_to_go_on(folder)):
+            return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
             shutil.rmtree(folder)
@@ -131,7 +133,8 @@ def resume(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
         raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
-    return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+    with claimed(folder), advising(_how_to_go_on(folder)):
+        return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
 def is_cross_validation(folder: Path) -> bool:
@@ -222,6 +225,10 @@ def summarise(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         },
         "versions": training.versions(),
     }
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"segkit train --resume {folder} goes on from there"
 
 
 def _fold(folder: Path, fold: int) -> Path:

@@ -16,7 +16,15 @@ from segkit.explain.reach import HeadReach
 from segkit.explain.report import rows_as_csv
 from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
-from segkit.files import refuse_existing, write_json, write_text
+from segkit.files import (
+    begin,
+    finish,
+    left_behind,
+    refuse_existing,
+    sweep,
+    write_json,
+    write_text,
+)
 from segkit.inference.predictor import Predictor
 from segkit.inputs import Input, failure, read_input
 from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
@@ -91,7 +99,9 @@ def explain_files(
     One bad volume does not stop the others, and is left out of what is said of all. Where results
     may be overwritten, what earlier ones had and the new ones have not is removed.
     """
-    check_targets(inputs, folder, overwrite=overwrite)
+    targets = check_targets(inputs, folder, overwrite=overwrite)
+    for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
+        sweep(place)
     labels = {} if references is None else find_references(inputs, references)
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
@@ -114,18 +124,20 @@ def explain_files(
             made = made_by(predictor, asked, source.files)
             if path is not None:
                 made["reference"] = checksums([path])
+            begin(folder / PAGE, targets)
             written = write_explanation(place, explanation, made)
         except (SegkitError, OSError) as error:
             left_out[source.name] = failure(source, error)
             yield Explained(source.name, error=left_out[source.name])
             continue
-        _remove(_of_volume(source.name, place), but=written)
+        _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)
         worths += [found for found in explanation.findings if isinstance(found, Worth)]
         rows += explanation.rows()
         finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
     if len(inputs) == 1 or not finished:
+        finish(folder / PAGE)
         return
     facts = facts_of(predictor)
     if left_out:
@@ -145,6 +157,7 @@ def explain_files(
     write_json(folder / COHORT_FIGURES, {**about, **figures})
     write_text(folder / PAGE, cohort_text(finished, facts, pooled))
     _remove(_of_cohort(folder), but=written_of_all)
+    finish(folder / PAGE)
 
 
 def write_explanation(
@@ -240,34 +253,48 @@ def explain_heads(
     return figures
 
 
-def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
-    """Raise VolumeError where what `explain_files` would write is there already, or is an input.
+def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
+    """What `explain_files` would write, but for the maps.
 
-    Or where two volumes of one name would share their files.
+    Raises VolumeError where some of it is there already, unless a run that was stopped left it, or
+    is an input, or where two volumes of one name would share their files.
     """
     files = {file.resolve() for source in inputs for file in source.files}
     names: set[str] = set()
     targets: list[Path] = []
+    maps: list[Path] = []
     for source in inputs:
         if source.name in names:
             raise VolumeError(
                 f"{source.files[0]}: another volume is called {source.name} too; rename one"
             )
         names.add(source.name)
-        targets += _of_volume(source.name, case_folder(source, inputs, folder))
+        place = case_folder(source, inputs, folder)
+        targets += _of_volume(source.name, place)
+        maps += _maps_of(source.name, place)
     if len(inputs) > 1:
         targets += _of_cohort(folder)
-    for target in targets:
+    for target in (*targets, *maps):
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    refuse_existing(targets, overwrite=overwrite)
+    left = left_behind(folder / PAGE)
+    refuse_existing(targets, overwrite=overwrite, left=left)
+    if not left:
+        refuse_existing(maps, overwrite=overwrite)
+    return targets
 
 
 def _of_volume(name: str, folder: Path) -> list[Path]:
-    """What may be written of one volume, or is there of it: maps, whose names a model sets."""
+    """What may be written of one volume, but for maps."""
     return [
         *(folder / f"{name}{ending}" for ending in ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
+    ]
+
+
+def _maps_of(name: str, folder: Path) -> list[Path]:
+    """The maps that are there of one volume; a model sets their names."""
+    return [
         *folder.glob(f"{name}_map-*.nii.gz"),
         *folder.glob(f"native/{name}_map-*.nii.gz"),
     ]

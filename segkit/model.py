@@ -53,7 +53,10 @@ def save_model(folder: Path, model: Model) -> None:
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
     with whole(folder / WEIGHTS) as partial:
-        save_file(_savable(model), partial)
+        try:
+            save_file(_savable(model), partial)
+        except SafetensorError as error:
+            raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 

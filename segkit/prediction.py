@@ -11,7 +11,7 @@ from segkit.config import ModelDescription
 from segkit.dicom_segmentation import write_dicom_segmentation
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
-from segkit.files import refuse_existing, write_json
+from segkit.files import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
 from segkit.inputs import Input, failure, find_inputs, parse_shard, read_input
 from segkit.label_statistics import label_statistics
@@ -138,9 +138,9 @@ def predict_files(
     Of `shard` (I, N), every N-th input is segmented, from the I-th on. The next volume is read and
     the last result written while the network works, so that three volumes are held at most.
 
-    Nothing is overwritten unless it may be. For an input of a folder that is no failure: where all
-    results are there it is left alone, and where the labels are missing, which come last, the rest
-    is what a stopped run left and is made anew.
+    Nothing is overwritten unless it may be, or a stopped run left it. For an input of a folder that
+    is no failure: where all results are there it is left alone, and where the labels are missing,
+    which come last, the rest is what a stopped run left and is made anew.
 
     `statistics` are those of `label_statistics`, `preview` a picture of three planes, and labels
     are written `as_dicom` as DICOM segmentations. Raises SegkitError where what these need is not
@@ -176,10 +176,12 @@ def predict_files(
             preview=preview,
         )
         planned.append((source, targets))
+    for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
+        sweep(folder)
     files = {file.resolve() for source in inputs for file in source.files}
     asked = asked_of(predictor)
 
-    def begin(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
+    def checked(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
         if isinstance(targets, Outcome):
             return targets
         finished = source.of_folder and not overwrite and targets.labels.exists()
@@ -209,7 +211,7 @@ def predict_files(
         return write
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        mine = ((source, begin(source, told)) for source, told in planned[number - 1 :: count])
+        mine = ((source, checked(source, told)) for source, told in planned[number - 1 :: count])
         writing: Future[Outcome] | None = None
         for source, told, volume in _read_ahead(mine, reader):
             following: Future[Outcome] = Future()
@@ -283,7 +285,8 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
             which = "the" if path in source.files else "an"
             raise VolumeError(f"{path}: is {which} input itself; name another --out")
     if not source.of_folder:
-        refuse_existing(targets.all, overwrite=overwrite)
+        left = left_behind(targets.labels)
+        refuse_existing(targets.all, overwrite=overwrite, left=left)
     elif targets.labels.exists() and not all(path.exists() for path in targets.all):
         refuse_existing([targets.labels], overwrite=overwrite)
 
@@ -296,6 +299,7 @@ def _write(
     description: ModelDescription,
     made: Mapping[str, Any],
 ) -> Outcome:
+    begin(targets.labels, targets.all)
     written = []
     labels, labelling = prediction.labels, description.labelling
     if targets.figures is not None:
@@ -345,6 +349,7 @@ def _write(
         )
     else:
         write_volume(targets.labels, labels)
+    finish(targets.labels)
     return Outcome(source, (targets.labels, *written), presence=prediction.presence)
 
 

@@ -4,21 +4,30 @@ runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   samples
 """
 
 import csv
-import io
+import logging
+import os
 import pickle
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from segkit.errors import ConfigError
-from segkit.files import write_text
+from segkit.files import whole
+from segkit.metrics_file import MetricsFile
 from segkit.model import SUMMARY
 from segkit.untrusted import read_text
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
@@ -43,6 +52,10 @@ UNREADABLE = (
     TypeError,
 )
 """What torch raises for a file that is no checkpoint."""
+SECOND_STAGE = "second_stage.yaml"
+"""In the run of a first stage: the config that is trained after it."""
+
+logger = logging.getLogger(__name__)
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
@@ -66,6 +79,30 @@ def stopped_run(folder: Path) -> Path:
     if (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder}: is finished already; its model is {folder / 'model'}")
     return folder
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, until the block or the process ends.
+
+    Raises ConfigError where another has it. On a file system that knows no locks none has.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another process trains in it; wait for its end, or stop it"
+            ) from None
+        except OSError as error:
+            logger.info("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def checkpoint_of(folder: Path) -> Path | None:
@@ -117,35 +154,42 @@ def _no_checkpoint(path: Path, why: str) -> ConfigError:
     )
 
 
-def loggers(folder: Path) -> list[Logger]:
-    """metrics.csv always, TensorBoard events where tensorboard is installed.
+def metrics_of(folder: Path) -> MetricsFile:
+    """The table of a run; rows of one that is resumed stay, up to its last checkpoint."""
+    path, checkpoint = folder / METRICS, checkpoint_of(folder)
+    rows: list[dict[str, str]] = []
+    if path.is_file() and checkpoint is not None:
+        done = int(_read_checkpoint(checkpoint)["global_step"])
+        try:
+            table = csv.DictReader(read_text(path).splitlines())
+            rows = [row for row in table if int(row["step"]) < done]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ConfigError(f"{path}: cannot be gone on with: {error!r}; move it away") from None
+    return MetricsFile(path, rows)
 
-    Rows of a run that is resumed stay, up to its last checkpoint.
-    """
-    found: list[Logger] = [_continued(folder)]
+
+def loggers(folder: Path, metrics: MetricsFile) -> list[Logger]:
+    """metrics.csv always, TensorBoard events where tensorboard is installed."""
+    found: list[Logger] = [metrics]
     if find_spec("tensorboard"):
         found.append(TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard"))
     return found
 
 
-def _continued(folder: Path) -> CSVLogger:
-    path, checkpoint = folder / METRICS, checkpoint_of(folder)
-    rows: list[dict[str, str]] = []
-    if path.is_file() and checkpoint is not None:
-        done = _read_checkpoint(checkpoint)["global_step"]
-        try:
-            table = csv.DictReader(read_text(path).splitlines())
-            rows = [row for row in table if int(row["step"]) < int(done)]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise ConfigError(f"{path}: cannot be gone on with: {error!r}; move it away") from None
-    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)
-    if rows:
-        with warnings.catch_warnings(action="ignore"):
-            writer = logger.experiment  # which deletes what was there
-        writer.metrics_keys = list(rows[0])
-        text = io.StringIO()
-        kept = csv.DictWriter(text, writer.metrics_keys)
-        kept.writeheader()
-        kept.writerows(rows)
-        write_text(path, text.getvalue())
-    return logger
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and the table of metrics up to there before.
+
+    Lightning (2.6) writes them in the system's folder for temporary files, which may lie on another
+    disk: one that is killed while it moves them here would leave half of one.
+    """
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        self.metrics = metrics
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write one."""
+        self.metrics.write()
+        with whole(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)

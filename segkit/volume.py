@@ -135,7 +135,12 @@ def write_volume(path: Path, volume: Volume) -> None:
         if suffix in NIFTI_SUFFIXES:
             _write_nifti(partial, volume)
         else:
-            sitk.WriteImage(_to_itk(volume), str(partial), useCompression=True)
+            image = _to_itk(volume)
+            try:
+                sitk.WriteImage(image, str(partial), useCompression=True)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise VolumeError(f"{path}: cannot be written: {reason}") from None
 
 
 def _open(path: Path, read: Callable[[Path], Result]) -> Result:

@@ -31,6 +31,7 @@ from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
 from segkit.errors import DatasetError, VolumeError
+from segkit.files import PARTIAL, naming, sweep
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -138,9 +139,10 @@ def store_cases(
     if num_processes is None:
         num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
     # process included, takes with it what was not finished.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial_folder:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
         store = partial(
             _store,
             dataset=described,
@@ -239,7 +241,8 @@ def _store(
         image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
-    write_arrays(inside, image, label, ignore=dataset.ignore)
+    with naming(target):
+        write_arrays(inside, image, label, ignore=dataset.ignore)
     try:
         inside.rename(target)
     except OSError:  # another run stored the same case in the meantime
@@ -253,6 +256,7 @@ def _mapped(path: Path) -> ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path.parent) from error
     if not isinstance(array, ndarray):  # but a zip of several
+        array.close()
         raise _damaged(path.parent)
     return array
 
@@ -290,7 +294,10 @@ def _digest(
     first: Path | None,
 ) -> str:
     paths = [*case.images, case.label, *([first] if first else [])]
-    files = [(str(path.resolve()), path.stat()) for path in paths]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": FORMAT,
         "channels": dataset.channels,

@@ -7,10 +7,11 @@ made under another name, is made again.
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from segkit.files import checksum, write_json
+from segkit.files import PARTIAL, checksum, sweep, write_json
 from segkit.untrusted import read_json_object
 
 MANIFEST = "manifest.json"
@@ -55,16 +56,20 @@ def user_cache() -> Path:
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    partial.mkdir()
+    sweep(target.parent)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
+    partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
     try:
         make(partial)
         sums = {file.name: checksum(file) for file in partial.iterdir()}
         write_json(partial / MANIFEST, {"name": target.name, "files": sums})
         if target.is_dir() and not _intact(target):
             shutil.rmtree(target)
-        if not target.is_dir():  # else another process was quicker
+        try:
             partial.rename(target)
+        except OSError:  # another process was quicker
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -26,7 +26,7 @@ from segkit.errors import ModelError, VolumeError
 from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
 from segkit.inference.choice import EngineName
 from segkit.inference.engines import LOGITS, TorchEngine
-from segkit.inference.ensemble import Verdict, consult, merge
+from segkit.inference.ensemble import Verdict, merge
 from segkit.inference.member import Member, Track, window_layout
 from segkit.inference.regions import written_regions
 from segkit.inference.results import Results
@@ -37,6 +37,7 @@ from segkit.inference.source_rows import (
     pieces,
     to_source_rows,
 )
+from segkit.inference.sparing import SparingCouncil
 from segkit.inference.windows import stream
 from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
@@ -306,9 +307,10 @@ class Predictor:
         together = len(self.model.description.labelling.outputs)
         if len(walks) == 1 and not shares and not uncertainty:
             together = min(together, CLASS_BLOCK)
+        consult = SparingCouncil(shares=shares, uncertainty=uncertainty)
         for start, rows in merge(walks):
             for first, few in pieces(rows, numbers=PIECE // together):
-                yield start + first, consult(few, shares=shares, uncertainty=uncertainty)
+                yield start + first, consult(few)
             del rows, few  # or the slab would live on beside the next
 
     def _check(self, volume: Volume) -> None:

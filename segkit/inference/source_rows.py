@@ -54,6 +54,11 @@ class SourceRows:
         x, y, rows = self.positions
         return replace(self, positions=(x, y, rows[first:last]))
 
+    def on_host(self) -> "SourceRows":
+        """The same rows in the host's memory."""
+        before = None if self.before is None else self.before.cpu()
+        return replace(self, logits=self.logits.cpu(), before=before)
+
     def labels(self) -> Tensor:
         """The class with the largest logit at each voxel; the lowest where they tie.
 
