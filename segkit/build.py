@@ -18,7 +18,7 @@ from segkit.config import (
     ZScore,
 )
 from segkit.data import preprocess
-from segkit.data.augment import SpatialVariation
+from segkit.data.augment import SpatialVariation, Vary
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
@@ -26,7 +26,6 @@ from segkit.data.parallel import free_memory
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError, ModelError
 from segkit.memory import in_words
-from segkit.module import Vary
 from segkit.nn.given import Given
 from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
 from segkit.nn.unet import UNet

@@ -87,7 +87,8 @@ def demo(
 ) -> None:
     """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
     from segkit.demo import run_demo
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     _hush()
     run_demo(
@@ -224,7 +225,8 @@ def train(
     if config is not None and dataset is None:
         settings = load_config(config, overrides or ())
     from segkit import cross_validation, training, two_stages
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     if dataset is not None:
         from segkit.planning import plan_dataset
