@@ -17,13 +17,12 @@ from segkit.config import (
     ZScore,
 )
 from segkit.data import preprocess
-from segkit.data.augment import SpatialVariation
+from segkit.data.augment import SpatialVariation, Vary
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError
-from segkit.module import Vary
 from segkit.nn.planes import Planes, SegmentationNetwork
 from segkit.nn.unet import UNet
 

@@ -76,7 +76,8 @@ def demo(
 ) -> None:
     """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
     from segkit.demo import run_demo
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     _hush()
     run_demo(
@@ -177,7 +178,8 @@ def train(
     if config is not None and not config.is_dir():
         settings = load_config(config, overrides or ())
     from segkit import cross_validation, training
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     if config is not None and config.is_dir():
         from segkit.planning import plan_dataset

@@ -1,6 +1,8 @@
 """Which files are one volume, where its result goes, and that what lies there is kept."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -30,6 +32,16 @@ from segkit.prediction import (
 )
 from segkit.volume import Volume, read_volume, write_volume
 from tests.helpers import ORIENTATIONS, affine_of
+
+
+def test_prediction_loads_nothing_that_it_can_do_without() -> None:
+    program = "import sys, segkit.prediction, segkit.progress; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "segkit.inference.predictor" in loaded
+    heavy = {"lightning", "torchmetrics", "matplotlib", "monai", "pandas", "sklearn", "sympy"}
+    assert (heavy | {"torch._dynamo", "SimpleITK", "openvino"}).isdisjoint(loaded)
 
 
 def volume_at(path: Path, value: float, shift: float = 0.0) -> Path:
