@@ -4,7 +4,8 @@ Training and prediction both come through `prepare`; whatever it does to the gri
 grid says exactly, so that nothing has to be undone by memory.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ from segkit.volume import Volume
 Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
+PLANES = 8
+"""Of an image, of which a copy in double precision is held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +140,22 @@ def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*
     alike, so that a background of 0 stays the darkest. (nnU-Net sets it to 0, which is the value of
     the average tissue.)
     """
-    counted = image != 0 if nonzero else torch.ones_like(image, dtype=torch.bool)
-    values = image[counted].double()
-    if values.numel() == 0:
+    count, mean = 0, 0.0
+    for values in _counted(image, nonzero):
+        count, mean = count + values.numel(), mean + float(values.sum())
+    if count == 0:
         return image
-    mean, std = float(values.mean()), float(values.std(correction=0))
+    mean /= count
+    squares = sum(float((values - mean).square().sum()) for values in _counted(image, nonzero))
+    std = math.sqrt(squares / count)
     varies = std > 1e-8 * abs(mean)
-    return (image - mean) / (std if varies else 1.0)
+    return (image - mean).div_(std if varies else 1.0)
+
+
+def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
+    """The values, or those other than 0, in double precision; so many planes at a time."""
+    for planes in image.split(PLANES):
+        yield (planes[planes != 0] if nonzero else planes).double()
 
 
 def ct_window(
