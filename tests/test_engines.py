@@ -339,6 +339,11 @@ def test_an_engine_refuses_what_it_cannot_do() -> None:
             choose_engine(name, model, precision=torch.float16)
 
 
+def test_openvino_leaves_the_classes_of_a_voxel_side_by_side(tmp_path: Path) -> None:
+    found = choose_engine("openvino", saved(tmp_path), device="cpu")(windows_of(3, 1), ())
+    assert found[LOGITS].stride()[1] == 1
+
+
 def test_openvino_tells_nobody_that_it_is_used() -> None:
     OpenVino()
     assert sys.modules["openvino_telemetry"] is None
