@@ -1,7 +1,9 @@
 """What a user sees: files, one sentence, exit codes."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,35 @@ def test_our_own_bugs_keep_their_traceback(
     monkeypatch.setattr(sys, "argv", ["segkit", "check", str(tmp_path)])
     with pytest.raises(ZeroDivisionError, match="ours"):
         main()
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out.json")
+
+    monkeypatch.setattr("segkit.checking.check", full)
+    code, _, err = run("check", tmp_path, capsys=capsys)
+    assert code == 2
+    assert err == (
+        "segkit: out.json: no space left on device; free some space there and run the same "
+        "command again\n"
+    )
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_asked_to_stop_says_so_in_one_line(
+    signum: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("segkit.checking.check", lambda *_, **__: os.kill(os.getpid(), signum))
+    name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+    sentence = f"segkit: stopped by {name}; run the same command again to go on\n"
+    assert run("check", tmp_path, capsys=capsys) == (code, "", sentence)
 
 
 def test_a_prediction_keeps_the_files_affine_codes_and_units(

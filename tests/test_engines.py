@@ -371,7 +371,8 @@ def test_openvino_leaves_the_classes_of_a_voxel_side_by_side(tmp_path: Path) -> 
     assert found[LOGITS].stride()[1] == 1
 
 
-def test_openvino_tells_nobody_that_it_is_used() -> None:
+def test_openvino_tells_nobody_that_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     OpenVino()
     assert sys.modules["openvino_telemetry"] is None
 

@@ -65,7 +65,7 @@ def test_a_prepared_grid_tells_where_its_voxels_lie(
     prepared = prepare(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
     assert Orientation.of(prepared.grid.affine).code == "RAS"
     assert_allclose(prepared.grid.spacing, spacing, rtol=1e-6)
-    apart = separate_axis(prepared.source.spacing, spacing)
+    apart = separate_axis(prepared.source.spacing, prepared.grid.spacing)
     assert prepared.orders == tuple(0 if axis == apart else 1 for axis in range(3))
     index = prepared.source.index(prepared.grid.centres())
     if apart is not None:  # the place of the nearest slice

@@ -2,9 +2,12 @@
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +18,9 @@ from torch.testing import assert_close
 from segkit.data.preprocess import Prepared, prepare
 from segkit.geometry import Grid
 from segkit.inference import source_rows
-from segkit.inference.source_rows import pieces, to_source_rows
+from segkit.inference.ensemble import consult
+from segkit.inference.source_rows import SourceRows, pieces, to_source_rows
+from segkit.inference.sparing import SparingCouncil
 from segkit.resample import resample
 from segkit.volume import Volume
 from tests.helpers import grids
@@ -122,3 +127,44 @@ def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
         rows.labels()
         del rows
     assert len(alive) == 4
+
+
+def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it was, the device is asked no more; what comes out is the same."""
+    prepared = prepared_of(Grid((5, 4, 6), np.eye(4)), (0.7, 1.0, 1.3))
+    slab = torch.randn(3, *prepared.grid.shape, generator=torch.Generator().manual_seed(1))
+    ((_, rows),) = to_source_rows([slab], prepared)
+    expected = consult([rows, rows], shares=True, uncertainty=True)
+    tried: list[bool] = []
+    on_host: set[int] = set()
+
+    def crowded(block: Tensor, positions: Any) -> Tensor:
+        tried.append(block.untyped_storage().data_ptr() in on_host)
+        if not tried[-1]:
+            raise torch.OutOfMemoryError("planted")
+        return resample(block, positions)
+
+    def moved(rows: SourceRows) -> SourceRows:
+        copy = rows.logits.clone()
+        on_host.add(copy.untyped_storage().data_ptr())
+        return replace(rows, logits=copy)
+
+    assert torch.equal(rows.on_host().labels(), rows.labels())
+    monkeypatch.setattr(source_rows, "resample", crowded)
+    monkeypatch.setattr(SourceRows, "on_host", moved)
+    council = SparingCouncil(shares=True, uncertainty=True)
+    for _ in range(2):
+        found = council([rows, rows])
+        for name, value in vars(expected).items():
+            assert torch.equal(getattr(found, name), value), name
+    assert tried.count(False) == 1
+    assert caplog.messages == ["the device's memory ran out; labels are worked out on the host"]
+
+
+def test_rows_before_a_slab_go_to_the_host_with_it() -> None:
+    prepared = prepared_of(Grid((3, 4, 9), np.eye(4)), (1.0, 1.0, 1.6))
+    slabs = torch.randn(2, *prepared.grid.shape).split(2, dim=-1)
+    for _, rows in to_source_rows(slabs, prepared):
+        assert torch.equal(rows.on_host().probabilities(), rows.probabilities())

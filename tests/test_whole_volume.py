@@ -156,7 +156,7 @@ def test_what_both_hold_in_common_is_the_same() -> None:
 def test_regions_and_components_are_those_of_prediction() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 9, 8, 7, generator=random)
-    own = written_regions([logits], (2, 1, 3))
+    own = written_regions(logits, (2, 1, 3))
     assert torch.equal(WrittenRegions((2, 1, 3))(logits)[0].long(), own)
     sparse = torch.where(torch.rand(9, 8, 7, generator=random) < 0.2, own, 0)
     for of_foreground in (False, True):

@@ -2,13 +2,13 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.faults.trial import Stored, stored, visible
-from benchmarks.faults.zygote import Zygote
+from benchmarks.faults.zygote import Ended, Fault, Zygote
 from segkit.config_file import dump_yaml
 from segkit.geometry import Grid
 from segkit.run_folder import CONFIG
@@ -39,6 +39,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A job that nothing struck: what became of it, its results, and its largest file in bytes."""
+
+    ended: Ended
+    results: dict[str, Stored]
+    largest: int
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all jobs need: data, a trained model, and where to work."""
 
@@ -47,6 +56,18 @@ class Bench:
     config: Path
     scans: Path
     model: Path
+    wholes: dict[str, Whole] = field(default_factory=dict)
+
+    def whole(self, job: Job) -> Whole:
+        """The job where nothing strikes it, done once."""
+        if job.name not in self.wholes:
+            folder = self.fresh(f"{job.name}-whole")
+            ended = self.zygote.run(job.words, folder, Fault(within=job.within))
+            assert ended.code == 0, f"{job.name} fails where nothing strikes: {ended.err}"
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            largest = max(path.stat().st_size for path in files)
+            self.wholes[job.name] = Whole(ended, job.results(folder), largest)
+        return self.wholes[job.name]
 
     def fresh(self, name: str) -> Path:
         """An empty folder to work in."""

@@ -12,62 +12,70 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults.jobs import Bench, Job
+from benchmarks.faults.jobs import Bench, Job, Words
 from benchmarks.faults.trial import Trial, broken, lost, visible
 from benchmarks.faults.zygote import Ended, Fault
 
+KILL = "kill -9"
 MOST_RUNS = 4
 """A job that was killed is over after so many runs at the latest; more would be a fault of ours."""
 
 
 def kill_and_finish(bench: Bench, job: Job, count: int, *, seed: int) -> Iterator[Trial]:
-    """So many trials of a job, each killed once, and every third one once more when it goes on."""
-    whole = bench.fresh(f"{job.name}-whole")
-    ended = bench.zygote.run(job.words, whole, Fault(within=job.within))
-    assert ended.code == 0, f"{job.name} fails where nothing strikes: {ended.err}"
-    expected = job.results(whole)
-    sizes = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]
+    """So many trials of a job, each killed, and every third one once more when it goes on."""
+    whole = bench.whole(job)
     random = np.random.default_rng(seed)
-
-    def killed(folder: Path, words: object, kind: int) -> tuple[str, Ended]:
-        if kind == 0:
-            number = int(random.integers(1, ended.changes + 1))
-            fault = Fault(kill_at=number, within=job.within)
-            return f"before change {number} of {ended.changes}", bench.zygote.run(
-                words,  # type: ignore[arg-type]
-                folder,
-                fault,
-            )
-        if kind == 1:
-            size = int(random.integers(1, max(sizes)))
-            return f"{size} bytes into a file", bench.zygote.run(
-                words,  # type: ignore[arg-type]
-                folder,
-                Fault(kill_after=size),
-            )
-        seconds = float(random.uniform(0, ended.seconds))
-        child = bench.zygote.start(words, folder)  # type: ignore[arg-type]
-        time.sleep(seconds)
-        _send(child.pid, signal.SIGKILL)
-        return f"after {seconds:.2f} s", child.wait()
-
-    for number in range(count):
+    struck = number = 0
+    while struck < count:
         folder = bench.fresh(f"{job.name}-{number}")
-        words: object = job.words
-        told, halves, survivors = [], 0, 0
-        for kind in [number % 3] if number % 3 else [0, int(random.integers(0, 3))]:
-            where, struck = killed(folder, words, kind)
-            told.append(where if struck.code < 0 else f"{where} (over before)")
+        words: Words | None = job.words
+        places, halves, problems = [], 0, []
+        for kind in [number % 3] if number % 3 else [0, int(random.integers(3))]:
+            assert words is not None
+            where, killed = _kill(bench, job, words, folder, kind, random)
+            if killed.code < 0:
+                places.append(where)
             halves += sum(path.stat().st_size for path in broken(visible(folder)))
-            survivors += len(struck.survivors)
+            if killed.survivors:
+                problems.append(f"{len(killed.survivors)} processes left behind")
             words = job.again(folder)
             if words is None:
                 break
-        failure = "" if words is None else finish(bench, job, folder)
-        missing = lost(expected, job.results(folder))
-        survived = not failure and not halves and not missing and not survivors
-        detail = failure or (f"{survivors} processes left behind" if survivors else "")
-        yield Trial(job.name, f"killed {', then '.join(told)}", survived, halves + missing, detail)
+        number += 1
+        assert number < 10 * count + 10, f"{job.name} is over before it can be killed"
+        if not places:
+            continue
+        struck += 1
+        failure = finish(bench, job, folder)
+        problems += [failure] if failure else []
+        missing = lost(whole.results, job.results(folder))
+        yield Trial(job.name, KILL, ", then ".join(places), halves + missing, tuple(problems))
+
+
+def _kill(
+    bench: Bench,
+    job: Job,
+    words: Words,
+    folder: Path,
+    kind: int,
+    random: np.random.Generator,
+) -> tuple[str, Ended]:
+    """Where a command was killed at random, by one of three kinds, and what became of it."""
+    whole = bench.whole(job)
+    if kind == 0:
+        changes = whole.ended.changes
+        change = int(random.integers(1, changes + 1))
+        fault = Fault(kill_at=change, within=job.within)
+        return f"before change {change} of {changes}", bench.zygote.run(words, folder, fault)
+    if kind == 1:
+        size = int(random.integers(1, whole.largest))
+        fault = Fault(kill_after=size)
+        return f"{size} bytes into a file", bench.zygote.run(words, folder, fault)
+    seconds = float(random.uniform(0, whole.ended.seconds))
+    child = bench.zygote.start(words, folder)
+    time.sleep(seconds)
+    send(child.pid, signal.SIGKILL)
+    return f"after {seconds:.2f} s", child.wait()
 
 
 def finish(bench: Bench, job: Job, folder: Path) -> str:
@@ -84,8 +92,10 @@ def finish(bench: Bench, job: Job, folder: Path) -> str:
     return f"not over after {MOST_RUNS} runs"
 
 
-def _send(pid: int, signum: int) -> None:
+def send(pid: int, signum: int) -> bool:
+    """Send a signal to a process; whether it is there."""
     try:
         os.kill(pid, signum)
-    except ProcessLookupError:  # it was over before
-        return
+    except ProcessLookupError:
+        return False
+    return True

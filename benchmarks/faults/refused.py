@@ -45,7 +45,7 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
 
 def full_disk(bench: Bench, job: Job) -> Iterator[Trial]:
     """The disk is full before the job is done; with more room, the same command finishes it."""
-    expected = _unstruck(bench, job)
+    expected = bench.whole(job).results
     folder = bench.fresh(f"{job.name}-full")
     if may_mount(bench.folder):
         with mounted(folder, ROOM):
@@ -70,7 +70,7 @@ def full_disk(bench: Bench, job: Job) -> Iterator[Trial]:
 
 def read_only(bench: Bench, job: Job) -> Iterator[Trial]:
     """The folder cannot be written."""
-    expected = _unstruck(bench, job)
+    expected = bench.whole(job).results
     folder = bench.fresh(f"{job.name}-read-only")
     if may_mount(bench.folder):
         with mounted(folder, 1000 * ROOM):
@@ -105,7 +105,7 @@ def read_only(bench: Bench, job: Job) -> Iterator[Trial]:
 
 def vanished_input(bench: Bench, job: Job, trigger: Path, victim: Path) -> Iterator[Trial]:
     """A file that was listed is gone when it is to be read; once it is back, the job finishes."""
-    expected = _unstruck(bench, job)
+    expected = bench.whole(job).results
     folder = bench.fresh(f"{job.name}-vanished")
     before, content, state = _earlier(folder), victim.read_bytes(), victim.stat()
 
@@ -126,7 +126,7 @@ def dead_worker(bench: Bench, job: Job) -> Iterator[Trial]:
     """A process that loads patches is killed, as the system does where memory runs out."""
     folder = bench.fresh(f"{job.name}-worker")
     words: Words = [*job.words, "data.workers=1"]
-    expected = _unstruck(bench, job)
+    expected = bench.whole(job).results
     before = _earlier(folder)
     child = bench.zygote.start(words, folder)
     wait_for(folder, "runs/*/last.ckpt")
@@ -149,14 +149,6 @@ def workers_of(pid: int, seconds: float = 60.0) -> list[int]:
             return found
         time.sleep(0.02)
     raise AssertionError("no process was begun")
-
-
-def _unstruck(bench: Bench, job: Job) -> dict[str, Stored]:
-    folder = bench.folder / "work" / f"{job.name}-unstruck"
-    if not folder.exists():
-        ended = bench.zygote.run(job.words, bench.fresh(folder.name))
-        assert ended.code == 0, f"{job.name} fails where nothing strikes: {ended.err}"
-    return job.results(folder)
 
 
 def _earlier(folder: Path) -> dict[str, Stored]:
@@ -190,8 +182,7 @@ def _trial(
     problems += [failure] if failure else []
     found = {name: file for name, file in job.results(folder).items() if "earlier" not in name}
     missing = lost(expected, found)
-    bad = halves + gone + missing
-    return Trial(job.name, fault, not problems and not bad, bad, "; ".join(problems) or told)
+    return Trial(job.name, fault, "", halves + gone + missing, tuple(problems), told)
 
 
 def _results_in(folder: Path) -> list[Path]:

@@ -12,10 +12,23 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from segkit.errors import SegkitError
 from segkit.volume import SUFFIXES, read_volume
+
+DAMAGES = (
+    SegkitError,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    SyntaxError,  # of a broken PNG
+    SafetensorError,
+    yaml.YAMLError,
+)
+"""What readers raise for half a file."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +37,20 @@ class Trial:
 
     job: str
     fault: str
-    survived: bool
+    where: str
+    """When or where it struck, in words."""
     lost: int
     """Bytes of what was there before, or of what a job that nothing strikes would have written."""
-    detail: str = ""
+    problems: tuple[str, ...] = ()
+    told: str = ""
+    """What the job said of it."""
+    seconds: float = 0.0
+    """Until it had ended, where it was asked to."""
+
+    @property
+    def survived(self) -> bool:
+        """Whether nothing was lost and nothing went otherwise than it should."""
+        return not self.lost and not self.problems
 
 
 @dataclass(frozen=True)
@@ -85,12 +108,13 @@ def is_whole(path: Path) -> bool:
             case ".npy":
                 np.load(path, allow_pickle=False)
             case ".png":
-                Image.open(path).load()
+                with Image.open(path) as picture:
+                    picture.load()
             case ".html":
                 return path.read_text().rstrip().endswith("</html>")
             case _ if path.name.endswith(SUFFIXES):
                 read_volume(path)
-    except (SegkitError, OSError, EOFError, ValueError, RuntimeError, SyntaxError, yaml.YAMLError):
+    except DAMAGES:
         return False
     return path.stat().st_size > 0
 

@@ -1,0 +1,255 @@
+"""What segkit does where jobs are killed, disks fill and inputs are bad: docs/reliability.md.
+
+    python -m benchmarks.reliability            # all of it, from the root of the repository
+    python -m benchmarks.reliability --kills 3 --asks 2 --scans 100 --cases 50 --inputs 300
+
+Faults strike small jobs, each a process of its own (`benchmarks/faults`). What a fault costs is
+counted in bytes: of files that were there before, of half-written ones under final names, and of
+results that the job, once it has been gone on with, does not have as the job that nothing struck.
+Linux alone; a full disk and a read-only folder are mounted where this is root.
+"""
+
+import argparse
+import itertools
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.faults import jobs
+from benchmarks.faults.asked import ask_and_finish
+from benchmarks.faults.jobs import Bench
+from benchmarks.faults.killed import kill_and_finish
+from benchmarks.faults.load import Load, measure
+from benchmarks.faults.refused import dead_worker, full_disk, read_only, vanished_input
+from benchmarks.faults.trial import Trial
+from benchmarks.faults.twice import both_at_once
+from benchmarks.faults.zygote import Zygote
+from segkit.data.parallel import num_cores
+from segkit.files import write_text
+from segkit.progress import Tracker
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+MOST_MB = 1.0
+"""Of growth per 100 volumes; more is a leak."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of each is tried."""
+
+    kills: int
+    asks: int
+    scans: int
+    cases: int
+    inputs: int
+    seed: int
+
+
+def trials_of(bench: Bench, sizes: Sizes) -> Iterator[tuple[str, int, Iterable[Trial]]]:
+    """What is tried, how often, and the trials."""
+    training, predicting = jobs.training(bench), jobs.predicting(bench)
+    explaining, planning = jobs.explaining(bench), jobs.planning(bench)
+    for job in (training, predicting, jobs.preprocessing(bench), explaining, planning):
+        kills = kill_and_finish(bench, job, sizes.kills, seed=sizes.seed)
+        yield f"kill -9, {job.name}", sizes.kills, kills
+    asks = ask_and_finish(bench, training, sizes.asks, seed=sizes.seed)
+    yield "Ctrl-C and SIGTERM", sizes.asks, asks
+    full = (full_disk(bench, job) for job in (training, predicting, explaining))
+    yield "full disk", 6, itertools.chain.from_iterable(full)
+    closed = (read_only(bench, job) for job in (training, predicting, planning))
+    yield "read-only folder", 3, itertools.chain.from_iterable(closed)
+    data, scans = bench.folder / "data", bench.scans
+    gone = itertools.chain(
+        vanished_input(
+            bench,
+            training,
+            data / "labelsTr" / "case_1.nii.gz",
+            data / "imagesTr" / "case_2.nii.gz",
+        ),
+        vanished_input(bench, predicting, scans / "a.nii.gz", scans / "c.nii.gz"),
+    )
+    yield "vanished input", 2, gone
+    yield "dead data worker", 1, dead_worker(bench, training)
+    yield "two at once", sizes.asks, both_at_once(bench, training, sizes.asks)
+
+
+def faults_table(trials: Sequence[Trial]) -> str:
+    """A row for each job and kind of fault."""
+    lines = [
+        "| fault | job | tried | survived | bytes lost |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for (fault, job), group in _grouped(trials).items():
+        survived = sum(trial.survived for trial in group)
+        bytes_lost = sum(trial.lost for trial in group)
+        lines.append(f"| {fault} | {job} | {len(group)} | {survived} | {bytes_lost} |")
+    survived, bytes_lost = sum(t.survived for t in trials), sum(t.lost for t in trials)
+    lines.append(f"| **all** | | **{len(trials)}** | **{survived}** | **{bytes_lost}** |")
+    return "\n".join(lines)
+
+
+def sentences(trials: Sequence[Trial]) -> str:
+    """What is said where a job ends before it is done, once for each kind of fault and job."""
+    lines = ["| fault | job | what it says |", "|---|---|---|"]
+    for (fault, job), group in _grouped(trials).items():
+        told = next((trial.told for trial in group if trial.told), None)
+        if told is not None:
+            lines.append(f"| {fault} | {job} | `{told}` |")
+    return "\n".join(lines)
+
+
+def failures(trials: Sequence[Trial]) -> str:
+    """What was not survived, one by one; nothing where all was."""
+    lines = [
+        f"- {trial.fault}, {trial.job} {trial.where}: {trial.lost} bytes lost; "
+        f"{'; '.join(trial.problems) or 'nothing was said'}"
+        for trial in trials
+        if not trial.survived
+    ]
+    return "\n".join(["", "Not survived:", "", *lines]) if lines else ""
+
+
+def load_table(loads: Sequence[Load]) -> str:
+    """A row for each job that many volumes went through."""
+    lines = [
+        "| job | volumes | growth of memory, MB per 100 | files left open | threads | processes "
+        "| shared memory |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for load in loads:
+        left = [load.growth(what) for what in ("files", "threads", "processes", "shared")]
+        slope = f"{load.slope:+.2f}" + (" (a leak)" if load.slope >= MOST_MB else "")
+        lines.append(f"| {load.name} | {load.count} | {slope} | {' | '.join(map(str, left))} |")
+    return "\n".join(lines)
+
+
+def inputs_section(counts: Mapping[str, int]) -> str:
+    """What became of inputs that were made wrong on purpose, by outcome."""
+    lines = ["| outcome | inputs |", "|---|--:|"]
+    lines += [f"| {outcome} | {count} |" for outcome, count in counts.items()]
+    return "\n".join([*lines, f"| **all** | **{sum(counts.values())}** |"])
+
+
+def page(
+    trials: Sequence[Trial],
+    loads: Sequence[Load],
+    inputs: Mapping[str, int] | None,
+    sizes: Sizes,
+) -> str:
+    """The page, as Markdown."""
+    slowest = max((trial.seconds for trial in trials), default=0.0)
+    given = " ".join(f"--{name} {value}" for name, value in vars(sizes).items())
+    parts = [
+        "# Reliability",
+        "What becomes of segkit's jobs where they are killed, where the system refuses what they "
+        "need, and where there are very many of them. Made by\n\n"
+        f"```sh\npython -m benchmarks.reliability {given}\n```",
+        "## Faults",
+        "Each fault strikes a small job. A fault is survived if every file is whole or not there "
+        "right after it, results from before are untouched, no process is left behind, what the "
+        "job says is one sentence and its exit code not zero (but for `kill -9`, of which it says "
+        "nothing), and the same command, or `--resume`, then ends with the files, **byte for "
+        "byte**, of a job that nothing struck. Bytes lost are those of files that were there "
+        "before, of half-written files, and of files that are not as they would have been.",
+        faults_table(trials) + failures(trials),
+        "`kill -9` comes at random: before a change to a file or folder, in the midst of writing "
+        "one, or at any time; every third job is killed again when it goes on. Training is "
+        "compared by its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, "
+        "which schedulers send before a time limit, come at any time of training or validation; "
+        f"the slowest of {sum(t.seconds > 0 for t in trials)} ended after {slowest:.1f} s. Two at "
+        "once start in one folder, from an empty cache.",
+        "## What is said",
+        sentences(trials),
+    ]
+    if inputs is not None:
+        parts += [
+            "## Inputs",
+            "Headers and bodies of volumes that were changed at random. Each is accepted or "
+            "refused in one sentence.",
+            inputs_section(inputs),
+        ]
+    parts += [
+        "## Many volumes",
+        "One process segments so many scans, with probabilities, or prepares so many cases in two "
+        "processes of its own. Growth is the median slope of resident memory over all pairs of "
+        "looks (Theil and Sen) once the first 40 % are done; the rest is what there is more of in "
+        "the end than before the first.",
+        load_table(loads),
+        f"Linux, {num_cores()} cores, Python {platform.python_version()}, torch "
+        f"{version('torch')}, segkit {version('segkit')}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def fuzzed(count: int, seed: int) -> Mapping[str, int] | None:
+    """Outcomes of so many inputs that were made wrong, and how often each came.
+
+    None where there is no `benchmarks.faults.fuzz` with its `fuzz(count, seed)`.
+    """
+    if find_spec("benchmarks.faults.fuzz") is None:
+        return None
+    outcomes: Mapping[str, int] = import_module("benchmarks.faults.fuzz").fuzz(count, seed)
+    return outcomes
+
+
+def _grouped(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.fault, trial.job), []).append(trial)
+    return groups
+
+
+def run(
+    sizes: Sizes, console: Console, fuzz: Callable[[int, int], Mapping[str, int] | None]
+) -> str:
+    """Try all of it and write the page."""
+    track = Tracker(console)
+    trials: list[Trial] = []
+    with tempfile.TemporaryDirectory(prefix="segkit-") as temporary:
+        with Zygote() as zygote:
+            bench = jobs.bench_in(Path(temporary), zygote)
+            for what, count, group in trials_of(bench, sizes):
+                found = list(track(group, what, count))
+                trials += found
+                console.print(
+                    f"{what}: {sum(trial.survived for trial in found)} of {len(found)} survived",
+                    highlight=False,
+                )
+        loads = []
+        for name, count in (("predict", sizes.scans), ("preprocess", sizes.cases)):
+            with console.status(f"{name}, {count} volumes"):
+                loads.append(measure(name, bench.model, count))
+            console.print(f"{name}: {loads[-1].slope:+.2f} MB per 100 volumes", highlight=False)
+    with console.status(f"{sizes.inputs} inputs made wrong"):
+        inputs = fuzz(sizes.inputs, sizes.seed)
+    return page(trials, loads, inputs, sizes)
+
+
+def main() -> None:
+    """Run it by the options and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20, help="of each of five jobs")
+    parser.add_argument("--asks", type=int, default=10, help="of a training; and two at once")
+    parser.add_argument("--scans", type=int, default=1000, help="through predict")
+    parser.add_argument("--cases", type=int, default=500, help="through preprocessing")
+    parser.add_argument("--inputs", type=int, default=10_000, help="made wrong at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    options = parser.parse_args()
+    sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
+    console = Console()
+    write_text(options.out, run(sizes, console, fuzzed))
+    console.print(f"wrote {options.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
