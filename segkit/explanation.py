@@ -161,25 +161,26 @@ def explain_files(
 
 
 def write_explanation(
-    folder: Path, explanation: Explanation, made: Mapping[str, Any]
+    folder: Path, explanation: Explanation, made: Mapping[str, Any] | None = None
 ) -> tuple[Path, ...]:
     """Write all that `explain_files` does of one volume, and return the files, the labels first.
 
-    `made` is what made it, told in each JSON file.
+    `made` is what made it, told in each JSON file where it is given.
     """
+    provenance = {} if made is None else {PROVENANCE: made}
     name = explanation.name
     labels = folder / f"{name}_seg.nii.gz"
     write_volume(labels, explanation.labels)
     sidecar = folder / f"{name}_seg.json"
     numbers = {label: number for number, label in explanation.label_names.items()}
-    write_json(sidecar, {"labels": numbers, PROVENANCE: made})
+    write_json(sidecar, {"labels": numbers, **provenance})
     maps = write_maps(
         folder,
         name,
         explanation.maps,
         explanation.scan,
         reach=explanation.reach,
-        made={PROVENANCE: made},
+        made=provenance,
     )
     write_text(folder / TABLE, rows_as_csv(explanation.rows()))
     write_json(
@@ -189,7 +190,7 @@ def write_explanation(
             "against": explanation.against,
             "tolerance_mm": explanation.tolerance_mm,
             "made": explanation.facts,
-            PROVENANCE: made,
+            **provenance,
             "dice": explanation.dice,
             "measures": [vars(measure) for measure in explanation.measures],
             **{found.name: dict(found.figures) for found in explanation.findings},

@@ -117,7 +117,7 @@ def test_signals_are_raised_with_the_advice_of_the_outermost(tmp_path: Path) -> 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for signum, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
         with pytest.raises(Stopped) as stopped, handling():
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         assert str(stopped.value) == f"stopped by {name}; run the same command again to go on"
         assert stopped.value.signum == signum
         with (
@@ -126,5 +126,5 @@ def test_signals_are_raised_with_the_advice_of_the_outermost(tmp_path: Path) -> 
             advising("inner"),
             handling(),
         ):
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

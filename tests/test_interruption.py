@@ -1,6 +1,5 @@
 """A training that is asked to stop, at whatever moment, goes on as if it never had been."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class Ask(Callback):
     def _send(self, trainer: L.Trainer, due: bool) -> None:
         if due and trainer.global_step == self.step and not self.sent:
             self.sent = True
-            os.kill(os.getpid(), self.signum)
+            signal.raise_signal(self.signum)
 
 
 def global_step(folder: Path) -> int:
@@ -108,8 +107,8 @@ def test_asked_twice_a_training_ends_at_once_and_keeps_what_it_had(tmp_path: Pat
     class AskTwice(Ask):
         def _send(self, trainer: L.Trainer, due: bool) -> None:
             if due and trainer.global_step == self.step:
-                os.kill(os.getpid(), self.signum)
-                os.kill(os.getpid(), self.signum)
+                signal.raise_signal(self.signum)
+                signal.raise_signal(self.signum)
 
     config = small_config(small_dataset(tmp_path / "data"))
     with pytest.raises(Stopped):

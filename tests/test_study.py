@@ -40,7 +40,7 @@ def mask() -> Explanation:
 def test_a_gate_that_is_the_mask_is_informative_in_every_file(
     mask: Explanation, tmp_path: Path
 ) -> None:
-    written = write_explanation(tmp_path, mask, {})
+    written = write_explanation(tmp_path, mask)
     assert tmp_path / "ablation.csv" in written
     told = json.loads((tmp_path / "measures.json").read_text())["worth"]
     assert [(one["map"], one["verdict"]) for one in told["verdicts"]] == [(KEY, "informative")]
