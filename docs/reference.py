@@ -26,6 +26,7 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "What it is worth": "explain_volume evaluate Explanation Evaluation",
+    "Models out": "export_model Export",
     "Volumes": "read_volume read_labels write_volume Volume Grid",
     "Errors": (
         "SegkitError ConfigError DatasetError ModelError TrainingError VolumeError WorkerError"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from segkit.evaluation import Evaluation, evaluate
     from segkit.explained import Explanation
     from segkit.explained import explain as explain_volume
+    from segkit.export.verb import Export
+    from segkit.export.verb import export as export_model
     from segkit.geometry import Grid
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
@@ -46,6 +48,7 @@ __all__ = [
     "DatasetError",
     "Evaluation",
     "Explanation",
+    "Export",
     "Grid",
     "Model",
     "ModelError",
@@ -63,6 +66,7 @@ __all__ = [
     "cross_validate",
     "evaluate",
     "explain_volume",
+    "export_model",
     "load_config",
     "load_model",
     "map_on_source",
@@ -90,6 +94,7 @@ _HOMES = {
     ),
     "segkit.evaluation": ("Evaluation", "evaluate"),
     "segkit.explained": ("Explanation", "explain_volume"),
+    "segkit.export.verb": ("Export", "export_model"),
     "segkit.geometry": ("Grid",),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
@@ -99,8 +104,8 @@ _HOMES = {
     "segkit.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_NAME_THERE = {"explain_volume": "explain"}
-"""`segkit.explain` is a package."""
+_NAME_THERE = {"explain_volume": "explain", "export_model": "export"}
+"""`segkit.explain` and `segkit.export` are packages."""
 
 
 def __getattr__(name: str) -> Any:

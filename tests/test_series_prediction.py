@@ -94,7 +94,9 @@ def test_a_dicom_segmentation_has_the_labels_of_the_prediction_in_their_places(
     assert names_in(tmp_path) == [
         "thorax",
         "x.dcm",
+        "x.json",
         "x_preview.png",
+        "x_prob.json",
         "x_prob.nii.gz",
         "x_statistics.json",
     ]
