@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from segkit.config_base import Section
+from segkit.config_base import Name, Section
 
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
@@ -32,13 +32,13 @@ class FilesConfig(Section):
     whose patterns matched the same.
     """
 
-    images: dict[str, str] = Field({})
+    images: dict[Name, str] = Field({})
     """By the name of each channel, the pattern of its files, or with a table their column."""
     label: str = ""
     """The pattern of the labels, or with a table their column."""
     table: Path | None = None
     """A CSV file instead of patterns: the columns `id`, `label`, and `image` or one per channel."""
-    labels: Annotated[dict[str, int | list[int]], Field(min_length=1)]
+    labels: Annotated[dict[Name, int | list[int]], Field(min_length=1)]
     """Names and numbers, or lists of them for regions, as in nnU-Net's dataset.json."""
     regions_class_order: list[int] | None = None
     """The number that each region is written as."""

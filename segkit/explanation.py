@@ -152,7 +152,8 @@ def explain_files(
         write_text(folder / ABLATIONS, rows_as_csv(ablated))
         written_of_all.append(folder / ABLATIONS)
         conclude(pooled)
-    made = made_by(predictor, asked, (file for source in inputs for file in source.files))
+    explained = [source for source in inputs if source.name not in left_out]
+    made = made_by(predictor, asked, (file for source in explained for file in source.files))
     about = {"scans": len(finished), "made": facts, PROVENANCE: made}
     write_json(folder / COHORT_FIGURES, {**about, **figures})
     write_text(folder / PAGE, cohort_text(finished, facts, pooled))

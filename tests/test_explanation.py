@@ -172,6 +172,17 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
     assert not (tmp_path / "alone").exists()
 
 
+def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(
+    scans: Path, tmp_path: Path
+) -> None:
+    inputs, out = find_inputs([scans], 1), tmp_path / "out"
+    (scans / "a.nii.gz").unlink()
+    first, second = explain_files(predictor_of(skip=AdditiveGridGate()), inputs, out)
+    assert first.error is not None and second.written
+    told = json.loads((out / "cohort.json").read_text())["provenance"]
+    assert [entry["file"] for entry in told["inputs"]] == ["b.nii.gz"]
+
+
 def test_tables_of_heads_are_those_of_the_study(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(
         skip=CrossAttention(heads=1, head_channels=4), bottleneck=self_attention(2)

@@ -10,10 +10,12 @@ from pathlib import Path
 from segkit.config_files import FilesConfig
 from segkit.data.dataset_file import DatasetFile, NamedFiles, labelling_of
 from segkit.errors import DatasetError
+from segkit.untrusted import read_text
 from segkit.volume import suffix_of
 
 logger = logging.getLogger(__name__)
 
+BYTE_ORDER_MARK = "\ufeff"
 ID, IMAGE, LABEL = "id", "image", "label"
 NAME = re.compile(r"[^./\\\s][^/\\\n]*")
 WILDCARD = re.compile(r"\*\*/|\*|\?")
@@ -126,8 +128,8 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
 def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table, by column, whichever of comma, semicolon and tab stands between them."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path).removeprefix(BYTE_ORDER_MARK)
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
     between = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(
