@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from segkit.config import ModelDescription
 from segkit.config_file import validated
-from segkit.model import Model
+from segkit.model import Model, save_model
 from segkit.nn.unet import UNet
 
 
@@ -117,8 +117,9 @@ def segkit(case: Case, source: Path, target: Path, settings: dict[str, str]) -> 
     from segkit.inference.predictor import Predictor
     from segkit.prediction import find_inputs, predict_files
 
-    # As if it had been read from there: what it is converted to is kept in the folder.
+    # As if it had been read from there; what it is converted to is kept in a cache of its own.
     kept = Path(settings["model"])
+    os.environ["XDG_CACHE_HOME"] = str(kept / "cache")
     if case.gated:
         network = network_of(case)
     else:
@@ -130,6 +131,7 @@ def segkit(case: Case, source: Path, target: Path, settings: dict[str, str]) -> 
         strides = (2 ** (len(case.channels) - 1),) * 3
         network = PlainNetwork(torch.jit.load(file).eval(), strides)
     model = Model(description_of(case), network, (), kept)  # type: ignore[arg-type]
+    save_model(kept, model)
     clock = EngineClock()
     started = time.perf_counter()
     predictor = Predictor(model, device="cpu", engine=settings.get("engine", "auto"))
