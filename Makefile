@@ -15,7 +15,7 @@ FOR_WORK := $(VENV)/installed-work
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow check format notebooks clean
+.PHONY: help venv demo test test-slow check format notebooks docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +44,11 @@ format: $(FOR_WORK) ## format the code and sort its imports
 notebooks: $(FOR_WORK) ## run every notebook from top to bottom
 	$(BIN)/pytest --nbmake notebooks
 
+docs: $(FOR_WORK) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## remove caches and builds (keeps .venv and runs)
-	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch goes first and alone, so that a build of it that is already there stays, and another can be

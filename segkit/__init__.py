@@ -1,1 +1,115 @@
-"""segkit: attention U-Nets for medical images, and gate maps on the patient's own voxel grid."""
+"""segkit: attention U-Nets for medical images, and gate maps on the patient's own voxel grid.
+
+All that a script needs is here by name, as few words as the command line has, and is loaded when
+it is first asked for: `import segkit` itself loads neither torch nor anything else that takes time.
+
+    run = segkit.train(segkit.load_config(Path("my_dataset.yaml")))
+    prediction = segkit.Predictor(run.model)(segkit.read_volume(Path("scan.nii.gz")), maps=True)
+
+Volumes are (x, y, z) or (x, y, z, channel) in the file's own order, world coordinates RAS+ in mm.
+Whatever a user can cause is a `SegkitError` of one sentence. Other modules may change unannounced.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segkit.checking import Understood, check
+    from segkit.config import Config
+    from segkit.config_file import load_config
+    from segkit.cross_validation import CrossValidation, cross_validate
+    from segkit.errors import (
+        ConfigError,
+        DatasetError,
+        ModelError,
+        SegkitError,
+        TrainingError,
+        VolumeError,
+        WorkerError,
+    )
+    from segkit.evaluation import Evaluation, evaluate
+    from segkit.explained import Explanation
+    from segkit.explained import explain as explain_volume
+    from segkit.geometry import Grid
+    from segkit.inference.attention_maps import AttentionMap, map_on_source
+    from segkit.inference.predictor import Prediction, Predictor
+    from segkit.model import Model, load_model
+    from segkit.planning import Planned, plan_dataset
+    from segkit.training import Run, resume, train
+    from segkit.volume import Volume, read_labels, read_volume, write_volume
+
+__all__ = [
+    "AttentionMap",
+    "Config",
+    "ConfigError",
+    "CrossValidation",
+    "DatasetError",
+    "Evaluation",
+    "Explanation",
+    "Grid",
+    "Model",
+    "ModelError",
+    "Planned",
+    "Prediction",
+    "Predictor",
+    "Run",
+    "SegkitError",
+    "TrainingError",
+    "Understood",
+    "Volume",
+    "VolumeError",
+    "WorkerError",
+    "check",
+    "cross_validate",
+    "evaluate",
+    "explain_volume",
+    "load_config",
+    "load_model",
+    "map_on_source",
+    "plan_dataset",
+    "read_labels",
+    "read_volume",
+    "resume",
+    "train",
+    "write_volume",
+]
+
+_HOMES = {
+    "segkit.checking": ("Understood", "check"),
+    "segkit.config": ("Config",),
+    "segkit.config_file": ("load_config",),
+    "segkit.cross_validation": ("CrossValidation", "cross_validate"),
+    "segkit.errors": (
+        "ConfigError",
+        "DatasetError",
+        "ModelError",
+        "SegkitError",
+        "TrainingError",
+        "VolumeError",
+        "WorkerError",
+    ),
+    "segkit.evaluation": ("Evaluation", "evaluate"),
+    "segkit.explained": ("Explanation", "explain_volume"),
+    "segkit.geometry": ("Grid",),
+    "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
+    "segkit.inference.predictor": ("Prediction", "Predictor"),
+    "segkit.model": ("Model", "load_model"),
+    "segkit.planning": ("Planned", "plan_dataset"),
+    "segkit.training": ("Run", "resume", "train"),
+    "segkit.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_NAME_THERE = {"explain_volume": "explain"}
+"""`segkit.explain` is a package."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'segkit' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), _NAME_THERE.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,62 +1,126 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from segkit.build import build_network
 from segkit.cascade import described, first_models
-from segkit.config_file import dump_yaml, load_config
+from segkit.config_file import dataset_in, dump_yaml, load_config
+from segkit.config_files import FilesConfig
 from segkit.data.cases import read_case, read_dataset, split
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
+from segkit.nifti import placement
+from segkit.series import Series, choose_series, holds_series, list_series, read_series
 from segkit.settle import Track, check_images, describe
-from segkit.volume import Volume, read_volume
+from segkit.volume import Volume, read_volume, trouble_with
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What segkit makes of a config, a dataset, DICOM series or a volume."""
+
+    kind: Literal["config", "dataset", "series", "volume"]
+    text: str
+    """In lines, for a reader."""
+    facts: Mapping[str, Any]
+    """The same as plain dicts, lists and numbers, for a script; lengths are mm."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def check(
-    path: Path, overrides: tuple[str, ...] = (), *, track: Track = lambda cases, what, count: cases
-) -> str:
-    """What was understood of a config (.yaml), a dataset folder or a volume, in lines.
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    series: str | None = None,
+    track: Track = lambda cases, what, count: cases,
+) -> Understood:
+    """What was understood of a config (.yaml), a dataset folder or a volume.
 
+    Of a folder of DICOM files, the `series` of that UID, or the only one, or a list of those there.
     Raises SegkitError with what is wrong and where.
     """
-    if path.suffix in (".yaml", ".yml"):
-        return check_config(path, overrides, track)
-    if path.is_dir():
-        return check_dataset(path, track)
+    if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
+        return describe_series(path, series)
+    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+        dataset = dataset_in(path)
+        if dataset is None:
+            return check_config(path, overrides, track)
+        return check_dataset(dataset.folder, track, dataset.files)
     return describe_volume(path, read_volume(path))
 
 
-def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> str:
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset.json").exists()
+
+
+def describe_series(folder: Path, uid: str | None) -> Understood:
+    """The volume that a DICOM series makes, or of several, what there is to ask for by --series."""
+    found = list_series(folder)
+    if uid is None and len(found) > 1:
+        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        facts = {"series": [_series_facts(series) for series in found]}
+        return Understood("series", "\n".join([*lines, *map(str, found)]), facts)
+    chosen = choose_series(folder, uid)
+    volume = describe_volume(folder, read_series(chosen))
+    facts = {**volume.facts, "series": [_series_facts(chosen)]}
+    return Understood("series", f"DICOM series {chosen}\n{volume}", facts)
+
+
+def _series_facts(series: Series) -> dict[str, Any]:
+    return {
+        "uid": series.uid,
+        "description": series.description,
+        "modality": series.modality,
+        "slices": len(series.slices),
+    }
+
+
+def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> Understood:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     train, held_out = split(dataset, config.data.validation, config.train.seed)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
     description = described(describe(config, dataset, train, track), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    maps = ", ".join(network.maps()) or "none"
-    return (
+    maps = list(network.maps())
+    text = (
         f"{dump_yaml(config)}"
         f"# {len(train)} cases to train on, {len(held_out)} held out\n"
         f"# {_told_apart(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
-        f"# network: {parameters:,} parameters; attention maps: {maps}"
+        f"# network: {parameters:,} parameters; attention maps: "
+        f"{_listing(maps) or 'none'}"
     )
+    facts = {
+        "config": config.model_dump(mode="json"),
+        "training_cases": [case.name for case in train],
+        "held_out_cases": [case.name for case in held_out],
+        "spacing_mm": list(description.spacing),
+        "normalisation": [setting.model_dump() for setting in description.normalisation],
+        "parameters": parameters,
+        "maps": maps,
+    }
+    return Understood("config", text, facts)
 
 
-def check_dataset(folder: Path, track: Track) -> str:
-    """Every case read and held against dataset.json: sizes, spacings, voxels of each class.
+def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) -> Understood:
+    """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
     Raises DatasetError listing every case that is wrong.
     """
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, files)
     shapes, spacings, problems, orientations = [], [], [], set()
     labelling = dataset.labelling
     groups = _groups(labelling)
@@ -91,7 +155,18 @@ def check_dataset(folder: Path, track: Track) -> str:
     ]
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
-    return "\n".join(lines)
+    facts = {
+        "cases": [case.name for case in dataset.cases],
+        "channels": list(dataset.channels),
+        "orientations": sorted(orientations),
+        "shapes": shapes,
+        "spacings_mm": spacings,
+        "classes": [
+            {"name": what, "cases": int(cases), "voxels": int(count)}
+            for what, cases, count in zip(groups, present, voxels, strict=True)
+        ],
+    }
+    return Understood("dataset", "\n".join(lines), facts)
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
@@ -118,25 +193,34 @@ def _told_apart(labelling: Labelling) -> str:
     return f"labels: {_listing(labelling.numbers)}"
 
 
-def describe_volume(path: Path, volume: Volume) -> str:
+def describe_volume(path: Path, volume: Volume) -> Understood:
     """Size, spacing, orientation, position, codes and intensities of a volume."""
     grid, data = volume.grid, volume.data
-    if not np.isfinite(data).all():
-        raise VolumeError(f"{path}: holds voxels that are not numbers; repair it")
+    if trouble := trouble_with(data):
+        raise VolumeError(f"{path}: {trouble}")
     first = grid.affine[:3, 3]
+    channels = data.shape[3] if data.ndim == 4 else 1
+    orientation = Orientation.of(grid.affine).code
     lines = [
         f"{path}: {' x '.join(str(size) for size in grid.shape)} voxels of "
         f"{' x '.join(f'{size:.3g}' for size in grid.spacing)} mm, {data.dtype}, "
-        f"{data.shape[3] if data.ndim == 4 else 1} channel(s)",
-        f"axes run to {Orientation.of(grid.affine).code}; the first voxel's centre lies at "
+        f"{channels} channel(s)",
+        f"axes run to {orientation}; the first voxel's centre lies at "
         f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
     ]
     if volume.header is not None:
-        sform, qform = int(volume.header["sform_code"]), int(volume.header["qform_code"])
-        used = "sform" if sform else "qform" if qform else "voxel sizes alone"
-        lines.append(f"placed by its {used} (sform code {sform}, qform code {qform})")
+        lines.append(placement(volume.header))
     lines.append(f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}")
-    return "\n".join(lines)
+    facts = {
+        "shape": list(grid.shape),
+        "spacing_mm": list(grid.spacing),
+        "affine": grid.affine.tolist(),
+        "orientation": orientation,
+        "channels": channels,
+        "type": str(data.dtype),
+        "values": [float(data.min()), float(data.max())],
+    }
+    return Understood("volume", "\n".join(lines), facts)
 
 
 def _range(rows: list[tuple[int, int, int]] | list[tuple[float, float, float]], form: str) -> str:

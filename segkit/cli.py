@@ -1,35 +1,39 @@
 """The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
 
-import logging
+import math
 import sys
-import warnings
+import traceback
 from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from segkit.errors import ConfigError, SegkitError
+from segkit.terminal import Commands, Json, Quiet, Verbose, console, is_verbose, say_json, start
+from segkit.terminal import complain as _complain
+from segkit.terminal import hush as _hush
+from segkit.terminal import say as _say
 
 if TYPE_CHECKING:
     from segkit.config import Config
 
 app = typer.Typer(
+    cls=Commands,
     help="Segment medical images with attention U-Nets, and see where their gates look.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
-    list[Path], typer.Argument(metavar="INPUT...", help="Volumes, or folders of volumes.")
+    list[Path],
+    typer.Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders of them."),
 ]
 ModelFolder = Annotated[
     Path | None,
@@ -46,12 +50,16 @@ ModelFolders = Annotated[
 Overlap = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
+Series = Annotated[
+    str | None,
+    typer.Option(metavar="UID", help="Which DICOM series, where a folder holds several."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
 def _version(shown: bool) -> None:
     if shown:
-        console.print(f"segkit {installed_version('segkit')}", highlight=False)
+        print(f"segkit {installed_version('segkit')}")
         raise typer.Exit
 
 
@@ -60,6 +68,8 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Segment medical images with attention U-Nets, and see where their gates look."""
 
@@ -91,8 +101,26 @@ def demo(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Such as hippocampus, or Task04_Hippocampus.")],
+    out: Annotated[Path, typer.Option(help="The folder to put it into.")] = Path(),
+) -> None:
+    """Download a dataset of the Medical Segmentation Decathlon, as MONAI keeps it."""
+    from segkit import fetching
+
+    sources = fetching.decathlon()
+    whole = fetching.named(name, sources)
+    _say(f"fetching {sources[whole].url}")
+    folder = fetching.fetch(whole, sources[whole], out)
+    _say(f"wrote {folder}")
+    _say(f"next: segkit check {folder}, and then segkit train {folder}")
+
+
+@app.command()
 def plan(
-    dataset: Annotated[Path, typer.Argument(help="A folder with a dataset.json.")],
+    dataset: Annotated[
+        Path, typer.Argument(help="A folder with a dataset.json, or YAML with data.files.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The config to write; NAME.yaml where not given.")
     ] = None,
@@ -107,18 +135,24 @@ def plan(
     runs: Annotated[Path, typer.Option(help="The folder whose cache keeps measurements.")] = Path(
         "runs"
     ),
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
+    from segkit.config_file import dataset_in
     from segkit.files import refuse_existing, write_text
     from segkit.planning import plan_dataset
     from segkit.progress import Tracker
 
-    target = out or Path(f"{dataset.resolve().name}.yaml")
+    source = dataset_in(dataset)
+    if source is None:
+        raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
+    target = out or Path(f"{source.folder.resolve().name}.yaml")
     low = target.with_name(f"{target.stem}_low{target.suffix}")
     refuse_existing([target], overwrite=overwrite)
     planned = plan_dataset(
-        dataset,
+        source.folder,
+        source.files,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,
@@ -138,6 +172,14 @@ def plan(
     _say(f"wrote {target}")
     before = f"segkit train {low}, and then " if planned.low else ""
     _say(f"next: {before}segkit train {target}")
+    if json:
+        stages = [(low, planned.low), (target, planned)]
+        files = [
+            {"file": str(file), "config": stage.config.model_dump(mode="json")}
+            for file, stage in stages
+            if stage is not None
+        ]
+        say_json({"plans": files})
 
 
 @app.command()
@@ -164,28 +206,33 @@ def train(
             metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
         ),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
-    from segkit.config_file import changed, load_config
+    from segkit.config_file import changed, dataset_in, load_config
 
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
     if dry_run and resume is not None:
         raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
+    if dry_run and json:
+        raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
     wanted = _folds(folds)
     settings = low = None
-    if config is not None and not config.is_dir():
+    dataset = None if config is None else dataset_in(config)
+    if config is not None and dataset is None:
         settings = load_config(config, overrides or ())
     from segkit import cross_validation, training
     from segkit.progress import Tracker, TrainingProgress
 
-    if config is not None and config.is_dir():
+    if dataset is not None:
         from segkit.planning import plan_dataset
 
         accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
         device = [accelerator[word] for word in overrides or () if word in accelerator]
         planned = plan_dataset(
-            config,
+            dataset.folder,
+            dataset.files,
             cache=runs / ".cache",
             device=(device or ["auto"])[-1],
             runs=runs,
@@ -243,6 +290,8 @@ def train(
         _say(result.post_processing())
     _tell(result.folder, result.summary)
     _say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
+    if json:
+        say_json({"folder": str(result.folder), **result.summary})
 
 
 def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -250,11 +299,15 @@ def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
     _say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
-        classes = ", ".join(f"{name} {dice:.3f}" for name, dice in scores["dice"].items())
-        _say(
-            f"mean Dice of {scores['cases']} held-out cases: {scores['mean_dice']:.3f} ({classes})"
-        )
+        classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
+        mean = _dice(scores["mean_dice"])
+        _say(f"mean Dice of {scores['cases']} held-out cases: {mean} ({classes})")
     _say(f"wrote {folder}")
+
+
+def _dice(dice: float) -> str:
+    """Three digits; or a word, where a class is in neither references nor predictions."""
+    return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
 @app.command()
@@ -272,6 +325,18 @@ def predict(
         bool,
         typer.Option("--uncertainty", help="Write entropy, and variance of models and mirrors."),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Write voxels, ml, mean and sd of each class as JSON."),
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write a PNG of three planes, labels over them.")
+    ] = False,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations."),
+    ] = False,
+    series: Series = None,
     tta: Annotated[
         bool, typer.Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
@@ -295,6 +360,7 @@ def predict(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of the network's arithmetic; half is faster where there are units."),
     ] = "float32",
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg.
@@ -330,13 +396,14 @@ def predict(
         engine=engine,
         precision=getattr(torch, precision),
     )
-    found = find_inputs(inputs, len(predictor.model.description.channels))
+    found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
     for folder in folders:
         _say(f"model: {folder}")
     if tta and not predictor.mirrors:
         _say("no model was trained on mirror images: --tta changes nothing")
     mine = len(range(number - 1, len(found), count))
     failures = []
+    volumes = []
     kept = 0
     with CohortProgress(console, "segmenting", mine) as progress:
         outcomes = predict_files(
@@ -346,12 +413,16 @@ def predict(
             maps=maps,
             probabilities=probabilities,
             uncertainty=uncertainty,
+            statistics=statistics,
+            preview=preview,
+            as_dicom=dicom_seg,
             overwrite=overwrite,
             shard=(number, count),
             track=progress.track,
         )
         for outcome in outcomes:
             progress.done()
+            volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
             elif outcome.error is None:
@@ -368,6 +439,8 @@ def predict(
         _say(
             f"left {kept} of {mine} volumes alone, whose results are there; --overwrite redoes them"
         )
+    if json:
+        say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     if len(failures) == 1 and len(found) == 1:
         raise SegkitError(failures[0])
     if failures:
@@ -393,6 +466,7 @@ def explain(
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
+    series: Series = None,
     device: Device = "auto",
     overlap: Overlap = 0.5,
     overwrite: Overwrite = False,
@@ -400,10 +474,13 @@ def explain(
     """Write attention maps, what they pick out beside chance, and a page that shows them.
 
     With a reference, measures compare with it, else with the model's own labels. Several volumes
-    get a folder each, a table over all, and a page that sums them up.
+    get a folder each, a table over all, and a page that sums them up; one that cannot be read does
+    not stop the others.
     """
     from segkit.errors import VolumeError
+    from segkit.explain.page import Verdict
     from segkit.explain.study import WorthStudy, check_gates
+    from segkit.explain.verdict_table import verdict_table
     from segkit.explanation import check_targets, explain_files, explain_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
@@ -414,7 +491,7 @@ def explain(
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
     folder = model_folder(model) if model else newest_model(Path("runs"))
     loaded = load_model(folder)
-    found = find_inputs(inputs, len(loaded.description.channels))
+    found = find_inputs(inputs, len(loaded.description.channels), series=series)
     _say(f"model: {folder}")
     # Windows of a map that nobody asked about would count as cells that let nothing through.
     predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
@@ -427,6 +504,7 @@ def explain(
         for studied in figures:
             _say(studied.answer())
         _say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
+    over_all: list[Verdict] = []
     explanations = explain_files(
         predictor,
         found,
@@ -435,9 +513,14 @@ def explain(
         tolerance_mm=tolerance,
         studies=[WorthStudy(track=track)] if verdicts else [],
         overwrite=overwrite,
+        conclude=over_all.extend,
         track=track,
     )
+    failures = []
     for explained in explanations:
+        if explained.error is not None:
+            failures.append(explained.error)
+            continue
         _say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
         for position, reach in explained.reach.items():
             for number, head in enumerate(reach):
@@ -448,7 +531,16 @@ def explain(
                 )
         for verdict in explained.verdicts:
             _say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
-    _say(f"next: open {out / 'index.html'}")
+    if over_all:
+        console.print(verdict_table(over_all))
+    if len(failures) < len(found):
+        _say(f"next: open {out / 'index.html'}")
+    if len(found) == len(failures) == 1:
+        raise SegkitError(failures[0])
+    for error in failures:
+        _complain(error)
+    if failures:
+        raise SegkitError(f"{len(failures)} of {len(found)} volumes failed, as told above")
 
 
 @app.command()
@@ -462,41 +554,42 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the normalised surface Dice, in mm.")
     ] = 1.0,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
-    from segkit.errors import VolumeError
-    from segkit.evaluation import find_labelling, find_pairs, score_pairs
+    from segkit.evaluation import evaluate as score
     from segkit.files import refuse_existing, write_json
-    from segkit.metrics.table import summarise, to_json, to_table
+    from segkit.metrics.table import to_table
     from segkit.progress import Tracker
 
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
-    pairs = find_pairs(predictions, references)
-    rows = score_pairs(
-        Tracker(console)(pairs, "scoring", len(pairs)),
-        find_labelling(references, labels),
-        tolerance_mm=tolerance,
+    scores = score(
+        predictions, references, labels=labels, tolerance_mm=tolerance, track=Tracker(console)
     )
-    if not rows:
-        raise VolumeError(f"{references}: holds background alone; there is nothing to score")
-    summary = summarise(rows)
     if out is not None:
-        write_json(out, to_json(rows, summary))
-    console.print(to_table(summary))
+        write_json(out, scores.to_json())
+    console.print(to_table(scores.summary))
+    if json:
+        say_json(scores.to_json())
 
 
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
     overrides: Overrides = None,
+    json: Json = False,
+    series: Series = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check as look
     from segkit.progress import Tracker
 
-    _say(look(path, tuple(overrides or ()), track=Tracker(console)))
+    understood = look(path, tuple(overrides or ()), series=series, track=Tracker(console))
+    _say(understood.text)
+    if json:
+        say_json({"kind": understood.kind, **understood.facts})
 
 
 @app.command()
@@ -573,27 +666,14 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
         _say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")
 
 
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _complain(sentence: str) -> None:
-    print(f"segkit: {sentence}", file=sys.stderr)
-
-
-def _hush() -> None:
-    """Leave the terminal to segkit, once lightning has set up its own logging."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
 def main() -> NoReturn:
     """Run the command; what a user can cause is one line on stderr and exit code 2."""
+    start()
     try:
         app()
     except SegkitError as error:
+        if is_verbose():
+            traceback.print_exc()
         _complain(str(error))
         sys.exit(2)
     sys.exit(0)

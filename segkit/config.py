@@ -15,6 +15,7 @@ from segkit.config_attention import (
     UTransformerGate,
 )
 from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.config_files import FilesConfig, LabelCode
 from segkit.labelling import Labelling
 
 
@@ -187,7 +188,9 @@ class DataConfig(Section):
     """Which volumes, how they are brought to one form, and how patches are drawn from them."""
 
     folder: Path
-    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's."""
+    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
+    files: FilesConfig | None = None
+    """Where the files of each case lie, in place of a dataset.json."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0, le=4)] | None = None
@@ -349,6 +352,8 @@ class ModelDescription(Section):
     """In the order they are written, the numbers in label files of each region; classes if none."""
     ignore: int | None = None
     """The number in label files of voxels that nobody labelled."""
+    codes: dict[str, LabelCode] = Field({})
+    """Of labels by name, the concept of a terminology that DICOM segmentations give."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     interpolation: Literal["linear", "cubic"] = "linear"

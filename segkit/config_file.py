@@ -14,9 +14,16 @@ from pydantic import BaseModel, ValidationError
 
 from segkit.config import Config
 from segkit.config_base import Section
+from segkit.config_files import DatasetConfig
 from segkit.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class DatasetFile(Section):
+    """A YAML file that names a dataset, and nothing of how to train on it."""
+
+    data: DatasetConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,6 +36,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     return validated(Config, tree, source=str(path))
+
+
+def dataset_in(path: Path) -> DatasetConfig | None:
+    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` alone.
+
+    None for a file that says more, which is a config to train by. Raises ConfigError.
+    """
+    if path.is_dir():
+        return DatasetConfig(folder=path)
+    tree = read_yaml(path)
+    data = tree.get("data")
+    if set(tree) != {"data"} or not isinstance(data, dict) or "files" not in data:
+        return None
+    if not set(data) <= set(DatasetConfig.model_fields):
+        return None
+    return validated(DatasetFile, tree, str(path)).data
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:

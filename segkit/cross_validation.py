@@ -93,7 +93,7 @@ def cross_validate(
             f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
             f"train each fold as a run of its own by data.fold"
         )
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     for fold in folds:
         fold_of(dataset, fold)
     spacing = config.data.spacing or median_spacing(

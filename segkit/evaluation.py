@@ -1,15 +1,66 @@
 """`segkit evaluate`: predictions against references, file by file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segkit.data.dataset_file import read_labelling
 from segkit.errors import VolumeError
 from segkit.labelling import Labelling
-from segkit.metrics.table import CaseScores, score_case
+from segkit.metrics.table import CaseScores, Json, Summary, score_case, summarise, to_json
 from segkit.volume import SUFFIXES, read_labels, stem_of
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of each class in each case, and what they come to over cases."""
+
+    cases: Sequence[CaseScores]
+    summary: Summary
+
+    def to_json(self) -> dict[str, Json]:
+        """The same as plain dicts, lists and numbers; an undefined score is None."""
+        return to_json(self.cases, self.summary)
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    *,
+    labels: Path | None = None,
+    tolerance_mm: float = 1.0,
+    track: Track = lambda cases, what, count: cases,
+) -> Evaluation:
+    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of two files, or two folders.
+
+    Args:
+        predictions: a segmentation, or a folder of them, paired with the references by name.
+        references: its reference, or a folder of them.
+        labels: a dataset.json with the names of labels and regions; the nearest where not given.
+        tolerance_mm: within which two surfaces agree, for the normalised surface Dice.
+        track: may show the progress over cases.
+
+    Raises VolumeError where files do not pair, or a pair does not fit together, and DatasetError
+    where the dataset.json cannot be understood.
+    """
+    pairs = find_pairs(predictions, references)
+    rows = score_pairs(
+        track(pairs, "scoring", len(pairs)),
+        find_labelling(references, labels),
+        tolerance_mm=tolerance_mm,
+    )
+    if not rows:
+        raise VolumeError(f"{references}: holds background alone; there is nothing to score")
+    return Evaluation(rows, summarise(rows))
+
+
+MOST_LABELS = 1000
+"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
 
 
 def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
@@ -68,6 +119,11 @@ def score_pairs(
         for _, *paths in pairs:
             for path in paths:
                 present |= set(np.unique(read_labels(path).data).tolist())
+        if len(present) > MOST_LABELS:
+            raise VolumeError(
+                f"{pairs[0][2]}: holds {len(present)} different numbers with the other files, more "
+                f"than labels would be; give segmentations, or name their labels by --labels"
+            )
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     names = {labelling.numbers[name]: name for name in labelling.members}
     regions = {labelling.numbers[name]: numbers for name, numbers in labelling.members.items()}

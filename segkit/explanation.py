@@ -1,11 +1,11 @@
 """`segkit explain`: what a model attends to, measured, and what its heads are worth."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import VolumeError
+from segkit.errors import SegkitError, VolumeError
 from segkit.explain.cohort import CaseFigures, cohort_text
 from segkit.explain.findings import Study
 from segkit.explain.heads import PositionFigures, head_table, study_heads
@@ -18,7 +18,7 @@ from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
 from segkit.files import refuse_existing, write_json, write_text
 from segkit.inference.predictor import Predictor
-from segkit.prediction import Input, read_input
+from segkit.inputs import Input, failure, read_input
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 TABLE = "measures.csv"
@@ -27,17 +27,20 @@ PAGE = "index.html"
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Conclude = Callable[[Sequence[Verdict]], None]
 
 
 @dataclass(frozen=True)
 class Explained:
-    """What was written of one volume, and how far each head reached in it, by position."""
+    """What was written of one volume, or why nothing was."""
 
     name: str
-    written: tuple[Path, ...]
-    reach: dict[str, list[HeadReach]]
+    written: tuple[Path, ...] = ()
+    reach: dict[str, list[HeadReach]] = field(default_factory=dict)
+    """How far each head reached in it, by position."""
     verdicts: tuple[Verdict, ...] = ()
     """Of studies."""
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def explain_files(
     tolerance_mm: float = TOLERANCE_MM,
     studies: Sequence[Study] = (),
     overwrite: bool = False,
+    conclude: Conclude = lambda verdicts: None,
     track: Track = lambda items, what, count: items,
 ) -> Iterator[Explained]:
     """Write each volume's labels, maps, measures and page; of several, each in its own folder.
@@ -80,40 +84,58 @@ def explain_files(
     and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
     Measures compare with `references`, a file or a folder, or else with the model's own labels.
     With a `WorthStudy`, `ablation.csv` has a row for each map that is taken out and each class, and
-    over several volumes `cohort.json` the verdicts over all.
+    over several volumes `cohort.json` the verdicts over all, with which `conclude` is called.
+
+    One bad volume does not stop the others, and is left out of what is said of all. Where results
+    may be overwritten, what earlier ones had and the new ones have not is removed.
     """
     check_targets(inputs, folder, overwrite=overwrite)
     labels = {} if references is None else find_references(inputs, references)
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
     worths: list[Worth] = []
+    left_out: dict[str, str] = {}
     for source in inputs:
         path = labels.get(source.name)
-        explanation = explain(
-            predictor,
-            read_input(source),
-            None if path is None else read_labels(path),
-            name=source.name,
-            tolerance_mm=tolerance_mm,
-            studies=studies,
-            track=lambda slabs, count: track(slabs, "explaining", count),
-        )
-        written = write_explanation(case_folder(source, inputs, folder), explanation)
+        place = case_folder(source, inputs, folder)
+        try:
+            explanation = explain(
+                predictor,
+                read_input(source),
+                None if path is None else read_labels(path),
+                name=source.name,
+                tolerance_mm=tolerance_mm,
+                studies=studies,
+                track=lambda slabs, count: track(slabs, "explaining", count),
+            )
+            written = write_explanation(place, explanation)
+        except (SegkitError, OSError) as error:
+            left_out[source.name] = failure(source, error)
+            yield Explained(source.name, error=left_out[source.name])
+            continue
+        _remove(_of_volume(source.name, place), but=written)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)
         worths += [found for found in explanation.findings if isinstance(found, Worth)]
         rows += explanation.rows()
         finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
-    if len(inputs) > 1:
-        facts = facts_of(predictor)
-        write_text(folder / COHORT, rows_as_csv(rows))
-        pooled: Sequence[Verdict] = ()
-        if worths:
-            pooled, figures = cohort_figures([found.evidence for found in worths])
-            write_json(folder / COHORT_FIGURES, {"scans": len(inputs), "made": facts, **figures})
-            ablated = [row for found in worths for row in found.rows[ABLATIONS]]
-            write_text(folder / ABLATIONS, rows_as_csv(ablated))
-        write_text(folder / PAGE, cohort_text(finished, facts, pooled))
+    if len(inputs) == 1 or not finished:
+        return
+    facts = facts_of(predictor)
+    if left_out:
+        facts["scans left out"] = "; ".join(left_out.values())
+    write_text(folder / COHORT, rows_as_csv(rows))
+    written_of_all = [folder / COHORT, folder / PAGE]
+    pooled: Sequence[Verdict] = ()
+    if worths:
+        pooled, figures = cohort_figures([found.evidence for found in worths])
+        write_json(folder / COHORT_FIGURES, {"scans": len(finished), "made": facts, **figures})
+        ablated = [row for found in worths for row in found.rows[ABLATIONS]]
+        write_text(folder / ABLATIONS, rows_as_csv(ablated))
+        written_of_all += [folder / COHORT_FIGURES, folder / ABLATIONS]
+        conclude(pooled)
+    write_text(folder / PAGE, cohort_text(finished, facts, pooled))
+    _remove(_of_cohort(folder), but=written_of_all)
 
 
 def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
@@ -199,16 +221,33 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
                 f"{source.files[0]}: another volume is called {source.name} too; rename one"
             )
         names.add(source.name)
-        place = case_folder(source, inputs, folder)
-        targets += [place / f"{source.name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")]
-        targets += [place / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)]
-        targets += place.glob(f"{source.name}_map-*.nii.gz")
+        targets += _of_volume(source.name, case_folder(source, inputs, folder))
     if len(inputs) > 1:
-        targets += [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
+        targets += _of_cohort(folder)
     for target in targets:
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
     refuse_existing(targets, overwrite=overwrite)
+
+
+def _of_volume(name: str, folder: Path) -> list[Path]:
+    """What may be written of one volume, or is there of it: maps, whose names a model sets."""
+    return [
+        *(folder / f"{name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")),
+        *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
+        *folder.glob(f"{name}_map-*.nii.gz"),
+        *folder.glob(f"native/{name}_map-*.nii.gz"),
+    ]
+
+
+def _of_cohort(folder: Path) -> list[Path]:
+    return [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
+
+
+def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:
+    for path in paths:
+        if path not in but:
+            path.unlink(missing_ok=True)
 
 
 def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:

@@ -56,7 +56,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole, indented for a reader; not-a-number becomes null."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """JSON, indented for a reader and ended by a newline; not-a-number becomes null."""
+    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:

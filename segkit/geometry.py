@@ -55,10 +55,15 @@ class Grid:
         )
         return x, y, z
 
-    def agrees_with(self, other: "Grid", *, tolerance: float = 1e-3) -> bool:
-        """Whether both grids have one shape and no corner lies further than `tolerance` mm off."""
+    def agrees_with(self, other: "Grid", *, tolerance: float | None = None) -> bool:
+        """Whether both grids have one shape and no corner lies further than `tolerance` mm off.
+
+        By default that is a micrometre, or a tenth of the smallest voxel where that is less.
+        """
         if self.shape != other.shape:
             return False
+        if tolerance is None:
+            tolerance = min(1e-3, 0.1 * min(self.spacing))
         corners = np.stack(np.meshgrid(*[(0.0, size - 1.0) for size in self.shape]), axis=-1)
         return bool(np.abs(self.world(corners) - other.world(corners)).max() <= tolerance)
 

@@ -174,7 +174,11 @@ class SegmentationModule(L.LightningModule):
         return prediction
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over cases of each class's Dice, and the mean of those."""
+        """Log the mean over cases of each class's Dice, and the mean of those.
+
+        A class that is in no reference and no prediction has none. Where that is so of all, there
+        was nothing to find and nothing was found: 1, by which checkpoints can be told apart.
+        """
         # A process of several may have had no case.
         none = torch.empty(0, len(self.class_names) - 1)
         dice = torch.stack(self.dice_of_cases) if self.dice_of_cases else none
@@ -184,9 +188,12 @@ class SegmentationModule(L.LightningModule):
         counts: Tensor = self.trainer.strategy.reduce(count, reduce_op="sum")
         totals: Tensor = self.trainer.strategy.reduce(total, reduce_op="sum")
         means = totals / counts
-        for name, mean in zip(self.class_names[1:], means, strict=True):
-            self.log(f"validation/dice_{name}", mean, batch_size=1)
-        self.log("validation/dice", means[counts > 0].mean(), prog_bar=True, batch_size=1)
+        defined = counts > 0
+        for name, mean, told in zip(self.class_names[1:], means, defined, strict=True):
+            if told:
+                self.log(f"validation/dice_{name}", mean, batch_size=1)
+        mean = means[defined].mean() if defined.any() else means.new_ones(())
+        self.log("validation/dice", mean, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, which advances each step."""

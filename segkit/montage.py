@@ -23,8 +23,11 @@ def write_montage(
     panels: Sequence[Panel],
     *,
     label_names: Mapping[int, str],
+    through: ndarray | None = None,
 ) -> None:
     """Draw the scan's three middle planes, under each panel's title and overlay.
+
+    `through` is what they are the middle of, such as labels, if not of what the scan holds.
 
     An overlay is a label map, of which each label has a colour and 0 none, or an attention map,
     whose colours span percentiles 1 to 99 of what is not 0, as its scale says. Planes are shown to
@@ -42,7 +45,7 @@ def write_montage(
     orientation = Orientation.of(grid.affine)
     turned_grid = orientation.turn_grid(grid)
     turned = orientation.turn(scan)
-    middle = _middle(turned)
+    middle = _middle(turned if through is None or not through.any() else orientation.turn(through))
     low, high = np.percentile(turned[turned != 0], [0.5, 99.5]) if turned.any() else (0.0, 1.0)
     width = 2.3 * len(panels)
     figure = Figure(figsize=(width, 7.4), facecolor="black", layout="constrained")

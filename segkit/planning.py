@@ -12,6 +12,7 @@ import yaml
 
 from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
+from segkit.config_files import FilesConfig
 from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.parallel import num_cores
@@ -53,8 +54,9 @@ class Planned:
 
 def plan_dataset(
     folder: Path,
+    files: FilesConfig | None = None,
     *,
-    cache: Path,
+    cache: Path | None = None,
     device: str = "auto",
     spatial_dims: int = 3,
     gigabytes: float = 8.0,
@@ -66,8 +68,8 @@ def plan_dataset(
     """Measure a dataset and plan its training here, in two stages where images are large.
 
     Args:
-        folder: with a dataset.json.
-        cache: where measurements of cases are kept.
+        folder: with a dataset.json, or with `files`.
+        cache: where measurements of cases are kept; `.cache` of `runs` where not given.
         device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
             stages share, and on a GPU `gigabytes` of its memory.
         preset: `nnunet` gives nnU-Net's own plan and schedule wherever it runs.
@@ -75,8 +77,9 @@ def plan_dataset(
 
     Raises DatasetError where the dataset does not fit together.
     """
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, files)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
+    cache = cache or runs / ".cache"
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
@@ -115,7 +118,7 @@ def plan_dataset(
             steps, why_steps = _steps_within(
                 minutes, seconds_of_step(plan, numbers, label_classes=len(first_classes))
             )
-        tree, reasons = _settings(folder, name, plan, steps, own_schedule)
+        tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
         reasons["train.steps"] = why_steps
         if first is not None:
             tree["data"]["first_stage"] = [str(first)]
@@ -150,6 +153,7 @@ def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> 
         labels=dataset.labels,
         regions={name: list(numbers) for name, numbers in dataset.regions.items()},
         ignore=dataset.ignore,
+        codes=dataset.codes,
         network=config.network,
         spacing=config.data.spacing,
         normalisation=[],
@@ -191,7 +195,12 @@ def seconds_of_step(plan: Plan, numbers: Numbers, *, label_classes: int = 0) -> 
 
 
 def _settings(
-    folder: Path, name: str, plan: Plan, steps: int, own_schedule: bool
+    folder: Path,
+    files: FilesConfig | None,
+    name: str,
+    plan: Plan,
+    steps: int,
+    own_schedule: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The config's sections, and by dotted key why a value is what it is."""
     kinds = {normalisation.kind for normalisation in plan.normalisation}
@@ -202,6 +211,8 @@ def _settings(
         "patch_size": list(plan.patch_size),
         "batch_size": plan.batch_size,
     }
+    if files is not None:
+        data["files"] = files.model_dump(mode="json", exclude_unset=True)
     if plan.spatial_dims == 2:
         data["slices"] = plan.slices
     if kinds == {"zscore nonzero"}:

@@ -4,14 +4,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from segkit.config import ModelDescription
+from segkit.dicom_segmentation import write_dicom_segmentation
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
 from segkit.files import refuse_existing, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
-from segkit.inputs import Input, find_inputs, parse_shard, read_input
+from segkit.inputs import Input, failure, find_inputs, parse_shard, read_input
+from segkit.label_statistics import label_statistics
+from segkit.montage import write_montage
 from segkit.scratch import OnDisk
+from segkit.series import SUFFIX as DICOM_SUFFIX
+from segkit.series import choose_series
 from segkit.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
 
 __all__ = [
@@ -37,6 +45,16 @@ class Outcome:
     kept: Path | None = None
     """Labels that were there already, with all else that was asked for."""
 
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and strings; the labels are the first that was written."""
+        return {
+            "input": [str(file) for file in self.input.files],
+            "written": [str(file) for file in self.written],
+            "kept": None if self.kept is None else str(self.kept),
+            "error": self.error,
+            "presence": None if self.presence is None else dict(self.presence),
+        }
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -49,6 +67,8 @@ class Targets:
     presence: Path | None = None
     figures: Path | None = None
     """Of the attention maps; the maps lie beside it."""
+    statistics: Path | None = None
+    preview: Path | None = None
 
     @property
     def all(self) -> list[Path]:
@@ -56,20 +76,35 @@ class Targets:
         return [path for path in vars(self).values() if path is not None]
 
 
-def output_path(source: Input, *, out: Path | None, alone: bool) -> Path:
+def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool = False) -> Path:
     """Where the labels of an input go.
 
     Beside the input as `NAME_seg` where nothing is said; to `out` itself where it names a volume;
     else into the folder `out` under the input's name, so that predictions pair with references.
+    A name in .dcm is that of a DICOM segmentation, which is had of a DICOM series alone.
     """
-    suffix = suffix_of(source.files[0])
+    suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        return source.files[0].parent / f"{source.name}_seg{suffix}"
-    if out.name.lower().endswith(SUFFIXES):
+        beside = source.files[0].resolve() if source.is_series else source.files[0]
+        path = beside.parent / f"{source.name}_seg{suffix}"
+    elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not alone:
             raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
-        return out
-    return out / f"{source.name}{suffix}"
+        path = out
+    else:
+        path = out / f"{source.name}{suffix}"
+    if as_dicom and not _is_dicom(path):
+        raise VolumeError(f"{path}: expected a name in {DICOM_SUFFIX} for a DICOM segmentation")
+    if _is_dicom(path) and not source.is_series:
+        raise VolumeError(
+            f"{source.files[0]}: is no DICOM series, to which a DICOM segmentation must refer; "
+            f"name a NIfTI file or a folder as --out"
+        )
+    return path
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.name.lower().endswith(DICOM_SUFFIX)
 
 
 def predict_files(
@@ -80,6 +115,9 @@ def predict_files(
     maps: Path | None = None,
     probabilities: bool = False,
     uncertainty: bool = False,
+    statistics: bool = False,
+    preview: bool = False,
+    as_dicom: bool = False,
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: Track = lambda slabs, count: slabs,
@@ -92,13 +130,22 @@ def predict_files(
     Nothing is overwritten unless it may be. For an input of a folder that is no failure: where all
     results are there it is left alone, and where the labels are missing, which come last, the rest
     is what a stopped run left and is made anew.
+
+    `statistics` are those of `label_statistics`, `preview` a picture of three planes, and labels
+    are written `as_dicom` as DICOM segmentations. Raises SegkitError where what these need is not
+    installed.
     """
+    if preview:
+        _check_installed("matplotlib", "report", "--preview")
+    if as_dicom or (out is not None and _is_dicom(out)):
+        _check_installed("highdicom", "dicom", "a DICOM segmentation")
+    description = predictor.model.description
     number, count = shard
     planned: list[tuple[Input, Targets | Outcome]] = []
     owners: dict[Path, Input] = {}
     for source in inputs:
         try:
-            labels = output_path(source, out=out, alone=len(inputs) == 1)
+            labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
             continue
@@ -114,6 +161,8 @@ def predict_files(
             probabilities=probabilities,
             uncertainty=uncertainty,
             presence=predictor.classifies,
+            statistics=statistics,
+            preview=preview,
         )
         planned.append((source, targets))
     files = {file.resolve() for source in inputs for file in source.files}
@@ -138,7 +187,7 @@ def predict_files(
             allocate=OnDisk(targets.labels.parent),
             track=track,
         )
-        return partial(_write, source, targets, prediction, image)
+        return partial(_write, source, targets, prediction, image, description)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         mine = ((source, begin(source, told)) for source, told in planned[number - 1 :: count])
@@ -183,14 +232,18 @@ def _targets(
     probabilities: bool,
     uncertainty: bool,
     presence: bool,
+    statistics: bool,
+    preview: bool,
 ) -> Targets:
     """Results beside the labels are named after them, and after the input where its name is."""
-    stem = stem_of(labels)
+    dicom = _is_dicom(labels)
+    stem = labels.name[: -len(DICOM_SUFFIX)] if dicom else stem_of(labels)
+    suffix = source.suffix if dicom else suffix_of(labels)
     if stem != source.name:
         stem = stem.removesuffix("_seg")
 
     def beside(ending: str) -> Path:
-        return labels.with_name(f"{stem}_{ending}{suffix_of(labels)}")
+        return labels.with_name(f"{stem}_{ending}{suffix}")
 
     return Targets(
         labels,
@@ -199,6 +252,8 @@ def _targets(
         beside("variance") if uncertainty else None,
         labels.with_name(f"{stem}_presence.json") if presence else None,
         maps / f"{source.name}_maps.json" if maps else None,
+        labels.with_name(f"{stem}_statistics.json") if statistics else None,
+        labels.with_name(f"{stem}_preview.png") if preview else None,
     )
 
 
@@ -214,8 +269,15 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
         refuse_existing([targets.labels], overwrite=overwrite)
 
 
-def _write(source: Input, targets: Targets, prediction: Prediction, image: Volume) -> Outcome:
+def _write(
+    source: Input,
+    targets: Targets,
+    prediction: Prediction,
+    image: Volume,
+    description: ModelDescription,
+) -> Outcome:
     written = []
+    labels, labelling = prediction.labels, description.labelling
     if targets.figures is not None:
         written += write_maps(targets.figures.parent, source.name, prediction.maps, image)
     for path, volume in (
@@ -229,9 +291,42 @@ def _write(source: Input, targets: Targets, prediction: Prediction, image: Volum
     if targets.presence is not None and prediction.presence is not None:
         write_json(targets.presence, {"presence": prediction.presence})
         written.append(targets.presence)
+    if targets.statistics is not None:
+        figures = label_statistics(labels, image, labelling, description.channels)
+        write_json(targets.statistics, {"case": source.name, "model": description.run, **figures})
+        written.append(targets.statistics)
+    if targets.preview is not None:
+        write_montage(
+            targets.preview,
+            image.data if image.data.ndim == 3 else image.data[..., 0],
+            image.grid,
+            [(source.name, None, "labels"), ("segmentation", labels.data, "labels")],
+            label_names={
+                number: name
+                for name, number in labelling.numbers.items()
+                if (labels.data == number).any()
+            },
+            through=labels.data,
+        )
+        written.append(targets.preview)
     # The labels come last: where they are, everything is.
-    write_volume(targets.labels, prediction.labels)
+    if _is_dicom(targets.labels):
+        write_dicom_segmentation(
+            targets.labels,
+            labels,
+            choose_series(source.files[0], source.series),
+            labelling,
+            codes=description.codes,
+            algorithm=description.run,
+        )
+    else:
+        write_volume(targets.labels, labels)
     return Outcome(source, (targets.labels, *written), presence=prediction.presence)
+
+
+def _check_installed(package: str, extra: str, what: str) -> None:
+    if find_spec(package) is None:
+        raise SegkitError(f"{what} needs {package}; run pip install 'segkit[{extra}]'")
 
 
 def _guarded(source: Input, work: Callable[[], Outcome]) -> Outcome:
@@ -242,7 +337,4 @@ def _guarded(source: Input, work: Callable[[], Outcome]) -> Outcome:
 
 
 def _failed(source: Input, error: SegkitError | OSError) -> Outcome:
-    file = str(source.files[0])
-    if isinstance(error, OSError):
-        return Outcome(source, (), f"{file}: cannot write its result: {error}")
-    return Outcome(source, (), str(error) if file in str(error) else f"{file}: {error}")
+    return Outcome(source, (), failure(source, error))

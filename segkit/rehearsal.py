@@ -145,7 +145,7 @@ def rehearse(config: Config, *, track: Track = lambda cases, what, count: cases)
     Raises SegkitError as training would, and where a GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
-    dataset = read_dataset(config.data.folder)
+    dataset = read_dataset(config.data.folder, config.data.files)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])

@@ -30,6 +30,7 @@ def describe(
         labels=dataset.labels,
         regions={name: list(numbers) for name, numbers in dataset.regions.items()},
         ignore=dataset.ignore,
+        codes=dataset.codes,
         network=config.network,
         spacing=spacing,
         interpolation=config.data.interpolation,

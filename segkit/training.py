@@ -148,7 +148,7 @@ def _train(
 ) -> Run:
     check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
-    dataset = dataset or read_dataset(config.data.folder)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)

@@ -1,21 +1,17 @@
 """Volumes: voxels with the grid they lie on, read from files and written back without loss.
 
-NIfTI goes through nibabel, NRRD and MetaImage through SimpleITK. The affine is nibabel's, in
-millimetres whatever the file's unit: the sform if its code is set, else the qform, as the NIfTI-1
-standard has it; with neither, voxel sizes about the image's centre with x from right to left, where
-the standard would put the first voxel at 0.
+What a file claims is read by `nifti`, `nrrd` and `metaimage`, its voxels by `stored`: nothing is
+allocated that the file does not hold, and what cannot be understood is refused. NIfTI is written by
+nibabel, NRRD and MetaImage by SimpleITK.
 """
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.openers import ImageOpener
@@ -25,13 +21,19 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.files import whole
 from segkit.geometry import Grid
+from segkit.metaimage import read_metaimage_header
+from segkit.nifti import millimetre_affine, read_nifti_header
+from segkit.nrrd import read_nrrd_header
 from segkit.scratch import release
+from segkit.stored import Layout, read_voxels
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".mha")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
-# By the three lowest bits of xyzt_units; a code that the standard leaves undefined counts as mm.
-MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
+FARTHEST_VALUE = 1e30
+"""Beyond it, sums in single precision would overflow."""
 Result = TypeVar("Result")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -86,7 +88,7 @@ def read_volume(path: Path) -> Volume:
 
     Raises VolumeError, in one sentence, for anything that is not such a file.
     """
-    return _open(path, _read_nifti, _read_itk)
+    return _open(path, _read)
 
 
 def read_labels(path: Path) -> Volume:
@@ -104,7 +106,20 @@ def read_grid(path: Path) -> Grid:
 
     Raises VolumeError as `read_volume` does, save for damage that only the voxels show.
     """
-    return _open(path, lambda p: _nifti_grid(p, _load_nifti(p)), lambda p: _read_itk(p).grid)
+    return _open(path, lambda path: _grid(_layout(path)[1]))
+
+
+def trouble_with(values: ndarray) -> str | None:
+    """What is wrong with an image's values, if they cannot be computed with: 'holds …'."""
+    if values.dtype.kind != "f":
+        return None
+    with np.errstate(invalid="ignore"):
+        low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        return "holds voxels that are not numbers; repair it"
+    if max(-low, high) > FARTHEST_VALUE:
+        return f"holds values from {low:g} to {high:g}; scale them to what was measured"
+    return None
 
 
 def write_volume(path: Path, volume: Volume) -> None:
@@ -113,7 +128,7 @@ def write_volume(path: Path, volume: Volume) -> None:
     On the grid that its header describes, affine, qform, sform, their codes and units are the
     header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
     Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
-    and MetaImage the whole is put together in memory.
+    and MetaImage the whole is put together in memory. Raises VolumeError for other kinds of name.
     """
     suffix = suffix_of(path).lower()
     with whole(path) as partial:
@@ -123,86 +138,76 @@ def write_volume(path: Path, volume: Volume) -> None:
             sitk.WriteImage(_to_itk(volume), str(partial), useCompression=True)
 
 
-def _open(path: Path, nifti: Callable[[Path], Result], itk: Callable[[Path], Result]) -> Result:
+def _open(path: Path, read: Callable[[Path], Result]) -> Result:
     suffix = suffix_of(path).lower()
     if not path.exists():
         raise VolumeError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise VolumeError(f"{path}: expected a file, found a folder")
     try:
-        return nifti(path) if suffix in NIFTI_SUFFIXES else itk(path)
-    except (
-        ImageFileError,
-        HeaderDataError,
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        RuntimeError,  # what SimpleITK raises for everything
-        zlib.error,
-    ) as error:
+        return read(path)
+    except VolumeError as error:
+        raise VolumeError(f"{path}: {error}") from None
+    except MemoryError:
+        raise VolumeError(f"{path}: does not fit into memory; free some, or crop it") from None
+    except (HeaderDataError, OSError, EOFError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise VolumeError(f"{path}: cannot be read as {suffix}: {reason}") from None
 
 
-def _load_nifti(path: Path) -> Nifti1Image | Nifti2Image:
-    image = nib.load(path)
-    if not isinstance(image, Nifti1Image | Nifti2Image):
-        raise VolumeError(f"{path}: expected NIfTI, found {type(image).__name__}")
-    return image
+def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float]]:
+    match suffix_of(path).lower():
+        case ".nrrd":
+            return None, read_nrrd_header(path), (1.0, 0.0)
+        case ".mha":
+            return None, read_metaimage_header(path), (1.0, 0.0)
+    return read_nifti_header(path)
 
 
-def _nifti_grid(path: Path, image: Nifti1Image | Nifti2Image) -> Grid:
-    shape = image.shape
-    if not 2 <= len(shape) <= 5 or (len(shape) == 5 and shape[3] != 1) or min(shape) < 1:
-        raise VolumeError(
-            f"{path}: expected two or three axes and at most one of channels, found shape {shape}"
-        )
-    x, y, z = (*shape, 1)[:3]
-    return Grid((x, y, z), _checked_affine(path, _millimetre_affine(image.header)))
+def _read(path: Path) -> Volume:
+    header, layout, scaling = _layout(path)
+    grid = _grid(layout)
+    data = read_voxels(path, layout)
+    if scaling != (1, 0):
+        data = _scaled(data, *scaling)
+    return Volume(data, grid, header)
 
 
-def _millimetre_affine(header: Nifti1Header) -> ndarray:
-    affine: ndarray = header.get_best_affine().copy()
-    affine[:3] *= MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
-    return affine
-
-
-def _read_nifti(path: Path) -> Volume:
-    image = _load_nifti(path)
-    grid = _nifti_grid(path, image)
-    # The header has forgotten its scaling by now; what applies it to the voxels has not.
-    proxy: Any = image.dataobj
-    data = np.asanyarray(proxy.get_unscaled())
-    if data.dtype.kind not in "biuf":
-        raise VolumeError(f"{path}: expected one real number per voxel, found {data.dtype}")
-    if (proxy.slope, proxy.inter) != (1, 0):
-        data = _scaled(data, proxy.slope, proxy.inter)
-    data = data.astype(data.dtype.newbyteorder("="), copy=False)
-    channels = data.shape[3:][-1:]
-    return Volume(data.reshape(grid.shape + channels, order="A"), grid, image.header)
+def _grid(layout: Layout) -> Grid:
+    return Grid(layout.space, _checked_affine(layout.affine))
 
 
 def _scaled(stored: ndarray, slope: float, intercept: float) -> ndarray:
     """Float32, worked out in float64 a part at a time."""
     values = np.empty(stored.shape, np.float32, order="F")
-    for part in range(stored.shape[-1]):
-        values[..., part] = stored[..., part] * np.float64(slope) + np.float64(intercept)
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # what is no number is refused where it counts
+        for part in range(stored.shape[-1]):
+            values[..., part] = stored[..., part] * np.float64(slope) + np.float64(intercept)
     return values
 
 
-def _checked_affine(path: Path, affine: ndarray) -> ndarray:
+def _checked_affine(affine: ndarray) -> ndarray:
     directions = affine[:3, :3]
-    spacing = np.linalg.norm(directions, axis=0)
+    with np.errstate(over="ignore"):
+        spacing = np.linalg.norm(directions, axis=0)
     if not np.isfinite(affine).all():
-        raise VolumeError(
-            f"{path}: its affine holds values that are not numbers; repair its header"
-        )
+        raise VolumeError("its affine holds values that are not numbers; repair its header")
     if not (spacing > 0).all():
-        raise VolumeError(f"{path}: expected voxel sizes above zero, found {spacing.tolist()} mm")
+        raise VolumeError(f"expected voxel sizes above zero, found {spacing.tolist()} mm")
+    if not ((spacing >= SMALLEST) & (spacing <= LARGEST)).all():
+        raise VolumeError(
+            f"expected voxel sizes from {SMALLEST:g} to {LARGEST:g} mm, found {spacing.tolist()}; "
+            f"repair its header"
+        )
+    if np.abs(affine[:3, 3]).max() > LARGEST:
+        raise VolumeError(
+            f"expected its first voxel within {LARGEST:g} mm of the origin, found it at "
+            f"{affine[:3, 3].tolist()}; repair its header"
+        )
     if abs(np.linalg.det(directions / spacing)) < 1e-3:
-        raise VolumeError(f"{path}: its affine is singular: two of its axes point one way")
+        raise VolumeError("its affine is singular: two of its axes point one way")
     return affine
 
 
@@ -223,9 +228,7 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     source = volume.header
     shape = volume.data.shape
     header = source.copy() if source is not None else Nifti1Header()
-    same_grid = source is not None and np.array_equal(
-        _millimetre_affine(source), volume.grid.affine
-    )
+    same_grid = source is not None and np.array_equal(millimetre_affine(source), volume.grid.affine)
     if same_grid and len(header.get_data_shape()) == 2 and shape[2:] == (1,):
         shape = shape[:2]
     kind = volume.data.dtype
@@ -239,7 +242,7 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     header["descrip"] = b"segkit"
     header["intent_code"] = 0
     # A header without codes has an affine that depends on its shape, which is set by now.
-    if not np.array_equal(_millimetre_affine(header), volume.grid.affine):
+    if not np.array_equal(millimetre_affine(header), volume.grid.affine):
         code = max(int(header["sform_code"]), int(header["qform_code"])) or 2
         header.set_xyzt_units("mm")
         header.set_sform(volume.grid.affine, code)
@@ -248,25 +251,6 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     if isinstance(header, Nifti2Header):
         return Nifti2Image(data, None, header)
     return Nifti1Image(data, None, header)
-
-
-def _read_itk(path: Path) -> Volume:
-    image = sitk.ReadImage(str(path))
-    if image.GetDimension() not in (2, 3):
-        raise VolumeError(f"{path}: expected two or three axes, found {image.GetDimension()}")
-    affine = np.eye(4)
-    num_axes = image.GetDimension()
-    directions = np.array(image.GetDirection()).reshape(num_axes, num_axes) * image.GetSpacing()
-    affine[:num_axes, :num_axes] = directions
-    affine[:num_axes, 3] = image.GetOrigin()
-    array = sitk.GetArrayViewFromImage(image)
-    axes = [*reversed(range(num_axes)), *range(num_axes, array.ndim)]
-    data = array.transpose(axes).copy(order="F")
-    if data.dtype.kind not in "biuf":
-        raise VolumeError(f"{path}: expected one real number per voxel, found {data.dtype}")
-    x, y, z = (*image.GetSize(), 1)[:3]
-    data = data.reshape((x, y, z, *data.shape[num_axes:]), order="A")
-    return Volume(data, Grid((x, y, z), _checked_affine(path, LPS_TO_RAS @ affine)))
 
 
 def _to_itk(volume: Volume) -> Any:

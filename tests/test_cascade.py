@@ -318,7 +318,7 @@ def test_a_second_stage_that_was_stopped_goes_on(
 
 
 def test_check_says_what_a_second_stage_comes_to(stages: Stages) -> None:
-    said = check(stages.second.folder / "config.yaml")
+    said = check(stages.second.folder / "config.yaml").text
     parameters = sum(weight.numel() for weight in stages.second.model.network.parameters())
     assert f"{parameters:,} parameters" in said
 

@@ -315,7 +315,7 @@ def channels_apart(folder: Path) -> None:
     changed(folder, training=[entry])
 
 
-DECLARED = r"which dataset\.json does not declare \(it has 0 to 2\)"
+DECLARED = r"which the dataset does not declare \(it has 0 to 2\)"
 FIRST_LABEL, FIRST_IMAGE = "labelsTr/anna.nii.gz", "imagesTr/anna.nii.gz"
 CASE_REFUSALS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "label off grid": (

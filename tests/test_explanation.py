@@ -131,6 +131,41 @@ def test_explanations_are_not_overwritten_unasked(scans: Path, tmp_path: Path) -
     assert all(after[name] != before[name] for name in before)
 
 
+def test_maps_of_an_earlier_model_do_not_stay_beside_those_of_a_new_one(
+    scans: Path, tmp_path: Path
+) -> None:
+    inputs, out = find_inputs([scans / "a.nii.gz"], 1), tmp_path / "out"
+    list(explain_files(predictor_of(skip=AdditiveGridGate(levels=[0, 1])), inputs, out))
+    (out / "notes.txt").write_text("mine")
+    list(explain_files(predictor_of(bottleneck=self_attention(2)), inputs, out, overwrite=True))
+    assert files_in(out) == files_of("a", "bottleneck-received") | {"notes.txt"}
+
+
+def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    (scans / "a.nii.gz").write_bytes(b"no volume")
+    (tmp_path / "labels" / "c.nii.gz").write_bytes(b"no labels")
+    (scans / "c.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
+    model, out = saved_model(tmp_path / "model", skip=AdditiveGridGate()), tmp_path / "out"
+    words = ("--out", out, "--model", model, "--reference", tmp_path / "labels")
+    code, said, err = command(scans, *words)
+    assert code == 2 and f"wrote {out / 'b' / 'b_seg.nii.gz'}" in said
+    first, second, last = err.splitlines()
+    assert first.startswith("segkit: ") and "a.nii.gz" in first
+    assert str(scans / "c.nii.gz") in second and str(tmp_path / "labels" / "c.nii.gz") in second
+    assert last == "segkit: 2 of 3 volumes failed, as told above"
+    assert files_in(out) == files_of("b", "skip.1-gate", within="b/") | OVER_ALL
+    assert {row["case"] for row in rows_of(out / "cohort.csv")} == {"b"}
+    page = (out / "index.html").read_text()
+    assert "Attention maps of 1 scan<" in page
+    assert "<td>scans left out</td>" in page and "labels/c.nii.gz" in page
+    # A volume alone fails in one line, and nothing is left behind.
+    code, said, err = command(scans / "a.nii.gz", *words[:1], tmp_path / "alone", *words[2:])
+    assert code == 2 and err.count("\n") == 1 and "next" not in said
+    assert not (tmp_path / "alone").exists()
+
+
 def test_tables_of_heads_are_those_of_the_study(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(
         skip=CrossAttention(heads=1, head_channels=4), bottleneck=self_attention(2)

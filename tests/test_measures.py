@@ -36,7 +36,7 @@ def told(values: ndarray, inside: ndarray = INSIDE) -> dict[str, Figure]:
 def test_a_constant_map_tells_nothing() -> None:
     for constant in (0.0, 0.3, 1.0):
         figures = told(np.full(20, constant))
-        for name in ("energy", "enrichment", "pointing", "auroc"):
+        for name in ("energy", "enrichment", "pointing", "auroc", "iou"):
             assert figures[name].value == pytest.approx(figures[name].chance), name
 
 
@@ -85,10 +85,13 @@ def test_a_share_of_the_energy_by_hand() -> None:
 
 def test_ties_share_the_point() -> None:
     near = np.array([True, False, False, True, False])
-    assert pointing(np.array([1.0, 0, 0, 0, 0]), near) == 1
-    assert pointing(np.array([1.0, 1, 0, 0, 0]), near) == 0.5
-    assert pointing(np.array([1.0, 1, 1, 1, 0]), near) == 0.5
-    assert pointing(np.array([0.0, 1, 1, 0, 1]), near) == 0
+    for values, share in (
+        ([1.0, 0, 0, 0, 0], 1),
+        ([1.0, 1, 0, 0, 0], 0.5),
+        ([1.0, 1, 1, 1, 0], 0.5),
+        ([0.0, 1, 1, 0, 1], 0),
+    ):
+        assert pointing(Ranked.of(np.array(values)), near) == share
 
 
 def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
@@ -109,11 +112,37 @@ def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
     assert not near_structure(inside & False, (1.0, 1.0, 1.0), 9.0).any()
 
 
-def test_as_many_of_the_highest_are_taken_as_lie_inside_the_first_of_ties() -> None:
+def test_as_many_of_the_highest_are_taken_as_lie_inside_and_of_ties_their_share() -> None:
     inside = np.array([True, False, True, False])
     assert iou_at_prevalence(Ranked.of(np.array([4.0, 3.0, 2.0, 1.0])), inside) == 1 / 3
     assert iou_at_prevalence(Ranked.of(np.array([4.0, 1.0, 2.0, 1.0])), inside) == 1
-    assert iou_at_prevalence(Ranked.of(np.ones(4)), inside) == 1 / 3  # the first two
+    # Of three that share the second place, one of which lies inside, a third is expected.
+    both = 1 + 1 / 3
+    assert iou_at_prevalence(Ranked.of(np.array([4.0, 1.0, 1.0, 1.0])), inside) == pytest.approx(
+        both / (4 - both)
+    )
+    assert iou_at_prevalence(Ranked.of(np.ones(4)), inside) == pytest.approx(0.5 / (2 - 0.5))
+
+
+@given(LEVELS, st.integers(1, 19), st.permutations(range(20)))
+def test_the_order_of_cells_in_an_array_changes_nothing(
+    values: ndarray, count: int, order: list[int]
+) -> None:
+    inside = np.arange(20) < count
+    first = localisation(Ranked.of(values), inside, inside)
+    second = localisation(Ranked.of(values[order]), inside[order], inside[order])
+    for one, other in zip(first, second, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-12), one.name
+
+
+@given(st.floats(1e-3, 1e3), st.integers(1, 19), st.integers(0, 99))
+def test_the_last_digits_of_blending_point_at_nothing(value: float, count: int, seed: int) -> None:
+    """A gate of one value as it comes out of windows: off by up to four units in the last place."""
+    inside = np.arange(20) < count
+    off = np.random.default_rng(seed).integers(-4, 5, 20) * 2.0**-24
+    figures = told(value * (1 + off), inside)
+    for name in ("pointing", "auroc", "iou"):
+        assert figures[name].value == pytest.approx(figures[name].chance), name
 
 
 def test_entropy_is_one_of_all_alike_and_zero_of_one_alone() -> None:

@@ -203,6 +203,19 @@ def test_legends_tell_millilitres_and_name_what_has_no_name() -> None:
     assert told == [("anterior", 0), ("label 2", pytest.approx(3.0))]
 
 
+def test_colours_span_what_a_map_holds_beside_what_it_can_hold() -> None:
+    values = np.linspace(0.4, 0.6, 101).reshape(101, 1, 1)
+    values[0] = np.nan
+    grid = grid_of(values)
+    layer = Layer("gate", "map", values, grid, low=0.0, high=1.0)
+    nothing = Layer("none", "map", np.full_like(values, np.nan), grid)
+    page = Page("t", Volume(np.zeros(grid.shape), grid), [layer, nothing])
+    told, empty = json.loads(element(page_text(page), "content"))["layers"]
+    assert (told["low"], told["high"]) == (0, 1)
+    assert_allclose(told["spans"], np.percentile(values[1:], [1, 99]))
+    assert empty["spans"] == [empty["low"], empty["high"]] == [0, 0]
+
+
 def test_a_layer_must_fit_its_grid() -> None:
     with pytest.raises(ValueError, match=r"layer gate of \(1, 1, 1\) on \(2, 2, 2\)"):
         Layer("gate", "map", np.zeros((1, 1, 1)), Grid((2, 2, 2), np.eye(4)))
@@ -285,6 +298,7 @@ def test_a_page_opens_without_complaint_and_shows_its_overlays(
     assert without.view["off"] == ["skip.1/gate"]
     assert len(np.unique(whole.pixels.reshape(-1, 3), axis=0)) > 500
     assert np.abs(whole.pixels - without.pixels).mean() > 1
+    assert whole.dom.count(">Colours from ") == 1  # of the map's own range instead
 
 
 @in_a_browser
@@ -367,7 +381,9 @@ window.requestAnimationFrame = (draw) => setTimeout(draw, 0);
   const order = [...document.querySelectorAll("#tables tbody th")].map((cell) => cell.textContent);
   document.querySelector("#verdicts button").click();
   await drawn();
-  byId("spoken").textContent = JSON.stringify({ seen, order });
+  const boxes = [...document.querySelectorAll(".scrolled")];
+  const clipped = boxes.filter((box) => box.scrollWidth > box.clientWidth).length;
+  byId("spoken").textContent = JSON.stringify({ seen, order, clipped });
 })();
 """
 
@@ -386,7 +402,10 @@ def test_keys_wheel_and_mouse_move_the_cross_hair(
         "Hands",
         Volume(scan, grid),
         [Layer(name, "map", scan, grid) for name in ("first", "second")],
-        tables=[Table("Dice", ["case", "Dice"], [["a", 0.9], ["b", None], ["c", 0.1]])],
+        tables=[
+            Table("Dice", ["case", "Dice"], [["a", 0.9], ["b", None], ["c", 0.1]]),
+            Table("Wide", ["map", *["disagreement"] * 9], [["skip.1/gate", *[0.1234] * 9]]),
+        ],
         verdicts=[Verdict("second", "informative", "It is.")],
     )
     write_page(tmp_path / "page.html", page)
@@ -403,6 +422,7 @@ def test_keys_wheel_and_mouse_move_the_cross_hair(
         "19, 0, 20",
         "4, 5, 39",  # nor beyond the head
     ]
-    assert told["order"] == ["b", "c", "a"]
+    assert told["order"][:3] == ["b", "c", "a"]
+    assert told["clipped"] == 0
     assert shown.view["overlay"] == ["second"] and shown.view["off"] == ["first"]
     assert shown.view["orientation"] == ["neurological"]

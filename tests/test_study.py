@@ -64,16 +64,33 @@ def test_the_page_has_what_the_verdict_rests_on(mask: Explanation) -> None:
     baselines = {
         one.of: one.value for one in mask.measures if one.name == "auroc" and one.of != "map"
     }
-    best = max(baselines, key=baselines.__getitem__)
+    either = {of: max(auroc, 1 - auroc) for of, auroc in baselines.items()}
+    best = max(either, key=either.__getitem__)
+    turned = " turned over" * (baselines[best] < 0.5)
     found: dict[str, Any] = dict(zip(rests.columns, rests.rows[0], strict=True))
-    assert (found["AUROC"], found["best baseline"]) == (1, best)
-    assert found["its AUROC"] == pytest.approx(baselines[best], abs=1e-4)
+    assert (found["AUROC"], found["best baseline"]) == (1, f"{best}{turned}")
+    assert found["baseline's AUROC"] == pytest.approx(either[best], abs=1e-4)
 
 
 def test_a_gate_of_one_value_is_uninformative() -> None:
     page = studied("constant").page()
     assert [verdict.verdict for verdict in page.verdicts] == ["uninformative"]
     assert "changes by +0.0000 with it evened out" in page.verdicts[0].reason
+
+
+@pytest.mark.parametrize("kind", ["constant", "noise"])
+def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
+    """Exactly, of one value; of noise, on average over scans, but for pointing, which is 0 or 1."""
+    found: dict[str, list[float]] = {}
+    for seed in range(1 if kind == "constant" else 6):
+        case = planted_case(seed)
+        for one in explain(planted(kind), case.volume, case.reference).measures:
+            if one.of == "map" and one.structure and one.chance:
+                found.setdefault(one.name, []).append(one.value / one.chance - 1)
+    assert set(found) == {"energy", "enrichment", "pointing", "auroc", "iou"}
+    for name in set(found) - ({"pointing"} if kind == "noise" else set()):
+        tolerance = 1e-5 if kind == "constant" else 0.25 if name == "iou" else 0.1
+        assert np.mean(found[name]) == pytest.approx(0, abs=tolerance), name
 
 
 def test_without_a_reference_the_models_own_labels_stand_in() -> None:
@@ -102,7 +119,7 @@ def test_scans_are_pooled_with_a_test_and_one_scan_has_none(mask: Explanation) -
         ]
         verdicts, told = cohort_figures(scans)
         assert [verdict.verdict for verdict in verdicts] == ["informative"]
-        assert verdicts[0].numbers["cases"] == count
+        assert verdicts[0].numbers["scans"] == count
         effects = {effect["operation"]: effect for effect in told["ablation"]}
         assert list(effects) == list(OPERATIONS) and effects["mean"]["p_holm"] == p_value
 
@@ -131,7 +148,22 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
     page = (out / "index.html").read_text()
     (verdict,) = cohort["verdicts"]
-    assert verdict["map"] == "skip.1/gate" and f"</b> is <b>{verdict['verdict']}</b>: " in page
+    word = verdict["verdict"]
+    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
+    # … and the terminal has them as a table, with the figures of the file.
+    (figures,) = cohort["figures"]
+    table = said[said.index("What each map is worth over 2 scans") :]
+    (row,) = [line.split() for line in table.splitlines() if "skip.1/gate" in line]
+    shown = {"mean_change": "+.3f", "mean_p": ".2g", "auroc": ".2f", "baseline_auroc": ".2f"}
+    told = [
+        "–" if figures[name] is None else format(figures[name], how) for name, how in shown.items()
+    ]
+    assert row[1:6] == [verdict["verdict"], *told]
+    # Without verdicts, nothing of the old ones stays beside the new pages.
+    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
+    assert code == 0 and "What each map is worth" not in said
+    assert not list(out.rglob("ablation.csv")) and not (out / "cohort.json").exists()
+    assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
 
 
 def test_a_model_without_gates_is_refused() -> None:

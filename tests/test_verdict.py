@@ -86,7 +86,7 @@ def test_a_verdict_is_one_sentence_with_its_numbers() -> None:
         "of intensity and deletion +0.000 over random; it was learned: 0.10 with itself under "
         "random weights."
     )
-    assert verdict.numbers["auroc"] == 0.9 and verdict.numbers["testable"] == "yes"
+    assert verdict.numbers["AUROC"] == 0.9 and verdict.numbers["enough for a test"] == "yes"
     untested = judge(replace(GOOD, testable=False, against="prediction", randomised=None))
     assert untested is not None
     assert ": Dice with the model's own prediction changes by" in untested.reason
@@ -156,4 +156,6 @@ def test_figures_are_means_over_cases_of_one_map() -> None:
         0.9,
     )
     assert figures.mean_change is None and figures.cases == 2
+    dark = gather("a", aurocs=[0.6], baselines={"intensity": [0.1, 0.2], "gradient": [0.7]})
+    assert (dark.baseline, dark.baseline_auroc) == ("intensity turned over", pytest.approx(0.85))
     assert np.isclose(gather("a", aurocs=[0.6]).auroc, 0.6) and judge(figures) is None

@@ -1,4 +1,4 @@
-"""What a dataset folder holds: a dataset.json and the volumes it speaks of."""
+"""What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from segkit.config_files import FilesConfig, LabelCode
 from segkit.data.dataset_file import read_dataset_file
+from segkit.data.listing import list_files
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
-from segkit.volume import Volume, read_volume, stem_of
+from segkit.volume import Volume, read_volume, trouble_with
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Dataset:
     """The numbers in label files of each region, in the order they are written; classes if none."""
     ignore: int | None = None
     """The number of voxels that nobody labelled."""
+    codes: dict[str, LabelCode] = field(default_factory=dict)
+    """Of labels by name, the concept of a terminology, where it is given."""
 
     @property
     def labelling(self) -> Labelling:
@@ -51,23 +55,26 @@ class Dataset:
         return inside if self.ignore is None else inside & (label != self.ignore)
 
 
-def read_dataset(folder: Path) -> Dataset:
-    """Read `folder/dataset.json`, as `read_dataset_file` has it, and put its cases in order.
+def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
+    """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
 
-    Raises DatasetError, in one sentence.
+    Cases are in order. Raises DatasetError or VolumeError, in one sentence.
     """
-    file = read_dataset_file(folder)
-    cases = sorted(
-        (Case(stem_of(label), images, label) for images, label in file.files),
-        key=lambda case: case.name,
-    )
+    file = read_dataset_file(folder) if files is None else list_files(folder, files)
+    cases = sorted((Case(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
     told = file.labelling
     return Dataset(
-        folder, tuple(cases), file.channels, dict(told.numbers), dict(told.regions), told.ignore
+        folder,
+        tuple(cases),
+        file.channels,
+        dict(told.numbers),
+        dict(told.regions),
+        told.ignore,
+        file.codes,
     )
 
 
@@ -76,7 +83,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
 
     The image of a case without one is zero throughout.
 
-    Raises DatasetError where they do not fit each other or the dataset.json.
+    Raises DatasetError where they do not fit each other or the dataset.
     """
     label = read_volume(case.label)
     if not case.images:
@@ -85,8 +92,8 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
     parts = [read_volume(path) for path in case.images]
     for path, part in zip(case.images, parts, strict=True):
         _check_grid(path, part, case.images[0], parts[0])
-        if not np.isfinite(part.data).all():
-            raise DatasetError(f"{path}: holds voxels that are not numbers; repair it")
+        if trouble := trouble_with(part.data):
+            raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):
         raise DatasetError(
@@ -102,12 +109,13 @@ def split(
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """The cases to train on and those held out: a share drawn by the seed, or the named ones.
 
-    A share above 0 holds out at least one case. Raises DatasetError where no case is left to train
-    on or a name is unknown.
+    A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
+    where no case is left to train on or a name is unknown.
     """
     names = [case.name for case in dataset.cases]
     if isinstance(validation, float | int):
-        count = min(max(round(validation * len(names)), 1), len(names)) if validation else 0
+        shared = validation and len(names) > 1
+        count = min(max(round(validation * len(names)), 1), len(names)) if shared else 0
         held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
     else:
         held_out = set(validation)
@@ -156,7 +164,7 @@ def _checked_label(case: Case, label: Volume, dataset: Dataset) -> ndarray:
         strange = found[~np.isin(found, declared)][:5].tolist()
         raise DatasetError(
             f"{case.label}: holds label {', '.join(f'{value:g}' for value in strange)}, which "
-            f"dataset.json does not declare (it has {declared[0]} to {declared[-1]})"
+            f"the dataset does not declare (it has {declared[0]} to {declared[-1]})"
         )
     kind = np.min_scalar_type(declared[-1])
     return label.data.reshape(label.grid.shape).astype(kind)

@@ -1,13 +1,14 @@
 """What a dataset.json says, in the Medical Segmentation Decathlon's form or in nnU-Net v2's."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from segkit.config_files import LabelCode
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
 from segkit.volume import SUFFIXES, stem_of
@@ -15,8 +16,8 @@ from segkit.volume import SUFFIXES, stem_of
 IGNORE = "ignore"
 """The name, in either form, of what nobody labelled."""
 
-Files = tuple[tuple[Path, ...], Path]
-"""A case's images and its label."""
+NamedFiles = tuple[str, tuple[Path, ...], Path]
+"""A case's name, its images and its label."""
 
 
 class _Training(BaseModel):
@@ -27,6 +28,7 @@ class _Training(BaseModel):
 class _Labels(BaseModel):
     labels: dict[str, str | int | list[int]]
     regions_class_order: list[int] | None = None
+    codes: dict[str, LabelCode] = {}
 
 
 class _DatasetFile(_Labels):
@@ -48,7 +50,9 @@ class DatasetFile:
 
     channels: tuple[str, ...]
     labelling: Labelling
-    files: tuple[Files, ...]
+    files: tuple[NamedFiles, ...]
+    codes: dict[str, LabelCode] = field(default_factory=dict)
+    """Of labels by name, the concept of a terminology, where it is given."""
 
 
 def read_dataset_file(folder: Path) -> DatasetFile:
@@ -59,7 +63,8 @@ def read_dataset_file(folder: Path) -> DatasetFile:
     order of `labels`, each as its number in `regions_class_order`. What is called `ignore` has the
     highest number. `training` lists images (one file, or one per channel) and labels, or labels
     alone, to synthesise images from; without it, cases are `labelsTr/CASE` and `imagesTr/CASE_0000`
-    and `_0001` and so on, one per channel, with the ending `file_ending`.
+    and `_0001` and so on, one per channel, with the ending `file_ending`. `codes`, which is our own
+    key, gives labels a concept of a terminology.
 
     Raises DatasetError, in one sentence.
     """
@@ -73,19 +78,32 @@ def read_dataset_file(folder: Path) -> DatasetFile:
     if names is None:
         raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
     channels = tuple(names[key] for key in sorted(names, key=_number))
-    labelling = _labelling(path, file)
-    _check_numbers(path, file, labelling)
+    labelling = _checked_labelling(str(path), file)
     files = (
         _on_disk(folder, file, len(channels))
         if file.training is None
         else [_listed(folder, entry) for entry in file.training]
     )
-    return DatasetFile(channels, labelling, tuple(files))
+    return DatasetFile(channels, labelling, tuple(files), file.codes)
 
 
 def read_labelling(path: Path) -> Labelling:
     """What a dataset.json tells apart; its numbers may have gaps. Raises DatasetError."""
-    return _labelling(path, _read(path, _Labels))
+    return _labelling(str(path), _read(path, _Labels))
+
+
+def labelling_of(
+    source: str,
+    labels: Mapping[str, int | list[int]],
+    regions_class_order: list[int] | None,
+    codes: Mapping[str, LabelCode],
+) -> Labelling:
+    """What such keys of nnU-Net's dataset.json tell apart; `source` is where they stand.
+
+    Raises DatasetError, in one sentence.
+    """
+    file = _Labels(labels={**labels}, regions_class_order=regions_class_order, codes={**codes})
+    return _checked_labelling(source, file)
 
 
 def _read(path: Path, kind: type[Content]) -> Content:
@@ -100,7 +118,18 @@ def _read(path: Path, kind: type[Content]) -> Content:
         raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
 
 
-def _labelling(path: Path, file: _Labels) -> Labelling:
+def _checked_labelling(source: str, file: _Labels) -> Labelling:
+    labelling = _labelling(source, file)
+    _check_numbers(source, file, labelling)
+    if unknown := [name for name in file.codes if name not in labelling.members]:
+        raise DatasetError(
+            f"{source}: codes names {unknown[0]}, which is none of the labels "
+            f"{_listing(labelling.members)}"
+        )
+    return labelling
+
+
+def _labelling(path: str, file: _Labels) -> Labelling:
     groups = _groups(path, file.labels)
     ignored = groups.pop(IGNORE, ())
     highest = max((number for group in groups.values() for number in group), default=0)
@@ -118,7 +147,7 @@ def _labelling(path: Path, file: _Labels) -> Labelling:
     return Labelling(dict(sorted(numbers.items(), key=lambda item: item[1])), ignore=ignore)
 
 
-def _groups(path: Path, labels: dict[str, str | int | list[int]]) -> dict[str, tuple[int, ...]]:
+def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tuple[int, ...]]:
     """The numbers of each name, in either form."""
     decathlon = {key: name for key, name in labels.items() if isinstance(name, str)}
     if len(decathlon) == len(labels):
@@ -139,7 +168,7 @@ def _groups(path: Path, labels: dict[str, str | int | list[int]]) -> dict[str, t
 
 
 def _with_regions(
-    path: Path, groups: dict[str, tuple[int, ...]], order: list[int] | None, ignore: int | None
+    path: str, groups: dict[str, tuple[int, ...]], order: list[int] | None, ignore: int | None
 ) -> Labelling:
     background = [name for name, group in groups.items() if group == (0,)]
     regions = {name: group for name, group in groups.items() if group != (0,)}
@@ -176,7 +205,7 @@ def _with_regions(
     return Labelling(numbers, regions, ignore)
 
 
-def _check_numbers(path: Path, file: _Labels, labelling: Labelling) -> None:
+def _check_numbers(path: str, file: _Labels, labelling: Labelling) -> None:
     found = {*labelling.numbers.values()}
     found |= {number for group in labelling.regions.values() for number in group}
     if labelling.ignore is not None:
@@ -186,23 +215,23 @@ def _check_numbers(path: Path, file: _Labels, labelling: Labelling) -> None:
         raise _misnumbered(path, list(file.labels) if in_keys else sorted(found))
 
 
-def _misnumbered(path: Path, found: Sequence[str | int]) -> DatasetError:
+def _misnumbered(path: str, found: Sequence[str | int]) -> DatasetError:
     return DatasetError(
         f"{path}: labels must be numbered 0 (background), 1, 2, …, found {list(found)}"
     )
 
 
-def _listed(folder: Path, entry: _Training) -> Files:
+def _listed(folder: Path, entry: _Training) -> NamedFiles:
     images = [entry.image] if isinstance(entry.image, str) else entry.image
     paths = tuple(folder / image for image in images)
     label = folder / entry.label
     for path in (*paths, label):
         if not path.is_file():
             raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
-    return paths, label
+    return stem_of(label), paths, label
 
 
-def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[Files]:
+def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
     """Every `labelsTr/CASE` and its `imagesTr/CASE_0000`, `_0001`, …, as nnU-Net has them."""
     path, ending = folder / "dataset.json", file.file_ending
     if ending is None:
@@ -234,11 +263,11 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[Files]
                 raise DatasetError(
                     f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
                 )
-        found.append((images, label))
+        found.append((stem_of(label), images, label))
     return found
 
 
-def _listing(items: Sequence[Any] | dict[str, Any]) -> str:
+def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:
     return ", ".join(str(item) for item in items)
 
 

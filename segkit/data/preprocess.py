@@ -4,6 +4,7 @@ Training and prediction both come through `prepare`; whatever it does to the gri
 grid says exactly, so that nothing has to be undone by memory.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,9 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.data.parallel import free_memory
 from segkit.data.rules import separate_axis
+from segkit.errors import VolumeError
 from segkit.geometry import Grid, Orientation
 from segkit.resample import Order, nearest, resample, resample_labels
 from segkit.volume import Volume
@@ -70,6 +73,9 @@ def prepare(
     the channel's own range, as skimage's `resize`, which nnU-Net calls, has it by default. Along an
     axis that the scan or the network sees in slices far apart (`separate_axis`) each voxel is that
     of the nearest slice: what lies between is not invented.
+
+    Raises VolumeError where the prepared image would not fit into memory, as of a scan whose header
+    has its voxels in metres.
     """
     orientation = Orientation.of(volume.grid.affine)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
@@ -78,6 +84,7 @@ def prepare(
     turned = turned[box]
     assert len(normalisers) == turned.shape[3], "one normaliser per channel"
     grid = source.with_spacing(spacing)
+    _check_size(source, grid, len(normalisers))
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
     image = torch.empty(len(normalisers), *grid.shape)
@@ -90,6 +97,19 @@ def prepare(
         if order == 3:
             image[channel].clamp_(values.min(), values.max())
     return Prepared(image, grid, source, box, orientation, (x, y, z))
+
+
+def _check_size(source: Grid, grid: Grid, num_channels: int) -> None:
+    needed, free = 4 * num_channels * math.prod(grid.shape), free_memory()
+    if needed > free:
+        found, wanted = (
+            " x ".join(f"{size:.4g}" for size in each.spacing) for each in (source, grid)
+        )
+        raise VolumeError(
+            f"the volume has voxels of {found} mm, and at the network's {wanted} mm it would take "
+            f"{needed / 1e9:.3g} GB of memory, of which {free / 1e9:.3g} are free; look whether "
+            f"its voxel sizes are true, or crop it"
+        )
 
 
 def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:

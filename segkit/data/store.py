@@ -30,6 +30,7 @@ from segkit.data.first_stage import with_labels
 from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
+from segkit.errors import DatasetError, VolumeError
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -208,7 +209,10 @@ def _store(
     # A case without an image has its background in its label; its own image stays blank.
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
-    prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+    try:
+        prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+    except VolumeError as error:
+        raise DatasetError(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
     if first is not None:
         image = with_labels(prepared, read_volume(first)).image.numpy()

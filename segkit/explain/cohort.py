@@ -15,12 +15,43 @@ from segkit.explain.page import Verdict
 from segkit.explain.report import DISTRIBUTION, LOCALISATION, TITLES, by_row
 
 STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0 2rem; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+:root {
+  color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --ink: #1b2430; --faint: #5b6778;
+  --rule: #d9dee6; --accent: #0f766e; --informative: #137a43; --redundant: #95590a;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0e1217; --card: #171d25; --ink: #e6ebf2; --faint: #98a4b5; --rule: #2b3440;
+    --accent: #5eead4; --informative: #6ee7a0; --redundant: #fbbf5a;
+  }
+}
+body {
+  max-width: 1240px; margin: 24px auto; padding: 0 20px; background: var(--ground);
+  color: var(--ink); font: 14px/1.45 system-ui, "Segoe UI", Roboto, Arial, sans-serif;
+}
+h1 { font-size: 19px; }
+h2 { margin: 28px 0 10px; font-size: 16px; }
+a { color: var(--accent); }
+footer, body > p { color: var(--faint); }
+footer { margin-top: 24px; font-size: 12.5px; }
+.card {
+  margin: 0 0 12px; padding: 10px 14px; overflow-x: auto; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 10px;
+}
+.card p { margin: 0; }
+.informative { color: var(--informative); }
+.redundant { color: var(--redundant); }
+.uninformative { color: var(--faint); }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td {
+  padding: 4px 12px 4px 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--rule);
+}
+th { color: var(--faint); font-weight: 400; font-size: 12.5px; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-p, footer { opacity: .8; }
+.facts td { white-space: normal; }
+@media (max-width: 1100px) { th, td { white-space: normal; } }
+tr:last-child td { border-bottom: 0; }
 """
 
 
@@ -41,7 +72,7 @@ def cohort_text(
     `verdicts` are of all scans together.
     """
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    title = f"Attention maps of {len(cases)} scans"
+    title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -56,7 +87,11 @@ def cohort_text(
         "<h2>Scans</h2>",
         _case_table(cases),
         "<h2>How this was made</h2>",
-        _table(["what", "value"], [[_text(key), _text(value)] for key, value in facts.items()]),
+        _table(
+            ["what", "value"],
+            [[_text(key), _text(value)] for key, value in facts.items()],
+            kind="facts",
+        ),
         "<footer>Research software and no medical device.</footer>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
@@ -64,7 +99,8 @@ def cohort_text(
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     told = [
-        f"<p><b>{_text(one.map)}</b> is <b>{one.verdict}</b>: {_text(one.reason)}</p>"
+        f'<div class="card"><p><b>{_text(one.map)}</b> is <b class="{one.verdict}">{one.verdict}'
+        f"</b>: {_text(one.reason)}</p></div>"
         for one in verdicts
     ]
     return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
@@ -106,7 +142,7 @@ def _summary(measures: Sequence[Measure]) -> str:
     values = [one.value for one in measures if not math.isnan(one.value)]
     if not values:
         return "–"
-    text = f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+    text = f"{np.mean(values):.3f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{np.std(values):.3f}"
     chances = [one.chance for one in measures if one.chance is not None]
     if chances:
         text += f" ({np.mean(chances):.3f})"
@@ -121,7 +157,7 @@ def _text(words: str) -> str:
     return html.escape(words)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "figures") -> str:
     head = "".join(f"<th>{column}</th>" for column in columns)
     body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+    return f'<div class="card {kind}"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy.ndimage import distance_transform_edt
+from scipy.stats import rankdata
+
+from segkit.explain.ranks import settled
 
 NEAR_AN_END = 0.02
 """Within how much of an end of its range a map's value counts as saturated, for a range of 1."""
@@ -30,24 +33,17 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A map's values, sorted once for all that goes by rank."""
+    """A map's values with their ranks, found once for all that goes by rank."""
 
     values: Cells
     ranks: Cells
-    """From 1 on, those of equal values their mean."""
-    order: Integer[ndarray, " cells"]
-    """The cells from the highest value to the lowest, equal ones as they come in the array."""
+    """From 1 on, those of equal values their mean. Values that differ by less than blending windows
+    in float32 may be off by are equal (`segkit.explain.ranks.settled`)."""
 
     @classmethod
     def of(cls, values: Cells) -> Self:
         """The values with their ranks."""
-        order = np.argsort(-values, kind="stable")
-        ordered = values[order]
-        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        counts = np.diff(np.append(first, len(values)))
-        ranks = np.empty(len(values))
-        ranks[order] = np.repeat(len(values) - first - (counts - 1) / 2, counts)
-        return cls(values, ranks, order)
+        return cls(values, rankdata(settled(values)))
 
 
 def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
@@ -63,7 +59,7 @@ def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
     return [
         Figure("energy", energy, share),
         Figure("enrichment", energy / share if defined else float("nan"), 1.0),
-        Figure("pointing", pointing(values, near) if defined else float("nan"), float(near.mean())),
+        Figure("pointing", pointing(ranked, near) if defined else float("nan"), float(near.mean())),
         Figure("auroc", auroc(ranked, inside), 0.5),
         Figure("iou", iou_at_prevalence(ranked, inside), share / (2 - share)),
     ]
@@ -92,9 +88,9 @@ def energy_inside(values: Cells, inside: Inside) -> float:
     )
 
 
-def pointing(values: Cells, near: Inside) -> float:
+def pointing(ranked: Ranked, near: Inside) -> float:
     """The share of the cells with the highest value that lie near enough: 0 or 1 but for ties."""
-    return float(near[values == values.max()].mean())
+    return float(near[ranked.ranks == ranked.ranks.max()].mean())
 
 
 def near_structure(
@@ -123,13 +119,16 @@ def auroc(ranked: Ranked, inside: Inside) -> float:
 def iou_at_prevalence(ranked: Ranked, inside: Inside) -> float:
     """Intersection over union of the structure and as many cells of the highest values.
 
-    Of equal values those that come first in the array are taken. By chance about p / (2 - p).
+    Of equal values at the cut, so many are taken at random: the intersection is its expectation,
+    whatever order cells have in the array. p / (2 - p) for a constant, and by chance about that.
     """
     count = int(inside.sum())
     if count == 0:
         return float("nan")
-    both = int(inside[ranked.order[:count]].sum())
-    return both / (2 * count - both)
+    cut = np.partition(ranked.ranks, -count)[-count]
+    above, tied = ranked.ranks > cut, ranked.ranks == cut
+    both = inside[above].sum() + (count - above.sum()) * inside[tied].mean()
+    return float(both / (2 * count - both))
 
 
 def entropy(values: Cells) -> float:

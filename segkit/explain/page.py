@@ -31,6 +31,8 @@ VIEWER = files("segkit.explain") / "viewer"
 SCRIPTS = ("theme.js", "volumes.js", "planes.js", "panel.js", "figures.js", "viewer.js")
 FINE_CELLS = 2**21
 """Maps of no more cells are kept in two bytes each, larger ones in one."""
+SPANNED = (1, 99)
+"""Percentiles of a map that its colours span at first."""
 Cell = str | float | int | None
 
 
@@ -48,9 +50,9 @@ class Layer:
     """(x, y, z)."""
     grid: Grid
     low: float | None = None
-    """What a map's colours begin at; its lowest value if None …"""
+    """The least that a map can say; its lowest value if None …"""
     high: float | None = None
-    """… and end at."""
+    """… and the most. Colours span these or, at first, what its values span."""
     label_names: Mapping[int, str] = field(default_factory=dict)
     quantity: str = ""
     """What a map's values are, such as 'share let through'."""
@@ -99,6 +101,8 @@ class Bar:
     low: float | None = None
     high: float | None = None
     chance: float | None = None
+    beside: bool = False
+    """Whether it stands there for the sake of the bar above, to compare with."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +216,11 @@ def _layer(layer: Layer, scan_grid: Grid) -> tuple[Embedded, dict[str, Any]]:
     else:
         volume = embed(layer.values, layer.grid, fine=layer.values.size <= FINE_CELLS)
         lowest, highest = spread(layer.values)
+        known = layer.values[np.isfinite(layer.values)]
+        spans = np.percentile(known, SPANNED).tolist() if known.size else [lowest, highest]
         low = lowest if layer.low is None else float(layer.low)
         high = highest if layer.high is None else float(layer.high)
-        described |= {"low": low, "high": high, "quantity": layer.quantity}
+        described |= {"low": low, "high": high, "spans": spans, "quantity": layer.quantity}
     from_scan = np.linalg.inv(volume.grid.affine) @ scan_grid.affine
     return volume, {
         **described,

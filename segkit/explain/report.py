@@ -185,8 +185,9 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
     for one in measures:
         if one.name != "auroc" or math.isnan(one.value):
             continue
-        name = one.map if one.of == "map" else f"{one.map}: {one.of}"
-        plots.setdefault(one.structure, []).append(Bar(name, one.value, chance=one.chance))
+        of_map = one.of == "map"
+        bar = Bar(one.map if of_map else one.of, one.value, chance=one.chance, beside=not of_map)
+        plots.setdefault(one.structure, []).append(bar)
     return [
         Bars(
             f"AUROC: {structure}",

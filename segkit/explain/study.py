@@ -19,25 +19,24 @@ from segkit.explain.measured import Measure, members
 from segkit.explain.page import Cell, Curve, Line, Table, Verdict
 from segkit.explain.perturbation import PerturbationCurve, perturb
 from segkit.explain.randomisation import Randomisation, randomise
-from segkit.explain.verdict import MapFigures, gather, judge
+from segkit.explain.verdict import NAMES, MapFigures, gather, judge
 from segkit.inference.predictor import AttentionMap, Predictor
 from segkit.labelling import Labelling
 from segkit.nn.planes import SegmentationNetwork
 from segkit.volume import Volume
 
 ABLATIONS = "ablation.csv"
-COLUMNS = {
-    "map": "map",
-    "evened out": "mean_change",
-    "shuffled": "permuted_change",
-    "AUROC": "auroc",
-    "best baseline": "baseline",
-    "its AUROC": "baseline_auroc",
-    "deletion over random": "deletion_gain",
-    "± of random": "deletion_spread",
-    "ρ, all drawn anew": "randomised",
-}
-"""Of the table that verdicts rest on, and the fields of `MapFigures` that it shows."""
+SHOWN = (
+    "mean_change",
+    "permuted_change",
+    "auroc",
+    "baseline",
+    "baseline_auroc",
+    "deletion_gain",
+    "deletion_spread",
+    "randomised",
+)
+"""The figures of a map in the table that verdicts rest on."""
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
@@ -233,8 +232,8 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
         ),
         Table(
             "What the verdicts rest on",
-            list(COLUMNS),
-            [[_shown(getattr(one, name)) for name in COLUMNS.values()] for one in figures],
+            ["map", *(NAMES[name] for name in SHOWN)],
+            [[one.map, *(_shown(getattr(one, name)) for name in SHOWN)] for one in figures],
             note="One scan has no test: a change of Dice counts from 0.01 on. Of all structures "
             "together.",
         ),
@@ -247,12 +246,13 @@ def _curve(curve: PerturbationCurve) -> Curve:
     return Curve(
         f"{curve.mode.capitalize()}: {curve.map}",
         f"share of cells {verb}",
-        "soft Dice with the whole image's prediction",
+        "agreement",
         [
             Line("the highest first", curve.fractions, curve.scores),
             Line("random orders", curve.fractions, curve.random_scores),
         ],
-        note=f"Area {curve.auc:.3f}, random {curve.random_auc:.3f} ± {curve.random_spread:.3f}.",
+        note="Agreement is soft Dice with what is predicted of the whole image. Area "
+        f"{curve.auc:.3f}, random {curve.random_auc:.3f} ± {curve.random_spread:.3f}.",
     )
 
 

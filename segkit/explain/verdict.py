@@ -13,8 +13,9 @@ Each of these in numbers:
   enough to tell, the mean change is below -0.005 and Holm's p below 0.05; else it is below -0.01,
   without a test.
 - shows more: AUROC over its class exceeds that of the best baseline (intensity, gradient) by 0.02,
-  or deleting the image in the map's order is better than random orders, by 0.02 of area under the
-  curve and twice the standard deviation among these.
+  where a baseline below 0.5 counts turned over, as of a class that is dark; or deleting the image
+  in the map's order is better than random orders, by 0.02 of area under the curve and twice the
+  standard deviation among these.
 - learned: Spearman's correlation with itself, after all that it depends on was drawn anew, is below
   0.9.
 - shows its class: AUROC is 0.6 or more.
@@ -33,6 +34,24 @@ from segkit.explain.perturbation import PerturbationCurve
 from segkit.explain.randomisation import Randomisation
 from segkit.explain.stability import Stability
 
+NAMES = {
+    "cases": "scans",
+    "against": "Dice with the",
+    "testable": "enough for a test",
+    "mean_change": "Dice, evened out",
+    "mean_p": "p, evened out",
+    "permuted_change": "Dice, shuffled",
+    "permuted_p": "p, shuffled",
+    "auroc": "AUROC",
+    "baseline": "best baseline",
+    "baseline_auroc": "baseline's AUROC",
+    "deletion_gain": "deletion over random",
+    "deletion_spread": "± of random",
+    "randomised": "ρ, all drawn anew",
+    "downstream_change": "change from behind",
+    "seeds": "ρ between models",
+}
+"""What a reader calls the fields of `MapFigures`."""
 LEAST_CHANGE = 0.005
 """Of Dice, over a cohort that can tell."""
 LEAST_UNTESTED = 0.01
@@ -65,8 +84,9 @@ class MapFigures:
     auroc: float | None = None
     """Of the map's values over its class."""
     baseline: str | None = None
-    """The best baseline, such as 'intensity'."""
+    """The best baseline, such as 'intensity', or 'intensity turned over' of a dark class."""
     baseline_auroc: float | None = None
+    """Its AUROC, never below 0.5: turned over it is 1 less what was measured."""
     deletion_gain: float | None = None
     """Area under the deletion curve of random orders less the map's: above 0 is better."""
     deletion_spread: float | None = None
@@ -100,8 +120,7 @@ def gather(
     deletions = [curve for curve in curves if curve.map == key and curve.mode == "deletion"]
     redrawn = [found for found in randomisations if found.map == key]
     seeds = [found.spearman for found in stabilities if found.map == key]
-    best = {name: _mean(values) for name, values in (baselines or {}).items()}
-    known = {name: value for name, value in best.items() if value is not None}
+    known = dict(_either_way(name, values) for name, values in (baselines or {}).items() if values)
     baseline = max(known, key=known.__getitem__, default=None)
     return MapFigures(
         key,
@@ -139,9 +158,8 @@ def judge(figures: MapFigures) -> Verdict | None:
         verdict = "redundant" if shows_class else "uninformative"
     clauses = [_said_of_need(figures, needed), _said_of_place(figures, shows_more)]
     clauses.append(_said_of_learning(figures, learned))
-    numbers = {name: value for name, value in vars(figures).items() if value is not None}
-    numbers.pop("map")
-    numbers["testable"] = "yes" if figures.testable else "no"
+    told = {**vars(figures), "testable": "yes" if figures.testable else "no"}
+    numbers = {NAMES[name]: told[name] for name in NAMES if told[name] is not None}
     return Verdict(figures.map, verdict, f"{'; '.join(clauses)}.", numbers)
 
 
@@ -207,6 +225,12 @@ def _said_of_learning(figures: MapFigures, learned: bool | None) -> str:
         return "whether it was learned cannot be told"
     subject = "it was learned" if learned else "it was not learned"
     return f"{subject}: {figures.randomised:.2f} with itself under random weights"
+
+
+def _either_way(name: str, aurocs: Sequence[float]) -> tuple[str, float]:
+    """A baseline's mean AUROC; of one below 0.5, that of its values turned over."""
+    mean = sum(aurocs) / len(aurocs)
+    return (name, mean) if mean >= 0.5 else (f"{name} turned over", 1 - mean)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

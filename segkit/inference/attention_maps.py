@@ -10,6 +10,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from segkit.data.preprocess import Prepared
+from segkit.errors import VolumeError
 from segkit.geometry import Grid, Orientation
 from segkit.inference.disagreement import SQUARES, WindowSpread, where_windows_meet
 from segkit.inference.source_rows import WALK_AXIS
@@ -158,9 +159,14 @@ def map_on_source(
     """A placed map, resampled linearly to the grid of the volume it was made of, float32.
 
     Voxels that the network did not see, beyond the body's box, are 0. `allocate` gives the array.
+    Raises VolumeError for a map over channels, which lies nowhere.
     """
     native = attention_map.volume
-    assert native is not None, "a vector over channels lies nowhere"
+    if native is None:
+        raise VolumeError(
+            f"map {attention_map.info.key}: is a vector over channels and lies nowhere; "
+            f"look at its channel_mean"
+        )
     orientation = Orientation.of(source.grid.affine)
     turned = orientation.turn_grid(source.grid)
     seen = attention_map.seen

@@ -8,7 +8,7 @@ choice      which of them, by name or by rule
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -64,7 +64,7 @@ def run(
 class TorchEngine:
     """PyTorch as it is, on any device; in mixed precision where `precision` is a half type.
 
-    A batch whose logits overflow float16 is computed again in float32. Numbers too small to be
+    A batch whose outputs overflow float16 is computed again in float32. Numbers too small to be
     normal are kept: torch can flush them to zero in the calling thread alone, not in those that
     share its work, and numpy would notice.
     """
@@ -90,9 +90,9 @@ class TorchEngine:
             windows = windows.pin_memory()  # else the copy would not be asynchronous
         windows = windows.to(self.device, non_blocking=True)
         outputs = self._at(self.precision, windows, keys)
-        if self.precision == torch.float16 and not outputs[LOGITS].isfinite().all():
+        if self.precision == torch.float16 and not _all_finite(outputs):
             if not self.overflowed:
-                logger.warning("logits overflow float16; such windows are computed in float32")
+                logger.warning("its outputs overflow float16; such windows are computed in float32")
             self.overflowed = True
             outputs = self._at(torch.float32, windows, keys)
         return {key: output.float() for key, output in outputs.items()}
@@ -107,6 +107,10 @@ class TorchEngine:
         half = precision != torch.float32
         with torch.autocast(self.device.type, dtype=precision, enabled=half):
             return self.compute(windows, keys)
+
+
+def _all_finite(outputs: Mapping[str, Tensor]) -> bool:
+    return all(bool(output.isfinite().all()) for output in outputs.values())
 
 
 def choose_device(name: str) -> torch.device:

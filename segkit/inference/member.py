@@ -17,6 +17,7 @@ from segkit.build import (
 from segkit.config import ModelDescription
 from segkit.data.first_stage import with_labels
 from segkit.data.preprocess import Prepared, prepare
+from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.choice import EngineName, choose_engine
 from segkit.inference.empty import empty_windows
@@ -157,7 +158,13 @@ class Member:
         def logits_of(slabs: Iterable[Slab]) -> Iterator[Tensor]:
             for slab in slabs:
                 maps.take_rows(slab)
-                yield slab.rows.pop(LOGITS)
+                logits = slab.rows.pop(LOGITS)
+                if not bool(logits.isfinite().all()):
+                    raise ModelError(
+                        f"the network of {self.model.description.run} answers with what is no "
+                        f"number; predict in float32, or train it again"
+                    )
+                yield logits
 
         tracked = track(slabs, len(starts[WALK_AXIS]))
         return to_source_rows(

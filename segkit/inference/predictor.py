@@ -41,7 +41,7 @@ from segkit.inference.windows import stream
 from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
 from segkit.scratch import Allocate, in_memory
-from segkit.volume import Volume
+from segkit.volume import Volume, trouble_with
 
 __all__ = [
     "WALK_AXIS",
@@ -62,14 +62,14 @@ PIECE = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model, or several, make of a volume."""
+    """What a model, or several, make of a volume: all but maps on the volume's own grid."""
 
     labels: Volume
-    """The smallest unsigned type that holds them."""
+    """A number for each voxel (x, y, z), in the smallest unsigned type that holds them."""
     probabilities: Volume | None
-    """Float16, the classes or regions last; post-processing leaves them as they are."""
+    """Float16 (x, y, z, class or region); post-processing leaves them as they are."""
     maps: dict[str, AttentionMap]
-    """The first model's."""
+    """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid."""
     presence: dict[str, float] | None = None
     """Of networks with a head for it, the probability that the volume holds any of each class: the
     highest of its windows', and the mean of the models that have such a head."""
@@ -311,8 +311,8 @@ class Predictor:
                 f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
                 f"has {found}; give it the volumes it was trained on"
             )
-        if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
-            raise VolumeError("the volume holds voxels that are not numbers; repair it")
+        if trouble := trouble_with(volume.data):
+            raise VolumeError(f"the volume {trouble}")
 
 
 def segment_prepared(

@@ -3,6 +3,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 560; // of a plot, in its own units
+const NARROW = 6; // columns that a table has at most to share its row with another
 
 function figure3(value) {
   if (value === null || value === undefined) return "–";
@@ -58,10 +59,11 @@ function barPlot(plot) {
       words(figure3(mark), x(mark), bottom + 16));
   }
   drawing.append(words(plot.label, (left + WIDTH - right) / 2, bottom + 36, { class: "label" }));
-  plot.bars.forEach(({ name, value, low, high, chance }, n) => {
+  plot.bars.forEach(({ name, value, low, high, chance, beside }, n) => {
     const middle = top + row * (n + 0.5);
     const shown = name.length > 22 ? `${name.slice(0, 21)}…` : name;
-    const label = svg("text", { x: left - 8, y: middle + 4, "text-anchor": "end" }, shown);
+    const kind = beside ? " beside" : "";
+    const label = svg("text", { class: `name${kind}`, x: left - 8, y: middle + 4, "text-anchor": "end" }, shown);
     label.append(svg("title", {}, name));
     drawing.append(label);
     if (value === null) {
@@ -69,7 +71,7 @@ function barPlot(plot) {
       return;
     }
     const [from, to] = [Math.min(x(0), x(value)), Math.max(x(0), x(value))];
-    drawing.append(svg("rect", { class: "bar", x: from, y: middle - 9, width: to - from, height: 18, rx: 2 }));
+    drawing.append(svg("rect", { class: `bar${kind}`, x: from, y: middle - 9, width: to - from, height: 18, rx: 2 }));
     let end = to;
     if (low !== null && high !== null) {
       const path = `M${x(low)} ${middle - 5}v10M${x(low)} ${middle}H${x(high)}M${x(high)} ${middle - 5}v10`;
@@ -82,7 +84,7 @@ function barPlot(plot) {
       drawing.append(mark);
       if (x(chance) > end) end = x(chance);
     }
-    drawing.append(svg("text", { class: "number", x: end + 6, y: middle + 4 }, figure3(value)));
+    drawing.append(svg("text", { class: `number${kind}`, x: end + 6, y: middle + 4 }, figure3(value)));
   });
   const parts = [drawing];
   const keys = [];
@@ -156,7 +158,7 @@ function sortableTable({ title, columns, rows, note }) {
   const table = make("table", {}, make("caption", {}, title), make("thead", {}, make("tr", {}, ...heads)), body);
   const parts = [make("div", { className: "scrolled", tabIndex: 0, role: "region", "aria-label": title }, table)];
   if (note) parts.push(make("p", { className: "note" }, note));
-  return make("div", { className: "card" }, ...parts);
+  return make("div", { className: columns.length > NARROW ? "card wide" : "card" }, ...parts);
 }
 
 /** Numbers by size, words by the alphabet, what is missing first. */

@@ -137,11 +137,14 @@ function labelControls(layer, changed) {
 
 function mapControls(layer, changed) {
   const bar = make("div", { className: "scale-bar", role: "img" });
+  const own = [layer.low, layer.high];
   const step = (layer.high - layer.low) / 255;
   const tell = (number) => told(number, step);
-  const end = (number) => String(Number(number.toPrecision(4)));
+  const end = (number) => String(Number(number.toPrecision(3)));
+  const ends = make("div", { className: "scale" });
   const paint = () => {
     layer.table = lookup(layer.colourMap);
+    ends.replaceChildren(...[end(layer.low), layer.quantity, end(layer.high)].map((text) => make("span", {}, text)));
     bar.style.background = `linear-gradient(to right, ${COLOUR_MAPS[layer.colourMap].join(", ")})`;
     bar.setAttribute("aria-label", `${layer.colourMap}, ${end(layer.low)} to ${end(layer.high)}`);
   };
@@ -156,13 +159,20 @@ function mapControls(layer, changed) {
   });
   const parts = [
     bar,
-    make("div", { className: "scale" },
-      ...[end(layer.low), layer.quantity, end(layer.high)].map((text) => make("span", {}, text))),
+    ends,
     make("label", { className: "choice" }, make("span", {}, "Colours"), choice),
   ];
   if (layer.high > layer.low) parts.push(hide.row);
+  const options = [checkbox("Fade low values", layer.fade, (on) => { layer.fade = on; changed(); })];
+  if (own.some((value, n) => value !== layer.whole[n])) {
+    options.push(checkbox(`Colours from ${layer.whole.map(end).join(" to ")}`, false, (on) => {
+      [layer.low, layer.high] = on ? layer.whole : own;
+      paint();
+      changed();
+    }));
+  }
   parts.push(
-    checkbox("Fade low values", layer.fade, (on) => { layer.fade = on; changed(); }),
+    make("div", { className: "row" }, ...options),
     make("p", { className: "note" }, `Cells of ${pitch} mm, ${precision(layer.volume)}`));
   return parts;
 }

@@ -4,6 +4,8 @@
 // The fragment of the address sets the view: at=X,Y,Z in mm; overlay=NAME, given once or more, shows
 // these and no others, off=NAME hides one; orientation=radiological|neurological; theme=light|dark.
 
+const FLAT = 1e-3; // of a map's range, what its values must span for the colours to be stretched
+
 const byId = (id) => document.getElementById(id);
 
 async function start() {
@@ -117,7 +119,14 @@ function firstView(content, volumes) {
     const nth = kinds[layer.kind]++;
     const described = { ...layer, volume: volumes[layer.volume] };
     if (layer.kind === "map") {
-      return { ...described, shown: nth === 0, opacity: 0.8, colourMap: "inferno", threshold: -Infinity, fade: true };
+      const whole = [layer.low, layer.high];
+      const [low, high] = layer.spans;
+      // A map that hardly varies is drawn as it is, flat.
+      const stretched = high - low > FLAT * (layer.high - layer.low);
+      return {
+        ...described, shown: nth === 0, opacity: 0.6, colourMap: "inferno", threshold: -Infinity, fade: true,
+        whole, low: stretched ? low : layer.low, high: stretched ? high : layer.high,
+      };
     }
     return {
       ...described, shown: true, opacity: nth || mapped ? 0.9 : 0.5, outline: nth > 0 || mapped, pale: nth > 0,

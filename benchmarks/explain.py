@@ -1,0 +1,159 @@
+"""What the attention maps of a trained run are worth on the cases that it held out.
+
+    python benchmarks/explain.py RUN DATASET [--cases 12] [--device cpu]
+
+A row for each map and structure, in Markdown: the measures of docs/explain.md, means over cases,
+each with its chance, and beside what the scan's own intensity and gradient tell on the same cells;
+and the verdict of docs/verdicts.md with the figures that decided it. Then the seconds that it all
+takes for one case: maps, measures, ablation, deletion and insertion, random weights, and the files
+with the page. Cases are those of DATASET that RUN's config holds out, the first by name.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from segkit.config_file import load_config
+from segkit.data.cases import read_case, read_dataset
+from segkit.explain.measured import Measure
+from segkit.explain.study import Evidence, Worth, WorthStudy, pooled
+from segkit.explain.verdict import MapFigures, judge
+from segkit.explained import explain
+from segkit.explanation import write_explanation
+from segkit.inference.predictor import Predictor
+from segkit.progress import Tracker
+from segkit.run_folder import CONFIG
+from segkit.training import split_of
+
+COLUMNS = (
+    *(
+        "map",
+        "structure",
+        "AUROC",
+        "of intensity, gradient",
+        "enrichment",
+        "of intensity, gradient",
+    ),
+    *("pointing (chance)", "IoU (chance)", "entropy", "at the high end", "windows disagree by"),
+    *("Dice, evened out", "shuffled", "deletion", "ρ", "verdict"),
+)
+
+
+def main() -> None:
+    """Explain each case, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--cases", type=int, default=12)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    console = Console()
+    dataset = read_dataset(options.dataset)
+    _, held_out = split_of(dataset, load_config(options.run / CONFIG))
+    cases = sorted(held_out, key=lambda case: case.name)[: options.cases]
+    predictor = Predictor.load(options.run, device=options.device, skip_empty=False)
+    study = WorthStudy(track=Tracker(console))
+    measures: list[Measure] = []
+    evidence: list[Evidence] = []
+    dice: dict[str, list[float]] = {}
+    seconds = []
+    for case in Tracker(console)(cases, "explaining", len(cases)):
+        volume, reference = read_case(case, dataset)
+        started = time.perf_counter()
+        explanation = explain(predictor, volume, reference, name=case.name, studies=[study])
+        with tempfile.TemporaryDirectory() as folder:
+            write_explanation(Path(folder), explanation)
+        seconds.append(time.perf_counter() - started)
+        measures += explanation.measures
+        evidence += [found.evidence for found in explanation.findings if isinstance(found, Worth)]
+        for structure, value in explanation.dice.items():
+            dice.setdefault(structure, []).append(value)
+    figures, _ = pooled(evidence)
+    told = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in dice.items())
+    lines = [
+        f"{len(cases)} held-out cases of {options.dataset.name}, {options.run.name}: Dice {told}.",
+        "",
+        *table(measures, {one.map: one for one in figures}),
+        "",
+        f"Seconds for one case in full: median {statistics.median(seconds):.1f}, from "
+        f"{min(seconds):.1f} to {max(seconds):.1f}; {options.device}, "
+        f"{torch.get_num_threads()} threads.",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def table(measures: Sequence[Measure], figures: dict[str, MapFigures]) -> list[str]:
+    """The rows, chance first."""
+    rows = [["chance", "", "0.5", "", "1", *[""] * 3, "1", *[""] * 7]]
+    structures = list(dict.fromkeys(one.structure for one in measures if one.structure))
+    for key in dict.fromkeys(one.map for one in measures):
+        of_map = [one for one in measures if one.map == key]
+        for structure in structures:
+            here = [one for one in of_map if one.structure == structure]
+            row = [key, structure]
+            for name in ("auroc", "enrichment"):
+                row.append(mean(one.value for one in here if (one.name, one.of) == (name, "map")))
+                row.append(baselines(here, name))
+            for name in ("pointing", "iou"):
+                found = [one for one in here if (one.name, one.of) == (name, "map")]
+                row.append(
+                    f"{mean(one.value for one in found)} ({mean(one.chance for one in found)})"
+                )
+            # What is of the whole map stands in the row of all structures together, which is last.
+            last = structure == structures[-1]
+            rows.append([*row, *(of_all(key, of_map, figures) if last else [""] * 8)])
+    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    return lines
+
+
+def baselines(measures: Sequence[Measure], name: str) -> str:
+    """A measure of each thing that the scan itself shows, channel by channel."""
+    others = dict.fromkeys(one.of for one in measures if one.of != "map")
+    return ", ".join(
+        mean(one.value for one in measures if (one.name, one.of) == (name, other))
+        for other in others
+    )
+
+
+def of_all(key: str, measures: Sequence[Measure], figures: dict[str, MapFigures]) -> list[str]:
+    """How a map's values lie, and its verdict with what decided it."""
+    lie = [
+        mean(one.value for one in measures if one.name == name)
+        for name in ("entropy", "saturated_high", "disagreement")
+    ]
+    one = figures.get(key)
+    if one is None:  # as the fused map, which cannot be taken out
+        return [*lie, *["–"] * 5]
+    verdict = judge(one)
+    return [
+        *lie,
+        tested(one.mean_change, one.mean_p),
+        tested(one.permuted_change, one.permuted_p),
+        "–" if one.deletion_gain is None else f"{one.deletion_gain:+.3f}",
+        "–" if one.randomised is None else f"{one.randomised:.2f}",
+        "none" if verdict is None else verdict.verdict,
+    ]
+
+
+def tested(change: float | None, p: float | None) -> str:
+    """A change of Dice and Holm's p."""
+    if change is None:
+        return "–"
+    return f"{change:+.4f}" + ("" if p is None else f" (p {p:.2g})")
+
+
+def mean(values: Iterable[float | None]) -> str:
+    """Of those that are numbers."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return f"{statistics.mean(known):.3f}" if known else "–"
+
+
+if __name__ == "__main__":
+    main()

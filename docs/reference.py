@@ -1,0 +1,195 @@
+"""The pages under Reference, made from the code as the documentation is built.
+
+MkDocs calls `on_files` (`hooks` in mkdocs.yml); nothing of this is kept in the repository.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from typer.main import get_command
+
+import segkit
+from segkit.cli import app
+from segkit.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+API = {
+    "From data to a model": (
+        "check plan_dataset load_config train resume cross_validate "
+        "Config Planned Run CrossValidation Understood"
+    ),
+    "From a model and a scan to labels and maps": (
+        "Predictor load_model map_on_source Model Prediction AttentionMap"
+    ),
+    "What it is worth": "explain_volume evaluate Explanation Evaluation",
+    "Volumes": "read_volume read_labels write_volume Volume Grid",
+    "Errors": (
+        "SegkitError ConfigError DatasetError ModelError TrainingError VolumeError WorkerError"
+    ),
+}
+"""Every public name, under the heading that a reader would look for."""
+SHOWN = {"Predictor": "[load, __call__, mirrors, classifies]"}
+"""Of what holds more than its users need."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The files of the documentation, with the pages that are made here."""
+    pages = {
+        "reference/cli.md": command_line(),
+        "reference/settings.md": settings(),
+        "reference/api.md": python_api(),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+    }
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def command_line() -> str:
+    """What each command takes, as `--help` says it."""
+    group: Any = get_command(app)
+    lines = ["# Command line", "", group.help, ""]
+    lines += [
+        "Exit code 0 is success, 2 one sentence on stderr about what to do. Every command takes "
+        "`--quiet` and `--verbose`, before its name or after it. Colours and bars appear on a "
+        "terminal alone, and no colour where `NO_COLOR` is set. `segkit --install-completion` lets "
+        "the shell complete commands and options.",
+        "",
+    ]
+    for name in group.commands:
+        command = group.get_command(None, name)
+        context = command.make_context(f"segkit {name}", [], resilient_parsing=True)
+        usage = " ".join(command.collect_usage_pieces(context))
+        lines += [f"## segkit {name}", "", f"`segkit {name} {usage}`", "", command.help, ""]
+        lines += ["| argument or option | what it is |", "|---|---|"]
+        for parameter in command.params:
+            record = parameter.get_help_record(context)
+            if record is not None and parameter.name not in ("quiet", "verbose", "help"):
+                lines.append(f"| {_cell(f'`{record[0]}`')} | {_cell(record[1])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """Every setting of a config: its type, its default, and what it does."""
+    schema = Config.model_json_schema()
+    lines = [
+        "# Settings",
+        "",
+        "A config is a YAML file that says what differs from these defaults; `KEY=VALUE` words of "
+        "`segkit train` and `segkit check` change it further, by dotted keys such as "
+        "`train.steps=500`. A name that is no setting is refused.",
+        "",
+    ]
+    return "\n".join([*lines, *_section("", schema, schema["$defs"], set())])
+
+
+def python_api() -> str:
+    """Every public name with its docstring."""
+    told = [name for names in API.values() for name in names.split()]
+    assert sorted(told) == sorted(segkit.__all__), set(told) ^ set(segkit.__all__)
+    lines = ["# Python", "", "::: segkit", "    options: {members: false}", ""]
+    for heading, names in API.items():
+        lines += [f"## {heading}", ""]
+        for name in names.split():
+            lines += [f"::: segkit.{name}"]
+            if name in SHOWN:
+                lines += [f"    options: {{members: {SHOWN[name]}}}"]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def _section(
+    path: str, schema: Mapping[str, Any], definitions: Mapping[str, Any], seen: set[str]
+) -> Iterator[str]:
+    """A table of the settings in one section, and the sections inside it after that."""
+    if path:
+        kind = schema["properties"].get("kind", {}).get("const")
+        title = f"### `{path}: {kind}`" if kind else f"## `{path}`"
+        yield from (f"{title} {{ #{schema['title']} }}", "", schema["description"], "")
+    rows = [(key, value) for key, value in schema["properties"].items() if key != "kind"]
+    if rows:
+        yield from ("| setting | is | default | what it does |", "|---|---|---|---|")
+    for key, value in rows:
+        cells = (f"`{key}`", _type(value, definitions), _default(value, schema, key))
+        yield f"| {' | '.join(map(_cell, (*cells, value.get('description', ''))))} |"
+    yield ""
+    for key, value in rows:
+        for name in _references(value):
+            if name not in seen:
+                seen.add(name)
+                below = f"{path}.{key}" if path else key
+                yield from _section(below, definitions[name], definitions, seen)
+
+
+def _type(value: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """What a setting may be, in words."""
+    match value:
+        case {"$ref": reference}:
+            name = reference.rpartition("/")[2]
+            kind = definitions[name]["properties"].get("kind", {}).get("const")
+            return f"[{kind or 'section'}](#{name})"
+        case {"anyOf": choices} | {"oneOf": choices}:
+            return " or ".join(_type(choice, definitions) for choice in choices)
+        case {"enum": choices}:
+            return ", ".join(f"`{choice}`" for choice in choices)
+        case {"const": only}:
+            return f"`{only}`"
+        case {"type": "array", "prefixItems": items}:
+            return f"{len(items)} of: {_type(items[0], definitions)}"
+        case {"type": "array", "items": item}:
+            return f"list of: {_type(item, definitions)}"
+        case {"type": "object", "additionalProperties": item}:
+            return f"by name: {_type(item, definitions)}"
+        case {"type": "string", "format": form}:
+            return form
+        case {"type": kind}:
+            return f"{kind}{_range(value)}"
+    raise AssertionError(f"no words for {value}")
+
+
+def _range(value: Mapping[str, Any]) -> str:
+    signs = (
+        ("minimum", "≥"),
+        ("exclusiveMinimum", ">"),
+        ("maximum", "≤"),
+        ("exclusiveMaximum", "<"),
+    )
+    return "".join(f" {sign} {value[key]:g}" for key, sign in signs if key in value)
+
+
+def _default(value: Mapping[str, Any], schema: Mapping[str, Any], key: str) -> str:
+    if key in schema.get("required", ()):
+        return "must be given"
+    default = value.get("default")
+    if "default" not in value or (isinstance(default, dict) and default):
+        return ""
+    if isinstance(default, bool) or default is None:
+        return f"`{str(default).lower()}`".replace("none", "null")
+    return f"`{default}`"
+
+
+def _references(value: Any) -> Iterator[str]:
+    """Names of the sections that a setting may be, in order."""
+    if isinstance(value, Mapping):
+        if "$ref" in value:
+            yield value["$ref"].rpartition("/")[2]
+        for key, inside in value.items():
+            if key != "discriminator":
+                yield from _references(inside)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for inside in value:
+            yield from _references(inside)
+
+
+def _cell(text: str) -> str:
+    """Text in a table's cell, where a bar that is not code would begin another."""
+    parts = " ".join(text.split()).split("`")
+    return "`".join(
+        part if number % 2 else part.replace("|", "&#124;") for number, part in enumerate(parts)
+    )

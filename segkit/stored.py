@@ -1,0 +1,125 @@
+"""Voxels as files hold them, read without taking a header's word for how many there are.
+
+A header may claim any size. What is not compressed must be there byte by byte before it is mapped;
+of what is compressed, no more is allocated than deflate could have packed into the file, and the
+stream is read to its end, where its checksum stands.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.errors import VolumeError
+
+DEFLATE_RATIO = 1032
+"""The most bytes that a byte of deflate stands for (zlib's technical details)."""
+PIECE = 2**20
+GZIP = b"\x1f\x8b"
+EITHER_HEADER = 32 + zlib.MAX_WBITS
+"""To zlib: a stream of gzip or of its own, whichever it is."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a header says of its file's voxels."""
+
+    space: tuple[int, int, int]
+    """Voxels along x, y and z, of which x is stored fastest."""
+    kind: np.dtype[Any]
+    affine: ndarray
+    """In mm, RAS+, as a grid has it."""
+    offset: int
+    """Of the first voxel's first byte: in the file, or in what its stream inflates to."""
+    stream: int | None = None
+    """Where in the file a compressed stream begins, if one does."""
+    channels: int | None = None
+    """The size of an axis of channels, if there is one."""
+    channels_first: bool = False
+    """Whether channels are stored faster than x; else they are slower than z."""
+
+
+def read_voxels(path: Path, layout: Layout) -> ndarray:
+    """The voxels, (x, y, z) or (x, y, z, channel), of the machine's own byte order.
+
+    What is not compressed is mapped from the file, and changes to it stay in memory. Raises
+    VolumeError where the file cannot hold so many, and ValueError or EOFError for a stream that is
+    damaged or cut short.
+    """
+    count = math.prod(layout.space) * (1 if layout.channels is None else layout.channels)
+    claimed = count * layout.kind.itemsize
+    size = path.stat().st_size
+    if layout.stream is None:
+        held = size - layout.offset
+    else:
+        held = (size - layout.stream) * DEFLATE_RATIO - layout.offset
+    if claimed > held:
+        raise VolumeError(
+            f"its header claims {claimed} bytes of voxels and the file can hold {max(held, 0)}; "
+            f"it is cut short or damaged"
+        )
+    values: ndarray
+    if layout.stream is None:
+        values = np.memmap(path, layout.kind, "c", layout.offset, (count,))
+    else:
+        values = np.empty(count, layout.kind)
+        _fill(values.view(np.uint8), inflated(path, layout.stream), layout.offset)
+    values = values.astype(layout.kind.newbyteorder("="), copy=False)
+    if layout.channels is None:
+        return values.reshape(layout.space, order="F")
+    if layout.channels_first:
+        mixed = values.reshape((layout.channels, *layout.space), order="F")
+        return np.asfortranarray(np.moveaxis(mixed, 0, 3))
+    return values.reshape((*layout.space, layout.channels), order="F")
+
+
+def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
+    """What the gzip or zlib stream holds that begins at a byte of a file, a piece at a time.
+
+    Several gzip streams in a row count as one, and zeros may follow the last. Raises ValueError
+    where a stream is damaged, which its checksum tells at the end, and EOFError where it has none.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        packed = file.read(PIECE)
+        while packed:
+            engine = zlib.decompressobj(EITHER_HEADER)
+            while not engine.eof:
+                try:
+                    piece = engine.decompress(packed, PIECE)
+                except zlib.error as error:
+                    raise ValueError(f"its compressed data are damaged ({error})") from None
+                if piece:
+                    yield piece
+                packed = engine.unconsumed_tail
+                if not (engine.eof or packed):
+                    packed = file.read(PIECE)
+                    if not (packed or piece):
+                        raise EOFError("its compressed data are cut short")
+            packed = engine.unused_data.lstrip(b"\0")
+            while len(packed) < len(GZIP) and (more := file.read(PIECE)):
+                packed = (packed + more).lstrip(b"\0")
+            if packed and not packed.startswith(GZIP):
+                raise ValueError("something else follows its compressed data")
+
+
+def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int) -> None:
+    """Fill bytes with those of a stream, all but so many at its beginning, and see to its end."""
+    filled = -skipped
+    for piece in pieces:
+        first = max(-filled, 0)
+        start = max(filled, 0)
+        filled += len(piece)
+        if first < len(piece) and start < len(values):
+            wanted = np.frombuffer(piece, np.uint8)[first:][: len(values) - start]
+            values[start : start + len(wanted)] = wanted
+    if filled < len(values):
+        raise EOFError(
+            f"its header claims {len(values)} bytes of voxels and the file holds "
+            f"{max(filled, 0)}; it is cut short or damaged"
+        )

@@ -1,0 +1,142 @@
+"""`import segkit`: few names, each documented, and nothing loaded before it is asked for."""
+
+import ast
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import segkit
+from segkit.errors import SegkitError
+from segkit.nn.taps import MapInfo
+
+# Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
+PUBLIC = [
+    "AttentionMap",
+    "Config",
+    "ConfigError",
+    "CrossValidation",
+    "DatasetError",
+    "Evaluation",
+    "Explanation",
+    "Grid",
+    "Model",
+    "ModelError",
+    "Planned",
+    "Prediction",
+    "Predictor",
+    "Run",
+    "SegkitError",
+    "TrainingError",
+    "Understood",
+    "Volume",
+    "VolumeError",
+    "WorkerError",
+    "check",
+    "cross_validate",
+    "evaluate",
+    "explain_volume",
+    "load_config",
+    "load_model",
+    "map_on_source",
+    "plan_dataset",
+    "read_labels",
+    "read_volume",
+    "resume",
+    "train",
+    "write_volume",
+]
+each_name = pytest.mark.parametrize("name", PUBLIC)
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(segkit.__all__) == sorted(PUBLIC)
+    assert set(PUBLIC) <= set(dir(segkit))
+
+
+def test_importing_segkit_loads_nothing_that_takes_time() -> None:
+    code = (
+        "import sys; import segkit; dir(segkit)\n"
+        "print(sorted({'torch', 'lightning', 'numpy', 'pydantic', 'nibabel'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_errors_are_caught_without_torch() -> None:
+    code = (
+        "import sys; from segkit import ConfigError, load_config\n"
+        "print('torch' in sys.modules, 'lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False False", done.stdout + done.stderr
+
+
+def test_a_name_that_is_none_is_refused_as_any_modules_is() -> None:
+    with pytest.raises(AttributeError, match="module 'segkit' has no attribute 'tarin'"):
+        segkit.tarin  # noqa: B018
+
+
+def test_no_name_is_also_that_of_a_module() -> None:
+    # Importing segkit.x sets the attribute x of segkit, whatever was there.
+    modules = {module.name for module in pkgutil.iter_modules(segkit.__path__)}
+    assert modules & set(PUBLIC) == set()
+
+
+def test_what_type_checkers_see_is_what_there_is() -> None:
+    tree = ast.parse(Path(segkit.__file__).read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(PUBLIC)
+    for name, (module, there) in seen.items():
+        assert getattr(segkit, name) is getattr(sys.modules[str(module)], there), name
+
+
+@each_name
+def test_a_public_name_says_what_it_is(name: str) -> None:
+    thing = getattr(segkit, name)
+    assert thing.__doc__ and len(thing.__doc__.split()) >= 3
+    # A dataclass without a docstring gets its signature as one.
+    assert not thing.__doc__.startswith(f"{thing.__name__}(")
+    for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+        if method.startswith("_") and method != "__call__":
+            continue
+        if inspect.isfunction(function) or isinstance(function, property | classmethod):
+            assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+@each_name
+def test_a_public_function_has_types_and_names_its_errors(name: str) -> None:
+    thing = getattr(segkit, name)
+    if inspect.isclass(thing):
+        return
+    signature = inspect.signature(thing)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+    assert "Raises" in thing.__doc__
+
+
+def test_every_error_is_one_family() -> None:
+    errors = [name for name in PUBLIC if name.endswith("Error")]
+    assert all(issubclass(getattr(segkit, name), SegkitError) for name in errors)
+    assert {kind.__name__ for kind in SegkitError.__subclasses__()} <= set(errors)
+
+
+def test_a_map_over_channels_is_refused_in_one_sentence() -> None:
+    grid = segkit.Grid((2, 2, 2), np.eye(4))
+    info = MapInfo(
+        key="encoder.0/channel", kind="channel", level=0, placement=None, lowest=0.0, highest=1.0
+    )
+    vector = segkit.AttentionMap(info, None, grid, np.zeros(4), np.zeros(4))
+    with pytest.raises(segkit.VolumeError, match=r"encoder\.0/channel: is a vector over channels"):
+        segkit.map_on_source(vector, segkit.Volume(np.zeros((2, 2, 2)), grid))

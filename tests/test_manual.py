@@ -1,0 +1,143 @@
+"""The documentation builds without a warning, needs no network, and leaves nothing out."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+pytest.importorskip("mkdocs", reason="the documentation is built by mkdocs: install segkit[docs]")
+pytest.importorskip("material", reason="its theme is mkdocs-material: install segkit[docs]")
+pytest.importorskip("mkdocstrings", reason="docstrings come by mkdocstrings: install segkit[docs]")
+
+from typer.main import get_command
+
+import segkit
+from segkit.cli import app
+from segkit.config import Config
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """docs/reference.py, as MkDocs loads it."""
+    specification = importlib.util.spec_from_file_location("reference", ROOT / "docs/reference.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built."""
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    return folder
+
+
+class Fetched(HTMLParser):
+    """What a browser fetches on its own to show a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        if tag in ("script", "img", "iframe", "source", "video", "audio", "embed", "object"):
+            self.addresses += [named[key] or "" for key in ("src", "data") if key in named]
+        if tag == "link" and named.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses.append(named.get("href") or "")
+
+
+def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 12
+    for page in pages:
+        seen = Fetched()
+        seen.feed(page.read_text(encoding="utf-8"))
+        assert seen.addresses
+        assert not [one for one in seen.addresses if re.match(r"(https?:)?//", one)], page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\W{0,2}(https?:)?//", sheet.read_text()), sheet
+
+
+def test_every_page_of_docs_is_in_the_site(site: Path) -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / f"{page.stem}.html").is_file(), page
+    assert not list(site.rglob("*.py"))
+
+
+def test_the_reference_holds_every_public_name(site: Path) -> None:
+    text = (site / "reference" / "api.html").read_text(encoding="utf-8")
+    for name in segkit.__all__:
+        assert f'id="segkit.{name}"' in text, name
+
+
+def test_the_reference_holds_every_command_and_option(reference: ModuleType) -> None:
+    text = reference.command_line()
+    group: Any = get_command(app)
+    for name, command in group.commands.items():
+        section = text.partition(f"## segkit {name}\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
+            if parameter.name not in ("quiet", "verbose"):
+                assert shown in section or (parameter.metavar or "?") in section, (name, shown)
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The sections inside one, and itself."""
+    yield model
+    pending: list[Any] = [field.annotation for field in model.model_fields.values()]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from sections(annotation)
+        pending += get_args(annotation)
+
+
+def test_the_reference_holds_every_setting_its_default_and_its_words(reference: ModuleType) -> None:
+    text = reference.settings()
+    for section in sections(Config):
+        heading = f"{{ #{section.__name__} }}"
+        table = text if section is Config else text.partition(heading)[2].partition("\n#")[0]
+        for name, field in section.model_fields.items():
+            if name == "kind":
+                continue
+            (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")][:1]
+            if field.is_required():
+                assert "must be given" in row
+            elif field.default is None:
+                assert "`null`" in row
+            elif not isinstance(field.default, BaseModel):
+                default = field.default
+                shown = str(default).lower() if isinstance(default, bool) else str(default)
+                assert f"| `{shown}` |" in row
+            words = " ".join((field.description or "").split())
+            assert words.partition("|")[0] in row
+
+
+def test_types_are_told_in_words(reference: ModuleType) -> None:
+    text = reference.settings()
+    assert "| `batch_size` | integer > 0 | `2` |" in text
+    assert "| `slices` | `sagittal`, `coronal`, `axial` | `axial` |" in text
+    assert "| `spacing` | 3 of: number > 0 or null | `null` |" in text
+    assert "[additive_grid](#AdditiveGridGate) or [additive_same_level]" in text
