@@ -25,6 +25,9 @@ API = {
     "From a model and a scan to labels and maps": (
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
+    "To other programs, and from them": (
+        "export_model described_model save_model Export ModelDescription"
+    ),
     "What it is worth": "explain_volume evaluate Explanation Evaluation",
     "Volumes": "read_volume read_labels write_volume Volume Grid",
     "Errors": (

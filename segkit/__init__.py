@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segkit.checking import Understood, check
-    from segkit.config import Config
+    from segkit.config import Config, ModelDescription
     from segkit.config_file import load_config
     from segkit.cross_validation import CrossValidation, cross_validate
     from segkit.errors import (
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from segkit.evaluation import Evaluation, evaluate
     from segkit.explained import Explanation
     from segkit.explained import explain as explain_volume
+    from segkit.export.verb import Export
+    from segkit.export.verb import export as export_model
     from segkit.geometry import Grid
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
-    from segkit.model import Model, load_model
+    from segkit.model import Model, described_model, load_model, save_model
     from segkit.planning import Planned, plan_dataset
     from segkit.training import Run, resume, train
     from segkit.volume import Volume, read_labels, read_volume, write_volume
@@ -46,8 +48,10 @@ __all__ = [
     "DatasetError",
     "Evaluation",
     "Explanation",
+    "Export",
     "Grid",
     "Model",
+    "ModelDescription",
     "ModelError",
     "Planned",
     "Prediction",
@@ -61,8 +65,10 @@ __all__ = [
     "WorkerError",
     "check",
     "cross_validate",
+    "described_model",
     "evaluate",
     "explain_volume",
+    "export_model",
     "load_config",
     "load_model",
     "map_on_source",
@@ -70,13 +76,14 @@ __all__ = [
     "read_labels",
     "read_volume",
     "resume",
+    "save_model",
     "train",
     "write_volume",
 ]
 
 _HOMES = {
     "segkit.checking": ("Understood", "check"),
-    "segkit.config": ("Config",),
+    "segkit.config": ("Config", "ModelDescription"),
     "segkit.config_file": ("load_config",),
     "segkit.cross_validation": ("CrossValidation", "cross_validate"),
     "segkit.errors": (
@@ -90,17 +97,18 @@ _HOMES = {
     ),
     "segkit.evaluation": ("Evaluation", "evaluate"),
     "segkit.explained": ("Explanation", "explain_volume"),
+    "segkit.export.verb": ("Export", "export_model"),
     "segkit.geometry": ("Grid",),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
-    "segkit.model": ("Model", "load_model"),
+    "segkit.model": ("Model", "described_model", "load_model", "save_model"),
     "segkit.planning": ("Planned", "plan_dataset"),
     "segkit.training": ("Run", "resume", "train"),
     "segkit.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_NAME_THERE = {"explain_volume": "explain"}
-"""`segkit.explain` is a package."""
+_NAME_THERE = {"explain_volume": "explain", "export_model": "export"}
+"""`segkit.explain` and `segkit.export` are packages."""
 
 
 def __getattr__(name: str) -> Any:

@@ -239,6 +239,10 @@ def test_the_command_writes_checks_and_says_how_far_off(tmp_path: Path) -> None:
     assert "largest difference of logits: " in done.output
     assert "largest difference of 1 maps: " in done.output
     assert "same label: 100.0000% of voxels" in done.output
+    again = CliRunner().invoke(app, [*arguments, "--check", "--overwrite", "--json"])
+    told = json.loads(again.output)
+    assert told["written"] == [str(out)] and told["holds"] is True
+    assert set(told["differences"]) == {LOGITS, "skip.1/gate"}
 
 
 def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
