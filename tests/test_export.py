@@ -15,6 +15,7 @@ from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor
 from typer.testing import CliRunner
 
+from segkit import terminal
 from segkit.build import build_network
 from segkit.cli import app
 from segkit.config import ModelDescription
@@ -240,6 +241,7 @@ def test_the_command_writes_checks_and_says_how_far_off(tmp_path: Path) -> None:
     assert "largest difference of 1 maps: " in done.output
     assert "same label: 100.0000% of voxels" in done.output
     again = CliRunner().invoke(app, [*arguments, "--check", "--overwrite", "--json"])
+    terminal.start()
     told = json.loads(again.output)
     assert told["written"] == [str(out)] and told["holds"] is True
     assert set(told["differences"]) == {LOGITS, "skip.1/gate"}
