@@ -8,7 +8,6 @@ import jaxtyping
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from monai.networks.nets import UNet as MonaiUNet
@@ -28,6 +27,7 @@ from segkit.export.whole_volume import WholeVolume
 from segkit.geometry import Grid, Placement
 from segkit.inference.converted import Run
 from segkit.inference.engines import LOGITS, PRESENCE
+from segkit.inference.openvino_runtime import OpenVino
 from segkit.inference.predictor import Predictor
 from segkit.model import Model, described_model, load_model
 from segkit.nn.taps import MapInfo
@@ -128,7 +128,7 @@ def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
 ) -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     export_openvino(model, tmp_path / "a.xml")
-    graph = openvino.Core().read_model(tmp_path / "a.xml")
+    graph = OpenVino().core.read_model(tmp_path / "a.xml")
     names = [output.get_any_name() for output in graph.outputs]
     assert names == [LOGITS, *sorted(model.network.maps())]
     assert graph.inputs[0].get_any_name() == "image"
