@@ -16,8 +16,9 @@ from rich.table import Table
 
 from segkit.config_file import changed
 from segkit.planning import plan_dataset
-from segkit.progress import Tracker, TrainingProgress
+from segkit.progress import Tracker
 from segkit.training import train
+from segkit.training_progress import TrainingProgress
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def main() -> None:
         started = time.perf_counter()
         explanation = explain(predictor, volume, reference, name=case.name, studies=[study])
         with tempfile.TemporaryDirectory() as folder:
-            write_explanation(Path(folder), explanation)
+            write_explanation(Path(folder), explanation, {})
         seconds.append(time.perf_counter() - started)
         measures += explanation.measures
         evidence += [found.evidence for found in explanation.findings if isinstance(found, Worth)]

@@ -17,11 +17,35 @@ class Averaging(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
+        self.swapped = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep the average where the model will be, which is not there yet."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the average."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self.swapped = True
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the weights themselves."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.swapped = False
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Where a validation ends half-way, put each where it belongs before it is saved."""
+        if self.swapped:
+            self._swap_models(pl_module)
+            self.swapped = False
+
+    def settle(self, pl_module: L.LightningModule) -> None:
+        """Leave the average in the model, also where nothing was left to train after a stop."""
+        if self._average_model is not None:
+            self._copy_average_to_current(pl_module)
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         # Lightning's count is a number, the given one a tensor of the device, to be waited for.

@@ -1,11 +1,12 @@
 """Settings become objects, here and nowhere else."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, device, nn
 
 from segkit.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.config import (
@@ -17,18 +18,22 @@ from segkit.config import (
     ZScore,
 )
 from segkit.data import preprocess
-from segkit.data.augment import SpatialVariation
+from segkit.data.augment import SpatialVariation, Vary
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
+from segkit.data.parallel import free_memory
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError, ModelError
-from segkit.module import Vary
+from segkit.memory import in_words
 from segkit.nn.given import Given
-from segkit.nn.planes import Planes, SegmentationNetwork
+from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
 from segkit.nn.unet import UNet
 
 SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
+BYTES_PER_NUMBER = 4
+FEATURES_HELD = 4
+"""Of each channel at once: the skip, what comes from below, and the two side by side."""
 WORLD_AXES = {"x": 0, "y": 1, "z": 2}
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The world axis across each plane."""
@@ -41,8 +46,51 @@ BENDING = 1 / 12
 def build_network(description: ModelDescription) -> SegmentationNetwork:
     """The network that a model's description asks for, with fresh weights; it takes volumes.
 
-    Raises ModelError where that is a module which Python must give.
+    Raises ConfigError where its weights alone would take more memory than is free, and ModelError
+    where it is a module which Python must give.
     """
+    count = sum(math.prod(shape) for shape in weight_shapes(description).values())
+    free = free_memory()
+    if count * BYTES_PER_NUMBER > free:
+        raise ConfigError(
+            f"network: {count:,} weights take {in_words(count * BYTES_PER_NUMBER)} of memory, and "
+            f"{in_words(free)} are free; take fewer network.channels"
+        )
+    return _network(description)
+
+
+def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
+    """Raise ConfigError where the features of a window alone would outgrow free memory.
+
+    Counted are those of the finest level where a skip is joined, the least that any U-Net holds.
+    """
+    if description.network.given is not None:
+        return
+    width = description.network.channels[0]
+    needed = FEATURES_HELD * width * math.prod(patch_size) * BYTES_PER_NUMBER
+    free = free_memory()
+    if needed > free:
+        size = " x ".join(map(str, patch_size))
+        raise ConfigError(
+            f"patch_size: the features of {size} voxels take {in_words(needed)} of memory or more, "
+            f"and {in_words(free)} are free; this model needs a larger machine"
+        )
+
+
+def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight that the network will have; none is made for this.
+
+    Raises ConfigError where there can be no such network.
+    """
+    try:
+        with device("meta"):
+            unet = unet_of(_network(description))
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"network: cannot be built: {' '.join(str(error).split())}") from None
+    return {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+
+
+def _network(description: ModelDescription) -> SegmentationNetwork:
     config = description.network
     if config.given is not None:
         raise ModelError(

@@ -14,7 +14,7 @@ from typing import Any
 from segkit.config import FirstStage, ModelDescription
 from segkit.data.cases import Case, Dataset, read_case
 from segkit.data.first_stage import majority, out_of_fold
-from segkit.errors import ModelError
+from segkit.errors import DatasetError, ModelError
 from segkit.inference.predictor import Predictor
 from segkit.model import (
     DESCRIPTION,
@@ -27,6 +27,7 @@ from segkit.model import (
     model_folder,
 )
 from segkit.settle import Track
+from segkit.untrusted import read_json_object
 from segkit.volume import Volume, write_volume
 
 Segment = Callable[[Volume], Volume]
@@ -75,7 +76,7 @@ def held_out_of(folder: Path) -> frozenset[str]:
     """Names of the cases that the run of a model held out, by its summary; none without one."""
     path = folder.parent / SUMMARY
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         return frozenset(content["validation"]["dice_of_cases"])
     except FileNotFoundError:
         return frozenset()
@@ -158,7 +159,10 @@ def _segmenter(first: FirstModel, device: str) -> Segment:
 
 
 def _digest(case: Case, models: Sequence[str]) -> str:
-    files = [(str(path.resolve()), path.stat()) for path in case.images]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in case.images]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "models": models,
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from segkit.errors import ConfigError, SegkitError
+from segkit.errors import ConfigError, SegkitError, Stopped, sentence_of
+from segkit.signals import handling
 from segkit.terminal import Commands, Json, Quiet, Verbose, console, is_verbose, say_json, start
 from segkit.terminal import complain as _complain
 from segkit.terminal import hush as _hush
@@ -86,7 +87,8 @@ def demo(
 ) -> None:
     """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
     from segkit.demo import run_demo
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     _hush()
     run_demo(
@@ -222,8 +224,9 @@ def train(
     dataset = None if config is None else dataset_in(config)
     if config is not None and dataset is None:
         settings = load_config(config, overrides or ())
-    from segkit import cross_validation, training
-    from segkit.progress import Tracker, TrainingProgress
+    from segkit import cross_validation, training, two_stages
+    from segkit.progress import Tracker
+    from segkit.training_progress import TrainingProgress
 
     if dataset is not None:
         from segkit.planning import plan_dataset
@@ -267,10 +270,15 @@ def train(
                 f"{config}: is planned in two stages, and --folds trains one; write the plan first "
                 f"and give each stage its folds: segkit plan {config}"
             )
-        first = training.train(low, runs=runs, callbacks=progress, track=track)
-        _tell(first.folder, first.summary)
-        settings = training.after(settings, first)
-    if settings is not None and wanted:
+        result = two_stages.train(
+            low,
+            settings,
+            runs=runs,
+            tell=lambda first: _tell(first.folder, first.summary),
+            callbacks=progress,
+            track=track,
+        )
+    elif settings is not None and wanted:
         result = cross_validation.cross_validate(
             settings, wanted, runs=runs, say=_say, callbacks=progress, track=track
         )
@@ -285,7 +293,12 @@ def train(
         elif wanted:
             raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
         else:
-            result = training.resume(resume, callbacks=progress, track=track)
+            result = two_stages.resume(
+                resume,
+                tell=lambda first: _tell(first.folder, first.summary),
+                callbacks=progress,
+                track=track,
+            )
     if isinstance(result, cross_validation.CrossValidation):
         _say(result.post_processing())
     _tell(result.folder, result.summary)
@@ -670,13 +683,23 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
 
 
 def main() -> NoReturn:
-    """Run the command; what a user can cause is one line on stderr and exit code 2."""
+    """Run the command; what a user can cause is one line on stderr and exit code 2.
+
+    Stopped by a signal, the exit code is the shell's for it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     start()
     try:
-        app()
+        with handling():
+            app()
     except SegkitError as error:
         if is_verbose():
             traceback.print_exc()
         _complain(str(error))
         sys.exit(2)
+    except OSError as error:
+        _complain(sentence_of(error))
+        sys.exit(2)
+    except Stopped as stopped:
+        _complain(str(stopped))
+        sys.exit(128 + stopped.signum)
     sys.exit(0)

@@ -3,6 +3,8 @@
 Nothing here imports torch, and no setting names a Python class. `segkit.config_file` reads them.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,9 +16,15 @@ from segkit.config_attention import (
     SelfAttention,
     UTransformerGate,
 )
-from segkit.config_base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.config_base import Few, Millimetres, Name, Positive, Section, Share, Width, kind_alone
 from segkit.config_files import FilesConfig, LabelCode
 from segkit.labelling import Labelling
+
+MOST_VOXELS = 2**27
+"""Of a patch: 512 x 512 x 512."""
+MOST_IN_BATCH = 2**31
+MOST_TOKENS = 2**16
+"""Of a window of attention."""
 
 
 class GivenModule(Section):
@@ -32,11 +40,11 @@ class NetworkConfig(Section):
     """A U-Net in two or three dimensions, and the attention in it."""
 
     spatial_dims: Literal[2, 3] = 3
-    channels: list[Positive] = Field([16, 32, 64, 128], min_length=2)
+    channels: list[Width] = Field([16, 32, 64, 128], min_length=2, max_length=16)
     """Feature channels of each level, finest first."""
-    strides: list[list[Positive]] | None = None
+    strides: list[list[Few]] | None = None
     """Per step down, the stride along each axis; 2 everywhere where not given."""
-    kernels: list[list[Positive]] | None = None
+    kernels: list[list[Few]] | None = None
     """Per level, the convolution size along each axis (odd); 3 everywhere where not given."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
@@ -146,6 +154,28 @@ class NetworkConfig(Section):
                 f"network.attention.bottleneck.window must hold {self.spatial_dims} numbers, "
                 f"as network.spatial_dims is {self.spatial_dims}"
             )
+        if math.prod(window or ()) > MOST_TOKENS:
+            raise ValueError(
+                f"network.attention.bottleneck.window {window} holds more than {MOST_TOKENS:,} "
+                f"voxels; give it fewer"
+            )
+
+    def check_patch(self, patch: Sequence[int], name: str) -> None:
+        """Raise ValueError unless the network can work on such a patch."""
+        total = self.total_stride
+        if len(patch) != len(total):
+            raise ValueError(
+                f"{name} {patch} must have {len(total)} numbers, "
+                f"as network.spatial_dims is {len(total)}"
+            )
+        if any(size % stride for size, stride in zip(patch, total, strict=True)):
+            raise ValueError(
+                f"{name} {patch} must be multiples of {total}, the product of network.strides"
+            )
+        if math.prod(patch) > MOST_VOXELS:
+            raise ValueError(
+                f"{name} {patch} holds more than {MOST_VOXELS:,} voxels; make it smaller"
+            )
 
 
 class ZScore(Section):
@@ -224,7 +254,7 @@ class DataConfig(Section):
     image. Labels of a case come from the runs that held it out, or else from all of them. A model
     does better on cases that it was trained on than on new ones, so that the five folds of a
     cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that cut patches."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
@@ -238,6 +268,11 @@ class DataConfig(Section):
             )
         if self.elastic and not self.augment and self.synthesis is None:
             raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
+        if self.batch_size * math.prod(self.patch_size) > MOST_IN_BATCH:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} of data.patch_size {self.patch_size} comes to "
+                f"more than {MOST_IN_BATCH:,} voxels; make either smaller"
+            )
         return self
 
 
@@ -265,7 +300,7 @@ class TrainConfig(Section):
     in their stead; none where not given."""
     start_from: Path | None = None
     """A run or model folder whose weights to begin with, wherever name and shape are the same."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class TrainerConfig(Section):
@@ -299,16 +334,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:
         patch, total = self.data.patch_size, self.network.total_stride
-        if len(patch) != len(total):
-            raise ValueError(
-                f"data.patch_size {patch} must have {len(total)} numbers, "
-                f"as network.spatial_dims is {len(total)}"
-            )
-        if any(size % stride for size, stride in zip(patch, total, strict=True)):
-            raise ValueError(
-                f"data.patch_size {patch} must be multiples of {total}, "
-                f"the product of network.strides"
-            )
+        self.network.check_patch(patch, "data.patch_size")
         coarsest = [size // stride for size, stride in zip(patch, total, strict=True)]
         normalised = self.network.given is None and self.network.normalisation == "instance"
         if normalised and set(coarsest) == {1}:
@@ -337,20 +363,23 @@ class Postprocessing(Section):
     """The numbers of the labels of which, after that, only the largest component stays."""
 
 
+LabelNumber = Annotated[int, Field(ge=0, lt=2**16)]
+
+
 class ModelDescription(Section):
     """All that prediction needs beside the weights; the content of `model.json`."""
 
     format: Literal[1] = 1
     segkit: str
     """The version that wrote it."""
-    run: str
-    channels: list[str]
+    run: Name
+    channels: list[Name]
     """Names of the input's channels, in order."""
-    labels: dict[str, int]
+    labels: Annotated[dict[Name, LabelNumber], Field(min_length=2)]
     """Names of the classes or regions and the numbers they are written as, 0 the background."""
-    regions: dict[str, list[int]] = Field({})
+    regions: dict[str, Annotated[list[LabelNumber], Field(min_length=1)]] = Field({})
     """In the order they are written, the numbers in label files of each region; classes if none."""
-    ignore: int | None = None
+    ignore: LabelNumber | None = None
     """The number in label files of voxels that nobody labelled."""
     codes: dict[str, LabelCode] = Field({})
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
@@ -369,9 +398,16 @@ class ModelDescription(Section):
     postprocessing: Postprocessing = Postprocessing()
 
     @model_validator(mode="after")
-    def _regions_are_written(self) -> Self:
+    def _parts_fit(self) -> Self:
         if unknown := [name for name in self.regions if name not in self.labels]:
             raise ValueError(f"regions holds {unknown[0]!r}, for which labels has no number")
+        numbers = list(self.labels.values())
+        if not self.regions and numbers != list(range(len(numbers))):
+            raise ValueError(f"labels must be numbered 0, 1, 2, … in order, found {numbers}")
+        named = list(self.labels)
+        if self.regions and (numbers[0] != 0 or named[1:] != list(self.regions)):
+            raise ValueError(f"labels must be the background, 0, and the regions, found {named}")
+        self.network.check_patch(self.patch_size, "patch_size")
         return self
 
     @property

@@ -8,10 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from segkit.config_base import Positive, Section, kind_alone
+from segkit.config_base import Few, Positive, Section, Width, kind_alone
 
 Levels = list[Annotated[int, Field(ge=0)]]
-Heads = Positive | Annotated[list[Positive], Field(min_length=1)]
+Heads = Width | Annotated[list[Width], Field(min_length=1)]
 
 
 class AdditiveGridGate(Section):
@@ -24,7 +24,7 @@ class AdditiveGridGate(Section):
     """Each voxel on its own; a share of all voxels, by softmax or by height above the lowest; or
     open and shut alone, learned through noise that vanishes in prediction. Shares depend on all of
     a window."""
-    gates: Positive = 1
+    gates: Few = 1
     """Gates side by side at each level, for tasks of several classes."""
     initial_bias: float = 3.0
     """Of `sigmoid` and `hard` gates, the bias of the last convolution: they start at sigmoid(3) =
@@ -57,7 +57,7 @@ class CrossAttention(Section):
     heads: Heads | None = None
     """Heads of every level, or a list, one number per level with attention, the finest first. Where
     not given, as many as the level's channels have room for."""
-    head_channels: Positive = 32
+    head_channels: Width = 32
     """The width of each head."""
 
 
@@ -69,7 +69,7 @@ class UTransformerGate(Section):
     """Levels that are gated; all but the finest, 0, where not given."""
     heads: Heads | None = None
     """As for `cross_attention`."""
-    head_channels: Positive = 32
+    head_channels: Width = 32
     """The width of each head."""
     initial_bias: float = 3.0
     """The gates start near sigmoid(3) = 0.95, nearly open."""
@@ -96,7 +96,7 @@ class ConvolutionalBlockAttention(Section):
     kind: Literal["cbam"] = "cbam"
     reduction: Positive = 16
     """Channels are squeezed by this factor, but to no fewer than 4."""
-    kernel_size: Positive = 7
+    kernel_size: Few = 7
     """Size of the spatial convolution along each axis, odd."""
 
 
@@ -106,7 +106,7 @@ class BottleneckAttention(Section):
     kind: Literal["bam"] = "bam"
     reduction: Positive = 16
     """Channels are squeezed by this factor, but to no fewer than 8."""
-    dilation: Positive = 4
+    dilation: Few = 4
     """Spacing of the spatial convolutions' cells."""
 
 
@@ -124,7 +124,7 @@ class PooledSpatialAttention(Section):
     """The spatial half of CBAM alone."""
 
     kind: Literal["spatial"] = "spatial"
-    kernel_size: Positive = 7
+    kernel_size: Few = 7
     """Size of the convolution along each axis, odd."""
 
 
@@ -148,14 +148,14 @@ class SelfAttention(Section):
     """Multi-head self-attention of Vaswani et al. 2017 among the coarsest level's voxels."""
 
     kind: Literal["self_attention"] = "self_attention"
-    heads: Positive | None = None
+    heads: Width | None = None
     """As many as the level's channels have room for where not given."""
-    head_channels: Positive = 32
+    head_channels: Width = 32
     """The width of each head."""
     positions: Literal["none", "sincos", "relative", "rotary"] = "relative"
     """What the attention knows of them: nothing, sines and cosines (Vaswani), a learned bias per
     offset (Swin), or queries and keys turned along each axis (RoPE)."""
-    window: Annotated[list[Positive], Field(min_length=2, max_length=3)] | None = None
+    window: Annotated[list[Width], Field(min_length=2, max_length=3)] | None = None
     """Voxels of the coarsest level along each axis among which attention is paid; all of a patch's
     where not given."""
 
@@ -164,7 +164,7 @@ class AdditiveSelfAttention(Section):
     """Additive self-attention (Bahdanau et al. 2015) among the coarsest level's voxels."""
 
     kind: Literal["additive_self"] = "additive_self"
-    width: Positive = 32
+    width: Width = 32
     """Of the hidden layer that compares two voxels."""
 
 
@@ -180,7 +180,7 @@ class GatedPooling(Section):
     """Presence of each class from a mean weighted by gated attention (Ilse et al. 2018)."""
 
     kind: Literal["gated"] = "gated"
-    width: Positive = 128
+    width: Width = 128
     """Of its two hidden layers."""
     weight: Annotated[float, Field(gt=0)] = 0.1
     """Of presence in the loss, beside 1 for the segmentation."""

@@ -1,7 +1,7 @@
 """Settings from a YAML file and `KEY=VALUE` words, and the sentence that refuses a wrong one.
 
 A YAML file states what differs from the defaults in `segkit.config`; trailing `KEY=VALUE` words
-change it further. The file is read by `safe_load`: nothing in it can run.
+change it further. The file holds plain values: nothing in it can run.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from segkit.config import Config
 from segkit.config_base import Section
 from segkit.config_files import DatasetConfig
 from segkit.errors import ConfigError
+from segkit.untrusted import parse_yaml, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -65,10 +66,10 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises ConfigError where it holds anything else."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-99-99
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(tree, dict):
@@ -101,8 +102,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not (key and equals):
         raise ConfigError(f"expected KEY=VALUE such as train.steps=500, found {override!r}")
     try:
-        value = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        value = parse_yaml(text)
+    except ValueError:
         raise ConfigError(f"cannot read the value of {override!r} as YAML; quote it") from None
     *sections, name = key.split(".")
     for depth, section in enumerate(sections):

@@ -6,7 +6,6 @@ Each fold is a run of its own. Every case is held out by one of them, so that to
 Dice of cases that were not trained on, and by it whether to keep largest components alone.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ from segkit.errors import ConfigError, SegkitError
 from segkit.files import write_json
 from segkit.metrics.overlap import mean_of_defined
 from segkit.model import FOLD, SUMMARY, adopt, load_description
-from segkit.run_folder import new_run_folder
+from segkit.run_folder import claimed, new_run_folder
 from segkit.settle import Track
+from segkit.signals import advising
+from segkit.untrusted import read_json_object
 from segkit.volume import read_grid
 
 RECORD = "cross_validation.json"
@@ -105,7 +106,8 @@ def cross_validate(
     record = Record(folds=sorted(set(folds)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+        with claimed(folder), advising(_how_to_go_on(folder)):
+            return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
             shutil.rmtree(folder)
@@ -131,7 +133,8 @@ def resume(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
         raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
-    return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+    with claimed(folder), advising(_how_to_go_on(folder)):
+        return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
 def is_cross_validation(folder: Path) -> bool:
@@ -224,16 +227,19 @@ def summarise(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, An
     }
 
 
+def _how_to_go_on(folder: Path) -> str:
+    return f"segkit train --resume {folder} goes on from there"
+
+
 def _fold(folder: Path, fold: int) -> Path:
     return folder / f"{FOLD}{fold}"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-    return content
 
 
 def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:

@@ -23,6 +23,7 @@ from segkit.geometry import Grid
 from segkit.inference.predictor import Prediction, Predictor, map_on_source
 from segkit.montage import Panel, write_montage
 from segkit.settle import Track
+from segkit.signals import advising
 from segkit.training import train
 from segkit.volume import Volume, write_volume
 
@@ -65,12 +66,13 @@ def run_demo(
     scan, reference = load_template()
     dataset = out / "dataset"
     write_dataset(dataset, scan, reference)
-    run = train(
-        demo_config(dataset, contrast=contrast, steps=steps),
-        runs=out / "runs",
-        callbacks=callbacks,
-        track=track,
-    )
+    with advising("segkit demo --overwrite begins anew"):
+        run = train(
+            demo_config(dataset, contrast=contrast, steps=steps),
+            runs=out / "runs",
+            callbacks=callbacks,
+            track=track,
+        )
     say("Segmenting the real T1 scan …")
     prediction = Predictor(run.model)(scan, maps=True)
     write_volume(out / "scan.nii.gz", scan)

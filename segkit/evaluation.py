@@ -1,6 +1,6 @@
 """`segkit evaluate`: predictions against references, file by file."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ import numpy as np
 
 from segkit.data.dataset_file import read_labelling
 from segkit.errors import VolumeError
+from segkit.files import checksum
 from segkit.labelling import Labelling
-from segkit.metrics.table import CaseScores, Json, Summary, score_case, summarise, to_json
+from segkit.metrics.table import CaseScores, Summary, score_case, summarise, to_json
+from segkit.provenance import PROVENANCE, checksums, versions
 from segkit.volume import SUFFIXES, read_labels, stem_of
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -22,10 +24,12 @@ class Evaluation:
 
     cases: Sequence[CaseScores]
     summary: Summary
+    made: Mapping[str, Any]
+    """Of which files, with which settings and by which versions."""
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
-        return to_json(self.cases, self.summary)
+        return {**to_json(self.cases, self.summary), PROVENANCE: dict(self.made)}
 
 
 def evaluate(
@@ -56,7 +60,8 @@ def evaluate(
     )
     if not rows:
         raise VolumeError(f"{references}: holds background alone; there is nothing to score")
-    return Evaluation(rows, summarise(rows))
+    made = scored_by(pairs, labels_file(references, labels), tolerance_mm=tolerance_mm)
+    return Evaluation(rows, summarise(rows), made)
 
 
 MOST_LABELS = 1000
@@ -93,14 +98,38 @@ def find_labelling(references: Path, labels: Path | None) -> Labelling | None:
 
     Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
     """
+    path = labels_file(references, labels)
+    return None if path is None else read_labelling(path)
+
+
+def labels_file(references: Path, labels: Path | None) -> Path | None:
+    """The dataset.json that says what is told apart: the one given, or one beside or above.
+
+    Raises VolumeError where the one given is not there.
+    """
     folder = references if references.is_dir() else references.parent
     candidates = [labels] if labels else [folder / "dataset.json", folder.parent / "dataset.json"]
     for path in candidates:
         if path.is_file():
-            return read_labelling(path)
+            return path
     if labels:
         raise VolumeError(f"{labels}: no such file; check the path")
     return None
+
+
+def scored_by(
+    pairs: Iterable[tuple[str, Path, Path]], labels: Path | None, *, tolerance_mm: float
+) -> dict[str, Any]:
+    """What scores were made of: settings, the files of each case, and versions."""
+    return {
+        "tolerance_mm": tolerance_mm,
+        "labels": checksums([labels] if labels else []),
+        "inputs": [
+            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
+            for name, prediction, reference in pairs
+        ],
+        "versions": versions(),
+    }
 
 
 def score_pairs(

@@ -1,6 +1,6 @@
 """`segkit explain`: what a model attends to, measured, and what its heads are worth."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,24 @@ from segkit.explain.reach import HeadReach
 from segkit.explain.report import rows_as_csv
 from segkit.explain.study import ABLATIONS, Worth, cohort_figures
 from segkit.explained import Explanation, explain, facts_of
-from segkit.files import refuse_existing, write_json, write_text
+from segkit.files import (
+    begin,
+    finish,
+    left_behind,
+    refuse_existing,
+    sweep,
+    write_json,
+    write_text,
+)
 from segkit.inference.predictor import Predictor
 from segkit.inputs import Input, failure, read_input
+from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
 from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -89,12 +99,15 @@ def explain_files(
     One bad volume does not stop the others, and is left out of what is said of all. Where results
     may be overwritten, what earlier ones had and the new ones have not is removed.
     """
-    check_targets(inputs, folder, overwrite=overwrite)
+    targets = check_targets(inputs, folder, overwrite=overwrite)
+    for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
+        sweep(place)
     labels = {} if references is None else find_references(inputs, references)
     finished: list[CaseFigures] = []
     rows: list[dict[str, Any]] = []
     worths: list[Worth] = []
     left_out: dict[str, str] = {}
+    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -108,42 +121,66 @@ def explain_files(
                 studies=studies,
                 track=lambda slabs, count: track(slabs, "explaining", count),
             )
-            written = write_explanation(place, explanation)
+            made = made_by(predictor, asked, source.files)
+            if path is not None:
+                made["reference"] = checksums([path])
+            begin(folder / PAGE, targets)
+            written = write_explanation(place, explanation, made)
         except (SegkitError, OSError) as error:
             left_out[source.name] = failure(source, error)
             yield Explained(source.name, error=left_out[source.name])
             continue
-        _remove(_of_volume(source.name, place), but=written)
+        _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
         yield Explained(source.name, written, explanation.reach, verdicts)
         worths += [found for found in explanation.findings if isinstance(found, Worth)]
         rows += explanation.rows()
         finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
     if len(inputs) == 1 or not finished:
+        finish(folder / PAGE)
         return
     facts = facts_of(predictor)
     if left_out:
         facts["scans left out"] = "; ".join(left_out.values())
     write_text(folder / COHORT, rows_as_csv(rows))
-    written_of_all = [folder / COHORT, folder / PAGE]
+    written_of_all = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
     pooled: Sequence[Verdict] = ()
+    figures: dict[str, Any] = {}
     if worths:
         pooled, figures = cohort_figures([found.evidence for found in worths])
-        write_json(folder / COHORT_FIGURES, {"scans": len(finished), "made": facts, **figures})
         ablated = [row for found in worths for row in found.rows[ABLATIONS]]
         write_text(folder / ABLATIONS, rows_as_csv(ablated))
-        written_of_all += [folder / COHORT_FIGURES, folder / ABLATIONS]
+        written_of_all.append(folder / ABLATIONS)
         conclude(pooled)
+    made = made_by(predictor, asked, (file for source in inputs for file in source.files))
+    about = {"scans": len(finished), "made": facts, PROVENANCE: made}
+    write_json(folder / COHORT_FIGURES, {**about, **figures})
     write_text(folder / PAGE, cohort_text(finished, facts, pooled))
     _remove(_of_cohort(folder), but=written_of_all)
+    finish(folder / PAGE)
 
 
-def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...]:
-    """Write all that `explain_files` does of one volume, and return the files, the labels first."""
+def write_explanation(
+    folder: Path, explanation: Explanation, made: Mapping[str, Any]
+) -> tuple[Path, ...]:
+    """Write all that `explain_files` does of one volume, and return the files, the labels first.
+
+    `made` is what made it, told in each JSON file.
+    """
     name = explanation.name
     labels = folder / f"{name}_seg.nii.gz"
     write_volume(labels, explanation.labels)
-    maps = write_maps(folder, name, explanation.maps, explanation.scan, reach=explanation.reach)
+    sidecar = folder / f"{name}_seg.json"
+    numbers = {label: number for number, label in explanation.label_names.items()}
+    write_json(sidecar, {"labels": numbers, PROVENANCE: made})
+    maps = write_maps(
+        folder,
+        name,
+        explanation.maps,
+        explanation.scan,
+        reach=explanation.reach,
+        made={PROVENANCE: made},
+    )
     write_text(folder / TABLE, rows_as_csv(explanation.rows()))
     write_json(
         folder / FIGURES,
@@ -152,6 +189,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
             "against": explanation.against,
             "tolerance_mm": explanation.tolerance_mm,
             "made": explanation.facts,
+            PROVENANCE: made,
             "dice": explanation.dice,
             "measures": [vars(measure) for measure in explanation.measures],
             **{found.name: dict(found.figures) for found in explanation.findings},
@@ -161,7 +199,7 @@ def write_explanation(folder: Path, explanation: Explanation) -> tuple[Path, ...
     for file, rows in tables.items():
         write_text(folder / file, rows_as_csv(rows))
     write_page(folder / PAGE, explanation.page())
-    return (labels, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
+    return (labels, sidecar, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
@@ -189,6 +227,14 @@ def explain_heads(
         whole,
         {
             "cases": [case.name for case in cases],
+            PROVENANCE: {
+                **made_by(
+                    predictor,
+                    asked_of(predictor),
+                    (file for source in inputs for file in source.files),
+                ),
+                "reference": checksums(paths.values()),
+            },
             "positions": [
                 {
                     "position": position.position,
@@ -207,34 +253,48 @@ def explain_heads(
     return figures
 
 
-def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> None:
-    """Raise VolumeError where what `explain_files` would write is there already, or is an input.
+def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
+    """What `explain_files` would write, but for the maps.
 
-    Or where two volumes of one name would share their files.
+    Raises VolumeError where some of it is there already, unless a run that was stopped left it, or
+    is an input, or where two volumes of one name would share their files.
     """
     files = {file.resolve() for source in inputs for file in source.files}
     names: set[str] = set()
     targets: list[Path] = []
+    maps: list[Path] = []
     for source in inputs:
         if source.name in names:
             raise VolumeError(
                 f"{source.files[0]}: another volume is called {source.name} too; rename one"
             )
         names.add(source.name)
-        targets += _of_volume(source.name, case_folder(source, inputs, folder))
+        place = case_folder(source, inputs, folder)
+        targets += _of_volume(source.name, place)
+        maps += _maps_of(source.name, place)
     if len(inputs) > 1:
         targets += _of_cohort(folder)
-    for target in targets:
+    for target in (*targets, *maps):
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    refuse_existing(targets, overwrite=overwrite)
+    left = left_behind(folder / PAGE)
+    refuse_existing(targets, overwrite=overwrite, left=left)
+    if not left:
+        refuse_existing(maps, overwrite=overwrite)
+    return targets
 
 
 def _of_volume(name: str, folder: Path) -> list[Path]:
-    """What may be written of one volume, or is there of it: maps, whose names a model sets."""
+    """What may be written of one volume, but for maps."""
     return [
-        *(folder / f"{name}{ending}" for ending in ("_seg.nii.gz", "_maps.json")),
+        *(folder / f"{name}{ending}" for ending in ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
+    ]
+
+
+def _maps_of(name: str, folder: Path) -> list[Path]:
+    """The maps that are there of one volume; a model sets their names."""
+    return [
         *folder.glob(f"{name}_map-*.nii.gz"),
         *folder.glob(f"native/{name}_map-*.nii.gz"),
     ]

@@ -6,23 +6,24 @@ Neither can run code when it is read, and neither names any. The weights of a mo
 gave (`network.given`) are those of its own state, and it must be given again to be loaded.
 """
 
-import json
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from segkit.build import build_network, wrap_network
+from segkit.build import build_network, weight_shapes, wrap_network
 from segkit.config import ModelDescription, Postprocessing
 from segkit.config_file import validated
 from segkit.errors import ConfigError, ModelError
-from segkit.files import whole, write_json
+from segkit.files import checksum, json_text, whole, write_json
 from segkit.nn.planes import SegmentationNetwork, weights_of
+from segkit.untrusted import read_json_object
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -54,13 +55,11 @@ def save_model(folder: Path, model: Model) -> None:
     """
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
-    state = {
-        # Copied, as weights that share memory, which a given module may have, are not written.
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in _weights(model).items()
-    }
     with whole(folder / WEIGHTS) as partial:
-        save_file(state, partial)
+        try:
+            save_file(_savable(model), partial)
+        except SafetensorError as error:
+            raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 
@@ -113,12 +112,19 @@ def load_description(folder: Path) -> ModelDescription:
     """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
     source = folder / DESCRIPTION
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-        return validated(ModelDescription, content, str(source))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        description = validated(ModelDescription, read_json_object(source), str(source))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
+    if len(description.normalisation) != len(description.channels):
+        raise ModelError(
+            f"{source}: expected a normalisation for each of {len(description.channels)} channels, "
+            f"found {len(description.normalisation)}"
+        )
+    if any(None in setting.model_dump().values() for setting in description.normalisation):
+        raise ModelError(f"{source}: its CT window lacks numbers; was it made by segkit train?")
+    return description
 
 
 def _with_weights(
@@ -127,18 +133,60 @@ def _with_weights(
     first: tuple[Model, ...],
     module: nn.Module | None = None,
 ) -> Model:
-    network = build_network(description) if module is None else wrap_network(description, module)
-    model = Model(description, network, first, folder)
+    source = folder / WEIGHTS
+    if not source.is_file():
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
     try:
-        weights_of(network).load_state_dict(load_file(folder / WEIGHTS))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
+        # Held against what the file says it holds before there is either network or weights, so
+        # that neither can be larger than the file.
+        if module is None:
+            _check_fit(_shapes_in(source), weight_shapes(description))
+            network = build_network(description)
+        else:
+            network = wrap_network(description, module)
+        model = Model(description, network, first, folder)
+        weights = load_file(source)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are not numbers")
+        weights_of(network).load_state_dict(weights)
+    except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
     # A module that was given may lie on a GPU.
     model.network.cpu().eval()
     return model
+
+
+def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
+    """What a weights file says it holds."""
+    with safe_open(source, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check_fit(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError for the first tensor that is missing, unknown, or of another shape."""
+    for name in [*expected, *found]:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} is no weight of the network")
+        if found[name] != expected[name]:
+            raise ValueError(f"{name} is {found[name]} where {expected[name]} is expected")
+
+
+def checksums_of(model: Model) -> dict[str, str]:
+    """The SHA-256 of a model's files, as they are or as `save_model` would write them."""
+    if model.folder is not None:
+        files = [model.folder / name for name in (DESCRIPTION, WEIGHTS)]
+        return {file.name: checksum(file) for file in files}
+    contents = {
+        DESCRIPTION: json_text(model.description.model_dump(mode="json")).encode(),
+        WEIGHTS: save(_savable(model)),
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def adopt(folder: Path, postprocessing: Postprocessing) -> None:
@@ -204,6 +252,14 @@ def newest_model(runs: Path) -> Path:
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
     return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def _savable(model: Model) -> dict[str, torch.Tensor]:
+    # Copied, as weights that share memory, which a given module may have, are not written.
+    return {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in _weights(model).items()
+    }
 
 
 def _weights(model: Model) -> dict[str, torch.Tensor]:

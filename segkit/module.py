@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
+from segkit.data.augment import Vary
 from segkit.errors import TrainingError
 from segkit.losses import (
     deep_dice_binary_cross_entropy,
@@ -19,7 +20,6 @@ from segkit.metrics.overlap import Overlap, confusion_matrix
 from segkit.nn.gates import anneal
 from segkit.nn.planes import SegmentationNetwork
 
-Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 Segment = Callable[[SegmentationNetwork, Tensor], Tensor]
 
 

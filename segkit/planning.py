@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,12 @@ from segkit.data.rules import Numbers
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
 from segkit.nn.unet import UNet
-from segkit.processor import half_pays, multiply_adds_per_second, step_seconds
+from segkit.processor import (
+    half_pays,
+    measured_once,
+    multiply_adds_per_second,
+    step_seconds,
+)
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
@@ -33,6 +39,10 @@ ENOUGH_STEPS = 10_000
 SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
 GPU_STEPS = 20_000
+SPEED = "speed.json"
+"""In the cache: what was timed of this processor, so that one dataset has one plan."""
+STEP_OF = ("spatial_dims", "channels", "strides", "kernels", "patch_size", "batch_size")
+"""What of a plan decides how long a step takes."""
 NNUNET_STEPS = 250_000
 VALIDATIONS = 20
 AVERAGING = 0.999
@@ -84,7 +94,10 @@ def plan_dataset(
     numbers, kind = measured.numbers(), choose_device(device).type
     own_schedule = preset == "nnunet"
     timed = kind == "cpu" and not own_schedule
-    speed = multiply_adds_per_second() if timed else None
+    figures = cache / SPEED
+    speed = None
+    if timed:
+        speed = measured_once(figures, {"what": "multiply-adds"}, multiply_adds_per_second)
 
     def within(minutes: float) -> Plan:
         if speed is None:
@@ -115,9 +128,18 @@ def plan_dataset(
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
         first_classes = list(dataset.labelling.value_names[1:]) if first else []
         if timed:
-            steps, why_steps = _steps_within(
-                minutes, seconds_of_step(plan, numbers, label_classes=len(first_classes))
+            step = {
+                "what": "step",
+                **{name: getattr(plan, name) for name in STEP_OF},
+                "channels_in": len(numbers.channels),
+                "classes": [numbers.num_classes, len(first_classes)],
+            }
+            seconds = measured_once(
+                figures,
+                step,
+                partial(seconds_of_step, plan, numbers, label_classes=len(first_classes)),
             )
+            steps, why_steps = _steps_within(minutes, seconds)
         tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
         reasons["train.steps"] = why_steps
         if first is not None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from segkit.config import ModelDescription
 from segkit.dicom_segmentation import write_dicom_segmentation
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.maps import write_maps
-from segkit.files import refuse_existing, write_json
+from segkit.files import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.inference.predictor import Prediction, Predictor, Track
 from segkit.inputs import Input, failure, find_inputs, parse_shard, read_input
 from segkit.label_statistics import label_statistics
 from segkit.montage import write_montage
+from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
 from segkit.scratch import OnDisk
 from segkit.series import SUFFIX as DICOM_SUFFIX
 from segkit.series import choose_series
@@ -72,8 +72,19 @@ class Targets:
 
     @property
     def all(self) -> list[Path]:
-        """Those that are asked for, the labels first."""
-        return [path for path in vars(self).values() if path is not None]
+        """Those that are asked for, the labels first, and what tells how volumes were made."""
+        asked = [path for path in vars(self).values() if path is not None]
+        volumes = (self.labels, self.probabilities, self.entropy, self.variance)
+        return [*asked, *(sidecar_of(path) for path in volumes if path is not None)]
+
+
+def sidecar_of(volume: Path) -> Path:
+    """The JSON file beside a volume that is written, which tells how it was made."""
+    return volume.with_name(f"{_stem(volume)}.json")
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(DICOM_SUFFIX)] if _is_dicom(path) else stem_of(path)
 
 
 def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool = False) -> Path:
@@ -127,9 +138,9 @@ def predict_files(
     Of `shard` (I, N), every N-th input is segmented, from the I-th on. The next volume is read and
     the last result written while the network works, so that three volumes are held at most.
 
-    Nothing is overwritten unless it may be. For an input of a folder that is no failure: where all
-    results are there it is left alone, and where the labels are missing, which come last, the rest
-    is what a stopped run left and is made anew.
+    Nothing is overwritten unless it may be, or a stopped run left it. For an input of a folder that
+    is no failure: where all results are there it is left alone, and where the labels are missing,
+    which come last, the rest is what a stopped run left and is made anew.
 
     `statistics` are those of `label_statistics`, `preview` a picture of three planes, and labels
     are written `as_dicom` as DICOM segmentations. Raises SegkitError where what these need is not
@@ -149,7 +160,7 @@ def predict_files(
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
             continue
-        owner = owners.setdefault(labels.resolve(), source)
+        owner = owners.setdefault(sidecar_of(labels.resolve()), source)
         if owner is not source:
             twice = VolumeError(f"{labels}: is the result of {owner.files[0]} as well; rename one")
             planned.append((source, _failed(source, twice)))
@@ -165,16 +176,21 @@ def predict_files(
             preview=preview,
         )
         planned.append((source, targets))
+    for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
+        sweep(folder)
     files = {file.resolve() for source in inputs for file in source.files}
+    asked = asked_of(predictor)
 
-    def begin(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
+    def checked(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
         if isinstance(targets, Outcome):
             return targets
+        finished = source.of_folder and not overwrite and targets.labels.exists()
         try:
             _refuse(source, targets, files, overwrite=overwrite)
+            if finished:
+                check_asked(targets.labels, sidecar_of(targets.labels), asked)
         except VolumeError as error:
             return _failed(source, error)
-        finished = source.of_folder and not overwrite and targets.labels.exists()
         return Outcome(source, (), kept=targets.labels) if finished else targets
 
     def segment(source: Input, targets: Targets, volume: Future[Volume]) -> Callable[[], Outcome]:
@@ -187,10 +203,15 @@ def predict_files(
             allocate=OnDisk(targets.labels.parent),
             track=track,
         )
-        return partial(_write, source, targets, prediction, image, description)
+
+        def write() -> Outcome:
+            made = {PROVENANCE: made_by(predictor, asked, source.files)}
+            return _write(source, targets, prediction, image, description, made)
+
+        return write
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        mine = ((source, begin(source, told)) for source, told in planned[number - 1 :: count])
+        mine = ((source, checked(source, told)) for source, told in planned[number - 1 :: count])
         writing: Future[Outcome] | None = None
         for source, told, volume in _read_ahead(mine, reader):
             following: Future[Outcome] = Future()
@@ -237,7 +258,7 @@ def _targets(
 ) -> Targets:
     """Results beside the labels are named after them, and after the input where its name is."""
     dicom = _is_dicom(labels)
-    stem = labels.name[: -len(DICOM_SUFFIX)] if dicom else stem_of(labels)
+    stem = _stem(labels)
     suffix = source.suffix if dicom else suffix_of(labels)
     if stem != source.name:
         stem = stem.removesuffix("_seg")
@@ -264,7 +285,8 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
             which = "the" if path in source.files else "an"
             raise VolumeError(f"{path}: is {which} input itself; name another --out")
     if not source.of_folder:
-        refuse_existing(targets.all, overwrite=overwrite)
+        left = left_behind(targets.labels)
+        refuse_existing(targets.all, overwrite=overwrite, left=left)
     elif targets.labels.exists() and not all(path.exists() for path in targets.all):
         refuse_existing([targets.labels], overwrite=overwrite)
 
@@ -275,11 +297,14 @@ def _write(
     prediction: Prediction,
     image: Volume,
     description: ModelDescription,
+    made: Mapping[str, Any],
 ) -> Outcome:
+    begin(targets.labels, targets.all)
     written = []
     labels, labelling = prediction.labels, description.labelling
     if targets.figures is not None:
-        written += write_maps(targets.figures.parent, source.name, prediction.maps, image)
+        maps = targets.figures.parent
+        written += write_maps(maps, source.name, prediction.maps, image, made=made)
     for path, volume in (
         (targets.probabilities, prediction.probabilities),
         (targets.entropy, prediction.entropy),
@@ -287,13 +312,14 @@ def _write(
     ):
         if path is not None and volume is not None:
             write_volume(path, volume)
-            written.append(path)
+            write_json(sidecar_of(path), made)
+            written += [path, sidecar_of(path)]
     if targets.presence is not None and prediction.presence is not None:
-        write_json(targets.presence, {"presence": prediction.presence})
+        write_json(targets.presence, {"presence": prediction.presence, **made})
         written.append(targets.presence)
     if targets.statistics is not None:
         figures = label_statistics(labels, image, labelling, description.channels)
-        write_json(targets.statistics, {"case": source.name, "model": description.run, **figures})
+        write_json(targets.statistics, {"case": source.name, **figures, **made})
         written.append(targets.statistics)
     if targets.preview is not None:
         write_montage(
@@ -309,6 +335,8 @@ def _write(
             through=labels.data,
         )
         written.append(targets.preview)
+    write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
+    written.append(sidecar_of(targets.labels))
     # The labels come last: where they are, everything is.
     if _is_dicom(targets.labels):
         write_dicom_segmentation(
@@ -321,6 +349,7 @@ def _write(
         )
     else:
         write_volume(targets.labels, labels)
+    finish(targets.labels)
     return Outcome(source, (targets.labels, *written), presence=prediction.presence)
 
 

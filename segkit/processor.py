@@ -1,17 +1,23 @@
 """How fast this machine's processor trains, and in which precision: what time is planned by."""
 
+import json
+import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from segkit.data.rules import multiply_adds
+from segkit.files import write_json
 from segkit.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
+from segkit.untrusted import read_json_object
 
+PROCESSORS = Path("/proc/cpuinfo")
 CHANNELS = (16, 32, 64)
 PATCH = (32, 32, 32)
 BATCH = 2
@@ -39,6 +45,38 @@ def step_seconds(
         deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
+
+
+def measured_once(file: Path, figure: Mapping[str, Any], measure: Callable[[], float]) -> float:
+    """A figure of this processor, measured once and kept in a JSON file, so that plans agree.
+
+    It is known by what it is a figure of, by the processor, by torch and by its threads.
+    """
+    about = {
+        "figure": figure,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    about = json.loads(json.dumps(about))  # a tuple comes back as a list
+    try:
+        known = read_json_object(file)["measured"]
+        found = [float(entry["value"]) for entry in known if entry["of"] == about]
+    except (OSError, ValueError, KeyError, TypeError):
+        known, found = [], []
+    if not found or not found[0] > 0:
+        found = [measure()]
+        write_json(file, {"measured": [*known, {"of": about, "value": found[0]}]})
+    return found[0]
+
+
+def _processor() -> str:
+    """The processor's name, or else its kind."""
+    try:
+        lines = PROCESSORS.read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def multiply_adds_per_second() -> float:

@@ -26,6 +26,7 @@ from segkit.estimates import margin_of, memory_of_step
 from segkit.memory import StepMemory, in_words
 from segkit.pace import finish, too_slow
 from segkit.settle import Track, check_images
+from segkit.signals import advising
 from segkit.trackers import check_installed
 from segkit.training import precision, split_of, train
 from segkit.volume import read_grid
@@ -150,7 +151,7 @@ def rehearse(config: Config, *, track: Track = lambda cases, what, count: cases)
     check_images(config, dataset, train_cases, held_out)
     spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
     watch = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="segkit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, advising("nothing is left of it"):
         try:
             run = train(
                 shortened(config, spacing, Path(folder) / "cache"),

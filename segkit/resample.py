@@ -40,8 +40,15 @@ def sample_axis(
 ) -> Float[Tensor, "..."]:
     """Values at fractional indices along one axis, by an order; at whole indices the very voxels.
 
-    Linear values lie between their neighbours'; cubic ones may overshoot at an edge.
+    Linear values lie between their neighbours'; cubic ones may overshoot at an edge. What comes
+    back lies in memory in the order of `values`, and is a part of them where no more is asked for.
     """
+    lie = sorted(range(values.ndim), key=values.stride, reverse=True)
+    sampled = _sampled(values.permute(lie), positions, lie.index(axis), order)
+    return sampled.permute([lie.index(dimension) for dimension in range(values.ndim)])
+
+
+def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Tensor:
     if order == 0:
         positions = nearest(positions)
     size = values.shape[axis]
@@ -51,7 +58,10 @@ def sample_axis(
         return _by_shares(values, cubic_shares(positions, size), positions, axis, REACH[kind])
     if (clamped % 1 != 0).any():
         return _by_shares(values, linear_shares(clamped, size), clamped, axis, 0)
-    return values.index_select(axis, torch.from_numpy(clamped).long().to(values.device))
+    indices = clamped.astype(int)
+    if len(indices) > 0 and (np.diff(indices) == 1).all():
+        return values.narrow(axis, int(indices[0]), len(indices))
+    return values.index_select(axis, torch.from_numpy(indices).to(values.device))
 
 
 def resample(

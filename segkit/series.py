@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.geometry import Grid
-from segkit.volume import LPS_TO_RAS, SUFFIXES, Volume
+from segkit.volume import LPS_TO_RAS, SUFFIXES, Volume, simple_itk
 
 MAGIC = b"DICM"
 MAGIC_AT = 128
@@ -144,7 +144,7 @@ def _pixels(one: Slice) -> ndarray:
         image = _reader(one.path).Execute()
     except RuntimeError as error:  # what SimpleITK raises for everything
         raise _unreadable(one.path, error) from None
-    values: ndarray = sitk.GetArrayFromImage(image)
+    values: ndarray = simple_itk().GetArrayFromImage(image)
     return values.reshape(one.size[1::-1]).T
 
 
@@ -250,14 +250,14 @@ def _unreadable(file: Path, error: RuntimeError) -> VolumeError:
     return VolumeError(f"{file}: cannot be read as DICOM, repair it or move it away: {reason}")
 
 
-def _reader(file: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
+def _reader(file: Path) -> Any:
+    reader = simple_itk().ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(file))
     return reader
 
 
-def _slice(file: Path, reader: sitk.ImageFileReader) -> Slice:
+def _slice(file: Path, reader: Any) -> Slice:
     size = reader.GetSize()
     thickness = _values(file, reader, THICKNESS)
     return Slice(
@@ -272,7 +272,7 @@ def _slice(file: Path, reader: sitk.ImageFileReader) -> Slice:
     )
 
 
-def _text(reader: sitk.ImageFileReader, key: str) -> str:
+def _text(reader: Any, key: str) -> str:
     """A header's text; what is no Unicode becomes question marks."""
     if not reader.HasMetaDataKey(key):
         return ""
@@ -280,7 +280,7 @@ def _text(reader: sitk.ImageFileReader, key: str) -> str:
     return text.encode("utf-8", "replace").decode().strip("\0 ")
 
 
-def _values(file: Path, reader: sitk.ImageFileReader, key: str) -> tuple[float, ...]:
+def _values(file: Path, reader: Any, key: str) -> tuple[float, ...]:
     text = _text(reader, key)
     try:
         values = tuple(float(part) for part in text.split("\\")) if text else ()

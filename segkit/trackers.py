@@ -5,7 +5,6 @@ Both by Lightning's loggers, so both obey their own environment: `WANDB_MODE=off
 the folder `mlruns` of the run. A run that is resumed goes on in the record it began.
 """
 
-import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from segkit.errors import ConfigError
 from segkit.files import write_json
+from segkit.untrusted import read_json_object
 
 RECORDS = "trackers.json"
 """In a run's folder: by tracker, the identity of its record."""
@@ -40,7 +40,7 @@ def trackers(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) ->
     """
     check_installed(names)
     path = folder / RECORDS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = _records(path) if path.is_file() else {}
     found: list[Logger] = []
     for name in dict.fromkeys(names):
         logger = OPEN[name](folder, known.get(name))
@@ -50,6 +50,13 @@ def trackers(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) ->
             known[name] = logger.version
             write_json(path, known)
     return found
+
+
+def _records(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; delete it") from None
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from segkit.build import (
     build_network,
     build_normalisers,
     build_variation,
+    check_windows,
     interpolation_order,
     mirrored,
     volume_patch,
@@ -40,11 +42,13 @@ from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
 from segkit.data.cases import Case, Dataset, fold_of, read_dataset, split
 from segkit.data.datamodule import SegmentationData
+from segkit.data.parallel import loading
 from segkit.data.sampling import PatchDataset
 from segkit.data.store import store_cases
 from segkit.errors import ConfigError
-from segkit.files import write_json, write_text
+from segkit.files import sweep, write_json, write_text
 from segkit.inference.predictor import segment_prepared
+from segkit.interruption import Interruption
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
 from segkit.nn.given import try_out
@@ -52,14 +56,21 @@ from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
     CONFIG,
+    LAST,
+    SECOND_STAGE,
+    WholeCheckpoints,
+    check_checkpoint,
     checkpoint_of,
+    claimed,
     loggers,
+    metrics_of,
     new_run_folder,
     stopped_run,
 )
 from segkit.samples import SamplePictures
 from segkit.scoring import score
 from segkit.settle import Track, check_images, describe
+from segkit.signals import advising
 from segkit.trackers import check_installed, trackers
 
 logger = logging.getLogger(__name__)
@@ -68,6 +79,7 @@ LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
 HARMLESS = (
     "Experiment logs directory",  # the run's folder holds config.yaml already
     "Checkpoint directory",
+    "You're resuming from a checkpoint that ended before the epoch",  # patches go on by the step
     "The '.*_dataloader' does not have many workers",  # a choice: data.workers
     ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
     "GPU available but not used",  # a choice: trainer.accelerator
@@ -92,25 +104,30 @@ def train(
     track: Track = lambda cases, what, count: cases,
     dataset: Dataset | None = None,
     network: nn.Module | None = None,
+    then: Config | None = None,
 ) -> Run:
     """Train the network that the config describes and write a new run's folder.
 
     `callbacks` are Lightning's, for progress; `track` may show the progress over cases; a `dataset`
     is taken instead of the one that the config names. `network` is any module that makes logits
     (batch, output, cells …) of (batch, channel, cells …), trained in place of a U-Net, where the
-    config has `network.given`. Of several processes the first alone writes
-    the folder and returns; the others end here.
+    config has `network.given`. `then` is kept in the folder as what is to be trained after, so that
+    a stop does not forget it. Of several processes the first alone writes the folder and returns;
+    the others end here.
     Raises SegkitError where the config and the dataset do not fit.
     """
-    return _train(
-        config,
-        runs=runs,
-        folder=None,
-        callbacks=callbacks,
-        track=track,
-        dataset=dataset,
-        module=network,
-    )
+    with ExitStack() as held:
+        return _train(
+            config,
+            runs=runs,
+            folder=None,
+            callbacks=callbacks,
+            track=track,
+            dataset=dataset,
+            module=network,
+            then=then,
+            held=held,
+        )
 
 
 def resume(
@@ -123,17 +140,20 @@ def resume(
     """Go on with a run that was stopped, from its last checkpoint, as if it never had been.
 
     `network` is the module of a run that trains one; its weights become the checkpoint's.
-    Raises ConfigError where there is no run to go on with, and whatever `train` raises.
+    Raises ConfigError where there is no run to go on with, or another process is at it, and
+    whatever `train` raises.
     """
     config = load_config(stopped_run(folder) / CONFIG)
-    return _train(
-        config,
-        runs=folder.parent,
-        folder=folder,
-        callbacks=callbacks,
-        track=track,
-        module=network,
-    )
+    with ExitStack() as held:
+        return _train(
+            config,
+            runs=folder.parent,
+            folder=folder,
+            callbacks=callbacks,
+            track=track,
+            module=network,
+            held=held,
+        )
 
 
 def _train(
@@ -143,11 +163,17 @@ def _train(
     folder: Path | None,
     callbacks: Sequence[Callback],
     track: Track,
+    held: ExitStack,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    then: Config | None = None,
 ) -> Run:
+    """`held` keeps the run's folder for this process until it is closed."""
     check_installed(config.trainer.loggers)
     first = getattr(rank_zero_only, "rank", 0) == 0
+    if folder is not None and first:
+        _hold(held, folder)
+        sweep(folder)
     dataset = dataset or read_dataset(config.data.folder, config.data.files)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
@@ -156,6 +182,8 @@ def _train(
         update={"mirror": mirrored(config.data, list(dataset.labels))}
     )
     config = resolved(config, description)
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        check_windows(description, (config.data.batch_size, *volume_patch(description)))
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     if module is None:
@@ -169,6 +197,9 @@ def _train(
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
         if first:
+            _hold(held, folder)
+            if then is not None:
+                write_text(folder / SECOND_STAGE, dump_yaml(with_whole_paths(then)))
             write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
@@ -233,6 +264,8 @@ def _train(
         regions=list(description.regions.values()),
         ignore=description.ignore,
     )
+    if resumed:
+        check_checkpoint(folder, lightning_module)
     best = ModelCheckpoint(
         dirpath=folder,
         filename="best",
@@ -265,6 +298,7 @@ def _train(
                 check_on_train_epoch_end=False,
             )
         ]
+    metrics = metrics_of(folder)
     try:
         followed = trackers(
             folder, config.trainer.loggers if first else (), config.model_dump(mode="json")
@@ -281,8 +315,18 @@ def _train(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, steps_per_epoch),
-            callbacks=[*averaging, best, last, *patience, pictures, Pace(), *callbacks],
-            logger=[*loggers(folder), *followed] if first else False,
+            callbacks=[
+                *averaging,
+                best,
+                last,
+                *patience,
+                pictures,
+                Pace(),
+                *callbacks,
+                Interruption(folder / LAST),
+            ],
+            plugins=WholeCheckpoints(metrics),
+            logger=[*loggers(folder, metrics), *followed] if first else False,
             default_root_dir=folder,
         )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -295,7 +339,7 @@ def _train(
             shutil.rmtree(folder)
         raise
     started = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), loading(config.data.workers):
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
         trainer.fit(
@@ -305,6 +349,8 @@ def _train(
             weights_only=True,
         )
     seconds = time.perf_counter() - started
+    for average in averaging:
+        average.settle(lightning_module)
     if not first:
         sys.exit(0)
 
@@ -343,9 +389,14 @@ def _train(
     return Run(folder, summary, model)
 
 
-def after(config: Config, first: Run) -> Config:
+def _hold(held: ExitStack, folder: Path) -> None:
+    held.enter_context(claimed(folder))
+    held.enter_context(advising(f"segkit train --resume {folder} goes on from there"))
+
+
+def after(config: Config, first: Path) -> Config:
     """The config of a second stage, which is given the labels of a run."""
-    data = config.data.model_copy(update={"first_stage": [first.folder]})
+    data = config.data.model_copy(update={"first_stage": [first]})
     return config.model_copy(update={"data": data})
 
 

@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -9,6 +10,16 @@ settings.register_profile("segkit", deadline=None)
 settings.load_profile("segkit")
 
 ROOT = Path(__file__).parents[1]
+numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test leaves converted networks to the user or to another test."""
+    cache = tmp_path_factory.getbasetemp() / f"cache-{next(numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture(scope="session")

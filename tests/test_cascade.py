@@ -255,7 +255,7 @@ def stages(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
     runs = tmp_path_factory.mktemp("stages") / "runs"
     held_out = {"validation": ["case_1"]}
     first = train(low_config(dataset, **held_out), runs=runs)
-    second = train(after(small_config(dataset, data=held_out), first), runs=runs)
+    second = train(after(small_config(dataset, data=held_out), first.folder), runs=runs)
     return Stages(runs, first, second)
 
 

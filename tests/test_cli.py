@@ -230,7 +230,8 @@ def test_a_cohort_goes_on_past_a_bad_file_and_says_so_at_the_end(
     code, _, err = run("predict", scans, "--model", finished, "--out", out, capsys=capsys)
     assert code == 2
     assert "b.nii.gz: cannot be read" in err and "1 of 3 volumes failed" in err
-    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    names = ["a.json", "a.nii.gz", "c.json", "c.nii.gz"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_evaluating_a_folder_against_itself_scores_one(
@@ -359,10 +360,11 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
 ) -> None:
     words = ["predict", scans, "--model", finished, "--out", tmp_path]
     code, out, _ = run(*words, "--shard", "2/2", capsys=capsys)
-    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["b.nii.gz"]
+    assert code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.nii.gz"]
     code, out, _ = run(*words, capsys=capsys)
     assert code == 0 and "left 1 of 3 volumes alone" in out and out.count("wrote") == 2
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 3
     code, out, _ = run(*words, "--shard", "5/5", capsys=capsys)
     assert code == 0 and "wrote" not in out
     code, _, err = run(*words, "--shard", "3/2", capsys=capsys)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +31,6 @@ from tests.documents import (
 from tests.small import small_config, small_dataset
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-RUNS = ("my_dataset", "a", "b", "mine", "kidney", "NAME", "attention_unet_3d")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "dataset.json").write_text(json.dumps(described))
     config = small_config(data, train={"steps": 1})
     run = train(config, runs=folder / "runs").folder
-    for name in RUNS:
+    text = "".join(page.read_text() for page in PAGES)
+    for name in set(re.findall(r"\bruns/(\w+)", text)):
         shutil.copytree(run, folder / "runs" / name)
     for name in ("imagesTr", "labelsTr"):
         shutil.copytree(data / name, folder / name)

@@ -2,6 +2,7 @@
 as long as nothing it depends on has changed."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection
@@ -17,9 +18,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from segkit.config import ModelDescription
 from segkit.errors import ModelError
+from segkit.files import write_text
 from segkit.geometry import Grid
 from segkit.inference import windows
-from segkit.inference.artefacts import MANIFEST, artefact
+from segkit.inference.artefacts import MANIFEST, artefact, find, user_cache
 from segkit.inference.choice import EngineName, WillingEngine, choose_engine
 from segkit.inference.compiled import CompiledEngine
 from segkit.inference.converted import FOLDER, ConversionError, ConvertedEngine, digest
@@ -200,7 +202,7 @@ def test_a_model_is_converted_once_and_anew_for_other_weights_windows_and_versio
         next(again.network.parameters()).add_(0.1)
     assert_agree(ConvertedEngine(again, OpenVino()), again, batch)
     assert len(conversions) == 2
-    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert len(list((user_cache() / FOLDER).iterdir())) == 2
     assert len({digest(model, (2, size, 4, 4), f"2026.{size}") for size in (4, 8)}) == 2
     assert digest(model, (2, 4, 4, 4), "1") != digest(model, (2, 4, 4, 4), "2")
     assert digest(model, (2, 4, 4, 4), "1") == digest(load_model(tmp_path), (2, 4, 4, 4), "1")
@@ -211,7 +213,7 @@ def test_a_damaged_conversion_is_made_again(
 ) -> None:
     model, batch = saved(tmp_path), windows_of(3)
     assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
-    (folder,) = (tmp_path / FOLDER).iterdir()
+    (folder,) = (user_cache() / FOLDER).iterdir()
     numbers = bytearray((folder / "network.bin").read_bytes())
     numbers[len(numbers) // 2] ^= 0xFF
     (folder / "network.bin").write_bytes(numbers)
@@ -235,18 +237,43 @@ def test_a_model_without_a_folder_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_kept_beside_the_model_goes_to_the_users_cache(
+def test_what_cannot_be_kept_is_converted_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").write_text("a file where the folder should be")
     model = saved(tmp_path / "model")
-    (tmp_path / "model" / FOLDER).write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO):
-        ConvertedEngine(model, OnnxRuntime())(windows_of(3), ())
+        assert_agree(ConvertedEngine(model, OnnxRuntime()), model, windows_of(3))
     assert "cannot be written" in caplog.text
-    (kept,) = (tmp_path / "cache" / "segkit" / FOLDER).iterdir()
-    assert (kept / "network.onnx").is_file()
-    assert ConvertedEngine(model, OnnxRuntime()).is_ready(windows_of(3))
+    assert not ConvertedEngine(model, OnnxRuntime()).is_ready(windows_of(3))
+
+
+def test_nothing_beside_a_model_is_taken_for_its_conversion(
+    tmp_path: Path, conversions: list[str]
+) -> None:
+    """A model comes with engines of another's weights, named and summed as its own would be."""
+    model, batch = saved(tmp_path / "model"), windows_of(3)
+    other = saved(tmp_path / "other", {"encoder": "se"})
+    ConvertedEngine(other, OpenVino())(batch, ())
+    (foreign,) = (user_cache() / FOLDER).iterdir()
+    name = f"openvino-{digest(model, tuple(batch.shape[1:]), OpenVino().version)[:32]}"
+    for place in (tmp_path / "model" / FOLDER, user_cache() / FOLDER):
+        shutil.copytree(foreign, place / name)
+    engine = ConvertedEngine(model, OpenVino())
+    assert not engine.is_ready(batch)
+    assert_agree(engine, model, batch)
+    assert len(conversions) == 2
+
+
+def test_a_conversion_holds_the_files_of_its_manifest_and_no_others(tmp_path: Path) -> None:
+    folder = artefact("name", [tmp_path], lambda made: write_text(made / "a", "a"))
+    assert find("name", [tmp_path]) == folder
+    write_text(folder / "b", "an extension")
+    assert find("name", [tmp_path]) is None
+    (folder / "b").unlink()
+    (folder / "a").unlink()
+    assert find("name", [tmp_path]) is None
 
 
 def test_an_artefact_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -337,6 +364,11 @@ def test_an_engine_refuses_what_it_cannot_do() -> None:
     for name in ("openvino", "onnx"):
         with pytest.raises(ModelError, match=r"float32.*found torch\.float16"):
             choose_engine(name, model, precision=torch.float16)
+
+
+def test_openvino_leaves_the_classes_of_a_voxel_side_by_side(tmp_path: Path) -> None:
+    found = choose_engine("openvino", saved(tmp_path), device="cpu")(windows_of(3, 1), ())
+    assert found[LOGITS].stride()[1] == 1
 
 
 def test_openvino_tells_nobody_that_it_is_used() -> None:

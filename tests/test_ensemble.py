@@ -200,7 +200,9 @@ def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
         assert len({member.count for member in rows}) == 1
         reached += rows[0].count
         for member in rows:
-            assert_close(member._in_plane(0)[0, 0, 0], torch.arange(first, reached).float())
+            assert_close(
+                member._resampled(slice(None))[0, 0, 0], torch.arange(first, reached).float()
+            )
         del rows, member
         for slabs in alive:
             assert sum(slab() is not None for slab in slabs) <= 1

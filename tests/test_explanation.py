@@ -57,12 +57,18 @@ def files_in(folder: Path) -> set[str]:
 
 def files_of(name: str, *maps: str, within: str = "") -> set[str]:
     shown = {f"{name}_map-{key}.nii.gz" for key in maps}
-    found = {f"{name}_seg.nii.gz", f"{name}_maps.json", *shown, *(f"native/{m}" for m in shown)}
+    found = {
+        f"{name}_seg.nii.gz",
+        f"{name}_seg.json",
+        f"{name}_maps.json",
+        *shown,
+        *(f"native/{m}" for m in shown),
+    }
     found |= {"measures.csv", "measures.json", "index.html"}
     return {f"{within}{path}" for path in found}
 
 
-OVER_ALL = {"cohort.csv", "index.html"}
+OVER_ALL = {"cohort.csv", "cohort.json", "index.html"}
 
 
 def test_labels_maps_and_figures_of_every_volume_are_written(scans: Path, tmp_path: Path) -> None:

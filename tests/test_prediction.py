@@ -1,6 +1,8 @@
 """Which files are one volume, where its result goes, and that what lies there is kept."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -27,9 +29,20 @@ from segkit.prediction import (
     parse_shard,
     predict_files,
     read_input,
+    sidecar_of,
 )
 from segkit.volume import Volume, read_volume, write_volume
 from tests.helpers import ORIENTATIONS, affine_of
+
+
+def test_prediction_loads_nothing_that_it_can_do_without() -> None:
+    program = "import sys, segkit.prediction, segkit.progress; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "segkit.inference.predictor" in loaded
+    heavy = {"lightning", "torchmetrics", "matplotlib", "monai", "pandas", "sklearn", "sympy"}
+    assert (heavy | {"torch._dynamo", "SimpleITK", "openvino"}).isdisjoint(loaded)
 
 
 def volume_at(path: Path, value: float, shift: float = 0.0) -> Path:
@@ -118,20 +131,21 @@ def test_presence_is_written_beside_the_labels_of_a_model_with_a_head(tmp_path: 
     for outcome in predict_files(predictor, inputs, out=tmp_path / "out"):
         assert outcome.error is None
         told = tmp_path / "out" / f"{outcome.input.name}_presence.json"
-        assert outcome.written == (tmp_path / "out" / f"{outcome.input.name}.nii.gz", told)
+        labels = tmp_path / "out" / f"{outcome.input.name}.nii.gz"
+        assert outcome.written == (labels, told, sidecar_of(labels))
         expected = predictor(read_input(outcome.input)).presence
         assert expected is not None and expected.keys() == {"head", "tail"}
-        assert json.loads(told.read_text()) == {"presence": expected}
+        assert json.loads(told.read_text())["presence"] == expected
         assert outcome.presence == expected
-    names = ["a.nii.gz", "a_presence.json", "b.nii.gz", "b_presence.json"]
-    assert names_in(tmp_path / "out") == names
+    endings = (".json", ".nii.gz", "_presence.json")
+    assert names_in(tmp_path / "out") == [f"{name}{ending}" for name in "ab" for ending in endings]
 
 
 def test_presence_beside_an_input_is_named_after_it(tmp_path: Path) -> None:
     inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
     (outcome,) = predict_files(predictor_of(MeanPooling()), inputs)
     assert outcome.error is None
-    names = ["scan.nii.gz", "scan_presence.json", "scan_seg.nii.gz"]
+    names = ["scan.nii.gz", "scan_presence.json", "scan_seg.json", "scan_seg.nii.gz"]
     assert names_in(tmp_path) == names
 
 
@@ -147,7 +161,7 @@ def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path:
     assert told.read_text() == "kept"
     assert names_in(tmp_path) == ["scan.nii.gz", "scan_presence.json"]
     (written,) = predict_files(predictor, inputs, overwrite=True)
-    assert json.loads(told.read_text()) == {"presence": written.presence}
+    assert json.loads(told.read_text())["presence"] == written.presence
 
 
 def test_a_model_without_a_head_neither_writes_nor_minds_presence(tmp_path: Path) -> None:
@@ -230,7 +244,8 @@ def test_volumes_that_went_through_files_are_those_made_in_memory(
         assert_array_equal(written.data, volume.data)
         if name != "scan_seg":
             assert written.data.dtype == np.float32
-    assert names_in(tmp_path) == sorted(["maps", f"scan{suffix}", *(n + suffix for n in names)])
+    results = [f"{name}{ending}" for name in names for ending in (suffix, ".json")]
+    assert names_in(tmp_path) == sorted(["maps", f"scan{suffix}", *results])
 
 
 # Cohorts
@@ -246,7 +261,8 @@ def test_a_folder_that_was_segmented_before_is_left_alone(tmp_path: Path) -> Non
     inputs = find_inputs([scans_in(tmp_path / "in", "abc")], 1)
     predictor, out = predictor_of(None), tmp_path / "out"
     written = [outcome.written for outcome in predict_files(predictor, inputs, out=out)]
-    assert written == [(out / f"{name}.nii.gz",) for name in "abc"]
+    expected = [(out / f"{name}.nii.gz", out / f"{name}.json") for name in "abc"]
+    assert written == expected
     marks = {}
     for name in "ac":
         (out / f"{name}.nii.gz").write_bytes(b"mine")
@@ -254,7 +270,7 @@ def test_a_folder_that_was_segmented_before_is_left_alone(tmp_path: Path) -> Non
     (out / "b.nii.gz").unlink()
     again = list(predict_files(predictor, inputs, out=out))
     assert [outcome.kept for outcome in again] == [marks["a"], None, marks["c"]]
-    assert [outcome.written for outcome in again] == [(), (out / "b.nii.gz",), ()]
+    assert [outcome.written for outcome in again] == [(), expected[1], ()]
     assert [outcome.error for outcome in again] == [None] * 3
     assert marks["a"].read_bytes() == b"mine"
     for outcome in predict_files(predictor, inputs, out=out, overwrite=True):
@@ -278,7 +294,7 @@ def test_labels_without_all_that_is_asked_for_are_kept_and_told(tmp_path: Path) 
     list(predict_files(predictor, inputs, out=out))
     (outcome,) = predict_files(predictor, inputs, out=out, probabilities=True)
     assert outcome.error is not None and "a.nii.gz: exists already" in outcome.error
-    assert names_in(out) == ["a.nii.gz"]
+    assert names_in(out) == ["a.json", "a.nii.gz"]
 
 
 def test_results_beside_the_inputs_of_a_folder_are_no_inputs(tmp_path: Path) -> None:
@@ -330,7 +346,7 @@ def test_no_result_takes_the_place_of_another_input(tmp_path: Path) -> None:
     before = paths[1].read_bytes()
     first, second = predict_files(predictor_of(None), find_inputs(paths, 1), overwrite=True)
     assert first.error is not None and "scan_seg.nii.gz: is an input itself" in first.error
-    assert second.written == (tmp_path / "scan_seg_seg.nii.gz",)
+    assert second.written[0] == tmp_path / "scan_seg_seg.nii.gz"
     assert paths[1].read_bytes() == before
 
 
@@ -419,8 +435,9 @@ def test_a_consumer_that_stops_leaves_whole_files_alone(tmp_path: Path) -> None:
     first = next(outcomes)
     assert isinstance(first, Outcome)
     outcomes.close()
-    for name in names_in(tmp_path / "out"):
-        assert read_volume(tmp_path / "out" / name).data.shape == (8, 8, 8)
+    for path in (tmp_path / "out").glob("*.nii.gz"):
+        assert read_volume(path).data.shape == (8, 8, 8)
+        assert sidecar_of(path).is_file()
 
 
 def test_a_prediction_that_fails_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
     )
     back = np.full((*prepared.source.shape, 3), np.nan, np.float32)
     for first, rows in to_source_rows((slab.rows["logits"] for slab in slabs), prepared):
-        planes = rows._in_plane(0).movedim(0, -1).numpy()
+        planes = rows._resampled(slice(None)).movedim(0, -1).numpy()
         back[:, :, first : first + rows.count] = planes
     assert np.isfinite(back).all()
     returned = prepared.orientation.turn_back(back)

@@ -219,6 +219,16 @@ def test_zscore_gives_mean_0_and_standard_deviation_1(scale: float, offset: floa
     assert_close(image.std(correction=0).item(), 1.0, rtol=1e-4, atol=0)
 
 
+@given(st.integers(1, 40), st.booleans())
+def test_zscore_a_few_planes_at_a_time_is_that_of_all_voxels(planes: int, nonzero: bool) -> None:
+    values = np.random.default_rng(planes).integers(-2, 3, (planes, 3, 2)).astype(np.float32)
+    values[0, 0] = 1, 2
+    counted = values[values != 0] if nonzero else values
+    expected = (values - counted.mean(dtype=float)) / counted.std(dtype=float)
+    found = zscore(torch.from_numpy(values), nonzero=nonzero)
+    assert_close(found, torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
+
+
 @given(st.floats(1e-6, 1e6), st.floats(-100, 100))
 def test_zscore_does_not_depend_on_scale_or_offset(scale: float, offset: float) -> None:
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 5)))

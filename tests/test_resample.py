@@ -161,6 +161,28 @@ def test_the_nearest_voxel_is_taken_whole(image: Tensor, data: st.DataObject) ->
     assert_array_equal(resample(image, positions, (0, 0, 0)), image.numpy()[:, *np.ix_(*picked)])
 
 
+@settings(max_examples=50)
+@given(images(), ORDERS, st.permutations(range(4)), st.data())
+def test_the_order_in_memory_is_kept_and_changes_nothing(
+    image: Tensor, orders: Orders, order: list[int], data: st.DataObject
+) -> None:
+    positions = data.draw(positions_in(image.shape[1:], 2.0))
+    back = [order.index(axis) for axis in range(4)]
+    turned = image.permute(order).contiguous().permute(back)
+    sampled = resample(turned, positions, orders)
+    assert_close(sampled, resample(image, positions, orders))
+    longer = [axis for axis in order if image.shape[axis] > 1 and sampled.shape[axis] > 1]
+    strides = [sampled.stride()[axis] for axis in longer]
+    assert strides == sorted(strides, reverse=True)
+
+
+def test_voxels_in_a_row_are_not_copied() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    cut = resample(image, [np.arange(1.0, 3.0), np.arange(4.0), np.arange(2.0, 5.0)])
+    assert torch.equal(cut, image[:, 1:3, :, 2:5])
+    assert cut.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
+
+
 def test_of_two_voxels_as_near_the_lower_is_taken() -> None:
     assert nearest(np.array([-0.5, 0.5, 1.5, 2.4999, 2.5001])).tolist() == [-1, 0, 1, 2, 3]
 

@@ -94,7 +94,9 @@ def test_a_dicom_segmentation_has_the_labels_of_the_prediction_in_their_places(
     assert names_in(tmp_path) == [
         "thorax",
         "x.dcm",
+        "x.json",
         "x_preview.png",
+        "x_prob.json",
         "x_prob.nii.gz",
         "x_statistics.json",
     ]
@@ -126,7 +128,8 @@ def test_statistics_and_preview_are_of_the_labels(
     assert outcome.error is None
     labels = read_volume(tmp_path / "out" / "thorax.nii.gz")
     content = json.loads((tmp_path / "out" / "thorax_statistics.json").read_text())
-    assert content["case"] == "thorax" and content["model"] == "nothing"
+    assert content["case"] == "thorax"
+    assert content["provenance"]["models"][0]["run"] == "nothing"
     image = read_series(choose_series(series))
     for number, name in ((1, "liver"), (2, "lesion")):
         inside = image.data[labels.data == number]

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 from segkit.data.preprocess import Prepared, prepare
 from segkit.geometry import Grid
+from segkit.inference import source_rows
 from segkit.inference.source_rows import pieces, to_source_rows
 from segkit.resample import resample
 from segkit.volume import Volume
@@ -37,13 +39,17 @@ def cut(draw: st.DrawFn, length: int) -> list[int]:
     st.tuples(*[st.floats(0.4, 5.0)] * 3),
     st.integers(1, 19),
     st.integers(1, 400),
+    st.integers(1, 2000),
+    st.booleans(),
     st.data(),
 )
 def test_rows_of_slabs_are_those_of_the_whole_at_once(
     grid: Grid,
     spacing: tuple[float, float, float],
     classes: int,
-    numbers: int,
+    voxels: int,
+    at_once: int,
+    classes_last: bool,
     data: st.DataObject,
 ) -> None:
     size = max(grid.spacing)
@@ -51,6 +57,8 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
     prepared = prepared_of(grid, spacing)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(classes + 1, *prepared.grid.shape, generator=generator)
+    if classes_last:
+        logits = logits.movedim(0, -1).contiguous().movedim(-1, 0)
     slabs = logits.split(data.draw(cut(prepared.grid.shape[2])), dim=-1)
     whole = resample(logits, prepared.positions_of_source())
     labels, shares, spread = [], [], []
@@ -58,13 +66,14 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
     for first, rows in to_source_rows(slabs, prepared, with_spread=True):
         assert first == reached
         reached += rows.count
-        for start, (few,) in pieces([rows], numbers=numbers):
+        for start, (few,) in pieces([rows], voxels=voxels):
             assert (
                 few.count == 1
-                or few.count * len(rows.positions[0]) * len(rows.positions[1]) <= numbers
+                or few.count * len(rows.positions[0]) * len(rows.positions[1]) <= voxels
             )
             assert start + few.count <= rows.count
-            labels.append(few.labels())
+            with mock.patch.object(source_rows, "AT_ONCE", at_once):
+                labels.append(few.labels())
             shares.append(few.probabilities())
             spread.append(few.spread())
     assert reached == prepared.source.shape[2]
@@ -74,6 +83,20 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
     chosen = torch.cat(labels, dim=-1)
     best = probabilities.gather(0, chosen[None])[0]
     assert_close(best, probabilities.max(dim=0).values, rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 20), st.integers(1, 50), st.booleans())
+def test_where_logits_tie_the_lowest_class_wins(
+    classes: int, at_once: int, classes_last: bool
+) -> None:
+    prepared = prepared_of(Grid((3, 4, 5), np.eye(4)), (1.0, 1.0, 1.0))
+    values = np.random.default_rng(classes).integers(0, 3, (classes, 3, 4, 5))
+    logits = torch.from_numpy(values).float()
+    if classes_last:
+        logits = logits.movedim(0, -1).contiguous().movedim(-1, 0)
+    ((_, rows),) = to_source_rows([logits], prepared)
+    with mock.patch.object(source_rows, "AT_ONCE", at_once):
+        assert_array_equal(rows.labels().numpy(), values.argmax(axis=0))
 
 
 def test_without_mirrors_there_is_no_spread() -> None:

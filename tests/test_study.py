@@ -40,7 +40,7 @@ def mask() -> Explanation:
 def test_a_gate_that_is_the_mask_is_informative_in_every_file(
     mask: Explanation, tmp_path: Path
 ) -> None:
-    written = write_explanation(tmp_path, mask)
+    written = write_explanation(tmp_path, mask, {})
     assert tmp_path / "ablation.csv" in written
     told = json.loads((tmp_path / "measures.json").read_text())["worth"]
     assert [(one["map"], one["verdict"]) for one in told["verdicts"]] == [(KEY, "informative")]
@@ -162,7 +162,8 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     # Without verdicts, nothing of the old ones stays beside the new pages.
     code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
     assert code == 0 and "What each map is worth" not in said
-    assert not list(out.rglob("ablation.csv")) and not (out / "cohort.json").exists()
+    assert not list(out.rglob("ablation.csv"))
+    assert "verdicts" not in json.loads((out / "cohort.json").read_text())
     assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
 
 

@@ -528,7 +528,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     write_volume(kept, volume)
     content = kept.read_bytes()
     monkeypatch.setattr("segkit.volume.ImageOpener", write_half)
-    monkeypatch.setattr("segkit.volume.sitk.WriteImage", write_half)
+    monkeypatch.setattr(sitk, "WriteImage", write_half)
     for path in (kept, tmp_path / f"new{suffix}"):
         with pytest.raises(type(failure)):
             write_volume(path, volume)

@@ -178,7 +178,7 @@ def blended_densely(
     walk: Walk,
     pooling: Sequence[int],
     skip: Collection[tuple[int, ...]] = (),
-    unseen: float = 0.0,
+    unseen: float | ndarray = 0.0,
 ) -> ndarray:
     """Every window's answer and weight added up over the whole grid, in float64, then divided."""
     starts = [
@@ -437,18 +437,19 @@ def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
             axis=walk.axis,
             batch_size=walk.batch_size,
             skip=skip,
-            unseen={"fine": torch.full((2,), -7.0)},
+            unseen={"fine": torch.tensor([-7.0, 4.0])},
         )
     )
 
     def coarse(batch: Tensor) -> Tensor:
         return mean_pooled(times_window_mean(batch), walk.pooling)
 
+    of_channel = np.reshape([-7.0, 4.0], (2, *[1] * len(walk.size)))
     first_row = [place for place in walk.places if place[walk.axis] == 0]
     kept = len(walk.places) - len(skip)
     assert asked == kept + (set(first_row) <= skip)  # one for the form of outputs alone
     for name, alone, pooling, unseen in (
-        ("fine", times_window_mean, [1] * len(walk.size), -7.0),
+        ("fine", times_window_mean, [1] * len(walk.size), of_channel),
         ("coarse", coarse, walk.pooling, 0.0),
     ):
         streamed = torch.cat([slab.rows[name] for slab in slabs], dim=walk.axis + 1)
@@ -456,8 +457,34 @@ def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
         assert_close(streamed, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_running_sum_advances_in_place() -> None:
-    rows = torch.arange(24.0).reshape(2, 4, 3)
-    expected = torch.cat([rows[:, 3:], torch.zeros(2, 3, 3)], dim=1)
-    windows._advance(rows, 1, 3)
-    assert_close(rows, expected)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_the_running_sum_advances_in_place(count: int) -> None:
+    rows = torch.arange(42.0).reshape(2, 7, 3)
+    expected = torch.cat([rows[:, count:], torch.zeros(2, count, 3)], dim=1)
+    windows._advance(rows, 1, count)
+    assert torch.equal(rows, expected)
+
+
+@settings(max_examples=30)
+@given(walks())
+def test_how_an_output_lies_in_memory_changes_nothing(walk: Walk) -> None:
+    def turned(batch: Tensor) -> dict[str, Tensor]:
+        """As OpenVINO has it, the channels of a voxel side by side."""
+        return {"image": times_window_mean(batch).movedim(1, -1).contiguous().movedim(-1, 1)}
+
+    image = walk.image()
+    plain = walk.stream(image, lambda batch: {"image": times_window_mean(batch)})
+    for slab, other in zip(plain, walk.stream(image, turned), strict=True):
+        assert torch.equal(slab.rows["image"], other.rows["image"])
+
+
+def test_the_classes_of_a_voxel_lie_side_by_side() -> None:
+    slabs = stream(
+        torch.randn(3, 8, 8, 12),
+        identity,
+        patch_size=(4, 4, 4),
+        overlap=(0.5, 0.5, 0.5),
+        multiple=(2, 2, 2),
+        axis=2,
+    )
+    assert {slab.rows["image"].stride()[0] for slab in slabs} == {1}

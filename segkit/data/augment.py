@@ -4,7 +4,7 @@ Ranges and probabilities are nnU-Net's (Isensee et al. 2021) for rotation, scale
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Integer
 from torch import Generator, Tensor
 
 Batch = tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]
+Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
+"""From a batch of images and labels to other ones."""
 LARGEST_ANGLE = math.pi / 6
 """Radians either way about each axis in 3D; a plane is turned by up to half a turn."""
 LARGEST_ANGLE_OF_AN_OBLONG = math.pi / 12

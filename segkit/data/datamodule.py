@@ -1,6 +1,6 @@
 """Batches for Lightning: numbered patches to train on, whole prepared cases to validate on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning as L
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from segkit.data.parallel import end_with_parent
 from segkit.data.sampling import Patch, PatchDataset
 from segkit.data.store import StoredCase
 
@@ -34,27 +35,35 @@ class WholeCases(TorchDataset[Patch]):
 class ConsecutiveSampler(Sampler[int]):
     """The numbers of one epoch's items, each process of several taking every n-th one.
 
-    Lightning tells the epoch by `set_epoch`.
+    Args:
+        per_epoch: how many items an epoch has.
+        rank: the number of this process.
+        num_processes: how many there are.
+        done: how many items all processes have had by now; those that are left of the epoch follow.
     """
 
-    def __init__(self, per_epoch: int, *, rank: int, num_processes: int) -> None:
+    def __init__(
+        self,
+        per_epoch: int,
+        *,
+        rank: int,
+        num_processes: int,
+        done: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.per_epoch = per_epoch
         self.rank = rank
         self.num_processes = num_processes
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the items of this epoch."""
-        self.epoch = epoch
+        self.done = done
 
     def __len__(self) -> int:
-        """How many items an epoch gives this process."""
+        """How many items a whole epoch gives this process."""
         return len(range(self.rank, self.per_epoch, self.num_processes))
 
     def __iter__(self) -> Iterator[int]:
         """The numbers, in order."""
-        first = self.epoch * self.per_epoch
-        return iter(range(first + self.rank, first + self.per_epoch, self.num_processes))
+        done = self.done()
+        end = (done // self.per_epoch + 1) * self.per_epoch if self.per_epoch else 0
+        return iter(range(done + self.rank, end, self.num_processes))
 
 
 class SegmentationData(L.LightningDataModule):
@@ -80,15 +89,13 @@ class SegmentationData(L.LightningDataModule):
         """Batches of `batch_size` patches for each process."""
         trainer = self.trainer
         assert trainer is not None
+        per_step = self.batch_size * trainer.world_size
         sampler = ConsecutiveSampler(
-            self.batch_size * self.steps_per_epoch * trainer.world_size,
+            per_step * self.steps_per_epoch,
             rank=trainer.global_rank,
             num_processes=trainer.world_size,
-        )
-        # Steps tell the epoch: Lightning (2.6) tells one too many in a run that is resumed.
-        go_to = sampler.set_epoch
-        sampler.set_epoch = lambda epoch: go_to(  # type: ignore[method-assign]
-            trainer.global_step // self.steps_per_epoch
+            # Steps tell the place, also in the midst of an epoch, where a run may be resumed.
+            done=lambda: trainer.global_step * per_step,
         )
         return DataLoader(
             self.patches,
@@ -97,6 +104,7 @@ class SegmentationData(L.LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             multiprocessing_context="spawn" if self.workers else None,
+            worker_init_fn=end_with_parent if self.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -107,5 +115,4 @@ class SegmentationData(L.LightningDataModule):
         sampler = ConsecutiveSampler(
             len(self.held_out), rank=trainer.global_rank, num_processes=trainer.world_size
         )
-        sampler.set_epoch = lambda epoch: None  # type: ignore[method-assign]
         return DataLoader(WholeCases(self.held_out), batch_size=None, sampler=sampler)

@@ -1,6 +1,5 @@
 """What a dataset.json says, in the Medical Segmentation Decathlon's form or in nnU-Net v2's."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from segkit.config_base import Name
 from segkit.config_files import LabelCode
 from segkit.errors import DatasetError
 from segkit.labelling import Labelling
+from segkit.untrusted import read_json
 from segkit.volume import SUFFIXES, stem_of
 
 IGNORE = "ignore"
@@ -26,7 +27,7 @@ class _Training(BaseModel):
 
 
 class _Labels(BaseModel):
-    labels: dict[str, str | int | list[int]]
+    labels: dict[Name, Name | int | list[int]]
     regions_class_order: list[int] | None = None
     codes: dict[str, LabelCode] = {}
 
@@ -34,8 +35,8 @@ class _Labels(BaseModel):
 class _DatasetFile(_Labels):
     """The keys that segkit reads; a file has others, which are let be."""
 
-    modality: dict[str, str] | None = None
-    channel_names: dict[str, str] | None = None
+    modality: dict[str, Name] | None = None
+    channel_names: dict[str, Name] | None = None
     training: Annotated[list[_Training], Field(min_length=1)] | None = None
     num_training: Annotated[int | None, Field(alias="numTraining")] = None
     file_ending: str | None = None
@@ -108,14 +109,13 @@ def labelling_of(
 
 def _read(path: Path, kind: type[Content]) -> Content:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return kind.model_validate(content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
+        return kind.model_validate(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "it"
         raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
+    except (OSError, ValueError) as error:  # ValidationError is a ValueError too
+        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def _checked_labelling(source: str, file: _Labels) -> Labelling:

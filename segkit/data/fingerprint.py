@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray
+from pydantic import Field, TypeAdapter
 
 from segkit.data.cases import Case, Dataset, read_case
 from segkit.data.parallel import in_processes
@@ -30,6 +31,7 @@ from segkit.data.rules import Intensities, Numbers
 from segkit.errors import DatasetError
 from segkit.files import write_json
 from segkit.geometry import Orientation
+from segkit.untrusted import read_json
 
 FORMAT = 1
 VALUES_PER_CASE = 4_000
@@ -45,7 +47,7 @@ class Sample:
     variance: float
     minimum: float
     maximum: float
-    values: tuple[float, ...]
+    values: Annotated[tuple[float, ...], Field(min_length=1, max_length=VALUES_PER_CASE)]
     """In ascending order, at most 4,000."""
 
 
@@ -71,6 +73,9 @@ class Measurement:
     size: CaseSize
     samples: tuple[Sample | None, ...]
     """One per channel; None without image or foreground."""
+
+
+MEASUREMENT = TypeAdapter(Measurement)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,10 @@ def fingerprint(
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
     fresh = in_processes(measure, pending, min(workers, len(pending)))
     new = {m.size.name: m for m in track(fresh, "measuring cases", len(pending))}
-    measurements = [new.get(case.name) or _read(paths[case.name]) for case in dataset.cases]
+    measurements = [
+        new.get(case.name) or _read(paths[case.name], case, len(dataset.channels))
+        for case in dataset.cases
+    ]
     return Fingerprint(
         dataset.channels,
         dataset.labels,
@@ -231,12 +239,17 @@ def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
     return cache / f"{case.name}-{digest}.json"
 
 
-def _read(path: Path) -> Measurement:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    samples = [
-        item and Sample(**{**item, "values": tuple(item["values"])}) for item in content["samples"]
-    ]
-    return Measurement(_size(content["size"]), tuple(samples))
+def _read(path: Path, case: Case, num_channels: int) -> Measurement:
+    try:
+        found = MEASUREMENT.validate_python(read_json(path))
+    except (OSError, ValueError):
+        found = None
+    if found is None or found.size.name != case.name or len(found.samples) != num_channels:
+        raise DatasetError(
+            f"{path}: expected what was measured of {case.name}, found something else; delete it, "
+            f"and it is measured again"
+        )
+    return found
 
 
 def _size(content: Mapping[str, Any]) -> CaseSize:

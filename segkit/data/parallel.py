@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -37,13 +40,45 @@ def in_processes(
     # A fresh process each: a forked one would inherit threads and locks that torch holds.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
+        with ProcessPoolExecutor(
+            num_processes, mp_context=context, initializer=end_with_parent
+        ) as executor:
             yield from executor.map(work, items)
     except BrokenProcessPool:
         raise WorkerError(
             f"one of {num_processes} processes that read cases was killed, as happens where memory "
             "runs out; free some and run again, which goes on where this ended (a script that "
             "calls segkit must do so under `if __name__ == '__main__':`)"
+        ) from None
+
+
+def end_with_parent(*_: object) -> None:
+    """Make this process of several end with the one that began it, even where that is killed.
+
+    Ctrl-C, which a terminal sends to all of them, is the business of that one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def loading(workers: int) -> Iterator[None]:
+    """Raise WorkerError where one of so many processes that load patches is killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerError(
+            f"one of {workers} processes that load patches was killed, as happens where memory "
+            "runs out; free some, or lower data.workers in the run's config.yaml, and --resume it"
         ) from None
 
 

@@ -5,7 +5,7 @@ grid says exactly, so that nothing has to be undone by memory.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,9 @@ from segkit.volume import Volume
 Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
+BYTES_PER_VALUE = 4
+PLANES = 8
+"""Of an image, of which a copy in double precision is held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +77,7 @@ def prepare(
     axis that the scan or the network sees in slices far apart (`separate_axis`) each voxel is that
     of the nearest slice: what lies between is not invented.
 
-    Raises VolumeError where the prepared image would not fit into memory, as of a scan whose header
-    has its voxels in metres.
+    Raises VolumeError, before anything is allocated, where the image would outgrow free memory.
     """
     orientation = Orientation.of(volume.grid.affine)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
@@ -83,8 +85,8 @@ def prepare(
     source = cropped(orientation.turn_grid(volume.grid), box)
     turned = turned[box]
     assert len(normalisers) == turned.shape[3], "one normaliser per channel"
+    _check_memory(source, spacing, len(normalisers))
     grid = source.with_spacing(spacing)
-    _check_size(source, grid, len(normalisers))
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
     image = torch.empty(len(normalisers), *grid.shape)
@@ -99,16 +101,17 @@ def prepare(
     return Prepared(image, grid, source, box, orientation, (x, y, z))
 
 
-def _check_size(source: Grid, grid: Grid, num_channels: int) -> None:
-    needed, free = 4 * num_channels * math.prod(grid.shape), free_memory()
-    if needed > free:
-        found, wanted = (
-            " x ".join(f"{size:.4g}" for size in each.spacing) for each in (source, grid)
-        )
+def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> None:
+    # In floating point, as an absurd spacing makes numbers that no integer holds.
+    with np.errstate(over="ignore"):
+        shape = (np.array(source.shape) * (source.spacing / np.array(spacing))).tolist()
+    needed, free = BYTES_PER_VALUE * num_channels * math.prod(shape), free_memory()
+    if not needed <= free:
+        size = " x ".join(f"{length:.3g}" for length in shape)
         raise VolumeError(
-            f"the volume has voxels of {found} mm, and at the network's {wanted} mm it would take "
-            f"{needed / 1e9:.3g} GB of memory, of which {free / 1e9:.3g} are free; look whether "
-            f"its voxel sizes are true, or crop it"
+            f"expected a volume that fits into memory at the network's spacing of "
+            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which take "
+            f"{needed / 1e9:.3g} GB where {free / 1e9:.3g} GB are free; check both spacings"
         )
 
 
@@ -157,13 +160,22 @@ def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*
     alike, so that a background of 0 stays the darkest. (nnU-Net sets it to 0, which is the value of
     the average tissue.)
     """
-    counted = image != 0 if nonzero else torch.ones_like(image, dtype=torch.bool)
-    values = image[counted].double()
-    if values.numel() == 0:
+    count, mean = 0, 0.0
+    for values in _counted(image, nonzero):
+        count, mean = count + values.numel(), mean + float(values.sum())
+    if count == 0:
         return image
-    mean, std = float(values.mean()), float(values.std(correction=0))
+    mean /= count
+    squares = sum(float((values - mean).square().sum()) for values in _counted(image, nonzero))
+    std = math.sqrt(squares / count)
     varies = std > 1e-8 * abs(mean)
-    return (image - mean) / (std if varies else 1.0)
+    return (image - mean).div_(std if varies else 1.0)
+
+
+def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
+    """The values, or those other than 0, in double precision; so many planes at a time."""
+    for planes in image.split(PLANES):
+        yield (planes[planes != 0] if nonzero else planes).double()
 
 
 def ct_window(

@@ -31,6 +31,7 @@ from segkit.data.parallel import free_memory, in_processes, num_cores
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
 from segkit.errors import DatasetError, VolumeError
+from segkit.files import PARTIAL, naming, sweep
 from segkit.geometry import Orientation
 from segkit.volume import read_grid, read_volume
 
@@ -69,10 +70,27 @@ class StoredCase:
         those of all others stand under 0.
         """
         voxels = _mapped(self.folder / "voxels.npy")
-        return {
-            number: voxels[first:end]
-            for number, first, end in np.load(self.folder / "classes.npy").tolist()
-        }
+        classes = _mapped(self.folder / "classes.npy").tolist()
+        return {number: voxels[first:end] for number, first, end in classes}
+
+    def check(self, num_channels: int) -> None:
+        """Raise DatasetError unless the arrays are what `write_arrays` makes."""
+        image, label, voxels, classes = (
+            _mapped(self.folder / f"{name}.npy") for name in ("image", "label", "voxels", "classes")
+        )
+        whole = (
+            image.dtype in (np.float16, np.float32)
+            and image.ndim == 4
+            and image.shape == (num_channels, *label.shape)
+            and all(array.dtype.kind in "ui" for array in (label, voxels, classes))
+            and voxels.ndim == classes.ndim == 2
+            and voxels.shape[1] == classes.shape[1] == 3
+            and bool((np.diff(classes[:, 1:]) >= 0).all())
+            and bool(((classes[:, 1:] >= 0) & (classes[:, 1:] <= len(voxels))).all())
+            and bool(((voxels >= 0) & (voxels < label.shape)).all())
+        )
+        if not whole:
+            raise _damaged(self.folder)
 
 
 def store_cases(
@@ -110,6 +128,10 @@ def store_cases(
         for case, target in zip(cases, stored, strict=True)
         if not target.folder.is_dir()
     ]
+    known = {target for _, _, target in pending}
+    for case in stored:
+        if case.folder not in known:
+            case.check(len(normalisers) + bool(first_labels))
     if not pending:
         for _ in track(cases):
             pass
@@ -117,9 +139,10 @@ def store_cases(
     if num_processes is None:
         num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
     # process included, takes with it what was not finished.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial_folder:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
         store = partial(
             _store,
             dataset=described,
@@ -218,7 +241,8 @@ def _store(
         image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
-    write_arrays(inside, image, label, ignore=dataset.ignore)
+    with naming(target):
+        write_arrays(inside, image, label, ignore=dataset.ignore)
     try:
         inside.rename(target)
     except OSError:  # another run stored the same case in the meantime
@@ -227,8 +251,21 @@ def _store(
 
 
 def _mapped(path: Path) -> ndarray:
-    array: ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent) from error
+    if not isinstance(array, ndarray):  # but a zip of several
+        array.close()
+        raise _damaged(path.parent)
     return array
+
+
+def _damaged(folder: Path) -> DatasetError:
+    return DatasetError(
+        f"{folder}: expected a prepared case, found arrays that are damaged or of another kind; "
+        f"delete the folder, and it is prepared again"
+    )
 
 
 def _positions(
@@ -257,7 +294,10 @@ def _digest(
     first: Path | None,
 ) -> str:
     paths = [*case.images, case.label, *([first] if first else [])]
-    files = [(str(path.resolve()), path.stat()) for path in paths]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": FORMAT,
         "channels": dataset.channels,

@@ -21,13 +21,14 @@ def write_maps(
     source: Volume,
     *,
     reach: Mapping[str, Sequence[HeadReach]] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write every map of a volume and return the files.
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
     own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
     channels has no place and stands in the JSON alone. `reach` are figures of the heads of each
-    position.
+    position; `made` says in the JSON what made them.
     """
     written = []
     figures = []
@@ -43,7 +44,7 @@ def write_maps(
         write_volume(folder / "native" / name, attention_map.volume)
         written += [folder / name, folder / "native" / name]
     summary = folder / f"{stem}_maps.json"
-    write_json(summary, {"maps": figures})
+    write_json(summary, {"maps": figures, **(made or {})})
     return [*written, summary]
 
 

@@ -106,4 +106,4 @@ def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
 
 
 def _labels(logits: Tensor, written: Sequence[int] | None) -> Tensor:
-    return logits.argmax(dim=0) if written is None else written_regions([logits], written)
+    return logits.argmax(dim=0) if written is None else written_regions(logits, written)

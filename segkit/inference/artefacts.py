@@ -1,17 +1,18 @@
 """Folders of files that took long to make, kept for the next time, whole or not at all.
 
-A folder's manifest says what each file must hold. One that is damaged is made again.
+A folder's manifest says its name and what each file must hold. One that is damaged, or that was
+made under another name, is made again.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from segkit.files import write_json
+from segkit.files import PARTIAL, checksum, sweep, write_json
+from segkit.untrusted import read_json_object
 
 MANIFEST = "manifest.json"
 
@@ -55,15 +56,20 @@ def user_cache() -> Path:
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    partial.mkdir()
+    sweep(target.parent)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
+    partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
     try:
         make(partial)
-        write_json(partial / MANIFEST, {file.name: _sum(file) for file in partial.iterdir()})
+        sums = {file.name: checksum(file) for file in partial.iterdir()}
+        write_json(partial / MANIFEST, {"name": target.name, "files": sums})
         if target.is_dir() and not _intact(target):
             shutil.rmtree(target)
-        if not target.is_dir():  # else another process was quicker
+        try:
             partial.rename(target)
+        except OSError:  # another process was quicker
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -71,14 +77,8 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
 
 def _intact(folder: Path) -> bool:
     try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(sums) and all(
-            _sum(folder / name) == expected for name, expected in sums.items()
-        )
-    except (OSError, ValueError, AttributeError):
+        manifest = read_json_object(folder / MANIFEST)
+        found = {file.name: checksum(file) for file in folder.iterdir() if file.name != MANIFEST}
+    except (OSError, ValueError):
         return False
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return bool(found) and manifest == {"name": folder.name, "files": found}

@@ -87,6 +87,19 @@ class WillingEngine:
             return self.eager(windows, keys)
 
 
+def name_of(engine: Engine | None) -> str:
+    """The name of what runs a network, and its version where it is no part of torch."""
+    match engine:
+        case WillingEngine(chosen=inner) | SparingEngine(engine=inner):
+            return name_of(inner)
+        case ConvertedEngine(runtime=runtime):
+            return f"{runtime.name} {runtime.version}"
+        case CompiledEngine():
+            return "torch.compile"
+        case _:
+            return "torch"
+
+
 def _in_torch(
     kind: type[TorchEngine], model: Model, device: torch.device, precision: torch.dtype
 ) -> Engine:

@@ -4,7 +4,6 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from segkit.errors import ModelError
 from segkit.inference.engines import TorchEngine, run
@@ -38,7 +37,7 @@ class CompiledEngine(TorchEngine):
         names = tuple(sorted(keys))
         try:
             each = [self.compiled(self.network, one, names) for one in windows.split(1)]
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
                 f"torch.compile cannot compile this network here: {reason}; use --engine torch"

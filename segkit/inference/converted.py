@@ -1,11 +1,11 @@
-"""The network converted once for a faster runtime, and kept beside the model.
+"""The network converted once for a faster runtime, and kept in the user's cache.
 
-    network ─▶ traced with one window, every map an output ─▶ the runtime's own files,
-                                                              in model/engines/NAME-DIGEST/
+    network ─▶ traced with one window, every map an output ─▶ the runtime's own files, in
+                                                              ~/.cache/segkit/engines/NAME-DIGEST/
 
-Those files are data: a graph of operations that the runtime knows, and numbers. Reading them runs
-no code. The digest covers all that they depend on, so that other weights, another window or another
-version make files of their own.
+The digest covers all that they depend on, so that other weights, another window or another version
+make files of their own. They are kept in the user's own cache alone: beside a model that comes from
+elsewhere could lie what was never made of its weights, or a graph that reads files of its choice.
 """
 
 import hashlib
@@ -138,22 +138,22 @@ class ConvertedEngine:
             ) from error
 
     def _folders(self) -> list[Path]:
-        beside = lasting_folder(self.model)
-        return [] if beside is None else [beside, user_cache() / FOLDER]
+        lasting = lasting_folder(self.model)
+        return [] if lasting is None else [lasting]
 
     def _name(self, shape: tuple[int, ...]) -> str:
-        return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:16]}"
+        return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:32]}"
 
 
 def lasting_folder(model: Model) -> Path | None:
-    """Where what a model is converted to lies for the next time, beside it.
+    """Where what a model is converted to lies for the next time: in the user's own cache.
 
     None where it was not read from a folder, and for a module that was given: another of the same
     weights may compute something else, and nothing here would tell.
     """
     if model.folder is None or model.description.network.given is not None:
         return None
-    return model.folder / FOLDER
+    return user_cache() / FOLDER
 
 
 def digest(model: Model, shape: tuple[int, ...], runtime: str) -> str:

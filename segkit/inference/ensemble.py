@@ -78,7 +78,7 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
     elif written is None:
         labels = moments.mean.max(dim=0).indices
     else:
-        labels = written_regions([moments.mean - 0.5], written)
+        labels = written_regions(moments.mean - 0.5, written)
     probabilities = moments.mean if shares else None
     if not uncertainty:
         return Verdict(labels, probabilities)

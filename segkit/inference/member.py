@@ -11,6 +11,7 @@ from segkit.build import (
     ACROSS,
     WORLD_AXES,
     build_normalisers,
+    check_windows,
     interpolation_order,
     volume_patch,
 )
@@ -21,7 +22,7 @@ from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.choice import EngineName, choose_engine
 from segkit.inference.empty import empty_windows
-from segkit.inference.engines import LOGITS, PRESENCE, Engine
+from segkit.inference.engines import LOGITS, PRESENCE, Engine, choose_device
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, stream, window_starts
@@ -55,6 +56,8 @@ class Member:
         self.model = model
         self.engine: Engine = choose_engine(engine, model, device=device, precision=precision)
         self.layout = window_layout(model.network, volume_patch(model.description), overlap)
+        if choose_device(device).type == "cpu":
+            check_windows(model.description, self.layout[0])
         self.batch_size = batch_size
         self.skip_empty = skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)

@@ -3,13 +3,13 @@
     volume ─▶ prepared ─▶ windows ─▶ engine ─▶ blended slab ─▶ the volume's rows ─▶ labels
                                         └────▶ maps, each on one coarse grid of its own
 
-A slab of logits is resampled to the volume's grid, a block of classes at a time, reduced to labels
-and let go. Several models each walk so, and what they say of the same rows is averaged.
+A slab of logits is resampled to the volume's grid, a few rows at a time, reduced to labels and let
+go. Several models each walk so, and what they say of the same rows is averaged.
 Post-processing, where a model has it, comes last: a component may span every slab, so it needs the
 labels of the whole volume in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +26,17 @@ from segkit.errors import ModelError, VolumeError
 from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
 from segkit.inference.choice import EngineName
 from segkit.inference.engines import LOGITS, TorchEngine
-from segkit.inference.ensemble import Verdict, consult, merge
+from segkit.inference.ensemble import Verdict, merge
 from segkit.inference.member import Member, Track, window_layout
 from segkit.inference.regions import written_regions
 from segkit.inference.results import Results
 from segkit.inference.source_rows import (
-    CLASS_BLOCK,
     WALK_AXIS,
     SourceRows,
     pieces,
     to_source_rows,
 )
+from segkit.inference.sparing import SparingCouncil
 from segkit.inference.windows import stream
 from segkit.model import Model, load_model, model_folders
 from segkit.nn.planes import SegmentationNetwork
@@ -57,7 +57,9 @@ __all__ = [
 ]
 
 PIECE = 2**22
-"""Numbers, one for each voxel and class looked at together, that a slab is resampled to at once."""
+"""Numbers, one for each voxel and class, that a slab is resampled to at once …"""
+VOXELS = 2**18
+"""… or voxels, where labels are all that is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +112,14 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
+        self.settings: Mapping[str, object] = {
+            "overlap": overlap,
+            "precision": str(precision).removeprefix("torch."),
+            "tta": tta,
+            "skip_empty": skip_empty,
+            "engine": engine,
+        }
+        """What decides what is said, beside the models."""
         self.members = [
             Member(
                 model,
@@ -295,12 +305,13 @@ class Predictor:
         self, walks: Sequence[Iterator[tuple[int, SourceRows]]], shares: bool, uncertainty: bool
     ) -> Iterator[tuple[int, Verdict]]:
         """What is said of a few rows at a time, and the first of these rows."""
-        together = len(self.model.description.labelling.outputs)
+        voxels = PIECE // len(self.model.description.labelling.outputs)
         if len(walks) == 1 and not shares and not uncertainty:
-            together = min(together, CLASS_BLOCK)
+            voxels = VOXELS
+        consult = SparingCouncil(shares=shares, uncertainty=uncertainty)
         for start, rows in merge(walks):
-            for first, few in pieces(rows, numbers=PIECE // together):
-                yield start + first, consult(few, shares=shares, uncertainty=uncertainty)
+            for first, few in pieces(rows, voxels=voxels):
+                yield start + first, consult(few)
             del rows, few  # or the slab would live on beside the next
 
     def _check(self, volume: Volume) -> None:
@@ -343,7 +354,7 @@ def segment_prepared(
         if written is None:
             parts.append(logits.max(dim=0).indices)
         else:
-            parts.append(written_regions([logits], written))
+            parts.append(written_regions(logits, written))
     return torch.cat(parts)
 
 

@@ -3,8 +3,8 @@
     slabs      [0 1 2 3][4 5 6 7][8 9]        as the network's windows finish them
     volume      0   1   2   3   4   5         rows between two of the network's; row 2 needs 3 and 4
 
-Nothing is resampled until it is looked at, and then a block of classes, or a few rows, at a time:
-what a slab becomes on the volume's own grid, which may be far finer, is never whole.
+Nothing is resampled until it is looked at, and then a few rows, or columns of them, at a time: what
+a slab becomes on the volume's own grid, which may be far finer, is never whole.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,8 @@ from segkit.data.preprocess import Prepared
 from segkit.inference.regions import written_regions
 from segkit.resample import resample
 
-CLASS_BLOCK = 8
+AT_ONCE = 2**20
+"""Numbers, one for each voxel and class, of which labels are made at once: a cache holds them."""
 WALK_AXIS = 2
 """Slabs advance from foot to head, along which most volumes are stored slowest."""
 
@@ -54,25 +55,28 @@ class SourceRows:
         x, y, rows = self.positions
         return replace(self, positions=(x, y, rows[first:last]))
 
+    def on_host(self) -> "SourceRows":
+        """The same rows in the host's memory."""
+        before = None if self.before is None else self.before.cpu()
+        return replace(self, logits=self.logits.cpu(), before=before)
+
     def labels(self) -> Tensor:
         """The class with the largest logit at each voxel; the lowest where they tie.
 
         Of regions, the number of the last whose probability is above one half.
         """
-        if self.written is not None:
-            blocks = (self._in_plane(n) for n in range(0, self.num_classes, CLASS_BLOCK))
-            return written_regions(blocks, self.written)
-        best = winner = None
-        for first in range(0, self.num_classes, CLASS_BLOCK):
-            value, index = self._in_plane(first).max(dim=0)
-            if best is None or winner is None:
-                best, winner = value, index
+        x, y, rows = self.positions
+        step = max(AT_ONCE // (len(y) * len(rows) * self.num_classes), 1)
+        classes = slice(0, self.num_classes)
+        blocks = []
+        for first in range(0, len(x), step):
+            columns = replace(self, positions=(x[first : first + step], y, rows))
+            logits = columns._resampled(classes)
+            if self.written is None:
+                blocks.append(logits.max(dim=0).indices)
             else:
-                better = value > best
-                winner = torch.where(better, index + first, winner)
-                best = torch.maximum(value, best)
-        assert winner is not None
-        return winner
+                blocks.append(written_regions(logits, self.written))
+        return torch.cat(blocks)
 
     def probabilities(self) -> Float[Tensor, "classes x y rows"]:
         """The softmax of the resampled logits; of regions, the sigmoid."""
@@ -86,18 +90,17 @@ class SourceRows:
             return torch.zeros(shape, device=self.logits.device)
         return self._resampled(slice(self.num_classes, None))[0]
 
-    def _in_plane(self, first_class: int) -> Tensor:
-        last_class = min(first_class + CLASS_BLOCK, self.num_classes)
-        return self._resampled(slice(first_class, last_class))
-
     def _resampled(self, channels: slice) -> Tensor:
         x, y, rows = self.positions
+        left, right = np.clip((np.floor(x[0]), np.ceil(x[-1])), 0, self.logits.shape[1] - 1)
         lowest, highest = int(np.floor(rows[0])), int(np.ceil(rows[-1]))
-        block = self.logits[channels, ..., max(lowest, 0) : highest + 1]
+        band = (channels, slice(int(left), int(right) + 1))
+        block = self.logits[*band, :, max(lowest, 0) : highest + 1]
         if lowest < 0:
             assert self.before is not None
-            block = torch.cat([self.before[channels].to(block.device), block], dim=-1)
-        return resample(block, (x, y, rows - lowest))
+            both = (self.before[band].to(block.device), block)
+            block = torch.cat([part.movedim(0, -1) for part in both], dim=2).movedim(-1, 0)
+        return resample(block, (x - left, y, rows - lowest))
 
 
 def to_source_rows(
@@ -129,12 +132,12 @@ def to_source_rows(
     assert done == len(clamped), f"{done} of {len(clamped)} rows were predicted"
 
 
-def pieces(rows: Sequence[SourceRows], *, numbers: int) -> Iterator[tuple[int, list[SourceRows]]]:
+def pieces(rows: Sequence[SourceRows], *, voxels: int) -> Iterator[tuple[int, list[SourceRows]]]:
     """The same rows of several members, few enough at a time, and the first of each piece.
 
-    A piece has at least one row, and no more than make up `numbers` values of a class each.
+    A piece has at least one row, and no more than make up so many voxels.
     """
     x, y, _ = rows[0].positions
-    step = max(numbers // (len(x) * len(y)), 1)
+    step = max(voxels // (len(x) * len(y)), 1)
     for first in range(0, rows[0].count, step):
         yield first, [member.part(first, first + step) for member in rows]

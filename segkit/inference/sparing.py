@@ -1,13 +1,15 @@
 """What is done when a device's memory runs out, so that a large scan still comes to its end."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from segkit.inference.engines import Engine
+from segkit.inference.ensemble import Verdict, consult
+from segkit.inference.source_rows import SourceRows
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +53,30 @@ class SparingEngine:
             self.engine = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class SparingCouncil:
+    """Consults members about rows of a volume; where the device's memory runs out, on the host.
+
+    What rows become on the volume's own grid may be far larger than what a slab of them is. From
+    the first time on that it does not fit, rows are taken to the host before.
+    """
+
+    def __init__(self, *, shares: bool, uncertainty: bool) -> None:
+        self.shares = shares
+        self.uncertainty = uncertainty
+        self.on_host = False
+
+    def __call__(self, members: Sequence[SourceRows]) -> Verdict:
+        """The verdict of `ensemble.consult`."""
+        if not self.on_host:
+            try:
+                return consult(members, shares=self.shares, uncertainty=self.uncertainty)
+            except torch.OutOfMemoryError:
+                pass  # leaving lets go of what the failed call held
+            logger.warning("the device's memory ran out; labels are worked out on the host")
+            self.on_host = True
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        members = [rows.on_host() for rows in members]
+        return consult(members, shares=self.shares, uncertainty=self.uncertainty)

@@ -65,7 +65,11 @@ def gaussian(patch: int, *, width: float = 1 / 8) -> Float[Tensor, " patch"]:
 
 
 class Blend:
-    """The running weighted sum of one output over the rows that are not finished yet."""
+    """The running weighted sum of one output over the rows that are not finished yet.
+
+    The channels of a cell lie side by side: what is done to all of them alike, such as resampling
+    or the choice of a class, then goes through memory in one sweep.
+    """
 
     def __init__(
         self,
@@ -114,10 +118,11 @@ class Blend:
         extent = [len(total) for total in totals]
         extent[axis] = cells[axis]
         try:
-            self.sum = torch.zeros((window.shape[1], *extent), device=window.device)
+            zeros = torch.zeros((*extent, window.shape[1]), device=window.device)
         except torch.OutOfMemoryError:
             logger.warning("the device's memory ran out; sums over windows are kept on the host")
-            self.sum = torch.zeros((window.shape[1], *extent))
+            zeros = torch.zeros((*extent, window.shape[1]))
+        self.sum = zeros.movedim(-1, 0)
         self.unseen = unseen
         self.counted = None if unseen is None else torch.zeros(extent, device=self.sum.device)
         self.first_row = self.finished = 0
@@ -169,10 +174,11 @@ class Blend:
             count = min(next_start // self.stride[self.axis] - first, held)
         rows = self.sum.narrow(axis, 0, count)
         if self.counted is not None and self.unseen is not None:
+            unseen = self.unseen.to(rows).view(-1, *[1] * (len(self.size) - 1))
             weights = self.counted.narrow(self.axis, 0, count)
-            nobody = weights == 0
-            for channel, value in zip(rows, self.unseen.tolist(), strict=True):
-                channel.div_(weights).masked_fill_(nobody, value)
+            # A plane at a time, as each takes a copy.
+            for values, weight in zip(rows.movedim(1, 0), weights, strict=True):
+                values.copy_(torch.where(weight == 0, unseen, values / weight))
         self.finished = count
         inside = [slice(0, size) for size in self.size]
         inside[self.axis] = slice(0, max(self.size[self.axis] - first, 0))
@@ -180,8 +186,7 @@ class Blend:
 
     def advance(self) -> None:
         """Let the finished rows go."""
-        for channel in self.sum:
-            _advance(channel, self.axis, self.finished)
+        _advance(self.sum, self.axis + 1, self.finished)
         if self.counted is not None:
             _advance(self.counted, self.axis, self.finished)
         self.first_row += self.finished
@@ -191,8 +196,9 @@ class Blend:
 def _advance(rows: Tensor, axis: int, count: int) -> None:
     """Drop the first `count` rows of a running sum, in place, and begin as many new ones."""
     kept = rows.shape[axis] - count
-    rest = rows.narrow(axis, count, kept).clone()
-    rows.narrow(axis, 0, kept).copy_(rest)
+    for first in range(0, kept, count):  # so few at a time that none overlaps its new place
+        part = min(count, kept - first)
+        rows.narrow(axis, first, part).copy_(rows.narrow(axis, first + count, part))
     rows.narrow(axis, kept, count).zero_()
 
 

@@ -1,0 +1,61 @@
+"""Text, JSON and YAML of strangers: read as data, of bearable size, with one kind of error.
+
+Whatever is wrong with a file comes as OSError or ValueError, for the caller's own sentence.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_BYTES = 2**26
+"""Of a text file. The longest honest one, a dataset.json of 100,000 cases, takes a third of it."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises OSError, or ValueError where it is no text or absurdly long."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait for ever
+        raise ValueError("it is no plain file")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES // 2**20} MiB")
+    return content.decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError or ValueError."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that is an object. Raises OSError or ValueError."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, found {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of YAML text: plain values, whatever its tags say. Raises ValueError."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Knows no Python class, and no aliases: a few lines of them can stand for terabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            name = self.peek_event().anchor  # type: ignore[no-untyped-call]
+            raise ValueError(f"*{name} refers to another place; write its value out")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
