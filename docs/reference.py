@@ -25,8 +25,10 @@ API = {
     "From a model and a scan to labels and maps": (
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
+    "To other programs, and from them": (
+        "export_model described_model save_model Export ModelDescription"
+    ),
     "What it is worth": "explain_volume evaluate Explanation Evaluation",
-    "Models out": "export_model Export",
     "Volumes": "read_volume read_labels write_volume Volume Grid",
     "Errors": (
         "SegkitError ConfigError DatasetError ModelError TrainingError VolumeError WorkerError"

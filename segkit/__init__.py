@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segkit.checking import Understood, check
-    from segkit.config import Config
+    from segkit.config import Config, ModelDescription
     from segkit.config_file import load_config
     from segkit.cross_validation import CrossValidation, cross_validate
     from segkit.errors import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from segkit.geometry import Grid
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
-    from segkit.model import Model, load_model
+    from segkit.model import Model, described_model, load_model, save_model
     from segkit.planning import Planned, plan_dataset
     from segkit.training import Run, resume, train
     from segkit.volume import Volume, read_labels, read_volume, write_volume
@@ -51,6 +51,7 @@ __all__ = [
     "Export",
     "Grid",
     "Model",
+    "ModelDescription",
     "ModelError",
     "Planned",
     "Prediction",
@@ -64,6 +65,7 @@ __all__ = [
     "WorkerError",
     "check",
     "cross_validate",
+    "described_model",
     "evaluate",
     "explain_volume",
     "export_model",
@@ -74,13 +76,14 @@ __all__ = [
     "read_labels",
     "read_volume",
     "resume",
+    "save_model",
     "train",
     "write_volume",
 ]
 
 _HOMES = {
     "segkit.checking": ("Understood", "check"),
-    "segkit.config": ("Config",),
+    "segkit.config": ("Config", "ModelDescription"),
     "segkit.config_file": ("load_config",),
     "segkit.cross_validation": ("CrossValidation", "cross_validate"),
     "segkit.errors": (
@@ -98,7 +101,7 @@ _HOMES = {
     "segkit.geometry": ("Grid",),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
-    "segkit.model": ("Model", "load_model"),
+    "segkit.model": ("Model", "described_model", "load_model", "save_model"),
     "segkit.planning": ("Planned", "plan_dataset"),
     "segkit.training": ("Run", "resume", "train"),
     "segkit.volume": ("Volume", "read_labels", "read_volume", "write_volume"),

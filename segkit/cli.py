@@ -622,6 +622,7 @@ def export(
         Path | None, typer.Option(help="To check it on; noise where not given.")
     ] = None,
     overlap: Overlap = 0.5,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
@@ -647,6 +648,8 @@ def export(
         _say(f"wrote {path}")
     for line in exported.lines():
         _say(line)
+    if json:
+        say_json(exported.content())
     if not exported.holds:
         raise SegkitError(
             f"{out}: differs from PyTorch by more than rounding; do not use it, and tell its makers"

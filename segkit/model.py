@@ -49,7 +49,10 @@ class Model:
 
 
 def save_model(folder: Path, model: Model) -> None:
-    """Write a model folder; the description comes last, so that a folder with one is complete."""
+    """Write a model folder; the description comes last, so that a folder with one is complete.
+
+    Raises OSError where it cannot be written.
+    """
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
     with whole(folder / WEIGHTS) as partial:

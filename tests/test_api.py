@@ -26,6 +26,7 @@ PUBLIC = [
     "Export",
     "Grid",
     "Model",
+    "ModelDescription",
     "ModelError",
     "Planned",
     "Prediction",
@@ -39,6 +40,7 @@ PUBLIC = [
     "WorkerError",
     "check",
     "cross_validate",
+    "described_model",
     "evaluate",
     "explain_volume",
     "export_model",
@@ -49,6 +51,7 @@ PUBLIC = [
     "read_labels",
     "read_volume",
     "resume",
+    "save_model",
     "train",
     "write_volume",
 ]

@@ -8,13 +8,13 @@ import jaxtyping
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor
 from typer.testing import CliRunner
 
+from segkit import terminal
 from segkit.build import build_network
 from segkit.cli import app
 from segkit.config import ModelDescription
@@ -27,6 +27,7 @@ from segkit.export.whole_volume import WholeVolume
 from segkit.geometry import Grid, Placement
 from segkit.inference.converted import Run
 from segkit.inference.engines import LOGITS, PRESENCE
+from segkit.inference.openvino_runtime import OpenVino
 from segkit.inference.predictor import Predictor
 from segkit.model import Model, described_model, load_model
 from segkit.nn.taps import MapInfo
@@ -127,7 +128,7 @@ def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
 ) -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     export_openvino(model, tmp_path / "a.xml")
-    graph = openvino.Core().read_model(tmp_path / "a.xml")
+    graph = OpenVino().core.read_model(tmp_path / "a.xml")
     names = [output.get_any_name() for output in graph.outputs]
     assert names == [LOGITS, *sorted(model.network.maps())]
     assert graph.inputs[0].get_any_name() == "image"
@@ -239,6 +240,11 @@ def test_the_command_writes_checks_and_says_how_far_off(tmp_path: Path) -> None:
     assert "largest difference of logits: " in done.output
     assert "largest difference of 1 maps: " in done.output
     assert "same label: 100.0000% of voxels" in done.output
+    again = CliRunner().invoke(app, [*arguments, "--check", "--overwrite", "--json"])
+    terminal.start()
+    told = json.loads(again.output)
+    assert told["written"] == [str(out)] and told["holds"] is True
+    assert set(told["differences"]) == {LOGITS, "skip.1/gate"}
 
 
 def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(

@@ -1,8 +1,8 @@
 """`segkit export`: a model in a form that another program runs, and whether it says the same."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ other roundings, and where two classes are all but equal either may come out."""
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and what a check of it found."""
+    """What `export_model` has written, and what a check of it found."""
 
     written: tuple[Path, ...]
     agreement: Agreement | None = None
@@ -39,6 +39,15 @@ class Export:
         """Whether no check found more than rounding."""
         close = self.agreement is None or self.agreement.holds
         return close and (self.same_in_bundle is None or self.same_in_bundle >= SAME_IN_BUNDLE)
+
+    def content(self) -> dict[str, Any]:
+        """The same for a script."""
+        told: dict[str, Any] = {"written": [str(path) for path in self.written]}
+        if self.agreement is not None:
+            told |= {**asdict(self.agreement), "holds": self.holds}
+        if self.same_in_bundle is not None:
+            told["same_in_bundle"] = self.same_in_bundle
+        return told
 
     def lines(self) -> list[str]:
         """What was found, in words."""
