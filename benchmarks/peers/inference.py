@@ -305,7 +305,9 @@ def nnunet(case: Case, source: Path, target: Path, settings: dict[str, str]) -> 
 def main() -> None:
     """Run one contender and print its figures."""
     if sys.argv[1] == "network":
-        torch.jit.script(network_of(CASES[sys.argv[2]])).save(sys.argv[3])
+        case = CASES[sys.argv[2]]
+        window = torch.zeros(1, 1, case.patch, case.patch, case.patch)
+        torch.jit.trace(network_of(case), window, check_trace=False).save(sys.argv[3])
         return
     contender, name, source, target, *words = sys.argv[1:]
     settings = dict(word.split("=", 1) for word in words)
