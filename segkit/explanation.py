@@ -107,6 +107,7 @@ def explain_files(
     rows: list[dict[str, Any]] = []
     worths: list[Worth] = []
     left_out: dict[str, str] = {}
+    torn = False  # whether some of a volume's files were left without the others
     asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
@@ -128,6 +129,7 @@ def explain_files(
             written = write_explanation(place, explanation, made)
         except (SegkitError, OSError) as error:
             left_out[source.name] = failure(source, error)
+            torn |= isinstance(error, OSError)
             yield Explained(source.name, error=left_out[source.name])
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
@@ -137,7 +139,8 @@ def explain_files(
         rows += explanation.rows()
         finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
     if len(inputs) == 1 or not finished:
-        finish(folder / PAGE)
+        if not torn:
+            finish(folder / PAGE)
         return
     facts = facts_of(predictor)
     if left_out:
@@ -158,7 +161,8 @@ def explain_files(
     write_json(folder / COHORT_FIGURES, {**about, **figures})
     write_text(folder / PAGE, cohort_text(finished, facts, pooled))
     _remove(_of_cohort(folder), but=written_of_all)
-    finish(folder / PAGE)
+    if not torn:
+        finish(folder / PAGE)
 
 
 def write_explanation(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, SegkitError, VolumeError
+from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
 from segkit.series import SUFFIX as DICOM_SUFFIX
 from segkit.series import choose_series, holds_series, read_series
 from segkit.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
@@ -146,5 +146,5 @@ def failure(source: Input, error: SegkitError | OSError) -> str:
     """Why an input has no result, in a sentence that names its file."""
     file = str(source.files[0])
     if isinstance(error, OSError):
-        return f"{file}: cannot write its result: {error}"
+        return f"{file}: cannot write its result: {sentence_of(error)}"
     return str(error) if file in str(error) else f"{file}: {error}"

@@ -174,7 +174,7 @@ def test_a_command_that_is_asked_to_stop_says_so_in_one_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("segkit.checking.check", lambda *_, **__: os.kill(os.getpid(), signum))
+    monkeypatch.setattr("segkit.checking.check", lambda *_, **__: signal.raise_signal(signum))
     name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
     sentence = f"segkit: stopped by {name}; run the same command again to go on\n"
     assert run("check", tmp_path, capsys=capsys) == (code, "", sentence)

@@ -161,18 +161,24 @@ class Member:
         def logits_of(slabs: Iterable[Slab]) -> Iterator[Tensor]:
             for slab in slabs:
                 maps.take_rows(slab)
-                logits = slab.rows.pop(LOGITS)
-                if not bool(logits.isfinite().all()):
-                    raise ModelError(
-                        f"the network of {self.model.description.run} answers with what is no "
-                        f"number; predict in float32, or train it again"
-                    )
-                yield logits
+                # By no name of its own, or it would live on beside the next.
+                yield self._checked(slab.rows.pop(LOGITS))
 
         tracked = track(slabs, len(starts[WALK_AXIS]))
         return to_source_rows(
             logits_of(tracked), prepared, written=labelling.written, with_spread=spreads
         )
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """The same logits. Raises ModelError where one is no number."""
+        # A row at a time, as each is copied for it.
+        finite = [row.isfinite().all() for row in logits.movedim(-1, 0)]
+        if not bool(torch.stack(finite).all()):
+            raise ModelError(
+                f"the network of {self.model.description.run} answers with what is no number; "
+                f"predict in float32, or train it again"
+            )
+        return logits
 
 
 def window_layout(
