@@ -150,7 +150,8 @@ def page(
         "# Reliability",
         "What becomes of segkit's jobs where they are killed, where the system refuses what they "
         "need, and where there are very many of them. Made by\n\n"
-        f"<!-- not run: takes minutes, and mounts disks -->\n```sh\npython -m benchmarks.reliability {given}\n```",
+        "<!-- not run: takes minutes, and mounts disks -->\n"
+        f"```sh\npython -m benchmarks.reliability {given}\n```",
         "## Faults",
         "Each fault strikes a small job. A fault is survived if every file is whole or not there "
         "right after it, results from before are untouched, no process is left behind, what the "
