@@ -377,6 +377,36 @@ def test_openvino_tells_nobody_that_it_is_used(monkeypatch: pytest.MonkeyPatch) 
     assert sys.modules["openvino_telemetry"] is None
 
 
+def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Path) -> None:
+    # In a process of its own, which a segmentation fault would end.
+    code = """if True:
+        import gc, signal, sys, threading
+        from pathlib import Path
+        from segkit.errors import Stopped
+        from segkit.inference.choice import choose_engine
+        from segkit.signals import handling
+        from tests.test_engines import saved, windows_of
+
+        engines = []
+        for name in "ab":
+            folder = Path(sys.argv[1], name)
+            folder.mkdir()
+            engines.append(choose_engine("openvino", saved(folder), device="cpu"))
+            engines[-1](windows_of(3, 1), ())
+        thread = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+        thread.start()
+        thread.join()
+        try:
+            with handling():
+                signal.raise_signal(signal.SIGINT)
+        except Stopped as stopped:
+            print("heard", stopped.signum)
+        """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "heard 2\n"), done.stderr[-2000:]
+
+
 def test_a_compiler_that_fails_is_one_sentence() -> None:
     def fail(*arguments: object) -> None:
         raise TorchDynamoException("no C++ compiler")

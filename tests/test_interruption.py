@@ -47,8 +47,6 @@ def global_step(folder: Path) -> int:
 MOMENTS = [(1, False), (3, False), (3, True), (4, False), (6, False), (6, True), (8, False)]
 
 
-# Among all others in one process of pytest-xdist, the signal can end that process instead.
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["averaging", "nothing held out"])
 def test_a_training_that_is_asked_to_stop_saves_that_step_and_ends_as_if_it_never_had_been(
     variant: str, tmp_path: Path
