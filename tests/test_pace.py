@@ -75,7 +75,7 @@ def test_a_real_training_that_is_too_slow_is_told(
         small_dataset(tmp_path / "data"),
         data={"validation": 0.0},
         train={"steps": 1_000_000, "validate_every": 1000},
-        trainer={"max_time": "00:00:00:02"},
+        trainer={"max_time": "00:00:00:05"},
     )
     run = train(config, runs=tmp_path)
     lines = [line for line in caplog.messages if "fit into trainer.max_time" in line]
