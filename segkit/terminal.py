@@ -4,6 +4,7 @@ Colours and bars appear on a terminal alone, and no colour where the variable NO
 sees to both. `--quiet` and `--verbose` may stand before a command or after it.
 """
 
+import itertools
 import logging
 import sys
 import warnings
@@ -12,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
+from segkit.errors import ConfigError
 from segkit.files import json_text
 
 console = Console()
@@ -34,6 +36,29 @@ class Commands(TyperGroup):
             shared = [option for option in self.params if option.name in EVERYWHERE]
             command.params += [option for option in shared if option.name not in known]
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Name, command and its words. Raises ConfigError where an option lacks its value.
+
+        Left to itself the parser would take the option that follows as the value: `--maps --tta`
+        would write to a folder called --tta.
+        """
+        name, command, words = super().resolve_command(ctx, args)
+        # While a shell completes a line, ends of it are missing.
+        if command is None or ctx.resilient_parsing:
+            return name, command, words
+        options = {
+            option: not (parameter.is_flag or parameter.count)
+            for parameter in command.params
+            if isinstance(parameter, TyperOption)
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for word, following in itertools.pairwise(itertools.takewhile("--".__ne__, words)):
+            if options.get(word) and following in options:
+                raise ConfigError(
+                    f"{word} needs a value, found {following}; give it one or leave it out"
+                )
+        return name, command, words
 
 
 def start() -> None:

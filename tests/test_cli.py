@@ -166,6 +166,24 @@ def test_what_the_system_refuses_is_one_line_and_exit_code_2(
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("predict scan --maps --tta", "--maps needs a value, found --tta"),
+        (
+            "predict scan --tta --out --maps x",
+            "--out needs a value, found --maps",
+        ),
+        ("explain scan --out -q", "--out needs a value, found -q"),
+    ],
+)
+def test_an_option_is_never_taken_as_the_value_of_another(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(*words.split(), capsys=capsys)
+    assert (code, out, err) == (2, "", f"segkit: {sentence}; give it one or leave it out\n")
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_command_that_is_asked_to_stop_says_so_in_one_line(
     signum: int,

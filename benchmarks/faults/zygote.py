@@ -129,6 +129,9 @@ class Zygote:
         self.count += 1
         place = Path(self.places.name) / str(self.count)
         place.mkdir()
+        for name in ("out", "err"):
+            # It may be killed before it has opened them.
+            (place / name).touch()
         request = {
             "words": [str(word) for word in words],
             "folder": str(folder),
