@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from segkit.data import parallel
-from segkit.data.parallel import free_memory, in_processes, num_cores
+from segkit.data.parallel import free_memory, in_processes, loading, num_cores
 from segkit.errors import WorkerError
 
 
@@ -66,3 +66,24 @@ def test_free_memory_is_what_linux_and_the_container_leave(
     monkeypatch.setattr(parallel, "MEMORY_STATE", tmp_path / "none")
     monkeypatch.delattr(os, "sysconf")
     assert free_memory() == 4 * 1024**3
+
+
+DEATHS = [
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    ConnectionResetError(104, "Connection reset by peer"),
+    EOFError(),
+]
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: type(death).__name__)
+def test_a_process_that_loads_is_killed_at_any_moment_in_one_sentence(death: Exception) -> None:
+    said = "one of 2 processes that load patches was killed"
+    with pytest.raises(WorkerError, match=said), loading(2):
+        raise death
+
+
+def test_where_no_process_loads_a_lost_connection_is_something_else() -> None:
+    with pytest.raises(ConnectionResetError), loading(0):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(RuntimeError, match="shapes"), loading(2):
+        raise RuntimeError("shapes do not fit")

@@ -73,8 +73,10 @@ def loading(workers: int) -> Iterator[None]:
     """Raise WorkerError where one of so many processes that load patches is killed."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # One that dies while it hands a batch over is a connection that was lost.
+        lost = workers > 0 and not isinstance(error, RuntimeError)
+        if not lost and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
             f"one of {workers} processes that load patches was killed, as happens where memory "
