@@ -29,6 +29,15 @@ class NearestClass(UNet):
         return (image - classes.view(1, -1, 1, 1, 1)).abs().neg()
 
 
+def peak_of_program() -> int:
+    """Bytes that this program has held at most, as Linux tells it.
+
+    getrusage also knows what the process that it was forked from held.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def main(folder: Path, classes: int, slices: int) -> None:
     grid = Grid((SIDE, SIDE, slices), np.eye(4))
     rows = np.arange(slices, dtype=np.int16) % classes
@@ -51,9 +60,7 @@ def main(folder: Path, classes: int, slices: int) -> None:
         predictor, find_inputs([folder / "scan.nii"], 1), probabilities=True, uncertainty=True
     )
     assert outcome.error is None, outcome.error
-    # Of this program alone: getrusage also knows what the process that it was forked from held.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+    print(peak_of_program())
 
 
 if __name__ == "__main__":

@@ -159,20 +159,18 @@ def test_bytes_in_words(count: float, words: str) -> None:
 MEASURED = """
 import sys, torch
 sys.path.insert(0, {root!r})
+from tests.peak_memory import peak_of_program
 from tests.test_step_memory import large, loss_of
 network = large()
 optimiser = torch.optim.AdamW(network.parameters())
 image = torch.rand(2, 1, 64, 64, 64)
 loss_of(large(), torch.rand(1, 1, 8, 8, 8)).backward()
-def peak():  # of this program alone: ru_maxrss also knows the process that it was forked from
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-before = peak()
+before = peak_of_program()
 for _ in range(2):
     optimiser.zero_grad()
     loss_of(network, image).backward()
     optimiser.step()
-print(1024 * (peak() - before))
+print(peak_of_program() - before)
 """
 
 
