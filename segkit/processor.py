@@ -14,6 +14,7 @@ from torch import Tensor
 from segkit.data.rules import multiply_adds
 from segkit.files import write_json
 from segkit.losses import deep_dice_cross_entropy
+from segkit.nn.normalisation import channels_last
 from segkit.nn.unet import UNet
 from segkit.untrusted import read_json_object
 
@@ -36,7 +37,11 @@ def half_pays() -> bool:
 def step_seconds(
     network: UNet, image: Tensor, label: Tensor, *, half: bool, repeats: int = 5
 ) -> float:
-    """Seconds of a training step's forward and backward pass: the median, after one to warm up."""
+    """Seconds of a training step's forward and backward pass: the median, after one to warm up.
+
+    The network's weights are put into the order that training puts them in.
+    """
+    channels_last(network)
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

@@ -52,6 +52,7 @@ from segkit.interruption import Interruption
 from segkit.model import Model, save_model, start_from
 from segkit.module import SegmentationModule
 from segkit.nn.given import try_out
+from segkit.nn.normalisation import channels_last
 from segkit.pace import Pace
 from segkit.processor import half_pays
 from segkit.run_folder import (
@@ -338,6 +339,8 @@ def _train(
         if first and not resumed:
             shutil.rmtree(folder)
         raise
+    if module is None and trainer.strategy.root_device.type == "cpu":
+        channels_last(network)
     started = time.perf_counter()
     with warnings.catch_warnings(), loading(config.data.workers):
         for message in HARMLESS:

@@ -17,9 +17,9 @@ from segkit.inference.onnx_runtime import OnnxRuntime
 from segkit.inference.openvino_runtime import OpenVino
 from segkit.inference.sparing import SparingEngine
 from segkit.model import Model
+from segkit.nn.normalisation import channels_last
 
 EngineName = Literal["auto", "torch", "compile", "openvino", "onnx"]
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,7 @@ def _in_torch(
     network = model.network
     if precision != torch.float32:
         # The order that tensor cores work in. A layer's weights decide for what passes through it.
-        for weight in network.parameters():
-            if weight.ndim in CHANNELS_LAST:
-                weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
+        channels_last(network)
 
     def make_host_engine() -> Engine:
         # By way of the host: on the device there is no room for a second one.

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
+
 NormalisationKind = Literal["instance", "batch", "group", "none"]
 
 CONV: dict[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -26,13 +28,12 @@ def normalisation(kind: NormalisationKind, spatial_dims: int, channels: int) -> 
     """A normalisation layer; instance and group normalisation suit small batches."""
     match kind:
         case "instance":
-            by_dims = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-            return by_dims[spatial_dims](channels, affine=True)
+            return InstanceNormalisation(channels)
         case "batch":
             return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims](channels)
         case "group":
             # Up to eight groups, of four channels at least, or it would be instance normalisation.
-            return nn.GroupNorm(math.gcd(8, max(channels // 4, 1), channels), channels)
+            return GroupNormalisation(math.gcd(8, max(channels // 4, 1), channels), channels)
         case "none":
             return nn.Identity()
 
