@@ -4,11 +4,13 @@ Of PyTorch's own (2.13) the one copies such features to another order and back, 
 longer than the convolution before it, and the other's backward takes 30 times its forward.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By the number of a tensor's axes, its memory format with the channel beside the next channel."""
@@ -26,7 +28,7 @@ class _Normalise(torch.autograd.Function):
 
     Forward is PyTorch's. Backward is its closed form: with n features in a group, of mean m and
     inverse deviation r, the gradient at x is r·w·g + k·x - (r/n)·Σ w·g - k·m, where
-    k = -(r²/n)·Σ w·g·r·(x - m), and both sums are over the group.
+    k = -(r²/n)·Σ w·g·r·(x - m), and both sums are over the group. It has no gradient itself.
     """
 
     @staticmethod
@@ -43,6 +45,7 @@ class _Normalise(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, mean, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
         batch, channels, *space = features.shape
@@ -87,7 +90,7 @@ def _has_channels_last(features: Tensor) -> bool:
     """Whether it is such features, on a CPU, and more than a network being traced."""
     return (
         features.device.type == "cpu"
-        and features[0, 0].numel() > 1
+        and math.prod(features.shape[2:]) > 1
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.onnx.is_in_onnx_export()
