@@ -1,5 +1,6 @@
 """`segkit train --dry-run` says what a training will be, by steps of it, and leaves nothing."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_the_process_is_said_to_grow(told: Rehearsal) -> None:
     if told.peak is None:
         pytest.skip("this system does not tell a process's peak")
     assert 50e6 < told.before <= told.peak < 1e12
+
+
+@pytest.mark.skipif(not rehearsal.STATUS.exists(), reason="only Linux forks with that memory")
+def test_the_peak_is_of_the_process_alone_and_not_of_what_it_was_forked_from() -> None:
+    told = "from segkit.rehearsal import peak_of_process; print(peak_of_process())"
+    fork = (
+        f"held = b'1' * 3_000_000_000; import subprocess, sys; del held; "
+        f"print(subprocess.run([sys.executable, '-c', {told!r}], capture_output=True, "
+        f"text=True, check=True, close_fds=False).stdout)"
+    )
+    found = subprocess.run([sys.executable, "-c", fork], capture_output=True, text=True, check=True)
+    assert 50e6 < int(found.stdout) < 2e9
 
 
 def test_its_loss_is_that_of_the_same_steps_of_training(
