@@ -40,6 +40,7 @@ def write_montage(
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.patheffects import withStroke
     except ImportError:
         raise SegkitError("a montage needs matplotlib; run pip install 'segkit[report]'") from None
     orientation = Orientation.of(grid.affine)
@@ -52,6 +53,7 @@ def write_montage(
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, len(panels), squeeze=False)
     colours = ListedColormap(LABEL_COLOURS)
+    edge = withStroke(linewidth=2, foreground="black")
     for column, (title, overlay, kind) in enumerate(panels):
         turned_overlay = None if overlay is None else orientation.turn(overlay)
         image: Any = None
@@ -64,7 +66,8 @@ def write_montage(
             axis.imshow(background, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if turned_overlay is None:
                 if column == 0:
-                    axis.text(0.02, 0.94, plane, color="0.7", fontsize=8, transform=axis.transAxes)
+                    name = axis.text(0.02, 0.94, plane, color="white", fontsize=8)
+                    name.set(transform=axis.transAxes, path_effects=[edge])
                 continue
             values, _ = _slice(turned_overlay, turned_grid, row, middle[row])
             if kind == "labels":
@@ -99,7 +102,9 @@ def write_montage(
         for number, name in label_names.items()
         if number
     ]
-    figure.legend(handles=patches, loc="lower left", labelcolor="white", frameon=False, fontsize=9)
+    figure.legend(
+        handles=patches, loc="outside lower left", labelcolor="white", frameon=False, fontsize=9
+    )
     with whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
