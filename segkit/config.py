@@ -284,7 +284,9 @@ class TrainConfig(Section):
     """AdamW on a one-cycle schedule, or SGD with Nesterov momentum on a polynomial one."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """The highest of the schedule; 0.003 for AdamW and 0.01 for SGD where not given."""
-    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """AdamW's decoupled decay (Loshchilov and Hutter 2019) or SGD's; 0.05 and 3e-5 where not given.
+    """
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
     """The largest norm of a step's gradient."""
     batch_dice: bool = False

@@ -77,6 +77,7 @@ from segkit.trackers import check_installed, trackers
 logger = logging.getLogger(__name__)
 
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
+WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5}
 HARMLESS = (
     "Experiment logs directory",  # the run's folder holds config.yaml already
     "Checkpoint directory",
@@ -257,7 +258,9 @@ def _train(
         class_names=list(description.labels),
         optimiser=config.train.optimiser,
         learning_rate=config.train.learning_rate or LEARNING_RATE[config.train.optimiser],
-        weight_decay=config.train.weight_decay,
+        weight_decay=WEIGHT_DECAY[config.train.optimiser]
+        if config.train.weight_decay is None
+        else config.train.weight_decay,
         num_steps=config.train.steps,
         batch_dice=config.train.batch_dice,
         seed=config.train.seed,

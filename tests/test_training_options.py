@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -133,6 +136,33 @@ def test_training_starts_from_the_weights_that_were_named(tmp_path: Path) -> Non
     weights = [load_file(run.folder / "model" / "weights.safetensors") for run in (first, second)]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=0)
+
+
+class Decay(Callback):
+    """Keeps the weight decay that a training works with."""
+
+    found: float
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (group,) = trainer.optimizers[0].param_groups
+        self.found = group["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"optimiser": "adamw"}, 0.05),
+        ({"optimiser": "sgd"}, 3e-5),
+        ({"optimiser": "adamw", "weight_decay": 0.0}, 0.0),
+    ],
+)
+def test_weights_decay_as_suits_the_optimiser_or_as_told(
+    settings: dict[str, Any], expected: float, tmp_path: Path
+) -> None:
+    decay = Decay()
+    config = small_config(small_dataset(tmp_path / "data"), train={"steps": 1, **settings})
+    train(config, runs=tmp_path, callbacks=[decay])
+    assert decay.found == expected
 
 
 def with_two_channels_and_three_labels(folder: Path, target: Path) -> Path:
