@@ -30,7 +30,7 @@ from segkit.explanation import write_explanation
 from segkit.inference.predictor import Predictor
 from segkit.progress import Tracker
 from segkit.run_folder import CONFIG
-from segkit.training import split_of
+from segkit.settle import split_of
 
 COLUMNS = (
     *(

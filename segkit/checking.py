@@ -11,13 +11,13 @@ from segkit.build import build_network
 from segkit.cascade import described, first_models
 from segkit.config_file import dataset_in, dump_yaml, load_config
 from segkit.config_files import FilesConfig
-from segkit.data.cases import read_case, read_dataset, split
+from segkit.data.cases import read_case, read_dataset
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry import Orientation
 from segkit.labelling import Labelling
 from segkit.nifti import placement
 from segkit.series import Series, choose_series, holds_series, list_series, read_series
-from segkit.settle import Track, check_images, describe
+from segkit.settle import Track, check_images, describe, split_of
 from segkit.volume import Volume, read_volume, trouble_with
 
 
@@ -87,7 +87,7 @@ def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> Unders
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
     dataset = read_dataset(config.data.folder, config.data.files)
-    train, held_out = split(dataset, config.data.validation, config.train.seed)
+    train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
     description = described(describe(config, dataset, train, track), first_stage)

@@ -25,10 +25,10 @@ from segkit.errors import TrainingError
 from segkit.estimates import margin_of, memory_of_step
 from segkit.memory import StepMemory, in_words
 from segkit.pace import finish, too_slow
-from segkit.settle import Track, check_images
+from segkit.settle import Track, check_images, split_of
 from segkit.signals import advising
 from segkit.trackers import check_installed
-from segkit.training import precision, split_of, train
+from segkit.training import precision, train
 from segkit.volume import read_grid
 
 try:

@@ -6,12 +6,19 @@ from importlib.metadata import version
 import numpy as np
 
 from segkit.config import Config, CtWindow, ModelDescription, Normalisation, ZScore
-from segkit.data.cases import Case, Dataset, read_case
+from segkit.data.cases import Case, Dataset, fold_of, read_case, split
 from segkit.data.preprocess import foreground_statistics, median_spacing
 from segkit.errors import ConfigError, DatasetError
 from segkit.volume import read_grid
 
 Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
+
+
+def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to train on and those held out."""
+    if config.data.fold is not None:
+        return fold_of(dataset, config.data.fold)
+    return split(dataset, config.data.validation, config.train.seed)
 
 
 def describe(

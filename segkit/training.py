@@ -40,7 +40,7 @@ from segkit.cascade import described, first_models, first_stage_of, label_cases
 from segkit.components import candidates
 from segkit.config import Config, ModelDescription
 from segkit.config_file import dump_yaml, load_config
-from segkit.data.cases import Case, Dataset, fold_of, read_dataset, split
+from segkit.data.cases import Dataset, read_dataset
 from segkit.data.datamodule import SegmentationData
 from segkit.data.parallel import loading
 from segkit.data.sampling import PatchDataset
@@ -70,7 +70,7 @@ from segkit.run_folder import (
 )
 from segkit.samples import SamplePictures
 from segkit.scoring import score
-from segkit.settle import Track, check_images, describe
+from segkit.settle import Track, check_images, describe, split_of
 from segkit.signals import advising
 from segkit.trackers import check_installed, trackers
 
@@ -417,13 +417,6 @@ def precision(config: Config) -> str | int:
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "bf16-mixed" if half_pays() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """The cases to train on and those held out."""
-    if config.data.fold is not None:
-        return fold_of(dataset, config.data.fold)
-    return split(dataset, config.data.validation, config.train.seed)
 
 
 def resolved(config: Config, description: ModelDescription) -> Config:

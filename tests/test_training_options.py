@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from segkit import training
 from segkit.averaging import Averaging
-from segkit.data.cases import Case, Dataset, fold_of
+from segkit.checking import check
+from segkit.config_file import dump_yaml
+from segkit.data.cases import Case, Dataset, fold_of, read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.model import load_model, start_from
 from segkit.training import precision, train
@@ -47,6 +49,18 @@ def test_folds_are_those_of_scikit_learn(count: int) -> None:
     for fold, (_, expected) in enumerate(folds):
         _, held = fold_of(dataset_of(count), fold)
         assert [int(case.name[5:]) for case in held] == expected.tolist()
+
+
+@pytest.mark.parametrize("fold", [0, 3])
+def test_what_a_check_says_is_held_out_is_the_fold_that_training_holds_out(
+    fold: int, tmp_path: Path
+) -> None:
+    data = small_dataset(tmp_path / "data", num_cases=5)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(small_config(data, data={"fold": fold})))
+    _, held = fold_of(read_dataset(data), fold)
+    told = check(path)
+    assert told.facts["held_out_cases"] == [case.name for case in held]
 
 
 def test_fewer_cases_than_folds_are_refused() -> None:
