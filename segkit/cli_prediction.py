@@ -188,7 +188,7 @@ def explain(
     from segkit.explain.page import Verdict
     from segkit.explain.study import WorthStudy, check_gates
     from segkit.explain.verdict_table import verdict_table
-    from segkit.explanation import check_targets, explain_files, explain_heads
+    from segkit.explanation import check_targets, explain_files, explain_heads, remove_heads
     from segkit.inference.predictor import Predictor
     from segkit.model import load_model, model_folder, newest_model
     from segkit.prediction import find_inputs
@@ -211,6 +211,8 @@ def explain(
         for studied in figures:
             say(studied.answer())
         say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
+    elif overwrite:
+        remove_heads(out)
     over_all: list[Verdict] = []
     explanations = explain_files(
         predictor,

@@ -33,6 +33,7 @@ from segkit.volume import SUFFIXES, Volume, read_labels, write_volume
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
+HEADS = ("heads.csv", "heads.json")
 ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
@@ -223,7 +224,7 @@ def explain_heads(
     track: Track = lambda items, what, count: items,
 ) -> list[PositionFigures]:
     """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
-    table, whole = folder / "heads.csv", folder / "heads.json"
+    table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
     cases = [CaseOnDisk(source, paths[source.name]) for source in inputs]
@@ -257,6 +258,11 @@ def explain_heads(
         },
     )
     return figures
+
+
+def remove_heads(folder: Path) -> None:
+    """Remove what an earlier study of heads wrote, which the results to come will not be of."""
+    _remove((folder / each for each in HEADS), but=())
 
 
 def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:

@@ -283,7 +283,10 @@ def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
     code, _, err = command(*words)
     assert code == 2 and err.startswith("segkit: ") and err.count("\n") == 1
     assert err.endswith("exists already; pass --overwrite or name another --out\n")
+    for name in ("heads.csv", "heads.json"):  # of a study of other volumes, or another model
+        (tmp_path / "out" / name).write_text("earlier")
     assert command(*words, "--overwrite")[0] == 0
+    assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
 
 
 def test_heads_without_a_reference_are_one_line_and_exit_code_2(
