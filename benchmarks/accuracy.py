@@ -1,12 +1,13 @@
 """Dice on held-out cases after so many minutes of a CPU, by `segkit plan` and `segkit train`.
 
-    python benchmarks/accuracy.py DATASET [--minutes 60] [--fold 0] [KEY=VALUE …]
+    python benchmarks/accuracy.py DATASET [--minutes 60] [--folds 0 1 2 3 4] [KEY=VALUE …]
 
-The clock runs from the first look at the dataset to the last held-out case's score: measuring,
-planning, preparing, training, validations. One split, one run.
+The clock of a fold runs from the first look at the dataset to the last held-out case's score:
+measuring and planning, preparing, training, validations. One plan, one run of each fold.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -27,11 +28,11 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--folds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     console = Console()
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
         planned = plan_dataset(
             options.dataset,
             cache=Path(folder, "cache"),
@@ -39,33 +40,45 @@ def main() -> None:
             minutes=options.minutes,
             track=Tracker(console),
         )
-        config = changed(
-            planned.config,
-            [f"data.fold={options.fold}", f"data.cache={folder}/cache", *options.settings],
-        )
+        planning = time.perf_counter() - started
         console.print(planned.text, highlight=False, markup=False)
-        run = train(
-            config,
-            runs=Path(folder, "runs"),
-            callbacks=[TrainingProgress(console)],
-            track=Tracker(console),
-        )
-    minutes = (time.perf_counter() - started) / 60
-    summary = run.summary
-    scores = summary["validation"]
-    table = Table(title=f"fold {options.fold} of {options.dataset.name}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_row("cases: training, held out", f"{summary['training_cases']}, {scores['cases']}")
-    table.add_row("minutes asked for", f"{options.minutes:g}")
-    table.add_row("minutes in all", f"{minutes:.1f}")
-    table.add_row("of these training", f"{summary['seconds_of_training'] / 60:.1f}")
-    table.add_row("steps", str(summary["steps"]))
-    table.add_row("parameters", f"{summary['parameters']:,}")
-    for name, dice in scores["dice"].items():
-        table.add_row(f"Dice {name}", f"{dice:.4f}")
-    table.add_row("mean Dice", f"{scores['mean_dice']:.4f}")
-    console.print(table)
+        console.print(f"measured and planned in {planning:.1f} s, which each fold is charged with")
+        table: Table | None = None
+        means = []
+        for fold in options.folds:
+            started = time.perf_counter() - planning
+            config = changed(
+                planned.config,
+                [f"data.fold={fold}", f"data.cache={folder}/cache", *options.settings],
+            )
+            run = train(
+                config,
+                runs=Path(folder, "runs"),
+                callbacks=[TrainingProgress(console)],
+                track=Tracker(console),
+            )
+            minutes = (time.perf_counter() - started) / 60
+            summary = run.summary
+            scores = summary["validation"]
+            if table is None:
+                table = Table(
+                    title=f"{options.dataset.name}, {options.minutes:g} minutes asked for, "
+                    f"{summary['parameters']:,} parameters, {summary['steps']:,} steps"
+                )
+                columns = ("minutes", "of training", "cases", *scores["dice"], "mean Dice")
+                for name in ("fold", *columns):
+                    table.add_column(name, justify="right")
+            means.append(scores["mean_dice"])
+            table.add_row(
+                str(fold),
+                f"{minutes:.1f}",
+                f"{summary['seconds_of_training'] / 60:.1f}",
+                f"{summary['training_cases']} + {scores['cases']}",
+                *(f"{dice:.4f}" for dice in scores["dice"].values()),
+                f"{scores['mean_dice']:.4f}",
+            )
+            console.print(table)
+        console.print(f"mean over {len(means)} folds: {statistics.fmean(means):.4f}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/training.py DATASET [KEY=VALUE …]
 
 The bare loop runs the same network, loss, gradient clipping and optimiser on one batch that never
-changes, before and after a run of `segkit train`; what the run takes longer is reading, cutting,
-augmenting, logging and Lightning. Medians of steps.
+changes, in the same precision, before and after a run of `segkit train`; what the run takes longer
+is reading, cutting, augmenting, averaging of weights, logging and Lightning. Medians of steps.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from segkit.config import Config
 from segkit.config_file import load_config
 from segkit.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
-from segkit.training import train
+from segkit.training import precision, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "attention_unet_3d.yaml"
 STEPS = 40
@@ -56,10 +56,12 @@ def bare_loop(config: Config, network: UNet) -> float:
     image = torch.randn(size)
     label = torch.randint(0, network.heads[0].out_channels, (size[0], *size[2:]))
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    half = precision(config) == "bf16-mixed"
     seconds = []
     for _ in range(STEPS // 2):
         started = time.perf_counter()
-        levels, _ = network.train().supervised(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            levels, _ = network.train().supervised(image)
         deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.train.gradient_clip)
         optimiser.step()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from numpy.testing import assert_allclose
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit.data.plan import Plan, plan_for_memory, plan_for_time
+from segkit.data.plan import Plan, Steps, plan_for_memory, plan_for_time
 from segkit.data.rules import (
     ChannelNormalisation,
     Intensities,
@@ -425,8 +425,7 @@ def test_time_without_end_gives_the_plan_for_memory() -> None:
         HIPPOCAMPUS,
         spatial_dims=3,
         minutes=1e9,
-        fewest_steps=1,
-        enough_steps=1,
+        steps=Steps(1, 1, 1),
         multiply_adds_per_second=1e9,
     )
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
@@ -440,8 +439,7 @@ def in_time(billions: float) -> Plan:
         HIPPOCAMPUS,
         spatial_dims=3,
         minutes=10.0,
-        fewest_steps=100,
-        enough_steps=100,
+        steps=Steps(100, 100, 100),
         multiply_adds_per_second=billions * 1e9 * 100 / 600,
     )
 
@@ -480,8 +478,7 @@ def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
             HIPPOCAMPUS,
             spatial_dims=3,
             minutes=1.0,
-            fewest_steps=100,
-            enough_steps=1000,
+            steps=Steps(for_batch=1000, for_width=100, for_patch=100),
             multiply_adds_per_second=patches * patch / 60,
         )
 
@@ -491,11 +488,37 @@ def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
     assert planned(199).channels[0] == 16
 
 
+def test_channels_are_given_up_for_more_steps_than_the_patch_is() -> None:
+    whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
+
+    def of(start: int) -> int:
+        """Multiply-adds of the least batch, so wide."""
+        plan = replace(whole, channels=widths(4, spatial_dims=3, start=start))
+        return 2 * 3 * cost_of_patch(plan, HIPPOCAMPUS)
+
+    def planned(total: float) -> tuple[int, tuple[int, ...]]:
+        plan = plan_for_time(
+            HIPPOCAMPUS,
+            spatial_dims=3,
+            minutes=1.0,
+            steps=Steps(for_batch=1000, for_width=400, for_patch=100),
+            multiply_adds_per_second=total / 60,
+        )
+        return plan.channels[0], plan.patch_size
+
+    size = (40, 56, 40)
+    assert planned(401 * of(32)) == (32, size)
+    assert planned(399 * of(32)) == (16, size)
+    assert planned(401 * of(16)) == (16, size)
+    assert planned(399 * of(16)) == planned(101 * of(8)) == (8, size)
+    assert planned(99 * of(8)) == (8, (32, 56, 40))
+
+
 def test_the_smallest_plan_of_all_says_that_it_takes_longer() -> None:
     plan = in_time(1e-6)
     assert (plan.channels[0], plan.batch_size) == (8, 2)
     assert len(plan.strides) == 1
-    assert "which nothing smaller would meet" in plan.reasons["time"]
+    assert "there is nothing smaller" in plan.reasons["time"]
 
 
 # Laws of every plan
@@ -551,8 +574,7 @@ def test_every_plan_fits_its_network(
             spatial_dims=spatial_dims,
             gigabytes=gigabytes,
             minutes=minutes,
-            fewest_steps=1000,
-            enough_steps=8000,
+            steps=Steps(for_batch=8000, for_width=4000, for_patch=1000),
             multiply_adds_per_second=1e10,
         ),
     ):
@@ -595,8 +617,7 @@ def test_more_time_never_makes_less_of_a_step(
             numbers,
             spatial_dims=spatial_dims,
             minutes=10**magnitude,
-            fewest_steps=1000,
-            enough_steps=8000,
+            steps=Steps(for_batch=8000, for_width=4000, for_patch=1000),
             multiply_adds_per_second=1e10,
         )
         costs.append(plan.batch_size * cost_of_patch(plan, numbers))

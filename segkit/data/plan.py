@@ -84,28 +84,41 @@ def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8
     return _plan(numbers, spatial_dims, lambda setting: _fit_memory(setting, gigabytes))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How many training steps are wanted before the time goes into something better.
+
+    More steps of little teach more than few steps of much, up to a point.
+    """
+
+    for_batch: int
+    """Patches beside the least are given up for these."""
+    for_width: int
+    """Channels are given up for these."""
+    for_patch: int
+    """What a patch shows of an image is given up for these alone."""
+
+
 def plan_for_time(
     numbers: Numbers,
     *,
     spatial_dims: int,
     minutes: float,
-    fewest_steps: int,
-    enough_steps: int,
+    steps: Steps,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
 ) -> Plan:
     """The plan for that memory, made smaller until so many training steps fit into the minutes.
 
-    First the batch is made smaller, until there is time for `enough_steps`: more steps of few
-    patches teach more than few steps of many. Then the network is made narrower, and at last the
-    patch smaller, until there is time for `fewest_steps`. If the smallest of all takes longer
-    still, it is what is given, and its reasons say so. Only the convolutions of training are
-    counted, not preparation, validation or augmentation.
+    First the batch is made smaller, then the network narrower, and at last the patch smaller; how
+    many steps each is given up for, `steps` says. If the smallest of all takes longer still, it is
+    what is given, and its reasons say so. Only the convolutions of training are counted, not
+    preparation, validation or augmentation.
     """
     total = minutes * 60 * multiply_adds_per_second
 
     def fit(setting: Setting) -> Fit:
-        return _fit_time(setting, gigabytes, total / fewest_steps, total / enough_steps)
+        return _fit_time(setting, gigabytes, total, steps)
 
     return _plan(numbers, spatial_dims, fit)
 
@@ -143,7 +156,8 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
     return Fit(candidate, channels, batch, reasons)
 
 
-def _fit_time(setting: Setting, gigabytes: float, per_step: float, per_step_of_many: float) -> Fit:
+def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
+    """What fits into so many multiply-adds in all."""
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
@@ -162,25 +176,23 @@ def _fit_time(setting: Setting, gigabytes: float, per_step: float, per_step_of_m
         return widths(num_levels, spatial_dims=len(setting.spacing), start=width)
 
     chosen, batch = start.topology, start.batch_size
-    # Smaller batches come first: a wide network at a batch of 2 learns more in the same time than a
-    # narrow one at more.
-    affordable = int(per_step_of_many // cost(chosen, start.channels))
+    affordable = int(total / steps.for_batch // cost(chosen, start.channels))
     batch = max(min(batch, affordable), SMALLEST_BATCH)
     for width in START_WIDTHS:
         channels = narrowed(chosen, width)
-        if batch * cost(chosen, channels) <= per_step:
+        if batch * cost(chosen, channels) <= total / steps.for_width:
             break
     for chosen in shrinking(setting, start.topology):
         channels = narrowed(chosen, channels[0])
-        if batch * cost(chosen, channels) <= per_step:
+        if batch * cost(chosen, channels) <= total / steps.for_patch:
             break
     needed = batch * cost(chosen, channels)
     budget = (
         f"a step takes {needed / 1e9:.3g} billion multiply-adds, and the time allows "
-        f"{per_step / 1e9:.3g}"
+        f"{total / needed:.3g} of them"
     )
-    if needed > per_step:
-        budget += ", which nothing smaller would meet"
+    if needed > total / steps.for_patch:
+        budget += ", fewer than wanted, but there is nothing smaller"
     patch = _size(chosen.patch_size)
     reasons = dict(start.reasons)
     if channels != start.channels:
