@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from segkit.build import build_network, volume_patch
 from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
 from segkit.config_files import FilesConfig
@@ -18,10 +19,8 @@ from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
 from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, Steps, plan_for_memory, plan_for_time
-from segkit.data.rules import Numbers
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
-from segkit.nn.unet import UNet
 from segkit.processor import (
     half_pays,
     measured_once,
@@ -33,17 +32,16 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
 
 STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
-"""What a CPU's time goes to. On hippocampus 16 channels and 2,600 steps score more than 32 channels
-in the 1,200 that take as long, and 8 channels in 4,500 less (docs/planning.md)."""
+"""What a CPU's time goes to; docs/planning.md says what was measured."""
 SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
 GPU_STEPS = 20_000
 SPEED = "speed.json"
 """In the cache: what was timed of this processor, so that one dataset has one plan."""
-STEP_OF = ("spatial_dims", "channels", "strides", "kernels", "patch_size", "batch_size")
-"""What of a plan decides how long a step takes."""
+STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
+"""What of a description decides how long a step takes, beside the size of its batch."""
 NNUNET_STEPS = 250_000
-VALIDATIONS = 20
+VALIDATIONS = 10
 AVERAGING = 0.999
 CASES_PER_PROCESS = 300
 """So many small cases are measured in the time that another process takes to start."""
@@ -125,28 +123,29 @@ def plan_dataset(
         steps = NNUNET_STEPS if own_schedule else GPU_STEPS
         why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
         first_classes = list(dataset.labelling.value_names[1:]) if first else []
+
+        def settled(steps: int) -> tuple[Config, dict[str, Any], dict[str, str]]:
+            tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
+            if first is not None:
+                tree["data"]["first_stage"] = [str(first)]
+            if device != "auto":
+                tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
+            return validated(Config, tree, f"plan of {folder}"), tree, reasons
+
+        config, tree, reasons = settled(steps)
+        description = _description(config, dataset, first_classes)
         if timed:
             step = {
                 "what": "step",
-                **{name: getattr(plan, name) for name in STEP_OF},
-                "channels_in": len(numbers.channels),
-                "classes": [numbers.num_classes, len(first_classes)],
+                "batch_size": plan.batch_size,
+                **description.model_dump(mode="json", include=set(STEP_OF)),
             }
-            seconds = measured_once(
-                figures,
-                step,
-                partial(seconds_of_step, plan, numbers, label_classes=len(first_classes)),
-            )
+            seconds = measured_once(figures, step, partial(seconds_of_step, config, description))
             steps, why_steps = _steps_within(minutes, seconds)
-        tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
+            config, tree, reasons = settled(steps)
         reasons["train.steps"] = why_steps
-        if first is not None:
-            tree["data"]["first_stage"] = [str(first)]
-        if device != "auto":
-            tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
-        config = validated(Config, tree, f"plan of {folder}")
         half = kind != "cpu" or half_pays()
-        memory = memory_of_step(config, _description(config, dataset, first_classes), half=half)
+        memory = memory_of_step(config, description, half=half)
         headings = [
             f"Planned for {folder} ({size}) and {budget}.{stage}",
             f"A training step is estimated to take, in {'half' if half else 'single'} precision "
@@ -193,24 +192,13 @@ def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
     )
 
 
-def seconds_of_step(plan: Plan, numbers: Numbers, *, label_classes: int = 0) -> float:
-    """What a training step of the plan's network takes on this CPU, in a few tries.
-
-    `label_classes` are those of a first stage, whose labels are one more channel.
-    """
-    network = UNet(
-        plan.spatial_dims,
-        len(numbers.channels),
-        out_channels=numbers.num_classes,
-        channels=plan.channels,
-        strides=plan.strides,
-        kernels=plan.kernels,
-        deep_supervision=True,
-        label_classes=label_classes,
-    )
-    channels = len(numbers.channels) + bool(label_classes)
-    image = torch.zeros(plan.batch_size, channels, *plan.patch_size)
-    label = torch.zeros(plan.batch_size, *plan.patch_size, dtype=torch.long)
+def seconds_of_step(config: Config, description: ModelDescription) -> float:
+    """What a training step of a config's network takes on this CPU, in a few tries."""
+    size = (config.data.batch_size, *volume_patch(description))
+    channels = len(description.channels) + (description.first_stage is not None)
+    image = torch.zeros(size[0], channels, *size[1:])
+    label = torch.zeros(size, dtype=torch.long)
+    network = build_network(description)
     return step_seconds(network, image, label, half=half_pays(), repeats=3)
 
 

@@ -189,7 +189,7 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
     needed = batch * cost(chosen, channels)
     budget = (
         f"a step takes {needed / 1e9:.3g} billion multiply-adds, and the time allows "
-        f"{total / needed:.3g} of them"
+        f"{total / needed:,.0f} of them"
     )
     if needed > total / steps.for_patch:
         budget += ", fewer than wanted, but there is nothing smaller"
