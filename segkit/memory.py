@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkit.losses import deep_dice_cross_entropy
+from segkit.nn.normalisation import CHANNELS_LAST
 from segkit.nn.planes import SegmentationNetwork
 
 MOMENTS = {"adamw": 2, "sgd": 1}
@@ -88,7 +89,12 @@ def step_memory(
     trained = Supervising(network)
     with FakeTensorMode(), Counting() as counted:
         parameters = {
-            name: torch.empty(weight.shape, dtype=weight.dtype).requires_grad_()
+            name: torch.empty(
+                weight.shape,
+                dtype=weight.dtype,
+                # As a CPU trains them.
+                memory_format=CHANNELS_LAST.get(weight.ndim, torch.contiguous_format),
+            ).requires_grad_()
             for name, weight in trained.named_parameters()
         }
         buffers = {

@@ -15,6 +15,7 @@ from segkit.config_file import validated
 from segkit.estimates import memory_of_step
 from segkit.losses import deep_dice_cross_entropy
 from segkit.memory import Counting, StepMemory, in_words, step_memory
+from segkit.nn.normalisation import channels_last
 from segkit.nn.planes import SegmentationNetwork
 from segkit.nn.unet import UNet
 from tests.small import small_config
@@ -94,6 +95,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
         moments=2,
     )
     assert all(map(torch.equal, network.parameters(), before))
+    channels_last(network)
     image = torch.rand(batch_size, 1, *patch)
     assert estimate.activations == pytest.approx(kept_for_the_way_back(network, image), rel=0.05)
 

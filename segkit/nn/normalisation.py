@@ -35,11 +35,13 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
-        batch, channels = features.shape[:2]
-        size = features[0, 0].numel()
+        batch, channels, *space = features.shape
+        # Of an axis of one cell the stride says nothing, and PyTorch asks for the usual one.
+        rows = features.movedim(1, -1).reshape(-1).view(batch, *space, channels)
+        features = rows.movedim(-1, 1)
         output: Tensor
         output, mean, inverse = torch.native_group_norm(
-            features, weight, bias, batch, channels, size, groups, eps
+            features, weight, bias, batch, channels, math.prod(space), groups, eps
         )
         ctx.save_for_backward(features, weight, mean, inverse)
         return output
