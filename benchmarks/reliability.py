@@ -31,8 +31,8 @@ from benchmarks.faults.refused import dead_worker, full_disk, read_only, vanishe
 from benchmarks.faults.trial import Trial
 from benchmarks.faults.twice import both_at_once
 from benchmarks.faults.zygote import Zygote
-from segkit.data.parallel import num_cores
 from segkit.files import write_text
+from segkit.machine import num_cores
 from segkit.progress import Tracker
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"

@@ -22,9 +22,9 @@ from segkit.data.augment import SpatialVariation, Vary
 from segkit.data.corruption import LabelCorruption
 from segkit.data.first_stage import VariationWithLabels
 from segkit.data.intensity import IntensityVariation
-from segkit.data.parallel import free_memory
 from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError, ModelError
+from segkit.machine import free_memory
 from segkit.memory import in_words
 from segkit.nn.given import Given
 from segkit.nn.planes import Planes, SegmentationNetwork, unet_of
@@ -171,6 +171,11 @@ def volume_patch(description: ModelDescription) -> tuple[int, int, int]:
         patch.insert(ACROSS[description.slices], 1)
     x, y, z = patch
     return x, y, z
+
+
+def channels_in(description: ModelDescription) -> int:
+    """Channels of what a network is given: a first stage's labels are one more."""
+    return len(description.channels) + (description.first_stage is not None)
 
 
 def build_variation(

@@ -1,6 +1,6 @@
 """What a config's training step takes of memory, before there is one."""
 
-from segkit.build import build_network, build_variation, volume_patch
+from segkit.build import build_network, build_variation, channels_in, volume_patch
 from segkit.config import Config, ModelDescription
 from segkit.memory import MOMENTS, StepMemory, step_memory
 
@@ -22,8 +22,7 @@ def memory_of_step(config: Config, description: ModelDescription, *, half: bool)
     margin = margin_of(config, description)
     return step_memory(
         build_network(description),
-        # A first stage's labels are one more.
-        in_channels=len(description.channels) + (description.first_stage is not None),
+        in_channels=channels_in(description),
         patch_size=patch_size,
         margin=margin,
         batch_size=config.data.batch_size,

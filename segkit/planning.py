@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from segkit.build import build_network, volume_patch
+from segkit.build import build_network, channels_in, volume_patch
 from segkit.config import Config, FirstStage, ModelDescription
 from segkit.config_file import validated
 from segkit.config_files import FilesConfig
 from segkit.data.cases import Dataset, read_dataset
 from segkit.data.fingerprint import Fingerprint, fingerprint
-from segkit.data.parallel import num_cores
 from segkit.data.plan import Plan, Steps, plan_for_memory, plan_for_time
 from segkit.estimates import memory_of_step
 from segkit.inference.engines import choose_device
+from segkit.machine import num_cores
 from segkit.processor import (
     half_pays,
     measured_once,
@@ -194,10 +194,9 @@ def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
 
 def seconds_of_step(config: Config, description: ModelDescription) -> float:
     """What a training step of a config's network takes on this CPU, in a few tries."""
-    size = (config.data.batch_size, *volume_patch(description))
-    channels = len(description.channels) + (description.first_stage is not None)
-    image = torch.zeros(size[0], channels, *size[1:])
-    label = torch.zeros(size, dtype=torch.long)
+    batch, patch = config.data.batch_size, volume_patch(description)
+    image = torch.zeros(batch, channels_in(description), *patch)
+    label = torch.zeros(batch, *patch, dtype=torch.long)
     network = build_network(description)
     return step_seconds(network, image, label, half=half_pays(), repeats=3)
 

@@ -5,7 +5,6 @@ they write goes to a folder that is gone afterwards. The first step wakes the li
 is measured.
 """
 
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from segkit.data.cases import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
 from segkit.estimates import margin_of, memory_of_step
+from segkit.machine import peak_of_process
 from segkit.memory import StepMemory, in_words
 from segkit.pace import finish, too_slow
 from segkit.settle import Track, check_images, split_of
@@ -31,12 +31,6 @@ from segkit.trackers import check_installed
 from segkit.training import precision, train
 from segkit.volume import read_grid
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None  # type: ignore[assignment]
-
-STATUS = Path("/proc/self/status")
 STEPS = 2
 CASES = 2
 
@@ -205,20 +199,6 @@ def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) 
             for name, section in changes.items()
         }
     )
-
-
-def peak_of_process() -> int | None:
-    """Bytes that this process has held at most; None where the system does not tell.
-
-    Linux's getrusage also knows what the process was that it was forked from, its status does not.
-    """
-    if STATUS.exists():
-        lines = STATUS.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _size(numbers: tuple[float, ...] | list[int]) -> str:

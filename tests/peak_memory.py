@@ -13,6 +13,7 @@ from torch import Tensor
 from segkit.config import CtWindow, ModelDescription, NetworkConfig
 from segkit.geometry import Grid
 from segkit.inference.predictor import Predictor
+from segkit.machine import peak_of_process
 from segkit.model import Model
 from segkit.nn.unet import UNet
 from segkit.prediction import find_inputs, predict_files
@@ -27,15 +28,6 @@ class NearestClass(UNet):
     def forward(self, image: Tensor) -> Tensor:
         classes = torch.arange(self.heads[0].out_channels, device=image.device)
         return (image - classes.view(1, -1, 1, 1, 1)).abs().neg()
-
-
-def peak_of_program() -> int:
-    """Bytes that this program has held at most, as Linux tells it.
-
-    getrusage also knows what the process that it was forked from held.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main(folder: Path, classes: int, slices: int) -> None:
@@ -60,7 +52,7 @@ def main(folder: Path, classes: int, slices: int) -> None:
         predictor, find_inputs([folder / "scan.nii"], 1), probabilities=True, uncertainty=True
     )
     assert outcome.error is None, outcome.error
-    print(peak_of_program())
+    print(peak_of_process())
 
 
 if __name__ == "__main__":

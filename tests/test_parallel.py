@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.data import parallel
-from segkit.data.parallel import free_memory, in_processes, loading, num_cores
+from segkit import machine
+from segkit.data.parallel import in_processes, loading
 from segkit.errors import WorkerError
+from segkit.machine import free_memory, num_cores
 
 
 def threads_of(_: int) -> int:
@@ -50,8 +51,8 @@ def test_free_memory_is_what_linux_and_the_container_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "meminfo"
-    monkeypatch.setattr(parallel, "MEMORY_STATE", state)
-    monkeypatch.setattr(parallel, "MEMORY_LIMITS", tmp_path)
+    monkeypatch.setattr(machine, "MEMORY_STATE", state)
+    monkeypatch.setattr(machine, "MEMORY_LIMITS", tmp_path)
     half = free_memory()
     assert half > 0  # of what is built in, as nothing is told
     state.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 300 kB\n")
@@ -63,7 +64,7 @@ def test_free_memory_is_what_linux_and_the_container_leave(
     assert free_memory() == 2000
     (tmp_path / "memory.max").write_text("500\n")
     assert free_memory() == 0
-    monkeypatch.setattr(parallel, "MEMORY_STATE", tmp_path / "none")
+    monkeypatch.setattr(machine, "MEMORY_STATE", tmp_path / "none")
     monkeypatch.delattr(os, "sysconf")
     assert free_memory() == 4 * 1024**3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit import rehearsal
+from segkit import machine, rehearsal
 from segkit.cli import main
 from segkit.config import Config
 from segkit.config_file import changed, load_config
@@ -52,9 +52,9 @@ def test_the_process_is_said_to_grow(told: Rehearsal) -> None:
     assert 50e6 < told.before <= told.peak < 1e12
 
 
-@pytest.mark.skipif(not rehearsal.STATUS.exists(), reason="only Linux forks with that memory")
+@pytest.mark.skipif(not machine.STATUS.exists(), reason="only Linux forks with that memory")
 def test_the_peak_is_of_the_process_alone_and_not_of_what_it_was_forked_from() -> None:
-    told = "from segkit.rehearsal import peak_of_process; print(peak_of_process())"
+    told = "b'1' * 100_000_000; from segkit.machine import peak_of_process as f; print(f())"
     fork = (
         f"held = b'1' * 3_000_000_000; import subprocess, sys; del held; "
         f"print(subprocess.run([sys.executable, '-c', {told!r}], capture_output=True, "

@@ -161,18 +161,18 @@ def test_bytes_in_words(count: float, words: str) -> None:
 MEASURED = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from tests.peak_memory import peak_of_program
+from segkit.machine import peak_of_process
 from tests.test_step_memory import large, loss_of
 network = large()
 optimiser = torch.optim.AdamW(network.parameters())
 image = torch.rand(2, 1, 64, 64, 64)
 loss_of(large(), torch.rand(1, 1, 8, 8, 8)).backward()
-before = peak_of_program()
+before = peak_of_process()
 for _ in range(2):
     optimiser.zero_grad()
     loss_of(network, image).backward()
     optimiser.step()
-print(peak_of_program() - before)
+print(peak_of_process() - before)
 """
 
 

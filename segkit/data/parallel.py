@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,10 +17,6 @@ from segkit.errors import WorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-UNKNOWN_MEMORY = 4 * 1024**3
-MEMORY_STATE = Path("/proc/meminfo")
-MEMORY_LIMITS = Path("/sys/fs/cgroup")
 
 
 def in_processes(
@@ -82,39 +77,6 @@ def loading(workers: int) -> Iterator[None]:
             f"one of {workers} processes that load patches was killed, as happens where memory "
             "runs out; free some, or lower data.workers in the run's config.yaml, and --resume it"
         ) from None
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def free_memory() -> int:
-    """Bytes that new processes may take: what Linux calls available, within a container's limit.
-
-    Elsewhere half of the memory that is built in, or 4 GiB where not even that is told.
-    """
-    try:
-        lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
-        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        free = int(available) * 1024
-    except (OSError, ValueError):
-        return _half_of_what_is_built_in()
-    try:
-        limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
-        lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
-        (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-    return min(free, max(limit - int(held), 0))
-
-
-def _half_of_what_is_built_in() -> int:
-    if not hasattr(os, "sysconf"):
-        return UNKNOWN_MEMORY
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _in_one_thread(function: Callable[[Item], Result], item: Item) -> Result:

@@ -15,10 +15,10 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.data.parallel import free_memory
 from segkit.data.rules import separate_axis
 from segkit.errors import VolumeError
 from segkit.geometry import Grid, Orientation
+from segkit.machine import free_memory
 from segkit.resample import Order, nearest, resample, resample_labels
 from segkit.volume import Volume
 

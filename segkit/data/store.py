@@ -27,12 +27,13 @@ from numpy import ndarray
 
 from segkit.data.cases import Case, Dataset, read_case
 from segkit.data.first_stage import with_labels
-from segkit.data.parallel import free_memory, in_processes, num_cores
+from segkit.data.parallel import in_processes
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.data.rules import ANISOTROPY
 from segkit.errors import DatasetError, VolumeError
 from segkit.files import PARTIAL, naming, sweep
 from segkit.geometry import Orientation
+from segkit.machine import free_memory, num_cores
 from segkit.volume import read_grid, read_volume
 
 FORMAT = 3

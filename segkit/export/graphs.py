@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from segkit.build import volume_patch
+from segkit.build import channels_in, volume_patch
 from segkit.errors import ModelError
 from segkit.export.deployment import KEY, deployment
 from segkit.files import whole
@@ -73,7 +73,7 @@ def example_windows(model: Model) -> torch.Tensor:
     """Noise in the form of a batch of windows: what networks are traced with."""
     description = model.description
     patch, _, _ = window_layout(model.network, volume_patch(description), 0.5)
-    channels = len(description.channels) + (description.first_stage is not None)
+    channels = channels_in(description)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(WINDOWS, channels, *patch, generator=generator)
 

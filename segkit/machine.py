@@ -1,0 +1,62 @@
+"""The cores and the memory that this process has and had, as the system tells them."""
+
+import os
+import sys
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+UNKNOWN_MEMORY = 4 * 1024**3
+MEMORY_STATE = Path("/proc/meminfo")
+MEMORY_LIMITS = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that new processes may take: what Linux calls available, within a container's limit.
+
+    Elsewhere half of the memory that is built in, or 4 GiB where not even that is told.
+    """
+    try:
+        lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
+        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        free = int(available) * 1024
+    except (OSError, ValueError):
+        return _half_of_what_is_built_in()
+    try:
+        limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
+        lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
+        (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, max(limit - int(held), 0))
+
+
+def _half_of_what_is_built_in() -> int:
+    if not hasattr(os, "sysconf"):
+        return UNKNOWN_MEMORY
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_of_process() -> int | None:
+    """Bytes that this process has held at most; None where the system does not tell.
+
+    Linux's getrusage also knows what the process was that it was forked from, its status does not.
+    """
+    if STATUS.exists():
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
