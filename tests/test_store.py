@@ -204,7 +204,7 @@ def test_several_processes_store_what_one_does_byte_for_byte(tmp_path: Path) -> 
 def die_half_way(image: torch.Tensor) -> torch.Tensor:
     """As a process does that is killed while it writes a case."""
     (partial_folder,) = Path(os.environ["SEGKIT_TEST_CACHE"]).glob(".partial-*")
-    (partial_folder / "ada").mkdir()
+    (partial_folder / "ada").mkdir(exist_ok=True)  # the other process dies here as well
     (partial_folder / "ada" / "image.npy").write_bytes(b"half")
     os._exit(9)
 
