@@ -1,6 +1,6 @@
 """`python cli.py` in a checkout is the `segkit` command."""
 
-from segkit.cli import main
+from segkit.cli.main import main
 
 if __name__ == "__main__":
     main()

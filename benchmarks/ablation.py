@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from segkit.config import Config
-from segkit.config_file import validated
-from segkit.data.cases import read_dataset, split
-from segkit.files import write_json
-from segkit.training import train
+from segkit.config.load import validated
+from segkit.config.training import Config
+from segkit.data.dataset import read_dataset, split
+from segkit.io.atomic import write_json
+from segkit.training.fit import train
 
 WIDTHS = [8, 16, 32, 64]
 MATCHED = [8, 16, 33, 65]

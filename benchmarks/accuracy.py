@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from segkit.config_file import changed
-from segkit.planning import plan_dataset
-from segkit.progress import Tracker
-from segkit.training import train
-from segkit.training_progress import TrainingProgress
+from segkit.config.load import changed
+from segkit.planning.make_plan import plan_dataset
+from segkit.system.progress import Tracker
+from segkit.training.fit import train
+from segkit.training.progress_bar import TrainingProgress
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit.build import build_network
-from segkit.config import ModelDescription, NetworkConfig
-from segkit.config_file import validated
+from segkit.config.load import validated
+from segkit.config.training import ModelDescription, NetworkConfig
+from segkit.model.build import build_network
 
 PLAIN = "plain"
 KINDS: dict[str, dict[str, Any]] = {

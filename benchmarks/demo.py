@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from segkit.demo import demo_config, load_template, write_dataset
-from segkit.training import train
+from segkit.demo.demo import demo_config, load_template, write_dataset
+from segkit.training.fit import train
 
 
 def main() -> None:

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from segkit.config_file import load_config
-from segkit.data.cases import read_case, read_dataset
-from segkit.explain.measured import Measure
-from segkit.explain.study import Evidence, Worth, WorthStudy, pooled
-from segkit.explain.verdict import MapFigures, judge
-from segkit.explained import explain
-from segkit.explanation import write_explanation
+from segkit.config.load import load_config
+from segkit.data.dataset import read_case, read_dataset
+from segkit.explain.explain_files import write_explanation
+from segkit.explain.explain_scan import explain
+from segkit.explain.measures.measure_maps import Measure
+from segkit.explain.verdicts.rule import MapFigures, judge
+from segkit.explain.verdicts.study import Evidence, Worth, WorthStudy, pooled
 from segkit.inference.predictor import Predictor
-from segkit.progress import Tracker
-from segkit.run_folder import CONFIG
-from segkit.settle import split_of
+from segkit.system.progress import Tracker
+from segkit.training.resolve import split_of
+from segkit.training.run_folder import CONFIG
 
 COLUMNS = (
     *(

@@ -31,9 +31,9 @@ from benchmarks.faults.refused import dead_worker, full_disk, read_only, vanishe
 from benchmarks.faults.trial import Trial
 from benchmarks.faults.twice import both_at_once
 from benchmarks.faults.zygote import Zygote
-from segkit.files import write_text
-from segkit.machine import num_cores
-from segkit.progress import Tracker
+from segkit.io.atomic import write_text
+from segkit.system.progress import Tracker
+from segkit.system.resources import num_cores
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 MOST_MB = 1.0

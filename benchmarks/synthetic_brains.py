@@ -14,9 +14,9 @@ import torch
 from torch import Generator
 
 from segkit.data.synthesis import deform, synthesise
-from segkit.demo import LABELS, T1_INTENSITIES, load_template
-from segkit.files import write_json
-from segkit.volume import write_volume
+from segkit.demo.demo import LABELS, T1_INTENSITIES, load_template
+from segkit.io.atomic import write_json
+from segkit.io.volume import write_volume
 
 
 def main() -> None:

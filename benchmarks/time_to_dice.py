@@ -21,10 +21,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from segkit.config_file import changed
-from segkit.planning import plan_dataset
-from segkit.progress import Tracker
-from segkit.training import train
+from segkit.config.load import changed
+from segkit.planning.make_plan import plan_dataset
+from segkit.system.progress import Tracker
+from segkit.training.fit import train
 
 TARGETS = (0.80, 0.85)
 PEER = Path(__file__).parent / "peers" / "nnunet_training.py"

@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from segkit.config import Config
-from segkit.config_file import load_config
-from segkit.losses import deep_dice_cross_entropy
+from segkit.config.load import load_config
+from segkit.config.training import Config
+from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
-from segkit.training import precision, train
+from segkit.training.fit import precision, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "attention_unet_3d.yaml"
 STEPS = 40

@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 from typer.main import get_command
 
 import segkit
-from segkit.cli import app
-from segkit.config import Config
+from segkit.cli.main import app
+from segkit.config.training import Config
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segkit.checking import Understood, check
-    from segkit.config import Config, ModelDescription
-    from segkit.config_file import load_config
-    from segkit.cross_validation import CrossValidation, cross_validate
+    from segkit.config.load import load_config
+    from segkit.config.training import Config, ModelDescription
     from segkit.errors import (
         ConfigError,
         DatasetError,
@@ -27,18 +26,19 @@ if TYPE_CHECKING:
         VolumeError,
         WorkerError,
     )
-    from segkit.evaluation import Evaluation, evaluate
-    from segkit.explained import Explanation
-    from segkit.explained import explain as explain_volume
-    from segkit.export.verb import Export
-    from segkit.export.verb import export as export_model
-    from segkit.geometry import Grid
+    from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.explain_scan import Explanation
+    from segkit.explain.explain_scan import explain as explain_volume
+    from segkit.export.export import Export
+    from segkit.export.export import export as export_model
+    from segkit.geometry.grid import Grid
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
-    from segkit.model import Model, described_model, load_model, save_model
-    from segkit.planning import Planned, plan_dataset
-    from segkit.training import Run, resume, train
-    from segkit.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.io.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.model.folder import Model, described_model, load_model, save_model
+    from segkit.planning.make_plan import Planned, plan_dataset
+    from segkit.training.cross_validation import CrossValidation, cross_validate
+    from segkit.training.fit import Run, resume, train
 
 __all__ = [
     "AttentionMap",
@@ -83,9 +83,9 @@ __all__ = [
 
 _HOMES = {
     "segkit.checking": ("Understood", "check"),
-    "segkit.config": ("Config", "ModelDescription"),
-    "segkit.config_file": ("load_config",),
-    "segkit.cross_validation": ("CrossValidation", "cross_validate"),
+    "segkit.config.training": ("Config", "ModelDescription"),
+    "segkit.config.load": ("load_config",),
+    "segkit.training.cross_validation": ("CrossValidation", "cross_validate"),
     "segkit.errors": (
         "ConfigError",
         "DatasetError",
@@ -95,16 +95,16 @@ _HOMES = {
         "VolumeError",
         "WorkerError",
     ),
-    "segkit.evaluation": ("Evaluation", "evaluate"),
-    "segkit.explained": ("Explanation", "explain_volume"),
-    "segkit.export.verb": ("Export", "export_model"),
-    "segkit.geometry": ("Grid",),
+    "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.export.export": ("Export", "export_model"),
+    "segkit.geometry.grid": ("Grid",),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
-    "segkit.model": ("Model", "described_model", "load_model", "save_model"),
-    "segkit.planning": ("Planned", "plan_dataset"),
-    "segkit.training": ("Run", "resume", "train"),
-    "segkit.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
+    "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
+    "segkit.planning.make_plan": ("Planned", "plan_dataset"),
+    "segkit.training.fit": ("Run", "resume", "train"),
+    "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 _NAME_THERE = {"explain_volume": "explain", "export_model": "export"}

@@ -7,18 +7,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from segkit.build import build_network
-from segkit.cascade import described, first_models
-from segkit.config_file import dataset_in, dump_yaml, load_config
-from segkit.config_files import FilesConfig
-from segkit.data.cases import read_case, read_dataset
+from segkit.config.dataset_files import FilesConfig
+from segkit.config.labels import Labelling
+from segkit.config.load import dataset_in, dump_yaml, load_config
+from segkit.data.dataset import read_case, read_dataset
 from segkit.errors import SegkitError, VolumeError
-from segkit.geometry import Orientation
-from segkit.labelling import Labelling
-from segkit.nifti import placement
-from segkit.series import Series, choose_series, holds_series, list_series, read_series
-from segkit.settle import Track, check_images, describe, split_of
-from segkit.volume import Volume, read_volume, trouble_with
+from segkit.geometry.grid import Orientation
+from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
+from segkit.io.nifti import placement
+from segkit.io.volume import Volume, read_volume, trouble_with
+from segkit.model.build import build_network
+from segkit.training.cascade import described, first_models
+from segkit.training.resolve import Track, check_images, describe, split_of
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from platform import python_version
 from typing import Any
 
 from segkit.errors import VolumeError
-from segkit.files import checksum
-from segkit.inference.choice import name_of
+from segkit.inference.engines.choose import name_of
 from segkit.inference.predictor import Predictor
-from segkit.model import Model, checksums_of
-from segkit.untrusted import read_json_object
+from segkit.io.atomic import checksum
+from segkit.io.safe_text import read_json_object
+from segkit.model.folder import Model, checksums_of
 
 PROVENANCE = "provenance"
 """The key under which it stands in a JSON file."""

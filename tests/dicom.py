@@ -9,7 +9,7 @@ from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from segkit.geometry import Grid
+from segkit.geometry.grid import Grid
 
 Change = Callable[[int, Dataset], None]
 

@@ -14,10 +14,10 @@ from typing import Any
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
-from segkit import terminal
-from segkit.cli import app
-from segkit.config import Config
-from segkit.config_file import load_config, read_yaml, validated
+from segkit.cli import terminal
+from segkit.cli.main import app
+from segkit.config.load import load_config, read_yaml, validated
+from segkit.config.training import Config
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from segkit.geometry import Grid
+from segkit.geometry.grid import Grid
 
 
 def _orientations() -> dict[str, ndarray]:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.config import CtWindow, ModelDescription, NetworkConfig
-from segkit.geometry import Grid
+from segkit.config.training import CtWindow, ModelDescription, NetworkConfig
+from segkit.geometry.grid import Grid
+from segkit.inference.predict_files import find_inputs, predict_files
 from segkit.inference.predictor import Predictor
-from segkit.machine import peak_of_process
-from segkit.model import Model
+from segkit.io.volume import Volume, write_volume
+from segkit.model.folder import Model
 from segkit.nn.unet import UNet
-from segkit.prediction import find_inputs, predict_files
-from segkit.volume import Volume, write_volume
+from segkit.system.resources import peak_of_process
 
 SIDE = 48
 

@@ -7,14 +7,14 @@ import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from segkit.explain.heads import Case
-from segkit.geometry import Grid, Placement
+from segkit.explain.heads.study import Case
+from segkit.geometry.grid import Grid, Placement
 from segkit.inference.predictor import Predictor
-from segkit.model import Model
-from segkit.nn.taps import MapTap
+from segkit.io.volume import Volume
+from segkit.model.folder import Model
+from segkit.nn.map_tap import MapTap
 from segkit.nn.unet import UNet
-from segkit.volume import Volume
-from tests.test_predictor import description
+from tests.inference.test_predictor import description
 
 Kind = Literal["mask", "noise", "constant", "untrained"]
 KEY = "skip.0/gate"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.config import Config
-from segkit.config_file import validated
-from segkit.geometry import Grid
-from segkit.training import train
-from segkit.volume import Volume, read_volume, write_volume
+from segkit.config.load import validated
+from segkit.config.training import Config
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, read_volume, write_volume
+from segkit.training.fit import train
 
 
 def small_dataset(folder: Path, num_cases: int = 4, size: int = 16) -> Path:

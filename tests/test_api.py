@@ -12,7 +12,7 @@ import pytest
 
 import segkit
 from segkit.errors import SegkitError
-from segkit.nn.taps import MapInfo
+from segkit.nn.map_tap import MapInfo
 
 # Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
 PUBLIC = [

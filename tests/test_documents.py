@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segkit import terminal
-from segkit.cli import main
-from segkit.data.dataset_file import read_labelling
-from segkit.training import train
-from segkit.volume import read_volume
+from segkit.cli import terminal
+from segkit.cli.main import main
+from segkit.data.dataset_json import read_labelling
+from segkit.io.volume import read_volume
+from segkit.training.fit import train
 from tests.dicom import write_series
 from tests.documents import (
     PAGES,
@@ -66,8 +66,8 @@ def here(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A copy of it, to work in, on a machine so fast that plans are in one stage."""
     shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("segkit.planning.multiply_adds_per_second", lambda: 1e11)
-    monkeypatch.setattr("segkit.planning.seconds_of_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda: 1e11)
+    monkeypatch.setattr("segkit.planning.make_plan.seconds_of_step", lambda *_, **__: 1.0)
     return tmp_path
 
 

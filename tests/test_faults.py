@@ -125,7 +125,7 @@ def test_two_trainings_at_once_have_runs_of_their_own_and_share_a_cache(bench: B
 def test_processes_end_with_the_one_that_began_them_even_where_it_is_killed() -> None:
     code = (
         "import os, time\n"
-        "from segkit.data.parallel import in_processes\n"
+        "from segkit.system.workers import in_processes\n"
         "if __name__ == '__main__':\n"
         "    os.setsid()\n"
         "    for _ in in_processes(time.sleep, [0, 0, 600, 600], 2):\n"

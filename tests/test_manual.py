@@ -21,8 +21,8 @@ pytest.importorskip("mkdocstrings", reason="docstrings come by mkdocstrings: ins
 from typer.main import get_command
 
 import segkit
-from segkit.cli import app
-from segkit.config import Config
+from segkit.cli.main import app
+from segkit.config.training import Config
 from tests.conftest import ROOT
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from segkit import training
-from segkit.cli import main
-from segkit.config_file import dump_yaml
-from segkit.data.cases import read_dataset, split
+from segkit.cli.main import main
+from segkit.config.load import dump_yaml
+from segkit.data.dataset import read_dataset, split
 from segkit.errors import ModelError, TrainingError
 from segkit.inference.predictor import Predictor
-from segkit.model import load_model
-from segkit.volume import read_volume, write_volume
+from segkit.io.volume import read_volume, write_volume
+from segkit.model.folder import load_model
+from segkit.training import fit as training
 from tests.small import small_config, small_dataset, trained_run
 
 

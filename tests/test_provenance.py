@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from segkit.errors import VolumeError
-from segkit.geometry import Grid
+from segkit.geometry.grid import Grid
+from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
-from segkit.inputs import Input, find_inputs
-from segkit.model import checksums_of, load_model, save_model
-from segkit.prediction import predict_files, sidecar_of
-from segkit.processor import measured_once
+from segkit.io.inputs import Input, find_inputs
+from segkit.io.volume import Volume, write_volume
+from segkit.model.folder import checksums_of, load_model, save_model
 from segkit.provenance import asked_of, check_asked, checksums, made_by
-from segkit.volume import Volume, write_volume
-from tests.test_model import small_model
+from segkit.system.speed import measured_once
+from tests.model.test_folder import small_model
 
 SIZE = (7, 6, 5)
 

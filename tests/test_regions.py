@@ -14,24 +14,24 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.checking import check_dataset
-from segkit.cli import main
-from segkit.config import CtWindow, ModelDescription, NetworkConfig
-from segkit.config_file import validated
-from segkit.data.augment import SpatialVariation
-from segkit.data.cases import Dataset, read_dataset
-from segkit.data.fingerprint import fingerprint
+from segkit.cli.main import main
+from segkit.config.labels import Labelling
+from segkit.config.load import validated
+from segkit.config.training import CtWindow, ModelDescription, NetworkConfig
+from segkit.data.augment_spatial import SpatialVariation
+from segkit.data.dataset import Dataset, read_dataset
 from segkit.errors import ConfigError
-from segkit.evaluation import find_labelling, score_pairs
-from segkit.explain.heads import Case, case_dice
-from segkit.geometry import Grid
+from segkit.evaluation.evaluate import find_labelling, score_pairs
+from segkit.explain.heads.study import Case, case_dice
+from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.inference.regions import written_regions
-from segkit.labelling import Labelling
-from segkit.model import Model, load_model
+from segkit.io.volume import Volume, read_volume, write_volume
+from segkit.model.folder import Model, load_model
 from segkit.nn.unet import UNet
-from segkit.settle import describe
-from segkit.training import train
-from segkit.volume import Volume, read_volume, write_volume
+from segkit.planning.fingerprint import fingerprint
+from segkit.training.fit import train
+from segkit.training.resolve import describe
 from tests.helpers import affine_of
 from tests.small import small_config
 

@@ -36,8 +36,8 @@ def test_it_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == wanted
-    viewer = sorted((package / "explain" / "viewer").iterdir())
-    assert viewer and {f"segkit/explain/viewer/{path.name}" for path in viewer} <= held
+    viewer = sorted((package / "explain" / "page" / "viewer").iterdir())
+    assert viewer and {f"segkit/explain/page/viewer/{path.name}" for path in viewer} <= held
     assert "segkit/py.typed" in held
 
 

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.testing import assert_array_equal
 
 from segkit.errors import SegkitError
-from segkit.geometry import Grid
-from segkit.volume import Volume, read_grid, read_labels, read_volume, write_volume
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, read_grid, read_labels, read_volume, write_volume
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("accepted", "refused", "raised", "died", "hung", "out of memory")

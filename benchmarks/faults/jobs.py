@@ -9,10 +9,10 @@ import numpy as np
 
 from benchmarks.faults.trial import Stored, stored, visible
 from benchmarks.faults.zygote import Ended, Fault, Zygote
-from segkit.config_file import dump_yaml
-from segkit.geometry import Grid
-from segkit.run_folder import CONFIG
-from segkit.volume import Volume, write_volume
+from segkit.config.load import dump_yaml
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, write_volume
+from segkit.training.run_folder import CONFIG
 from tests.small import small_config, small_dataset
 
 Words = Sequence[object]

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.cases import Case, Dataset
+from segkit.data.dataset import Case, Dataset
+from segkit.data.prepared_cache import store_cases
 from segkit.data.preprocess import zscore
-from segkit.data.store import store_cases
-from segkit.geometry import Grid
+from segkit.geometry.grid import Grid
+from segkit.inference.predict_files import find_inputs, predict_files
 from segkit.inference.predictor import Predictor
-from segkit.prediction import find_inputs, predict_files
-from segkit.volume import Volume, write_volume
+from segkit.io.volume import Volume, write_volume
 
 SHAPE = (24, 20, 16)
 LOOKS = 50

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from segkit.errors import SegkitError
-from segkit.volume import SUFFIXES, read_volume
+from segkit.io.volume import SUFFIXES, read_volume
 
 DAMAGES = (
     SegkitError,

@@ -201,13 +201,13 @@ def arm(fault: Fault, place: Path) -> None:
 def serve() -> None:
     """Fork for each request."""
     # All that a command imports, here once.
-    import segkit.cli
-    import segkit.explanation
+    import segkit.cli.main
+    import segkit.explain.explain_files
+    import segkit.inference.predict_files
     import segkit.inference.predictor
-    import segkit.planning
-    import segkit.prediction
-    import segkit.progress
-    import segkit.two_stages
+    import segkit.planning.make_plan
+    import segkit.system.progress
+    import segkit.training.two_stages
 
     gc.freeze()
     say = os.fdopen(os.dup(1), "w")
@@ -235,7 +235,7 @@ def serve() -> None:
     sys.argv = ["segkit", *request["words"]]
     code = 1
     try:
-        segkit.cli.main()
+        segkit.cli.main.main()
     except SystemExit as ended:
         code = int(ended.code or 0)
     except Exception:

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segkit.config import ModelDescription
-from segkit.config_file import validated
-from segkit.model import Model, save_model
+from segkit.config.load import validated
+from segkit.config.training import ModelDescription
+from segkit.model.folder import Model, save_model
 from segkit.nn.unet import UNet
 
 
@@ -97,7 +97,7 @@ def network_of(case: Case) -> nn.Module:
     """The network, with the same weights in every process."""
     torch.manual_seed(0)
     if case.gated:
-        from segkit.build import build_network
+        from segkit.model.build import build_network
 
         network: nn.Module = build_network(description_of(case))
         # Wider apart than at the start of training, so that few voxels are all but ties.
@@ -114,8 +114,8 @@ def network_of(case: Case) -> nn.Module:
 
 def segkit(case: Case, source: Path, target: Path, settings: dict[str, str]) -> dict[str, float]:
     """segkit's predictor, by the engine and with the maps that the settings ask for."""
+    from segkit.inference.predict_files import find_inputs, predict_files
     from segkit.inference.predictor import Predictor
-    from segkit.prediction import find_inputs, predict_files
 
     # As if it had been read from there; what it is converted to is kept in a cache of its own.
     kept = Path(settings["model"])

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from segkit.data.parallel import end_with_parent
-from segkit.data.sampling import Patch, PatchDataset
-from segkit.data.store import StoredCase
+from segkit.data.patches import Patch, PatchDataset
+from segkit.data.prepared_cache import StoredCase
+from segkit.system.workers import end_with_parent
 
 
 class WholeCases(TorchDataset[Patch]):

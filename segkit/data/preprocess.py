@@ -15,12 +15,12 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.data.rules import separate_axis
 from segkit.errors import VolumeError
-from segkit.geometry import Grid, Orientation
-from segkit.machine import free_memory
-from segkit.resample import Order, nearest, resample, resample_labels
-from segkit.volume import Volume
+from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.resample import Order, nearest, resample, resample_labels
+from segkit.io.volume import Volume
+from segkit.planning.nnunet_rules import separate_axis
+from segkit.system.resources import free_memory
 
 Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]

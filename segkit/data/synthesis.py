@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
-from segkit.data.intensity import blur
+from segkit.data.augment_intensity import blur
 from segkit.nn.blocks import LINEAR_MODE
 
 CONTROL_SPACING = 16

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import torch
 
-from segkit import config_attention as settings
-from segkit.build import build_network
-from segkit.config import ModelDescription
+from segkit.config import attention as settings
+from segkit.config.training import ModelDescription
 from segkit.errors import ModelError
-from segkit.explain.heads import multi_headed
-from segkit.model import Model
-from segkit.nn.bottleneck import SelfAttention
-from segkit.nn.planes import unet_of
+from segkit.explain.heads.study import multi_headed
+from segkit.model.build import build_network
+from segkit.model.folder import Model
+from segkit.nn.self_attention import SelfAttention
+from segkit.nn.slicewise import unet_of
 
 
 def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:

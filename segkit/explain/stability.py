@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from segkit.errors import ModelError
-from segkit.explain.ranks import spearman
+from segkit.explain.measures.ranks import spearman
 from segkit.inference.predictor import AttentionMap
 
 

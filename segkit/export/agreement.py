@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.build import volume_patch
-from segkit.inference.converted import Run, Traced
-from segkit.inference.engines import LOGITS, TorchEngine
-from segkit.inference.member import window_layout
+from segkit.inference.engines.converted import Run, Traced
+from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
+from segkit.inference.model_walk import window_layout
 from segkit.inference.regions import written_regions
 from segkit.inference.windows import slide
-from segkit.model import Model
+from segkit.model.build import volume_patch
+from segkit.model.folder import Model
 
 DIFFERENCE = 1e-3
 """The most by which maps may differ, and logits, where the largest of these is 1 or less."""

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
-from segkit.build import volume_patch
 from segkit.errors import ModelError
-from segkit.geometry import Grid
+from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
-from segkit.model import Model
-from segkit.volume import Volume, read_volume, write_volume
+from segkit.io.volume import Volume, read_volume, write_volume
+from segkit.model.build import volume_patch
+from segkit.model.folder import Model
 
 NEEDED = ("monai", "ignite", "fire")
 TURNED = (0.1, -0.15, 0.2)

@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from segkit.build import volume_patch
-from segkit.data.rules import ANISOTROPY
-from segkit.inference.converted import INPUT
-from segkit.inference.engines import LOGITS, PRESENCE
-from segkit.inference.member import mirror_axes, window_layout
-from segkit.model import Model
-from segkit.nn.taps import MapInfo
+from segkit.inference.engines.converted import INPUT
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
+from segkit.inference.model_walk import mirror_axes, window_layout
+from segkit.model.build import volume_patch
+from segkit.model.folder import Model
+from segkit.nn.map_tap import MapInfo
+from segkit.planning.nnunet_rules import ANISOTROPY
 
 KEY = "segkit"
 """Where it stands in a file's own metadata."""

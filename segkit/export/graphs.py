@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from segkit.build import channels_in, volume_patch
 from segkit.errors import ModelError
 from segkit.export.deployment import KEY, deployment
-from segkit.files import whole
-from segkit.inference.converted import Run, Traced
-from segkit.inference.member import window_layout
-from segkit.inference.onnx_runtime import OnnxRuntime
-from segkit.inference.openvino_runtime import OpenVino
-from segkit.model import Model
+from segkit.inference.engines.converted import Run, Traced
+from segkit.inference.engines.onnx import OnnxRuntime
+from segkit.inference.engines.openvino import OpenVino
+from segkit.inference.model_walk import window_layout
+from segkit.io.atomic import whole
+from segkit.model.build import channels_in, volume_patch
+from segkit.model.folder import Model
 
 WINDOWS = 2
 """In the batch that the network is traced with; of one, a trace may keep that it was one."""

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from segkit.data.preprocess import Prepared
 from segkit.errors import VolumeError
-from segkit.geometry import Grid, Orientation
-from segkit.inference.disagreement import SQUARES, WindowSpread, where_windows_meet
+from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.resample import resample
 from segkit.inference.source_rows import WALK_AXIS
+from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
 from segkit.inference.windows import Slab
-from segkit.nn.taps import MapInfo
-from segkit.resample import resample
-from segkit.scratch import Allocate, in_memory, release
-from segkit.volume import Volume
+from segkit.io.disk_arrays import Allocate, in_memory, release
+from segkit.io.volume import Volume
+from segkit.nn.map_tap import MapInfo
 
 ROWS = 16
 """Rows of a volume that a map is resampled to at a time."""

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.geometry import Placement
-from segkit.inference.engines import LOGITS, Engine
+from segkit.geometry.grid import Placement
+from segkit.inference.engines.torch_eager import LOGITS, Engine
 from segkit.inference.moments import Moments
-from segkit.nn.taps import MapInfo
+from segkit.nn.map_tap import MapInfo
 
 SPREAD = "spread"
 """Mean over classes of the variance of probabilities between a window's mirror images."""

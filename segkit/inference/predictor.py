@@ -18,30 +18,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit import components
-from segkit.config import Postprocessing
-from segkit.data.first_stage import majority
+from segkit.config.training import Postprocessing
+from segkit.data.first_stage_labels import majority
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
+from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
-from segkit.inference.choice import EngineName
-from segkit.inference.engines import LOGITS, TorchEngine
+from segkit.inference.engines.choose import EngineName
+from segkit.inference.engines.out_of_memory import SparingCouncil
+from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import Verdict, merge
-from segkit.inference.member import Member, Track, window_layout
+from segkit.inference.model_walk import Member, Track, window_layout
+from segkit.inference.output_arrays import Results
 from segkit.inference.regions import written_regions
-from segkit.inference.results import Results
 from segkit.inference.source_rows import (
     WALK_AXIS,
     SourceRows,
     pieces,
     to_source_rows,
 )
-from segkit.inference.sparing import SparingCouncil
 from segkit.inference.windows import stream
-from segkit.model import Model, load_model, model_folders
-from segkit.nn.planes import SegmentationNetwork
-from segkit.scratch import Allocate, in_memory
-from segkit.volume import Volume, trouble_with
+from segkit.io.disk_arrays import Allocate, in_memory
+from segkit.io.volume import Volume, trouble_with
+from segkit.model.folder import Model, load_model, model_folders
+from segkit.nn.slicewise import SegmentationNetwork
 
 __all__ = [
     "WALK_AXIS",

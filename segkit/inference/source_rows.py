@@ -17,8 +17,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from segkit.data.preprocess import Prepared
+from segkit.geometry.resample import resample
 from segkit.inference.regions import written_regions
-from segkit.resample import resample
 
 AT_ONCE = 2**20
 """Numbers, one for each voxel and class, of which labels are made at once: a cache holds them."""

@@ -23,7 +23,7 @@ from segkit.nn.blocks import (
     normalisation,
     sigmoid_in_float32,
 )
-from segkit.nn.taps import MapTap
+from segkit.nn.map_tap import MapTap
 
 CoefficientKind = Literal["sigmoid", "softmax", "mean_flow", "hard"]
 """How a gate's logits become its map: see `Coefficients`."""

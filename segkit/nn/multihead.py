@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from segkit.nn.taps import Edit, MapTap
+from segkit.nn.map_tap import Edit, MapTap
 
 LARGEST_BLOCK = 2**24
 """Weights that are held at once, where a matrix is made row by row."""

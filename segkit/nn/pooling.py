@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.nn.taps import MapTap
+from segkit.nn.map_tap import MapTap
 
 
 class MeanPooling(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.geometry import Placement
+from segkit.geometry.grid import Placement
 from segkit.nn.blocks import (
     CONV,
     MAX_POOL,
@@ -28,7 +28,7 @@ from segkit.nn.blocks import (
     NormalisationKind,
 )
 from segkit.nn.labels import spread_labels
-from segkit.nn.taps import MapInfo, place_taps, taps
+from segkit.nn.map_tap import MapInfo, place_taps, taps
 
 
 class SkipAttention(Protocol):

@@ -1,0 +1,141 @@
+"""How the command line speaks: news on stdout, one sentence on stderr, JSON where a script reads.
+
+Colours and bars appear on a terminal alone, and no colour where the variable NO_COLOR is set: Rich
+sees to both. `--quiet` and `--verbose` may stand before a command or after it.
+"""
+
+import itertools
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup, TyperOption
+
+from segkit.errors import ConfigError
+from segkit.io.atomic import json_text
+
+console = Console()
+
+LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global")
+"""Loggers of others that speak unasked."""
+OURS = logging.getLogger("segkit")
+
+
+class Commands(TyperGroup):
+    """Commands that each take the options of `EVERYWHERE`, which their group declares."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            known = {option.name for option in command.params}
+            shared = [option for option in self.params if option.name in EVERYWHERE]
+            command.params += [option for option in shared if option.name not in known]
+        return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Name, command and its words. Raises ConfigError where an option lacks its value.
+
+        Left to itself the parser would take the option that follows as the value: `--maps --tta`
+        would write to a folder called --tta.
+        """
+        name, command, words = super().resolve_command(ctx, args)
+        # While a shell completes a line, ends of it are missing.
+        if command is None or ctx.resilient_parsing:
+            return name, command, words
+        options = {
+            option: not (parameter.is_flag or parameter.count)
+            for parameter in command.params
+            if isinstance(parameter, TyperOption)
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for word, following in itertools.pairwise(itertools.takewhile("--".__ne__, words)):
+            if options.get(word) and following in options:
+                raise ConfigError(
+                    f"{word} needs a value, found {following}; give it one or leave it out"
+                )
+        return name, command, words
+
+
+def start() -> None:
+    """Speak as usual: a process may run several commands, and none inherits another's options."""
+    console.quiet = False
+    OURS.setLevel(logging.NOTSET)
+    for handler in OURS.handlers[:]:
+        OURS.removeHandler(handler)
+
+
+def _quieten(asked: bool) -> bool:
+    console.quiet = console.quiet or asked
+    return asked
+
+
+def _explain_more(asked: bool) -> None:
+    if asked and not is_verbose():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        OURS.addHandler(handler)
+        OURS.setLevel(logging.INFO)
+
+
+def is_verbose() -> bool:
+    """Whether more was asked for."""
+    return OURS.level == logging.INFO
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Say nothing but errors, and JSON where asked.",
+        callback=_quieten,
+        expose_value=False,
+        is_eager=True,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Say on stderr what happens inside.",
+        callback=_explain_more,
+        expose_value=False,
+        is_eager=True,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON and nothing else.", callback=_quieten),
+]
+EVERYWHERE = ("quiet", "verbose")
+
+
+def say(text: str) -> None:
+    """A line of news."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_json(content: Mapping[str, Any]) -> None:
+    """The result, for a script."""
+    sys.stdout.write(json_text(content))
+
+
+def complain(sentence: str) -> None:
+    """Why a command stops, or what it leaves out."""
+    print(f"segkit: {sentence}", file=sys.stderr)
+
+
+def hush() -> None:
+    """Leave the terminal to segkit, once lightning has set up its own logging."""
+    if is_verbose():
+        return
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,1 @@
+"""Settings, as written in YAML and checked by pydantic."""

@@ -1,0 +1,185 @@
+"""What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.config.dataset_files import FilesConfig, LabelCode
+from segkit.config.labels import Labelling
+from segkit.data.dataset_json import read_dataset_file
+from segkit.data.file_patterns import list_files
+from segkit.errors import DatasetError
+from segkit.io.volume import Volume, read_volume, trouble_with
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject: the files of its channels, and its label.
+
+    A case without images is a label map to synthesise images from.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases in the order of their names, and what their channels and labels mean."""
+
+    folder: Path
+    cases: tuple[Case, ...]
+    channels: tuple[str, ...]
+    labels: dict[str, int]
+    """Names of classes or regions and the numbers they are written as, the background first."""
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The numbers in label files of each region, in the order they are written; classes if none."""
+    ignore: int | None = None
+    """The number of voxels that nobody labelled."""
+    codes: dict[str, LabelCode] = field(default_factory=dict)
+    """Of labels by name, the concept of a terminology, where it is given."""
+
+    @property
+    def labelling(self) -> Labelling:
+        """What is told apart."""
+        return Labelling(self.labels, self.regions, self.ignore)
+
+    def foreground(self, label: ndarray) -> ndarray:
+        """Which voxels belong to a class or region: neither background nor ignored."""
+        inside: ndarray = label > 0
+        return inside if self.ignore is None else inside & (label != self.ignore)
+
+
+def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
+    """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
+
+    Cases are in order. Raises DatasetError or VolumeError, in one sentence.
+    """
+    file = read_dataset_file(folder) if files is None else list_files(folder, files)
+    cases = sorted((Case(*named) for named in file.files), key=lambda case: case.name)
+    names = [case.name for case in cases]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
+    told = file.labelling
+    return Dataset(
+        folder,
+        tuple(cases),
+        file.channels,
+        dict(told.numbers),
+        dict(told.regions),
+        told.ignore,
+        file.codes,
+    )
+
+
+def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
+    """The image (x, y, z, channel) and the label (x, y, z) of a case, on one grid.
+
+    The image of a case without one is zero throughout.
+
+    Raises DatasetError where they do not fit each other or the dataset.
+    """
+    label = read_volume(case.label)
+    if not case.images:
+        blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
+        return label.like(blank), label.like(_checked_label(case, label, dataset))
+    parts = [read_volume(path) for path in case.images]
+    for path, part in zip(case.images, parts, strict=True):
+        _check_grid(path, part, case.images[0], parts[0])
+        if trouble := trouble_with(part.data):
+            raise DatasetError(f"{path}: {trouble}")
+    data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
+    if data.shape[3] != len(dataset.channels):
+        raise DatasetError(
+            f"{case.images[0]}: expected {len(dataset.channels)} channels "
+            f"({', '.join(dataset.channels)}), found {data.shape[3]}"
+        )
+    _check_grid(case.label, label, case.images[0], parts[0])
+    return parts[0].like(data), label.like(_checked_label(case, label, dataset))
+
+
+def split(
+    dataset: Dataset, validation: float | Sequence[str], seed: int
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to train on and those held out: a share drawn by the seed, or the named ones.
+
+    A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
+    where no case is left to train on or a name is unknown.
+    """
+    names = [case.name for case in dataset.cases]
+    if isinstance(validation, float | int):
+        shared = validation and len(names) > 1
+        count = min(max(round(validation * len(names)), 1), len(names)) if shared else 0
+        held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
+    else:
+        held_out = set(validation)
+        if unknown := sorted(held_out - set(names)):
+            raise DatasetError(
+                f"data.validation names {unknown[0]}, which is no case of {dataset.folder}"
+            )
+    train = tuple(case for case in dataset.cases if case.name not in held_out)
+    if not train:
+        raise DatasetError(
+            f"{dataset.folder}: no case is left to train on; hold out fewer of {len(names)}"
+        )
+    return train, tuple(case for case in dataset.cases if case.name in held_out)
+
+
+def fold_of(
+    dataset: Dataset, fold: int, *, count: int = 5
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to train on and those held out of a fold of nnU-Net's cross-validation.
+
+    Cases in the order of their names are shuffled by NumPy's first generator from seed 12345 and
+    cut into folds, the first ones larger by one (scikit-learn's KFold, as nnU-Net calls it). Raises
+    DatasetError for fewer cases than folds.
+    """
+    if len(dataset.cases) < count:
+        raise DatasetError(
+            f"{dataset.folder}: {count} folds need {count} cases or more, found "
+            f"{len(dataset.cases)}; give data.validation instead of data.fold"
+        )
+    order = np.arange(len(dataset.cases))
+    np.random.RandomState(12345).shuffle(order)
+    held_out = set(np.array_split(order, count)[fold].tolist())
+    numbered = list(enumerate(dataset.cases))
+    return (
+        tuple(case for number, case in numbered if number not in held_out),
+        tuple(case for number, case in numbered if number in held_out),
+    )
+
+
+def _checked_label(case: Case, label: Volume, dataset: Dataset) -> ndarray:
+    if label.data.size != math.prod(label.grid.shape):
+        raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
+    found = np.unique(label.data)
+    declared = range(len(dataset.labelling.value_names))
+    if not np.isin(found, declared).all():
+        strange = found[~np.isin(found, declared)][:5].tolist()
+        raise DatasetError(
+            f"{case.label}: holds label {', '.join(f'{value:g}' for value in strange)}, which "
+            f"the dataset does not declare (it has {declared[0]} to {declared[-1]})"
+        )
+    kind = np.min_scalar_type(declared[-1])
+    return label.data.reshape(label.grid.shape).astype(kind)
+
+
+def _check_grid(path: Path, volume: Volume, reference_path: Path, reference: Volume) -> None:
+    if not volume.grid.agrees_with(reference.grid):
+        raise DatasetError(
+            f"{path}: its grid {_described(volume)} is not that of {reference_path.name}, "
+            f"{_described(reference)}; resample one onto the other"
+        )
+
+
+def _described(volume: Volume) -> str:
+    size = "x".join(str(count) for count in volume.grid.shape)
+    spacing = "x".join(f"{value:.3g}" for value in volume.grid.spacing)
+    origin = ", ".join(f"{value:.1f}" for value in volume.grid.affine[:3, 3])
+    return f"({size} voxels of {spacing} mm, first at {origin})"

@@ -1,0 +1,275 @@
+"""What a dataset.json says, in the Medical Segmentation Decathlon's form or in nnU-Net v2's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from segkit.config.base import Name
+from segkit.config.dataset_files import LabelCode
+from segkit.config.labels import Labelling
+from segkit.errors import DatasetError
+from segkit.io.safe_text import read_json
+from segkit.io.volume import SUFFIXES, stem_of
+
+IGNORE = "ignore"
+"""The name, in either form, of what nobody labelled."""
+
+NamedFiles = tuple[str, tuple[Path, ...], Path]
+"""A case's name, its images and its label."""
+
+
+class _Training(BaseModel):
+    image: str | list[str] = []
+    label: str
+
+
+class _Labels(BaseModel):
+    labels: dict[Name, Name | int | list[int]]
+    regions_class_order: list[int] | None = None
+    codes: dict[str, LabelCode] = {}
+
+
+class _DatasetFile(_Labels):
+    """The keys that segkit reads; a file has others, which are let be."""
+
+    modality: dict[str, Name] | None = None
+    channel_names: dict[str, Name] | None = None
+    training: Annotated[list[_Training], Field(min_length=1)] | None = None
+    num_training: Annotated[int | None, Field(alias="numTraining")] = None
+    file_ending: str | None = None
+
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class DatasetFile:
+    """The names of the channels, in order; what is told apart; and every case's files."""
+
+    channels: tuple[str, ...]
+    labelling: Labelling
+    files: tuple[NamedFiles, ...]
+    codes: dict[str, LabelCode] = field(default_factory=dict)
+    """Of labels by name, the concept of a terminology, where it is given."""
+
+
+def read_dataset_file(folder: Path) -> DatasetFile:
+    """Read `folder/dataset.json` and see that every file it speaks of is there.
+
+    `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as the
+    Decathlon does, or each name a number, or a list of them: a region. Regions are written in the
+    order of `labels`, each as its number in `regions_class_order`. What is called `ignore` has the
+    highest number. `training` lists images (one file, or one per channel) and labels, or labels
+    alone, to synthesise images from; without it, cases are `labelsTr/CASE` and `imagesTr/CASE_0000`
+    and `_0001` and so on, one per channel, with the ending `file_ending`. `codes`, which is our own
+    key, gives labels a concept of a terminology.
+
+    Raises DatasetError, in one sentence.
+    """
+    path = folder / "dataset.json"
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
+    if not path.exists():
+        raise DatasetError(f"{folder}: expected a dataset.json in it, found none")
+    file = _read(path, _DatasetFile)
+    names = file.modality if file.channel_names is None else file.channel_names
+    if names is None:
+        raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
+    channels = tuple(names[key] for key in sorted(names, key=_number))
+    labelling = _checked_labelling(str(path), file)
+    files = (
+        _on_disk(folder, file, len(channels))
+        if file.training is None
+        else [_listed(folder, entry) for entry in file.training]
+    )
+    return DatasetFile(channels, labelling, tuple(files), file.codes)
+
+
+def read_labelling(path: Path) -> Labelling:
+    """What a dataset.json tells apart; its numbers may have gaps. Raises DatasetError."""
+    return _labelling(str(path), _read(path, _Labels))
+
+
+def labelling_of(
+    source: str,
+    labels: Mapping[str, int | list[int]],
+    regions_class_order: list[int] | None,
+    codes: Mapping[str, LabelCode],
+) -> Labelling:
+    """What such keys of nnU-Net's dataset.json tell apart; `source` is where they stand.
+
+    Raises DatasetError, in one sentence.
+    """
+    file = _Labels(labels={**labels}, regions_class_order=regions_class_order, codes={**codes})
+    return _checked_labelling(source, file)
+
+
+def _read(path: Path, kind: type[Content]) -> Content:
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "it"
+        raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
+    except (OSError, ValueError) as error:  # ValidationError is a ValueError too
+        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _checked_labelling(source: str, file: _Labels) -> Labelling:
+    labelling = _labelling(source, file)
+    _check_numbers(source, file, labelling)
+    if unknown := [name for name in file.codes if name not in labelling.members]:
+        raise DatasetError(
+            f"{source}: codes names {unknown[0]}, which is none of the labels "
+            f"{_listing(labelling.members)}"
+        )
+    return labelling
+
+
+def _labelling(path: str, file: _Labels) -> Labelling:
+    groups = _groups(path, file.labels)
+    ignored = groups.pop(IGNORE, ())
+    highest = max((number for group in groups.values() for number in group), default=0)
+    if ignored and (len(ignored) > 1 or ignored[0] <= highest):
+        raise DatasetError(
+            f"{path}: the label {IGNORE} must be one number above all others, which go up to "
+            f"{highest}, found {_listing(ignored)}"
+        )
+    ignore = ignored[0] if ignored else None
+    if any(len(group) > 1 for group in groups.values()):
+        return _with_regions(path, groups, file.regions_class_order, ignore)
+    numbers = {name: number for name, (number,) in groups.items()}
+    if len(set(numbers.values())) != len(numbers):
+        raise DatasetError(f"{path}: two labels share a number; give each its own")
+    return Labelling(dict(sorted(numbers.items(), key=lambda item: item[1])), ignore=ignore)
+
+
+def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tuple[int, ...]]:
+    """The numbers of each name, in either form."""
+    decathlon = {key: name for key, name in labels.items() if isinstance(name, str)}
+    if len(decathlon) == len(labels):
+        if len({int(key) for key in labels if key.isdecimal()}) != len(labels):
+            raise _misnumbered(path, list(labels))
+        if len(set(decathlon.values())) != len(labels):
+            raise DatasetError(f"{path}: two labels share a name; give each its own")
+        return {name: (int(key),) for key, name in decathlon.items()}
+    groups = {}
+    for name, numbers in labels.items():
+        if isinstance(numbers, str) or numbers == []:
+            raise DatasetError(
+                f"{path}: labels.{name} must be a number or a list of them, found {numbers!r}"
+            )
+        group = [numbers] if isinstance(numbers, int) else numbers
+        groups[name] = tuple(sorted(set(group)))
+    return groups
+
+
+def _with_regions(
+    path: str, groups: dict[str, tuple[int, ...]], order: list[int] | None, ignore: int | None
+) -> Labelling:
+    background = [name for name, group in groups.items() if group == (0,)]
+    regions = {name: group for name, group in groups.items() if group != (0,)}
+    if len(background) != 1 or any(0 in group for group in regions.values()):
+        raise DatasetError(
+            f"{path}: regions need one label that is 0 alone, the background, and no region may "
+            f"hold 0; found 0 in {[name for name, group in groups.items() if 0 in group]}"
+        )
+    if order is None:
+        raise DatasetError(
+            f"{path}: regions need regions_class_order, the number that each of "
+            f"{_listing(regions)} is written as, found none"
+        )
+    if len(order) != len(regions) or len(set(order)) != len(order):
+        raise DatasetError(
+            f"{path}: regions_class_order must hold {len(regions)} different numbers, one for each "
+            f"of {_listing(regions)}, found {order}"
+        )
+    for (name, group), number in zip(regions.items(), order, strict=True):
+        if number not in group:
+            raise DatasetError(
+                f"{path}: regions_class_order writes {name} as {number}, which is none of its "
+                f"numbers {_listing(group)}"
+            )
+    names = list(regions)
+    for place, name in enumerate(names):
+        for later in names[place + 1 :]:
+            if set(regions[name]) < set(regions[later]):
+                raise DatasetError(
+                    f"{path}: {later} would be written over all of {name}, which lies within it; "
+                    f"name {name} after {later} in labels"
+                )
+    numbers = {background[0]: 0, **dict(zip(regions, order, strict=True))}
+    return Labelling(numbers, regions, ignore)
+
+
+def _check_numbers(path: str, file: _Labels, labelling: Labelling) -> None:
+    found = {*labelling.numbers.values()}
+    found |= {number for group in labelling.regions.values() for number in group}
+    if labelling.ignore is not None:
+        found.add(labelling.ignore)
+    if sorted(found) != list(range(len(found))) or len(labelling.numbers) < 2:
+        in_keys = all(isinstance(value, str) for value in file.labels.values())
+        raise _misnumbered(path, list(file.labels) if in_keys else sorted(found))
+
+
+def _misnumbered(path: str, found: Sequence[str | int]) -> DatasetError:
+    return DatasetError(
+        f"{path}: labels must be numbered 0 (background), 1, 2, …, found {list(found)}"
+    )
+
+
+def _listed(folder: Path, entry: _Training) -> NamedFiles:
+    images = [entry.image] if isinstance(entry.image, str) else entry.image
+    paths = tuple(folder / image for image in images)
+    label = folder / entry.label
+    for path in (*paths, label):
+        if not path.is_file():
+            raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
+    return stem_of(label), paths, label
+
+
+def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
+    """Every `labelsTr/CASE` and its `imagesTr/CASE_0000`, `_0001`, …, as nnU-Net has them."""
+    path, ending = folder / "dataset.json", file.file_ending
+    if ending is None:
+        raise DatasetError(f"{path}: expected a list training, or file_ending, found neither")
+    if ending not in SUFFIXES:
+        raise DatasetError(
+            f"{path}: file_ending must be one of {_listing(SUFFIXES)}, found {ending}"
+        )
+    labels = sorted(
+        label
+        for label in (folder / "labelsTr").glob(f"*{ending}")
+        if not label.name.startswith(".")
+    )
+    if not labels:
+        raise DatasetError(f"{folder}/labelsTr: expected labels CASE{ending} in it, found none")
+    if file.num_training not in (None, len(labels)):
+        raise DatasetError(
+            f"{path}: numTraining is {file.num_training}, found {len(labels)} labels in "
+            f"{folder}/labelsTr; correct the one or complete the other"
+        )
+    found = []
+    for label in labels:
+        images = tuple(
+            folder / "imagesTr" / f"{stem_of(label)}_{channel:04d}{ending}"
+            for channel in range(num_channels)
+        )
+        for image in images:
+            if not image.is_file():
+                raise DatasetError(
+                    f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
+                )
+        found.append((stem_of(label), images, label))
+    return found
+
+
+def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:
+    return ", ".join(str(item) for item in items)
+
+
+def _number(key: str) -> tuple[int, str]:
+    return (int(key) if key.isdecimal() else 0, key)

@@ -1,0 +1,147 @@
+"""The files of every case in a folder without a dataset.json, found by patterns or in a table."""
+
+import csv
+import io
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+
+from segkit.config.dataset_files import FilesConfig
+from segkit.data.dataset_json import DatasetFile, NamedFiles, labelling_of
+from segkit.errors import DatasetError
+from segkit.io.safe_text import read_text
+from segkit.io.volume import suffix_of
+
+logger = logging.getLogger(__name__)
+
+BYTE_ORDER_MARK = "\ufeff"
+ID, IMAGE, LABEL = "id", "image", "label"
+NAME = re.compile(r"[^./\\\s][^/\\\n]*")
+WILDCARD = re.compile(r"\*\*/|\*|\?")
+MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
+
+
+def list_files(folder: Path, files: FilesConfig) -> DatasetFile:
+    """What a dataset.json would say of the folder, by the patterns or the table of a config.
+
+    Raises DatasetError or VolumeError, in one sentence.
+    """
+    labelling = labelling_of("data.files", files.labels, files.regions_class_order, files.codes)
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
+    channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
+    return DatasetFile(channels, labelling, tuple(found), dict(files.codes))
+
+
+def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
+    """Every case with a label; images of cases without one are told of and left out."""
+    labels = matched(folder, files.label)
+    images = [matched(folder, pattern) for pattern in files.images.values()]
+    for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
+        if not found:
+            raise DatasetError(f"{folder}: no file in it matches {pattern}; see data.files")
+    for pattern, found in zip(files.images.values(), images, strict=True):
+        if missing := sorted(labels.keys() - found.keys()):
+            raise DatasetError(
+                f"{labels[missing[0]]}: is the label of case {missing[0]!r}, of which {pattern} "
+                f"matches no image (it matches {_some(found)}); wildcards must match alike"
+            )
+    if bare := sorted(set[str]().union(*images) - labels.keys()):
+        logger.warning("%s: left out, as they have no label: %s", folder, ", ".join(bare))
+    cases = [(name, tuple(found[name] for found in images), labels[name]) for name in labels]
+    return tuple(files.images), cases
+
+
+def matched(folder: Path, pattern: str) -> dict[str, Path]:
+    """The files in a folder that match a pattern, by what its wildcards matched, said once each.
+
+        sub-*/ses-*/sub-*_T1w.nii.gz  on  sub-01/ses-b/sub-01_T1w.nii.gz  ──▶  "01_b"
+
+    Hidden files are passed over. Raises DatasetError where two files would have one name, and
+    VolumeError where one is no volume.
+    """
+    expression = re.compile(_expression(pattern))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(pattern.replace("[", "[[]"))):
+        inside = path.relative_to(folder)
+        match = expression.fullmatch(inside.as_posix())
+        if match is None or not path.is_file() or any(part[0] == "." for part in inside.parts):
+            continue
+        name = "_".join(dict.fromkeys(match.groups()))
+        if name in found:
+            raise DatasetError(
+                f"{folder}: {pattern} matches {found[name].relative_to(folder)} and {inside}, both "
+                f"as case {name!r}; make it match one file of a case"
+            )
+        suffix_of(path)  # refuses what is no volume
+        found[name] = path
+    return found
+
+
+def _expression(pattern: str) -> str:
+    parts, end = [], 0
+    for wildcard in WILDCARD.finditer(pattern):
+        parts += [re.escape(pattern[end : wildcard.start()]), MATCHES[wildcard[0]]]
+        end = wildcard.end()
+    return "".join([*parts, re.escape(pattern[end:])])
+
+
+def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
+    """Every row of a CSV file; its paths count from the folder."""
+    assert files.table is not None
+    path = folder / files.table
+    rows, columns = _read(path)
+    label = files.label or LABEL
+    images = files.images or {
+        column: column for column in columns if column.strip() and column not in (ID, label)
+    }
+    for column in (ID, label, *(images.values() or [IMAGE])):
+        if column not in columns:
+            raise DatasetError(
+                f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}"
+            )
+    if not rows:
+        raise DatasetError(f"{path}: expected a row for each case, found none")
+    for number, row in enumerate(rows, start=2):
+        if not NAME.fullmatch(row[ID]):
+            raise DatasetError(
+                f"{path}: row {number} has the id {row[ID]!r}; expected a name that a file may have"
+            )
+    twice = [name for name, count in Counter(row[ID] for row in rows).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{path}: case {twice[0]} has several rows; give each case one")
+    cases = []
+    for number, row in enumerate(rows, start=2):
+        named = [folder / row[column] for column in (*images.values(), label)]
+        for column, file in zip((*images.values(), label), named, strict=True):
+            if not row[column] or not file.is_file():
+                raise DatasetError(
+                    f"{path}: row {number} names as {column} {row[column] or 'nothing'}, which is "
+                    f"no file in {folder}; if {column} holds no files, give data.files.images"
+                )
+            suffix_of(file)
+        cases.append((row[ID], tuple(named[:-1]), named[-1]))
+    return tuple(images), cases
+
+
+def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a table, by column, whichever of comma, semicolon and tab stands between them."""
+    try:
+        text = read_text(path).removeprefix(BYTE_ORDER_MARK)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+    between = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=between, restval="", restkey=""
+    )
+    try:
+        rows = [{key: value for key, value in row.items() if key} for row in reader]
+    except csv.Error as error:
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+    return rows, [column for column in reader.fieldnames or []]
+
+
+def _some(found: dict[str, Path]) -> str:
+    names = [repr(name) for name in sorted(found)]
+    return ", ".join([*names[:3], *["…"] * (len(names) > 3)])

@@ -1,0 +1,96 @@
+"""Patches drawn from stored cases, each by its number alone.
+
+Patch i of a run depends on the seed and on i, and on nothing that came before it: the order of
+workers does not matter, and a run that is resumed goes on with the patch it would have drawn.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch.utils.data import Dataset as TorchDataset
+
+from segkit.data.prepared_cache import StoredCase
+
+Patch = dict[str, Any]
+
+
+class PatchDataset(TorchDataset[Patch]):
+    """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
+
+    Images are float32, in whatever precision they are stored. No case's array is kept.
+
+    A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
+    those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
+    it where it is smaller, but in a case with ignored voxels they are centred on one that is not.
+    Each is cut with a `margin` (voxels) beyond either end, for the augmentation to turn it in.
+    Beyond the volume stand its outermost voxels again. There is no last patch: a sampler decides
+    how many are drawn.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[StoredCase],
+        *,
+        patch_size: Sequence[int],
+        margin: Sequence[int] = (0, 0, 0),
+        foreground_share: float,
+        seed: int,
+    ) -> None:
+        self.cases = cases
+        self.patch_size = tuple(patch_size)
+        self.margin = tuple(margin)
+        self.cut_size = tuple(
+            patch + 2 * beyond for patch, beyond in zip(patch_size, margin, strict=True)
+        )
+        self.foreground_share = foreground_share
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Patch:
+        """Patch number `index`."""
+        random = np.random.default_rng([self.seed, index])
+        case = self.cases[int(random.integers(len(self.cases)))]
+        image, label = case.image, case.label  # mapped once
+        wants_foreground = random.random() < self.foreground_share
+        start = [
+            self._anywhere(random, size, patch) - margin
+            for size, patch, margin in zip(label.shape, self.patch_size, self.margin, strict=True)
+        ]
+        positions = case.positions
+        classes = sorted(number for number in positions if number)
+        voxels = positions.get(0)
+        if wants_foreground and classes:
+            voxels = positions[classes[int(random.integers(len(classes)))]]
+        if voxels is not None and len(voxels):
+            centre = voxels[random.integers(len(voxels))]
+            start = [
+                int(voxel) - cut // 2 for voxel, cut in zip(centre, self.cut_size, strict=True)
+            ]
+        return {
+            "name": case.name,
+            "image": torch.from_numpy(cut(image, start, self.cut_size)).float(),
+            "label": torch.from_numpy(cut(label, start, self.cut_size)),
+        }
+
+    @staticmethod
+    def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
+        lowest, highest = min(0, size - patch), max(0, size - patch)
+        return int(random.integers(lowest, highest + 1))
+
+
+def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:
+    """A copy of the block of the last three axes that begins at `start`.
+
+    Beyond the array the block repeats the array's outermost voxels; some of it lies within.
+    """
+    inside: list[slice] = []
+    beyond: list[tuple[int, int]] = []
+    for first, count, extent in zip(start, size, array.shape[-3:], strict=True):
+        low, high = max(first, 0), min(first + count, extent)
+        inside.append(slice(low, high))
+        beyond.append((low - first, first + count - high))
+    lead = array.ndim - 3
+    block = array[(*[slice(None)] * lead, *inside)]
+    return np.pad(block, [*[(0, 0)] * lead, *beyond], mode="edge")

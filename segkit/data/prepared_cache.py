@@ -1,0 +1,313 @@
+"""Prepared cases on disk: what training holds in memory is one batch, however many cases there are.
+
+Each case is a folder of four arrays, mapped whenever they are looked at and let go again:
+
+    image.npy    channel x y z, float16 where that is enough (see `half_where_enough`), else float32
+    label.npy    x y z, the smallest unsigned type
+    voxels.npy   positions to centre patches on, one class after the other
+    classes.npy  of each class its label, and where its positions begin and end
+
+The folder's name is a digest of everything they depend on, so a changed setting or file never meets
+an old array.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Integer
+from numpy import ndarray
+
+from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.first_stage_labels import with_labels
+from segkit.data.preprocess import Normaliser, prepare, prepare_label
+from segkit.errors import DatasetError, VolumeError
+from segkit.geometry.grid import Orientation
+from segkit.io.atomic import PARTIAL, naming, sweep
+from segkit.io.volume import read_grid, read_volume
+from segkit.planning.nnunet_rules import ANISOTROPY
+from segkit.system.resources import free_memory, num_cores
+from segkit.system.workers import in_processes
+
+FORMAT = 3
+POSITIONS_PER_CLASS = 10_000
+VOXELS_PER_PROCESS = 20_000_000
+"""So many are prepared, roughly, in the time that another process takes to start."""
+BYTES_PER_VOXEL = 40
+"""What preparing a case holds at most, for each voxel and channel of it."""
+HALF_NOISE = 2.0**-8
+"""The share of a channel's deviation up to which the rounding of half precision is no matter."""
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A prepared case; each look at an array maps its file afresh, and nothing is kept."""
+
+    name: str
+    folder: Path
+
+    @property
+    def image(self) -> Float[ndarray, "channel x y z"]:
+        """Normalised intensities, in half or single precision."""
+        return _mapped(self.folder / "image.npy")
+
+    @property
+    def label(self) -> Integer[ndarray, "x y z"]:
+        """Labels on the image's grid."""
+        return _mapped(self.folder / "label.npy")
+
+    @property
+    def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
+        """For each label that is present, voxels of it (all, or 10,000 drawn evenly).
+
+        Neither the background nor what is ignored has any; but where a case has ignored voxels,
+        those of all others stand under 0.
+        """
+        voxels = _mapped(self.folder / "voxels.npy")
+        classes = _mapped(self.folder / "classes.npy").tolist()
+        return {number: voxels[first:end] for number, first, end in classes}
+
+    def check(self, num_channels: int) -> None:
+        """Raise DatasetError unless the arrays are what `write_arrays` makes."""
+        image, label, voxels, classes = (
+            _mapped(self.folder / f"{name}.npy") for name in ("image", "label", "voxels", "classes")
+        )
+        whole = (
+            image.dtype in (np.float16, np.float32)
+            and image.ndim == 4
+            and image.shape == (num_channels, *label.shape)
+            and all(array.dtype.kind in "ui" for array in (label, voxels, classes))
+            and voxels.ndim == classes.ndim == 2
+            and voxels.shape[1] == classes.shape[1] == 3
+            and bool((np.diff(classes[:, 1:]) >= 0).all())
+            and bool(((classes[:, 1:] >= 0) & (classes[:, 1:] <= len(voxels))).all())
+            and bool(((voxels >= 0) & (voxels < label.shape)).all())
+        )
+        if not whole:
+            raise _damaged(self.folder)
+
+
+def store_cases(
+    cases: Sequence[Case],
+    dataset: Dataset,
+    *,
+    folder: Path,
+    spacing: Sequence[float],
+    normalisers: Sequence[Normaliser],
+    order: Literal[1, 3] = 1,
+    settings: Any,
+    first_labels: Mapping[str, Path] | None = None,
+    track: Callable[[Iterable[Case]], Iterable[Case]] = iter,
+    num_processes: int | None = None,
+) -> tuple[StoredCase, ...]:
+    """Prepare each case that is not in `folder` yet, in as many processes as that is worth.
+
+    `settings` is whatever JSON-able value names the normalisers; it goes into the digest beside the
+    spacing, the order of interpolation and the files' sizes and times. `first_labels` are files
+    with a first stage's labels of each case by its name, which become the last channel of its
+    image. `track` may show progress. For more processes than one, the normalisers must pickle.
+
+    Raises DatasetError or VolumeError as `read_case` does, and WorkerError where a process was
+    killed. Cases that were stored by then stay.
+    """
+    described = replace(dataset, cases=())
+    firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
+    stored = [
+        StoredCase(case.name, folder / f"{case.name}-{digest}")
+        for case in cases
+        for digest in [_digest(case, dataset, spacing, order, settings, firsts[case.name])]
+    ]
+    pending = [
+        (case, firsts[case.name], target.folder)
+        for case, target in zip(cases, stored, strict=True)
+        if not target.folder.is_dir()
+    ]
+    known = {target for _, _, target in pending}
+    for case in stored:
+        if case.folder not in known:
+            case.check(len(normalisers) + bool(first_labels))
+    if not pending:
+        for _ in track(cases):
+            pass
+        return tuple(stored)
+    if num_processes is None:
+        num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
+    # process included, takes with it what was not finished.
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
+        store = partial(
+            _store,
+            dataset=described,
+            partial_folder=Path(partial_folder),
+            spacing=tuple(spacing),
+            normalisers=tuple(normalisers),
+            order=order,
+        )
+        fresh = in_processes(store, pending, min(num_processes, len(pending)))
+        names = {case.name for case, *_ in pending}
+        for _ in track(_as_stored(cases, names, fresh)):
+            pass
+    return tuple(stored)
+
+
+def write_arrays(
+    folder: Path,
+    image: Float[ndarray, "channel x y z"],
+    label: Integer[ndarray, "x y z"],
+    *,
+    ignore: int | None = None,
+) -> None:
+    """Fill a new folder with a prepared case's arrays; `ignore` is the number of no class."""
+    folder.mkdir()
+    np.save(folder / "image.npy", half_where_enough(image))
+    np.save(folder / "label.npy", label)
+    positions = _positions(label, ignore)
+    ends = np.cumsum([len(voxels) for voxels in positions.values()], dtype=np.int64)
+    classes = zip(positions, [0, *ends.tolist()], ends.tolist(), strict=False)
+    np.save(folder / "classes.npy", np.array([*classes], np.int64).reshape(-1, 3))
+    voxels = np.concatenate([np.empty((0, 3), np.int64), *positions.values()])
+    np.save(folder / "voxels.npy", voxels.astype(np.min_scalar_type(max(label.shape))))
+
+
+def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
+    """The image in half precision where its rounding is lost in every channel's own variation.
+
+    A half-precision value is off by 2^-11 of itself at most (below 2^-14, by 2^-25). That is enough
+    where all values stay finite and the root mean square of what is lost is at most 1/256 of the
+    channel's standard deviation, as it is of z-scores and of CT windows; else the image is given
+    back as it was.
+    """
+    with np.errstate(over="ignore"):
+        half = image.astype(np.float16)
+    for channel, rounded in zip(image, half, strict=True):
+        if not np.isfinite(rounded).all():
+            return image
+        lost = float(np.sqrt(np.mean(np.square(channel - rounded), dtype=float)))
+        if lost > HALF_NOISE * float(channel.std(dtype=float)):
+            return image
+    return half
+
+
+def _as_stored(cases: Sequence[Case], pending: set[str], results: Iterator[None]) -> Iterator[Case]:
+    """Each case as soon as it is stored."""
+    for case in cases:
+        if case.name in pending:
+            next(results)
+        yield case
+
+
+def _processes(cases: Sequence[Case], spacing: Sequence[float], num_channels: int) -> int:
+    """How many processes are worth their start and fit into memory."""
+    if len(cases) < 2 or num_cores() < 2:
+        return 1
+    sizes = []
+    for case in cases:
+        grid = read_grid(case.label)
+        prepared = Orientation.of(grid.affine).turn_grid(grid).with_spacing(spacing)
+        sizes.append(num_channels * max(math.prod(grid.shape), math.prod(prepared.shape)))
+    worth = sum(sizes) // VOXELS_PER_PROCESS
+    bearable = free_memory() // (max(sizes) * BYTES_PER_VOXEL)
+    return max(min(num_cores(), worth, bearable), 1)
+
+
+def _store(
+    task: tuple[Case, Path | None, Path],
+    *,
+    dataset: Dataset,
+    partial_folder: Path,
+    spacing: Sequence[float],
+    normalisers: Sequence[Normaliser],
+    order: Literal[1, 3],
+) -> None:
+    case, first, target = task
+    volume, label_volume = read_case(case, dataset)
+    # A case without an image has its background in its label; its own image stays blank.
+    labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
+    body = volume if case.images else volume.like(labels)
+    try:
+        prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+    except VolumeError as error:
+        raise DatasetError(f"case {case.name}: {error}") from None
+    image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
+    if first is not None:
+        image = with_labels(prepared, read_volume(first)).image.numpy()
+    label = prepare_label(label_volume, prepared).numpy()
+    inside = partial_folder / target.name
+    with naming(target):
+        write_arrays(inside, image, label, ignore=dataset.ignore)
+    try:
+        inside.rename(target)
+    except OSError:  # another run stored the same case in the meantime
+        if not target.is_dir():
+            raise
+
+
+def _mapped(path: Path) -> ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent) from error
+    if not isinstance(array, ndarray):  # but a zip of several
+        array.close()
+        raise _damaged(path.parent)
+    return array
+
+
+def _damaged(folder: Path) -> DatasetError:
+    return DatasetError(
+        f"{folder}: expected a prepared case, found arrays that are damaged or of another kind; "
+        f"delete the folder, and it is prepared again"
+    )
+
+
+def _positions(
+    label: Integer[ndarray, "x y z"], ignore: int | None
+) -> dict[int, Integer[ndarray, "voxels 3"]]:
+    present = np.unique(label).tolist()
+    numbers = [number for number in present if number not in (0, ignore)]
+    if ignore in present:
+        numbers.append(0)
+    found = {}
+    for number in numbers:
+        voxels = np.argwhere(label == number if number else label != ignore)
+        if len(voxels) > POSITIONS_PER_CLASS:
+            chosen = np.linspace(0, len(voxels) - 1, POSITIONS_PER_CLASS).round().astype(int)
+            voxels = voxels[chosen]
+        found[number] = voxels
+    return found
+
+
+def _digest(
+    case: Case,
+    dataset: Dataset,
+    spacing: Sequence[float],
+    order: int,
+    settings: Any,
+    first: Path | None,
+) -> str:
+    paths = [*case.images, case.label, *([first] if first else [])]
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    content = {
+        "format": FORMAT,
+        "channels": dataset.channels,
+        "labels": dataset.labels,
+        "ignore": dataset.ignore,
+        "spacing": list(spacing),
+        "order": order,
+        "separate": ANISOTROPY,
+        "settings": settings,
+        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

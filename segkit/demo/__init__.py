@@ -1,0 +1,1 @@
+"""`segkit demo`: an embedded task, trained, segmented and explained in minutes."""

@@ -1,0 +1,81 @@
+"""Scans that look like hippocampi, drawn anew: a dataset to try things on, with no patient in it.
+
+A bent tube, thick in front and thin behind, lies in white matter below a ventricle and beside a
+cortex that is as grey as it is; so intensity alone does not find it. Every case is bent anew and
+scanned with contrasts of its own (segkit.data.synthesis).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from numpy import ndarray
+from torch import Generator
+
+from segkit.data.synthesis import deform, synthesise
+from segkit.geometry.grid import Grid
+from segkit.io.atomic import write_json
+from segkit.io.volume import Volume, write_volume
+
+LABELS = {"background": 0, "anterior": 1, "posterior": 2}
+SHAPE = (24, 32, 24)
+SPACING = 1.5
+"""mm; the box is 36 × 48 × 36 mm."""
+# Tissues: white matter 0, fluid 1, cortex 2, and the structure's two parts, as grey as the cortex.
+WHITE, FLUID, CORTEX, ANTERIOR, POSTERIOR = range(5)
+INTENSITIES = [(0.75, 0.85), (0.15, 0.25), (0.5, 0.55), (0.5, 0.55), (0.5, 0.55)]
+BENDING = 1.2
+"""Voxels, standard deviation of the displacement at points 16 voxels apart."""
+
+
+def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
+    """Write a dataset: scans, labels and dataset.json, the same of the same seed.
+
+    Labels are the Decathlon's of Task04: the anterior 40 % of the tube's length, and the rest.
+    """
+    generator = Generator().manual_seed(seed)
+    origin = -SPACING * (np.array(SHAPE) - 1) / 2
+    affine = np.diag([SPACING, SPACING, SPACING, 1.0])
+    affine[:3, 3] = origin
+    grid = Grid(SHAPE, affine)
+    plan = torch.from_numpy(tissues(grid))[None]
+    training = []
+    for number in range(num_cases):
+        bent = deform(plan, amplitude=BENDING, generator=generator)
+        image = synthesise(
+            bent, num_labels=len(INTENSITIES), intensities=INTENSITIES, generator=generator
+        )
+        # As a scanner would give it: whole numbers from 0 on.
+        scan = ((image[0, 0] - image.min()) * 200).round().to(torch.int16)
+        label = torch.where(bent[0] >= ANTERIOR, bent[0] - CORTEX, 0).to(torch.uint8)
+        name = f"hippocampus_{number:03d}.nii.gz"
+        entry = {"image": f"imagesTr/{name}", "label": f"labelsTr/{name}"}
+        write_volume(folder / entry["image"], Volume(scan.numpy(), grid))
+        write_volume(folder / entry["label"], Volume(label.numpy(), grid))
+        training.append(entry)
+    content = {
+        "name": "Phantoms of hippocampi",
+        "modality": {"0": "MRI"},
+        "labels": {str(number): name for name, number in LABELS.items()},
+        "training": training,
+    }
+    write_json(folder / "dataset.json", content)
+
+
+def tissues(grid: Grid) -> Integer[ndarray, "x y z"]:
+    """The tissue of every voxel of a grid whose world (mm) has its origin in the middle."""
+    x, y, z = np.moveaxis(grid.centres(), -1, 0)
+    found = np.full(grid.shape, WHITE, np.int64)
+    # The cortex: a folded sheet at the outer side. The ventricle: a tube above.
+    found[x > 11 + 2 * np.sin(y / 4) + np.cos(z / 3)] = CORTEX
+    found[np.hypot(x + 2, z - 9 - y / 12) < 3] = FLUID
+    # The structure: from front (y = 19) to back (y = -19), arched up and inwards behind.
+    along = np.clip((19 - y) / 38, 0, 1)
+    centre_x, centre_z = 2 - 7 * along**2, -6 + 9 * along**2
+    radius = 6 - 3 * along
+    beyond = np.maximum(np.abs(y) - 19, 0)
+    tube = np.sqrt((x - centre_x) ** 2 + (z - centre_z) ** 2 + beyond**2) < radius
+    found[tube & (along < 0.4)] = ANTERIOR
+    found[tube & (along >= 0.4)] = POSTERIOR
+    return found

@@ -1,0 +1,328 @@
+"""Scores of every case and class, their summary over cases, and the table that shows it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, prod
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Shaped
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
+
+from segkit.evaluation.overlap import Overlap
+from segkit.evaluation.surface import (
+    average_symmetric_surface_distance,
+    hausdorff95,
+    normalised_surface_dice,
+    surface_distances,
+)
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
+
+# What is summarised, in the order shown: attribute of CaseScores, heading, number format.
+METRICS = (
+    ("dice", "Dice", ".3f"),
+    ("iou", "IoU", ".3f"),
+    ("hd95_mm", "HD95 (mm)", ".2f"),
+    ("assd_mm", "ASSD (mm)", ".2f"),
+    ("nsd", "NSD", ".3f"),
+)
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """Scores of one class in one case.
+
+    The five scores are NaN where the class is in neither image. Volumes are in ml; a 2D image has
+    none, so they are NaN. tp, fp and fn count voxels.
+    """
+
+    case: str
+    label: int
+    name: str
+    dice: float
+    iou: float
+    hd95_mm: float
+    assd_mm: float
+    nsd: float
+    tolerance_mm: float
+    prediction_ml: float
+    reference_ml: float
+    tp: int
+    fp: int
+    fn: int
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean, median and 95 % interval of the mean, over the cases in which a score is defined."""
+
+    mean: float
+    median: float
+    low: float
+    high: float
+    num_scored: int
+    num_undefined: int
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """Statistic of each metric, by its attribute in CaseScores. `label` is None for the overall."""
+
+    label: int | None
+    name: str
+    metrics: Mapping[str, Statistic]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the scores come to, per class and overall, and the settings that this depends on."""
+
+    classes: tuple[ClassSummary, ...]
+    overall: ClassSummary
+    num_cases: int
+    tolerance_mm: float
+    num_resamples: int
+    seed: int
+
+
+def score_case(
+    prediction: Shaped[np.ndarray, "*space"],
+    reference: Shaped[np.ndarray, "..."],
+    labels: Mapping[int, str],
+    spacing: Sequence[float],
+    *,
+    case: str,
+    tolerance_mm: float = 1.0,
+    regions: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ignore: int | None = None,
+) -> list[CaseScores]:
+    """Scores of each labelled class, by rising label; spacing is mm, one per axis.
+
+    A label that `regions` has stands for all the values given there. 0 is background: it may be in
+    the images and in `labels`, and is not scored. Voxels where the reference is `ignore` are in
+    neither image. Any other value that nothing lists is an error, or a whole structure would go
+    unscored unnoticed.
+    """
+    members = {label: regions.get(label, (label,)) for label in sorted(labels) if label != 0}
+    known = {0, *labels, *(value for values in members.values() for value in values)}
+    _check_listed(prediction, known, "prediction")
+    _check_listed(reference, known if ignore is None else {*known, ignore}, "reference")
+    counted = np.True_ if ignore is None else reference != ignore
+    return [
+        _score_class(
+            _within(prediction, values) & counted,
+            _within(reference, values) & counted,
+            spacing,
+            case=case,
+            label=label,
+            name=labels[label],
+            tolerance_mm=tolerance_mm,
+        )
+        for label, values in members.items()
+    ]
+
+
+def _within(volume: Shaped[np.ndarray, "*space"], values: Sequence[int]) -> np.ndarray:
+    return volume == values[0] if len(values) == 1 else np.isin(volume, values)
+
+
+def _check_listed(volume: Shaped[np.ndarray, "*space"], labels: set[int], role: str) -> None:
+    listed = np.isin(volume, sorted(labels))
+    if listed.all():
+        return
+    found = ", ".join(str(value) for value in np.unique(volume[~listed])[:5].tolist())
+    raise ValueError(
+        f"expected the labels 0, {', '.join(map(str, sorted(labels - {0})))}, got {found} in "
+        f"the {role}; name it among the labels or correct the file"
+    )
+
+
+def _score_class(
+    prediction_mask: Bool[np.ndarray, "*space"],
+    reference_mask: Bool[np.ndarray, "..."],
+    spacing: Sequence[float],
+    *,
+    case: str,
+    label: int,
+    name: str,
+    tolerance_mm: float,
+) -> CaseScores:
+    distances = surface_distances(prediction_mask, reference_mask, spacing)
+    tp = int(np.count_nonzero(prediction_mask & reference_mask))
+    fp = int(np.count_nonzero(prediction_mask)) - tp
+    fn = int(np.count_nonzero(reference_mask)) - tp
+    overlap = Overlap(torch.tensor(tp), torch.tensor(fp), torch.tensor(fn))
+    voxel_ml = prod(float(step) for step in spacing) / 1000 if len(spacing) == 3 else float("nan")
+    return CaseScores(
+        case=case,
+        label=label,
+        name=name,
+        dice=overlap.dice.item(),
+        iou=overlap.iou.item(),
+        hd95_mm=hausdorff95(distances),
+        assd_mm=average_symmetric_surface_distance(distances),
+        nsd=normalised_surface_dice(distances, tolerance_mm),
+        tolerance_mm=tolerance_mm,
+        prediction_ml=(tp + fp) * voxel_ml,
+        reference_ml=(tp + fn) * voxel_ml,
+        tp=tp,
+        fp=fp,
+        fn=fn,
+    )
+
+
+def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: int = 0) -> Summary:
+    """Mean, median and bootstrap interval of each metric, per class and overall.
+
+    The overall mean is the mean over classes of the class means, and the overall median that of
+    the class medians, so every class weighs the same however often it is defined. Undefined scores
+    are left out and counted. The order of the rows does not matter.
+
+    The interval holds the middle 95 % of the means of resamples drawn, with replacement, from the
+    cases in which the score is defined: the percentile bootstrap of Efron (1979,
+    doi:10.1214/aos/1176344552). For the overall, whole cases are drawn, since the classes of one
+    case go together; a class that a resample happens not to contain is left out of that resample's
+    mean. Every statistic starts anew from the seed, so its interval depends on its scores alone.
+    """
+    classes = sorted({(row.label, row.name) for row in rows})
+    num_cases = len({row.case for row in rows})
+    num_distinct = len({(row.label, row.name, row.case) for row in rows})
+    if not num_distinct == len(rows) == len(classes) * num_cases > 0:
+        raise ValueError(
+            f"expected one row for each of {len(classes)} classes in each of {num_cases} cases, "
+            f"got {len(rows)}; score every case once, under its own name, with the same labels"
+        )
+    tolerances = sorted({row.tolerance_mm for row in rows})
+    if len(tolerances) > 1:
+        raise ValueError(
+            f"expected scores at one tolerance, got {tolerances} mm; score all cases with the same"
+        )
+    ordered = sorted(rows, key=lambda row: (row.label, row.case))
+    scores = {
+        metric: np.array([float(getattr(row, metric)) for row in ordered]).reshape(-1, num_cases)
+        for metric, _, _ in METRICS
+    }
+
+    def summary_of(label: int | None, name: str, of_classes: slice) -> ClassSummary:
+        statistics = {
+            metric: _statistic(values[of_classes], num_resamples, seed)
+            for metric, values in scores.items()
+        }
+        return ClassSummary(label, name, statistics)
+
+    return Summary(
+        classes=tuple(
+            summary_of(label, name, slice(row, row + 1))
+            for row, (label, name) in enumerate(classes)
+        ),
+        overall=summary_of(None, "overall", slice(None)),
+        num_cases=num_cases,
+        tolerance_mm=tolerances[0],
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+def _statistic(
+    scores: Float64[np.ndarray, "num_classes num_cases"], num_resamples: int, seed: int
+) -> Statistic:
+    defined = [of_class[~np.isnan(of_class)] for of_class in scores]
+    defined = [of_class for of_class in defined if len(of_class)]
+    num_scored = sum(len(of_class) for of_class in defined)
+    if num_scored == 0:
+        nan = float("nan")
+        return Statistic(nan, nan, nan, nan, num_scored=0, num_undefined=scores.size)
+    low, high = np.percentile(_resampled_means(scores, num_resamples, seed), [2.5, 97.5])
+    return Statistic(
+        mean=float(np.mean([of_class.mean() for of_class in defined])),
+        median=float(np.mean([np.median(of_class) for of_class in defined])),
+        low=float(low),
+        high=float(high),
+        num_scored=num_scored,
+        num_undefined=scores.size - num_scored,
+    )
+
+
+def _resampled_means(
+    scores: Float64[np.ndarray, "num_classes num_cases"], num_resamples: int, seed: int
+) -> Float64[np.ndarray, "num_resamples"]:
+    """Mean over classes of the class means, in each resample of the cases that have a score."""
+    scores = scores[:, ~np.isnan(scores).all(axis=0)]
+    num_cases = scores.shape[1]
+    drawn = np.random.default_rng(seed).integers(num_cases, size=(num_resamples, num_cases))
+    # Row r counts how often resample r drew each case: one bincount, each row in its own range.
+    ranges = num_cases * np.arange(num_resamples)[:, None]
+    weights = np.bincount((drawn + ranges).ravel(), minlength=num_resamples * num_cases)
+    weights = weights.reshape(num_resamples, num_cases)
+    totals = weights @ np.nan_to_num(scores).T
+    counts = weights @ (~np.isnan(scores)).T.astype(np.int64)
+    class_means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    return np.asarray(np.nanmean(class_means, axis=1))
+
+
+def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
+    """Everything as plain dicts, lists and numbers, ready for `json.dump`; NaN becomes None."""
+    return {
+        "num_cases": summary.num_cases,
+        "tolerance_mm": summary.tolerance_mm,
+        "bootstrap": {
+            "interval": 0.95,
+            "num_resamples": summary.num_resamples,
+            "seed": summary.seed,
+        },
+        "overall": _class_json(summary.overall),
+        "classes": [_class_json(of_class) for of_class in summary.classes],
+        "cases": [_without_nan(asdict(row)) for row in rows],
+    }
+
+
+def _class_json(of_class: ClassSummary) -> Json:
+    return {
+        "label": of_class.label,
+        "name": of_class.name,
+        **{metric: _without_nan(asdict(value)) for metric, value in of_class.metrics.items()},
+    }
+
+
+def _without_nan(fields: Mapping[str, str | int | float]) -> Json:
+    return {
+        name: None if isinstance(value, float) and not isfinite(value) else value
+        for name, value in fields.items()
+    }
+
+
+def to_table(summary: Summary) -> Table:
+    """The summary as a table for the terminal: one section per class, the overall last."""
+    table = Table(
+        box=HORIZONTALS,
+        pad_edge=False,
+        title=f"{summary.num_cases} case{'s' * (summary.num_cases != 1)}",
+        caption=(
+            "95 %: bootstrap interval of the mean over cases. "
+            f"NSD: within {summary.tolerance_mm:g} mm. "
+            "Undefined: in neither image, left out. Overall: mean over classes."
+        ),
+    )
+    table.add_column("class", overflow="fold")
+    table.add_column("metric", no_wrap=True)
+    for heading in ("mean", "95 %", "median", "scored", "undefined"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for of_class in (*summary.classes, summary.overall):
+        lines = [_line(heading, of_class.metrics[name], form) for name, heading, form in METRICS]
+        columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
+        # Text, since a name may hold what Rich would take for markup: [left].
+        table.add_row(Text(of_class.name), *columns, end_section=True)
+    return table
+
+
+def _line(heading: str, value: Statistic, form: str) -> tuple[str, ...]:
+    counts = str(value.num_scored), str(value.num_undefined)
+    if value.num_scored == 0:
+        return heading, "-", "-", "-", *counts
+    interval = f"{value.low:{form}} to {value.high:{form}}"
+    return heading, f"{value.mean:{form}}", interval, f"{value.median:{form}}", *counts

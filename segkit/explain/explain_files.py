@@ -1,0 +1,345 @@
+"""`segkit explain`: what a model attends to, measured, and what its heads are worth."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import SegkitError, VolumeError
+from segkit.explain.explain_scan import Explanation, explain, facts_of
+from segkit.explain.heads.reach import HeadReach
+from segkit.explain.heads.study import PositionFigures, head_table, study_heads
+from segkit.explain.measures.measure_maps import TOLERANCE_MM
+from segkit.explain.page.cohort_page import CaseFigures, cohort_text
+from segkit.explain.page.page import Verdict, write_page
+from segkit.explain.page.parts import rows_as_csv
+from segkit.explain.verdicts.findings import Study
+from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures
+from segkit.inference.map_files import write_maps
+from segkit.inference.predictor import Predictor
+from segkit.io.atomic import (
+    begin,
+    finish,
+    left_behind,
+    refuse_existing,
+    sweep,
+    write_json,
+    write_text,
+)
+from segkit.io.inputs import Input, failure, read_input
+from segkit.io.volume import SUFFIXES, Volume, read_labels, write_volume
+from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
+
+TABLE = "measures.csv"
+FIGURES = "measures.json"
+PAGE = "index.html"
+HEADS = ("heads.csv", "heads.json")
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
+COHORT = "cohort.csv"
+COHORT_FIGURES = "cohort.json"
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Conclude = Callable[[Sequence[Verdict]], None]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was written of one volume, or why nothing was."""
+
+    name: str
+    written: tuple[Path, ...] = ()
+    reach: dict[str, list[HeadReach]] = field(default_factory=dict)
+    """How far each head reached in it, by position."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Of studies."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class CaseOnDisk:
+    """A volume and its reference, read whenever they are looked at."""
+
+    source: Input
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The volume's."""
+        return self.source.name
+
+    @property
+    def volume(self) -> Volume:
+        """The volume."""
+        return read_input(self.source)
+
+    @property
+    def reference(self) -> Volume:
+        """Its labels."""
+        return read_labels(self.path)
+
+
+def explain_files(
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    folder: Path,
+    *,
+    references: Path | None = None,
+    tolerance_mm: float = TOLERANCE_MM,
+    studies: Sequence[Study] = (),
+    overwrite: bool = False,
+    conclude: Conclude = lambda verdicts: None,
+    track: Track = lambda items, what, count: items,
+) -> Iterator[Explained]:
+    """Write each volume's labels, maps, measures and page; of several, each in its own folder.
+
+    `NAME_seg`, the maps of `write_maps` with how far heads reach, `measures.json`, `measures.csv`
+    and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
+    Measures compare with `references`, a file or a folder, or else with the model's own labels.
+    With a `WorthStudy`, `ablation.csv` has a row for each map that is taken out and each class, and
+    over several volumes `cohort.json` the verdicts over all, with which `conclude` is called.
+
+    One bad volume does not stop the others, and is left out of what is said of all. Where results
+    may be overwritten, what earlier ones had and the new ones have not is removed.
+    """
+    targets = check_targets(inputs, folder, overwrite=overwrite)
+    for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
+        sweep(place)
+    labels = {} if references is None else find_references(inputs, references)
+    finished: list[CaseFigures] = []
+    rows: list[dict[str, Any]] = []
+    worths: list[Worth] = []
+    left_out: dict[str, str] = {}
+    torn = False  # whether some of a volume's files were left without the others
+    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
+    for source in inputs:
+        path = labels.get(source.name)
+        place = case_folder(source, inputs, folder)
+        try:
+            explanation = explain(
+                predictor,
+                read_input(source),
+                None if path is None else read_labels(path),
+                name=source.name,
+                tolerance_mm=tolerance_mm,
+                studies=studies,
+                track=lambda slabs, count: track(slabs, "explaining", count),
+            )
+            made = made_by(predictor, asked, source.files)
+            if path is not None:
+                made["reference"] = checksums([path])
+            begin(folder / PAGE, targets)
+            written = write_explanation(place, explanation, made)
+        except (SegkitError, OSError) as error:
+            left_out[source.name] = failure(source, error)
+            torn |= isinstance(error, OSError)
+            yield Explained(source.name, error=left_out[source.name])
+            continue
+        _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
+        verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
+        yield Explained(source.name, written, explanation.reach, verdicts)
+        worths += [found for found in explanation.findings if isinstance(found, Worth)]
+        rows += explanation.rows()
+        finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
+    if len(inputs) == 1 or not finished:
+        if not torn:
+            finish(folder / PAGE)
+        return
+    facts = facts_of(predictor)
+    if left_out:
+        facts["scans left out"] = "; ".join(left_out.values())
+    write_text(folder / COHORT, rows_as_csv(rows))
+    written_of_all = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
+    pooled: Sequence[Verdict] = ()
+    figures: dict[str, Any] = {}
+    if worths:
+        pooled, figures = cohort_figures([found.evidence for found in worths])
+        ablated = [row for found in worths for row in found.rows[ABLATIONS]]
+        write_text(folder / ABLATIONS, rows_as_csv(ablated))
+        written_of_all.append(folder / ABLATIONS)
+        conclude(pooled)
+    explained = [source for source in inputs if source.name not in left_out]
+    made = made_by(predictor, asked, (file for source in explained for file in source.files))
+    about = {"scans": len(finished), "made": facts, PROVENANCE: made}
+    write_json(folder / COHORT_FIGURES, {**about, **figures})
+    write_text(folder / PAGE, cohort_text(finished, facts, pooled))
+    _remove(_of_cohort(folder), but=written_of_all)
+    if not torn:
+        finish(folder / PAGE)
+
+
+def write_explanation(
+    folder: Path, explanation: Explanation, made: Mapping[str, Any] | None = None
+) -> tuple[Path, ...]:
+    """Write all that `explain_files` does of one volume, and return the files, the labels first.
+
+    `made` is what made it, told in each JSON file where it is given.
+    """
+    provenance = {} if made is None else {PROVENANCE: made}
+    name = explanation.name
+    labels = folder / f"{name}_seg.nii.gz"
+    write_volume(labels, explanation.labels)
+    sidecar = folder / f"{name}_seg.json"
+    numbers = {label: number for number, label in explanation.label_names.items()}
+    write_json(sidecar, {"labels": numbers, **provenance})
+    maps = write_maps(
+        folder,
+        name,
+        explanation.maps,
+        explanation.scan,
+        reach=explanation.reach,
+        made=provenance,
+    )
+    write_text(folder / TABLE, rows_as_csv(explanation.rows()))
+    write_json(
+        folder / FIGURES,
+        {
+            "case": name,
+            "against": explanation.against,
+            "tolerance_mm": explanation.tolerance_mm,
+            "made": explanation.facts,
+            **provenance,
+            "dice": explanation.dice,
+            "measures": [vars(measure) for measure in explanation.measures],
+            **{found.name: dict(found.figures) for found in explanation.findings},
+        },
+    )
+    tables = {file: rows for found in explanation.findings for file, rows in found.rows.items()}
+    for file, rows in tables.items():
+        write_text(folder / file, rows_as_csv(rows))
+    write_page(folder / PAGE, explanation.page())
+    return (labels, sidecar, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
+
+
+def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
+    """Where the files of one volume go: the folder itself if it is the only one."""
+    return folder if len(inputs) == 1 else folder / source.name
+
+
+def explain_heads(
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    references: Path,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    track: Track = lambda items, what, count: items,
+) -> list[PositionFigures]:
+    """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
+    table, whole = (folder / each for each in HEADS)
+    refuse_existing([table, whole], overwrite=overwrite)
+    paths = find_references(inputs, references)
+    cases = [CaseOnDisk(source, paths[source.name]) for source in inputs]
+    figures = study_heads(predictor, cases, track=track)
+    write_text(table, rows_as_csv(head_table(figures)))
+    write_json(
+        whole,
+        {
+            "cases": [case.name for case in cases],
+            PROVENANCE: {
+                **made_by(
+                    predictor,
+                    asked_of(predictor),
+                    (file for source in inputs for file in source.files),
+                ),
+                "reference": checksums(paths.values()),
+            },
+            "positions": [
+                {
+                    "position": position.position,
+                    "answer": position.answer(),
+                    "p_value": position.p_value,
+                    "dice": position.dice,
+                    "dice_without_any": position.dice_without_any,
+                    "dice_least_important_masked_first": position.least_first,
+                    "dice_most_important_masked_first": position.most_first,
+                    "heads": [vars(head) for head in position.heads],
+                }
+                for position in figures
+            ],
+        },
+    )
+    return figures
+
+
+def remove_heads(folder: Path) -> None:
+    """Remove what an earlier study of heads wrote, which the results to come will not be of."""
+    _remove((folder / each for each in HEADS), but=())
+
+
+def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
+    """What `explain_files` would write, but for the maps.
+
+    Raises VolumeError where some of it is there already, unless a run that was stopped left it, or
+    is an input, or where two volumes of one name would share their files.
+    """
+    files = {file.resolve() for source in inputs for file in source.files}
+    names: set[str] = set()
+    targets: list[Path] = []
+    maps: list[Path] = []
+    for source in inputs:
+        if source.name in names:
+            raise VolumeError(
+                f"{source.files[0]}: another volume is called {source.name} too; rename one"
+            )
+        names.add(source.name)
+        place = case_folder(source, inputs, folder)
+        targets += _of_volume(source.name, place)
+        maps += _maps_of(source.name, place)
+    if len(inputs) > 1:
+        targets += _of_cohort(folder)
+    for target in (*targets, *maps):
+        if target.resolve() in files:
+            raise VolumeError(f"{target}: is an input itself; name another --out")
+    left = left_behind(folder / PAGE)
+    refuse_existing(targets, overwrite=overwrite, left=left)
+    if not left:
+        refuse_existing(maps, overwrite=overwrite)
+    return targets
+
+
+def _of_volume(name: str, folder: Path) -> list[Path]:
+    """What may be written of one volume, but for maps."""
+    return [
+        *(folder / f"{name}{ending}" for ending in ENDINGS),
+        *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
+    ]
+
+
+def _maps_of(name: str, folder: Path) -> list[Path]:
+    """The maps that are there of one volume; a model sets their names."""
+    return [
+        *folder.glob(f"{name}_map-*.nii.gz"),
+        *folder.glob(f"native/{name}_map-*.nii.gz"),
+    ]
+
+
+def _of_cohort(folder: Path) -> list[Path]:
+    return [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
+
+
+def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:
+    for path in paths:
+        if path not in but:
+            path.unlink(missing_ok=True)
+
+
+def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
+    """The reference of each input, by its name. Raises VolumeError where one has none."""
+    if references.is_file() and len(inputs) > 1:
+        raise VolumeError(
+            f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
+        )
+    return {source.name: reference_of(source, references) for source in inputs}
+
+
+def reference_of(source: Input, references: Path) -> Path:
+    """The reference of an input: the file itself, or the one in a folder that has its name."""
+    if references.is_file():
+        return references
+    if not references.is_dir():
+        raise VolumeError(f"{references}: no such file or folder; check the path")
+    found = [
+        path for suffix in SUFFIXES if (path := references / f"{source.name}{suffix}").exists()
+    ]
+    if not found:
+        raise VolumeError(f"{references}: holds no volume called {source.name}")
+    return found[0]

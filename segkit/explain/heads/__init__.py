@@ -1,0 +1,1 @@
+"""How far attention heads reach and what they are worth."""

@@ -1,0 +1,166 @@
+"""How far attention reaches, in millimetres, and how widely it spreads: figures per head.
+
+Rows of the matrix of attention are watched as they are made, a block at a time, so that no matrix
+is ever whole and the figures are exact.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from segkit.config.training import ModelDescription
+from segkit.inference.predictor import Predictor
+from segkit.model.build import ACROSS
+from segkit.nn.map_tap import Edit, editing, taps
+from segkit.nn.positions import cells_of
+
+
+@dataclass(frozen=True)
+class HeadReach:
+    """Of one head, beside what attention to all alike would have."""
+
+    distance_mm: float
+    uniform_distance_mm: float
+    entropy: float
+    """In nats."""
+    uniform_entropy: float
+
+    @property
+    def distance_ratio(self) -> float:
+        """Distance over that of uniform attention: 1 tells nothing near from far."""
+        return self.distance_mm / self.uniform_distance_mm if self.uniform_distance_mm else 1.0
+
+    def figures(self) -> dict[str, float]:
+        """For a file."""
+        return {
+            "distance_mm": self.distance_mm,
+            "distance_over_uniform": self.distance_ratio,
+            "entropy": self.entropy,
+            "entropy_over_uniform": self.entropy / self.uniform_entropy
+            if self.uniform_entropy
+            else 1.0,
+        }
+
+
+class ReachWatcher:
+    """Looks at rows of attention as they pass, and lets them pass unchanged.
+
+    Mean attention distance of Dosovitskiy et al. (2021, arXiv:2010.11929, Sec. D.7): the distance
+    between a query's and a key's centres, weighted by attention, a cell's own distance of 0
+    included; averaged over queries, windows and images.
+
+    Args:
+        cells: of the grid among which attention is paid.
+        window: cells along each axis of the windows that the grid is cut into; None for one.
+        pitch_mm: between neighbouring cells along each axis.
+    """
+
+    def __init__(
+        self, cells: Sequence[int], *, window: Sequence[int] | None, pitch_mm: Sequence[float]
+    ) -> None:
+        self.boxes = list(boxes(cells, window or cells))
+        self.pitch_mm = tuple(pitch_mm)
+        shape = tuple(window or cells)
+        self.positions = cells_of(shape).double() * torch.tensor(self.pitch_mm).double()
+        self.next_query = 0
+        self.distance: Tensor | None = None
+        self.entropy: Tensor | None = None
+        self.queries: Tensor | None = None
+
+    def __call__(
+        self, rows: Float[Tensor, "batch heads queries keys"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """The rows themselves."""
+        seen = rows.detach().double()
+        first, last = self.next_query, self.next_query + rows.shape[2]
+        self.next_query = last % len(self.positions)
+        positions = self.positions.to(rows.device)
+        apart = torch.cdist(positions[first:last], positions)
+        distance = torch.einsum("bhqk,qk->h", seen, apart)
+        entropy = -torch.special.xlogy(seen, seen).sum(dim=(0, 2, 3))
+        queries = seen.sum(dim=(0, 2, 3))  # each row sums to 1, one beyond the grid to 0
+        if self.distance is None or self.entropy is None or self.queries is None:
+            self.distance, self.entropy, self.queries = distance, entropy, queries
+        else:
+            self.distance, self.entropy = self.distance + distance, self.entropy + entropy
+            self.queries = self.queries + queries
+        return rows
+
+    def result(self) -> list[HeadReach]:
+        """The figures of each head, over all that was seen."""
+        assert self.distance is not None and self.entropy is not None and self.queries is not None
+        counts = [math.prod(box) for box in self.boxes]
+        total = sum(counts)
+        far = sum(
+            count * uniform_distance(box, self.pitch_mm)
+            for count, box in zip(counts, self.boxes, strict=True)
+        )
+        wide = sum(count * math.log(count) for count in counts)
+        distances, entropies = self.distance / self.queries, self.entropy / self.queries
+        return [
+            HeadReach(distance, far / total, entropy, wide / total)
+            for distance, entropy in zip(distances.tolist(), entropies.tolist(), strict=True)
+        ]
+
+
+def boxes(cells: Sequence[int], window: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The sizes of the windows that a grid is cut into; those at the far ends may be smaller."""
+    sizes = [
+        [min(width, size - first) for first in range(0, size, width)]
+        for size, width in zip(cells, window, strict=True)
+    ]
+    return itertools.product(*sizes)
+
+
+def uniform_distance(cells: Sequence[int], pitch_mm: Sequence[float]) -> float:
+    """Mean distance (mm) of all pairs of a grid's cells, a cell with itself included.
+
+    By offset: n - |o| pairs of cells lie o apart along an axis of n. For one axis this is
+    pitch (n^2 - 1) / (3 n).
+    """
+    squares = torch.zeros((), dtype=torch.float64)
+    pairs = torch.ones((), dtype=torch.float64)
+    for size, pitch in zip(cells, pitch_mm, strict=True):
+        offset = torch.arange(-size + 1, size, dtype=torch.float64)
+        squares = squares[..., None] + (offset * pitch) ** 2
+        pairs = pairs[..., None] * (size - offset.abs())
+    return float((squares.sqrt() * pairs).sum() / pairs.sum())
+
+
+@contextmanager
+def watching(predictor: Predictor) -> Iterator[Mapping[str, ReachWatcher]]:
+    """A watcher of each matrix of attention, by position, while the predictor runs."""
+    network, description = predictor.model.network, predictor.model.description
+    watchers = {
+        position: ReachWatcher(cells, window=tap_window, pitch_mm=pitch)
+        for position, (cells, tap_window, pitch) in _matrices(network, description).items()
+    }
+    edits: dict[str, Edit] = {f"{place}/received": watcher for place, watcher in watchers.items()}
+    with editing(network, edits):
+        yield watchers
+
+
+def _matrices(
+    network: torch.nn.Module, description: ModelDescription
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, tuple[float, ...]]]:
+    """Cells, window and pitch (mm) of each matrix of attention, by position."""
+    spacing = list(description.spacing)
+    if description.network.spatial_dims == 2:
+        spacing.pop(ACROSS[description.slices])
+    found = {}
+    for tap in taps(network).values():
+        if tap.kind != "received" or tap.info is None or tap.info.placement is None:
+            continue
+        stride = tap.info.placement.stride
+        cells = tuple(
+            round(size / step) for size, step in zip(description.patch_size, stride, strict=True)
+        )
+        pitch = tuple(mm * step for mm, step in zip(spacing, stride, strict=True))
+        found[tap.info.key.split("/")[0]] = (cells, tap.window, pitch)
+    return found

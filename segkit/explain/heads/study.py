@@ -1,0 +1,338 @@
+"""Are several heads of attention better than one here? Measured on cases with references.
+
+Each head is masked through its tap, so nothing is trained again.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from segkit.config.labels import Labelling
+from segkit.data.preprocess import prepare_label
+from segkit.errors import ModelError, VolumeError
+from segkit.evaluation.overlap import Overlap, confusion_matrix
+from segkit.inference.predictor import Predictor
+from segkit.inference.windows import stream
+from segkit.io.volume import Volume
+from segkit.nn.cross_attention import CrossAttention, UTransformerGate
+from segkit.nn.losses import dice_binary_cross_entropy, dice_cross_entropy
+from segkit.nn.map_tap import Edit, editing
+from segkit.nn.self_attention import SelfAttention
+
+MultiHeaded = SelfAttention | CrossAttention | UTransformerGate
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+class LabelledCase(Protocol):
+    """A volume and the labels that are right for it, held in memory or read when looked at."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+
+    @property
+    def volume(self) -> Volume:
+        """The volume."""
+
+    @property
+    def reference(self) -> Volume:
+        """Its labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A volume and the labels that are right for it."""
+
+    name: str
+    volume: Volume
+    reference: Volume
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """What one head does, over cases."""
+
+    head: int
+    importance: float
+    """Michel et al. (2019): mean over windows of |dLoss / dSwitch|; of each position, the squares
+    of all heads' sum to 1, or are 0 where none does anything."""
+    dice_without: list[float]
+    """Mean Dice over classes of each case, this head alone masked."""
+    dice_alone: list[float]
+    """… and all others masked."""
+
+
+@dataclass(frozen=True)
+class PositionFigures:
+    """What the heads of one position do, over cases."""
+
+    position: str
+    heads: list[HeadFigures]
+    dice: list[float]
+    """Mean Dice over classes of each case, nothing masked."""
+    dice_without_any: list[float]
+    """… and all of the position's heads masked."""
+    least_first: list[float]
+    """Mean over cases when 0, 1, 2, … heads are masked, the least important first."""
+    most_first: list[float]
+    """… the most important first."""
+
+    @property
+    def best_alone(self) -> HeadFigures:
+        """The head that does best on its own."""
+        return max(self.heads, key=lambda head: _mean(head.dice_alone))
+
+    @property
+    def gain(self) -> list[float]:
+        """Per case, Dice with all heads less Dice with the best one alone."""
+        return [a - b for a, b in zip(self.dice, self.best_alone.dice_alone, strict=True)]
+
+    @property
+    def won_and_lost(self) -> tuple[int, int]:
+        """Cases in which all heads do better than the best one alone, and worse."""
+        return sum(gain > 0 for gain in self.gain), sum(gain < 0 for gain in self.gain)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided sign test of the gain: how likely so lopsided a count is by chance."""
+        won, lost = self.won_and_lost
+        tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+        return min(1.0, 2 * tail / 2 ** (won + lost))
+
+    def answer(self) -> str:
+        """One sentence: are the heads better than one here?
+
+        They are, or are not, where a sign test over cases says so at 0.05; else the cases cannot
+        tell. The best head is chosen on the same cases, which speaks for one head.
+        """
+        num, best = len(self.heads), self.best_alone
+        if num == 1:
+            gain = _mean(self.dice) - _mean(self.dice_without_any)
+            return (
+                f"{self.position}: one head; Dice {_mean(self.dice):.4f} with it and "
+                f"{_mean(self.dice_without_any):.4f} without ({gain:+.4f})"
+            )
+        won, lost = self.won_and_lost
+        if self.p_value >= 0.05:
+            verdict = f"{len(self.gain)} case{'s' * (len(self.gain) != 1)} cannot tell"
+        else:
+            verdict = "better than one" if won > lost else "no better than one"
+        return (
+            f"{self.position}: {num} heads, {verdict}: Dice {_mean(self.dice):.4f} with all, "
+            f"{_mean(best.dice_alone):.4f} with head {best.head} alone, "
+            f"{_mean(self.dice_without_any):.4f} with none; all do better than it in "
+            f"{won} of {len(self.gain)} cases and worse in {lost} (p = {self.p_value:.3g})"
+        )
+
+
+def multi_headed(network: nn.Module) -> dict[str, MultiHeaded]:
+    """The modules of a network that have heads, by position such as 'skip.1'."""
+    return {
+        module.matrix.info.key.split("/")[0]: module
+        for module in network.modules()
+        if isinstance(module, MultiHeaded) and module.matrix.info is not None
+    }
+
+
+def masking(position: str, kept: Iterable[int]) -> dict[str, Edit]:
+    """The edit that leaves only some heads of a position."""
+    indices = sorted(kept)
+
+    def mask(switches: Float[Tensor, "batch heads"]) -> Float[Tensor, "batch heads"]:
+        masked = torch.zeros_like(switches)
+        masked[:, indices] = switches[:, indices]
+        return masked
+
+    return {f"{position}/branch": mask}
+
+
+def head_table(figures: Sequence[PositionFigures]) -> list[dict[str, Any]]:
+    """A row per head: importance, and mean Dice with all heads, without it and with it alone."""
+    return [
+        {
+            "position": position.position,
+            "head": head.head,
+            "importance": head.importance,
+            "dice_all": _mean(position.dice),
+            "dice_without": _mean(head.dice_without),
+            "dice_alone": _mean(head.dice_alone),
+        }
+        for position in figures
+        for head in position.heads
+    ]
+
+
+def study_heads(
+    predictor: Predictor,
+    cases: Sequence[LabelledCase],
+    *,
+    track: Track = lambda items, what, count: items,
+) -> list[PositionFigures]:
+    """Importance of every head, and Dice without it, with it alone, and in order of importance.
+
+    Raises ModelError where the model has no heads, and VolumeError for a reference that does not
+    fit its volume or holds nothing.
+    """
+    modules = multi_headed(predictor.model.network)
+    if not modules:
+        raise ModelError(
+            "the model has no attention with heads; train one with network.attention.bottleneck="
+            "self_attention or network.attention.skip=cross_attention or u_transformer"
+        )
+    labelling = predictor.model.description.labelling
+    for case in cases:
+        check_case(case, labelling)
+    importance = head_importance(predictor, cases, track=track)
+    ranks = {
+        position: sorted(range(len(scores)), key=scores.__getitem__)
+        for position, scores in importance.items()
+    }
+    trials = {(position, kept) for position in ranks for kept in _subsets(ranks[position])}
+    dice: dict[tuple[str, frozenset[int]], list[float]] = {}
+    ordered = sorted(trials, key=lambda trial: (trial[0], sorted(trial[1])))
+    for position, kept in track(ordered, "masking heads", len(ordered)):
+        with editing(predictor.model.network, masking(position, kept)):
+            dice[position, kept] = [case_dice(predictor, case) for case in cases]
+    return [_figures(position, importance[position], ranks[position], dice) for position in ranks]
+
+
+def _subsets(rank: Sequence[int]) -> set[frozenset[int]]:
+    """Which heads are kept together: all, none, all but one, one, and the two orders."""
+    everyone = frozenset(rank)
+    return {
+        *(everyone - {head} for head in rank),
+        *(frozenset({head}) for head in rank),
+        *(frozenset(rank[count:]) for count in range(len(rank) + 1)),
+        *(frozenset(rank[:count]) for count in range(len(rank) + 1)),
+    }
+
+
+def _figures(
+    position: str,
+    importance: Sequence[float],
+    rank: Sequence[int],
+    dice: Mapping[tuple[str, frozenset[int]], list[float]],
+) -> PositionFigures:
+    everyone = frozenset(rank)
+    return PositionFigures(
+        position,
+        [
+            HeadFigures(
+                head,
+                importance[head],
+                dice[position, everyone - {head}],
+                dice[position, frozenset({head})],
+            )
+            for head in sorted(rank)
+        ],
+        dice[position, everyone],
+        dice[position, frozenset()],
+        [_mean(dice[position, frozenset(rank[count:])]) for count in range(len(rank) + 1)],
+        [
+            _mean(dice[position, frozenset(rank[:count])])
+            for count in reversed(range(len(rank) + 1))
+        ],
+    )
+
+
+def head_importance(
+    predictor: Predictor,
+    cases: Sequence[LabelledCase],
+    *,
+    track: Track = lambda items, what, count: items,
+) -> dict[str, list[float]]:
+    """Importance of every head, by position: mean over windows of |dLoss / dSwitch|.
+
+    Michel et al. (2019, arXiv:1905.10650, Eq. 2 and Sec. 4.1): the switch multiplies the head's
+    output before W_o, the absolute value is taken of each window's own derivative, and each
+    position's importances are divided by their Euclidean norm. The loss is that of training on the
+    finest level.
+    """
+    network, device = predictor.model.network, next(predictor.model.network.parameters()).device
+    labelling = predictor.model.description.labelling
+    loss_of = partial(dice_cross_entropy, ignore=labelling.ignore, pool_batch=False)
+    if labelling.regions:
+        loss_of = partial(
+            dice_binary_cross_entropy,
+            regions=list(labelling.regions.values()),
+            ignore=labelling.ignore,
+            pool_batch=False,
+        )
+    positions = list(multi_headed(network))
+    totals: dict[str, Tensor] = {}
+    switches: dict[str, Tensor] = {}
+
+    def exposing(position: str) -> Edit:
+        def expose(ones: Tensor) -> Tensor:
+            switches[position] = ones.detach().clone().requires_grad_()
+            return switches[position]
+
+        return expose
+
+    def differentiate(windows: Tensor) -> dict[str, Tensor]:
+        image, label = windows[:, :-1].to(device), windows[:, -1].round().long().to(device)
+        with torch.enable_grad():
+            loss = loss_of(network(image), label)
+        slopes = torch.autograd.grad(loss, [switches[position] for position in positions])
+        for position, slope in zip(positions, slopes, strict=True):
+            total = slope.abs().double().sum(dim=0)
+            totals[position] = totals[position] + total if position in totals else total
+        return {}
+
+    patch, overlap, multiple = predictor.layout
+    edits = {f"{position}/branch": exposing(position) for position in positions}
+    with editing(network, edits):
+        for case in track(cases, "importance of heads", len(cases)):
+            prepared = predictor.prepare(case.volume)
+            label = prepare_label(case.reference, prepared)
+            both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
+            slabs = stream(
+                both, differentiate, patch_size=patch, overlap=overlap, multiple=multiple
+            )
+            for _ in slabs:
+                pass
+    return {
+        position: (total / total.norm().clamp_min(1e-30)).tolist()
+        for position, total in totals.items()
+    }
+
+
+def case_dice(predictor: Predictor, case: LabelledCase) -> float:
+    """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
+    labelling = predictor.model.description.labelling
+    found = _tensor(predictor(case.volume).labels)
+    matrix = confusion_matrix(found, _tensor(case.reference), len(labelling.value_names))
+    groups = list(labelling.members.values())
+    return float(Overlap.of_groups(matrix, groups, ignore=labelling.ignore).dice.nanmean())
+
+
+def check_case(case: LabelledCase, labelling: Labelling) -> None:
+    """Raise VolumeError for a reference that does not fit its volume or holds nothing."""
+    num_labels = len(labelling.value_names)
+    reference = case.reference
+    if not reference.grid.agrees_with(case.volume.grid):
+        raise VolumeError(f"{case.name}: its reference lies on another grid than the volume")
+    lowest, highest = int(reference.data.min()), int(reference.data.max())
+    if lowest < 0 or highest >= num_labels:
+        raise VolumeError(
+            f"{case.name}: its reference must hold the model's labels 0 … {num_labels - 1}, "
+            f"found {lowest} … {highest}"
+        )
+    if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
+        raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
+
+
+def _tensor(volume: Volume) -> Integer[Tensor, "x y z"]:
+    return torch.from_numpy(volume.data.astype("int64"))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,1 @@
+"""How well a map picks out each structure."""

@@ -1,0 +1,163 @@
+"""A page over several scans: their measures summed up, and a link to the page of each."""
+
+import base64
+import hashlib
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import numpy as np
+
+from segkit.explain.measures.measure_maps import Measure
+from segkit.explain.page.page import Verdict
+from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row
+
+STYLE = """
+:root {
+  color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --ink: #1b2430; --faint: #5b6778;
+  --rule: #d9dee6; --accent: #0f766e; --informative: #137a43; --redundant: #95590a;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0e1217; --card: #171d25; --ink: #e6ebf2; --faint: #98a4b5; --rule: #2b3440;
+    --accent: #5eead4; --informative: #6ee7a0; --redundant: #fbbf5a;
+  }
+}
+body {
+  max-width: 1240px; margin: 24px auto; padding: 0 20px; background: var(--ground);
+  color: var(--ink); font: 14px/1.45 system-ui, "Segoe UI", Roboto, Arial, sans-serif;
+}
+h1 { font-size: 19px; }
+h2 { margin: 28px 0 10px; font-size: 16px; }
+a { color: var(--accent); }
+footer, body > p { color: var(--faint); }
+footer { margin-top: 24px; font-size: 12.5px; }
+.card {
+  margin: 0 0 12px; padding: 10px 14px; overflow-x: auto; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 10px;
+}
+.card p { margin: 0; }
+.informative { color: var(--informative); }
+.redundant { color: var(--redundant); }
+.uninformative { color: var(--faint); }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td {
+  padding: 4px 12px 4px 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--rule);
+}
+th { color: var(--faint); font-weight: 400; font-size: 12.5px; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+.facts td { white-space: normal; }
+@media (max-width: 1100px) { th, td { white-space: normal; } }
+tr:last-child td { border-bottom: 0; }
+"""
+
+
+@dataclass(frozen=True)
+class CaseFigures:
+    """What is kept of a scan for the page over all."""
+
+    name: str
+    measures: Sequence[Measure]
+    dice: Mapping[str, float]
+
+
+def cohort_text(
+    cases: Sequence[CaseFigures], facts: Mapping[str, str], verdicts: Sequence[Verdict] = ()
+) -> str:
+    """The page as HTML: plain tables that run nothing and fetch nothing.
+
+    `verdicts` are of all scans together.
+    """
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
+    parts = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        f"style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+        "<p>Mean ± standard deviation over scans, and how many have a figure where not all do. "
+        "Chance stands in brackets. Rows of intensity and gradient say what the scan itself tells "
+        "on the cells of the map.</p>",
+        *_verdicts(verdicts),
+        *_measure_tables(cases),
+        "<h2>Scans</h2>",
+        _case_table(cases),
+        "<h2>How this was made</h2>",
+        _table(
+            ["what", "value"],
+            [[_text(key), _text(value)] for key, value in facts.items()],
+            kind="facts",
+        ),
+        "<footer>Research software and no medical device.</footer>\n</body>\n</html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    told = [
+        f'<div class="card"><p><b>{_text(one.map)}</b> is <b class="{one.verdict}">{one.verdict}'
+        f"</b>: {_text(one.reason)}</p></div>"
+        for one in verdicts
+    ]
+    return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
+
+
+def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:
+    grouped = [by_row(case.measures) for case in cases]
+    places = list(dict.fromkeys(place for group in grouped for place in group))
+    told = []
+    for structure in dict.fromkeys(structure for _, _, structure in places):
+        names = LOCALISATION if structure else DISTRIBUTION
+        rows = []
+        for place in places:
+            if place[2] != structure:
+                continue
+            found = [
+                [group[place][name] for group in grouped if place in group and name in group[place]]
+                for name in names
+            ]
+            rows.append([_text(place[0]), _text(place[1]), *map(_summary, found)])
+        told.append(f"<h2>{_text(structure or 'How the values lie')}</h2>")
+        told.append(_table(["map", "of", *(TITLES[name] for name in names)], rows))
+    return told
+
+
+def _case_table(cases: Sequence[CaseFigures]) -> str:
+    structures = list(dict.fromkeys(name for case in cases for name in case.dice))
+    rows = [
+        [
+            f'<a href="{quote(case.name)}/index.html">{_text(case.name)}</a>',
+            *(_number(case.dice.get(name, math.nan)) for name in structures),
+        ]
+        for case in cases
+    ]
+    return _table(["scan", *(f"Dice: {_text(name)}" for name in structures)], rows)
+
+
+def _summary(measures: Sequence[Measure]) -> str:
+    values = [one.value for one in measures if not math.isnan(one.value)]
+    if not values:
+        return "–"
+    text = f"{np.mean(values):.3f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{np.std(values):.3f}"
+    chances = [one.chance for one in measures if one.chance is not None]
+    if chances:
+        text += f" ({np.mean(chances):.3f})"
+    return text + f" of {len(values)}" * (len(values) < len(measures))
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _text(words: str) -> str:
+    return html.escape(words)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "figures") -> str:
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="card {kind}"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'

@@ -1,0 +1,298 @@
+"""One HTML file that shows a scan with its overlays and what was measured, offline, anywhere.
+
+A page holds its volumes, its figures, and the viewer of `viewer/`: plain JavaScript that the
+browser runs from disk. Its Content-Security-Policy lets nothing in and nothing out, and whatever
+names it is given are shown as text.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.explain.page.embed import Embedded, embed, embed_labels, spread, thinning
+from segkit.geometry.grid import Grid, Orientation
+from segkit.io.atomic import write_text
+from segkit.io.colours import label_colour
+from segkit.io.volume import Volume
+
+VIEWER = files("segkit.explain.page") / "viewer"
+SCRIPTS = ("theme.js", "volumes.js", "planes.js", "panel.js", "figures.js", "viewer.js")
+FINE_CELLS = 2**21
+"""Maps of no more cells are kept in two bytes each, larger ones in one."""
+SPANNED = (1, 99)
+"""Percentiles of a map that its colours span at first."""
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An overlay: labels, of which 0 is not drawn, or a map, on any grid of the scan's world.
+
+    A map may keep its own coarse grid: the viewer reads it linearly at each voxel of the scan, and
+    draws nothing beyond the outer edges of its cells, or where it is no number.
+    """
+
+    name: str
+    kind: Literal["labels", "map"]
+    values: ndarray
+    """(x, y, z)."""
+    grid: Grid
+    low: float | None = None
+    """The least that a map can say; its lowest value if None …"""
+    high: float | None = None
+    """… and the most. Colours span these or, at first, what its values span."""
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    quantity: str = ""
+    """What a map's values are, such as 'share let through'."""
+
+    def __post_init__(self) -> None:
+        if self.values.shape != self.grid.shape:
+            raise ValueError(f"layer {self.name} of {self.values.shape} on {self.grid.shape}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of figures; None is shown as a dash."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a plot through points (x, y)."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot of lines that share their axes, such as Dice over the share of voxels deleted."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure, its interval if it has one, and what chance alone would give."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    beside: bool = False
+    """Whether it stands there for the sake of the bar above, to compare with."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A plot of figures side by side."""
+
+    title: str
+    label: str
+    """What the figures are, and their unit."""
+    bars: Sequence[Bar]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a map is worth, in a word, a sentence, and the numbers that decided it."""
+
+    map: str
+    """The name of its layer."""
+    verdict: Literal["informative", "redundant", "uninformative"]
+    reason: str
+    numbers: Mapping[str, Cell] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """All that a page shows."""
+
+    title: str
+    scan: Volume
+    layers: Sequence[Layer] = ()
+    """Drawn in this order, the last on top."""
+    tables: Sequence[Table] = ()
+    curves: Sequence[Curve] = ()
+    bars: Sequence[Bars] = ()
+    verdicts: Sequence[Verdict] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Which model and which settings made it."""
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Write a page, whole or not at all.
+
+    Raises VolumeError for labels past 65535.
+    """
+    write_text(path, page_text(page))
+
+
+def page_text(page: Page) -> str:
+    """The page as HTML."""
+    volumes, described = _scan(page.scan)
+    scan_grid = volumes[0].grid
+    layers = []
+    for layer in page.layers:
+        volume, description = _layer(layer, scan_grid)
+        layers.append({**description, "volume": len(volumes)})
+        volumes.append(volume)
+    content = {
+        "scan": described,
+        "layers": layers,
+        "volumes": [volume.description() for volume in volumes],
+        **{
+            name: [asdict(part) for part in getattr(page, name)]
+            for name in ("tables", "curves", "bars", "verdicts")
+        },
+        "facts": dict(page.facts),
+    }
+    theme, *scripts = [(VIEWER / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    style = (VIEWER / "viewer.css").read_text(encoding="utf-8")
+    parts = {
+        "policy": _policy(style, [theme, *scripts]),
+        "title": html.escape(page.title),
+        "style": style,
+        "theme": theme,
+        "content": _inert_json(content),
+        "volumes": "\n".join(
+            f'<script type="text/plain" id="volume-{number}">{volume.text}</script>'
+            for number, volume in enumerate(volumes)
+        ),
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
+    }
+    template = (VIEWER / "page.html").read_text(encoding="utf-8")
+    # In one pass, so that nothing within a part is taken for the name of another.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _scan(scan: Volume) -> tuple[list[Embedded], dict[str, Any]]:
+    """Each channel's volume, and what the viewer needs to know of all."""
+    channels = np.moveaxis(scan.data.reshape(*scan.grid.shape, -1), -1, 0)
+    volumes = [embed(channel, scan.grid) for channel in channels]
+    grid = volumes[0].grid
+    return volumes, {
+        "affine": _rows(grid.affine),
+        "index": _rows(np.linalg.inv(grid.affine)),
+        "file_index": _rows(np.linalg.inv(scan.grid.affine)),
+        "file_shape": list(scan.grid.shape),
+        "orientation": Orientation.of(scan.grid.affine).code,
+        "spacing": list(grid.spacing),
+        "file_spacing": list(scan.grid.spacing),
+        "every": list(thinning(scan.grid)),
+        "oblique": _obliqueness(grid),
+        "windows": [_window(channel) for channel in channels],
+    }
+
+
+def _layer(layer: Layer, scan_grid: Grid) -> tuple[Embedded, dict[str, Any]]:
+    described: dict[str, Any] = {"name": layer.name, "kind": layer.kind}
+    if layer.kind == "labels":
+        volume = embed_labels(layer.values, layer.grid)
+        described["labels"] = _labels(layer)
+    else:
+        volume = embed(layer.values, layer.grid, fine=layer.values.size <= FINE_CELLS)
+        lowest, highest = spread(layer.values)
+        known = layer.values[np.isfinite(layer.values)]
+        spans = np.percentile(known, SPANNED).tolist() if known.size else [lowest, highest]
+        low = lowest if layer.low is None else float(layer.low)
+        high = highest if layer.high is None else float(layer.high)
+        described |= {"low": low, "high": high, "spans": spans, "quantity": layer.quantity}
+    from_scan = np.linalg.inv(volume.grid.affine) @ scan_grid.affine
+    return volume, {
+        **described,
+        "from_scan": _rows(from_scan),
+        "to_scan": _rows(np.linalg.inv(from_scan)),
+        "spacing": list(volume.grid.spacing),
+    }
+
+
+def _labels(layer: Layer) -> list[dict[str, Any]]:
+    """Name, colour and millilitres of each label but 0, of those named and those found."""
+    counts = np.bincount(layer.values.ravel().astype(np.int64))
+    millilitres = abs(float(np.linalg.det(layer.grid.affine[:3, :3]))) / 1000
+    numbers = {*np.flatnonzero(counts).tolist(), *layer.label_names} - {0}
+    return [
+        {
+            "number": number,
+            "name": layer.label_names.get(number, f"label {number}"),
+            "colour": label_colour(number),
+            "millilitres": float(counts[number] * millilitres) if number < len(counts) else 0.0,
+        }
+        for number in sorted(numbers)
+    ]
+
+
+def _window(values: ndarray) -> tuple[float, float]:
+    """What is black and what is white at first: percentiles 0.5 and 99.5 of what is not 0."""
+    shown = values[np.isfinite(values) & (values != 0)]
+    if not shown.size:
+        return 0.0, 1.0
+    low, high = (float(bound) for bound in np.percentile(shown, [0.5, 99.5]))
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _obliqueness(grid: Grid) -> float:
+    """The largest angle (degrees) between an axis of the array and the patient's nearest to it."""
+    cosines = np.abs(np.diag(grid.affine)[:3]) / grid.spacing
+    return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
+
+
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    """A Content-Security-Policy that runs these scripts and this style and fetches nothing."""
+    allowed = " ".join(_digest(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_digest(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _inert_json(content: Any) -> str:
+    """JSON in which no tag can begin, so that no name can end the element that holds it."""
+    return json.dumps(_plain(content), allow_nan=False).replace("<", "\\u003c")
+
+
+def _plain(value: Any) -> Any:
+    """The same of Python's own types; what is no finite number becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Sequence | ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _rows(affine: ndarray) -> list[list[float]]:
+    rows: list[list[float]] = affine[:3].tolist()
+    return rows

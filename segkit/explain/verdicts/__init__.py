@@ -1,0 +1,1 @@
+"""Experiments on gates, and the rule that gives each a word."""

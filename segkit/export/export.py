@@ -1,0 +1,96 @@
+"""`segkit export`: a model in a form that another program runs, and whether it says the same."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from segkit.errors import ModelError
+from segkit.export.agreement import Agreement, compare, noise_for
+from segkit.export.bundle_check import same_labels, scan_for
+from segkit.export.graphs import export_onnx, export_openvino
+from segkit.export.monai_bundle import NETWORK, export_bundle
+from segkit.export.torchscript import read_torchscript
+from segkit.inference.engines.torch_eager import LOGITS
+from segkit.inference.predictor import Predictor
+from segkit.io.atomic import refuse_existing
+from segkit.io.volume import Volume
+from segkit.model.folder import Model
+
+Form = Literal["onnx", "openvino", "monai-bundle"]
+SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "monai-bundle": ""}
+SAME_IN_BUNDLE = 0.999
+"""The least share of voxels to which a bundle gives segkit's label. Other programs resample with
+other roundings, and where two classes are all but equal either may come out."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_model` has written, and what a check of it found."""
+
+    written: tuple[Path, ...]
+    agreement: Agreement | None = None
+    same_in_bundle: float | None = None
+    """Share of a scan's voxels to which MONAI, running the bundle, gives segkit's label."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether no check found more than rounding."""
+        close = self.agreement is None or self.agreement.holds
+        return close and (self.same_in_bundle is None or self.same_in_bundle >= SAME_IN_BUNDLE)
+
+    def content(self) -> dict[str, Any]:
+        """The same for a script."""
+        told: dict[str, Any] = {"written": [str(path) for path in self.written]}
+        if self.agreement is not None:
+            told |= {**asdict(self.agreement), "holds": self.holds}
+        if self.same_in_bundle is not None:
+            told["same_in_bundle"] = self.same_in_bundle
+        return told
+
+    def lines(self) -> list[str]:
+        """What was found, in words."""
+        told = self.agreement.lines() if self.agreement else []
+        if self.same_in_bundle is not None:
+            told.append(
+                f"run by MONAI, same label as segkit's: {self.same_in_bundle:.4%} of voxels"
+            )
+        return told
+
+
+def export(
+    model: Model,
+    form: Form,
+    out: Path,
+    *,
+    overlap: float = 0.5,
+    check: bool = False,
+    scan: Volume | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write a model as `out`, whole or not at all, and compare it with PyTorch where asked to.
+
+    `out` ends in .onnx, in .xml (OpenVINO, with its .bin beside it), or is a bundle's folder.
+    A check is on a scan where one is given, and else on noise. Raises ModelError where the network
+    cannot be held in that form, and VolumeError where something is there already.
+    """
+    if SUFFIXES[form] and out.suffix != SUFFIXES[form]:
+        raise ModelError(f"{out}: {form} is written to a file *{SUFFIXES[form]}; name it so")
+    written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
+    refuse_existing(written, overwrite=overwrite)
+    if form == "monai-bundle":
+        export_bundle(model, out, overlap=overlap, overwrite=overwrite)
+        if not check:
+            return Export(written)
+        network = read_torchscript(out / NETWORK)
+        agreement = compare(model, network, _image(model, scan), names=[LOGITS])
+        return Export(written, agreement, same_labels(model, out, scan or scan_for(model)))
+    run = (export_onnx if form == "onnx" else export_openvino)(model, out, overlap=overlap)
+    return Export(written, compare(model, run, _image(model, scan)) if check else None)
+
+
+def _image(model: Model, scan: Volume | None) -> Tensor:
+    if scan is None:
+        return noise_for(model)
+    return Predictor(model, device="cpu", engine="torch").prepare(scan).image

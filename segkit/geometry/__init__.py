@@ -1,0 +1,1 @@
+"""Grids in world coordinates, and resampling between them."""

@@ -1,0 +1,1 @@
+"""What runs a network on windows: PyTorch, OpenVINO, ONNX Runtime."""

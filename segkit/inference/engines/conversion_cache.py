@@ -1,0 +1,84 @@
+"""Folders of files that took long to make, kept for the next time, whole or not at all.
+
+A folder's manifest says its name and what each file must hold. One that is damaged, or that was
+made under another name, is made again.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from segkit.io.atomic import PARTIAL, checksum, sweep, write_json
+from segkit.io.safe_text import read_json_object
+
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def artefact(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The folder of that name from the first of `folders` that has it undamaged.
+
+    Where none has, `make` fills it, in the first that can be written. Raises OSError where none
+    can be.
+    """
+    found = find(name, folders)
+    if found is not None:
+        return found
+    for folder, another in zip(folders, [*folders[1:], None], strict=True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return _made(folder / name, make)
+        except OSError as error:
+            if another is None:
+                raise
+            logger.info("%s cannot be written (%s); %s is kept in %s", folder, error, name, another)
+    raise AssertionError("artefacts need a folder")
+
+
+def find(name: str, folders: Sequence[Path]) -> Path | None:
+    """The folder of that name from the first of `folders` that has it undamaged, if any has."""
+    for folder in folders:
+        if (folder / name).is_dir():
+            if _intact(folder / name):
+                return folder / name
+            logger.warning("%s is damaged and is made again", folder / name)
+    return None
+
+
+def user_cache() -> Path:
+    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, or ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    return (Path(named) if named else Path.home() / ".cache") / "segkit"
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    sweep(target.parent)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
+    partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
+    try:
+        make(partial)
+        sums = {file.name: checksum(file) for file in partial.iterdir()}
+        write_json(partial / MANIFEST, {"name": target.name, "files": sums})
+        if target.is_dir() and not _intact(target):
+            shutil.rmtree(target)
+        try:
+            partial.rename(target)
+        except OSError:  # another process was quicker
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        manifest = read_json_object(folder / MANIFEST)
+        found = {file.name: checksum(file) for file in folder.iterdir() if file.name != MANIFEST}
+    except (OSError, ValueError):
+        return False
+    return bool(found) and manifest == {"name": folder.name, "files": found}

@@ -1,0 +1,87 @@
+"""ONNX Runtime, on the CPU."""
+
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.errors import ModelError
+from segkit.inference.engines.converted import INPUT, Run, Traced
+
+GRAPH = "network.onnx"
+OPSET = 18
+
+
+class OnnxRuntime:
+    """The runtime, in float32. Raises ModelError where it is not installed."""
+
+    name = "onnx"
+
+    def __init__(self) -> None:
+        self.onnxruntime = _installed()
+        self.version = f"{version('onnxruntime')} {version('onnx')} opset {OPSET}"
+
+    def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
+        """Write the files of a network for windows like this one."""
+        self.write(network, window, folder / GRAPH)
+
+    def write(self, network: Traced, window: Tensor, file: Path, *, batch: str = "") -> None:
+        """Write a network for windows like these, its outputs by their names.
+
+        Where `batch` has a name, the file takes as many windows as there are, else so many.
+        """
+        names = (INPUT, *network.names)
+        with warnings.catch_warnings():
+            # torch's older exporter, which needs no package beside onnx, says that it is old, that
+            # the window's size becomes a part of the graph, and that instance normalisation uses
+            # each image's own moments.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network,
+                (window,),
+                file,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=network.names,
+                dynamic_axes={name: {0: batch} for name in names} if batch else {},
+            )
+
+    def load(self, folder: Path, names: Sequence[str]) -> Run:
+        """What runs the network of these files, whose outputs have these names, in order."""
+        return self.read(folder / GRAPH, names)
+
+    def read(self, file: Path, names: Sequence[str]) -> Run:
+        """What runs the network of a file, whose outputs have these names, in order."""
+        options = self.onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = self.onnxruntime.InferenceSession(
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+        (image,) = [given.name for given in session.get_inputs()]
+        own_names = [output.name for output in session.get_outputs()]
+        only = self.onnxruntime.RunOptions()
+        only.only_execute_path_to_fetches = True
+
+        def run(window: Tensor, wanted: tuple[str, ...]) -> list[Tensor]:
+            outputs = [own_names[names.index(name)] for name in wanted]
+            found = session.run(outputs, {image: window.numpy()}, only)
+            return [torch.from_numpy(output) for output in found]
+
+        return run
+
+
+def _installed() -> Any:
+    try:
+        import onnx  # noqa: F401  (the exporter's)
+        import onnxruntime
+    except ImportError:
+        raise ModelError(
+            "the engine onnx is not installed; pip install 'segkit[onnx]', or use --engine torch"
+        ) from None
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime

@@ -1,0 +1,70 @@
+"""Attention maps as files: on the input's grid, on their own, and their figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.explain.heads.reach import HeadReach
+from segkit.inference.predictor import AttentionMap, map_on_source
+from segkit.io.atomic import write_json
+from segkit.io.disk_arrays import OnDisk
+from segkit.io.volume import Volume, write_volume
+
+
+def write_maps(
+    folder: Path,
+    stem: str,
+    maps: Mapping[str, AttentionMap],
+    source: Volume,
+    *,
+    reach: Mapping[str, Sequence[HeadReach]] | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write every map of a volume and return the files.
+
+    `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
+    own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
+    channels has no place and stands in the JSON alone. `reach` are figures of the heads of each
+    position; `made` says in the JSON what made them.
+    """
+    written = []
+    figures = []
+    for key, attention_map in maps.items():
+        figures.append(_figures(attention_map))
+        heads = (reach or {}).get(key.split("/")[0])
+        if heads is not None and attention_map.info.kind == "received":
+            figures[-1]["heads"] = [head.figures() for head in heads]
+        if attention_map.volume is None:
+            continue
+        name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"
+        write_volume(folder / name, map_on_source(attention_map, source, allocate=OnDisk(folder)))
+        write_volume(folder / "native" / name, attention_map.volume)
+        written += [folder / name, folder / "native" / name]
+    summary = folder / f"{stem}_maps.json"
+    write_json(summary, {"maps": figures, **(made or {})})
+    return [*written, summary]
+
+
+def _figures(attention_map: AttentionMap) -> dict[str, Any]:
+    info = attention_map.info
+    values = attention_map.volume.data if attention_map.volume else attention_map.channel_mean
+    assert values is not None
+    figures: dict[str, Any] = {
+        "key": info.key,
+        "kind": info.kind,
+        "level": info.level,
+        "stride": info.placement and list(info.placement.stride),
+        "offset": info.placement and list(info.placement.offset),
+        "shape": list(values.shape),
+        "range": [info.lowest, info.highest if math.isfinite(info.highest) else None],
+        "min": float(values.min()),
+        "mean": float(values.mean(dtype=np.float64)),
+        "max": float(values.max()),
+    }
+    if attention_map.channel_mean is not None and attention_map.channel_std is not None:
+        figures["channel_mean"] = attention_map.channel_mean.tolist()
+        figures["channel_std"] = attention_map.channel_std.tolist()
+    return figures

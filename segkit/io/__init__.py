@@ -1,0 +1,1 @@
+"""Files: volumes, DICOM, archives, pictures, and writing them whole."""

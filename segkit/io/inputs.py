@@ -1,0 +1,150 @@
+"""Which files are one volume, and which volumes are to be predicted."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
+from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
+from segkit.io.dicom import choose_series, holds_series, read_series
+from segkit.io.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
+
+CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
+ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
+"""Of the names of volumes that are written beside an input."""
+FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(ENDINGS)})?$)")
+
+
+@dataclass(frozen=True)
+class Input:
+    """The files of one volume, one per channel or all channels in one, and its name.
+
+    Of a DICOM series, the folder that it lies in.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    of_folder: bool = field(default=False, compare=False)
+    """Whether a folder was named rather than the volume, so that a result is no reason to stop."""
+    series: str | None = None
+    """The UID of a DICOM series, where its folder holds several."""
+
+    @property
+    def is_series(self) -> bool:
+        """Whether it is a DICOM series."""
+        return self.files[0].is_dir()
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of volumes made of it: its own, or NIfTI's of a DICOM series."""
+        return ".nii.gz" if self.is_series else suffix_of(self.files[0])
+
+
+def find_inputs(
+    paths: Sequence[Path], num_channels: int, *, series: str | None = None
+) -> list[Input]:
+    """The volumes among files and folders.
+
+    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume; for a model of one,
+    a folder in which all are called `CASE_0000`, as nnU-Net has them, holds the volumes `CASE`. In
+    a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are no inputs.
+
+    A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
+    such folders holds one each.
+    """
+    inputs: dict[tuple[Path, str], Input] = {}
+    alone: list[Input] = []
+    for path in paths:
+        of_folder = path.is_dir()
+        if of_folder and (folders := _series_in(path, series)):
+            for folder in folders:
+                alone.append(Input(folder.resolve().name, (folder,), folder != path, series))
+                inputs[folder, ""] = alone[-1]
+            continue
+        if series is not None:
+            raise VolumeError(f"{path}: expected the folder of the DICOM series {series}")
+        if path.name.lower().endswith(DICOM_SUFFIX):
+            raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
+        inside = _volumes_in(path) if of_folder else [path]
+        single = num_channels == 1 and of_folder and _all_numbered(inside)
+        for file in inside:
+            name, suffix = stem_of(file), suffix_of(file)
+            if single:
+                name = FIRST_CHANNEL.sub("", name)
+            numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
+            if numbered is None:
+                alone.append(Input(name, (file,), of_folder))
+                inputs[file.parent, name] = alone[-1]
+                continue
+            name = name[: numbered.start()]
+            parts = (f"{name}_{channel:04d}{suffix}" for channel in range(num_channels))
+            files = tuple(file.parent / part for part in parts)
+            inputs[file.parent, name] = Input(name, files, of_folder)
+    found = alone if num_channels == 1 else inputs.values()
+    return [source for source in found if not _is_result(source, inputs)]
+
+
+def _volumes_in(folder: Path) -> list[Path]:
+    inside = sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+    )
+    if not inside:
+        raise VolumeError(f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
+    return inside
+
+
+def _series_in(path: Path, series: str | None) -> list[Path]:
+    """The folder itself if it holds a DICOM series, or those folders in it that do."""
+    if series is not None or holds_series(path):
+        return [path]
+    inside = sorted(path.iterdir())
+    if any(file.name.lower().endswith(SUFFIXES) for file in inside):
+        return []
+    return [folder for folder in inside if folder.is_dir() and holds_series(folder)]
+
+
+def _all_numbered(files: Sequence[Path]) -> bool:
+    """Whether all volumes are a case's first channel, but for results that lie beside them."""
+    return all(stem_of(file).endswith(("_0000", *ENDINGS)) for file in files)
+
+
+def _is_result(source: Input, inputs: Mapping[tuple[Path, str], Input]) -> bool:
+    folder = source.files[0].parent
+    return source.of_folder and any(
+        source.name.endswith(ending) and (folder, source.name.removesuffix(ending)) in inputs
+        for ending in ENDINGS
+    )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """I and N of 'I/N', the I-th of N parts. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard {text}: expected I/N with I from 1 to N, such as 2/8")
+    return int(found[1]), int(found[2])
+
+
+def read_input(source: Input) -> Volume:
+    """The volume of an input, its channels put together. Raises VolumeError."""
+    if source.is_series:
+        return read_series(choose_series(source.files[0], source.series))
+    parts = [read_volume(file) for file in source.files]
+    for file, part in zip(source.files, parts, strict=True):
+        if not part.grid.agrees_with(parts[0].grid):
+            raise VolumeError(f"{file}: lies on another grid than {source.files[0].name}")
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0].like(np.stack([part.data for part in parts], axis=3))
+
+
+def failure(source: Input, error: SegkitError | OSError) -> str:
+    """Why an input has no result, in a sentence that names its file."""
+    file = str(source.files[0])
+    if isinstance(error, OSError):
+        return f"{file}: cannot write its result: {sentence_of(error)}"
+    return str(error) if file in str(error) else f"{file}: {error}"

@@ -1,0 +1,136 @@
+"""What the header of a MetaImage file (.mha) says.
+
+Voxels are in the file itself, as they are or compressed by zlib. Unknown keys are other people's
+and left alone; the list `ONCE` has all that are looked at.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.errors import VolumeError
+from segkit.io.voxel_bytes import Layout
+
+LONGEST = 2**20
+"""Bytes of a header."""
+KINDS = {
+    "MET_CHAR": "int8",
+    "MET_UCHAR": "uint8",
+    "MET_SHORT": "int16",
+    "MET_USHORT": "uint16",
+    "MET_INT": "int32",
+    "MET_UINT": "uint32",
+    "MET_LONG": "int32",  # whatever a long is elsewhere
+    "MET_ULONG": "uint32",
+    "MET_LONG_LONG": "int64",
+    "MET_ULONG_LONG": "uint64",
+    "MET_FLOAT": "float32",
+    "MET_DOUBLE": "float64",
+}
+ALIASES = {
+    "Position": "Offset",
+    "Origin": "Offset",
+    "Rotation": "TransformMatrix",
+    "Orientation": "TransformMatrix",
+    "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
+}
+ONCE = {
+    *("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "BinaryData"),
+    *("BinaryDataByteOrderMSB", "CompressedData", "TransformMatrix", "Offset", "ElementSpacing"),
+    *("ElementSize", "HeaderSize", "DistanceUnits", "ElementToIntensityFunctionSlope"),
+    *("ElementToIntensityFunctionOffset", "ElementDataFile"),
+}
+# What would change the voxels or their places, and the values that leave them as they are.
+AS_IT_IS = {
+    "BinaryData": ("True", "true", "1"),
+    "HeaderSize": ("0",),
+    "DistanceUnits": ("mm", "?", ""),
+    "ElementToIntensityFunctionSlope": ("1",),
+    "ElementToIntensityFunctionOffset": ("0",),
+    "ElementDataFile": ("LOCAL", "Local", "local"),
+}
+
+
+def read_metaimage_header(path: Path) -> Layout:
+    """What the header says of the voxels. Raises VolumeError or ValueError."""
+    fields, end = _fields(path)
+    for name in ("NDims", "DimSize", "ElementType"):
+        if name not in fields:
+            raise ValueError(f"its header lacks {name}")
+    for name, values in AS_IT_IS.items():
+        if fields.get(name, values[0]) not in values:
+            raise VolumeError(f"expected {name} to be {values[0]}, found {fields[name][:60]}")
+    num = int(fields["NDims"])
+    if num not in (2, 3):
+        raise VolumeError(f"expected two or three axes, found {num}")
+    sizes = [int(word) for word in fields["DimSize"].split()]
+    channels = int(fields.get("ElementNumberOfChannels", "1"))
+    if len(sizes) != num or min([*sizes, channels]) < 1:
+        raise ValueError(
+            f"expected {num} sizes and channels above zero, found {sizes} and {channels}"
+        )
+    kind = fields["ElementType"].removesuffix("_ARRAY")
+    if kind not in KINDS:
+        raise VolumeError(f"expected one real number per voxel, found {kind}")
+    x, y, z = (*sizes, 1)[:3]
+    compressed = _yes(fields, "CompressedData")
+    return Layout(
+        (x, y, z),
+        np.dtype(KINDS[kind]).newbyteorder(">" if _yes(fields, "BinaryDataByteOrderMSB") else "<"),
+        _affine(fields, num),
+        0 if compressed else end,
+        stream=end if compressed else None,
+        channels=channels if channels > 1 else None,
+        channels_first=True,
+    )
+
+
+def _fields(path: Path) -> tuple[dict[str, str], int]:
+    """What is said of each key, and where the header ends."""
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while (line := file.readline(LONGEST)) and file.tell() <= LONGEST:
+            name, equals, said = (part.strip() for part in line.decode("latin-1").partition("="))
+            if not equals:
+                raise ValueError(f"its header holds {name[:60]!r}, which is not understood")
+            name = ALIASES.get(name, name)
+            if name in ONCE and name in fields:
+                raise ValueError(f"its header says twice what its {name} is")
+            fields[name] = said
+            if name == "ElementDataFile":
+                return fields, file.tell()
+    raise ValueError("its header has no end; it is cut short, or no MetaImage")
+
+
+def _yes(fields: dict[str, str], name: str) -> bool:
+    said = fields.get(name, "False")
+    if said.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"expected {name} to be True or False, found {said[:60]!r}")
+    return said.lower() in ("true", "1")
+
+
+def _affine(fields: dict[str, str], num: int) -> ndarray:
+    """By default the axes are the patient's, and the first voxel lies at the origin."""
+    affine = np.eye(4)
+    spacing = _numbers(fields, "ElementSpacing" if "ElementSpacing" in fields else "ElementSize")
+    if len(spacing) != num:
+        raise ValueError(f"expected an ElementSpacing of {num} numbers, found {spacing}")
+    if not all(0 < size < np.inf for size in spacing):
+        raise VolumeError(f"expected voxel sizes above zero, found {spacing} mm")
+    matrix = _numbers(fields, "TransformMatrix") or np.eye(num).ravel().tolist()
+    origin = _numbers(fields, "Offset") or [0.0] * num
+    if len(matrix) != num * num or len(origin) != num:
+        raise ValueError(
+            f"expected {num * num} numbers of a TransformMatrix and {num} of an Offset, found "
+            f"{len(matrix)} and {len(origin)}"
+        )
+    # Each row of the matrix is the direction of one axis.
+    affine[:num, :num] = np.array(matrix).reshape(num, num).T * spacing
+    affine[:num, 3] = origin
+    affine[:2] *= -1  # from LPS to RAS
+    return affine
+
+
+def _numbers(fields: dict[str, str], name: str) -> list[float]:
+    return [float(word) for word in fields.get(name, "").split()]

@@ -1,0 +1,195 @@
+"""What the header of an NRRD file says, in the form that medical images use of it.
+
+Voxels are in the file itself, as they are or compressed by gzip, with at most one axis of channels.
+Every field must be one that is known: a misspelt one would leave the image in another place.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from segkit.errors import VolumeError
+from segkit.io.voxel_bytes import Layout
+
+LONGEST = 2**24
+"""Bytes of a header, which may hold tables of diffusion directions and of segments."""
+TYPES = {
+    "int8": ("signed char", "int8", "int8_t"),
+    "uint8": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "int16": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "uint16": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "int32": ("int", "signed int", "int32", "int32_t"),
+    "uint32": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "int64": (
+        *("longlong", "long long", "long long int", "signed long long"),
+        *("signed long long int", "int64", "int64_t"),
+    ),
+    "uint64": (
+        *("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    ),
+    "float32": ("float",),
+    "float64": ("double",),
+}
+KIND_OF = {name: kind for kind, names in TYPES.items() for name in names}
+SPACE = ("domain", "space", "time", "???", "none")
+"""Kinds of axes, in lower case, along which voxels lie."""
+CHANNELS = (
+    *("list", "vector", "2-vector", "3-vector", "4-vector", "covariant-vector", "3-color"),
+    *("rgb-color", "4-color", "rgba-color", "point", "3-normal", "3-gradient", "scalar"),
+)
+# The signs that turn a space's axes into RAS+. One that names no patient's sides counts as LPS.
+SIGNS = {
+    "right-anterior-superior": (1, 1, 1),
+    "ras": (1, 1, 1),
+    "left-anterior-superior": (-1, 1, 1),
+    "las": (-1, 1, 1),
+    "left-posterior-superior": (-1, -1, 1),
+    "lps": (-1, -1, 1),
+    "scanner-xyz": (-1, -1, 1),
+    "3d-right-handed": (-1, -1, 1),
+}
+UNUSED = {
+    *("content", "number", "min", "max", "old min", "oldmin", "old max", "oldmax", "block size"),
+    *("blocksize", "sample units", "sampleunits", "measurement frame"),
+    *("thicknesses", "centers", "centerings", "labels", "units"),
+}
+USED = {
+    *("type", "dimension", "sizes", "encoding", "endian", "space", "space dimension"),
+    *("space directions", "space origin", "space units", "spacings", "kinds"),
+}
+
+
+def read_nrrd_header(path: Path) -> Layout:
+    """What the header says of the voxels. Raises VolumeError or ValueError."""
+    fields, end = _fields(path)
+    missing = {"type", "dimension", "sizes", "encoding"} - set(fields)
+    if missing:
+        raise ValueError(f"its header lacks the field {min(missing)}")
+    sizes = [int(word) for word in fields["sizes"].split()]
+    if len(sizes) != int(fields["dimension"]) or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"expected {fields['dimension']} sizes above zero, found {fields['sizes']}"
+        )
+    places = _channel_axes(fields, len(sizes))
+    along = [axis for axis in range(len(sizes)) if axis not in places]
+    if len(along) not in (2, 3):
+        raise VolumeError(f"expected two or three axes, found {len(along)}")
+    if len(places) > 1 or (places and places[0] not in (0, len(sizes) - 1)):
+        raise VolumeError(f"expected one axis of channels, the first or last, found {places}")
+    x, y, z = (*(sizes[axis] for axis in along), 1)[:3]
+    encoding = fields["encoding"].lower()
+    if encoding not in ("raw", "gz", "gzip"):
+        raise VolumeError(f"expected the encoding raw or gzip, found {encoding}; convert it first")
+    return Layout(
+        (x, y, z),
+        _kind(fields),
+        _affine(fields, along, len(sizes)),
+        end if encoding == "raw" else 0,
+        stream=None if encoding == "raw" else end,
+        channels=sizes[places[0]] if places else None,
+        channels_first=places == [0],
+    )
+
+
+def _fields(path: Path) -> tuple[dict[str, str], int]:
+    """What is said of each field, and where the header ends."""
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        if not re.match(rb"NRRD000[1-5]\s*$", file.readline(100)):
+            raise ValueError("it does not begin as an NRRD header does")
+        while line := file.readline(LONGEST):
+            text = line.decode("latin-1").strip()
+            if not text:
+                return fields, file.tell()
+            if file.tell() > LONGEST:
+                break
+            if text.startswith("#") or ":=" in text.partition(": ")[0]:
+                continue  # a comment, or a key of somebody's own
+            name, colon, said = text.partition(": ")
+            name = name.lower()
+            if not colon or name not in UNUSED | USED:
+                raise ValueError(f"its header holds {text[:60]!r}, which is not understood")
+            if name in fields:
+                raise ValueError(f"its header says twice what its {name} is")
+            fields[name] = said.strip()
+    raise ValueError("its header has no end; it is cut short")
+
+
+def _channel_axes(fields: dict[str, str], num_axes: int) -> list[int]:
+    """Axes along which there are no voxels, but several values of each."""
+    kinds = fields.get("kinds", "").lower().split() or ["???"] * num_axes
+    if len(kinds) != num_axes:
+        raise ValueError(f"expected {num_axes} kinds of axes, found {fields['kinds']}")
+    strange = [kind for kind in kinds if kind not in SPACE + CHANNELS]
+    if strange:
+        raise VolumeError(f"expected one real number per voxel, found {strange[0]}")
+    found = [axis for axis, kind in enumerate(kinds) if kind in CHANNELS]
+    if "space directions" in fields:
+        vectors = _vectors(fields["space directions"])
+        nowhere = [axis for axis, vector in enumerate(vectors) if vector is None]
+        if found and nowhere != found:
+            raise ValueError("its kinds and its space directions disagree about channels")
+        return nowhere
+    return found
+
+
+def _kind(fields: dict[str, str]) -> np.dtype[Any]:
+    name = fields["type"].lower()
+    if name not in KIND_OF:
+        raise VolumeError(f"expected one real number per voxel, found {name}")
+    kind = np.dtype(KIND_OF[name])
+    endian = fields.get("endian", "").lower()
+    if kind.itemsize > 1 and endian not in ("little", "big"):
+        raise ValueError(f"expected the endian little or big, found {endian or 'none'}")
+    return kind.newbyteorder(">" if endian == "big" else "<")
+
+
+def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
+    """Of steps of 1 mm where the header is silent, as it was in the days before spaces."""
+    affine = np.eye(4)
+    num = len(along)
+    space = fields.get("space", "lps").lower()
+    if space not in SIGNS:
+        raise VolumeError(f"expected a patient's space such as LPS, found {space}")
+    units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
+    if strange := [unit for unit in units if unit.lower() not in ("", "mm")]:
+        raise VolumeError(f"expected space units of mm, found {strange[0]}")
+    if "space directions" in fields:
+        vectors = _vectors(fields["space directions"])
+        if len(vectors) != num_axes:
+            raise ValueError(f"expected {num_axes} space directions, found {len(vectors)}")
+        for column, axis in enumerate(along):
+            affine[:num, column] = _of_length(num, vectors[axis])
+        if "space origin" in fields:
+            affine[:num, 3] = _of_length(num, *_vectors(fields["space origin"]))
+    elif "space" in fields or "space origin" in fields:
+        raise ValueError("it has a space and no space directions")
+    elif "spacings" in fields:
+        sizes = [float(word) for word in fields["spacings"].split()]
+        if len(sizes) != num_axes:
+            raise ValueError(f"expected {num_axes} spacings, found {len(sizes)}")
+        if not all(0 < sizes[axis] < np.inf for axis in along):
+            raise VolumeError(f"expected voxel sizes above zero, found {sizes} mm")
+        affine[range(num), range(num)] = [sizes[axis] for axis in along]
+    return np.array([*SIGNS[space], 1])[:, None] * affine
+
+
+def _vectors(text: str) -> list[list[float] | None]:
+    """Vectors in parentheses, or None for each that is none."""
+    words = re.findall(r"none|\([^()]*\)", text)
+    if re.sub(r"none|\([^()]*\)", "", text).strip():
+        raise ValueError(f"expected vectors in parentheses, found {text[:60]!r}")
+    return [
+        None if word == "none" else [float(number) for number in word[1:-1].split(",")]
+        for word in words
+    ]
+
+
+def _of_length(num: int, *vectors: list[float] | None) -> list[float]:
+    """The one vector, which has so many numbers."""
+    if len(vectors) != 1 or vectors[0] is None or len(vectors[0]) != num:
+        raise ValueError(f"expected a vector of {num} numbers, found {vectors}")
+    return vectors[0]

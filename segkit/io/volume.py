@@ -1,0 +1,281 @@
+"""Volumes: voxels with the grid they lie on, read from files and written back without loss.
+
+What a file claims is read by `nifti`, `nrrd` and `metaimage`, its voxels by `stored`: nothing is
+allocated that the file does not hold, and what cannot be understood is refused. NIfTI is written by
+nibabel, NRRD and MetaImage by SimpleITK.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
+from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+from numpy import ndarray
+
+from segkit.errors import VolumeError
+from segkit.geometry.grid import Grid
+from segkit.io.atomic import whole
+from segkit.io.disk_arrays import release
+from segkit.io.metaimage import read_metaimage_header
+from segkit.io.nifti import millimetre_affine, read_nifti_header
+from segkit.io.nrrd import read_nrrd_header
+from segkit.io.voxel_bytes import Layout, read_voxels
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".mha")
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
+FARTHEST_VALUE = 1e30
+"""Beyond it, sums in single precision would overflow."""
+Result = TypeVar("Result")
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Voxel values and where they lie.
+
+    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
+    three axes. `header` is the NIfTI header it was read with, which keeps codes and units for
+    whatever is written on the same grid.
+    """
+
+    data: ndarray
+    grid: Grid
+    header: Nifti1Header | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.shape[:3] != self.grid.shape:
+            raise ValueError(f"data of shape {self.data.shape} on a grid of {self.grid.shape}")
+
+    def like(self, data: ndarray) -> "Volume":
+        """Other values on the same grid, with the same codes and units."""
+        return replace(self, data=data)
+
+    def on(self, grid: Grid, data: ndarray) -> "Volume":
+        """Values on another grid of the same world, such as a coarser one."""
+        return Volume(data, grid, self.header)
+
+
+def suffix_of(path: Path) -> str:
+    """The volume suffix of a file name, such as '.nii.gz'.
+
+    Raises VolumeError where it is none that segkit reads.
+    """
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[-len(suffix) :]
+    raise VolumeError(f"{path}: expected a volume named *{', *'.join(SUFFIXES)}; convert it first")
+
+
+def stem_of(path: Path) -> str:
+    """The file name without its volume suffix: 'scan' for 'scan.nii.gz'."""
+    return path.name[: -len(suffix_of(path))]
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a volume with its grid.
+
+    Values keep the file's type unless the file scales them (float32 then). A 2D image becomes one
+    slice; a 4D one has its channels last.
+
+    Raises VolumeError, in one sentence, for anything that is not such a file.
+    """
+    return _open(path, _read)
+
+
+def read_labels(path: Path) -> Volume:
+    """A volume of labels, int64. Raises VolumeError for anything but whole numbers from 0 on."""
+    volume = read_volume(path)
+    with np.errstate(invalid="ignore"):
+        whole = volume.data.astype(np.int64)
+    if volume.data.ndim != 3 or not np.array_equal(whole, volume.data) or whole.min() < 0:
+        raise VolumeError(f"{path}: expected whole numbers from 0 on, one per voxel, as labels")
+    return volume.like(whole)
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a volume, from its header alone.
+
+    Raises VolumeError as `read_volume` does, save for damage that only the voxels show.
+    """
+    return _open(path, lambda path: _grid(_layout(path)[1]))
+
+
+def trouble_with(values: ndarray) -> str | None:
+    """What is wrong with an image's values, if they cannot be computed with: 'holds …'."""
+    if values.dtype.kind != "f":
+        return None
+    with np.errstate(invalid="ignore"):
+        low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        return "holds voxels that are not numbers; repair it"
+    if max(-low, high) > FARTHEST_VALUE:
+        return f"holds values from {low:g} to {high:g}; scale them to what was measured"
+    return None
+
+
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write a volume whole or not at all.
+
+    On the grid that its header describes, affine, qform, sform, their codes and units are the
+    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
+    Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
+    and MetaImage the whole is put together in memory. Raises VolumeError for other kinds of name.
+    """
+    suffix = suffix_of(path).lower()
+    with whole(path) as partial:
+        if suffix in NIFTI_SUFFIXES:
+            _write_nifti(partial, volume)
+        else:
+            image = _to_itk(volume)
+            try:
+                simple_itk().WriteImage(image, str(partial), useCompression=True)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise VolumeError(f"{path}: cannot be written: {reason}") from None
+
+
+def _open(path: Path, read: Callable[[Path], Result]) -> Result:
+    suffix = suffix_of(path).lower()
+    if not path.exists():
+        raise VolumeError(f"{path}: no such file; check the path")
+    if not path.is_file():
+        raise VolumeError(f"{path}: expected a file, found a folder")
+    try:
+        return read(path)
+    except VolumeError as error:
+        raise VolumeError(f"{path}: {error}") from None
+    except MemoryError:
+        raise VolumeError(f"{path}: does not fit into memory; free some, or crop it") from None
+    except (HeaderDataError, OSError, EOFError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise VolumeError(f"{path}: cannot be read as {suffix}: {reason}") from None
+
+
+def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float]]:
+    match suffix_of(path).lower():
+        case ".nrrd":
+            return None, read_nrrd_header(path), (1.0, 0.0)
+        case ".mha":
+            return None, read_metaimage_header(path), (1.0, 0.0)
+    return read_nifti_header(path)
+
+
+def _read(path: Path) -> Volume:
+    header, layout, scaling = _layout(path)
+    grid = _grid(layout)
+    data = read_voxels(path, layout)
+    if scaling != (1, 0):
+        data = _scaled(data, *scaling)
+    return Volume(data, grid, header)
+
+
+def _grid(layout: Layout) -> Grid:
+    return Grid(layout.space, _checked_affine(layout.affine))
+
+
+def _scaled(stored: ndarray, slope: float, intercept: float) -> ndarray:
+    """Float32, worked out in float64 a part at a time."""
+    values = np.empty(stored.shape, np.float32, order="F")
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # what is no number is refused where it counts
+        for part in range(stored.shape[-1]):
+            values[..., part] = stored[..., part] * np.float64(slope) + np.float64(intercept)
+    return values
+
+
+def _checked_affine(affine: ndarray) -> ndarray:
+    directions = affine[:3, :3]
+    with np.errstate(over="ignore"):
+        spacing = np.linalg.norm(directions, axis=0)
+    if not np.isfinite(affine).all():
+        raise VolumeError("its affine holds values that are not numbers; repair its header")
+    if not (spacing > 0).all():
+        raise VolumeError(f"expected voxel sizes above zero, found {spacing.tolist()} mm")
+    if not ((spacing >= SMALLEST) & (spacing <= LARGEST)).all():
+        raise VolumeError(
+            f"expected voxel sizes from {SMALLEST:g} to {LARGEST:g} mm, found {spacing.tolist()}; "
+            f"repair its header"
+        )
+    if np.abs(affine[:3, 3]).max() > LARGEST:
+        raise VolumeError(
+            f"expected its first voxel within {LARGEST:g} mm of the origin, found it at "
+            f"{affine[:3, 3].tolist()}; repair its header"
+        )
+    if abs(np.linalg.det(directions / spacing)) < 1e-3:
+        raise VolumeError("its affine is singular: two of its axes point one way")
+    return affine
+
+
+def _write_nifti(path: Path, volume: Volume) -> None:
+    image = _to_nifti(volume)
+    data = np.asanyarray(image.dataobj)
+    kind = image.get_data_dtype()
+    with ImageOpener(str(path), "wb") as file:
+        image.header.set_slope_inter(1, 0)
+        image.header.write_to(file)
+        for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
+            stored: Any = np.asarray(channel, kind, order="F").T
+            file.write(stored)  # without a copy, as its first axis is the slowest now
+            release(data)
+
+
+def _to_nifti(volume: Volume) -> Nifti1Image:
+    source = volume.header
+    shape = volume.data.shape
+    header = source.copy() if source is not None else Nifti1Header()
+    same_grid = source is not None and np.array_equal(millimetre_affine(source), volume.grid.affine)
+    if same_grid and len(header.get_data_shape()) == 2 and shape[2:] == (1,):
+        shape = shape[:2]
+    kind = volume.data.dtype
+    header.set_data_dtype(np.float32 if kind == np.float16 else kind)
+    pixdim = header["pixdim"].copy()
+    header.set_data_shape(shape)
+    header["pixdim"] = pixdim  # of a 2D image, the shape makes the slice 1 mm thick
+    header.set_slope_inter(None, None)
+    for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
+        header[field] = 0
+    header["descrip"] = b"segkit"
+    header["intent_code"] = 0
+    # A header without codes has an affine that depends on its shape, which is set by now.
+    if not np.array_equal(millimetre_affine(header), volume.grid.affine):
+        code = max(int(header["sform_code"]), int(header["qform_code"])) or 2
+        header.set_xyzt_units("mm")
+        header.set_sform(volume.grid.affine, code)
+        header.set_qform(volume.grid.affine, code, strip_shears=True)
+    data = volume.data.reshape(shape, order="A")
+    if isinstance(header, Nifti2Header):
+        return Nifti2Image(data, None, header)
+    return Nifti1Image(data, None, header)
+
+
+def simple_itk() -> Any:
+    """The package SimpleITK."""
+    # Imported where it is called for: it takes 0.1 GiB, a third of all that segkit imports to
+    # segment a NIfTI file, which needs none of it.
+    import SimpleITK
+
+    return SimpleITK
+
+
+def _to_itk(volume: Volume) -> Any:
+    affine = LPS_TO_RAS @ volume.grid.affine
+    spacing = volume.grid.spacing
+    axes = (2, 1, 0, *range(3, volume.data.ndim))
+    array = np.ascontiguousarray(volume.data.transpose(axes))
+    image = simple_itk().GetImageFromArray(
+        array.astype(np.float32) if array.dtype == np.float16 else array,
+        isVector=volume.data.ndim == 4,
+    )
+    image.SetSpacing(spacing)
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / np.array(spacing)).ravel().tolist())
+    return image

@@ -1,1 +1,0 @@
-"""Scores of a segmentation against a reference: overlap, surface distances, and their tables."""

@@ -1,0 +1,1 @@
+"""Models: networks built from a description, and their folders on disk."""

@@ -1,0 +1,183 @@
+"""Settings of attention become modules."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from segkit.config import attention as settings
+from segkit.config.training import NetworkConfig
+from segkit.errors import ConfigError
+from segkit.nn import channel_attention as channel
+from segkit.nn import cross_attention as cross
+from segkit.nn import gates, pooling
+from segkit.nn import self_attention as bottleneck
+from segkit.nn import spatial_attention as spatial
+from segkit.nn.blocks import Modulated
+from segkit.nn.unet import BlockFactory, GateFactory
+
+LEAST_SQUEEZED = 4
+LEAST_CONVOLVED = 8
+MOST_PAIRED = 4096
+"""Cells of a window, of whose pairs each has a bias: four heads of so many take 268 MB."""
+
+
+def skip_factory(config: NetworkConfig) -> GateFactory:
+    """What makes the attention of each skip."""
+    setting = config.attention.skip
+    levels = config.attention.skip_levels(len(config.channels))
+
+    def make(
+        *,
+        level: int,
+        skip_channels: int,
+        coarse_channels: int,
+        upsampled_channels: int,
+        stride: Sequence[int],
+        deepest: bool,
+    ) -> nn.Module | None:
+        if level not in levels:
+            return None
+        match setting:
+            case None:
+                return None
+            case settings.AdditiveGridGate():
+                return gates.AdditiveGridGate(
+                    config.spatial_dims,
+                    skip_channels=skip_channels,
+                    signal_channels=coarse_channels,
+                    stride=stride,
+                    deepest=deepest,
+                    initial_bias=setting.initial_bias,
+                    output_transform=setting.output_transform,
+                    coefficients=setting.coefficients,
+                    num_gates=setting.gates,
+                    norm=config.normalisation,
+                )
+            case settings.AdditiveSameLevelGate():
+                return gates.AdditiveSameLevelGate(
+                    config.spatial_dims,
+                    skip_channels=skip_channels,
+                    signal_channels=upsampled_channels,
+                    initial_bias=setting.initial_bias,
+                    coefficients=setting.coefficients,
+                    norm=config.normalisation,
+                )
+            case settings.CrossAttention(heads=heads, head_channels=head_channels):
+                return cross.CrossAttention(
+                    config.spatial_dims,
+                    skip_channels=skip_channels,
+                    signal_channels=coarse_channels,
+                    stride=stride,
+                    heads=_heads(heads, levels.index(level), skip_channels, head_channels),
+                    head_channels=head_channels,
+                )
+            case settings.UTransformerGate(heads=heads, head_channels=head_channels):
+                return cross.UTransformerGate(
+                    config.spatial_dims,
+                    skip_channels=skip_channels,
+                    signal_channels=coarse_channels,
+                    stride=stride,
+                    heads=_heads(heads, levels.index(level), skip_channels, head_channels),
+                    head_channels=head_channels,
+                    initial_bias=setting.initial_bias,
+                    norm=config.normalisation,
+                )
+
+    return make
+
+
+def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> BlockFactory:
+    """What makes the attention after each level's convolutions."""
+    dims = config.spatial_dims
+
+    def make(channels: int) -> nn.Module:
+        # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
+        most = max(channels // LEAST_SQUEEZED, 1)
+        match setting:
+            case settings.SqueezeExcitation(reduction=reduction):
+                return Modulated(
+                    channel.SqueezeExcitation(channels, reduction=min(reduction, most))
+                )
+            case settings.EfficientChannelAttention():
+                return Modulated(channel.EfficientChannelAttention(channels))
+            case settings.ConvolutionalBlockAttention(reduction=reduction, kernel_size=size):
+                return spatial.convolutional_block_attention(
+                    dims, channels, reduction=min(reduction, most), kernel_size=size
+                )
+            case settings.BottleneckAttention(reduction=reduction, dilation=dilation):
+                return Modulated(
+                    spatial.BottleneckAttention(
+                        dims,
+                        channels,
+                        # Its convolutions are seven times slower over 4 channels than over 8.
+                        reduction=min(reduction, max(channels // LEAST_CONVOLVED, 1)),
+                        dilation=dilation,
+                        norm=config.normalisation,
+                    )
+                )
+            case settings.ConcurrentExcitation(reduction=reduction, aggregation=aggregation):
+                return spatial.ConcurrentExcitation(
+                    dims, channels, reduction=min(reduction, most), aggregation=aggregation
+                )
+            case settings.PooledSpatialAttention(kernel_size=size):
+                return Modulated(spatial.PooledSpatialAttention(dims, kernel_size=size))
+            case settings.SpatialExcitation():
+                return Modulated(spatial.SpatialExcitation(dims, channels))
+            case settings.GlobalContext(fusion="add", reduction=reduction):
+                return channel.GlobalContext(dims, channels, reduction=min(reduction, most))
+            case settings.GlobalContext(reduction=reduction):
+                return Modulated(
+                    channel.GlobalContextExcitation(dims, channels, reduction=min(reduction, most))
+                )
+
+    return make
+
+
+def token_factory(setting: settings.TokenAttention, coarsest: Sequence[int]) -> BlockFactory:
+    """What makes the bottleneck's attention, given the coarsest grid of a patch."""
+
+    def make(channels: int) -> nn.Module:
+        match setting:
+            case settings.SelfAttention(heads=heads, head_channels=head_channels):
+                window = setting.window
+                if window is None and setting.positions == "relative":
+                    window = list(coarsest)
+                if setting.positions == "relative" and math.prod(window or ()) > MOST_PAIRED:
+                    raise ConfigError(
+                        f"network.attention.bottleneck: relative positions among "
+                        f"{math.prod(window or ())} voxels of the coarsest level take too much "
+                        f"memory; give it a window of {MOST_PAIRED} at most, or other positions"
+                    )
+                return bottleneck.SelfAttention(
+                    channels,
+                    heads=_heads(heads, 0, channels, head_channels),
+                    head_channels=head_channels,
+                    positions=setting.positions,
+                    window=window,
+                )
+            case settings.AdditiveSelfAttention(width=width):
+                return bottleneck.AdditiveSelfAttention(channels, width=width)
+
+    return make
+
+
+def pooling_factory(setting: settings.Pooling, num_classes: int) -> BlockFactory:
+    """What makes the head that tells the presence of so many classes."""
+
+    def make(channels: int) -> nn.Module:
+        match setting:
+            case settings.MeanPooling():
+                return pooling.MeanPooling(channels, num_classes=num_classes)
+            case settings.GatedPooling(width=width):
+                return pooling.GatedPooling(channels, num_classes=num_classes, width=width)
+            case settings.LearnedQueryPooling():
+                return pooling.LearnedQueryPooling(channels, num_classes=num_classes)
+
+    return make
+
+
+def _heads(given: int | list[int] | None, position: int, channels: int, head_channels: int) -> int:
+    if isinstance(given, list):
+        return given[position]
+    return given or max(channels // head_channels, 1)

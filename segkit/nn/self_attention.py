@@ -1,0 +1,162 @@
+"""Attention among all voxels of the coarsest level, f(x): features plus what each takes from all.
+
+Both kinds are residual and start as the identity. `received` shows what each voxel receives.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segkit.nn.map_tap import MapTap
+from segkit.nn.multihead import MultiHeadAttention, blocks, gather, received, windows_over
+from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
+
+
+class SelfAttention(nn.Module):
+    """Features plus multi-head attention among them: x + W_o heads(norm(x)).
+
+    The attention half of a pre-norm transformer layer (Vaswani et al. 2017, arXiv:1706.03762;
+    Xiong et al. 2020, arXiv:2002.04745), within windows where the map is large (Liu et al. 2021,
+    arXiv:2103.14030, without their shift, for which there would have to be a second layer).
+
+    Args:
+        channels: of the features.
+        heads: attentions side by side.
+        head_channels: width of each.
+        positions: what the attention knows of them: nothing, sines and cosines added to the tokens,
+            a learned bias for each offset, or turned queries and keys.
+        window: cells along each axis among which attention is paid; all where None. Offsets of
+            `relative` reach as far as the window, so it needs one.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_channels: int,
+        positions: PositionKind = "none",
+        window: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.window = None if window is None else tuple(window)
+        self.positions = positions
+        self.norm = nn.LayerNorm(channels)
+        self.attention = MultiHeadAttention(
+            channels,
+            key_channels=channels,
+            value_channels=channels,
+            out_channels=channels,
+            heads=heads,
+            head_channels=head_channels,
+        )
+        self.bias: RelativeBias | None = None
+        if positions == "relative":
+            assert self.window is not None, "relative positions need a window"
+            self.bias = RelativeBias(self.window, heads=heads)
+        self.matrix = MapTap("received", highest=math.inf, window=self.window)
+
+    def forward(
+        self, features: Float[Tensor, "batch channel *space"]
+    ) -> Float[Tensor, "batch channel *space"]:
+        """The features with what their voxels take from one another."""
+        batch_size, space = features.shape[0], features.shape[2:]
+        windows = windows_over(space, self.window)
+        placed = self.norm(features.movedim(1, -1))
+        if self.positions == "sincos":
+            waves = sincos(space, features.shape[1], features.device)
+            placed = placed + waves.view(*space, -1).to(placed.dtype)
+        # The axis is counted from the front because ONNX's exporter cannot count from the back.
+        tokens = windows.cut(placed.movedim(placed.ndim - 1, 1))
+        taken, share = self.attention(
+            tokens,
+            tokens,
+            tokens,
+            matrix=self.matrix,
+            turn=partial(rotate, shape=windows.window) if self.positions == "rotary" else None,
+            bias=None if self.bias is None else self.bias()[None],
+            inside=windows.inside(batch_size, features.device),
+            samples=batch_size,
+        )
+        if share is not None:
+            self.matrix.record(windows.join(share.transpose(1, 2), batch_size))
+        return features + windows.join(taken, batch_size).to(features.dtype)
+
+
+class AdditiveSelfAttention(nn.Module):
+    """Features plus one head of additive attention among them.
+
+    Weights softmax_j v^T tanh(W_q q_i + W_k k_j + b) of Bahdanau et al. (2015, arXiv:1409.0473,
+    Sec. A.1.2), of each voxel's normalised features to all. All pairs times the width must be
+    computed, so queries come in blocks, which training computes again on its way back rather than
+    keep. v = 0 is the plain mean.
+    """
+
+    def __init__(self, channels: int, *, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.query = nn.Linear(channels, width)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.energy = nn.Linear(width, 1, bias=False)
+        self.value = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+        self.branch = MapTap("branch")
+        self.matrix = MapTap("received", highest=math.inf)
+
+    def forward(
+        self, features: Float[Tensor, "batch channel *space"]
+    ) -> Float[Tensor, "batch channel *space"]:
+        """The features with what their voxels take from one another."""
+        space = features.shape[2:]
+        tokens = self.norm(features.flatten(2).transpose(1, 2))
+        query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
+
+        rows, num_cells = partial(self._rows, query, key), key.shape[1]
+        share: Tensor | None = None
+        if self.matrix.edit is not None:
+            taken, share = gather(rows, value[:, None], num_cells, self.matrix.edit)
+            taken = taken[:, 0]
+        else:
+            taken = self._attend(query, key, value)
+            if self.matrix.sink is not None:
+                with torch.no_grad():
+                    share = received(rows, key[:, None], num_cells)
+        if share is not None:
+            self.matrix.record(share.unflatten(2, space))
+        if self.branch.edit is not None:
+            taken = taken * self.branch(taken.new_ones(len(taken), 1))[:, :, None]
+        added = self.out(taken).transpose(1, 2).unflatten(2, space)
+        return features + added.to(features.dtype)
+
+    def _rows(self, query: Tensor, key: Tensor, first: int, last: int) -> Tensor:
+        return self._weights(query[:, first:last], key)[:, None]
+
+    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Rows of weights, float32; made of so few queries at a time that their sums fit."""
+        parts = [
+            self.energy(torch.tanh(query[:, first:last, None] + key[:, None]))[..., 0]
+            for first, last in blocks(query.shape[1], key.numel())
+        ]
+        return torch.cat(parts, dim=1).float().softmax(dim=-1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = list(blocks(query.shape[1], key.numel()))
+        if len(parts) == 1:
+            return self._mean(query, key, value)
+        if not torch.is_grad_enabled():
+            means = [self._mean(query[:, first:last], key, value) for first, last in parts]
+        else:
+            means = [
+                checkpoint(self._mean, query[:, first:last], key, value, use_reentrant=False)
+                for first, last in parts
+            ]
+        return torch.cat(means, dim=1)
+
+    def _mean(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._weights(query, key).to(value.dtype) @ value

@@ -1,0 +1,264 @@
+"""What a dataset is like: sizes, spacings, classes and intensities, measured case by case.
+
+This is the fingerprint of nnU-Net (Isensee et al. 2021), from which a plan is made. Each case is
+measured once: its measurement is a small file, named by the case and by a digest of its files'
+paths, sizes and times, so that work that was broken off goes on where it was, and a changed file
+is measured again.
+
+Intensities are those of the foreground, and each case counts alike, however large its foreground.
+nnU-Net draws values at random; here a case keeps its mean, variance and range, and, where it has
+more than 4,000 values, 4,000 of them in order, evenly spaced by rank. So no result depends on
+chance or order: means and deviations are exact, percentiles to one part in 8,000 of each case.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from numpy import ndarray
+from pydantic import Field, TypeAdapter
+
+from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.preprocess import body_box
+from segkit.errors import DatasetError
+from segkit.geometry.grid import Orientation
+from segkit.io.atomic import write_json
+from segkit.io.safe_text import read_json
+from segkit.planning.nnunet_rules import Intensities, Numbers
+from segkit.system.workers import in_processes
+
+FORMAT = 1
+VALUES_PER_CASE = 4_000
+
+Track = Callable[[Iterable["Measurement"], str, int], Iterable["Measurement"]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One channel's foreground intensities in one case."""
+
+    mean: float
+    variance: float
+    minimum: float
+    maximum: float
+    values: Annotated[tuple[float, ...], Field(min_length=1, max_length=VALUES_PER_CASE)]
+    """In ascending order, at most 4,000."""
+
+
+@dataclass(frozen=True)
+class CaseSize:
+    """One case's size, and which classes it holds."""
+
+    name: str
+    spacing: tuple[float, float, float]
+    """mm along x, y and z (RAS+)."""
+    shape: tuple[int, int, int]
+    """Voxels of the body's box along x, y and z."""
+    box_share: float
+    """The share of the volume's voxels that lie in the body's box."""
+    classes: tuple[int, ...]
+    """Labels that are present, the background left out."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that is measured of one case."""
+
+    size: CaseSize
+    samples: tuple[Sample | None, ...]
+    """One per channel; None without image or foreground."""
+
+
+MEASUREMENT = TypeAdapter(Measurement)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a dataset is like."""
+
+    channels: tuple[str, ...]
+    labels: dict[str, int]
+    num_outputs: int
+    """Of a network: one per class, or one per region."""
+    cases: tuple[CaseSize, ...]
+    intensities: tuple[Intensities | None, ...]
+    """Of the foreground of all cases, one per channel; None where no case has any."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values, from which `from_json` makes an equal fingerprint."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Fingerprint":
+        """The fingerprint that `to_json` took apart."""
+        assert content["format"] == FORMAT, "a fingerprint of another format"
+        return cls(
+            tuple(content["channels"]),
+            dict(content["labels"]),
+            content["num_outputs"],
+            tuple(_size(case) for case in content["cases"]),
+            tuple(item and Intensities(**item) for item in content["intensities"]),
+        )
+
+    def numbers(self) -> Numbers:
+        """What a plan is made of."""
+        return Numbers(
+            spacings=tuple(case.spacing for case in self.cases),
+            shapes=tuple(case.shape for case in self.cases),
+            box_shares=tuple(case.box_share for case in self.cases),
+            channels=self.channels,
+            intensities=self.intensities,
+            num_classes=self.num_outputs,
+        )
+
+
+def fingerprint(
+    dataset: Dataset,
+    *,
+    cache: Path,
+    workers: int,
+    track: Track = lambda measurements, what, count: measurements,
+) -> Fingerprint:
+    """Measure every case that is not in `cache` yet, by so many processes, and put all together.
+
+    With 0 workers or 1 this process does it. `track` may show progress; it is given what is to be
+    counted, its name and its number.
+
+    Raises DatasetError or VolumeError, in one sentence, as `read_case` does, and WorkerError where
+    a process was killed.
+    """
+    paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
+    pending = [case for case in dataset.cases if not paths[case.name].is_file()]
+    measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
+    fresh = in_processes(measure, pending, min(workers, len(pending)))
+    new = {m.size.name: m for m in track(fresh, "measuring cases", len(pending))}
+    measurements = [
+        new.get(case.name) or _read(paths[case.name], case, len(dataset.channels))
+        for case in dataset.cases
+    ]
+    return Fingerprint(
+        dataset.channels,
+        dataset.labels,
+        len(dataset.labelling.outputs),
+        tuple(measurement.size for measurement in measurements),
+        tuple(
+            _merged([m.samples[channel] for m in measurements])
+            for channel in range(len(dataset.channels))
+        ),
+    )
+
+
+def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:
+    path = _path(case, dataset, cache)  # before the files are read, so as to be none the newer
+    image, label = read_case(case, dataset)
+    orientation = Orientation.of(image.grid.affine)
+    labels = orientation.turn(label.data)
+    # A case without an image has its background in its label, as when it is prepared.
+    values = orientation.turn(image.data) if case.images else labels[..., None]
+    box = body_box(values)
+    foreground = dataset.foreground(labels)
+    inside = foreground[box]
+    spacing = orientation.turn_grid(image.grid).spacing
+    size = CaseSize(
+        case.name,
+        (round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
+        inside.shape,
+        inside.size / labels.size,
+        tuple(np.unique(labels[foreground]).tolist()),
+    )
+    intensities = values[box][inside].T if case.images else np.empty((len(dataset.channels), 0))
+    measurement = Measurement(size, tuple(_sample(channel) for channel in intensities))
+    write_json(path, asdict(measurement))
+    return measurement
+
+
+def _sample(values: Shaped[ndarray, " voxels"]) -> Sample | None:
+    if not len(values):
+        return None
+    ordered = np.sort(values).astype(float)
+    kept = ordered[_ranks(len(ordered))] if len(ordered) > VALUES_PER_CASE else ordered
+    return Sample(
+        mean=float(ordered.mean()),
+        variance=float(ordered.var()),
+        minimum=float(ordered[0]),
+        maximum=float(ordered[-1]),
+        values=tuple(kept.tolist()),
+    )
+
+
+def _ranks(count: int) -> ndarray:
+    """The middle rank of each of 4,000 equal shares of `count` values in order."""
+    return ((np.arange(VALUES_PER_CASE) + 0.5) / VALUES_PER_CASE * count).astype(int)
+
+
+def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
+    """The statistics of all cases' values together, each case counting alike."""
+    found = [sample for sample in samples if sample is not None]
+    if not found:
+        return None
+    # A case with fewer values gives each of them as often as it takes to weigh as much.
+    values: Float[ndarray, " values"] = np.concatenate(
+        [np.array(sample.values)[_ranks(len(sample.values))] for sample in found]
+    )
+    lower, median, upper = np.percentile(values, [0.5, 50, 99.5])
+    means = np.array([sample.mean for sample in found])
+    variance = np.mean([sample.variance for sample in found]) + means.var()
+    return Intensities(
+        mean=float(means.mean()),
+        std=float(np.sqrt(variance)),
+        median=float(median),
+        minimum=min(sample.minimum for sample in found),
+        maximum=max(sample.maximum for sample in found),
+        lower=float(lower),
+        upper=float(upper),
+    )
+
+
+def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
+    try:
+        files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    content = {
+        "format": FORMAT,
+        # What a case is checked against when it is read.
+        "channels": dataset.channels,
+        "labels": dataset.labels,
+        "regions": dataset.regions,
+        "ignore": dataset.ignore,
+        "num_images": len(case.images),
+        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return cache / f"{case.name}-{digest}.json"
+
+
+def _read(path: Path, case: Case, num_channels: int) -> Measurement:
+    try:
+        found = MEASUREMENT.validate_python(read_json(path))
+    except (OSError, ValueError):
+        found = None
+    if found is None or found.size.name != case.name or len(found.samples) != num_channels:
+        raise DatasetError(
+            f"{path}: expected what was measured of {case.name}, found something else; delete it, "
+            f"and it is measured again"
+        )
+    return found
+
+
+def _size(content: Mapping[str, Any]) -> CaseSize:
+    x, y, z = content["spacing"]
+    width, depth, height = content["shape"]
+    return CaseSize(
+        content["name"],
+        (x, y, z),
+        (width, depth, height),
+        content["box_share"],
+        tuple(content["classes"]),
+    )

@@ -1,0 +1,332 @@
+"""From a dataset's numbers to a plan, for a budget of memory or of time, and why it is what it is.
+
+The budget of memory is nnU-Net's (see `rules`); that of time is for training without an
+accelerator. A 2D plan has a spacing across its planes as well, that of the 3D plan.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from segkit.planning.nnunet_rules import (
+    ANISOTROPY,
+    LARGEST_SHARE,
+    LEAST_COVERED,
+    PLANES,
+    REFERENCE_ACTIVATIONS,
+    REFERENCE_BATCH,
+    REFERENCE_GIGABYTES,
+    SMALLEST_BATCH,
+    SMALLEST_EDGE,
+    START_WIDTHS,
+    WIDEST,
+    ChannelNormalisation,
+    Lengths,
+    Numbers,
+    Setting,
+    Size,
+    Topology,
+    activations,
+    coarser,
+    coarsest_axis,
+    initial_patch,
+    largest_batch,
+    median_shape,
+    multiply_adds,
+    needs_low_resolution,
+    normalisations,
+    separate_axis,
+    shrinking,
+    target_spacing,
+    topology,
+    widths,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a dataset is trained on, and why so."""
+
+    spatial_dims: int
+    spacing: tuple[float, float, float]
+    slices: Literal["sagittal", "coronal", "axial"]
+    """The planes that a 2D network sees: those across the coarsest axis."""
+    patch_size: Size
+    batch_size: int
+    channels: tuple[int, ...]
+    """Widths of the levels, finest first."""
+    strides: tuple[Size, ...]
+    """Of each step down."""
+    kernels: tuple[Size, ...]
+    """Of each level."""
+    normalisation: tuple[ChannelNormalisation, ...]
+    batch_dice: bool
+    separate_z: bool
+    low_resolution: "Plan | None"
+    reasons: dict[str, str]
+    """For each value, one sentence on why it is what it is."""
+
+
+class Fit(NamedTuple):
+    """The patch, network and batch that a budget allows."""
+
+    topology: Topology
+    channels: tuple[int, ...]
+    batch_size: int
+    reasons: dict[str, str]
+
+
+def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
+    """nnU-Net's own plan: the largest patch, then the largest batch, that the memory allows."""
+    return _plan(numbers, spatial_dims, lambda setting: _fit_memory(setting, gigabytes))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many training steps are wanted before the time goes into something better.
+
+    More steps of little teach more than few steps of much, up to a point.
+    """
+
+    for_batch: int
+    """Patches beside the least are given up for these."""
+    for_width: int
+    """Channels are given up for these."""
+    for_patch: int
+    """What a patch shows of an image is given up for these alone."""
+
+
+def plan_for_time(
+    numbers: Numbers,
+    *,
+    spatial_dims: int,
+    minutes: float,
+    steps: Steps,
+    multiply_adds_per_second: float,
+    gigabytes: float = 8.0,
+) -> Plan:
+    """The plan for that memory, made smaller until so many training steps fit into the minutes.
+
+    First the batch is made smaller, then the network narrower, and at last the patch smaller; how
+    many steps each is given up for, `steps` says. If the smallest of all takes longer still, it is
+    what is given, and its reasons say so. Only the convolutions of training are counted, not
+    preparation, validation or augmentation.
+    """
+    total = minutes * 60 * multiply_adds_per_second
+
+    def fit(setting: Setting) -> Fit:
+        return _fit_time(setting, gigabytes, total, steps)
+
+    return _plan(numbers, spatial_dims, fit)
+
+
+def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
+    num_axes = len(setting.spacing)
+    scale = gigabytes / REFERENCE_GIGABYTES
+    budget = REFERENCE_ACTIVATIONS[num_axes] * REFERENCE_BATCH[num_axes] * scale
+    first = topology(setting.spacing, initial_patch(setting.spacing, setting.median))
+    for candidate in shrinking(setting, first):
+        channels = widths(len(candidate.kernels), spatial_dims=num_axes)
+        cost = activations(
+            channels=channels,
+            strides=candidate.strides,
+            patch_size=candidate.patch_size,
+            num_classes=setting.num_classes,
+        )
+        if cost * SMALLEST_BATCH <= budget:
+            break
+    patch = candidate.patch_size
+    covered = setting.dataset_voxels * LARGEST_SHARE / math.prod(patch)
+    verb = "hold" if cost * SMALLEST_BATCH <= budget else "should hold only"
+    shrunk = "" if candidate == first else f", shrunk from {_size(first.patch_size)}"
+    reasons = {
+        "patch_size": f"The median image is {_size(setting.median)}, padded to multiples of "
+        f"{_size(candidate.divisor)}{shrunk}: {SMALLEST_BATCH} patches make "
+        f"{SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
+        f"{budget / 1e6:.4g} million.",
+        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
+        f"voxels are {covered:.4g}, and a batch is {SMALLEST_BATCH} at least.",
+        "channels": f"{channels[0]} at the finest of {len(channels)} levels, doubled at each step, "
+        f"and {WIDEST[num_axes]} at most.",
+    }
+    batch = largest_batch(budget, cost, patch, setting.dataset_voxels)
+    return Fit(candidate, channels, batch, reasons)
+
+
+def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
+    """What fits into so many multiply-adds in all."""
+    start = _fit_memory(setting, gigabytes)
+
+    def cost(candidate: Topology, channels: Sequence[int]) -> int:
+        """Multiply-adds of one patch in a training step: forward once and backward twice."""
+        return 3 * multiply_adds(
+            channels=channels,
+            strides=candidate.strides,
+            kernels=candidate.kernels,
+            patch_size=candidate.patch_size,
+            in_channels=setting.in_channels,
+            num_classes=setting.num_classes,
+        )
+
+    def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
+        num_levels = len(candidate.kernels)
+        return widths(num_levels, spatial_dims=len(setting.spacing), start=width)
+
+    chosen, batch = start.topology, start.batch_size
+    affordable = int(total / steps.for_batch // cost(chosen, start.channels))
+    batch = max(min(batch, affordable), SMALLEST_BATCH)
+    for width in START_WIDTHS:
+        channels = narrowed(chosen, width)
+        if batch * cost(chosen, channels) <= total / steps.for_width:
+            break
+    for chosen in shrinking(setting, start.topology):
+        channels = narrowed(chosen, channels[0])
+        if batch * cost(chosen, channels) <= total / steps.for_patch:
+            break
+    needed = batch * cost(chosen, channels)
+    budget = (
+        f"a step takes {needed / 1e9:.3g} billion multiply-adds, and the time allows "
+        f"{total / needed:,.0f} of them"
+    )
+    if needed > total / steps.for_patch:
+        budget += ", fewer than wanted, but there is nothing smaller"
+    patch = _size(chosen.patch_size)
+    reasons = dict(start.reasons)
+    if channels != start.channels:
+        reasons["channels"] = f"Narrowed from {start.channels[0]} to {channels[0]}: {budget}."
+    if batch != start.batch_size:
+        reasons["batch_size"] = (
+            f"Made smaller, from {start.batch_size} to {batch}: that gives time for more steps."
+        )
+    if chosen != start.topology:
+        whole = _size(start.topology.patch_size)
+        reasons["patch_size"] = f"Shrunk from {whole} to {patch}: {budget}."
+    return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})
+
+
+def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) -> Plan:
+    spacing = target_spacing(numbers.spacings, numbers.shapes)
+    shape = median_shape(numbers.spacings, numbers.shapes, spacing)
+    coarsest = coarsest_axis(spacing)
+    axes = [axis for axis in range(3) if spatial_dims == 3 or axis != coarsest]
+    setting = Setting(
+        spacing=tuple(spacing[axis] for axis in axes),
+        median=tuple(shape[axis] for axis in axes),
+        dataset_voxels=math.prod(shape) * len(numbers.shapes),
+        in_channels=len(numbers.channels),
+        num_classes=numbers.num_classes,
+        last_to_yield=coarsest if spatial_dims == 3 else None,
+    )
+    fitted = fit(setting)
+    low, why_low = None, "A 2D network sees planes at one resolution."
+    if spatial_dims == 3:
+        low, why_low = _low_resolution(numbers, setting, fitted, fit)
+    pooled = spatial_dims == 2 or low is not None
+    median = _median_spacing(numbers)
+    why_spacing = f"{_size(median)} mm is the median of {len(numbers.spacings)} cases"
+    if spacing != median:
+        why_spacing += (
+            f"; along {'xyz'[coarsest]}, over {ANISOTROPY:g} times as coarse and of under a third "
+            f"of the voxels, the 10th percentile is taken, {spacing[coarsest]:.4g} mm"
+        )
+    reasons = {
+        "spacing": f"{why_spacing}.",
+        "slices": f"No axis is coarser than {'xyz'[coarsest]} at {_size(spacing)} mm.",
+        "low_resolution": why_low,
+        "batch_dice": (
+            "A patch holds little of an image, so that Dice is steadier over the whole batch."
+            if pooled
+            else "A patch holds enough of an image for a Dice of its own."
+        ),
+    }
+    return _assembled(numbers, spacing, fitted, pooled, low, reasons)
+
+
+def _low_resolution(
+    numbers: Numbers, full: Setting, fitted: Fit, fit: Callable[[Setting], Fit]
+) -> tuple[Plan | None, str]:
+    """The plan at the first coarser spacing whose patch holds enough of the median image."""
+    whole = voxels = math.prod(full.median)
+    share = math.prod(fitted.topology.patch_size) / whole
+    seen = f"The patch holds {share:.3g} of the median image's voxels"
+    spacing, coarse = full.spacing, fitted
+    while needs_low_resolution(coarse.topology.patch_size, voxels):
+        spacing = coarser(spacing)
+        shape = [f / s * n for f, s, n in zip(full.spacing, spacing, full.median, strict=True)]
+        voxels = math.prod(shape)
+        setting = replace(
+            full,
+            spacing=spacing,
+            median=tuple(max(round(n), 1) for n in shape),
+            dataset_voxels=voxels * len(numbers.shapes),
+        )
+        coarse = fit(setting)
+    if coarse is fitted:
+        return None, f"{seen}, and {LEAST_COVERED:g} would do."
+    enough = f"at {_size(spacing)} mm it holds enough"
+    if whole / voxels < 2:
+        return None, f"{seen}, but {enough}, which would save under half of them."
+    reasons = {
+        "spacing": f"{seen} at {_size(full.spacing)} mm; {enough}.",
+        "slices": f"They are those of {_size(full.spacing)} mm.",
+        "low_resolution": "This plan is that of low resolution.",
+        "batch_dice": "A patch holds enough of an image for a Dice of its own.",
+    }
+    x, y, z = spacing
+    low = _assembled(numbers, (x, y, z), coarse, False, None, reasons)
+    why = f"{seen}, under {LEAST_COVERED:g}; {enough}."
+    return replace(low, slices=PLANES[coarsest_axis(full.spacing)]), why
+
+
+def _assembled(
+    numbers: Numbers,
+    spacing: tuple[float, float, float],
+    fitted: Fit,
+    batch_dice: bool,
+    low_resolution: Plan | None,
+    reasons: dict[str, str],
+) -> Plan:
+    chosen = fitted.topology
+    current = _median_spacing(numbers)
+    ratios = [max(each) / min(each) for each in (current, spacing)]
+    share = float(np.median(numbers.box_shares))
+    num_flat = sum(1 in kernel for kernel in chosen.kernels)
+    return Plan(
+        spatial_dims=len(chosen.patch_size),
+        spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
+        slices=PLANES[coarsest_axis(spacing)],
+        patch_size=chosen.patch_size,
+        batch_size=fitted.batch_size,
+        channels=fitted.channels,
+        strides=chosen.strides,
+        kernels=chosen.kernels,
+        normalisation=normalisations(numbers),
+        batch_dice=batch_dice,
+        separate_z=separate_axis(current, spacing) is not None,
+        low_resolution=low_resolution,
+        reasons={
+            "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
+            f"{SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
+            "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
+            f"coarse as the finest, along which they do not look.",
+            "normalisation": f"Channels are {', '.join(numbers.channels)}, and the body's box "
+            f"holds {share:.3g} of the volume in the median (zeros are left out under 0.75).",
+            "separate_z": f"The coarsest spacing is {ratios[0]:.3g} times the finest in the median "
+            f"case and {ratios[1]:.3g} times in the target; one axis alone over {ANISOTROPY:g} "
+            f"times would be resampled apart, by the nearest slice.",
+            **fitted.reasons,
+            **reasons,
+        },
+    )
+
+
+def _median_spacing(numbers: Numbers) -> tuple[float, float, float]:
+    x, y, z = np.median(np.array(numbers.spacings, float), axis=0).tolist()
+    return x, y, z
+
+
+def _size(numbers: Lengths) -> str:
+    return "x".join(f"{number:.4g}" for number in numbers)

@@ -1,0 +1,1 @@
+"""The machine: resources, speed, processes, signals, progress."""

@@ -1,0 +1,108 @@
+"""How fast this machine's processor trains, and in which precision: what time is planned by."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.io.atomic import write_json
+from segkit.io.safe_text import read_json_object
+from segkit.nn.losses import deep_dice_cross_entropy
+from segkit.nn.normalisation import channels_last
+from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.unet import UNet
+from segkit.planning.nnunet_rules import multiply_adds
+
+PROCESSORS = Path("/proc/cpuinfo")
+CHANNELS = (16, 32, 64)
+PATCH = (32, 32, 32)
+BATCH = 2
+
+
+def half_pays() -> bool:
+    """Whether bfloat16 is the faster precision here: where the cores have matrix units for it.
+
+    With them (Intel's AMX) a step takes half the time of single precision; without them, 40 times.
+    """
+    # Not in every version of torch; without it, single precision is the safe answer.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+def step_seconds(
+    network: SegmentationNetwork, image: Tensor, label: Tensor, *, half: bool, repeats: int = 5
+) -> float:
+    """Seconds of a training step, of its network and optimiser: the median, after one to warm up.
+
+    The network's weights are put into the order that training puts them in.
+    """
+    channels_last(network)
+    optimiser = torch.optim.AdamW(network.parameters())
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            levels = network.train().supervised(image).levels
+        deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def measured_once(file: Path, figure: Mapping[str, Any], measure: Callable[[], float]) -> float:
+    """A figure of this processor, measured once and kept in a JSON file, so that plans agree.
+
+    It is known by what it is a figure of, by the processor, by torch and by its threads.
+    """
+    about = {
+        "figure": figure,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    about = json.loads(json.dumps(about))  # a tuple comes back as a list
+    try:
+        known = read_json_object(file)["measured"]
+        found = [float(entry["value"]) for entry in known if entry["of"] == about]
+    except (OSError, ValueError, KeyError, TypeError):
+        known, found = [], []
+    if not found or not found[0] > 0:
+        found = [measure()]
+        write_json(file, {"measured": [*known, {"of": about, "value": found[0]}]})
+    return found[0]
+
+
+def _processor() -> str:
+    """The processor's name, or else its kind."""
+    try:
+        lines = PROCESSORS.read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def multiply_adds_per_second() -> float:
+    """What a small U-Net's training steps reach on this CPU, in the precision that pays."""
+    steps: Sequence[tuple[int, int, int]] = ((2, 2, 2),) * (len(CHANNELS) - 1)
+    network = UNet(3, 1, out_channels=3, channels=CHANNELS, strides=steps)
+    image, label = torch.randn(BATCH, 1, *PATCH), torch.zeros(BATCH, *PATCH, dtype=torch.long)
+    per_step = (
+        3
+        * BATCH
+        * multiply_adds(
+            channels=CHANNELS,
+            strides=steps,
+            kernels=((3, 3, 3),) * len(CHANNELS),
+            patch_size=PATCH,
+            in_channels=1,
+            num_classes=3,
+        )
+    )
+    return per_step / step_seconds(network, image, label, half=half_pays())

@@ -1,0 +1,259 @@
+"""`segkit train --folds`: nnU-Net's folds in turn, and what all of them say together.
+
+runs/<name>/cross_validation.json   fold_0/ … fold_4/   summary.json
+
+Each fold is a run of its own. Every case is held out by one of them, so that together they tell the
+Dice of cases that were not trained on, and by it whether to keep largest components alone.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float64
+from lightning.pytorch.callbacks import Callback
+from numpy import ndarray
+from pydantic import Field
+
+from segkit.config.base import Section
+from segkit.config.load import validated
+from segkit.config.training import Config, Postprocessing
+from segkit.data.dataset import fold_of, read_dataset
+from segkit.data.preprocess import median_spacing
+from segkit.errors import ConfigError, SegkitError
+from segkit.evaluation.overlap import mean_of_defined
+from segkit.inference.postprocess import Decision, class_means, decide
+from segkit.io.atomic import write_json
+from segkit.io.safe_text import read_json_object
+from segkit.io.volume import read_grid
+from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
+from segkit.system.signals import advising
+from segkit.training import fit as training
+from segkit.training.resolve import Track
+from segkit.training.run_folder import claimed, new_run_folder
+
+RECORD = "cross_validation.json"
+
+DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
+"""By case, then by class; none where a class is in neither prediction nor reference."""
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """A finished cross-validation: its folder, and what `summary.json` holds."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    def post_processing(self) -> str:
+        """A sentence on what is adopted, and its Dice."""
+        adopted = self.summary["postprocessing"]
+        parts = ["the whole foreground"] if adopted["largest_foreground"] else []
+        parts += adopted["largest_of"]
+        if not parts:
+            return "post-processing: none, as keeping largest components alone raises no Dice"
+        dice = adopted["adopted"]["mean_dice"]
+        return f"post-processing: largest component of {', '.join(parts)}; mean Dice {dice:.3f}"
+
+
+class Record(Section):
+    """What a cross-validation goes on by after a stop; the content of `cross_validation.json`."""
+
+    folds: Annotated[list[Annotated[int, Field(ge=0, le=4)]], Field(min_length=1)]
+    config: Config
+    """Of each fold, but for its name and `data.fold`."""
+
+
+def cross_validate(
+    config: Config,
+    folds: Sequence[int],
+    *,
+    runs: Path = Path("runs"),
+    say: Callable[[str], None] = lambda text: None,
+    callbacks: Sequence[Callback] = (),
+    track: Track = lambda cases, what, count: cases,
+) -> CrossValidation:
+    """Train folds, 0 to 4, in turn, and write the folder of a new cross-validation.
+
+    All folds share one spacing, the median of every case's where the config gives none. `say` takes
+    a line before each fold; `callbacks` and `track` are those of `training.train`. Raises
+    SegkitError as that does, for fewer cases than folds, and for more than one process.
+    """
+    if config.data.fold is not None:
+        raise ConfigError(
+            f"data.fold is {config.data.fold}, but --folds names the folds to train; give one"
+        )
+    devices = config.trainer.devices
+    if config.trainer.num_nodes != 1 or not (
+        devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    ):
+        raise ConfigError(
+            f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
+            f"train each fold as a run of its own by data.fold"
+        )
+    dataset = read_dataset(config.data.folder, config.data.files)
+    for fold in folds:
+        fold_of(dataset, fold)
+    spacing = config.data.spacing or median_spacing(
+        [read_grid(case.label) for case in dataset.cases]
+    )
+    shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
+    data = config.data.model_copy(update=shared)
+    config = training.with_whole_paths(config.model_copy(update={"data": data}))
+    record = Record(folds=sorted(set(folds)), config=config)
+    folder = new_run_folder(runs, config.name)
+    try:
+        with claimed(folder), advising(_how_to_go_on(folder)):
+            return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+    except SegkitError:
+        if not any(folder.glob(f"{FOLD}*")):
+            shutil.rmtree(folder)
+        raise
+
+
+def resume(
+    folder: Path,
+    folds: Sequence[int] = (),
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    callbacks: Sequence[Callback] = (),
+    track: Track = lambda cases, what, count: cases,
+) -> CrossValidation:
+    """Go on with what is missing of a cross-validation, and with more folds where named.
+
+    Raises ConfigError where nothing is missing, and whatever `cross_validate` raises.
+    """
+    source = folder / RECORD
+    record = validated(Record, _read(source), str(source))
+    record = record.model_copy(update={"folds": sorted({*record.folds, *folds})})
+    if (folder / SUMMARY).is_file() and all(
+        (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
+    ):
+        raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
+    with claimed(folder), advising(_how_to_go_on(folder)):
+        return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+
+
+def is_cross_validation(folder: Path) -> bool:
+    """Whether a folder is a cross-validation's, finished or not."""
+    return (folder / RECORD).is_file()
+
+
+def _go_on(
+    folder: Path,
+    record: Record,
+    *,
+    say: Callable[[str], None],
+    callbacks: Sequence[Callback],
+    track: Track,
+) -> CrossValidation:
+    (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
+    write_json(folder / RECORD, record.model_dump(mode="json"))
+    for number, fold in enumerate(record.folds, start=1):
+        run = _fold(folder, fold)
+        if (run / SUMMARY).is_file():
+            continue
+        say(f"fold {fold}, {number} of {len(record.folds)}")
+        if run.exists():
+            training.resume(run, callbacks=callbacks, track=track)
+        else:
+            data = record.config.data.model_copy(update={"fold": fold})
+            config = record.config.model_copy(update={"name": run.name, "data": data})
+            training.train(config, runs=folder, callbacks=callbacks, track=track)
+    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
+    models = [_fold(folder, fold) / "model" for fold in record.folds]
+    summary = summarise(folder.name, summaries)
+    labels = load_description(models[0]).labels
+    adopted = Postprocessing(
+        largest_foreground=summary["postprocessing"]["largest_foreground"],
+        largest_of=tuple(labels[name] for name in summary["postprocessing"]["largest_of"]),
+    )
+    for model in models:
+        adopt(model, adopted)
+    write_json(folder / SUMMARY, summary)
+    return CrossValidation(folder, summary)
+
+
+def summarise(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the summaries of folds say together; their cases are pooled.
+
+    Under `validation` the Dice of labels as predicted, as a run's summary has it; under
+    `postprocessing` what is adopted, and the evidence; regions, which overlap, have none.
+    """
+    scores = {fold: summary["validation"] for fold, summary in folds.items()}
+    first = next(iter(scores.values()))
+    classes = list(first["dice"])
+    dice_of_cases = _pooled(validation["dice_of_cases"] for validation in scores.values())
+    raw = _table(dice_of_cases, classes)
+    after = {
+        operation: _table(
+            _pooled(validation["dice_of_cases_after"][operation] for validation in scores.values()),
+            classes,
+        )
+        for operation in first.get("dice_of_cases_after", {})
+    }
+    decision = decide(raw, after) if after else Decision(False, ())
+    return {
+        "run": name,
+        "steps": sum(summary["steps"] for summary in folds.values()),
+        "seconds_of_training": round(
+            sum(summary["seconds_of_training"] for summary in folds.values()), 1
+        ),
+        "validation": {
+            "note": "every case by the fold that held it out, before post-processing",
+            "cases": len(raw),
+            **_means(raw, classes),
+            "dice_of_cases": dice_of_cases,
+        },
+        "folds": {
+            str(fold): {
+                "steps": summary["steps"],
+                "seconds_of_training": summary["seconds_of_training"],
+                **{key: scores[fold][key] for key in ("cases", "dice", "mean_dice")},
+            }
+            for fold, summary in folds.items()
+        },
+        "postprocessing": {
+            "note": "adopted where it raises the Dice of the cases above (Isensee et al. 2021)",
+            "largest_foreground": decision.largest_foreground,
+            "largest_of": [classes[column] for column in decision.largest_of],
+            "adopted": _means(decision.dice(raw, after) if after else raw, classes),
+            "after": {operation: _means(table, classes) for operation, table in after.items()},
+        },
+        "versions": training.versions(),
+    }
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"segkit train --resume {folder} goes on from there"
+
+
+def _fold(folder: Path, fold: int) -> Path:
+    return folder / f"{FOLD}{fold}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:
+    return {case: dice for fold in folds for case, dice in fold.items()}
+
+
+def _table(cases: DiceOfCases, classes: Sequence[str]) -> Float64[ndarray, "case classes"]:
+    """JSON's null is not a number."""
+    return np.array([[dice[name] for name in classes] for dice in cases.values()], np.float64)
+
+
+def _means(table: Float64[ndarray, "case classes"], classes: Sequence[str]) -> dict[str, Any]:
+    means = class_means(table)
+    return {
+        "dice": dict(zip(classes, means.tolist(), strict=True)),
+        "mean_dice": mean_of_defined(means),
+    }

@@ -1,0 +1,205 @@
+"""`segkit train --dry-run`: a training told before it begins, by two of its steps.
+
+They are real ones, on the device, with the whole config but for a few cases in place of all; what
+they write goes to a folder that is gone afterwards. The first step wakes the libraries, the second
+is measured.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Timer
+
+from segkit.config.training import Config, ModelDescription
+from segkit.data.dataset import read_dataset
+from segkit.data.preprocess import median_spacing
+from segkit.errors import TrainingError
+from segkit.io.volume import read_grid
+from segkit.model.build import volume_patch
+from segkit.system.estimates import margin_of, memory_of_step
+from segkit.system.resources import peak_of_process
+from segkit.system.signals import advising
+from segkit.training.fit import precision, train
+from segkit.training.memory import StepMemory, in_words
+from segkit.training.resolve import Track, check_images, split_of
+from segkit.training.time_limit import finish, too_slow
+from segkit.training.trackers import check_installed
+
+STEPS = 2
+CASES = 2
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a training will be and what its steps take."""
+
+    config: Config
+    description: ModelDescription
+    cut_size: tuple[int, ...]
+    training_cases: int
+    held_out: int
+    parameters: int
+    precision: str
+    device: str
+    estimate: StepMemory
+    peak: int | None
+    """Bytes: of a GPU's memory, or of the process where there is none; None where untold."""
+    before: int
+    """Bytes of the process's peak before the first step; 0 on a GPU."""
+    seconds: float
+    loss: float
+
+    @property
+    def fitting(self) -> int | None:
+        """Steps that fit into `trainer.max_time`, validations aside; None where it is not set."""
+        if self.config.trainer.max_time is None:
+            return None
+        limit = Timer(duration=self.config.trainer.max_time).time_remaining()
+        assert limit is not None
+        return max(int(limit / self.seconds), 1)
+
+    def lines(self) -> list[str]:
+        """All of it in words, a line each."""
+        data, schedule = self.config.data, self.config.train
+        patch = volume_patch(self.description)
+        cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} to be turned"
+        every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
+        total = timedelta(seconds=round(self.seconds * schedule.steps))
+        measured = "the peak is not measured on this system"
+        if self.peak is not None and self.before:
+            measured = (
+                f"the process's peak {in_words(self.peak)}, of which {in_words(self.before)} "
+                f"before the first step"
+            )
+        elif self.peak is not None:
+            measured = f"{in_words(self.peak)} of the GPU's memory at the peak"
+        told = [
+            f"{self.config.name}: {self.training_cases} cases of {data.folder} to train on, "
+            f"{self.held_out} held out; labels {', '.join(self.description.labels)}",
+            f"spacing {_size(self.description.spacing)} mm; patches of {_size(patch)} voxels{cut}; "
+            f"batches of {data.batch_size}",
+            f"network: {self.parameters:,} parameters, channels "
+            f"{', '.join(map(str, self.description.network.channels))}",
+            f"{schedule.steps} steps of {schedule.optimiser}, {every}; {self.precision} on "
+            f"{self.device}",
+            f"memory of a step, estimated: {self.estimate}",
+            f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
+            f"{schedule.steps} steps would take {total}, validations aside",
+        ]
+        if self.fitting is not None and self.fitting < schedule.steps:
+            told.append(too_slow(self.seconds, self.fitting, schedule.steps))
+        return told
+
+
+class Stopwatch(Callback):
+    """Times the last step, and reads the peak of memory after it."""
+
+    def __init__(self) -> None:
+        self.started = self.seconds = 0.0
+        self.loss = float("nan")
+        self.device = torch.device("cpu")
+        self.before = 0
+        self.peak: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note what was taken before."""
+        self.device = pl_module.device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.before = peak_of_process() or 0
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A step and what came before it, such as cutting its patches, is done."""
+        finish(self.device)
+        now = time.perf_counter()
+        self.seconds, self.started = now - self.started, now
+        self.loss = float(outputs["loss"])
+        self.peak = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else peak_of_process()
+        )
+
+
+def rehearse(config: Config, *, track: Track = lambda cases, what, count: cases) -> Rehearsal:
+    """Train for two steps on two cases and say what they took; nothing is left of it.
+
+    Raises SegkitError as training would, and where a GPU's memory is too small.
+    """
+    check_installed(config.trainer.loggers)
+    dataset = read_dataset(config.data.folder, config.data.files)
+    train_cases, held_out = split_of(dataset, config)
+    check_images(config, dataset, train_cases, held_out)
+    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, advising("nothing is left of it"):
+        try:
+            run = train(
+                shortened(config, spacing, Path(folder) / "cache"),
+                runs=Path(folder),
+                callbacks=[watch],
+                track=track,
+                dataset=replace(dataset, cases=train_cases[:CASES]),
+            )
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"a step on batches of {config.data.batch_size} patches of "
+                f"{_size(config.data.patch_size)} does not fit into the GPU's memory; lower "
+                f"data.batch_size, data.patch_size or network.channels"
+            ) from None
+    description, asked = run.model.description, str(precision(config))
+    margin = margin_of(config, description)
+    return Rehearsal(
+        config=config,
+        description=description,
+        cut_size=tuple(n + 2 * m for n, m in zip(volume_patch(description), margin, strict=True)),
+        training_cases=len(train_cases),
+        held_out=len(held_out),
+        parameters=run.summary["parameters"],
+        precision=asked,
+        device=str(watch.device),
+        estimate=memory_of_step(config, description, half=asked.startswith(("16", "bf16"))),
+        peak=watch.peak,
+        before=watch.before,
+        seconds=watch.seconds,
+        loss=watch.loss,
+    )
+
+
+def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
+    """The config of so few steps that nothing but their number and what follows them differs."""
+    changes: dict[str, dict[str, Any]] = {
+        "data": {
+            "spacing": spacing,
+            "validation": 0.0,
+            "fold": None,
+            "cache": cache,
+            "workers": 0,
+        },
+        "train": {"steps": STEPS, "validate_every": STEPS, "patience": None, "pictures": 0},
+        "trainer": {"max_time": None, "loggers": []},
+    }
+    return config.model_copy(
+        update={
+            name: getattr(config, name).model_copy(update=section)
+            for name, section in changes.items()
+        }
+    )
+
+
+def _size(numbers: tuple[float, ...] | list[int]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)

@@ -1,0 +1,99 @@
+"""Dice of whole held-out cases on their own grids: what a run says of itself."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from numpy import ndarray
+
+from segkit.config.labels import Labelling
+from segkit.data.dataset import Case, Dataset, read_case
+from segkit.evaluation.overlap import Overlap, confusion_matrix, mean_of_defined
+from segkit.inference.postprocess import Operation, class_means
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import read_volume
+from segkit.model.folder import Model
+from segkit.training.resolve import Track
+
+
+def score(
+    model: Model,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+    *,
+    device: str = "auto",
+    first_labels: Mapping[str, Path] | None = None,
+    operations: Mapping[str, Operation] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
+
+    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    `first_labels` are files with the labels that a first stage gives each case: those of its models
+    that held the case out, where the whole first stage would do better than on a new case.
+    Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
+    `dice_of_cases_after`: all that a cross-validation must know to adopt one.
+    """
+    predictor = Predictor(model, device=device)
+    labelling = dataset.labelling
+    names = list(labelling.members)
+    dice: dict[str, list[float]] = {}
+    after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
+    told_right: list[list[bool]] = []
+    for case in track(cases, "scoring", len(cases)):
+        image, label = read_case(case, dataset)
+        known = read_volume(first_labels[case.name]) if first_labels else None
+        prediction = predictor(image, first_labels=known)
+        if prediction.presence is not None:
+            told_right.append(
+                [
+                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
+                    for name, numbers in labelling.members.items()
+                ]
+            )
+        dice[case.name] = dice_of(prediction.labels.data, label.data, labelling)
+        for name, operation in operations.items():
+            treated = operation(prediction.labels.data)
+            after[name][case.name] = dice_of(treated, label.data, labelling)
+    table = np.array(list(dice.values())).reshape(len(dice), len(names))
+    means = class_means(table)
+
+    def told_by_name(rows: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+        return {case: dict(zip(names, row, strict=True)) for case, row in rows.items()}
+
+    more: dict[str, Any] = {}
+    if told_right:
+        shares = np.mean(told_right, axis=0).tolist()
+        more["presence_accuracy"] = dict(zip(names, shares, strict=True))
+    if after:
+        more["dice_of_cases_after"] = {name: told_by_name(rows) for name, rows in after.items()}
+    return {
+        "cases": len(cases),
+        "dice": dict(zip(names, means.tolist(), strict=True)),
+        "mean_dice": mean_of_defined(means),
+        "dice_of_cases": told_by_name(dice),
+        **more,
+    }
+
+
+def dice_of(
+    prediction: Integer[ndarray, "*space"],
+    reference: Integer[ndarray, "*space"],
+    labelling: Labelling,
+) -> list[float]:
+    """The Dice of each class but the background, or of each region; NaN of one that is in neither.
+
+    Voxels that the reference ignores do not count.
+    """
+    matrix = confusion_matrix(
+        torch.from_numpy(prediction.astype(np.int64)),
+        torch.from_numpy(reference.astype(np.int64)),
+        len(labelling.value_names),
+    )
+    overlap = Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
+    dice: list[float] = overlap.dice.tolist()
+    return dice

@@ -1,0 +1,73 @@
+"""How a training shows that it goes on."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from segkit.system.progress import SECONDS_BETWEEN_LINES, bars
+
+
+class TrainingProgress(Callback):
+    """Steps, loss, and a line for each validation."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.display = bars(console)
+        self.task: Any = None
+        self.started = self.last = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start counting."""
+        if not trainer.is_global_zero:
+            return
+        self.started = self.last = time.monotonic()
+        if self.task is not None:  # that of the fold before
+            self.display.remove_task(self.task)
+        self.display.start()
+        self.task = self.display.add_task("training", total=trainer.max_steps)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """One step on."""
+        if self.task is None:
+            return
+        now = time.monotonic()
+        self.display.update(self.task, completed=trainer.global_step)
+        if now - self.last > SECONDS_BETWEEN_LINES:
+            self.last = now
+            loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+            self.display.update(self.task, description=f"training, loss {loss:.3f}")
+            if not self.console.is_terminal:
+                self._line(trainer, f"loss {loss:.3f}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What the held-out cases say."""
+        dice = trainer.callback_metrics.get("validation/dice")
+        if self.task is not None and dice is not None:
+            self._line(trainer, f"mean Dice of held-out cases {float(dice):.3f}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the bar away."""
+        self.display.stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Take the bar away, so that what is said next can be read."""
+        self.display.stop()
+
+    def _line(self, trainer: L.Trainer, text: str) -> None:
+        seconds = time.monotonic() - self.started
+        self.console.print(
+            f"step {trainer.global_step} of {trainer.max_steps}, {seconds:.0f} s: {text}",
+            highlight=False,
+        )

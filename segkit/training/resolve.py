@@ -1,0 +1,111 @@
+"""What a config leaves open, settled by the dataset that it names."""
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+
+import numpy as np
+
+from segkit.config.training import Config, CtWindow, ModelDescription, Normalisation, ZScore
+from segkit.data.dataset import Case, Dataset, fold_of, read_case, split
+from segkit.data.preprocess import foreground_statistics, median_spacing
+from segkit.errors import ConfigError, DatasetError
+from segkit.io.volume import read_grid
+
+Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
+
+
+def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to train on and those held out."""
+    if config.data.fold is not None:
+        return fold_of(dataset, config.data.fold)
+    return split(dataset, config.data.validation, config.train.seed)
+
+
+def describe(
+    config: Config, dataset: Dataset, train_cases: Sequence[Case], track: Track
+) -> ModelDescription:
+    """What the model will be, with spacing and normalisation settled by the training cases."""
+    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
+    settings: list[Normalisation] = [
+        config.data.normalisation or (CtWindow() if name.lower() == "ct" else ZScore())
+        for name in dataset.channels
+    ]
+    return ModelDescription(
+        segkit=version("segkit"),
+        run=config.name,
+        channels=list(dataset.channels),
+        labels=dataset.labels,
+        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
+        ignore=dataset.ignore,
+        codes=dataset.codes,
+        network=config.network,
+        spacing=spacing,
+        interpolation=config.data.interpolation,
+        normalisation=_measured(settings, dataset, train_cases, track),
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+    )
+
+
+def check_images(
+    config: Config, dataset: Dataset, train_cases: Sequence[Case], held_out: Sequence[Case]
+) -> None:
+    """Cases without an image can be trained on by synthesis alone, and never scored.
+
+    Raises DatasetError or ConfigError, in one sentence.
+    """
+    needed = held_out if config.data.synthesis else (*train_cases, *held_out)
+    for case in needed:
+        if not case.images:
+            raise DatasetError(
+                f"{dataset.folder}: case {case.name} has no image; give it one, or train on it by "
+                f"data.synthesis and hold out others by data.validation"
+            )
+    if config.data.synthesis and len(dataset.channels) > 1:
+        raise ConfigError(
+            f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
+        )
+
+
+def _measured(
+    settings: Sequence[Normalisation],
+    dataset: Dataset,
+    cases: Sequence[Case],
+    track: Track,
+) -> list[Normalisation]:
+    """The settings, with what a CT window lacks read off the foreground of the cases."""
+    if not any(_incomplete(setting) for setting in settings):
+        return list(settings)
+    foreground: list[list[np.ndarray]] = [[] for _ in settings]
+    random = np.random.default_rng(1234)
+    per_case = max(10_000_000 // len(cases), 1000)
+    for case in track(cases, "measuring intensities", len(cases)):
+        image, label = read_case(case, dataset)
+        for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
+            inside = values[dataset.foreground(label.data)]
+            if len(inside) > per_case:
+                inside = random.choice(inside, per_case)
+            foreground[channel].append(inside.astype(np.float64))
+    measured: list[Normalisation] = []
+    for setting, parts in zip(settings, foreground, strict=True):
+        values = np.concatenate(parts)
+        if not isinstance(setting, CtWindow) or not _incomplete(setting):
+            measured.append(setting)
+            continue
+        if not len(values):
+            raise ConfigError("data.normalisation: no case has foreground; give the CT window")
+        statistics = dict(
+            zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
+        )
+        given = setting.model_dump(exclude_none=True)
+        measured.append(CtWindow.model_validate({**statistics, **given}))
+    return measured
+
+
+def _incomplete(setting: Normalisation) -> bool:
+    return isinstance(setting, CtWindow) and None in (
+        setting.lower,
+        setting.upper,
+        setting.mean,
+        setting.std,
+    )

@@ -1,0 +1,195 @@
+"""A run's folder: made once, gone on with after a stop, and logged into.
+
+runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   samples/   summary.json
+"""
+
+import csv
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import nn
+
+from segkit.errors import ConfigError
+from segkit.io.atomic import whole
+from segkit.io.safe_text import read_text
+from segkit.model.folder import SUMMARY
+from segkit.training.csv_logger import MetricsFile
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG = "config.yaml"
+LAST = "last.ckpt"
+METRICS = "metrics.csv"
+CHECKPOINT_KEYS = {
+    "epoch",
+    "global_step",
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+}
+UNREADABLE = (
+    pickle.UnpicklingError,  # what is no plain data, among others
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
+"""What torch raises for a file that is no checkpoint."""
+SECOND_STAGE = "second_stage.yaml"
+"""In the run of a first stage: the config that is trained after it."""
+
+logger = logging.getLogger(__name__)
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """A folder `runs/<name>` that did not exist before; a number follows where one does."""
+    for number in range(1, 1_000_000):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made: {error}; choose another folder") from None
+        return folder
+    raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
+
+
+def stopped_run(folder: Path) -> Path:
+    """The folder of a run that can be resumed. Raises ConfigError where it cannot."""
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder}: expected a run with its {CONFIG}, found none; check the path")
+    if (folder / SUMMARY).is_file():
+        raise ConfigError(f"{folder}: is finished already; its model is {folder / 'model'}")
+    return folder
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, until the block or the process ends.
+
+    Raises ConfigError where another has it. On a file system that knows no locks none has.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another process trains in it; wait for its end, or stop it"
+            ) from None
+        except OSError as error:
+            logger.info("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(handle)
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The last checkpoint of a run; None of one that was stopped before its first."""
+    path = folder / LAST
+    return path if path.is_file() else None
+
+
+def check_checkpoint(folder: Path, module: nn.Module) -> None:
+    """Raise ConfigError unless the last checkpoint of a run, if it has one, is of this module.
+
+    Lightning would go on with whatever it finds, or end in a traceback.
+    """
+    path = checkpoint_of(folder)
+    if path is None:
+        return
+    content = _read_checkpoint(path)
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    weights = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        fits = {name: value.shape for name, value in content["state_dict"].items()} == expected
+        for optimiser in content["optimizer_states"]:
+            fits &= sum(len(group["params"]) for group in optimiser["param_groups"]) == len(weights)
+            for number, moments in optimiser["state"].items():
+                shapes = {value.shape for value in moments.values() if getattr(value, "ndim", 0)}
+                fits &= shapes <= {weights[number]}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise _no_checkpoint(path, f"lacks {error}") from None
+    if not fits:
+        raise _no_checkpoint(path, f"does not fit the network of {folder / CONFIG}")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, plain data and tensors alone."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _no_checkpoint(path, f"cannot be read as plain data: {reason}") from None
+    lacking = CHECKPOINT_KEYS - set(content if isinstance(content, dict) else ())
+    if lacking:
+        raise _no_checkpoint(path, f"lacks {', '.join(sorted(lacking))}")
+    return dict(content)
+
+
+def _no_checkpoint(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: expected a checkpoint of this run, which {why}; delete it to begin the run anew"
+    )
+
+
+def metrics_of(folder: Path) -> MetricsFile:
+    """The table of a run; rows of one that is resumed stay, up to its last checkpoint."""
+    path, checkpoint = folder / METRICS, checkpoint_of(folder)
+    rows: list[dict[str, str]] = []
+    if path.is_file() and checkpoint is not None:
+        done = int(_read_checkpoint(checkpoint)["global_step"])
+        try:
+            table = csv.DictReader(read_text(path).splitlines())
+            rows = [row for row in table if int(row["step"]) < done]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ConfigError(f"{path}: cannot be gone on with: {error!r}; move it away") from None
+    return MetricsFile(path, rows)
+
+
+def loggers(folder: Path, metrics: MetricsFile) -> list[Logger]:
+    """metrics.csv always, TensorBoard events where tensorboard is installed."""
+    found: list[Logger] = [metrics]
+    if find_spec("tensorboard"):
+        found.append(TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard"))
+    return found
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and the table of metrics up to there before.
+
+    Lightning (2.6) writes them in the system's folder for temporary files, which may lie on another
+    disk: one that is killed while it moves them here would leave half of one.
+    """
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        self.metrics = metrics
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write one."""
+        self.metrics.write()
+        with whole(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)

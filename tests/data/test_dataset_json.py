@@ -1,0 +1,207 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from segkit.config.labels import Labelling
+from segkit.data.dataset import read_case, read_dataset
+from segkit.data.dataset_json import read_dataset_file, read_labelling
+from segkit.errors import DatasetError
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, write_volume
+from tests.helpers import affine_of
+
+SHAPE = (3, 4, 5)
+GRID = Grid(SHAPE, affine_of("LPS"))
+BRATS = {
+    "background": 0,
+    "whole tumour": [1, 2, 3],
+    "tumour core": [2, 3],
+    "enhancing": 3,
+    "ignore": 4,
+}
+NESTED = Labelling(
+    {"background": 0, "whole tumour": 1, "tumour core": 2, "enhancing": 3},
+    {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing": (3,)},
+    4,
+)
+
+
+def image_of(number: int, channel: int) -> np.ndarray:
+    return np.random.default_rng([number, channel]).normal(size=SHAPE).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two subjects of two channels, named as nnU-Net names them."""
+    for number, name in enumerate(("anna", "ben_2")):
+        for channel in range(2):
+            path = tmp_path / "imagesTr" / f"{name}_{channel:04d}.nii.gz"
+            write_volume(path, Volume(image_of(number, channel), GRID))
+        label = np.random.default_rng(number).integers(0, 5, SHAPE).astype(np.uint8)
+        write_volume(tmp_path / "labelsTr" / f"{name}.nii.gz", Volume(label, GRID))
+    return written(tmp_path)
+
+
+def written(folder: Path, **keys: Any) -> Path:
+    """The folder with a dataset.json of nnU-Net's form; None leaves a key out."""
+    content = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": BRATS,
+        "regions_class_order": [1, 2, 3],
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+        **keys,
+    }
+    kept = {key: value for key, value in content.items() if value is not None}
+    (folder / "dataset.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_a_raw_folder_of_nnunets_is_read_channel_by_channel(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    assert [case.name for case in dataset.cases] == ["anna", "ben_2"]
+    assert dataset.channels == ("T1", "T2")
+    image, label = read_case(dataset.cases[1], dataset)
+    assert_array_equal(image.data, np.stack([image_of(1, 0), image_of(1, 1)], axis=3))
+    assert_array_equal(label.data, np.random.default_rng(1).integers(0, 5, SHAPE))
+    assert image.grid.agrees_with(GRID)
+
+
+def test_regions_and_ignore_are_told_apart_as_nnunet_means_them(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    assert dataset.labelling == NESTED
+    assert dataset.labelling.outputs == ("whole tumour", "tumour core", "enhancing")
+    assert dataset.labelling.written == (1, 2, 3)
+    label = np.array([0, 1, 2, 3, 4])
+    assert dataset.foreground(label).tolist() == [False, True, True, True, False]
+
+
+def test_names_with_numbers_are_classes_in_the_order_of_their_numbers(folder: Path) -> None:
+    labels = {"tumour": 2, "background": 0, "kidney": [1], "ignore": 3}
+    dataset = read_dataset(written(folder, labels=labels, regions_class_order=None))
+    assert list(dataset.labels.items()) == [("background", 0), ("kidney", 1), ("tumour", 2)]
+    assert dataset.labelling.outputs == ("background", "kidney", "tumour")
+    assert dataset.labelling.written is None and dataset.ignore == 3
+    assert dataset.labelling.members == {"kidney": (1,), "tumour": (2,)}
+    assert dataset.labelling.value_names == ("background", "kidney", "tumour", "ignore")
+
+
+def test_both_forms_say_the_same(folder: Path) -> None:
+    ours = read_dataset_file(
+        written(folder, labels={"background": 0, "a": 1, "ignore": 2}, regions_class_order=None)
+    )
+    theirs = read_dataset_file(
+        written(
+            folder,
+            labels={"2": "ignore", "0": "background", "1": "a"},
+            channel_names=None,
+            modality={"1": "T2", "0": "T1"},
+            training=[
+                {
+                    "image": [f"imagesTr/{name}_0000.nii.gz", f"imagesTr/{name}_0001.nii.gz"],
+                    "label": f"labelsTr/{name}.nii.gz",
+                }
+                for name in ("anna", "ben_2")
+            ],
+        )
+    )
+    assert ours == theirs
+
+
+def test_a_number_that_no_region_is_written_as_is_a_label_all_the_same(folder: Path) -> None:
+    labels = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumour": 2}
+    dataset = read_dataset(written(folder, labels=labels, regions_class_order=[1, 3, 2]))
+    assert dataset.labelling.value_names == ("background", "kidney", "tumour", "masses")
+    labels = {"background": 0, "kidney": [1, 2, 3], "tumour": 3}
+    dataset = read_dataset(written(folder, labels=labels, regions_class_order=[1, 3]))
+    assert dataset.labelling.value_names == ("background", "kidney", "2", "tumour")
+
+
+def test_to_score_by_labels_may_leave_gaps(folder: Path) -> None:
+    path = written(folder, labels={"0": "background", "7": "liver"}) / "dataset.json"
+    assert read_labelling(path) == Labelling({"background": 0, "liver": 7})
+
+
+NUMBERING = r"labels must be numbered 0 \(background\), 1, 2, …, found "
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "no order": ({"regions_class_order": None}, "need regions_class_order, the number that each"),
+    "a short order": (
+        {"regions_class_order": [1, 2]},
+        r"must hold 3 different numbers, .* whole tumour, tumour core, enhancing, found \[1, 2\]",
+    ),
+    "an order with one twice": ({"regions_class_order": [1, 3, 3]}, "must hold 3 different"),
+    "a region written as another": (
+        {"regions_class_order": [3, 1, 2]},
+        "writes tumour core as 1, which is none of its numbers 2, 3",
+    ),
+    "a region under another": (
+        {
+            "labels": {"background": 0, "core": [2, 3], "whole": [1, 2, 3]},
+            "regions_class_order": [2, 1],
+        },
+        "whole would be written over all of core, which lies within it; name core after whole",
+    ),
+    "a region with background": (
+        {"labels": {"background": 0, "all": [0, 1]}, "regions_class_order": [1]},
+        r"no region may hold 0; found 0 in \['background', 'all'\]",
+    ),
+    "regions alone": (
+        {"labels": {"whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
+        "regions need one label that is 0 alone, the background",
+    ),
+    "ignore below": (
+        {"labels": {"background": 0, "ignore": 1, "organ": 2}},
+        "the label ignore must be one number above all others, which go up to 2, found 1$",
+    ),
+    "several ignored": (
+        {"labels": {"background": 0, "organ": 1, "ignore": [2, 3]}},
+        "the label ignore must be one number above all others, which go up to 1, found 2, 3$",
+    ),
+    "ignore within another": (
+        {"labels": {"background": 0, "organ": [1, 2], "ignore": 2}},
+        "above all others, which go up to 2, found 2$",
+    ),
+    "nothing but ignore": ({"labels": {"background": 0, "ignore": 1}}, NUMBERING),
+    "a gap": ({"labels": {"background": 0, "a": 1, "b": 3}}, NUMBERING + re.escape("[0, 1, 3]")),
+    "a gap within a region": (
+        {"labels": {"background": 0, "a": [1, 3]}, "regions_class_order": [1]},
+        NUMBERING + re.escape("[0, 1, 3]"),
+    ),
+    "a number twice": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two labels share a number"),
+    "an empty region": (
+        {"labels": {"background": 0, "a": []}},
+        r"labels\.a must be a number or a list of them, found \[\]",
+    ),
+    "both forms at once": (
+        {"labels": {"background": 0, "1": "organ"}},
+        r"labels\.1 must be a number or a list of them, found 'organ'",
+    ),
+    "no names of channels": ({"channel_names": None}, r"expected channel_names \(or modality\)"),
+    "no ending": ({"file_ending": None}, "expected a list training, or file_ending, found neither"),
+    "an ending of its own": (
+        {"file_ending": ".png"},
+        r"file_ending must be one of \.nii, \.nii\.gz, \.nrrd, \.mha, found \.png",
+    ),
+    "an ending that none has": ({"file_ending": ".mha"}, r"expected labels CASE\.mha in it"),
+    "another number of cases": (
+        {"numTraining": 3},
+        "numTraining is 3, found 2 labels in .*labelsTr; correct the one or complete the other",
+    ),
+    "a channel more": (
+        {"channel_names": {"0": "a", "1": "b", "2": "c"}},
+        r"anna_0002\.nii\.gz: no such file; anna\.nii\.gz needs 3, one per channel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_together_is_refused_in_one_sentence(folder: Path, name: str) -> None:
+    keys, reason = REFUSALS[name]
+    with pytest.raises(DatasetError, match=reason) as refusal:
+        read_dataset(written(folder, **keys))
+    assert str(refusal.value).startswith(str(folder)) and "\n" not in str(refusal.value)

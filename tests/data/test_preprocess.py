@@ -1,0 +1,303 @@
+from typing import Literal
+
+import hypothesis.strategies as st
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import Tensor
+from torch.testing import assert_close
+
+from segkit.data.preprocess import (
+    ct_window,
+    foreground_statistics,
+    median_spacing,
+    prepare,
+    prepare_label,
+    zscore,
+)
+from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.resample import resample
+from segkit.io.volume import Volume
+from segkit.planning.nnunet_rules import separate_axis
+from tests.helpers import ORIENTATIONS, affine_of, grids, inside, linear_field
+
+ANATOMY = Grid((6, 7, 5), affine_of("RAS", spacing=(0.9, 1.2, 3.0)))
+SPACING = (1.1, 1.0, 1.5)
+
+
+def unchanged(image: Tensor) -> Tensor:
+    return image
+
+
+def scanned_as(code: str, values: ndarray) -> Volume:
+    """The same anatomy from a scanner with other axes, turned by nibabel."""
+    image = nib.Nifti1Image(values, ANATOMY.affine)
+    turn = ornt_transform(io_orientation(ANATOMY.affine), axcodes2ornt(tuple(code)))
+    turned = image.as_reoriented(turn)
+    x, y, z = turned.shape[:3]
+    return Volume(np.asanyarray(turned.dataobj), Grid((x, y, z), turned.affine))
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_the_same_anatomy_gives_the_same_image_however_it_was_scanned(code: str) -> None:
+    noise = np.random.default_rng(0).normal(size=(*ANATOMY.shape, 2)).astype(np.float32)
+    expected = prepare(
+        Volume(noise, ANATOMY), spacing=SPACING, normalisers=[unchanged, torch.square]
+    )
+    volume = scanned_as(code, noise)
+    assert "".join(nib.aff2axcodes(volume.grid.affine)) == code
+    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged, torch.square])
+    assert prepared.orientation.code == code
+    assert prepared.grid.agrees_with(expected.grid, tolerance=1e-9)
+    assert_close(prepared.image, expected.image, rtol=0, atol=1e-5)
+
+
+@given(grids(smallest=2), st.tuples(*[st.floats(0.5, 5.0)] * 3))
+def test_a_prepared_grid_tells_where_its_voxels_lie(
+    grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    field = grid.centres().astype(np.float32)
+    prepared = prepare(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
+    assert Orientation.of(prepared.grid.affine).code == "RAS"
+    assert_allclose(prepared.grid.spacing, spacing, rtol=1e-6)
+    apart = separate_axis(prepared.source.spacing, prepared.grid.spacing)
+    assert prepared.orders == tuple(0 if axis == apart else 1 for axis in range(3))
+    index = prepared.source.index(prepared.grid.centres())
+    if apart is not None:  # the place of the nearest slice
+        last = prepared.source.shape[apart] - 1
+        index[..., apart] = np.clip(np.ceil(np.round(index[..., apart], 9) - 0.5), 0, last)
+    within = ((index >= -1e-9) & (index <= np.array(prepared.source.shape) - 1 + 1e-9)).all(-1)
+    # float32 places a voxel 500 mm away to 3e-5 mm.
+    assert_allclose(
+        prepared.image.movedim(0, 3).numpy()[within],
+        prepared.source.world(index)[within],
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "PIR"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("thick", [2.0, 3.5])
+def test_world_coordinates_come_back_by_every_order_and_anisotropy(
+    thick: float, order: Literal[1, 3], axis: int, code: str
+) -> None:
+    """In the middle, where no end is near: exactly, but along slices that lie far apart."""
+    spacing = [1.0, 1.1, 0.9]
+    spacing[axis] = thick
+    x, y, z = (spacing["RLAPSI".index(letter) // 2] for letter in code)
+    grid = Grid((30, 31, 29), affine_of(code, spacing=(x, y, z)))
+    field = grid.centres().astype(np.float32) + 200
+    prepared = prepare(
+        Volume(field, grid), spacing=(0.8, 0.85, 1.3), normalisers=[unchanged] * 3, order=order
+    )
+    separate = thick > 3
+    assert prepared.orders == tuple(
+        0 if separate and number == axis else order for number in range(3)
+    )
+    index = prepared.source.index(prepared.grid.centres())
+    middle = ((index > 9) & (index < np.array(prepared.source.shape) - 10)).all(axis=-1)
+    assert middle.any()
+    found = prepared.image.movedim(0, 3).numpy()[middle] - 200
+    off = prepared.source.index(found.astype(float)) - index[middle]
+    linear = [number for number in range(3) if not (separate and number == axis)]
+    assert_allclose(off[:, linear], 0, atol=1e-3)
+    if separate:  # a slice itself, and none is nearer
+        slices = index[middle][:, axis] + off[:, axis]
+        assert_allclose(slices, slices.round(), atol=1e-3)
+        assert np.abs(off[:, axis]).max() < 0.501
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+@pytest.mark.parametrize("target", [1.0, 1.7, 4.4])
+def test_labels_of_slices_far_apart_are_those_of_the_nearest_slice(
+    code: str, target: float
+) -> None:
+    """Slices 4 mm apart, of labels 1 to 7 from foot to head, at other distances."""
+    labels = np.broadcast_to(np.arange(1, 8, dtype=np.uint8), (5, 6, 7))
+    head_first = Grid((5, 6, 7), affine_of("RAS", (1.0, 1.0, 4.0), rotation=(0.0, 0.0, 0.0)))
+    image = nib.Nifti1Image(labels, head_first.affine)
+    turn = ornt_transform(io_orientation(head_first.affine), axcodes2ornt(tuple(code)))
+    turned = image.as_reoriented(turn)
+    x, y, z = turned.shape
+    volume = Volume(np.asanyarray(turned.dataobj), Grid((x, y, z), turned.affine))
+    prepared = prepare(volume, spacing=(1.2, 0.9, target), normalisers=[unchanged], order=3)
+    assert prepared.orders == (3, 3, 0)
+    heights = prepared.grid.centres()[0, 0, :, 2]
+    slices = np.abs(heights[:, None] - head_first.centres()[0, 0, :, 2]).argmin(axis=1)
+    found = prepare_label(volume, prepared).numpy()
+    assert_array_equal(found, np.broadcast_to(1 + slices, found.shape))
+    assert_allclose(prepared.image[0].numpy(), found, rtol=1e-6)
+
+
+def test_what_a_spline_overshoots_is_cut_to_the_channels_range() -> None:
+    step = np.ones((16, 3, 3), np.float32)
+    step[8:] = 5.0
+    volume = Volume(np.stack([step, -step], axis=3), Grid((16, 3, 3), np.eye(4)))
+    prepared = prepare(volume, spacing=(0.7, 1.0, 1.0), normalisers=[unchanged] * 2, order=3)
+    positions = prepared.source.positions_of(prepared.grid)
+    free = resample(torch.from_numpy(np.moveaxis(volume.data, 3, 0)), positions, (3, 3, 3))
+    assert free[0].max() > 5.1 and free[1].max() > -0.9
+    assert_array_equal(prepared.image[0], free[0].clamp(1, 5))
+    assert_array_equal(prepared.image[1], free[1].clamp(-5, -1))
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "IPR"])
+def test_the_source_is_the_scan_itself_in_ras(code: str) -> None:
+    volume = scanned_as(code, linear_field(ANATOMY.centres()).astype(np.float32))
+    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged])
+    turned = prepared.orientation.turn(volume.data)
+    assert_allclose(linear_field(prepared.source.centres()), turned, atol=1e-4)
+    assert_allclose(prepared.source.spacing, ANATOMY.spacing, rtol=1e-6)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_a_label_is_prepared_onto_the_images_grid(code: str) -> None:
+    """Half of the world is 1: so is what lies on that side, but for what a voxel spans."""
+    side = linear_field(ANATOMY.centres()) - linear_field(ANATOMY.centres()).mean()
+    image = prepare(scanned_as(code, side), spacing=SPACING, normalisers=[unchanged])
+    label = prepare_label(scanned_as(code, (side > 0).astype(np.uint8)), image)
+    assert label.dtype == torch.uint8
+    assert tuple(label.shape) == image.grid.shape
+    distance = linear_field(image.grid.centres()) - linear_field(ANATOMY.centres()).mean()
+    reach = np.abs(np.array([0.31, 0.73, 1.17])) @ np.abs(ANATOMY.affine[:3, :3]).sum(axis=1)
+    clear = inside(image.source, image.grid) & (np.abs(distance) > reach)
+    assert clear.sum() > 10
+    assert_array_equal(label.numpy()[clear], distance[clear] > 0)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("code", ["RAS", "LPI"])
+def test_preparing_leaves_the_volume_as_it_was(code: str, order: str) -> None:
+    values = np.asarray(np.arange(60, dtype=np.float32).reshape(3, 4, 5), order=order)
+    volume = Volume(values, Grid((3, 4, 5), affine_of(code)))
+    prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image * 0 - 1])
+    assert_array_equal(values, np.arange(60).reshape(3, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 1), (1, 4, 5), (4, 1, 5), (1, 1, 5), (1, 1, 1)])
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+def test_a_single_slice_is_prepared_however_it_was_scanned(
+    code: str, shape: tuple[int, int, int]
+) -> None:
+    values = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    grid = Grid(shape, affine_of(code))
+    spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
+    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    assert_array_equal(prepared.orientation.turn_back(prepared.image[0].numpy()), values)
+    label = prepare_label(Volume(values.astype(np.uint8), grid), prepared)
+    assert_array_equal(prepared.orientation.turn_back(label.numpy()), values)
+
+
+def test_each_channel_has_its_own_normaliser() -> None:
+    values = np.stack([np.full((2, 2, 2), 3.0), np.full((2, 2, 2), 5.0)], axis=3)
+    volume = Volume(values, Grid((2, 2, 2), np.eye(4)))
+    prepared = prepare(
+        volume,
+        spacing=(1.0, 1.0, 1.0),
+        normalisers=[lambda image: image + 1, lambda image: image * 2],
+    )
+    assert prepared.image[:, 0, 0, 0].tolist() == [4.0, 10.0]
+    with pytest.raises(AssertionError, match="one normaliser per channel"):
+        prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[unchanged])
+
+
+# Intensities
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0.0, -3.0, 1e3])
+def test_zscore_gives_mean_0_and_standard_deviation_1(scale: float, offset: float) -> None:
+    noise = np.random.default_rng(0).normal(offset, 1, (8, 9, 10)) * scale
+    image = zscore(torch.from_numpy(noise.astype(np.float32)), nonzero=False).double()
+    assert_close(image.mean().item(), 0.0, rtol=0, atol=1e-4)
+    assert_close(image.std(correction=0).item(), 1.0, rtol=1e-4, atol=0)
+
+
+@given(st.integers(1, 40), st.booleans())
+def test_zscore_a_few_planes_at_a_time_is_that_of_all_voxels(planes: int, nonzero: bool) -> None:
+    values = np.random.default_rng(planes).integers(-2, 3, (planes, 3, 2)).astype(np.float32)
+    values[0, 0] = 1, 2
+    counted = values[values != 0] if nonzero else values
+    expected = (values - counted.mean(dtype=float)) / counted.std(dtype=float)
+    found = zscore(torch.from_numpy(values), nonzero=nonzero)
+    assert_close(found, torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(-100, 100))
+def test_zscore_does_not_depend_on_scale_or_offset(scale: float, offset: float) -> None:
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 5)))
+    moved = zscore((noise + offset) * scale, nonzero=False)
+    assert_close(moved, zscore(noise, nonzero=False), rtol=0, atol=1e-6)
+
+
+def test_zscore_of_what_is_not_0_shifts_the_background_with_it() -> None:
+    tissue = np.random.default_rng(0).normal(50, 20, (4, 9, 10)).astype(np.float32)
+    head = torch.from_numpy(np.concatenate([np.zeros_like(tissue), tissue]))
+    image = zscore(head, nonzero=True)
+    assert_close(image[4:].mean().item(), 0.0, rtol=0, atol=1e-5)
+    assert_close(image[4:].std(correction=0).item(), 1.0, rtol=1e-5, atol=0)
+    background = torch.full_like(image[:4], -float(tissue.mean() / tissue.std()))
+    assert_close(image[:4], background, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("nonzero", [False, True])
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e-20, 1e20])
+def test_zscore_of_a_constant_is_0(value: float, nonzero: bool) -> None:
+    image = zscore(torch.full((5, 6, 7), value), nonzero=nonzero)
+    assert_array_equal(image, np.zeros((5, 6, 7)))
+
+
+def test_ct_window_clips_and_then_scales() -> None:
+    hounsfield = torch.tensor([-1000.0, -160.0, 40.0, 240.0, 3000.0])
+    image = ct_window(hounsfield, lower=-160.0, upper=240.0, mean=40.0, std=50.0)
+    assert image.tolist() == [-4.0, -4.0, 0.0, 4.0, 4.0]
+
+
+def test_median_spacing_counts_along_the_worlds_axes() -> None:
+    # 1 mm to the right, 2 to the front and 3 to the head, whichever array axis that is.
+    grids = [
+        Grid((2, 2, 2), affine_of("RAS", (1.0, 2.0, 3.0))),
+        Grid((2, 2, 2), affine_of("SRP", (3.0, 1.0, 2.0))),
+        Grid((2, 2, 2), affine_of("PIL", (9.0, 9.0, 9.0))),
+    ]
+    assert median_spacing(grids) == (1.0, 2.0, 3.0)
+
+
+def test_foreground_statistics_are_percentiles_mean_and_standard_deviation() -> None:
+    # 0 … 1000: the percentiles 0.5 and 99.5 are 5 and 995, the variance (1001² - 1) / 12.
+    values = np.random.default_rng(0).permutation(1001).astype(float)
+    expected = (5.0, 995.0, 500.0, np.sqrt((1001**2 - 1) / 12))
+    assert_allclose(foreground_statistics(values), expected, rtol=1e-12)
+
+
+def test_foreground_statistics_of_a_constant_can_be_divided_by() -> None:
+    assert foreground_statistics(np.full(9, 3.0)) == (3.0, 3.0, 3.0, 1e-8)
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
+def test_a_background_of_zeros_is_cut_off_and_the_body_stays_in_its_place(code: str) -> None:
+    grid = Grid((9, 8, 7), affine_of(code))
+    values = np.zeros(grid.shape)
+    values[2:7, 3:6, 1:5] = linear_field(grid.centres())[2:7, 3:6, 1:5] + 1000
+    spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
+    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    assert sorted(prepared.grid.shape) == [3, 4, 5]
+    expected = linear_field(prepared.grid.centres()) + 1000
+    assert_allclose(prepared.image[0].numpy(), expected, rtol=1e-6)
+    whole = Orientation.of(grid.affine).turn(values)
+    assert_allclose(whole[prepared.box], prepared.image[0].numpy(), rtol=1e-6)
+
+
+def test_an_image_of_zeros_alone_is_kept_whole() -> None:
+    prepared = prepare(
+        Volume(np.zeros((3, 4, 5)), Grid((3, 4, 5), np.eye(4))),
+        spacing=(1.0, 1.0, 1.0),
+        normalisers=[unchanged],
+    )
+    assert prepared.grid.shape == (3, 4, 5)

@@ -1,0 +1,62 @@
+"""Laws of ranks, and parity with scipy."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from numpy.testing import assert_allclose
+from scipy import stats
+
+from segkit.explain.measures.ranks import holm, settled, signed_rank_p, spearman
+
+
+@pytest.mark.parity
+def test_spearman_is_scipys_with_ties() -> None:
+    random = np.random.default_rng(0)
+    first = random.integers(0, 5, (4, 3, 2)).astype(float)
+    second = first + random.integers(0, 5, first.shape)
+    expected = stats.spearmanr(first.ravel(), second.ravel()).statistic
+    assert spearman(first, second) == pytest.approx(expected, rel=1e-12)
+
+
+def test_ranks_notice_order_alone_and_a_constant_map_has_none() -> None:
+    values = np.random.default_rng(0).random((3, 4))
+    assert spearman(values, np.exp(5 * values)) == pytest.approx(1)
+    assert spearman(values, -values) == pytest.approx(-1)
+    assert spearman(values, np.ones_like(values)) is None
+    assert spearman(np.ones(3), np.ones(3)) == 1
+
+
+@given(st.floats(-1e3, 1e3), st.integers(0, 99))
+def test_last_digits_are_no_ranks(value: float, seed: int) -> None:
+    """A map of one value, off by up to four units in the last place of float32."""
+    off = np.random.default_rng(seed).integers(-4, 5, 50) * 2.0**-24
+    assert np.ptp(settled(value * (1 + off))) == 0
+    values = np.random.default_rng(seed).permutation(50) / 50
+    assert (np.argsort(settled(values)) == np.argsort(values)).all()
+    assert_allclose(settled(values), values, atol=2.0**-18)
+
+
+def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two() -> None:
+    assert signed_rank_p([-0.3, -0.1, -0.2, -0.4, -0.5]) == pytest.approx(2**-4)
+    assert signed_rank_p([-0.3, 0.0, -0.1, -0.2, -0.4, -0.5]) == pytest.approx(2**-4)
+    assert signed_rank_p([0.0, 0.0]) == 1
+    assert signed_rank_p([0.1, -0.1]) == 1
+    assert signed_rank_p([-1.0] * 60) < 1e-9
+
+
+def test_holms_correction_by_hand() -> None:
+    """Sorted 0.01, 0.03, 0.04 become 3 x 0.01, 2 x 0.03 and, no less than that, 0.06."""
+    assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_keeps_the_order_and_lies_between_p_and_bonferroni(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for p, q in zip(p_values, corrected, strict=True):
+        assert p <= q <= 1
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert sorted(corrected) == [corrected[number] for number in order]
+    assert min(corrected) == min(len(p_values) * min(p_values), 1)

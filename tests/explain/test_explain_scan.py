@@ -1,0 +1,174 @@
+"""An explanation as an object: what it holds, and how it shows itself."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, show
+from numpy.testing import assert_allclose, assert_array_equal
+
+from segkit.config.attention import AdditiveGridGate
+from segkit.errors import SegkitError, VolumeError
+from segkit.explain.explain_scan import Explanation, explain
+from segkit.explain.measures.measure_maps import Measure
+from segkit.explain.page.cohort_page import CaseFigures, cohort_text
+from segkit.explain.page.page import Verdict, write_page
+from segkit.explain.verdicts.findings import Findings
+from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.io.volume import Volume
+from tests.explain.heads.test_study import attending_model, noise_case
+
+KEYS = ["skip.0/gate", "skip.1/gate", "fused/gate"]
+
+
+def gated() -> Predictor:
+    return Predictor(attending_model(skip=AdditiveGridGate(levels=[0, 1])), device="cpu")
+
+
+def study(
+    predictor: Predictor,
+    name: str,
+    volume: Volume,
+    reference: Volume | None,
+    maps: Mapping[str, AttentionMap],
+    measures: Sequence[Measure],
+) -> Findings:
+    assert list(maps) == KEYS and name == "<a>" and predictor.model.description.run
+    assert {measure.map for measure in measures} == set(KEYS)
+    told = "with" if reference is not None else "without"
+    verdict = Verdict("skip.1/gate", "redundant", f"Looked at {told} a reference.")
+    return Findings("verdicts", verdicts=(verdict,), figures={"dice": [0.5]})
+
+
+@pytest.fixture(scope="module")
+def explained() -> Explanation:
+    """Of a scan of two windows along its first axis, with its reference and one study."""
+    scan = noise_case(12, 8, 8).volume
+    return explain(gated(), scan, layered(scan), name="<a>", studies=[study])
+
+
+def layered(scan: Volume) -> Volume:
+    """Labels of whole cells of any of the maps: 1 in the first third, 2 in the next."""
+    labels = np.zeros(scan.grid.shape, np.uint8)
+    labels[:4], labels[4:8] = 1, 2
+    return scan.like(labels)
+
+
+def test_maps_are_those_of_the_predictor_and_the_fused_one(explained: Explanation) -> None:
+    plain = gated()(explained.scan, maps=True)
+    assert list(explained.maps) == KEYS
+    for key, one in plain.maps.items():
+        found = explained.maps[key].volume
+        assert found is not None and one.volume is not None
+        assert_array_equal(found.data, one.volume.data)
+    assert_array_equal(explained.labels.data, plain.labels.data)
+    assert explained.on_scan("skip.1/gate").data.shape == explained.scan.grid.shape
+
+
+def test_windows_disagree_where_they_overlap_and_nowhere_else(explained: Explanation) -> None:
+    one = explained.maps["skip.0/gate"]
+    assert one.volume is not None and one.disagreement is not None
+    apart = one.disagreement.data
+    # Windows of 8 voxels begin at 0 and 4: cells of 2 voxels meet from 4 to 7.
+    stride = int(one.info.placement.stride[0]) if one.info.placement else 0
+    told = np.isfinite(apart).all(axis=(1, 2)).tolist()
+    assert told == [4 <= cell * stride < 8 for cell in range(apart.shape[0])]
+    values = {measure.name: measure for measure in explained.measures if measure.map == KEYS[0]}
+    inside = apart[np.isfinite(apart)]
+    assert values["disagreement"].value == pytest.approx(inside.mean())
+    assert values["disagreement_p95"].value == pytest.approx(np.percentile(inside, 95))
+
+
+def test_one_window_has_nothing_to_disagree_with() -> None:
+    found = explain(gated(), noise_case(8, 8, 8).volume)
+    told = {one.map: one.value for one in found.measures if one.name == "disagreement"}
+    assert list(told) == KEYS[:2] and all(np.isnan(value) for value in told.values())
+    assert found.against == "prediction" and found.dice == {}
+
+
+def test_a_reference_elsewhere_is_refused_by_name() -> None:
+    scan, other = noise_case(8, 8, 8).volume, noise_case(8, 8, 12)
+    with pytest.raises(VolumeError, match=r"^b: the reference lies on another grid than the scan"):
+        explain(gated(), scan, other.reference, name="b")
+
+
+def test_disagreement_is_not_told_unasked() -> None:
+    maps = gated()(noise_case(12, 8, 8).volume, maps=True).maps
+    assert all(one.disagreement is None for one in maps.values())
+
+
+def test_dice_counts_both_sides(explained: Explanation) -> None:
+    assert explained.reference is not None
+    first, second = explained.labels.data > 0, explained.reference.data > 0
+    expected = 2 * (first & second).sum() / (first.sum() + second.sum())
+    assert explained.dice["foreground"] == pytest.approx(expected)
+
+
+def test_the_page_shows_every_map_and_what_studies_found(explained: Explanation) -> None:
+    page = explained.page()
+    assert [layer.name for layer in page.layers] == [*KEYS, "segmentation", "reference"]
+    for layer in page.layers[:3]:
+        native = explained.maps[layer.name].volume
+        assert native is not None and layer.grid is native.grid
+        assert_array_equal(layer.values, native.data)
+        assert (layer.low, layer.high) == (0, 1)
+    assert [verdict.reason for verdict in page.verdicts] == ["Looked at with a reference."]
+    bars = {bars.title: iter(bars.bars) for bars in page.bars}
+    for one in explained.measures:
+        if one.name == "auroc" and np.isfinite(one.value):
+            bar = next(bars[f"AUROC: {one.structure}"])
+            assert (bar.value, bar.chance) == (one.value, 0.5)
+            assert (bar.name, bar.beside) == (
+                (one.map, False) if one.of == "map" else (one.of, True)
+            )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install chromium")
+def test_a_browser_shows_the_page_without_complaint(explained: Explanation, tmp_path: Path) -> None:
+    write_page(tmp_path / "index.html", explained.page())
+    shown = show(tmp_path / "index.html", tmp_path / "run")
+    assert 'data-ready="yes"' in shown.dom and shown.console == []
+    assert "Where the maps are high" in shown.dom
+
+
+def test_a_notebook_shows_pictures_and_tables(explained: Explanation) -> None:
+    text = explained._repr_html_()
+    assert "&lt;a&gt;" in text and "<a>" not in text
+    assert text.count("data:image/png;base64,iVBOR") == 1
+    assert all(text.count(key) >= 2 for key in KEYS)
+
+
+def test_a_widget_without_ipyniivue_is_refused_in_a_sentence(
+    explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)
+    with pytest.raises(SegkitError, match=r"needs ipyniivue; run pip install 'segkit\[notebook\]'"):
+        explained.to_niivue()
+
+
+def test_a_cohort_is_summed_up_over_the_scans_that_have_a_figure() -> None:
+    def case(name: str, value: float) -> CaseFigures:
+        auroc = Measure("skip.1/gate", "map", "<left>", "auroc", value, 0.5)
+        return CaseFigures(name, [auroc], {"<left>": value})
+
+    text = cohort_text([case("a b", 0.6), case("<c>", 0.8), case("d", float("nan"))], {"<x>": "y"})
+    assert "0.700 ± 0.100 (0.500) of 2" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert 'href="a%20b/index.html"' in text and 'href="%3Cc%3E/index.html"' in text
+    assert "<left>" not in text and "<x>" not in text and "&lt;left&gt;" in text
+    assert "<td>0.800</td>" in text and "<td>–</td>" in text
+
+
+def test_rows_hold_each_measure_with_its_chance(explained: Explanation) -> None:
+    rows = explained.rows()
+    assert len({tuple(row) for row in rows}) == 1
+    found = {(row["map"], row["of"], row["structure"]): row for row in rows}
+    for one in explained.measures:
+        row = found[one.map, one.of, one.structure]
+        if np.isfinite(one.value):
+            assert_allclose(row[one.name], one.value)
+        else:
+            assert row[one.name] == ""
+        if one.chance is not None:
+            assert row[f"{one.name}_chance"] == one.chance

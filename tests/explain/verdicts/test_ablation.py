@@ -1,0 +1,197 @@
+"""Laws of gate ablation, on maps whose worth is known."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import nn
+
+from segkit.config.labels import Labelling
+from segkit.errors import VolumeError
+from segkit.explain.heads.study import case_dice
+from segkit.explain.verdicts.ablation import (
+    OPERATIONS,
+    Ablation,
+    ablate,
+    ablated_maps,
+    ablation_effects,
+    class_dice,
+    operation_edit,
+)
+from segkit.geometry.grid import Grid
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import Volume
+from segkit.model.folder import Model
+from segkit.nn.gates import Coefficients
+from segkit.nn.map_tap import MapInfo, editing, taps
+from tests.explain.heads.test_study import attending_model, noise_case
+from tests.planted import KEY, ball, planted, planted_case
+
+GATE = MapInfo("skip.0/gate", "gate", 0, None, 0.0, 1.0)
+
+
+def gated_model() -> Model:
+    return attending_model(skip="additive_grid", encoder="sse", bottleneck="self_attention")
+
+
+def open_gates(model: Model) -> None:
+    """Maps that are 1 everywhere: the sigmoid of 100."""
+    for module in model.network.modules():
+        if isinstance(module, Coefficients):
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, 100.0)
+
+
+def test_operations_on_a_map() -> None:
+    values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    edits = {operation: operation_edit(GATE, operation, seed=3) for operation in OPERATIONS}
+    assert torch.equal(edits["open"](values), torch.ones_like(values))
+    assert torch.equal(edits["inverted"](values), 1 - values)
+    mean = edits["mean"](values)
+    assert mean.shape == values.shape
+    for sample, channel in np.ndindex(3, 2):
+        assert_allclose(mean[sample, channel], values[sample, channel].mean(), rtol=1e-6)
+    shuffled = edits["permuted"](values)
+    for sample, channel in np.ndindex(3, 2):
+        before, after = values[sample, channel].flatten(), shuffled[sample, channel].flatten()
+        assert torch.equal(before.sort().values, after.sort().values)
+        assert not torch.equal(before, after)
+    # Channels of a cell stay together.
+    pairs = {tuple(pair) for pair in values[0].flatten(1).T.tolist()}
+    assert {tuple(pair) for pair in shuffled[0].flatten(1).T.tolist()} == pairs
+    assert torch.equal(shuffled, operation_edit(GATE, "permuted", seed=3)(values))
+    assert not torch.equal(shuffled, edits["permuted"](values)), "each window has its own order"
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "expected"), [(1.0, 2.0, [2.0, 1.5]), (0.0, math.inf, [1.5, 1.0])]
+)
+def test_a_map_is_turned_over_within_its_range_or_else_its_own(
+    lowest: float, highest: float, expected: list[float]
+) -> None:
+    info = MapInfo("encoder.0/spatial", "spatial", 0, None, lowest, highest)
+    turned = operation_edit(info, "inverted")(torch.tensor([[[1.0, 1.5]]]))
+    assert turned.flatten().tolist() == expected
+
+
+def test_gates_and_spatial_maps_are_ablated_and_no_others() -> None:
+    predictor = Predictor(gated_model(), device="cpu")
+    assert set(ablated_maps(predictor)) == {
+        "skip.1/gate",
+        "encoder.0/spatial",
+        "encoder.1/spatial",
+        "encoder.2/spatial",
+    }
+
+
+def test_opening_a_gate_that_stands_open_changes_nothing() -> None:
+    model = gated_model()
+    open_gates(model)
+    predictor, case = Predictor(model, device="cpu"), noise_case(10, 8, 8)
+    for reference in (case.reference, None):
+        rows = ablate(
+            predictor,
+            case.volume,
+            reference,
+            case="x",
+            keys=["skip.1/gate"],
+            operations=["open", "mean", "permuted"],
+        )
+        assert rows and all(row.change == 0 for row in rows)
+
+
+def test_a_row_is_the_dice_of_the_edited_prediction() -> None:
+    model, case = gated_model(), noise_case(10, 8, 8)
+    predictor = Predictor(model, device="cpu")
+    rows = ablate(predictor, case.volume, case.reference, case="x", operations=["inverted"])
+    assert [row.label for row in rows[:3]] == [None, "label 1", "label 2"]
+    assert len(rows) == 4 * 3 and all(tap.edit is None for tap in taps(model.network).values())
+    whole = case_dice(predictor, case)
+    for row in (row for row in rows if row.label is None):
+        with editing(model.network, {row.map: lambda values: 1 - values}):
+            assert row.dice == pytest.approx(case_dice(predictor, case), rel=1e-12)
+        assert row.dice_before == pytest.approx(whole, rel=1e-12)
+        assert row.change == row.dice - row.dice_before
+        means = [other.dice for other in rows if other.map == row.map and other.label is not None]
+        assert row.dice == pytest.approx(sum(means) / 2)
+    assert any(row.change != 0 for row in rows), "editing must show for this to be a test"
+    json.dumps([asdict(row) for row in rows], allow_nan=False)
+
+
+def test_a_gate_that_is_all_the_network_knows_is_needed_wherever_it_looks() -> None:
+    """Of p ball and N - p background: open calls all ball, so that Dice is 2 p / (p + N); evened
+    out, it is p / N < 1/2 everywhere, and nothing is found; inverted, all but the ball."""
+    case = planted_case()
+    rows = ablate(planted("mask"), case.volume, case.reference, case="x")
+    found = {row.operation: row for row in rows if row.label == "label 1"}
+    size, total = ball().sum(), ball().size
+    assert found["open"].dice_before == 1
+    assert found["open"].dice == pytest.approx(2 * size / (size + total))
+    assert found["mean"].dice == found["inverted"].dice == 0
+    assert found["permuted"].dice < 0.4
+    assert {row.map for row in rows} == {KEY}
+
+
+@pytest.mark.parametrize("kind", ["noise", "constant"])
+def test_a_gate_that_changes_no_label_costs_nothing(kind: str) -> None:
+    case = planted_case()
+    rows = ablate(planted(kind), case.volume, case.reference, case="x")
+    assert len(rows) == 8 and all(row.change == 0 and row.dice_before == 1 for row in rows)
+
+
+def test_without_a_reference_the_prediction_is_it() -> None:
+    case = planted_case()
+    rows = ablate(planted("mask"), case.volume, case="x")
+    assert {row.against for row in rows} == {"prediction"}
+    assert all(row.dice_before == 1 and row.change <= 0 for row in rows)
+    nothing = case.volume.like(np.zeros_like(case.volume.data))
+    assert ablate(planted("mask"), nothing, case="x") == []
+
+
+def test_a_reference_that_does_not_fit_is_refused() -> None:
+    case = planted_case()
+    empty = case.reference.like(np.zeros_like(case.reference.data))
+    with pytest.raises(VolumeError, match="x: its reference holds background alone"):
+        ablate(planted("mask"), case.volume, empty, case="x")
+
+
+def test_dice_is_that_of_classes_the_reference_holds() -> None:
+    """a: one of three right, with none too many: 2 / (2 + 2). b is not there. Of the ignored, none
+    counts."""
+    labelling = Labelling({"background": 0, "a": 1, "b": 2}, ignore=3)
+    grid = Grid((6, 1, 1), np.eye(4))
+    reference = Volume(np.array([1, 1, 1, 0, 3, 3]).reshape(6, 1, 1), grid)
+    found = Volume(np.array([1, 0, 0, 2, 1, 2]).reshape(6, 1, 1), grid)
+    assert class_dice(found, reference, labelling) == {"a": 0.5}
+
+
+def row(case: int, key: str, change: float, label: str | None = None) -> Ablation:
+    return Ablation(f"{case}", key, "mean", label, "reference", 0.9, 0.9 + change, change)
+
+
+def test_effects_are_means_with_a_test_corrected_for_all_maps() -> None:
+    """Seven cases that all fall: p = 2^-6; seven of which as many rise as fall: nothing."""
+    falls = [row(case, "a", -0.01 * (case + 1)) for case in range(7)]
+    mixed = [row(case, "b", 0.01 * (case - 3)) for case in range(7)]
+    other = [row(case, "a", 0.5, label="tumour") for case in range(7)]
+    first, second = ablation_effects([*falls, *mixed, *other])
+    assert (first.map, first.cases, first.hurt, first.label) == ("a", 7, 7, None)
+    assert first.mean_change == pytest.approx(-0.04)
+    assert first.p_value == pytest.approx(2**-6) and first.p_holm == pytest.approx(2**-5)
+    assert (second.map, second.hurt, second.p_value, second.p_holm) == ("b", 3, 1.0, 1.0)
+    assert first.testable and second.testable
+    (tumour,) = ablation_effects([*falls, *mixed, *other], label="tumour")
+    assert tumour.mean_change == 0.5 and tumour.p_holm == tumour.p_value
+
+
+@pytest.mark.parametrize(("cases", "testable"), [(1, False), (5, False), (6, True)])
+def test_too_few_cases_cannot_tell(cases: int, testable: bool) -> None:
+    (effect,) = ablation_effects([row(case, "a", -0.1 - case) for case in range(cases)])
+    assert effect.testable == testable
+    assert (effect.p_value is None) == (cases == 1)
+    if effect.p_holm is not None:
+        assert (effect.p_holm < 0.05) == testable

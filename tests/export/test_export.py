@@ -1,0 +1,292 @@
+"""Laws of exports: other runtimes say of every window what PyTorch says, and know what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from monai.networks.nets import UNet as MonaiUNet
+from torch import Tensor
+from typer.testing import CliRunner
+
+from segkit.cli import terminal
+from segkit.cli.main import app
+from segkit.config.training import ModelDescription
+from segkit.errors import ModelError, SegkitError, VolumeError
+from segkit.export.agreement import Agreement, compare, noise_for
+from segkit.export.deployment import deployment
+from segkit.export.export import Export, Form, export
+from segkit.export.graphs import export_onnx, export_openvino
+from segkit.export.whole_volume import WholeVolume
+from segkit.geometry.grid import Grid, Placement
+from segkit.inference.engines.converted import Run
+from segkit.inference.engines.openvino import OpenVino
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import Volume, read_volume
+from segkit.model.build import build_network
+from segkit.model.folder import Model, described_model, load_model
+from segkit.nn.map_tap import MapInfo
+from tests.inference.engines.test_engines import FAST, SLOW, model_of, saved
+
+GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
+NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch traces, sizes are tensors, not the integers that signatures tell of."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def scan_of(seed: int = 0) -> Volume:
+    values = np.random.default_rng(seed).standard_normal((22, 15, 13, 2)).astype(np.float32)
+    return Volume(values, Grid((22, 15, 13), np.eye(4)))
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_an_exported_model_agrees_on_a_volume_through_windows(form: Form, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", {"skip": "additive_grid", "encoder": "cbam"})
+    found = export(model, form, tmp_path / NAMES[form], check=True, scan=scan_of()).agreement
+    assert found is not None and found.holds
+    assert found.same_labels >= 0.9999
+    maps = {name: value for name, value in found.differences.items() if name != LOGITS}
+    assert set(maps) == set(model.network.maps())
+    assert max(maps.values()) <= 1e-3
+    assert any(info.kind == "channel" for info in model.network.maps().values())
+
+
+def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path) -> None:
+    model = model_of(attention, spatial_dims)
+    run = GRAPHS[form](model, folder / NAMES[form])
+    for batch_size in (1, 3):
+        assert compare(model, run, noise_for(model), batch_size=batch_size).holds
+
+
+@pytest.mark.parametrize("family", ["self-attention", "planes with presence"])
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_a_batch_may_have_any_length(form: str, family: str, tmp_path: Path) -> None:
+    agrees(form, *FAST[family], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAST, *SLOW])
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_every_family_takes_batches_of_any_length(form: str, family: str, tmp_path: Path) -> None:
+    agrees(form, *{**FAST, **SLOW}[family], tmp_path)
+
+
+def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_path: Path) -> None:
+    model = model_of(*reversed(FAST["planes with presence"]))
+    export_onnx(model, tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "a.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    assert names == [LOGITS, *sorted(model.network.maps()), PRESENCE]
+    (image,) = session.get_inputs()
+    assert image.name == "image" and image.shape == ["batch", 2, 16, 12, 8]
+    assert all(output.shape[0] == "batch" for output in session.get_outputs())
+    (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
+    assert json.loads(told) == deployment(model)
+    assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
+
+
+def test_a_session_and_what_its_file_tells_are_enough_to_predict(tmp_path: Path) -> None:
+    model, scan = saved(tmp_path / "model"), scan_of()
+    export_onnx(model, tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "a.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    told = json.loads(session.get_modelmeta().custom_metadata_map["segkit"])
+
+    def ask(windows: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"image": windows.numpy()})[0])
+
+    inferer = WholeVolume(
+        spacing=told["spacing"],
+        normalisation=told["normalisation"],
+        interpolation=told["interpolation"],
+        patch_size=told["windows"]["patch"],
+        overlap=told["windows"]["overlap"],
+        multiple=told["windows"]["multiple"],
+        regions=bool(told["regions"]),
+    )
+    box = torch.from_numpy(np.moveaxis(scan.data, 3, 0).copy())
+    labels = inferer.logits(box, (1.0, 1.0, 1.0), ask).argmax(dim=0).numpy()
+    expected = Predictor(model, device="cpu", engine="torch")(scan).labels.data
+    assert (labels == expected).mean() >= 0.9999
+
+
+def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
+    tmp_path: Path,
+) -> None:
+    model = model_of({"skip": "additive_grid"}, 3)
+    export_openvino(model, tmp_path / "a.xml")
+    graph = OpenVino().core.read_model(tmp_path / "a.xml")
+    names = [output.get_any_name() for output in graph.outputs]
+    assert names == [LOGITS, *sorted(model.network.maps())]
+    assert graph.inputs[0].get_any_name() == "image"
+    assert str(graph.inputs[0].partial_shape) == "[?,2,16,8,8]"
+    assert json.loads(graph.get_rt_info(["segkit"]).astype(str)) == deployment(model)
+
+
+def test_a_deployer_is_told_each_step_of_prediction() -> None:
+    description = model_of({}, 3).description.model_copy(
+        update={"mirror": ["x", "z"], "spacing": (1.0, 1.5, 2.0), "interpolation": "cubic"}
+    )
+    model = Model(description, model_of({"skip": "additive_grid", "encoder": "se"}, 3).network)
+    told = json.loads(json.dumps(deployment(model, overlap=0.25), allow_nan=False))
+    assert told["input"]["channels"] == ["a", "b"]
+    assert told["orientation"] == "RAS" and told["spacing"] == [1.0, 1.5, 2.0]
+    assert told["interpolation"] == "cubic" and told["mirror_axes"] == [0, 2]
+    assert told["normalisation"] == [{"kind": "zscore", "nonzero": False}] * 2
+    assert told["windows"]["patch"] == [16, 8, 8] and told["windows"]["overlap"] == [0.25] * 3
+    assert told["windows"]["multiple"] == list(model.network.total_stride)
+    assert told["labels"] == {"background": 0, "one": 1, "two": 2}
+    infos: dict[str, MapInfo] = model.network.maps()
+    assert set(told["outputs"]["maps"]) == set(infos)
+    for key, info in infos.items():
+        found = told["outputs"]["maps"][key]
+        assert found["range"] == [info.lowest, info.highest]
+        if info.placement is None:
+            assert found["stride"] is None
+        else:
+            assert Placement(tuple(found["stride"]), tuple(found["offset"])) == info.placement
+
+
+def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
+    model = model_of({"skip": "additive_grid"}, 3)
+    run = export_onnx(model, tmp_path / "a.onnx")
+    assert compare(model, run, noise_for(model)).holds
+
+    def planted(name: str, error: float) -> Run:
+        def off(windows: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+            answers = dict(zip(names, run(windows, names), strict=True))
+            answers[name] = answers[name] + error
+            return list(answers.values())
+
+        return off
+
+    for name, error in (("skip.1/gate", 0.01), (LOGITS, 0.1), ("skip.1/gate", float("nan"))):
+        found = compare(model, planted(name, error), noise_for(model))
+        assert not found.holds
+        assert found.differences[name] == pytest.approx(error, rel=1e-3, nan_ok=True)
+    with torch.no_grad():
+        next(model.network.parameters()).add_(0.1)
+    assert not compare(model, run, noise_for(model)).holds
+
+
+def test_a_module_that_python_gave_is_exported_as_any_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = MonaiUNet(
+        spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,), norm="batch"
+    )
+    description = ModelDescription.model_validate(
+        {
+            "segkit": "0",
+            "run": "elsewhere",
+            "channels": ["T1"],
+            "labels": {"background": 0, "ball": 1},
+            "network": {"given": {"multiple": [2, 2, 2]}},
+            "spacing": (1.0, 1.0, 1.0),
+            "normalisation": ["zscore"],
+            "slices": "axial",
+            "patch_size": [8, 8, 8],
+        }
+    )
+    model = described_model(description, module)
+    exported = export(model, "onnx", tmp_path / "a.onnx", check=True)
+    assert exported.holds and exported.agreement is not None
+    assert set(exported.agreement.differences) == {LOGITS}
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of({}, 3)
+    out = tmp_path / NAMES[form]
+    with pytest.raises(ModelError, match=rf"is written to a file \*\{out.suffix}"):
+        export(model, form, tmp_path / "network.pt")
+    out.with_suffix(".bin" if form == "openvino" else ".onnx").write_text("mine")
+    with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
+        export(model, form, out)
+    assert len(list(tmp_path.iterdir())) == 1
+    export(model, form, out, overwrite=True)
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("segkit.export.graphs.Traced.forward", fail)
+    with pytest.raises(ModelError, match=r"cannot hold this network: no such operator"):
+        export(model, form, out, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
+
+
+def test_the_command_writes_checks_and_says_how_far_off(tmp_path: Path) -> None:
+    saved(tmp_path / "run" / "model")
+    out = tmp_path / "network.onnx"
+    arguments = ["export", str(tmp_path / "run"), "--format", "onnx", "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--check"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"wrote {out}" in done.output
+    assert "largest difference of logits: " in done.output
+    assert "largest difference of 1 maps: " in done.output
+    assert "same label: 100.0000% of voxels" in done.output
+    again = CliRunner().invoke(app, [*arguments, "--check", "--overwrite", "--json"])
+    terminal.start()
+    told = json.loads(again.output)
+    assert told["written"] == [str(out)] and told["holds"] is True
+    assert set(told["differences"]) == {LOGITS, "skip.1/gate"}
+
+
+def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fold in (0, 1):
+        saved(tmp_path / "five" / f"fold_{fold}" / "model")
+    arguments = ["--format", "onnx", "--out", str(tmp_path / "a.onnx")]
+    many = CliRunner().invoke(app, ["export", str(tmp_path / "five"), *arguments])
+    assert isinstance(many.exception, SegkitError)
+    assert "has 2 models; export one, such as" in str(many.exception)
+    off = Export((tmp_path / "a.onnx",), Agreement({LOGITS: 0.2}, 3.0, 0.98))
+    monkeypatch.setattr("segkit.export.export.export", lambda *given, **options: off)
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "five" / "fold_0"), *arguments])
+    assert "same label: 98.0000% of voxels" in told.output
+    assert isinstance(told.exception, SegkitError)
+    assert "differs from PyTorch by more than rounding" in str(told.exception)
+
+
+def test_a_model_that_was_loaded_is_the_one_that_is_exported(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    run = export_onnx(model, tmp_path / "a.onnx")
+    assert compare(load_model(tmp_path / "model"), run, noise_for(model)).holds
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("form", ["onnx", "openvino", "monai-bundle"])
+def test_an_exported_model_agrees_on_a_real_scan(
+    form: Form, tmp_path: Path, data_folder: Path
+) -> None:
+    scan = read_volume(data_folder / "hippocampus" / "imagesTr" / "hippocampus_001.nii.gz")
+    model = model_of({"skip": "additive_grid"}, 3)
+    described = model.description.model_copy(update={"channels": ["MRI"]}).model_dump()
+    described["normalisation"] = ["zscore"]
+    described["patch_size"] = [32, 32, 32]
+    description = ModelDescription.model_validate(described)
+    torch.manual_seed(0)
+    exported = export(
+        Model(description, build_network(description).eval()),
+        form,
+        tmp_path / NAMES.get(form, "bundle"),
+        check=True,
+        scan=scan,
+    )
+    assert exported.holds, exported.lines()

@@ -1,0 +1,251 @@
+import hypothesis.strategies as st
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from nibabel.orientations import io_orientation
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+
+from segkit.geometry.grid import Grid, Orientation, Placement
+from tests.helpers import ORIENTATIONS, affine_of, affines, brute_force_centres, grids
+
+SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
+Layer = tuple[tuple[int], tuple[int], tuple[int], tuple[int]]
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """Kernel, stride, padding and dilation along one axis."""
+    kernel = draw(st.integers(1, 4))
+    # A pool takes no more padding than half its kernel.
+    padding = draw(st.integers(0, kernel // 2))
+    return (kernel,), (draw(st.integers(1, 3)),), (padding,), (draw(st.integers(1, 3)),)
+
+
+def numbered(shape: tuple[int, ...]) -> ndarray:
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+@given(grids())
+def test_centres_are_the_affine_applied_to_every_index(grid: Grid) -> None:
+    assert_allclose(grid.centres(), brute_force_centres(grid.shape, grid.affine), atol=1e-9)
+
+
+@given(grids())
+def test_index_undoes_world(grid: Grid) -> None:
+    points = np.random.default_rng(0).uniform(-5, 12, (20, 3))
+    assert_allclose(grid.index(grid.world(points)), points, atol=1e-8)
+
+
+@given(SPACINGS)
+def test_spacing_is_the_distance_between_neighbours(spacing: tuple[float, float, float]) -> None:
+    grid = Grid((2, 2, 2), affine_of("SLA", spacing))
+    centres = grid.centres()
+    steps = [centres[1, 0, 0], centres[0, 1, 0], centres[0, 0, 1]] - centres[0, 0, 0]
+    assert_allclose(np.linalg.norm(steps, axis=1), spacing, rtol=1e-9)
+    assert_allclose(grid.spacing, spacing, rtol=1e-9)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_orientation_is_nibabels_for_every_orientation(code: str) -> None:
+    for rotation in ((0.0, 0.0, 0.0), (0.2, -0.3, 0.25)):
+        affine = affine_of(code, rotation=rotation)
+        orientation = Orientation.of(affine)
+        assert orientation.code == code == "".join(nib.aff2axcodes(affine))
+        world_axes, signs = io_orientation(affine).T
+        assert orientation.order == tuple(np.argsort(world_axes))
+        assert orientation.flip == tuple(signs[list(orientation.order)] < 0)
+
+
+@pytest.mark.parity
+@given(affines())
+def test_orientation_is_nibabels_for_oblique_grids(affine: ndarray) -> None:
+    assert Orientation.of(affine).code == "".join(nib.aff2axcodes(affine))
+
+
+def test_two_axes_nearest_to_the_same_world_axis_share_out_with_the_largest_sum() -> None:
+    # Both are nearest to x: 0.80 + 0.66 (the second along x) is more than 0.75 + 0.60, however far
+    # apart the voxels are along the first.
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[7.5, 6.6, 0.0], [0.80, -0.60, 0.0], [0.0, 0.0, 1.0]]).T
+    assert Orientation.of(affine).code == "ARS"
+    assert Orientation.of(affine).order == (1, 0, 2)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_turning_back_undoes_turning(code: str) -> None:
+    orientation = Orientation.of(affine_of(code))
+    for shape in ((2, 3, 4), (2, 3, 4, 5)):
+        array = numbered(shape)
+        assert_array_equal(orientation.turn_back(orientation.turn(array)), array)
+        assert_array_equal(orientation.turn(orientation.turn_back(array)), array)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_turning_copies_no_voxel(code: str) -> None:
+    orientation = Orientation.of(affine_of(code))
+    array = numbered((2, 3, 4, 5))
+    assert np.shares_memory(orientation.turn(array), array)
+    assert np.shares_memory(orientation.turn_back(array), array)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_a_turned_grid_runs_right_front_up(code: str) -> None:
+    grid = Grid((2, 3, 4), affine_of(code))
+    turned = Orientation.of(grid.affine).turn_grid(grid)
+    assert Orientation.of(turned.affine).code == "RAS"
+
+
+@given(grids())
+@example(Grid((2, 3, 4), affine_of("IPL")))
+def test_turning_moves_no_voxel_in_the_world(grid: Grid) -> None:
+    orientation = Orientation.of(grid.affine)
+    field = brute_force_centres(grid.shape, grid.affine)
+    turned = orientation.turn_grid(grid)
+    assert_allclose(orientation.turn(field), turned.centres(), atol=1e-9)
+    assert_allclose(orientation.turn_back(turned.centres()), field, atol=1e-9)
+
+
+@given(grids(), SPACINGS)
+def test_respacing_keeps_the_centre(grid: Grid, spacing: tuple[float, float, float]) -> None:
+    respaced = grid.with_spacing(spacing)
+    middle, respaced_middle = (
+        g.world((np.array(g.shape, dtype=float) - 1) / 2) for g in (grid, respaced)
+    )
+    assert_allclose(respaced_middle, middle, atol=1e-8)
+    assert_allclose(respaced.spacing, spacing, rtol=1e-9)
+
+
+@given(grids(largest=40), SPACINGS)
+def test_respacing_keeps_outer_edges_to_half_a_voxel(
+    grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    respaced = grid.with_spacing(spacing)
+    extent, respaced_extent = (np.array(g.shape) * g.spacing for g in (grid, respaced))
+    # Half a voxel of rounding is shared by both ends; a grid thinner than that keeps one voxel.
+    excess = np.abs(respaced_extent - extent)
+    assert ((excess <= np.array(spacing) / 2 + 1e-6) | (np.array(respaced.shape) == 1)).all()
+
+
+@given(grids())
+def test_respacing_to_the_same_spacing_changes_nothing(grid: Grid) -> None:
+    assert grid.agrees_with(grid.with_spacing(grid.spacing), tolerance=1e-8)
+
+
+@given(grids(), SPACINGS)
+def test_positions_of_a_respaced_grid_lead_to_its_centres(
+    grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    respaced = grid.with_spacing(spacing)
+    index = np.stack(np.meshgrid(*grid.positions_of(respaced), indexing="ij"), axis=-1)
+    assert_allclose(grid.world(index), respaced.centres(), atol=1e-6)
+
+
+@given(grids())
+def test_positions_of_the_same_grid_are_whole_numbers(grid: Grid) -> None:
+    for size, positions in zip(grid.shape, grid.positions_of(grid), strict=True):
+        assert_array_equal(positions, np.arange(size))
+
+
+def test_positions_between_grids_whose_axes_differ_are_a_broken_invariant() -> None:
+    with pytest.raises(AssertionError, match="axes differ"):
+        Grid((2, 2, 2), affine_of("RAS")).positions_of(Grid((2, 2, 2), affine_of("ARS")))
+
+
+def test_a_placed_grid_has_its_cells_at_stride_times_cell_plus_offset() -> None:
+    grid = Grid((8, 8, 8), affine_of("PIR"))
+    placed = grid.placed((2, 3, 4), (4, 2, 1), (1.5, 0.5, 0.0))
+    cells = np.stack(np.indices((2, 3, 4)), axis=-1)
+    index = cells * np.array([4, 2, 1]) + np.array([1.5, 0.5, 0.0])
+    assert_allclose(placed.centres(), grid.world(index), atol=1e-9)
+
+
+@given(grids(smallest=2), st.floats(0.002, 50.0))
+def test_grids_agree_until_a_corner_is_off(grid: Grid, shift: float) -> None:
+    moved, spread = grid.affine.copy(), grid.affine.copy()
+    moved[1, 3] += shift
+    # The far end along the first axis moves, the first voxel stays.
+    spread[2, 0] += shift / (grid.shape[0] - 1)
+    assert grid.agrees_with(Grid(grid.shape, grid.affine.copy()))
+    for affine in (moved, spread):
+        assert not grid.agrees_with(Grid(grid.shape, affine))
+        assert grid.agrees_with(Grid(grid.shape, affine), tolerance=shift * 1.01)
+
+
+def test_grids_of_different_shapes_do_not_agree() -> None:
+    assert not Grid((2, 3, 4), np.eye(4)).agrees_with(Grid((2, 3, 5), np.eye(4)))
+
+
+@given(st.lists(layers(), min_size=1, max_size=3))
+def test_a_cell_lies_where_the_places_it_averages_have_their_mean(stack: list[Layer]) -> None:
+    # The deepest stack sees 118 places at once.
+    field = torch.arange(160, dtype=torch.float64)[None, None]
+    whole = torch.ones_like(field)
+    placement = Placement.identity(1)
+    for kernel, stride, padding, dilation in stack:
+        weight = torch.full((1, 1, *kernel), 1 / kernel[0], dtype=torch.float64)
+        field, whole = (
+            F.conv1d(values, weight, None, stride, padding, dilation) for values in (field, whole)
+        )
+        placement = placement.through(kernel, stride, padding, dilation)
+    # Zeros that pad the image have no place: only cells that saw none of them are compared.
+    unpadded = np.isclose(whole[0, 0].numpy(), 1, atol=1e-9)
+    assert unpadded.any()
+    expected = placement.stride[0] * np.arange(len(unpadded)) + placement.offset[0]
+    assert_allclose(field[0, 0].numpy()[unpadded], expected[unpadded], atol=1e-8)
+
+
+@given(layers())
+def test_a_max_pools_cell_lies_midway_between_the_ends_of_its_window(layer: Layer) -> None:
+    kernel, stride, padding, dilation = layer
+    places = torch.arange(24.0)[None]
+    highest = F.max_pool1d(places, kernel, stride, padding, dilation)[0].numpy()
+    lowest = -F.max_pool1d(-places, kernel, stride, padding, dilation)[0].numpy()
+    placement = Placement.identity(1).through(*layer)
+    expected = placement.stride[0] * np.arange(len(highest)) + placement.offset[0]
+    reach = dilation[0] * (kernel[0] - 1) / 2
+    unpadded = (expected >= reach) & (expected + reach <= 23)
+    assert unpadded.any()
+    assert_allclose((highest + lowest)[unpadded] / 2, expected[unpadded])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        ((3, 3, 1), (2, 2, 1), (1, 1, 0), (1, 1, 1)),
+        ((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+        ((4, 1, 2), (2, 3, 2), (1, 0, 1), (1, 1, 2)),
+    ],
+)
+def test_a_feature_maps_grid_tells_where_in_the_world_its_cells_look(
+    kernel: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+) -> None:
+    grid = Grid((9, 10, 11), affine_of("PSR"))
+    weight = torch.full((1, 1, *kernel), 1 / np.prod(kernel), dtype=torch.float64)
+    field = torch.from_numpy(grid.centres()).movedim(3, 0)[:, None]
+    through = [
+        F.conv3d(values, weight, None, stride, padding, dilation)[:, 0].numpy()
+        for values in (field, torch.ones_like(field))
+    ]
+    placement = Placement.identity(3).through(kernel, stride, padding, dilation)
+    placed = grid.placed(through[0].shape[1:], placement.stride, placement.offset)
+    unpadded = np.isclose(through[1][0], 1)
+    assert unpadded.sum() >= 12
+    assert_allclose(through[0][:, unpadded].T, placed.centres()[unpadded], atol=1e-8)
+
+
+def test_an_input_lies_on_itself_and_dilation_is_one_unless_given() -> None:
+    identity = Placement.identity(3)
+    assert identity == Placement((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    assert identity.through((3, 3, 3), (1, 1, 1), (1, 1, 1)) == identity
+    given_dilation = identity.through((3, 2, 1), (2, 2, 2), (1, 0, 0), (1, 1, 1))
+    assert identity.through((3, 2, 1), (2, 2, 2), (1, 0, 0)) == given_dilation
+    assert given_dilation == Placement((2.0, 2.0, 2.0), (0.0, 0.5, 0.0))

@@ -1,0 +1,117 @@
+"""Windows count as empty where no voxel that they are read from holds anything."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from torch.testing import assert_close
+
+from segkit.config.training import NetworkConfig
+from segkit.data.preprocess import prepare
+from segkit.geometry.grid import Grid
+from segkit.inference.empty_windows import empty_windows
+from segkit.inference.engines.torch_eager import LOGITS
+from segkit.inference.predictor import Predictor
+from segkit.inference.windows import window_starts
+from segkit.io.volume import Volume
+from segkit.model.folder import Model
+from tests.helpers import affine_of, grids
+from tests.inference.test_predictor import description, nearest_class, random_model
+
+
+@settings(max_examples=30)
+@given(grids(smallest=4, largest=12), st.integers(0, 2**16), st.floats(0.5, 2.0))
+def test_what_is_read_from_an_empty_window_comes_from_zeros_alone(
+    grid: Grid, seed: int, ratio: float
+) -> None:
+    random = np.random.default_rng(seed)
+    values = (random.random(grid.shape) < 0.02).astype(np.int16)
+    values[tuple(random.integers(0, size) for size in grid.shape)] = 3
+    volume = Volume(values, grid)
+    spacing = min(grid.spacing) * ratio
+    prepared = prepare(
+        volume, spacing=(spacing, spacing, spacing), normalisers=[lambda image: image + 5]
+    )
+    starts = [window_starts(size, 4, 0.5, 2) for size in prepared.grid.shape]
+    found = empty_windows(volume, prepared, patch_size=(4, 4, 4), starts=starts)
+    for place in found:
+        region = tuple(slice(first, first + 4) for first in place)
+        # To the rounding of shares that sum to 1: a voxel of 1 nearby would show far above it.
+        values = prepared.image[(0, *region)]
+        assert_close(values, torch.full_like(values, 5.0), atol=1e-5, rtol=0)
+
+
+def test_every_window_with_a_voxel_is_kept() -> None:
+    values = np.zeros((16, 16, 16, 2), np.uint8)
+    values[0, 0, 0, 1] = values[15, 15, 15, 0] = values[9, 6, 4, 1] = 1
+    volume = Volume(values, Grid((16, 16, 16), np.eye(4)))
+    prepared = prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image] * 2)
+    starts = [[0, 4, 8]] * 3
+    found = empty_windows(volume, prepared, patch_size=(8, 8, 8), starts=starts)
+    held = {(x, y, z) for x in (4, 8) for y in (0, 4) for z in (0, 4)}
+    assert found == set(itertools.product(*starts)) - held - {(0, 0, 0), (8, 8, 8)}
+
+
+@dataclass
+class Counting:
+    """An engine that says class 1 wherever it is asked."""
+
+    asked: int = 0
+
+    def __call__(self, windows: torch.Tensor, keys: object) -> dict[str, torch.Tensor]:
+        self.asked += len(windows)
+        logits = torch.zeros(len(windows), 2, *windows.shape[2:])
+        logits[:, 1] = 1
+        return {LOGITS: logits}
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "SAR"])
+def test_the_network_is_not_asked_about_nothing_whose_label_is_background(code: str) -> None:
+    grid = Grid((40, 40, 40), affine_of(code, spacing=(1.0, 1.0, 1.0), rotation=(0.0, 0.0, 0.0)))
+    values = np.zeros(grid.shape, np.int16)
+    values[:8, :8, :8] = values[-8:, -8:, -8:] = 9
+    volume = Volume(values, grid)
+    told = description(spacing=(1.0, 1.0, 1.0))
+    labels, asked = [], []
+    for skip_empty in (True, False):
+        predictor = Predictor(Model(told, nearest_class(2)), skip_empty=skip_empty)
+        predictor.members[0].engine = engine = Counting()
+        prediction = predictor(volume, probabilities=True)
+        labels.append(prediction.labels.data)
+        asked.append(engine.asked)
+    # Windows of 8 at 0, 4, … 32: the two corners' and those that share voxels with them.
+    assert asked == [2 * 2**3, 9**3]
+    assert labels[1].all()
+    expected = np.zeros(grid.shape, bool)
+    expected[:12, :12, :12] = expected[-12:, -12:, -12:] = True
+    assert_array_equal(labels[0], expected)
+
+
+def test_what_is_left_is_as_if_nothing_was_skipped_where_no_skipped_window_reaches() -> None:
+    random = np.random.default_rng(0)
+    values = np.zeros((40, 24, 24), np.float32)
+    values[:12] = random.normal(5, 1, (12, 24, 24))
+    values[39, 23, 23] = 5
+    volume = Volume(values, Grid((40, 24, 24), np.eye(4)))
+    model = random_model(NetworkConfig(channels=[4, 4, 4]))
+    skipping = Predictor(model)(volume, probabilities=True)
+    asking = Predictor(model, skip_empty=False)(volume, probabilities=True)
+    assert skipping.probabilities is not None and asking.probabilities is not None
+    # Windows start at 0, 4, 8, 12 …: those from 12 on hold nothing, and reach voxels from 12 on.
+    left, right = skipping.probabilities.data[:12], asking.probabilities.data[:12]
+    np.testing.assert_allclose(left.astype(float), right.astype(float), atol=1e-3)
+    assert not skipping.labels.data[16:28].any()
+
+
+def test_of_a_volume_of_zeros_all_is_background() -> None:
+    network = NetworkConfig(channels=[4, 4, 4])
+    volume = Volume(np.zeros((20, 9, 12), np.int16), Grid((20, 9, 12), np.eye(4)))
+    prediction = Predictor(random_model(network))(volume, probabilities=True, maps=True)
+    assert not prediction.labels.data.any()
+    assert prediction.probabilities is not None
+    assert_array_equal(prediction.probabilities.data[..., 0], 1)

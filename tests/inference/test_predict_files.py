@@ -1,0 +1,458 @@
+"""Which files are one volume, where its result goes, and that what lies there is kept."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+
+from segkit.config.attention import AttentionConfig, MeanPooling
+from segkit.config.training import ModelDescription, NetworkConfig, ZScore
+from segkit.errors import ConfigError, SegkitError, VolumeError
+from segkit.geometry.grid import Grid
+from segkit.inference import predict_files as prediction
+from segkit.inference.predict_files import (
+    Input,
+    Outcome,
+    find_inputs,
+    output_path,
+    parse_shard,
+    predict_files,
+    read_input,
+    sidecar_of,
+)
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import Volume, read_volume, write_volume
+from segkit.model.build import build_network
+from segkit.model.folder import Model
+from tests.helpers import ORIENTATIONS, affine_of
+
+
+def test_prediction_loads_nothing_that_it_can_do_without() -> None:
+    program = (
+        "import sys, segkit.inference.predict_files, segkit.system.progress; print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "segkit.inference.predictor" in loaded
+    heavy = {"lightning", "torchmetrics", "matplotlib", "monai", "pandas", "sklearn", "sympy"}
+    assert (heavy | {"torch._dynamo", "SimpleITK", "openvino"}).isdisjoint(loaded)
+
+
+def volume_at(path: Path, value: float, shift: float = 0.0) -> Path:
+    affine = np.eye(4)
+    affine[0, 3] = shift
+    write_volume(path, Volume(np.full((2, 3, 4), value, np.float32), Grid((2, 3, 4), affine)))
+    return path
+
+
+def test_each_file_of_a_folder_is_a_volume_of_a_one_channel_model(tmp_path: Path) -> None:
+    for name in ("b.nii.gz", "a_0000.nrrd"):
+        volume_at(tmp_path / name, 1)
+    (tmp_path / "notes.txt").write_text("not a volume")
+    found = find_inputs([tmp_path], 1)
+    assert [source.name for source in found] == ["a_0000", "b"]
+
+
+def test_numbered_files_are_the_channels_of_one_volume(tmp_path: Path) -> None:
+    for case in ("x", "y"):
+        for channel in (0, 1):
+            volume_at(tmp_path / f"{case}_{channel:04d}.nii.gz", 10 * (case == "y") + channel)
+    found = find_inputs([tmp_path], 2)
+    assert [source.name for source in found] == ["x", "y"]
+    # One of its files names the whole volume.
+    (alone,) = find_inputs([tmp_path / "y_0001.nii.gz"], 2)
+    assert alone == found[1]
+    assert read_input(alone).data[0, 0, 0].tolist() == [10.0, 11.0]
+
+
+def test_channels_on_two_grids_are_refused(tmp_path: Path) -> None:
+    files = (volume_at(tmp_path / "x_0000.nii", 1), volume_at(tmp_path / "x_0001.nii", 1, shift=2))
+    with pytest.raises(VolumeError, match=r"x_0001\.nii: lies on another grid than x_0000\.nii"):
+        read_input(Input("x", files))
+
+
+def test_an_empty_folder_and_a_strange_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="expected volumes"):
+        find_inputs([tmp_path], 1)
+    with pytest.raises(VolumeError, match="convert it first"):
+        find_inputs([tmp_path / "scan.png"], 1)
+
+
+def test_a_result_lies_beside_its_input_or_where_it_was_asked_for() -> None:
+    source = Input("scan", (Path("in/scan.nii.gz"),))
+    assert output_path(source, out=None, alone=True) == Path("in/scan_seg.nii.gz")
+    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.nii.gz")
+    assert output_path(source, out=Path("x.nii"), alone=True) == Path("x.nii")
+    with pytest.raises(VolumeError, match="one file cannot hold several predictions"):
+        output_path(source, out=Path("x.nii"), alone=False)
+
+
+def test_a_result_keeps_its_inputs_format() -> None:
+    source = Input("scan", (Path("scan.NRRD"),))
+    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.NRRD")
+
+
+def predictor_of(head: MeanPooling | None) -> Predictor:
+    torch.manual_seed(0)
+    description = ModelDescription(
+        segkit="test",
+        run="test",
+        channels=["MRI"],
+        labels={"background": 0, "head": 1, "tail": 2},
+        network=NetworkConfig(channels=[2, 4], attention=AttentionConfig(head=head)),
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=[ZScore()],
+        slices="axial",
+        patch_size=[8, 8, 8],
+    )
+    return Predictor(Model(description, build_network(description)), device="cpu")
+
+
+def noise_at(path: Path, seed: int = 0) -> Path:
+    values = np.random.default_rng(seed).normal(size=(8, 8, 8)).astype(np.float32)
+    write_volume(path, Volume(values, Grid((8, 8, 8), np.eye(4))))
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_presence_is_written_beside_the_labels_of_a_model_with_a_head(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "in" / f"{name}.nii.gz") for name in "ab"], 1)
+    predictor = predictor_of(MeanPooling())
+    for outcome in predict_files(predictor, inputs, out=tmp_path / "out"):
+        assert outcome.error is None
+        told = tmp_path / "out" / f"{outcome.input.name}_presence.json"
+        labels = tmp_path / "out" / f"{outcome.input.name}.nii.gz"
+        assert outcome.written == (labels, told, sidecar_of(labels))
+        expected = predictor(read_input(outcome.input)).presence
+        assert expected is not None and expected.keys() == {"head", "tail"}
+        assert json.loads(told.read_text())["presence"] == expected
+        assert outcome.presence == expected
+    endings = (".json", ".nii.gz", "_presence.json")
+    assert names_in(tmp_path / "out") == [f"{name}{ending}" for name in "ab" for ending in endings]
+
+
+def test_presence_beside_an_input_is_named_after_it(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    (outcome,) = predict_files(predictor_of(MeanPooling()), inputs)
+    assert outcome.error is None
+    names = ["scan.nii.gz", "scan_presence.json", "scan_seg.json", "scan_seg.nii.gz"]
+    assert names_in(tmp_path) == names
+
+
+def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    told = tmp_path / "scan_presence.json"
+    told.write_text("kept")
+    predictor = predictor_of(MeanPooling())
+    (refused,) = predict_files(predictor, inputs)
+    reason = f"{told}: exists already; pass --overwrite or name another --out"
+    assert refused.error is not None and refused.error.endswith(reason)
+    assert refused.written == () and refused.presence is None
+    assert told.read_text() == "kept"
+    assert names_in(tmp_path) == ["scan.nii.gz", "scan_presence.json"]
+    (written,) = predict_files(predictor, inputs, overwrite=True)
+    assert json.loads(told.read_text())["presence"] == written.presence
+
+
+def test_a_model_without_a_head_neither_writes_nor_minds_presence(tmp_path: Path) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz"), noise_at(tmp_path / "b.nii.gz")], 1)
+    told = tmp_path / "scan_presence.json"
+    told.write_text("kept")
+    for outcome in predict_files(predictor_of(None), inputs, overwrite=True):
+        assert outcome.error is None and outcome.presence is None
+    assert told.read_text() == "kept"
+    assert not (tmp_path / "b_presence.json").exists()
+
+
+def test_inputs_named_alike_but_for_seg_keep_their_own_presence(tmp_path: Path) -> None:
+    names = ["scan", "scan_seg"]
+    paths = [noise_at(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate(names)]
+    predictor = predictor_of(MeanPooling())
+    outcomes = list(predict_files(predictor, find_inputs(paths, 1), out=tmp_path / "out"))
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    told = [json.loads((tmp_path / "out" / f"{name}_presence.json").read_text()) for name in names]
+    assert told[0] != told[1]
+
+
+def test_maps_that_are_there_already_are_kept_unless_they_may_be_overwritten(
+    tmp_path: Path,
+) -> None:
+    inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
+    predictor = predictor_of(MeanPooling())
+    told = tmp_path / "maps" / "scan_maps.json"
+    told.parent.mkdir()
+    told.write_text("precious")
+    (outcome,) = predict_files(predictor, inputs, maps=told.parent)
+    assert outcome.error is not None and outcome.error.endswith(
+        "scan_maps.json: exists already; pass --overwrite or name another --out"
+    )
+    assert told.read_text() == "precious"
+    (outcome,) = predict_files(predictor, inputs, maps=told.parent, overwrite=True)
+    assert outcome.error is None and told.read_text() != "precious"
+
+
+def test_hidden_files_of_a_folder_are_no_volumes(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "._a.nii.gz"):
+        noise_at(tmp_path / name)
+    assert [found.name for found in find_inputs([tmp_path], 1)] == ["a"]
+
+
+# What is written is what the predictor says
+
+
+@pytest.mark.parametrize("code", sorted(ORIENTATIONS)[::5])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha"])
+def test_volumes_that_went_through_files_are_those_made_in_memory(
+    code: str, suffix: str, tmp_path: Path
+) -> None:
+    grid = Grid((9, 11, 13), affine_of(code, spacing=(0.9, 1.1, 1.4)))
+    values = np.random.default_rng(0).normal(5, 1, grid.shape).astype(np.float32)
+    values[:3] = 0  # cut off as background
+    write_volume(tmp_path / f"scan{suffix}", Volume(values, grid))
+    predictor = predictor_of(None)
+    (outcome,) = predict_files(
+        predictor,
+        find_inputs([tmp_path / f"scan{suffix}"], 1),
+        maps=tmp_path / "maps",
+        probabilities=True,
+        uncertainty=True,
+    )
+    assert outcome.error is None
+    expected = predictor(
+        read_volume(tmp_path / f"scan{suffix}"), probabilities=True, uncertainty=True
+    )
+    names = ["scan_seg", "scan_prob", "scan_entropy", "scan_variance"]
+    assert outcome.written[0].name == f"scan_seg{suffix}"
+    for name, volume in zip(
+        names,
+        (expected.labels, expected.probabilities, expected.entropy, expected.variance),
+        strict=True,
+    ):
+        assert volume is not None
+        written = read_volume(tmp_path / f"{name}{suffix}")
+        assert written.grid.agrees_with(grid)
+        assert_array_equal(written.data, volume.data)
+        if name != "scan_seg":
+            assert written.data.dtype == np.float32
+    results = [f"{name}{ending}" for name in names for ending in (suffix, ".json")]
+    assert names_in(tmp_path) == sorted(["maps", f"scan{suffix}", *results])
+
+
+# Cohorts
+
+
+def scans_in(folder: Path, names: str = "abcde") -> Path:
+    for seed, name in enumerate(names):
+        noise_at(folder / f"{name}.nii.gz", seed)
+    return folder
+
+
+def test_a_folder_that_was_segmented_before_is_left_alone(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "abc")], 1)
+    predictor, out = predictor_of(None), tmp_path / "out"
+    written = [outcome.written for outcome in predict_files(predictor, inputs, out=out)]
+    expected = [(out / f"{name}.nii.gz", out / f"{name}.json") for name in "abc"]
+    assert written == expected
+    marks = {}
+    for name in "ac":
+        (out / f"{name}.nii.gz").write_bytes(b"mine")
+        marks[name] = out / f"{name}.nii.gz"
+    (out / "b.nii.gz").unlink()
+    again = list(predict_files(predictor, inputs, out=out))
+    assert [outcome.kept for outcome in again] == [marks["a"], None, marks["c"]]
+    assert [outcome.written for outcome in again] == [(), expected[1], ()]
+    assert [outcome.error for outcome in again] == [None] * 3
+    assert marks["a"].read_bytes() == b"mine"
+    for outcome in predict_files(predictor, inputs, out=out, overwrite=True):
+        assert outcome.kept is None and outcome.error is None
+    assert marks["a"].read_bytes() != b"mine"
+
+
+def test_what_a_stopped_run_left_without_labels_is_made_anew(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "a")], 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a_prob.nii.gz").write_bytes(b"left")
+    (outcome,) = predict_files(predictor_of(None), inputs, out=out, probabilities=True)
+    assert outcome.error is None
+    assert read_volume(out / "a_prob.nii.gz").data.shape == (8, 8, 8, 3)
+
+
+def test_labels_without_all_that_is_asked_for_are_kept_and_told(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "a")], 1)
+    out, predictor = tmp_path / "out", predictor_of(None)
+    list(predict_files(predictor, inputs, out=out))
+    (outcome,) = predict_files(predictor, inputs, out=out, probabilities=True)
+    assert outcome.error is not None and "a.nii.gz: exists already" in outcome.error
+    assert names_in(out) == ["a.json", "a.nii.gz"]
+
+
+def test_results_beside_the_inputs_of_a_folder_are_no_inputs(tmp_path: Path) -> None:
+    folder = scans_in(tmp_path, "ab")
+    list(predict_files(predictor_of(None), find_inputs([folder], 1), probabilities=True))
+    found = find_inputs([folder], 1)
+    assert [source.name for source in found] == ["a", "b"]
+    assert all(
+        outcome.kept is not None
+        for outcome in predict_files(predictor_of(None), found, probabilities=True)
+    )
+    # Asked for by its own name, it is one.
+    assert [source.name for source in find_inputs([folder / "a_seg.nii.gz"], 1)] == ["a_seg"]
+    noise_at(folder / "alone_seg.nii.gz")
+    assert "alone_seg" in [source.name for source in find_inputs([folder], 1)]
+
+
+def test_shards_share_the_inputs_and_leave_none_out(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in")], 1)
+    names = []
+    for number in (1, 2, 3):
+        outcomes = predict_files(
+            predictor_of(None), inputs, out=tmp_path / "out", shard=(number, 3)
+        )
+        names.append("".join(outcome.input.name for outcome in outcomes if outcome.written))
+    assert names == ["ad", "be", "c"]
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "-1/2"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    assert parse_shard("2/8") == (2, 8)
+    with pytest.raises(ConfigError, match=r"expected I/N with I from 1 to N, such as 2/8"):
+        parse_shard(text)
+
+
+def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) -> None:
+    folders = [scans_in(tmp_path / name, "a") for name in ("one", "two")]
+    outcomes = list(
+        predict_files(predictor_of(None), find_inputs(folders, 1), out=tmp_path / "out")
+    )
+    assert outcomes[0].written and outcomes[1].error is not None
+    assert outcomes[1].error.endswith(
+        f"is the result of {folders[0] / 'a.nii.gz'} as well; rename one"
+    )
+
+
+def test_no_result_takes_the_place_of_another_input(tmp_path: Path) -> None:
+    paths = [noise_at(tmp_path / f"{name}.nii.gz") for name in ("scan", "scan_seg")]
+    before = paths[1].read_bytes()
+    first, second = predict_files(predictor_of(None), find_inputs(paths, 1), overwrite=True)
+    assert first.error is not None and "scan_seg.nii.gz: is an input itself" in first.error
+    assert second.written[0] == tmp_path / "scan_seg_seg.nii.gz"
+    assert paths[1].read_bytes() == before
+
+
+def test_outcomes_keep_the_order_of_inputs_and_failures_stop_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = scans_in(tmp_path / "in")
+    (folder / "b.nii.gz").write_bytes(b"no volume")
+    write = prediction.write_volume
+
+    def failing(path: Path, volume: Volume) -> None:
+        if path.name == "d.nii.gz":
+            raise OSError("No space left on device")
+        time.sleep(0.05 if path.name == "a.nii.gz" else 0)
+        write(path, volume)
+
+    monkeypatch.setattr(prediction, "write_volume", failing)
+    outcomes = list(
+        predict_files(predictor_of(None), find_inputs([folder], 1), out=tmp_path / "out")
+    )
+    assert [outcome.input.name for outcome in outcomes] == list("abcde")
+    assert [bool(outcome.written) for outcome in outcomes] == [True, False, True, False, True]
+    assert outcomes[1].error is not None and "b.nii.gz: cannot be read" in outcomes[1].error
+    assert outcomes[3].error is not None and outcomes[3].error.endswith(
+        "d.nii.gz: cannot write its result: No space left on device; look at the disk, and run the "
+        "same command again"
+    )
+
+
+def test_a_bug_while_reading_or_writing_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in")], 1)
+
+    def broken(*_: object) -> Volume:
+        raise ZeroDivisionError("ours")
+
+    for name in ("read_input", "write_volume"):
+        with monkeypatch.context() as patched:
+            patched.setattr(prediction, name, broken)
+            with pytest.raises(ZeroDivisionError, match="ours"):
+                list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
+
+
+def test_the_next_is_read_and_the_last_written_while_one_is_segmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in")], 1)
+    events: list[str] = []
+    threads: set[str] = set()
+    alive: list[weakref.ref[Volume]] = []
+    most = 0
+    read, write = prediction.read_input, prediction.write_volume
+    third_read = threading.Event()
+
+    def reading(source: Input) -> Volume:
+        nonlocal most
+        volume = read(source)
+        alive.append(weakref.ref(volume))
+        most = max(most, sum(past() is not None for past in alive))
+        events.append(f"read {source.name}")
+        threads.add(threading.current_thread().name)
+        if source.name == "c":
+            third_read.set()
+        return volume
+
+    def writing(path: Path, volume: Volume) -> None:
+        if path.name == "a.nii.gz":
+            # The network is at b by now, and c is read meanwhile.
+            assert third_read.wait(timeout=30)
+        write(path, volume)
+        events.append(f"write {path.name[0]}")
+        threads.add(threading.current_thread().name)
+
+    monkeypatch.setattr(prediction, "read_input", reading)
+    monkeypatch.setattr(prediction, "write_volume", writing)
+    outcomes = list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
+    assert all(outcome.written for outcome in outcomes)
+    assert events.index("read b") < events.index("write a")
+    assert most <= 3
+    assert threading.current_thread().name not in threads and len(threads) == 2
+
+
+def test_a_consumer_that_stops_leaves_whole_files_alone(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in")], 1)
+    outcomes = predict_files(predictor_of(None), inputs, out=tmp_path / "out")
+    first = next(outcomes)
+    assert isinstance(first, Outcome)
+    outcomes.close()
+    for path in (tmp_path / "out").glob("*.nii.gz"):
+        assert read_volume(path).data.shape == (8, 8, 8)
+        assert sidecar_of(path).is_file()
+
+
+def test_a_prediction_that_fails_is_told_in_one_sentence(tmp_path: Path) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "ab")], 1)
+
+    class Failing(Predictor):
+        def __call__(self, *_: object, **__: object) -> None:  # type: ignore[override]
+            raise SegkitError("the network is tired; let it rest")
+
+    predictor = predictor_of(None)
+    predictor.__class__ = Failing
+    errors = [outcome.error for outcome in predict_files(predictor, inputs, out=tmp_path / "out")]
+    assert errors == [
+        f"{tmp_path / 'in' / name}.nii.gz: the network is tired; let it rest" for name in "ab"
+    ]

@@ -1,0 +1,584 @@
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti2 import Nifti2Image
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+
+from segkit.errors import VolumeError
+from segkit.geometry.grid import Grid
+from segkit.io.volume import (
+    SUFFIXES,
+    Volume,
+    read_grid,
+    read_volume,
+    stem_of,
+    suffix_of,
+    write_volume,
+)
+from tests.helpers import ORIENTATIONS, affine_of, affines
+
+KINDS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64")
+SHAPE = (3, 4, 5)
+# Where a NIfTI-1 header keeps them, in bytes from its start.
+SLOPE_INTER, UNITS, SROW_X, SROW_Y, SROW_Z = 112, 123, 280, 296, 312
+PLACING = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units", "pixdim", "dim_info"),
+)
+LPS_TO_RAS = np.array([-1, -1, 1])
+
+
+def values_of(kind: str, shape: tuple[int, ...] = SHAPE) -> ndarray:
+    """Every value another, and the extremes of the type among them."""
+    limits = np.finfo(kind) if np.dtype(kind).kind == "f" else np.iinfo(kind)
+    values = np.arange(np.prod(shape)).astype(kind)
+    values[-2:] = [limits.min, limits.max][-len(values) :]
+    return values.reshape(shape)
+
+
+def nifti(
+    path: Path,
+    values: ndarray | None = None,
+    affine: ndarray | None = None,
+    *,
+    image_class: type[Nifti1Image] = Nifti1Image,
+    endianness: str = "<",
+    codes: tuple[int, int] = (1, 3),
+    units: tuple[str, str] = ("mm", "sec"),
+) -> Path:
+    """Write a NIfTI file with nibabel alone, quaternion and matrix both set."""
+    values = values_of("int16") if values is None else values
+    affine = affine_of("LPS") if affine is None else affine
+    header = image_class.header_class(endianness=endianness)
+    header.set_data_dtype(values.dtype)
+    image = image_class(values, affine, header)
+    image.header.set_qform(affine, codes[0])
+    image.header.set_sform(affine, codes[1])
+    image.header.set_xyzt_units(*units)
+    image.header.set_dim_info(0, 1, 2)
+    nib.save(image, path)
+    return path
+
+
+def edited(path: Path, offset: int, form: str, *content: Any) -> Path:
+    """A file with some of its bytes written over."""
+    raw = bytearray(path.read_bytes())
+    struct.pack_into(form, raw, offset, *content)
+    path.write_bytes(raw)
+    return path
+
+
+def assert_places_the_same(first: Any, second: Any) -> None:
+    for field in PLACING:
+        assert_array_equal(first[field], second[field], err_msg=field)
+
+
+# Reading and writing back
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("image_class", "endianness"), [(Nifti1Image, "<"), (Nifti1Image, ">"), (Nifti2Image, "<")]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_and_written_is_what_nibabel_reads(
+    tmp_path: Path, kind: str, image_class: type[Nifti1Image], endianness: str, suffix: str
+) -> None:
+    values = values_of(kind)
+    source = nifti(tmp_path / f"in{suffix}", values, image_class=image_class, endianness=endianness)
+    volume = read_volume(source)
+    assert volume.data.dtype == np.dtype(kind)
+    assert volume.data.dtype.isnative
+    assert_array_equal(volume.data, values)
+    assert_array_equal(volume.grid.affine, nib.load(source).affine)
+    write_volume(tmp_path / f"out{suffix}", volume)
+    before, after = nib.load(source), nib.load(tmp_path / f"out{suffix}")
+    assert type(after) is image_class
+    assert after.get_data_dtype() == before.get_data_dtype()
+    assert_array_equal(np.asanyarray(after.dataobj), values)
+    assert_array_equal(after.affine, before.affine)
+    assert_places_the_same(after.header, before.header)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_what_simpleitk_reads(tmp_path: Path, kind: str, suffix: str) -> None:
+    values, grid = values_of(kind), Grid(SHAPE, affine_of("PIR"))
+    path = tmp_path / f"out{suffix}"
+    write_volume(path, Volume(values, grid))
+    image = sitk.ReadImage(str(path))
+    assert_array_equal(sitk.GetArrayFromImage(image).transpose(2, 1, 0), values)
+    for index in ((0, 0, 0), (2, 0, 0), (0, 3, 0), (0, 0, 4)):
+        world = np.array(image.TransformIndexToPhysicalPoint(index)) * LPS_TO_RAS
+        assert_allclose(world, grid.world(np.array(index, dtype=float)), atol=1e-6)
+    again = read_volume(path)
+    assert again.data.dtype == np.dtype(kind)
+    assert_array_equal(again.data, values)
+    assert_allclose(again.grid.affine, grid.affine, atol=1e-9)
+
+
+@given(affines())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_format_keeps_every_voxels_place(tmp_path: Path, affine: ndarray) -> None:
+    values, grid = values_of("float32"), Grid(SHAPE, affine)
+    for suffix in SUFFIXES:
+        path = tmp_path / f"scan{suffix}"
+        write_volume(path, Volume(values, grid))
+        again = read_volume(path)
+        assert_array_equal(again.data, values)
+        # NIfTI keeps float32 numbers, of 500 mm to 3e-5.
+        assert again.grid.agrees_with(grid, tolerance=2e-4)
+        assert read_grid(path).agrees_with(again.grid, tolerance=0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_a_nifti_lies_where_simpleitk_finds_it(tmp_path: Path, code: str) -> None:
+    path = nifti(tmp_path / "scan.nii", affine=affine_of(code))
+    grid = read_grid(path)
+    image = sitk.ReadImage(str(path))
+    for index in ((0, 0, 0), (2, 3, 4)):
+        world = np.array(image.TransformIndexToPhysicalPoint(index)) * LPS_TO_RAS
+        assert_allclose(grid.world(np.array(index, dtype=float)), world, atol=1e-3)
+
+
+@pytest.mark.parametrize("space", ["right-anterior-superior", "left-posterior-superior"])
+def test_an_nrrds_space_says_which_way_its_axes_run(tmp_path: Path, space: str) -> None:
+    path = tmp_path / "scan.nrrd"
+    head = (
+        "NRRD0004\ntype: uint8\ndimension: 3\n"
+        f"space: {space}\nsizes: 1 2 3\n"
+        "space directions: (2,0,0) (0,3,0) (0,0,4)\nkinds: domain domain domain\n"
+        "encoding: raw\nspace origin: (10,20,30)\n\n"
+    )
+    path.write_bytes(head.encode() + bytes(range(6)))
+    volume = read_volume(path)
+    sign = 1 if space.startswith("right") else -1
+    assert_allclose(volume.grid.affine[:3, 3], [sign * 10, sign * 20, 30])
+    assert_allclose(np.diag(volume.grid.affine)[:3], [sign * 2, sign * 3, 4])
+    assert_array_equal(volume.data[0], [[0, 2, 4], [1, 3, 5]])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1), (3, 4, 5, 2), (3, 4, 1, 3)]
+)
+def test_thin_volumes_and_channels_keep_every_value(
+    tmp_path: Path, shape: tuple[int, ...], suffix: str
+) -> None:
+    x, y, z = shape[:3]
+    grid = Grid((x, y, z), affine_of("ASL"))
+    write_volume(tmp_path / f"scan{suffix}", Volume(values_of("float32", shape), grid))
+    again = read_volume(tmp_path / f"scan{suffix}")
+    assert_array_equal(again.data, values_of("float32", shape))
+    assert again.grid.agrees_with(grid)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_memory", "written"),
+    [
+        ((3, 4), (3, 4, 1), (3, 4)),
+        ((3, 4, 5, 2), (3, 4, 5, 2), (3, 4, 5, 2)),
+        ((3, 4, 5, 1, 2), (3, 4, 5, 2), (3, 4, 5, 2)),
+        ((3, 4, 1, 1, 2), (3, 4, 1, 2), (3, 4, 1, 2)),
+    ],
+)
+def test_axes_of_a_nifti_are_space_and_then_channels(
+    tmp_path: Path,
+    in_file: tuple[int, ...],
+    in_memory: tuple[int, ...],
+    written: tuple[int, ...],
+) -> None:
+    values = values_of("float32", in_file)
+    source = nifti(tmp_path / "in.nii.gz", values)
+    volume = read_volume(source)
+    assert volume.data.shape == in_memory
+    assert_array_equal(volume.data.squeeze(), values.squeeze())
+    write_volume(tmp_path / "out.nii.gz", volume)
+    after = nib.load(tmp_path / "out.nii.gz")
+    assert after.shape == written
+    assert_array_equal(after.get_fdata().squeeze(), values.squeeze())
+    assert_places_the_same(after.header, nib.load(source).header)
+
+
+def test_a_2d_metaimage_is_one_slice(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    image.SetSpacing((2.0, 3.0))
+    image.SetOrigin((10.0, 20.0))
+    sitk.WriteImage(image, str(tmp_path / "slice.mha"))
+    volume = read_volume(tmp_path / "slice.mha")
+    assert_array_equal(volume.data[:, :, 0], [[0, 3], [1, 4], [2, 5]])
+    assert_allclose(np.diag(volume.grid.affine), [-2, -3, 1, 1])
+    assert_allclose(volume.grid.affine[:3, 3], [-10, -20, 0])
+
+
+def test_a_label_on_a_scans_grid_has_the_scans_place_and_its_own_type(tmp_path: Path) -> None:
+    source = nifti(tmp_path / "scan.nii.gz", values_of("float32"), codes=(1, 4))
+    label = (values_of("float32") > 0).astype(np.uint8)
+    write_volume(tmp_path / "label.nii.gz", read_volume(source).like(label))
+    after = nib.load(tmp_path / "label.nii.gz")
+    assert after.get_data_dtype() == np.uint8
+    assert_array_equal(np.asanyarray(after.dataobj), label)
+    assert_places_the_same(after.header, nib.load(source).header)
+
+
+def test_data_must_fill_its_grid() -> None:
+    with pytest.raises(ValueError, match=r"data of shape \(2, 2, 2\) on a grid of \(3, 4, 5\)"):
+        Volume(np.zeros((2, 2, 2)), Grid(SHAPE, np.eye(4)))
+
+
+# What the header says
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "float32"])
+def test_a_files_slope_and_intercept_give_float32(tmp_path: Path, kind: str) -> None:
+    stored = np.arange(60).reshape(SHAPE).astype(kind)
+    path = edited(nifti(tmp_path / "scan.nii", stored), SLOPE_INTER, "<ff", 0.5, -1024.0)
+    volume = read_volume(path)
+    assert volume.data.dtype == np.float32
+    assert_array_equal(volume.data, stored * 0.5 - 1024.0)
+    write_volume(tmp_path / "out.nii", volume)
+    assert_array_equal(nib.load(tmp_path / "out.nii").get_fdata(), stored * 0.5 - 1024.0)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, float("nan")])
+def test_a_slope_that_scales_nothing_keeps_the_type(tmp_path: Path, slope: float) -> None:
+    path = edited(nifti(tmp_path / "scan.nii"), SLOPE_INTER, "<ff", slope, 0.0)
+    assert read_volume(path).data.dtype == np.int16
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("mm", 1), ("micron", 1e-3)])
+def test_a_grid_is_in_mm_and_the_file_keeps_its_unit(
+    tmp_path: Path, unit: str, millimetres: float
+) -> None:
+    source = nifti(tmp_path / "in.nii.gz", units=(unit, "sec"))
+    volume = read_volume(source)
+    in_file = nib.load(source).affine
+    assert_allclose(volume.grid.affine[:3], in_file[:3] * millimetres, rtol=1e-12)
+    write_volume(tmp_path / "out.nii.gz", volume)
+    assert_places_the_same(nib.load(tmp_path / "out.nii.gz").header, nib.load(source).header)
+    coarse = volume.grid.placed((2, 2, 2), (2, 2, 2), (0.5, 0.5, 0.5))
+    write_volume(tmp_path / "coarse.nii.gz", volume.on(coarse, np.zeros((2, 2, 2), np.uint8)))
+    header = nib.load(tmp_path / "coarse.nii.gz").header
+    assert header.get_xyzt_units()[0] == "mm"
+    assert_allclose(header.get_sform(), coarse.affine, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", range(8))
+def test_a_unit_that_no_standard_defines_counts_as_mm(tmp_path: Path, unit: int) -> None:
+    path = edited(nifti(tmp_path / "scan.nii"), UNITS, "B", unit)
+    expected = affine_of("LPS")[:3] * {1: 1000, 3: 0.001}.get(unit, 1)
+    assert_allclose(read_grid(path).affine[:3], expected, rtol=1e-5)
+
+
+def test_the_sform_goes_before_the_qform_and_either_before_none(tmp_path: Path) -> None:
+    qform, sform = affine_of("RAS"), affine_of("LPI", spacing=(1, 2, 3))
+    image = Nifti1Image(values_of("int16"), None)
+    for codes, expected in (((1, 2), sform), ((1, 0), qform), ((0, 2), sform)):
+        image.header.set_qform(qform, codes[0])
+        image.header.set_sform(sform, codes[1])
+        nib.save(image, tmp_path / "scan.nii")
+        assert_allclose(read_grid(tmp_path / "scan.nii").affine, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((1, 0), 1), ((0, 2), 2), ((1, 3), 3), ((0, 0), 2)]
+)
+def test_another_grid_sets_both_forms_and_keeps_the_larger_code(
+    tmp_path: Path, codes: tuple[int, int], expected: int
+) -> None:
+    volume = read_volume(nifti(tmp_path / "in.nii.gz", codes=codes))
+    coarse = volume.grid.with_spacing((2.0, 2.0, 5.0))
+    write_volume(tmp_path / "out.nii.gz", volume.on(coarse, np.zeros(coarse.shape, np.uint8)))
+    header = nib.load(tmp_path / "out.nii.gz").header
+    assert int(header["qform_code"]) == int(header["sform_code"]) == expected
+    assert_allclose(header.get_sform(), coarse.affine, atol=1e-4)
+    assert_allclose(header.get_qform(), coarse.affine, atol=1e-4)
+    assert_allclose(header.get_zooms(), (2.0, 2.0, 5.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 2)])
+def test_a_crop_from_the_far_end_stays_in_place(tmp_path: Path, codes: tuple[int, int]) -> None:
+    # The affine is the source's own, and without codes a header's affine follows its shape.
+    volume = read_volume(nifti(tmp_path / "in.nii", codes=codes))
+    crop = Grid((2, 3, 4), volume.grid.affine)
+    write_volume(tmp_path / "out.nii", volume.on(crop, volume.data[:2, :3, :4]))
+    assert read_grid(tmp_path / "out.nii").agrees_with(crop)
+
+
+def test_a_sheared_sform_is_kept_and_the_qform_beside_it_too(tmp_path: Path) -> None:
+    sheared = affine_of("RAS", rotation=(0, 0, 0))
+    sheared[0, 1] = 0.5  # a gantry tilt
+    image = Nifti1Image(values_of("int16"), None)
+    image.header.set_qform(affine_of("RAS"), 1)
+    image.header.set_sform(sheared, 2)
+    nib.save(image, tmp_path / "in.nii.gz")
+    volume = read_volume(tmp_path / "in.nii.gz")
+    assert_allclose(volume.grid.affine, sheared, atol=1e-5)
+    write_volume(tmp_path / "like.nii.gz", volume)
+    assert_places_the_same(
+        nib.load(tmp_path / "like.nii.gz").header, nib.load(tmp_path / "in.nii.gz").header
+    )
+    half = volume.grid.placed((1, 2, 2), (2, 2, 2), (0.5, 0.5, 0.5))
+    for suffix in SUFFIXES:
+        write_volume(tmp_path / f"half{suffix}", volume.on(half, np.zeros((1, 2, 2), np.uint8)))
+        assert read_grid(tmp_path / f"half{suffix}").agrees_with(half)
+
+
+def test_a_nifti_written_from_an_nrrd_says_where_it_lies_in_mm(tmp_path: Path) -> None:
+    grid = Grid(SHAPE, affine_of("SRP"))
+    write_volume(tmp_path / "scan.nrrd", Volume(values_of("int16"), grid))
+    write_volume(tmp_path / "scan.nii.gz", read_volume(tmp_path / "scan.nrrd"))
+    header = nib.load(tmp_path / "scan.nii.gz").header
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (2, 2)
+    assert header.get_xyzt_units()[0] == "mm"
+    assert_allclose(header.get_qform(), grid.affine, atol=1e-4)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "suffix"),
+    [
+        ("scan.nii.gz", "scan", ".nii.gz"),
+        ("scan.nii", "scan", ".nii"),
+        ("sub-01.v2.nrrd", "sub-01.v2", ".nrrd"),
+        ("SCAN.NII.GZ", "SCAN", ".NII.GZ"),
+        (".nii.mha", ".nii", ".mha"),
+    ],
+)
+def test_a_name_is_its_stem_and_its_suffix(name: str, stem: str, suffix: str) -> None:
+    assert (stem_of(Path("a.b") / name), suffix_of(Path("a.b") / name)) == (stem, suffix)
+
+
+def test_a_suffix_in_capitals_is_read_all_the_same(tmp_path: Path) -> None:
+    nifti(tmp_path / "scan.nii.gz").rename(tmp_path / "SCAN.NII.GZ")
+    assert_array_equal(read_volume(tmp_path / "SCAN.NII.GZ").data, values_of("int16"))
+
+
+# Refusals
+
+
+def missing(folder: Path) -> Path:
+    return folder / "scan.nii.gz"
+
+
+def a_folder(folder: Path) -> Path:
+    (folder / "scan.nii").mkdir()
+    return folder / "scan.nii"
+
+
+def wrong_suffix(folder: Path) -> Path:
+    return nifti(folder / "scan.nii").rename(folder / "scan.img")
+
+
+def empty(folder: Path) -> Path:
+    (folder / "scan.nii").touch()
+    return folder / "scan.nii"
+
+
+def text_as(name: str) -> Callable[[Path], Path]:
+    def build(folder: Path) -> Path:
+        (folder / name).write_text("not a scan\n" * 100)
+        return folder / name
+
+    return build
+
+
+def gzipped_text(folder: Path) -> Path:
+    (folder / "scan.nii.gz").write_bytes(gzip.compress(b"not a scan\n" * 100))
+    return folder / "scan.nii.gz"
+
+
+def truncated(name: str) -> Callable[[Path], Path]:
+    def build(folder: Path) -> Path:
+        random = np.random.default_rng(0).normal(size=(20, 20, 20))
+        volume = Volume(random, Grid((20, 20, 20), affine_of("RAS")))
+        write_volume(folder / name, volume)
+        os.truncate(folder / name, (folder / name).stat().st_size // 2)
+        return folder / name
+
+    return build
+
+
+def edit(offset: int, form: str, *content: Any) -> Callable[[Path], Path]:
+    return lambda folder: edited(nifti(folder / "scan.nii"), offset, form, *content)
+
+
+def holding(values: ndarray) -> Callable[[Path], Path]:
+    return lambda folder: nifti(folder / "scan.nii", values)
+
+
+def another_format(folder: Path) -> Path:
+    image = nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4))
+    nib.save(image, folder / "scan.mgz")
+    return (folder / "scan.mgz").rename(folder / "scan.nii.gz")
+
+
+def itk_of_four_axes(folder: Path) -> Path:
+    sitk.WriteImage(sitk.Image([2, 3, 4, 5], sitk.sitkUInt8), str(folder / "scan.nrrd"))
+    return folder / "scan.nrrd"
+
+
+def complex_itk(folder: Path) -> Path:
+    sitk.WriteImage(sitk.Image([2, 3, 4], sitk.sitkComplexFloat32), str(folder / "scan.nrrd"))
+    return folder / "scan.nrrd"
+
+
+RGB = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+ONE_REAL = "expected one real number per voxel, found"
+AXES = "expected two or three axes and at most one of channels, found shape"
+REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (missing, "no such file; check the path"),
+    "folder": (a_folder, "expected a file, found a folder"),
+    "suffix": (wrong_suffix, r"expected a volume named \*\.nii, .*; convert it first"),
+    "empty": (empty, r"cannot be read as \.nii: "),
+    "text as nii": (text_as("scan.nii"), r"cannot be read as \.nii: "),
+    "text as nii.gz": (text_as("scan.nii.gz"), r"cannot be read as \.nii\.gz: "),
+    "text as nrrd": (text_as("scan.nrrd"), r"cannot be read as \.nrrd: "),
+    "text as mha": (text_as("scan.mha"), r"cannot be read as \.mha: "),
+    "gzipped text": (gzipped_text, r"cannot be read as \.nii\.gz: "),
+    "truncated nii": (
+        truncated("scan.nii"),
+        "claims 64000 bytes of voxels and the file can hold 31",
+    ),
+    "truncated nii.gz": (truncated("scan.nii.gz"), r"cannot be read as \.nii\.gz: "),
+    "truncated nrrd": (truncated("scan.nrrd"), r"cannot be read as \.nrrd: "),
+    "truncated mha": (truncated("scan.mha"), r"cannot be read as \.mha: "),
+    "another format": (another_format, r"cannot be read as \.nii\.gz: "),
+    # A whole column of zeros: voxels of no width along the first axis.
+    "zero spacing": (
+        lambda folder: edited(
+            edited(edit(SROW_X, "<f", 0)(folder), SROW_Y, "<f", 0), SROW_Z, "<f", 0
+        ),
+        r"expected voxel sizes above zero, found \[0\.0, ",
+    ),
+    "NaN": (edit(SROW_X, "<f", float("nan")), "its affine holds values that are not numbers"),
+    "NaN origin": (
+        edit(SROW_X + 12, "<f", float("nan")),
+        "its affine holds values that are not numbers",
+    ),
+    "infinite": (edit(SROW_X, "<f", float("inf")), "its affine holds values that are not numbers"),
+    "singular": (
+        edit(SROW_X, "<12f", 1, 1, 0, 0, 2, 2, 0, 0, 0, 0, 3, 0),
+        "its affine is singular: two of its axes point one way",
+    ),
+    "RGB": (holding(RGB), ONE_REAL),
+    "complex": (holding(np.zeros(SHAPE, np.complex64)), f"{ONE_REAL} complex64"),
+    "complex nrrd": (complex_itk, f"{ONE_REAL} complex"),
+    "one axis": (holding(np.zeros(7, np.uint8)), rf"{AXES} \(7,\)"),
+    "time and channels": (holding(np.zeros((2, 3, 4, 5, 6), np.uint8)), rf"{AXES} \(2, 3, 4, 5, 6"),
+    "no voxels": (holding(np.zeros((2, 0, 4), np.uint8)), rf"{AXES} \(2, 0, 4\)"),
+    "nrrd of four axes": (itk_of_four_axes, "expected two or three axes, found 4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_no_volume_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    build, reason = REFUSALS[name]
+    path = build(tmp_path)
+    with pytest.raises(VolumeError, match=reason) as refusal:
+        read_volume(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "suffix", "gzipped text", "NaN", "one axis"])
+def test_a_grid_is_refused_as_its_volume_is(tmp_path: Path, name: str) -> None:
+    build, reason = REFUSALS[name]
+    with pytest.raises(VolumeError, match=reason):
+        read_grid(build(tmp_path))
+
+
+def test_a_grid_is_read_from_the_header_alone(tmp_path: Path) -> None:
+    path = truncated("scan.nii")(tmp_path)
+    assert read_grid(path).agrees_with(Grid((20, 20, 20), affine_of("RAS")))
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("failure", [OSError("no space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, failure: BaseException
+) -> None:
+    volume = Volume(values_of("int16"), Grid(SHAPE, affine_of("RAS")))
+
+    def write_half(*arguments: Any, **options: Any) -> None:
+        (path,) = (Path(a) for a in arguments if isinstance(a, str) and a != "wb")
+        path.write_bytes(b"half a volume")
+        raise failure
+
+    kept = tmp_path / f"kept{suffix}"
+    write_volume(kept, volume)
+    content = kept.read_bytes()
+    monkeypatch.setattr("segkit.io.volume.ImageOpener", write_half)
+    monkeypatch.setattr(sitk, "WriteImage", write_half)
+    for path in (kept, tmp_path / f"new{suffix}"):
+        with pytest.raises(type(failure)):
+            write_volume(path, volume)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert kept.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_write_replaces_the_volume_it_was_read_from(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"scan{suffix}"
+    write_volume(path, Volume(values_of("float32"), Grid(SHAPE, affine_of("RAS"))))
+    volume = read_volume(path)  # mapped from the file, where it is not compressed
+    write_volume(path, volume.like(volume.data[::-1]))
+    assert_array_equal(read_volume(path).data, values_of("float32")[::-1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_same_volume_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    volume = Volume(values_of("int16"), Grid(SHAPE, affine_of("RAS")))
+    first, second = tmp_path / f"first{suffix}", tmp_path / "elsewhere" / f"second{suffix}"
+    write_volume(first, volume)
+    monkeypatch.setattr("time.time", lambda: 4e9)  # gzip would keep the time, and the name
+    write_volume(second, volume)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_suffix_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+    volume = Volume(values_of("int16"), Grid(SHAPE, affine_of("RAS")))
+    with pytest.raises(VolumeError, match=r"expected a volume named \*\.nii"):
+        write_volume(tmp_path / "new" / "scan.png", volume)
+    assert not (tmp_path / "new").exists()
+
+
+# Real scans
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("folder", ["images", "labels"])
+def test_real_scans_come_back_as_they_were(data_folder: Path, tmp_path: Path, folder: str) -> None:
+    paths = sorted((data_folder / "spinal_cord" / folder).glob("*.nii.gz"))
+    assert paths
+    for path in paths:
+        volume = read_volume(path)
+        before = nib.load(path)
+        assert_allclose(volume.data, before.get_fdata(dtype=np.float32))
+        write_volume(tmp_path / "again.nii.gz", volume)
+        after = nib.load(tmp_path / "again.nii.gz")
+        assert_array_equal(after.affine, before.affine)
+        assert_places_the_same(after.header, before.header)
+        assert_array_equal(np.asanyarray(after.dataobj), volume.data.reshape(after.shape))

@@ -1,0 +1,782 @@
+"""Settings of attention: how they are written, what is refused, and which modules they become."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from segkit.config import attention as config_attention
+from segkit.config.attention import AttentionConfig, SelfAttention
+from segkit.config.base import Section
+from segkit.config.load import dump_yaml, load_config, validated
+from segkit.config.training import Config, ModelDescription
+from segkit.errors import ConfigError
+from segkit.model.build import build_network
+from segkit.model.build_attention import token_factory
+from segkit.nn import channel_attention as channel
+from segkit.nn import cross_attention as cross
+from segkit.nn import gates, pooling
+from segkit.nn import self_attention as bottleneck
+from segkit.nn import spatial_attention as spatial
+from segkit.nn.blocks import Modulated
+from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
+from segkit.nn.slicewise import Planes
+from segkit.nn.unet import UNet
+
+SMALLEST = "data: {folder: scans, patch_size: [32, 32, 16]}\n"
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "se": {"reduction": 4},
+    "eca": {},
+    "cbam": {"reduction": 2, "kernel_size": 3},
+    "bam": {"reduction": 8, "dilation": 2},
+    "scse": {"reduction": 3, "aggregation": "concat"},
+    "spatial": {"kernel_size": 5},
+    "sse": {},
+    "gc": {"reduction": 4, "fusion": "scale"},
+}
+# Of every kind at every place, each option at another value than its default.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "skip": {
+        "additive_grid": {
+            "levels": [0, 2],
+            "coefficients": "hard",
+            "gates": 2,
+            "initial_bias": 1.5,
+            "output_transform": True,
+        },
+        "additive_same_level": {"levels": [1], "coefficients": "softmax", "initial_bias": -1.0},
+        "cross_attention": {"levels": [1, 2], "heads": [2, 3], "head_channels": 8},
+        "u_transformer": {"levels": [0], "heads": 3, "head_channels": 16, "initial_bias": 0.0},
+    },
+    "encoder": BLOCKS,
+    "decoder": BLOCKS,
+    "bottleneck": {
+        "self_attention": {
+            "heads": 3,
+            "head_channels": 8,
+            "positions": "rotary",
+            "window": [2, 2, 1],
+        },
+        "additive_self": {"width": 7},
+    },
+    "head": {
+        "mean": {"weight": 0.5},
+        "gated": {"width": 9, "weight": 1.0},
+        "learned_query": {"weight": 0.25},
+    },
+}
+KINDS = [(place, kind) for place, kinds in OPTIONS.items() for kind in kinds]
+every_kind = pytest.mark.parametrize(("place", "kind"), KINDS)
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "additive_grid": gates.AdditiveGridGate,
+    "additive_same_level": gates.AdditiveSameLevelGate,
+    "cross_attention": cross.CrossAttention,
+    "u_transformer": cross.UTransformerGate,
+    "se": channel.SqueezeExcitation,
+    "eca": channel.EfficientChannelAttention,
+    "bam": spatial.BottleneckAttention,
+    "scse": spatial.ConcurrentExcitation,
+    "spatial": spatial.PooledSpatialAttention,
+    "sse": spatial.SpatialExcitation,
+    "gc": channel.GlobalContext,
+    "self_attention": bottleneck.SelfAttention,
+    "additive_self": bottleneck.AdditiveSelfAttention,
+    "mean": pooling.MeanPooling,
+    "gated": pooling.GatedPooling,
+    "learned_query": pooling.LearnedQueryPooling,
+}
+
+
+SIZES: dict[int, dict[str, Any]] = {
+    2: {"folder": "scans", "patch_size": [48, 48]},
+    3: {"folder": "scans", "patch_size": [48, 48, 48]},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(SMALLEST)
+    return tmp_path / "config.yaml"
+
+
+def sections() -> dict[str, type[Section]]:
+    """The settings of each kind."""
+    return {
+        section.model_fields["kind"].default: section
+        for section in vars(config_attention).values()
+        if inspect.isclass(section)
+        and issubclass(section, Section)
+        and "kind" in section.model_fields
+    }
+
+
+def config_of(attention: dict[str, Any], **network: Any) -> Config:
+    """A config of three levels, whose coarsest grid has 4 cells along each axis."""
+    tree = {"channels": [8, 16, 32], **network, "attention": attention}
+    patch_size = [16] * int(tree.get("spatial_dims", 3))
+    data = {"folder": "scans", "patch_size": patch_size}
+    return validated(Config, {"data": data, "network": tree}, "settings")
+
+
+def built(
+    attention: dict[str, Any],
+    *,
+    patch_size: list[int] | None = None,
+    num_labels: int = 3,
+    **network: Any,
+) -> UNet:
+    """The network of a description, without the planes around one in 2D."""
+    tree = {"spatial_dims": 2, "channels": [8, 12, 16, 20], **network, "attention": attention}
+    description = ModelDescription(
+        segkit="test",
+        run="test",
+        channels=["a", "b"],
+        labels={f"label {number}": number for number in range(num_labels)},
+        network=validated(
+            Config, {"data": SIZES[tree["spatial_dims"]], "network": tree}, ""
+        ).network,
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=["zscore", "zscore"],  # type: ignore[list-item]
+        slices="axial",
+        patch_size=patch_size or SIZES[tree["spatial_dims"]]["patch_size"],
+    )
+    whole = build_network(description)
+    assert isinstance(whole, Planes) == (tree["spatial_dims"] == 2)
+    return whole.network if isinstance(whole, Planes) else whole
+
+
+def attention_of(network: UNet) -> dict[str, nn.Module]:
+    """What attends at each place where anything does; a lone map without what multiplies it."""
+    places: dict[str, nn.Module | None] = {
+        **{f"encoder.{level}": parts[2] for level, parts in enumerate(network.encoder)},
+        **{f"decoder.{level}": join.attention for level, join in enumerate(network.decoder)},
+        **{f"skip.{level}": join.gate for level, join in enumerate(network.decoder)},
+        "bottleneck": network.bottleneck,
+        "presence": network.presence,
+    }
+    return {
+        place: module.attention_maps[0]
+        if isinstance(module, Modulated) and len(module.attention_maps) == 1
+        else module
+        for place, module in places.items()
+        if module is not None and not isinstance(module, nn.Identity)
+    }
+
+
+def squeezed_widths(module: nn.Module) -> set[int]:
+    """Out of how many channels the channels' maps are made."""
+    return {part.squeeze.out_features for part in module.modules() if hasattr(part, "squeeze")}
+
+
+# How they are written
+
+
+def test_the_kinds_and_options_tested_here_are_all_there_are() -> None:
+    found = sections()
+    assert set(found) == {kind for _, kind in KINDS}
+    for place, kind in KINDS:
+        defaults = found[kind]().model_dump(exclude={"kind"})
+        assert OPTIONS[place][kind].keys() == defaults.keys()
+        assert all(OPTIONS[place][kind][name] != default for name, default in defaults.items())
+
+
+@every_kind
+def test_a_kind_is_a_bare_word_or_a_mapping(path: Path, place: str, kind: str) -> None:
+    word = load_config(path, [f"network.attention.{place}={kind}"])
+    mapping = load_config(path, [f"network.attention.{place}={{kind: {kind}}}"])
+    path.write_text(SMALLEST + f"network: {{attention: {{{place}: {kind}}}}}\n")
+    assert word == mapping == load_config(path)
+    assert getattr(word.network.attention, place) == sections()[kind]()
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["defaults", "options"])
+@every_kind
+def test_a_kind_survives_being_written_out(
+    tmp_path: Path, place: str, kind: str, default: bool
+) -> None:
+    options = {} if default else OPTIONS[place][kind]
+    config = config_of({place: {"kind": kind, **options}}, channels=[8, 16, 32, 64])
+    (tmp_path / "written.yaml").write_text(dump_yaml(config))
+    again = load_config(tmp_path / "written.yaml")
+    assert again == config
+    found = getattr(again.network.attention, place)
+    assert type(found) is sections()[kind]
+    assert found.model_dump() == {**sections()[kind]().model_dump(), **options}
+
+
+def test_every_place_survives_being_written_out_beside_the_others(tmp_path: Path) -> None:
+    config = config_of({place: list(kinds)[-1] for place, kinds in OPTIONS.items()})
+    (tmp_path / "written.yaml").write_text(dump_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
+    assert None not in config.network.attention.model_dump().values()
+
+
+# What is refused
+
+
+NOT_A_KIND = {
+    "skip": "'additive_grid', 'additive_same_level', 'cross_attention', 'u_transformer'",
+    "encoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
+    "decoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
+    "bottleneck": "'self_attention', 'additive_self'",
+    "head": "'mean', 'gated', 'learned_query'",
+}
+
+
+@pytest.mark.parametrize("place", list(NOT_A_KIND))
+def test_a_kind_that_is_none_of_a_places_is_refused_with_those_that_are(place: str) -> None:
+    of_another_place = "se" if place in ("skip", "bottleneck", "head") else "additive_grid"
+    for kind in ("softmax", of_another_place):
+        reason = rf"^settings: network\.attention\.{place}\.kind is '{kind}'; choose "
+        with pytest.raises(ConfigError, match=reason + NOT_A_KIND[place] + "$"):
+            config_of({place: kind})
+
+
+@every_kind
+def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -> None:
+    reason = rf"^settings: network\.attention\.{place}\.qqq is not a setting$"
+    with pytest.raises(ConfigError, match=reason):
+        config_of({place: {"kind": kind, "qqq": 1}})
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "reason"),
+    [
+        ("encoder", {"kind": "se", "reduction": -2}, "reduction is -2: it should be greater than"),
+        ("decoder", {"kind": "gc", "reduction": 0}, "reduction is 0: it should be greater than 0"),
+        ("encoder", {"kind": "se", "reductoin": 2}, r"reductoin is not .* \(did you mean reductio"),
+        ("encoder", {"kind": "cbam", "kernel_size": 4}, "kernel_size must be odd"),
+        ("decoder", {"kind": "spatial", "kernel_size": 2}, "kernel_size must be odd"),
+        ("decoder", {"kind": "spatial", "kernel_size": -3}, "kernel_size is -3: it should be gr"),
+        ("encoder", {"kind": "bam", "dilation": 0}, "dilation is 0: it should be greater than 0"),
+        (
+            "encoder",
+            {"kind": "scse", "aggregation": "mul"},
+            "aggregation is 'mul': it should be 'm",
+        ),
+        (
+            "decoder",
+            {"kind": "gc", "fusion": "mul"},
+            "fusion is 'mul': it should be 'add' or 'scal",
+        ),
+        ("skip", {"kind": "additive_grid", "levels": [2]}, "levels must lie in 0 … 1"),
+        ("skip", {"kind": "additive_same_level", "levels": [0, 7]}, "levels must lie in 0 … 1"),
+        ("skip", {"kind": "cross_attention", "levels": [2]}, "levels must lie in 0 … 1"),
+        ("skip", {"kind": "u_transformer", "levels": [-1]}, r"levels\.0 is -1: it should be grea"),
+        ("skip", {"kind": "additive_grid", "gates": 0}, "gates is 0: it should be greater than 0"),
+        ("skip", {"kind": "additive_grid", "coefficients": "tanh"}, "coefficients is 'tanh': it s"),
+        (
+            "skip",
+            {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
+            r"heads must be a number or hold 2, one for each of the levels \[0, 1\]",
+        ),
+        (
+            "skip",
+            {"kind": "u_transformer", "heads": [1, 2]},
+            r"heads must be a number or hold 1, one for each of the levels \[1\]",
+        ),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "window": [2, 2]},
+            r"window must hold 3 numbers, as network\.spatial_dims is 3",
+        ),
+        ("bottleneck", {"kind": "self_attention", "window": [2]}, r"window is \[2\]: list should"),
+        ("bottleneck", {"kind": "self_attention", "window": [2, 0, 2]}, r"window\.1 is 0: it sho"),
+        ("bottleneck", {"kind": "self_attention", "heads": 0}, "heads is 0: it should be greater"),
+        ("bottleneck", {"kind": "self_attention", "positions": "alibi"}, "positions is 'alibi': "),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "positions": "rotary", "head_channels": 5},
+            "positions: rotary needs 6 channels or more .*, found 5",
+        ),
+        ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),
+        ("head", {"kind": "mean", "weight": 0}, "weight is 0: it should be greater than 0"),
+        ("head", {"kind": "gated", "width": -1}, "width is -1: it should be greater than 0"),
+    ],
+)
+def test_an_option_that_is_wrong_is_refused_by_its_name(
+    place: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^settings: network\.attention\.{place}\.{reason}"):
+        config_of({place: options})
+
+
+@pytest.mark.parametrize(("spatial_dims", "fewest"), [(2, 4), (3, 6)])
+def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: int) -> None:
+    def sincos(channels: int) -> Config:
+        setting = {"kind": "self_attention", "positions": "sincos"}
+        return config_of(
+            {"bottleneck": setting}, channels=[8, 16, channels], spatial_dims=spatial_dims
+        )
+
+    def rotary(channels: int) -> Config:
+        setting = {"kind": "self_attention", "positions": "rotary", "head_channels": channels}
+        return config_of({"bottleneck": setting}, spatial_dims=spatial_dims)
+
+    def skip(channels: int) -> Config:
+        return config_of(
+            {"skip": {"kind": "cross_attention", "levels": [0]}},
+            channels=[channels, 16, 16],
+            spatial_dims=spatial_dims,
+        )
+
+    for narrow, reason in (
+        (sincos, rf"bottleneck\.positions: sincos needs {fewest} channels or more"),
+        (rotary, rf"bottleneck\.positions: rotary needs {fewest} channels or more"),
+        (skip, rf"skip needs network\.channels of {fewest} or more to tell positions"),
+    ):
+        assert narrow(fewest).network.spatial_dims == spatial_dims
+        with pytest.raises(
+            ConfigError, match=rf"network\.attention\.{reason}.* found {fewest - 1}"
+        ):
+            narrow(fewest - 1)
+
+
+def test_attention_that_tells_no_positions_may_be_narrow() -> None:
+    for positions in ("none", "relative"):
+        setting = {"kind": "self_attention", "positions": positions, "head_channels": 1}
+        config = config_of({"bottleneck": setting, "skip": "additive_grid"}, channels=[1, 1, 1])
+        assert config.network.channels == [1, 1, 1]
+
+
+def test_a_window_has_two_numbers_in_2d() -> None:
+    setting = {"kind": "self_attention", "window": [2, 2, 2]}
+    with pytest.raises(ConfigError, match=r"bottleneck\.window must hold 2 numbers"):
+        config_of({"bottleneck": setting}, spatial_dims=2)
+    config_of({"bottleneck": {**setting, "window": [2, 2]}}, spatial_dims=2)
+
+
+# At which skips
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_levels", "expected"),
+    [
+        ("additive_grid", 4, [1, 2]),
+        ("cross_attention", 4, [1, 2]),
+        ("u_transformer", 4, [1, 2]),
+        ("additive_same_level", 4, [0, 1, 2]),
+        ("additive_grid", 3, [1]),
+        ("additive_same_level", 2, [0]),
+    ],
+)
+def test_by_default_all_skips_attend_but_the_finest_unless_it_is_cheap(
+    kind: str, num_levels: int, expected: list[int]
+) -> None:
+    attention = AttentionConfig(skip=kind)  # type: ignore[arg-type]
+    assert attention.skip_levels(num_levels) == expected
+
+
+@pytest.mark.parametrize("kind", list(OPTIONS["skip"]))
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [([0], [0]), ([2, 0], [0, 2]), ([1, 2, 1, 1], [1, 2]), ([], []), ([2, 1, 0], [0, 1, 2])],
+)
+def test_levels_that_are_given_count_once_from_the_finest(
+    kind: str, levels: list[int], expected: list[int]
+) -> None:
+    skip: Any = {"kind": kind, "levels": levels}
+    assert AttentionConfig(skip=skip).skip_levels(4) == expected
+
+
+def test_without_attention_at_skips_there_are_no_levels() -> None:
+    assert AttentionConfig(encoder="se", head="mean").skip_levels(4) == []  # type: ignore[arg-type]
+
+
+# Which modules they become
+
+PLACES = {
+    "skip": ["skip.1", "skip.2"],
+    "encoder": ["encoder.0", "encoder.1", "encoder.2", "encoder.3"],
+    "decoder": ["decoder.0", "decoder.1", "decoder.2"],
+    "bottleneck": ["bottleneck"],
+    "head": ["presence"],
+}
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@every_kind
+def test_a_kind_sits_at_its_place_and_at_no_other(place: str, kind: str, spatial_dims: int) -> None:
+    found = attention_of(built({place: kind}, spatial_dims=spatial_dims, channels=[6, 6, 8, 8]))
+    finest = ["skip.0"] if kind == "additive_same_level" else []
+    assert sorted(found) == finest + PLACES[place]
+    for module in found.values():
+        if kind == "cbam":
+            assert isinstance(module, Modulated)
+            assert [type(part) for part in module.attention_maps] == [
+                channel.PooledChannelAttention,
+                spatial.PooledSpatialAttention,
+            ]
+        else:
+            assert type(module) is CLASSES[kind]
+
+
+def test_without_settings_nothing_attends() -> None:
+    assert attention_of(built({})) == {}
+
+
+def test_kinds_at_all_places_do_not_mix() -> None:
+    kinds = {
+        "skip": "additive_grid",
+        "encoder": "eca",
+        "decoder": "sse",
+        "bottleneck": "additive_self",
+        "head": "gated",
+    }
+    found = attention_of(built(kinds))
+    assert found.keys() == {name for names in PLACES.values() for name in names}
+    for place, kind in kinds.items():
+        assert all(type(found[name]) is CLASSES[kind] for name in PLACES[place])
+
+
+@pytest.mark.parametrize("kind", list(OPTIONS["skip"]))
+@pytest.mark.parametrize("levels", [[0], [2, 0], [1, 1], []])
+def test_skips_attend_at_the_levels_given_alone(kind: str, levels: list[int]) -> None:
+    found = attention_of(built({"skip": {"kind": kind, "levels": levels}}))
+    assert sorted(found) == [f"skip.{level}" for level in sorted(set(levels))]
+
+
+@every_kind
+def test_attention_changes_no_key_or_shape_of_the_other_weights(place: str, kind: str) -> None:
+    def shapes(network: UNet) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+
+    plain, attended = shapes(built({})), shapes(built({place: kind}))
+    assert attended.items() > plain.items()
+    inside = {
+        "skip": [f"decoder.{level}.gate." for level in range(3)],
+        "encoder": [f"encoder.{level}.2." for level in range(4)],
+        "decoder": [f"decoder.{level}.attention." for level in range(3)],
+        "bottleneck": ["bottleneck."],
+        "head": ["presence."],
+    }
+    for name in attended.keys() - plain.keys():
+        assert name.startswith(tuple(inside[place])), name
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"kind": "se"},
+        {"kind": "cbam"},
+        {"kind": "scse"},
+        {"kind": "gc", "fusion": "add"},
+        {"kind": "gc", "fusion": "scale"},
+    ],
+    ids=lambda attention: "-".join(attention.values()),
+)
+def test_channels_are_squeezed_by_the_reduction_but_to_no_fewer_than_4(
+    attention: dict[str, Any],
+) -> None:
+    channels = [2, 6, 10, 16, 64, 80]
+    for reduction, expected in (
+        (1, [2, 6, 10, 16, 64, 80]),
+        # 6 channels by 2 would be 3, so they are not squeezed at all; 10 by 2 are 5.
+        (2, [2, 6, 5, 8, 32, 40]),
+        # 10 are squeezed by 2 and 16 by 4 at the most.
+        (16, [2, 6, 5, 4, 4, 5]),
+    ):
+        found = attention_of(
+            built(
+                {"encoder": {**attention, "reduction": reduction}},
+                channels=channels,
+                strides=[[2, 2]] * 4 + [[1, 1]],
+            )
+        )
+        widths = [squeezed_widths(found[f"encoder.{level}"]) for level in range(6)]
+        assert widths == [{width} for width in expected]
+
+
+def test_bam_squeezes_to_no_fewer_than_8_channels_which_convolutions_like() -> None:
+    for reduction, expected in ((1, [6, 16, 80]), (2, [6, 8, 40]), (16, [6, 8, 8])):
+        attention = {"encoder": {"kind": "bam", "reduction": reduction}}
+        found = attention_of(built(attention, channels=[6, 16, 80]))
+        widths = [squeezed_widths(found[f"encoder.{level}"]) for level in range(3)]
+        assert widths == [{width} for width in expected]
+
+
+def test_the_papers_reductions_are_the_defaults() -> None:
+    for kind, expected in (("se", 64), ("scse", 64), ("cbam", 8), ("bam", 8), ("gc", 8)):
+        found = attention_of(built({"decoder": kind}, channels=[128, 2, 2]))
+        assert squeezed_widths(found["decoder.0"]) == {expected}, kind
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_the_convolutions_of_bam_have_its_dilation_and_width(
+    dilation: int, spatial_dims: int
+) -> None:
+    setting = {"kind": "bam", "dilation": dilation, "reduction": 2}
+    found = attention_of(
+        built({"decoder": setting}, spatial_dims=spatial_dims, normalisation="batch")
+    )
+    for name, width in (("decoder.0", 8), ("decoder.1", 12), ("decoder.2", 8)):
+        layers = list(found[name].spatial)
+        convolutions = [layer for layer in layers if hasattr(layer, "dilation")]
+        assert [layer.out_channels for layer in convolutions] == [width, width, width, 1]
+        dilated = [layer for layer in convolutions if layer.kernel_size == (3,) * spatial_dims]
+        assert len(dilated) == 2
+        for layer in dilated:
+            # With as much padding, the grid stays.
+            assert layer.dilation == layer.padding == (dilation,) * spatial_dims
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("kind", ["cbam", "spatial"])
+def test_spatial_convolutions_have_the_size_given_and_7_by_default(
+    kind: str, spatial_dims: int
+) -> None:
+    for options, size in (({}, 7), ({"kernel_size": 5}, 5)):
+        network = built({"encoder": {"kind": kind, **options}}, spatial_dims=spatial_dims)
+        for module in attention_of(network).values():
+            (found,) = [
+                part for part in module.modules() if type(part) is spatial.PooledSpatialAttention
+            ]
+            assert found.convolution.kernel_size == (size,) * spatial_dims
+
+
+def test_scse_is_joined_as_asked_for() -> None:
+    for aggregation in ("max", "add", "concat"):
+        found = attention_of(built({"encoder": {"kind": "scse", "aggregation": aggregation}}))
+        for name, width in (("encoder.0", 8), ("encoder.3", 20)):
+            module = found[name]
+            assert module.aggregation == aggregation
+            if aggregation == "concat":
+                assert module.merge.weight.shape[:2] == (width, 2 * width)
+            else:
+                assert isinstance(module.merge, nn.Identity)
+
+
+def test_a_global_context_is_added_or_scales() -> None:
+    def fused(**options: str) -> set[type[nn.Module]]:
+        found = attention_of(built({"encoder": {"kind": "gc", **options}}))
+        return {type(module) for module in found.values()}
+
+    assert fused() == fused(fusion="add") == {channel.GlobalContext}
+    assert fused(fusion="scale") == {channel.GlobalContextExcitation}
+
+
+@pytest.mark.parametrize("kind", ["additive_grid", "additive_same_level"])
+@pytest.mark.parametrize("coefficients", ["sigmoid", "softmax", "mean_flow", "hard"])
+def test_gates_have_the_coefficients_and_the_bias_given(kind: str, coefficients: str) -> None:
+    setting = {"kind": kind, "coefficients": coefficients, "initial_bias": -1.5}
+    for gate in attention_of(built({"skip": setting})).values():
+        found = gate.coefficients
+        assert found.kind == coefficients
+        assert isinstance(found.hard, gates.HardGate) == (coefficients == "hard")
+        if coefficients in ("sigmoid", "hard"):
+            assert found.bias.tolist() == [-1.5]
+        else:
+            assert found.bias is None
+
+
+@pytest.mark.parametrize("kind", ["additive_grid", "additive_same_level", "u_transformer"])
+def test_gates_start_open_by_default(kind: str) -> None:
+    for gate in attention_of(built({"skip": kind})).values():
+        bias = gate.norm.bias if kind == "u_transformer" else gate.coefficients.bias
+        assert set(bias.tolist()) == {3.0}
+
+
+def test_a_u_transformer_has_the_bias_given_for_every_channel() -> None:
+    found = attention_of(built({"skip": {"kind": "u_transformer", "initial_bias": 0.25}}))
+    for name, width in (("skip.1", 12), ("skip.2", 16)):
+        # The normalisation's own; a second would be one too many.
+        assert found[name].norm.bias.tolist() == [0.25] * width
+        assert found[name].bias is None
+
+
+def test_relative_positions_among_too_many_voxels_are_refused() -> None:
+    relative = {"kind": "self_attention", "positions": "relative"}
+    with pytest.raises(ConfigError, match="take too much memory; give it a window of 4096 at most"):
+        token_factory(validated(SelfAttention, relative, "c"), (17, 16, 16))(8)
+    token_factory(validated(SelfAttention, {**relative, "window": [4, 4, 4]}, "c"), (17, 16, 16))(8)
+
+
+def test_grid_gates_are_as_many_as_asked_for() -> None:
+    found = attention_of(built({"skip": {"kind": "additive_grid", "gates": 3}}))
+    for name, width in (("skip.1", 12), ("skip.2", 16)):
+        gate = found[name]
+        assert gate.coefficients.num_gates == len(gate.coefficients.bias) == 3
+        assert gate.from_skip.weight.shape[:2] == (3 * width, width)
+
+
+def test_an_output_transform_follows_the_product_where_asked_for_or_needed() -> None:
+    def transforms(**options: Any) -> list[bool]:
+        found = attention_of(built({"skip": {"kind": "additive_grid", **options}}))
+        return [not isinstance(gate.output_transform, nn.Identity) for gate in found.values()]
+
+    assert transforms() == [False, False]
+    assert transforms(output_transform=True) == [True, True]
+    assert transforms(gates=2) == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
+def test_attention_on_the_coarser_grid_comes_down_by_the_stride_of_its_level(kind: str) -> None:
+    strides = [[1, 2], [3, 1], [2, 2]]
+    found = attention_of(built({"skip": {"kind": kind, "levels": [0, 1, 2]}}, strides=strides))
+    for level, stride in enumerate(strides):
+        down = found[f"skip.{level}"].from_skip
+        assert list(down.kernel_size) == list(down.stride) == stride
+
+
+def test_gates_read_the_signal_that_steers_them() -> None:
+    # Of the widths 8, 12, 16, 20 the coarser one, or the level's own after upsampling.
+    grid = attention_of(built({"skip": {"kind": "additive_grid", "levels": [0, 1, 2]}}))
+    level = attention_of(built({"skip": "additive_same_level"}))
+    names = ["skip.0", "skip.1", "skip.2"]
+    assert [grid[name].from_signal.in_channels for name in names] == [12, 16, 20]
+    assert [level[name].from_signal[0].in_channels for name in names] == [8, 12, 16]
+
+
+def test_the_deepest_skip_alone_prepares_its_signal() -> None:
+    found = attention_of(built({"skip": {"kind": "additive_grid", "levels": [0, 1, 2]}}))
+    prepared = [not isinstance(gate.prepare_signal, nn.Identity) for gate in found.values()]
+    assert prepared == [False, False, True]
+    # Not the deepest of those that have a gate.
+    found = attention_of(built({"skip": {"kind": "additive_grid", "levels": [0, 1]}}))
+    assert all(isinstance(gate.prepare_signal, nn.Identity) for gate in found.values())
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"skip": {"kind": "additive_grid", "output_transform": True}},
+        {"skip": {"kind": "additive_same_level"}},
+        {"skip": {"kind": "u_transformer"}},
+        {"decoder": {"kind": "bam"}},
+    ],
+    ids=lambda attention: str(next(iter(attention.values()))["kind"]),
+)
+def test_attention_is_normalised_as_the_network_is(attention: dict[str, Any]) -> None:
+    kinds = {
+        "instance": InstanceNormalisation,
+        "batch": nn.BatchNorm2d,
+        "group": GroupNormalisation,
+        "none": nn.Identity,
+    }
+    for name, kind in kinds.items():
+        found = attention_of(built(attention, normalisation=name))
+        norms = {
+            type(part)
+            for module in found.values()
+            for part in module.modules()
+            if isinstance(part, nn.BatchNorm2d | nn.GroupNorm)
+        }
+        # The single channel of bam's last convolution has always a batch normalisation.
+        own = {nn.BatchNorm2d} if "decoder" in attention else set()
+        assert norms == ({kind} - {nn.Identity}) | own
+
+
+# Of tokens
+
+WIDTHS = [8, 32, 100, 128]
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "u_transformer"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # One for each 32 of the skip's channels, and one where there are fewer.
+        ({}, [1, 1, 3]),
+        ({"head_channels": 8}, [1, 4, 12]),
+        ({"heads": 5}, [5, 5, 5]),
+        ({"heads": [1, 4, 2]}, [1, 4, 2]),
+        # The list begins at the finest level, in whichever order the levels are given.
+        ({"levels": [2, 0, 1], "heads": [1, 4, 2], "head_channels": 7}, [1, 4, 2]),
+        ({"levels": [2, 1], "heads": [6, 3]}, [None, 6, 3]),
+        ({"levels": [2]}, [None, None, 3]),
+    ],
+)
+def test_skips_have_the_heads_given_or_as_many_as_their_channels_have_room_for(
+    kind: str, options: dict[str, Any], expected: list[int | None]
+) -> None:
+    skip = {"kind": kind, "levels": [0, 1, 2], **options}
+    found = attention_of(built({"skip": skip}, channels=WIDTHS))
+    for level, heads in enumerate(expected):
+        gate = found.get(f"skip.{level}")
+        assert (None if gate is None else gate.attention.heads) == heads
+        if gate is not None:
+            inner = gate.attention.heads * options.get("head_channels", 32)
+            assert gate.attention.query.weight.shape == (inner, WIDTHS[level + 1])
+            assert gate.attention.out.weight.shape == (WIDTHS[level], inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "heads"),
+    [
+        ({}, 128, 4),
+        ({}, 100, 3),
+        ({}, 20, 1),
+        ({"head_channels": 16}, 128, 8),
+        ({"head_channels": 16, "heads": 3}, 128, 3),
+        ({"heads": 6}, 20, 6),
+    ],
+)
+def test_the_bottleneck_has_the_heads_given_or_as_many_as_its_channels_have_room_for(
+    options: dict[str, Any], width: int, heads: int
+) -> None:
+    setting = {"kind": "self_attention", **options}
+    attention = built({"bottleneck": setting}, channels=[8, 8, width]).bottleneck.attention
+    assert attention.heads == heads
+    assert attention.query.weight.shape == (heads * options.get("head_channels", 32), width)
+
+
+@pytest.mark.parametrize("positions", ["none", "sincos", "relative", "rotary"])
+def test_relative_positions_alone_have_a_window_by_default_the_patchs_coarsest_grid(
+    positions: str,
+) -> None:
+    def found(spatial_dims: int, **options: Any) -> bottleneck.SelfAttention:
+        flat = spatial_dims == 2
+        network = built(
+            {"bottleneck": {"kind": "self_attention", "positions": positions, **options}},
+            patch_size=[16, 24] if flat else [16, 24, 8],
+            spatial_dims=spatial_dims,
+            channels=[4, 4, 8],
+            strides=[[2, 2], [2, 1]] if flat else [[2, 2, 2], [2, 1, 2]],
+        ).bottleneck
+        assert isinstance(network, bottleneck.SelfAttention)
+        assert network.positions == positions
+        assert (network.bias is None) == (positions != "relative")
+        return network
+
+    relative = positions == "relative"
+    assert found(2).window == ((4, 12) if relative else None)
+    assert found(3).window == ((4, 12, 2) if relative else None)
+    given = found(3, window=[2, 3, 1], heads=5)
+    assert given.window == (2, 3, 1)
+    if given.bias is not None:
+        assert given.bias.table.shape == (math.prod([3, 5, 1]), 5)
+
+
+def test_relative_is_how_positions_are_told_by_default() -> None:
+    assert built({"bottleneck": "self_attention"}).bottleneck.positions == "relative"
+
+
+def test_additive_self_attention_has_the_width_given() -> None:
+    for options, width in (({}, 32), ({"width": 7}, 7)):
+        module = built({"bottleneck": {"kind": "additive_self", **options}}).bottleneck
+        assert module.query.weight.shape == (width, 20)
+        assert module.energy.weight.shape == (1, width)
+
+
+@pytest.mark.parametrize("kind", list(OPTIONS["head"]))
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_a_head_tells_of_every_label_but_the_background(kind: str, num_labels: int) -> None:
+    head = built({"head": kind}, num_labels=num_labels).presence
+    assert head is not None
+    torch.manual_seed(0)
+    # From the coarsest level's 20 channels.
+    assert head(torch.randn(2, 20, 3, 3)).shape == (2, num_labels - 1)
+
+
+def test_gated_pooling_has_the_width_given() -> None:
+    for options, width in (({}, 128), ({"width": 9}, 9)):
+        head = built({"head": {"kind": "gated", **options}}).presence
+        assert isinstance(head, pooling.GatedPooling)
+        assert head.content.weight.shape == head.gate.weight.shape == (width, 20)

@@ -1,0 +1,238 @@
+"""Laws of modules that Python gives: trained, saved, read and asked as a U-Net is."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import UNet as MonaiUNet
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from segkit.config.load import validated
+from segkit.config.training import Config, ModelDescription, NetworkConfig
+from segkit.errors import ConfigError, ModelError
+from segkit.evaluation.evaluate import find_labelling, find_pairs, score_pairs
+from segkit.explain.verdicts.saliency import grad_cam, input_gradient
+from segkit.inference.engines.choose import choose_engine
+from segkit.inference.engines.torch_eager import TorchEngine
+from segkit.inference.predict_files import find_inputs, predict_files
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import read_volume
+from segkit.model.build import build_network, wrap_network
+from segkit.model.folder import described_model, load_model
+from segkit.training.fit import resume, train
+from tests.small import small_config, small_dataset
+from tests.training.test_resume import StopAfter, StoppedError
+
+
+def monai_unet(spatial_dims: int = 3, seed: int = 0, out_channels: int = 2) -> MonaiUNet:
+    torch.manual_seed(seed)
+    return MonaiUNet(
+        spatial_dims=spatial_dims,
+        in_channels=1,
+        out_channels=out_channels,
+        channels=(4, 8, 8),
+        strides=(2, 2),
+        norm="batch",
+    )
+
+
+def config_for(folder: Path, spatial_dims: int = 3, **sections: dict[str, object]) -> Config:
+    base = small_config(folder)
+    network = NetworkConfig.model_validate(
+        {
+            "spatial_dims": spatial_dims,
+            "given": {"multiple": [4] * spatial_dims, "name": "monai UNet"},
+        }
+    )
+    data = base.data.model_copy(update={"patch_size": [16] * spatial_dims})
+    changed = base.model_copy(update={"network": network, "data": data})
+    return changed.model_copy(
+        update={
+            name: getattr(changed, name).model_copy(update=section)
+            for name, section in sections.items()
+        }
+    )
+
+
+def assert_alike(one: nn.Module, other: nn.Module) -> None:
+    theirs = other.state_dict()
+    assert one.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_monai_network_is_trained_saved_read_and_predicts_the_same(
+    tmp_path: Path, spatial_dims: int
+) -> None:
+    data = small_dataset(tmp_path / "data")
+    untrained, module = monai_unet(spatial_dims), monai_unet(spatial_dims)
+    run = train(config_for(data, spatial_dims), runs=tmp_path / "runs", network=module)
+    assert not torch.equal(next(module.parameters()), next(untrained.parameters()))
+    assert run.summary["validation"]["cases"] == 1
+    # Weights lie in the file by the module's own names, and nothing names a class to import.
+    assert set(load_file(run.folder / "model" / "weights.safetensors")) == set(module.state_dict())
+
+    scan = read_volume(data / "imagesTr" / "case_0.nii.gz")
+    expected = Predictor(run.model)(scan, maps=True, probabilities=True)
+    assert expected.maps == {}
+    again = monai_unet(spatial_dims, seed=99)
+    found = Predictor.load(run.folder, network=again)(scan, probabilities=True)
+    assert_alike(again, module)
+    assert expected.probabilities is not None and found.probabilities is not None
+    assert np.array_equal(found.probabilities.data, expected.probabilities.data)
+    assert np.array_equal(found.labels.data, expected.labels.data)
+
+
+def test_predictions_of_a_given_module_are_written_and_scored(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
+    out = tmp_path / "out"
+    inputs = find_inputs([data / "imagesTr"], 1)
+    outcomes = list(predict_files(Predictor(run.model), inputs, out=out))
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    pairs = find_pairs(out, data / "labelsTr")
+    rows = list(score_pairs(pairs, find_labelling(data / "labelsTr", None), tolerance_mm=1.0))
+    scan = read_volume(inputs[0].files[0])
+    assert np.array_equal(
+        read_volume(outcomes[0].written[0]).data, Predictor(run.model)(scan).labels.data
+    )
+    assert len(rows) == 4
+
+
+def test_a_stopped_run_with_a_given_module_ends_where_it_would_have(tmp_path: Path) -> None:
+    config = config_for(small_dataset(tmp_path / "data"))
+    whole = train(config, runs=tmp_path / "whole", network=monai_unet())
+    with pytest.raises(StoppedError):
+        train(config, runs=tmp_path / "parts", network=monai_unet(), callbacks=[StopAfter(3)])
+    resumed = resume(tmp_path / "parts" / "small", network=monai_unet(seed=5))
+    assert resumed.summary["steps"] == whole.summary["steps"] == 4
+    assert_alike(resumed.model.network, whole.model.network)
+
+
+def description_of(**changes: object) -> ModelDescription:
+    return ModelDescription.model_validate(
+        {
+            "segkit": "0",
+            "run": "elsewhere",
+            "channels": ["T1"],
+            "labels": {"background": 0, "ball": 1},
+            "network": {"given": {"multiple": [4, 4, 4], "name": "monai UNet"}},
+            "spacing": (1.0, 1.0, 1.0),
+            "normalisation": ["zscore"],
+            "slices": "axial",
+            "patch_size": [16, 16, 16],
+            **changes,
+        }
+    )
+
+
+def test_a_module_trained_elsewhere_needs_a_description_and_nothing_else(tmp_path: Path) -> None:
+    scan = read_volume(small_dataset(tmp_path) / "imagesTr" / "case_0.nii.gz")
+    module = monai_unet().eval()
+    model = described_model(description_of(), module)
+    labels = Predictor(model, overlap=0.0)(scan).labels.data
+    values = torch.from_numpy(scan.data)
+    image = (values - values.mean()) / values.std(correction=0)
+    assert image.shape == (16, 16, 16)
+    with torch.no_grad():
+        expected = module(image[None, None]).argmax(dim=1)[0].numpy()
+    assert np.array_equal(labels, expected)
+
+
+def test_a_model_of_a_given_module_names_it_where_it_is_missing(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
+    told = json.loads((run.folder / "model" / "model.json").read_text())
+    assert told["network"]["given"] == {"multiple": [4, 4, 4], "name": "monai UNet"}
+    with pytest.raises(ModelError, match=r"module of Python's \(monai UNet\), which no file holds"):
+        load_model(run.folder)
+    with pytest.raises(ModelError, match=r"its weights do not fit its model\.json"):
+        load_model(run.folder, network=monai_unet(out_channels=3))
+    with pytest.raises(ModelError, match="one module cannot hold the weights of 2 models"):
+        Predictor.load(run.folder, run.folder, network=monai_unet())
+
+
+def test_a_given_module_goes_with_a_config_that_says_so(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    with pytest.raises(ModelError, match=r"described as a U-Net.*set network\.given\.multiple"):
+        train(small_config(data), runs=tmp_path / "runs", network=monai_unet())
+    with pytest.raises(ModelError, match=r"train\(config, network=module\)"):
+        train(config_for(data), runs=tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("small*"))
+
+
+class Fixed(nn.Module):
+    """Gives the same, whatever it is asked."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: Tensor) -> object:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (torch.zeros(1, 3, 16, 16, 16), r"\(3, 16, 16, 16\) of a window of \(1, 16, 16, 16\)"),
+        (torch.zeros(1, 2, 8, 8, 8), r"expected logits \(2, 16, 16, 16\)"),
+        ([torch.zeros(1, 2, 16, 16, 16)], "Fixed gives a list, expected a tensor of logits"),
+    ],
+)
+def test_a_module_that_gives_no_logits_is_refused_and_leaves_no_run(
+    tmp_path: Path, answer: object, sentence: str
+) -> None:
+    config = config_for(small_dataset(tmp_path / "data"))
+    with pytest.raises(ModelError, match=sentence):
+        train(config, runs=tmp_path / "runs", network=Fixed(answer))
+    assert not list((tmp_path / "runs").glob("small*"))
+
+
+class Stateful(nn.Conv3d):
+    """Keeps something that is no tensor."""
+
+    def get_extra_state(self) -> Sequence[str]:
+        return ["history"]
+
+
+def test_a_module_whose_state_cannot_be_saved_is_refused() -> None:
+    with pytest.raises(ModelError, match="keeps _extra_state in its state, which is no tensor"):
+        wrap_network(description_of(), Stateful(1, 2, 3, padding=1))
+
+
+def test_settings_of_a_u_net_beside_a_given_module_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"network\.channels is of a U-Net"):
+        NetworkConfig.model_validate({"given": {"multiple": [4, 4, 4]}, "channels": [4, 8]})
+    with pytest.raises(ValueError, match=r"network\.given\.multiple must hold 2 numbers"):
+        NetworkConfig.model_validate({"spatial_dims": 2, "given": {"multiple": [4, 4, 4]}})
+    with pytest.raises(ConfigError, match=r"data\.patch_size .* must be multiples of \[32, 32, 32"):
+        tree = small_config(Path("data")).model_dump(mode="json")
+        tree["network"] = {"given": {"multiple": [32, 32, 32]}}
+        validated(Config, tree, "test")
+
+
+def test_no_conversion_is_kept_of_a_module_whose_code_nobody_knows(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
+    model = load_model(run.folder, network=monai_unet())
+    assert type(choose_engine("auto", model, device="cpu")) is TorchEngine
+
+
+def test_gradients_explain_a_given_module_and_grad_cam_says_why_it_cannot(tmp_path: Path) -> None:
+    scan = read_volume(small_dataset(tmp_path) / "imagesTr" / "case_0.nii.gz")
+    predictor = Predictor(described_model(description_of(), monai_unet()))
+    told = input_gradient(predictor, scan, "ball").volume
+    assert told is not None and told.data.max() > 0
+    with pytest.raises(ModelError, match=r"levels of U-Nets alone, found a given UNet"):
+        grad_cam(predictor, scan, "ball", level=0)
+
+
+def test_a_description_without_a_given_module_still_builds_its_u_net() -> None:
+    network = build_network(description_of(network={"channels": [4, 8]}))
+    assert network(torch.zeros(1, 1, 4, 4, 4)).shape == (1, 2, 4, 4, 4)

@@ -1,0 +1,189 @@
+"""A plan is a config that trains, with a reason beside each value."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from torch import Tensor
+
+from segkit.config.load import load_config
+from segkit.config.training import Config
+from segkit.model.build import default_mirror
+from segkit.nn.slicewise import SegmentationNetwork
+from segkit.planning import make_plan as planning
+from segkit.planning.make_plan import Planned, Preset, plan_dataset
+from segkit.system.speed import multiply_adds_per_second
+from segkit.training.fit import train
+from tests.small import magnified, small_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return small_dataset(tmp_path / "data set", num_cases=5)
+
+
+def test_what_is_written_is_what_was_planned(dataset: Path, tmp_path: Path) -> None:
+    planned = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu")
+    path = tmp_path / "plan.yaml"
+    path.write_text(planned.text)
+    assert load_config(path) == planned.config
+    assert planned.config.name == "data_set"
+    assert planned.config.data.patch_size == [16, 16, 16]
+    assert planned.config.data.spacing == (1.0, 1.0, 1.0)
+
+
+def test_a_reason_stands_above_every_value_that_was_chosen(dataset: Path, tmp_path: Path) -> None:
+    lines = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").text.splitlines()
+    keys = [
+        "spacing",
+        "interpolation",
+        "patch_size",
+        "batch_size",
+        "channels",
+        "strides",
+        "kernels",
+        "steps",
+    ]
+    for key in keys:
+        (number,) = [n for n, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
+        assert lines[number - 1].startswith("  # "), key
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_plan_trains(spatial_dims: int, dataset: Path, tmp_path: Path) -> None:
+    planned = plan_dataset(
+        dataset, cache=tmp_path / "cache", device="cpu", spatial_dims=spatial_dims
+    )
+    tree = yaml.safe_load(planned.text)
+    assert tree["network"]["spatial_dims"] == spatial_dims
+    tree["train"]["steps"] = 1
+    tree["trainer"] = {"accelerator": "cpu"}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert train(load_config(path), runs=tmp_path / "runs").summary["steps"] == 1
+
+
+def test_twice_the_time_gives_more_steps_or_a_larger_network(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 1e9)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+
+    def planned(minutes: float) -> Config:
+        return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes).config
+
+    widths = [planned(minutes).network.channels[0] for minutes in (5.0, 50.0, 500.0)]
+    assert widths == sorted(widths) and widths[0] < widths[2]
+    assert planned(1000.0).network == planned(500.0).network
+    assert planned(1000.0).train.steps == 2 * planned(500.0).train.steps
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    return magnified(small_dataset(tmp_path / "large", num_cases=5), 4)
+
+
+def written(planned: Planned, path: Path) -> Config:
+    path.write_text(planned.text)
+    return load_config(path)
+
+
+@pytest.mark.parametrize("preset", ["auto", "nnunet"])
+def test_a_large_volume_is_planned_in_two_stages(
+    preset: Preset, large: Path, tmp_path: Path
+) -> None:
+    planned = plan_dataset(
+        large,
+        cache=tmp_path / "cache",
+        device="cuda" if preset == "auto" else "cpu",
+        preset=preset,
+        gigabytes=0.05,
+        runs=Path("elsewhere"),
+    )
+    assert planned.low is not None and planned.low.low is None
+    full, low = written(planned, tmp_path / "a.yaml"), written(planned.low, tmp_path / "b.yaml")
+    assert (full, low) == (planned.config, planned.low.config)
+    assert (full.name, low.name) == ("large", "large_low")
+    assert full.data.first_stage == [Path("elsewhere/large_low")] and low.data.first_stage is None
+    assert full.data.spacing == (1.0, 1.0, 1.0)
+    assert low.data.spacing is not None and min(low.data.spacing) > 1.2
+    whole = math.prod(low.data.patch_size) * math.prod(low.data.spacing)
+    assert math.prod(full.data.patch_size) < 0.25 * 64**3 <= 1.1 * whole
+    lines = planned.text.splitlines()
+    (number,) = [n for n, line in enumerate(lines) if line.startswith("  first_stage:")]
+    assert lines[number - 1].startswith("  # ") and "first of two stages" in planned.low.text
+
+
+def test_two_stages_share_the_minutes(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 2e9)
+    entered = []
+
+    def half_a_second(
+        network: SegmentationNetwork, image: Tensor, *_: object, **__: object
+    ) -> float:
+        assert list(network.maps())  # what is timed has its gates
+        entered.append(image.shape[1])
+        return 0.5
+
+    monkeypatch.setattr(planning, "step_seconds", half_a_second)
+    planned = plan_dataset(large, cache=tmp_path / "cache", device="cpu", minutes=10.0)
+    assert planned.low is not None
+    for config in (planned.config, planned.low.config):
+        assert config.train.steps == 5 * 60 * 0.9 / 0.5 // 50 * 50
+    # The second stage is given the labels of the first beside the image.
+    assert entered == [1, 2]
+
+
+def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Path) -> None:
+    config = plan_dataset(dataset, cache=tmp_path / "c", device="cpu", preset="nnunet").config
+    assert config.train.optimiser == "sgd" and config.train.steps == 250_000
+    assert config.network.channels[0] == 32 and config.network.attention.skip is None
+    assert config.data.mirror == ["x", "y", "z"]
+
+
+def test_cases_are_measured_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segkit.planning import fingerprint
+
+    first = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").fingerprint
+
+    def unwanted(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(fingerprint, "read_case", unwanted)
+    assert plan_dataset(dataset, cache=tmp_path / "cache", device="cpu").fingerprint == first
+
+
+def test_steps_take_nine_tenths_of_the_time(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    config = plan_dataset(dataset, cache=tmp_path / "c", device="cpu", minutes=10.0).config
+    assert config.train.steps == 10 * 60 * 0.9 / 0.5 // 50 * 50
+    assert config.train.steps / config.train.validate_every == pytest.approx(10, abs=1)
+    assert config.train.averaging == 0.999
+
+
+def test_the_measured_speed_is_that_of_a_processor() -> None:
+    assert 1e8 < multiply_adds_per_second() < 1e14
+
+
+@pytest.mark.parametrize(
+    ("labels", "axes"),
+    [
+        (["background", "liver", "spleen"], ["x"]),
+        (["background", "Left Kidney", "Right Kidney"], []),
+        (["background", "kidney_left"], []),
+        (["background", "lh.cortex"], []),
+        (["background", "hippocampus-R"], []),
+        (["background", "cleft", "bright", "central"], ["x"]),
+    ],
+)
+def test_what_tells_left_from_right_is_not_mirrored(labels: list[str], axes: list[str]) -> None:
+    assert default_mirror(labels) == axes

@@ -1,0 +1,39 @@
+"""What a cohort's progress says: how far it is, and how long the rest takes."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from segkit.system import progress
+from segkit.system.progress import CohortProgress
+
+
+def test_a_cohort_tells_its_share_and_the_time_left_by_what_took_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=False, width=100)
+    with CohortProgress(console, "segmenting", 4) as shown:
+        shown.done()  # was there already
+        for volume in range(3):
+            assert list(slab for slab in shown.track([1, 2], 2)) == [1, 2]
+            assert shown.share == volume + 2
+            shown.done()
+            clock += 60
+        for slab in shown.track([], 2):
+            raise AssertionError(slab)
+    assert shown.share == 4
+    lines = text.getvalue().splitlines()
+    # After a minute, one of three volumes is done, and half of the next.
+    assert lines[0] == "segmenting: 2.5 of 4 volumes, about 1 min left"
+
+
+def test_volumes_that_fail_or_are_there_are_counted_without_any_slab() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with CohortProgress(console, "segmenting", 3) as shown:
+        for count in (1, 2, 3):
+            shown.done()
+            assert shown.share == count

@@ -1,0 +1,62 @@
+"""Two processes are one: the losses, weights and scores of one process with the joint batch."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from segkit.config.load import dump_yaml
+from tests.small import small_config, small_dataset
+
+
+def run_in_processes(folder: Path, count: int, batch_size: int) -> Path:
+    """Train on that many processes through the command line; the run's folder."""
+    config = small_config(
+        folder / "data",
+        data={"batch_size": batch_size, "augment": False, "validation": 0.5},
+        train={"steps": 4, "validate_every": 2, "optimiser": "sgd"},
+        trainer={"devices": count, "strategy": "ddp" if count > 1 else "auto"},
+    )
+    path = folder / f"{count}.yaml"
+    path.write_text(dump_yaml(config.model_copy(update={"name": f"by_{count}"})))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "segkit", "train", str(path)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / f"by_{count}"
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
+)
+def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
+    small_dataset(tmp_path / "data", num_cases=6)
+    one = run_in_processes(tmp_path, 1, batch_size=4)
+    two = run_in_processes(tmp_path, 2, batch_size=2)
+    # One of the processes wrote, once.
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir() if path.name[0] != ".") == [
+        "by_1",
+        "by_2",
+    ]
+    tables = [
+        list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in (one, two)
+    ]
+    assert len(tables[0]) == len(tables[1]) == 4
+    for alone, together in zip(*tables, strict=True):
+        for name in alone:
+            if alone[name]:
+                assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
+    weights = [load_file(run / "model" / "weights.safetensors") for run in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)

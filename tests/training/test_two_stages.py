@@ -1,0 +1,85 @@
+"""Two stages are trained by one command, and gone on with by one, wherever they were stopped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit.config.training import Config
+from segkit.errors import ConfigError, Stopped
+from segkit.training import fit as training
+from segkit.training import two_stages
+from segkit.training.fit import Run
+from tests.small import small_config, small_dataset
+from tests.training.test_cascade import low_config
+from tests.training.test_resume import weights
+from tests.training.test_stop_and_save import Ask
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a second stage that nothing stopped."""
+    runs = tmp_path_factory.mktemp("whole")
+    return weights(two_stages.train(*stages(dataset), runs=runs).folder)
+
+
+def stages(dataset: Path) -> tuple[Config, Config]:
+    return low_config(dataset), small_config(dataset, data={"first_stage": ["runs/small_low"]})
+
+
+class AskSecond(Ask):
+    """Asks in the second training that it sees."""
+
+    fits = 0
+
+    def on_train_start(self, *_: object) -> None:
+        self.fits += 1
+
+    def _send(self, trainer: object, due: bool) -> None:
+        super()._send(trainer, due and self.fits == 2)  # type: ignore[arg-type]
+
+
+def test_stopped_in_its_first_stage_the_second_follows(
+    dataset: Path, whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped, match=r"train --resume .*small_low goes on"):
+        two_stages.train(*stages(dataset), runs=tmp_path, callbacks=[Ask(1)])
+    told: list[Run] = []
+    second = two_stages.resume(tmp_path / "small_low", tell=told.append)
+    assert [run.folder.name for run in told] == ["small_low"]
+    assert second.folder == tmp_path / "small" and weights(second.folder).keys() == whole.keys()
+    for key, value in weights(second.folder).items():
+        assert torch.equal(value, whole[key]), key
+    with pytest.raises(ConfigError, match="small: is finished already"):
+        two_stages.resume(tmp_path / "small_low")
+
+
+def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
+    dataset: Path, whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for number, name in enumerate(("small_low", "small")):
+        runs = tmp_path / str(number)
+        with pytest.raises(Stopped, match=r"train --resume .*small goes on"):
+            two_stages.train(*stages(dataset), runs=runs, callbacks=[AskSecond(1)])
+        second = two_stages.resume(runs / name)
+        assert second.folder == runs / "small"
+        assert sorted(path.name for path in runs.glob("s*")) == ["small", "small_low"]
+        for key, value in weights(second.folder).items():
+            assert torch.equal(value, whole[key]), key
+
+
+def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -> None:
+    low, full = stages(dataset)
+    training.train(low, runs=tmp_path, then=full)
+    assert two_stages.resume(tmp_path / "small_low").folder == tmp_path / "small"
+
+
+def test_a_run_of_one_stage_is_gone_on_with_as_ever(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        training.train(small_config(dataset), runs=tmp_path, callbacks=[Ask(1)])
+    assert two_stages.resume(tmp_path / "small").summary["steps"] == 4
