@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkit.config.load import validated
-from segkit.config.training import ModelDescription, NetworkConfig
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
 
 PLAIN = "plain"

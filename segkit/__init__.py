@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from segkit.checking import Understood, check
     from segkit.config.load import load_config
-    from segkit.config.training import Config, ModelDescription
+    from segkit.config.model import ModelDescription
+    from segkit.config.training import Config
     from segkit.errors import (
         ConfigError,
         DatasetError,
@@ -83,7 +84,8 @@ __all__ = [
 
 _HOMES = {
     "segkit.checking": ("Understood", "check"),
-    "segkit.config.training": ("Config", "ModelDescription"),
+    "segkit.config.model": ("ModelDescription",),
+    "segkit.config.training": ("Config",),
     "segkit.config.load": ("load_config",),
     "segkit.training.cross_validation": ("CrossValidation", "cross_validate"),
     "segkit.errors": (

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.config.training import CtWindow, ModelDescription, NetworkConfig
+from segkit.config.data import CtWindow
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import find_inputs, predict_files
 from segkit.inference.predictor import Predictor

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from segkit.checking import check_dataset
 from segkit.cli.main import main
+from segkit.config.data import CtWindow
 from segkit.config.labels import Labelling
 from segkit.config.load import validated
-from segkit.config.training import CtWindow, ModelDescription, NetworkConfig
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.errors import ConfigError

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.config.load import validated
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.model.folder import Model, save_model
 from segkit.nn.unet import UNet
 

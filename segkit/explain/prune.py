@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from segkit.config import attention as settings
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.errors import ModelError
 from segkit.explain.heads.study import multi_headed
 from segkit.model.build import build_network

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.config.training import Postprocessing
+from segkit.config.model import Postprocessing
 from segkit.data.first_stage_labels import majority
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError

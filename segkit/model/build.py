@@ -8,14 +8,8 @@ from typing import Literal
 
 from torch import Generator, Tensor, device, nn
 
-from segkit.config.training import (
-    CtWindow,
-    DataConfig,
-    ModelDescription,
-    Normalisation,
-    SynthesisConfig,
-    ZScore,
-)
+from segkit.config.data import CtWindow, DataConfig, Normalisation, SynthesisConfig, ZScore
+from segkit.config.model import ModelDescription
 from segkit.data import preprocess
 from segkit.data.augment_intensity import IntensityVariation
 from segkit.data.augment_labels import LabelCorruption

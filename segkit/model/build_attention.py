@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from segkit.config import attention as settings
-from segkit.config.training import NetworkConfig
+from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError
 from segkit.nn import channel_attention as channel
 from segkit.nn import cross_attention as cross

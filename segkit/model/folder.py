@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from segkit.config.load import validated
-from segkit.config.training import ModelDescription, Postprocessing
+from segkit.config.model import ModelDescription, Postprocessing
 from segkit.errors import ConfigError, ModelError
 from segkit.io.atomic import checksum, json_text, whole, write_json
 from segkit.io.safe_text import read_json_object

@@ -13,7 +13,8 @@ import yaml
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
-from segkit.config.training import Config, FirstStage, ModelDescription
+from segkit.config.model import FirstStage, ModelDescription
+from segkit.config.training import Config
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.inference.engines.torch_eager import choose_device
 from segkit.model.build import build_network, channels_in, volume_patch

@@ -1,6 +1,7 @@
 """What a config's training step takes of memory, before there is one."""
 
-from segkit.config.training import Config, ModelDescription
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
 from segkit.model.build import build_network, build_variation, channels_in, volume_patch
 from segkit.training.memory import MOMENTS, StepMemory, step_memory
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.config.training import FirstStage, ModelDescription
+from segkit.config.model import FirstStage, ModelDescription
 from segkit.data.dataset import Case, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import DatasetError, ModelError

@@ -20,7 +20,8 @@ from pydantic import Field
 
 from segkit.config.base import Section
 from segkit.config.load import validated
-from segkit.config.training import Config, Postprocessing
+from segkit.config.model import Postprocessing
+from segkit.config.training import Config
 from segkit.data.dataset import fold_of, read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError

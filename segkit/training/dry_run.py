@@ -16,7 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
-from segkit.config.training import Config, ModelDescription
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
 from segkit.data.dataset import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError

@@ -26,7 +26,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from segkit.config.load import dump_yaml, load_config
-from segkit.config.training import Config, ModelDescription
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.data.patches import PatchDataset

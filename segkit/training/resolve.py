@@ -5,7 +5,9 @@ from importlib.metadata import version
 
 import numpy as np
 
-from segkit.config.training import Config, CtWindow, ModelDescription, Normalisation, ZScore
+from segkit.config.data import CtWindow, Normalisation, ZScore
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
 from segkit.data.dataset import Case, Dataset, fold_of, read_case, split
 from segkit.data.preprocess import foreground_statistics, median_spacing
 from segkit.errors import ConfigError, DatasetError

@@ -13,8 +13,10 @@ from segkit.config.attention import (
     GlobalContext,
     SelfAttention,
 )
+from segkit.config.data import CtWindow
 from segkit.config.load import dump_yaml, load_config, validated
-from segkit.config.training import Config, CtWindow, NetworkConfig
+from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
 from segkit.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.testing import assert_close
 
-from segkit.config.training import DataConfig
+from segkit.config.data import DataConfig
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.errors import ConfigError
 from segkit.model.build import BENDING, ELASTIC_PROBABILITY, build_variation

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from segkit.cli import terminal
 from segkit.cli.main import app
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.errors import ModelError, SegkitError, VolumeError
 from segkit.export.agreement import Agreement, compare, noise_for
 from segkit.export.deployment import deployment

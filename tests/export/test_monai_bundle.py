@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.errors import ModelError, VolumeError
 from segkit.export import bundle_check
 from segkit.export.bundle_check import as_in_nifti, run_bundle, same_labels, scan_for

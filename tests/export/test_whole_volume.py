@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.export import whole_volume
 from segkit.export.deployment import deployment
 from segkit.export.monai_bundle import inference_of

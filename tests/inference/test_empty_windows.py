@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from torch.testing import assert_close
 
-from segkit.config.training import NetworkConfig
+from segkit.config.network import NetworkConfig
 from segkit.data.preprocess import prepare
 from segkit.geometry.grid import Grid
 from segkit.inference.empty_windows import empty_windows

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.config.attention import AdditiveGridGate, AttentionConfig
-from segkit.config.training import NetworkConfig, ZScore
+from segkit.config.data import ZScore
+from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS

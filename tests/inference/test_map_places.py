@@ -24,7 +24,7 @@ from segkit.config.attention import (
     SpatialExcitation,
     UTransformerGate,
 )
-from segkit.config.training import NetworkConfig
+from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.predictor import Predictor, map_on_source
 from segkit.io.volume import Volume

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.config.attention import AdditiveGridGate, AttentionConfig
-from segkit.config.training import DataConfig, NetworkConfig, SynthesisConfig
+from segkit.config.data import DataConfig, SynthesisConfig
+from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map

@@ -14,7 +14,9 @@ import torch
 from numpy.testing import assert_array_equal
 
 from segkit.config.attention import AttentionConfig, MeanPooling
-from segkit.config.training import ModelDescription, NetworkConfig, ZScore
+from segkit.config.data import ZScore
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError, SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction

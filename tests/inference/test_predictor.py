@@ -19,7 +19,9 @@ from segkit.config.attention import (
     GatedPooling,
     SqueezeExcitation,
 )
-from segkit.config.training import CtWindow, ModelDescription, NetworkConfig, Postprocessing
+from segkit.config.data import CtWindow
+from segkit.config.model import ModelDescription, Postprocessing
+from segkit.config.network import NetworkConfig
 from segkit.data.preprocess import prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation

@@ -14,8 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from segkit.checking import check
+from segkit.config.data import ZScore
 from segkit.config.dataset_files import LabelCode
-from segkit.config.training import ModelDescription, NetworkConfig, ZScore
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.data.dataset import read_dataset
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry.grid import Grid

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segkit.cli.main import main
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.data import preprocess
 from segkit.errors import ConfigError, DatasetError, ModelError, SegkitError, VolumeError
 from segkit.geometry.grid import Grid

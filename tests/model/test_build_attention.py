@@ -13,7 +13,8 @@ from segkit.config import attention as config_attention
 from segkit.config.attention import AttentionConfig, SelfAttention
 from segkit.config.base import Section
 from segkit.config.load import dump_yaml, load_config, validated
-from segkit.config.training import Config, ModelDescription
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.build import build_network
 from segkit.model.build_attention import token_factory

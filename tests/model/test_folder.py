@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from segkit.config.training import ModelDescription, NetworkConfig, Postprocessing, ZScore
+from segkit.config.data import ZScore
+from segkit.config.model import ModelDescription, Postprocessing
+from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.io.atomic import write_json
 from segkit.model.build import build_network

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from segkit.config.load import validated
-from segkit.config.training import ModelDescription, NetworkConfig
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
 from segkit.nn.map_tap import Edit, editing, recording, taps
 from segkit.nn.slicewise import Planes

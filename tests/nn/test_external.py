@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from segkit.config.load import validated
-from segkit.config.training import Config, ModelDescription, NetworkConfig
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
 from segkit.errors import ConfigError, ModelError
 from segkit.evaluation.evaluate import find_labelling, find_pairs, score_pairs
 from segkit.explain.verdicts.saliency import grad_cam, input_gradient

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segkit.checking import check
+from segkit.config.data import ZScore
 from segkit.config.load import load_config
-from segkit.config.training import Config, ModelDescription, NetworkConfig, ZScore
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
 from segkit.data.dataset import Case, Dataset, read_dataset
 from segkit.errors import ConfigError, ModelError
 from segkit.inference.predictor import Predictor

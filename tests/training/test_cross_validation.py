@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from segkit.config.load import load_config
-from segkit.config.training import Config, Postprocessing
+from segkit.config.model import Postprocessing
+from segkit.config.training import Config
 from segkit.data.dataset import fold_of, read_dataset
 from segkit.errors import ConfigError, DatasetError, ModelError
 from segkit.inference.postprocess import BOTH, CLASSES, FOREGROUND, candidates

@@ -12,8 +12,10 @@ from numpy.testing import assert_array_equal
 from safetensors.torch import load_file
 
 from segkit.config.attention import AttentionConfig, MeanPooling
+from segkit.config.data import ZScore
 from segkit.config.load import load_config
-from segkit.config.training import ModelDescription, NetworkConfig, ZScore
+from segkit.config.model import ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.data.dataset import read_dataset
 from segkit.data.prepared_cache import StoredCase
 from segkit.errors import ConfigError, DatasetError

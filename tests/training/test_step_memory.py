@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from segkit.config.data import ZScore
 from segkit.config.load import validated
-from segkit.config.training import FirstStage, ModelDescription, NetworkConfig, ZScore
+from segkit.config.model import FirstStage, ModelDescription
+from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network, volume_patch
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.normalisation import channels_last

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.inference.predictor import Predictor
 from segkit.model.build import ACROSS
 from segkit.nn.map_tap import Edit, editing, taps

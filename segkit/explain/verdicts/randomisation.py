@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.explain.measures.ranks import spearman
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.model_walk import Member

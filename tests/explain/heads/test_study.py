@@ -20,7 +20,7 @@ from segkit.config.attention import (
     SelfAttention,
     UTransformerGate,
 )
-from segkit.config.training import NetworkConfig
+from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads import study as explained
 from segkit.explain.heads.study import (

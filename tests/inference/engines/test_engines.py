@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from segkit.config.training import ModelDescription
+from segkit.config.model import ModelDescription
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference import windows

@@ -1,0 +1,110 @@
+"""Settings of the data: volumes, the one form they are brought to, and how patches are drawn."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.config.dataset_files import FilesConfig
+
+MOST_IN_BATCH = 2**31
+
+
+class ZScore(Section):
+    """Each image minus its mean, over its standard deviation."""
+
+    kind: Literal["zscore"] = "zscore"
+    nonzero: bool = False
+    """Whether mean and deviation are those of voxels other than 0 alone (skull-stripped heads)."""
+
+
+class CtWindow(Section):
+    """Intensities clipped to a window in HU, minus a mean, over a standard deviation.
+
+    Whatever is not given is read off the foreground of the training cases: percentiles 0.5 and
+    99.5, mean and standard deviation.
+    """
+
+    kind: Literal["ct"] = "ct"
+    lower: float | None = None
+    upper: float | None = None
+    mean: float | None = None
+    std: Annotated[float, Field(gt=0)] | None = None
+
+
+Normalisation = Annotated[
+    Annotated[ZScore | CtWindow, Field(discriminator="kind")], BeforeValidator(kind_alone)
+]
+
+
+class SynthesisConfig(Section):
+    """Train on images drawn from the label maps instead of on the scans (Billot et al. 2023)."""
+
+    intensities: dict[str, tuple[float, float]] | None = None
+    """Per label name, the range its mean intensity is drawn from; wholly random where not given."""
+    deformation: Annotated[float, Field(ge=0)] = 2.0
+    """Standard deviation, in voxels, of the smooth displacement at points 16 voxels apart."""
+
+
+class DataConfig(Section):
+    """Which volumes, how they are brought to one form, and how patches are drawn from them."""
+
+    folder: Path
+    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
+    files: FilesConfig | None = None
+    """Where the files of each case lie, in place of a dataset.json."""
+    validation: Share | list[str] = 0.2
+    """The share of cases held out, chosen by the seed, or a list of their names."""
+    fold: Annotated[int, Field(ge=0, le=4)] | None = None
+    """A fold of nnU-Net's five, 0 to 4, held out instead."""
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+    """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
+    interpolation: Literal["linear", "cubic"] = "cubic"
+    """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
+    slices over three times as far apart as their pixels, the nearest is taken instead."""
+    normalisation: Normalisation | None = None
+    """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
+    slices: Literal["sagittal", "coronal", "axial"] = "axial"
+    """The plane that a 2D network sees."""
+    patch_size: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+    """In voxels of the network's spacing, one number per axis of the network."""
+    batch_size: Positive = 2
+    foreground_share: Share = 0.33
+    """The share of patches that are centred on a voxel of a class drawn at random."""
+    augment: bool = True
+    """Whether patches are turned, scaled and mirrored, and their intensities varied."""
+    elastic: bool = False
+    """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
+    mirror: list[Literal["x", "y", "z"]] | None = None
+    """World axes along which patches may be mirrored: x runs from left to right, y from back to
+    front, z from foot to head. Where not given, x alone, or none where labels tell left from right
+    by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
+    faster without.)"""
+    synthesis: SynthesisConfig | None = None
+    first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
+    """Runs or model folders, of lower resolution say, whose labels the network is given beside the
+    image. Labels of a case come from the runs that held it out, or else from all of them. A model
+    does better on cases that it was trained on than on new ones, so that the five folds of a
+    cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that cut patches."""
+    cache: Path | None = None
+    """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.first_stage and self.synthesis:
+            raise ValueError(
+                "data.first_stage labels scans, and data.synthesis draws images that are none; "
+                "take one of them"
+            )
+        if self.elastic and not self.augment and self.synthesis is None:
+            raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
+        if self.batch_size * math.prod(self.patch_size) > MOST_IN_BATCH:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} of data.patch_size {self.patch_size} comes to "
+                f"more than {MOST_IN_BATCH:,} voxels; make either smaller"
+            )
+        return self
