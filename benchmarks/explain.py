@@ -23,7 +23,7 @@ from rich.console import Console
 from segkit.config.load import load_config
 from segkit.data.dataset import read_case, read_dataset
 from segkit.explain.explain_files import write_explanation
-from segkit.explain.explain_scan import explain
+from segkit.explain.explain_scan import explain_volume
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.verdicts.rule import MapFigures, judge
 from segkit.explain.verdicts.study import Evidence, Worth, WorthStudy, pooled
@@ -67,7 +67,7 @@ def main() -> None:
     for case in Tracker(console)(cases, "explaining", len(cases)):
         volume, reference = read_case(case, dataset)
         started = time.perf_counter()
-        explanation = explain(predictor, volume, reference, name=case.name, studies=[study])
+        explanation = explain_volume(predictor, volume, reference, name=case.name, studies=[study])
         with tempfile.TemporaryDirectory() as folder:
             write_explanation(Path(folder), explanation)
         seconds.append(time.perf_counter() - started)

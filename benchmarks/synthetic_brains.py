@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from segkit.data.synthesis import deform, synthesise
-from segkit.demo.demo import LABELS, T1_INTENSITIES, load_template
+from segkit.demo.demo import T1_INTENSITIES, TISSUES, load_template
 from segkit.io.atomic import write_json
 from segkit.io.volume import write_volume
 
@@ -32,7 +32,7 @@ def main() -> None:
     for number in range(options.cases):
         batch = torch.from_numpy(tissue.data.astype(np.int64))[None]
         label = deform(batch, amplitude=3.0, generator=generator)
-        image = synthesise(label, num_labels=len(LABELS), intensities=ranges, generator=generator)[
+        image = synthesise(label, num_labels=len(TISSUES), intensities=ranges, generator=generator)[
             0, 0
         ]
         # As a scanner would give it: whole numbers, nothing around the head.
@@ -46,7 +46,7 @@ def main() -> None:
         training.append(entry)
     content = {
         "modality": {"0": "T1"},
-        "labels": {str(number): name for name, number in LABELS.items()},
+        "labels": {str(number): name for name, number in TISSUES.items()},
         "training": training,
     }
     write_json(options.folder / "dataset.json", content)

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from segkit.evaluation.evaluate import Evaluation, evaluate
-    from segkit.explain.explain_scan import Explanation
-    from segkit.explain.explain_scan import explain as explain_volume
-    from segkit.export.export import Export
-    from segkit.export.export import export as export_model
+    from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.export.export import Export, export_model
     from segkit.geometry.grid import Grid
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
@@ -109,14 +107,12 @@ _HOMES = {
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_NAME_THERE = {"explain_volume": "explain", "export_model": "export"}
-"""`segkit.explain` and `segkit.export` are packages."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'segkit' has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), _NAME_THERE.get(name, name))
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

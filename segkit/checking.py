@@ -17,8 +17,9 @@ from segkit.io.dicom import Series, choose_series, holds_series, list_series, re
 from segkit.io.nifti import placement
 from segkit.io.volume import Volume, read_volume, trouble_with
 from segkit.model.build import build_network
+from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
-from segkit.training.resolve import Track, check_images, describe, split_of
+from segkit.training.resolve import check_images, describe, split_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def check(
     overrides: tuple[str, ...] = (),
     *,
     series: str | None = None,
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> Understood:
     """What was understood of a config (.yaml), a dataset folder or a volume.
 

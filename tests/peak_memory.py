@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.config.data import CtWindow
+from segkit.config.data import CtWindowConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
@@ -44,7 +44,7 @@ def main(folder: Path, classes: int, slices: int) -> None:
         labels={f"label {number}": number for number in range(classes)},
         network=NetworkConfig(channels=[2, 2, 2]),
         spacing=(1.0, 1.0, 1.0),
-        normalisation=[CtWindow(lower=-1e6, upper=1e6, mean=0.0, std=1.0)],
+        normalisation=[CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)],
         slices="axial",
         patch_size=[16, 16, 16],
     )

@@ -7,7 +7,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from segkit.explain.heads.study import Case
+from segkit.explain.heads.study import ScoredVolume
 from segkit.geometry.grid import Grid, Placement
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
@@ -61,11 +61,11 @@ def ball(size: int = 8, radius: float = 2.6) -> ndarray:
     return np.linalg.norm(grid.centres() - (size - 1) / 2, axis=-1) < radius
 
 
-def planted_case(seed: int = 0) -> Case:
+def planted_case(seed: int = 0) -> ScoredVolume:
     """A ball that cannot be seen in one channel alone, but faintly in the first."""
     random = np.random.default_rng(seed)
     inside = ball()
     noise = random.normal(0, 2, inside.shape)
     channels = [inside + noise, noise, random.normal(0, 1, inside.shape)]
     volume = Volume(np.stack(channels, axis=-1).astype(np.float32), Grid((8, 8, 8), np.eye(4)))
-    return Case(f"case {seed}", volume, volume.like(inside.astype(np.uint8)))
+    return ScoredVolume(f"case {seed}", volume, volume.like(inside.astype(np.uint8)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from segkit.checking import check_dataset
 from segkit.cli.main import main
-from segkit.config.data import CtWindow
+from segkit.config.data import CtWindowConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
@@ -24,7 +24,7 @@ from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.errors import ConfigError
 from segkit.evaluation.evaluate import find_labelling, score_pairs
-from segkit.explain.heads.study import Case, case_dice
+from segkit.explain.heads.study import ScoredVolume, case_dice
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor, segment_prepared
 from segkit.inference.regions import written_regions
@@ -83,7 +83,7 @@ def description(**changes: Any) -> ModelDescription:
         "regions": REGIONS,
         "network": NetworkConfig(channels=[2, 2, 2]),
         "spacing": (0.7, 1.3, 4.0),
-        "normalisation": [CtWindow(lower=-1e6, upper=1e6, mean=0.0, std=1.0)],
+        "normalisation": [CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)],
         "slices": "axial",
         "patch_size": [8, 8, 8],
         **changes,
@@ -133,7 +133,7 @@ def test_explanations_score_regions_and_leave_out_what_is_ignored() -> None:
     reference = volume.data.copy()
     reference[:5] = 4
     model = Model(description(ignore=4), planted_model().network)
-    case = Case("one", volume, volume.like(reference))
+    case = ScoredVolume("one", volume, volume.like(reference))
     assert case_dice(Predictor(model, device="cpu"), case) == 1
 
 
@@ -273,7 +273,7 @@ def test_intensities_and_classes_are_measured_without_what_is_ignored(
     assert measured.numbers().num_classes == 2  # an output for each region
     config = small_config(ignoring, data={"normalisation": "ct"})
     (window, _) = describe(config, dataset, dataset.cases, lambda c, what, n: c).normalisation
-    assert isinstance(window, CtWindow) and window.mean is not None
+    assert isinstance(window, CtWindowConfig) and window.mean is not None
     # Foreground has intensities 1 and 2 here; beyond the plane, where none counts, many are 0.
     assert 1.0 < window.mean < 2.0
 

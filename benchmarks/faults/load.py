@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.dataset import Case, Dataset
+from segkit.data.dataset import CaseFiles, Dataset
 from segkit.data.prepared_cache import store_cases
 from segkit.data.preprocess import zscore
 from segkit.geometry.grid import Grid
@@ -125,9 +125,9 @@ def preprocess(folder: Path, count: int, look: Callable[[int], None]) -> None:
         scan = scan_of(random)
         write_volume(image, scan)
         write_volume(label, scan.like((scan.data > 1).astype(np.uint8)))
-        cases.append(Case(f"{number:05d}", (image,), label))
+        cases.append(CaseFiles(f"{number:05d}", (image,), label))
 
-    def track(stored: Iterable[Case]) -> Iterator[Case]:
+    def track(stored: Iterable[CaseFiles]) -> Iterator[CaseFiles]:
         for done, case in enumerate(stored, start=1):
             look(done)
             yield case

@@ -25,10 +25,10 @@ ModelFolders = Annotated[
         help="A run or model folder; else the newest run. Several are averaged.",
     ),
 ]
-Overlap = Annotated[
+OverlapOption = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
-Series = Annotated[
+SeriesOption = Annotated[
     str | None,
     typer.Option(metavar="UID", help="Which DICOM series, where a folder holds several."),
 ]

@@ -10,12 +10,12 @@ from segkit.cli.options import (
     Inputs,
     ModelFolder,
     ModelFolders,
-    Overlap,
+    OverlapOption,
     Overrides,
     Overwrite,
-    Series,
+    SeriesOption,
 )
-from segkit.cli.terminal import Json, complain, console, say, say_json
+from segkit.cli.terminal import JsonOption, complain, console, say, say_json
 from segkit.errors import SegkitError
 
 
@@ -44,12 +44,12 @@ def predict(
         bool,
         typer.Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations."),
     ] = False,
-    series: Series = None,
+    series: SeriesOption = None,
     tta: Annotated[
         bool, typer.Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
     device: Device = "auto",
-    overlap: Overlap = 0.5,
+    overlap: OverlapOption = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows per call of the network.")] = 1,
     all_windows: Annotated[
         bool, typer.Option("--all-windows", help="Ask the network even where all is 0.")
@@ -68,7 +68,7 @@ def predict(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of the network's arithmetic; half is faster where there are units."),
     ] = "float32",
-    json: Json = False,
+    json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg.
@@ -173,9 +173,9 @@ def explain(
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
-    series: Series = None,
+    series: SeriesOption = None,
     device: Device = "auto",
-    overlap: Overlap = 0.5,
+    overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
     """Write attention maps, what they pick out beside chance, and a page that shows them.
@@ -267,7 +267,7 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the normalised surface Dice, in mm.")
     ] = 1.0,
-    json: Json = False,
+    json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
@@ -291,8 +291,8 @@ def evaluate(
 def check(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
     overrides: Overrides = None,
-    json: Json = False,
-    series: Series = None,
+    json: JsonOption = False,
+    series: SeriesOption = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check as look
@@ -319,12 +319,12 @@ def export(
     scan: Annotated[
         Path | None, typer.Option(help="To check it on; noise where not given.")
     ] = None,
-    overlap: Overlap = 0.5,
-    json: Json = False,
+    overlap: OverlapOption = 0.5,
+    json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
-    from segkit.export.export import export as write
+    from segkit.export.export import export_model as write
     from segkit.io.inputs import find_inputs, read_input
     from segkit.model.folder import load_model, model_folders
 

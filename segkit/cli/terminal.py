@@ -20,7 +20,7 @@ from segkit.io.atomic import json_text
 
 console = Console()
 
-LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global")
+QUIET_LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global")
 """Loggers of others that speak unasked."""
 OURS = logging.getLogger("segkit")
 
@@ -109,7 +109,7 @@ Verbose = Annotated[
         is_eager=True,
     ),
 ]
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print the result as JSON and nothing else.", callback=_quieten),
 ]
@@ -135,7 +135,7 @@ def hush() -> None:
     """Leave the terminal to segkit, once lightning has set up its own logging."""
     if is_verbose():
         return
-    for name in LIBRARIES:
+    for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from segkit.cli.options import Device, Overrides, Overwrite
-from segkit.cli.terminal import Json, console, hush, say, say_json
+from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fetch(
     sources = fetching.decathlon()
     whole = fetching.named(name, sources)
     say(f"fetching {sources[whole].url}")
-    folder = fetching.fetch(whole, sources[whole], out)
+    folder = fetching.fetch_dataset(whole, sources[whole], out)
     say(f"wrote {folder}")
     say(f"next: segkit check {folder}, and then segkit train {folder}")
 
@@ -74,7 +74,7 @@ def plan(
     runs: Annotated[Path, typer.Option(help="The folder whose cache keeps measurements.")] = Path(
         "runs"
     ),
-    json: Json = False,
+    json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
@@ -144,7 +144,7 @@ def train(
             metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
         ),
     ] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
     from segkit.config.load import changed, dataset_in, load_config
@@ -207,7 +207,7 @@ def train(
                 f"{config}: is planned in two stages, and --folds trains one; write the plan first "
                 f"and give each stage its folds: segkit plan {config}"
             )
-        result = two_stages.train(
+        result = two_stages.train_two_stages(
             low,
             settings,
             runs=runs,
@@ -224,13 +224,13 @@ def train(
     else:
         assert resume is not None
         if cross_validation.is_cross_validation(resume):
-            result = cross_validation.resume(
+            result = cross_validation.resume_folds(
                 resume, wanted, say=say, callbacks=progress, track=track
             )
         elif wanted:
             raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
         else:
-            result = two_stages.resume(
+            result = two_stages.resume_two_stages(
                 resume,
                 tell=lambda first: _tell(first.folder, first.summary),
                 callbacks=progress,

@@ -14,7 +14,7 @@ Levels = list[Annotated[int, Field(ge=0)]]
 Heads = Width | Annotated[list[Width], Field(min_length=1)]
 
 
-class AdditiveGridGate(Section):
+class AdditiveGridGateConfig(Section):
     """Oktay et al. 2018 as their code runs it: the map is computed on the coarser signal's grid."""
 
     kind: Literal["additive_grid"] = "additive_grid"
@@ -34,7 +34,7 @@ class AdditiveGridGate(Section):
     gates always have them."""
 
 
-class AdditiveSameLevelGate(Section):
+class AdditiveSameLevelGateConfig(Section):
     """The variant on the skip's own grid, with the signal brought up first (MONAI's is one)."""
 
     kind: Literal["additive_same_level"] = "additive_same_level"
@@ -47,7 +47,7 @@ class AdditiveSameLevelGate(Section):
     0.95, nearly open."""
 
 
-class CrossAttention(Section):
+class CrossAttentionConfig(Section):
     """Vaswani et al. 2017: the decoder's queries take from the skip, and the skip gains it."""
 
     kind: Literal["cross_attention"] = "cross_attention"
@@ -61,7 +61,7 @@ class CrossAttention(Section):
     """The width of each head."""
 
 
-class UTransformerGate(Section):
+class UTransformerGateConfig(Section):
     """Petit et al. 2021: cross-attention whose result gates the skip."""
 
     kind: Literal["u_transformer"] = "u_transformer"
@@ -75,7 +75,7 @@ class UTransformerGate(Section):
     """The gates start near sigmoid(3) = 0.95, nearly open."""
 
 
-class SqueezeExcitation(Section):
+class SqueezeExcitationConfig(Section):
     """Channel attention of Hu et al. 2018."""
 
     kind: Literal["se"] = "se"
@@ -84,13 +84,13 @@ class SqueezeExcitation(Section):
     classifiers, Roy et al. 2 in segmentation."""
 
 
-class EfficientChannelAttention(Section):
+class EfficientChannelAttentionConfig(Section):
     """ECA of Wang et al. 2020: a small convolution along the channels."""
 
     kind: Literal["eca"] = "eca"
 
 
-class ConvolutionalBlockAttention(Section):
+class ConvolutionalBlockAttentionConfig(Section):
     """CBAM of Woo et al. 2018: channel attention, then spatial attention."""
 
     kind: Literal["cbam"] = "cbam"
@@ -100,7 +100,7 @@ class ConvolutionalBlockAttention(Section):
     """Size of the spatial convolution along each axis, odd."""
 
 
-class BottleneckAttention(Section):
+class BottleneckAttentionConfig(Section):
     """BAM of Park et al. 2018: channel and spatial attention, summed; it strengthens alone."""
 
     kind: Literal["bam"] = "bam"
@@ -110,7 +110,7 @@ class BottleneckAttention(Section):
     """Spacing of the spatial convolutions' cells."""
 
 
-class ConcurrentExcitation(Section):
+class ConcurrentExcitationConfig(Section):
     """scSE of Roy et al. 2018: `se` and `sse` side by side."""
 
     kind: Literal["scse"] = "scse"
@@ -120,7 +120,7 @@ class ConcurrentExcitation(Section):
     """How the two are joined."""
 
 
-class PooledSpatialAttention(Section):
+class PooledSpatialAttentionConfig(Section):
     """The spatial half of CBAM alone."""
 
     kind: Literal["spatial"] = "spatial"
@@ -128,13 +128,13 @@ class PooledSpatialAttention(Section):
     """Size of the convolution along each axis, odd."""
 
 
-class SpatialExcitation(Section):
+class SpatialExcitationConfig(Section):
     """sSE of Roy et al. 2018: a 1x1 convolution and a sigmoid."""
 
     kind: Literal["sse"] = "sse"
 
 
-class GlobalContext(Section):
+class GlobalContextConfig(Section):
     """Cao et al. 2019: a context pooled by attention tells the channels what the image holds."""
 
     kind: Literal["gc"] = "gc"
@@ -144,7 +144,7 @@ class GlobalContext(Section):
     """Whether the context is added to the features, or scales their channels as `se` does."""
 
 
-class SelfAttention(Section):
+class SelfAttentionConfig(Section):
     """Multi-head self-attention of Vaswani et al. 2017 among the coarsest level's voxels."""
 
     kind: Literal["self_attention"] = "self_attention"
@@ -160,7 +160,7 @@ class SelfAttention(Section):
     where not given."""
 
 
-class AdditiveSelfAttention(Section):
+class AdditiveSelfAttentionConfig(Section):
     """Additive self-attention (Bahdanau et al. 2015) among the coarsest level's voxels."""
 
     kind: Literal["additive_self"] = "additive_self"
@@ -168,7 +168,7 @@ class AdditiveSelfAttention(Section):
     """Of the hidden layer that compares two voxels."""
 
 
-class MeanPooling(Section):
+class MeanPoolingConfig(Section):
     """Presence of each class from the mean of the coarsest features."""
 
     kind: Literal["mean"] = "mean"
@@ -176,7 +176,7 @@ class MeanPooling(Section):
     """Of presence in the loss, beside 1 for the segmentation."""
 
 
-class GatedPooling(Section):
+class GatedPoolingConfig(Section):
     """Presence of each class from a mean weighted by gated attention (Ilse et al. 2018)."""
 
     kind: Literal["gated"] = "gated"
@@ -186,7 +186,7 @@ class GatedPooling(Section):
     """Of presence in the loss, beside 1 for the segmentation."""
 
 
-class LearnedQueryPooling(Section):
+class LearnedQueryPoolingConfig(Section):
     """Presence of each class from where a query learned for it looks (Lee et al. 2019)."""
 
     kind: Literal["learned_query"] = "learned_query"
@@ -194,33 +194,39 @@ class LearnedQueryPooling(Section):
     """Of presence in the loss, beside 1 for the segmentation."""
 
 
-SkipAttention = Annotated[
+SkipAttentionConfig = Annotated[
     Annotated[
-        AdditiveGridGate | AdditiveSameLevelGate | CrossAttention | UTransformerGate,
+        AdditiveGridGateConfig
+        | AdditiveSameLevelGateConfig
+        | CrossAttentionConfig
+        | UTransformerGateConfig,
         Field(discriminator="kind"),
     ],
     BeforeValidator(kind_alone),
 ]
-BlockAttention = Annotated[
+BlockAttentionConfig = Annotated[
     Annotated[
-        SqueezeExcitation
-        | EfficientChannelAttention
-        | ConvolutionalBlockAttention
-        | BottleneckAttention
-        | ConcurrentExcitation
-        | PooledSpatialAttention
-        | SpatialExcitation
-        | GlobalContext,
+        SqueezeExcitationConfig
+        | EfficientChannelAttentionConfig
+        | ConvolutionalBlockAttentionConfig
+        | BottleneckAttentionConfig
+        | ConcurrentExcitationConfig
+        | PooledSpatialAttentionConfig
+        | SpatialExcitationConfig
+        | GlobalContextConfig,
         Field(discriminator="kind"),
     ],
     BeforeValidator(kind_alone),
 ]
-TokenAttention = Annotated[
-    Annotated[SelfAttention | AdditiveSelfAttention, Field(discriminator="kind")],
+TokenAttentionConfig = Annotated[
+    Annotated[SelfAttentionConfig | AdditiveSelfAttentionConfig, Field(discriminator="kind")],
     BeforeValidator(kind_alone),
 ]
-Pooling = Annotated[
-    Annotated[MeanPooling | GatedPooling | LearnedQueryPooling, Field(discriminator="kind")],
+PoolingConfig = Annotated[
+    Annotated[
+        MeanPoolingConfig | GatedPoolingConfig | LearnedQueryPoolingConfig,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(kind_alone),
 ]
 
@@ -228,15 +234,15 @@ Pooling = Annotated[
 class AttentionConfig(Section):
     """Which attention sits where; none anywhere is the plain U-Net."""
 
-    skip: SkipAttention | None = None
+    skip: SkipAttentionConfig | None = None
     """What a skip passes through before it joins the decoder."""
-    encoder: BlockAttention | None = None
+    encoder: BlockAttentionConfig | None = None
     """What follows each encoder level's convolutions."""
-    decoder: BlockAttention | None = None
+    decoder: BlockAttentionConfig | None = None
     """What follows each decoder level's convolutions."""
-    bottleneck: TokenAttention | None = None
+    bottleneck: TokenAttentionConfig | None = None
     """What follows the coarsest level."""
-    head: Pooling | None = None
+    head: PoolingConfig | None = None
     """What says of a whole image which classes it holds, trained beside the segmentation."""
 
     @model_validator(mode="after")
@@ -254,5 +260,5 @@ class AttentionConfig(Section):
             return []
         if self.skip.levels is not None:
             return sorted(set(self.skip.levels))
-        finest = 0 if isinstance(self.skip, AdditiveSameLevelGate) else 1
+        finest = 0 if isinstance(self.skip, AdditiveSameLevelGateConfig) else 1
         return list(range(finest, num_levels - 1))

@@ -12,7 +12,7 @@ from segkit.config.dataset_files import FilesConfig
 MOST_IN_BATCH = 2**31
 
 
-class ZScore(Section):
+class ZScoreConfig(Section):
     """Each image minus its mean, over its standard deviation."""
 
     kind: Literal["zscore"] = "zscore"
@@ -20,7 +20,7 @@ class ZScore(Section):
     """Whether mean and deviation are those of voxels other than 0 alone (skull-stripped heads)."""
 
 
-class CtWindow(Section):
+class CtWindowConfig(Section):
     """Intensities clipped to a window in HU, minus a mean, over a standard deviation.
 
     Whatever is not given is read off the foreground of the training cases: percentiles 0.5 and
@@ -34,8 +34,9 @@ class CtWindow(Section):
     std: Annotated[float, Field(gt=0)] | None = None
 
 
-Normalisation = Annotated[
-    Annotated[ZScore | CtWindow, Field(discriminator="kind")], BeforeValidator(kind_alone)
+NormalisationConfig = Annotated[
+    Annotated[ZScoreConfig | CtWindowConfig, Field(discriminator="kind")],
+    BeforeValidator(kind_alone),
 ]
 
 
@@ -64,7 +65,7 @@ class DataConfig(Section):
     interpolation: Literal["linear", "cubic"] = "cubic"
     """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
     slices over three times as far apart as their pixels, the nearest is taken instead."""
-    normalisation: Normalisation | None = None
+    normalisation: NormalisationConfig | None = None
     """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
     """The plane that a 2D network sees."""

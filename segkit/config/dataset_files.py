@@ -10,7 +10,7 @@ from segkit.config.base import Name, Section
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 
-class Code(Section):
+class CodeConfig(Section):
     """A concept of a terminology, such as `{scheme: SCT, value: 10200004, meaning: Liver}`."""
 
     scheme: Annotated[Word, Field(max_length=16)]
@@ -18,10 +18,12 @@ class Code(Section):
     meaning: Annotated[Word, Field(max_length=64)]
 
 
-class LabelCode(Code):
+class LabelCodeConfig(CodeConfig):
     """The concept that a label stands for, and the kind of thing that it is."""
 
-    category: Code = Code(scheme="SCT", value="123037004", meaning="Anatomical Structure")
+    category: CodeConfig = CodeConfig(
+        scheme="SCT", value="123037004", meaning="Anatomical Structure"
+    )
 
 
 class FilesConfig(Section):
@@ -42,7 +44,7 @@ class FilesConfig(Section):
     """Names and numbers, or lists of them for regions, as in nnU-Net's dataset.json."""
     regions_class_order: list[int] | None = None
     """The number that each region is written as."""
-    codes: dict[str, LabelCode] = Field({})
+    codes: dict[str, LabelCodeConfig] = Field({})
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
 
     @model_validator(mode="after")

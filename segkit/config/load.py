@@ -18,10 +18,10 @@ from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.safe_text import parse_yaml, read_text
 
-Model = TypeVar("Model", bound=BaseModel)
+ConfigClass = TypeVar("ConfigClass", bound=BaseModel)
 
 
-class DatasetFile(Section):
+class DatasetFileConfig(Section):
     """A YAML file that names a dataset, and nothing of how to train on it."""
 
     data: DatasetConfig
@@ -52,7 +52,7 @@ def dataset_in(path: Path) -> DatasetConfig | None:
         return None
     if not set(data) <= set(DatasetConfig.model_fields):
         return None
-    return validated(DatasetFile, tree, str(path)).data
+    return validated(DatasetFileConfig, tree, str(path)).data
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def validated(model: type[Model], tree: Mapping[str, Any], source: str) -> Model:
+def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) -> ConfigClass:
     """The settings in `tree`, checked. Raises ConfigError, naming each wrong key and the source."""
     try:
         return model.model_validate(tree)

@@ -5,13 +5,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from segkit.config.base import Millimetres, Name, Positive, Section
-from segkit.config.data import Normalisation
-from segkit.config.dataset_files import LabelCode
+from segkit.config.data import NormalisationConfig
+from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
 
 
-class FirstStage(Section):
+class FirstStageConfig(Section):
     """Models whose labels a network is given beside the image."""
 
     models: Positive
@@ -20,7 +20,7 @@ class FirstStage(Section):
     """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
 
 
-class Postprocessing(Section):
+class PostprocessingConfig(Section):
     """What is done to predicted labels, adopted by cross-validation alone; nothing by default."""
 
     largest_foreground: bool = False
@@ -47,21 +47,21 @@ class ModelDescription(Section):
     """In the order they are written, the numbers in label files of each region; classes if none."""
     ignore: LabelNumber | None = None
     """The number in label files of voxels that nobody labelled."""
-    codes: dict[str, LabelCode] = Field({})
+    codes: dict[str, LabelCodeConfig] = Field({})
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     interpolation: Literal["linear", "cubic"] = "linear"
     """Linear in models from before there was another."""
-    normalisation: list[Normalisation]
+    normalisation: list[NormalisationConfig]
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
     mirror: list[Literal["x", "y", "z"]] = Field([])
     """World axes along which it was trained on mirror images as well."""
-    first_stage: FirstStage | None = None
+    first_stage: FirstStageConfig | None = None
     """Whose labels, where there is one, are one more channel of the input behind the image's."""
-    postprocessing: Postprocessing = Postprocessing()
+    postprocessing: PostprocessingConfig = PostprocessingConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -6,7 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from segkit.config.attention import AttentionConfig, CrossAttention, SelfAttention, UTransformerGate
+from segkit.config.attention import (
+    AttentionConfig,
+    CrossAttentionConfig,
+    SelfAttentionConfig,
+    UTransformerGateConfig,
+)
 from segkit.config.base import Few, Positive, Section, Width
 
 MOST_VOXELS = 2**27
@@ -16,7 +21,7 @@ MOST_TOKENS = 2**16
 """Of a window of attention."""
 
 
-class GivenModule(Section):
+class GivenModuleConfig(Section):
     """A network that Python gives: `train(config, network=module)`. No file holds or names it."""
 
     multiple: Annotated[list[Positive], Field(min_length=2, max_length=3)]
@@ -41,7 +46,7 @@ class NetworkConfig(Section):
     deep_supervision: bool = True
     """Whether coarser decoder levels are trained against the label as well."""
     attention: AttentionConfig = AttentionConfig()
-    given: GivenModule | None = None
+    given: GivenModuleConfig | None = None
     """A module from elsewhere in the U-Net's stead, of which only spatial_dims is set beside it."""
 
     @property
@@ -82,7 +87,7 @@ class NetworkConfig(Section):
         self._attention_fits()
         return self
 
-    def _given_alone(self, given: GivenModule) -> Self:
+    def _given_alone(self, given: GivenModuleConfig) -> Self:
         if len(given.multiple) != self.spatial_dims:
             raise ValueError(
                 f"network.given.multiple must hold {self.spatial_dims} numbers, as "
@@ -118,9 +123,9 @@ class NetworkConfig(Section):
                 "network.channels; give it levels: [0]"
             )
         placed: list[int] = []
-        if isinstance(skip, CrossAttention):
+        if isinstance(skip, CrossAttentionConfig):
             placed = [*levels, *(level + 1 for level in levels)]
-        elif isinstance(skip, UTransformerGate):
+        elif isinstance(skip, UTransformerGateConfig):
             placed = [level + 1 for level in levels]
         narrowest = min((self.channels[level] for level in placed), default=2 * self.spatial_dims)
         if narrowest < 2 * self.spatial_dims:
@@ -129,7 +134,7 @@ class NetworkConfig(Section):
                 f"more to tell positions, found {narrowest}"
             )
         bottleneck = self.attention.bottleneck
-        if isinstance(bottleneck, SelfAttention):
+        if isinstance(bottleneck, SelfAttentionConfig):
             told_by = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}
             if told_by.get(bottleneck.positions, 2 * self.spatial_dims) < 2 * self.spatial_dims:
                 raise ValueError(

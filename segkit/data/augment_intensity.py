@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from segkit.nn.blocks import LINEAR_MODE
 
 Range = tuple[float, float]
-Rows = Float[Tensor, "row *space"]
+IntensityRows = Float[Tensor, "row *space"]
 """Channels of samples, one below the other."""
 
 
@@ -54,7 +54,7 @@ class IntensityVariation:
     ) -> Float[Tensor, "batch channel *space"]:
         """The batch with intensities changed at random."""
         batch, channels, *space = image.shape
-        steps: list[tuple[float, float, Callable[[Rows, Generator], Rows]]] = [
+        steps: list[tuple[float, float, Callable[[IntensityRows, Generator], IntensityRows]]] = [
             (self.noise_probability, 1.0, partial(self._noise, channels=channels)),
             (self.blur_probability, self.blur_channel_probability, self._blur),
             (self.brightness_probability, 1.0, self._brightness),
@@ -77,36 +77,36 @@ class IntensityVariation:
                     varied.index_copy_(0, rows, step(varied.index_select(0, rows), generator))
         return varied.view(batch, channels, *space).to(image.dtype)
 
-    def _noise(self, rows: Rows, generator: Generator, *, channels: int) -> Rows:
+    def _noise(self, rows: IntensityRows, generator: Generator, *, channels: int) -> IntensityRows:
         variance = _uniform(self.noise_variance, len(rows) // channels, generator)
         deviation = variance.sqrt().repeat_interleave(channels)
         # Drawn on the CPU, so that every device sees the same noise.
         noise = torch.randn(rows.shape, generator=generator)
         return rows + noise.to(rows.device, non_blocking=True) * _each(deviation, rows)
 
-    def _blur(self, rows: Rows, generator: Generator) -> Rows:
+    def _blur(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         num_axes = rows.ndim - 1
         sigmas = _uniform(self.blur_sigma, len(rows) * num_axes, generator)
         return blur(rows, sigmas.view(-1, num_axes), reach=math.ceil(3 * self.blur_sigma[1]))
 
-    def _brightness(self, rows: Rows, generator: Generator) -> Rows:
+    def _brightness(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return rows * _each(_about_one(self.brightness, len(rows), generator), rows)
 
-    def _contrast(self, rows: Rows, generator: Generator) -> Rows:
+    def _contrast(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return stretch_contrast(rows, _about_one(self.contrast, len(rows), generator))
 
-    def _low_resolution(self, rows: Rows, generator: Generator) -> Rows:
+    def _low_resolution(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         zooms = _uniform(self.low_resolution_zoom, len(rows), generator)
         return lower_resolution(rows, zooms, spared_axes=self.low_resolution_spared_axes)
 
-    def _gamma(self, rows: Rows, generator: Generator) -> Rows:
+    def _gamma(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return bend(rows, _about_one(self.gamma, len(rows), generator))
 
-    def _inverted_gamma(self, rows: Rows, generator: Generator) -> Rows:
+    def _inverted_gamma(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return -self._gamma(-rows, generator)
 
 
-def gaussian(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:
+def gaussian_taps(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:
     """A Gaussian of each sigma (voxels) at whole distances up to `reach`, summing to 1."""
     distance = torch.arange(-reach, reach + 1, dtype=sigmas.dtype)
     weights = torch.exp(-0.5 * (distance / sigmas[..., None]) ** 2)
@@ -121,7 +121,7 @@ def blur(
     Weighted sums of the image shifted: for kernels that differ between rows, torch's grouped
     convolution takes ten times as long on a CPU.
     """
-    weights = gaussian(sigmas, reach).to(rows.device, non_blocking=True)
+    weights = gaussian_taps(sigmas, reach).to(rows.device, non_blocking=True)
     for axis, size in enumerate(rows.shape[1:]):
         if size == 1:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from segkit.config.dataset_files import FilesConfig, LabelCode
+from segkit.config.dataset_files import FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_dataset_file
 from segkit.data.file_patterns import list_files
@@ -17,7 +17,7 @@ from segkit.io.volume import Volume, read_volume, trouble_with
 
 
 @dataclass(frozen=True)
-class Case:
+class CaseFiles:
     """One subject: the files of its channels, and its label.
 
     A case without images is a label map to synthesise images from.
@@ -33,7 +33,7 @@ class Dataset:
     """Cases in the order of their names, and what their channels and labels mean."""
 
     folder: Path
-    cases: tuple[Case, ...]
+    cases: tuple[CaseFiles, ...]
     channels: tuple[str, ...]
     labels: dict[str, int]
     """Names of classes or regions and the numbers they are written as, the background first."""
@@ -41,7 +41,7 @@ class Dataset:
     """The numbers in label files of each region, in the order they are written; classes if none."""
     ignore: int | None = None
     """The number of voxels that nobody labelled."""
-    codes: dict[str, LabelCode] = field(default_factory=dict)
+    codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
 
     @property
@@ -61,7 +61,7 @@ def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
     Cases are in order. Raises DatasetError or VolumeError, in one sentence.
     """
     file = read_dataset_file(folder) if files is None else list_files(folder, files)
-    cases = sorted((Case(*named) for named in file.files), key=lambda case: case.name)
+    cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -78,7 +78,7 @@ def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
     )
 
 
-def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
+def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     """The image (x, y, z, channel) and the label (x, y, z) of a case, on one grid.
 
     The image of a case without one is zero throughout.
@@ -106,7 +106,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
 
 def split(
     dataset: Dataset, validation: float | Sequence[str], seed: int
-) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
     """The cases to train on and those held out: a share drawn by the seed, or the named ones.
 
     A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
@@ -133,7 +133,7 @@ def split(
 
 def fold_of(
     dataset: Dataset, fold: int, *, count: int = 5
-) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
     """The cases to train on and those held out of a fold of nnU-Net's cross-validation.
 
     Cases in the order of their names are shuffled by NumPy's first generator from seed 12345 and
@@ -155,7 +155,7 @@ def fold_of(
     )
 
 
-def _checked_label(case: Case, label: Volume, dataset: Dataset) -> ndarray:
+def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     found = np.unique(label.data)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from segkit.config.base import Name
-from segkit.config.dataset_files import LabelCode
+from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_json
@@ -29,7 +29,7 @@ class _Training(BaseModel):
 class _Labels(BaseModel):
     labels: dict[Name, Name | int | list[int]]
     regions_class_order: list[int] | None = None
-    codes: dict[str, LabelCode] = {}
+    codes: dict[str, LabelCodeConfig] = {}
 
 
 class _DatasetFile(_Labels):
@@ -46,17 +46,17 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class DatasetFile:
+class DatasetJson:
     """The names of the channels, in order; what is told apart; and every case's files."""
 
     channels: tuple[str, ...]
     labelling: Labelling
     files: tuple[NamedFiles, ...]
-    codes: dict[str, LabelCode] = field(default_factory=dict)
+    codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
 
 
-def read_dataset_file(folder: Path) -> DatasetFile:
+def read_dataset_file(folder: Path) -> DatasetJson:
     """Read `folder/dataset.json` and see that every file it speaks of is there.
 
     `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as the
@@ -85,7 +85,7 @@ def read_dataset_file(folder: Path) -> DatasetFile:
         if file.training is None
         else [_listed(folder, entry) for entry in file.training]
     )
-    return DatasetFile(channels, labelling, tuple(files), file.codes)
+    return DatasetJson(channels, labelling, tuple(files), file.codes)
 
 
 def read_labelling(path: Path) -> Labelling:
@@ -97,7 +97,7 @@ def labelling_of(
     source: str,
     labels: Mapping[str, int | list[int]],
     regions_class_order: list[int] | None,
-    codes: Mapping[str, LabelCode],
+    codes: Mapping[str, LabelCodeConfig],
 ) -> Labelling:
     """What such keys of nnU-Net's dataset.json tell apart; `source` is where they stand.
 

@@ -50,7 +50,7 @@ def named(name: str, sources: Mapping[str, Source]) -> str:
     raise DatasetError(f"{name}: is no dataset to fetch; name one of {', '.join(sources)}")
 
 
-def fetch(name: str, source: Source, folder: Path) -> Path:
+def fetch_dataset(name: str, source: Source, folder: Path) -> Path:
     """Download a dataset into `folder/NAME`, which appears whole or not at all, and return that.
 
     Raises DatasetError where it is there already, cannot be had, is not what was published, or

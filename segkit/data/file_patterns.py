@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from segkit.config.dataset_files import FilesConfig
-from segkit.data.dataset_json import DatasetFile, NamedFiles, labelling_of
+from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_text
 from segkit.io.volume import suffix_of
@@ -22,7 +22,7 @@ WILDCARD = re.compile(r"\*\*/|\*|\?")
 MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
-def list_files(folder: Path, files: FilesConfig) -> DatasetFile:
+def list_files(folder: Path, files: FilesConfig) -> DatasetJson:
     """What a dataset.json would say of the folder, by the patterns or the table of a config.
 
     Raises DatasetError or VolumeError, in one sentence.
@@ -31,7 +31,7 @@ def list_files(folder: Path, files: FilesConfig) -> DatasetFile:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
-    return DatasetFile(channels, labelling, tuple(found), dict(files.codes))
+    return DatasetJson(channels, labelling, tuple(found), dict(files.codes))
 
 
 def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:

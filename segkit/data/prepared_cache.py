@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.errors import DatasetError, VolumeError
@@ -36,7 +36,7 @@ from segkit.planning.nnunet_rules import ANISOTROPY
 from segkit.system.resources import free_memory, num_cores
 from segkit.system.workers import in_processes
 
-FORMAT = 3
+CACHE_FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
 VOXELS_PER_PROCESS = 20_000_000
 """So many are prepared, roughly, in the time that another process takes to start."""
@@ -95,7 +95,7 @@ class StoredCase:
 
 
 def store_cases(
-    cases: Sequence[Case],
+    cases: Sequence[CaseFiles],
     dataset: Dataset,
     *,
     folder: Path,
@@ -104,7 +104,7 @@ def store_cases(
     order: Literal[1, 3] = 1,
     settings: Any,
     first_labels: Mapping[str, Path] | None = None,
-    track: Callable[[Iterable[Case]], Iterable[Case]] = iter,
+    track: Callable[[Iterable[CaseFiles]], Iterable[CaseFiles]] = iter,
     num_processes: int | None = None,
 ) -> tuple[StoredCase, ...]:
     """Prepare each case that is not in `folder` yet, in as many processes as that is worth.
@@ -197,7 +197,9 @@ def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, 
     return half
 
 
-def _as_stored(cases: Sequence[Case], pending: set[str], results: Iterator[None]) -> Iterator[Case]:
+def _as_stored(
+    cases: Sequence[CaseFiles], pending: set[str], results: Iterator[None]
+) -> Iterator[CaseFiles]:
     """Each case as soon as it is stored."""
     for case in cases:
         if case.name in pending:
@@ -205,7 +207,7 @@ def _as_stored(cases: Sequence[Case], pending: set[str], results: Iterator[None]
         yield case
 
 
-def _processes(cases: Sequence[Case], spacing: Sequence[float], num_channels: int) -> int:
+def _processes(cases: Sequence[CaseFiles], spacing: Sequence[float], num_channels: int) -> int:
     """How many processes are worth their start and fit into memory."""
     if len(cases) < 2 or num_cores() < 2:
         return 1
@@ -220,7 +222,7 @@ def _processes(cases: Sequence[Case], spacing: Sequence[float], num_channels: in
 
 
 def _store(
-    task: tuple[Case, Path | None, Path],
+    task: tuple[CaseFiles, Path | None, Path],
     *,
     dataset: Dataset,
     partial_folder: Path,
@@ -287,7 +289,7 @@ def _positions(
 
 
 def _digest(
-    case: Case,
+    case: CaseFiles,
     dataset: Dataset,
     spacing: Sequence[float],
     order: int,
@@ -300,7 +302,7 @@ def _digest(
     except OSError as error:
         raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "channels": dataset.channels,
         "labels": dataset.labels,
         "ignore": dataset.ignore,

@@ -26,7 +26,7 @@ Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
 BYTES_PER_VALUE = 4
-PLANES = 8
+_PLANES_AT_ONCE = 8
 """Of an image, of which a copy in double precision is held at a time."""
 
 
@@ -174,7 +174,7 @@ def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*
 
 def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
     """The values, or those other than 0, in double precision; so many planes at a time."""
-    for planes in image.split(PLANES):
+    for planes in image.split(_PLANES_AT_ONCE):
         yield (planes[planes != 0] if nonzero else planes).double()
 
 

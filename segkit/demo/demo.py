@@ -23,14 +23,14 @@ from segkit.inference.predictor import Prediction, Predictor, map_on_source
 from segkit.io.atomic import write_json
 from segkit.io.montage import Panel, write_montage
 from segkit.io.volume import Volume, write_volume
+from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.fit import train
-from segkit.training.resolve import Track
 
-LABELS = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}
+TISSUES = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}
 SCORED = ("grey matter", "white matter")
 RESOLUTION_MM = 2
-STEPS = 300
+DEMO_STEPS = 300
 BRAIN_THRESHOLD = 0.02
 """Of the scan's range 0 to 1: nilearn's interpolation leaves ripples below it outside the brain."""
 T1_INTENSITIES = {
@@ -50,7 +50,7 @@ def run_demo(
     overwrite: bool,
     say: Callable[[str], None],
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """Train, segment, map, and write everything into `out`; the content of its summary.json.
 
@@ -84,7 +84,7 @@ def run_demo(
         scan.data,
         scan.grid,
         panels(scan, reference, prediction),
-        label_names={number: name for name, number in LABELS.items()},
+        label_names={number: name for name, number in TISSUES.items()},
     )
 
     dice = {name: run.summary["validation"]["dice"][name] for name in SCORED}
@@ -145,7 +145,7 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
     content = {
         "name": "ICBM 2009a template",
         "modality": {"0": "T1"},
-        "labels": {str(number): name for name, number in LABELS.items()},
+        "labels": {str(number): name for name, number in TISSUES.items()},
         "training": [
             {"label": "labelsTr/tissue_map.nii.gz"},
             {"image": "imagesTr/real_t1.nii.gz", "label": "labelsTr/real_t1.nii.gz"},
@@ -155,7 +155,7 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
 
 
 def demo_config(
-    dataset: Path, *, contrast: Literal["t1", "random"], steps: int = STEPS, seed: int = 0
+    dataset: Path, *, contrast: Literal["t1", "random"], steps: int = DEMO_STEPS, seed: int = 0
 ) -> Config:
     """What the demo trains."""
     tree = {

@@ -18,14 +18,14 @@ from segkit.geometry.grid import Grid
 from segkit.io.atomic import write_json
 from segkit.io.volume import Volume, write_volume
 
-LABELS = {"background": 0, "anterior": 1, "posterior": 2}
+PHANTOM_LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 SHAPE = (24, 32, 24)
 SPACING = 1.5
 """mm; the box is 36 × 48 × 36 mm."""
 # Tissues: white matter 0, fluid 1, cortex 2, and the structure's two parts, as grey as the cortex.
 WHITE, FLUID, CORTEX, ANTERIOR, POSTERIOR = range(5)
 INTENSITIES = [(0.75, 0.85), (0.15, 0.25), (0.5, 0.55), (0.5, 0.55), (0.5, 0.55)]
-BENDING = 1.2
+PHANTOM_BENDING = 1.2
 """Voxels, standard deviation of the displacement at points 16 voxels apart."""
 
 
@@ -42,7 +42,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     plan = torch.from_numpy(tissues(grid))[None]
     training = []
     for number in range(num_cases):
-        bent = deform(plan, amplitude=BENDING, generator=generator)
+        bent = deform(plan, amplitude=PHANTOM_BENDING, generator=generator)
         image = synthesise(
             bent, num_labels=len(INTENSITIES), intensities=INTENSITIES, generator=generator
         )
@@ -57,7 +57,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     content = {
         "name": "Phantoms of hippocampi",
         "modality": {"0": "MRI"},
-        "labels": {str(number): name for name, number in LABELS.items()},
+        "labels": {str(number): name for name, number in PHANTOM_LABELS.items()},
         "training": training,
     }
     write_json(folder / "dataset.json", content)

@@ -1,6 +1,6 @@
 """`segkit evaluate`: predictions against references, file by file."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise,
 from segkit.io.atomic import checksum
 from segkit.io.volume import SUFFIXES, read_labels, stem_of
 from segkit.provenance import PROVENANCE, checksums, versions
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+from segkit.system.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def evaluate(
     *,
     labels: Path | None = None,
     tolerance_mm: float = 1.0,
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> Evaluation:
     """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of two files, or two folders.
 

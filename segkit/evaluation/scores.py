@@ -24,7 +24,7 @@ from segkit.evaluation.surface import (
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
 # What is summarised, in the order shown: attribute of CaseScores, heading, number format.
-METRICS = (
+METRIC_NAMES = (
     ("dice", "Dice", ".3f"),
     ("iou", "IoU", ".3f"),
     ("hd95_mm", "HD95 (mm)", ".2f"),
@@ -205,7 +205,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     ordered = sorted(rows, key=lambda row: (row.label, row.case))
     scores = {
         metric: np.array([float(getattr(row, metric)) for row in ordered]).reshape(-1, num_cases)
-        for metric, _, _ in METRICS
+        for metric, _, _ in METRIC_NAMES
     }
 
     def summary_of(label: int | None, name: str, of_classes: slice) -> ClassSummary:
@@ -313,7 +313,9 @@ def to_table(summary: Summary) -> Table:
     for heading in ("mean", "95 %", "median", "scored", "undefined"):
         table.add_column(heading, justify="right", no_wrap=True)
     for of_class in (*summary.classes, summary.overall):
-        lines = [_line(heading, of_class.metrics[name], form) for name, heading, form in METRICS]
+        lines = [
+            _line(heading, of_class.metrics[name], form) for name, heading, form in METRIC_NAMES
+        ]
         columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
         # Text, since a name may hold what Rich would take for markup: [left].
         table.add_row(Text(of_class.name), *columns, end_section=True)

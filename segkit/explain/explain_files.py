@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.explain.explain_scan import Explanation, explain, facts_of
+from segkit.explain.explain_scan import Explanation, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
@@ -29,15 +29,15 @@ from segkit.io.atomic import (
 from segkit.io.inputs import Input, failure, read_input
 from segkit.io.volume import SUFFIXES, Volume, read_labels, write_volume
 from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
+from segkit.system.progress import Track, untracked
 
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
 HEADS = ("heads.csv", "heads.json")
-ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
+_ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Conclude = Callable[[Sequence[Verdict]], None]
 
 
@@ -87,7 +87,7 @@ def explain_files(
     studies: Sequence[Study] = (),
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> Iterator[Explained]:
     """Write each volume's labels, maps, measures and page; of several, each in its own folder.
 
@@ -114,7 +114,7 @@ def explain_files(
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
-            explanation = explain(
+            explanation = explain_volume(
                 predictor,
                 read_input(source),
                 None if path is None else read_labels(path),
@@ -221,7 +221,7 @@ def explain_heads(
     folder: Path,
     *,
     overwrite: bool = False,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> list[PositionFigures]:
     """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
     table, whole = (folder / each for each in HEADS)
@@ -299,7 +299,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
 def _of_volume(name: str, folder: Path) -> list[Path]:
     """What may be written of one volume, but for maps."""
     return [
-        *(folder / f"{name}{ending}" for ending in ENDINGS),
+        *(folder / f"{name}{ending}" for ending in _ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
     ]
 

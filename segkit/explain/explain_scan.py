@@ -39,7 +39,7 @@ from segkit.explain.page.parts import (
     measure_tables,
 )
 from segkit.explain.verdicts.findings import Findings, Study
-from segkit.inference.predictor import AttentionMap, Predictor, Track, map_on_source
+from segkit.inference.predictor import AttentionMap, Predictor, TrackSlabs, map_on_source
 from segkit.io.montage import Panel, write_montage
 from segkit.io.volume import Volume
 
@@ -175,7 +175,7 @@ class Explanation:
             return path.read_bytes()
 
 
-def explain(
+def explain_volume(
     predictor: Predictor,
     volume: Volume,
     reference: Volume | None = None,
@@ -183,7 +183,7 @@ def explain(
     name: str = "scan",
     tolerance_mm: float = TOLERANCE_MM,
     studies: Sequence[Study] = (),
-    track: Track = lambda slabs, count: slabs,
+    track: TrackSlabs = lambda slabs, count: slabs,
 ) -> Explanation:
     """What a model attends to in a scan, measured against labels: the right ones, or its own.
 

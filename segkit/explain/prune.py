@@ -52,12 +52,12 @@ def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:
 
 def _with_heads(description: ModelDescription, heads: Mapping[str, int]) -> ModelDescription:
     attention = description.network.attention
-    changed: dict[str, settings.SkipAttention | settings.TokenAttention] = {}
-    if isinstance(attention.bottleneck, settings.SelfAttention):
+    changed: dict[str, settings.SkipAttentionConfig | settings.TokenAttentionConfig] = {}
+    if isinstance(attention.bottleneck, settings.SelfAttentionConfig):
         changed["bottleneck"] = attention.bottleneck.model_copy(
             update={"heads": heads["bottleneck"]}
         )
-    if isinstance(attention.skip, settings.CrossAttention | settings.UTransformerGate):
+    if isinstance(attention.skip, settings.CrossAttentionConfig | settings.UTransformerGateConfig):
         levels = attention.skip_levels(len(description.network.channels))
         changed["skip"] = attention.skip.model_copy(
             update={"heads": [heads[f"skip.{level}"] for level in levels]}

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.inference.engines.converted import Run, Traced
+from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import window_layout
 from segkit.inference.regions import written_regions
@@ -56,7 +56,7 @@ class Agreement:
 
 def compare(
     model: Model,
-    exported: Run,
+    exported: RunGraph,
     image: Float[Tensor, "channel x y z"],
     *,
     names: Sequence[str] | None = None,

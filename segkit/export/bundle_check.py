@@ -18,7 +18,7 @@ from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import volume_patch
 from segkit.model.folder import Model
 
-NEEDED = ("monai", "ignite", "fire")
+BUNDLE_LIBRARIES = ("monai", "ignite", "fire")
 TURNED = (0.1, -0.15, 0.2)
 """Radians, as a rotation vector, by which the scan for a check is oblique."""
 CELL = 6
@@ -30,7 +30,7 @@ def run_bundle(folder: Path, scan: Volume) -> Volume:
 
     Raises ModelError where MONAI is not installed or fails.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in BUNDLE_LIBRARIES if find_spec(name) is None]:
         raise ModelError(
             f"a bundle is checked by running it, and {missing[0]} is not installed; pip install "
             f"monai pytorch-ignite fire, or export without --check"

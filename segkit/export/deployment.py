@@ -11,9 +11,9 @@ from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 from segkit.planning.nnunet_rules import ANISOTROPY
 
-KEY = "segkit"
+DEPLOYMENT_KEY = "segkit"
 """Where it stands in a file's own metadata."""
-FORMAT = 1
+DEPLOYMENT_FORMAT = 1
 
 
 def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
     patch, overlaps, multiple = window_layout(model.network, volume_patch(description), overlap)
     stage = description.first_stage
     return {
-        "format": FORMAT,
+        "format": DEPLOYMENT_FORMAT,
         "made_by": f"segkit {description.segkit}",
         "run": description.run,
         "input": {

@@ -19,7 +19,7 @@ from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
 Form = Literal["onnx", "openvino", "monai-bundle"]
-SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "monai-bundle": ""}
+EXPORT_SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "monai-bundle": ""}
 SAME_IN_BUNDLE = 0.999
 """The least share of voxels to which a bundle gives segkit's label. Other programs resample with
 other roundings, and where two classes are all but equal either may come out."""
@@ -59,7 +59,7 @@ class Export:
         return told
 
 
-def export(
+def export_model(
     model: Model,
     form: Form,
     out: Path,
@@ -75,8 +75,8 @@ def export(
     A check is on a scan where one is given, and else on noise. Raises ModelError where the network
     cannot be held in that form, and VolumeError where something is there already.
     """
-    if SUFFIXES[form] and out.suffix != SUFFIXES[form]:
-        raise ModelError(f"{out}: {form} is written to a file *{SUFFIXES[form]}; name it so")
+    if EXPORT_SUFFIXES[form] and out.suffix != EXPORT_SUFFIXES[form]:
+        raise ModelError(f"{out}: {form} is written to a file *{EXPORT_SUFFIXES[form]}; name it so")
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
     refuse_existing(written, overwrite=overwrite)
     if form == "monai-bundle":

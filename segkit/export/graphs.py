@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from segkit.errors import ModelError
-from segkit.export.deployment import KEY, deployment
-from segkit.inference.engines.converted import Run, Traced
+from segkit.export.deployment import DEPLOYMENT_KEY, deployment
+from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.model_walk import window_layout
@@ -23,7 +23,7 @@ WINDOWS = 2
 """In the batch that the network is traced with; of one, a trace may keep that it was one."""
 
 
-def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
+def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
     """Write a model as ONNX, and give what runs it. Raises ModelError where that cannot be done.
 
     Its `metadata_props` hold the JSON of `deployment` as 'segkit'.
@@ -37,7 +37,7 @@ def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
         with whole(file) as partial:
             runtime.write(traced, example_windows(model), partial, batch="batch")
             graph = onnx.load(partial)
-            onnx.helper.set_model_props(graph, {KEY: told})
+            onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: told})
             onnx.save(graph, partial)
             onnx.checker.check_model(partial)
         return runtime.read(file, traced.names)
@@ -47,7 +47,7 @@ def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
         raise _cannot("ONNX", error) from error
 
 
-def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
+def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
     """Write a model as OpenVINO's IR, and give what runs it: `file`.xml, and .bin beside it.
 
     Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError where that cannot be
@@ -60,7 +60,7 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> Run:
     try:
         with whole(file) as partial, whole(numbers) as partial_numbers:
             graph = runtime.graph(traced, example_windows(model), batch=-1)
-            graph.set_rt_info(told, [KEY])
+            graph.set_rt_info(told, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
     except OSError:

@@ -13,7 +13,7 @@ from torch.jit._trace import TracerWarning
 
 from segkit.errors import ModelError
 from segkit.export.graphs import example_windows
-from segkit.inference.engines.converted import Run
+from segkit.inference.engines.converted import RunGraph
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.io.atomic import whole
 from segkit.model.folder import Model
@@ -41,7 +41,7 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
         raise ModelError(f"TorchScript cannot hold this network: {reason}") from error
 
 
-def read_torchscript(file: Path) -> Run:
+def read_torchscript(file: Path) -> RunGraph:
     """What runs the network of a file on the CPU. What is in it runs: it must be one's own."""
     with _quiet():
         network = torch.jit.load(file, map_location="cpu")

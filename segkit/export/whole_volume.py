@@ -20,9 +20,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-ANISOTROPY = 3.0
+SLICES_APART = 3.0
 """Between slices that lie over so many times as far apart as pixels, nothing is interpolated."""
-UNLIKELY = -30.0
+FAR_BELOW = -30.0
 """The logit of every class but the background, or of every region, where no window was asked."""
 
 
@@ -83,7 +83,7 @@ class WholeVolume:
             Axis(size, own, wanted)
             for size, own, wanted in zip(image.shape[1:], own_spacing, self.spacing, strict=True)
         ]
-        if (apart := separate_axis(own_spacing, self.spacing)) is not None:
+        if (apart := slice_axis(own_spacing, self.spacing)) is not None:
             axes[apart].nearest = True
         prepared = torch.stack(
             [
@@ -127,7 +127,7 @@ class WholeVolume:
         """The logits of all windows on the network's grid, each weighed by a Gaussian."""
         size = prepared.shape[1:]
         starts = [
-            window_starts(*numbers)
+            starts_of_windows(*numbers)
             for numbers in zip(size, self.patch_size, self.overlap, self.multiple, strict=True)
         ]
         # Beyond the far ends windows see the last voxels again.
@@ -137,7 +137,7 @@ class WholeVolume:
             prepared = prepared.index_select(number, index)
         weight = torch.ones(())
         for patch in self.patch_size:
-            weight = weight[..., None] * gaussian(patch)
+            weight = weight[..., None] * window_profile(patch)
         weight = weight.to(prepared.device)
         places = list(itertools.product(*starts))
         asked = [place for place in places if not self._is_empty(image, axes, place)]
@@ -159,7 +159,7 @@ class WholeVolume:
         assert summed is not None
         for output, values in enumerate(summed):
             background = output == 0 and not self.regions
-            values.div_(total).masked_fill_(total == 0, 0.0 if background else UNLIKELY)
+            values.div_(total).masked_fill_(total == 0, 0.0 if background else FAR_BELOW)
         return summed[(slice(None), *(slice(length) for length in size))]
 
     def _is_empty(self, image: Tensor, axes: Sequence["Axis"], place: Sequence[int]) -> bool:
@@ -210,13 +210,13 @@ class Axis:
         return np.ceil(positions - 0.5) if self.nearest else positions
 
 
-def separate_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
+def slice_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
     """The axis along which the scan, or else the network, sees slices far apart; None where none.
 
-    As nnU-Net (Isensee et al. 2021): over `ANISOTROPY` times as far as along the finest axis.
+    As nnU-Net (Isensee et al. 2021): over `SLICES_APART` times as far as along the finest axis.
     """
     for spacing in (own, wanted):
-        if max(spacing) / min(spacing) > ANISOTROPY:
+        if max(spacing) / min(spacing) > SLICES_APART:
             coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
             return coarsest[0] if len(coarsest) == 1 else None
     return None
@@ -251,7 +251,7 @@ def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
     return found * (1 - share) + above * share
 
 
-def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
+def starts_of_windows(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
     """First voxels of the windows of an axis: evenly spread multiples of `multiple`."""
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
     step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
@@ -259,7 +259,7 @@ def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[
     return [round(index * last / max(count, 1) / multiple) * multiple for index in range(count + 1)]
 
 
-def gaussian(patch: int) -> Tensor:
+def window_profile(patch: int) -> Tensor:
     """Weights of a window's voxels along an axis: a Gaussian whose sigma is an eighth of it."""
     distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
     return torch.exp(-0.5 * (distance / (patch / 8)) ** 2).float()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from segkit.config.dataset_files import Code, LabelCode
+from segkit.config.dataset_files import CodeConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.errors import SegkitError, VolumeError
 from segkit.io.atomic import whole
@@ -26,15 +26,15 @@ from segkit.io.volume import Volume
 
 PRIVATE = "99SEGKIT"
 PRIVATE_NAME = "Names of labels in segkit's models"
-PRIVATE_CATEGORY = Code(scheme=PRIVATE, value="LABEL", meaning="What a model tells apart")
+PRIVATE_CATEGORY = CodeConfig(scheme=PRIVATE, value="LABEL", meaning="What a model tells apart")
 MAY_LACK = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime"),
 )
 """What highdicom asks of a source that may have been made anonymous."""
-NEEDED = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
+NEEDED_TAGS = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
 UNICODE = "ISO_IR 192"
-LONGEST = 64
+LONGEST_NAME = 64
 """Characters of a DICOM long string."""
 
 
@@ -44,7 +44,7 @@ def write_dicom_segmentation(
     series: Series,
     labelling: Labelling,
     *,
-    codes: Mapping[str, LabelCode],
+    codes: Mapping[str, LabelCodeConfig],
     algorithm: str,
 ) -> None:
     """Write labels of a series, on its grid, as a DICOM segmentation, whole or not at all.
@@ -66,7 +66,7 @@ def write_dicom_segmentation(
         raise VolumeError(f"{series.folder}: is no longer the series that was segmented; try again")
     sources = [dcmread(one.path, stop_before_pixels=True) for one in slices]
     for one, source in zip(slices, sources, strict=True):
-        if missing := [keyword for keyword in NEEDED if not source.get(keyword)]:
+        if missing := [keyword for keyword in NEEDED_TAGS if not source.get(keyword)]:
             raise VolumeError(
                 f"{one.path}: lacks {missing[0]}, to which a DICOM segmentation must refer; write "
                 f"NIfTI instead"
@@ -75,7 +75,7 @@ def write_dicom_segmentation(
             if keyword not in source:
                 setattr(source, keyword, "")
     made_by = highdicom.AlgorithmIdentificationSequence(
-        name=algorithm[:LONGEST],
+        name=algorithm[:LONGEST_NAME],
         family=known.DCM.ArtificialIntelligence,
         version=version("segkit"),
     )
@@ -85,7 +85,7 @@ def write_dicom_segmentation(
         descriptions.append(
             highdicom.seg.SegmentDescription(
                 segment_number=number,
-                segment_label=name[:LONGEST],
+                segment_label=name[:LONGEST_NAME],
                 segmented_property_category=_concept(code.category),
                 segmented_property_type=_concept(code),
                 algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -111,8 +111,8 @@ def write_dicom_segmentation(
             manufacturer="segkit",
             manufacturer_model_name="segkit",
             software_versions=version("segkit"),
-            device_serial_number=algorithm[:LONGEST],
-            series_description=f"Segmentation by {algorithm}"[:LONGEST],
+            device_serial_number=algorithm[:LONGEST_NAME],
+            series_description=f"Segmentation by {algorithm}"[:LONGEST_NAME],
             coding_schemes=[private],
             specific_character_set=UNICODE,
         )
@@ -141,13 +141,15 @@ def segments(labels: ndarray, labelling: Labelling) -> ndarray:
     return numbers[frames]
 
 
-def private_code(name: str) -> LabelCode:
+def private_code(name: str) -> LabelCodeConfig:
     """The concept of a label that the model gives none."""
     value = hashlib.sha256(name.encode()).hexdigest()[:12].upper()
-    return LabelCode(scheme=PRIVATE, value=value, meaning=name[:LONGEST], category=PRIVATE_CATEGORY)
+    return LabelCodeConfig(
+        scheme=PRIVATE, value=value, meaning=name[:LONGEST_NAME], category=PRIVATE_CATEGORY
+    )
 
 
-def _concept(code: Code) -> Any:
+def _concept(code: CodeConfig) -> Any:
     from highdicom.sr import CodedConcept
 
     return CodedConcept(code.value, code.scheme, code.meaning)

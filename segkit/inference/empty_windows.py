@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from segkit.data.preprocess import Prepared
-from segkit.inference.windows import Place
+from segkit.inference.windows import WindowPlace
 from segkit.io.volume import Volume
 
 
@@ -19,7 +19,7 @@ def empty_windows(
     *,
     patch_size: Sequence[int],
     starts: Sequence[Sequence[int]],
-) -> frozenset[Place]:
+) -> frozenset[WindowPlace]:
     """The windows of the prepared image under which the volume, as it was given, is 0 throughout.
 
     Args:

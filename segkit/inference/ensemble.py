@@ -18,7 +18,7 @@ from segkit.inference.source_rows import SourceRows
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class MergedRows:
     """What is said of some rows of the volume."""
 
     labels: Integer[Tensor, "x y rows"]
@@ -58,7 +58,7 @@ def merge(
                 known[number] = next(member, None)
 
 
-def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -> Verdict:
+def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -> MergedRows:
     """The verdict of one or several members on the rows that they all have.
 
     Args:
@@ -68,7 +68,7 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
     """
     alone = len(members) == 1
     if alone and not shares and not uncertainty:
-        return Verdict(members[0].labels())
+        return MergedRows(members[0].labels())
     moments = Moments(class_axis=0)
     for rows in members:
         moments.add(rows.probabilities())
@@ -81,15 +81,15 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
         labels = written_regions(moments.mean - 0.5, written)
     probabilities = moments.mean if shares else None
     if not uncertainty:
-        return Verdict(labels, probabilities)
+        return MergedRows(labels, probabilities)
     variance = moments.variance
     for rows in members:
         variance = variance + rows.spread() / len(members)
-    uncertain = entropy if written is None else region_entropy
-    return Verdict(labels, probabilities, uncertain(moments.mean), variance)
+    uncertain = predictive_entropy if written is None else region_entropy
+    return MergedRows(labels, probabilities, uncertain(moments.mean), variance)
 
 
-def entropy(probabilities: Float[Tensor, "classes *space"]) -> Float[Tensor, "*space"]:
+def predictive_entropy(probabilities: Float[Tensor, "classes *space"]) -> Float[Tensor, "*space"]:
     """The entropy over that of classes all alike."""
     total = torch.special.entr(probabilities).sum(dim=0)
     return (total / math.log(max(len(probabilities), 2))).clamp(0, 1)

@@ -35,10 +35,10 @@ PLANES_PER_WINDOW = 8
 UNLIKELY = -30.0
 """The logit of every class but the background, or of every region, where no window was asked."""
 
-Track = Callable[[Iterable[Slab], int], Iterable[Slab]]
+TrackSlabs = Callable[[Iterable[Slab], int], Iterable[Slab]]
 
 
-class Member:
+class ModelWalk:
     """One model of those that predict together; arguments as for the predictor."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Member:
         maps: MapCollector,
         presence: list[Tensor],
         uncertainty: bool,
-        track: Track,
+        track: TrackSlabs,
     ) -> Iterator[tuple[int, SourceRows]]:
         """Rows of the volume, with their first, as soon as they are known.
 

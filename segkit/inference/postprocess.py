@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from segkit.evaluation.overlap import mean_of_defined
 
-FOREGROUND = "largest_foreground"
+LARGEST_FOREGROUND = "largest_foreground"
 CLASSES = "largest_of_each_class"
 BOTH = "largest_foreground_then_of_each_class"
 
@@ -65,7 +65,7 @@ def candidates(numbers: Sequence[int]) -> dict[str, Operation]:
     All classes may be treated at once: the largest component of one does not change another's.
     """
     return {
-        FOREGROUND: partial(apply, largest_foreground=True, largest_of=()),
+        LARGEST_FOREGROUND: partial(apply, largest_foreground=True, largest_of=()),
         CLASSES: partial(apply, largest_foreground=False, largest_of=numbers),
         BOTH: partial(apply, largest_foreground=True, largest_of=numbers),
     }
@@ -84,7 +84,7 @@ class Decision:
         after: Mapping[str, Float64[ndarray, "case classes"]],
     ) -> Float64[ndarray, "case classes"]:
         """The Dice of what was adopted, put together from the tables that it was decided by."""
-        chosen = (after[FOREGROUND] if self.largest_foreground else raw).copy()
+        chosen = (after[LARGEST_FOREGROUND] if self.largest_foreground else raw).copy()
         alone = after[BOTH if self.largest_foreground else CLASSES]
         chosen[:, list(self.largest_of)] = alone[:, list(self.largest_of)]
         return chosen
@@ -102,7 +102,7 @@ def decide(
     the largest of a class if that class's mean rises. A mean is over the cases where Dice is
     defined, as nnU-Net's.
     """
-    before, foreground = class_means(raw), class_means(after[FOREGROUND])
+    before, foreground = class_means(raw), class_means(after[LARGEST_FOREGROUND])
     rises = mean_of_defined(foreground) > mean_of_defined(before)
     adopted = bool(rises and not (foreground < before).any())
     start = foreground if adopted else before

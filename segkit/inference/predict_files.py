@@ -12,7 +12,7 @@ from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import Prediction, Predictor, Track
+from segkit.inference.predictor import Prediction, Predictor, TrackSlabs
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
@@ -131,7 +131,7 @@ def predict_files(
     as_dicom: bool = False,
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
-    track: Track = lambda slabs, count: slabs,
+    track: TrackSlabs = lambda slabs, count: slabs,
 ) -> Iterator[Outcome]:
     """Segment each input and write what was asked for; one bad input does not stop the others.
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.config.model import Postprocessing
+from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
@@ -27,8 +27,8 @@ from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_s
 from segkit.inference.engines.choose import EngineName
 from segkit.inference.engines.out_of_memory import SparingCouncil
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
-from segkit.inference.ensemble import Verdict, merge
-from segkit.inference.model_walk import Member, Track, window_layout
+from segkit.inference.ensemble import MergedRows, merge
+from segkit.inference.model_walk import ModelWalk, TrackSlabs, window_layout
 from segkit.inference.output_arrays import Results
 from segkit.inference.regions import written_regions
 from segkit.inference.source_rows import (
@@ -49,14 +49,14 @@ __all__ = [
     "Prediction",
     "Predictor",
     "SourceRows",
-    "Track",
+    "TrackSlabs",
     "map_on_source",
     "segment_prepared",
     "to_source_rows",
     "window_layout",
 ]
 
-PIECE = 2**22
+PIECE_OF_SOURCE = 2**22
 """Numbers, one for each voxel and class, that a slab is resampled to at once …"""
 VOXELS = 2**18
 """… or voxels, where labels are all that is asked for."""
@@ -121,7 +121,7 @@ class Predictor:
         }
         """What decides what is said, beside the models."""
         self.members = [
-            Member(
+            ModelWalk(
                 model,
                 device=device,
                 overlap=overlap,
@@ -205,7 +205,7 @@ class Predictor:
         probabilities: bool = False,
         uncertainty: bool = False,
         allocate: Allocate = in_memory,
-        track: Track = lambda slabs, count: slabs,
+        track: TrackSlabs = lambda slabs, count: slabs,
     ) -> Prediction:
         """Labels of every voxel of `volume`, and what else is asked for: probabilities, attention
         maps, with how far windows disagree about them, and uncertainty, which is entropy and
@@ -272,22 +272,22 @@ class Predictor:
         )
 
     @property
-    def postprocessing(self) -> Postprocessing:
+    def postprocessing(self) -> PostprocessingConfig:
         """What is done to the labels: what all models adopted, nothing where they differ."""
         adopted = [member.model.description.postprocessing for member in self.members]
-        return adopted[0] if all(one == adopted[0] for one in adopted) else Postprocessing()
+        return adopted[0] if all(one == adopted[0] for one in adopted) else PostprocessingConfig()
 
     def prepare(
         self,
         volume: Volume,
         first_labels: Volume | None = None,
-        track: Track = lambda slabs, count: slabs,
+        track: TrackSlabs = lambda slabs, count: slabs,
     ) -> Prepared:
         """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
         return self._prepare_all(volume, first_labels, track)[0]
 
     def _prepare_all(
-        self, volume: Volume, first_labels: Volume | None, track: Track
+        self, volume: Volume, first_labels: Volume | None, track: TrackSlabs
     ) -> list[Prepared]:
         """The volume as each network sees it; those that see it alike share one image."""
         self._check(volume)
@@ -303,9 +303,9 @@ class Predictor:
 
     def _verdicts(
         self, walks: Sequence[Iterator[tuple[int, SourceRows]]], shares: bool, uncertainty: bool
-    ) -> Iterator[tuple[int, Verdict]]:
+    ) -> Iterator[tuple[int, MergedRows]]:
         """What is said of a few rows at a time, and the first of these rows."""
-        voxels = PIECE // len(self.model.description.labelling.outputs)
+        voxels = PIECE_OF_SOURCE // len(self.model.description.labelling.outputs)
         if len(walks) == 1 and not shares and not uncertainty:
             voxels = VOXELS
         consult = SparingCouncil(shares=shares, uncertainty=uncertainty)

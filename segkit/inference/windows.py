@@ -29,7 +29,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 WindowFunction = Callable[[Tensor], dict[str, Tensor]]
-Place = tuple[int, ...]
+WindowPlace = tuple[int, ...]
 """The first voxel of a window along each axis."""
 
 
@@ -54,7 +54,7 @@ def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[
     return [round(index * last / max(count, 1) / multiple) * multiple for index in range(count + 1)]
 
 
-def gaussian(patch: int, *, width: float = 1 / 8) -> Float[Tensor, " patch"]:
+def window_weight(patch: int, *, width: float = 1 / 8) -> Float[Tensor, " patch"]:
     """Weights of a window's voxels along one axis: a Gaussian of sigma `width * patch`.
 
     Isensee et al. (2021, nnU-Net) weigh windows so. There is no floor: in float32 even the product
@@ -95,7 +95,7 @@ class Blend:
                 )
         self.size = [-(-size // step) for size, step in zip(image_size, self.stride, strict=True)]
         kernels = [
-            gaussian(patch).view(count, -1).mean(dim=1).to(window.device)
+            window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
             for patch, count in zip(patch_size, cells, strict=True)
         ]
         totals = [
@@ -211,7 +211,7 @@ def stream(
     multiple: Sequence[int],
     axis: int = 0,
     batch_size: int = 1,
-    skip: Collection[Place] = (),
+    skip: Collection[WindowPlace] = (),
     unseen: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[Slab]:
     """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
@@ -237,7 +237,7 @@ def stream(
     across = [axis_starts if other != axis else [0] for other, axis_starts in enumerate(starts)]
     blends: dict[str, Blend] = {}
 
-    def answers(batch: Sequence[Place]) -> dict[str, Tensor]:
+    def answers(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
         windows = torch.stack([_window(image, place, patch_size) for place in batch])
         outputs = function(windows)
         for name, output in outputs.items():

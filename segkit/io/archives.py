@@ -38,7 +38,7 @@ DAMAGED = (
 
 
 @dataclass(frozen=True)
-class Member:
+class ArchiveMember:
     """A file or folder of an archive, as the archive describes it."""
 
     name: str
@@ -76,7 +76,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator[Iterable[Member]]:
+def _opened(archive: Path) -> Iterator[Iterable[ArchiveMember]]:
     """The members of an archive, told one by one, while it is open."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
@@ -86,14 +86,14 @@ def _opened(archive: Path) -> Iterator[Iterable[Member]]:
             yield (_tar_member(tarred, info) for info in tarred)
 
 
-def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
+def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArchiveMember:
     kind = stat.S_IFMT(info.external_attr >> 16)
     refusal = ""
     if info.flag_bits & 1:
         refusal = "encrypted"
     elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         refusal = "a link or a device"
-    return Member(
+    return ArchiveMember(
         info.orig_filename,
         info.file_size,
         info.is_dir(),
@@ -102,13 +102,15 @@ def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     )
 
 
-def _tar_member(tarred: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
+def _tar_member(tarred: tarfile.TarFile, info: tarfile.TarInfo) -> ArchiveMember:
     refusal = ""
     if not (info.isreg() or info.isdir()):
         refusal = "a link or a device"
     elif info.issparse():
         refusal = "a file with holes"
-    return Member(info.name, info.size, info.isdir(), refusal, lambda: tarred.extractfile(info))
+    return ArchiveMember(
+        info.name, info.size, info.isdir(), refusal, lambda: tarred.extractfile(info)
+    )
 
 
 def _bearable(archive: Path, folder: Path) -> int:
@@ -118,9 +120,11 @@ def _bearable(archive: Path, folder: Path) -> int:
     return min(free, max(ALWAYS_BEARABLE, INFLATION * archive.stat().st_size))
 
 
-def _checked(archive: Path, members: Iterable[Member], bearable: int) -> dict[str, Member]:
+def _checked(
+    archive: Path, members: Iterable[ArchiveMember], bearable: int
+) -> dict[str, ArchiveMember]:
     """Every member by where it goes. Raises DatasetError for the first that must not go there."""
-    places: dict[str, Member] = {}
+    places: dict[str, ArchiveMember] = {}
     parents: set[str] = set()
     total = 0
     for count, member in enumerate(members, start=1):
@@ -147,11 +151,11 @@ def _checked(archive: Path, members: Iterable[Member], bearable: int) -> dict[st
     return places
 
 
-def _is_file(places: dict[str, Member], place: str) -> bool:
+def _is_file(places: dict[str, ArchiveMember], place: str) -> bool:
     return place in places and not places[place].is_folder
 
 
-def _place(archive: Path, member: Member) -> PurePosixPath | None:
+def _place(archive: Path, member: ArchiveMember) -> PurePosixPath | None:
     """Where a member goes, below the folder; None for the folder itself."""
     # As Windows would read it as well: another separator, and drives.
     parts = PureWindowsPath(member.name)
@@ -161,14 +165,14 @@ def _place(archive: Path, member: Member) -> PurePosixPath | None:
     return place if place.parts else None
 
 
-def _refused(archive: Path, member: Member, why: str) -> DatasetError:
+def _refused(archive: Path, member: ArchiveMember, why: str) -> DatasetError:
     return DatasetError(
         f"{archive}: expected plain files and folders, found {member.name[:200]!r}, which {why}; "
         f"nothing was unpacked"
     )
 
 
-def _write(path: Path, member: Member) -> None:
+def _write(path: Path, member: ArchiveMember) -> None:
     """Write a member, no larger than it said it is; what runs, links or owns is not kept."""
     if member.is_folder:
         path.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from segkit.io.dicom import choose_series, holds_series, read_series
 from segkit.io.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
-ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
+RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
 """Of the names of volumes that are written beside an input."""
-FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(ENDINGS)})?$)")
+FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(RESULT_ENDINGS)})?$)")
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def _series_in(path: Path, series: str | None) -> list[Path]:
 
 def _all_numbered(files: Sequence[Path]) -> bool:
     """Whether all volumes are a case's first channel, but for results that lie beside them."""
-    return all(stem_of(file).endswith(("_0000", *ENDINGS)) for file in files)
+    return all(stem_of(file).endswith(("_0000", *RESULT_ENDINGS)) for file in files)
 
 
 def _is_result(source: Input, inputs: Mapping[tuple[Path, str], Input]) -> bool:
     folder = source.files[0].parent
     return source.of_folder and any(
         source.name.endswith(ending) and (folder, source.name.removesuffix(ending)) in inputs
-        for ending in ENDINGS
+        for ending in RESULT_ENDINGS
     )
 
 

@@ -12,7 +12,7 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.io.voxel_bytes import Layout
 
-LONGEST = 2**20
+_LONGEST = 2**20
 """Bytes of a header."""
 KINDS = {
     "MET_CHAR": "int8",
@@ -90,7 +90,7 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
     """What is said of each key, and where the header ends."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
-        while (line := file.readline(LONGEST)) and file.tell() <= LONGEST:
+        while (line := file.readline(_LONGEST)) and file.tell() <= _LONGEST:
             name, equals, said = (part.strip() for part in line.decode("latin-1").partition("="))
             if not equals:
                 raise ValueError(f"its header holds {name[:60]!r}, which is not understood")

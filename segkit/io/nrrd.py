@@ -14,7 +14,7 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.io.voxel_bytes import Layout
 
-LONGEST = 2**24
+_LONGEST = 2**24
 """Bytes of a header, which may hold tables of diffusion directions and of segments."""
 TYPES = {
     "int8": ("signed char", "int8", "int8_t"),
@@ -36,7 +36,7 @@ TYPES = {
 KIND_OF = {name: kind for kind, names in TYPES.items() for name in names}
 SPACE = ("domain", "space", "time", "???", "none")
 """Kinds of axes, in lower case, along which voxels lie."""
-CHANNELS = (
+_CHANNELS = (
     *("list", "vector", "2-vector", "3-vector", "4-vector", "covariant-vector", "3-color"),
     *("rgb-color", "4-color", "rgba-color", "point", "3-normal", "3-gradient", "scalar"),
 )
@@ -100,11 +100,11 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
     with path.open("rb") as file:
         if not re.match(rb"NRRD000[1-5]\s*$", file.readline(100)):
             raise ValueError("it does not begin as an NRRD header does")
-        while line := file.readline(LONGEST):
+        while line := file.readline(_LONGEST):
             text = line.decode("latin-1").strip()
             if not text:
                 return fields, file.tell()
-            if file.tell() > LONGEST:
+            if file.tell() > _LONGEST:
                 break
             if text.startswith("#") or ":=" in text.partition(": ")[0]:
                 continue  # a comment, or a key of somebody's own
@@ -123,10 +123,10 @@ def _channel_axes(fields: dict[str, str], num_axes: int) -> list[int]:
     kinds = fields.get("kinds", "").lower().split() or ["???"] * num_axes
     if len(kinds) != num_axes:
         raise ValueError(f"expected {num_axes} kinds of axes, found {fields['kinds']}")
-    strange = [kind for kind in kinds if kind not in SPACE + CHANNELS]
+    strange = [kind for kind in kinds if kind not in SPACE + _CHANNELS]
     if strange:
         raise VolumeError(f"expected one real number per voxel, found {strange[0]}")
-    found = [axis for axis, kind in enumerate(kinds) if kind in CHANNELS]
+    found = [axis for axis, kind in enumerate(kinds) if kind in _CHANNELS]
     if "space directions" in fields:
         vectors = _vectors(fields["space directions"])
         nowhere = [axis for axis, vector in enumerate(vectors) if vector is None]

@@ -33,7 +33,7 @@ SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
 FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
-Result = TypeVar("Result")
+Read = TypeVar("Read")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -142,7 +142,7 @@ def write_volume(path: Path, volume: Volume) -> None:
                 raise VolumeError(f"{path}: cannot be written: {reason}") from None
 
 
-def _open(path: Path, read: Callable[[Path], Result]) -> Result:
+def _open(path: Path, read: Callable[[Path], Read]) -> Read:
     suffix = suffix_of(path).lower()
     if not path.exists():
         raise VolumeError(f"{path}: no such file; check the path")

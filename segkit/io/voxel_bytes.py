@@ -19,7 +19,7 @@ from segkit.errors import VolumeError
 
 DEFLATE_RATIO = 1032
 """The most bytes that a byte of deflate stands for (zlib's technical details)."""
-PIECE = 2**20
+PIECE_OF_FILE = 2**20
 GZIP = b"\x1f\x8b"
 EITHER_HEADER = 32 + zlib.MAX_WBITS
 """To zlib: a stream of gzip or of its own, whichever it is."""
@@ -86,23 +86,23 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
     """
     with path.open("rb") as file:
         file.seek(start)
-        packed = file.read(PIECE)
+        packed = file.read(PIECE_OF_FILE)
         while packed:
             engine = zlib.decompressobj(EITHER_HEADER)
             while not engine.eof:
                 try:
-                    piece = engine.decompress(packed, PIECE)
+                    piece = engine.decompress(packed, PIECE_OF_FILE)
                 except zlib.error as error:
                     raise ValueError(f"its compressed data are damaged ({error})") from None
                 if piece:
                     yield piece
                 packed = engine.unconsumed_tail
                 if not (engine.eof or packed):
-                    packed = file.read(PIECE)
+                    packed = file.read(PIECE_OF_FILE)
                     if not (packed or piece):
                         raise EOFError("its compressed data are cut short")
             packed = engine.unused_data.lstrip(b"\0")
-            while len(packed) < len(GZIP) and (more := file.read(PIECE)):
+            while len(packed) < len(GZIP) and (more := file.read(PIECE_OF_FILE)):
                 packed = (packed + more).lstrip(b"\0")
             if packed and not packed.startswith(GZIP):
                 raise ValueError("something else follows its compressed data")

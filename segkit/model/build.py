@@ -8,7 +8,13 @@ from typing import Literal
 
 from torch import Generator, Tensor, device, nn
 
-from segkit.config.data import CtWindow, DataConfig, Normalisation, SynthesisConfig, ZScore
+from segkit.config.data import (
+    CtWindowConfig,
+    DataConfig,
+    NormalisationConfig,
+    SynthesisConfig,
+    ZScoreConfig,
+)
 from segkit.config.model import ModelDescription
 from segkit.data import preprocess
 from segkit.data.augment_intensity import IntensityVariation
@@ -19,7 +25,7 @@ from segkit.data.synthesis import deform, synthesise
 from segkit.errors import ConfigError, ModelError
 from segkit.model.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.nn.external import Given
-from segkit.nn.slicewise import Planes, SegmentationNetwork, unet_of
+from segkit.nn.slicewise import SegmentationNetwork, SlicewiseNetwork, unet_of
 from segkit.nn.unet import UNet
 from segkit.system.resources import free_memory
 from segkit.training.memory import in_words
@@ -145,7 +151,7 @@ def wrap_network(description: ModelDescription, module: nn.Module) -> Segmentati
 def _of_volumes(network: UNet | Given, description: ModelDescription) -> SegmentationNetwork:
     if description.network.spatial_dims == 3:
         return network
-    return Planes(network, axis=ACROSS[description.slices])
+    return SlicewiseNetwork(network, axis=ACROSS[description.slices])
 
 
 def interpolation_order(description: ModelDescription) -> Literal[1, 3]:
@@ -153,7 +159,7 @@ def interpolation_order(description: ModelDescription) -> Literal[1, 3]:
     return 3 if description.interpolation == "cubic" else 1
 
 
-def build_normalisers(settings: Sequence[Normalisation]) -> list[Callable[[Tensor], Tensor]]:
+def build_normalisers(settings: Sequence[NormalisationConfig]) -> list[Callable[[Tensor], Tensor]]:
     """One function per channel. A CT window must be complete by now."""
     return [_normaliser(setting) for setting in settings]
 
@@ -239,11 +245,11 @@ def default_mirror(labels: Sequence[str]) -> list[Literal["x", "y", "z"]]:
     return [] if sides else ["x"]
 
 
-def _normaliser(setting: Normalisation) -> Callable[[Tensor], Tensor]:
+def _normaliser(setting: NormalisationConfig) -> Callable[[Tensor], Tensor]:
     match setting:
-        case ZScore(nonzero=nonzero):
+        case ZScoreConfig(nonzero=nonzero):
             return partial(preprocess.zscore, nonzero=nonzero)
-        case CtWindow(lower=lower, upper=upper, mean=mean, std=std):
+        case CtWindowConfig(lower=lower, upper=upper, mean=mean, std=std):
             assert lower is not None and upper is not None and mean is not None and std is not None
             return partial(preprocess.ct_window, lower=lower, upper=upper, mean=mean, std=std)
 

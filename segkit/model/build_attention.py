@@ -41,7 +41,7 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
         match setting:
             case None:
                 return None
-            case settings.AdditiveGridGate():
+            case settings.AdditiveGridGateConfig():
                 return gates.AdditiveGridGate(
                     config.spatial_dims,
                     skip_channels=skip_channels,
@@ -54,7 +54,7 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
                     num_gates=setting.gates,
                     norm=config.normalisation,
                 )
-            case settings.AdditiveSameLevelGate():
+            case settings.AdditiveSameLevelGateConfig():
                 return gates.AdditiveSameLevelGate(
                     config.spatial_dims,
                     skip_channels=skip_channels,
@@ -63,7 +63,7 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
                     coefficients=setting.coefficients,
                     norm=config.normalisation,
                 )
-            case settings.CrossAttention(heads=heads, head_channels=head_channels):
+            case settings.CrossAttentionConfig(heads=heads, head_channels=head_channels):
                 return cross.CrossAttention(
                     config.spatial_dims,
                     skip_channels=skip_channels,
@@ -72,7 +72,7 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
                     heads=_heads(heads, levels.index(level), skip_channels, head_channels),
                     head_channels=head_channels,
                 )
-            case settings.UTransformerGate(heads=heads, head_channels=head_channels):
+            case settings.UTransformerGateConfig(heads=heads, head_channels=head_channels):
                 return cross.UTransformerGate(
                     config.spatial_dims,
                     skip_channels=skip_channels,
@@ -87,7 +87,7 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
     return make
 
 
-def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> BlockFactory:
+def block_factory(setting: settings.BlockAttentionConfig, config: NetworkConfig) -> BlockFactory:
     """What makes the attention after each level's convolutions."""
     dims = config.spatial_dims
 
@@ -95,17 +95,17 @@ def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> Bl
         # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
         most = max(channels // LEAST_SQUEEZED, 1)
         match setting:
-            case settings.SqueezeExcitation(reduction=reduction):
+            case settings.SqueezeExcitationConfig(reduction=reduction):
                 return Modulated(
                     channel.SqueezeExcitation(channels, reduction=min(reduction, most))
                 )
-            case settings.EfficientChannelAttention():
+            case settings.EfficientChannelAttentionConfig():
                 return Modulated(channel.EfficientChannelAttention(channels))
-            case settings.ConvolutionalBlockAttention(reduction=reduction, kernel_size=size):
+            case settings.ConvolutionalBlockAttentionConfig(reduction=reduction, kernel_size=size):
                 return spatial.convolutional_block_attention(
                     dims, channels, reduction=min(reduction, most), kernel_size=size
                 )
-            case settings.BottleneckAttention(reduction=reduction, dilation=dilation):
+            case settings.BottleneckAttentionConfig(reduction=reduction, dilation=dilation):
                 return Modulated(
                     spatial.BottleneckAttention(
                         dims,
@@ -116,17 +116,17 @@ def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> Bl
                         norm=config.normalisation,
                     )
                 )
-            case settings.ConcurrentExcitation(reduction=reduction, aggregation=aggregation):
+            case settings.ConcurrentExcitationConfig(reduction=reduction, aggregation=aggregation):
                 return spatial.ConcurrentExcitation(
                     dims, channels, reduction=min(reduction, most), aggregation=aggregation
                 )
-            case settings.PooledSpatialAttention(kernel_size=size):
+            case settings.PooledSpatialAttentionConfig(kernel_size=size):
                 return Modulated(spatial.PooledSpatialAttention(dims, kernel_size=size))
-            case settings.SpatialExcitation():
+            case settings.SpatialExcitationConfig():
                 return Modulated(spatial.SpatialExcitation(dims, channels))
-            case settings.GlobalContext(fusion="add", reduction=reduction):
+            case settings.GlobalContextConfig(fusion="add", reduction=reduction):
                 return channel.GlobalContext(dims, channels, reduction=min(reduction, most))
-            case settings.GlobalContext(reduction=reduction):
+            case settings.GlobalContextConfig(reduction=reduction):
                 return Modulated(
                     channel.GlobalContextExcitation(dims, channels, reduction=min(reduction, most))
                 )
@@ -134,12 +134,12 @@ def block_factory(setting: settings.BlockAttention, config: NetworkConfig) -> Bl
     return make
 
 
-def token_factory(setting: settings.TokenAttention, coarsest: Sequence[int]) -> BlockFactory:
+def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int]) -> BlockFactory:
     """What makes the bottleneck's attention, given the coarsest grid of a patch."""
 
     def make(channels: int) -> nn.Module:
         match setting:
-            case settings.SelfAttention(heads=heads, head_channels=head_channels):
+            case settings.SelfAttentionConfig(heads=heads, head_channels=head_channels):
                 window = setting.window
                 if window is None and setting.positions == "relative":
                     window = list(coarsest)
@@ -156,22 +156,22 @@ def token_factory(setting: settings.TokenAttention, coarsest: Sequence[int]) -> 
                     positions=setting.positions,
                     window=window,
                 )
-            case settings.AdditiveSelfAttention(width=width):
+            case settings.AdditiveSelfAttentionConfig(width=width):
                 return bottleneck.AdditiveSelfAttention(channels, width=width)
 
     return make
 
 
-def pooling_factory(setting: settings.Pooling, num_classes: int) -> BlockFactory:
+def pooling_factory(setting: settings.PoolingConfig, num_classes: int) -> BlockFactory:
     """What makes the head that tells the presence of so many classes."""
 
     def make(channels: int) -> nn.Module:
         match setting:
-            case settings.MeanPooling():
+            case settings.MeanPoolingConfig():
                 return pooling.MeanPooling(channels, num_classes=num_classes)
-            case settings.GatedPooling(width=width):
+            case settings.GatedPoolingConfig(width=width):
                 return pooling.GatedPooling(channels, num_classes=num_classes, width=width)
-            case settings.LearnedQueryPooling():
+            case settings.LearnedQueryPoolingConfig():
                 return pooling.LearnedQueryPooling(channels, num_classes=num_classes)
 
     return make

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from segkit.config.load import validated
-from segkit.config.model import ModelDescription, Postprocessing
+from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
 from segkit.io.atomic import checksum, json_text, whole, write_json
 from segkit.io.safe_text import read_json_object
@@ -189,7 +189,7 @@ def checksums_of(model: Model) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def adopt(folder: Path, postprocessing: Postprocessing) -> None:
+def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
     """Write what is to be done to predicted labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
     write_json(folder / DESCRIPTION, description.model_dump(mode="json"))

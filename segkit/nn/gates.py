@@ -29,7 +29,7 @@ CoefficientKind = Literal["sigmoid", "softmax", "mean_flow", "hard"]
 """How a gate's logits become its map: see `Coefficients`."""
 HIGHEST_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 0.5
-LARGEST_SHARE = 1000.0
+LARGEST_GRID_SHARE = 1000.0
 """Times the mean, above which a share is cut, so that half precision does not overflow."""
 
 
@@ -147,13 +147,13 @@ class Coefficients(nn.Module):
                 case "softmax":
                     cells = logits.flatten(2)
                     shares = cells.softmax(dim=2) * cells.shape[2]
-                    return shares.clamp(max=LARGEST_SHARE).view(logits.shape)
+                    return shares.clamp(max=LARGEST_GRID_SHARE).view(logits.shape)
                 case "mean_flow":
                     cells = logits.flatten(2)
                     # The small number lets everything through where all logits are the same.
                     risen = cells - cells.amin(dim=2, keepdim=True) + 1e-6
                     shares = risen / risen.mean(dim=2, keepdim=True)
-                    return shares.clamp(max=LARGEST_SHARE).view(logits.shape)
+                    return shares.clamp(max=LARGEST_GRID_SHARE).view(logits.shape)
                 case "hard":
                     gates: Tensor = self.hard(logits)
                     return gates

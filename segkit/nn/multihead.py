@@ -20,7 +20,7 @@ from segkit.nn.map_tap import Edit, MapTap
 LARGEST_BLOCK = 2**24
 """Weights that are held at once, where a matrix is made row by row."""
 
-Rows = Callable[[int, int], Tensor]
+ScoreRows = Callable[[int, int], Tensor]
 """Weights (batch, heads, queries, keys) of the queries from one number to another."""
 
 
@@ -47,8 +47,8 @@ def blocks(num_queries: int, numbers_per_query: int) -> Iterator[tuple[int, int]
         yield first, min(first + step, num_queries)
 
 
-def gather(
-    rows: Rows,
+def gather_windows(
+    rows: ScoreRows,
     value: Float[Tensor, "batch heads keys channels"],
     num_queries: int,
     edit: Edit,
@@ -76,7 +76,7 @@ def gather(
 
 
 def received(
-    rows: Rows,
+    rows: ScoreRows,
     key: Float[Tensor, "batch heads keys channels"],
     num_queries: int,
     inside: Bool[Tensor, "batch keys"] | None = None,
@@ -156,7 +156,7 @@ class MultiHeadAttention(nn.Module):
         rows = partial(softmax_rows, queries, keys, bias)
         share: Tensor | None = None
         if matrix.edit is not None:
-            taken, share = gather(rows, values, queries.shape[2], matrix.edit, inside)
+            taken, share = gather_windows(rows, values, queries.shape[2], matrix.edit, inside)
         else:
             mask = None if bias is None else bias.to(queries.dtype)
             taken = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

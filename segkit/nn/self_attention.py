@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segkit.nn.map_tap import MapTap
-from segkit.nn.multihead import MultiHeadAttention, blocks, gather, received, windows_over
+from segkit.nn.multihead import MultiHeadAttention, blocks, gather_windows, received, windows_over
 from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
 
 
@@ -120,7 +120,7 @@ class AdditiveSelfAttention(nn.Module):
         rows, num_cells = partial(self._rows, query, key), key.shape[1]
         share: Tensor | None = None
         if self.matrix.edit is not None:
-            taken, share = gather(rows, value[:, None], num_cells, self.matrix.edit)
+            taken, share = gather_windows(rows, value[:, None], num_cells, self.matrix.edit)
             taken = taken[:, 0]
         else:
             taken = self._attend(query, key, value)

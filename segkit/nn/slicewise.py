@@ -14,7 +14,7 @@ from segkit.nn.map_tap import MapInfo
 from segkit.nn.unet import Supervised, UNet
 
 
-class Planes(nn.Module):
+class SlicewiseNetwork(nn.Module):
     """Logits of every class at every voxel, from a network that sees one plane at a time.
 
     `axis` is the spatial axis across the planes (0, 1 or 2).
@@ -86,12 +86,12 @@ class Planes(nn.Module):
         return Placement(tuple(stride), tuple(offset))
 
 
-SegmentationNetwork = UNet | Given | Planes
+SegmentationNetwork = UNet | Given | SlicewiseNetwork
 
 
 def unet_of(network: SegmentationNetwork) -> UNet | Given:
     """The U-Net itself, which is what has weights, or what was given in its stead."""
-    return network.network if isinstance(network, Planes) else network
+    return network.network if isinstance(network, SlicewiseNetwork) else network
 
 
 def weights_of(network: SegmentationNetwork) -> nn.Module:

@@ -13,7 +13,7 @@ chance or order: means and deviations are exact, percentiles to one part in 8,00
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +24,18 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from pydantic import Field, TypeAdapter
 
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.preprocess import body_box
 from segkit.errors import DatasetError
 from segkit.geometry.grid import Orientation
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json
 from segkit.planning.nnunet_rules import Intensities, Numbers
+from segkit.system.progress import Track, untracked
 from segkit.system.workers import in_processes
 
-FORMAT = 1
+FINGERPRINT_FORMAT = 1
 VALUES_PER_CASE = 4_000
-
-Track = Callable[[Iterable["Measurement"], str, int], Iterable["Measurement"]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,12 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values, from which `from_json` makes an equal fingerprint."""
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FINGERPRINT_FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Fingerprint":
         """The fingerprint that `to_json` took apart."""
-        assert content["format"] == FORMAT, "a fingerprint of another format"
+        assert content["format"] == FINGERPRINT_FORMAT, "a fingerprint of another format"
         return cls(
             tuple(content["channels"]),
             dict(content["labels"]),
@@ -123,7 +122,7 @@ def fingerprint(
     *,
     cache: Path,
     workers: int,
-    track: Track = lambda measurements, what, count: measurements,
+    track: Track = untracked,
 ) -> Fingerprint:
     """Measure every case that is not in `cache` yet, by so many processes, and put all together.
 
@@ -154,7 +153,7 @@ def fingerprint(
     )
 
 
-def _measured(case: Case, dataset: Dataset, cache: Path) -> Measurement:
+def _measured(case: CaseFiles, dataset: Dataset, cache: Path) -> Measurement:
     path = _path(case, dataset, cache)  # before the files are read, so as to be none the newer
     image, label = read_case(case, dataset)
     orientation = Orientation.of(image.grid.affine)
@@ -220,13 +219,13 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
     )
 
 
-def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
+def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
     try:
         files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
     except OSError as error:
         raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
-        "format": FORMAT,
+        "format": FINGERPRINT_FORMAT,
         # What a case is checked against when it is read.
         "channels": dataset.channels,
         "labels": dataset.labels,
@@ -239,7 +238,7 @@ def _path(case: Case, dataset: Dataset, cache: Path) -> Path:
     return cache / f"{case.name}-{digest}.json"
 
 
-def _read(path: Path, case: Case, num_channels: int) -> Measurement:
+def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:
     try:
         found = MEASUREMENT.validate_python(read_json(path))
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
 """`segkit plan`: from a dataset to a config that says why each value was chosen."""
 
 import textwrap
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +12,7 @@ import yaml
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
-from segkit.config.model import FirstStage, ModelDescription
+from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.inference.engines.torch_eager import choose_device
@@ -21,6 +20,7 @@ from segkit.model.build import build_network, channels_in, volume_patch
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
 from segkit.system.estimates import memory_of_step
+from segkit.system.progress import Track, untracked
 from segkit.system.resources import num_cores
 from segkit.system.speed import (
     half_pays,
@@ -29,10 +29,9 @@ from segkit.system.speed import (
     step_seconds,
 )
 
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Preset = Literal["auto", "nnunet"]
 
-STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
+PLANNED_STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
 """What a CPU's time goes to; docs/planning.md says what was measured."""
 SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
@@ -71,7 +70,7 @@ def plan_dataset(
     minutes: float = 20.0,
     preset: Preset = "auto",
     runs: Path = Path("runs"),
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> Planned:
     """Measure a dataset and plan its training here, in two stages where images are large.
 
@@ -104,7 +103,7 @@ def plan_dataset(
             numbers,
             spatial_dims=spatial_dims,
             minutes=minutes,
-            steps=STEPS,
+            steps=PLANNED_STEPS,
             multiply_adds_per_second=speed,
             gigabytes=gigabytes,
         )
@@ -179,7 +178,7 @@ def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> 
         normalisation=[],
         slices=config.data.slices,
         patch_size=config.data.patch_size,
-        first_stage=FirstStage(models=1, classes=first_classes) if first_classes else None,
+        first_stage=FirstStageConfig(models=1, classes=first_classes) if first_classes else None,
     )
 
 

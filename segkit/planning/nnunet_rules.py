@@ -28,7 +28,7 @@ SMALLEST_EDGE = 4
 ANISOTROPY = 3.0
 """How many times coarser than the others an axis is that is treated apart."""
 START_WIDTHS = (32, 16, 8)
-WIDEST = {2: 512, 3: 320}
+MOST_CHANNELS = {2: 512, 3: 320}
 INITIAL_VOXELS = {2: 2048**2, 3: 256**3}
 # What nnU-Net allows 8 GB: so many activations of a batch of so many.
 REFERENCE_ACTIVATIONS = {2: 85e6, 3: 560e6}
@@ -39,7 +39,7 @@ LARGEST_SHARE = 0.05
 """The share of the dataset's voxels that one batch may hold."""
 LEAST_COVERED = 0.25
 """The share of the median image that a patch must hold; else there is a plan at low resolution."""
-PLANES: tuple[Literal["sagittal", "coronal", "axial"], ...] = ("sagittal", "coronal", "axial")
+SLICE_PLANES: tuple[Literal["sagittal", "coronal", "axial"], ...] = ("sagittal", "coronal", "axial")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _smaller(setting: Setting, current: Topology) -> Topology | None:
 
 def widths(num_levels: int, *, spatial_dims: int, start: int = START_WIDTHS[0]) -> tuple[int, ...]:
     """Channels of each level: doubled at every step, up to 320 in 3D and 512 in 2D."""
-    return tuple(min(start * 2**level, WIDEST[spatial_dims]) for level in range(num_levels))
+    return tuple(min(start * 2**level, MOST_CHANNELS[spatial_dims]) for level in range(num_levels))
 
 
 # What it costs

@@ -15,14 +15,14 @@ from segkit.planning.nnunet_rules import (
     ANISOTROPY,
     LARGEST_SHARE,
     LEAST_COVERED,
-    PLANES,
+    MOST_CHANNELS,
     REFERENCE_ACTIVATIONS,
     REFERENCE_BATCH,
     REFERENCE_GIGABYTES,
+    SLICE_PLANES,
     SMALLEST_BATCH,
     SMALLEST_EDGE,
     START_WIDTHS,
-    WIDEST,
     ChannelNormalisation,
     Lengths,
     Numbers,
@@ -150,7 +150,7 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
         "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
         f"voxels are {covered:.4g}, and a batch is {SMALLEST_BATCH} at least.",
         "channels": f"{channels[0]} at the finest of {len(channels)} levels, doubled at each step, "
-        f"and {WIDEST[num_axes]} at most.",
+        f"and {MOST_CHANNELS[num_axes]} at most.",
     }
     batch = largest_batch(budget, cost, patch, setting.dataset_voxels)
     return Fit(candidate, channels, batch, reasons)
@@ -278,7 +278,7 @@ def _low_resolution(
     x, y, z = spacing
     low = _assembled(numbers, (x, y, z), coarse, False, None, reasons)
     why = f"{seen}, under {LEAST_COVERED:g}; {enough}."
-    return replace(low, slices=PLANES[coarsest_axis(full.spacing)]), why
+    return replace(low, slices=SLICE_PLANES[coarsest_axis(full.spacing)]), why
 
 
 def _assembled(
@@ -297,7 +297,7 @@ def _assembled(
     return Plan(
         spatial_dims=len(chosen.patch_size),
         spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
-        slices=PLANES[coarsest_axis(spacing)],
+        slices=SLICE_PLANES[coarsest_axis(spacing)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
         channels=fitted.channels,

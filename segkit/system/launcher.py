@@ -9,7 +9,7 @@ from segkit.errors import SegkitError
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """One process among several."""
 
     number: int
@@ -19,7 +19,7 @@ class Place:
     """On its own machine, from 0 on: the number of its device."""
 
 
-def place_of_process() -> Place:
+def place_of_process() -> ProcessPlace:
     """This process's place, as Lightning reads it from the launcher's variables.
 
     Raises SegkitError where nothing launched it.
@@ -30,7 +30,7 @@ def place_of_process() -> Place:
                 environment = kind()
             except RuntimeError as error:  # of a job that was asked for in a way it cannot be told
                 raise SegkitError(f"--shard auto: {' '.join(str(error).split())}") from None
-            return Place(
+            return ProcessPlace(
                 environment.global_rank() + 1, environment.world_size(), environment.local_rank()
             )
     raise SegkitError(

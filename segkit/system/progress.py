@@ -1,8 +1,8 @@
 """How long work shows that it goes on: a bar on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +15,14 @@ from rich.progress import (
 )
 
 Item = TypeVar("Item")
+Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Takes items, the name of the work and how many items there are; gives the items one by one."""
 SECONDS_BETWEEN_LINES = 15.0
+
+
+def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """The items, without showing progress: the default wherever progress can be shown."""
+    return items
 
 
 def bars(console: Console) -> Progress:

@@ -15,12 +15,12 @@ import torch
 
 from segkit.errors import WorkerError
 
-Item = TypeVar("Item")
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
 def in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], num_processes: int
+    function: Callable[[Argument], Result], items: Sequence[Argument], num_processes: int
 ) -> Iterator[Result]:
     """The function of each item, in order, from so many processes; from this one for 0 or 1.
 
@@ -79,7 +79,7 @@ def loading(workers: int) -> Iterator[None]:
         ) from None
 
 
-def _in_one_thread(function: Callable[[Item], Result], item: Item) -> Result:
+def _in_one_thread(function: Callable[[Argument], Result], item: Argument) -> Result:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

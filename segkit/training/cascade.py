@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.config.model import FirstStage, ModelDescription
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.config.model import FirstStageConfig, ModelDescription
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import DatasetError, ModelError
 from segkit.inference.predictor import Predictor
@@ -28,9 +28,9 @@ from segkit.model.folder import (
     load_model,
     model_folder,
 )
-from segkit.training.resolve import Track
+from segkit.system.progress import Track, untracked
 
-Segment = Callable[[Volume], Volume]
+SegmentVolume = Callable[[Volume], Volume]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,19 +92,19 @@ def described(description: ModelDescription, models: Sequence[FirstModel]) -> Mo
     if not models:
         return description
     classes = list(models[0].model.description.labels)[1:]
-    stage = FirstStage(models=len(models), classes=classes)
+    stage = FirstStageConfig(models=len(models), classes=classes)
     return description.model_copy(update={"first_stage": stage})
 
 
 def label_cases(
-    cases: Sequence[Case],
+    cases: Sequence[CaseFiles],
     dataset: Dataset,
     models: Sequence[FirstModel],
     *,
     cache: Path,
     device: str = "auto",
-    segmenter: Callable[[FirstModel, str], Segment] | None = None,
-    track: Track = lambda cases, what, count: cases,
+    segmenter: Callable[[FirstModel, str], SegmentVolume] | None = None,
+    track: Track = untracked,
 ) -> Mapping[str, Path] | None:
     """For each case the file with its first-stage labels, on its own grid; None without models.
 
@@ -116,7 +116,7 @@ def label_cases(
     if not models:
         return None
     segmenter = segmenter or _segmenter
-    made: dict[int, Segment] = {}
+    made: dict[int, SegmentVolume] = {}
     files: dict[str, Path] = {}
     held_out = [first.held_out for first in models]
     for case in track(cases, "first stage", len(cases)):
@@ -137,7 +137,7 @@ def label_cases(
 
 
 def first_stage_of(
-    models: Sequence[FirstModel], train_cases: Sequence[Case], held_out: Sequence[Case]
+    models: Sequence[FirstModel], train_cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles]
 ) -> dict[str, Any]:
     """For the summary: the models, and how many cases one of them held out of its training."""
     if not models:
@@ -152,13 +152,13 @@ def first_stage_of(
     }
 
 
-def _segmenter(first: FirstModel, device: str) -> Segment:
+def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     # Whether a conversion lies in the cache must not decide what is trained on.
     predictor = Predictor(first.model, device=device, engine="torch")
     return lambda volume: predictor(volume).labels
 
 
-def _digest(case: Case, models: Sequence[str]) -> str:
+def _digest(case: CaseFiles, models: Sequence[str]) -> str:
     try:
         files = [(str(path.resolve()), path.stat()) for path in case.images]
     except OSError as error:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from segkit.config.base import Section
 from segkit.config.load import validated
-from segkit.config.model import Postprocessing
+from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
 from segkit.data.dataset import fold_of, read_dataset
 from segkit.data.preprocess import median_spacing
@@ -31,9 +31,9 @@ from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import read_grid
 from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
+from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training import fit as training
-from segkit.training.resolve import Track
 from segkit.training.run_folder import claimed, new_run_folder
 
 RECORD = "cross_validation.json"
@@ -75,7 +75,7 @@ def cross_validate(
     runs: Path = Path("runs"),
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> CrossValidation:
     """Train folds, 0 to 4, in turn, and write the folder of a new cross-validation.
 
@@ -115,13 +115,13 @@ def cross_validate(
         raise
 
 
-def resume(
+def resume_folds(
     folder: Path,
     folds: Sequence[int] = (),
     *,
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> CrossValidation:
     """Go on with what is missing of a cross-validation, and with more folds where named.
 
@@ -166,9 +166,9 @@ def _go_on(
             training.train(config, runs=folder, callbacks=callbacks, track=track)
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
     models = [_fold(folder, fold) / "model" for fold in record.folds]
-    summary = summarise(folder.name, summaries)
+    summary = pool_folds(folder.name, summaries)
     labels = load_description(models[0]).labels
-    adopted = Postprocessing(
+    adopted = PostprocessingConfig(
         largest_foreground=summary["postprocessing"]["largest_foreground"],
         largest_of=tuple(labels[name] for name in summary["postprocessing"]["largest_of"]),
     )
@@ -178,7 +178,7 @@ def _go_on(
     return CrossValidation(folder, summary)
 
 
-def summarise(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """What the summaries of folds say together; their cases are pooled.
 
     Under `validation` the Dice of labels as predicted, as a run's summary has it; under

@@ -24,15 +24,16 @@ from segkit.errors import TrainingError
 from segkit.io.volume import read_grid
 from segkit.model.build import volume_patch
 from segkit.system.estimates import margin_of, memory_of_step
+from segkit.system.progress import Track, untracked
 from segkit.system.resources import peak_of_process
 from segkit.system.signals import advising
 from segkit.training.fit import precision, train
 from segkit.training.memory import StepMemory, in_words
-from segkit.training.resolve import Track, check_images, split_of
-from segkit.training.time_limit import finish, too_slow
+from segkit.training.resolve import check_images, split_of
+from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 
-STEPS = 2
+MEASURED_STEPS = 2
 CASES = 2
 
 
@@ -125,7 +126,7 @@ class Stopwatch(Callback):
         batch_idx: int,
     ) -> None:
         """A step and what came before it, such as cutting its patches, is done."""
-        finish(self.device)
+        wait_for_device(self.device)
         now = time.perf_counter()
         self.seconds, self.started = now - self.started, now
         self.loss = float(outputs["loss"])
@@ -136,7 +137,7 @@ class Stopwatch(Callback):
         )
 
 
-def rehearse(config: Config, *, track: Track = lambda cases, what, count: cases) -> Rehearsal:
+def rehearse(config: Config, *, track: Track = untracked) -> Rehearsal:
     """Train for two steps on two cases and say what they took; nothing is left of it.
 
     Raises SegkitError as training would, and where a GPU's memory is too small.
@@ -191,7 +192,12 @@ def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) 
             "cache": cache,
             "workers": 0,
         },
-        "train": {"steps": STEPS, "validate_every": STEPS, "patience": None, "pictures": 0},
+        "train": {
+            "steps": MEASURED_STEPS,
+            "validate_every": MEASURED_STEPS,
+            "patience": None,
+            "pictures": 0,
+        },
         "trainer": {"max_time": None, "loggers": []},
     }
     return config.model_copy(

@@ -11,19 +11,19 @@ from jaxtyping import Integer
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.evaluation.overlap import Overlap, confusion_matrix, mean_of_defined
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
 from segkit.model.folder import Model
-from segkit.training.resolve import Track
+from segkit.system.progress import Track
 
 
 def score(
     model: Model,
     dataset: Dataset,
-    cases: Sequence[Case],
+    cases: Sequence[CaseFiles],
     track: Track,
     *,
     device: str = "auto",

@@ -49,13 +49,14 @@ from segkit.model.build import (
 from segkit.model.folder import Model, save_model, start_from
 from segkit.nn.external import try_out
 from segkit.nn.normalisation import channels_last
+from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.system.speed import half_pays
 from segkit.system.workers import loading
 from segkit.training.cascade import described, first_models, first_stage_of, label_cases
 from segkit.training.final_scores import score
 from segkit.training.module import SegmentationModule
-from segkit.training.resolve import Track, check_images, describe, split_of
+from segkit.training.resolve import check_images, describe, split_of
 from segkit.training.run_folder import (
     CONFIG,
     LAST,
@@ -104,7 +105,7 @@ def train(
     *,
     runs: Path = Path("runs"),
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
     dataset: Dataset | None = None,
     network: nn.Module | None = None,
     then: Config | None = None,
@@ -137,7 +138,7 @@ def resume(
     folder: Path,
     *,
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
     network: nn.Module | None = None,
 ) -> Run:
     """Go on with a run that was stopped, from its last checkpoint, as if it never had been.

@@ -20,7 +20,7 @@ from segkit.nn.losses import (
 )
 from segkit.nn.slicewise import SegmentationNetwork
 
-Segment = Callable[[SegmentationNetwork, Tensor], Tensor]
+SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
 
 
 class PendingLoss:
@@ -71,7 +71,7 @@ class SegmentationModule(L.LightningModule):
         network: SegmentationNetwork,
         *,
         vary: Vary,
-        segment: Segment,
+        segment: SegmentPrepared,
         class_names: Sequence[str],
         optimiser: Literal["adamw", "sgd"],
         learning_rate: float,

@@ -1,22 +1,23 @@
 """What a config leaves open, settled by the dataset that it names."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
 
-from segkit.config.data import CtWindow, Normalisation, ZScore
+from segkit.config.data import CtWindowConfig, NormalisationConfig, ZScoreConfig
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
-from segkit.data.dataset import Case, Dataset, fold_of, read_case, split
+from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_case, split
 from segkit.data.preprocess import foreground_statistics, median_spacing
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_grid
+from segkit.system.progress import Track
 
-Track = Callable[[Iterable[Case], str, int], Iterable[Case]]
 
-
-def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+def split_of(
+    dataset: Dataset, config: Config
+) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
     """The cases to train on and those held out."""
     if config.data.fold is not None:
         return fold_of(dataset, config.data.fold)
@@ -24,12 +25,12 @@ def split_of(dataset: Dataset, config: Config) -> tuple[tuple[Case, ...], tuple[
 
 
 def describe(
-    config: Config, dataset: Dataset, train_cases: Sequence[Case], track: Track
+    config: Config, dataset: Dataset, train_cases: Sequence[CaseFiles], track: Track
 ) -> ModelDescription:
     """What the model will be, with spacing and normalisation settled by the training cases."""
     spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
-    settings: list[Normalisation] = [
-        config.data.normalisation or (CtWindow() if name.lower() == "ct" else ZScore())
+    settings: list[NormalisationConfig] = [
+        config.data.normalisation or (CtWindowConfig() if name.lower() == "ct" else ZScoreConfig())
         for name in dataset.channels
     ]
     return ModelDescription(
@@ -50,7 +51,10 @@ def describe(
 
 
 def check_images(
-    config: Config, dataset: Dataset, train_cases: Sequence[Case], held_out: Sequence[Case]
+    config: Config,
+    dataset: Dataset,
+    train_cases: Sequence[CaseFiles],
+    held_out: Sequence[CaseFiles],
 ) -> None:
     """Cases without an image can be trained on by synthesis alone, and never scored.
 
@@ -70,11 +74,11 @@ def check_images(
 
 
 def _measured(
-    settings: Sequence[Normalisation],
+    settings: Sequence[NormalisationConfig],
     dataset: Dataset,
-    cases: Sequence[Case],
+    cases: Sequence[CaseFiles],
     track: Track,
-) -> list[Normalisation]:
+) -> list[NormalisationConfig]:
     """The settings, with what a CT window lacks read off the foreground of the cases."""
     if not any(_incomplete(setting) for setting in settings):
         return list(settings)
@@ -88,10 +92,10 @@ def _measured(
             if len(inside) > per_case:
                 inside = random.choice(inside, per_case)
             foreground[channel].append(inside.astype(np.float64))
-    measured: list[Normalisation] = []
+    measured: list[NormalisationConfig] = []
     for setting, parts in zip(settings, foreground, strict=True):
         values = np.concatenate(parts)
-        if not isinstance(setting, CtWindow) or not _incomplete(setting):
+        if not isinstance(setting, CtWindowConfig) or not _incomplete(setting):
             measured.append(setting)
             continue
         if not len(values):
@@ -100,12 +104,12 @@ def _measured(
             zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
         )
         given = setting.model_dump(exclude_none=True)
-        measured.append(CtWindow.model_validate({**statistics, **given}))
+        measured.append(CtWindowConfig.model_validate({**statistics, **given}))
     return measured
 
 
-def _incomplete(setting: Normalisation) -> bool:
-    return isinstance(setting, CtWindow) and None in (
+def _incomplete(setting: NormalisationConfig) -> bool:
+    return isinstance(setting, CtWindowConfig) and None in (
         setting.lower,
         setting.upper,
         setting.mean,

@@ -31,7 +31,7 @@ except ImportError:  # Windows, where nothing is locked
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
-METRICS = "metrics.csv"
+METRICS_FILE = "metrics.csv"
 CHECKPOINT_KEYS = {
     "epoch",
     "global_step",
@@ -156,7 +156,7 @@ def _no_checkpoint(path: Path, why: str) -> ConfigError:
 
 def metrics_of(folder: Path) -> MetricsFile:
     """The table of a run; rows of one that is resumed stay, up to its last checkpoint."""
-    path, checkpoint = folder / METRICS, checkpoint_of(folder)
+    path, checkpoint = folder / METRICS_FILE, checkpoint_of(folder)
     rows: list[dict[str, str]] = []
     if path.is_file() and checkpoint is not None:
         done = int(_read_checkpoint(checkpoint)["global_step"])

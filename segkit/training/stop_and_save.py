@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from segkit.errors import Stopped
 from segkit.system.signals import handling
 
-STEPS = "epoch_loop.batch_progress"
+_STEP_COUNTS = "epoch_loop.batch_progress"
 VALIDATION = "epoch_loop.val_loop.batch_progress"
 COUNTS = ("ready", "started", "processed", "completed")
 
@@ -158,7 +158,7 @@ def settle(loop: dict[str, Any], *, validating: bool) -> None:
     is done. A validation that was begun counts as one at its first case, where Lightning begins it
     anew.
     """
-    for counts in (loop[STEPS]["total"], loop[STEPS]["current"]):
+    for counts in (loop[_STEP_COUNTS]["total"], loop[_STEP_COUNTS]["current"]):
         counts.update(dict.fromkeys(COUNTS, counts["completed"]))
     for counts in (loop[VALIDATION]["total"], loop[VALIDATION]["current"]):
         if validating:

@@ -44,10 +44,10 @@ class Pace(Callback):
         if self.first is None:
             self.first = step
         if step == self.first + UNCOUNTED:
-            finish(pl_module.device)
+            wait_for_device(pl_module.device)
             self.started = time.perf_counter()
         if step == self.first + UNCOUNTED + MEASURED:
-            finish(pl_module.device)
+            wait_for_device(pl_module.device)
             per_step = (time.perf_counter() - self.started) / MEASURED
             fitting = step + int(remaining / per_step)
             if fitting < trainer.max_steps:
@@ -63,7 +63,7 @@ def too_slow(per_step: float, fitting: int, steps: int) -> str:
     )
 
 
-def finish(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -13,20 +13,20 @@ from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.folder import SUMMARY
+from segkit.system.progress import Track, untracked
 from segkit.training import fit as training
 from segkit.training.fit import Run, after
-from segkit.training.resolve import Track
 from segkit.training.run_folder import CONFIG, SECOND_STAGE
 
 
-def train(
+def train_two_stages(
     low: Config,
     full: Config,
     *,
     runs: Path,
     tell: Callable[[Run], None] = lambda run: None,
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> Run:
     """Train a first stage and then a second that is given its labels, which is the run returned.
 
@@ -38,12 +38,12 @@ def train(
     return training.train(after(full, first.folder), runs=runs, callbacks=callbacks, track=track)
 
 
-def resume(
+def resume_two_stages(
     folder: Path,
     *,
     tell: Callable[[Run], None] = lambda run: None,
     callbacks: Sequence[Callback] = (),
-    track: Track = lambda cases, what, count: cases,
+    track: Track = untracked,
 ) -> Run:
     """Go on with a run, and then with its second stage if it is the first of two.
 

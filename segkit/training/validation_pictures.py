@@ -29,20 +29,20 @@ from segkit.training.module import SegmentationModule
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "samples"
+PICTURES_FOLDER = "samples"
 PANEL = 240
 """Pixels of a row's longest side."""
 GAP = 4
 """Pixels between a plane and itself overlaid; three times as many between planes."""
 CAPTION = 24
-KEY = "filled: predicted   outlined: reference"
+_LEGEND = "filled: predicted   outlined: reference"
 OPACITY = 0.4
 PALE = (190, 190, 190)
 COLOURS = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in LABEL_COLOURS], np.float32)
 
 
 @dataclass(frozen=True)
-class Planes:
+class CasePicture:
     """Three planes of a case, as pictures, one per world axis, and what is written above them."""
 
     caption: str
@@ -73,12 +73,12 @@ class SamplePictures(Callback):
         spacing: tuple[float, float, float],
         count: int,
     ) -> None:
-        self.folder = folder / FOLDER
+        self.folder = folder / PICTURES_FOLDER
         self.names = tuple(names)
         self.classes = tuple(classes)
         self.spacing = spacing
         self.count = count if find_spec("PIL") else 0
-        self.rows: list[Planes] = []
+        self.rows: list[CasePicture] = []
         if self.count < count and names:
             logger.info("no pictures of held-out cases: run pip install 'segkit[report]'")
 
@@ -123,11 +123,11 @@ class SamplePictures(Callback):
         for tracker in trainer.loggers:
             match tracker:
                 case TensorBoardLogger():
-                    tracker.experiment.add_image(FOLDER, picture, step, dataformats="HWC")
+                    tracker.experiment.add_image(PICTURES_FOLDER, picture, step, dataformats="HWC")
                 case WandbLogger():
-                    tracker.log_image(FOLDER, [str(path)], step)
+                    tracker.log_image(PICTURES_FOLDER, [str(path)], step)
                 case MLFlowLogger():
-                    tracker.experiment.log_artifact(tracker.run_id, str(path), FOLDER)
+                    tracker.experiment.log_artifact(tracker.run_id, str(path), PICTURES_FOLDER)
 
 
 def planes_of(
@@ -137,7 +137,7 @@ def planes_of(
     *,
     spacing: Sequence[float],
     caption: str,
-) -> Planes:
+) -> CasePicture:
     """The sagittal, coronal and axial plane through the middle of the reference.
 
     Where the reference is empty, through the middle of the image.
@@ -154,11 +154,11 @@ def planes_of(
     def cut(values: ndarray) -> tuple[ndarray, ...]:
         return tuple(on_light_box(np.take(values, at[axis], axis=axis)) for axis in range(3))
 
-    return Planes(caption, cut(image), cut(label), cut(prediction), tuple(sizes))
+    return CasePicture(caption, cut(image), cut(label), cut(prediction), tuple(sizes))
 
 
 def draw(
-    rows: Sequence[Planes], *, title: str, classes: Sequence[str]
+    rows: Sequence[CasePicture], *, title: str, classes: Sequence[str]
 ) -> Integer[ndarray, "height width 3"]:
     """The rows below one another, uint8, under a title and the classes in their colours."""
     from PIL import Image, ImageDraw, ImageFont
@@ -166,7 +166,7 @@ def draw(
     font = ImageFont.load_default(14)
     title += " " * 6
     words = [(f"{name}   ", _colour(number)) for number, name in enumerate(classes) if number]
-    words = [(title, (255, 255, 255)), *words, (KEY, PALE)]
+    words = [(title, (255, 255, 255)), *words, (_LEGEND, PALE)]
     strips = [_strip(row) for row in rows]
     written = math.ceil(sum(font.getlength(text) for text, _ in words))
     width = 2 * GAP + max(written, *(strip.shape[1] for strip in strips))
@@ -190,7 +190,7 @@ def _colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _strip(row: Planes) -> Integer[ndarray, "height width 3"]:
+def _strip(row: CasePicture) -> Integer[ndarray, "height width 3"]:
     """Six panels of one scale beside one another, each in the middle of its height."""
     scale = PANEL / max(max(size) for size in row.sizes)
     shapes = [(max(round(h * scale), 1), max(round(w * scale), 1)) for h, w in row.sizes]

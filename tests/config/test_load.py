@@ -7,13 +7,13 @@ import pytest
 import yaml
 
 from segkit.config.attention import (
-    AdditiveGridGate,
+    AdditiveGridGateConfig,
     AttentionConfig,
-    GatedPooling,
-    GlobalContext,
-    SelfAttention,
+    GatedPoolingConfig,
+    GlobalContextConfig,
+    SelfAttentionConfig,
 )
-from segkit.config.data import CtWindow
+from segkit.config.data import CtWindowConfig
 from segkit.config.load import dump_yaml, load_config, validated
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
@@ -115,22 +115,22 @@ def test_a_kind_alone_stands_for_its_section(path: Path) -> None:
     short = load_config(path, ["network.attention.skip=additive_grid"])
     long = load_config(path, ["network.attention.skip={kind: additive_grid}"])
     assert short == long
-    assert short.network.attention.skip == AdditiveGridGate()
-    assert load_config(path, ["data.normalisation=ct"]).data.normalisation == CtWindow()
+    assert short.network.attention.skip == AdditiveGridGateConfig()
+    assert load_config(path, ["data.normalisation=ct"]).data.normalisation == CtWindowConfig()
 
 
 def test_an_override_reaches_into_a_kind_that_stands_alone(path: Path) -> None:
     path.write_text(SMALLEST + "network: {attention: {skip: additive_grid}}\n")
     config = load_config(path, ["network.attention.skip.levels=[2]"])
-    assert config.network.attention.skip == AdditiveGridGate(levels=[2])
+    assert config.network.attention.skip == AdditiveGridGateConfig(levels=[2])
 
 
 @pytest.mark.parametrize(
     ("place", "kind", "option", "expected"),
     [
-        ("encoder", "gc", "reduction=4", GlobalContext(reduction=4)),
-        ("bottleneck", "self_attention", "window=[2, 4, 2]", SelfAttention(window=[2, 4, 2])),
-        ("head", "gated", "weight=0.5", GatedPooling(weight=0.5)),
+        ("encoder", "gc", "reduction=4", GlobalContextConfig(reduction=4)),
+        ("bottleneck", "self_attention", "window=[2, 4, 2]", SelfAttentionConfig(window=[2, 4, 2])),
+        ("head", "gated", "weight=0.5", GatedPoolingConfig(weight=0.5)),
     ],
 )
 def test_an_override_reaches_attention_at_every_place(

@@ -13,7 +13,7 @@ from segkit.data.augment_intensity import (
     IntensityVariation,
     bend,
     blur,
-    gaussian,
+    gaussian_taps,
     lower_resolution,
     stretch_contrast,
 )
@@ -115,7 +115,7 @@ def test_noise_comes_before_blur() -> None:
     vary = only("noise", "blur", noise_variance=(0.1, 0.1), blur_sigma=(1.0, 1.0))
     noise = vary(torch.zeros(2, 1, 24, 24, 24), seeded(0))[..., 3:-3, 3:-3, 3:-3]
     # Each axis multiplies the variance of white noise with the sum of the kernel's squares, 0.28.
-    kept = float(gaussian(torch.ones(1, 1), 3).square().sum()) ** 3
+    kept = float(gaussian_taps(torch.ones(1, 1), 3).square().sum()) ** 3
     assert float(noise.var()) == pytest.approx(0.1 * kept, rel=0.25)
 
 
@@ -220,7 +220,7 @@ def test_bending_by_one_is_the_identity() -> None:
 
 @pytest.mark.parametrize("sigma", [0.5, 0.77, 1.0])
 def test_a_blurs_kernel_is_a_gaussian_that_sums_to_one(sigma: float) -> None:
-    kernel = gaussian(torch.tensor([[sigma]]), 3)[0, 0]
+    kernel = gaussian_taps(torch.tensor([[sigma]]), 3)[0, 0]
     assert kernel.sum() == pytest.approx(1, abs=1e-6)
     assert_close(kernel, kernel.flip(0))
     assert kernel[4] / kernel[3] == pytest.approx(math.exp(-0.5 / sigma**2), rel=1e-5)
@@ -231,7 +231,7 @@ def test_a_blur_shows_its_kernel_at_a_lone_voxel_and_each_row_its_own() -> None:
     rows[:, 4, 4, 0] = 1
     sigmas = torch.tensor([[0.5, 1.0, 0.7], [0.8, 0.6, 0.7]])
     seen = blur(rows, sigmas)[:, 1:8, 1:8, 0]
-    kernels = gaussian(sigmas, 3)
+    kernels = gaussian_taps(sigmas, 3)
     assert_close(seen, kernels[:, 0, :, None] * kernels[:, 1, None, :])
 
 

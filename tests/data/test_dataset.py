@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from numpy.testing import assert_array_equal
 
-from segkit.data.dataset import Case, Dataset, read_case, read_dataset, split
+from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset, split
 from segkit.errors import DatasetError, SegkitError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
@@ -78,7 +78,7 @@ def test_cases_come_in_the_order_of_their_names(folder: Path) -> None:
     assert [case.name for case in dataset.cases] == list(NAMES)
     assert dataset.channels == ("MR", "CT")
     assert list(dataset.labels.items()) == [("background", 0), ("organ", 1), ("tumour", 2)]
-    assert dataset.cases[1] == Case(
+    assert dataset.cases[1] == CaseFiles(
         "ben",
         (folder / "imagesTr" / "ben.nii.gz",),
         folder / "labelsTr" / "ben.nii.gz",
@@ -380,7 +380,7 @@ def test_a_case_whose_parts_do_not_fit_is_refused_in_one_sentence(folder: Path, 
 
 
 def dataset_of(count: int) -> Dataset:
-    cases = tuple(Case(f"case {number:03d}", (), Path("label.nii")) for number in range(count))
+    cases = tuple(CaseFiles(f"case {number:03d}", (), Path("label.nii")) for number in range(count))
     return Dataset(Path("folder"), cases, ("MR",), {"background": 0, "organ": 1})
 
 

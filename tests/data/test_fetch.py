@@ -13,7 +13,7 @@ import pytest
 
 from segkit.checking import check
 from segkit.data import fetch as fetching
-from segkit.data.fetch import Source, decathlon, fetch, named
+from segkit.data.fetch import Source, decathlon, fetch_dataset, named
 from segkit.errors import DatasetError, SegkitError
 from tests.cli.test_main import run
 from tests.small import small_dataset
@@ -56,7 +56,7 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
     served: str, packed: Path, tmp_path: Path
 ) -> None:
     for address, out in ((served, tmp_path / "a"), (packed.parent.as_uri(), tmp_path / "b")):
-        folder = fetch(NAME, source_of(address, packed), out)
+        folder = fetch_dataset(NAME, source_of(address, packed), out)
         assert folder == out / NAME and [path.name for path in out.iterdir()] == [NAME]
         for path in folder.rglob("*"):
             if path.is_file():
@@ -64,14 +64,14 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
                 assert path.read_bytes() == inside.read_bytes()
         assert "4 cases, all readable" in str(check(folder))
         with pytest.raises(DatasetError, match="exists already; use it, or name another --out"):
-            fetch(NAME, source_of(address, packed), out)
+            fetch_dataset(NAME, source_of(address, packed), out)
 
 
 def test_what_was_not_published_is_refused(served: str, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="what came is not what was published"):
-        fetch(NAME, Source(f"{served}/{packed.name}", "0" * 32), tmp_path)
+        fetch_dataset(NAME, Source(f"{served}/{packed.name}", "0" * 32), tmp_path)
     with pytest.raises(DatasetError, match=r"expected Task98_Cube/dataset\.json in it"):
-        fetch("Task98_Cube", source_of(served, packed), tmp_path)
+        fetch_dataset("Task98_Cube", source_of(served, packed), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_had_is_one_sentence(
 ) -> None:
     url = address.format(served=served)
     with pytest.raises(DatasetError, match=words) as refusal:
-        fetch(NAME, Source(url, "0" * 32), tmp_path)
+        fetch_dataset(NAME, Source(url, "0" * 32), tmp_path)
     assert str(refusal.value).startswith(f"{url}: cannot be fetched: ")
     assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
 
@@ -102,7 +102,7 @@ def test_an_archive_that_reaches_elsewhere_is_refused(
     with tarfile.open(evil, "w") as archive:
         archive.add(packed, f"{NAME}/../../../outside")
     with pytest.raises(DatasetError, match="would lie elsewhere"):
-        fetch(NAME, source_of(served, evil), tmp_path / "in" / "side")
+        fetch_dataset(NAME, source_of(served, evil), tmp_path / "in" / "side")
     assert not (tmp_path / "outside").exists()
 
 

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import dataset_in, load_config, validated
 from segkit.config.training import Config
-from segkit.data.dataset import Case, Dataset, read_case, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
 from segkit.data.file_patterns import matched
 from segkit.errors import ConfigError, DatasetError, SegkitError
 from segkit.geometry.grid import Grid
@@ -68,7 +68,7 @@ def test_files_of_a_case_are_those_whose_wildcards_matched_the_same(
     assert [case.name for case in dataset.cases] == ["01_a", "01_b", "x7_a"]
     assert dataset.channels == ("T1", "FLAIR")
     assert dataset.labels == LABELS
-    assert dataset.cases[1] == Case(
+    assert dataset.cases[1] == CaseFiles(
         "01_b",
         (
             study / "sub-01/ses-b/anat/sub-01_T1w.nii.gz",

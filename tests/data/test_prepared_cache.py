@@ -13,7 +13,7 @@ from numpy import ndarray
 from numpy.testing import assert_array_equal
 
 from segkit.data import prepared_cache as store
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.patches import PatchDataset
 from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
 from segkit.data.preprocess import ct_window, prepare, prepare_label, zscore
@@ -29,7 +29,7 @@ def halved(image: torch.Tensor) -> torch.Tensor:
     return image / 2
 
 
-def write_case(folder: Path, name: str, label: ndarray) -> Case:
+def write_case(folder: Path, name: str, label: ndarray) -> CaseFiles:
     """A case of two channels on an oblique grid that is not RAS+."""
     folder.mkdir(exist_ok=True)
     x, y, z = label.shape
@@ -39,17 +39,17 @@ def write_case(folder: Path, name: str, label: ndarray) -> Case:
     for path in paths:
         write_volume(path, Volume(random.normal(size=label.shape).astype(np.float32), grid))
     write_volume(folder / f"{name}.nii.gz", Volume(label.astype(np.uint8), grid))
-    return Case(name, paths, folder / f"{name}.nii.gz")
+    return CaseFiles(name, paths, folder / f"{name}.nii.gz")
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> Case:
+def case(tmp_path: Path) -> CaseFiles:
     label = np.random.default_rng(6).integers(0, 3, (9, 8, 5))
     return write_case(tmp_path / "data", "one", label)
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, case: Case) -> Dataset:
+def dataset(tmp_path: Path, case: CaseFiles) -> Dataset:
     labels = {"background": 0, "near": 1, "far": 2}
     return Dataset(tmp_path / "data", (case,), ("T1", "T2"), labels)
 
@@ -76,7 +76,7 @@ def store_in(
 
 @pytest.mark.parametrize("order", [1, 3])
 def test_stored_arrays_are_those_of_prepare(
-    order: Literal[1, 3], tmp_path: Path, case: Case, dataset: Dataset
+    order: Literal[1, 3], tmp_path: Path, case: CaseFiles, dataset: Dataset
 ) -> None:
     stored = store_in(tmp_path / "cache", dataset, order=order)
     volume, label = read_case(case, dataset)
@@ -312,7 +312,7 @@ def test_a_stored_case_is_not_read_again(
 
 
 def test_other_spacing_settings_or_files_go_to_other_folders(
-    tmp_path: Path, case: Case, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: CaseFiles, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     folders = [
@@ -372,8 +372,8 @@ def test_of_two_runs_that_store_a_case_at_once_the_first_stays(
     assert list((tmp_path / "cache").iterdir()) == [first.folder]
 
 
-def test_a_case_without_an_image_is_stored_as_zero(tmp_path: Path, case: Case) -> None:
-    bare = Case("bare", (), case.label)
+def test_a_case_without_an_image_is_stored_as_zero(tmp_path: Path, case: CaseFiles) -> None:
+    bare = CaseFiles("bare", (), case.label)
     dataset = Dataset(tmp_path, (bare,), ("T1", "T2"), {"background": 0, "near": 1, "far": 2})
     (stored,) = store_cases(
         [bare],
@@ -427,7 +427,7 @@ def test_positions_leave_out_what_is_ignored_and_say_what_is_not(tmp_path: Path)
 
 
 def test_a_first_stages_labels_are_the_last_channel_and_name_the_folder(
-    tmp_path: Path, case: Case, dataset: Dataset
+    tmp_path: Path, case: CaseFiles, dataset: Dataset
 ) -> None:
     volume, reference = read_case(case, dataset)
     prepared = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp])

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the montage needs matplotlib: install 
 
 from matplotlib.image import imread
 
-from segkit.demo.demo import LABELS, load_template, run_demo
+from segkit.demo.demo import TISSUES, load_template, run_demo
 from segkit.errors import SegkitError
 
 
@@ -28,11 +28,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 def test_the_template_is_dark_fluid_grey_grey_and_white_white() -> None:
     scan, tissue = load_template()
-    means = [float(scan.data[tissue.data == number].mean()) for number in LABELS.values()]
+    means = [float(scan.data[tissue.data == number].mean()) for number in TISSUES.values()]
     assert means == sorted(means) and means[0] == 0
     assert means[3] - means[2] > 0.1 and means[2] - means[1] > 0.1
     assert scan.grid.spacing == (2.0, 2.0, 2.0)
-    shares = [(tissue.data == number).mean() for number in LABELS.values()]
+    shares = [(tissue.data == number).mean() for number in TISSUES.values()]
     assert 0.1 < shares[2] < 0.2 and 0.05 < shares[3] < 0.1  # no ripples outside the brain
 
 
@@ -57,7 +57,7 @@ def test_the_score_is_that_of_the_written_segmentation(written: tuple[Path, list
     predicted = np.asarray(nib.load(out / "segmentation.nii.gz").dataobj)
     reference = np.asarray(nib.load(out / "reference.nii.gz").dataobj)
     for name, dice in summary["dice"].items():
-        a, b = predicted == LABELS[name], reference == LABELS[name]
+        a, b = predicted == TISSUES[name], reference == TISSUES[name]
         assert dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
     assert any(f"{summary['mean_dice']:.3f}" in line for line in said)
 
@@ -80,7 +80,9 @@ def test_it_touches_no_folder_but_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo_segments_the_real_scan(tmp_path: Path) -> None:
-    from segkit.demo.demo import STEPS
+    from segkit.demo.demo import DEMO_STEPS
 
-    summary = run_demo(tmp_path / "out", contrast="t1", steps=STEPS, overwrite=False, say=print)
+    summary = run_demo(
+        tmp_path / "out", contrast="t1", steps=DEMO_STEPS, overwrite=False, say=print
+    )
     assert summary["mean_dice"] >= 0.82

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from rich.console import Console
 
-from segkit.evaluation.scores import METRICS, CaseScores, score_case, summarise, to_json, to_table
+from segkit.evaluation.scores import (
+    METRIC_NAMES,
+    CaseScores,
+    score_case,
+    summarise,
+    to_json,
+    to_table,
+)
 
 NAN = float("nan")
 LABELS = {0: "background", 1: "liver", 7: "tumour"}
@@ -86,7 +93,7 @@ def test_a_case_scores_as_worked_out_by_hand() -> None:
     assert liver.hd95_mm == 2.5
     assert liver.assd_mm == pytest.approx(np.mean(distances))
     assert liver.nsd == pytest.approx(1 - 136 / 508)
-    assert all(math.isnan(getattr(tumour, metric)) for metric, _, _ in METRICS)
+    assert all(math.isnan(getattr(tumour, metric)) for metric, _, _ in METRIC_NAMES)
     assert (tumour.tp, tumour.fp, tumour.fn, tumour.reference_ml) == (0, 0, 0, 0)
 
 

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.config.attention import AdditiveGridGate, CrossAttention
+from segkit.config.attention import AdditiveGridGateConfig, CrossAttentionConfig
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.explain_files import explain_files, explain_heads, reference_of
-from segkit.explain.explain_scan import explain
-from segkit.explain.heads.study import Case, HeadFigures, PositionFigures, head_table, study_heads
+from segkit.explain.explain_scan import explain_volume
+from segkit.explain.heads.study import (
+    HeadFigures,
+    PositionFigures,
+    ScoredVolume,
+    head_table,
+    study_heads,
+)
 from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import Input, find_inputs
 from segkit.inference.predictor import Predictor
@@ -90,7 +96,7 @@ def test_figures_of_the_heads_stand_with_the_map_that_they_receive(
     scans: Path, tmp_path: Path
 ) -> None:
     predictor = predictor_of(
-        skip=CrossAttention(levels=[0, 1], heads=[1, 3], head_channels=4),
+        skip=CrossAttentionConfig(levels=[0, 1], heads=[1, 3], head_channels=4),
         bottleneck=self_attention(2),
         encoder="sse",
     )
@@ -116,7 +122,7 @@ def test_figures_of_the_heads_stand_with_the_map_that_they_receive(
 
 
 def test_a_model_of_gates_has_maps_and_no_reach(scans: Path, tmp_path: Path) -> None:
-    predictor = predictor_of(skip=AdditiveGridGate(), encoder="se")
+    predictor = predictor_of(skip=AdditiveGridGateConfig(), encoder="se")
     (explained,) = explain_files(predictor, find_inputs([scans / "a.nii.gz"], 1), tmp_path / "out")
     assert explained.reach == {}
     assert files_in(tmp_path / "out") == files_of("a", "skip.1-gate")
@@ -141,7 +147,7 @@ def test_maps_of_an_earlier_model_do_not_stay_beside_those_of_a_new_one(
     scans: Path, tmp_path: Path
 ) -> None:
     inputs, out = find_inputs([scans / "a.nii.gz"], 1), tmp_path / "out"
-    list(explain_files(predictor_of(skip=AdditiveGridGate(levels=[0, 1])), inputs, out))
+    list(explain_files(predictor_of(skip=AdditiveGridGateConfig(levels=[0, 1])), inputs, out))
     (out / "notes.txt").write_text("mine")
     list(explain_files(predictor_of(bottleneck=self_attention(2)), inputs, out, overwrite=True))
     assert files_in(out) == files_of("a", "bottleneck-received") | {"notes.txt"}
@@ -153,7 +159,7 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
     (scans / "a.nii.gz").write_bytes(b"no volume")
     (tmp_path / "labels" / "c.nii.gz").write_bytes(b"no labels")
     (scans / "c.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
-    model, out = saved_model(tmp_path / "model", skip=AdditiveGridGate()), tmp_path / "out"
+    model, out = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig()), tmp_path / "out"
     words = ("--out", out, "--model", model, "--reference", tmp_path / "labels")
     code, said, err = command(scans, *words)
     assert code == 2 and f"wrote {out / 'b' / 'b_seg.nii.gz'}" in said
@@ -177,7 +183,7 @@ def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(
 ) -> None:
     inputs, out = find_inputs([scans], 1), tmp_path / "out"
     (scans / "a.nii.gz").unlink()
-    first, second = explain_files(predictor_of(skip=AdditiveGridGate()), inputs, out)
+    first, second = explain_files(predictor_of(skip=AdditiveGridGateConfig()), inputs, out)
     assert first.error is not None and second.written
     told = json.loads((out / "cohort.json").read_text())["provenance"]
     assert [entry["file"] for entry in told["inputs"]] == ["b.nii.gz"]
@@ -185,13 +191,13 @@ def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(
 
 def test_tables_of_heads_are_those_of_the_study(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(
-        skip=CrossAttention(heads=1, head_channels=4), bottleneck=self_attention(2)
+        skip=CrossAttentionConfig(heads=1, head_channels=4), bottleneck=self_attention(2)
     )
     labels, out = scans.parent / "labels", tmp_path / "out"
     figures = explain_heads(predictor, find_inputs([scans], 1), labels, out)
     assert files_in(out) == {"heads.csv", "heads.json"}
     cases = [
-        Case(name, *(read_volume(folder / f"{name}.nii.gz") for folder in (scans, labels)))
+        ScoredVolume(name, *(read_volume(folder / f"{name}.nii.gz") for folder in (scans, labels)))
         for name in ("a", "b")
     ]
     studied = study_heads(predictor, cases)
@@ -302,7 +308,7 @@ def test_heads_without_a_reference_are_one_line_and_exit_code_2(
 def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
-    model = saved_model(tmp_path / "model", skip=AdditiveGridGate())
+    model = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig())
     labels = scans.parent / "labels"
     words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
     code, _, err = command(*words)
@@ -312,7 +318,7 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
 
 
 def test_a_study_of_a_model_without_heads_writes_nothing(scans: Path, tmp_path: Path) -> None:
-    predictor, labels = predictor_of(skip=AdditiveGridGate()), scans.parent / "labels"
+    predictor, labels = predictor_of(skip=AdditiveGridGateConfig()), scans.parent / "labels"
     with pytest.raises(ModelError, match="no attention with heads"):
         explain_heads(predictor, find_inputs([scans], 1), labels, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -359,7 +365,7 @@ def test_volumes_of_one_name_are_refused(scans: Path, tmp_path: Path) -> None:
     other.write_bytes((scans / "a.nii.gz").read_bytes())
     inputs = find_inputs([scans / "a.nii.gz", other], 1)
     with pytest.raises(VolumeError, match=r"other/a\.nii\.gz: another volume is called a too"):
-        list(explain_files(predictor_of(skip=AdditiveGridGate()), inputs, tmp_path / "out"))
+        list(explain_files(predictor_of(skip=AdditiveGridGateConfig()), inputs, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -371,7 +377,7 @@ def test_tables_of_a_cohort_are_those_of_its_scans_with_its_references(
         halves = np.zeros((8, 8, 8), np.uint8)
         halves[:4], halves[4:, 4:] = 1, 2
         write_volume(path, read_volume(path).like(halves))
-    predictor = predictor_of(skip=AdditiveGridGate(levels=[0, 1]))
+    predictor = predictor_of(skip=AdditiveGridGateConfig(levels=[0, 1]))
     inputs = find_inputs([scans], 1)
     list(explain_files(predictor, inputs, out, references=labels, tolerance_mm=2.0))
     rows = {name: rows_of(out / name / "measures.csv") for name in ("a", "b")}
@@ -379,7 +385,7 @@ def test_tables_of_a_cohort_are_those_of_its_scans_with_its_references(
     for name in ("a", "b"):
         told = json.loads((out / name / "measures.json").read_text())
         assert told["against"] == "reference" and told["tolerance_mm"] == 2.0
-        explanation = explain(
+        explanation = explain_volume(
             predictor,
             *(read_volume(folder / f"{name}.nii.gz") for folder in (scans, labels)),
             tolerance_mm=2.0,

@@ -9,9 +9,9 @@ import pytest
 from browser import CHROMIUM, show
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.config.attention import AdditiveGridGate
+from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import SegkitError, VolumeError
-from segkit.explain.explain_scan import Explanation, explain
+from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.page import Verdict, write_page
@@ -24,7 +24,7 @@ KEYS = ["skip.0/gate", "skip.1/gate", "fused/gate"]
 
 
 def gated() -> Predictor:
-    return Predictor(attending_model(skip=AdditiveGridGate(levels=[0, 1])), device="cpu")
+    return Predictor(attending_model(skip=AdditiveGridGateConfig(levels=[0, 1])), device="cpu")
 
 
 def study(
@@ -46,7 +46,7 @@ def study(
 def explained() -> Explanation:
     """Of a scan of two windows along its first axis, with its reference and one study."""
     scan = noise_case(12, 8, 8).volume
-    return explain(gated(), scan, layered(scan), name="<a>", studies=[study])
+    return explain_volume(gated(), scan, layered(scan), name="<a>", studies=[study])
 
 
 def layered(scan: Volume) -> Volume:
@@ -82,7 +82,7 @@ def test_windows_disagree_where_they_overlap_and_nowhere_else(explained: Explana
 
 
 def test_one_window_has_nothing_to_disagree_with() -> None:
-    found = explain(gated(), noise_case(8, 8, 8).volume)
+    found = explain_volume(gated(), noise_case(8, 8, 8).volume)
     told = {one.map: one.value for one in found.measures if one.name == "disagreement"}
     assert list(told) == KEYS[:2] and all(np.isnan(value) for value in told.values())
     assert found.against == "prediction" and found.dice == {}
@@ -91,7 +91,7 @@ def test_one_window_has_nothing_to_disagree_with() -> None:
 def test_a_reference_elsewhere_is_refused_by_name() -> None:
     scan, other = noise_case(8, 8, 8).volume, noise_case(8, 8, 12)
     with pytest.raises(VolumeError, match=r"^b: the reference lies on another grid than the scan"):
-        explain(gated(), scan, other.reference, name="b")
+        explain_volume(gated(), scan, other.reference, name="b")
 
 
 def test_disagreement_is_not_told_unasked() -> None:

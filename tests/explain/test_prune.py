@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from segkit.config.attention import CrossAttention, UTransformerGate
+from segkit.config.attention import CrossAttentionConfig, UTransformerGateConfig
 from segkit.errors import ModelError
 from segkit.explain.heads.study import masking, multi_headed
 from segkit.explain.prune import prune
@@ -69,9 +69,9 @@ def test_self_attention_without_heads_is_that_with_them_masked(
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-@pytest.mark.parametrize("kind", [CrossAttention, UTransformerGate])
+@pytest.mark.parametrize("kind", [CrossAttentionConfig, UTransformerGateConfig])
 def test_attention_at_skips_without_heads_is_that_with_them_masked(
-    kind: type[CrossAttention] | type[UTransformerGate], spatial_dims: Dims
+    kind: type[CrossAttentionConfig] | type[UTransformerGateConfig], spatial_dims: Dims
 ) -> None:
     model = attending_model(
         spatial_dims=spatial_dims, skip=kind(levels=[0, 1], heads=[2, 3], head_channels=4)
@@ -79,7 +79,7 @@ def test_attention_at_skips_without_heads_is_that_with_them_masked(
     pruned = assert_pruned_is_masked(model, {"skip.0": [1], "skip.1": [2, 0]})
     # Queries are of the coarser level, of 7 and 8 channels, values of the skip, of 6 and 7; keys
     # are of the skip in `cross_attention` and of the coarser level in `u_transformer`.
-    keys = (6, 7) if kind is CrossAttention else (7, 8)
+    keys = (6, 7) if kind is CrossAttentionConfig else (7, 8)
     fewer = 4 * ((8 + keys[0] + 7 + 6) + (9 + keys[1] + 8 + 7))
     assert num_parameters(model) - num_parameters(pruned) == fewer
     assert pruned.description.network.attention.skip.heads == [1, 2]
@@ -99,7 +99,7 @@ def test_the_order_and_repetition_of_heads_to_keep_are_of_no_matter() -> None:
 
 def test_positions_that_are_not_named_keep_all_their_heads() -> None:
     attention: dict[str, Any] = {
-        "skip": CrossAttention(levels=[0, 1], heads=2, head_channels=4),
+        "skip": CrossAttentionConfig(levels=[0, 1], heads=2, head_channels=4),
         "bottleneck": self_attention(3),
     }
     model = attending_model(**attention)
@@ -124,7 +124,7 @@ def test_pruning_nothing_changes_no_bit(spatial_dims: Dims) -> None:
         ({"bottleneck": self_attention(3, positions="relative")}, {"bottleneck": [2]}),
         (
             {
-                "skip": UTransformerGate(levels=[0, 1], heads=2, head_channels=4),
+                "skip": UTransformerGateConfig(levels=[0, 1], heads=2, head_channels=4),
                 "bottleneck": self_attention(3),
             },
             {"skip.0": [1], "bottleneck": [1, 2]},

@@ -20,11 +20,11 @@ from segkit.config.model import ModelDescription
 from segkit.errors import ModelError, SegkitError, VolumeError
 from segkit.export.agreement import Agreement, compare, noise_for
 from segkit.export.deployment import deployment
-from segkit.export.export import Export, Form, export
+from segkit.export.export import Export, Form, export_model
 from segkit.export.graphs import export_onnx, export_openvino
 from segkit.export.whole_volume import WholeVolume
 from segkit.geometry.grid import Grid, Placement
-from segkit.inference.engines.converted import Run
+from segkit.inference.engines.converted import RunGraph
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
 from segkit.inference.predictor import Predictor
@@ -52,7 +52,7 @@ def scan_of(seed: int = 0) -> Volume:
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_an_exported_model_agrees_on_a_volume_through_windows(form: Form, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", {"skip": "additive_grid", "encoder": "cbam"})
-    found = export(model, form, tmp_path / NAMES[form], check=True, scan=scan_of()).agreement
+    found = export_model(model, form, tmp_path / NAMES[form], check=True, scan=scan_of()).agreement
     assert found is not None and found.holds
     assert found.same_labels >= 0.9999
     maps = {name: value for name, value in found.differences.items() if name != LOGITS}
@@ -165,7 +165,7 @@ def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
     run = export_onnx(model, tmp_path / "a.onnx")
     assert compare(model, run, noise_for(model)).holds
 
-    def planted(name: str, error: float) -> Run:
+    def planted(name: str, error: float) -> RunGraph:
         def off(windows: Tensor, names: tuple[str, ...]) -> list[Tensor]:
             answers = dict(zip(names, run(windows, names), strict=True))
             answers[name] = answers[name] + error
@@ -201,7 +201,7 @@ def test_a_module_that_python_gave_is_exported_as_any_other(tmp_path: Path) -> N
         }
     )
     model = described_model(description, module)
-    exported = export(model, "onnx", tmp_path / "a.onnx", check=True)
+    exported = export_model(model, "onnx", tmp_path / "a.onnx", check=True)
     assert exported.holds and exported.agreement is not None
     assert set(exported.agreement.differences) == {LOGITS}
 
@@ -213,12 +213,12 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
     model = model_of({}, 3)
     out = tmp_path / NAMES[form]
     with pytest.raises(ModelError, match=rf"is written to a file \*\{out.suffix}"):
-        export(model, form, tmp_path / "network.pt")
+        export_model(model, form, tmp_path / "network.pt")
     out.with_suffix(".bin" if form == "openvino" else ".onnx").write_text("mine")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
-        export(model, form, out)
+        export_model(model, form, out)
     assert len(list(tmp_path.iterdir())) == 1
-    export(model, form, out, overwrite=True)
+    export_model(model, form, out, overwrite=True)
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def fail(*arguments: object, **options: object) -> None:
@@ -226,7 +226,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
 
     monkeypatch.setattr("segkit.export.graphs.Traced.forward", fail)
     with pytest.raises(ModelError, match=r"cannot hold this network: no such operator"):
-        export(model, form, out, overwrite=True)
+        export_model(model, form, out, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
 
 
@@ -257,7 +257,7 @@ def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
     assert isinstance(many.exception, SegkitError)
     assert "has 2 models; export one, such as" in str(many.exception)
     off = Export((tmp_path / "a.onnx",), Agreement({LOGITS: 0.2}, 3.0, 0.98))
-    monkeypatch.setattr("segkit.export.export.export", lambda *given, **options: off)
+    monkeypatch.setattr("segkit.export.export.export_model", lambda *given, **options: off)
     told = CliRunner().invoke(app, ["export", str(tmp_path / "five" / "fold_0"), *arguments])
     assert "same label: 98.0000% of voxels" in told.output
     assert isinstance(told.exception, SegkitError)
@@ -282,7 +282,7 @@ def test_an_exported_model_agrees_on_a_real_scan(
     described["patch_size"] = [32, 32, 32]
     description = ModelDescription.model_validate(described)
     torch.manual_seed(0)
-    exported = export(
+    exported = export_model(
         Model(description, build_network(description).eval()),
         form,
         tmp_path / NAMES.get(form, "bundle"),

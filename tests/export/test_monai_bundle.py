@@ -17,7 +17,7 @@ from segkit.errors import ModelError, VolumeError
 from segkit.export import bundle_check
 from segkit.export.bundle_check import as_in_nifti, run_bundle, same_labels, scan_for
 from segkit.export.deployment import deployment
-from segkit.export.export import SAME_IN_BUNDLE, export
+from segkit.export.export import SAME_IN_BUNDLE, export_model
 from segkit.export.graphs import example_windows
 from segkit.export.monai_bundle import NETWORK, export_bundle
 from segkit.export.torchscript import METADATA, export_torchscript, read_torchscript
@@ -174,9 +174,9 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "mine.txt").write_text("irreplaceable")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
-        export(model, "monai-bundle", tmp_path / "scans")
+        export_model(model, "monai-bundle", tmp_path / "scans")
     with pytest.raises(ModelError, match="is no bundle, and is left alone"):
-        export(model, "monai-bundle", tmp_path / "scans", overwrite=True)
+        export_model(model, "monai-bundle", tmp_path / "scans", overwrite=True)
     assert content_of(tmp_path) == {"scans/mine.txt": b"irreplaceable"}
 
 
@@ -184,7 +184,7 @@ def test_a_bundle_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bundle"
-    export(model_for(), "monai-bundle", folder)
+    export_model(model_for(), "monai-bundle", folder)
     (folder / "notes.txt").write_text("of the old one")
     before = content_of(tmp_path)
 
@@ -194,9 +194,9 @@ def test_a_bundle_is_replaced_whole_or_not_at_all(
     with monkeypatch.context() as patched:
         patched.setattr("segkit.export.monai_bundle.readme_of", fail)
         with pytest.raises(OSError, match="the disk is full"):
-            export(model_for(), "monai-bundle", folder, overwrite=True)
+            export_model(model_for(), "monai-bundle", folder, overwrite=True)
     assert content_of(tmp_path) == before
-    export(model_for(run="others"), "monai-bundle", folder, overwrite=True)
+    export_model(model_for(run="others"), "monai-bundle", folder, overwrite=True)
     assert not (folder / "notes.txt").exists()
     assert json.loads((folder / "configs" / "metadata.json").read_text())["name"] == "others"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -213,7 +213,7 @@ def test_a_check_of_a_bundle_compares_its_network_and_what_monai_makes_of_it(
         return 0.9
 
     monkeypatch.setattr("segkit.export.export.same_labels", ran)
-    exported = export(model, "monai-bundle", tmp_path / "bundle", check=True)
+    exported = export_model(model, "monai-bundle", tmp_path / "bundle", check=True)
     assert asked == [tmp_path / "bundle"]
     assert exported.agreement is not None and exported.agreement.holds
     assert not exported.holds
@@ -227,7 +227,7 @@ def test_a_bundle_that_monai_cannot_run_is_one_sentence(
     monkeypatch.setattr(bundle_check.subprocess, "run", lambda *given, **options: failed)
     with pytest.raises(ModelError, match=r"MONAI cannot run .*bundle: .*OSError: no model\.ts"):
         same_labels(model_for(), tmp_path / "bundle", scan_for(model_for()))
-    monkeypatch.setattr(bundle_check, "NEEDED", ("monai_of_the_future",))
+    monkeypatch.setattr(bundle_check, "BUNDLE_LIBRARIES", ("monai_of_the_future",))
     with pytest.raises(ModelError, match="monai_of_the_future is not installed; pip install monai"):
         run_bundle(tmp_path / "bundle", scan_for(model_for()))
 

@@ -16,12 +16,12 @@ from segkit.export import whole_volume
 from segkit.export.deployment import deployment
 from segkit.export.monai_bundle import inference_of
 from segkit.export.whole_volume import (
-    ANISOTROPY,
-    UNLIKELY,
+    FAR_BELOW,
+    SLICES_APART,
     LargestComponents,
     WholeVolume,
     WrittenRegions,
-    separate_axis,
+    slice_axis,
 )
 from segkit.geometry.grid import Grid
 from segkit.inference import model_walk as member
@@ -141,17 +141,17 @@ def test_a_scan_of_nothing_is_background() -> None:
     empty = torch.zeros(2, 9, 8, 7)
     found = sheet_for(model).logits(empty, (1.0, 1.0, 1.0), lambda images: model.network(images))
     assert found.argmax(dim=0).sum() == 0
-    torch.testing.assert_close(found[1:], torch.full((2, 9, 8, 7), UNLIKELY))
+    torch.testing.assert_close(found[1:], torch.full((2, 9, 8, 7), FAR_BELOW))
 
 
 def test_what_both_hold_in_common_is_the_same() -> None:
-    assert ANISOTROPY == OWN_ANISOTROPY and UNLIKELY == member.UNLIKELY
+    assert SLICES_APART == OWN_ANISOTROPY and FAR_BELOW == member.UNLIKELY
     for size, patch, overlap, multiple in ((45, 16, 0.4, 8), (7, 16, 0.5, 4), (100, 32, 0.9, 2)):
         own = windows.window_starts(size, patch, overlap, multiple)
-        assert whole_volume.window_starts(size, patch, overlap, multiple) == own
-    assert torch.equal(whole_volume.gaussian(13), windows.gaussian(13))
+        assert whole_volume.starts_of_windows(size, patch, overlap, multiple) == own
+    assert torch.equal(whole_volume.window_profile(13), windows.window_weight(13))
     for spacings in (((1.0, 1.0, 3.1), EVEN), (EVEN, (4.0, 1.0, 1.0)), ((4.0, 1.0, 4.0), EVEN)):
-        assert separate_axis(*spacings) == own_separate_axis(*spacings)
+        assert slice_axis(*spacings) == own_separate_axis(*spacings)
 
 
 def test_regions_and_components_are_those_of_prediction() -> None:

@@ -10,7 +10,7 @@ from numpy import ndarray
 from numpy.testing import assert_allclose
 from pydicom import Dataset, dcmread
 
-from segkit.config.dataset_files import LabelCode
+from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry.grid import Grid
@@ -23,7 +23,7 @@ from tests.helpers import affine_of
 SHAPE = (6, 5, 4)
 CLASSES = Labelling({"background": 0, "liver": 1, "lesion": 2})
 REGIONS = Labelling({"background": 0, "whole": 2, "core": 1}, {"whole": (1, 2), "core": (1,)})
-LIVER = LabelCode(scheme="SCT", value="10200004", meaning="Liver")
+LIVER = LabelCodeConfig(scheme="SCT", value="10200004", meaning="Liver")
 LPS = np.array([-1, -1, 1])
 
 

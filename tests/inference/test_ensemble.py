@@ -15,13 +15,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 from torch.testing import assert_close
 
-from segkit.config.attention import AdditiveGridGate, AttentionConfig
-from segkit.config.data import ZScore
+from segkit.config.attention import AdditiveGridGateConfig, AttentionConfig
+from segkit.config.data import ZScoreConfig
 from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.ensemble import entropy, merge
+from segkit.inference.ensemble import merge, predictive_entropy
 from segkit.inference.moments import Moments
 from segkit.inference.predictor import Predictor
 from segkit.inference.source_rows import SourceRows
@@ -124,7 +124,7 @@ def test_variance_of_models_and_of_mirror_images_add_up() -> None:
 
 
 def test_maps_are_those_of_the_first_model_and_presence_is_the_mean() -> None:
-    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGate()))
+    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGateConfig()))
     volume = noise_volume((9, 8, 12))
     together = Predictor([gated, seeded(2)])(volume, maps=True)
     alone = Predictor(gated)(volume, maps=True)
@@ -156,7 +156,7 @@ def test_models_of_several_tasks_do_not_predict_together() -> None:
 def test_models_that_see_a_volume_alike_share_its_image() -> None:
     models = [seeded(1), seeded(2), respaced(seeded(3), (2.0, 1.0, 1.0))]
     scored = seeded(4)
-    told = scored.description.model_copy(update={"normalisation": [ZScore()]})
+    told = scored.description.model_copy(update={"normalisation": [ZScoreConfig()]})
     predictor = Predictor([*models, Model(told, scored.network)])
     images = predictor._prepare_all(noise_volume((9, 8, 12)), None, lambda slabs, count: slabs)
     assert images[0] is images[1]
@@ -212,7 +212,7 @@ def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
 
 def test_entropy_is_one_where_all_classes_are_alike_and_zero_where_one_is_sure() -> None:
     shares = torch.tensor([[0.25, 1.0, 0.5], [0.25, 0.0, 0.5], [0.25, 0.0, 0.0], [0.25, 0.0, 0.0]])
-    assert_close(entropy(shares), torch.tensor([1.0, 0.0, math.log(2) / math.log(4)]))
+    assert_close(predictive_entropy(shares), torch.tensor([1.0, 0.0, math.log(2) / math.log(4)]))
 
 
 def test_moments_are_those_of_all_answers_at_once() -> None:
@@ -230,7 +230,7 @@ def test_moments_are_those_of_all_answers_at_once() -> None:
 
 
 def test_an_array_with_an_affine_needs_no_files_and_threads_do_not_disturb_one_another() -> None:
-    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGate()))
+    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGateConfig()))
     predictor = Predictor([gated, seeded(2)])
     volumes = [
         Volume(np.random.default_rng(seed).normal(size=(14, 12, 17)), Grid((14, 12, 17), np.eye(4)))
@@ -262,7 +262,7 @@ def test_an_array_with_an_affine_needs_no_files_and_threads_do_not_disturb_one_a
 
 def test_maps_recorded_by_two_threads_at_once_are_each_threads_own() -> None:
     """Without a lock the second thread's maps would land in the first one's dictionary."""
-    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGate()))
+    gated = seeded(1, attention=AttentionConfig(skip=AdditiveGridGateConfig()))
     predictor = Predictor(gated)
     engine = predictor.members[0].engine
     inside = threading.Semaphore(1)

@@ -15,14 +15,14 @@ from numpy.testing import assert_allclose
 from torch import Tensor
 
 from segkit.config.attention import (
-    AdditiveGridGate,
-    AdditiveSameLevelGate,
+    AdditiveGridGateConfig,
+    AdditiveSameLevelGateConfig,
     AttentionConfig,
-    CrossAttention,
-    GlobalContext,
-    SelfAttention,
-    SpatialExcitation,
-    UTransformerGate,
+    CrossAttentionConfig,
+    GlobalContextConfig,
+    SelfAttentionConfig,
+    SpatialExcitationConfig,
+    UTransformerGateConfig,
 )
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid, Orientation
@@ -40,15 +40,19 @@ STRIDES = {
     "anisotropic": [[2, 2, 1], [1, 2, 1], [2, 2, 2]],
 }
 KINDS = {
-    "grid gates": AttentionConfig(skip=AdditiveGridGate(levels=[0, 1, 2])),
-    "same-level gates": AttentionConfig(skip=AdditiveSameLevelGate(levels=[0, 1, 2])),
+    "grid gates": AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1, 2])),
+    "same-level gates": AttentionConfig(skip=AdditiveSameLevelGateConfig(levels=[0, 1, 2])),
     "cross-attention": AttentionConfig(
-        skip=CrossAttention(levels=[1, 2], heads=1, head_channels=6)
+        skip=CrossAttentionConfig(levels=[1, 2], heads=1, head_channels=6)
     ),
-    "u-transformer": AttentionConfig(skip=UTransformerGate(levels=[2], heads=1, head_channels=6)),
-    "spatial": AttentionConfig(encoder=SpatialExcitation(), decoder=SpatialExcitation()),
-    "self-attention": AttentionConfig(bottleneck=SelfAttention(heads=1, head_channels=6)),
-    "pooling": AttentionConfig(encoder=GlobalContext(), decoder=GlobalContext()),
+    "u-transformer": AttentionConfig(
+        skip=UTransformerGateConfig(levels=[2], heads=1, head_channels=6)
+    ),
+    "spatial": AttentionConfig(
+        encoder=SpatialExcitationConfig(), decoder=SpatialExcitationConfig()
+    ),
+    "self-attention": AttentionConfig(bottleneck=SelfAttentionConfig(heads=1, head_channels=6)),
+    "pooling": AttentionConfig(encoder=GlobalContextConfig(), decoder=GlobalContextConfig()),
 }
 OF_KIND = {
     "grid gates": {"gate"},
@@ -187,7 +191,7 @@ def test_windows_of_a_local_map_are_the_whole_of_it(
 @pytest.mark.parametrize("code", ["LPS", "RAI", "ASL", "SPR"])
 def test_a_scan_stored_another_way_has_the_same_values_in_the_same_places(code: str) -> None:
     """Of a network that looks at what lies around, with random weights and odd sizes."""
-    gates = AdditiveGridGate(levels=[0, 1], initial_bias=0.0)
+    gates = AdditiveGridGateConfig(levels=[0, 1], initial_bias=0.0)
     network = NetworkConfig(channels=[4, 4, 4], attention=AttentionConfig(skip=gates))
     predictor = Predictor(random_model(network), device="cpu")
     grid = Grid((13, 21, 11), affine_of("RAS", spacing=(1.0, 1.0, 1.0)))

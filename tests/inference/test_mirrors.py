@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 from torch.testing import assert_close
 
-from segkit.config.attention import AdditiveGridGate, AttentionConfig
+from segkit.config.attention import AdditiveGridGateConfig, AttentionConfig
 from segkit.config.data import DataConfig, SynthesisConfig
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
@@ -178,7 +178,7 @@ def test_a_coordinate_field_in_maps_of_mirror_images_stays_where_it_is(mirror: l
     network = NetworkConfig(
         channels=[2, 2, 2, 2],
         deep_supervision=False,
-        attention=AttentionConfig(skip=AdditiveGridGate(levels=[0, 1, 2])),
+        attention=AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1, 2])),
     )
     told = description(
         channels=3, spacing=(1.0, 1.0, 1.0), patch_size=(16, 16, 16), network=network

@@ -12,7 +12,7 @@ from scipy import ndimage
 from segkit.inference.postprocess import (
     BOTH,
     CLASSES,
-    FOREGROUND,
+    LARGEST_FOREGROUND,
     Decision,
     apply,
     candidates,
@@ -129,7 +129,7 @@ def tables(
     classes: list[list[float]],
     both: list[list[float]] | None = None,
 ) -> tuple[ndarray, dict[str, ndarray]]:
-    after = {FOREGROUND: foreground, CLASSES: classes, BOTH: both or foreground}
+    after = {LARGEST_FOREGROUND: foreground, CLASSES: classes, BOTH: both or foreground}
     return np.array(raw), {name: np.array(table) for name, table in after.items()}
 
 
@@ -201,6 +201,6 @@ def test_what_is_adopted_never_lowers_a_class(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
     table = arrays.arrays(np.float64, shape, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
     raw = data.draw(table)
-    after = {name: data.draw(table) for name in (FOREGROUND, CLASSES, BOTH)}
+    after = {name: data.draw(table) for name in (LARGEST_FOREGROUND, CLASSES, BOTH)}
     chosen = decide(raw, after).dice(raw, after)
     assert (class_means(chosen) >= class_means(raw)).all()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from segkit.config.attention import AttentionConfig, MeanPooling
-from segkit.config.data import ZScore
+from segkit.config.attention import AttentionConfig, MeanPoolingConfig
+from segkit.config.data import ZScoreConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError, SegkitError, VolumeError
@@ -103,7 +103,7 @@ def test_a_result_keeps_its_inputs_format() -> None:
     assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.NRRD")
 
 
-def predictor_of(head: MeanPooling | None) -> Predictor:
+def predictor_of(head: MeanPoolingConfig | None) -> Predictor:
     torch.manual_seed(0)
     description = ModelDescription(
         segkit="test",
@@ -112,7 +112,7 @@ def predictor_of(head: MeanPooling | None) -> Predictor:
         labels={"background": 0, "head": 1, "tail": 2},
         network=NetworkConfig(channels=[2, 4], attention=AttentionConfig(head=head)),
         spacing=(1.0, 1.0, 1.0),
-        normalisation=[ZScore()],
+        normalisation=[ZScoreConfig()],
         slices="axial",
         patch_size=[8, 8, 8],
     )
@@ -131,7 +131,7 @@ def names_in(folder: Path) -> list[str]:
 
 def test_presence_is_written_beside_the_labels_of_a_model_with_a_head(tmp_path: Path) -> None:
     inputs = find_inputs([noise_at(tmp_path / "in" / f"{name}.nii.gz") for name in "ab"], 1)
-    predictor = predictor_of(MeanPooling())
+    predictor = predictor_of(MeanPoolingConfig())
     for outcome in predict_files(predictor, inputs, out=tmp_path / "out"):
         assert outcome.error is None
         told = tmp_path / "out" / f"{outcome.input.name}_presence.json"
@@ -147,7 +147,7 @@ def test_presence_is_written_beside_the_labels_of_a_model_with_a_head(tmp_path: 
 
 def test_presence_beside_an_input_is_named_after_it(tmp_path: Path) -> None:
     inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
-    (outcome,) = predict_files(predictor_of(MeanPooling()), inputs)
+    (outcome,) = predict_files(predictor_of(MeanPoolingConfig()), inputs)
     assert outcome.error is None
     names = ["scan.nii.gz", "scan_presence.json", "scan_seg.json", "scan_seg.nii.gz"]
     assert names_in(tmp_path) == names
@@ -157,7 +157,7 @@ def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path:
     inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
     told = tmp_path / "scan_presence.json"
     told.write_text("kept")
-    predictor = predictor_of(MeanPooling())
+    predictor = predictor_of(MeanPoolingConfig())
     (refused,) = predict_files(predictor, inputs)
     reason = f"{told}: exists already; pass --overwrite or name another --out"
     assert refused.error is not None and refused.error.endswith(reason)
@@ -181,7 +181,7 @@ def test_a_model_without_a_head_neither_writes_nor_minds_presence(tmp_path: Path
 def test_inputs_named_alike_but_for_seg_keep_their_own_presence(tmp_path: Path) -> None:
     names = ["scan", "scan_seg"]
     paths = [noise_at(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate(names)]
-    predictor = predictor_of(MeanPooling())
+    predictor = predictor_of(MeanPoolingConfig())
     outcomes = list(predict_files(predictor, find_inputs(paths, 1), out=tmp_path / "out"))
     assert [outcome.error for outcome in outcomes] == [None, None]
     told = [json.loads((tmp_path / "out" / f"{name}_presence.json").read_text()) for name in names]
@@ -192,7 +192,7 @@ def test_maps_that_are_there_already_are_kept_unless_they_may_be_overwritten(
     tmp_path: Path,
 ) -> None:
     inputs = find_inputs([noise_at(tmp_path / "scan.nii.gz")], 1)
-    predictor = predictor_of(MeanPooling())
+    predictor = predictor_of(MeanPoolingConfig())
     told = tmp_path / "maps" / "scan_maps.json"
     told.parent.mkdir()
     told.write_text("precious")

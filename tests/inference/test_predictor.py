@@ -14,13 +14,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.config.attention import (
-    AdditiveGridGate,
+    AdditiveGridGateConfig,
     AttentionConfig,
-    GatedPooling,
-    SqueezeExcitation,
+    GatedPoolingConfig,
+    SqueezeExcitationConfig,
 )
-from segkit.config.data import CtWindow
-from segkit.config.model import ModelDescription, Postprocessing
+from segkit.config.data import CtWindowConfig
+from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.config.network import NetworkConfig
 from segkit.data.preprocess import prepare
 from segkit.errors import ModelError, VolumeError
@@ -39,11 +39,11 @@ from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model
 from segkit.nn.map_tap import taps
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 from tests.helpers import ORIENTATIONS, affine_of, linear_field
 
-AS_IT_IS = CtWindow(lower=-1e6, upper=1e6, mean=0.0, std=1.0)
+AS_IT_IS = CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)
 
 
 def description(
@@ -97,7 +97,7 @@ def pooled_coordinates(strides: list[list[int]]) -> Model:
         strides=strides,
         downsampling="pool",
         deep_supervision=False,
-        attention=AttentionConfig(skip=AdditiveGridGate(levels=[0, 1, 2])),
+        attention=AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1, 2])),
     )
     told = description(channels=3, spacing=(0.7, 1.3, 4.0), patch_size=(16, 16, 8), network=network)
     built = build_network(told)
@@ -117,7 +117,7 @@ def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
     told = description(classes=3, spacing=(1.0, 1.0, 1.0))
     network = nearest_class(3)
 
-    def labels(adopted: Postprocessing) -> ndarray:
+    def labels(adopted: PostprocessingConfig) -> ndarray:
         changed = told.model_copy(update={"postprocessing": adopted})
         prediction = Predictor(Model(changed, network))(volume, probabilities=True)
         # Probabilities stay those of the network.
@@ -125,13 +125,13 @@ def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
         assert_array_equal(prediction.probabilities.data.argmax(axis=3), values)
         return prediction.labels.data
 
-    assert_array_equal(labels(Postprocessing()), values)
+    assert_array_equal(labels(PostprocessingConfig()), values)
     without_blob, without_inside = values.copy(), values.copy()
     without_blob[12:15] = 0
-    assert_array_equal(labels(Postprocessing(largest_foreground=True)), without_blob)
+    assert_array_equal(labels(PostprocessingConfig(largest_foreground=True)), without_blob)
     without_inside[4:6, 3:5, 3:5] = 0
-    assert_array_equal(labels(Postprocessing(largest_of=(2,))), without_inside)
-    both = Postprocessing(largest_foreground=True, largest_of=(2,))
+    assert_array_equal(labels(PostprocessingConfig(largest_of=(2,))), without_inside)
+    both = PostprocessingConfig(largest_foreground=True, largest_of=(2,))
     assert_array_equal(labels(both), without_blob)
 
 
@@ -314,7 +314,7 @@ def world_axes(code: str) -> list[int]:
 def constant_gates(value: float) -> Model:
     network = NetworkConfig(
         channels=[2, 2, 2],
-        attention=AttentionConfig(skip=AdditiveGridGate(levels=[0, 1])),
+        attention=AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1])),
     )
     told = description(spacing=(1.0, 1.0, 1.0), network=network)
     model = Model(told, build_network(told))
@@ -340,7 +340,9 @@ def random_model(network: NetworkConfig, patch_size: tuple[int, ...] = (8, 8, 8)
 
 
 def test_asking_for_maps_and_probabilities_changes_no_label() -> None:
-    network = NetworkConfig(channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGate()))
+    network = NetworkConfig(
+        channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
+    )
     volume = noise_volume((15, 14, 13))
     predictor = Predictor(random_model(network))
     bare, full = predictor(volume), predictor(volume, maps=True, probabilities=True)
@@ -372,7 +374,7 @@ def test_streamed_labels_are_those_of_the_whole_at_once() -> None:
 def test_a_2d_network_segments_a_volume_slice_by_slice() -> None:
     network = NetworkConfig(spatial_dims=2, channels=[4, 4, 4])
     model = random_model(network, patch_size=(8, 8))
-    assert isinstance(model.network, Planes)
+    assert isinstance(model.network, SlicewiseNetwork)
     volume = noise_volume((8, 8, 11))
     labels = Predictor(model)(volume).labels.data
     for index in range(11):
@@ -383,7 +385,7 @@ def test_a_2d_network_segments_a_volume_slice_by_slice() -> None:
 
 def test_maps_over_channels_come_as_mean_and_deviation_over_windows() -> None:
     network = NetworkConfig(
-        channels=[4, 4, 4], attention=AttentionConfig(encoder=SqueezeExcitation())
+        channels=[4, 4, 4], attention=AttentionConfig(encoder=SqueezeExcitationConfig())
     )
     model = random_model(network)
     volume = noise_volume((8, 8, 8))
@@ -397,7 +399,9 @@ def test_maps_over_channels_come_as_mean_and_deviation_over_windows() -> None:
 
 
 def test_batches_of_windows_change_nothing_but_the_last_digits() -> None:
-    network = NetworkConfig(channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGate()))
+    network = NetworkConfig(
+        channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
+    )
     model = random_model(network)
     volume = noise_volume((20, 20, 20))
     one = Predictor(model, batch_size=1)(volume, maps=True, probabilities=True)
@@ -460,7 +464,9 @@ def test_beyond_the_body_labels_are_background_and_maps_are_zero() -> None:
     body = np.zeros(grid.shape, bool)
     body[5:17, 3:15, 6:20] = True
     values = np.where(body, np.random.default_rng(0).normal(5, 1, grid.shape), 0)
-    network = NetworkConfig(channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGate()))
+    network = NetworkConfig(
+        channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
+    )
     predictor = Predictor(random_model(network))
     volume = Volume(values.astype(np.float32), grid)
     prediction = predictor(volume, maps=True, probabilities=True)
@@ -479,7 +485,7 @@ def test_beyond_the_body_labels_are_background_and_maps_are_zero() -> None:
 
 
 def headed_model(*, patch_size: tuple[int, ...] = (8, 8, 8), **changes: object) -> Model:
-    attention = AttentionConfig(head=GatedPooling(width=6), skip=AdditiveGridGate())
+    attention = AttentionConfig(head=GatedPoolingConfig(width=6), skip=AdditiveGridGateConfig())
     settings = {"channels": [4, 4, 4], "attention": attention, **changes}
     return random_model(NetworkConfig.model_validate(settings), patch_size)
 
@@ -516,7 +522,7 @@ def test_presence_of_a_volume_is_the_highest_of_its_windows() -> None:
 
 def test_presence_in_2d_is_the_highest_of_all_planes() -> None:
     model = headed_model(patch_size=(8, 8), spatial_dims=2)
-    assert isinstance(model.network, Planes)
+    assert isinstance(model.network, SlicewiseNetwork)
     volume = noise_volume((8, 8, 11))
     planes = torch.from_numpy(volume.data).movedim(2, 0)[:, None]
     with torch.no_grad():
@@ -535,7 +541,7 @@ def test_presence_is_the_same_beside_maps_and_changes_none_of_them() -> None:
     assert_array_equal(full.labels.data, bare.labels.data)
     assert set(full.maps) == {"skip.1/gate", "head/pool"}
 
-    without = headed_model(attention=AttentionConfig(skip=AdditiveGridGate()))
+    without = headed_model(attention=AttentionConfig(skip=AdditiveGridGateConfig()))
     without.network.load_state_dict(model.network.state_dict(), strict=False)
     plain = Predictor(without)(volume, maps=True)
     assert plain.presence is None

@@ -14,8 +14,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from segkit.checking import check
-from segkit.config.data import ZScore
-from segkit.config.dataset_files import LabelCode
+from segkit.config.data import ZScoreConfig
+from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.data.dataset import read_dataset
@@ -41,7 +41,7 @@ from tests.small import small_config, small_dataset
 
 SHAPE = (9, 8, 7)
 GRID = Grid(SHAPE, affine_of("LPS", spacing=(1.0, 1.1, 2.0)))
-LIVER = LabelCode(scheme="SCT", value="10200004", meaning="Liver")
+LIVER = LabelCodeConfig(scheme="SCT", value="10200004", meaning="Liver")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         codes={"liver": LIVER},
         network=NetworkConfig(channels=[2, 4]),
         spacing=(1.0, 1.0, 1.0),
-        normalisation=[ZScore()],
+        normalisation=[ZScoreConfig()],
         slices="axial",
         patch_size=[8, 8, 8],
     )

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.inference import windows
-from segkit.inference.windows import Blend, WindowFunction, gaussian, slide, stream, window_starts
+from segkit.inference.windows import (
+    Blend,
+    WindowFunction,
+    slide,
+    stream,
+    window_starts,
+    window_weight,
+)
 
 OVERLAPS = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]), st.floats(0, 0.95))
 
@@ -343,7 +350,7 @@ def test_an_output_of_a_size_that_does_not_divide_the_patch_is_refused() -> None
 
 @pytest.mark.parametrize("patch", [1, 2, 7, 32])
 def test_weights_of_a_window_are_a_gaussian_about_its_centre(patch: int) -> None:
-    weights = gaussian(patch)
+    weights = window_weight(patch)
     assert_close(weights, torch.from_numpy(gaussian_by_definition(patch)).float())
     assert_close(weights, weights.flip(0))
     assert weights.min() > 0

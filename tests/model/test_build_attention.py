@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from segkit.config import attention as config_attention
-from segkit.config.attention import AttentionConfig, SelfAttention
+from segkit.config.attention import AttentionConfig, SelfAttentionConfig
 from segkit.config.base import Section
 from segkit.config.load import dump_yaml, load_config, validated
 from segkit.config.model import ModelDescription
@@ -25,7 +25,7 @@ from segkit.nn import self_attention as bottleneck
 from segkit.nn import spatial_attention as spatial
 from segkit.nn.blocks import Modulated
 from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 
 SMALLEST = "data: {folder: scans, patch_size: [32, 32, 16]}\n"
@@ -148,8 +148,8 @@ def built(
         patch_size=patch_size or SIZES[tree["spatial_dims"]]["patch_size"],
     )
     whole = build_network(description)
-    assert isinstance(whole, Planes) == (tree["spatial_dims"] == 2)
-    return whole.network if isinstance(whole, Planes) else whole
+    assert isinstance(whole, SlicewiseNetwork) == (tree["spatial_dims"] == 2)
+    return whole.network if isinstance(whole, SlicewiseNetwork) else whole
 
 
 def attention_of(network: UNet) -> dict[str, nn.Module]:
@@ -595,8 +595,10 @@ def test_a_u_transformer_has_the_bias_given_for_every_channel() -> None:
 def test_relative_positions_among_too_many_voxels_are_refused() -> None:
     relative = {"kind": "self_attention", "positions": "relative"}
     with pytest.raises(ConfigError, match="take too much memory; give it a window of 4096 at most"):
-        token_factory(validated(SelfAttention, relative, "c"), (17, 16, 16))(8)
-    token_factory(validated(SelfAttention, {**relative, "window": [4, 4, 4]}, "c"), (17, 16, 16))(8)
+        token_factory(validated(SelfAttentionConfig, relative, "c"), (17, 16, 16))(8)
+    token_factory(
+        validated(SelfAttentionConfig, {**relative, "window": [4, 4, 4]}, "c"), (17, 16, 16)
+    )(8)
 
 
 def test_grid_gates_are_as_many_as_asked_for() -> None:

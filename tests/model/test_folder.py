@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from segkit.config.data import ZScore
-from segkit.config.model import ModelDescription, Postprocessing
+from segkit.config.data import ZScoreConfig
+from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.io.atomic import write_json
@@ -109,7 +109,7 @@ def test_what_is_adopted_is_all_that_changes_in_a_model(tmp_path: Path) -> None:
     model = small_model()
     save_model(tmp_path, model)
     weights = (tmp_path / "weights.safetensors").read_bytes()
-    chosen = Postprocessing(largest_foreground=True, largest_of=(1,))
+    chosen = PostprocessingConfig(largest_foreground=True, largest_of=(1,))
     adopt(tmp_path, chosen)
     assert load_description(tmp_path) == model.description.model_copy(
         update={"postprocessing": chosen}
@@ -171,4 +171,7 @@ def test_a_lone_extra_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_normalisation_survives_the_round_trip(tmp_path: Path) -> None:
     save_model(tmp_path, small_model())
-    assert load_model(tmp_path).description.normalisation == [ZScore(), ZScore(nonzero=True)]
+    assert load_model(tmp_path).description.normalisation == [
+        ZScoreConfig(),
+        ZScoreConfig(nonzero=True),
+    ]

@@ -18,7 +18,7 @@ from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
 from segkit.nn.map_tap import Edit, editing, recording, taps
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def network_of(attention: dict[str, Any], spatial_dims: int, **others: Any) -> U
         patch_size=PATCH[spatial_dims],
     )
     network = build_network(description)
-    inner = network.network if isinstance(network, Planes) else network
+    inner = network.network if isinstance(network, SlicewiseNetwork) else network
     for module in inner.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.Linear) and name == "weight" and not parameter.any():

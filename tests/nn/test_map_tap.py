@@ -12,7 +12,7 @@ from segkit.nn.blocks import Modulated
 from segkit.nn.channel_attention import SqueezeExcitation
 from segkit.nn.gates import AdditiveGridGate, AdditiveSameLevelGate
 from segkit.nn.map_tap import MapInfo, editing, recording, taps
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.spatial_attention import convolutional_block_attention
 from segkit.nn.unet import GateFactory, UNet
 
@@ -183,7 +183,7 @@ def test_maps_lie_where_their_levels_lie(
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_the_maps_of_planes_have_a_cell_per_voxel_across_them(axis: int) -> None:
     plane = attentive_unet(strides=[(1, 2), (3, 2)], downsampling="pool")
-    network = Planes(plane, axis=axis)
+    network = SlicewiseNetwork(plane, axis=axis)
     gate = network.maps()["skip.1/gate"].placement
     assert gate is not None
     stride, offset = [3.0, 4.0], [1.0, 1.5]

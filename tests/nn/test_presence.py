@@ -11,7 +11,7 @@ from segkit.nn.blocks import Modulated
 from segkit.nn.channel_attention import SqueezeExcitation
 from segkit.nn.map_tap import recording
 from segkit.nn.pooling import GatedPooling, LearnedQueryPooling, MeanPooling
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import BlockFactory, UNet
 
 HEADS: dict[str, BlockFactory] = {
@@ -85,7 +85,9 @@ def test_a_head_changes_no_bit_of_the_segmentation(head: str) -> None:
         assert torch.equal(level, expected)
 
 
-@pytest.mark.parametrize("wrap", [lambda network: network, lambda network: Planes(network, axis=2)])
+@pytest.mark.parametrize(
+    "wrap", [lambda network: network, lambda network: SlicewiseNetwork(network, axis=2)]
+)
 def test_a_network_without_a_head_tells_no_presence(wrap: Callable[[UNet], nn.Module]) -> None:
     network = wrap(unet(None))
     image = image_of(1, 2, 8, 8) if isinstance(network, UNet) else image_of(1, 2, 8, 8, 3)
@@ -110,7 +112,7 @@ def test_forward_records_the_maps_of_the_head_too(head: str) -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @every_head
 def test_what_any_plane_holds_the_volume_holds(head: str, axis: int) -> None:
-    network = Planes(unet(head).eval(), axis=axis)
+    network = SlicewiseNetwork(unet(head).eval(), axis=axis)
     space = [8, 12]
     space.insert(axis, 5)
     volumes = image_of(3, 2, *space)
@@ -126,7 +128,7 @@ def test_what_any_plane_holds_the_volume_holds(head: str, axis: int) -> None:
 
 
 def test_presence_teaches_the_plane_that_shows_a_class_most() -> None:
-    network = Planes(unet("mean").eval(), axis=2)
+    network = SlicewiseNetwork(unet("mean").eval(), axis=2)
     volume = image_of(1, 2, 8, 8, 6).requires_grad_()
     presence = network.classified(volume)[1]
     presence[0, 1].backward()

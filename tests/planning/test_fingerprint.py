@@ -8,7 +8,7 @@ import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose
 
-from segkit.data.dataset import Case, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
@@ -23,7 +23,7 @@ LABELS = {"background": 0, "near": 1, "far": 2}
 
 def write_case(
     folder: Path, name: str, channels: list[ndarray], label: ndarray, code: str = "RAS"
-) -> Case:
+) -> CaseFiles:
     """A case of voxels of 0.7, 1.3 and 4 mm along its own axes; no channels for a label alone."""
     x, y, z = label.shape
     grid = Grid((x, y, z), affine_of(code, rotation=(0.0, 0.0, 0.0)))
@@ -31,7 +31,7 @@ def write_case(
     for path, values in zip(paths, channels, strict=True):
         write_volume(path, Volume(values.astype(np.float32), grid))
     write_volume(folder / f"{name}.nii.gz", Volume(label.astype(np.uint8), grid))
-    return Case(name, paths, folder / f"{name}.nii.gz")
+    return CaseFiles(name, paths, folder / f"{name}.nii.gz")
 
 
 def line(*values: float, length: int = 4) -> ndarray:
@@ -41,7 +41,7 @@ def line(*values: float, length: int = 4) -> ndarray:
     return row
 
 
-def dataset_of(folder: Path, *cases: Case, channels: tuple[str, ...] = ("MRI",)) -> Dataset:
+def dataset_of(folder: Path, *cases: CaseFiles, channels: tuple[str, ...] = ("MRI",)) -> Dataset:
     return Dataset(folder, cases, channels, LABELS)
 
 
@@ -61,7 +61,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the cases that are read from now on."""
     names: list[str] = []
 
-    def counted(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
+    def counted(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
         names.append(case.name)
         return read_case(case, dataset)
 
@@ -224,7 +224,7 @@ def test_a_changed_file_is_measured_again(
 def test_work_that_was_broken_off_goes_on_where_it_was(
     three: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies_at_ben(case: Case, dataset: Dataset) -> tuple[Volume, Volume]:
+    def dies_at_ben(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
         if case.name == "ben":
             raise KeyboardInterrupt
         return read_case(case, dataset)

@@ -3,7 +3,7 @@
 import pytest
 
 from segkit.errors import SegkitError
-from segkit.system.launcher import Place, place_of_process
+from segkit.system.launcher import ProcessPlace, place_of_process
 
 
 def test_a_process_that_nothing_launched_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_torchrun_numbers_its_processes(monkeypatch: pytest.MonkeyPatch) -> None
     variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place_of_process() == Place(number=6, count=8, local=1)
+    assert place_of_process() == ProcessPlace(number=6, count=8, local=1)
 
 
 def test_slurm_numbers_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,4 +31,4 @@ def test_slurm_numbers_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place_of_process() == Place(number=3, count=4, local=0)
+    assert place_of_process() == ProcessPlace(number=3, count=4, local=0)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segkit.checking import check
-from segkit.config.data import ZScore
+from segkit.config.data import ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
-from segkit.data.dataset import Case, Dataset, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset
 from segkit.errors import ConfigError, ModelError
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume, read_volume
@@ -62,7 +62,7 @@ def described_model(**changes: object) -> Model:
             "labels": {"background": 0, "ball": 1},
             "network": NetworkConfig(channels=[2, 2]),
             "spacing": (1.0, 1.0, 1.0),
-            "normalisation": [ZScore()],
+            "normalisation": [ZScoreConfig()],
             "slices": "axial",
             "patch_size": [8, 8, 8],
             **changes,
@@ -168,7 +168,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     save_model(tmp_path / "one", described_model())
     save_model(tmp_path / "lung", described_model(labels={"background": 0, "lung": 1}))
     save_model(
-        tmp_path / "ct", described_model(channels=["CT", "PET"], normalisation=[ZScore()] * 2)
+        tmp_path / "ct", described_model(channels=["CT", "PET"], normalisation=[ZScoreConfig()] * 2)
     )
     with pytest.raises(ModelError, match="its classes are lung where ball are expected"):
         first_models([tmp_path / "one", tmp_path / "lung"], known)
@@ -341,7 +341,7 @@ def test_held_out_cases_are_scored_with_the_labels_of_models_that_held_them_out(
     known = read_dataset(dataset)
     references = {case.name: case.label for case in known.cases}
 
-    def track(cases: Iterable[Case], what: str, count: int) -> Iterable[Case]:
+    def track(cases: Iterable[CaseFiles], what: str, count: int) -> Iterable[CaseFiles]:
         return cases
 
     scores = score(model, known, known.cases[:2], track, device="cpu", first_labels=references)

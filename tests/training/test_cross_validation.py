@@ -12,16 +12,21 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from segkit.config.load import load_config
-from segkit.config.model import Postprocessing
+from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
 from segkit.data.dataset import fold_of, read_dataset
 from segkit.errors import ConfigError, DatasetError, ModelError
-from segkit.inference.postprocess import BOTH, CLASSES, FOREGROUND, candidates
+from segkit.inference.postprocess import BOTH, CLASSES, LARGEST_FOREGROUND, candidates
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
 from segkit.model.folder import load_description, load_model, model_folders, newest_model
 from segkit.training import fit as training
-from segkit.training.cross_validation import cross_validate, is_cross_validation, resume, summarise
+from segkit.training.cross_validation import (
+    cross_validate,
+    is_cross_validation,
+    pool_folds,
+    resume_folds,
+)
 from tests.small import small_config, small_dataset
 
 CASES = 6
@@ -114,7 +119,7 @@ def test_the_summary_pools_the_cases_of_all_folds(finished: Path) -> None:
 
 def test_the_decision_is_in_every_folds_model(finished: Path) -> None:
     told = read(finished / "summary.json")["postprocessing"]
-    expected = Postprocessing(
+    expected = PostprocessingConfig(
         largest_foreground=told["largest_foreground"],
         largest_of=tuple({"ball": 1}[name] for name in told["largest_of"]),
     )
@@ -126,11 +131,11 @@ def test_the_evidence_is_the_dice_of_the_predicted_labels_after_each_operation(
     data: Path, finished: Path
 ) -> None:
     told = read(finished / "fold_0" / "summary.json")["validation"]["dice_of_cases_after"]
-    assert set(told) == {FOREGROUND, CLASSES, BOTH}
+    assert set(told) == {LARGEST_FOREGROUND, CLASSES, BOTH}
     model = load_model(finished / "fold_0")
-    bare = model.description.model_copy(update={"postprocessing": Postprocessing()})
+    bare = model.description.model_copy(update={"postprocessing": PostprocessingConfig()})
     predictor = Predictor(training.Model(bare, model.network))
-    for name in told[FOREGROUND]:
+    for name in told[LARGEST_FOREGROUND]:
         label = read_volume(data / "labelsTr" / f"{name}.nii.gz").data
         labels = predictor(read_volume(data / "imagesTr" / f"{name}.nii.gz")).labels.data
         for operation, function in candidates([1]).items():
@@ -148,10 +153,10 @@ def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_
         content = read(path)
         for name, dice in content["validation"]["dice_of_cases"].items():
             dice["ball"] = 0.5
-            for operation in (FOREGROUND, CLASSES, BOTH):
+            for operation in (LARGEST_FOREGROUND, CLASSES, BOTH):
                 content["validation"]["dice_of_cases_after"][operation][name]["ball"] = 0.75
         path.write_text(json.dumps(content))
-    result = resume(folder)
+    result = resume_folds(folder)
     assert result.summary["validation"]["mean_dice"] == 0.5
     # Of one class, its largest component is the foreground's.
     told = result.summary["postprocessing"]
@@ -161,7 +166,7 @@ def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_
         "post-processing: largest component of the whole foreground; mean Dice 0.750"
     )
     for model in model_folders(folder):
-        assert load_model(model).description.postprocessing == Postprocessing(
+        assert load_model(model).description.postprocessing == PostprocessingConfig(
             largest_foreground=True
         )
 
@@ -180,7 +185,7 @@ def validation(cases: dict[str, tuple[float | None, float | None]]) -> dict[str,
             "dice": dict.fromkeys(("small", "large"), 0.0),
             "mean_dice": 0.0,
             "dice_of_cases": rows,
-            "dice_of_cases_after": {FOREGROUND: rows, CLASSES: better, BOTH: better},
+            "dice_of_cases_after": {LARGEST_FOREGROUND: rows, CLASSES: better, BOTH: better},
         },
     }
 
@@ -190,14 +195,14 @@ def test_the_summary_says_what_is_adopted_and_what_it_gives() -> None:
         0: validation({"a": (0.5, 0.4), "b": (None, 0.6)}),
         3: validation({"c": (0.7, None)}),
     }
-    summary = summarise("x", folds)
+    summary = pool_folds("x", folds)
     assert summary["steps"] == 6 and summary["seconds_of_training"] == 3.0
     assert summary["validation"]["dice"] == pytest.approx({"small": 0.6, "large": 0.5})
     assert summary["validation"]["mean_dice"] == pytest.approx(0.55)
     told = summary["postprocessing"]
     assert told["largest_foreground"] is False and told["largest_of"] == ["large"]
     assert told["adopted"]["dice"] == pytest.approx({"small": 0.6, "large": 0.6})
-    assert told["after"][FOREGROUND]["mean_dice"] == pytest.approx(0.55)
+    assert told["after"][LARGEST_FOREGROUND]["mean_dice"] == pytest.approx(0.55)
 
 
 # What it goes on with
@@ -211,16 +216,16 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     (folder / "fold_2" / "summary.json").unlink()
     kept = (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns
     said: list[str] = []
-    resume(folder, say=said.append)
+    resume_folds(folder, say=said.append)
     assert said == ["fold 2, 2 of 2"]
     assert (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns == kept
     after = (folder / "summary.json").read_text()
     assert json.loads(after)["validation"] == json.loads(before)["validation"]
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_0", "fold_2"]
     with pytest.raises(ConfigError, match=r"small: is finished already; name more --folds"):
-        resume(folder)
+        resume_folds(folder)
     counter = CountRuns()
-    wider = resume(folder, [1], callbacks=[counter])
+    wider = resume_folds(folder, [1], callbacks=[counter])
     assert counter.count == 1 and list(wider.summary["folds"]) == ["0", "1", "2"]
     assert wider.summary["validation"]["cases"] == 4
 
@@ -237,7 +242,7 @@ def test_a_cross_validation_that_was_stopped_goes_on_with_what_is_missing(
     assert newest_of(tmp_path) is None
     monkeypatch.chdir(tmp_path)  # what was recorded does not depend on the working directory
     counter = CountRuns()
-    summary = resume(folder, callbacks=[counter]).summary
+    summary = resume_folds(folder, callbacks=[counter]).summary
     assert counter.count == 2 and list(summary["folds"]) == ["0", "1", "4"]
     whole = read(finished / "summary.json")["validation"]["dice_of_cases"]
     assert summary["validation"]["dice_of_cases"] == {
@@ -294,7 +299,7 @@ def test_a_cross_validation_is_no_run_to_resume_as_one(finished: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"small: expected a run with its config\.yaml"):
         training.resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):
-        resume(tmp_path)
+        resume_folds(tmp_path)
 
 
 # Its models

@@ -11,8 +11,8 @@ import yaml
 from numpy.testing import assert_array_equal
 from safetensors.torch import load_file
 
-from segkit.config.attention import AttentionConfig, MeanPooling
-from segkit.config.data import ZScore
+from segkit.config.attention import AttentionConfig, MeanPoolingConfig
+from segkit.config.data import ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
@@ -241,7 +241,7 @@ def test_every_config_trains_for_one_step(path: Path, dataset: Path, tmp_path: P
     assert gated == path.stem.startswith(("attention", "u_transformer"))
 
 
-def balls_told_by(head: MeanPooling | None, logit: float = 0.0) -> Model:
+def balls_told_by(head: MeanPoolingConfig | None, logit: float = 0.0) -> Model:
     """A model of balls whose head says the same of every image."""
     description = ModelDescription(
         segkit="test",
@@ -250,7 +250,7 @@ def balls_told_by(head: MeanPooling | None, logit: float = 0.0) -> Model:
         labels={"background": 0, "ball": 1},
         network=NetworkConfig(channels=[2, 4], attention=AttentionConfig(head=head)),
         spacing=(1.0, 1.0, 1.0),
-        normalisation=[ZScore()],
+        normalisation=[ZScoreConfig()],
         slices="axial",
         patch_size=[16, 16, 16],
     )
@@ -273,7 +273,7 @@ def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_p
 
     # Three of the four cases hold a ball.
     for logit, accuracy in ((2.0, 0.75), (-2.0, 0.25)):
-        scores = scored(balls_told_by(MeanPooling(), logit))
+        scores = scored(balls_told_by(MeanPoolingConfig(), logit))
         assert scores["cases"] == 4
         assert scores["presence_accuracy"] == {"ball": accuracy}
     assert "presence_accuracy" not in scored(balls_told_by(None))

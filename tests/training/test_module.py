@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from segkit.nn.gates import AdditiveGridGate, HardGate
 from segkit.nn.losses import deep_dice_cross_entropy, presence_cross_entropy
 from segkit.nn.pooling import MeanPooling
-from segkit.nn.slicewise import Planes
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 from segkit.training.module import SegmentationModule
 
@@ -22,16 +22,18 @@ pytestmark = [
 Case = dict[str, Tensor]
 
 
-def network() -> Planes:
+def network() -> SlicewiseNetwork:
     torch.manual_seed(0)
-    return Planes(UNet(2, 1, out_channels=3, channels=(8, 16), deep_supervision=True), axis=2)
+    return SlicewiseNetwork(
+        UNet(2, 1, out_channels=3, channels=(8, 16), deep_supervision=True), axis=2
+    )
 
 
 def unvaried(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     return image, label
 
 
-def as_said(network: Planes, image: Tensor) -> Tensor:
+def as_said(network: SlicewiseNetwork, image: Tensor) -> Tensor:
     """The labels that the image itself holds."""
     return image[0].long()
 
@@ -267,7 +269,7 @@ def test_one_patch_is_learnt_by_heart() -> None:
     assert (labels == batch["label"]).float().mean() > 0.98
 
 
-def with_head() -> Planes:
+def with_head() -> SlicewiseNetwork:
     """The network of the other tests, and a head for its two foreground classes."""
     torch.manual_seed(0)
     unet = UNet(
@@ -278,11 +280,11 @@ def with_head() -> Planes:
         deep_supervision=True,
         presence_head=lambda channels: MeanPooling(channels, num_classes=2),
     )
-    return Planes(unet, axis=2)
+    return SlicewiseNetwork(unet, axis=2)
 
 
 def trained(
-    network: Planes, steps: int = 1, *more: L.Callback, **changes: Any
+    network: SlicewiseNetwork, steps: int = 1, *more: L.Callback, **changes: Any
 ) -> tuple[list[float], Mapping[str, Tensor]]:
     """The loss of each step of a network's training, and what was logged last."""
     losses = Losses()
@@ -327,7 +329,7 @@ def test_a_network_without_a_head_has_no_loss_of_presence() -> None:
     assert "train/loss" in logged and "train/presence_loss" not in logged
 
 
-def hard_gated() -> Planes:
+def hard_gated() -> SlicewiseNetwork:
     """A network whose gates are open or shut with equal probability."""
 
     def make(
@@ -350,7 +352,7 @@ def hard_gated() -> Planes:
         )
 
     torch.manual_seed(0)
-    return Planes(UNet(2, 1, out_channels=3, channels=(8, 16), skip_gate=make), axis=2)
+    return SlicewiseNetwork(UNet(2, 1, out_channels=3, channels=(8, 16), skip_gate=make), axis=2)
 
 
 class Unsettled(L.Callback):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segkit.checking import check
 from segkit.config.load import dump_yaml
-from segkit.data.dataset import Case, Dataset, fold_of, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model, start_from
@@ -25,7 +25,7 @@ from tests.small import small_config, small_dataset
 
 
 def dataset_of(count: int) -> Dataset:
-    cases = [Case(f"case_{number:03d}", (), Path("x")) for number in range(count)]
+    cases = [CaseFiles(f"case_{number:03d}", (), Path("x")) for number in range(count)]
     return Dataset(Path("folder"), tuple(cases), ("MRI",), {"background": 0, "one": 1})
 
 

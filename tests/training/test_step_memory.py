@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.config.data import ZScore
+from segkit.config.data import ZScoreConfig
 from segkit.config.load import validated
-from segkit.config.model import FirstStage, ModelDescription
+from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network, volume_patch
 from segkit.nn.losses import deep_dice_cross_entropy
@@ -57,7 +57,7 @@ def description(network: dict[str, object], patch_size: list[int]) -> ModelDescr
         labels={"background": 0, "one": 1, "two": 2},
         network=validated(NetworkConfig, network, "test"),
         spacing=(1.0, 1.0, 1.0),
-        normalisation=[ZScore()],
+        normalisation=[ZScoreConfig()],
         slices="axial",
         patch_size=patch_size,
     )
@@ -111,7 +111,9 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 
 def test_labels_of_a_first_stage_are_one_channel_of_patches_and_several_of_the_network() -> None:
     alone = description({"channels": [8, 16]}, [16, 16, 16])
-    second = alone.model_copy(update={"first_stage": FirstStage(models=1, classes=["a", "b", "c"])})
+    second = alone.model_copy(
+        update={"first_stage": FirstStageConfig(models=1, classes=["a", "b", "c"])}
+    )
     config = small_config(Path("data"), data={"augment": False})
     without, beside = (memory_of_step(config, each, half=False) for each in (alone, second))
     voxels = 2 * 16**3

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from segkit.errors import ConfigError, Stopped
 from segkit.training.cross_validation import cross_validate
-from segkit.training.cross_validation import resume as resume_folds
+from segkit.training.cross_validation import resume_folds as resume_folds
 from segkit.training.fit import resume, train
 from segkit.training.run_folder import claimed
 from tests.small import small_config, small_dataset

@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The weights of a second stage that nothing stopped."""
     runs = tmp_path_factory.mktemp("whole")
-    return weights(two_stages.train(*stages(dataset), runs=runs).folder)
+    return weights(two_stages.train_two_stages(*stages(dataset), runs=runs).folder)
 
 
 def stages(dataset: Path) -> tuple[Config, Config]:
@@ -48,15 +48,15 @@ def test_stopped_in_its_first_stage_the_second_follows(
     dataset: Path, whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped, match=r"train --resume .*small_low goes on"):
-        two_stages.train(*stages(dataset), runs=tmp_path, callbacks=[Ask(1)])
+        two_stages.train_two_stages(*stages(dataset), runs=tmp_path, callbacks=[Ask(1)])
     told: list[Run] = []
-    second = two_stages.resume(tmp_path / "small_low", tell=told.append)
+    second = two_stages.resume_two_stages(tmp_path / "small_low", tell=told.append)
     assert [run.folder.name for run in told] == ["small_low"]
     assert second.folder == tmp_path / "small" and weights(second.folder).keys() == whole.keys()
     for key, value in weights(second.folder).items():
         assert torch.equal(value, whole[key]), key
     with pytest.raises(ConfigError, match="small: is finished already"):
-        two_stages.resume(tmp_path / "small_low")
+        two_stages.resume_two_stages(tmp_path / "small_low")
 
 
 def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
@@ -65,8 +65,8 @@ def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
     for number, name in enumerate(("small_low", "small")):
         runs = tmp_path / str(number)
         with pytest.raises(Stopped, match=r"train --resume .*small goes on"):
-            two_stages.train(*stages(dataset), runs=runs, callbacks=[AskSecond(1)])
-        second = two_stages.resume(runs / name)
+            two_stages.train_two_stages(*stages(dataset), runs=runs, callbacks=[AskSecond(1)])
+        second = two_stages.resume_two_stages(runs / name)
         assert second.folder == runs / "small"
         assert sorted(path.name for path in runs.glob("s*")) == ["small", "small_low"]
         for key, value in weights(second.folder).items():
@@ -76,10 +76,10 @@ def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
 def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -> None:
     low, full = stages(dataset)
     training.train(low, runs=tmp_path, then=full)
-    assert two_stages.resume(tmp_path / "small_low").folder == tmp_path / "small"
+    assert two_stages.resume_two_stages(tmp_path / "small_low").folder == tmp_path / "small"
 
 
 def test_a_run_of_one_stage_is_gone_on_with_as_ever(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         training.train(small_config(dataset), runs=tmp_path, callbacks=[Ask(1)])
-    assert two_stages.resume(tmp_path / "small").summary["steps"] == 4
+    assert two_stages.resume_two_stages(tmp_path / "small").summary["steps"] == 4

@@ -119,7 +119,7 @@ def test_each_validation_leaves_a_picture_of_what_it_predicted(
         passes.append(segment(*inputs, **settings))  # type: ignore[arg-type]
         return passes[-1]
 
-    def kept(given: list[samples.Planes], **words: object) -> ndarray:
+    def kept(given: list[samples.CasePicture], **words: object) -> ndarray:
         rows.append(list(given))
         return draw_rows(given, **words)  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ Each head is masked through its tap, so nothing is trained again.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -26,9 +26,9 @@ from segkit.nn.cross_attention import CrossAttention, UTransformerGate
 from segkit.nn.losses import dice_binary_cross_entropy, dice_cross_entropy
 from segkit.nn.map_tap import Edit, editing
 from segkit.nn.self_attention import SelfAttention
+from segkit.system.progress import Track, untracked
 
 MultiHeaded = SelfAttention | CrossAttention | UTransformerGate
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 class LabelledCase(Protocol):
@@ -48,7 +48,7 @@ class LabelledCase(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class ScoredVolume:
     """A volume and the labels that are right for it."""
 
     name: str
@@ -174,7 +174,7 @@ def study_heads(
     predictor: Predictor,
     cases: Sequence[LabelledCase],
     *,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> list[PositionFigures]:
     """Importance of every head, and Dice without it, with it alone, and in order of importance.
 
@@ -247,7 +247,7 @@ def head_importance(
     predictor: Predictor,
     cases: Sequence[LabelledCase],
     *,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> dict[str, list[float]]:
     """Importance of every head, by position: mean over windows of |dLoss / dSwitch|.
 

@@ -18,7 +18,7 @@ from segkit.explain.measures.ranks import settled
 
 NEAR_AN_END = 0.02
 """Within how much of an end of its range a map's value counts as saturated, for a range of 1."""
-Cells = Float[ndarray, " cells"]
+CellValues = Float[ndarray, " cells"]
 Inside = Bool[ndarray, " cells"]
 
 
@@ -35,13 +35,13 @@ class Figure:
 class Ranked:
     """A map's values with their ranks, found once for all that goes by rank."""
 
-    values: Cells
-    ranks: Cells
+    values: CellValues
+    ranks: CellValues
     """From 1 on, those of equal values their mean. Values that differ by less than blending windows
     in float32 may be off by are equal (`segkit.explain.measures.ranks.settled`)."""
 
     @classmethod
-    def of(cls, values: Cells) -> Self:
+    def of(cls, values: CellValues) -> Self:
         """The values with their ranks."""
         return cls(values, rankdata(settled(values)))
 
@@ -65,17 +65,17 @@ def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
     ]
 
 
-def distribution(values: Cells, lowest: float, highest: float) -> list[Figure]:
+def distribution(values: CellValues, lowest: float, highest: float) -> list[Figure]:
     """How widely a map's values spread, and how many stand at an end of the map's range."""
     low, high = saturation(values, lowest, highest)
     return [
-        Figure("entropy", entropy(values), 1.0),
+        Figure("entropy", normalised_entropy(values), 1.0),
         Figure("saturated_low", low),
         Figure("saturated_high", high),
     ]
 
 
-def energy_inside(values: Cells, inside: Inside) -> float:
+def energy_inside(values: CellValues, inside: Inside) -> float:
     """Σ values inside / Σ values, which must be 0 or more; p where all are 0, as of any constant.
 
     NaN where no cell lies inside.
@@ -131,7 +131,7 @@ def iou_at_prevalence(ranked: Ranked, inside: Inside) -> float:
     return float(both / (2 * count - both))
 
 
-def entropy(values: Cells) -> float:
+def normalised_entropy(values: CellValues) -> float:
     """Entropy of values over their sum, over log N: 1 if all are alike, 0 if all but one are 0."""
     if len(values) < 2:
         return float("nan")
@@ -142,7 +142,7 @@ def entropy(values: Cells) -> float:
     return float(-(shares * np.log(shares)).sum(dtype=np.float64) / np.log(len(values)))
 
 
-def saturation(values: Cells, lowest: float, highest: float) -> tuple[float, float]:
+def saturation(values: CellValues, lowest: float, highest: float) -> tuple[float, float]:
     """The shares of cells at the lower and at the upper end of the map's range.
 
     NaN at an end that is infinite.

@@ -19,9 +19,9 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid, Orientation
 
-MOST_VOXELS = 2**25
+MOST_VOXELS_ON_PAGE = 2**25
 """Of a scan of more, every second voxel along its finest axes is kept, or every third, …"""
-WIDEST = 65534
+WIDEST_PICTURE = 65534
 """The span of whole numbers that two bytes hold, beside a code for what is no number."""
 
 
@@ -54,7 +54,7 @@ def embed(values: ndarray, grid: Grid, *, fine: bool = True) -> Embedded:
     finite = np.isfinite(turned)
     numbers = turned[finite].astype(np.float64)
     low, high = spread(turned)
-    exact = high - low <= WIDEST and np.array_equal(numbers, np.rint(numbers))
+    exact = high - low <= WIDEST_PICTURE and np.array_equal(numbers, np.rint(numbers))
     num_bytes = 1 if (high - low < 255 if exact else not fine) else 2
     top = 256**num_bytes - 1  # kept for what is no number
     step = 1.0 if exact else (high - low) / (top - 1)
@@ -80,7 +80,7 @@ def spread(values: ndarray) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
-def thinning(grid: Grid, most: int = MOST_VOXELS) -> tuple[int, int, int]:
+def thinning(grid: Grid, most: int = MOST_VOXELS_ON_PAGE) -> tuple[int, int, int]:
     """Of how many voxels one is kept along each axis: 1, 1, 1 where a page holds them all."""
     every = np.ones(3, int)
     while math.prod(kept := np.ceil(np.array(grid.shape) / every).astype(int).tolist()) > most:

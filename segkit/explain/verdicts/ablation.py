@@ -7,22 +7,23 @@ whatever the map says; `permuted` keeps all values and loses their places; `inve
 the map does not.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from segkit.config.labels import Labelling
 from segkit.evaluation.overlap import Overlap, confusion_matrix
-from segkit.explain.heads.study import Case, check_case
+from segkit.explain.heads.study import ScoredVolume, check_case
 from segkit.explain.measures.ranks import holm, signed_rank_p
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import Edit, MapInfo, editing
+from segkit.system.progress import Track, untracked
 
-Operation = Literal["open", "mean", "permuted", "inverted"]
+AblationKind = Literal["open", "mean", "permuted", "inverted"]
 """What a map is replaced with, in each window:
 
 - open: 1 everywhere.
@@ -31,12 +32,10 @@ Operation = Literal["open", "mean", "permuted", "inverted"]
 - inverted: lowest + highest - map, of what its values may be, or where that has no end of what they
   are in the window.
 """
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+OPERATIONS: tuple[AblationKind, ...] = get_args(AblationKind)
 ABLATED = ("gate", "spatial")
 """Kinds of maps that features are multiplied with, cell by cell."""
 SIGNIFICANT = 0.05
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Ablation:
 
     case: str
     map: str
-    operation: Operation
+    operation: AblationKind
     label: str | None
     """The class or region; None for the mean over those that the reference holds."""
     against: Literal["reference", "prediction"]
@@ -62,7 +61,7 @@ class AblationEffect:
     """What one operation on one map does over cases."""
 
     map: str
-    operation: Operation
+    operation: AblationKind
     label: str | None
     against: Literal["reference", "prediction"]
     cases: int
@@ -84,7 +83,7 @@ def ablated_maps(predictor: Predictor) -> dict[str, MapInfo]:
     return {key: info for key, info in infos.items() if info.kind in ABLATED}
 
 
-def operation_edit(info: MapInfo, operation: Operation, *, seed: int = 0) -> Edit:
+def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> Edit:
     """The edit that replaces a map; each has a random order of its own, drawn from `seed`.
 
     Where several maps share a tap, as of several gates, their cells are shuffled together.
@@ -126,9 +125,9 @@ def ablate(
     *,
     case: str,
     keys: Collection[str] | None = None,
-    operations: Sequence[Operation] = OPERATIONS,
+    operations: Sequence[AblationKind] = OPERATIONS,
     seed: int = 0,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> list[Ablation]:
     """A row per map, operation and class that the reference holds, and one for their mean.
 
@@ -141,7 +140,7 @@ def ablate(
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
-        check_case(Case(case, volume, reference), labelling)
+        check_case(ScoredVolume(case, volume, reference), labelling)
     whole = predictor(volume).labels
     target = whole if reference is None else reference
     before = class_dice(whole, target, labelling)
@@ -170,7 +169,7 @@ def ablation_effects(rows: Sequence[Ablation], *, label: str | None = None) -> l
     The p values are corrected by Holm's method for all that is returned. Changes against
     predictions are never above 0, so that their p values speak of any difference, not of harm.
     """
-    groups: dict[tuple[str, Operation], list[Ablation]] = {}
+    groups: dict[tuple[str, AblationKind], list[Ablation]] = {}
     for row in rows:
         if row.label == label:
             groups.setdefault((row.map, row.operation), []).append(row)

@@ -11,7 +11,7 @@ about the network than about any map.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ from segkit.inference.predictor import AttentionMap, Predictor
 from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import Slab, stream
 from segkit.io.volume import Volume
+from segkit.system.progress import Track, untracked
 
 FRACTIONS = tuple(tenth / 10 for tenth in range(11))
 """Of the cells that are replaced. They are alike seen from either end."""
 RANDOM_ORDERS = 5
 
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Score = Callable[[Float[Tensor, "channel x y z"]], float]
 
 
@@ -133,7 +133,7 @@ def insertion_scores(
     return deletion_scores(image, replacement, blocks, order[::-1], score, fractions=left)[::-1]
 
 
-class Agreement:
+class SoftDiceToFirst:
     """Soft Dice of what a network makes of an image with what it made of the first one.
 
     2 Σ p q / (Σ p² + Σ q²) over the voxels of the network's grid, of a class's probabilities p and,
@@ -202,7 +202,7 @@ def perturb(
     label: str | None = None,
     blur_mm: float | None = None,
     seed: int = 0,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> list[PerturbationCurve]:
     """Deletion and insertion curves of every map that has a place, saliency among them.
 
@@ -215,7 +215,7 @@ def perturb(
     prepared = predictor.prepare(volume)
     image, labelling = prepared.image, predictor.model.description.labelling
     foreground = list(labelling.members) if label is None else [label]
-    agreement = Agreement(predictor, image, foreground)
+    agreement = SoftDiceToFirst(predictor, image, foreground)
     if not agreement.labels:
         return []
     num_channels = len(predictor.model.description.channels)

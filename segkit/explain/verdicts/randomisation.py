@@ -8,9 +8,8 @@ other weights, drawn anew as well, must leave the map exactly as it was.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +20,17 @@ from torch import Tensor
 from segkit.config.model import ModelDescription
 from segkit.explain.measures.ranks import spearman
 from segkit.inference.engines.torch_eager import TorchEngine
-from segkit.inference.model_walk import Member
+from segkit.inference.model_walk import ModelWalk
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import slide
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.nn.map_tap import editing, taps
 from segkit.nn.slicewise import SegmentationNetwork, unet_of
+from segkit.system.progress import Track, untracked
 
 OWN = "own weights"
 """The stage of the module that makes the map."""
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def randomise(
     keys: Collection[str] | None = None,
     seed: int = 0,
     fresh: SegmentationNetwork | None = None,
-    track: Track = lambda items, what, count: items,
+    track: Track = untracked,
 ) -> list[Randomisation]:
     """A row per map of the first model that has a place; what is changed is a copy of the network.
 
@@ -215,7 +213,7 @@ def _load(
 
 
 def _maps(
-    engine: TorchEngine, member: Member, image: Tensor, keys: Collection[str]
+    engine: TorchEngine, member: ModelWalk, image: Tensor, keys: Collection[str]
 ) -> dict[str, ndarray]:
     """Maps of the whole image, without mirror images."""
     patch, overlap, multiple = member.layout

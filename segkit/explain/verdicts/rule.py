@@ -99,7 +99,7 @@ class MapFigures:
     """Spearman's correlation between models; shown, and decides nothing."""
 
 
-def gather(
+def gather_figures(
     key: str,
     *,
     effects: Sequence[AblationEffect] = (),

@@ -21,7 +21,7 @@ from segkit.inference.windows import stream
 from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
-from segkit.nn.slicewise import Planes, unet_of
+from segkit.nn.slicewise import SlicewiseNetwork, unet_of
 from segkit.nn.unet import UNet
 
 Saliency = Callable[[Float[Tensor, "batch channel *space"]], Float[Tensor, "batch 1 *cells"]]
@@ -120,7 +120,7 @@ def _walk(
     def run(windows: Tensor) -> dict[str, Tensor]:
         image = windows.to(device)
         with torch.enable_grad():
-            if isinstance(network, Planes):
+            if isinstance(network, SlicewiseNetwork):
                 cells = network.stack(look(network.planes(image)), len(image))
             else:
                 cells = look(image)

@@ -6,7 +6,7 @@ several scans the same figures are pooled.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,11 @@ from segkit.explain.verdicts.ablation import (
 from segkit.explain.verdicts.findings import Findings
 from segkit.explain.verdicts.perturbation import PerturbationCurve, perturb
 from segkit.explain.verdicts.randomisation import Randomisation, randomise
-from segkit.explain.verdicts.rule import NAMES, MapFigures, gather, judge
+from segkit.explain.verdicts.rule import NAMES, MapFigures, gather_figures, judge
 from segkit.inference.predictor import AttentionMap, Predictor
 from segkit.io.volume import Volume
 from segkit.nn.slicewise import SegmentationNetwork
+from segkit.system.progress import Track, untracked
 
 ABLATIONS = "ablation.csv"
 SHOWN = (
@@ -43,7 +44,6 @@ SHOWN = (
     "randomised",
 )
 """The figures of a map in the table that verdicts rest on."""
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class WorthStudy:
     seed: int = 0
     fresh: SegmentationNetwork | None = None
     """An untrained network; built of the model's description where there is none."""
-    track: Track = lambda items, what, count: items
+    track: Track = untracked
 
     def __call__(
         self,
@@ -160,7 +160,7 @@ def pooled(scans: Sequence[Evidence]) -> tuple[list[MapFigures], list[AblationEf
             for what, auroc in scan.aurocs.get(key, {}).items():
                 of.setdefault(what, []).append(auroc)
         figures.append(
-            gather(
+            gather_figures(
                 key,
                 effects=effects,
                 curves=[curve for scan in scans for curve in scan.curves],

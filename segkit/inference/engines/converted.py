@@ -30,13 +30,13 @@ from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
 from segkit.nn.slicewise import SegmentationNetwork, unet_of
 
-FOLDER = "engines"
+ENGINES_FOLDER = "engines"
 INPUT = "image"
 """The name of the input in files that have names."""
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
+RunGraph = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
 """The outputs of these names for a batch of windows, until the same thread asks again."""
 
 
@@ -54,7 +54,7 @@ class Runtime(Protocol):
     def convert(self, network: "Traced", window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
 
-    def load(self, folder: Path, names: Sequence[str]) -> Run:
+    def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
         """What runs the network of these files, whose outputs have these names, in order."""
 
 
@@ -93,7 +93,7 @@ class ConvertedEngine:
         self.runtime = runtime
         self.eager = TorchEngine(model.network, device=torch.device("cpu"))
         self.traced = Traced(model.network).eval()
-        self.runs: dict[tuple[int, ...], Run] = {}
+        self.runs: dict[tuple[int, ...], RunGraph] = {}
 
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
@@ -119,7 +119,7 @@ class ConvertedEngine:
         shape = tuple(windows.shape[1:])
         return shape in self.runs or find(self._name(shape), self._folders()) is not None
 
-    def _load(self, window: Tensor) -> Run:
+    def _load(self, window: Tensor) -> RunGraph:
         name = self._name(tuple(window.shape[1:]))
         temporary = tempfile.mkdtemp(prefix="segkit-")
         weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
@@ -153,7 +153,7 @@ def lasting_folder(model: Model) -> Path | None:
     """
     if model.folder is None or model.description.network.given is not None:
         return None
-    return user_cache() / FOLDER
+    return user_cache() / ENGINES_FOLDER
 
 
 def digest(model: Model, shape: tuple[int, ...], runtime: str) -> str:

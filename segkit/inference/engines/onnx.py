@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import INPUT, Run, Traced
+from segkit.inference.engines.converted import INPUT, RunGraph, Traced
 
-GRAPH = "network.onnx"
+ONNX_FILE = "network.onnx"
 OPSET = 18
 
 
@@ -27,7 +27,7 @@ class OnnxRuntime:
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
-        self.write(network, window, folder / GRAPH)
+        self.write(network, window, folder / ONNX_FILE)
 
     def write(self, network: Traced, window: Tensor, file: Path, *, batch: str = "") -> None:
         """Write a network for windows like these, its outputs by their names.
@@ -51,11 +51,11 @@ class OnnxRuntime:
                 dynamic_axes={name: {0: batch} for name in names} if batch else {},
             )
 
-    def load(self, folder: Path, names: Sequence[str]) -> Run:
+    def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
         """What runs the network of these files, whose outputs have these names, in order."""
-        return self.read(folder / GRAPH, names)
+        return self.read(folder / ONNX_FILE, names)
 
-    def read(self, file: Path, names: Sequence[str]) -> Run:
+    def read(self, file: Path, names: Sequence[str]) -> RunGraph:
         """What runs the network of a file, whose outputs have these names, in order."""
         options = self.onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import INPUT, Run, Traced
+from segkit.inference.engines.converted import INPUT, RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS
 
-GRAPH = "network.xml"
+OPENVINO_FILE = "network.xml"
 NUMBERS = "network.bin"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -55,7 +55,7 @@ class OpenVino:
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
         graph = self.graph(network, window, batch=len(window))
-        self.openvino.serialize(graph, folder / GRAPH, folder / NUMBERS)
+        self.openvino.serialize(graph, folder / OPENVINO_FILE, folder / NUMBERS)
 
     def graph(self, network: Traced, window: Tensor, *, batch: int) -> Any:
         """OpenVINO's own form of a network for windows like these, its outputs by their names.
@@ -75,15 +75,15 @@ class OpenVino:
             output.get_tensor().set_names({name})
         return graph
 
-    def load(self, folder: Path, names: Sequence[str]) -> Run:
+    def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
         """What runs the network of these files, whose outputs have these names, in order.
 
         It is compiled for each set of outputs that is asked for, in a second or so; OpenVINO's own
         cache of what is compiled would save little of that.
         """
-        return self.read(folder / GRAPH, folder / NUMBERS, names)
+        return self.read(folder / OPENVINO_FILE, folder / NUMBERS, names)
 
-    def read(self, file: Path, numbers: Path, names: Sequence[str]) -> Run:
+    def read(self, file: Path, numbers: Path, names: Sequence[str]) -> RunGraph:
         """What runs the network of these two files, whose outputs have these names, in order."""
         graph = self.core.read_model(file, numbers)
         compiled: dict[tuple[str, ...], Any] = {}

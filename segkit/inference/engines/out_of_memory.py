@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.inference.engines.torch_eager import Engine
-from segkit.inference.ensemble import Verdict, consult
+from segkit.inference.ensemble import MergedRows, consult
 from segkit.inference.source_rows import SourceRows
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class SparingCouncil:
         self.uncertainty = uncertainty
         self.on_host = False
 
-    def __call__(self, members: Sequence[SourceRows]) -> Verdict:
+    def __call__(self, members: Sequence[SourceRows]) -> MergedRows:
         """The verdict of `ensemble.consult`."""
         if not self.on_host:
             try:

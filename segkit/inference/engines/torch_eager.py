@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.nn.map_tap import recording
-from segkit.nn.slicewise import Planes, SegmentationNetwork
+from segkit.nn.slicewise import SegmentationNetwork, SlicewiseNetwork
 
 LOGITS = "logits"
 PRESENCE = "presence"
@@ -55,7 +55,7 @@ def run(
         if key == PRESENCE:
             continue
         cells = recorded[key]
-        if isinstance(network, Planes):
+        if isinstance(network, SlicewiseNetwork):
             cells = network.stack(cells, windows.shape[0])
         outputs[key] = cells
     return outputs

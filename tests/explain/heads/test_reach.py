@@ -13,7 +13,7 @@ from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor, nn
 
-from segkit.config.attention import AdditiveSelfAttention, CrossAttention
+from segkit.config.attention import AdditiveSelfAttentionConfig, CrossAttentionConfig
 from segkit.explain.heads.reach import HeadReach, ReachWatcher, boxes, uniform_distance, watching
 from segkit.geometry.grid import Grid, Placement
 from segkit.inference.predictor import Predictor
@@ -275,8 +275,8 @@ def test_every_matrix_is_watched_with_its_own_cells_and_pitch() -> None:
         patch_size=(16, 8, 8),
         spacing=SPACING,
         strides=[[2, 2, 1], [2, 2, 2]],
-        skip=CrossAttention(levels=[0, 1], heads=[1, 2], head_channels=4),
-        bottleneck=AdditiveSelfAttention(width=5),
+        skip=CrossAttentionConfig(levels=[0, 1], heads=[1, 2], head_channels=4),
+        bottleneck=AdditiveSelfAttentionConfig(width=5),
     )
     predictor, volume = Predictor(model, device="cpu"), volume_of(16, 8, 8)
     seen: dict[str, list[Tensor]] = {"skip.0": [], "skip.1": [], "bottleneck": []}

@@ -13,20 +13,20 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
 from segkit.config.attention import (
-    AdditiveGridGate,
-    AdditiveSelfAttention,
+    AdditiveGridGateConfig,
+    AdditiveSelfAttentionConfig,
     AttentionConfig,
-    CrossAttention,
-    SelfAttention,
-    UTransformerGate,
+    CrossAttentionConfig,
+    SelfAttentionConfig,
+    UTransformerGateConfig,
 )
 from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads import study as explained
 from segkit.explain.heads.study import (
-    Case,
     HeadFigures,
     PositionFigures,
+    ScoredVolume,
     case_dice,
     head_importance,
     head_table,
@@ -90,15 +90,15 @@ def noise_volume(*shape: int, seed: int = 0) -> Volume:
     return Volume(values, Grid((shape[0], shape[1], shape[2]), np.eye(4)))
 
 
-def noise_case(*shape: int, seed: int = 0) -> Case:
+def noise_case(*shape: int, seed: int = 0) -> ScoredVolume:
     """Noise in the image, and three labels for no reason."""
     volume = noise_volume(*shape, seed=seed)
     labels = np.random.default_rng(100 + seed).integers(0, 3, shape).astype(np.uint8)
-    return Case(f"case {seed}", volume, volume.like(labels))
+    return ScoredVolume(f"case {seed}", volume, volume.like(labels))
 
 
-def self_attention(heads: int, **more: Any) -> SelfAttention:
-    return SelfAttention(**{"heads": heads, "head_channels": 4, "positions": "none", **more})
+def self_attention(heads: int, **more: Any) -> SelfAttentionConfig:
+    return SelfAttentionConfig(**{"heads": heads, "head_channels": 4, "positions": "none", **more})
 
 
 @pytest.mark.parametrize("kept", [[], [0], [2, 1], [0, 1, 2, 3]])
@@ -114,12 +114,12 @@ def test_masking_zeroes_all_heads_but_those_kept(kept: list[int]) -> None:
 
 def test_modules_with_heads_are_found_by_position() -> None:
     model = attending_model(
-        skip=CrossAttention(levels=[0, 1], heads=[2, 3], head_channels=4),
+        skip=CrossAttentionConfig(levels=[0, 1], heads=[2, 3], head_channels=4),
         bottleneck=self_attention(5),
     )
     found = {position: m.attention.heads for position, m in multi_headed(model.network).items()}
     assert found == {"skip.0": 2, "skip.1": 3, "bottleneck": 5}
-    assert multi_headed(attending_model(bottleneck=AdditiveSelfAttention()).network) == {}
+    assert multi_headed(attending_model(bottleneck=AdditiveSelfAttentionConfig()).network) == {}
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def heads_outputs(network: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def window_losses(model: Model, case: Case, starts: list[int]) -> Iterator[Tensor]:
+def window_losses(model: Model, case: ScoredVolume, starts: list[int]) -> Iterator[Tensor]:
     """The loss of each window of a volume that is one window wide but along its first axis."""
     for start in starts:
         region = slice(start, start + PATCH[0])
@@ -149,7 +149,7 @@ def window_losses(model: Model, case: Case, starts: list[int]) -> Iterator[Tenso
         yield dice_cross_entropy(model.network(image), label, pool_batch=False)
 
 
-def importance_by_definition(model: Model, cases: list[Case]) -> dict[str, list[float]]:
+def importance_by_definition(model: Model, cases: list[ScoredVolume]) -> dict[str, list[float]]:
     """|Att_h^T dL / dAtt_h| of Michel et al. (2019, Eq. 2), summed over windows and normed."""
     modules = multi_headed(model.network)
     totals = {position: np.zeros(m.attention.heads) for position, m in modules.items()}
@@ -171,9 +171,9 @@ def importance_by_definition(model: Model, cases: list[Case]) -> dict[str, list[
     "attention",
     [
         {"bottleneck": self_attention(3)},
-        {"skip": CrossAttention(levels=[0, 1], heads=[2, 3], head_channels=4)},
+        {"skip": CrossAttentionConfig(levels=[0, 1], heads=[2, 3], head_channels=4)},
         {
-            "skip": UTransformerGate(heads=2, head_channels=4),
+            "skip": UTransformerGateConfig(heads=2, head_channels=4),
             "bottleneck": self_attention(3, positions="rotary", head_channels=6),
         },
     ],
@@ -254,7 +254,7 @@ def test_slopes_of_two_windows_do_not_cancel_and_a_linear_loss_drops_by_the_impo
     values = np.ones((16, 8, 8), np.float32)
     values[8:] = -1
     volume = Volume(values, Grid((16, 8, 8), np.eye(4)))
-    case = Case("x", volume, volume.like(np.ones((16, 8, 8), np.uint8)))
+    case = ScoredVolume("x", volume, volume.like(np.ones((16, 8, 8), np.uint8)))
     found = head_importance(Predictor(model, device="cpu", overlap=0.0), [case])["bottleneck"]
     assert_allclose(found, [2 / math.sqrt(5), 1 / math.sqrt(5)], rtol=1e-6)
     drops = []
@@ -277,14 +277,14 @@ def test_measuring_importance_leaves_the_network_as_it_was() -> None:
         assert torch.equal(value, before[name])
 
 
-def masked_dice(predictor: Predictor, cases: list[Case], kept: list[int]) -> list[float]:
+def masked_dice(predictor: Predictor, cases: list[ScoredVolume], kept: list[int]) -> list[float]:
     with editing(predictor.model.network, masking("bottleneck", kept)):
         return [case_dice(predictor, case) for case in cases]
 
 
 def test_a_study_holds_the_dice_of_every_masking() -> None:
     model = attending_model(
-        skip=CrossAttention(heads=1, head_channels=4), bottleneck=self_attention(3)
+        skip=CrossAttentionConfig(heads=1, head_channels=4), bottleneck=self_attention(3)
     )
     predictor = Predictor(model, device="cpu")
     cases = [noise_case(*PATCH, seed=seed) for seed in range(2)]
@@ -325,9 +325,13 @@ def test_dice_of_a_case_is_the_mean_over_classes_that_are_there() -> None:
     volume = noise_volume(2, 2, 2)
     labels = np.array([1, 1, 1, 1, 1, 1, 2, 2], np.uint8).reshape(2, 2, 2)
     predictor = Predictor(model, device="cpu")
-    assert case_dice(predictor, Case("x", volume, volume.like(labels))) == pytest.approx(6 / 14)
+    assert case_dice(predictor, ScoredVolume("x", volume, volume.like(labels))) == pytest.approx(
+        6 / 14
+    )
     labels = np.where(labels == 2, 0, labels)
-    assert case_dice(predictor, Case("x", volume, volume.like(labels))) == pytest.approx(12 / 14)
+    assert case_dice(predictor, ScoredVolume("x", volume, volume.like(labels))) == pytest.approx(
+        12 / 14
+    )
 
 
 def figures_of(
@@ -429,7 +433,8 @@ def test_the_table_has_a_row_per_head_with_means_over_cases() -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [{}, {"skip": AdditiveGridGate()}, {"bottleneck": AdditiveSelfAttention()}]
+    "attention",
+    [{}, {"skip": AdditiveGridGateConfig()}, {"bottleneck": AdditiveSelfAttentionConfig()}],
 )
 def test_a_model_without_heads_has_none_to_study(attention: dict[str, Any]) -> None:
     predictor = Predictor(attending_model(**attention), device="cpu")
@@ -451,7 +456,9 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
         (beyond, r"^case 1: its reference must hold the model's labels 0 … 2, found 3 … 3$"),
     ):
         with pytest.raises(VolumeError, match=message):
-            study_heads(predictor, [noise_case(*PATCH), Case("case 1", good.volume, reference)])
+            study_heads(
+                predictor, [noise_case(*PATCH), ScoredVolume("case 1", good.volume, reference)]
+            )
 
 
 def test_one_case_far_off_does_not_turn_what_the_others_say() -> None:

@@ -18,7 +18,7 @@ from segkit.explain.measures.measure_maps import Measure, measure_maps
 from segkit.geometry.grid import Grid, Orientation, Placement
 from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
-from segkit.inference.windows import gaussian, slide, window_starts
+from segkit.inference.windows import slide, window_starts, window_weight
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
 from tests.helpers import affine_of
@@ -221,7 +221,7 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     found = spread.deviation("map", blended["map"], blended["map" + SQUARES])[0].numpy()
     weight = torch.ones(())
     for width in patch:
-        weight = weight[..., None] * gaussian(width).view(-1, stride).mean(dim=1)
+        weight = weight[..., None] * window_weight(width).view(-1, stride).mean(dim=1)
     cells = [-(-length // stride) for length in size]
     each = np.full((len(places), *[length + 4 for length in cells]), np.nan)
     weights = np.zeros_like(each)

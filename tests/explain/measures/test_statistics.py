@@ -15,10 +15,10 @@ from segkit.explain.measures.statistics import (
     auroc,
     distribution,
     energy_inside,
-    entropy,
     iou_at_prevalence,
     localisation,
     near_structure,
+    normalised_entropy,
     pointing,
     saturation,
     spearman,
@@ -146,11 +146,11 @@ def test_the_last_digits_of_blending_point_at_nothing(value: float, count: int, 
 
 
 def test_entropy_is_one_of_all_alike_and_zero_of_one_alone() -> None:
-    assert entropy(np.full(7, 0.2)) == pytest.approx(1)
-    assert entropy(np.eye(7)[3]) == 0
-    assert entropy(np.zeros(7)) == 1
-    assert entropy(np.array([1.0, 1, 0, 0])) == pytest.approx(0.5)
-    assert np.isnan(entropy(np.ones(1)))
+    assert normalised_entropy(np.full(7, 0.2)) == pytest.approx(1)
+    assert normalised_entropy(np.eye(7)[3]) == 0
+    assert normalised_entropy(np.zeros(7)) == 1
+    assert normalised_entropy(np.array([1.0, 1, 0, 0])) == pytest.approx(0.5)
+    assert np.isnan(normalised_entropy(np.ones(1)))
 
 
 def test_saturation_counts_both_ends_of_the_range() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from segkit.explain.verdicts.perturbation import (
     FRACTIONS,
-    Agreement,
     Blocks,
+    SoftDiceToFirst,
     cell_order,
     deletion_scores,
     insertion_scores,
@@ -100,7 +100,7 @@ def test_agreement_is_one_with_itself_and_soft_dice_with_others() -> None:
     """The other image says 'ball' with p = 1/2 everywhere: 2 Σ q/2 / (N/4 + Σ q²)."""
     predictor, case = planted("mask"), planted_case()
     image = predictor.prepare(case.volume).image
-    agreement = Agreement(predictor, image, ["label 1"])
+    agreement = SoftDiceToFirst(predictor, image, ["label 1"])
     assert agreement(image) == pytest.approx(1, abs=1e-4)
     inside = float(expit(10 * (expit(10.0) - 0.5)))
     share = np.where(ball(), inside, 1 - inside)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.config.attention import AdditiveGridGate, AdditiveSameLevelGate
+from segkit.config.attention import AdditiveGridGateConfig, AdditiveSameLevelGateConfig
 from segkit.explain.verdicts.randomisation import (
     OWN,
     cascade,
@@ -24,8 +24,8 @@ from segkit.nn.slicewise import unet_of
 from tests.explain.heads.test_study import attending_model, noise_case
 from tests.planted import KEY, Planted, planted, planted_case
 
-GRID = {"skip": AdditiveGridGate(levels=[0, 1])}
-SAME = {"skip": AdditiveSameLevelGate(levels=[0, 1])}
+GRID = {"skip": AdditiveGridGateConfig(levels=[0, 1])}
+SAME = {"skip": AdditiveSameLevelGateConfig(levels=[0, 1])}
 
 
 def lively(model: Model) -> Model:

@@ -14,7 +14,7 @@ from segkit.explain.stability import Stability
 from segkit.explain.verdicts.ablation import ablate, ablation_effects
 from segkit.explain.verdicts.perturbation import perturb
 from segkit.explain.verdicts.randomisation import randomise
-from segkit.explain.verdicts.rule import MapFigures, gather, judge
+from segkit.explain.verdicts.rule import MapFigures, gather_figures, judge
 from tests.planted import KEY, Kind, Planted, planted, planted_case
 
 GOOD = MapFigures(
@@ -116,7 +116,7 @@ def verdict_of(kind: Kind, cases: int) -> tuple[MapFigures, Verdict]:
         inside = case.reference.data.ravel()
         aurocs.append(auroc(inside, maps[KEY].volume.data.ravel()))
         intensity.append(auroc(inside, case.volume.data[..., 0].ravel()))
-    figures = gather(
+    figures = gather_figures(
         KEY,
         effects=ablation_effects(ablations),
         curves=curves,
@@ -149,13 +149,15 @@ def test_a_gate_of_noise_or_of_one_value_is_uninformative(kind: Kind) -> None:
 
 
 def test_figures_are_means_over_cases_of_one_map() -> None:
-    figures = gather("a", aurocs=[0.6, 0.8], baselines={"x": [0.5, 0.6], "y": [0.9], "z": []})
+    figures = gather_figures(
+        "a", aurocs=[0.6, 0.8], baselines={"x": [0.5, 0.6], "y": [0.9], "z": []}
+    )
     assert (figures.auroc, figures.baseline, figures.baseline_auroc) == (
         pytest.approx(0.7),
         "y",
         0.9,
     )
     assert figures.mean_change is None and figures.cases == 2
-    dark = gather("a", aurocs=[0.6], baselines={"intensity": [0.1, 0.2], "gradient": [0.7]})
+    dark = gather_figures("a", aurocs=[0.6], baselines={"intensity": [0.1, 0.2], "gradient": [0.7]})
     assert (dark.baseline, dark.baseline_auroc) == ("intensity turned over", pytest.approx(0.85))
-    assert np.isclose(gather("a", aurocs=[0.6]).auroc, 0.6) and judge(figures) is None
+    assert np.isclose(gather_figures("a", aurocs=[0.6]).auroc, 0.6) and judge(figures) is None

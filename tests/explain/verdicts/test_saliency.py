@@ -8,7 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
-from segkit.config.attention import AdditiveGridGate
+from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import ModelError
 from segkit.explain.verdicts.saliency import grad_cam, input_gradient
 from segkit.geometry.grid import Grid
@@ -20,7 +20,7 @@ from segkit.nn.unet import UNet
 from tests.explain.heads.test_study import attending_model, noise_volume
 from tests.inference.test_predictor import description
 
-GATED: dict[str, Any] = {"skip": AdditiveGridGate(levels=[0, 1])}
+GATED: dict[str, Any] = {"skip": AdditiveGridGateConfig(levels=[0, 1])}
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.config.attention import AdditiveGridGate
+from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import ModelError
 from segkit.explain.explain_files import write_explanation
-from segkit.explain.explain_scan import Explanation, explain
+from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.verdicts.ablation import OPERATIONS
 from segkit.explain.verdicts.study import WorthStudy, check_gates, cohort_figures
 from segkit.inference.predictor import Predictor
@@ -29,7 +29,7 @@ def studied(kind: Kind, *, seed: int = 0, labelled: bool = True) -> Explanation:
     torch.manual_seed(0)
     study = WorthStudy(fresh=Planted("untrained"))
     reference = case.reference if labelled else None
-    return explain(planted(kind), case.volume, reference, name="case", studies=[study])
+    return explain_volume(planted(kind), case.volume, reference, name="case", studies=[study])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
     found: dict[str, list[float]] = {}
     for seed in range(1 if kind == "constant" else 6):
         case = planted_case(seed)
-        for one in explain(planted(kind), case.volume, case.reference).measures:
+        for one in explain_volume(planted(kind), case.volume, case.reference).measures:
             if one.of == "map" and one.structure and one.chance:
                 found.setdefault(one.name, []).append(one.value / one.chance - 1)
     assert set(found) == {"energy", "enrichment", "pointing", "auroc", "iou"}
@@ -104,7 +104,7 @@ def test_a_reference_without_a_structure_costs_the_verdict_and_no_more() -> None
     case = planted_case()
     empty = case.reference.like(np.zeros_like(case.reference.data))
     study = WorthStudy(fresh=Planted("untrained"))
-    (found,) = explain(planted("mask"), case.volume, empty, studies=[study]).findings
+    (found,) = explain_volume(planted("mask"), case.volume, empty, studies=[study]).findings
     assert found.verdicts == () and found.figures["ablation"] == []
     assert len(found.curves) == 2 and len(found.figures["randomisation"]) == 1
 
@@ -131,7 +131,7 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
         case = noise_case(8, 8, 8, seed=seed)
         write_volume(tmp_path / "scans" / f"{name}.nii.gz", case.volume)
         write_volume(tmp_path / "labels" / f"{name}.nii.gz", case.reference)
-    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGate(levels=[1])))
+    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
     out = tmp_path / "out"
     words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
     words += ["--reference", tmp_path / "labels", "--out", out, "--verdicts"]

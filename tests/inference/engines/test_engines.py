@@ -22,7 +22,12 @@ from segkit.geometry.grid import Grid
 from segkit.inference import windows
 from segkit.inference.engines.choose import EngineName, WillingEngine, choose_engine
 from segkit.inference.engines.conversion_cache import MANIFEST, artefact, find, user_cache
-from segkit.inference.engines.converted import FOLDER, ConversionError, ConvertedEngine, digest
+from segkit.inference.engines.converted import (
+    ENGINES_FOLDER,
+    ConversionError,
+    ConvertedEngine,
+    digest,
+)
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.out_of_memory import SparingEngine
@@ -34,7 +39,7 @@ from segkit.io.atomic import write_text
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.nn.map_tap import editing
-from segkit.nn.slicewise import Planes, unet_of
+from segkit.nn.slicewise import SlicewiseNetwork, unet_of
 from tests.nn.test_contract import FAMILIES, PATCH, network_of, settings
 
 CPU = torch.device("cpu")
@@ -96,7 +101,7 @@ def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def model_of(attention: dict[str, Any], spatial_dims: int, folder: Path | None = None) -> Model:
     """Anisotropic strides, two channels, three classes; attention far from its start."""
     inner = network_of(attention, spatial_dims)
-    network = inner if spatial_dims == 3 else Planes(inner, axis=2)
+    network = inner if spatial_dims == 3 else SlicewiseNetwork(inner, axis=2)
     description = ModelDescription(
         segkit="0",
         run="test",
@@ -203,7 +208,7 @@ def test_a_model_is_converted_once_and_anew_for_other_weights_windows_and_versio
         next(again.network.parameters()).add_(0.1)
     assert_agree(ConvertedEngine(again, OpenVino()), again, batch)
     assert len(conversions) == 2
-    assert len(list((user_cache() / FOLDER).iterdir())) == 2
+    assert len(list((user_cache() / ENGINES_FOLDER).iterdir())) == 2
     assert len({digest(model, (2, size, 4, 4), f"2026.{size}") for size in (4, 8)}) == 2
     assert digest(model, (2, 4, 4, 4), "1") != digest(model, (2, 4, 4, 4), "2")
     assert digest(model, (2, 4, 4, 4), "1") == digest(load_model(tmp_path), (2, 4, 4, 4), "1")
@@ -214,7 +219,7 @@ def test_a_damaged_conversion_is_made_again(
 ) -> None:
     model, batch = saved(tmp_path), windows_of(3)
     assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
-    (folder,) = (user_cache() / FOLDER).iterdir()
+    (folder,) = (user_cache() / ENGINES_FOLDER).iterdir()
     numbers = bytearray((folder / "network.bin").read_bytes())
     numbers[len(numbers) // 2] ^= 0xFF
     (folder / "network.bin").write_bytes(numbers)
@@ -257,9 +262,9 @@ def test_nothing_beside_a_model_is_taken_for_its_conversion(
     model, batch = saved(tmp_path / "model"), windows_of(3)
     other = saved(tmp_path / "other", {"encoder": "se"})
     ConvertedEngine(other, OpenVino())(batch, ())
-    (foreign,) = (user_cache() / FOLDER).iterdir()
+    (foreign,) = (user_cache() / ENGINES_FOLDER).iterdir()
     name = f"openvino-{digest(model, tuple(batch.shape[1:]), OpenVino().version)[:32]}"
-    for place in (tmp_path / "model" / FOLDER, user_cache() / FOLDER):
+    for place in (tmp_path / "model" / ENGINES_FOLDER, user_cache() / ENGINES_FOLDER):
         shutil.copytree(foreign, place / name)
     engine = ConvertedEngine(model, OpenVino())
     assert not engine.is_ready(batch)
