@@ -1,0 +1,71 @@
+"""A training step recorded once as a CUDA graph and replayed: the host launches one thing, not 600.
+
+A step of a small network is bound by the host, which takes longer to launch kernels than the GPU to
+run them. Shapes never change in training, so the forward pass, the loss and the backward pass of
+every step are the same kernels on the same memory (CUDA graphs, https://docs.nvidia.com/cuda/,
+"Programming guide", chapter 4.2; PyTorch's notes on CUDA semantics, "Whole-network capture").
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""From image and label to the loss, whose gradient is taken, and values to be logged beside it."""
+
+WARM_UP = 3
+"""Steps before the recording, in which libraries choose their kernels and allocate."""
+
+
+class GraphedStep:
+    """Forward, loss and backward of one fixed shape on a CUDA device, replayed from a graph.
+
+    After a call the parameters' gradients are those of that batch: they are overwritten, never
+    added to, and must be neither deleted nor replaced between calls.
+
+    Args:
+        loss: gives the loss of a batch first, then other scalars; runs no code that waits for the
+            device.
+        parameters: whose gradients are wanted.
+        image: of the shape and type of every batch to come, on the device.
+        label: likewise.
+    """
+
+    def __init__(
+        self, loss: Loss, parameters: Sequence[Tensor], image: Tensor, label: Tensor
+    ) -> None:
+        self.image, self.label = image.clone(), label.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                _forget_gradients(parameters)
+                loss(self.image, self.label)[0].backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        # Made anew inside the graph's own memory, where each replay writes them.
+        _forget_gradients(parameters)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.values = loss(self.image, self.label)
+            self.values[0].backward()
+        self.values = tuple(value.detach() for value in self.values)
+
+    def fits(self, image: Tensor, label: Tensor) -> bool:
+        """Whether a batch has the recorded shape and type."""
+        return all(
+            given.shape == kept.shape and given.dtype == kept.dtype
+            for given, kept in ((image, self.image), (label, self.label))
+        )
+
+    def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """The loss of a batch and the other values, on the device; sets the gradients."""
+        self.image.copy_(image)
+        self.label.copy_(label)
+        self.graph.replay()
+        return tuple(value.clone() for value in self.values)
+
+
+def _forget_gradients(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
