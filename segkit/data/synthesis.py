@@ -2,8 +2,8 @@
 
 After SynthSeg (Billot et al. 2023, Medical Image Analysis 86, arXiv:2107.09559): the map is
 deformed smoothly; each label is given an intensity at random and a texture; then come blur, a bias
-field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D. Few numbers
-are drawn by a generator on the CPU; a number for every voxel is drawn on the device.
+field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D. A few
+numbers are drawn by a generator on the CPU; a number for every voxel is drawn on the device.
 """
 
 from collections.abc import Sequence
