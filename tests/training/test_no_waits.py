@@ -55,9 +55,8 @@ def test_varying_a_batch_waits_for_nothing() -> None:
     spatial = SpatialVariation(
         PATCH, (0, 2), rotation_probability=0.7, scale_probability=0.7, elastic_probability=0.5
     )
-    intensity = IntensityVariation(
-        *[0.6 if "probability" in name else default for name, default in defaults()]
-    )
+    often = {field: 0.6 for field in vars(IntensityVariation()) if field.endswith("probability")}
+    intensity = IntensityVariation(**often)
     with pretended() as device:
         for _ in range(4):
             image = device.put(torch.randn(3, 2, *spatial.cut_size))
@@ -66,10 +65,6 @@ def test_varying_a_batch_waits_for_nothing() -> None:
             intensity(image, generator)
             LabelCorruption(removal_probability=0.8)(label, 2, generator)
     assert not device.waits and not device.mismatches
-
-
-def defaults() -> list[tuple[str, object]]:
-    return list(vars(IntensityVariation()).items())
 
 
 def test_synthesis_of_a_batch_waits_for_nothing() -> None:
