@@ -1,0 +1,166 @@
+"""Prepared cases that lie on the training device whole, and patches that are cut there.
+
+A patch of the device is the patch that `PatchDataset` cuts on the host, number for number: the same
+draws place it, and the same voxels are copied. Nothing but its place goes to the device.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from numpy import ndarray
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from segkit.data.patches import Patch, PatchDataset, place_of
+from segkit.data.prepared_cache import StoredCase
+
+SHARE_OF_MEMORY = 0.4
+"""Of the device's free memory, what cases may take; the rest is for the network and its step."""
+
+
+@dataclass(frozen=True)
+class OpenedCase:
+    """A stored case whose arrays stay mapped, as samplers look at it for every patch."""
+
+    stored: StoredCase
+
+    @property
+    def name(self) -> str:
+        """Of the case."""
+        return self.stored.name
+
+    @cached_property
+    def image(self) -> ndarray:
+        """As `StoredCase.image`."""
+        return self.stored.image
+
+    @cached_property
+    def label(self) -> ndarray:
+        """As `StoredCase.label`."""
+        return self.stored.label
+
+    @cached_property
+    def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
+        """As `StoredCase.positions`."""
+        return self.stored.positions
+
+
+def bytes_of(cases: Sequence[StoredCase]) -> int:
+    """What the images and labels of cases take in memory, in the types they are stored in."""
+    return sum(case.image.nbytes + case.label.nbytes for case in cases)
+
+
+def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
+    """Whether cases should lie on a device whole: it is a GPU, and they take a small share of it."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return bytes_of(cases) <= SHARE_OF_MEMORY * free
+
+
+def on_device(array: ndarray, device: torch.device) -> Tensor:
+    """An array on a device, in its own type; unsigned types that torch cannot index become signed."""
+    if array.dtype in (np.uint16, np.uint32):
+        array = array.astype(np.int32)
+    return torch.from_numpy(np.array(array)).to(device)
+
+
+class ResidentPatches:
+    """The patches of a data set, cut on a device where all of its cases lie.
+
+    Args:
+        patches: whose patches these are.
+        device: where they are cut.
+    """
+
+    def __init__(self, patches: PatchDataset, device: torch.device) -> None:
+        self.patches = patches
+        self.device = device
+        self.cases = [OpenedCase(case) for case in patches.cases]
+        # All voxels of all cases stand in one row, so that one index cuts a whole batch.
+        images = [on_device(case.image, device).flatten(1) for case in self.cases]
+        kind = torch.float16 if {each.dtype for each in images} == {torch.float16} else torch.float32
+        self.images = torch.cat([image.to(kind) for image in images], dim=1)
+        del images
+        self.labels = torch.cat([on_device(case.label, device).flatten() for case in self.cases])
+        sizes = [math.prod(case.label.shape) for case in self.cases]
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self.first_voxels = {case.name: n for case, n in zip(self.cases, firsts, strict=True)}
+
+    def batch(self, numbers: Sequence[int]) -> Patch:
+        """The patches of these numbers, as the host's loader puts them into one batch."""
+        names, rows = [], []
+        for number in numbers:
+            case, start = place_of(self.patches, self.cases, number)
+            names.append(case.name)
+            rows.append([self.first_voxels[case.name], *start, *case.label.shape])
+        table = torch.tensor(rows)
+        if self.device.type == "cuda":
+            table = table.pin_memory()  # else the copy would be waited for
+        index = self._voxels(table.to(self.device, non_blocking=True))
+        image = self.images[:, index].movedim(0, 1)
+        return {"name": names, "image": image.float().contiguous(), "label": self.labels[index]}
+
+    def _voxels(self, table: Integer[Tensor, "batch 7"]) -> Integer[Tensor, "batch x y z"]:
+        """Where each voxel of each patch stands in the row; beyond a case, its outermost voxel."""
+        first, starts, shapes = table[:, 0], table[:, 1:4], table[:, 4:7]
+        index = torch.zeros((len(table), 1, 1, 1), dtype=torch.long, device=table.device)
+        for axis, count in enumerate(self.patches.cut_size):
+            steps = torch.arange(count, device=table.device)
+            along = (starts[:, axis, None] + steps).clamp(min=0)
+            along = torch.minimum(along, shapes[:, axis, None] - 1)
+            shape = [len(table), 1, 1, 1]
+            shape[axis + 1] = count
+            index = index * shapes[:, axis].view(-1, 1, 1, 1) + along.view(shape)
+        return index + first.view(-1, 1, 1, 1)
+
+
+class ResidentLoader:
+    """Batches of the numbers that a sampler gives, cut on the device: a loader without workers."""
+
+    def __init__(self, patches: ResidentPatches, sampler: Sampler[int], batch_size: int) -> None:
+        self.patches = patches
+        self.sampler = sampler
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Patch]:
+        """The batches, in order."""
+        numbers: list[int] = []
+        for number in self.sampler:
+            numbers.append(number)
+            if len(numbers) == self.batch_size:
+                yield self.patches.batch(numbers)
+                numbers = []
+        if numbers:
+            yield self.patches.batch(numbers)
+
+
+class ResidentCases:
+    """Held-out cases whole, on a device: `image` (channel, x, y, z), float32, and `label`."""
+
+    def __init__(self, cases: Sequence[StoredCase], sampler: Sampler[int], device: torch.device):
+        self.sampler = sampler
+        self.held: list[dict[str, Any]] = [
+            {"image": on_device(case.image, device), "label": on_device(case.label, device)}
+            for case in cases
+        ]
+
+    def __len__(self) -> int:
+        """How many cases this process validates on."""
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Each case."""
+        for number in self.sampler:
+            case = self.held[number]
+            yield {"image": case["image"].float(), "label": case["label"]}
