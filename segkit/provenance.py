@@ -53,9 +53,9 @@ def checksums(files: Iterable[Path]) -> list[dict[str, str]]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Those of Python, and of what the arithmetic and the files go through."""
-    return {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
+def versions(*more: str) -> dict[str, str]:
+    """Those of Python, and of what the arithmetic and the files go through, and of `more`."""
+    return {"python": python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
 
 
 def check_asked(labels: Path, sidecar: Path, asked: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The commands that make a model: `demo`, `fetch`, `plan` and `train`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from segkit.cli.options import Device, Overrides, Overwrite
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
     from segkit.config.training import Config
@@ -121,6 +122,24 @@ def plan(
         say_json({"plans": files})
 
 
+def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; if several processes train, the first alone says that they were stopped."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**given)
+        except Stopped as stopped:
+            from segkit.training.lightning_private import is_first_process
+
+            if is_first_process():
+                raise
+            raise typer.Exit(128 + stopped.signum) from None
+
+    return run
+
+
+@_first_tells
 def train(
     config: Annotated[
         Path | None,
@@ -236,6 +255,8 @@ def train(
                 callbacks=progress,
                 track=track,
             )
+    if not result.summary:  # in all processes of a run but the first
+        return
     if isinstance(result, cross_validation.CrossValidation):
         say(result.post_processing())
     _tell(result.folder, result.summary)

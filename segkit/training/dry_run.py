@@ -27,9 +27,10 @@ from segkit.system.estimates import margin_of, memory_of_step
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import peak_of_process
 from segkit.system.signals import advising
-from segkit.training.fit import precision, train
+from segkit.training.fit import train
 from segkit.training.memory import StepMemory, in_words
-from segkit.training.resolve import check_images, split_of
+from segkit.training.resolve import check_images, precision
+from segkit.training.split import split_of
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from segkit.training.lightning_private import MovableAverage
 
-class Averaging(WeightAveraging):
+
+class Averaging(MovableAverage):
     """Exponential moving average of weights (Polyak and Juditsky 1992), validated and saved.
 
     After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, so that a short run
@@ -27,7 +28,7 @@ class Averaging(WeightAveraging):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep the average where the model will be, which is not there yet."""
-        self._device = trainer.strategy.root_device
+        self.keep_on(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
 
     @torch.no_grad()
@@ -40,7 +41,7 @@ class Averaging(WeightAveraging):
         batch_idx: int,
     ) -> None:
         """Take the weights of a new step into the average; the first weights are the average."""
-        steps = self._latest_update_step
+        steps = self.updates
         if trainer.global_step <= steps:
             return
         kept = min(self.decay, (1 + steps) / (10 + steps))
@@ -49,14 +50,13 @@ class Averaging(WeightAveraging):
                 torch._foreach_copy_(averaged, current)
             else:
                 torch._foreach_lerp_(averaged, current, 1 - kept)
-        self._latest_update_step = trainer.global_step
+        self.updates = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average, and how many steps are in it."""
-        if self._average_model is not None:
-            self._average_model.n_averaged.fill_(self._latest_update_step)
+        self.tell_updates()
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,18 +74,16 @@ class Averaging(WeightAveraging):
     ) -> None:
         """Where a validation ends half-way, put each where it belongs before it is saved."""
         if self.swapped:
-            self._swap_models(pl_module)
+            self.swap(pl_module)
             self.swapped = False
 
     def settle(self, pl_module: L.LightningModule) -> None:
         """Leave the average in the model, also where nothing was left to train after a stop."""
-        if self._average_model is not None:
-            self._copy_average_to_current(pl_module)
+        self.leave_in(pl_module)
 
     def _paired(self, pl_module: L.LightningModule) -> list[tuple[list[Tensor], list[Tensor]]]:
         """The average's tensors beside the model's, those of one type together; kept for later."""
-        assert self._average_model is not None
-        average = self._average_model.module
+        average = self.average
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, current in zip(
             chain(average.parameters(), average.buffers()),

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from segkit.checking import check
 from segkit.config.load import dump_yaml
-from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model, start_from
 from segkit.training import fit as training
 from segkit.training.fit import precision, train
+from segkit.training.split import fold_of
 from segkit.training.weight_average import Averaging
 from tests.small import small_config, small_dataset
 
