@@ -1,4 +1,4 @@
-"""Whatever segkit does on a GPU, it does on the CPU: each road there, against the same road here."""
+"""Whatever segkit does on a GPU, it does on the CPU: each road there, beside the same road here."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -101,8 +101,9 @@ class DataConfig(Section):
     image. Labels of a case come from the runs that held it out, or else from all of them. A model
     does better on cases that it was trained on than on new ones, so that the five folds of a
     cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that cut patches."""
+    workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
+    """Processes that cut patches. `auto` is none on a CPU, and none on a GPU with room for all
+    cases, which are then cut there; else the other cores, up to 12."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 

@@ -6,9 +6,8 @@ draws place it, and the same voxels are copied. Nothing but its place goes to th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,38 +16,30 @@ from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from segkit.data.patches import Patch, PatchDataset, place_of
+from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
 
 SHARE_OF_MEMORY = 0.4
 """Of the device's free memory, what cases may take; the rest is for the network and its step."""
 
 
-@dataclass(frozen=True)
-class OpenedCase:
+class OpenedCase(StoredCase):
     """A stored case whose arrays stay mapped, as samplers look at it for every patch."""
-
-    stored: StoredCase
-
-    @property
-    def name(self) -> str:
-        """Of the case."""
-        return self.stored.name
 
     @cached_property
     def image(self) -> ndarray:
         """As `StoredCase.image`."""
-        return self.stored.image
+        return super().image
 
     @cached_property
     def label(self) -> ndarray:
         """As `StoredCase.label`."""
-        return self.stored.label
+        return super().label
 
     @cached_property
     def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
         """As `StoredCase.positions`."""
-        return self.stored.positions
+        return super().positions
 
 
 def bytes_of(cases: Sequence[StoredCase]) -> int:
@@ -57,7 +48,7 @@ def bytes_of(cases: Sequence[StoredCase]) -> int:
 
 
 def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
-    """Whether cases should lie on a device whole: it is a GPU, and they take a small share of it."""
+    """Whether cases should lie on a device whole: on a GPU of which they take a small share."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
@@ -65,9 +56,7 @@ def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
 
 
 def on_device(array: ndarray, device: torch.device) -> Tensor:
-    """An array on a device, in its own type; unsigned types that torch cannot index become signed."""
-    if array.dtype in (np.uint16, np.uint32):
-        array = array.astype(np.int32)
+    """An array on a device, in its own type."""
     return torch.from_numpy(np.array(array)).to(device)
 
 
@@ -82,30 +71,37 @@ class ResidentPatches:
     def __init__(self, patches: PatchDataset, device: torch.device) -> None:
         self.patches = patches
         self.device = device
-        self.cases = [OpenedCase(case) for case in patches.cases]
+        self.cases = [OpenedCase(case.name, case.folder) for case in patches.cases]
         # All voxels of all cases stand in one row, so that one index cuts a whole batch.
-        images = [on_device(case.image, device).flatten(1) for case in self.cases]
-        kind = torch.float16 if {each.dtype for each in images} == {torch.float16} else torch.float32
-        self.images = torch.cat([image.to(kind) for image in images], dim=1)
-        del images
-        self.labels = torch.cat([on_device(case.label, device).flatten() for case in self.cases])
+        kind = patches.image_type
+        self.images = torch.cat(
+            [on_device(case.image, device).flatten(1).to(kind) for case in self.cases], dim=1
+        )
+        self.labels = torch.cat(
+            [on_device(indexable(case.label), device).flatten() for case in self.cases]
+        )
         sizes = [math.prod(case.label.shape) for case in self.cases]
-        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
-        self.first_voxels = {case.name: n for case, n in zip(self.cases, firsts, strict=True)}
+        self.first_voxels = {
+            case.folder: first
+            for case, first in zip(self.cases, accumulate(sizes, initial=0), strict=False)
+        }
 
     def batch(self, numbers: Sequence[int]) -> Patch:
         """The patches of these numbers, as the host's loader puts them into one batch."""
         names, rows = [], []
         for number in numbers:
-            case, start = place_of(self.patches, self.cases, number)
+            case, start = self.patches.place(number, self.cases)
             names.append(case.name)
-            rows.append([self.first_voxels[case.name], *start, *case.label.shape])
+            rows.append([self.first_voxels[case.folder], *start, *case.label.shape])
         table = torch.tensor(rows)
         if self.device.type == "cuda":
             table = table.pin_memory()  # else the copy would be waited for
         index = self._voxels(table.to(self.device, non_blocking=True))
-        image = self.images[:, index].movedim(0, 1)
-        return {"name": names, "image": image.float().contiguous(), "label": self.labels[index]}
+        return {
+            "name": names,
+            "image": self.images[:, index].movedim(0, 1).contiguous(),
+            "label": self.labels[index],
+        }
 
     def _voxels(self, table: Integer[Tensor, "batch 7"]) -> Integer[Tensor, "batch x y z"]:
         """Where each voxel of each patch stands in the row; beyond a case, its outermost voxel."""
@@ -146,12 +142,15 @@ class ResidentLoader:
 
 
 class ResidentCases:
-    """Held-out cases whole, on a device: `image` (channel, x, y, z), float32, and `label`."""
+    """Held-out cases whole, on a device: `image` (channel, x, y, z), as stored, and `label`."""
 
     def __init__(self, cases: Sequence[StoredCase], sampler: Sampler[int], device: torch.device):
         self.sampler = sampler
-        self.held: list[dict[str, Any]] = [
-            {"image": on_device(case.image, device), "label": on_device(case.label, device)}
+        self.held: list[dict[str, Tensor]] = [
+            {
+                "image": on_device(case.image, device),
+                "label": on_device(indexable(case.label), device),
+            }
             for case in cases
         ]
 
@@ -161,6 +160,4 @@ class ResidentCases:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Each case."""
-        for number in self.sampler:
-            case = self.held[number]
-            yield {"image": case["image"].float(), "label": case["label"]}
+        return (self.held[number] for number in self.sampler)

@@ -56,10 +56,13 @@ from segkit.training.run_folder import (
     new_run_folder,
     stopped_run,
 )
-from segkit.training.trainer import make_trainer, quietly, steps_between
+from segkit.training.trainer import guarded, make_trainer, steps_between
 from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
+
+RECORDED = {"network", "loss", "presence_loss"}
+"""Parts that a recorded step holds."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,8 @@ def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
         seed=config.train.seed,
         presence_loss=parts.presence_loss,
         presence_weight=head.weight if head else 0.0,
+        # What is not segkit's own may do what a recording would not repeat.
+        recorded=config.network.given is None and not RECORDED & set(parts.replaced),
     )
 
 
@@ -328,7 +333,7 @@ def _trained(
     if config.network.given is None and trainer.strategy.root_device.type == "cpu":
         channels_last(network)
     started = time.perf_counter()
-    with quietly(config):
+    with guarded(config, trainer.strategy.root_device):
         trainer.fit(
             module, datamodule=_data_of(parts, config), ckpt_path=checkpoint, weights_only=True
         )

@@ -6,12 +6,15 @@ every step are the same kernels on the same memory (CUDA graphs, https://docs.nv
 "Programming guide", chapter 4.2; PyTorch's notes on CUDA semantics, "Whole-network capture").
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+logger = logging.getLogger(__name__)
+
+LossesOfBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """From image and label to the loss, whose gradient is taken, and values to be logged beside it."""
 
 WARM_UP = 3
@@ -33,7 +36,7 @@ class GraphedStep:
     """
 
     def __init__(
-        self, loss: Loss, parameters: Sequence[Tensor], image: Tensor, label: Tensor
+        self, loss: LossesOfBatch, parameters: Sequence[Tensor], image: Tensor, label: Tensor
     ) -> None:
         self.image, self.label = image.clone(), label.clone()
         stream = torch.cuda.Stream()
@@ -64,6 +67,37 @@ class GraphedStep:
         self.label.copy_(label)
         self.graph.replay()
         return tuple(value.clone() for value in self.values)
+
+
+def record_step(
+    network: nn.Module, losses: LossesOfBatch, image: Tensor, label: Tensor
+) -> GraphedStep | None:
+    """The step of a network, recorded in the precision that is on; None if it cannot be recorded.
+
+    The network's buffers, such as running means, are as they were before.
+    """
+    kind, half = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+
+    def in_precision(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        # A copy of the weights in half precision that was kept from elsewhere would never change.
+        with torch.autocast("cuda", dtype=kind, enabled=half, cache_enabled=False):
+            return losses(image, label)
+
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        with torch.autocast("cuda", enabled=False):
+            return GraphedStep(in_precision, list(network.parameters()), image, label)
+    except torch.OutOfMemoryError:
+        reason = "the memory does not hold it beside what is held already"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+    _forget_gradients(list(network.parameters()))
+    torch.cuda.empty_cache()
+    logger.warning("steps are launched one by one, as none could be recorded: %s", reason)
+    return None
 
 
 def _forget_gradients(parameters: Sequence[Tensor]) -> None:
