@@ -20,6 +20,7 @@ from segkit.config.labels import Labelling
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.errors import ConfigError
