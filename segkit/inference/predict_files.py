@@ -19,7 +19,7 @@ from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, find_inputs, parse_shard, read_input
 from segkit.io.montage import write_montage
-from segkit.io.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
+from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
 from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
 
 __all__ = [
@@ -111,6 +111,8 @@ def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool 
             f"{source.files[0]}: is no DICOM series, to which a DICOM segmentation must refer; "
             f"name a NIfTI file or a folder as --out"
         )
+    if not _is_dicom(path):
+        check_writable(path)
     return path
 
 
