@@ -52,7 +52,7 @@ SIGNS = {
     "scanner-xyz": (-1, -1, 1),
     "3d-right-handed": (-1, -1, 1),
 }
-ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
 DETACHED = {"data file", "datafile"}
 """Names of the field that only a header in `.nhdr` may have."""
 UNUSED = {
@@ -138,7 +138,7 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
             name = name.lower()
             if not colon or name not in known:
                 raise ValueError(f"its header holds {text[:60]!r}, which is not understood")
-            name = ALIASES.get(name, name)
+            name = SPELLINGS.get(name, name)
             if name in fields:
                 raise ValueError(f"its header says twice what its {name} is")
             fields[name] = said.strip()
