@@ -12,7 +12,7 @@ from typing import Any
 from segkit.errors import VolumeError
 from segkit.inference.engines.choose import name_of
 from segkit.inference.predictor import Predictor
-from segkit.io.atomic import checksum
+from segkit.io.checksums import checksums
 from segkit.io.safe_text import read_json_object
 from segkit.model.folder import Model, checksums_of
 
@@ -42,15 +42,6 @@ def made_by(
         "engines": [name_of(member.engine) for member in predictor.members],
         "versions": versions(),
     }
-
-
-def checksums(files: Iterable[Path]) -> list[dict[str, str]]:
-    """The name and SHA-256 of each file; for a folder, those of the files in it, in order."""
-    found = []
-    for file in files:
-        inside = sorted(each for each in file.iterdir() if each.is_file()) if file.is_dir() else ()
-        found += [{"file": each.name, "sha256": checksum(each)} for each in inside or (file,)]
-    return found
 
 
 def versions() -> dict[str, str]:

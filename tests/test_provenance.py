@@ -12,10 +12,11 @@ from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
+from segkit.io.checksums import checksums
 from segkit.io.inputs import Input, find_inputs
 from segkit.io.volume import Volume, write_volume
 from segkit.model.folder import checksums_of, load_model, save_model
-from segkit.provenance import asked_of, check_asked, checksums, made_by
+from segkit.provenance import asked_of, check_asked, made_by
 from segkit.system.speed import measured_once
 from tests.model.test_folder import small_model
 

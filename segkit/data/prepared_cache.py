@@ -31,6 +31,7 @@ from segkit.data.preprocess import Normaliser, prepare, prepare_label
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
+from segkit.io.checksums import file_states
 from segkit.io.volume import read_grid, read_volume
 from segkit.planning.nnunet_rules import ANISOTROPY
 from segkit.system.resources import free_memory, num_cores
@@ -296,11 +297,6 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
-    paths = [*case.images, case.label, *([first] if first else [])]
-    try:
-        files = [(str(path.resolve()), path.stat()) for path in paths]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
@@ -310,6 +306,6 @@ def _digest(
         "order": order,
         "separate": ANISOTROPY,
         "settings": settings,
-        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+        "files": file_states([*case.images, case.label, *([first] if first else [])]),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -26,9 +26,10 @@ from segkit.io.atomic import (
     write_json,
     write_text,
 )
+from segkit.io.checksums import checksums
 from segkit.io.inputs import Input, failure, read_input
 from segkit.io.volume import SUFFIXES, Volume, read_labels, write_volume
-from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
+from segkit.provenance import PROVENANCE, asked_of, made_by
 from segkit.system.progress import Track, untracked
 
 TABLE = "measures.csv"

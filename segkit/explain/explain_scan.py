@@ -40,7 +40,7 @@ from segkit.explain.page.parts import (
 )
 from segkit.explain.verdicts.findings import Findings, Study
 from segkit.inference.predictor import AttentionMap, Predictor, TrackSlabs, map_on_source
-from segkit.io.montage import Panel, write_montage
+from segkit.io.pictures import Panel, write_montage
 from segkit.io.volume import Volume
 
 
@@ -141,9 +141,9 @@ class Explanation:
         return layers
 
     def _repr_html_(self) -> str:
-        """Pictures, where matplotlib is installed, and a table of what the maps pick out."""
+        """Pictures, if Pillow is installed, and a table of what the maps pick out."""
         parts = [f"<h3>{html.escape(self.name)}</h3>"]
-        if find_spec("matplotlib") is not None:
+        if find_spec("PIL") is not None:
             picture = base64.b64encode(self._montage()).decode()
             parts.append(f'<img alt="middle planes" src="data:image/png;base64,{picture}">')
         tables = measure_tables(

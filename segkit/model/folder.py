@@ -20,7 +20,8 @@ from torch import nn
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
-from segkit.io.atomic import checksum, json_text, whole, write_json
+from segkit.io.atomic import json_text, whole, write_json
+from segkit.io.checksums import checksum
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
 from segkit.nn.slicewise import SegmentationNetwork, weights_of

@@ -29,6 +29,7 @@ from segkit.data.preprocess import body_box
 from segkit.errors import DatasetError
 from segkit.geometry.grid import Orientation
 from segkit.io.atomic import write_json
+from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json
 from segkit.planning.nnunet_rules import Intensities, Numbers
 from segkit.system.progress import Track, untracked
@@ -220,10 +221,6 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
 
 
 def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
-    try:
-        files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": FINGERPRINT_FORMAT,
         # What a case is checked against when it is read.
@@ -232,7 +229,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "regions": dataset.regions,
         "ignore": dataset.ignore,
         "num_images": len(case.images),
-        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+        "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return cache / f"{case.name}-{digest}.json"

@@ -24,7 +24,7 @@ from numpy import ndarray
 from segkit.explain.page.embed import Embedded, embed, embed_labels, spread, thinning
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import write_text
-from segkit.io.colours import label_colour
+from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume
 
 VIEWER = files("segkit.explain.page") / "viewer"
