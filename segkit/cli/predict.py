@@ -191,7 +191,7 @@ def explain(
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.page import Verdict
+    from segkit.explain.findings import Verdict
     from segkit.explain.page.terminal_table import verdict_table
     from segkit.explain.verdicts.study import WorthStudy, check_gates
     from segkit.inference.predict_files import find_inputs

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.explain.explain_scan import Explanation, explain_volume, facts_of
+from segkit.explain.explain_scan import Explanation, Study, explain_volume, facts_of
+from segkit.explain.findings import Verdict
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
-from segkit.explain.page.page import Verdict, write_page
+from segkit.explain.page.page import write_page
 from segkit.explain.page.parts import rows_as_csv
-from segkit.explain.verdicts.findings import Study
 from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor

@@ -9,18 +9,19 @@ explanation                                       # in a notebook, pictures and 
 import base64
 import html
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import nibabel as nib
 import numpy as np
 import torch
 
 from segkit.errors import SegkitError
+from segkit.explain.findings import Findings
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
@@ -38,10 +39,24 @@ from segkit.explain.page.parts import (
     measure_rows,
     measure_tables,
 )
-from segkit.explain.verdicts.findings import Findings, Study
 from segkit.inference.predictor import AttentionMap, Predictor, TrackSlabs, map_on_source
 from segkit.io.montage import Panel, write_montage
 from segkit.io.volume import Volume
+
+
+class Study(Protocol):
+    """Anything that asks more of a model about one scan than its measures say."""
+
+    def __call__(
+        self,
+        predictor: Predictor,
+        name: str,
+        volume: Volume,
+        reference: Volume | None,
+        maps: Mapping[str, AttentionMap],
+        measures: Sequence[Measure],
+    ) -> Findings:
+        """What it found; `maps` are those of the scan, the fused one with them, as measured."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.explain_scan import Explanation, explain_volume
+from segkit.explain.findings import Findings, Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
-from segkit.explain.page.page import Verdict, write_page
-from segkit.explain.verdicts.findings import Findings
+from segkit.explain.page.page import write_page
 from segkit.inference.predictor import AttentionMap, Predictor
 from segkit.io.volume import Volume
 from tests.explain.heads.test_study import attending_model, noise_case

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from segkit.explain.findings import Verdict
 from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.page.page import Verdict
 from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row
 
 STYLE = """

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from segkit.explain.findings import Bar, Bars, Cell, Table, rounded
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.page.page import Bar, Bars, Layer, Table
+from segkit.explain.page.page import Layer
 from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 
@@ -124,7 +125,7 @@ def measure_tables(
             Table(
                 "The segmentation",
                 ["structure", "Dice"],
-                [[structure, _shown(value)] for structure, value in dice.items()],
+                [[structure, rounded(value)] for structure, value in dice.items()],
             )
         )
     structures = list(dict.fromkeys(structure for _, _, structure in grouped if structure))
@@ -133,11 +134,11 @@ def measure_tables(
         for (key, of, place), figures in grouped.items():
             if place != structure:
                 continue
-            cells: list[str | float | None] = [key, of]
+            cells: list[Cell] = [key, of]
             for name in LOCALISATION:
-                cells.append(_shown(figures[name].value))
+                cells.append(rounded(figures[name].value))
                 if name in ("energy", "pointing", "iou"):
-                    cells.append(_shown(figures[name].chance))
+                    cells.append(rounded(figures[name].chance))
             rows.append(cells)
         columns = ["map", "of"]
         for name in LOCALISATION:
@@ -169,7 +170,7 @@ def _whole_table(grouped: Grouped) -> Table | None:
         "How the maps' values lie",
         ["map", *(_title(name) for name in names)],
         [
-            [key, *(_shown(figures[name].value if name in figures else None) for name in names)]
+            [key, *(rounded(figures[name].value if name in figures else None) for name in names)]
             for key, figures in rows.items()
         ],
         note="Entropy is 1 for a map that is the same everywhere and 0 for one of a single cell. "
@@ -207,8 +208,3 @@ def label_layer(name: str, labels: Volume, names: Mapping[int, str]) -> Layer:
 
 def _title(name: str) -> str:
     return TITLES.get(name, name.replace("spearman_", "ρ with "))
-
-
-def _shown(value: float | None) -> float | None:
-    """Rounded for a reader; nothing for no number."""
-    return None if value is None or math.isnan(value) else round(value, 4)

@@ -14,8 +14,8 @@ import numpy as np
 
 from segkit.config.labels import Labelling
 from segkit.errors import ModelError
+from segkit.explain.findings import Curve, Findings, Line, Table, Verdict, rounded
 from segkit.explain.measures.measure_maps import Measure, members
-from segkit.explain.page.page import Cell, Curve, Line, Table, Verdict
 from segkit.explain.verdicts.ablation import (
     Ablation,
     AblationEffect,
@@ -23,7 +23,6 @@ from segkit.explain.verdicts.ablation import (
     ablated_maps,
     ablation_effects,
 )
-from segkit.explain.verdicts.findings import Findings
 from segkit.explain.verdicts.perturbation import PerturbationCurve, perturb
 from segkit.explain.verdicts.randomisation import Randomisation, randomise
 from segkit.explain.verdicts.rule import NAMES, MapFigures, gather_figures, judge
@@ -219,7 +218,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
             "Dice without each map",
             ["map", "replaced by", "Dice", "without", "change"],
             [
-                [row.map, row.operation, *map(_shown, (row.dice_before, row.dice, row.change))]
+                [row.map, row.operation, *map(rounded, (row.dice_before, row.dice, row.change))]
                 for row in means
             ],
             note=f"With the {against}, mean over the classes it holds. Mean is the fair one: the "
@@ -229,7 +228,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
             "Each map under random weights",
             ["map", "drawn anew, with all above", "ρ with the trained map"],
             [
-                [found.map, stage, _shown(value)]
+                [found.map, stage, rounded(value)]
                 for found in evidence.randomisations
                 for stage, value in zip(found.stages, found.correlations, strict=True)
             ],
@@ -239,7 +238,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
         Table(
             "What the verdicts rest on",
             ["map", *(NAMES[name] for name in SHOWN)],
-            [[one.map, *(_shown(getattr(one, name)) for name in SHOWN)] for one in figures],
+            [[one.map, *(rounded(getattr(one, name)) for name in SHOWN)] for one in figures],
             note="One scan has no test: a change of Dice counts from 0.01 on. Of all structures "
             "together.",
         ),
@@ -260,7 +259,3 @@ def _curve(curve: PerturbationCurve) -> Curve:
         note="Agreement is soft Dice with what is predicted of the whole image. Area "
         f"{curve.auc:.3f}, random {curve.random_auc:.3f} ± {curve.random_spread:.3f}.",
     )
-
-
-def _shown(value: Cell) -> Cell:
-    return round(value, 4) if isinstance(value, float) else value

@@ -20,21 +20,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import segkit.explain.page.page as page_module
 from segkit.errors import VolumeError
+from segkit.explain.findings import Bar, Bars, Curve, Line, Table, Verdict
 from segkit.explain.page.embed import Embedded, embed, embed_labels, thinning
-from segkit.explain.page.page import (
-    SCRIPTS,
-    VIEWER,
-    Bar,
-    Bars,
-    Curve,
-    Layer,
-    Line,
-    Page,
-    Table,
-    Verdict,
-    page_text,
-    write_page,
-)
+from segkit.explain.page.page import SCRIPTS, VIEWER, Layer, Page, page_text, write_page
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.volume import Volume
 from tests.helpers import affine_of, affines

@@ -8,8 +8,8 @@ import torch
 from numpy import ndarray
 from scipy.stats import mannwhitneyu
 
+from segkit.explain.findings import Verdict
 from segkit.explain.measures.ranks import settled
-from segkit.explain.page.page import Verdict
 from segkit.explain.verdicts.ablation import ablate, ablation_effects
 from segkit.explain.verdicts.perturbation import perturb
 from segkit.explain.verdicts.randomisation import randomise
