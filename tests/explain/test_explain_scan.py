@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, show
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig
@@ -18,6 +17,7 @@ from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.page import write_page
 from segkit.inference.predictor import AttentionMap, Predictor
 from segkit.io.volume import Volume
+from tests.browser import CHROMIUM, show
 from tests.explain.heads.test_study import attending_model, noise_case
 
 KEYS = ["skip.0/gate", "skip.1/gate", "fused/gate"]

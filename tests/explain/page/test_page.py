@@ -12,7 +12,6 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from browser import CHROMIUM, Shown, show
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy import ndarray
@@ -25,6 +24,7 @@ from segkit.explain.page.embed import Embedded, embed, embed_labels, thinning
 from segkit.explain.page.page import SCRIPTS, VIEWER, Layer, Page, page_text, write_page
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.volume import Volume
+from tests.browser import CHROMIUM, Shown, show
 from tests.helpers import affine_of, affines
 
 HOSTILE = "</script><script>document.title='caught'</script><img src=x onerror=alert(1)>"
