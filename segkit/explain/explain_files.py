@@ -185,7 +185,10 @@ def write_explanation(
         name,
         explanation.maps,
         explanation.scan,
-        reach=explanation.reach,
+        heads={
+            position: [head.figures() for head in reach]
+            for position, reach in explanation.reach.items()
+        },
         made=provenance,
     )
     write_text(folder / TABLE, rows_as_csv(explanation.rows()))

@@ -108,7 +108,7 @@ def page_text(page: Page) -> str:
     theme, *scripts = [(VIEWER / name).read_text(encoding="utf-8") for name in SCRIPTS]
     style = (VIEWER / "viewer.css").read_text(encoding="utf-8")
     parts = {
-        "policy": _policy(style, [theme, *scripts]),
+        "policy": policy(style, [theme, *scripts]),
         "title": html.escape(page.title),
         "style": style,
         "theme": theme,
@@ -196,11 +196,11 @@ def _obliqueness(grid: Grid) -> float:
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
 
-def _policy(style: str, scripts: Sequence[str]) -> str:
+def policy(style: str, scripts: Sequence[str] = ()) -> str:
     """A Content-Security-Policy that runs these scripts and this style and fetches nothing."""
-    allowed = " ".join(_digest(script) for script in scripts)
+    allowed = f"script-src {' '.join(map(_digest, scripts))}; " if scripts else ""
     return (
-        f"default-src 'none'; script-src {allowed}; style-src {_digest(style)}; "
+        f"default-src 'none'; {allowed}style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
 
