@@ -17,8 +17,8 @@ from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 
 if TYPE_CHECKING:
+    from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
-    from segkit.explain.findings import Verdict
 
 
 def explain_command(
@@ -55,7 +55,7 @@ def explain_command(
         remove_heads,
     )
     from segkit.explain.page.terminal_table import verdict_table
-    from segkit.explain.verdicts.study import WorthStudy, check_gates
+    from segkit.explain.verdicts.study import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
     from segkit.model.folder import load_model, model_folder, newest_model
@@ -87,7 +87,7 @@ def explain_command(
         out,
         references=reference,
         tolerance_mm=tolerance,
-        studies=[WorthStudy(track=track)] if verdicts else [],
+        verdicts=verdicts,
         overwrite=overwrite,
         conclude=over_all.extend,
         track=track,

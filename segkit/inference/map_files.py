@@ -26,9 +26,9 @@ def write_maps(
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
     own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
-    channels has no place and stands only in the JSON. `heads` are figures of each head of attention, by
-    position; they stand with the map that the heads receive. `made` says in the JSON what made the
-    maps.
+    channels has no place and stands only in the JSON. `heads` holds figures of each head of
+    attention, by position; they stand with the map that the heads receive. `made` says in the JSON
+    what made the maps.
     """
     written = []
     figures = []

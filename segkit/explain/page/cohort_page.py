@@ -4,23 +4,31 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from segkit.explain.findings import Verdict
+from segkit.explain.display import Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
-from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row
+from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
+from segkit.explain.verdicts.study import Evidence
 
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What is kept of a scan for the page over all."""
+    """What is kept of a scan for the files over all."""
 
     name: str
     measures: Sequence[Measure]
     dice: Mapping[str, float]
+    evidence: Evidence | None = None
+    """What was measured of its gates, if verdicts were asked for."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The measures as a table."""
+        return measure_rows(self.name, self.measures, self.dice)
 
 
 def cohort_text(

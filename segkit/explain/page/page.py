@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 
-from segkit.explain.findings import Bars, Curve, Table, Verdict
+from segkit.explain.display import Bars, Curve, Table, Verdict
 from segkit.explain.page.embed import Embedded, embed, embed_labels, spread, thinning
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import write_text

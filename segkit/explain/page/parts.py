@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from segkit.explain.findings import Bar, Bars, Cell, Table, rounded
+from segkit.explain.display import Bar, Bars, Cell, Table, rounded
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import Layer

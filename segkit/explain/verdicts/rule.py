@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from segkit.explain.findings import Verdict
+from segkit.explain.display import Verdict
 from segkit.explain.verdicts.ablation import SIGNIFICANT, AblationEffect
 from segkit.explain.verdicts.perturbation import PerturbationCurve
 from segkit.explain.verdicts.randomisation import Randomisation

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import segkit.explain.page.page as page_module
 from segkit.errors import VolumeError
-from segkit.explain.findings import Bar, Bars, Curve, Line, Table, Verdict
+from segkit.explain.display import Bar, Bars, Curve, Line, Table, Verdict
 from segkit.explain.page.embed import Embedded, embed, embed_labels, thinning
 from segkit.explain.page.page import SCRIPTS, VIEWER, Layer, Page, page_text, write_page
 from segkit.geometry.grid import Grid, Orientation

@@ -8,7 +8,7 @@ import torch
 from numpy import ndarray
 from scipy.stats import mannwhitneyu
 
-from segkit.explain.findings import Verdict
+from segkit.explain.display import Verdict
 from segkit.explain.measures.ranks import settled
 from segkit.explain.verdicts.ablation import ablate, ablation_effects
 from segkit.explain.verdicts.perturbation import perturb

@@ -12,10 +12,9 @@ import torch
 
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import ModelError
-from segkit.explain.explain_files import write_explanation
 from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.verdicts.ablation import OPERATIONS
-from segkit.explain.verdicts.study import WorthStudy, check_gates, cohort_figures
+from segkit.explain.verdicts.study import Worth, check_gates, cohort_figures
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import write_volume
 from segkit.model.folder import save_model
@@ -27,9 +26,20 @@ from tests.planted import KEY, Kind, Planted, planted, planted_case
 def studied(kind: Kind, *, seed: int = 0, labelled: bool = True) -> Explanation:
     case = planted_case(seed)
     torch.manual_seed(0)
-    study = WorthStudy(fresh=Planted("untrained"))
     reference = case.reference if labelled else None
-    return explain_volume(planted(kind), case.volume, reference, name="case", studies=[study])
+    return explain_volume(
+        planted(kind),
+        case.volume,
+        reference,
+        name="case",
+        verdicts=True,
+        fresh=Planted("untrained"),
+    )
+
+
+def worth_of(explanation: Explanation) -> Worth:
+    assert explanation.worth is not None
+    return explanation.worth
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def mask() -> Explanation:
 def test_a_gate_that_is_the_mask_is_informative_in_every_file(
     mask: Explanation, tmp_path: Path
 ) -> None:
-    written = write_explanation(tmp_path, mask)
+    written = mask.write(tmp_path)
     assert tmp_path / "ablation.csv" in written
     told = json.loads((tmp_path / "measures.json").read_text())["worth"]
     assert [(one["map"], one["verdict"]) for one in told["verdicts"]] == [(KEY, "informative")]
@@ -94,7 +104,7 @@ def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
 
 
 def test_without_a_reference_the_models_own_labels_stand_in() -> None:
-    (found,) = studied("mask", labelled=False).findings
+    found = worth_of(studied("mask", labelled=False))
     (figures,) = found.figures["figures"]
     assert figures["against"] == "prediction" and figures["mean_change"] < -0.5
     assert found.verdicts[0].verdict == "informative"
@@ -103,15 +113,16 @@ def test_without_a_reference_the_models_own_labels_stand_in() -> None:
 def test_a_reference_without_a_structure_costs_the_verdict_and_no_more() -> None:
     case = planted_case()
     empty = case.reference.like(np.zeros_like(case.reference.data))
-    study = WorthStudy(fresh=Planted("untrained"))
-    (found,) = explain_volume(planted("mask"), case.volume, empty, studies=[study]).findings
+    fresh = Planted("untrained")
+    found = worth_of(
+        explain_volume(planted("mask"), case.volume, empty, verdicts=True, fresh=fresh)
+    )
     assert found.verdicts == () and found.figures["ablation"] == []
     assert len(found.curves) == 2 and len(found.figures["randomisation"]) == 1
 
 
 def test_scans_are_pooled_with_a_test_and_one_scan_has_none(mask: Explanation) -> None:
-    (found,) = mask.findings
-    evidence = found.evidence  # type: ignore[attr-defined]
+    evidence = worth_of(mask).evidence
     for count, p_value in ((1, None), (8, pytest.approx(4 * 2.0**-7))):
         scans = [
             replace(evidence, ablations=[replace(row, case=str(n)) for row in evidence.ablations])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Cell = str | float | int | None
 
@@ -78,19 +78,3 @@ class Verdict:
     verdict: Literal["informative", "redundant", "uninformative"]
     reason: str
     numbers: Mapping[str, Cell] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a study of a model's maps found: parts of a page, and the figures behind them."""
-
-    name: str
-    """Under which `figures` stand in measures.json."""
-    tables: tuple[Table, ...] = ()
-    curves: tuple[Curve, ...] = ()
-    bars: tuple[Bars, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON."""
-    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """Tables for files of their own, by the name of the file."""
