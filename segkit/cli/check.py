@@ -19,7 +19,7 @@ def check_command(
     from segkit.checking import check
     from segkit.system.progress import Tracker
 
-    understood = check(path, tuple(overrides or ()), series=series, track=Tracker(console))
+    understood = check(path, overrides or (), series=series, track=Tracker(console))
     say(understood.text)
     if json:
         say_json({"kind": understood.kind, **understood.facts})

@@ -9,7 +9,7 @@ from segkit.errors import SegkitError, VolumeError
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
-from segkit.explain.heads.study import PositionFigures, head_table, study_heads
+from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
@@ -25,7 +25,7 @@ from segkit.io.atomic import (
     write_text,
 )
 from segkit.io.inputs import Input, failure, read_input
-from segkit.io.volume import SUFFIXES, Volume, read_labels
+from segkit.io.volume import SUFFIXES, read_labels
 from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
 from segkit.system.progress import Track, untracked
 
@@ -45,29 +45,6 @@ class Explained:
     """How far each head reached in it, by position."""
     verdicts: tuple[Verdict, ...] = ()
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class CaseOnDisk:
-    """A volume and its reference, read whenever they are looked at."""
-
-    source: Input
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The volume's."""
-        return self.source.name
-
-    @property
-    def volume(self) -> Volume:
-        """The volume."""
-        return read_input(self.source)
-
-    @property
-    def reference(self) -> Volume:
-        """Its labels."""
-        return read_labels(self.path)
 
 
 def explain_files(
