@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import ModelError
 from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.verdicts.ablation import OPERATIONS
 from segkit.explain.verdicts.study import Worth, check_gates, cohort_figures
 from segkit.inference.predictor import Predictor
-from segkit.io.volume import write_volume
-from segkit.model.folder import save_model
-from tests.cli.test_main import run
-from tests.explain.heads.test_study import attending_model, noise_case, self_attention
+from tests.explain.heads.test_study import attending_model, self_attention
 from tests.planted import KEY, Kind, Planted, planted, planted_case
 
 
@@ -133,49 +129,6 @@ def test_scans_are_pooled_with_a_test_and_one_scan_has_none(mask: Explanation) -
         assert verdicts[0].numbers["scans"] == count
         effects = {effect["operation"]: effect for effect in told["ablation"]}
         assert list(effects) == list(OPERATIONS) and effects["mean"]["p_holm"] == p_value
-
-
-def test_the_command_writes_verdicts_of_each_scan_and_of_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for seed, name in enumerate(("a", "b")):
-        case = noise_case(8, 8, 8, seed=seed)
-        write_volume(tmp_path / "scans" / f"{name}.nii.gz", case.volume)
-        write_volume(tmp_path / "labels" / f"{name}.nii.gz", case.reference)
-    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
-    out = tmp_path / "out"
-    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
-    words += ["--reference", tmp_path / "labels", "--out", out, "--verdicts"]
-    code, said, err = run(*words, capsys=capsys)
-    assert (code, err) == (0, "")
-    rows = {}
-    for name in ("a", "b"):
-        rows[name] = (out / name / "ablation.csv").read_text().splitlines()
-        told = json.loads((out / name / "measures.json").read_text())["worth"]
-        for verdict in told["verdicts"]:
-            assert f"{name} {verdict['map']} is {verdict['verdict']}: " in said
-    assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
-    cohort = json.loads((out / "cohort.json").read_text())
-    assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
-    page = (out / "index.html").read_text()
-    (verdict,) = cohort["verdicts"]
-    word = verdict["verdict"]
-    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
-    # … and the terminal has them as a table, with the figures of the file.
-    (figures,) = cohort["figures"]
-    table = said[said.index("What each map is worth over 2 scans") :]
-    (row,) = [line.split() for line in table.splitlines() if "skip.1/gate" in line]
-    shown = {"mean_change": "+.3f", "mean_p": ".2g", "auroc": ".2f", "baseline_auroc": ".2f"}
-    told = [
-        "–" if figures[name] is None else format(figures[name], how) for name, how in shown.items()
-    ]
-    assert row[1:6] == [verdict["verdict"], *told]
-    # Without verdicts, nothing of the old ones stays beside the new pages.
-    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
-    assert code == 0 and "What each map is worth" not in said
-    assert not list(out.rglob("ablation.csv"))
-    assert "verdicts" not in json.loads((out / "cohort.json").read_text())
-    assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
 
 
 def test_a_model_without_gates_is_refused() -> None:

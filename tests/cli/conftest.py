@@ -1,0 +1,13 @@
+"""What several commands are tried on."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.small import trained_run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on small made-up volumes of 1 mm."""
+    return trained_run(tmp_path_factory.mktemp("finished"))
