@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from segkit.cli.options import (
-    Device,
-    Inputs,
-    ModelFolder,
-    OverlapOption,
-    Overwrite,
-    SeriesOption,
-)
+from segkit.cli.options import Device, Inputs, ModelFolder, OverlapOption, Overwrite, SeriesOption
 from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 

@@ -5,14 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from segkit.cli.options import (
-    Device,
-    Inputs,
-    ModelFolders,
-    OverlapOption,
-    Overwrite,
-    SeriesOption,
-)
+from segkit.cli.options import Device, Inputs, ModelFolders, OverlapOption, Overwrite, SeriesOption
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 

@@ -11,12 +11,7 @@ from segkit.errors import VolumeError
 from segkit.explain.measures.cells import Cells, pictures, seen_part
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.ranks import Ranked, spearman
-from segkit.explain.measures.statistics import (
-    Figure,
-    distribution,
-    localisation,
-    near_structure,
-)
+from segkit.explain.measures.statistics import Figure, distribution, localisation, near_structure
 from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 
