@@ -34,7 +34,7 @@ from segkit.io.dicom import choose_series, read_series
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model
-from tests.cli.test_main import run
+from tests.cli.command import run
 from tests.dicom import write_series
 from tests.helpers import affine_of
 from tests.small import small_config, small_dataset
