@@ -27,12 +27,12 @@ from numpy import ndarray
 
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
-from segkit.data.preprocess import Normaliser, prepare, prepare_label
+from segkit.data.normalise import Normaliser
+from segkit.data.preprocess import prepare, prepare_label
 from segkit.errors import DatasetError, VolumeError
-from segkit.geometry.grid import Orientation
+from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
 from segkit.io.volume import read_grid, read_volume
-from segkit.planning.nnunet_rules import ANISOTROPY
 from segkit.system.resources import free_memory, num_cores
 from segkit.system.workers import in_processes
 

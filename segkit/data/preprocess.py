@@ -5,7 +5,7 @@ grid says exactly, so that nothing has to be undone by memory.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,19 +15,16 @@ from jaxtyping import Float, Integer, Shaped
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.data.normalise import Normaliser
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.grid import Grid, Orientation, separate_axis
 from segkit.geometry.resample import Order, nearest, resample, resample_labels
 from segkit.io.volume import Volume
-from segkit.planning.nnunet_rules import separate_axis
 from segkit.system.resources import free_memory
 
-Normaliser = Callable[[Tensor], Tensor]
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
 BYTES_PER_VALUE = 4
-_PLANES_AT_ONCE = 8
-"""Of an image, of which a copy in double precision is held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,48 +150,8 @@ def cropped(grid: Grid, box: Box) -> Grid:
     return grid.placed([span.stop - span.start for span in box], (1.0, 1.0, 1.0), first)
 
 
-def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*space"]:
-    """The image minus its mean over its standard deviation; a constant image becomes 0.
-
-    With `nonzero`, the statistics are those of the voxels other than 0; all voxels are shifted
-    alike, so that a background of 0 stays the darkest. (nnU-Net sets it to 0, which is the value of
-    the average tissue.)
-    """
-    count, mean = 0, 0.0
-    for values in _counted(image, nonzero):
-        count, mean = count + values.numel(), mean + float(values.sum())
-    if count == 0:
-        return image
-    mean /= count
-    squares = sum(float((values - mean).square().sum()) for values in _counted(image, nonzero))
-    std = math.sqrt(squares / count)
-    varies = std > 1e-8 * abs(mean)
-    return (image - mean).div_(std if varies else 1.0)
-
-
-def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
-    """The values, or those other than 0, in double precision; so many planes at a time."""
-    for planes in image.split(_PLANES_AT_ONCE):
-        yield (planes[planes != 0] if nonzero else planes).double()
-
-
-def ct_window(
-    image: Float[Tensor, "*space"], *, lower: float, upper: float, mean: float, std: float
-) -> Float[Tensor, "*space"]:
-    """Intensities in HU clipped to [lower, upper], minus a mean, over a standard deviation."""
-    return (image.clamp(lower, upper) - mean) / std
-
-
 def median_spacing(grids: Sequence[Grid]) -> tuple[float, float, float]:
     """The median voxel size (mm) of grids along right-left, back-front and foot-head."""
     turned = [Orientation.of(grid.affine).turn_grid(grid).spacing for grid in grids]
     x, y, z = np.median(np.array(turned), axis=0)
     return round(float(x), 6), round(float(y), 6), round(float(z), 6)
-
-
-def foreground_statistics(
-    values: Float[np.ndarray, " voxels"],
-) -> tuple[float, float, float, float]:
-    """Percentiles 0.5 and 99.5, mean and standard deviation of foreground intensities (nnU-Net)."""
-    lower, upper = np.percentile(values, [0.5, 99.5])
-    return float(lower), float(upper), float(values.mean()), float(max(values.std(), 1e-8))

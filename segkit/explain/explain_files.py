@@ -15,6 +15,7 @@ from segkit.explain.page.page import Verdict, write_page
 from segkit.explain.page.parts import rows_as_csv
 from segkit.explain.verdicts.findings import Study
 from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures
+from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
@@ -28,7 +29,7 @@ from segkit.io.atomic import (
 )
 from segkit.io.inputs import Input, failure, read_input
 from segkit.io.volume import SUFFIXES, Volume, read_labels, write_volume
-from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
+from segkit.provenance import PROVENANCE, checksums
 from segkit.system.progress import Track, untracked
 
 TABLE = "measures.csv"

@@ -13,6 +13,22 @@ from jaxtyping import Float
 from numpy import ndarray
 
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
+ANISOTROPY = 3.0
+"""An axis that is more than this many times coarser than the finest is resampled apart."""
+
+
+def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | None:
+    """The axis whose slices lie so far apart that the nearest is taken, or None.
+
+    It is the axis along which the scan's spacing, or else the target's, is more than 3 times as
+    coarse as along the finest (nnU-Net, "resampling"). If two axes are coarsest, up to the rounding
+    of a header, there is none. Spacings are in mm.
+    """
+    for spacing in (current, target):
+        if max(spacing) / min(spacing) > ANISOTROPY:
+            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
 
 
 @dataclass(frozen=True, eq=False)

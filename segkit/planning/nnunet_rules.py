@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.geometry.grid import ANISOTROPY
+
 Spacing = tuple[float, ...]
 Size = tuple[int, ...]
 Lengths = tuple[int | float, ...]
@@ -25,8 +27,6 @@ Lengths = tuple[int | float, ...]
 
 SMALLEST_EDGE = 4
 """Cells along an axis below which it is not pooled to."""
-ANISOTROPY = 3.0
-"""How many times coarser than the others an axis is that is treated apart."""
 START_WIDTHS = (32, 16, 8)
 MOST_CHANNELS = {2: 512, 3: 320}
 INITIAL_VOXELS = {2: 2048**2, 3: 256**3}
@@ -149,20 +149,6 @@ def median_shape(
     ]
     x, y, z = np.median(np.array(resampled, float), axis=0).tolist()
     return x, y, z
-
-
-def separate_axis(current: Spacing, target: Spacing) -> int | None:
-    """The axis whose slices are resampled each in its plane, and picked by the nearest; or None.
-
-    It is the one along which the spacing of the scan, or else the target's, is over 3 times as
-    coarse as along the finest ("resampling"). Where two are coarsest, but for what a header rounds,
-    there is none.
-    """
-    for spacing in (current, target):
-        if max(spacing) / min(spacing) > ANISOTROPY:
-            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
-            return coarsest[0] if len(coarsest) == 1 else None
-    return None
 
 
 # The network

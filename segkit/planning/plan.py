@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.geometry.grid import ANISOTROPY, separate_axis
 from segkit.planning.nnunet_rules import (
-    ANISOTROPY,
     LARGEST_SHARE,
     LEAST_COVERED,
     MOST_CHANNELS,
@@ -38,7 +38,6 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     needs_low_resolution,
     normalisations,
-    separate_axis,
     shrinking,
     target_spacing,
     topology,

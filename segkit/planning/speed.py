@@ -18,21 +18,12 @@ from segkit.nn.normalisation import channels_last
 from segkit.nn.slicewise import SegmentationNetwork
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import multiply_adds
+from segkit.system.resources import half_pays
 
 PROCESSORS = Path("/proc/cpuinfo")
 CHANNELS = (16, 32, 64)
 PATCH = (32, 32, 32)
 BATCH = 2
-
-
-def half_pays() -> bool:
-    """Whether bfloat16 is the faster precision here: where the cores have matrix units for it.
-
-    With them (Intel's AMX) a step takes half the time of single precision; without them, 40 times.
-    """
-    # Not in every version of torch; without it, single precision is the safe answer.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
 
 
 def step_seconds(
