@@ -12,8 +12,8 @@ from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import FilesConfig
 
 MOST_IN_BATCH = 2**31
-Axis = Literal["x", "y", "z"]
-WORLD_AXES: dict[Axis, int] = {"x": 0, "y": 1, "z": 2}
+WorldAxis = Literal["x", "y", "z"]
+WORLD_AXES: dict[WorldAxis, int] = {"x": 0, "y": 1, "z": 2}
 SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
 """A word of a label's name that tells left from right."""
 
@@ -84,7 +84,7 @@ class DataConfig(Section):
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
     elastic: bool = False
     """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
-    mirror: list[Axis] | None = None
+    mirror: list[WorldAxis] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Where not given, x alone, or none where labels tell left from right
     by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
@@ -100,7 +100,7 @@ class DataConfig(Section):
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 
-    def mirrored(self, labels: Sequence[str]) -> list[Axis]:
+    def mirrored(self, labels: Sequence[str]) -> list[WorldAxis]:
         """The world axes along which training mirrors patches of a dataset with these labels.
 
         By default it is x, or none if a label tells left from right: by the word left, right, l, r,

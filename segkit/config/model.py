@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from segkit.config.base import Millimetres, Name, Positive, Section
-from segkit.config.data import WORLD_AXES, Axis, NormalisationConfig
+from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
@@ -63,7 +63,7 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
-    mirror: list[Axis] = Field([])
+    mirror: list[WorldAxis] = Field([])
     """World axes along which it was trained on mirror images as well."""
     first_stage: FirstStageConfig | None = None
     """Whose labels, where there is one, are one more channel of the input behind the image's."""

@@ -1,4 +1,4 @@
-"""Networks as a model's description asks for them; only here do settings become networks."""
+"""Networks from a model's description; settings become networks only here."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from segkit.system.resources import free_memory, in_words
 
 BYTES_PER_NUMBER = 4
 FEATURES_HELD = 4
-"""Of each channel at once: the skip, what comes from below, and the two side by side."""
+"""Feature maps of each channel at once: the skip, the one from below, and the two side by side."""
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
-    """The network that a model's description asks for, with fresh weights; it takes volumes.
+    """The network of a model's description, with fresh weights; it takes volumes.
 
-    Raises ConfigError where its weights alone would take more memory than is free, and ModelError
-    where it is a module which Python must give.
+    Raises ConfigError if its weights would take more memory than is free, and ModelError if it is a
+    module from Python, which no file holds.
     """
     count = sum(math.prod(shape) for shape in weight_shapes(description).values())
     free = free_memory()
@@ -35,9 +35,9 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
 
 
 def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
-    """Raise ConfigError where the features of a window alone would outgrow free memory.
+    """Raise ConfigError if the features of a window would take more memory than is free.
 
-    Counted are those of the finest level where a skip is joined, the least that any U-Net holds.
+    Only those of the finest level are counted, at the join with its skip: every U-Net holds them.
     """
     if description.network.given is not None:
         return
@@ -53,9 +53,9 @@ def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> N
 
 
 def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight that the network will have; none is made for this.
+    """The name and shape of every weight of the network, without making any.
 
-    Raises ConfigError where there can be no such network.
+    Raises ConfigError if there can be no such network.
     """
     try:
         with device("meta"):
@@ -103,11 +103,11 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
 
 
 def wrap_network(description: ModelDescription, module: nn.Module) -> SegmentationNetwork:
-    """A module that gives logits, in the form of a network; it takes volumes.
+    """A module that gives logits, as a network that takes volumes.
 
     `network.given` of the description must say what the sizes of its input are multiples of.
-    Raises ModelError where the description is that of a U-Net, or where the module's state cannot
-    be saved.
+    Raises ModelError if the description is that of a U-Net, or if the module's state cannot be
+    saved.
     """
     given = description.network.given
     if given is None:

@@ -13,11 +13,11 @@ chance or order: means and deviations are exact, percentiles to one part in 8,00
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -88,22 +88,6 @@ class Fingerprint:
     cases: tuple[CaseSize, ...]
     intensities: tuple[Intensities | None, ...]
     """Of the foreground of all cases, one per channel; None where no case has any."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A tree of plain values, from which `from_json` makes an equal fingerprint."""
-        return {"format": FINGERPRINT_FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Fingerprint":
-        """The fingerprint that `to_json` took apart."""
-        assert content["format"] == FINGERPRINT_FORMAT, "a fingerprint of another format"
-        return cls(
-            tuple(content["channels"]),
-            dict(content["labels"]),
-            content["num_outputs"],
-            tuple(_size(case) for case in content["cases"]),
-            tuple(item and Intensities(**item) for item in content["intensities"]),
-        )
 
     def numbers(self) -> Numbers:
         """What a plan is made of."""
@@ -249,15 +233,3 @@ def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:
             f"and it is measured again"
         )
     return found
-
-
-def _size(content: Mapping[str, Any]) -> CaseSize:
-    x, y, z = content["spacing"]
-    width, depth, height = content["shape"]
-    return CaseSize(
-        content["name"],
-        (x, y, z),
-        (width, depth, height),
-        content["box_share"],
-        tuple(content["classes"]),
-    )

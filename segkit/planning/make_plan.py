@@ -1,13 +1,11 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
-import textwrap
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
@@ -15,6 +13,7 @@ from segkit.config.model import FirstStageConfig, ModelDescription, description_
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.model.build import build_network
+from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
 from segkit.planning.speed import measured_once, multiply_adds_per_second, step_seconds
@@ -33,8 +32,6 @@ SPEED = "speed.json"
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
 """Parts of a description that decide how long a step takes, beside the size of its batch."""
 NNUNET_STEPS = 250_000
-VALIDATIONS = 10
-AVERAGING = 0.999
 CASES_PER_PROCESS = 300
 """Small cases that are measured in the time that another process takes to start."""
 
@@ -63,22 +60,18 @@ class _Task:
     files: FilesConfig | None
     dataset: Dataset
     fingerprint: Fingerprint
-    device: str
-    """As it was asked for."""
-    on_cpu: bool
+    accelerator: str | None
+    """Of the training: 'cpu' or 'gpu', if it was asked for."""
     own_schedule: bool
     """Whether plan and schedule are nnU-Net's own."""
+    timed: bool
+    """Whether the budget is time, not memory."""
     spatial_dims: int
     gigabytes: float
     minutes: float
-    """Of one stage; they count only if the plan is `timed`."""
+    """Of one stage; they count only if the budget is time."""
     figures: Path
     """The file with what was timed on this processor."""
-
-    @property
-    def timed(self) -> bool:
-        """Whether the budget is time, not memory."""
-        return self.on_cpu and not self.own_schedule
 
     def plan(self) -> Plan:
         """The largest plan within the budget."""
@@ -141,14 +134,15 @@ def plan_dataset(
     cache = runs / ".cache" if cache is None else Path(cache)
     dataset = read_dataset(folder, files)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
+    on_cpu, own_schedule = choose_device(device).type == "cpu", preset == "nnunet"
     task = _Task(
         folder,
         files,
         dataset,
         fingerprint(dataset, cache=cache, workers=workers, track=track),
-        device,
-        on_cpu=choose_device(device).type == "cpu",
-        own_schedule=preset == "nnunet",
+        accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
+        own_schedule=own_schedule,
+        timed=on_cpu and not own_schedule,
         spatial_dims=spatial_dims,
         gigabytes=gigabytes,
         minutes=minutes,
@@ -179,24 +173,28 @@ def _planned(
 ) -> Planned:
     """One stage; `first` is the run of the stage before it."""
 
-    def settled(steps: int) -> tuple[Config, dict[str, Any], dict[str, str]]:
-        tree, reasons = _settings(task, plan, name, steps)
-        if first is not None:
-            tree["data"]["first_stage"] = [str(first)]
-        if task.device != "auto":
-            tree["trainer"] = {"accelerator": "cpu" if task.on_cpu else "gpu"}
-        return validated(Config, tree, f"plan of {task.folder}"), tree, reasons
-
     steps, why_steps = GPU_STEPS, "An hour or so of a GPU's."
     if task.own_schedule:
         steps, why_steps = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250."
-    config, tree, reasons = settled(steps)
+    sections = partial(
+        sections_of,
+        plan,
+        task.folder,
+        task.files,
+        own_schedule=task.own_schedule,
+        accelerator=task.accelerator,
+        first_stage=first,
+    )
+
+    def checked(written: Sections) -> Config:
+        return validated(Config, values_of(name, written), f"plan of {task.folder}")
+
+    written = sections(steps=steps, why_steps=why_steps)
     if task.timed:
-        seconds = _measured_step(task, config, with_labels=first is not None)
+        seconds = _measured_step(task, checked(written), with_labels=first is not None)
         steps, why_steps = _steps_within(task.minutes, seconds)
-        config, tree, reasons = settled(steps)
-    reasons["train.steps"] = why_steps
-    return Planned(config, _commented(tree, reasons, heading), task.fingerprint, plan)
+        written = sections(steps=steps, why_steps=why_steps)
+    return Planned(checked(written), text_of(name, written, heading), task.fingerprint, plan)
 
 
 def _measured_step(task: _Task, config: Config, *, with_labels: bool) -> float:
@@ -240,90 +238,7 @@ def seconds_of_step(config: Config, description: ModelDescription) -> float:
     return step_seconds(network, image, label, half=half_pays(), repeats=3)
 
 
-def _settings(
-    task: _Task, plan: Plan, name: str, steps: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config's sections, and the reason for each value by its dotted key."""
-    own_schedule = task.own_schedule
-    kinds = {normalisation.kind for normalisation in plan.normalisation}
-    data: dict[str, Any] = {
-        "folder": str(task.folder),
-        "spacing": list(plan.spacing),
-        "interpolation": "cubic",
-        "patch_size": list(plan.patch_size),
-        "batch_size": plan.batch_size,
-    }
-    if task.files is not None:
-        data["files"] = task.files.model_dump(mode="json", exclude_unset=True)
-    if plan.spatial_dims == 2:
-        data["slices"] = plan.slices
-    if kinds == {"zscore nonzero"}:
-        data["normalisation"] = {"kind": "zscore", "nonzero": True}
-    if own_schedule:
-        data["mirror"] = ["x", "y", "z"]
-    network = {
-        "spatial_dims": plan.spatial_dims,
-        "channels": list(plan.channels),
-        "strides": [list(step) for step in plan.strides],
-        "kernels": [list(size) for size in plan.kernels],
-        "attention": {} if own_schedule else {"skip": "additive_grid"},
-    }
-    if len(plan.channels) == 2 and not own_schedule:
-        network["attention"] = {"skip": {"kind": "additive_grid", "levels": [0]}}
-    train: dict[str, Any] = {"steps": steps, "batch_dice": plan.batch_dice}
-    train["optimiser"] = "sgd" if own_schedule else "adamw"
-    if not own_schedule:
-        train["averaging"] = AVERAGING
-    train["validate_every"] = max(min(50, steps), steps // VALIDATIONS // 50 * 50)
-    reasons = {
-        "data.spacing": plan.reasons["spacing"],
-        "data.interpolation": f"As nnU-Net. {plan.reasons['separate_z']}",
-        "data.patch_size": plan.reasons["patch_size"],
-        "data.batch_size": plan.reasons["batch_size"],
-        "data.slices": plan.reasons["slices"],
-        "data.normalisation": plan.reasons["normalisation"],
-        "network.channels": plan.reasons["channels"],
-        "network.strides": plan.reasons["strides"],
-        "network.kernels": plan.reasons["kernels"],
-        "network.attention": (
-            "As nnU-Net, without any."
-            if own_schedule
-            else "Gates at the skips; see docs/attention.md for the others, or none."
-        ),
-        "data.first_stage": f"{plan.reasons['low_resolution']} The labels that it finds there go "
-        "beside the image; without this line there is one stage. They are better on cases that "
-        "the first stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
-        "all named here, give each case labels of a model that never saw it.",
-        "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
-        "train.averaging": "A running average of the weights scores better than the last of them.",
-        "train.batch_dice": plan.reasons["batch_dice"],
-    }
-    return {"name": name, "data": data, "network": network, "train": train}, reasons
-
-
 def _run_name(folder: Path) -> str:
     """The folder's name, in the letters that a run's may have."""
     name = folder.resolve().name
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
-
-
-def _commented(tree: dict[str, Any], reasons: dict[str, str], heading: str) -> str:
-    """The sections as YAML under a heading, with each reason as a comment above its value."""
-    lines = textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
-    for section, values in tree.items():
-        if not isinstance(values, dict):
-            lines.append(_yaml({section: values}))
-            continue
-        lines.append(f"{section}:")
-        for key, value in values.items():
-            if reason := reasons.get(f"{section}.{key}"):
-                lines += textwrap.wrap(reason, 98, initial_indent="  # ", subsequent_indent="  # ")
-            lines.append(textwrap.indent(_yaml({key: value}), "  "))
-    return "\n".join(lines) + "\n"
-
-
-def _yaml(value: dict[str, Any]) -> str:
-    """One setting on one line."""
-    ((key, content),) = value.items()
-    flow = yaml.safe_dump(content, default_flow_style=True, width=10_000, sort_keys=False)
-    return f"{key}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}"
