@@ -1,4 +1,4 @@
-"""What made a result, told beside it, so that it can be made again and held against its making.
+"""What made a result, as a JSON file beside it tells.
 
 It names no time, no place and no machine, so that the same work leaves the same bytes.
 """
@@ -14,7 +14,7 @@ from segkit.io.atomic import checksum
 from segkit.io.safe_text import read_json_object
 
 PROVENANCE = "provenance"
-"""The key under which it stands in a JSON file."""
+"""Its key in a JSON file."""
 LIBRARIES = ("segkit", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
 
 
@@ -28,7 +28,7 @@ def checksums(files: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python, and of what the arithmetic and the files go through."""
+    """Versions of Python and of the libraries that compute, read and write."""
     return {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
 
 

@@ -16,7 +16,7 @@ _PLANES_AT_ONCE = 8
 
 
 def build_normalisers(settings: Sequence[NormalisationConfig]) -> list[Normaliser]:
-    """One function per channel. A CT window must be complete by now."""
+    """A function for each channel; CT windows must be complete."""
     return [_normaliser(setting) for setting in settings]
 
 
@@ -32,9 +32,9 @@ def _normaliser(setting: NormalisationConfig) -> Normaliser:
 def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*space"]:
     """The image minus its mean over its standard deviation; a constant image becomes 0.
 
-    With `nonzero`, the statistics are those of the voxels other than 0; all voxels are shifted
-    alike, so that a background of 0 stays the darkest. (nnU-Net sets it to 0, which is the value of
-    the average tissue.)
+    With `nonzero`, the statistics come from the voxels other than 0. All voxels are shifted alike,
+    so that a background of 0 stays the darkest (nnU-Net sets it to 0, the value of the average
+    tissue).
     """
     count, mean = 0, 0.0
     for values in _counted(image, nonzero):
@@ -49,7 +49,7 @@ def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*
 
 
 def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
-    """The values, or those other than 0, in double precision; so many planes at a time."""
+    """The values, or those other than 0, in double precision, a few planes at a time."""
     for planes in image.split(_PLANES_AT_ONCE):
         yield (planes[planes != 0] if nonzero else planes).double()
 

@@ -1,4 +1,4 @@
-"""How patches vary in training, as the settings of the data have it."""
+"""The variation of patches in training, made from the settings of the data."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ from segkit.errors import ConfigError
 ELASTIC_PROBABILITY = 0.2
 CONTROL_POINTS_MM = 24.0
 BENDING = 1 / 12
-"""Amplitude of bending over the distance of its control points; at this ratio nothing folds."""
+"""The amplitude of bending, as a share of the distance of its control points; nothing folds."""
 
 
 def build_variation(
@@ -26,11 +26,19 @@ def build_variation(
     labels: Sequence[str],
     first_classes: int = 0,
 ) -> tuple[Vary, tuple[int, ...]]:
-    """How a batch is varied on its way to the network, and what that needs beyond each patch.
+    """The function that varies a batch, and the voxels to cut beyond either end of each patch.
 
-    With `data.synthesis`, images are drawn from labels that have been turned and deformed; varying
-    their intensities further would add nothing. `first_classes` are those of a first stage's
-    labels, which stand in the last channel and are never varied as intensities are.
+    With `data.synthesis` images are drawn from labels that were turned and deformed, and their
+    intensities are not varied further.
+
+    Args:
+        config: the settings of the data.
+        patch_size: in voxels along x, y and z.
+        spacing: in mm along x, y and z.
+        labels: a name for each number that label maps hold.
+        first_classes: the number of classes in a first stage's labels, which are the last channel.
+
+    Raises ConfigError if `data.synthesis` names a label that the dataset does not have.
     """
     mirror_axes = tuple(WORLD_AXES[name] for name in config.mirrored(labels))
     # A patch has two control points at least along its longest side, or it would only be shifted.
@@ -72,10 +80,7 @@ def build_variation(
 def _synthesiser(
     settings: SynthesisConfig, labels: Sequence[str]
 ) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
-    """Draws an image for a label map that it deforms first.
-
-    `labels` are names of all numbers that label maps hold. Raises ConfigError for another.
-    """
+    """Deforms a label map, and draws an image for it."""
     intensities = None
     if settings.intensities is not None:
         if unknown := sorted(set(settings.intensities) - set(labels)):

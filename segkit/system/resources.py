@@ -48,9 +48,9 @@ def num_cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that new processes may take: what Linux calls available, within a container's limit.
+    """Bytes that new processes may take: Linux's "available", within the container's limit.
 
-    Elsewhere half of the memory that is built in, or 4 GiB where not even that is told.
+    Without Linux: half of the memory that is built in, or 4 GiB if the system does not tell it.
     """
     try:
         lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
@@ -74,9 +74,9 @@ def _half_of_what_is_built_in() -> int:
 
 
 def peak_of_process() -> int | None:
-    """Bytes that this process has held at most; None where the system does not tell.
+    """The most bytes that this process has held; None if the system does not tell.
 
-    Linux's getrusage also knows what the process was that it was forked from, its status does not.
+    On Linux it comes from the process's status: getrusage counts the parent it was forked from.
     """
     if STATUS.exists():
         lines = STATUS.read_text(encoding="utf-8").splitlines()

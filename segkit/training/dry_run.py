@@ -47,7 +47,7 @@ class DryRun:
     precision: str
     device: str
     peak: int | None
-    """Bytes: of a GPU's memory, or of the process where there is none; None where untold."""
+    """Bytes of the GPU's memory, or of the process on a CPU; None if the system does not tell."""
     before: int
     """Bytes of the process's peak before the first step; 0 on a GPU."""
     seconds: float
@@ -55,7 +55,7 @@ class DryRun:
 
     @property
     def fitting(self) -> int | None:
-        """Steps that fit into `trainer.max_time`, validations aside; None where it is not set."""
+        """Steps that fit into `trainer.max_time` without validations; None if it is not set."""
         if self.config.trainer.max_time is None:
             return None
         limit = Timer(duration=self.config.trainer.max_time).time_remaining()
@@ -63,7 +63,7 @@ class DryRun:
         return max(int(limit / self.seconds), 1)
 
     def lines(self) -> list[str]:
-        """All of it in words, a line each."""
+        """Everything in words, a line for each part."""
         data, schedule = self.config.data, self.config.train
         patch = self.description.volume_patch
         cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} to be turned"
@@ -106,7 +106,7 @@ class Stopwatch(Callback):
         self.cut_size: tuple[int, ...] = ()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note what was taken before."""
+        """Note the memory before the first step."""
         self.device = pl_module.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -121,7 +121,7 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """A step and what came before it, such as cutting its patches, is done."""
+        """Note the time of a step, including the cutting of its patches, and the peak."""
         wait_for_device(self.device)
         now = time.perf_counter()
         self.seconds, self.started = now - self.started, now
@@ -135,9 +135,9 @@ class Stopwatch(Callback):
 
 
 def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
-    """Train for two steps on two cases and say what they took; nothing is left of it.
+    """Train for two steps on two cases, measure them, and leave no files.
 
-    Raises SegkitError as training would, and where a GPU's memory is too small.
+    Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
     dataset = read_dataset(config.data.folder, config.data.files)
@@ -177,27 +177,14 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
-    """The config of so few steps that nothing but their number and what follows them differs."""
-    changes: dict[str, dict[str, Any]] = {
-        "data": {
-            "spacing": spacing,
-            "validation": 0.0,
-            "fold": None,
-            "cache": cache,
-            "workers": 0,
-        },
-        "train": {
-            "steps": MEASURED_STEPS,
-            "validate_every": MEASURED_STEPS,
-            "patience": None,
-            "pictures": 0,
-        },
-        "trainer": {"max_time": None, "loggers": []},
-    }
+    """The config with only the measured steps, and without all that would follow them."""
+    few = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS, "patience": None}
+    data = {"spacing": spacing, "validation": 0.0, "fold": None, "cache": cache, "workers": 0}
     return config.model_copy(
         update={
-            name: getattr(config, name).model_copy(update=section)
-            for name, section in changes.items()
+            "data": config.data.model_copy(update=data),
+            "train": config.train.model_copy(update={**few, "pictures": 0}),
+            "trainer": config.trainer.model_copy(update={"max_time": None, "loggers": []}),
         }
     )
 
