@@ -129,7 +129,7 @@ def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]
 
 
 def body_box(values: Shaped[ndarray, "x y z channel"]) -> Box:
-    """The smallest box that holds every voxel that is not 0 in all channels; all if there is none."""
+    """The smallest box that holds every voxel with a channel that is not 0, or else everything."""
     found = (values != 0).any(axis=3)
     if not found.any():
         x, y, z = (slice(0, size) for size in found.shape)
