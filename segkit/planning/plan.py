@@ -25,12 +25,12 @@ from segkit.planning.nnunet_rules import (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a dataset is trained on, and why so."""
+    """How to train on a dataset, and why."""
 
     spatial_dims: int
     spacing: tuple[float, float, float]
     slices: Literal["sagittal", "coronal", "axial"]
-    """The planes that a 2D network sees: those across the coarsest axis."""
+    """The planes of a 2D network: those across the coarsest axis."""
     patch_size: Size
     batch_size: int
     channels: tuple[int, ...]
@@ -44,7 +44,7 @@ class Plan:
     separate_z: bool
     low_resolution: "Plan | None"
     reasons: dict[str, str]
-    """For each value, one sentence on why it is what it is."""
+    """A sentence for each value."""
 
 
 class Fit(NamedTuple):
@@ -57,23 +57,20 @@ class Fit(NamedTuple):
 
 
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
-    """nnU-Net's own plan: the largest patch, then the largest batch, that the memory allows."""
+    """nnU-Net's plan: the largest patch, and then the largest batch, that the memory allows."""
     return _plan(numbers, spatial_dims, lambda setting: _fit_memory(setting, gigabytes))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How many training steps are wanted before the time goes into something better.
-
-    More steps of little teach more than few steps of much, up to a point.
-    """
+    """How many training steps are wanted before the time goes into something else."""
 
     for_batch: int
-    """Patches beside the least are given up for these."""
+    """The batch is made smaller until so many steps fit."""
     for_width: int
-    """Channels are given up for these."""
+    """The network is made narrower until so many steps fit."""
     for_patch: int
-    """What a patch shows of an image is given up for these alone."""
+    """The patch is made smaller until so many steps fit."""
 
 
 def plan_for_time(
@@ -85,12 +82,12 @@ def plan_for_time(
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
 ) -> Plan:
-    """The plan for that memory, made smaller until so many training steps fit into the minutes.
+    """The plan for the memory, made smaller until enough training steps fit into the minutes.
 
-    First the batch is made smaller, then the network narrower, and at last the patch smaller; how
-    many steps each is given up for, `steps` says. If the smallest of all takes longer still, it is
-    what is given, and its reasons say so. Only the convolutions of training are counted, not
-    preparation, validation or augmentation.
+    First the batch is made smaller, then the network narrower, then the patch smaller; `steps` says
+    how many steps each must allow. If even the smallest plan takes longer, it is the result, and
+    its reasons say so. Only the convolutions of training count, not preparation, validation or
+    augmentation.
     """
     total = minutes * 60 * multiply_adds_per_second
 
@@ -134,7 +131,7 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
 
 
 def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """What fits into so many multiply-adds in all."""
+    """The fit for a total of so many multiply-adds."""
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
