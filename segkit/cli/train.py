@@ -191,12 +191,12 @@ def _folds(text: str | None) -> tuple[int, ...]:
 def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
     """Say what a training will be and take, in one stage or in the first of two."""
     from segkit.system.progress import Tracker
-    from segkit.training.dry_run import rehearse
+    from segkit.training.dry_run import dry_run
 
     stage = low or settings
     if folds:
         stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
-    for line in rehearse(stage, track=Tracker(console)).lines():
+    for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
         say(f"so it is with each of {len(folds)} folds")

@@ -14,6 +14,7 @@ from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
 from segkit.explain.verdicts.study import ABLATIONS, cohort_figures
+from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
     begin,
@@ -27,7 +28,7 @@ from segkit.io.atomic import (
 from segkit.io.checksums import checksums
 from segkit.io.inputs import Input, failure, read_input
 from segkit.io.volume import SUFFIXES, read_labels
-from segkit.provenance import PROVENANCE, asked_of, made_by
+from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
 HEADS = ("heads.csv", "heads.json")

@@ -11,6 +11,7 @@ from segkit.config.model import ModelDescription
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
+from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Prediction, Predictor, TrackSlabs
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
@@ -20,7 +21,7 @@ from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, find_inputs, parse_shard, read_input
 from segkit.io.pictures import write_montage
 from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
-from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
+from segkit.provenance import PROVENANCE, check_asked
 
 __all__ = [
     "Input",

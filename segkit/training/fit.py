@@ -30,28 +30,21 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.normalise import build_normalisers
 from segkit.data.patches import PatchDataset
 from segkit.data.prepared_cache import store_cases
+from segkit.data.variation import build_variation
 from segkit.errors import ConfigError
 from segkit.inference.postprocess import candidates
 from segkit.inference.predictor import segment_prepared
 from segkit.io.atomic import sweep, write_json, write_text
-from segkit.model.build import (
-    build_network,
-    build_normalisers,
-    build_variation,
-    check_windows,
-    interpolation_order,
-    mirrored,
-    volume_patch,
-    wrap_network,
-)
+from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import Model, save_model, start_from
 from segkit.nn.external import try_out
 from segkit.nn.normalisation import channels_last
 from segkit.system.progress import Track, untracked
+from segkit.system.resources import half_pays
 from segkit.system.signals import advising
-from segkit.system.speed import half_pays
 from segkit.system.workers import loading
 from segkit.training.cascade import described, first_models, first_stage_of, label_cases
 from segkit.training.final_scores import score
@@ -182,19 +175,17 @@ def _train(
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(describe(config, dataset, train_cases, track), first_stage).model_copy(
-        update={"mirror": mirrored(config.data, list(dataset.labels))}
-    )
+    description = described(describe(config, dataset, train_cases, track), first_stage)
     config = resolved(config, description)
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-        check_windows(description, (config.data.batch_size, *volume_patch(description)))
+        check_windows(description, (config.data.batch_size, *description.volume_patch))
     resumed = folder is not None
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     if module is None:
         network = build_network(description)
     else:
         network = wrap_network(description, module).cpu()
-        try_out(network, torch.zeros(1, len(description.channels), *volume_patch(description)))
+        try_out(network, torch.zeros(1, len(description.channels), *description.volume_patch))
     if config.train.start_from is not None and not (folder and checkpoint_of(folder)):
         logger.info("%s", start_from(network, config.train.start_from))
     if folder is None:
@@ -207,7 +198,7 @@ def _train(
             write_text(folder / CONFIG, dump_yaml(config))
     logger.info("%s: %d cases to train on, %d held out", folder, len(train_cases), len(held_out))
 
-    patch_size = volume_patch(description)
+    patch_size = description.volume_patch
     cache = config.data.cache or runs / ".cache"
     first_labels = label_cases(
         (*train_cases, *held_out),
@@ -223,7 +214,7 @@ def _train(
         folder=cache,
         spacing=description.spacing,
         normalisers=build_normalisers(description.normalisation),
-        order=interpolation_order(description),
+        order=description.interpolation_order,
         settings=[setting.model_dump() for setting in description.normalisation],
         first_labels=first_labels,
     )

@@ -1,15 +1,15 @@
 """What a config leaves open, settled by the dataset that it names."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 
 from segkit.config.data import CtWindowConfig, NormalisationConfig, ZScoreConfig
-from segkit.config.model import ModelDescription
+from segkit.config.model import ModelDescription, description_of
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_case, split
-from segkit.data.preprocess import foreground_statistics, median_spacing
+from segkit.data.normalise import foreground_statistics
+from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_grid
 from segkit.system.progress import Track
@@ -33,20 +33,13 @@ def describe(
         config.data.normalisation or (CtWindowConfig() if name.lower() == "ct" else ZScoreConfig())
         for name in dataset.channels
     ]
-    return ModelDescription(
-        segkit=version("segkit"),
-        run=config.name,
-        channels=list(dataset.channels),
-        labels=dataset.labels,
-        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
-        ignore=dataset.ignore,
+    return description_of(
+        config,
+        channels=dataset.channels,
+        labelling=dataset.labelling,
         codes=dataset.codes,
-        network=config.network,
         spacing=spacing,
-        interpolation=config.data.interpolation,
         normalisation=_measured(settings, dataset, train_cases, track),
-        slices=config.data.slices,
-        patch_size=config.data.patch_size,
     )
 
 
