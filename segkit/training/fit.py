@@ -279,7 +279,8 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
 
 
 def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
-    head = config.network.attention.head
+    settings = config.network
+    head = None if settings.given else settings.attention.head
     return SegmentationModule(
         _network_of(parts),
         loss=parts.loss,
