@@ -28,8 +28,8 @@ from segkit.explain.verdicts.rule import MapFigures, judge
 from segkit.explain.verdicts.study import Evidence, pooled
 from segkit.inference.predictor import Predictor
 from segkit.system.progress import Tracker
-from segkit.training.resolve import split_of
 from segkit.training.run_folder import CONFIG
+from segkit.training.split import split_of
 
 COLUMNS = (
     *(

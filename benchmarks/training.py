@@ -25,7 +25,8 @@ from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.unet import UNet
-from segkit.training.fit import precision, train
+from segkit.training.fit import train
+from segkit.training.resolve import precision
 
 CONFIG = Path(__file__).parents[1] / "configs" / "attention_unet_3d.yaml"
 STEPS = 40

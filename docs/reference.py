@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 API = {
     "From data to a model": (
-        "check plan_dataset load_config train resume cross_validate "
-        "Config Planned Run CrossValidation Understood"
+        "check plan_dataset load_config train prepare fit resume cross_validate "
+        "Config Planned TrainingParts Run CrossValidation Understood"
     ),
     "From a model and a scan to labels and maps": (
         "Predictor load_model map_on_source Model Prediction AttentionMap"

@@ -3,7 +3,7 @@
 All that a script needs is here by name, as few words as the command line has, and is loaded when
 it is first asked for: `import segkit` itself loads neither torch nor anything else that takes time.
 
-    run = segkit.train(segkit.load_config(Path("my_dataset.yaml")))
+    run = segkit.train(segkit.load_config("my_dataset.yaml"))
     prediction = segkit.Predictor(run.model)(segkit.read_volume(Path("scan.nii.gz")), maps=True)
 
 Volumes are (x, y, z) or (x, y, z, channel) in the file's own order, world coordinates RAS+ in mm.
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
-    from segkit.training.fit import Run, resume, train
+    from segkit.training.fit import Run, fit, resume, train
+    from segkit.training.parts import TrainingParts, prepare
 
 __all__ = [
     "AttentionMap",
@@ -58,6 +59,7 @@ __all__ = [
     "Run",
     "SegkitError",
     "TrainingError",
+    "TrainingParts",
     "Understood",
     "Volume",
     "VolumeError",
@@ -68,10 +70,12 @@ __all__ = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fit",
     "load_config",
     "load_model",
     "map_on_source",
     "plan_dataset",
+    "prepare",
     "read_labels",
     "read_volume",
     "resume",
@@ -103,7 +107,8 @@ _HOMES = {
     "segkit.inference.predictor": ("Prediction", "Predictor"),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
-    "segkit.training.fit": ("Run", "resume", "train"),
+    "segkit.training.fit": ("Run", "fit", "resume", "train"),
+    "segkit.training.parts": ("TrainingParts", "prepare"),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -19,7 +19,8 @@ from segkit.io.volume import Volume, read_volume, trouble_with
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
-from segkit.training.resolve import check_images, describe, split_of
+from segkit.training.resolve import check_images, describe, resolve
+from segkit.training.split import split_of
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,12 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
     dataset = read_dataset(config.data.folder, config.data.files)
-    train, held_out = split_of(dataset, config)
+    split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(describe(config, dataset, train, track), first_stage)
+    description = described(
+        describe(resolve(config, dataset, split, track=track), dataset), first_stage
+    )
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())

@@ -17,9 +17,9 @@ PROVENANCE = "provenance"
 LIBRARIES = ("segkit", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute, read and write."""
-    return {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
+def versions(*more: str) -> dict[str, str]:
+    """Those of Python, and of what the arithmetic and the files go through, and of `more`."""
+    return {"python": python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
 
 
 def check_asked(labels: Path, sidecar: Path, asked: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from segkit.config.labels import Labelling
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.errors import ConfigError
@@ -33,7 +34,8 @@ from segkit.model.folder import Model, load_model
 from segkit.nn.unet import UNet
 from segkit.planning.fingerprint import fingerprint
 from segkit.training.fit import train
-from segkit.training.resolve import describe
+from segkit.training.resolve import describe, resolve
+from segkit.training.split import Split
 from tests.helpers import affine_of
 from tests.small import small_config
 
@@ -264,6 +266,11 @@ def test_what_is_ignored_stays_so_in_patches_that_are_turned() -> None:
     assert (turned[seen[:, 0] > 2] == 3).all() and (turned[seen[:, 0] < 1] == 0).all()
 
 
+def described_by(config: Config, dataset: Dataset) -> ModelDescription:
+    """The model that all cases of a dataset would train."""
+    return describe(resolve(config, dataset, Split(dataset.cases, ())), dataset)
+
+
 def test_intensities_and_classes_are_measured_without_what_is_ignored(
     ignoring: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +279,7 @@ def test_intensities_and_classes_are_measured_without_what_is_ignored(
     assert all(set(case.classes) <= {1, 2} for case in measured.cases)
     assert measured.numbers().num_classes == 2  # an output for each region
     config = small_config(ignoring, data={"normalisation": "ct"})
-    (window, _) = describe(config, dataset, dataset.cases, lambda c, what, n: c).normalisation
+    (window, _) = described_by(config, dataset).normalisation
     assert isinstance(window, CtWindowConfig) and window.mean is not None
     # Foreground has intensities 1 and 2 here; beyond the plane, where none counts, many are 0.
     assert 1.0 < window.mean < 2.0
@@ -346,6 +353,6 @@ def test_what_lies_beyond_the_plane_moves_no_surface(ignoring: Path, tmp_path: P
 
 def test_the_datasets_labelling_is_the_models(regions: Path) -> None:
     dataset = read_dataset(regions)
-    told = describe(small_config(regions), dataset, dataset.cases, lambda c, what, n: c)
+    told = described_by(small_config(regions), dataset)
     assert told.labelling == dataset.labelling
     assert Dataset(regions, (), ("T1",), {"background": 0}).labelling.members == {}

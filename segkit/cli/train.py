@@ -1,15 +1,16 @@
 """`segkit train`: a network from a config, a dataset, or a run that was stopped."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -20,6 +21,24 @@ if TYPE_CHECKING:
     from segkit.training.fit import Run
 
 
+def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; if several processes train, the first alone says that they were stopped."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**given)
+        except Stopped as stopped:
+            from segkit.training.lightning_private import is_first_process
+
+            if is_first_process():
+                raise
+            raise Exit(128 + stopped.signum) from None
+
+    return run
+
+
+@_first_tells
 def train_command(
     config: Annotated[
         Path | None,
@@ -63,6 +82,8 @@ def train_command(
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs)
+    if not result.summary:  # in all processes of a run but the first
+        return
     _tell(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:

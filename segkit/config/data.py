@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import FilesConfig
@@ -46,6 +46,10 @@ NormalisationConfig = Annotated[
 ]
 
 
+def _one_or_each(value: Any) -> str:
+    return "each" if isinstance(value, list) else "one"
+
+
 class SynthesisConfig(Section):
     """Train on images drawn from the label maps instead of on the scans (Billot et al. 2023)."""
 
@@ -71,8 +75,16 @@ class DataConfig(Section):
     interpolation: Literal["linear", "cubic"] = "cubic"
     """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
     slices over three times as far apart as their pixels, the nearest is taken instead."""
-    normalisation: NormalisationConfig | None = None
-    """Of every channel; `ct` for channels named CT and `zscore` for others where not given."""
+    normalisation: (
+        Annotated[
+            Annotated[NormalisationConfig, Tag("one")]
+            | Annotated[list[NormalisationConfig], Tag("each")],
+            Discriminator(_one_or_each),
+        ]
+        | None
+    ) = None
+    """Of every channel, or a list, one for each; `ct` for channels named CT and `zscore` for others
+    where not given."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
     """The plane that a 2D network sees."""
     patch_size: Annotated[list[Positive], Field(min_length=2, max_length=3)]

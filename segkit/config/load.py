@@ -27,13 +27,19 @@ class DatasetFileConfig(Section):
     data: DatasetConfig
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply dotted `key=value` overrides, and check the whole once.
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings in a YAML file, with dotted `key=value` overrides, checked as a whole.
 
-    A relative `data.folder` counts from the working directory. Raises ConfigError with one
-    sentence that names the key.
+        config = segkit.load_config("my_dataset.yaml", ["train.steps=500"])
+
+    Args:
+        path: the file. A relative `data.folder` in it counts from the working directory.
+        overrides: changes such as `train.steps=500`, whose values are YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a wrong setting; one sentence names its key.
     """
-    tree = read_yaml(path)
+    tree = read_yaml(Path(path))
     for override in overrides:
         _apply(tree, override)
     return validated(Config, tree, source=str(path))

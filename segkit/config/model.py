@@ -144,6 +144,7 @@ def description_of(
         first_stage: whose labels the network is given beside the image, if any.
     """
     return ModelDescription(
+        format=1,
         segkit=version("segkit"),
         run=config.name,
         channels=list(channels),
@@ -159,4 +160,5 @@ def description_of(
         patch_size=config.data.patch_size,
         mirror=config.data.mirrored(list(labelling.numbers)),
         first_stage=first_stage,
+        postprocessing=PostprocessingConfig(largest_foreground=False, largest_of=()),
     )

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from segkit.config.attention import (
     AttentionConfig,
@@ -48,6 +48,14 @@ class NetworkConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     given: GivenModuleConfig | None = None
     """A module from elsewhere in the U-Net's stead, of which only spatial_dims is set beside it."""
+
+    @model_serializer(mode="wrap")
+    def _without_a_unet(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All settings, but none of a U-Net beside a given module, which would refuse them."""
+        written: dict[str, Any] = write(self)
+        if self.given is None:
+            return written
+        return {name: written[name] for name in ("spatial_dims", "given") if name in written}
 
     @property
     def step_strides(self) -> list[list[int]]:
@@ -97,7 +105,8 @@ class NetworkConfig(Section):
         if others := [
             name
             for name, setting in fields
-            if name not in ("spatial_dims", "given") and getattr(self, name) != setting.default
+            if name in self.model_fields_set - {"spatial_dims", "given"}
+            and getattr(self, name) != setting.default
         ]:
             raise ValueError(
                 f"network.{others[0]} is of a U-Net, and network.given has a module in its stead; "

@@ -13,6 +13,35 @@ from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
 from segkit.config.network import NetworkConfig
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The share of a running mean that a step keeps."""
+
+
+class AdamWConfig(Section):
+    """AdamW on a one-cycle schedule (Smith and Topin 2019): the learning rate rises, then falls."""
+
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """The share of the steps over which the learning rate rises."""
+    rise_factor: Annotated[float, Field(ge=1)] = 25.0
+    """The highest learning rate over the first."""
+    fall_factor: Annotated[float, Field(ge=1)] = 1e4
+    """The first learning rate over the last."""
+    momentum: tuple[Decay, Decay] = (0.85, 0.95)
+    """The lowest and the highest decay of the mean gradient; it falls while the rate rises."""
+    square_decay: Decay = 0.999
+    """The decay of the mean squared gradient."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean squared gradient."""
+
+
+class SgdConfig(Section):
+    """Stochastic gradient descent on a polynomial schedule, as nnU-Net has it."""
+
+    momentum: Decay = 0.99
+    nesterov: bool = True
+    power: Annotated[float, Field(gt=0)] = 0.9
+    """The learning rate is the highest one times (1 - step / steps) to this power."""
+
 
 class TrainConfig(Section):
     """How the weights are found."""
@@ -20,6 +49,10 @@ class TrainConfig(Section):
     steps: Positive = 1000
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """AdamW on a one-cycle schedule, or SGD with Nesterov momentum on a polynomial one."""
+    adamw: AdamWConfig = AdamWConfig()
+    """Used only if `optimiser` is adamw."""
+    sgd: SgdConfig = SgdConfig()
+    """Used only if `optimiser` is sgd."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """The highest of the schedule; 0.003 for AdamW and 0.01 for SGD where not given."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -70,6 +103,9 @@ class Config(Section):
     network: NetworkConfig = NetworkConfig()
     train: TrainConfig = TrainConfig()
     trainer: TrainerConfig = TrainerConfig()
+    replaced: list[str] = Field([])
+    """Parts of training that were replaced from Python, in the config of a run. Only Python can
+    train by such a config, given the same parts."""
 
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:

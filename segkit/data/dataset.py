@@ -1,7 +1,6 @@
 """What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,57 +101,6 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
         )
     _check_grid(case.label, label, case.images[0], parts[0])
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
-
-
-def split(
-    dataset: Dataset, validation: float | Sequence[str], seed: int
-) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
-    """The cases to train on and those held out: a share drawn by the seed, or the named ones.
-
-    A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
-    where no case is left to train on or a name is unknown.
-    """
-    names = [case.name for case in dataset.cases]
-    if isinstance(validation, float | int):
-        shared = validation and len(names) > 1
-        count = min(max(round(validation * len(names)), 1), len(names)) if shared else 0
-        held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
-    else:
-        held_out = set(validation)
-        if unknown := sorted(held_out - set(names)):
-            raise DatasetError(
-                f"data.validation names {unknown[0]}, which is no case of {dataset.folder}"
-            )
-    train = tuple(case for case in dataset.cases if case.name not in held_out)
-    if not train:
-        raise DatasetError(
-            f"{dataset.folder}: no case is left to train on; hold out fewer of {len(names)}"
-        )
-    return train, tuple(case for case in dataset.cases if case.name in held_out)
-
-
-def fold_of(
-    dataset: Dataset, fold: int, *, count: int = 5
-) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
-    """The cases to train on and those held out of a fold of nnU-Net's cross-validation.
-
-    Cases in the order of their names are shuffled by NumPy's first generator from seed 12345 and
-    cut into folds, the first ones larger by one (scikit-learn's KFold, as nnU-Net calls it). Raises
-    DatasetError for fewer cases than folds.
-    """
-    if len(dataset.cases) < count:
-        raise DatasetError(
-            f"{dataset.folder}: {count} folds need {count} cases or more, found "
-            f"{len(dataset.cases)}; give data.validation instead of data.fold"
-        )
-    order = np.arange(len(dataset.cases))
-    np.random.RandomState(12345).shuffle(order)
-    held_out = set(np.array_split(order, count)[fold].tolist())
-    numbered = list(enumerate(dataset.cases))
-    return (
-        tuple(case for number, case in numbered if number not in held_out),
-        tuple(case for number, case in numbered if number in held_out),
-    )
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:

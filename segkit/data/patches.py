@@ -4,7 +4,8 @@ Patch i of a run depends on the seed and on i, and on nothing that came before i
 workers does not matter, and a run that is resumed goes on with the patch it would have drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,62 @@ from segkit.data.prepared_cache import StoredCase
 Patch = dict[str, Any]
 
 
+PatchSampler = Callable[
+    [Sequence[StoredCase], int, np.random.Generator], tuple[StoredCase, Sequence[int]]
+]
+"""Where a patch is cut: from all cases, the patch's number and a generator that belongs to this
+patch alone, the case and the voxel (x, y, z) at the patch's centre.
+
+Part of the patch must lie in the volume. With `data.workers` a sampler is pickled, so that it must
+be a function or a class of a module.
+"""
+
+
+@dataclass(frozen=True)
+class ForegroundSampler:
+    """Draws cases evenly, and centres a share of their patches on the foreground.
+
+    For that share a class is drawn evenly among those of the case, and then one of its voxels
+    (Isensee et al. 2021). The other patches lie anywhere in the volume, or hold all of it if it is
+    smaller; in a case with ignored voxels they are centred on one that is not ignored.
+    """
+
+    patch_size: tuple[int, ...]
+    foreground_share: float
+
+    def __call__(
+        self, cases: Sequence[StoredCase], index: int, random: np.random.Generator
+    ) -> tuple[StoredCase, Sequence[int]]:
+        """The case, and the voxel at the patch's centre."""
+        case = cases[int(random.integers(len(cases)))]
+        wants_foreground = random.random() < self.foreground_share
+        centre: Sequence[int] = [
+            self._anywhere(random, size, patch) + patch // 2
+            for size, patch in zip(case.label.shape, self.patch_size, strict=True)
+        ]
+        positions = case.positions
+        classes = sorted(number for number in positions if number)
+        voxels = positions.get(0)
+        if wants_foreground and classes:
+            voxels = positions[classes[int(random.integers(len(classes)))]]
+        if voxels is not None and len(voxels):
+            centre = voxels[random.integers(len(voxels))].tolist()
+        return case, centre
+
+    @staticmethod
+    def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
+        lowest, highest = min(0, size - patch), max(0, size - patch)
+        return int(random.integers(lowest, highest + 1))
+
+
 class PatchDataset(TorchDataset[Patch]):
     """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
 
     Images are float32, in whatever precision they are stored. No case's array is kept.
 
-    A share of the patches is centred on a voxel of a foreground class, the class drawn evenly among
-    those of the case (Isensee et al. 2021); the others lie anywhere in the volume, or hold all of
-    it where it is smaller, but in a case with ignored voxels they are centred on one that is not.
-    Each is cut with a `margin` (voxels) beyond either end, for the augmentation to turn it in.
-    Beyond the volume stand its outermost voxels again. There is no last patch: a sampler decides
-    how many are drawn.
+    The `sampler` says where each patch lies. It is cut with a `margin` (voxels) beyond either end,
+    for the augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is
+    no last patch: the loader decides how many are drawn.
     """
 
     def __init__(
@@ -36,7 +82,7 @@ class PatchDataset(TorchDataset[Patch]):
         *,
         patch_size: Sequence[int],
         margin: Sequence[int] = (0, 0, 0),
-        foreground_share: float,
+        sampler: PatchSampler,
         seed: int,
     ) -> None:
         self.cases = cases
@@ -45,39 +91,19 @@ class PatchDataset(TorchDataset[Patch]):
         self.cut_size = tuple(
             patch + 2 * beyond for patch, beyond in zip(patch_size, margin, strict=True)
         )
-        self.foreground_share = foreground_share
+        self.sampler = sampler
         self.seed = seed
 
     def __getitem__(self, index: int) -> Patch:
         """Patch number `index`."""
         random = np.random.default_rng([self.seed, index])
-        case = self.cases[int(random.integers(len(self.cases)))]
-        image, label = case.image, case.label  # mapped once
-        wants_foreground = random.random() < self.foreground_share
-        start = [
-            self._anywhere(random, size, patch) - margin
-            for size, patch, margin in zip(label.shape, self.patch_size, self.margin, strict=True)
-        ]
-        positions = case.positions
-        classes = sorted(number for number in positions if number)
-        voxels = positions.get(0)
-        if wants_foreground and classes:
-            voxels = positions[classes[int(random.integers(len(classes)))]]
-        if voxels is not None and len(voxels):
-            centre = voxels[random.integers(len(voxels))]
-            start = [
-                int(voxel) - cut // 2 for voxel, cut in zip(centre, self.cut_size, strict=True)
-            ]
+        case, centre = self.sampler(self.cases, index, random)
+        start = [int(voxel) - size // 2 for voxel, size in zip(centre, self.cut_size, strict=True)]
         return {
             "name": case.name,
-            "image": torch.from_numpy(cut(image, start, self.cut_size)).float(),
-            "label": torch.from_numpy(cut(label, start, self.cut_size)),
+            "image": torch.from_numpy(cut(case.image, start, self.cut_size)).float(),
+            "label": torch.from_numpy(cut(case.label, start, self.cut_size)),
         }
-
-    @staticmethod
-    def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
-        lowest, highest = min(0, size - patch), max(0, size - patch)
-        return int(random.integers(lowest, highest + 1))
 
 
 def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:

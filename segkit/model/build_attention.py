@@ -180,4 +180,9 @@ def pooling_factory(setting: settings.PoolingConfig, num_classes: int) -> BlockF
 def _heads(given: int | list[int] | None, position: int, channels: int, head_channels: int) -> int:
     if isinstance(given, list):
         return given[position]
-    return given or max(channels // head_channels, 1)
+    return given or heads_that_fit(channels, head_channels)
+
+
+def heads_that_fit(channels: int, head_channels: int) -> int:
+    """As many heads as so many channels have room for, one at least."""
+    return max(channels // head_channels, 1)

@@ -22,7 +22,7 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import fold_of, read_dataset
+from segkit.data.dataset import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
@@ -31,10 +31,14 @@ from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import read_grid
 from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
+from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
-from segkit.training import fit as training
+from segkit.training.fit import resume, train
+from segkit.training.parts import refuse_replaced
+from segkit.training.resolve import with_whole_paths
 from segkit.training.run_folder import claimed, new_run_folder
+from segkit.training.split import fold_of
 
 RECORD = "cross_validation.json"
 
@@ -72,17 +76,34 @@ def cross_validate(
     config: Config,
     folds: Sequence[int],
     *,
-    runs: Path = Path("runs"),
+    runs: str | Path = "runs",
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> CrossValidation:
-    """Train folds, 0 to 4, in turn, and write the folder of a new cross-validation.
+    """Train folds in turn, and write the folder of a new cross-validation.
 
-    All folds share one spacing, the median of every case's where the config gives none. `say` takes
-    a line before each fold; `callbacks` and `track` are those of `training.train`. Raises
-    SegkitError as that does, for fewer cases than folds, and for more than one process.
+        result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), range(5))
+
+    All folds share one spacing: the config's, or the median of all cases.
+
+    Args:
+        config: of each fold; it names no fold itself.
+        folds: numbers from 0 to 4.
+        runs: the folder that the cross-validation's folder is made in.
+        say: takes a line before each fold.
+        callbacks: of Lightning, called during each training.
+        track: shows the progress over cases.
+
+    Returns:
+        The folder and what all folds say together.
+
+    Raises:
+        ConfigError: the config names a fold or several processes, or does not fit the dataset.
+        DatasetError: there are fewer cases than folds; and all that `train` raises.
     """
+    runs = Path(runs)
+    refuse_replaced(config)
     if config.data.fold is not None:
         raise ConfigError(
             f"data.fold is {config.data.fold}, but --folds names the folds to train; give one"
@@ -103,7 +124,7 @@ def cross_validate(
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)
-    config = training.with_whole_paths(config.model_copy(update={"data": data}))
+    config = with_whole_paths(config.model_copy(update={"data": data}))
     record = Record(folds=sorted(set(folds)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
@@ -159,11 +180,11 @@ def _go_on(
             continue
         say(f"fold {fold}, {number} of {len(record.folds)}")
         if run.exists():
-            training.resume(run, callbacks=callbacks, track=track)
+            resume(run, callbacks=callbacks, track=track)
         else:
             data = record.config.data.model_copy(update={"fold": fold})
             config = record.config.model_copy(update={"name": run.name, "data": data})
-            training.train(config, runs=folder, callbacks=callbacks, track=track)
+            train(config, runs=folder, callbacks=callbacks, track=track)
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
     models = [_fold(folder, fold) / "model" for fold in record.folds]
     summary = pool_folds(folder.name, summaries)
@@ -224,7 +245,7 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
             "adopted": _means(decision.dice(raw, after) if after else raw, classes),
             "after": {operation: _means(table, classes) for operation, table in after.items()},
         },
-        "versions": training.versions(),
+        "versions": versions("lightning"),
     }
 
 

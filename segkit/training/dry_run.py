@@ -24,8 +24,9 @@ from segkit.io.volume import read_grid
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import in_words, peak_of_process
 from segkit.system.signals import advising
-from segkit.training.fit import precision, train
-from segkit.training.resolve import check_images, split_of
+from segkit.training.fit import train
+from segkit.training.resolve import check_images, precision
+from segkit.training.split import split_of
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 

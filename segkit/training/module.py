@@ -1,7 +1,7 @@
 """Training as Lightning sees it: a network, a loss, a schedule, and Dice on held-out cases."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,16 +11,19 @@ from torch import Generator, Tensor
 
 from segkit.data.augment_spatial import Vary
 from segkit.errors import TrainingError
-from segkit.evaluation.overlap import Overlap, confusion_matrix
 from segkit.nn.gates import anneal
-from segkit.nn.losses import (
-    deep_dice_binary_cross_entropy,
-    deep_dice_cross_entropy,
-    presence_cross_entropy,
-)
+from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.slicewise import SegmentationNetwork
+from segkit.training.lightning_private import log_by_true_step
+from segkit.training.optimisers import MakeOptimiser, MakeSchedule
+from segkit.training.validation import Validation
 
-SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
+Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""From logits (batch, class, cells …) of each supervised level, finest first, and the label
+(batch, voxels …) to a scalar."""
+PresenceLoss = Callable[[Tensor, Tensor], Tensor]
+"""From logits (batch, class) of each class's presence and the label (batch, voxels …) to a scalar.
+"""
 
 
 class PendingLoss:
@@ -52,52 +55,46 @@ class SegmentationModule(L.LightningModule):
 
     Args:
         network: gives `supervised` logits of a batch.
+        loss: of the logits of each supervised level, finest first, and the label.
+        optimiser: makes the optimiser of the network's parameters.
+        schedule: makes the optimiser's schedule, which advances at each step.
         vary: from a batch as it was cut to the batch that is trained on; random by its generator.
-        segment: labels of a whole prepared image, by sliding windows.
+        validation: how a held-out case is segmented and scored.
         class_names: of what is told apart, the background first.
-        optimiser: AdamW on a one-cycle schedule (Smith and Topin 2019, arXiv:1708.07120), or SGD
-            with Nesterov momentum 0.99 on a polynomial schedule of power 0.9 (nnU-Net).
-        learning_rate: the schedule's highest.
-        num_steps: the schedule's length.
-        batch_dice: whether the Dice loss pools the batch.
+        num_steps: steps after which hard gates are as hard as they get.
         seed: of the variations; step and process decide the rest.
-        presence_weight: of the presence head's loss, where the network has one.
-        regions: where outputs are regions, the labels in each; else they are the labels 0, 1, ….
-        ignore: the label, if any, that counts neither in the loss nor in Dice.
+        presence_loss: of the presence head's logits and the label, if the network has such a head.
+        presence_weight: of that loss, beside 1 for the other.
     """
 
     def __init__(
         self,
         network: SegmentationNetwork,
         *,
+        loss: Loss,
+        optimiser: MakeOptimiser,
+        schedule: MakeSchedule,
         vary: Vary,
-        segment: SegmentPrepared,
+        validation: Validation,
         class_names: Sequence[str],
-        optimiser: Literal["adamw", "sgd"],
-        learning_rate: float,
-        weight_decay: float,
         num_steps: int,
-        batch_dice: bool,
         seed: int,
+        presence_loss: PresenceLoss = presence_cross_entropy,
         presence_weight: float = 0.0,
-        regions: Sequence[Sequence[int]] = (),
-        ignore: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
-        self.vary = vary
-        self.segment = segment
-        self.class_names = tuple(class_names)
+        self.loss = loss
         self.optimiser = optimiser
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.vary = vary
+        self.validation = validation
+        self.class_names = tuple(class_names)
         self.num_steps = num_steps
-        self.batch_dice = batch_dice
         self.seed = seed
+        self.presence_loss = presence_loss
         self.presence_weight = presence_weight
-        self.regions = tuple(regions)
-        self.ignore = ignore
-        self.dice_of_cases: list[Tensor] = []
+        self.scores_of_cases: list[Tensor] = []
         self.previous: PendingLoss | None = None
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
@@ -111,11 +108,9 @@ class SegmentationModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             image, label = self.vary(batch["image"], batch["label"], generator)
         levels, presence = self.network.supervised(image)
-        loss = self._loss(levels, label)
+        loss = self.loss(levels, label)
         if presence is not None:
-            presence_loss = presence_cross_entropy(
-                presence, label, regions=self.regions, ignore=self.ignore
-            )
+            presence_loss = self.presence_loss(presence, label)
             self.log("train/presence_loss", presence_loss, batch_size=len(label))
             loss = loss + self.presence_weight * presence_loss
         self._check_previous()
@@ -129,18 +124,9 @@ class SegmentationModule(L.LightningModule):
         )
         return loss
 
-    def _loss(self, levels: Sequence[Tensor], label: Tensor) -> Tensor:
-        if not self.regions:
-            return deep_dice_cross_entropy(
-                levels, label, pool_batch=self.batch_dice, ignore=self.ignore
-            )
-        return deep_dice_binary_cross_entropy(
-            levels, label, regions=self.regions, pool_batch=self.batch_dice, ignore=self.ignore
-        )
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log by the true step, of which Lightning's own count (2.6) is off in a resumed run."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        """Log by the true step."""
+        log_by_true_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """On a CPU, see to the loss at once: there is nothing to wait for."""
@@ -164,58 +150,36 @@ class SegmentationModule(L.LightningModule):
     def validation_step(
         self, case: Mapping[str, Tensor], batch_index: int
     ) -> Integer[Tensor, "x y z"]:
-        """The labels of one held-out case on the network's own grid; keeps Dice of each class."""
-        prediction: Integer[Tensor, "x y z"] = self.segment(self.network, case["image"])
-        groups = self.regions or [(number,) for number in range(1, len(self.class_names))]
-        highest = max(self.ignore or 0, *(number for group in groups for number in group))
-        matrix = confusion_matrix(prediction, case["label"].to(prediction.device), highest + 1)
-        overlap = Overlap.of_groups(matrix, groups, ignore=self.ignore)
-        self.dice_of_cases.append(overlap.dice.cpu())
+        """The labels of one held-out case on the network's own grid; keeps its scores."""
+        prediction: Integer[Tensor, "x y z"] = self.validation.segment(self.network, case["image"])
+        self.scores_of_cases.append(self.validation.score(prediction, case["label"]).cpu())
         return prediction
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over cases of each class's Dice, and the mean of those.
+        """Log the mean over cases of each class's score, and the mean of those.
 
-        A class that is in no reference and no prediction has none. Where that is so of all, there
-        was nothing to find and nothing was found: 1, by which checkpoints can be told apart.
+        Dice of a class that is in no reference and no prediction is undefined. If that is so of
+        all, there was nothing to find and nothing was found: 1, by which checkpoints can be told
+        apart.
         """
         # A process of several may have had no case.
         none = torch.empty(0, len(self.class_names) - 1)
-        dice = torch.stack(self.dice_of_cases) if self.dice_of_cases else none
-        self.dice_of_cases = []
-        count = dice.isfinite().sum(0).to(self.device)
-        total = dice.nan_to_num().sum(0).to(self.device, torch.float32)
+        scores = torch.stack(self.scores_of_cases) if self.scores_of_cases else none
+        self.scores_of_cases = []
+        count = scores.isfinite().sum(0).to(self.device)
+        total = scores.nan_to_num().sum(0).to(self.device, torch.float32)
         counts: Tensor = self.trainer.strategy.reduce(count, reduce_op="sum")
         totals: Tensor = self.trainer.strategy.reduce(total, reduce_op="sum")
         means = totals / counts
         defined = counts > 0
+        measure = self.validation.measure
         for name, mean, told in zip(self.class_names[1:], means, defined, strict=True):
             if told:
-                self.log(f"validation/dice_{name}", mean, batch_size=1)
+                self.log(f"validation/{measure}_{name}", mean, batch_size=1)
         mean = means[defined].mean() if defined.any() else means.new_ones(())
-        self.log("validation/dice", mean, prog_bar=True, batch_size=1)
+        self.log(f"validation/{measure}", mean, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, which advances each step."""
-        parameters = self.network.parameters()
-        optimiser: torch.optim.Optimizer
-        schedule: torch.optim.lr_scheduler.LRScheduler
-        if self.optimiser == "adamw":
-            optimiser = torch.optim.AdamW(
-                parameters, lr=self.learning_rate, weight_decay=self.weight_decay
-            )
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimiser, max_lr=self.learning_rate, total_steps=self.num_steps + 1
-            )
-        else:
-            optimiser = torch.optim.SGD(
-                parameters,
-                lr=self.learning_rate,
-                weight_decay=self.weight_decay,
-                momentum=0.99,
-                nesterov=True,
-            )
-            schedule = torch.optim.lr_scheduler.PolynomialLR(
-                optimiser, total_iters=self.num_steps, power=0.9
-            )
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+        optimiser = self.optimiser(self.network.parameters())
+        return [optimiser], [{"scheduler": self.schedule(optimiser), "interval": "step"}]

@@ -1,45 +1,91 @@
-"""What a config leaves open, settled by the dataset that it names."""
+"""A config with every value that a training uses, settled by the dataset that it names.
+
+A run's `config.yaml` is what `resolve` gives. Loaded again it means the same, whatever defaults the
+code has by then: a null in it says that something is not used, and stands for no number.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from segkit.config.data import CtWindowConfig, NormalisationConfig, ZScoreConfig
+from segkit.config.attention import (
+    CrossAttentionConfig,
+    SelfAttentionConfig,
+    UTransformerGateConfig,
+)
+from segkit.config.data import (
+    CtWindowConfig,
+    DataConfig,
+    NormalisationConfig,
+    SynthesisConfig,
+    ZScoreConfig,
+)
 from segkit.config.model import ModelDescription, description_of
-from segkit.config.training import Config
-from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_case, split
+from segkit.config.network import NetworkConfig
+from segkit.config.training import Config, TrainConfig, TrainerConfig
+from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_grid
-from segkit.system.progress import Track
+from segkit.model.build_attention import heads_that_fit
+from segkit.system.progress import Track, untracked
+from segkit.system.resources import half_pays
+from segkit.training.split import Split, split_of
+
+LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
+WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5}
+ANY_INTENSITY = (0.0, 1.0)
+"""The range of a label's mean intensity in synthesis, if the config names none."""
 
 
-def split_of(
-    dataset: Dataset, config: Config
-) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
-    """The cases to train on and those held out."""
-    if config.data.fold is not None:
-        return fold_of(dataset, config.data.fold)
-    return split(dataset, config.data.validation, config.train.seed)
+def resolve(
+    config: Config,
+    dataset: Dataset,
+    split: Split | None = None,
+    *,
+    runs: Path = Path("runs"),
+    track: Track = untracked,
+) -> Config:
+    """The config with every value; what it says already stays.
+
+    Args:
+        config: of a training.
+        dataset: the one that it names.
+        split: the dataset's cases, by default as the config splits them.
+        runs: the folder that runs are written to, beside which prepared cases are kept by default.
+        track: shows the progress over cases whose intensities are measured.
+
+    Raises:
+        ConfigError: a CT window is to be measured, and no case has foreground.
+        DatasetError: a case cannot be read, or none is left to train on.
+    """
+    split = split or split_of(dataset, config)
+    settled = config.model_copy(
+        update={
+            "data": _data(config.data, dataset, split, runs, track),
+            "network": _network(config.network, config.data.patch_size),
+            "train": _train(config.train),
+            "trainer": _trainer(config),
+        }
+    )
+    return with_whole_paths(settled)
 
 
-def describe(
-    config: Config, dataset: Dataset, train_cases: Sequence[CaseFiles], track: Track
-) -> ModelDescription:
-    """What the model will be, with spacing and normalisation settled by the training cases."""
-    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
-    settings: list[NormalisationConfig] = [
-        config.data.normalisation or (CtWindowConfig() if name.lower() == "ct" else ZScoreConfig())
-        for name in dataset.channels
-    ]
+def describe(config: Config, dataset: Dataset) -> ModelDescription:
+    """What the model of a resolved config will be."""
+    data = config.data
+    assert data.spacing is not None and isinstance(data.normalisation, list)
     return description_of(
         config,
         channels=dataset.channels,
         labelling=dataset.labelling,
         codes=dataset.codes,
-        spacing=spacing,
-        normalisation=_measured(settings, dataset, train_cases, track),
+        spacing=data.spacing,
+        normalisation=data.normalisation,
     )
 
 
@@ -64,6 +110,134 @@ def check_images(
         raise ConfigError(
             f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
         )
+
+
+def precision(config: Config) -> str | int:
+    """Lightning's precision: `auto` is a half type if the device is faster in it, else single.
+
+    On a CPU that needs matrix units: cores without them take 40 times as long in a half type.
+    """
+    asked = config.trainer.precision
+    if asked != "auto":
+        return asked
+    if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "bf16-mixed" if half_pays() else "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def accelerator(config: Config) -> str:
+    """Lightning's accelerator: `auto` is a GPU if there is one, else the CPU."""
+    asked = config.trainer.accelerator
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "gpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with paths that mean the same from any working directory."""
+    data = config.data.model_copy(
+        update={
+            "folder": config.data.folder.resolve(),
+            "cache": config.data.cache and config.data.cache.resolve(),
+            "first_stage": config.data.first_stage
+            and [path.resolve() for path in config.data.first_stage],
+        }
+    )
+    train = config.train.model_copy(
+        update={"start_from": config.train.start_from and config.train.start_from.resolve()}
+    )
+    return config.model_copy(update={"data": data, "train": train})
+
+
+def _data(
+    config: DataConfig, dataset: Dataset, split: Split, runs: Path, track: Track
+) -> DataConfig:
+    spacing = config.spacing or median_spacing([read_grid(case.label) for case in split.train])
+    changes: dict[str, Any] = {
+        "spacing": spacing,
+        "normalisation": _measured(_asked(config, dataset), dataset, split.train, track),
+        "mirror": config.mirrored(list(dataset.labels)),
+        "cache": config.cache or runs / ".cache",
+    }
+    if config.fold is None:
+        changes["validation"] = [case.name for case in split.held_out]
+    if config.synthesis is not None:
+        names = dataset.labelling.value_names
+        given = config.synthesis.intensities or {}
+        every = {**dict.fromkeys(names, ANY_INTENSITY), **given}
+        changes["synthesis"] = SynthesisConfig(
+            intensities=every, deformation=config.synthesis.deformation
+        )
+    return config.model_copy(update=changes)
+
+
+def _network(config: NetworkConfig, patch_size: Sequence[int]) -> NetworkConfig:
+    if config.given is not None:
+        return config
+    attention, changes = config.attention, dict[str, Any]()
+    skip, bottleneck = attention.skip, attention.bottleneck
+    if skip is not None:
+        levels = attention.skip_levels(len(config.channels))
+        settled: dict[str, Any] = {"levels": levels}
+        if isinstance(skip, CrossAttentionConfig | UTransformerGateConfig) and skip.heads is None:
+            settled["heads"] = [
+                heads_that_fit(config.channels[level], skip.head_channels) for level in levels
+            ]
+        changes["skip"] = skip.model_copy(update=settled)
+    if isinstance(bottleneck, SelfAttentionConfig):
+        coarsest = [
+            size // stride for size, stride in zip(patch_size, config.total_stride, strict=True)
+        ]
+        # Other positions have no number for each voxel of a window: all of a patch is none.
+        window = coarsest if bottleneck.positions == "relative" else None
+        changes["bottleneck"] = bottleneck.model_copy(
+            update={
+                "heads": bottleneck.heads
+                or heads_that_fit(config.channels[-1], bottleneck.head_channels),
+                "window": bottleneck.window or window,
+            }
+        )
+    return config.model_copy(
+        update={
+            "strides": config.step_strides,
+            "kernels": config.level_kernels,
+            "attention": attention.model_copy(update=changes),
+        }
+    )
+
+
+def _train(config: TrainConfig) -> TrainConfig:
+    decay = config.weight_decay
+    return config.model_copy(
+        update={
+            "learning_rate": config.learning_rate or LEARNING_RATE[config.optimiser],
+            "weight_decay": WEIGHT_DECAY[config.optimiser] if decay is None else decay,
+        }
+    )
+
+
+def _trainer(config: Config) -> TrainerConfig:
+    return config.trainer.model_copy(
+        update={"precision": precision(config), "accelerator": accelerator(config)}
+    )
+
+
+def _asked(config: DataConfig, dataset: Dataset) -> list[NormalisationConfig]:
+    """A normalisation for each channel, of which a CT window may lack numbers."""
+    asked = config.normalisation
+    if isinstance(asked, list):
+        if len(asked) != len(dataset.channels):
+            raise ConfigError(
+                f"data.normalisation: expected one for each of {len(dataset.channels)} channels of "
+                f"{dataset.folder}, found {len(asked)}; give as many, or one for all"
+            )
+        return asked
+    return [
+        asked or (CtWindowConfig() if name.lower() == "ct" else ZScoreConfig(nonzero=False))
+        for name in dataset.channels
+    ]
 
 
 def _measured(

@@ -1,6 +1,7 @@
 """A run's folder: made once, gone on with after a stop, and logged into.
 
-runs/<name>/config.yaml   last.ckpt   best.ckpt   model/   metrics.csv   samples/   summary.json
+runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.csv   samples/
+            summary.json
 """
 
 import csv
@@ -31,6 +32,8 @@ except ImportError:  # Windows, where nothing is locked
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
+SPLIT = "split.json"
+"""Names of the cases that train and of those that are held out."""
 METRICS_FILE = "metrics.csv"
 CHECKPOINT_KEYS = {
     "epoch",

@@ -10,7 +10,6 @@ counts are put right, so that a run that goes on from there misses nothing and r
 validation is begun anew, as nothing but its end is kept.
 """
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -21,17 +20,19 @@ from lightning.pytorch.callbacks import Callback
 
 from segkit.errors import Stopped
 from segkit.system.signals import handling
-
-_STEP_COUNTS = "epoch_loop.batch_progress"
-VALIDATION = "epoch_loop.val_loop.batch_progress"
-COUNTS = ("ready", "started", "processed", "completed")
+from segkit.training.lightning_private import (
+    forget_validation,
+    set_last_step,
+    settle,
+    validation_is_broken_off,
+)
 
 
 class Interruption(Callback):
     """Saves a training that Ctrl-C or SIGTERM asks to stop, and raises Stopped.
 
     A step is finished before, a validation is not. Asked twice, it ends at once and saves nothing.
-    Several processes stop at the same step, as soon as one of them is asked; the first alone tells.
+    Several processes stop at the same step, as soon as one of them is asked.
 
     Args:
         path: of the last checkpoint.
@@ -59,9 +60,9 @@ class Interruption(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what a validation that was broken off has left in Lightning's counts."""
-        trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
+        forget_validation(trainer)
         if self.steps is not None:
-            trainer.fit_loop.epoch_loop.max_steps = self.steps
+            set_last_step(trainer, self.steps)
             self.steps = None
 
     def on_validation_batch_start(
@@ -98,20 +99,17 @@ class Interruption(Callback):
         """Remember the step; put right the counts where this is not an epoch's end."""
         self.saved = trainer.global_step
         if self.saving:
-            settle(checkpoint["loops"]["fit_loop"], validating=trainer.validating)
+            settle(checkpoint, validating=trainer.validating)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Have the validation after the last step begun anew, where all steps are done."""
-        looked = checkpoint["loops"]["fit_loop"][VALIDATION]["current"]
-        if (
-            looked["processed"] < looked["started"]
-            and checkpoint["global_step"] == trainer.max_steps
-        ):
+        last = checkpoint["global_step"] == trainer.max_steps
+        if last and validation_is_broken_off(checkpoint):
             # Lightning would see nothing to do. As soon as it looks, it may count again.
             self.steps = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps += 1
+            set_last_step(trainer, self.steps + 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last step, stop here if asked to."""
@@ -134,8 +132,6 @@ class Interruption(Callback):
             self.saving = True
             trainer.save_checkpoint(self.path)
         self.handlers.close()
-        if isinstance(exception, Stopped) and not trainer.is_global_zero:
-            sys.exit(128 + exception.signum)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.looking or self.asked is not None:
@@ -149,17 +145,3 @@ class Interruption(Callback):
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
             raise Stopped(self.asked or 15)
-
-
-def settle(loop: dict[str, Any], *, validating: bool) -> None:
-    """Put right what Lightning's counts of a training say between two steps.
-
-    `loop` is the state of its loop over epochs, as a checkpoint has it. A batch counts if its step
-    is done. A validation that was begun counts as one at its first case, where Lightning begins it
-    anew.
-    """
-    for counts in (loop[_STEP_COUNTS]["total"], loop[_STEP_COUNTS]["current"]):
-        counts.update(dict.fromkeys(COUNTS, counts["completed"]))
-    for counts in (loop[VALIDATION]["total"], loop[VALIDATION]["current"]):
-        if validating:
-            counts.update(ready=1, started=1, processed=0, completed=0)

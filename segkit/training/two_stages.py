@@ -9,13 +9,14 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
 
-from segkit.config.load import load_config
+from segkit.config.load import dump_yaml, load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.folder import SUMMARY
 from segkit.system.progress import Track, untracked
-from segkit.training import fit as training
-from segkit.training.fit import Run, after
+from segkit.training.fit import Run, fit_beside, resume, train
+from segkit.training.parts import prepare
+from segkit.training.resolve import with_whole_paths
 from segkit.training.run_folder import CONFIG, SECOND_STAGE
 
 
@@ -30,12 +31,36 @@ def train_two_stages(
 ) -> Run:
     """Train a first stage and then a second that is given its labels, which is the run returned.
 
-    `tell` takes the first; `callbacks` and `track` are those of `training.train`, which says what
-    is raised.
+    `tell` takes the first; `callbacks` and `track` are those of `train`, which says what is
+    raised.
     """
-    first = training.train(low, runs=runs, then=full, callbacks=callbacks, track=track)
+    first = train_first(low, full, runs=runs, callbacks=callbacks, track=track)
     tell(first)
-    return training.train(after(full, first.folder), runs=runs, callbacks=callbacks, track=track)
+    return train(after(full, first.folder), runs=runs, callbacks=callbacks, track=track)
+
+
+def train_first(
+    low: Config,
+    full: Config,
+    *,
+    runs: Path,
+    callbacks: Sequence[Callback] = (),
+    track: Track = untracked,
+) -> Run:
+    """Train a first stage; the second's config lies in its folder, so that no stop forgets it."""
+    return fit_beside(
+        {SECOND_STAGE: dump_yaml(with_whole_paths(full))},
+        prepare(low, runs=runs, track=track),
+        runs=runs,
+        callbacks=callbacks,
+        track=track,
+    )
+
+
+def after(config: Config, first: Path) -> Config:
+    """The config of a second stage, which is given the labels of a run."""
+    data = config.data.model_copy(update={"first_stage": [first]})
+    return config.model_copy(update={"data": data})
 
 
 def resume_two_stages(
@@ -51,14 +76,14 @@ def resume_two_stages(
     to do, and whatever `training.resume` raises.
     """
     if not (folder / SECOND_STAGE).is_file():
-        return training.resume(folder, callbacks=callbacks, track=track)
+        return resume(folder, callbacks=callbacks, track=track)
     if not (folder / SUMMARY).is_file():
-        tell(training.resume(folder, callbacks=callbacks, track=track))
+        tell(resume(folder, callbacks=callbacks, track=track))
     begun = second_of(folder)
     if begun is not None:
-        return training.resume(begun, callbacks=callbacks, track=track)
+        return resume(begun, callbacks=callbacks, track=track)
     config = after(load_config(folder / SECOND_STAGE), folder)
-    return training.train(config, runs=folder.parent, callbacks=callbacks, track=track)
+    return train(config, runs=folder.parent, callbacks=callbacks, track=track)
 
 
 def second_of(folder: Path) -> Path | None:

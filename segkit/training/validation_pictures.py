@@ -67,8 +67,9 @@ class SamplePictures(Callback):
             return
         assert isinstance(pl_module, SegmentationModule)
         name = self.names[batch_idx * trainer.world_size]
-        dice = pl_module.dice_of_cases[-1]
-        shown = "no class in it" if dice.isnan().all() else f"Dice {float(dice.nanmean()):.3f}"
+        scores, measure = pl_module.scores_of_cases[-1], pl_module.validation.measure.capitalize()
+        mean = f"{measure} {float(scores.nanmean()):.3f}"
+        shown = "no class in it" if scores.isnan().all() else mean
         self.rows.append(
             planes_of(
                 batch["image"][0].cpu().numpy(),

@@ -2,11 +2,12 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from segkit.training.lightning_private import MovableAverage
 
-class Averaging(WeightAveraging):
+
+class Averaging(MovableAverage):
     """Exponential moving average of weights (Polyak and Juditsky 1992), validated and saved.
 
     After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, so that a short run
@@ -21,7 +22,7 @@ class Averaging(WeightAveraging):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep the average where the model will be, which is not there yet."""
-        self._device = trainer.strategy.root_device
+        self.keep_on(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -39,17 +40,16 @@ class Averaging(WeightAveraging):
     ) -> None:
         """Where a validation ends half-way, put each where it belongs before it is saved."""
         if self.swapped:
-            self._swap_models(pl_module)
+            self.swap(pl_module)
             self.swapped = False
 
     def settle(self, pl_module: L.LightningModule) -> None:
         """Leave the average in the model, also where nothing was left to train after a stop."""
-        if self._average_model is not None:
-            self._copy_average_to_current(pl_module)
+        self.leave_in(pl_module)
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         # Lightning's count is a number, the given one a tensor of the device, to be waited for.
-        steps = self._latest_update_step
+        steps = self.updates
         if averaged[0].is_floating_point():
             kept = min(self.decay, (1 + steps) / (10 + steps))
             torch._foreach_lerp_(averaged, current, 1 - kept)

@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 from torch import Tensor
 
 from segkit.data.datamodule import ConsecutiveSampler, SegmentationData, WholeCases
-from segkit.data.patches import PatchDataset
+from segkit.data.patches import ForegroundSampler, PatchDataset
 from segkit.data.prepared_cache import StoredCase, write_arrays
 
 pytestmark = [
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
 ]
 SPACE = (10, 8, 6)
+SAMPLER = ForegroundSampler((4, 4, 4), 0.5)
 
 
 def stored_case(folder: Path, name: str, seed: int) -> StoredCase:
@@ -59,11 +60,11 @@ def data_of(
 
 
 def patches_of(cases: list[StoredCase]) -> PatchDataset:
-    return PatchDataset(cases, patch_size=(4, 4, 4), foreground_share=0.5, seed=3)
+    return PatchDataset(cases, patch_size=(4, 4, 4), sampler=SAMPLER, seed=3)
 
 
 def numbers_of(cases: list[StoredCase]) -> Numbers:
-    return Numbers(cases, patch_size=(4, 4, 4), foreground_share=0.5, seed=3)
+    return Numbers(cases, patch_size=(4, 4, 4), sampler=SAMPLER, seed=3)
 
 
 @given(

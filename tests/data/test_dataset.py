@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from numpy.testing import assert_array_equal
 
-from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset, split
+from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
 from segkit.errors import DatasetError, SegkitError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
+from segkit.training.split import split
 from tests.helpers import affine_of
 
 SHAPE = (3, 4, 5)

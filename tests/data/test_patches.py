@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from numpy.testing import assert_array_equal
 
-from segkit.data.patches import PatchDataset, cut
+from segkit.data.patches import ForegroundSampler, PatchDataset, cut
 from segkit.data.prepared_cache import StoredCase
 
 SPACE = (20, 16, 12)
@@ -41,10 +41,27 @@ def random_case(seed: int) -> StoredCase:
     return case_of(image, random.integers(0, 3, SPACE).astype(np.uint8))
 
 
+def dataset_of(
+    cases: Sequence[StoredCase],
+    patch_size: tuple[int, ...],
+    *,
+    share: float,
+    seed: int,
+    margin: tuple[int, ...] = (0, 0, 0),
+) -> PatchDataset:
+    return PatchDataset(
+        cases,
+        patch_size=patch_size,
+        margin=margin,
+        sampler=ForegroundSampler(patch_size, share),
+        seed=seed,
+    )
+
+
 def patches(
     cases: Sequence[StoredCase], cut_size: tuple[int, ...] = (8, 8, 8), share: float = 0.0
 ) -> PatchDataset:
-    return PatchDataset(cases, patch_size=cut_size, foreground_share=share, seed=11)
+    return dataset_of(cases, cut_size, share=share, seed=11)
 
 
 @st.composite
@@ -84,13 +101,13 @@ def test_a_patch_depends_on_the_seed_and_its_number_alone() -> None:
     cases = [random_case(seed) for seed in range(3)]
     forward = patches(cases, share=0.5)
     there = [forward[index] for index in range(12)]
-    backward = PatchDataset(cases, patch_size=(8, 8, 8), foreground_share=0.5, seed=11)
+    backward = dataset_of(cases, (8, 8, 8), share=0.5, seed=11)
     back = {index: backward[index] for index in reversed(range(12))}
     for index, patch in enumerate(there):
         assert torch.equal(patch["image"], back[index]["image"])
         assert torch.equal(patch["label"], back[index]["label"])
     assert len({patch["image"].numpy().tobytes() for patch in there}) == 12
-    other = PatchDataset(cases, patch_size=(8, 8, 8), foreground_share=0.5, seed=12)
+    other = dataset_of(cases, (8, 8, 8), share=0.5, seed=12)
     assert not any(torch.equal(patch["image"], other[i]["image"]) for i, patch in enumerate(there))
 
 
@@ -168,8 +185,8 @@ def test_a_patch_larger_than_the_volume_repeats_its_edges(share: float) -> None:
 def test_a_margin_adds_to_either_end_and_moves_no_patch() -> None:
     """What lies within the margin is the patch that would have been cut without one."""
     cases = [random_case(seed) for seed in range(3)]
-    bare = PatchDataset(cases, patch_size=(8, 6, 4), foreground_share=0.5, seed=2)
-    wide = PatchDataset(cases, patch_size=(8, 6, 4), margin=(2, 1, 3), foreground_share=0.5, seed=2)
+    bare = dataset_of(cases, (8, 6, 4), share=0.5, seed=2)
+    wide = dataset_of(cases, (8, 6, 4), share=0.5, seed=2, margin=(2, 1, 3))
     for index in range(20):
         inner = wide[index]["label"][2:-2, 1:-1, 3:-3]
         assert torch.equal(inner, bare[index]["label"])

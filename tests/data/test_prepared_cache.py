@@ -14,8 +14,7 @@ from numpy.testing import assert_array_equal
 
 from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
-from segkit.data.normalise import ct_window, zscore
-from segkit.data.patches import PatchDataset
+from segkit.data.patches import ForegroundSampler, PatchDataset
 from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
 from segkit.data.preprocess import prepare, prepare_label
 from segkit.errors import DatasetError, WorkerError
@@ -102,7 +101,9 @@ def test_visiting_cases_keeps_no_file_open_and_no_array_in_memory(tmp_path: Path
         label = random.integers(0, 4, (9, 8, 7)).astype(np.uint8)
         write_arrays(tmp_path / f"{number}", random.normal(size=(1, 9, 8, 7)), label)
         cases.append(StoredCase(f"{number}", tmp_path / f"{number}"))
-    patches = PatchDataset(cases, patch_size=(4, 4, 4), foreground_share=0.5, seed=0)
+    patches = PatchDataset(
+        cases, patch_size=(4, 4, 4), sampler=ForegroundSampler((4, 4, 4), 0.5), seed=0
+    )
 
     def open_files() -> tuple[int, int]:
         maps = Path("/proc/self/maps").read_text()
@@ -119,7 +120,9 @@ def test_a_case_without_foreground_has_no_positions(share: float, tmp_path: Path
     write_arrays(tmp_path / "case", np.zeros((1, 4, 5, 6)), np.zeros((4, 5, 6), np.uint8))
     case = StoredCase("case", tmp_path / "case")
     assert case.positions == {}
-    patches = PatchDataset([case], patch_size=(2, 2, 2), foreground_share=share, seed=0)
+    patches = PatchDataset(
+        [case], patch_size=(2, 2, 2), sampler=ForegroundSampler((2, 2, 2), share), seed=0
+    )
     assert patches[0]["label"].sum() == 0
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from segkit.config.load import load_config
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import fold_of, read_dataset
+from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, DatasetError, ModelError
 from segkit.inference.postprocess import BOTH, CLASSES, LARGEST_FOREGROUND, candidates
 from segkit.inference.predictor import Predictor
@@ -27,6 +27,7 @@ from segkit.training.cross_validation import (
     pool_folds,
     resume_folds,
 )
+from segkit.training.split import fold_of
 from tests.small import small_config, small_dataset
 
 CASES = 6

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
+from segkit.config.training import TrainConfig
 from segkit.nn.gates import AdditiveGridGate, HardGate
 from segkit.nn.losses import deep_dice_cross_entropy, presence_cross_entropy
 from segkit.nn.pooling import MeanPooling
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 from segkit.training.module import SegmentationModule
+from segkit.training.optimisers import make_optimiser, make_schedule
+from segkit.training.parts import make_loss
+from segkit.training.validation import Validation, case_dice
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -38,16 +43,37 @@ def as_said(network: SlicewiseNetwork, image: Tensor) -> Tensor:
     return image[0].long()
 
 
-def module_of(kind: type[SegmentationModule] = SegmentationModule, **changes: Any) -> Any:
+def module_of(
+    kind: type[SegmentationModule] = SegmentationModule,
+    *,
+    class_names: Sequence[str] = ("background", "near", "far"),
+    optimiser: str = "adamw",
+    learning_rate: float = 1e-2,
+    weight_decay: float = 0.0,
+    num_steps: int = 19,
+    regions: Sequence[Sequence[int]] = (),
+    ignore: int | None = None,
+    **changes: Any,
+) -> Any:
+    config = TrainConfig.model_validate(
+        {
+            "optimiser": optimiser,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "steps": num_steps,
+        }
+    )
+    groups = regions or [(number,) for number in range(1, len(class_names))]
     arguments: dict[str, Any] = {
+        "loss": make_loss(regions, pool_batch=True, ignore=ignore),
+        "optimiser": make_optimiser(config),
+        "schedule": make_schedule(config),
         "vary": unvaried,
-        "segment": as_said,
-        "class_names": ("background", "near", "far"),
-        "optimiser": "adamw",
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "num_steps": 19,
-        "batch_dice": True,
+        "validation": Validation(
+            (), segment=as_said, score=partial(case_dice, groups=groups, ignore=ignore)
+        ),
+        "class_names": class_names,
+        "num_steps": num_steps,
         "seed": 5,
     }
     return kind(network(), **{**arguments, **changes})

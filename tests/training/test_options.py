@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from segkit.checking import check
 from segkit.config.load import dump_yaml
-from segkit.data.dataset import CaseFiles, Dataset, fold_of, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model, start_from
-from segkit.training import fit as training
-from segkit.training.fit import precision, train
+from segkit.training import resolve
+from segkit.training.fit import train
+from segkit.training.resolve import precision
+from segkit.training.split import fold_of
 from segkit.training.weight_average import Averaging
 from tests.small import small_config, small_dataset
 
@@ -265,9 +267,9 @@ def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
     steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segkit.training import module
+    from segkit.training import parts
 
-    data, real = small_dataset(tmp_path / "data"), module.deep_dice_cross_entropy
+    data, real = small_dataset(tmp_path / "data"), parts.deep_dice_cross_entropy
     calls = []
 
     def astray(*inputs: object, **settings: object) -> Tensor:
@@ -275,7 +277,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
         loss = real(*inputs, **settings)  # type: ignore[arg-type]
         return loss * float("nan") if len(calls) > steps_before else loss
 
-    monkeypatch.setattr(module, "deep_dice_cross_entropy", astray)
+    monkeypatch.setattr(parts, "deep_dice_cross_entropy", astray)
     message = (
         rf"^the loss of step {steps_before} is nan, its patches are of case_\d, case_\d; look at"
     )
@@ -318,7 +320,7 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(training, "half_pays", lambda: matrix_units)
+    monkeypatch.setattr(resolve, "half_pays", lambda: matrix_units)
     config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})

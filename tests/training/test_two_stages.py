@@ -75,7 +75,7 @@ def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
 
 def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -> None:
     low, full = stages(dataset)
-    training.train(low, runs=tmp_path, then=full)
+    two_stages.train_first(low, full, runs=tmp_path)
     assert two_stages.resume_two_stages(tmp_path / "small_low").folder == tmp_path / "small"
 
 

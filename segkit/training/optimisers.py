@@ -1,0 +1,47 @@
+"""Optimisers and their schedules, as factories, from the settings of training."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
+
+from segkit.config.training import TrainConfig
+
+MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""From the network's parameters to the optimiser that trains them."""
+MakeSchedule = Callable[[Optimizer], LRScheduler]
+"""From the optimiser to the schedule of its learning rate, which advances at each step."""
+
+
+def make_optimiser(config: TrainConfig) -> MakeOptimiser:
+    """The optimiser of a resolved config."""
+    rate, decay = config.learning_rate, config.weight_decay
+    assert rate is not None and decay is not None
+    if config.optimiser == "sgd":
+        sgd = config.sgd
+        return partial(
+            SGD, lr=rate, weight_decay=decay, momentum=sgd.momentum, nesterov=sgd.nesterov
+        )
+    adamw = config.adamw
+    betas = (adamw.momentum[1], adamw.square_decay)
+    return partial(AdamW, lr=rate, weight_decay=decay, betas=betas, eps=adamw.epsilon)
+
+
+def make_schedule(config: TrainConfig) -> MakeSchedule:
+    """The schedule of a resolved config."""
+    if config.optimiser == "sgd":
+        return partial(PolynomialLR, total_iters=config.steps, power=config.sgd.power)
+    assert config.learning_rate is not None
+    lowest, highest = config.adamw.momentum
+    return partial(
+        OneCycleLR,
+        max_lr=config.learning_rate,
+        total_steps=config.steps + 1,
+        pct_start=config.adamw.rise,
+        div_factor=config.adamw.rise_factor,
+        final_div_factor=config.adamw.fall_factor,
+        base_momentum=lowest,
+        max_momentum=highest,
+    )

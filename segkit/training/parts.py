@@ -1,0 +1,299 @@
+"""What a training consists of, each part open to be replaced: `prepare` makes them from a config.
+
+config ──prepare──> TrainingParts ──fit──> runs/<name>/
+                      └ dataclasses.replace(parts, loss=…)
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
+from segkit.data.augment_spatial import Vary
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.normalise import build_normalisers
+from segkit.data.patches import ForegroundSampler, PatchSampler
+from segkit.data.prepared_cache import StoredCase, store_cases
+from segkit.data.variation import build_variation
+from segkit.errors import ConfigError
+from segkit.inference.predictor import segment_prepared
+from segkit.model.build import build_network, check_windows, wrap_network
+from segkit.model.folder import start_from
+from segkit.nn.external import try_out
+from segkit.nn.losses import (
+    deep_dice_binary_cross_entropy,
+    deep_dice_cross_entropy,
+    presence_cross_entropy,
+)
+from segkit.nn.slicewise import SegmentationNetwork
+from segkit.system.progress import Track, untracked
+from segkit.training.cascade import FirstModel, described, first_models, label_cases
+from segkit.training.module import Loss, PresenceLoss
+from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
+from segkit.training.resolve import check_images, describe, resolve
+from segkit.training.split import Split, split_of
+from segkit.training.trackers import check_installed
+from segkit.training.validation import Validation, case_dice
+
+logger = logging.getLogger(__name__)
+
+FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "split")
+"""Parts from which others were made, so that they cannot be replaced on their own."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a batch of patches is varied, on the training device."""
+
+    vary: Vary
+    """From images (batch, channel, x, y, z), labels (batch, x, y, z) and a generator to those that
+    are trained on. What comes in is the patch with its margin, what goes out the patch."""
+    margin: tuple[int, ...] = (0, 0, 0)
+    """Voxels that are cut beyond either end of a patch, along each axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingParts:
+    """All that a training consists of.
+
+    `dataclasses.replace(parts, loss=...)` replaces any part of the second half; the run's
+    config.yaml then names it. Other parts follow from the config, which they were made from.
+    """
+
+    config: Config
+    """With every value that is used."""
+    dataset: Dataset
+    split: Split
+    """The dataset's cases that train, and those that are held out."""
+    description: ModelDescription
+    """Of the model that comes out."""
+    first_stage: tuple[FirstModel, ...]
+    """Models whose labels the network is given beside the image; mostly none."""
+    first_labels: Mapping[str, Path] | None
+    """By case, a file with the labels of the first stage."""
+
+    network: nn.Module
+    """`fit` trains a copy of the network that `prepare` built, and a module of your own itself."""
+    loss: Loss
+    """From the logits of each supervised level, finest first, and the label to a scalar."""
+    presence_loss: PresenceLoss
+    """From the logits of a presence head and the label to a scalar; unused without such a head."""
+    optimiser: MakeOptimiser
+    """From the network's parameters to an optimiser."""
+    schedule: MakeSchedule
+    """From the optimiser to its schedule, which advances at each step."""
+    cases: Sequence[StoredCase]
+    """Prepared cases to train on: `image` (channel, x, y, z), `label` (x, y, z) and `positions`,
+    voxels by their label."""
+    sampler: PatchSampler
+    """From the cases, a patch's number and a NumPy generator to a case and the voxel at the patch's
+    centre."""
+    augmentation: Augmentation
+    validation: Validation
+    """Prepared cases that are held out, and how they are segmented and scored."""
+
+    _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Each part as `prepare` made it."""
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names, in order, of the parts that are not those that `prepare` made."""
+        names = [each.name for each in fields(self) if each.name != "_made"]
+        return sorted(name for name in names if self._made.get(name) is not getattr(self, name))
+
+
+def prepare(
+    config: Config,
+    *,
+    runs: str | Path = "runs",
+    dataset: Dataset | None = None,
+    network: nn.Module | None = None,
+    track: Track = untracked,
+) -> TrainingParts:
+    """Everything that a training consists of, as the config has it; cases are prepared on disk.
+
+        parts = segkit.prepare(segkit.load_config("my_dataset.yaml"))
+        run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
+
+    No run's folder is made yet.
+
+    Args:
+        config: of the training.
+        runs: the folder that runs are written to; prepared cases are kept in its `.cache` unless
+            `data.cache` names another folder.
+        dataset: taken instead of the one that the config names.
+        network: any module from (batch, channel, cells …) to logits (batch, output, cells …),
+            trained in place of a U-Net if the config has `network.given`.
+        track: shows the progress over cases.
+
+    Returns:
+        The parts, to be given to `segkit.fit`.
+
+    Raises:
+        ConfigError: the config does not fit the dataset or this machine.
+        DatasetError: a case cannot be read or used.
+        ModelError: the network or a model that the config names cannot be used.
+    """
+    return make_parts(config, Path(runs), dataset=dataset, network=network, track=track)
+
+
+def make_parts(
+    config: Config,
+    runs: Path,
+    *,
+    dataset: Dataset | None = None,
+    network: nn.Module | None = None,
+    track: Track = untracked,
+    begun: bool = False,
+) -> TrainingParts:
+    """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
+    check_installed(config.trainer.loggers)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files)
+    split = split_of(dataset, config)
+    check_images(config, dataset, split.train, split.held_out)
+    first_stage = first_models(config.data.first_stage or (), dataset)
+    config = resolve(config, dataset, split, runs=runs, track=track)
+    description = described(describe(config, dataset), first_stage)
+    built = _network(config, description, network, begun)
+    first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
+    patch_size, stage = description.volume_patch, description.first_stage
+    groups = list(description.regions.values())
+    parts = TrainingParts(
+        config=config,
+        dataset=dataset,
+        split=split,
+        description=description,
+        first_stage=first_stage,
+        first_labels=first_labels,
+        network=built,
+        loss=make_loss(groups, pool_batch=config.train.batch_dice, ignore=description.ignore),
+        presence_loss=partial(presence_cross_entropy, regions=groups, ignore=description.ignore),
+        optimiser=make_optimiser(config.train),
+        schedule=make_schedule(config.train),
+        cases=cases,
+        sampler=ForegroundSampler(patch_size, config.data.foreground_share),
+        augmentation=Augmentation(
+            *build_variation(
+                config.data,
+                patch_size,
+                spacing=description.spacing,
+                labels=dataset.labelling.value_names,
+                first_classes=len(stage.classes) if stage else 0,
+            )
+        ),
+        validation=Validation(
+            held_out,
+            segment=partial(
+                segment_prepared, patch_size=patch_size, written=description.labelling.written
+            ),
+            score=partial(
+                case_dice,
+                groups=groups or [(number,) for number in range(1, len(description.labels))],
+                ignore=description.ignore,
+            ),
+        ),
+    )
+    made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
+    return replace(parts, _made=made)
+
+
+def make_loss(
+    regions: Sequence[Sequence[int]], *, pool_batch: bool, ignore: int | None = None
+) -> Loss:
+    """Dice and cross-entropy over every supervised level, of classes, or of regions if there are.
+
+    Args:
+        regions: the labels in each region, or none, for classes 0, 1, ….
+        pool_batch: whether Dice takes its sums over the whole batch.
+        ignore: the label, if any, of voxels that do not count.
+    """
+    if regions:
+        return partial(
+            deep_dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore
+        )
+    return partial(deep_dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
+
+
+def check_replaced(parts: TrainingParts) -> None:
+    """Raise ConfigError if a part was replaced that others follow from, or one that must be is not.
+
+    The config of a run names parts that it does not hold.
+    """
+    replaced = parts.replaced
+    if fixed := [name for name in FIXED if name in replaced]:
+        raise ConfigError(
+            f"parts.{fixed[0]} was replaced, and other parts were made from the former one; "
+            f"change the config and call segkit.prepare anew"
+        )
+    refuse_replaced(parts.config, replaced)
+
+
+def refuse_replaced(config: Config, given: Sequence[str] = ()) -> None:
+    """Raise ConfigError if a config was trained with parts replaced that are not `given` now."""
+    if missing := sorted(set(config.replaced) - set(given)):
+        raise ConfigError(
+            f"{config.name}: was trained with parts that no config holds (replaced: "
+            f"{', '.join(missing)}); replace the same parts from Python and give them to "
+            f"segkit.fit or segkit.resume"
+        )
+
+
+def _network(
+    config: Config, description: ModelDescription, module: nn.Module | None, begun: bool
+) -> SegmentationNetwork:
+    patch_size = description.volume_patch
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        check_windows(description, (config.data.batch_size, *patch_size))
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    if module is None:
+        network = build_network(description)
+    else:
+        network = wrap_network(description, module).cpu()
+        try_out(network, torch.zeros(1, len(description.channels), *patch_size))
+    if config.train.start_from is not None and not begun:
+        logger.info("%s", start_from(network, config.train.start_from))
+    return network
+
+
+def _stored(
+    config: Config,
+    dataset: Dataset,
+    split: Split,
+    description: ModelDescription,
+    first_stage: Sequence[FirstModel],
+    track: Track,
+) -> tuple[Mapping[str, Path] | None, tuple[StoredCase, ...], tuple[StoredCase, ...]]:
+    """Labels of the first stage, and the prepared cases to train on and those held out."""
+    cache, accelerator = config.data.cache, config.trainer.accelerator
+    assert cache is not None, "a resolved config has one"
+    first_labels = label_cases(
+        (*split.train, *split.held_out),
+        dataset,
+        first_stage,
+        cache=cache,
+        device={"gpu": "cuda"}.get(accelerator, accelerator),
+        track=track,
+    )
+
+    def store(cases: Sequence[CaseFiles], what: str) -> tuple[StoredCase, ...]:
+        return store_cases(
+            cases,
+            dataset,
+            folder=cache,
+            spacing=description.spacing,
+            normalisers=build_normalisers(description.normalisation),
+            order=description.interpolation_order,
+            settings=[setting.model_dump() for setting in description.normalisation],
+            first_labels=first_labels,
+            track=lambda each: track(each, what, len(cases)),
+        )
+
+    return first_labels, store(split.train, "preparing"), store(split.held_out, "held out")

@@ -1,0 +1,132 @@
+"""Lightning's trainer for a run: its checkpoints, pictures, loggers and other callbacks."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from segkit.config.training import Config
+from segkit.errors import ConfigError
+from segkit.system.workers import loading
+from segkit.training.csv_logger import MetricsFile
+from segkit.training.lightning_private import is_first_process
+from segkit.training.parts import TrainingParts
+from segkit.training.run_folder import LAST, WholeCheckpoints, loggers, metrics_of
+from segkit.training.stop_and_save import Interruption
+from segkit.training.time_limit import Pace
+from segkit.training.trackers import trackers
+from segkit.training.validation_pictures import SamplePictures
+from segkit.training.weight_average import Averaging
+
+HARMLESS = (
+    "Experiment logs directory",  # the run's folder holds config.yaml already
+    "Checkpoint directory",
+    "You're resuming from a checkpoint that ended before the epoch",  # patches go on by the step
+    "The '.*_dataloader' does not have many workers",  # a choice: data.workers
+    ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
+    "GPU available but not used",  # a choice: trainer.accelerator
+    ".ModelCheckpoint.monitor=.validation/",  # a resumed run ends its last epoch once more
+)
+
+
+def steps_between(config: Config) -> int:
+    """Steps between validations, or all steps if they are fewer."""
+    return min(config.train.validate_every, config.train.steps)
+
+
+def make_trainer(
+    parts: TrainingParts, config: Config, folder: Path, callbacks: Sequence[Callback]
+) -> L.Trainer:
+    """The trainer of a run that is written to a folder; only the first process logs there.
+
+    Raises ConfigError if Lightning refuses the settings, or a tracker's server does.
+    """
+    validated, every = bool(len(parts.validation.cases)), steps_between(config)
+    metrics = metrics_of(folder)
+    try:
+        return L.Trainer(
+            **config.trainer.model_dump(exclude={"loggers"}),
+            max_steps=config.train.steps,
+            max_epochs=-1,
+            gradient_clip_val=config.train.gradient_clip,
+            check_val_every_n_epoch=1,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validated else 0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            log_every_n_steps=min(10, every),
+            callbacks=[
+                *_callbacks(parts, config, folder, validated),
+                *callbacks,
+                Interruption(folder / LAST),
+            ],
+            plugins=WholeCheckpoints(metrics),
+            logger=_loggers(folder, config, metrics) if is_first_process() else False,
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+
+
+@contextmanager
+def quietly(config: Config) -> Iterator[None]:
+    """Hide warnings that mean nothing here; raise WorkerError if a loader's process is killed."""
+    with warnings.catch_warnings(), loading(config.data.workers):
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+def _callbacks(
+    parts: TrainingParts, config: Config, folder: Path, validated: bool
+) -> list[Callback]:
+    watched = f"validation/{parts.validation.measure}"
+    average = config.train.averaging
+    found: list[Callback] = [
+        *([Averaging(average)] if average is not None else []),
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="best",
+            monitor=watched if validated else None,
+            mode="max",
+            enable_version_counter=False,
+        ),
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="last",
+            enable_version_counter=False,
+            # If nothing is validated, at an epoch's end Lightning (2.6) would go on in that epoch.
+            every_n_train_steps=None if validated else steps_between(config),
+        ),
+    ]
+    if config.train.patience is not None and validated:
+        found.append(
+            EarlyStopping(
+                watched,
+                mode="max",
+                patience=config.train.patience,
+                check_on_train_epoch_end=False,
+            )
+        )
+    found.append(
+        SamplePictures(
+            folder,
+            names=[case.name for case in parts.validation.cases],
+            classes=parts.description.labelling.value_names,
+            spacing=parts.description.spacing,
+            count=config.train.pictures,
+        )
+    )
+    return [*found, Pace()]
+
+
+def _loggers(folder: Path, config: Config, metrics: MetricsFile) -> list[Logger]:
+    followed = trackers(folder, config.trainer.loggers, config.model_dump(mode="json"))
+    return [*loggers(folder, metrics), *followed]
