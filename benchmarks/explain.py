@@ -22,11 +22,10 @@ from rich.console import Console
 
 from segkit.config.load import load_config
 from segkit.data.dataset import read_case, read_dataset
-from segkit.explain.explain_files import write_explanation
 from segkit.explain.explain_scan import explain_volume
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.verdicts.rule import MapFigures, judge
-from segkit.explain.verdicts.study import Evidence, Worth, WorthStudy, pooled
+from segkit.explain.verdicts.study import Evidence, pooled
 from segkit.inference.predictor import Predictor
 from segkit.system.progress import Tracker
 from segkit.training.run_folder import CONFIG
@@ -59,20 +58,22 @@ def main() -> None:
     _, held_out = split_of(dataset, load_config(options.run / CONFIG))
     cases = sorted(held_out, key=lambda case: case.name)[: options.cases]
     predictor = Predictor.load(options.run, device=options.device, skip_empty=False)
-    study = WorthStudy(track=Tracker(console))
+    track = Tracker(console)
     measures: list[Measure] = []
     evidence: list[Evidence] = []
     dice: dict[str, list[float]] = {}
     seconds = []
-    for case in Tracker(console)(cases, "explaining", len(cases)):
+    for case in track(cases, "explaining", len(cases)):
         volume, reference = read_case(case, dataset)
         started = time.perf_counter()
-        explanation = explain_volume(predictor, volume, reference, name=case.name, studies=[study])
+        explanation = explain_volume(
+            predictor, volume, reference, name=case.name, verdicts=True, track=track
+        )
         with tempfile.TemporaryDirectory() as folder:
-            write_explanation(Path(folder), explanation)
+            explanation.write(folder)
         seconds.append(time.perf_counter() - started)
         measures += explanation.measures
-        evidence += [found.evidence for found in explanation.findings if isinstance(found, Worth)]
+        evidence += [explanation.worth.evidence] if explanation.worth else []
         for structure, value in explanation.dice.items():
             dice.setdefault(structure, []).append(value)
     figures, _ = pooled(evidence)

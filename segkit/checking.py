@@ -1,6 +1,6 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,17 +38,31 @@ class Understood:
 
 
 def check(
-    path: Path,
-    overrides: tuple[str, ...] = (),
+    path: str | Path,
+    overrides: Sequence[str] = (),
     *,
     series: str | None = None,
     track: Track = untracked,
 ) -> Understood:
-    """What was understood of a config (.yaml), a dataset folder or a volume.
+    """What was understood of a config (.yaml), a dataset folder, DICOM series or a volume.
 
-    Of a folder of DICOM files, the `series` of that UID, or the only one, or a list of those there.
-    Raises SegkitError with what is wrong and where.
+    Args:
+        path: the file or folder to look at.
+        overrides: changes of a config, such as "train.steps=500".
+        series: the UID of a series in a folder of DICOM files; if None, the only one, or a list of
+            those there.
+        track: may show the progress over cases.
+
+    Returns:
+        A text for a reader, and the same as plain data.
+
+    Raises:
+        SegkitError: saying what is wrong and where.
+
+    Example:
+        print(segkit.check("my_dataset"))
     """
+    path = Path(path)
     if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
         return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
@@ -85,7 +99,7 @@ def _series_facts(series: Series) -> dict[str, Any]:
     }
 
 
-def check_config(path: Path, overrides: tuple[str, ...], track: Track) -> Understood:
+def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
     dataset = read_dataset(config.data.folder, config.data.files)

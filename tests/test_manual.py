@@ -140,4 +140,4 @@ def test_types_are_told_in_words(reference: ModuleType) -> None:
     assert "| `batch_size` | integer > 0 | `2` |" in text
     assert "| `slices` | `sagittal`, `coronal`, `axial` | `axial` |" in text
     assert "| `spacing` | 3 of: number > 0 ≤ 1000 or null | `null` |" in text
-    assert "[additive_grid](#AdditiveGridGate) or [additive_same_level]" in text
+    assert "[additive_grid](#AdditiveGridGateConfig) or [additive_same_level]" in text

@@ -33,12 +33,22 @@ from numpy.testing import assert_array_equal
 
 from segkit.errors import SegkitError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import Volume, read_grid, read_labels, read_volume, write_volume
+from segkit.io.volume import (
+    SUFFIXES,
+    Volume,
+    read_grid,
+    read_labels,
+    read_volume,
+    result_suffix,
+    write_volume,
+)
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("accepted", "refused", "raised", "died", "hung", "out of memory")
 """The first two are as they should be; any other is a fault of ours."""
-FORMATS = (".nii", ".nii.gz", ".nrrd", ".mha")
+FORMATS = SUFFIXES
+TEXT_FORMATS = FORMATS[2:]
+"""Whose headers are text."""
 HEADROOM = 256 * 2**20
 """Bytes that a process may take beyond what it has before it reads anything."""
 SECONDS_EACH, SECONDS_TO_START = 10, 120
@@ -114,6 +124,8 @@ def read_each(seed: int, first: int, count: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as folder:
+        for name, content in data_files(seeds).items():
+            (Path(folder) / name).write_bytes(content)
         for number in range(first, count):
             name, content = mutated(seeds, seed, number)
             path = Path(folder) / name
@@ -133,7 +145,7 @@ def outcome_of(path: Path) -> str:
             read_labels(path)
         except SegkitError as refusal:
             assert "labels" in str(refusal), refusal
-        again = path.with_name(f"again{''.join(path.suffixes)}")
+        again = path.with_name(f"again{result_suffix(path)}")
         write_volume(again, volume)
         assert_array_equal(read_volume(again).data, volume.data)
         assert read_grid(again).agrees_with(volume.grid, tolerance=_rounding(volume.grid))
@@ -174,7 +186,7 @@ def valid_files() -> dict[str, bytes]:
             files[name] = (Path(folder) / name).read_bytes()
 
         for shape, values in images.items():
-            for end in FORMATS[2:]:
+            for end in (".nrrd", ".mha"):
                 grid = Grid((*values.shape, 1)[:3], affine)
                 volume = Volume(values.reshape((*grid.shape, *values.shape[3:])), grid)
                 write_volume(Path(folder) / f"{shape}.{end[1:]}", volume)
@@ -200,16 +212,31 @@ def valid_files() -> dict[str, bytes]:
                 image.header.set_slope_inter(slope, 1.0)
             nib.save(image, Path(folder) / name)
             keep(name)
-    for name in ("three.nrrd", "four.nrrd"):
-        head, _, body = files[name].partition(b"\n\n")
+    for name in ("three", "four"):
+        packed, raw = f"{name}.gz".encode(), f"{name}.raw".encode()
+        head, _, body = files[f"{name}.nrrd"].partition(b"\n\n")
+        files[f"{name}.nhdr"] = head + b"\nline skip: 1\ndata file: " + packed
         head = head.replace(b"encoding: gzip", b"encoding: raw")
-        files[f"raw_{name}"] = head + b"\n\n" + gzip.decompress(body)
-    for name in ("three.mha", "four.mha"):
-        head, mark, body = files[name].partition(b"ElementDataFile = LOCAL\n")
-        head = re.sub(rb"CompressedDataSize.*\n", b"", head.replace(b"ta = True", b"ta = False", 0))
+        files[f"raw_{name}.nrrd"] = head + b"\n\n" + gzip.decompress(body)
+        skipped = b"\nline skip: 1\nbyte skip: 7\ndata file: "
+        files[f"raw_{name}.nhdr"] = head + skipped + raw
+        head, mark, body = files[f"{name}.mha"].partition(b"ElementDataFile = LOCAL\n")
+        head = re.sub(rb"CompressedDataSize.*\n", b"", head)
+        files[f"{name}.mhd"] = head + b"HeaderSize = 5\nElementDataFile = " + packed
         head = head.replace(b"CompressedData = True", b"CompressedData = False")
-        files[f"raw_{name}"] = head + mark + zlib.decompress(body)
+        files[f"raw_{name}.mha"] = head + mark + zlib.decompress(body)
+        files[f"raw_{name}.mhd"] = head + b"HeaderSize = 12\nElementDataFile = " + raw
     return files
+
+
+def data_files(seeds: dict[str, bytes]) -> dict[str, bytes]:
+    """The data files, by name, of those valid files that are headers alone."""
+    found = {}
+    for name in ("three", "four"):
+        body = seeds[f"{name}.nrrd"].partition(b"\n\n")[2]
+        found[f"{name}.gz"] = b"line\n" + body
+        found[f"{name}.raw"] = b"line\nskipped" + gzip.decompress(body)
+    return found
 
 
 def mutated(seeds: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes]:
@@ -221,7 +248,7 @@ def mutated(seeds: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes
     if inside:
         content = gzip.decompress(content)
     for _ in range(drawn.randint(1, 4)):
-        mutation = drawn.choice(TEXT if name.endswith((".nrrd", ".mha")) else BINARY)
+        mutation = drawn.choice(TEXT if name.endswith(TEXT_FORMATS) else BINARY)
         content = mutation(drawn, content)
     if inside:
         content = gzip.compress(content, mtime=0)

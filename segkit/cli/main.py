@@ -7,9 +7,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from segkit.cli import predict as cli_prediction
-from segkit.cli import train as cli_training
+from segkit.cli.check import check_command
+from segkit.cli.demo import demo_command
+from segkit.cli.evaluate import evaluate_command
+from segkit.cli.explain import explain_command
+from segkit.cli.export import export_command
+from segkit.cli.fetch import fetch_command
+from segkit.cli.plan import plan_command
+from segkit.cli.predict import predict_command
 from segkit.cli.terminal import Commands, Quiet, Verbose, complain, is_verbose, start
+from segkit.cli.train import train_command
 from segkit.errors import SegkitError, Stopped, sentence_of
 from segkit.system.signals import handling
 
@@ -39,18 +46,15 @@ def options(
     """Segment medical images with attention U-Nets, and see where their gates look."""
 
 
-for command in (
-    cli_training.demo,
-    cli_training.fetch,
-    cli_training.plan,
-    cli_training.train,
-    cli_prediction.predict,
-    cli_prediction.explain,
-    cli_prediction.evaluate,
-    cli_prediction.check,
-    cli_prediction.export,
-):
-    app.command()(command)
+app.command("demo")(demo_command)
+app.command("fetch")(fetch_command)
+app.command("plan")(plan_command)
+app.command("train")(train_command)
+app.command("predict")(predict_command)
+app.command("explain")(explain_command)
+app.command("evaluate")(evaluate_command)
+app.command("check")(check_command)
+app.command("export")(export_command)
 
 
 def main() -> NoReturn:

@@ -8,14 +8,14 @@ import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup, TyperOption
 
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, SegkitError
 from segkit.io.atomic import json_text
 
 console = Console()
@@ -129,6 +129,14 @@ def say_json(content: Mapping[str, Any]) -> None:
 def complain(sentence: str) -> None:
     """Why a command stops, or what it leaves out."""
     print(f"segkit: {sentence}", file=sys.stderr)
+
+
+def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
+    """Raise SegkitError if any of `count` volumes failed: its own sentence for a volume alone."""
+    if failures and alone:
+        raise SegkitError(failures[0])
+    if failures:
+        raise SegkitError(f"{len(failures)} of {count} volumes failed, as told above")
 
 
 def hush() -> None:

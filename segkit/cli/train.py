@@ -1,125 +1,24 @@
-"""The commands that make a model: `demo`, `fetch`, `plan` and `train`."""
+"""`segkit train`: a network from a config, a dataset, or a run that was stopped."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option
 
-from segkit.cli.options import Device, Overrides, Overwrite
+from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
     from segkit.config.training import Config
-
-
-def demo(
-    out: Annotated[Path, typer.Option(help="A folder for what it writes.")] = Path("segkit_demo"),
-    contrast: Annotated[
-        Literal["t1", "random"],
-        typer.Option(help="Training contrasts: drawn about those of a T1 scan, or wholly random."),
-    ] = "t1",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
-    from segkit.demo.demo import run_demo
     from segkit.system.progress import Tracker
-    from segkit.training.progress_bar import TrainingProgress
-
-    hush()
-    run_demo(
-        out,
-        contrast=contrast,
-        steps=steps,
-        overwrite=overwrite,
-        say=say,
-        callbacks=[TrainingProgress(console)],
-        track=Tracker(console),
-    )
-
-
-def fetch(
-    name: Annotated[str, typer.Argument(help="Such as hippocampus, or Task04_Hippocampus.")],
-    out: Annotated[Path, typer.Option(help="The folder to put it into.")] = Path(),
-) -> None:
-    """Download a dataset of the Medical Segmentation Decathlon, as MONAI keeps it."""
-    from segkit.data import fetch as fetching
-
-    sources = fetching.decathlon()
-    whole = fetching.named(name, sources)
-    say(f"fetching {sources[whole].url}")
-    folder = fetching.fetch_dataset(whole, sources[whole], out)
-    say(f"wrote {folder}")
-    say(f"next: segkit check {folder}, and then segkit train {folder}")
-
-
-def plan(
-    dataset: Annotated[
-        Path, typer.Argument(help="A folder with a dataset.json, or YAML with data.files.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="The config to write; NAME.yaml where not given.")
-    ] = None,
-    memory: Annotated[float, typer.Option(min=0.5, help="GB to plan for, on a GPU.")] = 8.0,
-    minutes: Annotated[float, typer.Option(min=0.1, help="To plan for, on a CPU.")] = 20.0,
-    dims: Annotated[int, typer.Option(min=2, max=3, help="2 for slices, 3 for volumes.")] = 3,
-    preset: Annotated[
-        Literal["auto", "nnunet"],
-        typer.Option(help="nnunet: its own plan and schedule, wherever it runs."),
-    ] = "auto",
-    device: Device = "auto",
-    runs: Annotated[Path, typer.Option(help="The folder whose cache keeps measurements.")] = Path(
-        "runs"
-    ),
-    json: JsonOption = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
-    from segkit.config.load import dataset_in
-    from segkit.io.atomic import refuse_existing, write_text
-    from segkit.planning.make_plan import plan_dataset
-    from segkit.system.progress import Tracker
-
-    source = dataset_in(dataset)
-    if source is None:
-        raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
-    target = out or Path(f"{source.folder.resolve().name}.yaml")
-    low = target.with_name(f"{target.stem}_low{target.suffix}")
-    refuse_existing([target], overwrite=overwrite)
-    planned = plan_dataset(
-        source.folder,
-        source.files,
-        cache=runs / ".cache",
-        device=device,
-        spatial_dims=dims,
-        gigabytes=memory,
-        minutes=minutes,
-        preset=preset,
-        runs=runs,
-        track=Tracker(console),
-    )
-    if planned.low is not None:
-        refuse_existing([low], overwrite=overwrite)
-        write_text(low, planned.low.text)
-        say(planned.low.text.rstrip())
-        say(f"wrote {low}")
-    write_text(target, planned.text)
-    say(planned.text.rstrip())
-    say(f"wrote {target}")
-    before = f"segkit train {low}, and then " if planned.low else ""
-    say(f"next: {before}segkit train {target}")
-    if json:
-        stages = [(low, planned.low), (target, planned)]
-        files = [
-            {"file": str(file), "config": stage.config.model_dump(mode="json")}
-            for file, stage in stages
-            if stage is not None
-        ]
-        say_json({"plans": files})
+    from segkit.training.cross_validation import CrossValidation
+    from segkit.training.fit import Run
 
 
 def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,40 +33,37 @@ def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
 
             if is_first_process():
                 raise
-            raise typer.Exit(128 + stopped.signum) from None
+            raise Exit(128 + stopped.signum) from None
 
     return run
 
 
 @_first_tells
-def train(
+def train_command(
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             metavar="CONFIG|DATASET",
             help="YAML, e.g. configs/attention_unet_3d.yaml, or a dataset, which is planned first.",
         ),
     ] = None,
     overrides: Overrides = None,
-    runs: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path("runs"),
+    runs: Annotated[Path, Option(help="The folder that runs are written to.")] = Path("runs"),
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
+        Path | None, Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what it will be and take, by a step; leave no run."),
+        bool, Option("--dry-run", help="Say what it will be and take, by a step; leave no run.")
     ] = False,
     folds: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
-    from segkit.config.load import changed, dataset_in, load_config
-
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
     if dry_run and resume is not None:
@@ -175,105 +71,127 @@ def train(
     if dry_run and json:
         raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
     wanted = _folds(folds)
-    settings = low = None
-    dataset = None if config is None else dataset_in(config)
-    if config is not None and dataset is None:
-        settings = load_config(config, overrides or ())
-    from segkit.system.progress import Tracker
-    from segkit.training import cross_validation, two_stages
-    from segkit.training import fit as training
-    from segkit.training.progress_bar import TrainingProgress
-
-    if dataset is not None:
-        from segkit.planning.make_plan import plan_dataset
-
-        accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
-        device = [accelerator[word] for word in overrides or () if word in accelerator]
-        planned = plan_dataset(
-            dataset.folder,
-            dataset.files,
-            cache=runs / ".cache",
-            device=(device or ["auto"])[-1],
-            runs=runs,
-            track=Tracker(console),
-        )
-        settings = changed(planned.config, overrides or ())
-        if planned.low and settings.data.first_stage == planned.config.data.first_stage:
-            low = changed(planned.low.config, [*(overrides or ()), f"name={settings.name}_low"])
-            if low.data.spacing == settings.data.spacing:
-                raise ConfigError(
-                    f"{config}: two stages cannot share data.spacing; write their configs first: "
-                    f"segkit plan {config}; or train one with data.first_stage=null"
-                )
-            say(planned.low.text.rstrip())
-        if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
-            raise ConfigError(
-                f"{config}: several processes must train by one plan; "
-                f"write it first: segkit plan {config}"
-            )
-        say(planned.text.rstrip())
-
-    hush()
-    if dry_run:
-        assert settings is not None
-        _rehearse(settings, low, wanted)
-        return
-    progress, track = [TrainingProgress(console)], Tracker(console)
-    result: training.Run | cross_validation.CrossValidation
-    if settings is not None and low is not None:
-        if wanted:
-            raise ConfigError(
-                f"{config}: is planned in two stages, and --folds trains one; write the plan first "
-                f"and give each stage its folds: segkit plan {config}"
-            )
-        result = two_stages.train_two_stages(
-            low,
-            settings,
-            runs=runs,
-            tell=lambda first: _tell(first.folder, first.summary),
-            callbacks=progress,
-            track=track,
-        )
-    elif settings is not None and wanted:
-        result = cross_validation.cross_validate(
-            settings, wanted, runs=runs, say=say, callbacks=progress, track=track
-        )
-    elif settings is not None:
-        result = training.train(settings, runs=runs, callbacks=progress, track=track)
-    else:
+    result: Run | CrossValidation
+    if config is None:
         assert resume is not None
-        if cross_validation.is_cross_validation(resume):
-            result = cross_validation.resume_folds(
-                resume, wanted, say=say, callbacks=progress, track=track
-            )
-        elif wanted:
-            raise ConfigError(f"{resume}: is one run, not a cross-validation; leave --folds out")
-        else:
-            result = two_stages.resume_two_stages(
-                resume,
-                tell=lambda first: _tell(first.folder, first.summary),
-                callbacks=progress,
-                track=track,
-            )
+        hush()
+        result = _resumed(resume, wanted)
+    else:
+        settings, low = _settings(config, overrides or [], runs)
+        hush()
+        if dry_run:
+            return _rehearse(settings, low, wanted)
+        result = _trained(config, settings, low, wanted, runs)
     if not result.summary:  # in all processes of a run but the first
         return
-    if isinstance(result, cross_validation.CrossValidation):
-        say(result.post_processing())
-    _tell(result.folder, result.summary)
+    _tell(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
 
 
-def _tell(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Say what became of a run."""
+def _settings(
+    config: Path, overrides: Sequence[str], runs: Path
+) -> tuple["Config", "Config | None"]:
+    """What to train, and the first stage if a dataset is planned in two."""
+    from segkit.config.load import changed, dataset_in, load_config
+
+    dataset = dataset_in(config)
+    if dataset is None:
+        return load_config(config, overrides), None
+    from segkit.planning.make_plan import plan_dataset
+    from segkit.system.progress import Tracker
+
+    accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
+    device = [accelerator[word] for word in overrides if word in accelerator]
+    planned = plan_dataset(
+        dataset.folder,
+        dataset.files,
+        cache=runs / ".cache",
+        device=(device or ["auto"])[-1],
+        runs=runs,
+        track=Tracker(console),
+    )
+    settings, low = changed(planned.config, overrides), None
+    if planned.low and settings.data.first_stage == planned.config.data.first_stage:
+        low = changed(planned.low.config, [*overrides, f"name={settings.name}_low"])
+        if low.data.spacing == settings.data.spacing:
+            raise ConfigError(
+                f"{config}: two stages cannot share data.spacing; write their configs first: "
+                f"segkit plan {config}; or train one with data.first_stage=null"
+            )
+        say(planned.low.text.rstrip())
+    if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
+        raise ConfigError(
+            f"{config}: several processes must train by one plan; "
+            f"write it first: segkit plan {config}"
+        )
+    say(planned.text.rstrip())
+    return settings, low
+
+
+def _trained(
+    config: Path,
+    settings: "Config",
+    low: "Config | None",
+    folds: tuple[int, ...],
+    runs: Path,
+) -> "Run | CrossValidation":
+    """A new run, in one stage or two, or a new cross-validation."""
+    from segkit.training.cross_validation import cross_validate
+    from segkit.training.fit import train
+    from segkit.training.two_stages import train_two_stages
+
+    callbacks, track = _shown()
+    if low is not None:
+        if folds:
+            raise ConfigError(
+                f"{config}: is planned in two stages, and --folds trains one; write the plan first "
+                f"and give each stage its folds: segkit plan {config}"
+            )
+        return train_two_stages(
+            low, settings, runs=runs, tell=_tell, callbacks=callbacks, track=track
+        )
+    if folds:
+        return cross_validate(settings, folds, runs=runs, say=say, callbacks=callbacks, track=track)
+    return train(settings, runs=runs, callbacks=callbacks, track=track)
+
+
+def _resumed(run: Path, folds: tuple[int, ...]) -> "Run | CrossValidation":
+    """A run or a cross-validation that was stopped, or that is given more to do."""
+    from segkit.training.cross_validation import is_cross_validation, resume_folds
+    from segkit.training.two_stages import resume_two_stages
+
+    callbacks, track = _shown()
+    if is_cross_validation(run):
+        return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
+    if folds:
+        raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
+    return resume_two_stages(run, tell=_tell, callbacks=callbacks, track=track)
+
+
+def _shown() -> tuple[list["Callback"], "Tracker"]:
+    """What shows the progress of training, and of the work around it."""
+    from segkit.system.progress import Tracker
+    from segkit.training.progress_bar import TrainingProgress
+
+    return [TrainingProgress(console)], Tracker(console)
+
+
+def _tell(result: "Run | CrossValidation") -> None:
+    """Say what became of a run, or of several folds."""
+    from segkit.training.cross_validation import CrossValidation
+
+    if isinstance(result, CrossValidation):
+        say(result.post_processing())
+    summary = result.summary
     say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     scores = summary["validation"]
     if scores["cases"]:
         classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
         mean = _dice(scores["mean_dice"])
         say(f"mean Dice of {scores['cases']} held-out cases: {mean} ({classes})")
-    say(f"wrote {folder}")
+    say(f"wrote {result.folder}")
 
 
 def _dice(dice: float) -> str:
@@ -294,12 +212,12 @@ def _folds(text: str | None) -> tuple[int, ...]:
 def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
     """Say what a training will be and take, in one stage or in the first of two."""
     from segkit.system.progress import Tracker
-    from segkit.training.dry_run import rehearse
+    from segkit.training.dry_run import dry_run
 
     stage = low or settings
     if folds:
         stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
-    for line in rehearse(stage, track=Tracker(console)).lines():
+    for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
         say(f"so it is with each of {len(folds)} folds")

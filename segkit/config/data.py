@@ -1,6 +1,8 @@
 """Settings of the data: volumes, the one form they are brought to, and how patches are drawn."""
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +12,10 @@ from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import FilesConfig
 
 MOST_IN_BATCH = 2**31
+WorldAxis = Literal["x", "y", "z"]
+WORLD_AXES: dict[WorldAxis, int] = {"x": 0, "y": 1, "z": 2}
+SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
+"""A word of a label's name that tells left from right."""
 
 
 class ZScoreConfig(Section):
@@ -90,7 +96,7 @@ class DataConfig(Section):
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
     elastic: bool = False
     """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
-    mirror: list[Literal["x", "y", "z"]] | None = None
+    mirror: list[WorldAxis] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Where not given, x alone, or none where labels tell left from right
     by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
@@ -106,6 +112,18 @@ class DataConfig(Section):
     cases, which are then cut there; else the other cores, up to 12."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
+
+    def mirrored(self, labels: Sequence[str]) -> list[WorldAxis]:
+        """The world axes along which training mirrors patches of a dataset with these labels.
+
+        By default it is x, or none if a label tells left from right: by the word left, right, l, r,
+        lh or rh in its name.
+        """
+        if not self.augment and self.synthesis is None:
+            return []
+        if self.mirror is not None:
+            return self.mirror
+        return [] if any(SIDE.search(name.lower()) for name in labels) else ["x"]
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:

@@ -1,14 +1,20 @@
 """The description of a trained model: the content of `model.json`."""
 
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from segkit.config.base import Millimetres, Name, Positive, Section
-from segkit.config.data import NormalisationConfig
+from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
+from segkit.config.training import Config
+
+ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""The axis of a volume across each plane."""
 
 
 class FirstStageConfig(Section):
@@ -57,7 +63,7 @@ class ModelDescription(Section):
     """One per channel."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
-    mirror: list[Literal["x", "y", "z"]] = Field([])
+    mirror: list[WorldAxis] = Field([])
     """World axes along which it was trained on mirror images as well."""
     first_stage: FirstStageConfig | None = None
     """Whose labels, where there is one, are one more channel of the input behind the image's."""
@@ -81,3 +87,78 @@ class ModelDescription(Section):
         """What the model tells apart."""
         regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
         return Labelling(self.labels, regions, self.ignore)
+
+    @property
+    def axis_across(self) -> int | None:
+        """The axis of a volume across the planes of a 2D network; None for a network in 3D."""
+        return ACROSS[self.slices] if self.network.spatial_dims == 2 else None
+
+    @property
+    def volume_patch(self) -> tuple[int, int, int]:
+        """The patch in voxels of a volume: one voxel thick across the planes of a 2D network."""
+        patch = list(self.patch_size)
+        if self.axis_across is not None:
+            patch.insert(self.axis_across, 1)
+        x, y, z = patch
+        return x, y, z
+
+    @property
+    def channels_in(self) -> int:
+        """Channels of the network's input: the labels of a first stage are one more."""
+        return len(self.channels) + (self.first_stage is not None)
+
+    @property
+    def interpolation_order(self) -> Literal[1, 3]:
+        """The order of the splines by which images are resampled."""
+        return 3 if self.interpolation == "cubic" else 1
+
+    @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        """The axes of a volume along which the model was trained on mirror images as well.
+
+        Across the planes of a 2D network there is nothing to mirror.
+        """
+        axes = (WORLD_AXES[name] for name in self.mirror)
+        return tuple(axis for axis in axes if axis != self.axis_across)
+
+
+def description_of(
+    config: Config,
+    *,
+    channels: Sequence[str],
+    labelling: Labelling,
+    codes: Mapping[str, LabelCodeConfig],
+    spacing: tuple[float, float, float],
+    normalisation: Sequence[NormalisationConfig],
+    first_stage: FirstStageConfig | None = None,
+) -> ModelDescription:
+    """The description of the model that a config trains.
+
+    Args:
+        config: the settings of its training.
+        channels: names of the dataset's channels.
+        labelling: what the dataset tells apart.
+        codes: of labels by name, the concept of a terminology.
+        spacing: in mm along x, y and z.
+        normalisation: of each channel.
+        first_stage: whose labels the network is given beside the image, if any.
+    """
+    return ModelDescription(
+        format=1,
+        segkit=version("segkit"),
+        run=config.name,
+        channels=list(channels),
+        labels=dict(labelling.numbers),
+        regions={name: list(numbers) for name, numbers in labelling.regions.items()},
+        ignore=labelling.ignore,
+        codes=dict(codes),
+        network=config.network,
+        spacing=spacing,
+        interpolation=config.data.interpolation,
+        normalisation=list(normalisation),
+        slices=config.data.slices,
+        patch_size=config.data.patch_size,
+        mirror=config.data.mirrored(list(labelling.numbers)),
+        first_stage=first_stage,
+        postprocessing=PostprocessingConfig(largest_foreground=False, largest_of=()),
+    )

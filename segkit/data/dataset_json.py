@@ -1,4 +1,4 @@
-"""What a dataset.json says, in the Medical Segmentation Decathlon's form or in nnU-Net v2's."""
+"""The content of a dataset.json, in the Medical Segmentation Decathlon's form or nnU-Net v2's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, stem_of
 
 IGNORE = "ignore"
-"""The name, in either form, of what nobody labelled."""
+"""The name, in either form, of voxels that nobody labelled."""
 
 NamedFiles = tuple[str, tuple[Path, ...], Path]
 """A case's name, its images and its label."""
@@ -33,7 +33,7 @@ class _Labels(BaseModel):
 
 
 class _DatasetFile(_Labels):
-    """The keys that segkit reads; a file has others, which are let be."""
+    """The keys that segkit reads; a file may have others."""
 
     modality: dict[str, Name] | None = None
     channel_names: dict[str, Name] | None = None
@@ -47,27 +47,27 @@ Content = TypeVar("Content", bound=BaseModel)
 
 @dataclass(frozen=True)
 class DatasetJson:
-    """The names of the channels, in order; what is told apart; and every case's files."""
+    """The names of the channels in order, the labelling, and the files of each case."""
 
     channels: tuple[str, ...]
     labelling: Labelling
     files: tuple[NamedFiles, ...]
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
-    """Of labels by name, the concept of a terminology, where it is given."""
+    """By a label's name its concept in a terminology, if it is given."""
 
 
 def read_dataset_file(folder: Path) -> DatasetJson:
-    """Read `folder/dataset.json` and see that every file it speaks of is there.
+    """Read `folder/dataset.json`, and check that every file that it names is there.
 
-    `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as the
-    Decathlon does, or each name a number, or a list of them: a region. Regions are written in the
-    order of `labels`, each as its number in `regions_class_order`. What is called `ignore` has the
-    highest number. `training` lists images (one file, or one per channel) and labels, or labels
-    alone, to synthesise images from; without it, cases are `labelsTr/CASE` and `imagesTr/CASE_0000`
-    and `_0001` and so on, one per channel, with the ending `file_ending`. `codes`, which is our own
-    key, gives labels a concept of a terminology.
+    `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as in the
+    Decathlon, or each name a number or a list of numbers: a region. Regions are written in the
+    order of `labels`, each as its number in `regions_class_order`. The label `ignore` has the
+    highest number. `training` lists images (one file, or one for each channel) and labels, or only
+    labels, to synthesise images from. Without it, cases are `labelsTr/CASE` and
+    `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the ending `file_ending`.
+    `codes`, a key of segkit's own, gives labels a concept of a terminology.
 
-    Raises DatasetError, in one sentence.
+    Raises DatasetError.
     """
     path = folder / "dataset.json"
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def read_dataset_file(folder: Path) -> DatasetJson:
 
 
 def read_labelling(path: Path) -> Labelling:
-    """What a dataset.json tells apart; its numbers may have gaps. Raises DatasetError."""
+    """The labelling in a dataset.json; its numbers may have gaps. Raises DatasetError."""
     return _labelling(str(path), _read(path, _Labels))
 
 
@@ -99,9 +99,9 @@ def labelling_of(
     regions_class_order: list[int] | None,
     codes: Mapping[str, LabelCodeConfig],
 ) -> Labelling:
-    """What such keys of nnU-Net's dataset.json tell apart; `source` is where they stand.
+    """The labelling of such keys of nnU-Net's dataset.json; errors name their `source`.
 
-    Raises DatasetError, in one sentence.
+    Raises DatasetError.
     """
     file = _Labels(labels={**labels}, regions_class_order=regions_class_order, codes={**codes})
     return _checked_labelling(source, file)

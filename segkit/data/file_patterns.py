@@ -23,9 +23,9 @@ MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
 def list_files(folder: Path, files: FilesConfig) -> DatasetJson:
-    """What a dataset.json would say of the folder, by the patterns or the table of a config.
+    """Channels, labelling and cases of a folder, by the patterns or the table of a config.
 
-    Raises DatasetError or VolumeError, in one sentence.
+    Raises DatasetError, or VolumeError for a file that is no volume.
     """
     labelling = labelling_of("data.files", files.labels, files.regions_class_order, files.codes)
     if not folder.is_dir():
@@ -35,7 +35,7 @@ def list_files(folder: Path, files: FilesConfig) -> DatasetJson:
 
 
 def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
-    """Every case with a label; images of cases without one are told of and left out."""
+    """Every case with a label; images of cases without one are left out, with a warning."""
     labels = matched(folder, files.label)
     images = [matched(folder, pattern) for pattern in files.images.values()]
     for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
@@ -54,12 +54,12 @@ def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], lis
 
 
 def matched(folder: Path, pattern: str) -> dict[str, Path]:
-    """The files in a folder that match a pattern, by what its wildcards matched, said once each.
+    """The files in a folder that match a pattern, by the text that its wildcards matched.
 
         sub-*/ses-*/sub-*_T1w.nii.gz  on  sub-01/ses-b/sub-01_T1w.nii.gz  ──▶  "01_b"
 
-    Hidden files are passed over. Raises DatasetError where two files would have one name, and
-    VolumeError where one is no volume.
+    Equal texts count once; hidden files are left out. Raises DatasetError if two files would have
+    one name, and VolumeError if one is no volume.
     """
     expression = re.compile(_expression(pattern))
     found: dict[str, Path] = {}
@@ -88,7 +88,7 @@ def _expression(pattern: str) -> str:
 
 
 def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
-    """Every row of a CSV file; its paths count from the folder."""
+    """The case in each row of a CSV file; its paths start from the folder."""
     assert files.table is not None
     path = folder / files.table
     rows, columns = _read(path)
@@ -126,7 +126,7 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
 
 
 def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a table, by column, whichever of comma, semicolon and tab stands between them."""
+    """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
     try:
         text = read_text(path).removeprefix(BYTE_ORDER_MARK)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""A first stage's labels of an image, as its last channel: where they come from and how they vary.
+"""A first stage's labels of an image, as its last channel.
 
-They stay whole numbers from the file to the network, which alone spreads them over one channel for
-each class: one channel in memory and on disk, whatever the number of classes.
+They stay whole numbers from the file to the network, which spreads them over one channel for each
+class. So they take one channel in memory and on disk, whatever the number of classes.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,9 +18,9 @@ from segkit.io.volume import Volume
 
 
 def with_labels(prepared: Prepared, labels: Volume) -> Prepared:
-    """The image with one more channel: labels of the volume that it was made of, on its grid.
+    """The image with the labels of its volume as one more channel, on its grid.
 
-    Raises VolumeError where they are of another volume.
+    Raises VolumeError if the labels lie on another grid than the volume.
     """
     turned = prepared.orientation.turn_grid(labels.grid)
     holds = all(span.stop <= size for span, size in zip(prepared.box, turned.shape, strict=True))
@@ -31,9 +31,9 @@ def with_labels(prepared: Prepared, labels: Volume) -> Prepared:
 
 
 def majority(labels: Sequence[Volume]) -> Volume:
-    """The label that most of several segmentations of one volume give each voxel.
+    """The label that most of several segmentations of a volume give each voxel.
 
-    Where labels tie, that of the segmentation that comes first.
+    If labels tie, the label of the first segmentation counts.
     """
     best, winner = np.zeros(labels[0].data.shape, np.uint8), labels[0].data.copy()
     for own in labels:
@@ -46,7 +46,7 @@ def majority(labels: Sequence[Volume]) -> Volume:
 
 
 def out_of_fold(name: str, held_out: Sequence[Collection[str]]) -> list[int]:
-    """Numbers of the models that held a case out of their training; of all where none did."""
+    """Numbers of the models that held a case out of their training; all of them if none did."""
     unseen = [number for number, names in enumerate(held_out) if name in names]
     return unseen or list(range(len(held_out)))
 
@@ -55,8 +55,8 @@ def out_of_fold(name: str, held_out: Sequence[Collection[str]]) -> list[int]:
 class VariationWithLabels:
     """Varies a batch whose last channel holds a first stage's labels.
 
-    They are turned and mirrored with the reference, by nearest neighbour, and made worse in places;
-    intensities are varied in the other channels alone.
+    They are turned and mirrored with the reference, by nearest neighbour, and corrupted in places.
+    Intensities are varied only in the other channels.
     """
 
     num_classes: int

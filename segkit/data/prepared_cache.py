@@ -1,14 +1,14 @@
-"""Prepared cases on disk: what training holds in memory is one batch, however many cases there are.
+"""Prepared cases on disk: training holds one batch in memory, however many cases there are.
 
-Each case is a folder of four arrays, mapped whenever they are looked at and let go again:
+Each case is a folder of four arrays. They are mapped each time that they are read:
 
-    image.npy    channel x y z, float16 where that is enough (see `half_where_enough`), else float32
+    image.npy    channel x y z, float16 if that is enough (see `half_where_enough`), else float32
     label.npy    x y z, the smallest unsigned type
     voxels.npy   positions to centre patches on, one class after the other
-    classes.npy  of each class its label, and where its positions begin and end
+    classes.npy  the label of each class, and where its positions begin and end
 
-The folder's name is a digest of everything they depend on, so a changed setting or file never meets
-an old array.
+The folder's name holds a digest of everything that the arrays depend on, so that a changed setting
+or file never meets an old array.
 """
 
 import hashlib
@@ -27,28 +27,29 @@ from numpy import ndarray
 
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
-from segkit.data.preprocess import Normaliser, prepare, prepare_label
+from segkit.data.normalise import Normaliser
+from segkit.data.preprocess import prepare, prepare_label
 from segkit.errors import DatasetError, VolumeError
-from segkit.geometry.grid import Orientation
+from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
+from segkit.io.checksums import file_states
 from segkit.io.volume import read_grid, read_volume
-from segkit.planning.nnunet_rules import ANISOTROPY
 from segkit.system.resources import free_memory, num_cores
 from segkit.system.workers import in_processes
 
 CACHE_FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
 VOXELS_PER_PROCESS = 20_000_000
-"""So many are prepared, roughly, in the time that another process takes to start."""
+"""Voxels that are prepared, roughly, in the time that another process takes to start."""
 BYTES_PER_VOXEL = 40
-"""What preparing a case holds at most, for each voxel and channel of it."""
+"""The most memory that preparing a case takes, for each voxel and channel."""
 HALF_NOISE = 2.0**-8
-"""The share of a channel's deviation up to which the rounding of half precision is no matter."""
+"""The rounding of half precision may be this share of a channel's standard deviation."""
 
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A prepared case; each look at an array maps its file afresh, and nothing is kept."""
+    """A prepared case; its arrays are mapped from their files at each access."""
 
     name: str
     folder: Path
@@ -67,8 +68,8 @@ class StoredCase:
     def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
         """For each label that is present, voxels of it (all, or 10,000 drawn evenly).
 
-        Neither the background nor what is ignored has any; but where a case has ignored voxels,
-        those of all others stand under 0.
+        The background and ignored voxels have none. But if a case has ignored voxels, all other
+        voxels stand under 0.
         """
         voxels = _mapped(self.folder / "voxels.npy")
         classes = _mapped(self.folder / "classes.npy").tolist()
@@ -109,13 +110,21 @@ def store_cases(
 ) -> tuple[StoredCase, ...]:
     """Prepare each case that is not in `folder` yet, in as many processes as that is worth.
 
-    `settings` is whatever JSON-able value names the normalisers; it goes into the digest beside the
-    spacing, the order of interpolation and the files' sizes and times. `first_labels` are files
-    with a first stage's labels of each case by its name, which become the last channel of its
-    image. `track` may show progress. For more processes than one, the normalisers must pickle.
+    Args:
+        cases: of the dataset.
+        dataset: its channels and labels.
+        folder: of the cache.
+        spacing: in mm along x, y and z.
+        normalisers: one for each channel; for several processes they must pickle.
+        order: of the interpolation, 1 or 3.
+        settings: a value for JSON that names the normalisers; it is part of the digest.
+        first_labels: by the name of a case, the file with a first stage's labels, which become the
+            last channel of its image.
+        track: shows progress.
+        num_processes: by default as many as cores, memory and the work allow.
 
-    Raises DatasetError or VolumeError as `read_case` does, and WorkerError where a process was
-    killed. Cases that were stored by then stay.
+    Raises DatasetError or VolumeError as `read_case` does, and WorkerError if a process was killed.
+    Cases that are stored by then stay.
     """
     described = replace(dataset, cases=())
     firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
@@ -166,7 +175,7 @@ def write_arrays(
     *,
     ignore: int | None = None,
 ) -> None:
-    """Fill a new folder with a prepared case's arrays; `ignore` is the number of no class."""
+    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels."""
     folder.mkdir()
     np.save(folder / "image.npy", half_where_enough(image))
     np.save(folder / "label.npy", label)
@@ -179,12 +188,11 @@ def write_arrays(
 
 
 def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
-    """The image in half precision where its rounding is lost in every channel's own variation.
+    """The image in half precision if that is exact enough, else the image itself.
 
-    A half-precision value is off by 2^-11 of itself at most (below 2^-14, by 2^-25). That is enough
-    where all values stay finite and the root mean square of what is lost is at most 1/256 of the
-    channel's standard deviation, as it is of z-scores and of CT windows; else the image is given
-    back as it was.
+    A half-precision value is off by at most 2^-11 of itself (below 2^-14, by 2^-25). That is enough
+    if all values stay finite and the root mean square of the rounding is at most 1/256 of each
+    channel's standard deviation. Z-scores and CT windows meet this.
     """
     with np.errstate(over="ignore"):
         half = image.astype(np.float16)
@@ -296,11 +304,6 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
-    paths = [*case.images, case.label, *([first] if first else [])]
-    try:
-        files = [(str(path.resolve()), path.stat()) for path in paths]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
@@ -310,6 +313,6 @@ def _digest(
         "order": order,
         "separate": ANISOTROPY,
         "settings": settings,
-        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+        "files": file_states([*case.images, case.label, *([first] if first else [])]),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from segkit.geometry.grid import Grid
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Prediction, Predictor, map_on_source
 from segkit.io.atomic import write_json
-from segkit.io.montage import Panel, write_montage
+from segkit.io.pictures import Panel, write_montage
 from segkit.io.volume import Volume, write_volume
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising

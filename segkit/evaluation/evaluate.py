@@ -11,9 +11,9 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_labelling
 from segkit.errors import VolumeError
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
-from segkit.io.atomic import checksum
+from segkit.io.checksums import checksum, checksums
 from segkit.io.volume import SUFFIXES, read_labels, stem_of
-from segkit.provenance import PROVENANCE, checksums, versions
+from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
 

@@ -96,6 +96,20 @@ class Overlap:
         both, predicted, present = torch.stack([torch.stack(row) for row in rows], dim=1)
         return cls(both, predicted - both, present - both)
 
+    @classmethod
+    def of_labels(
+        cls,
+        prediction: Integer[ndarray, "*space"],
+        reference: Integer[ndarray, "..."],
+        groups: Sequence[Sequence[int]],
+        *,
+        num_labels: int,
+        ignore: int | None = None,
+    ) -> "Overlap":
+        """Overlap of groups of labels in two label maps that hold 0 … `num_labels` - 1."""
+        found, right = (torch.from_numpy(each.astype(np.int64)) for each in (prediction, reference))
+        return cls.of_groups(confusion_matrix(found, right, num_labels), groups, ignore=ignore)
+
     @property
     def dice(self) -> Float64[Tensor, "*classes"]:
         """2 TP / (2 TP + FP + FN), of Dice (1945, doi:10.2307/1932409).

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.explain.explain_scan import Explanation, explain_volume, facts_of
+from segkit.explain.display import Verdict
+from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
-from segkit.explain.heads.study import PositionFigures, head_table, study_heads
+from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
-from segkit.explain.page.page import Verdict, write_page
 from segkit.explain.page.parts import rows_as_csv
-from segkit.explain.verdicts.findings import Study
-from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures
-from segkit.inference.map_files import write_maps
+from segkit.explain.verdicts.study import ABLATIONS, cohort_figures
+from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
     begin,
@@ -26,16 +25,13 @@ from segkit.io.atomic import (
     write_json,
     write_text,
 )
+from segkit.io.checksums import checksums
 from segkit.io.inputs import Input, failure, read_input
-from segkit.io.volume import SUFFIXES, Volume, read_labels, write_volume
-from segkit.provenance import PROVENANCE, asked_of, checksums, made_by
+from segkit.io.volume import SUFFIXES, read_labels
+from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
-TABLE = "measures.csv"
-FIGURES = "measures.json"
-PAGE = "index.html"
 HEADS = ("heads.csv", "heads.json")
-_ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Conclude = Callable[[Sequence[Verdict]], None]
@@ -50,41 +46,17 @@ class Explained:
     reach: dict[str, list[HeadReach]] = field(default_factory=dict)
     """How far each head reached in it, by position."""
     verdicts: tuple[Verdict, ...] = ()
-    """Of studies."""
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class CaseOnDisk:
-    """A volume and its reference, read whenever they are looked at."""
-
-    source: Input
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The volume's."""
-        return self.source.name
-
-    @property
-    def volume(self) -> Volume:
-        """The volume."""
-        return read_input(self.source)
-
-    @property
-    def reference(self) -> Volume:
-        """Its labels."""
-        return read_labels(self.path)
 
 
 def explain_files(
     predictor: Predictor,
     inputs: Sequence[Input],
-    folder: Path,
+    folder: str | Path,
     *,
-    references: Path | None = None,
+    references: str | Path | None = None,
     tolerance_mm: float = TOLERANCE_MM,
-    studies: Sequence[Study] = (),
+    verdicts: bool = False,
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
     track: Track = untracked,
@@ -93,21 +65,37 @@ def explain_files(
 
     `NAME_seg`, the maps of `write_maps` with how far heads reach, `measures.json`, `measures.csv`
     and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
-    Measures compare with `references`, a file or a folder, or else with the model's own labels.
-    With a `WorthStudy`, `ablation.csv` has a row for each map that is taken out and each class, and
-    over several volumes `cohort.json` the verdicts over all, with which `conclude` is called.
+    With verdicts, `ablation.csv` has a row for each map that is taken out and each class, and over
+    several volumes `cohort.json` has the verdicts over all.
 
-    One bad volume does not stop the others, and is left out of what is said of all. Where results
-    may be overwritten, what earlier ones had and the new ones have not is removed.
+    One bad volume does not stop the others, and is left out of the figures over all. If results may
+    be overwritten, files of earlier results that the new ones do not have are removed.
+
+    Args:
+        predictor: of the model.
+        inputs: the volumes.
+        folder: where to write.
+        references: the label of the only volume, or a folder of labels of the volumes' names; the
+            model's own labels stand in if None.
+        tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
+            at it.
+        verdicts: whether to ask if each gate matters, which takes minutes a volume.
+        overwrite: whether files that exist may be replaced.
+        conclude: takes the verdicts over several volumes.
+        track: may show the progress.
+
+    Raises:
+        VolumeError: if a file exists already, is an input, or a volume has no reference.
+        ModelError: if verdicts are asked for and the model has no gates.
     """
+    folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         sweep(place)
-    labels = {} if references is None else find_references(inputs, references)
-    finished: list[CaseFigures] = []
-    rows: list[dict[str, Any]] = []
-    worths: list[Worth] = []
-    left_out: dict[str, str] = {}
+    labels = {} if references is None else find_references(inputs, Path(references))
+    cases: list[CaseFigures] = []
+    sources: list[Input] = []
+    left_out: list[str] = []
     torn = False  # whether some of a volume's files were left without the others
     asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
@@ -120,93 +108,63 @@ def explain_files(
                 None if path is None else read_labels(path),
                 name=source.name,
                 tolerance_mm=tolerance_mm,
-                studies=studies,
-                track=lambda slabs, count: track(slabs, "explaining", count),
+                verdicts=verdicts,
+                track=track,
             )
             made = made_by(predictor, asked, source.files)
             if path is not None:
                 made["reference"] = checksums([path])
             begin(folder / PAGE, targets)
-            written = write_explanation(place, explanation, made)
+            written = explanation.write(place, made=made)
         except (SegkitError, OSError) as error:
-            left_out[source.name] = failure(source, error)
+            left_out.append(failure(source, error))
             torn |= isinstance(error, OSError)
-            yield Explained(source.name, error=left_out[source.name])
+            yield Explained(source.name, error=left_out[-1])
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
-        verdicts = tuple(one for found in explanation.findings for one in found.verdicts)
-        yield Explained(source.name, written, explanation.reach, verdicts)
-        worths += [found for found in explanation.findings if isinstance(found, Worth)]
-        rows += explanation.rows()
-        finished.append(CaseFigures(source.name, explanation.measures, explanation.dice))
-    if len(inputs) == 1 or not finished:
-        if not torn:
-            finish(folder / PAGE)
-        return
-    facts = facts_of(predictor)
-    if left_out:
-        facts["scans left out"] = "; ".join(left_out.values())
-    write_text(folder / COHORT, rows_as_csv(rows))
-    written_of_all = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
-    pooled: Sequence[Verdict] = ()
-    figures: dict[str, Any] = {}
-    if worths:
-        pooled, figures = cohort_figures([found.evidence for found in worths])
-        ablated = [row for found in worths for row in found.rows[ABLATIONS]]
-        write_text(folder / ABLATIONS, rows_as_csv(ablated))
-        written_of_all.append(folder / ABLATIONS)
-        conclude(pooled)
-    explained = [source for source in inputs if source.name not in left_out]
-    made = made_by(predictor, asked, (file for source in explained for file in source.files))
-    about = {"scans": len(finished), "made": facts, PROVENANCE: made}
-    write_json(folder / COHORT_FIGURES, {**about, **figures})
-    write_text(folder / PAGE, cohort_text(finished, facts, pooled))
-    _remove(_of_cohort(folder), but=written_of_all)
+        yield Explained(source.name, written, explanation.reach, explanation.verdicts)
+        sources.append(source)
+        cases.append(
+            CaseFigures(
+                source.name,
+                explanation.measures,
+                explanation.dice,
+                explanation.worth.evidence if explanation.worth else None,
+            )
+        )
+    if len(inputs) > 1 and cases:
+        made = made_by(predictor, asked, (file for source in sources for file in source.files))
+        _write_cohort(folder, cases, facts_of(predictor), left_out, made, conclude)
     if not torn:
         finish(folder / PAGE)
 
 
-def write_explanation(
-    folder: Path, explanation: Explanation, made: Mapping[str, Any] | None = None
-) -> tuple[Path, ...]:
-    """Write all that `explain_files` does of one volume, and return the files, the labels first.
-
-    `made` is what made it, told in each JSON file where it is given.
-    """
-    provenance = {} if made is None else {PROVENANCE: made}
-    name = explanation.name
-    labels = folder / f"{name}_seg.nii.gz"
-    write_volume(labels, explanation.labels)
-    sidecar = folder / f"{name}_seg.json"
-    numbers = {label: number for number, label in explanation.label_names.items()}
-    write_json(sidecar, {"labels": numbers, **provenance})
-    maps = write_maps(
-        folder,
-        name,
-        explanation.maps,
-        explanation.scan,
-        reach=explanation.reach,
-        made=provenance,
-    )
-    write_text(folder / TABLE, rows_as_csv(explanation.rows()))
-    write_json(
-        folder / FIGURES,
-        {
-            "case": name,
-            "against": explanation.against,
-            "tolerance_mm": explanation.tolerance_mm,
-            "made": explanation.facts,
-            **provenance,
-            "dice": explanation.dice,
-            "measures": [vars(measure) for measure in explanation.measures],
-            **{found.name: dict(found.figures) for found in explanation.findings},
-        },
-    )
-    tables = {file: rows for found in explanation.findings for file, rows in found.rows.items()}
-    for file, rows in tables.items():
-        write_text(folder / file, rows_as_csv(rows))
-    write_page(folder / PAGE, explanation.page())
-    return (labels, sidecar, *maps, *(folder / each for each in (TABLE, FIGURES, *tables, PAGE)))
+def _write_cohort(
+    folder: Path,
+    cases: Sequence[CaseFigures],
+    facts: dict[str, str],
+    left_out: Sequence[str],
+    made: Mapping[str, Any],
+    conclude: Conclude,
+) -> None:
+    """Write what several volumes say together, and remove what earlier ones said beyond it."""
+    if left_out:
+        facts["scans left out"] = "; ".join(left_out)
+    write_text(folder / COHORT, rows_as_csv(row for case in cases for row in case.rows()))
+    written = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
+    evidence = [case.evidence for case in cases if case.evidence is not None]
+    pooled: Sequence[Verdict] = ()
+    figures: dict[str, Any] = {}
+    if evidence:
+        pooled, figures = cohort_figures(evidence)
+        ablated = [vars(row) for one in evidence for row in one.ablations]
+        write_text(folder / ABLATIONS, rows_as_csv(ablated))
+        written.append(folder / ABLATIONS)
+        conclude(pooled)
+    about = {"scans": len(cases), "made": facts, PROVENANCE: made}
+    write_json(folder / COHORT_FIGURES, {**about, **figures})
+    write_text(folder / PAGE, cohort_text(cases, facts, pooled))
+    _remove(_of_cohort(folder), but=written)
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
@@ -299,7 +257,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
 def _of_volume(name: str, folder: Path) -> list[Path]:
     """What may be written of one volume, but for maps."""
     return [
-        *(folder / f"{name}{ending}" for ending in _ENDINGS),
+        *(folder / f"{name}{ending}" for ending in ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
     ]
 

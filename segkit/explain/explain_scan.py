@@ -1,6 +1,6 @@
 """What a model attends to in one scan, as an object: maps, measures, and ways to look at them.
 
-explanation = explain(Predictor.load("runs/mine"), read_volume(path), reference)
+explanation = explain_volume(Predictor.load("runs/mine"), read_volume(path), reference)
 explanation.maps["skip.1/gate"].volume.data      # the map on its own grid
 explanation.measures                              # dataclasses, a figure each
 explanation                                       # in a notebook, pictures and a table
@@ -9,7 +9,7 @@ explanation                                       # in a notebook, pictures and 
 import base64
 import html
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from segkit.errors import SegkitError
+from segkit.explain.display import Table, Verdict
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
@@ -30,18 +31,30 @@ from segkit.explain.measures.measure_maps import (
     measure_maps,
     members,
 )
-from segkit.explain.page.page import Layer, Page
+from segkit.explain.page.page import Layer, Page, write_page
 from segkit.explain.page.parts import (
     label_layer,
     map_layers,
     measure_bars,
     measure_rows,
     measure_tables,
+    rows_as_csv,
 )
-from segkit.explain.verdicts.findings import Findings, Study
-from segkit.inference.predictor import AttentionMap, Predictor, TrackSlabs, map_on_source
-from segkit.io.montage import Panel, write_montage
-from segkit.io.volume import Volume
+from segkit.explain.verdicts.study import ABLATIONS, Worth, study_gates
+from segkit.inference.map_files import write_maps
+from segkit.inference.predictor import AttentionMap, Predictor, map_on_source
+from segkit.io.atomic import write_json, write_text
+from segkit.io.pictures import Panel, write_montage
+from segkit.io.volume import Volume, write_volume
+from segkit.nn.slicewise import SegmentationNetwork
+from segkit.provenance import PROVENANCE
+from segkit.system.progress import Track, untracked
+
+TABLE = "measures.csv"
+FIGURES = "measures.json"
+PAGE = "index.html"
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
+"""Of the names of files that begin with the scan's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +75,8 @@ class Explanation:
     """Of each structure with the reference; NaN where neither holds it, nothing without one."""
     reach: dict[str, list[HeadReach]]
     """How far each head of attention reaches, by position."""
-    findings: tuple[Findings, ...]
-    """What further studies found."""
+    worth: Worth | None
+    """What its gates are worth, with verdicts; None if these were not asked for."""
     label_names: dict[int, str]
     facts: dict[str, str] = field(default_factory=dict)
     """Which model and which settings made it."""
@@ -72,6 +85,11 @@ class Explanation:
     def against(self) -> str:
         """What the measures compare with: 'reference' or 'prediction'."""
         return "prediction" if self.reference is None else "reference"
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """On each gate of which enough was measured; none if they were not asked for."""
+        return self.worth.verdicts if self.worth else ()
 
     def on_scan(self, key: str) -> Volume:
         """A map that has a place, resampled linearly to the scan's voxels."""
@@ -83,22 +101,54 @@ class Explanation:
 
     def page(self) -> Page:
         """Everything as one page for `segkit.explain.page.page.write_page`."""
-        tables = measure_tables(
-            self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
-        )
         return Page(
             f"What the model attends to: {self.name}",
             self.scan,
             self._layers(),
-            tables=[*tables, *(table for found in self.findings for table in found.tables)],
-            curves=[curve for found in self.findings for curve in found.curves],
-            bars=[
-                *measure_bars(self.measures),
-                *(bars for found in self.findings for bars in found.bars),
-            ],
-            verdicts=[verdict for found in self.findings for verdict in found.verdicts],
+            tables=[*self._tables(), *(self.worth.tables if self.worth else ())],
+            curves=self.worth.curves if self.worth else (),
+            bars=measure_bars(self.measures),
+            verdicts=self.verdicts,
             facts=self.facts,
         )
+
+    def write(
+        self, folder: str | Path, *, made: Mapping[str, Any] | None = None
+    ) -> tuple[Path, ...]:
+        """Write labels, maps, measures and page, as `segkit explain` does, and return the files.
+
+        The labels come first.
+
+        Args:
+            folder: where to; it is made if it is missing, and files in it are replaced.
+            made: what made the explanation, told in each JSON file.
+        """
+        folder = Path(folder)
+        provenance = {} if made is None else {PROVENANCE: made}
+        labels, sidecar, _ = (folder / f"{self.name}{ending}" for ending in ENDINGS)
+        write_volume(labels, self.labels)
+        numbers = {label: number for number, label in self.label_names.items()}
+        write_json(sidecar, {"labels": numbers, **provenance})
+        heads = {place: [head.figures() for head in reach] for place, reach in self.reach.items()}
+        maps = write_maps(folder, self.name, self.maps, self.scan, heads=heads, made=provenance)
+        write_text(folder / TABLE, rows_as_csv(self.rows()))
+        figures = {
+            "case": self.name,
+            "against": self.against,
+            "tolerance_mm": self.tolerance_mm,
+            "made": self.facts,
+            **provenance,
+            "dice": self.dice,
+            "measures": [vars(measure) for measure in self.measures],
+        }
+        names = [TABLE, FIGURES, PAGE]
+        if self.worth:
+            figures["worth"] = self.worth.figures
+            names.insert(2, ABLATIONS)
+            write_text(folder / ABLATIONS, rows_as_csv(self.worth.figures["ablation"]))
+        write_json(folder / FIGURES, figures)
+        write_page(folder / PAGE, self.page())
+        return (labels, sidecar, *maps, *(folder / name for name in names))
 
     def to_niivue(self) -> Any:
         """The scan with its labels and maps in a NiiVue widget.
@@ -131,6 +181,11 @@ class Explanation:
         widget.load_volumes(shown)
         return widget
 
+    def _tables(self) -> list[Table]:
+        return measure_tables(
+            self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
+        )
+
     def _layers(self) -> list[Layer]:
         layers = [
             *map_layers(self.maps),
@@ -141,15 +196,12 @@ class Explanation:
         return layers
 
     def _repr_html_(self) -> str:
-        """Pictures, where matplotlib is installed, and a table of what the maps pick out."""
+        """Pictures, if Pillow is installed, and a table of what the maps pick out."""
         parts = [f"<h3>{html.escape(self.name)}</h3>"]
-        if find_spec("matplotlib") is not None:
+        if find_spec("PIL") is not None:
             picture = base64.b64encode(self._montage()).decode()
             parts.append(f'<img alt="middle planes" src="data:image/png;base64,{picture}">')
-        tables = measure_tables(
-            self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
-        )
-        for table in tables:
+        for table in self._tables():
             rows = [table.columns, *table.rows]
             cells = "".join(
                 f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in rows
@@ -182,21 +234,47 @@ def explain_volume(
     *,
     name: str = "scan",
     tolerance_mm: float = TOLERANCE_MM,
-    studies: Sequence[Study] = (),
-    track: TrackSlabs = lambda slabs, count: slabs,
+    verdicts: bool = False,
+    fresh: SegmentationNetwork | None = None,
+    track: Track = untracked,
 ) -> Explanation:
-    """What a model attends to in a scan, measured against labels: the right ones, or its own.
+    """What a model attends to in a scan, measured against labels: a reference, or its own.
 
-    `tolerance_mm` is how far a map's highest value may lie from a structure and still point at it.
-    Each of `studies` is then asked what more it finds, in order. Raises what the predictor raises,
-    and VolumeError for a reference on another grid.
+    Args:
+        predictor: of the model; make it with `skip_empty=False`, or cells of windows that nobody
+            asked about count as cells that let nothing through.
+        volume: the scan.
+        reference: its labels on the same grid; the model's own labels stand in if None.
+        name: what to call the scan on the page and in files.
+        tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
+            at it.
+        verdicts: whether to ask if each gate matters, which takes minutes.
+        fresh: an untrained network of the model's form, for verdicts on a network of your own.
+        track: may show the progress.
+
+    Returns:
+        Labels, maps and measures of the scan; `write` makes files of them.
+
+    Raises:
+        VolumeError: if the reference lies on another grid, or the volume does not fit the model.
+        ModelError: if verdicts are asked for and the model has no gates.
+
+    Example:
+        predictor = segkit.Predictor.load("runs/mine", skip_empty=False)
+        explanation = segkit.explain_volume(predictor, segkit.read_volume("scan.nii.gz"))
+        explanation.write("explained")
     """
     description = predictor.model.description
     labelling = description.labelling
     if reference is not None:
         check_reference(reference, volume, f"{name}: the reference")
     with watching(predictor) as watchers:
-        prediction = predictor(volume, maps=True, disagreement=True, track=track)
+        prediction = predictor(
+            volume,
+            maps=True,
+            disagreement=True,
+            track=lambda slabs, count: track(slabs, "explaining", count),
+        )
     reach = {position: watcher.result() for position, watcher in watchers.items()}
     maps = with_fused(prediction.maps)
     measures = measure_maps(
@@ -216,6 +294,11 @@ def explain_volume(
             structure: _dice(prediction.labels.data[told], reference.data[told], numbers)
             for structure, numbers in members(labelling).items()
         }
+    worth = None
+    if verdicts:
+        worth = study_gates(
+            predictor, volume, reference, maps, measures, case=name, fresh=fresh, track=track
+        )
     return Explanation(
         name,
         volume,
@@ -226,7 +309,7 @@ def explain_volume(
         tolerance_mm,
         dice,
         reach,
-        tuple(study(predictor, name, volume, reference, maps, measures) for study in studies),
+        worth,
         {number: label for label, number in labelling.numbers.items()},
         facts_of(predictor),
     )

@@ -12,7 +12,6 @@ from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import window_layout
 from segkit.inference.regions import written_regions
 from segkit.inference.windows import slide
-from segkit.model.build import volume_patch
 from segkit.model.folder import Model
 
 DIFFERENCE = 1e-3
@@ -83,7 +82,7 @@ def compare(
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
-    patch, overlap, multiple = window_layout(model.network, volume_patch(model.description), 0.5)
+    patch, overlap, multiple = window_layout(model.network, model.description.volume_patch, 0.5)
     blended = slide(
         image, both, patch_size=patch, overlap=overlap, multiple=multiple, batch_size=batch_size
     )
@@ -95,7 +94,7 @@ def compare(
 def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
     """An image of noise with several windows, for a model to be compared on without a scan."""
     description = model.description
-    patch, _, _ = window_layout(model.network, volume_patch(description), 0.5)
+    patch, _, _ = window_layout(model.network, description.volume_patch, 0.5)
     size = [length * 3 // 2 for length in patch]
     image = torch.randn(
         len(description.channels), *size, generator=torch.Generator().manual_seed(0)

@@ -15,7 +15,6 @@ from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume, read_volume, write_volume
-from segkit.model.build import volume_patch
 from segkit.model.folder import Model
 
 BUNDLE_LIBRARIES = ("monai", "ignite", "fire")
@@ -83,7 +82,7 @@ def as_in_nifti(scan: Volume) -> Volume:
 def scan_for(model: Model) -> Volume:
     """A scan of smooth noise: oblique, LPS, thinner in plane than across, with a margin of 0."""
     spacing = np.array(model.description.spacing) * (0.8, 0.7, 1.6)
-    patch = volume_patch(model.description)
+    patch = model.description.volume_patch
     # A 2D network's patch is one voxel thick.
     lengths = np.maximum(patch, CELL) * 1.5 * np.array(model.description.spacing)
     x, y, z = (int(size) for size in np.ceil(lengths / spacing))

@@ -3,13 +3,12 @@
 import math
 from typing import Any
 
+from segkit.geometry.grid import ANISOTROPY
 from segkit.inference.engines.converted import INPUT
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
-from segkit.inference.model_walk import mirror_axes, window_layout
-from segkit.model.build import volume_patch
+from segkit.inference.model_walk import window_layout
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
-from segkit.planning.nnunet_rules import ANISOTROPY
 
 DEPLOYMENT_KEY = "segkit"
 """Where it stands in a file's own metadata."""
@@ -23,7 +22,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
     """
     description = model.description
     labelling = description.labelling
-    patch, overlaps, multiple = window_layout(model.network, volume_patch(description), overlap)
+    patch, overlaps, multiple = window_layout(model.network, description.volume_patch, overlap)
     stage = description.first_stage
     return {
         "format": DEPLOYMENT_FORMAT,
@@ -50,7 +49,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             "weights": "gaussian, sigma patch / 8",
             "skipped": "where the scan is 0 throughout",
         },
-        "mirror_axes": [int(axis) for axis in mirror_axes(description)],
+        "mirror_axes": [int(axis) for axis in description.mirror_axes],
         "outputs": {
             LOGITS: list(labelling.outputs),
             "maps": {key: _map(info) for key, info in model.network.maps().items()},

@@ -16,7 +16,6 @@ from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.model_walk import window_layout
 from segkit.io.atomic import whole
-from segkit.model.build import channels_in, volume_patch
 from segkit.model.folder import Model
 
 WINDOWS = 2
@@ -72,8 +71,8 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGra
 def example_windows(model: Model) -> torch.Tensor:
     """Noise in the form of a batch of windows: what networks are traced with."""
     description = model.description
-    patch, _, _ = window_layout(model.network, volume_patch(description), 0.5)
-    channels = channels_in(description)
+    patch, _, _ = window_layout(model.network, description.volume_patch, 0.5)
+    channels = description.channels_in
     generator = torch.Generator().manual_seed(0)
     return torch.randn(WINDOWS, channels, *patch, generator=generator)
 

@@ -13,6 +13,22 @@ from jaxtyping import Float
 from numpy import ndarray
 
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
+ANISOTROPY = 3.0
+"""An axis that is more than this many times coarser than the finest is resampled apart."""
+
+
+def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | None:
+    """The axis whose slices lie so far apart that the nearest is taken, or None.
+
+    It is the axis along which the scan's spacing, or else the target's, is more than 3 times as
+    coarse as along the finest (nnU-Net, "resampling"). If two axes are coarsest, up to the rounding
+    of a header, there is none. Spacings are in mm.
+    """
+    for spacing in (current, target):
+        if max(spacing) / min(spacing) > ANISOTROPY:
+            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +58,7 @@ class Grid:
         return self.world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1))
 
     def positions_of(self, other: "Grid") -> tuple[ndarray, ndarray, ndarray]:
-        """Where `other`'s cell centres lie along each axis of this grid, as fractional indices.
+        """The centres of `other`'s cells along each axis of this grid, as fractional indices.
 
         The grids' axes run alike (one was made from the other by placing, cropping or respacing).
         Indices are rounded to 1e-9, so that equal grids give whole numbers.
@@ -58,7 +74,7 @@ class Grid:
     def agrees_with(self, other: "Grid", *, tolerance: float | None = None) -> bool:
         """Whether both grids have one shape and no corner lies further than `tolerance` mm off.
 
-        By default that is a micrometre, or a tenth of the smallest voxel where that is less.
+        By default that is a micrometre, or a tenth of the smallest voxel if that is less.
         """
         if self.shape != other.shape:
             return False
@@ -80,8 +96,8 @@ class Grid:
     def with_spacing(self, spacing: Sequence[float]) -> "Grid":
         """The grid of this field of view at another spacing (mm).
 
-        Outer edges stay where they are, up to the rounding of the new shape to whole voxels, which
-        is shared by both ends: the two grids have the same centre.
+        The outer edges stay, up to the rounding of the new shape to whole voxels. Both ends share
+        that rounding: the two grids have the same centre.
         """
         old = np.array(self.shape)
         stride = np.array(spacing) / self.spacing
@@ -105,7 +121,7 @@ class Orientation:
     def of(cls, affine: Float[ndarray, "4 4"]) -> Self:
         """The orientation closest to `affine`: each array axis takes the world axis nearest to it.
 
-        Where two axes are nearest to the same world axis, the permutation with the largest sum of
+        If two axes are nearest to the same world axis, the permutation with the largest sum of
         absolute direction cosines decides.
         """
         directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
@@ -153,7 +169,7 @@ class Orientation:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the cells of a feature map lie: cell j's centre is `stride * j + offset` of the image.
+    """The places of a feature map's cells: cell j has its centre at `stride * j + offset`.
 
     Both are in voxels of the network's input, one entry per axis. `through` composes layers from
     the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).

@@ -3,8 +3,8 @@
 Such grids differ by a stride and an offset per axis, so resampling is separable: one axis after the
 other, on any device. Each axis has an order: 0 takes the nearest voxel; 1 is linear; 3 is the
 interpolating cubic B-spline (Unser 1999, doi:10.1109/79.799930). The latter two are products with a
-banded matrix, which a CPU does many times faster than it gathers. Beyond an end the outermost voxel
-goes on for ever.
+banded matrix, which a CPU computes many times faster than a gather. Beyond either end the outermost
+voxel is repeated.
 """
 
 import math
@@ -28,7 +28,7 @@ BLOCK = 64
 
 
 def nearest(positions: Float[ndarray, " samples"]) -> Float[ndarray, " samples"]:
-    """The whole number nearest to each fractional index; the lower where two are as near."""
+    """The whole number nearest to each fractional index; the lower one if two are equally near."""
     return np.ceil(positions - 0.5)
 
 
@@ -38,10 +38,10 @@ def sample_axis(
     axis: int,
     order: Order = 1,
 ) -> Float[Tensor, "..."]:
-    """Values at fractional indices along one axis, by an order; at whole indices the very voxels.
+    """Values at fractional indices along one axis; at whole indices the voxels themselves.
 
-    Linear values lie between their neighbours'; cubic ones may overshoot at an edge. What comes
-    back lies in memory in the order of `values`, and is a part of them where no more is asked for.
+    Linear values lie between their neighbours; cubic ones may overshoot at an edge. The result has
+    the memory order of `values`; it is a view of them if the indices are consecutive and whole.
     """
     lie = sorted(range(values.ndim), key=values.stride, reverse=True)
     sampled = _sampled(values.permute(lie), positions, lie.index(axis), order)
@@ -103,10 +103,10 @@ def resample_labels(
 def cubic_shares(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
-    """How much of each of `size` voxels is in the spline's value at each fractional index.
+    """The weight of each of `size` voxels in the spline's value at each fractional index.
 
-    Rows sum to 1. What the spline takes from beyond an end is the outermost voxel's. These are the
-    values of scipy's order 3 with the mode `nearest`, and so of nnU-Net's resizing.
+    Rows sum to 1. Weights of voxels beyond an end go to the outermost voxel. The values are those
+    of scipy's order 3 with the mode `nearest`, and so of nnU-Net's resizing.
     """
     reach = REACH[torch.float64]
     places = np.clip(positions, -reach, size - 1 + reach)
@@ -121,7 +121,7 @@ def cubic_shares(
 def linear_shares(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
-    """How much of each of `size` voxels is in the linear value at each fractional index of them."""
+    """The weight of each of `size` voxels in the linear value at each fractional index."""
     lower = np.floor(positions).astype(int)
     shares = np.zeros((len(positions), size))
     samples = np.arange(len(positions))

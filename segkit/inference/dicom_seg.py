@@ -20,8 +20,8 @@ from segkit.config.dataset_files import CodeConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.errors import SegkitError, VolumeError
 from segkit.io.atomic import whole
-from segkit.io.colours import label_colour
 from segkit.io.dicom import Series, arranged
+from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume
 
 PRIVATE = "99SEGKIT"

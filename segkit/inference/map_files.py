@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from segkit.explain.heads.reach import HeadReach
 from segkit.inference.predictor import AttentionMap, map_on_source
 from segkit.io.atomic import write_json
 from segkit.io.disk_arrays import OnDisk
@@ -20,23 +19,24 @@ def write_maps(
     maps: Mapping[str, AttentionMap],
     source: Volume,
     *,
-    reach: Mapping[str, Sequence[HeadReach]] | None = None,
+    heads: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write every map of a volume and return the files.
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
     own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
-    channels has no place and stands in the JSON alone. `reach` are figures of the heads of each
-    position; `made` says in the JSON what made them.
+    channels has no place and stands only in the JSON. `heads` holds figures of each head of
+    attention, by position; they stand with the map that the heads receive. `made` says in the JSON
+    what made the maps.
     """
     written = []
     figures = []
     for key, attention_map in maps.items():
         figures.append(_figures(attention_map))
-        heads = (reach or {}).get(key.split("/")[0])
-        if heads is not None and attention_map.info.kind == "received":
-            figures[-1]["heads"] = [head.figures() for head in heads]
+        of_heads = (heads or {}).get(key.split("/")[0])
+        if of_heads is not None and attention_map.info.kind == "received":
+            figures[-1]["heads"] = list(of_heads)
         if attention_map.volume is None:
             continue
         name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"

@@ -2,34 +2,28 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from segkit.config.model import ModelDescription
 from segkit.data.first_stage_labels import with_labels
+from segkit.data.normalise import build_normalisers
 from segkit.data.preprocess import Prepared, prepare
 from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.choose import EngineName, choose_engine
-from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, choose_device
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, stream, window_starts
 from segkit.io.volume import Volume
-from segkit.model.build import (
-    ACROSS,
-    WORLD_AXES,
-    build_normalisers,
-    check_windows,
-    interpolation_order,
-    volume_patch,
-)
+from segkit.model.build import check_windows
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 from segkit.nn.slicewise import SegmentationNetwork
+from segkit.system.resources import choose_device
 
 PLANES_PER_WINDOW = 8
 UNLIKELY = -30.0
@@ -55,13 +49,13 @@ class ModelWalk:
     ) -> None:
         self.model = model
         self.engine: Engine = choose_engine(engine, model, device=device, precision=precision)
-        self.layout = window_layout(model.network, volume_patch(model.description), overlap)
+        self.layout = window_layout(model.network, model.description.volume_patch, overlap)
         if choose_device(device).type == "cpu":
             check_windows(model.description, self.layout[0])
         self.batch_size = batch_size
         self.skip_empty = skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)
-        self.mirror_axes = mirror_axes(model.description) if tta else ()
+        self.mirror_axes = model.description.mirror_axes if tta else ()
         # Maps are recorded on the network itself, which several threads may share.
         self.lock = threading.Lock()
 
@@ -79,7 +73,7 @@ class ModelWalk:
             volume,
             spacing=self.model.description.spacing,
             normalisers=self.normalisers,
-            order=interpolation_order(self.model.description),
+            order=self.model.description.interpolation_order,
         )
         return prepared if first_labels is None else with_labels(prepared, first_labels)
 
@@ -193,13 +187,3 @@ def window_layout(
     patch = tuple(PLANES_PER_WINDOW if size == 1 else size for size in patch_size)
     overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
     return patch, overlaps, network.total_stride
-
-
-def mirror_axes(description: ModelDescription) -> Sequence[int]:
-    """The axes of a volume along which a model was trained on mirror images.
-
-    Across the planes of a 2D network there is nothing to mirror.
-    """
-    flat = ACROSS[description.slices] if description.network.spatial_dims == 2 else None
-    axes = [WORLD_AXES[name] for name in description.mirror]
-    return tuple(axis for axis in axes if axis != flat)

@@ -11,6 +11,7 @@ from segkit.config.model import ModelDescription
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
+from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Prediction, Predictor, TrackSlabs
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
@@ -18,9 +19,9 @@ from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, find_inputs, parse_shard, read_input
-from segkit.io.montage import write_montage
-from segkit.io.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
-from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
+from segkit.io.pictures import write_montage
+from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
+from segkit.provenance import PROVENANCE, check_asked
 
 __all__ = [
     "Input",
@@ -111,6 +112,8 @@ def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool 
             f"{source.files[0]}: is no DICOM series, to which a DICOM segmentation must refer; "
             f"name a NIfTI file or a folder as --out"
         )
+    if not _is_dicom(path):
+        check_writable(path)
     return path
 
 
@@ -147,7 +150,7 @@ def predict_files(
     installed.
     """
     if preview:
-        _check_installed("matplotlib", "report", "--preview")
+        _check_installed("PIL", "report", "--preview")
     if as_dicom or (out is not None and _is_dicom(out)):
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
     description = predictor.model.description

@@ -1,22 +1,20 @@
 """Archives of strangers unpacked: into a folder that appears whole, and nowhere else.
 
-Everything that an archive says it holds is looked at before anything is written.
+All that an archive says it holds is checked before anything is written.
 """
 
 import lzma
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO
+from typing import NamedTuple
 
 from segkit.errors import DatasetError
+from segkit.io.atomic import whole_folder
 
 MOST_MEMBERS = 1_000_000
 INFLATION = 100
@@ -33,41 +31,50 @@ DAMAGED = (
     OSError,
     ValueError,
     OverflowError,
-    NotImplementedError,  # what zipfile raises for a compression that it does not know
+    NotImplementedError,  # zipfile raises it for a compression that it does not know
 )
 
 
-@dataclass(frozen=True)
-class ArchiveMember:
+class ArchiveMember(NamedTuple):
     """A file or folder of an archive, as the archive describes it."""
 
     name: str
     size: int
     is_folder: bool
-    refusal: str = ""
-    """What it is, where it is neither a plain file nor a folder."""
-    open: Callable[[], IO[bytes] | None] = lambda: None
+    refusal: str
+    """Its kind if it is neither a plain file nor a folder, else empty."""
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip or a tar, compressed or not, into a folder that is new or empty.
 
-    The folder appears whole or not at all. Raises DatasetError, before anything is written, for a
-    member that would lie elsewhere (an absolute path, `..`), that is a link, a device or encrypted,
-    that is there twice, and for an archive that holds absurdly much; and for a damaged one.
+    The folder appears whole or not at all. Files are those of whoever unpacks them, and none can be
+    run.
+
+    Raises:
+        DatasetError: the folder holds something; or the archive is damaged; or, before anything is
+            written, a member would lie elsewhere (an absolute path, `..`), is a link, a device or
+            encrypted, or is there twice, or the archive holds more than its size or the disk allow.
+
+    Example:
+        >>> unpack(Path("Task04_Hippocampus.tar"), Path("data"))
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder}: exists already; name a new folder to unpack {archive} into")
     try:
-        with _opened(archive) as members:
-            places = _checked(archive, members, _bearable(archive, folder))
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as beside:
-                inside = Path(beside) / "folder"
-                inside.mkdir()
-                for place, member in places.items():
-                    _write(inside / place, member)
-                inside.replace(folder)
+        bearable = _bearable(archive, folder)
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                _check(archive, _zip_members(zipped), bearable)
+                with whole_folder(folder) as inside:
+                    zipped.extractall(inside)
+            return
+        if not hasattr(tarfile, "data_filter"):
+            raise DatasetError(f"{archive}: a tar is unpacked by Python 3.11.4 or later; update it")
+        with tarfile.open(archive) as tarred:
+            _check(archive, _tar_members(tarred), bearable)
+            with whole_folder(folder) as inside:
+                tarred.extractall(inside, filter=_plain)
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
@@ -75,42 +82,23 @@ def unpack(archive: Path, folder: Path) -> None:
         ) from None
 
 
-@contextmanager
-def _opened(archive: Path) -> Iterator[Iterable[ArchiveMember]]:
-    """The members of an archive, told one by one, while it is open."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            yield (_zip_member(zipped, info) for info in zipped.infolist())
-    else:
-        with tarfile.open(archive) as tarred:
-            yield (_tar_member(tarred, info) for info in tarred)
+def _zip_members(zipped: zipfile.ZipFile) -> Iterator[ArchiveMember]:
+    for info in zipped.infolist():
+        plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+        refusal = "encrypted" if info.flag_bits & 1 else "" if plain else "a link or a device"
+        yield ArchiveMember(info.orig_filename, info.file_size, info.is_dir(), refusal)
 
 
-def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArchiveMember:
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    refusal = ""
-    if info.flag_bits & 1:
-        refusal = "encrypted"
-    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        refusal = "a link or a device"
-    return ArchiveMember(
-        info.orig_filename,
-        info.file_size,
-        info.is_dir(),
-        refusal,
-        lambda: zipped.open(info),
-    )
+def _tar_members(tarred: tarfile.TarFile) -> Iterator[ArchiveMember]:
+    for info in tarred:
+        plain = info.isreg() or info.isdir()
+        refusal = "a link or a device" if not plain else "sparse" if info.issparse() else ""
+        yield ArchiveMember(info.name, info.size, info.isdir(), refusal)
 
 
-def _tar_member(tarred: tarfile.TarFile, info: tarfile.TarInfo) -> ArchiveMember:
-    refusal = ""
-    if not (info.isreg() or info.isdir()):
-        refusal = "a link or a device"
-    elif info.issparse():
-        refusal = "a file with holes"
-    return ArchiveMember(
-        info.name, info.size, info.isdir(), refusal, lambda: tarred.extractfile(info)
-    )
+def _plain(info: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """Python's filter for data, and no mode or time of the archive's either."""
+    return tarfile.data_filter(info, folder).replace(mode=None, mtime=None)  # type: ignore[arg-type]
 
 
 def _bearable(archive: Path, folder: Path) -> int:
@@ -120,12 +108,9 @@ def _bearable(archive: Path, folder: Path) -> int:
     return min(free, max(ALWAYS_BEARABLE, INFLATION * archive.stat().st_size))
 
 
-def _checked(
-    archive: Path, members: Iterable[ArchiveMember], bearable: int
-) -> dict[str, ArchiveMember]:
-    """Every member by where it goes. Raises DatasetError for the first that must not go there."""
-    places: dict[str, ArchiveMember] = {}
-    parents: set[str] = set()
+def _check(archive: Path, members: Iterable[ArchiveMember], bearable: int) -> None:
+    """Raise DatasetError for the first member that must not be unpacked."""
+    is_folder = {PurePosixPath("."): True}
     total = 0
     for count, member in enumerate(members, start=1):
         total += member.size
@@ -134,56 +119,21 @@ def _checked(
                 f"{archive}: holds more than {bearable / 1e9:.1f} GB or {MOST_MEMBERS:,} files, "
                 f"which is beyond this disk or beyond belief; unpack it by hand if it is right"
             )
-        if member.refusal:
-            raise _refused(archive, member, f"is {member.refusal}")
-        place = _place(archive, member)
-        if place is None:
-            continue
-        above = [str(parent) for parent in place.parents if parent.parts]
-        known = places.get(str(place))
-        if known is not None and member.is_folder and known.is_folder:
-            continue
-        hidden = not member.is_folder and str(place) in parents
-        if known is not None or hidden or any(_is_file(places, parent) for parent in above):
-            raise _refused(archive, member, "takes the place of another")
-        places[str(place)] = member
-        parents.update(above)
-    return places
-
-
-def _is_file(places: dict[str, ArchiveMember], place: str) -> bool:
-    return place in places and not places[place].is_folder
-
-
-def _place(archive: Path, member: ArchiveMember) -> PurePosixPath | None:
-    """Where a member goes, below the folder; None for the folder itself."""
-    # As Windows would read it as well: another separator, and drives.
-    parts = PureWindowsPath(member.name)
-    if "\0" in member.name or "\\" in member.name or parts.anchor or ".." in parts.parts:
-        raise _refused(archive, member, "would lie elsewhere than in the folder")
-    place = PurePosixPath(member.name)
-    return place if place.parts else None
-
-
-def _refused(archive: Path, member: ArchiveMember, why: str) -> DatasetError:
-    return DatasetError(
-        f"{archive}: expected plain files and folders, found {member.name[:200]!r}, which {why}; "
-        f"nothing was unpacked"
-    )
-
-
-def _write(path: Path, member: ArchiveMember) -> None:
-    """Write a member, no larger than it said it is; what runs, links or owns is not kept."""
-    if member.is_folder:
-        path.mkdir(parents=True, exist_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = member.open()
-    assert content is not None, "a plain file has content"
-    with content, path.open("xb") as file:
-        left = member.size
-        while left and (block := content.read(min(left, 2**20))):
-            file.write(block)
-            left -= len(block)
-    if left:
-        raise EOFError(f"{member.name} ends {left} bytes early")
+        # As Windows would read it as well: another separator, and drives.
+        parts = PureWindowsPath(member.name)
+        place = PurePosixPath(member.name)
+        above = place.parents
+        why = f"is {member.refusal}" if member.refusal else ""
+        if "\0" in member.name or "\\" in member.name or parts.anchor or ".." in parts.parts:
+            why = why or "would lie elsewhere than in the folder"
+        elif not all(is_folder.get(each, True) for each in above) or (
+            place in is_folder and not (member.is_folder and is_folder[place])
+        ):
+            why = why or "takes the place of another"
+        if why:
+            raise DatasetError(
+                f"{archive}: expected plain files and folders, found {member.name[:200]!r}, which "
+                f"{why}; nothing was unpacked"
+            )
+        is_folder.update(dict.fromkeys(above, True))
+        is_folder[place] = member.is_folder

@@ -1,7 +1,6 @@
 """Files appear whole or not at all."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -107,12 +106,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, as `sha256sum` has it."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def begin(first: Path, others: Iterable[Path]) -> None:

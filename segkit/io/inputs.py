@@ -10,7 +10,7 @@ import numpy as np
 from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
-from segkit.io.volume import SUFFIXES, Volume, read_volume, stem_of, suffix_of
+from segkit.io.volume import SUFFIXES, Volume, read_volume, result_suffix, stem_of, suffix_of
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
@@ -39,8 +39,8 @@ class Input:
 
     @property
     def suffix(self) -> str:
-        """The suffix of volumes made of it: its own, or NIfTI's of a DICOM series."""
-        return ".nii.gz" if self.is_series else suffix_of(self.files[0])
+        """The suffix of volumes made of it, such as '.nii.gz', which it is for a DICOM series."""
+        return ".nii.gz" if self.is_series else result_suffix(self.files[0])
 
 
 def find_inputs(

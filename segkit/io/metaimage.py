@@ -1,7 +1,8 @@
-"""What the header of a MetaImage file (.mha) says.
+"""What the header of a MetaImage file says.
 
-Voxels are in the file itself, as they are or compressed by zlib. Unknown keys are other people's
-and left alone; the list `ONCE` has all that are looked at.
+Voxels are raw or compressed by zlib. They follow the header; only a header in `.mhd` may name a
+data file, which must lie in its own folder. Unknown keys are other people's and left alone; the
+list `ONCE` has all that are looked at.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.io.voxel_bytes import Layout
+from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**20
 """Bytes of a header."""
@@ -44,12 +45,12 @@ ONCE = {
 # What would change the voxels or their places, and the values that leave them as they are.
 AS_IT_IS = {
     "BinaryData": ("True", "true", "1"),
-    "HeaderSize": ("0",),
     "DistanceUnits": ("mm", "?", ""),
     "ElementToIntensityFunctionSlope": ("1",),
     "ElementToIntensityFunctionOffset": ("0",),
-    "ElementDataFile": ("LOCAL", "Local", "local"),
 }
+# Where the voxels are in the file itself.
+INSIDE = {"HeaderSize": ("0",), "ElementDataFile": ("LOCAL", "Local", "local")}
 
 
 def read_metaimage_header(path: Path) -> Layout:
@@ -58,7 +59,11 @@ def read_metaimage_header(path: Path) -> Layout:
     for name in ("NDims", "DimSize", "ElementType"):
         if name not in fields:
             raise ValueError(f"its header lacks {name}")
-    for name, values in AS_IT_IS.items():
+    beside = (
+        path.name.lower().endswith(".mhd")
+        and fields["ElementDataFile"] not in INSIDE["ElementDataFile"]
+    )
+    for name, values in (AS_IT_IS if beside else AS_IT_IS | INSIDE).items():
         if fields.get(name, values[0]) not in values:
             raise VolumeError(f"expected {name} to be {values[0]}, found {fields[name][:60]}")
     num = int(fields["NDims"])
@@ -75,14 +80,18 @@ def read_metaimage_header(path: Path) -> Layout:
         raise VolumeError(f"expected one real number per voxel, found {kind}")
     x, y, z = (*sizes, 1)[:3]
     compressed = _yes(fields, "CompressedData")
+    start = int(fields.get("HeaderSize", "0")) if beside else end
+    if start < (0 if compressed else -1):
+        raise VolumeError(f"expected a HeaderSize of 0 or more, or -1 for raw data, found {start}")
     return Layout(
         (x, y, z),
         np.dtype(KINDS[kind]).newbyteorder(">" if _yes(fields, "BinaryDataByteOrderMSB") else "<"),
         _affine(fields, num),
-        0 if compressed else end,
-        stream=end if compressed else None,
+        0 if compressed else start,
+        stream=start if compressed else None,
         channels=channels if channels > 1 else None,
         channels_first=True,
+        file=file_beside(path, fields["ElementDataFile"]) if beside else None,
     )
 
 

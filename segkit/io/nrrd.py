@@ -1,7 +1,8 @@
 """What the header of an NRRD file says, in the form that medical images use of it.
 
-Voxels are in the file itself, as they are or compressed by gzip, with at most one axis of channels.
-Every field must be one that is known: a misspelt one would leave the image in another place.
+Voxels are raw or compressed by gzip, with at most one axis of channels. They follow the header;
+only a header in `.nhdr` may name a data file, which must lie in its own folder. Every field must be
+one that is known: a misspelt one would leave the image in another place.
 """
 
 import re
@@ -12,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.io.voxel_bytes import Layout
+from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**24
 """Bytes of a header, which may hold tables of diffusion directions and of segments."""
@@ -51,6 +52,9 @@ SIGNS = {
     "scanner-xyz": (-1, -1, 1),
     "3d-right-handed": (-1, -1, 1),
 }
+SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+DETACHED = {"data file", "datafile"}
+"""Names of the field that only a header in `.nhdr` may have."""
 UNUSED = {
     *("content", "number", "min", "max", "old min", "oldmin", "old max", "oldmax", "block size"),
     *("blocksize", "sample units", "sampleunits", "measurement frame"),
@@ -59,11 +63,12 @@ UNUSED = {
 USED = {
     *("type", "dimension", "sizes", "encoding", "endian", "space", "space dimension"),
     *("space directions", "space origin", "space units", "spacings", "kinds"),
+    *("line skip", "lineskip", "byte skip", "byteskip"),
 }
 
 
 def read_nrrd_header(path: Path) -> Layout:
-    """What the header says of the voxels. Raises VolumeError or ValueError."""
+    """What the header says of the voxels. Raises VolumeError, ValueError or EOFError."""
     fields, end = _fields(path)
     missing = {"type", "dimension", "sizes", "encoding"} - set(fields)
     if missing:
@@ -83,20 +88,41 @@ def read_nrrd_header(path: Path) -> Layout:
     encoding = fields["encoding"].lower()
     if encoding not in ("raw", "gz", "gzip"):
         raise VolumeError(f"expected the encoding raw or gzip, found {encoding}; convert it first")
+    file, start, skipped = _data(path, fields, end)
+    raw = encoding == "raw"
+    if skipped < (-1 if raw else 0):
+        raise VolumeError(f"expected a byte skip of 0 or more, or -1 for raw, found {skipped}")
     return Layout(
         (x, y, z),
         _kind(fields),
         _affine(fields, along, len(sizes)),
-        end if encoding == "raw" else 0,
-        stream=None if encoding == "raw" else end,
+        start + skipped if raw and skipped >= 0 else skipped,
+        stream=None if raw else start,
         channels=sizes[places[0]] if places else None,
         channels_first=places == [0],
+        file=file,
     )
+
+
+def _data(path: Path, fields: dict[str, str], end: int) -> tuple[Path | None, int, int]:
+    """The data file if there is one, the byte of it that the data begin at, and bytes to skip."""
+    file = file_beside(path, fields["data file"]) if "data file" in fields else None
+    start = 0 if file else end
+    if lines := int(fields.get("line skip", "0")):
+        with (file or path).open("rb") as content:
+            content.seek(start)
+            while lines > 0 and (line := content.readline(_LONGEST)):
+                lines -= line.endswith(b"\n")
+            start = content.tell()
+        if lines:
+            raise EOFError(f"its data file does not have the {fields['line skip']} lines to skip")
+    return file, start, int(fields.get("byte skip", "0"))
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
     """What is said of each field, and where the header ends."""
     fields: dict[str, str] = {}
+    known = UNUSED | USED | (DETACHED if path.name.lower().endswith(".nhdr") else set())
     with path.open("rb") as file:
         if not re.match(rb"NRRD000[1-5]\s*$", file.readline(100)):
             raise ValueError("it does not begin as an NRRD header does")
@@ -110,11 +136,14 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
                 continue  # a comment, or a key of somebody's own
             name, colon, said = text.partition(": ")
             name = name.lower()
-            if not colon or name not in UNUSED | USED:
+            if not colon or name not in known:
                 raise ValueError(f"its header holds {text[:60]!r}, which is not understood")
+            name = SPELLINGS.get(name, name)
             if name in fields:
                 raise ValueError(f"its header says twice what its {name} is")
             fields[name] = said.strip()
+        if "data file" in fields and not line:
+            return fields, file.tell()
     raise ValueError("its header has no end; it is cut short")
 
 

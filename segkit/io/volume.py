@@ -1,8 +1,9 @@
 """Volumes: voxels with the grid they lie on, read from files and written back without loss.
 
-What a file claims is read by `nifti`, `nrrd` and `metaimage`, its voxels by `stored`: nothing is
-allocated that the file does not hold, and what cannot be understood is refused. NIfTI is written by
-nibabel, NRRD and MetaImage by SimpleITK.
+Headers are read by `nifti`, `nrrd` and `metaimage`, voxels by `voxel_bytes`: nothing is allocated
+that the file does not hold, and a header that is not understood is refused. NIfTI is written by
+nibabel, NRRD and MetaImage by SimpleITK. It does not read them, because it crashes on some damaged
+files and returns wrong voxels for others (docs/volumes.md has the counts).
 """
 
 from collections.abc import Callable
@@ -27,8 +28,12 @@ from segkit.io.nrrd import read_nrrd_header
 from segkit.io.voxel_bytes import Layout, read_voxels
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ITK_SUFFIXES = (".nrrd", ".mha")
-SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
+WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
+"""Of volumes in one file, the only ones that are written."""
+ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
+"""Suffixes of headers that may name a data file, and of the same format in one file."""
+SUFFIXES = (*WRITTEN_SUFFIXES, *ONE_FILE)
+"""Of volumes that are read."""
 SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
 FARTHEST_VALUE = 1e30
@@ -66,7 +71,7 @@ class Volume:
 def suffix_of(path: Path) -> str:
     """The volume suffix of a file name, such as '.nii.gz'.
 
-    Raises VolumeError where it is none that segkit reads.
+    Raises VolumeError if segkit reads no files of that name.
     """
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
@@ -74,24 +79,63 @@ def suffix_of(path: Path) -> str:
     raise VolumeError(f"{path}: expected a volume named *{', *'.join(SUFFIXES)}; convert it first")
 
 
+def result_suffix(path: Path) -> str:
+    """The suffix of results for a volume: its own, or that of the same format in one file."""
+    suffix = suffix_of(path)
+    return ONE_FILE.get(suffix.lower(), suffix)
+
+
+def check_writable(path: Path) -> None:
+    """Raise VolumeError if a file name is not that of a volume that segkit writes."""
+    if not path.name.lower().endswith(WRITTEN_SUFFIXES):
+        raise VolumeError(
+            f"{path}: expected a volume named *{', *'.join(WRITTEN_SUFFIXES)}; name it so"
+        )
+
+
 def stem_of(path: Path) -> str:
     """The file name without its volume suffix: 'scan' for 'scan.nii.gz'."""
     return path.name[: -len(suffix_of(path))]
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a volume with its grid.
+def read_volume(path: str | Path) -> Volume:
+    """A volume with its grid, read from a file.
 
-    Values keep the file's type unless the file scales them (float32 then). A 2D image becomes one
-    slice; a 4D one has its channels last.
+    Args:
+        path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
+            file. A header in `.nhdr` or `.mhd` may name a data file of its own folder.
 
-    Raises VolumeError, in one sentence, for anything that is not such a file.
+    Returns:
+        The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
+        the file scales them); a 2D image has one slice. The grid is in mm, RAS+.
+
+    Raises:
+        VolumeError: there is no such file, it is damaged, or it is not a volume; in one sentence.
+
+    Example:
+        >>> scan = read_volume("scan.nii.gz")
+        >>> scan.data.shape, scan.grid.spacing
+        ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(path, _read)
+    return _open(Path(path), _read)
 
 
-def read_labels(path: Path) -> Volume:
-    """A volume of labels, int64. Raises VolumeError for anything but whole numbers from 0 on."""
+def read_labels(path: str | Path) -> Volume:
+    """A volume of labels, read from a file.
+
+    Args:
+        path: a file as `read_volume` takes it.
+
+    Returns:
+        The labels, (x, y, z), int64, 0 for the background.
+
+    Raises:
+        VolumeError: as `read_volume` does, and for values that are not whole numbers from 0 on, one
+            per voxel.
+
+    Example:
+        >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
+    """
     volume = read_volume(path)
     with np.errstate(invalid="ignore"):
         whole = volume.data.astype(np.int64)
@@ -100,12 +144,23 @@ def read_labels(path: Path) -> Volume:
     return volume.like(whole)
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid of a volume, from its header alone.
+def read_grid(path: str | Path) -> Grid:
+    """The grid of a volume, from its header alone: voxels, and where they lie in mm, RAS+.
 
-    Raises VolumeError as `read_volume` does, save for damage that only the voxels show.
+    Raises VolumeError as `read_volume` does, except for damage that only the voxels show.
     """
-    return _open(path, lambda path: _grid(_layout(path)[1]))
+    return _open(Path(path), lambda path: _grid(_layout(path)[1]))
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that a volume is made of: its own, and the data file that its header names.
+
+    Raises VolumeError as `read_grid` does if the header has to be read.
+    """
+    if not path.name.lower().endswith(tuple(ONE_FILE)):
+        return (path,)
+    beside = _open(path, lambda path: _layout(path)[1].file)
+    return (path, beside) if beside else (path,)
 
 
 def trouble_with(values: ndarray) -> str | None:
@@ -121,17 +176,30 @@ def trouble_with(values: ndarray) -> str | None:
     return None
 
 
-def write_volume(path: Path, volume: Volume) -> None:
+def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume whole or not at all.
 
     On the grid that its header describes, affine, qform, sform, their codes and units are the
     header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
     Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
-    and MetaImage the whole is put together in memory. Raises VolumeError for other kinds of name.
+    and MetaImage the whole is put together in memory.
+
+    Args:
+        path: a name in `.nii`, `.nii.gz`, `.nrrd` or `.mha`; its folder is made if it is not there.
+        volume: the voxels and their grid.
+
+    Raises:
+        VolumeError: the name has another suffix, or SimpleITK cannot write the volume.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> scan = read_volume("scan.nii.gz")
+        >>> write_volume("bright.nii.gz", scan.like((scan.data > 100).astype("uint8")))
     """
-    suffix = suffix_of(path).lower()
+    path = Path(path)
+    check_writable(path)
     with whole(path) as partial:
-        if suffix in NIFTI_SUFFIXES:
+        if path.name.lower().endswith(NIFTI_SUFFIXES):
             _write_nifti(partial, volume)
         else:
             image = _to_itk(volume)
@@ -161,9 +229,9 @@ def _open(path: Path, read: Callable[[Path], Read]) -> Read:
 
 def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float]]:
     match suffix_of(path).lower():
-        case ".nrrd":
+        case ".nrrd" | ".nhdr":
             return None, read_nrrd_header(path), (1.0, 0.0)
-        case ".mha":
+        case ".mha" | ".mhd":
             return None, read_metaimage_header(path), (1.0, 0.0)
     return read_nifti_header(path)
 

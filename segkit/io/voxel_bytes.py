@@ -6,10 +6,11 @@ stream is read to its end, where its checksum stands.
 """
 
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -35,29 +36,72 @@ class Layout:
     affine: ndarray
     """In mm, RAS+, as a grid has it."""
     offset: int
-    """Of the first voxel's first byte: in the file, or in what its stream inflates to."""
+    """Of the first voxel's first byte: in the file, or in what its stream inflates to.
+
+    -1, for voxels that are not compressed: they are the last bytes of the file.
+    """
     stream: int | None = None
     """Where in the file a compressed stream begins, if one does."""
     channels: int | None = None
     """The size of an axis of channels, if there is one."""
     channels_first: bool = False
     """Whether channels are stored faster than x; else they are slower than z."""
+    file: Path | None = None
+    """The file that holds the voxels, if it is not the header's own."""
+
+    @property
+    def claimed(self) -> int:
+        """Bytes that the voxels take, uncompressed."""
+        return math.prod(self.space) * (self.channels or 1) * self.kind.itemsize
 
 
-def read_voxels(path: Path, layout: Layout) -> ndarray:
+def file_beside(header: Path, name: str) -> Path:
+    """The data file that a header names, which must lie in the header's folder or below it.
+
+    Args:
+        header: the file whose text names the other.
+        name: the name as the header has it, decoded as Latin-1.
+
+    Returns:
+        The file's path, with no links left in it.
+
+    Raises:
+        VolumeError: the name is absolute, holds `..`, leads out of the folder by a link, or is not
+            that of a plain file.
+    """
+    name = os.fsdecode(name.encode("latin-1"))
+    windows = PureWindowsPath(name)
+    folder = Path(os.path.realpath(header.parent))
+    file = Path(os.path.realpath(folder / name))
+    if windows.anchor or ".." in windows.parts or not file.is_relative_to(folder):
+        raise VolumeError(
+            f"expected its voxels in a file of its own folder, found {name[:60]!r}; put both into "
+            f"one folder"
+        )
+    if not file.is_file():
+        raise VolumeError(
+            f"expected its voxels in {name[:60]!r}, which is not a file of its folder; bring it, "
+            f"or convert the volume to one file"
+        )
+    return file
+
+
+def read_voxels(header: Path, layout: Layout) -> ndarray:
     """The voxels, (x, y, z) or (x, y, z, channel), of the machine's own byte order.
 
     What is not compressed is mapped from the file, and changes to it stay in memory. Raises
     VolumeError where the file cannot hold so many, and ValueError or EOFError for a stream that is
     damaged or cut short.
     """
-    count = math.prod(layout.space) * (1 if layout.channels is None else layout.channels)
-    claimed = count * layout.kind.itemsize
+    path = layout.file or header
+    claimed = layout.claimed
+    count = claimed // layout.kind.itemsize
     size = path.stat().st_size
+    offset = layout.offset if layout.offset >= 0 else max(size - claimed, 0)
     if layout.stream is None:
-        held = size - layout.offset
+        held = size - offset
     else:
-        held = (size - layout.stream) * DEFLATE_RATIO - layout.offset
+        held = (size - layout.stream) * DEFLATE_RATIO - offset
     if claimed > held:
         raise VolumeError(
             f"its header claims {claimed} bytes of voxels and the file can hold {max(held, 0)}; "
@@ -65,10 +109,10 @@ def read_voxels(path: Path, layout: Layout) -> ndarray:
         )
     values: ndarray
     if layout.stream is None:
-        values = np.memmap(path, layout.kind, "c", layout.offset, (count,))
+        values = np.memmap(path, layout.kind, "c", offset, (count,))
     else:
         values = np.empty(count, layout.kind)
-        _fill(values.view(np.uint8), inflated(path, layout.stream), layout.offset)
+        _fill(values.view(np.uint8), inflated(path, layout.stream), offset)
     values = values.astype(layout.kind.newbyteorder("="), copy=False)
     if layout.channels is None:
         return values.reshape(layout.space, order="F")

@@ -1,9 +1,8 @@
-"""A model folder: `model.json` says what it is, `weights.safetensors` holds its numbers.
+"""A model folder: `model.json` describes the model, `weights.safetensors` holds its weights.
 
-Models of a first stage, whose labels it takes beside the image, lie whole in `first/0`, and so on.
-
-Neither can run code when it is read, and neither names any. The weights of a module that Python
-gave (`network.given`) are those of its own state, and it must be given again to be loaded.
+The models of a first stage, whose labels the network takes beside the image, lie in `first/0`,
+`first/1` and so on. No file of a model folder can run code. The weights of a module from Python
+(`network.given`) are its own state; load it with the same module.
 """
 
 import hashlib
@@ -20,7 +19,8 @@ from torch import nn
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
-from segkit.io.atomic import checksum, json_text, whole, write_json
+from segkit.io.atomic import json_text, whole, write_json
+from segkit.io.checksums import checksum
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
 from segkit.nn.slicewise import SegmentationNetwork, weights_of
@@ -29,30 +29,41 @@ DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
 FIRST = "first"
 SUMMARY = "summary.json"
-"""What a finished run, or a finished cross-validation, has beside its models."""
+"""The file of a finished run, or of a finished cross-validation, beside its models."""
 FOLD = "fold_"
-"""Before its number, the name of a fold's run in the folder of a cross-validation."""
+"""The name of a fold's run in the folder of a cross-validation begins so."""
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
 """Names of weights in the blocks of a U-Net."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network and all that prediction must know beside it."""
+    """A network, and all else that a prediction needs."""
 
     description: ModelDescription
+    """Channels, labels, spacing, normalisation and architecture, as in `model.json`."""
     network: SegmentationNetwork
+    """Takes volumes, (batch, channel, x, y, z) in RAS+ order at the description's spacing."""
     first: "tuple[Model, ...]" = ()
-    """Of the stage before, if its description tells of one."""
+    """The models of the first stage, if the description has one."""
     folder: Path | None = None
-    """Where it was read from."""
+    """The folder that it was read from."""
 
 
-def save_model(folder: Path, model: Model) -> None:
-    """Write a model folder; the description comes last, so that a folder with one is complete.
+def save_model(folder: str | Path, model: Model) -> None:
+    """Write a model folder. `model.json` comes last: a folder that has one is complete.
 
-    Raises OSError where it cannot be written.
+        segkit.save_model("my_model", model)
+
+    Args:
+        folder: to write to; it is made if it is not there.
+        model: with the models of its first stage, if any.
+
+    Raises:
+        ModelError: the weights cannot be written.
+        OSError: the folder cannot be written to.
     """
+    folder = Path(folder)
     for number, first in enumerate(model.first):
         save_model(folder / FIRST / str(number), first)
     with whole(folder / WEIGHTS) as partial:
@@ -66,20 +77,40 @@ def save_model(folder: Path, model: Model) -> None:
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
     """A model of any module that gives logits, for `Predictor` and for export.
 
-    The description says what it was trained on and, as `network.given`, what the sizes of its input
-    must be multiples of. Raises ModelError where the two do not fit.
+        model = segkit.described_model(description, module)
+        labels = segkit.Predictor(model)(scan).labels
+
+    Args:
+        description: how the module was trained; its `network.given.multiple` says what the sizes of
+            the module's input must be multiples of.
+        module: gives logits (batch, class or region, *space) of images (batch, channel, *space), in
+            RAS+ order at the description's spacing; *space is (x, y, z), or a plane of it.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ModelError: the description is that of a U-Net or has a first stage, or the module's state
+            cannot be saved.
     """
     return Model(description, wrap_network(description, module).eval())
 
 
-def load_model(path: Path, *, network: nn.Module | None = None) -> Model:
-    """Read a model folder, or the `model` folder of a run, onto the CPU, ready to evaluate.
+def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
+    """Read a model onto the CPU, in evaluation mode.
 
-    `network` is the module of a model that was trained with one; it gets the weights.
-    Raises ModelError where there is none, or its weights do not fit its description, or its first
-    stage not it.
+        model = segkit.load_model("runs/my_run")
+
+    Args:
+        path: a model folder, or the folder of a run; of a cross-validation its first fold is read.
+        network: the module that the model was trained with, if it came from Python; it gets the
+            weights.
+
+    Raises:
+        ModelError: there is no model, its weights do not fit its description, or its first stage
+            does not fit it.
     """
-    folder = model_folder(path)
+    folder = model_folder(Path(path))
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
@@ -94,7 +125,7 @@ def load_model(path: Path, *, network: nn.Module | None = None) -> Model:
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
-    """Raise ModelError unless the model's labels are these and it takes no others' itself."""
+    """Raise ModelError unless the model has these classes and no first stage of its own."""
     if first.first_stage is not None:
         raise ModelError(
             f"{source}: takes the labels of a first stage itself, and two stages are the most; "
@@ -109,7 +140,7 @@ def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[s
 
 
 def load_description(folder: Path) -> ModelDescription:
-    """What a model folder's `model.json` says. Raises ModelError where it cannot be read."""
+    """The description in a model folder. Raises ModelError if it cannot be read."""
     source = folder / DESCRIPTION
     try:
         description = validated(ModelDescription, read_json_object(source), str(source))
@@ -137,8 +168,8 @@ def _with_weights(
     if not source.is_file():
         raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
     try:
-        # Held against what the file says it holds before there is either network or weights, so
-        # that neither can be larger than the file.
+        # Compared with the file's header before anything is allocated, so that neither network nor
+        # weights can be larger than the file.
         if module is None:
             _check_fit(_shapes_in(source), weight_shapes(description))
             network = build_network(description)
@@ -153,13 +184,13 @@ def _with_weights(
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
-    # A module that was given may lie on a GPU.
+    # A module from Python may lie on a GPU.
     model.network.cpu().eval()
     return model
 
 
 def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
-    """What a weights file says it holds."""
+    """The name and shape of each tensor in a weights file, by its header."""
     with safe_open(source, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -178,7 +209,7 @@ def _check_fit(
 
 
 def checksums_of(model: Model) -> dict[str, str]:
-    """The SHA-256 of a model's files, as they are or as `save_model` would write them."""
+    """The SHA-256 of each file of a model: as it is on disk, or as `save_model` would write it."""
     if model.folder is not None:
         files = [model.folder / name for name in (DESCRIPTION, WEIGHTS)]
         return {file.name: checksum(file) for file in files}
@@ -190,17 +221,18 @@ def checksums_of(model: Model) -> dict[str, str]:
 
 
 def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
-    """Write what is to be done to predicted labels into the description of a model folder."""
+    """Write the post-processing of predicted labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
     write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
 
 
 def start_from(network: SegmentationNetwork, path: Path) -> str:
-    """Give a network the weights of a model, wherever name and shape are the same, and say so.
+    """Copy the weights of a model whose name and shape a network has too; say how many they are.
 
-    A model of other classes or channels lends all but its first or last layers. Raises ModelError
-    where there is no model, where there are several, and where no convolution of its blocks fits:
-    a network of another kind or width would take its biases alone, which teach nothing.
+    A model of other classes or channels lends all but its first or last layers.
+
+    Raises ModelError if there is no model, if there are several, or if no convolution of its blocks
+    fits: a network of another kind or width would take only biases, which teach nothing.
     """
     folders = model_folders(path)
     if len(folders) > 1:
@@ -228,8 +260,9 @@ def model_folder(path: Path) -> Path:
 
 
 def model_folders(path: Path) -> tuple[Path, ...]:
-    """The folders with the models: `path` itself, `path/model` for a run, or those of the finished
-    folds of a cross-validation, in order. Raises ModelError where there is none.
+    """The folders of the models at a path. Raises ModelError if there is none.
+
+    It is `path` itself, `path/model` of a run, or one for each finished fold of a cross-validation.
     """
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
@@ -243,8 +276,9 @@ def model_folders(path: Path) -> tuple[Path, ...]:
 
 
 def newest_model(runs: Path) -> Path:
-    """What finished last: a run's model folder, or the folder of a cross-validation, of which
-    `model_folders` gives the models. Raises ModelError where there is none.
+    """The model folder of the run, or the folder of the cross-validation, that finished last.
+
+    Raises ModelError if there is none.
     """
     finished = list(runs.glob(f"*/model/{DESCRIPTION}"))
     of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
@@ -255,7 +289,7 @@ def newest_model(runs: Path) -> Path:
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:
-    # Copied, as weights that share memory, which a given module may have, are not written.
+    # Copied: safetensors refuses weights that share memory, as those of a given module may.
     return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in _weights(model).items()

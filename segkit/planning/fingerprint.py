@@ -1,23 +1,22 @@
-"""What a dataset is like: sizes, spacings, classes and intensities, measured case by case.
+"""The fingerprint of a dataset: sizes, spacings, classes and intensities of its cases.
 
-This is the fingerprint of nnU-Net (Isensee et al. 2021), from which a plan is made. Each case is
-measured once: its measurement is a small file, named by the case and by a digest of its files'
-paths, sizes and times, so that work that was broken off goes on where it was, and a changed file
-is measured again.
+A plan is made from it, as in nnU-Net (Isensee et al. 2021). Each case is measured once. Its
+measurement is a small file, named by the case and by a digest of its files' paths, sizes and times:
+interrupted work goes on where it stopped, and a changed file is measured again.
 
 Intensities are those of the foreground, and each case counts alike, however large its foreground.
-nnU-Net draws values at random; here a case keeps its mean, variance and range, and, where it has
-more than 4,000 values, 4,000 of them in order, evenly spaced by rank. So no result depends on
-chance or order: means and deviations are exact, percentiles to one part in 8,000 of each case.
+nnU-Net draws values at random; here a case keeps its mean, variance and range, and 4,000 values in
+order, evenly spaced by rank, if it has more. So no result depends on chance or order: means and
+deviations are exact, percentiles to one part in 8,000 of each case.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -29,6 +28,7 @@ from segkit.data.preprocess import body_box
 from segkit.errors import DatasetError
 from segkit.geometry.grid import Orientation
 from segkit.io.atomic import write_json
+from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json
 from segkit.planning.nnunet_rules import Intensities, Numbers
 from segkit.system.progress import Track, untracked
@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CaseSize:
-    """One case's size, and which classes it holds."""
+    """The size of a case, and its classes."""
 
     name: str
     spacing: tuple[float, float, float]
@@ -62,16 +62,16 @@ class CaseSize:
     box_share: float
     """The share of the volume's voxels that lie in the body's box."""
     classes: tuple[int, ...]
-    """Labels that are present, the background left out."""
+    """Labels that are present, without the background."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that is measured of one case."""
+    """The measurement of one case."""
 
     size: CaseSize
     samples: tuple[Sample | None, ...]
-    """One per channel; None without image or foreground."""
+    """One for each channel; None without image or foreground."""
 
 
 MEASUREMENT = TypeAdapter(Measurement)
@@ -79,34 +79,18 @@ MEASUREMENT = TypeAdapter(Measurement)
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a dataset is like."""
+    """Sizes, spacings, classes and intensities of a dataset."""
 
     channels: tuple[str, ...]
     labels: dict[str, int]
     num_outputs: int
-    """Of a network: one per class, or one per region."""
+    """Outputs of a network: one for each class, or for each region."""
     cases: tuple[CaseSize, ...]
     intensities: tuple[Intensities | None, ...]
-    """Of the foreground of all cases, one per channel; None where no case has any."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A tree of plain values, from which `from_json` makes an equal fingerprint."""
-        return {"format": FINGERPRINT_FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Fingerprint":
-        """The fingerprint that `to_json` took apart."""
-        assert content["format"] == FINGERPRINT_FORMAT, "a fingerprint of another format"
-        return cls(
-            tuple(content["channels"]),
-            dict(content["labels"]),
-            content["num_outputs"],
-            tuple(_size(case) for case in content["cases"]),
-            tuple(item and Intensities(**item) for item in content["intensities"]),
-        )
+    """Of the foreground of all cases, for each channel; None if no case has any."""
 
     def numbers(self) -> Numbers:
-        """What a plan is made of."""
+        """The numbers that a plan is made from."""
         return Numbers(
             spacings=tuple(case.spacing for case in self.cases),
             shapes=tuple(case.shape for case in self.cases),
@@ -124,13 +108,15 @@ def fingerprint(
     workers: int,
     track: Track = untracked,
 ) -> Fingerprint:
-    """Measure every case that is not in `cache` yet, by so many processes, and put all together.
+    """Measure each case that is not in the cache yet, and put all measurements together.
 
-    With 0 workers or 1 this process does it. `track` may show progress; it is given what is to be
-    counted, its name and its number.
+    Args:
+        dataset: whose cases are measured.
+        cache: the folder with the measurements.
+        workers: processes; 0 or 1 mean this one.
+        track: shows progress.
 
-    Raises DatasetError or VolumeError, in one sentence, as `read_case` does, and WorkerError where
-    a process was killed.
+    Raises DatasetError or VolumeError as `read_case` does, and WorkerError if a process was killed.
     """
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
@@ -220,10 +206,6 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
 
 
 def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
-    try:
-        files = [(str(path.resolve()), path.stat()) for path in (*case.images, case.label)]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "format": FINGERPRINT_FORMAT,
         # What a case is checked against when it is read.
@@ -232,7 +214,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "regions": dataset.regions,
         "ignore": dataset.ignore,
         "num_images": len(case.images),
-        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+        "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return cache / f"{case.name}-{digest}.json"
@@ -249,15 +231,3 @@ def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:
             f"and it is measured again"
         )
     return found
-
-
-def _size(content: Mapping[str, Any]) -> CaseSize:
-    x, y, z = content["spacing"]
-    width, depth, height = content["shape"]
-    return CaseSize(
-        content["name"],
-        (x, y, z),
-        (width, depth, height),
-        content["box_share"],
-        tuple(content["classes"]),
-    )

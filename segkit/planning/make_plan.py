@@ -1,33 +1,24 @@
-"""`segkit plan`: from a dataset to a config that says why each value was chosen."""
+"""`segkit plan`: a training config for a dataset, with the reason for each value."""
 
-import textwrap
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
-from segkit.config.model import FirstStageConfig, ModelDescription
+from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, read_dataset
-from segkit.inference.engines.torch_eager import choose_device
-from segkit.model.build import build_network, channels_in, volume_patch
+from segkit.model.build import build_network
+from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
-from segkit.system.estimates import memory_of_step
+from segkit.planning.speed import measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import num_cores
-from segkit.system.speed import (
-    half_pays,
-    measured_once,
-    multiply_adds_per_second,
-    step_seconds,
-)
+from segkit.system.resources import choose_device, half_pays, num_cores
 
 Preset = Literal["auto", "nnunet"]
 
@@ -37,149 +28,195 @@ SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
 GPU_STEPS = 20_000
 SPEED = "speed.json"
-"""In the cache: what was timed of this processor, so that one dataset has one plan."""
+"""The file in the cache with what was timed on this processor, so that a plan can be repeated."""
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
-"""What of a description decides how long a step takes, beside the size of its batch."""
+"""Parts of a description that decide how long a step takes, beside the size of its batch."""
 NNUNET_STEPS = 250_000
-VALIDATIONS = 10
-AVERAGING = 0.999
 CASES_PER_PROCESS = 300
-"""So many small cases are measured in the time that another process takes to start."""
+"""Small cases that are measured in the time that another process takes to start."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A config, the same as YAML with its reasons, and what both were made of."""
+    """A planned training: its config, and the reasons for it."""
 
     config: Config
+    """For `segkit.train`."""
     text: str
+    """The config as YAML, with a comment on each value."""
     fingerprint: Fingerprint
+    """Sizes, spacings, classes and intensities of the dataset."""
     plan: Plan
+    """Patch, batch and network, by nnU-Net's rules."""
     low: "Planned | None" = None
-    """The stage to train before, at low resolution, where a patch holds too little of an image."""
+    """The stage to train before this one, at low resolution; only if images are large."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The dataset that is planned for, and the budget."""
+
+    folder: Path
+    files: FilesConfig | None
+    dataset: Dataset
+    fingerprint: Fingerprint
+    accelerator: str | None
+    """Of the training: 'cpu' or 'gpu', if it was asked for."""
+    own_schedule: bool
+    """Whether plan and schedule are nnU-Net's own."""
+    timed: bool
+    """Whether the budget is time, not memory."""
+    spatial_dims: int
+    gigabytes: float
+    minutes: float
+    """Of one stage; they count only if the budget is time."""
+    figures: Path
+    """The file with what was timed on this processor."""
+
+    def plan(self) -> Plan:
+        """The largest plan within the budget."""
+        numbers = self.fingerprint.numbers()
+        if not self.timed:
+            return plan_for_memory(
+                numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
+            )
+        speed = measured_once(self.figures, {"what": "multiply-adds"}, multiply_adds_per_second)
+        return plan_for_time(
+            numbers,
+            spatial_dims=self.spatial_dims,
+            minutes=self.minutes,
+            steps=PLANNED_STEPS,
+            multiply_adds_per_second=speed,
+            gigabytes=self.gigabytes,
+        )
 
 
 def plan_dataset(
-    folder: Path,
+    folder: str | Path,
     files: FilesConfig | None = None,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     device: str = "auto",
     spatial_dims: int = 3,
     gigabytes: float = 8.0,
     minutes: float = 20.0,
     preset: Preset = "auto",
-    runs: Path = Path("runs"),
+    runs: str | Path = "runs",
     track: Track = untracked,
 ) -> Planned:
-    """Measure a dataset and plan its training here, in two stages where images are large.
+    """Measure a dataset and plan its training, in two stages if images are large.
+
+        planned = segkit.plan_dataset("my_dataset", minutes=60)
+        run = segkit.train(planned.config)
 
     Args:
-        folder: with a dataset.json, or with `files`.
-        cache: where measurements of cases are kept; `.cache` of `runs` where not given.
-        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes` of training, which two
-            stages share, and on a GPU `gigabytes` of its memory.
-        preset: `nnunet` gives nnU-Net's own plan and schedule wherever it runs.
-        runs: where a second stage will find the first.
+        folder: the dataset's, with a dataset.json in it unless there are `files`.
+        files: patterns or a table that name the files of each case.
+        cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
+        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes`, on a GPU `gigabytes`.
+        spatial_dims: 3 for volumes, 2 for slices.
+        gigabytes: 10⁹ bytes of a GPU's memory.
+        minutes: of training on a CPU; two stages share them.
+        preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
+        runs: the folder in which a second stage will find the first.
+        track: shows progress.
 
-    Raises DatasetError where the dataset does not fit together.
+    Returns:
+        The config, its text and its reasons. If there are two stages it is the second, and `low`
+        holds the first.
+
+    Raises:
+        DatasetError: the dataset's files do not fit together.
+        VolumeError: a file cannot be read.
+        WorkerError: a process that measured cases was killed.
     """
+    folder, runs = Path(folder), Path(runs)
+    cache = runs / ".cache" if cache is None else Path(cache)
     dataset = read_dataset(folder, files)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
-    cache = cache or runs / ".cache"
-    measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
-    numbers, kind = measured.numbers(), choose_device(device).type
-    own_schedule = preset == "nnunet"
-    timed = kind == "cpu" and not own_schedule
-    figures = cache / SPEED
-    speed = None
-    if timed:
-        speed = measured_once(figures, {"what": "multiply-adds"}, multiply_adds_per_second)
-
-    def within(minutes: float) -> Plan:
-        if speed is None:
-            return plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes)
-        return plan_for_time(
-            numbers,
-            spatial_dims=spatial_dims,
-            minutes=minutes,
-            steps=PLANNED_STEPS,
-            multiply_adds_per_second=speed,
-            gigabytes=gigabytes,
-        )
-
-    plan = within(minutes)
+    on_cpu, own_schedule = choose_device(device).type == "cpu", preset == "nnunet"
+    task = _Task(
+        folder,
+        files,
+        dataset,
+        fingerprint(dataset, cache=cache, workers=workers, track=track),
+        accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
+        own_schedule=own_schedule,
+        timed=on_cpu and not own_schedule,
+        spatial_dims=spatial_dims,
+        gigabytes=gigabytes,
+        minutes=minutes,
+        figures=cache / SPEED,
+    )
+    plan, share = task.plan(), f"{minutes:g}"
+    if task.timed and plan.low_resolution is not None:
+        # In half the time a patch holds no more of an image, so there are still two stages.
+        task = replace(task, minutes=minutes / 2)
+        plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
     budget = f"{gigabytes:g} GB of memory"
-    if timed:
-        time = f"{minutes:g}"
-        if plan.low_resolution is not None:
-            # In half the time a patch holds no more of an image, so that two stages it stays.
-            minutes /= 2
-            plan, time = within(minutes), f"{minutes:g} of {time}"
-        budget = f"{time} minutes of training on this machine's CPU"
+    if task.timed:
+        budget = f"{share} minutes of training on this machine's CPU"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-
-    def written(plan: Plan, name: str, stage: str, first: Path | None = None) -> Planned:
-        steps = NNUNET_STEPS if own_schedule else GPU_STEPS
-        why_steps = "nnU-Net's 1000 epochs of 250." if own_schedule else "An hour or so of a GPU's."
-        first_classes = list(dataset.labelling.value_names[1:]) if first else []
-
-        def settled(steps: int) -> tuple[Config, dict[str, Any], dict[str, str]]:
-            tree, reasons = _settings(folder, files, name, plan, steps, own_schedule)
-            if first is not None:
-                tree["data"]["first_stage"] = [str(first)]
-            if device != "auto":
-                tree["trainer"] = {"accelerator": "cpu" if kind == "cpu" else "gpu"}
-            return validated(Config, tree, f"plan of {folder}"), tree, reasons
-
-        config, tree, reasons = settled(steps)
-        description = _description(config, dataset, first_classes)
-        if timed:
-            step = {
-                "what": "step",
-                "batch_size": plan.batch_size,
-                **description.model_dump(mode="json", include=set(STEP_OF)),
-            }
-            seconds = measured_once(figures, step, partial(seconds_of_step, config, description))
-            steps, why_steps = _steps_within(minutes, seconds)
-            config, tree, reasons = settled(steps)
-        reasons["train.steps"] = why_steps
-        half = kind != "cpu" or half_pays()
-        memory = memory_of_step(config, description, half=half)
-        headings = [
-            f"Planned for {folder} ({size}) and {budget}.{stage}",
-            f"A training step is estimated to take, in {'half' if half else 'single'} precision "
-            f"and without what libraries take for themselves, {memory}.",
-        ]
-        return Planned(config, _commented(tree, reasons, headings), measured, plan)
-
+    heading = f"Planned for {folder} ({size}) and {budget}."
     name = _run_name(folder)
     if plan.low_resolution is None:
-        return written(plan, name, "")
+        return _planned(task, plan, name, heading)
     first = f"{name}_low"
-    low = written(plan.low_resolution, first, f" The first of two stages: train it before {name}.")
-    full = written(plan, name, f" The second of two stages: train {first} before.", runs / first)
-    return replace(full, low=low)
+    before = f"{heading} The first of two stages: train it before {name}."
+    low = _planned(task, plan.low_resolution, first, before)
+    after = f"{heading} The second of two stages: train {first} before."
+    return replace(_planned(task, plan, name, after, runs / first), low=low)
 
 
-def _description(config: Config, dataset: Dataset, first_classes: list[str]) -> ModelDescription:
-    """What the model will be, but for how intensities are normalised."""
-    assert config.data.spacing is not None, "a plan has one"
-    return ModelDescription(
-        segkit=version("segkit"),
-        run=config.name,
-        channels=list(dataset.channels),
-        labels=dataset.labels,
-        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
-        ignore=dataset.ignore,
-        codes=dataset.codes,
-        network=config.network,
-        spacing=config.data.spacing,
-        normalisation=[],
-        slices=config.data.slices,
-        patch_size=config.data.patch_size,
-        first_stage=FirstStageConfig(models=1, classes=first_classes) if first_classes else None,
+def _planned(
+    task: _Task, plan: Plan, name: str, heading: str, first: Path | None = None
+) -> Planned:
+    """One stage; `first` is the run of the stage before it."""
+
+    steps, why_steps = GPU_STEPS, "An hour or so of a GPU's."
+    if task.own_schedule:
+        steps, why_steps = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250."
+    sections = partial(
+        sections_of,
+        plan,
+        task.folder,
+        task.files,
+        own_schedule=task.own_schedule,
+        accelerator=task.accelerator,
+        first_stage=first,
     )
+
+    def checked(written: Sections) -> Config:
+        return validated(Config, values_of(name, written), f"plan of {task.folder}")
+
+    written = sections(steps=steps, why_steps=why_steps)
+    if task.timed:
+        seconds = _measured_step(task, checked(written), with_labels=first is not None)
+        steps, why_steps = _steps_within(task.minutes, seconds)
+        written = sections(steps=steps, why_steps=why_steps)
+    return Planned(checked(written), text_of(name, written, heading), task.fingerprint, plan)
+
+
+def _measured_step(task: _Task, config: Config, *, with_labels: bool) -> float:
+    """Seconds of a step on this CPU; `with_labels` if a first stage's come beside the image."""
+    dataset, spacing = task.dataset, config.data.spacing
+    assert spacing is not None, "a plan has one"
+    classes = list(dataset.labelling.value_names[1:])
+    description = description_of(
+        config,
+        channels=dataset.channels,
+        labelling=dataset.labelling,
+        codes=dataset.codes,
+        spacing=spacing,
+        normalisation=[],
+        first_stage=FirstStageConfig(models=1, classes=classes) if with_labels else None,
+    )
+    step = {
+        "what": "step",
+        "batch_size": config.data.batch_size,
+        **description.model_dump(mode="json", include=set(STEP_OF)),
+    }
+    return measured_once(task.figures, step, partial(seconds_of_step, config, description))
 
 
 def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
@@ -193,109 +230,15 @@ def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
 
 
 def seconds_of_step(config: Config, description: ModelDescription) -> float:
-    """What a training step of a config's network takes on this CPU, in a few tries."""
-    batch, patch = config.data.batch_size, volume_patch(description)
-    image = torch.zeros(batch, channels_in(description), *patch)
+    """Seconds of a training step of a config's network on this CPU: the median of three."""
+    batch, patch = config.data.batch_size, description.volume_patch
+    image = torch.zeros(batch, description.channels_in, *patch)
     label = torch.zeros(batch, *patch, dtype=torch.long)
     network = build_network(description)
     return step_seconds(network, image, label, half=half_pays(), repeats=3)
-
-
-def _settings(
-    folder: Path,
-    files: FilesConfig | None,
-    name: str,
-    plan: Plan,
-    steps: int,
-    own_schedule: bool,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config's sections, and by dotted key why a value is what it is."""
-    kinds = {normalisation.kind for normalisation in plan.normalisation}
-    data: dict[str, Any] = {
-        "folder": str(folder),
-        "spacing": list(plan.spacing),
-        "interpolation": "cubic",
-        "patch_size": list(plan.patch_size),
-        "batch_size": plan.batch_size,
-    }
-    if files is not None:
-        data["files"] = files.model_dump(mode="json", exclude_unset=True)
-    if plan.spatial_dims == 2:
-        data["slices"] = plan.slices
-    if kinds == {"zscore nonzero"}:
-        data["normalisation"] = {"kind": "zscore", "nonzero": True}
-    if own_schedule:
-        data["mirror"] = ["x", "y", "z"]
-    network = {
-        "spatial_dims": plan.spatial_dims,
-        "channels": list(plan.channels),
-        "strides": [list(step) for step in plan.strides],
-        "kernels": [list(size) for size in plan.kernels],
-        "attention": {} if own_schedule else {"skip": "additive_grid"},
-    }
-    if len(plan.channels) == 2 and not own_schedule:
-        network["attention"] = {"skip": {"kind": "additive_grid", "levels": [0]}}
-    train: dict[str, Any] = {"steps": steps, "batch_dice": plan.batch_dice}
-    train["optimiser"] = "sgd" if own_schedule else "adamw"
-    if not own_schedule:
-        train["averaging"] = AVERAGING
-    train["validate_every"] = max(min(50, steps), steps // VALIDATIONS // 50 * 50)
-    reasons = {
-        "data.spacing": plan.reasons["spacing"],
-        "data.interpolation": f"As nnU-Net. {plan.reasons['separate_z']}",
-        "data.patch_size": plan.reasons["patch_size"],
-        "data.batch_size": plan.reasons["batch_size"],
-        "data.slices": plan.reasons["slices"],
-        "data.normalisation": plan.reasons["normalisation"],
-        "network.channels": plan.reasons["channels"],
-        "network.strides": plan.reasons["strides"],
-        "network.kernels": plan.reasons["kernels"],
-        "network.attention": (
-            "As nnU-Net, without any."
-            if own_schedule
-            else "Gates at the skips; see docs/attention.md for the others, or none."
-        ),
-        "data.first_stage": f"{plan.reasons['low_resolution']} The labels that it finds there go "
-        "beside the image; without this line there is one stage. They are better on cases that "
-        "the first stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
-        "all named here, give each case labels of a model that never saw it.",
-        "train.validate_every": "Steps between validations, with a checkpoint to resume from.",
-        "train.averaging": "A running average of the weights scores better than the last of them.",
-        "train.batch_dice": plan.reasons["batch_dice"],
-    }
-    tree = {
-        "name": name,
-        "data": data,
-        "network": network,
-        "train": train,
-    }
-    return tree, reasons
 
 
 def _run_name(folder: Path) -> str:
     """The folder's name, in the letters that a run's may have."""
     name = folder.resolve().name
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
-
-
-def _commented(tree: dict[str, Any], reasons: dict[str, str], headings: list[str]) -> str:
-    lines = []
-    for heading in headings:
-        lines += textwrap.wrap(heading, 98, initial_indent="# ", subsequent_indent="# ")
-    for section, values in tree.items():
-        if not isinstance(values, dict):
-            lines.append(_yaml({section: values}))
-            continue
-        lines.append(f"{section}:")
-        for key, value in values.items():
-            if reason := reasons.get(f"{section}.{key}"):
-                lines += textwrap.wrap(reason, 98, initial_indent="  # ", subsequent_indent="  # ")
-            lines.append(textwrap.indent(_yaml({key: value}), "  "))
-    return "\n".join(lines) + "\n"
-
-
-def _yaml(value: dict[str, Any]) -> str:
-    """One setting on one line."""
-    ((key, content),) = value.items()
-    flow = yaml.safe_dump(content, default_flow_style=True, width=10_000, sort_keys=False)
-    return f"{key}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}"

@@ -1,12 +1,12 @@
-"""nnU-Net's rules: from what a dataset is like to spacing, patch, network and batch.
+"""nnU-Net's rules for spacing, patch, network and batch.
 
-Isensee et al. (2021, doi:10.1038/s41592-020-01008-z), as version 2 has them; every function names
-its own. They differ from it in this:
+Isensee et al. (2021, doi:10.1038/s41592-020-01008-z), as in version 2; each function names its
+rule. They differ from nnU-Net's in three points:
 
-- Axes keep the order x, y, z (RAS+), where nnU-Net counts z, y, x with the coarsest put first.
-- A network has one step down at least; an image too small for that gets a patch larger than it is.
-- A patch that must shrink loses voxels at every try, so that shrinking ends; nnU-Net's may grow
-  where an axis that is no longer pooled lets another be.
+- Axes keep the order x, y, z (RAS+); nnU-Net has z, y, x, with the coarsest axis first.
+- A network has at least one step down; an image too small for that gets a patch larger than itself.
+- A patch that must shrink loses voxels at every try, so that shrinking ends; nnU-Net's patch may
+  grow if an axis that is no longer pooled lets another be pooled.
 
 Spacing is in mm; patches, shapes, strides and kernels are in voxels.
 """
@@ -18,19 +18,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.geometry.grid import ANISOTROPY
+
 Spacing = tuple[float, ...]
 Size = tuple[int, ...]
 Lengths = tuple[int | float, ...]
-"""A size that may be a half, where two cases share the middle."""
+"""A size, which may be a half: the median of an even number of cases."""
 
 SMALLEST_EDGE = 4
-"""Cells along an axis below which it is not pooled to."""
-ANISOTROPY = 3.0
-"""How many times coarser than the others an axis is that is treated apart."""
+"""An axis keeps at least so many cells when it is pooled."""
 START_WIDTHS = (32, 16, 8)
 MOST_CHANNELS = {2: 512, 3: 320}
 INITIAL_VOXELS = {2: 2048**2, 3: 256**3}
-# What nnU-Net allows 8 GB: so many activations of a batch of so many.
+# What nnU-Net allows for 8 GB: activations of a patch, and patches in a batch.
 REFERENCE_ACTIVATIONS = {2: 85e6, 3: 560e6}
 REFERENCE_BATCH = {2: 12, 3: 2}
 REFERENCE_GIGABYTES = 8.0
@@ -59,22 +59,22 @@ class Intensities:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What of a dataset decides its plan; spacings, shapes and shares are those of each case."""
+    """The numbers that decide a dataset's plan; spacings, shapes and shares are of each case."""
 
     spacings: tuple[tuple[float, float, float], ...]
     shapes: tuple[tuple[int, int, int], ...]
     """Of the body's boxes."""
     box_shares: tuple[float, ...]
-    """Of each volume, the share that the body's box holds."""
+    """The share of each volume that lies in the body's box."""
     channels: tuple[str, ...]
     intensities: tuple[Intensities | None, ...]
     num_classes: int
-    """The background is one."""
+    """Outputs of the network; the background is one of them, unless there are regions."""
 
 
 @dataclass(frozen=True)
 class ChannelNormalisation:
-    """How one channel's intensities are brought to one scale; the numbers are those of `ct`."""
+    """The normalisation of one channel; only `ct` has numbers."""
 
     kind: Literal["zscore", "zscore nonzero", "ct"]
     lower: float | None = None
@@ -84,7 +84,7 @@ class ChannelNormalisation:
 
 
 class Topology(NamedTuple):
-    """Where a network pools and how far its convolutions reach, and a patch that it can take."""
+    """The strides and kernels of a network, and a patch that it can take."""
 
     patch_size: Size
     strides: tuple[Size, ...]
@@ -92,14 +92,14 @@ class Topology(NamedTuple):
 
     @property
     def divisor(self) -> Size:
-        """What the patch must be a multiple of."""
+        """The patch is a multiple of this."""
         ones = (1,) * len(self.patch_size)
         return tuple(math.prod(steps) for steps in zip(ones, *self.strides, strict=True))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What patch and network are fitted to; spacing and median run along the network's axes."""
+    """The data that patch and network are fitted to, along the network's axes."""
 
     spacing: Spacing
     median: Lengths
@@ -108,7 +108,7 @@ class Setting:
     in_channels: int
     num_classes: int
     last_to_yield: int | None = None
-    """Of axes that tie, the one to be shortened last: the coarsest, which nnU-Net puts first."""
+    """The axis to shorten last if axes tie: the coarsest, which nnU-Net puts first."""
 
 
 # The grid
@@ -119,8 +119,9 @@ def target_spacing(
 ) -> tuple[float, float, float]:
     """The spacing that all cases are brought to: the median along each axis ("target spacing").
 
-    An axis over 3 times coarser than the others, with under a third of their voxels, takes the 10th
-    percentile of its spacings instead, so that fewer cases lose slices; but it stays the coarsest.
+    An axis more than 3 times coarser than the others, with less than a third of their voxels, takes
+    the 10th percentile of its spacings instead, so that fewer cases lose slices. It stays the
+    coarsest.
     """
     target = np.median(np.array(spacings, float), axis=0).tolist()
     sizes = np.median(np.array(shapes, float), axis=0).tolist()
@@ -151,20 +152,6 @@ def median_shape(
     return x, y, z
 
 
-def separate_axis(current: Spacing, target: Spacing) -> int | None:
-    """The axis whose slices are resampled each in its plane, and picked by the nearest; or None.
-
-    It is the one along which the spacing of the scan, or else the target's, is over 3 times as
-    coarse as along the finest ("resampling"). Where two are coarsest, but for what a header rounds,
-    there is none.
-    """
-    for spacing in (current, target):
-        if max(spacing) / min(spacing) > ANISOTROPY:
-            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
-            return coarsest[0] if len(coarsest) == 1 else None
-    return None
-
-
 # The network
 
 
@@ -179,12 +166,12 @@ def initial_patch(spacing: Spacing, median: Lengths) -> Lengths:
 
 
 def topology(spacing: Spacing, patch: Lengths) -> Topology:
-    """The steps down that a patch allows, and the patch padded to what they divide ("topology").
+    """The steps down that a patch allows, and the patch padded to a multiple of them ("topology").
 
-    An axis is pooled by 2 while it keeps 4 cells and is under twice as coarse as the finest axis
-    that may be pooled; one axis alone needs 12 cells to begin with. A level's kernel is 3 along an
-    axis once that is under twice as coarse as the finest, and 1 before; at the coarsest level it is
-    3. So a coarse axis is left alone until the others have caught up with it.
+    An axis is pooled by 2 while it keeps 4 cells and is less than twice as coarse as the finest
+    axis that may be pooled; a single axis needs 12 cells. A level's kernel is 1 along an axis until
+    that is less than twice as coarse as the finest, and 3 from then on; at the coarsest level it is
+    3. So a coarse axis waits until the others have caught up with it.
     """
     num_axes = len(spacing)
     spacings, sizes = list(spacing), list(patch)
@@ -222,10 +209,10 @@ def _pooled(spacings: Sequence[float], sizes: Sequence[int | float]) -> list[int
 def shrinking(setting: Setting, first: Topology) -> Iterator[Topology]:
     """The topology, and ever smaller ones, down to the smallest ("shrink to budget").
 
-    Each takes from the axis that is longest for the median image as little as a network of that
-    size can: what the patch must be a multiple of once it is smaller. Of 256, pooled 6 times, that
-    is 32, and not 64. Axes that tie give way in the order x, y, z, the coarsest last, and none that
-    can still be pooled is shortened to where it cannot.
+    Each step shortens the axis that is longest in relation to the median image, by as little as a
+    network of the smaller size allows: 256, pooled 6 times, loses 32, not 64. Axes that tie give
+    way in the order x, y, z, the coarsest last. No axis that can be pooled is shortened so far that
+    it cannot.
     """
     candidate: Topology | None = first
     while candidate is not None:
@@ -259,10 +246,10 @@ def widths(num_levels: int, *, spatial_dims: int, start: int = START_WIDTHS[0]) 
 def activations(
     *, channels: Sequence[int], strides: Sequence[Size], patch_size: Size, num_classes: int
 ) -> int:
-    """Numbers that the layers of a U-Net put out for one patch ("memory estimate").
+    """Numbers that the layers of a U-Net put out for one patch (nnU-Net's "memory estimate").
 
-    Two convolutions a level on the way down; a transposed convolution and two more on the way up;
-    the head. Heads of deep supervision are not counted, as nnU-Net has it.
+    Each level has two convolutions on the way down, and a transposed convolution and two more on
+    the way up; then comes the head. As in nnU-Net, heads of deep supervision are not counted.
     """
     voxels = _voxels(patch_size, strides)
     down = sum(2 * width * count for width, count in zip(channels, voxels, strict=True))
@@ -280,9 +267,9 @@ def multiply_adds(
     num_classes: int,
     deep_supervision: bool = True,
 ) -> int:
-    """Multiplications with addition that a forward pass of `UNet` takes for one patch.
+    """Multiply-adds of a forward pass of `UNet` for one patch.
 
-    Those of its convolutions: what normalises and activates is small beside them. A training step
+    Only convolutions count: normalisation and activation are small beside them. A training step
     takes three times as many.
     """
     voxels = _voxels(patch_size, strides)
@@ -310,7 +297,7 @@ def _voxels(patch_size: Size, strides: Sequence[Size]) -> list[int]:
 
 
 def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: float) -> int:
-    """What the budget allows, but at most 5 % of the dataset's voxels, and 2 at least ("batch")."""
+    """The patches within the budget: at most 5 % of the dataset's voxels, at least 2 ("batch")."""
     covered = round(dataset_voxels * LARGEST_SHARE / math.prod(patch_size))
     return max(min(round(budget / cost), covered), SMALLEST_BATCH)
 
@@ -319,7 +306,7 @@ def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: fl
 
 
 def needs_low_resolution(patch_size: Size, median_voxels: int | float) -> bool:
-    """Whether a patch sees too little of an image: under 25 % of its voxels ("low resolution")."""
+    """Whether a patch holds less than 25 % of an image's voxels ("low resolution")."""
     return math.prod(patch_size) < LEAST_COVERED * median_voxels
 
 
@@ -332,11 +319,11 @@ def coarser(spacing: Spacing) -> Spacing:
 
 
 def normalisations(numbers: Numbers) -> tuple[ChannelNormalisation, ...]:
-    """What is done to each channel's intensities ("intensity normalisation").
+    """The normalisation of each channel ("intensity normalisation").
 
-    A channel named CT is clipped to percentiles 0.5 and 99.5 of the foreground and scaled by its
-    mean and deviation. Any other is scaled by its own mean and deviation in each image: over voxels
-    that are not 0, where half of the body's boxes hold under 75 % of their volume.
+    A channel named CT is clipped to percentiles 0.5 and 99.5 of the foreground, and scaled by the
+    foreground's mean and deviation. Any other is scaled by the mean and deviation of each image, or
+    of its voxels other than 0 if the median case's box holds less than 75 % of the volume.
     """
     nonzero = float(np.median(numbers.box_shares)) < 0.75
     return tuple(

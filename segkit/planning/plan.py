@@ -1,7 +1,7 @@
-"""From a dataset's numbers to a plan, for a budget of memory or of time, and why it is what it is.
+"""A plan for a dataset, within a budget of memory or of time, and the reason for each value.
 
-The budget of memory is nnU-Net's (see `rules`); that of time is for training without an
-accelerator. A 2D plan has a spacing across its planes as well, that of the 3D plan.
+The budget of memory is nnU-Net's (see `nnunet_rules`); that of time is for training without an
+accelerator. A 2D plan has a spacing across its planes as well: that of the 3D plan.
 """
 
 import math
@@ -11,49 +11,26 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.geometry.grid import ANISOTROPY, separate_axis
+from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import (
-    ANISOTROPY,
-    LARGEST_SHARE,
-    LEAST_COVERED,
-    MOST_CHANNELS,
-    REFERENCE_ACTIVATIONS,
-    REFERENCE_BATCH,
-    REFERENCE_GIGABYTES,
-    SLICE_PLANES,
-    SMALLEST_BATCH,
-    SMALLEST_EDGE,
-    START_WIDTHS,
     ChannelNormalisation,
     Lengths,
     Numbers,
     Setting,
     Size,
     Topology,
-    activations,
-    coarser,
-    coarsest_axis,
-    initial_patch,
-    largest_batch,
-    median_shape,
-    multiply_adds,
-    needs_low_resolution,
-    normalisations,
-    separate_axis,
-    shrinking,
-    target_spacing,
-    topology,
-    widths,
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a dataset is trained on, and why so."""
+    """How to train on a dataset, and why."""
 
     spatial_dims: int
     spacing: tuple[float, float, float]
     slices: Literal["sagittal", "coronal", "axial"]
-    """The planes that a 2D network sees: those across the coarsest axis."""
+    """The planes of a 2D network: those across the coarsest axis."""
     patch_size: Size
     batch_size: int
     channels: tuple[int, ...]
@@ -67,7 +44,7 @@ class Plan:
     separate_z: bool
     low_resolution: "Plan | None"
     reasons: dict[str, str]
-    """For each value, one sentence on why it is what it is."""
+    """A sentence for each value."""
 
 
 class Fit(NamedTuple):
@@ -80,23 +57,20 @@ class Fit(NamedTuple):
 
 
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
-    """nnU-Net's own plan: the largest patch, then the largest batch, that the memory allows."""
+    """nnU-Net's plan: the largest patch, and then the largest batch, that the memory allows."""
     return _plan(numbers, spatial_dims, lambda setting: _fit_memory(setting, gigabytes))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How many training steps are wanted before the time goes into something better.
-
-    More steps of little teach more than few steps of much, up to a point.
-    """
+    """How many training steps are wanted before the time goes into something else."""
 
     for_batch: int
-    """Patches beside the least are given up for these."""
+    """The batch is made smaller until so many steps fit."""
     for_width: int
-    """Channels are given up for these."""
+    """The network is made narrower until so many steps fit."""
     for_patch: int
-    """What a patch shows of an image is given up for these alone."""
+    """The patch is made smaller until so many steps fit."""
 
 
 def plan_for_time(
@@ -108,12 +82,12 @@ def plan_for_time(
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
 ) -> Plan:
-    """The plan for that memory, made smaller until so many training steps fit into the minutes.
+    """The plan for the memory, made smaller until enough training steps fit into the minutes.
 
-    First the batch is made smaller, then the network narrower, and at last the patch smaller; how
-    many steps each is given up for, `steps` says. If the smallest of all takes longer still, it is
-    what is given, and its reasons say so. Only the convolutions of training are counted, not
-    preparation, validation or augmentation.
+    First the batch is made smaller, then the network narrower, then the patch smaller; `steps` says
+    how many steps each must allow. If even the smallest plan takes longer, it is the result, and
+    its reasons say so. Only the convolutions of training count, not preparation, validation or
+    augmentation.
     """
     total = minutes * 60 * multiply_adds_per_second
 
@@ -125,44 +99,44 @@ def plan_for_time(
 
 def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
     num_axes = len(setting.spacing)
-    scale = gigabytes / REFERENCE_GIGABYTES
-    budget = REFERENCE_ACTIVATIONS[num_axes] * REFERENCE_BATCH[num_axes] * scale
-    first = topology(setting.spacing, initial_patch(setting.spacing, setting.median))
-    for candidate in shrinking(setting, first):
-        channels = widths(len(candidate.kernels), spatial_dims=num_axes)
-        cost = activations(
+    scale = gigabytes / rules.REFERENCE_GIGABYTES
+    budget = rules.REFERENCE_ACTIVATIONS[num_axes] * rules.REFERENCE_BATCH[num_axes] * scale
+    first = rules.topology(setting.spacing, rules.initial_patch(setting.spacing, setting.median))
+    for candidate in rules.shrinking(setting, first):
+        channels = rules.widths(len(candidate.kernels), spatial_dims=num_axes)
+        cost = rules.activations(
             channels=channels,
             strides=candidate.strides,
             patch_size=candidate.patch_size,
             num_classes=setting.num_classes,
         )
-        if cost * SMALLEST_BATCH <= budget:
+        if cost * rules.SMALLEST_BATCH <= budget:
             break
     patch = candidate.patch_size
-    covered = setting.dataset_voxels * LARGEST_SHARE / math.prod(patch)
-    verb = "hold" if cost * SMALLEST_BATCH <= budget else "should hold only"
+    covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
+    verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
     shrunk = "" if candidate == first else f", shrunk from {_size(first.patch_size)}"
     reasons = {
         "patch_size": f"The median image is {_size(setting.median)}, padded to multiples of "
-        f"{_size(candidate.divisor)}{shrunk}: {SMALLEST_BATCH} patches make "
-        f"{SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
+        f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches make "
+        f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
         "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
-        f"voxels are {covered:.4g}, and a batch is {SMALLEST_BATCH} at least.",
+        f"voxels are {covered:.4g}, and a batch is {rules.SMALLEST_BATCH} at least.",
         "channels": f"{channels[0]} at the finest of {len(channels)} levels, doubled at each step, "
-        f"and {MOST_CHANNELS[num_axes]} at most.",
+        f"and {rules.MOST_CHANNELS[num_axes]} at most.",
     }
-    batch = largest_batch(budget, cost, patch, setting.dataset_voxels)
+    batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
     return Fit(candidate, channels, batch, reasons)
 
 
 def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """What fits into so many multiply-adds in all."""
+    """The fit for a total of so many multiply-adds."""
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
         """Multiply-adds of one patch in a training step: forward once and backward twice."""
-        return 3 * multiply_adds(
+        return 3 * rules.multiply_adds(
             channels=channels,
             strides=candidate.strides,
             kernels=candidate.kernels,
@@ -173,16 +147,16 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
 
     def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
         num_levels = len(candidate.kernels)
-        return widths(num_levels, spatial_dims=len(setting.spacing), start=width)
+        return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
 
     chosen, batch = start.topology, start.batch_size
     affordable = int(total / steps.for_batch // cost(chosen, start.channels))
-    batch = max(min(batch, affordable), SMALLEST_BATCH)
-    for width in START_WIDTHS:
+    batch = max(min(batch, affordable), rules.SMALLEST_BATCH)
+    for width in rules.START_WIDTHS:
         channels = narrowed(chosen, width)
         if batch * cost(chosen, channels) <= total / steps.for_width:
             break
-    for chosen in shrinking(setting, start.topology):
+    for chosen in rules.shrinking(setting, start.topology):
         channels = narrowed(chosen, channels[0])
         if batch * cost(chosen, channels) <= total / steps.for_patch:
             break
@@ -208,9 +182,9 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
 
 
 def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) -> Plan:
-    spacing = target_spacing(numbers.spacings, numbers.shapes)
-    shape = median_shape(numbers.spacings, numbers.shapes, spacing)
-    coarsest = coarsest_axis(spacing)
+    spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
+    shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
+    coarsest = rules.coarsest_axis(spacing)
     axes = [axis for axis in range(3) if spatial_dims == 3 or axis != coarsest]
     setting = Setting(
         spacing=tuple(spacing[axis] for axis in axes),
@@ -253,8 +227,8 @@ def _low_resolution(
     share = math.prod(fitted.topology.patch_size) / whole
     seen = f"The patch holds {share:.3g} of the median image's voxels"
     spacing, coarse = full.spacing, fitted
-    while needs_low_resolution(coarse.topology.patch_size, voxels):
-        spacing = coarser(spacing)
+    while rules.needs_low_resolution(coarse.topology.patch_size, voxels):
+        spacing = rules.coarser(spacing)
         shape = [f / s * n for f, s, n in zip(full.spacing, spacing, full.median, strict=True)]
         voxels = math.prod(shape)
         setting = replace(
@@ -265,7 +239,7 @@ def _low_resolution(
         )
         coarse = fit(setting)
     if coarse is fitted:
-        return None, f"{seen}, and {LEAST_COVERED:g} would do."
+        return None, f"{seen}, and {rules.LEAST_COVERED:g} would do."
     enough = f"at {_size(spacing)} mm it holds enough"
     if whole / voxels < 2:
         return None, f"{seen}, but {enough}, which would save under half of them."
@@ -277,8 +251,8 @@ def _low_resolution(
     }
     x, y, z = spacing
     low = _assembled(numbers, (x, y, z), coarse, False, None, reasons)
-    why = f"{seen}, under {LEAST_COVERED:g}; {enough}."
-    return replace(low, slices=SLICE_PLANES[coarsest_axis(full.spacing)]), why
+    why = f"{seen}, under {rules.LEAST_COVERED:g}; {enough}."
+    return replace(low, slices=rules.SLICE_PLANES[rules.coarsest_axis(full.spacing)]), why
 
 
 def _assembled(
@@ -297,19 +271,19 @@ def _assembled(
     return Plan(
         spatial_dims=len(chosen.patch_size),
         spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
-        slices=SLICE_PLANES[coarsest_axis(spacing)],
+        slices=rules.SLICE_PLANES[rules.coarsest_axis(spacing)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
         channels=fitted.channels,
         strides=chosen.strides,
         kernels=chosen.kernels,
-        normalisation=normalisations(numbers),
+        normalisation=rules.normalisations(numbers),
         batch_dice=batch_dice,
         separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
             "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
-            f"{SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
+            f"{rules.SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
             "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
             f"coarse as the finest, along which they do not look.",
             "normalisation": f"Channels are {', '.join(numbers.channels)}, and the body's box "

@@ -1,4 +1,4 @@
-"""Which of several processes this is, by what launched it: torchrun or SLURM."""
+"""The place of this process among several that torchrun or SLURM launched."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,13 @@ class ProcessPlace:
     """From 1 on."""
     count: int
     local: int
-    """On its own machine, from 0 on: the number of its device."""
+    """Its number on its machine, from 0: the number of its device."""
 
 
 def place_of_process() -> ProcessPlace:
     """This process's place, as Lightning reads it from the launcher's variables.
 
-    Raises SegkitError where nothing launched it.
+    Raises SegkitError if neither launched it.
     """
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():

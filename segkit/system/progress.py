@@ -1,4 +1,4 @@
-"""How long work shows that it goes on: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +26,7 @@ def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
 
 
 def bars(console: Console) -> Progress:
-    """A live display of bars, which shows nothing where the console is no terminal."""
+    """A live display of bars; it shows nothing if the console is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,9 +61,10 @@ class Tracker:
 
 
 class CohortProgress:
-    """Shows progress over several volumes, each by its slabs, and the time left for all of them.
+    """Shows progress over several volumes, slab by slab, and the time left for all of them.
 
-    Use it as a context: `track` shows one volume, `done` counts one, whatever came of it.
+    Use it as a context: `track` shows the slabs of one volume, `done` counts a volume, even if it
+    failed.
     """
 
     def __init__(self, console: Console, what: str, count: int) -> None:
@@ -94,7 +95,7 @@ class CohortProgress:
             self._show(before + number / count)
 
     def done(self) -> None:
-        """One volume more; those that were there already take no time."""
+        """Count a volume; one that was there already takes no time."""
         self.told += 1
         self._show(max(self.told, self.share))
 

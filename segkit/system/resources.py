@@ -1,8 +1,11 @@
-"""The cores and the memory that this process has and had, as the system tells them."""
+"""The cores, memory and devices that this process may use."""
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 try:
     import resource
@@ -15,6 +18,28 @@ MEMORY_LIMITS = Path("/sys/fs/cgroup")
 STATUS = Path("/proc/self/status")
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a CUDA device if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def half_pays() -> bool:
+    """Whether this CPU is faster in bfloat16: only if its cores have matrix units for it.
+
+    With them (Intel's AMX) a step takes half the time of single precision; without them, 40 times.
+    """
+    # Not every version of torch tells; then single precision is the safe answer.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+def in_words(count: float) -> str:
+    """Bytes as MB or GB (10⁶ and 10⁹)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def num_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -23,9 +48,9 @@ def num_cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that new processes may take: what Linux calls available, within a container's limit.
+    """Bytes that new processes may take: Linux's "available", within the container's limit.
 
-    Elsewhere half of the memory that is built in, or 4 GiB where not even that is told.
+    Without Linux: half of the memory that is built in, or 4 GiB if the system does not tell it.
     """
     try:
         lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
@@ -49,9 +74,9 @@ def _half_of_what_is_built_in() -> int:
 
 
 def peak_of_process() -> int | None:
-    """Bytes that this process has held at most; None where the system does not tell.
+    """The most bytes that this process has held; None if the system does not tell.
 
-    Linux's getrusage also knows what the process was that it was forked from, its status does not.
+    On Linux it comes from the process's status: getrusage counts the parent it was forked from.
     """
     if STATUS.exists():
         lines = STATUS.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, by which a user or a scheduler asks for the end, raised as `Stopped`."""
+"""Ctrl-C and SIGTERM, with which a user or a scheduler stops a command, raised as `Stopped`."""
 
 import signal
 import threading
@@ -19,9 +19,9 @@ def stop(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def handling(handler: Handler = stop) -> Iterator[None]:
-    """Have the handler called for both within the block, and whoever was asked before after it.
+    """Call the handler for both signals within the block; afterwards the earlier handlers are back.
 
-    Python hears signals in its first thread alone; in another this changes nothing.
+    Python handles signals only in its main thread; in another thread this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -31,13 +31,13 @@ def handling(handler: Handler = stop) -> Iterator[None]:
         yield
     finally:
         for number, previous in before.items():
-            # None stands for one that was not set from Python, which cannot be set from here.
+            # None stands for a handler that was not set from Python; it cannot be set again.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Have Stopped say how to go on with what the block does."""
+    """Add to a Stopped from the block how to go on."""
     try:
         yield
     except Stopped as stopped:

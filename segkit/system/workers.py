@@ -1,4 +1,4 @@
-"""Work on many cases in several processes: as many as cores and memory bear, results in order."""
+"""Work on many cases in several processes, with the results in order."""
 
 import multiprocessing
 import os
@@ -22,11 +22,11 @@ Result = TypeVar("Result")
 def in_processes(
     function: Callable[[Argument], Result], items: Sequence[Argument], num_processes: int
 ) -> Iterator[Result]:
-    """The function of each item, in order, from so many processes; from this one for 0 or 1.
+    """The function's result for each item, in order; 0 or 1 processes mean this one.
 
     Function, items and results must pickle. Torch works in one thread, so that the bits of a result
-    do not depend on how many processes or cores there are. Raises what the function raises, and
-    WorkerError where a process was killed.
+    do not depend on the number of processes or cores. Raises what the function raises, and
+    WorkerError if a process was killed.
     """
     work = partial(_in_one_thread, function)
     if num_processes <= 1:
@@ -48,9 +48,9 @@ def in_processes(
 
 
 def end_with_parent(*_: object) -> None:
-    """Make this process of several end with the one that began it, even where that is killed.
+    """Make this process end with its parent, even if the parent is killed.
 
-    Ctrl-C, which a terminal sends to all of them, is the business of that one.
+    A terminal sends Ctrl-C to all of them; only the parent reacts to it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -65,7 +65,7 @@ def end_with_parent(*_: object) -> None:
 
 @contextmanager
 def loading(workers: int) -> Iterator[None]:
-    """Raise WorkerError where one of so many processes that load patches is killed."""
+    """Raise WorkerError if one of so many processes that load patches is killed."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:

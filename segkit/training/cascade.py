@@ -14,8 +14,9 @@ from typing import Any
 from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
-from segkit.errors import DatasetError, ModelError
+from segkit.errors import ModelError
 from segkit.inference.predictor import Predictor
+from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume
 from segkit.model.folder import (
@@ -159,12 +160,8 @@ def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
 
 
 def _digest(case: CaseFiles, models: Sequence[str]) -> str:
-    try:
-        files = [(str(path.resolve()), path.stat()) for path in case.images]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
     content = {
         "models": models,
-        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in files],
+        "files": file_states(case.images),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,7 @@
-"""`segkit train --dry-run`: a training told before it begins, by two of its steps.
+"""`segkit train --dry-run`: what a training will be and take, measured on two of its steps.
 
-They are real ones, on the device, with the whole config but for a few cases in place of all; what
-they write goes to a folder that is gone afterwards. The first step wakes the libraries, the second
-is measured.
+They are real steps on the device, with the whole config, but on two cases. They write to a folder
+that is removed afterwards. The first step wakes the libraries; the second is measured.
 """
 
 import tempfile
@@ -22,13 +21,10 @@ from segkit.data.dataset import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
 from segkit.io.volume import read_grid
-from segkit.model.build import volume_patch
-from segkit.system.estimates import margin_of, memory_of_step
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import peak_of_process
+from segkit.system.resources import in_words, peak_of_process
 from segkit.system.signals import advising
 from segkit.training.fit import train
-from segkit.training.memory import StepMemory, in_words
 from segkit.training.resolve import check_images, precision
 from segkit.training.split import split_of
 from segkit.training.time_limit import too_slow, wait_for_device
@@ -39,20 +35,20 @@ CASES = 2
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a training will be and what its steps take."""
+class DryRun:
+    """What a training will be, and what its steps take."""
 
     config: Config
     description: ModelDescription
     cut_size: tuple[int, ...]
+    """Voxels of a patch as it is cut, with the margins that it is turned in."""
     training_cases: int
     held_out: int
     parameters: int
     precision: str
     device: str
-    estimate: StepMemory
     peak: int | None
-    """Bytes: of a GPU's memory, or of the process where there is none; None where untold."""
+    """Bytes of the GPU's memory, or of the process on a CPU; None if the system does not tell."""
     before: int
     """Bytes of the process's peak before the first step; 0 on a GPU."""
     seconds: float
@@ -60,7 +56,7 @@ class Rehearsal:
 
     @property
     def fitting(self) -> int | None:
-        """Steps that fit into `trainer.max_time`, validations aside; None where it is not set."""
+        """Steps that fit into `trainer.max_time` without validations; None if it is not set."""
         if self.config.trainer.max_time is None:
             return None
         limit = Timer(duration=self.config.trainer.max_time).time_remaining()
@@ -68,9 +64,9 @@ class Rehearsal:
         return max(int(limit / self.seconds), 1)
 
     def lines(self) -> list[str]:
-        """All of it in words, a line each."""
+        """Everything in words, a line for each part."""
         data, schedule = self.config.data, self.config.train
-        patch = volume_patch(self.description)
+        patch = self.description.volume_patch
         cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} to be turned"
         every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
         total = timedelta(seconds=round(self.seconds * schedule.steps))
@@ -91,7 +87,6 @@ class Rehearsal:
             f"{', '.join(map(str, self.description.network.channels))}",
             f"{schedule.steps} steps of {schedule.optimiser}, {every}; {self.precision} on "
             f"{self.device}",
-            f"memory of a step, estimated: {self.estimate}",
             f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
             f"{schedule.steps} steps would take {total}, validations aside",
         ]
@@ -109,9 +104,10 @@ class Stopwatch(Callback):
         self.device = torch.device("cpu")
         self.before = 0
         self.peak: int | None = None
+        self.cut_size: tuple[int, ...] = ()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note what was taken before."""
+        """Note the memory before the first step."""
         self.device = pl_module.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -126,11 +122,12 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """A step and what came before it, such as cutting its patches, is done."""
+        """Note the time of a step, including the cutting of its patches, and the peak."""
         wait_for_device(self.device)
         now = time.perf_counter()
         self.seconds, self.started = now - self.started, now
         self.loss = float(outputs["loss"])
+        self.cut_size = tuple(batch["label"].shape[1:])
         self.peak = (
             torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda"
@@ -138,10 +135,10 @@ class Stopwatch(Callback):
         )
 
 
-def rehearse(config: Config, *, track: Track = untracked) -> Rehearsal:
-    """Train for two steps on two cases and say what they took; nothing is left of it.
+def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
+    """Train for two steps on two cases, measure them, and leave no files.
 
-    Raises SegkitError as training would, and where a GPU's memory is too small.
+    Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
     dataset = read_dataset(config.data.folder, config.data.files)
@@ -164,18 +161,15 @@ def rehearse(config: Config, *, track: Track = untracked) -> Rehearsal:
                 f"{_size(config.data.patch_size)} does not fit into the GPU's memory; lower "
                 f"data.batch_size, data.patch_size or network.channels"
             ) from None
-    description, asked = run.model.description, str(precision(config))
-    margin = margin_of(config, description)
-    return Rehearsal(
+    return DryRun(
         config=config,
-        description=description,
-        cut_size=tuple(n + 2 * m for n, m in zip(volume_patch(description), margin, strict=True)),
+        description=run.model.description,
+        cut_size=watch.cut_size,
         training_cases=len(train_cases),
         held_out=len(held_out),
         parameters=run.summary["parameters"],
-        precision=asked,
+        precision=str(precision(config)),
         device=str(watch.device),
-        estimate=memory_of_step(config, description, half=asked.startswith(("16", "bf16"))),
         peak=watch.peak,
         before=watch.before,
         seconds=watch.seconds,
@@ -184,27 +178,14 @@ def rehearse(config: Config, *, track: Track = untracked) -> Rehearsal:
 
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
-    """The config of so few steps that nothing but their number and what follows them differs."""
-    changes: dict[str, dict[str, Any]] = {
-        "data": {
-            "spacing": spacing,
-            "validation": 0.0,
-            "fold": None,
-            "cache": cache,
-            "workers": 0,
-        },
-        "train": {
-            "steps": MEASURED_STEPS,
-            "validate_every": MEASURED_STEPS,
-            "patience": None,
-            "pictures": 0,
-        },
-        "trainer": {"max_time": None, "loggers": []},
-    }
+    """The config with only the measured steps, and without all that would follow them."""
+    few = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS, "patience": None}
+    data = {"spacing": spacing, "validation": 0.0, "fold": None, "cache": cache, "workers": 0}
     return config.model_copy(
         update={
-            name: getattr(config, name).model_copy(update=section)
-            for name, section in changes.items()
+            "data": config.data.model_copy(update=data),
+            "train": config.train.model_copy(update={**few, "pictures": 0}),
+            "trainer": config.trainer.model_copy(update={"max_time": None, "loggers": []}),
         }
     )
 

@@ -6,13 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Integer
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
-from segkit.evaluation.overlap import Overlap, confusion_matrix, mean_of_defined
+from segkit.evaluation.overlap import Overlap, mean_of_defined
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
@@ -89,11 +88,12 @@ def dice_of(
 
     Voxels that the reference ignores do not count.
     """
-    matrix = confusion_matrix(
-        torch.from_numpy(prediction.astype(np.int64)),
-        torch.from_numpy(reference.astype(np.int64)),
-        len(labelling.value_names),
+    overlap = Overlap.of_labels(
+        prediction,
+        reference,
+        list(labelling.members.values()),
+        num_labels=len(labelling.value_names),
+        ignore=labelling.ignore,
     )
-    overlap = Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
     dice: list[float] = overlap.dice.tolist()
     return dice

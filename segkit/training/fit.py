@@ -28,7 +28,7 @@ from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import sweep, write_json, write_text
-from segkit.model.build import volume_patch, weight_shapes, wrap_network
+from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.folder import SUMMARY, Model, save_model
 from segkit.nn.external import try_out
 from segkit.nn.normalisation import channels_last
@@ -270,7 +270,7 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
         network = wrap_network(description, network).cpu()
     weights = weights_of(network)
     if description.network.given is not None:
-        try_out(network, torch.zeros(1, len(description.channels), *volume_patch(description)))
+        try_out(network, torch.zeros(1, len(description.channels), *description.volume_patch))
     elif {name: tuple(value.shape) for name, value in weights.state_dict().items()} != (
         weight_shapes(description)
     ):
@@ -282,7 +282,8 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
 
 
 def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
-    head = config.network.attention.head
+    settings = config.network
+    head = None if settings.given else settings.attention.head
     return SegmentationModule(
         _network_of(parts),
         loss=parts.loss,
@@ -304,7 +305,7 @@ def _data_of(parts: TrainingParts, config: Config) -> SegmentationData:
     return SegmentationData(
         PatchDataset(
             parts.cases,
-            patch_size=volume_patch(parts.description),
+            patch_size=parts.description.volume_patch,
             margin=parts.augmentation.margin,
             sampler=parts.sampler,
             seed=config.train.seed,

@@ -19,19 +19,13 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.normalise import build_normalisers
 from segkit.data.patches import ForegroundSampler, PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
+from segkit.data.variation import build_variation
 from segkit.errors import ConfigError
 from segkit.inference.predictor import segment_prepared
-from segkit.model.build import (
-    build_network,
-    build_normalisers,
-    build_variation,
-    check_windows,
-    interpolation_order,
-    volume_patch,
-    wrap_network,
-)
+from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import start_from
 from segkit.nn.external import try_out
 from segkit.nn.losses import (
@@ -170,7 +164,7 @@ def make_parts(
     description = described(describe(config, dataset), first_stage)
     built = _network(config, description, network, begun)
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
-    patch_size, stage = volume_patch(description), description.first_stage
+    patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
     parts = TrainingParts(
         config=config,
@@ -255,7 +249,7 @@ def refuse_replaced(config: Config, given: Sequence[str] = ()) -> None:
 def _network(
     config: Config, description: ModelDescription, module: nn.Module | None, begun: bool
 ) -> SegmentationNetwork:
-    patch_size = volume_patch(description)
+    patch_size = description.volume_patch
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         check_windows(description, (config.data.batch_size, *patch_size))
     L.seed_everything(config.train.seed, workers=True, verbose=False)
@@ -296,7 +290,7 @@ def _stored(
             folder=cache,
             spacing=description.spacing,
             normalisers=build_normalisers(description.normalisation),
-            order=interpolation_order(description),
+            order=description.interpolation_order,
             settings=[setting.model_dump() for setting in description.normalisation],
             first_labels=first_labels,
             track=lambda each: track(each, what, len(cases)),

@@ -5,7 +5,6 @@ code has by then: a null in it says that something is not used, and stands for n
 """
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,17 @@ from segkit.config.data import (
     SynthesisConfig,
     ZScoreConfig,
 )
-from segkit.config.model import ModelDescription, PostprocessingConfig
+from segkit.config.model import ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config, TrainConfig, TrainerConfig
 from segkit.data.dataset import CaseFiles, Dataset, read_case
-from segkit.data.preprocess import foreground_statistics, median_spacing
+from segkit.data.normalise import foreground_statistics
+from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_grid
-from segkit.model.build import mirrored
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
-from segkit.system.speed import half_pays
+from segkit.system.resources import half_pays
 from segkit.training.split import Split, split_of
 
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
@@ -80,24 +79,13 @@ def describe(config: Config, dataset: Dataset) -> ModelDescription:
     """What the model of a resolved config will be."""
     data = config.data
     assert data.spacing is not None and isinstance(data.normalisation, list)
-    return ModelDescription(
-        format=1,
-        segkit=version("segkit"),
-        run=config.name,
-        channels=list(dataset.channels),
-        labels=dataset.labels,
-        regions={name: list(numbers) for name, numbers in dataset.regions.items()},
-        ignore=dataset.ignore,
+    return description_of(
+        config,
+        channels=dataset.channels,
+        labelling=dataset.labelling,
         codes=dataset.codes,
-        network=config.network,
         spacing=data.spacing,
-        interpolation=data.interpolation,
         normalisation=data.normalisation,
-        slices=data.slices,
-        patch_size=data.patch_size,
-        mirror=data.mirror or [],
-        first_stage=None,
-        postprocessing=PostprocessingConfig(largest_foreground=False, largest_of=()),
     )
 
 
@@ -170,7 +158,7 @@ def _data(
     changes: dict[str, Any] = {
         "spacing": spacing,
         "normalisation": _measured(_asked(config, dataset), dataset, split.train, track),
-        "mirror": mirrored(config, list(dataset.labels)),
+        "mirror": config.mirrored(list(dataset.labels)),
         "cache": config.cache or runs / ".cache",
     }
     if config.fold is None:

@@ -16,15 +16,9 @@ from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.planning import make_plan as planning
 from tests.helpers import affine_of
-from tests.small import small_config, small_dataset, trained_run
+from tests.small import small_config, small_dataset
 
 NOISE = np.random.default_rng(0).normal(size=(20, 18, 16)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on small made-up volumes of 1 mm."""
-    return trained_run(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from segkit.checking import check
 from segkit.data import fetch as fetching
 from segkit.data.fetch import Source, decathlon, fetch_dataset, named
 from segkit.errors import DatasetError, SegkitError
-from tests.cli.test_main import run
+from tests.cli.command import run
 from tests.small import small_dataset
 
 NAME = "Task99_Ball"

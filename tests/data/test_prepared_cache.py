@@ -16,7 +16,7 @@ from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.patches import ForegroundSampler, PatchDataset
 from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
-from segkit.data.preprocess import ct_window, prepare, prepare_label, zscore
+from segkit.data.preprocess import prepare, prepare_label
 from segkit.errors import DatasetError, WorkerError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume

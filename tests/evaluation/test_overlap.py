@@ -162,3 +162,6 @@ def test_groups_that_share_labels_overlap_as_their_masks_do_where_nothing_is_ign
         assert overlap.true_positive[number] == (found & right).sum() > 0
         assert overlap.false_positive[number] == (found & ~right).sum()
         assert overlap.false_negative[number] == (right & ~found).sum()
+    arrays = prediction.numpy().astype(np.uint8), reference.numpy().astype(np.uint8)
+    same = Overlap.of_labels(*arrays, groups, num_labels=5, ignore=4)
+    assert torch.equal(same.dice, overlap.dice) and bool((same.dice > 0).all())

@@ -26,7 +26,6 @@ from segkit.inference.predict_files import Input, find_inputs
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import save_model
-from tests.cli.test_main import run
 from tests.explain.heads.test_study import attending_model, noise_case, self_attention
 
 Run = Callable[..., tuple[int, str, str]]
@@ -36,20 +35,18 @@ def predictor_of(**attention: Any) -> Predictor:
     return Predictor(attending_model(**attention), device="cpu")
 
 
-@pytest.fixture
-def scans(tmp_path: Path) -> Path:
+def written_scans(folder: Path) -> Path:
     """Two volumes in `scans`, and their references of the same names in `labels`."""
     for seed, name in enumerate(("a", "b")):
         case = noise_case(8, 8, 8, seed=seed)
-        write_volume(tmp_path / "scans" / f"{name}.nii.gz", case.volume)
-        write_volume(tmp_path / "labels" / f"{name}.nii.gz", case.reference)
-    return tmp_path / "scans"
+        write_volume(folder / "scans" / f"{name}.nii.gz", case.volume)
+        write_volume(folder / "labels" / f"{name}.nii.gz", case.reference)
+    return folder / "scans"
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `segkit explain`; exit code, stdout and stderr."""
-    return lambda *words: run("explain", *words, "--device", "cpu", capsys=capsys)
+def scans(tmp_path: Path) -> Path:
+    return written_scans(tmp_path)
 
 
 def saved_model(folder: Path, **attention: Any) -> Path:
@@ -253,68 +250,6 @@ def test_a_reference_is_the_file_itself_or_its_namesake_in_a_folder(tmp_path: Pa
         reference_of(z, tmp_path)
     with pytest.raises(VolumeError, match=r"nowhere: no such file or folder; check the path$"):
         reference_of(x, tmp_path / "nowhere")
-
-
-def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
-    scans: Path, tmp_path: Path, command: Run
-) -> None:
-    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
-    out, labels = tmp_path / "out", scans.parent / "labels"
-    code, said, err = command(
-        scans, "--out", out, "--model", model, "--heads", "--reference", labels
-    )
-    assert (code, err) == (0, "")
-    expected = {"heads.csv", "heads.json"} | OVER_ALL
-    for name in ("a", "b"):
-        expected |= files_of(name, "bottleneck-received", within=f"{name}/")
-        heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
-        for number, head in enumerate(heads):
-            assert (
-                f"{name} bottleneck head {number}: reaches {head['distance_mm']:.1f} mm "
-                f"({head['distance_over_uniform']:.2f} of uniform attention)"
-            ) in said
-    assert files_in(out) == expected
-    answer = json.loads((out / "heads.json").read_text())["positions"][0]["answer"]
-    assert answer in said.splitlines()
-
-
-def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
-    scans: Path, tmp_path: Path, command: Run
-) -> None:
-    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
-    words = (scans / "a.nii.gz", "--out", tmp_path / "out", "--model", model)
-    code, _, err = command(*words)
-    assert (code, err) == (0, "")
-    assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
-    code, _, err = command(*words)
-    assert code == 2 and err.startswith("segkit: ") and err.count("\n") == 1
-    assert err.endswith("exists already; pass --overwrite or name another --out\n")
-    for name in ("heads.csv", "heads.json"):  # of a study of other volumes, or another model
-        (tmp_path / "out" / name).write_text("earlier")
-    assert command(*words, "--overwrite")[0] == 0
-    assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
-
-
-def test_heads_without_a_reference_are_one_line_and_exit_code_2(
-    scans: Path, tmp_path: Path, command: Run
-) -> None:
-    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
-    code, said, err = command(scans, "--out", tmp_path / "out", "--model", model, "--heads")
-    assert (code, said) == (2, "")
-    assert err == "segkit: --heads compares Dice; give --reference, a label or a folder of them\n"
-    assert not (tmp_path / "out").exists()
-
-
-def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
-    scans: Path, tmp_path: Path, command: Run
-) -> None:
-    model = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig())
-    labels = scans.parent / "labels"
-    words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
-    code, _, err = command(*words)
-    assert code == 2 and err.count("\n") == 1
-    assert err.startswith("segkit: the model has no attention with heads; train one with")
-    assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 
 def test_a_study_of_a_model_without_heads_writes_nothing(scans: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """An explanation as an object: what it holds, and how it shows itself."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import SegkitError, VolumeError
+from segkit.explain.display import Table, Verdict
 from segkit.explain.explain_scan import Explanation, explain_volume
-from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.page.cohort_page import CaseFigures, cohort_text
-from segkit.explain.page.page import Verdict, write_page
-from segkit.explain.verdicts.findings import Findings
-from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.explain.page.page import write_page
+from segkit.explain.verdicts.study import Evidence, Worth
+from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from tests.browser import CHROMIUM, show
 from tests.explain.heads.test_study import attending_model, noise_case
@@ -27,26 +26,15 @@ def gated() -> Predictor:
     return Predictor(attending_model(skip=AdditiveGridGateConfig(levels=[0, 1])), device="cpu")
 
 
-def study(
-    predictor: Predictor,
-    name: str,
-    volume: Volume,
-    reference: Volume | None,
-    maps: Mapping[str, AttentionMap],
-    measures: Sequence[Measure],
-) -> Findings:
-    assert list(maps) == KEYS and name == "<a>" and predictor.model.description.run
-    assert {measure.map for measure in measures} == set(KEYS)
-    told = "with" if reference is not None else "without"
-    verdict = Verdict("skip.1/gate", "redundant", f"Looked at {told} a reference.")
-    return Findings("verdicts", verdicts=(verdict,), figures={"dice": [0.5]})
-
-
 @pytest.fixture(scope="module")
 def explained() -> Explanation:
-    """Of a scan of two windows along its first axis, with its reference and one study."""
+    """Of a scan of two windows along its first axis, with its reference and a verdict."""
     scan = noise_case(12, 8, 8).volume
-    return explain_volume(gated(), scan, layered(scan), name="<a>", studies=[study])
+    verdict = Verdict("skip.1/gate", "redundant", "Looked at with a reference.")
+    worth = Worth(Evidence((), [], [], [], {}), verdicts=(verdict,), tables=(Table("t", [], []),))
+    found = explain_volume(gated(), scan, layered(scan), name="<a>")
+    assert found.worth is None and found.verdicts == ()
+    return replace(found, worth=worth)
 
 
 def layered(scan: Volume) -> Volume:
@@ -106,7 +94,7 @@ def test_dice_counts_both_sides(explained: Explanation) -> None:
     assert explained.dice["foreground"] == pytest.approx(expected)
 
 
-def test_the_page_shows_every_map_and_what_studies_found(explained: Explanation) -> None:
+def test_the_page_shows_every_map_and_verdict(explained: Explanation) -> None:
     page = explained.page()
     assert [layer.name for layer in page.layers] == [*KEYS, "segmentation", "reference"]
     for layer in page.layers[:3]:
@@ -115,6 +103,7 @@ def test_the_page_shows_every_map_and_what_studies_found(explained: Explanation)
         assert_array_equal(layer.values, native.data)
         assert (layer.low, layer.high) == (0, 1)
     assert [verdict.reason for verdict in page.verdicts] == ["Looked at with a reference."]
+    assert page.tables[-1].title == "t"
     bars = {bars.title: iter(bars.bars) for bars in page.bars}
     for one in explained.measures:
         if one.name == "auroc" and np.isfinite(one.value):
@@ -146,18 +135,6 @@ def test_a_widget_without_ipyniivue_is_refused_in_a_sentence(
     monkeypatch.setitem(sys.modules, "ipyniivue", None)
     with pytest.raises(SegkitError, match=r"needs ipyniivue; run pip install 'segkit\[notebook\]'"):
         explained.to_niivue()
-
-
-def test_a_cohort_is_summed_up_over_the_scans_that_have_a_figure() -> None:
-    def case(name: str, value: float) -> CaseFigures:
-        auroc = Measure("skip.1/gate", "map", "<left>", "auroc", value, 0.5)
-        return CaseFigures(name, [auroc], {"<left>": value})
-
-    text = cohort_text([case("a b", 0.6), case("<c>", 0.8), case("d", float("nan"))], {"<x>": "y"})
-    assert "0.700 ± 0.100 (0.500) of 2" in text.replace("\N{NO-BREAK SPACE}", " ")
-    assert 'href="a%20b/index.html"' in text and 'href="%3Cc%3E/index.html"' in text
-    assert "<left>" not in text and "<x>" not in text and "&lt;left&gt;" in text
-    assert "<td>0.800</td>" in text and "<td>–</td>" in text
 
 
 def test_rows_hold_each_measure_with_its_chance(explained: Explanation) -> None:

@@ -23,7 +23,9 @@ from segkit.export.whole_volume import (
     WrittenRegions,
     slice_axis,
 )
+from segkit.geometry.grid import ANISOTROPY as OWN_ANISOTROPY
 from segkit.geometry.grid import Grid
+from segkit.geometry.grid import separate_axis as own_separate_axis
 from segkit.inference import model_walk as member
 from segkit.inference import postprocess as components
 from segkit.inference import windows
@@ -32,8 +34,6 @@ from segkit.inference.regions import written_regions
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model
-from segkit.planning.nnunet_rules import ANISOTROPY as OWN_ANISOTROPY
-from segkit.planning.nnunet_rules import separate_axis as own_separate_axis
 from tests.helpers import affine_of
 
 EVEN = (1.0, 1.0, 1.0)

@@ -9,7 +9,7 @@ from nibabel.orientations import io_orientation
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.geometry.grid import Grid, Orientation, Placement
+from segkit.geometry.grid import Grid, Orientation, Placement, separate_axis
 from tests.helpers import ORIENTATIONS, affine_of, affines, brute_force_centres, grids
 
 SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
@@ -249,3 +249,15 @@ def test_an_input_lies_on_itself_and_dilation_is_one_unless_given() -> None:
     given_dilation = identity.through((3, 2, 1), (2, 2, 2), (1, 0, 0), (1, 1, 1))
     assert identity.through((3, 2, 1), (2, 2, 2), (1, 0, 0)) == given_dilation
     assert given_dilation == Placement((2.0, 2.0, 2.0), (0.0, 0.5, 0.0))
+
+
+def test_slices_are_resampled_apart_where_one_axis_alone_is_coarse() -> None:
+    fine = (1.0, 1.0, 1.0)
+    assert separate_axis((1.0, 1.0, 3.1), fine) == 2
+    assert separate_axis(fine, (3.1, 1.0, 1.0)) == 0
+    assert separate_axis((1.0, 1.0, 3.0), fine) is None
+    assert separate_axis((3.1, 1.0, 3.1), fine) is None
+    assert separate_axis((3.1, 1.0, 3.10001), fine) is None  # equal, but for rounding
+    # What the scan says goes before what the target says.
+    assert separate_axis((3.1, 1.0, 3.1), (1.0, 1.0, 3.1)) is None
+    assert separate_axis((3.1, 1.0, 1.0), (1.0, 1.0, 3.1)) == 0

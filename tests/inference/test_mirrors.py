@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.config.attention import AdditiveGridGateConfig, AttentionConfig
-from segkit.config.data import DataConfig, SynthesisConfig
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
-from segkit.inference.model_walk import mirror_axes
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
-from segkit.model.build import build_network, mirrored
+from segkit.model.build import build_network
 from segkit.model.folder import Model
 from segkit.nn.map_tap import taps
 from segkit.nn.unet import UNet
@@ -151,8 +149,8 @@ def test_planes_are_mirrored_within_themselves_alone(slices: str, axes: tuple[in
         patch_size=(8, 8),
         network=NetworkConfig(spatial_dims=2, channels=[4, 4, 4]),
     ).model_copy(update={"mirror": ["x", "y", "z"], "slices": slices})
-    assert mirror_axes(flat) == axes
-    assert mirror_axes(description(spacing=(1.0, 1.0, 1.0))) == ()
+    assert flat.mirror_axes == axes
+    assert description(spacing=(1.0, 1.0, 1.0)).mirror_axes == ()
 
 
 class SampledCoordinates(UNet):
@@ -213,17 +211,3 @@ def test_constant_gates_stay_constant_when_mirrored() -> None:
     ).maps.values():
         assert attention_map.volume is not None
         assert_allclose(attention_map.volume.data, 0.25, rtol=1e-6)
-
-
-def data_config(**settings: object) -> DataConfig:
-    return DataConfig.model_validate({"folder": "x", "patch_size": [8, 8, 8], **settings})
-
-
-def test_a_model_is_told_what_training_mirrors() -> None:
-    plain, sides = ["background", "liver"], ["background", "left lung", "right lung"]
-    assert mirrored(data_config(), plain) == ["x"]
-    assert mirrored(data_config(), sides) == []
-    assert mirrored(data_config(mirror=["x", "z"]), sides) == ["x", "z"]
-    assert mirrored(data_config(augment=False, mirror=["x"]), plain) == []
-    drawn = data_config(augment=False, mirror=["y"], synthesis=SynthesisConfig())
-    assert mirrored(drawn, plain) == ["y"]

@@ -34,7 +34,7 @@ from segkit.io.dicom import choose_series, read_series
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model
-from tests.cli.test_main import run
+from tests.cli.command import run
 from tests.dicom import write_series
 from tests.helpers import affine_of
 from tests.small import small_config, small_dataset
@@ -150,24 +150,24 @@ def test_statistics_and_preview_are_of_the_labels(
 
 
 def test_a_preview_goes_through_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from segkit.io import montage
+    from segkit.io import pictures
 
     cuts = []
-    seen = montage._slice
+    seen = pictures._cut
 
-    def watched(values: np.ndarray, grid: Grid, axis: int, index: int) -> tuple[np.ndarray, float]:
+    def watched(values: np.ndarray, axis: int, index: int) -> np.ndarray:
         cuts.append((axis, index))
-        return seen(values, grid, axis, index)
+        return seen(values, axis, index)
 
-    monkeypatch.setattr(montage, "_slice", watched)
+    monkeypatch.setattr(pictures, "_cut", watched)
     labels = np.zeros(SHAPE, np.uint8)
     labels[1, 6, 2] = 1
-    panels: list[montage.Panel] = [("labels", labels, "labels")]
+    panels: list[pictures.Panel] = [("labels", labels, "labels")]
     names: Mapping[int, str] = {1: "spot"}
     for code, place in (("RAS", (1, 6, 2)), ("LPS", (SHAPE[0] - 2, SHAPE[1] - 7, 2))):
         cuts.clear()
         grid = Grid(SHAPE, affine_of(code))
-        montage.write_montage(
+        pictures.write_montage(
             tmp_path / "x.png", np.ones(SHAPE), grid, panels, label_names=names, through=labels
         )
         assert set(cuts) == set(enumerate(place))
@@ -186,7 +186,7 @@ def test_a_dicom_segmentation_is_of_a_series_alone(series: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("package", "keys"), [("matplotlib", {"preview": True}), ("highdicom", {"as_dicom": True})]
+    ("package", "keys"), [("PIL", {"preview": True}), ("highdicom", {"as_dicom": True})]
 )
 def test_what_is_not_installed_is_told_before_anything_is_segmented(
     package: str,

@@ -202,3 +202,9 @@ def test_nothing_that_comes_out_can_be_run(tmp_path: Path) -> None:
         archive.addfile(info)
     unpack(tmp_path / "archive.tar", tmp_path / "out")
     assert not (tmp_path / "out" / "run.sh").stat().st_mode & (0o111 | stat.S_ISUID | stat.S_ISGID)
+
+
+@pytest.mark.parametrize("name", [".", "./", "a/"])
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path, name: str) -> None:
+    archive = as_tar(tmp_path / "archive.tar", {"a/b": b"content", name: b"content"})
+    refused(archive, tmp_path, "takes the place of another")

@@ -21,7 +21,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.checking import describe_volume
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import SUFFIXES, Volume, read_grid, read_labels, read_volume, write_volume
+from segkit.io.volume import (
+    WRITTEN_SUFFIXES,
+    Volume,
+    read_grid,
+    read_labels,
+    read_volume,
+    write_volume,
+)
 from tests.helpers import affine_of
 
 SHAPE = (3, 4, 5)
@@ -397,7 +404,7 @@ def test_where_sform_and_qform_disagree_the_sform_is_used_and_it_is_said(tmp_pat
     assert "placed by its sform (sform code 2, qform code 1)\n" in said
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 def test_half_precision_is_written_as_single(tmp_path: Path, suffix: str) -> None:
     values = np.array([0.1, -65504, 65504, 6e-8], np.float16).reshape(1, 2, 2)
     write_volume(tmp_path / f"scan{suffix}", Volume(values, Grid((1, 2, 2), np.eye(4))))
@@ -412,7 +419,7 @@ def test_values_that_are_no_numbers_are_read_as_they_are(tmp_path: Path) -> None
     assert_array_equal(read_volume(nifti(tmp_path / "scan.nii.gz", values)).data, values)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 @pytest.mark.parametrize("value", [0, -3])
 def test_constant_images_are_images(tmp_path: Path, suffix: str, value: int) -> None:
     values = np.full(SHAPE, value, np.int16)

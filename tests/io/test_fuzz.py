@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import fuzz as fuzzing
-from benchmarks.faults.fuzz import OUTCOMES, fuzz, mutated, outcome_of, valid_files, watched
+from benchmarks.faults.fuzz import (
+    OUTCOMES,
+    data_files,
+    fuzz,
+    mutated,
+    outcome_of,
+    valid_files,
+    watched,
+)
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import SUFFIXES, Volume, read_volume, write_volume
@@ -35,6 +43,8 @@ def test_ten_thousand_mutated_files_are_accepted_or_refused(tmp_path: Path) -> N
 def test_every_file_that_is_mutated_is_valid_before(tmp_path: Path) -> None:
     files = valid_files()
     assert {"".join(Path(name).suffixes) for name in files} == set(SUFFIXES)
+    for name, content in data_files(files).items():
+        (tmp_path / name).write_bytes(content)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         assert outcome_of(tmp_path / name) == "accepted", name

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import (
-    SUFFIXES,
+    WRITTEN_SUFFIXES,
     Volume,
     read_grid,
     read_volume,
@@ -134,7 +134,7 @@ def test_what_is_written_is_what_simpleitk_reads(tmp_path: Path, kind: str, suff
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_format_keeps_every_voxels_place(tmp_path: Path, affine: ndarray) -> None:
     values, grid = values_of("float32"), Grid(SHAPE, affine)
-    for suffix in SUFFIXES:
+    for suffix in WRITTEN_SUFFIXES:
         path = tmp_path / f"scan{suffix}"
         write_volume(path, Volume(values, grid))
         again = read_volume(path)
@@ -172,7 +172,7 @@ def test_an_nrrds_space_says_which_way_its_axes_run(tmp_path: Path, space: str) 
     assert_array_equal(volume.data[0], [[0, 2, 4], [1, 3, 5]])
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 @pytest.mark.parametrize(
     "shape", [(1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1), (3, 4, 5, 2), (3, 4, 1, 3)]
 )
@@ -333,7 +333,7 @@ def test_a_sheared_sform_is_kept_and_the_qform_beside_it_too(tmp_path: Path) -> 
         nib.load(tmp_path / "like.nii.gz").header, nib.load(tmp_path / "in.nii.gz").header
     )
     half = volume.grid.placed((1, 2, 2), (2, 2, 2), (0.5, 0.5, 0.5))
-    for suffix in SUFFIXES:
+    for suffix in WRITTEN_SUFFIXES:
         write_volume(tmp_path / f"half{suffix}", volume.on(half, np.zeros((1, 2, 2), np.uint8)))
         assert read_grid(tmp_path / f"half{suffix}").agrees_with(half)
 
@@ -513,7 +513,7 @@ def test_a_grid_is_read_from_the_header_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError("no space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 def test_a_write_that_fails_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, failure: BaseException
 ) -> None:
@@ -536,7 +536,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert kept.read_bytes() == content
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 def test_a_write_replaces_the_volume_it_was_read_from(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"scan{suffix}"
     write_volume(path, Volume(values_of("float32"), Grid(SHAPE, affine_of("RAS"))))
@@ -546,7 +546,7 @@ def test_a_write_replaces_the_volume_it_was_read_from(tmp_path: Path, suffix: st
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 def test_the_same_volume_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:

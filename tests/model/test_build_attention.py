@@ -1,18 +1,14 @@
-"""Settings of attention: how they are written, what is refused, and which modules they become."""
+"""Settings of attention become modules: which, and where."""
 
-import inspect
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from segkit.config import attention as config_attention
-from segkit.config.attention import AttentionConfig, SelfAttentionConfig
-from segkit.config.base import Section
-from segkit.config.load import dump_yaml, load_config, validated
+from segkit.config.attention import SelfAttentionConfig
+from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.errors import ConfigError
@@ -27,52 +23,7 @@ from segkit.nn.blocks import Modulated
 from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
-
-SMALLEST = "data: {folder: scans, patch_size: [32, 32, 16]}\n"
-
-BLOCKS: dict[str, dict[str, Any]] = {
-    "se": {"reduction": 4},
-    "eca": {},
-    "cbam": {"reduction": 2, "kernel_size": 3},
-    "bam": {"reduction": 8, "dilation": 2},
-    "scse": {"reduction": 3, "aggregation": "concat"},
-    "spatial": {"kernel_size": 5},
-    "sse": {},
-    "gc": {"reduction": 4, "fusion": "scale"},
-}
-# Of every kind at every place, each option at another value than its default.
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "skip": {
-        "additive_grid": {
-            "levels": [0, 2],
-            "coefficients": "hard",
-            "gates": 2,
-            "initial_bias": 1.5,
-            "output_transform": True,
-        },
-        "additive_same_level": {"levels": [1], "coefficients": "softmax", "initial_bias": -1.0},
-        "cross_attention": {"levels": [1, 2], "heads": [2, 3], "head_channels": 8},
-        "u_transformer": {"levels": [0], "heads": 3, "head_channels": 16, "initial_bias": 0.0},
-    },
-    "encoder": BLOCKS,
-    "decoder": BLOCKS,
-    "bottleneck": {
-        "self_attention": {
-            "heads": 3,
-            "head_channels": 8,
-            "positions": "rotary",
-            "window": [2, 2, 1],
-        },
-        "additive_self": {"width": 7},
-    },
-    "head": {
-        "mean": {"weight": 0.5},
-        "gated": {"width": 9, "weight": 1.0},
-        "learned_query": {"weight": 0.25},
-    },
-}
-KINDS = [(place, kind) for place, kinds in OPTIONS.items() for kind in kinds]
-every_kind = pytest.mark.parametrize(("place", "kind"), KINDS)
+from tests.config.test_attention import OPTIONS, every_kind
 
 CLASSES: dict[str, type[nn.Module]] = {
     "additive_grid": gates.AdditiveGridGate,
@@ -98,31 +49,6 @@ SIZES: dict[int, dict[str, Any]] = {
     2: {"folder": "scans", "patch_size": [48, 48]},
     3: {"folder": "scans", "patch_size": [48, 48, 48]},
 }
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text(SMALLEST)
-    return tmp_path / "config.yaml"
-
-
-def sections() -> dict[str, type[Section]]:
-    """The settings of each kind."""
-    return {
-        section.model_fields["kind"].default: section
-        for section in vars(config_attention).values()
-        if inspect.isclass(section)
-        and issubclass(section, Section)
-        and "kind" in section.model_fields
-    }
-
-
-def config_of(attention: dict[str, Any], **network: Any) -> Config:
-    """A config of three levels, whose coarsest grid has 4 cells along each axis."""
-    tree = {"channels": [8, 16, 32], **network, "attention": attention}
-    patch_size = [16] * int(tree.get("spatial_dims", 3))
-    data = {"folder": "scans", "patch_size": patch_size}
-    return validated(Config, {"data": data, "network": tree}, "settings")
 
 
 def built(
@@ -173,221 +99,6 @@ def attention_of(network: UNet) -> dict[str, nn.Module]:
 def squeezed_widths(module: nn.Module) -> set[int]:
     """Out of how many channels the channels' maps are made."""
     return {part.squeeze.out_features for part in module.modules() if hasattr(part, "squeeze")}
-
-
-# How they are written
-
-
-def test_the_kinds_and_options_tested_here_are_all_there_are() -> None:
-    found = sections()
-    assert set(found) == {kind for _, kind in KINDS}
-    for place, kind in KINDS:
-        defaults = found[kind]().model_dump(exclude={"kind"})
-        assert OPTIONS[place][kind].keys() == defaults.keys()
-        assert all(OPTIONS[place][kind][name] != default for name, default in defaults.items())
-
-
-@every_kind
-def test_a_kind_is_a_bare_word_or_a_mapping(path: Path, place: str, kind: str) -> None:
-    word = load_config(path, [f"network.attention.{place}={kind}"])
-    mapping = load_config(path, [f"network.attention.{place}={{kind: {kind}}}"])
-    path.write_text(SMALLEST + f"network: {{attention: {{{place}: {kind}}}}}\n")
-    assert word == mapping == load_config(path)
-    assert getattr(word.network.attention, place) == sections()[kind]()
-
-
-@pytest.mark.parametrize("default", [True, False], ids=["defaults", "options"])
-@every_kind
-def test_a_kind_survives_being_written_out(
-    tmp_path: Path, place: str, kind: str, default: bool
-) -> None:
-    options = {} if default else OPTIONS[place][kind]
-    config = config_of({place: {"kind": kind, **options}}, channels=[8, 16, 32, 64])
-    (tmp_path / "written.yaml").write_text(dump_yaml(config))
-    again = load_config(tmp_path / "written.yaml")
-    assert again == config
-    found = getattr(again.network.attention, place)
-    assert type(found) is sections()[kind]
-    assert found.model_dump() == {**sections()[kind]().model_dump(), **options}
-
-
-def test_every_place_survives_being_written_out_beside_the_others(tmp_path: Path) -> None:
-    config = config_of({place: list(kinds)[-1] for place, kinds in OPTIONS.items()})
-    (tmp_path / "written.yaml").write_text(dump_yaml(config))
-    assert load_config(tmp_path / "written.yaml") == config
-    assert None not in config.network.attention.model_dump().values()
-
-
-# What is refused
-
-
-NOT_A_KIND = {
-    "skip": "'additive_grid', 'additive_same_level', 'cross_attention', 'u_transformer'",
-    "encoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
-    "decoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
-    "bottleneck": "'self_attention', 'additive_self'",
-    "head": "'mean', 'gated', 'learned_query'",
-}
-
-
-@pytest.mark.parametrize("place", list(NOT_A_KIND))
-def test_a_kind_that_is_none_of_a_places_is_refused_with_those_that_are(place: str) -> None:
-    of_another_place = "se" if place in ("skip", "bottleneck", "head") else "additive_grid"
-    for kind in ("softmax", of_another_place):
-        reason = rf"^settings: network\.attention\.{place}\.kind is '{kind}'; choose "
-        with pytest.raises(ConfigError, match=reason + NOT_A_KIND[place] + "$"):
-            config_of({place: kind})
-
-
-@every_kind
-def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -> None:
-    reason = rf"^settings: network\.attention\.{place}\.qqq is not a setting$"
-    with pytest.raises(ConfigError, match=reason):
-        config_of({place: {"kind": kind, "qqq": 1}})
-
-
-@pytest.mark.parametrize(
-    ("place", "options", "reason"),
-    [
-        ("encoder", {"kind": "se", "reduction": -2}, "reduction is -2: it should be greater than"),
-        ("decoder", {"kind": "gc", "reduction": 0}, "reduction is 0: it should be greater than 0"),
-        ("encoder", {"kind": "se", "reductoin": 2}, r"reductoin is not .* \(did you mean reductio"),
-        ("encoder", {"kind": "cbam", "kernel_size": 4}, "kernel_size must be odd"),
-        ("decoder", {"kind": "spatial", "kernel_size": 2}, "kernel_size must be odd"),
-        ("decoder", {"kind": "spatial", "kernel_size": -3}, "kernel_size is -3: it should be gr"),
-        ("encoder", {"kind": "bam", "dilation": 0}, "dilation is 0: it should be greater than 0"),
-        (
-            "encoder",
-            {"kind": "scse", "aggregation": "mul"},
-            "aggregation is 'mul': it should be 'm",
-        ),
-        (
-            "decoder",
-            {"kind": "gc", "fusion": "mul"},
-            "fusion is 'mul': it should be 'add' or 'scal",
-        ),
-        ("skip", {"kind": "additive_grid", "levels": [2]}, "levels must lie in 0 … 1"),
-        ("skip", {"kind": "additive_same_level", "levels": [0, 7]}, "levels must lie in 0 … 1"),
-        ("skip", {"kind": "cross_attention", "levels": [2]}, "levels must lie in 0 … 1"),
-        ("skip", {"kind": "u_transformer", "levels": [-1]}, r"levels\.0 is -1: it should be grea"),
-        ("skip", {"kind": "additive_grid", "gates": 0}, "gates is 0: it should be greater than 0"),
-        ("skip", {"kind": "additive_grid", "coefficients": "tanh"}, "coefficients is 'tanh': it s"),
-        (
-            "skip",
-            {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
-            r"heads must be a number or hold 2, one for each of the levels \[0, 1\]",
-        ),
-        (
-            "skip",
-            {"kind": "u_transformer", "heads": [1, 2]},
-            r"heads must be a number or hold 1, one for each of the levels \[1\]",
-        ),
-        (
-            "bottleneck",
-            {"kind": "self_attention", "window": [2, 2]},
-            r"window must hold 3 numbers, as network\.spatial_dims is 3",
-        ),
-        ("bottleneck", {"kind": "self_attention", "window": [2]}, r"window is \[2\]: list should"),
-        ("bottleneck", {"kind": "self_attention", "window": [2, 0, 2]}, r"window\.1 is 0: it sho"),
-        ("bottleneck", {"kind": "self_attention", "heads": 0}, "heads is 0: it should be greater"),
-        ("bottleneck", {"kind": "self_attention", "positions": "alibi"}, "positions is 'alibi': "),
-        (
-            "bottleneck",
-            {"kind": "self_attention", "positions": "rotary", "head_channels": 5},
-            "positions: rotary needs 6 channels or more .*, found 5",
-        ),
-        ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),
-        ("head", {"kind": "mean", "weight": 0}, "weight is 0: it should be greater than 0"),
-        ("head", {"kind": "gated", "width": -1}, "width is -1: it should be greater than 0"),
-    ],
-)
-def test_an_option_that_is_wrong_is_refused_by_its_name(
-    place: str, options: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(ConfigError, match=rf"^settings: network\.attention\.{place}\.{reason}"):
-        config_of({place: options})
-
-
-@pytest.mark.parametrize(("spatial_dims", "fewest"), [(2, 4), (3, 6)])
-def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: int) -> None:
-    def sincos(channels: int) -> Config:
-        setting = {"kind": "self_attention", "positions": "sincos"}
-        return config_of(
-            {"bottleneck": setting}, channels=[8, 16, channels], spatial_dims=spatial_dims
-        )
-
-    def rotary(channels: int) -> Config:
-        setting = {"kind": "self_attention", "positions": "rotary", "head_channels": channels}
-        return config_of({"bottleneck": setting}, spatial_dims=spatial_dims)
-
-    def skip(channels: int) -> Config:
-        return config_of(
-            {"skip": {"kind": "cross_attention", "levels": [0]}},
-            channels=[channels, 16, 16],
-            spatial_dims=spatial_dims,
-        )
-
-    for narrow, reason in (
-        (sincos, rf"bottleneck\.positions: sincos needs {fewest} channels or more"),
-        (rotary, rf"bottleneck\.positions: rotary needs {fewest} channels or more"),
-        (skip, rf"skip needs network\.channels of {fewest} or more to tell positions"),
-    ):
-        assert narrow(fewest).network.spatial_dims == spatial_dims
-        with pytest.raises(
-            ConfigError, match=rf"network\.attention\.{reason}.* found {fewest - 1}"
-        ):
-            narrow(fewest - 1)
-
-
-def test_attention_that_tells_no_positions_may_be_narrow() -> None:
-    for positions in ("none", "relative"):
-        setting = {"kind": "self_attention", "positions": positions, "head_channels": 1}
-        config = config_of({"bottleneck": setting, "skip": "additive_grid"}, channels=[1, 1, 1])
-        assert config.network.channels == [1, 1, 1]
-
-
-def test_a_window_has_two_numbers_in_2d() -> None:
-    setting = {"kind": "self_attention", "window": [2, 2, 2]}
-    with pytest.raises(ConfigError, match=r"bottleneck\.window must hold 2 numbers"):
-        config_of({"bottleneck": setting}, spatial_dims=2)
-    config_of({"bottleneck": {**setting, "window": [2, 2]}}, spatial_dims=2)
-
-
-# At which skips
-
-
-@pytest.mark.parametrize(
-    ("kind", "num_levels", "expected"),
-    [
-        ("additive_grid", 4, [1, 2]),
-        ("cross_attention", 4, [1, 2]),
-        ("u_transformer", 4, [1, 2]),
-        ("additive_same_level", 4, [0, 1, 2]),
-        ("additive_grid", 3, [1]),
-        ("additive_same_level", 2, [0]),
-    ],
-)
-def test_by_default_all_skips_attend_but_the_finest_unless_it_is_cheap(
-    kind: str, num_levels: int, expected: list[int]
-) -> None:
-    attention = AttentionConfig(skip=kind)  # type: ignore[arg-type]
-    assert attention.skip_levels(num_levels) == expected
-
-
-@pytest.mark.parametrize("kind", list(OPTIONS["skip"]))
-@pytest.mark.parametrize(
-    ("levels", "expected"),
-    [([0], [0]), ([2, 0], [0, 2]), ([1, 2, 1, 1], [1, 2]), ([], []), ([2, 1, 0], [0, 1, 2])],
-)
-def test_levels_that_are_given_count_once_from_the_finest(
-    kind: str, levels: list[int], expected: list[int]
-) -> None:
-    skip: Any = {"kind": kind, "levels": levels}
-    assert AttentionConfig(skip=skip).skip_levels(4) == expected
-
-
-def test_without_attention_at_skips_there_are_no_levels() -> None:
-    assert AttentionConfig(encoder="se", head="mean").skip_levels(4) == []  # type: ignore[arg-type]
 
 
 # Which modules they become

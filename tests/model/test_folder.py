@@ -1,5 +1,6 @@
 """A model folder gives back the network that was put in, and nothing else."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from segkit.model.build import build_network
 from segkit.model.folder import (
     Model,
     adopt,
+    checksums_of,
     load_description,
     load_model,
     model_folders,
@@ -175,3 +177,16 @@ def test_normalisation_survives_the_round_trip(tmp_path: Path) -> None:
         ZScoreConfig(),
         ZScoreConfig(nonzero=True),
     ]
+
+
+def test_a_model_has_the_checksums_of_its_files_before_and_after_it_is_written(
+    tmp_path: Path,
+) -> None:
+    model = small_model()
+    save_model(tmp_path, model)
+    expected = {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("model.json", "weights.safetensors")
+    }
+    assert checksums_of(model) == checksums_of(load_model(tmp_path)) == expected
+    assert checksums_of(small_model(1)) != expected

@@ -13,7 +13,7 @@ from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 from segkit.planning import fingerprint as module
-from segkit.planning.fingerprint import Fingerprint, fingerprint
+from segkit.planning.fingerprint import fingerprint
 from segkit.planning.nnunet_rules import Intensities
 from segkit.planning.plan import plan_for_memory
 from tests.helpers import affine_of
@@ -168,13 +168,6 @@ def test_intensities_do_not_depend_on_the_order_of_cases(three: Dataset, tmp_pat
     for one, other in zip(back.intensities, forth.intensities, strict=True):
         assert one is not None and other is not None
         assert list(vars(one).values()) == pytest.approx(list(vars(other).values()), rel=1e-12)
-
-
-def test_a_fingerprint_comes_back_from_json(three: Dataset, tmp_path: Path) -> None:
-    two = replace(three, channels=("MRI",))
-    found = fingerprint(two, cache=tmp_path / "cache", workers=0)
-    for each in (found, replace(found, intensities=(None,))):
-        assert Fingerprint.from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
 def test_a_plan_is_made_of_a_fingerprints_numbers(three: Dataset, tmp_path: Path) -> None:

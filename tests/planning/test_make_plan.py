@@ -9,11 +9,9 @@ from torch import Tensor
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.model.build import default_mirror
 from segkit.nn.slicewise import SegmentationNetwork
 from segkit.planning import make_plan as planning
 from segkit.planning.make_plan import Planned, Preset, plan_dataset
-from segkit.system.speed import multiply_adds_per_second
 from segkit.training.fit import train
 from tests.small import magnified, small_dataset
 
@@ -168,22 +166,3 @@ def test_steps_take_nine_tenths_of_the_time(
     assert config.train.steps == 10 * 60 * 0.9 / 0.5 // 50 * 50
     assert config.train.steps / config.train.validate_every == pytest.approx(10, abs=1)
     assert config.train.averaging == 0.999
-
-
-def test_the_measured_speed_is_that_of_a_processor() -> None:
-    assert 1e8 < multiply_adds_per_second() < 1e14
-
-
-@pytest.mark.parametrize(
-    ("labels", "axes"),
-    [
-        (["background", "liver", "spleen"], ["x"]),
-        (["background", "Left Kidney", "Right Kidney"], []),
-        (["background", "kidney_left"], []),
-        (["background", "lh.cortex"], []),
-        (["background", "hippocampus-R"], []),
-        (["background", "cleft", "bright", "central"], ["x"]),
-    ],
-)
-def test_what_tells_left_from_right_is_not_mirrored(labels: list[str], axes: list[str]) -> None:
-    assert default_mirror(labels) == axes

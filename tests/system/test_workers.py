@@ -5,8 +5,6 @@ import pytest
 import torch
 
 from segkit.errors import WorkerError
-from segkit.system import resources as machine
-from segkit.system.resources import free_memory, num_cores
 from segkit.system.workers import in_processes, loading
 
 
@@ -37,36 +35,6 @@ def test_several_processes_keep_the_order_and_tell_what_went_wrong() -> None:
 def test_a_process_that_dies_is_told_in_one_sentence() -> None:
     with pytest.raises(WorkerError, match=r"^one of 2 processes [^\n]* was killed[^\n]*$"):
         list(in_processes(os._exit, [1], 2))
-
-
-def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
-    assert num_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert num_cores() == 1
-
-
-def test_free_memory_is_what_linux_and_the_container_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = tmp_path / "meminfo"
-    monkeypatch.setattr(machine, "MEMORY_STATE", state)
-    monkeypatch.setattr(machine, "MEMORY_LIMITS", tmp_path)
-    half = free_memory()
-    assert half > 0  # of what is built in, as nothing is told
-    state.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 300 kB\n")
-    assert free_memory() == 300 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
-    assert free_memory() == 300 * 1024
-    (tmp_path / "memory.max").write_text("3000\n")
-    assert free_memory() == 2000
-    (tmp_path / "memory.max").write_text("500\n")
-    assert free_memory() == 0
-    monkeypatch.setattr(machine, "MEMORY_STATE", tmp_path / "none")
-    monkeypatch.delattr(os, "sysconf")
-    assert free_memory() == 4 * 1024**3
 
 
 DEATHS = [

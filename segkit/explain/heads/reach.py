@@ -16,7 +16,6 @@ from torch import Tensor
 
 from segkit.config.model import ModelDescription
 from segkit.inference.predictor import Predictor
-from segkit.model.build import ACROSS
 from segkit.nn.map_tap import Edit, editing, taps
 from segkit.nn.positions import cells_of
 
@@ -151,8 +150,8 @@ def _matrices(
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, tuple[float, ...]]]:
     """Cells, window and pitch (mm) of each matrix of attention, by position."""
     spacing = list(description.spacing)
-    if description.network.spatial_dims == 2:
-        spacing.pop(ACROSS[description.slices])
+    if description.axis_across is not None:
+        spacing.pop(description.axis_across)
     found = {}
     for tap in taps(network).values():
         if tap.kind != "received" or tap.info is None or tap.info.placement is None:

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.config.labels import Labelling
@@ -21,7 +22,8 @@ from segkit.errors import ModelError, VolumeError
 from segkit.evaluation.overlap import Overlap, confusion_matrix
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import stream
-from segkit.io.volume import Volume
+from segkit.io.inputs import Input, read_input
+from segkit.io.volume import Volume, read_labels
 from segkit.nn.cross_attention import CrossAttention, UTransformerGate
 from segkit.nn.losses import dice_binary_cross_entropy, dice_cross_entropy
 from segkit.nn.map_tap import Edit, editing
@@ -31,22 +33,6 @@ from segkit.system.progress import Track, untracked
 MultiHeaded = SelfAttention | CrossAttention | UTransformerGate
 
 
-class LabelledCase(Protocol):
-    """A volume and the labels that are right for it, held in memory or read when looked at."""
-
-    @property
-    def name(self) -> str:
-        """What to call it."""
-
-    @property
-    def volume(self) -> Volume:
-        """The volume."""
-
-    @property
-    def reference(self) -> Volume:
-        """Its labels."""
-
-
 @dataclass(frozen=True, eq=False)
 class ScoredVolume:
     """A volume and the labels that are right for it."""
@@ -54,6 +40,32 @@ class ScoredVolume:
     name: str
     volume: Volume
     reference: Volume
+
+
+@dataclass(frozen=True)
+class CaseOnDisk:
+    """A volume and its reference, read each time that they are looked at."""
+
+    source: Input
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The volume's."""
+        return self.source.name
+
+    @property
+    def volume(self) -> Volume:
+        """The volume."""
+        return read_input(self.source)
+
+    @property
+    def reference(self) -> Volume:
+        """Its labels."""
+        return read_labels(self.path)
+
+
+LabelledCase = ScoredVolume | CaseOnDisk
 
 
 @dataclass(frozen=True)
@@ -308,10 +320,15 @@ def head_importance(
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
     labelling = predictor.model.description.labelling
-    found = _tensor(predictor(case.volume).labels)
-    matrix = confusion_matrix(found, _tensor(case.reference), len(labelling.value_names))
-    groups = list(labelling.members.values())
-    return float(Overlap.of_groups(matrix, groups, ignore=labelling.ignore).dice.nanmean())
+    found = predictor(case.volume).labels
+    return float(overlap_with(found, case.reference, labelling).dice.nanmean())
+
+
+def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Overlap:
+    """Overlap of every class or region of two label volumes, in the labelling's order."""
+    labels = [torch.from_numpy(volume.data.astype("int64")) for volume in (found, reference)]
+    matrix = confusion_matrix(labels[0], labels[1], len(labelling.value_names))
+    return Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
 
 
 def check_case(case: LabelledCase, labelling: Labelling) -> None:
@@ -328,10 +345,6 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
         )
     if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
         raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
-
-
-def _tensor(volume: Volume) -> Integer[Tensor, "x y z"]:
-    return torch.from_numpy(volume.data.astype("int64"))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,14 +10,8 @@ from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
 from segkit.explain.measures.cells import Cells, pictures, seen_part
 from segkit.explain.measures.fuse import scalar
-from segkit.explain.measures.statistics import (
-    Figure,
-    Ranked,
-    distribution,
-    localisation,
-    near_structure,
-    spearman,
-)
+from segkit.explain.measures.ranks import Ranked, spearman
+from segkit.explain.measures.statistics import Figure, distribution, localisation, near_structure
 from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 

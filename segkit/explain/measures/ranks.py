@@ -1,6 +1,8 @@
 """What ranks alone can tell: do two maps agree, do cases agree, and are many tests too many?"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -9,8 +11,6 @@ from scipy import stats
 
 MOST_EXACT = 50
 """Cases up to which all signs are counted; beyond, the normal approximation serves."""
-
-
 LAST_DIGITS = 2.0**-18
 """Of a map's largest value: what sums over windows may be off by, and no cell is higher for it."""
 
@@ -29,19 +29,30 @@ def settled(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
     return np.round(values / step) * step
 
 
-def spearman(first: Float[ndarray, "*cells"], second: Float[ndarray, "*cells"]) -> float | None:
-    """Spearman's rank correlation of two maps on one grid, from -1 to 1; ties take mean ranks.
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A map's values with their ranks, found once for everything that goes by rank."""
 
-    1 for equal maps, even where they are constant; else None where either is, which has no ranks.
-    Values that differ in their last digits alone are the same.
+    values: Float[ndarray, "*cells"]
+    ranks: Float[ndarray, " cells"]
+    """From 1 on, in the order of memory. Equal values share their mean rank; so do values that
+    differ by less than blending windows in float32 may be off by (`settled`)."""
+
+    @classmethod
+    def of(cls, values: Float[ndarray, "*cells"]) -> Self:
+        """The values with their ranks."""
+        return cls(values, stats.rankdata(settled(values), axis=None))
+
+
+def spearman(first: Ranked, second: Ranked) -> float:
+    """Spearman's rank correlation of two maps on one grid, from -1 to 1.
+
+    NaN if either map is constant, as it has no ranks.
     """
-    if np.array_equal(first, second):
-        return 1.0
-    first, second = settled(first), settled(second)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    ranks = [stats.rankdata(values, axis=None) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    if np.ptp(first.ranks) == 0 or np.ptp(second.ranks) == 0:
+        return float("nan")
+    one, other = first.ranks - first.ranks.mean(), second.ranks - second.ranks.mean()
+    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
 def signed_rank_p(changes: Sequence[float]) -> float:

@@ -6,15 +6,13 @@ structure that no cell or every cell lies in, or of ranks that are all alike.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy.ndimage import distance_transform_edt
-from scipy.stats import rankdata
 
-from segkit.explain.measures.ranks import settled
+from segkit.explain.measures.ranks import Ranked
 
 NEAR_AN_END = 0.02
 """Within how much of an end of its range a map's value counts as saturated, for a range of 1."""
@@ -29,21 +27,6 @@ class Figure:
     name: str
     value: float
     chance: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """A map's values with their ranks, found once for all that goes by rank."""
-
-    values: CellValues
-    ranks: CellValues
-    """From 1 on, those of equal values their mean. Values that differ by less than blending windows
-    in float32 may be off by are equal (`segkit.explain.measures.ranks.settled`)."""
-
-    @classmethod
-    def of(cls, values: CellValues) -> Self:
-        """The values with their ranks."""
-        return cls(values, rankdata(settled(values)))
 
 
 def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
@@ -150,11 +133,3 @@ def saturation(values: CellValues, lowest: float, highest: float) -> tuple[float
     low = np.mean(values <= lowest + NEAR_AN_END) if np.isfinite(lowest) else np.nan
     high = np.mean(values >= highest - NEAR_AN_END) if np.isfinite(highest) else np.nan
     return float(low), float(high)
-
-
-def spearman(values: Ranked, others: Ranked) -> float:
-    """The correlation of the mid-ranks; NaN where either is constant."""
-    if np.ptp(values.ranks) == 0 or np.ptp(others.ranks) == 0:
-        return float("nan")
-    first, second = values.ranks - values.ranks.mean(), others.ranks - others.ranks.mean()
-    return float(first @ second / np.sqrt((first @ first) * (second @ second)))

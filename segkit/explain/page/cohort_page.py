@@ -1,67 +1,34 @@
 """A page over several scans: their measures summed up, and a link to the page of each."""
 
-import base64
-import hashlib
 import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from segkit.explain.display import Verdict
 from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.page.page import Verdict
-from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row
-
-STYLE = """
-:root {
-  color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --ink: #1b2430; --faint: #5b6778;
-  --rule: #d9dee6; --accent: #0f766e; --informative: #137a43; --redundant: #95590a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #0e1217; --card: #171d25; --ink: #e6ebf2; --faint: #98a4b5; --rule: #2b3440;
-    --accent: #5eead4; --informative: #6ee7a0; --redundant: #fbbf5a;
-  }
-}
-body {
-  max-width: 1240px; margin: 24px auto; padding: 0 20px; background: var(--ground);
-  color: var(--ink); font: 14px/1.45 system-ui, "Segoe UI", Roboto, Arial, sans-serif;
-}
-h1 { font-size: 19px; }
-h2 { margin: 28px 0 10px; font-size: 16px; }
-a { color: var(--accent); }
-footer, body > p { color: var(--faint); }
-footer { margin-top: 24px; font-size: 12.5px; }
-.card {
-  margin: 0 0 12px; padding: 10px 14px; overflow-x: auto; background: var(--card);
-  border: 1px solid var(--rule); border-radius: 10px;
-}
-.card p { margin: 0; }
-.informative { color: var(--informative); }
-.redundant { color: var(--redundant); }
-.uninformative { color: var(--faint); }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td {
-  padding: 4px 12px 4px 0; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--rule);
-}
-th { color: var(--faint); font-weight: 400; font-size: 12.5px; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-.facts td { white-space: normal; }
-@media (max-width: 1100px) { th, td { white-space: normal; } }
-tr:last-child td { border-bottom: 0; }
-"""
+from segkit.explain.page.page import VIEWER, policy
+from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
+from segkit.explain.verdicts.study import Evidence
 
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What is kept of a scan for the page over all."""
+    """What is kept of a scan for the files over all."""
 
     name: str
     measures: Sequence[Measure]
     dice: Mapping[str, float]
+    evidence: Evidence | None = None
+    """What was measured of its gates, if verdicts were asked for."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The measures as a table."""
+        return measure_rows(self.name, self.measures, self.dice)
 
 
 def cohort_text(
@@ -71,14 +38,13 @@ def cohort_text(
 
     `verdicts` are of all scans together.
     """
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    style = (VIEWER / "cohort.css").read_text(encoding="utf-8")
     title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        f"style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">",
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(style)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+        f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>",
         "<p>Mean ± standard deviation over scans, and how many have a figure where not all do. "
         "Chance stands in brackets. Rows of intensity and gradient say what the scan itself tells "
         "on the cells of the map.</p>",

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 
+from segkit.explain.display import Bars, Curve, Table, Verdict
 from segkit.explain.page.embed import Embedded, embed, embed_labels, spread, thinning
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import write_text
-from segkit.io.colours import label_colour
+from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume
 
 VIEWER = files("segkit.explain.page") / "viewer"
@@ -33,7 +34,6 @@ FINE_CELLS = 2**21
 """Maps of no more cells are kept in two bytes each, larger ones in one."""
 SPANNED = (1, 99)
 """Percentiles of a map that its colours span at first."""
-Cell = str | float | int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,71 +60,6 @@ class Layer:
     def __post_init__(self) -> None:
         if self.values.shape != self.grid.shape:
             raise ValueError(f"layer {self.name} of {self.values.shape} on {self.grid.shape}")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of figures; None is shown as a dash."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a plot through points (x, y)."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A plot of lines that share their axes, such as Dice over the share of voxels deleted."""
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A figure, its interval if it has one, and what chance alone would give."""
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    chance: float | None = None
-    beside: bool = False
-    """Whether it stands there for the sake of the bar above, to compare with."""
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A plot of figures side by side."""
-
-    title: str
-    label: str
-    """What the figures are, and their unit."""
-    bars: Sequence[Bar]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a map is worth, in a word, a sentence, and the numbers that decided it."""
-
-    map: str
-    """The name of its layer."""
-    verdict: Literal["informative", "redundant", "uninformative"]
-    reason: str
-    numbers: Mapping[str, Cell] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +108,7 @@ def page_text(page: Page) -> str:
     theme, *scripts = [(VIEWER / name).read_text(encoding="utf-8") for name in SCRIPTS]
     style = (VIEWER / "viewer.css").read_text(encoding="utf-8")
     parts = {
-        "policy": _policy(style, [theme, *scripts]),
+        "policy": policy(style, [theme, *scripts]),
         "title": html.escape(page.title),
         "style": style,
         "theme": theme,
@@ -261,11 +196,11 @@ def _obliqueness(grid: Grid) -> float:
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
 
-def _policy(style: str, scripts: Sequence[str]) -> str:
+def policy(style: str, scripts: Sequence[str] = ()) -> str:
     """A Content-Security-Policy that runs these scripts and this style and fetches nothing."""
-    allowed = " ".join(_digest(script) for script in scripts)
+    allowed = f"script-src {' '.join(map(_digest, scripts))}; " if scripts else ""
     return (
-        f"default-src 'none'; script-src {allowed}; style-src {_digest(style)}; "
+        f"default-src 'none'; {allowed}style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from segkit.explain.display import Bar, Bars, Table, rounded
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.page.page import Bar, Bars, Layer, Table
+from segkit.explain.page.page import Layer
 from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 
@@ -26,6 +27,13 @@ TITLES = {
     "disagreement": "disagreement",
     "disagreement_p95": "disagreement, 95th percentile",
 }
+PAGE_COLUMNS = [
+    (name, what)
+    for name in LOCALISATION
+    for what in ("value", "chance")
+    if what == "value" or name in ("energy", "pointing", "iou")
+]
+"""What a table of the page shows of each structure; other chances are the same for all maps."""
 QUANTITIES = {
     "gate": "share let through",
     "spatial": "share let through",
@@ -35,41 +43,32 @@ QUANTITIES = {
 Grouped = dict[tuple[str, str, str], dict[str, Measure]]
 
 
-def measure_rows(case: str, measures: Sequence[Measure], dice: Mapping[str, float]) -> list[Any]:
+def measure_rows(
+    case: str, measures: Sequence[Measure], dice: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """A row for each map, what is measured of it, and structure: each value with its chance.
 
     Rows of no map say how well the segmentation agrees with its reference. All rows have the same
     columns; what does not apply is left empty.
     """
-    grouped = by_row(measures)
-    names = list(dict.fromkeys(measure.name for measure in measures))
-    with_chance = {measure.name for measure in measures if measure.chance is not None}
-    columns = ["dice"]
-    for name in names:
-        columns += [name, f"{name}_chance"] if name in with_chance else [name]
-    rows = []
-    for structure, value in dice.items():
-        rows.append(_row(case, ("", "segmentation", structure), {"dice": value}, columns))
-    for place, figures in grouped.items():
-        found = {name: figure.value for name, figure in figures.items()}
-        found |= {
-            f"{name}_chance": figure.chance
-            for name, figure in figures.items()
-            if figure.chance is not None
-        }
-        rows.append(_row(case, place, found, columns))
-    return rows
-
-
-def _row(
-    case: str, place: tuple[str, str, str], found: Mapping[str, float], columns: Sequence[str]
-) -> dict[str, str | float]:
-    told: dict[str, str | float] = {"case": case}
-    told |= dict(zip(("map", "of", "structure"), place, strict=True))
-    for column in columns:
-        value = found.get(column, math.nan)
-        told[column] = "" if math.isnan(value) else value
-    return told
+    columns = ["case", "map", "of", "structure", "dice"]
+    for one in measures:
+        columns += [one.name] if one.chance is None else [one.name, f"{one.name}_chance"]
+    blank = {**dict.fromkeys(columns, ""), "case": case}
+    rows: list[dict[str, Any]] = [
+        {**blank, "of": "segmentation", "structure": structure, "dice": value}
+        for structure, value in dice.items()
+    ]
+    for (key, of, structure), figures in by_row(measures).items():
+        row: dict[str, Any] = {**blank, "map": key, "of": of, "structure": structure}
+        for name, figure in figures.items():
+            row[name] = figure.value
+            if figure.chance is not None:
+                row[f"{name}_chance"] = figure.chance
+        rows.append(row)
+    return [
+        {column: "" if value != value else value for column, value in row.items()} for row in rows
+    ]
 
 
 def rows_as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -124,29 +123,25 @@ def measure_tables(
             Table(
                 "The segmentation",
                 ["structure", "Dice"],
-                [[structure, _shown(value)] for structure, value in dice.items()],
+                [[structure, rounded(value)] for structure, value in dice.items()],
             )
         )
-    structures = list(dict.fromkeys(structure for _, _, structure in grouped if structure))
-    for structure in structures:
-        rows = []
-        for (key, of, place), figures in grouped.items():
-            if place != structure:
-                continue
-            cells: list[str | float | None] = [key, of]
-            for name in LOCALISATION:
-                cells.append(_shown(figures[name].value))
-                if name in ("energy", "pointing", "iou"):
-                    cells.append(_shown(figures[name].chance))
-            rows.append(cells)
-        columns = ["map", "of"]
-        for name in LOCALISATION:
-            columns.append(TITLES[name])
-            columns += ["by chance"] * (name in ("energy", "pointing", "iou"))
+    for structure in dict.fromkeys(structure for _, _, structure in grouped if structure):
+        rows = [
+            [key, of, *(rounded(getattr(figures[name], what)) for name, what in PAGE_COLUMNS)]
+            for (key, of, place), figures in grouped.items()
+            if place == structure
+        ]
         tables.append(
             Table(
                 f"Where the maps are high: {structure}",
-                columns,
+                [
+                    *("map", "of"),
+                    *(
+                        TITLES[name] if what == "value" else "by chance"
+                        for name, what in PAGE_COLUMNS
+                    ),
+                ],
                 rows,
                 note=f"Against the {against}, on each map's own grid; a cell is inside if half of "
                 f"it is. Chance is 1 for enrichment and 0.5 for AUROC; pointing allows "
@@ -169,7 +164,7 @@ def _whole_table(grouped: Grouped) -> Table | None:
         "How the maps' values lie",
         ["map", *(_title(name) for name in names)],
         [
-            [key, *(_shown(figures[name].value if name in figures else None) for name in names)]
+            [key, *(rounded(figures[name].value if name in figures else None) for name in names)]
             for key, figures in rows.items()
         ],
         note="Entropy is 1 for a map that is the same everywhere and 0 for one of a single cell. "
@@ -207,8 +202,3 @@ def label_layer(name: str, labels: Volume, names: Mapping[int, str]) -> Layer:
 
 def _title(name: str) -> str:
     return TITLES.get(name, name.replace("spearman_", "ρ with "))
-
-
-def _shown(value: float | None) -> float | None:
-    """Rounded for a reader; nothing for no number."""
-    return None if value is None or math.isnan(value) else round(value, 4)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from segkit.explain.page.page import Cell, Verdict
+from segkit.explain.display import Cell, Verdict
 from segkit.explain.verdicts.rule import NAMES
 
 COLUMNS = {

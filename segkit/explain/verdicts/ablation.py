@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.config.labels import Labelling
-from segkit.evaluation.overlap import Overlap, confusion_matrix
-from segkit.explain.heads.study import ScoredVolume, check_case
+from segkit.explain.heads.study import ScoredVolume, check_case, overlap_with
 from segkit.explain.measures.ranks import holm, signed_rank_p
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
@@ -195,9 +194,7 @@ def ablation_effects(rows: Sequence[Ablation], *, label: str | None = None) -> l
 
 def class_dice(found: Volume, reference: Volume, labelling: Labelling) -> dict[str, float]:
     """Dice of every class or region that the reference holds."""
-    labels = [torch.from_numpy(volume.data.astype("int64")) for volume in (found, reference)]
-    matrix = confusion_matrix(labels[0], labels[1], len(labelling.value_names))
-    overlap = Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
+    overlap = overlap_with(found, reference, labelling)
     held = (overlap.true_positive + overlap.false_negative > 0).tolist()
     scores = zip(labelling.members, overlap.dice.tolist(), held, strict=True)
     return {label: dice for label, dice, there in scores if there}

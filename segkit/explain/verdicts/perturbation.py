@@ -22,12 +22,12 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from segkit.explain.measures.ranks import settled
+from segkit.explain.verdicts.first_model import slabs_of_first
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import nearest
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.predictor import AttentionMap, Predictor
-from segkit.inference.source_rows import WALK_AXIS
-from segkit.inference.windows import Slab, stream
+from segkit.inference.windows import Slab
 from segkit.io.volume import Volume
 from segkit.system.progress import Track, untracked
 
@@ -145,8 +145,8 @@ class SoftDiceToFirst:
     def __init__(
         self, predictor: Predictor, image: Float[Tensor, "channel x y z"], labels: Sequence[str]
     ) -> None:
-        self.member = predictor.members[0]
-        labelling = self.member.model.description.labelling
+        self.predictor = predictor
+        labelling = predictor.members[0].model.description.labelling
         self.regions = labelling.written is not None
         outputs = [labelling.outputs.index(label) for label in labels]
         self.expected: list[Tensor] = []
@@ -181,16 +181,8 @@ class SoftDiceToFirst:
         return logits.sigmoid() if self.regions else logits.softmax(dim=0)
 
     def _walk(self, image: Tensor) -> Iterable[Slab]:
-        patch, overlap, multiple = self.member.layout
-        return stream(
-            image,
-            lambda windows: self.member.engine(windows, ()),
-            patch_size=patch,
-            overlap=overlap,
-            multiple=multiple,
-            axis=WALK_AXIS,
-            batch_size=self.member.batch_size,
-        )
+        engine = self.predictor.members[0].engine
+        return slabs_of_first(self.predictor, image, lambda windows: engine(windows, ()))
 
 
 def perturb(
@@ -233,10 +225,14 @@ def perturb(
         blocks = Blocks.of(values.grid, prepared.grid)
         same = b"".join(axis.tobytes() for axis in blocks.cells)
         if same not in random_scores:
+            random = np.random.default_rng((seed, 1))
+            orders = [random.permutation(int(np.prod(blocks.shape))) for _ in range(RANDOM_ORDERS)]
+            # But for both ends, which are the same for any order.
+            inner = FRACTIONS[1:-1]
             random_scores[same] = np.array(
                 [
-                    _inner(image, replacement, blocks, order, agreement)
-                    for order in _random_orders(blocks, seed)
+                    deletion_scores(image, replacement, blocks, order, agreement, fractions=inner)
+                    for order in orders
                 ]
             )
         cells = values.data.reshape(*blocks.shape, -1).mean(axis=3)
@@ -244,23 +240,11 @@ def perturb(
         deleted = deletion_scores(image, replacement, blocks, order, agreement)
         inserted = insertion_scores(image, replacement, blocks, order, agreement)
         ends = np.array([[deleted[0]], [deleted[-1]]]).repeat(RANDOM_ORDERS, axis=1)
-        random = np.column_stack([ends[0], random_scores[same], ends[1]])
-        curves.append(_curve(case, key, "deletion", label, deleted, random))
+        by_chance = np.column_stack([ends[0], random_scores[same], ends[1]])
+        curves.append(_curve(case, key, "deletion", label, deleted, by_chance))
         # Each random order, from its end, is one of insertion.
-        curves.append(_curve(case, key, "insertion", label, inserted, random[:, ::-1]))
+        curves.append(_curve(case, key, "insertion", label, inserted, by_chance[:, ::-1]))
     return curves
-
-
-def _inner(
-    image: Tensor, replacement: Tensor, blocks: Blocks, order: ndarray, score: Score
-) -> list[float]:
-    """Scores of deletion but at both ends, which are the same for any order."""
-    return deletion_scores(image, replacement, blocks, order, score, fractions=FRACTIONS[1:-1])
-
-
-def _random_orders(blocks: Blocks, seed: int) -> list[ndarray]:
-    random = np.random.default_rng((seed, 1))
-    return [random.permutation(int(np.prod(blocks.shape))) for _ in range(RANDOM_ORDERS)]
 
 
 def _curve(

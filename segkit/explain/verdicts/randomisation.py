@@ -18,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from segkit.config.model import ModelDescription
-from segkit.explain.measures.ranks import spearman
+from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.model_walk import ModelWalk
 from segkit.inference.predictor import Predictor
@@ -42,8 +42,8 @@ class Randomisation:
     stages: tuple[str, ...]
     """What is drawn anew, one after another, all before it included: 'own weights', 'decoder.2' …
     from the map back to the image."""
-    correlations: tuple[float | None, ...]
-    """After each stage, Spearman's rank correlation with the trained map; None where either is
+    correlations: tuple[float, ...]
+    """After each stage, Spearman's rank correlation with the trained map; NaN if either is
     constant."""
     downstream_weights: int
     """Numbers among the weights that the map does not depend on."""
@@ -52,7 +52,7 @@ class Randomisation:
     network makes it out to be."""
 
     @property
-    def last(self) -> float | None:
+    def last(self) -> float:
         """The correlation when all that the map depends on is drawn anew; 1 if that is nothing."""
         return self.correlations[-1] if self.correlations else 1.0
 
@@ -93,11 +93,13 @@ def randomise(
         upstream = upstream_parameters(network, key, window)
         stages = cascade(network, key, upstream)
         names: set[str] = set()
+        learned = Ranked.of(before[key])
         correlations = []
         for stage in stages:
             names |= stages[stage]
             _load(network, trained, anew, names)
-            correlations.append(spearman(before[key], _maps(engine, member, image, [key])[key]))
+            redrawn = Ranked.of(_maps(engine, member, image, [key])[key])
+            correlations.append(spearman(learned, redrawn))
         others = {name for name, _ in unet_of(network).named_parameters()} - upstream
         _load(network, trained, anew, others)
         after = _maps(engine, member, image, [key])[key]

@@ -24,12 +24,12 @@ Opening and inverting a map decide nothing: opening also changes the scale of wh
 see. What was not measured is not held against a map, but its verdict says so.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from segkit.explain.page.page import Verdict
-from segkit.explain.stability import Stability
+from segkit.explain.display import Verdict
 from segkit.explain.verdicts.ablation import SIGNIFICANT, AblationEffect
 from segkit.explain.verdicts.perturbation import PerturbationCurve
 from segkit.explain.verdicts.randomisation import Randomisation
@@ -49,7 +49,6 @@ NAMES = {
     "deletion_spread": "± of random",
     "randomised": "ρ, all drawn anew",
     "downstream_change": "change from behind",
-    "seeds": "ρ between models",
 }
 """What a reader calls the fields of `MapFigures`."""
 LEAST_CHANGE = 0.005
@@ -95,8 +94,6 @@ class MapFigures:
     """Spearman's correlation with the map of an untrained path."""
     downstream_change: float | None = None
     """The most that what lies behind the map changes it; not 0 is an error of ours."""
-    seeds: float | None = None
-    """Spearman's correlation between models; shown, and decides nothing."""
 
 
 def gather_figures(
@@ -105,7 +102,6 @@ def gather_figures(
     effects: Sequence[AblationEffect] = (),
     curves: Sequence[PerturbationCurve] = (),
     randomisations: Sequence[Randomisation] = (),
-    stabilities: Sequence[Stability] = (),
     aurocs: Sequence[float] = (),
     baselines: Mapping[str, Sequence[float]] | None = None,
 ) -> MapFigures:
@@ -119,7 +115,6 @@ def gather_figures(
     either = mean or permuted
     deletions = [curve for curve in curves if curve.map == key and curve.mode == "deletion"]
     redrawn = [found for found in randomisations if found.map == key]
-    seeds = [found.spearman for found in stabilities if found.map == key]
     known = dict(_either_way(name, values) for name, values in (baselines or {}).items() if values)
     baseline = max(known, key=known.__getitem__, default=None)
     return MapFigures(
@@ -138,7 +133,6 @@ def gather_figures(
         deletion_spread=_mean([curve.random_spread for curve in deletions]),
         randomised=_mean([found.last for found in redrawn]),
         downstream_change=max((found.downstream_change for found in redrawn), default=None),
-        seeds=_mean(seeds),
     )
 
 
@@ -233,6 +227,6 @@ def _either_way(name: str, aurocs: Sequence[float]) -> tuple[str, float]:
     return (name, mean) if mean >= 0.5 else (f"{name} turned over", 1 - mean)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else None

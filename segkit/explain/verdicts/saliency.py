@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.errors import ModelError
+from segkit.explain.verdicts.first_model import slabs_of_first
 from segkit.geometry.grid import Placement
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.predictor import Predictor
-from segkit.inference.source_rows import WALK_AXIS
-from segkit.inference.windows import stream
 from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
@@ -111,8 +110,7 @@ def _walk(
     level: int,
     placement: Placement,
 ) -> AttentionMap:
-    member = predictor.members[0]
-    network = member.model.network
+    network = predictor.model.network
     device = next(network.parameters()).device
     info = MapInfo(key, "saliency", level, placement, 0.0, torch.inf)
     prepared = predictor.prepare(volume)
@@ -126,17 +124,7 @@ def _walk(
                 cells = look(image)
         return {key: cells.detach().float()}
 
-    patch, overlap, multiple = member.layout
     collector = MapCollector({key: info}, prepared, allocate=in_memory)
-    slabs = stream(
-        prepared.image,
-        run,
-        patch_size=patch,
-        overlap=overlap,
-        multiple=multiple,
-        axis=WALK_AXIS,
-        batch_size=member.batch_size,
-    )
-    for slab in slabs:
+    for slab in slabs_of_first(predictor, prepared.image, run):
         collector.take_rows(slab)
     return collector.result(volume)[key]

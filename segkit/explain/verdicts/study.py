@@ -14,8 +14,8 @@ import numpy as np
 
 from segkit.config.labels import Labelling
 from segkit.errors import ModelError
+from segkit.explain.display import Curve, Line, Table, Verdict, rounded
 from segkit.explain.measures.measure_maps import Measure, members
-from segkit.explain.page.page import Cell, Curve, Line, Table, Verdict
 from segkit.explain.verdicts.ablation import (
     Ablation,
     AblationEffect,
@@ -23,7 +23,6 @@ from segkit.explain.verdicts.ablation import (
     ablated_maps,
     ablation_effects,
 )
-from segkit.explain.verdicts.findings import Findings
 from segkit.explain.verdicts.perturbation import PerturbationCurve, perturb
 from segkit.explain.verdicts.randomisation import Randomisation, randomise
 from segkit.explain.verdicts.rule import NAMES, MapFigures, gather_figures, judge
@@ -60,63 +59,62 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Worth(Findings):
+class Worth:
     """What the gates of a scan are worth, with the evidence, to be pooled over scans."""
 
-    evidence: Evidence = field(kw_only=True)
+    evidence: Evidence
+    verdicts: tuple[Verdict, ...] = ()
+    """On each gate of which enough was measured."""
+    tables: tuple[Table, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """Verdicts and evidence as plain lists, dicts and numbers, as `measures.json` has them."""
 
 
-@dataclass(frozen=True)
-class WorthStudy:
-    """Asks of a scan whether its gates matter: a `Study`, whose figures are called 'worth'.
+def study_gates(
+    predictor: Predictor,
+    volume: Volume,
+    reference: Volume | None,
+    maps: Mapping[str, AttentionMap],
+    measures: Sequence[Measure],
+    *,
+    case: str,
+    seed: int = 0,
+    fresh: SegmentationNetwork | None = None,
+    track: Track = untracked,
+) -> Worth:
+    """What the gates of a scan are worth.
 
-    Dice is the mean over the classes that the reference holds; where there is no reference, or it
-    is background alone, they are measured as far as they can be. Takes a prediction per gate and
+    Dice is the mean over the classes that the reference holds; without a reference, or if it is
+    background only, the gates are measured as far as they can be. Takes a prediction per gate and
     operation, 22 passes per gate and 45 per grid for deletion, and one per gate and stage.
+
+    Args:
+        predictor: the model's; `maps` and `measures` are what it says of the scan.
+        volume: the scan.
+        reference: its labels, or None.
+        maps: the scan's, by key.
+        measures: of these maps.
+        case: what to call the scan.
+        seed: of random orders and weights.
+        fresh: an untrained network of the model's form; built of its description if None.
+        track: may show the progress.
+
+    Raises:
+        ModelError: if the model has no gates.
     """
-
-    seed: int = 0
-    fresh: SegmentationNetwork | None = None
-    """An untrained network; built of the model's description where there is none."""
-    track: Track = untracked
-
-    def __call__(
-        self,
-        predictor: Predictor,
-        name: str,
-        volume: Volume,
-        reference: Volume | None,
-        maps: Mapping[str, AttentionMap],
-        measures: Sequence[Measure],
-    ) -> Worth:
-        """What the gates are worth. Raises ModelError for a model that has none."""
-        keys = check_gates(predictor)
-        labelling = predictor.model.description.labelling
-        evidence = Evidence(
-            keys,
-            []
-            if reference is not None and not _holds_foreground(reference, labelling)
-            else ablate(predictor, volume, reference, case=name, seed=self.seed, track=self.track),
-            perturb(
-                predictor,
-                volume,
-                {key: maps[key] for key in keys},
-                case=name,
-                seed=self.seed,
-                track=self.track,
-            ),
-            randomise(
-                predictor,
-                volume,
-                case=name,
-                keys=keys,
-                seed=self.seed,
-                fresh=self.fresh,
-                track=self.track,
-            ),
-            _aurocs(keys, measures, list(members(labelling))[-1]),
-        )
-        return worth_of(evidence)
+    keys = check_gates(predictor)
+    labelling = predictor.model.description.labelling
+    ablations = []
+    if reference is None or _holds_foreground(reference, labelling):
+        ablations = ablate(predictor, volume, reference, case=case, seed=seed, track=track)
+    gates = {key: maps[key] for key in keys}
+    curves = perturb(predictor, volume, gates, case=case, seed=seed, track=track)
+    redrawn = randomise(
+        predictor, volume, case=case, keys=keys, seed=seed, fresh=fresh, track=track
+    )
+    aurocs = _aurocs(keys, measures, list(members(labelling))[-1])
+    return worth_of(Evidence(keys, ablations, curves, redrawn, aurocs))
 
 
 def check_gates(predictor: Predictor) -> tuple[str, ...]:
@@ -131,22 +129,20 @@ def check_gates(predictor: Predictor) -> tuple[str, ...]:
 
 
 def worth_of(evidence: Evidence) -> Worth:
-    """The evidence as parts of a page, rows of a table, and plain JSON."""
+    """The evidence with its verdicts, as parts of a page and as plain data."""
     figures, _ = pooled([evidence])
     verdicts = verdicts_of(figures)
     return Worth(
-        "worth",
-        tables=tuple(_tables(evidence, figures)),
-        curves=tuple(_curve(curve) for curve in evidence.curves),
-        verdicts=tuple(verdicts),
-        figures={
+        evidence,
+        tuple(verdicts),
+        tuple(_tables(evidence, figures)),
+        tuple(_curve(curve) for curve in evidence.curves),
+        {
             **_told(figures, verdicts),
             "ablation": [vars(row) for row in evidence.ablations],
             "perturbation": [vars(curve) for curve in evidence.curves],
             "randomisation": [vars(found) for found in evidence.randomisations],
         },
-        rows={ABLATIONS: [vars(row) for row in evidence.ablations]},
-        evidence=evidence,
     )
 
 
@@ -219,7 +215,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
             "Dice without each map",
             ["map", "replaced by", "Dice", "without", "change"],
             [
-                [row.map, row.operation, *map(_shown, (row.dice_before, row.dice, row.change))]
+                [row.map, row.operation, *map(rounded, (row.dice_before, row.dice, row.change))]
                 for row in means
             ],
             note=f"With the {against}, mean over the classes it holds. Mean is the fair one: the "
@@ -229,7 +225,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
             "Each map under random weights",
             ["map", "drawn anew, with all above", "ρ with the trained map"],
             [
-                [found.map, stage, _shown(value)]
+                [found.map, stage, rounded(value)]
                 for found in evidence.randomisations
                 for stage, value in zip(found.stages, found.correlations, strict=True)
             ],
@@ -239,7 +235,7 @@ def _tables(evidence: Evidence, figures: Sequence[MapFigures]) -> list[Table]:
         Table(
             "What the verdicts rest on",
             ["map", *(NAMES[name] for name in SHOWN)],
-            [[one.map, *(_shown(getattr(one, name)) for name in SHOWN)] for one in figures],
+            [[one.map, *(rounded(getattr(one, name)) for name in SHOWN)] for one in figures],
             note="One scan has no test: a change of Dice counts from 0.01 on. Of all structures "
             "together.",
         ),
@@ -260,7 +256,3 @@ def _curve(curve: PerturbationCurve) -> Curve:
         note="Agreement is soft Dice with what is predicted of the whole image. Area "
         f"{curve.auc:.3f}, random {curve.random_auc:.3f} ± {curve.random_spread:.3f}.",
     )
-
-
-def _shown(value: Cell) -> Cell:
-    return round(value, 4) if isinstance(value, float) else value

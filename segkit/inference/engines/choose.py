@@ -15,9 +15,10 @@ from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.out_of_memory import SparingEngine
 from segkit.inference.engines.torch_compile import CompiledEngine
-from segkit.inference.engines.torch_eager import Engine, TorchEngine, choose_device
+from segkit.inference.engines.torch_eager import Engine, TorchEngine
 from segkit.model.folder import Model
 from segkit.nn.normalisation import channels_last
+from segkit.system.resources import choose_device
 
 EngineName = Literal["auto", "torch", "compile", "openvino", "onnx"]
 

@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from segkit.io.atomic import PARTIAL, checksum, sweep, write_json
+from segkit.io.atomic import PARTIAL, sweep, write_json
+from segkit.io.checksums import checksum
 from segkit.io.safe_text import read_json_object
 
 MANIFEST = "manifest.json"

@@ -111,10 +111,3 @@ class TorchEngine:
 
 def _all_finite(outputs: Mapping[str, Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs.values())
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a CUDA device where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

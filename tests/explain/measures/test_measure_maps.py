@@ -5,20 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from numpy import ndarray
-from numpy.testing import assert_allclose, assert_array_equal
-from torch import Tensor
 
 from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
-from segkit.explain.measures.cells import Cells, gradient_length, seen_part
-from segkit.explain.measures.fuse import FUSED, with_fused
 from segkit.explain.measures.measure_maps import Measure, measure_maps
 from segkit.geometry.grid import Grid, Orientation, Placement
 from segkit.inference.attention_maps import AttentionMap
-from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
-from segkit.inference.windows import slide, window_starts, window_weight
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
 from tests.helpers import affine_of
@@ -59,44 +52,6 @@ def measured(
         {attention_map.info.key: attention_map}, scan, labels, labelling, channels=["MRI"]
     )
     return {(one.of, one.structure, one.name): one for one in found}
-
-
-@pytest.fixture
-def labels() -> ndarray:
-    """In RAS+ order: two boxes, neither of whole cells of 2."""
-    labels = np.zeros(SHAPE, np.uint8)
-    labels[1:4, 2:7, 3:9] = 1
-    labels[5:8, 5:11, 8:15] = 2
-    return labels
-
-
-@pytest.mark.parametrize("code", ["RAS", "LPS", "IRP"])
-def test_a_cell_holds_the_mean_of_what_it_covers(code: str, labels: ndarray) -> None:
-    scan = scan_of(labels.astype(np.float32), code)
-    one = map_of(np.zeros((4, 6, 8)), scan, 2)
-    assert one.volume is not None
-    seen = seen_part(scan.data, scan.grid, one.seen)
-    assert_array_equal(seen, labels)
-    cells = Cells(one.volume.grid, one.seen)
-    assert cells.counted.all()
-    assert_allclose(cells.mean(seen), pooled(labels.astype(float), 2), atol=1e-6)
-
-
-def test_cells_beyond_the_scan_do_not_count_and_those_at_its_end_hold_its_part() -> None:
-    scan = scan_of(np.arange(5 * 4 * 4.0).reshape(5, 4, 4), "RAS")
-    one = map_of(np.zeros((4, 2, 2)), scan, 2)  # cells 0-1, 2-3, 4-5, 6-7 of voxels 0 … 4
-    assert one.volume is not None
-    cells = Cells(one.volume.grid, one.seen)
-    assert cells.counted[:, 0, 0].tolist() == [True, True, True, False]
-    ones = cells.mean(np.ones((5, 4, 4), np.float32))
-    assert_allclose(ones[:3], 1, atol=1e-6)
-    assert_allclose(cells.mean(scan.data)[2], pooled(scan.data[[4, 4]], 2)[0], atol=1e-4)
-
-
-def test_a_gradient_is_per_millimetre() -> None:
-    x, y, _ = np.meshgrid(np.arange(4.0), np.arange(5.0), [0.0], indexing="ij")
-    slope = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0))
-    assert_allclose(slope, 5)
 
 
 def test_a_map_that_is_the_structure_is_perfect_and_the_scan_is_judged_beside_it(
@@ -162,93 +117,3 @@ def test_a_reference_elsewhere_is_refused(labels: ndarray) -> None:
     moved = Volume(scan.data, scan.grid.placed(scan.grid.shape, (1, 1, 1), (1, 0, 0)))
     with pytest.raises(VolumeError, match="lies on another grid than the scan"):
         measured(map_of(np.ones((4, 6, 8)), scan, 2), scan, moved)
-
-
-def test_the_fused_map_is_the_mean_on_the_finest_grid() -> None:
-    scan = scan_of(np.zeros(SHAPE))
-    fine = np.random.default_rng(4).random((4, 6, 8))
-    coarse = map_of(np.full((2, 3, 4), 0.5), scan, 4, "skip.2/gate")
-    maps = with_fused({"skip.2/gate": coarse, "skip.1/gate": map_of(fine, scan, 2)})
-    assert list(maps) == ["skip.2/gate", "skip.1/gate", FUSED]
-    fused = maps[FUSED]
-    assert fused.volume is not None and fused.info.level == 1
-    assert_allclose(fused.volume.data, (fine + 0.5) / 2, atol=1e-6)
-
-
-def test_fusing_a_field_of_places_keeps_it() -> None:
-    scan = scan_of(np.zeros(SHAPE))
-    turned = Orientation.of(scan.grid.affine).turn_grid(scan.grid)
-    maps = {}
-    for stride in (2, 4):
-        one = map_of(np.zeros([size // stride for size in turned.shape]), scan, stride)
-        assert one.volume is not None
-        field = one.volume.grid.centres()[..., 0].astype(np.float32)
-        maps[f"skip.{stride}/gate"] = replace(one, volume=one.volume.like(field))
-    fused = with_fused(maps)[FUSED].volume
-    assert fused is not None
-    inner = (slice(1, -1),) * 3  # beyond the coarse map's outermost centres it goes on constant
-    assert_allclose(fused.data[inner], fused.grid.centres()[..., 0][inner], atol=1e-4)
-
-
-def test_one_gate_is_not_fused() -> None:
-    scan = scan_of(np.zeros(SHAPE))
-    maps = {"skip.1/gate": map_of(np.ones((4, 6, 8)), scan, 2)}
-    assert with_fused(maps) == maps
-
-
-def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
-    size, patch, stride, overlap = (13, 8, 9), (8, 8, 4), 2, 0.5
-    random = torch.Generator().manual_seed(0)
-    starts = [window_starts(*told, overlap, stride) for told in zip(size, patch, strict=True)]
-    places = [(x, y, z) for x in starts[0] for y in starts[1] for z in starts[2]]
-    said = {place: torch.rand(1, 4, 4, 2, generator=random) for place in places}
-    spread = WindowSpread(["map"])
-    spread.will_see(places, patch)
-    order = iter(places)
-
-    def windows(_: Tensor) -> dict[str, Tensor]:
-        outputs = {"map": said[next(order)][None]}
-        spread.add_squares(outputs)
-        return outputs
-
-    blended = slide(
-        torch.zeros(1, *size),
-        windows,
-        patch_size=patch,
-        overlap=(overlap,) * 3,
-        multiple=(stride,) * 3,
-    )
-    found = spread.deviation("map", blended["map"], blended["map" + SQUARES])[0].numpy()
-    weight = torch.ones(())
-    for width in patch:
-        weight = weight[..., None] * window_weight(width).view(-1, stride).mean(dim=1)
-    cells = [-(-length // stride) for length in size]
-    each = np.full((len(places), *[length + 4 for length in cells]), np.nan)
-    weights = np.zeros_like(each)
-    for number, place in enumerate(places):
-        x, y, z = (first // stride for first in place)
-        each[number, x : x + 4, y : y + 4, z : z + 2] = said[place][0].numpy()
-        weights[number, x : x + 4, y : y + 4, z : z + 2] = weight.numpy()
-    inside = (slice(None), *(slice(0, length) for length in cells))
-    each, weights = each[inside], weights[inside]
-    mean = np.nansum(weights * each, axis=0) / weights.sum(axis=0)
-    squares = np.nansum(weights * (each - mean) ** 2, axis=0) / weights.sum(axis=0)
-    # Sums in single precision: their rounding, 1e-7, is a square's.
-    assert_allclose(found, np.sqrt(squares), atol=5e-4)
-    count = spread.windows_over(cells, (float(stride),) * 3)
-    assert_array_equal(count, (~np.isnan(each)).sum(axis=0))
-    shown = where_windows_meet(found[..., None], count)
-    assert_array_equal(np.isnan(shown), count < 2)
-
-
-def test_windows_that_say_the_same_do_not_disagree() -> None:
-    spread = WindowSpread(["map"])
-
-    def same(windows: Tensor) -> dict[str, Tensor]:
-        outputs = {"map": torch.full((len(windows), 1, 8), 0.7)}
-        spread.add_squares(outputs)
-        return outputs
-
-    blended = slide(torch.zeros(1, 20), same, patch_size=(8,), overlap=(0.5,), multiple=(1,))
-    found = spread.deviation("map", blended["map"], blended["map" + SQUARES])
-    assert float(found.max()) < 1e-6

@@ -4,10 +4,18 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
-from numpy.testing import assert_allclose
+from hypothesis.extra.numpy import arrays
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from segkit.explain.measures.ranks import holm, settled, signed_rank_p, spearman
+from segkit.explain.measures.ranks import Ranked, holm, settled, signed_rank_p, spearman
+
+LEVELS = arrays(np.float64, 20, elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
+
+
+def correlation(first: ndarray, second: ndarray) -> float:
+    return spearman(Ranked.of(first), Ranked.of(second))
 
 
 @pytest.mark.parity
@@ -16,15 +24,27 @@ def test_spearman_is_scipys_with_ties() -> None:
     first = random.integers(0, 5, (4, 3, 2)).astype(float)
     second = first + random.integers(0, 5, first.shape)
     expected = stats.spearmanr(first.ravel(), second.ravel()).statistic
-    assert spearman(first, second) == pytest.approx(expected, rel=1e-12)
+    assert correlation(first, second) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parity
+@given(LEVELS, LEVELS)
+def test_ranks_and_their_correlation_are_scipys(values: ndarray, others: ndarray) -> None:
+    assert_array_equal(Ranked.of(values).ranks, stats.rankdata(values))
+    if np.ptp(values) and np.ptp(others):
+        expected = stats.spearmanr(values, others).statistic
+        assert_allclose(correlation(values, others), expected, atol=1e-12)
+    else:
+        assert np.isnan(correlation(values, others))
 
 
 def test_ranks_notice_order_alone_and_a_constant_map_has_none() -> None:
     values = np.random.default_rng(0).random((3, 4))
-    assert spearman(values, np.exp(5 * values)) == pytest.approx(1)
-    assert spearman(values, -values) == pytest.approx(-1)
-    assert spearman(values, np.ones_like(values)) is None
-    assert spearman(np.ones(3), np.ones(3)) == 1
+    assert correlation(values, values) == 1
+    assert correlation(values, np.exp(5 * values)) == pytest.approx(1)
+    assert correlation(values, -values) == pytest.approx(-1)
+    assert np.isnan(correlation(values, np.ones_like(values)))
+    assert np.isnan(correlation(np.ones(3), np.ones(3)))
 
 
 @given(st.floats(-1e3, 1e3), st.integers(0, 99))

@@ -124,7 +124,7 @@ def test_randomising_changes_maps_upstream_alone_and_never_the_model(
     for row in rows:
         assert row.downstream_change == 0 and row.downstream_weights > 0
         assert len(row.stages) == len(row.correlations) and row.stages[0] == OWN
-        assert row.last is not None and row.last < 0.9
+        assert row.last < 0.9
     for name, value in model.network.state_dict().items():
         assert torch.equal(value, before[name])
     json.dumps([asdict(row) for row in rows], allow_nan=False)
@@ -153,7 +153,7 @@ def test_a_gate_that_was_learned_forgets_the_mask() -> None:
     torch.manual_seed(0)
     (row,) = randomise(planted("mask"), planted_case().volume, case="x", fresh=Planted("untrained"))
     assert (row.map, row.stages) == (KEY, ("look",))
-    assert row.last is not None and abs(row.last) < 0.9
+    assert abs(row.last) < 0.9
     assert row.downstream_change == 0
 
 

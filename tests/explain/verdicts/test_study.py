@@ -10,26 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import ModelError
-from segkit.explain.explain_files import write_explanation
 from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.verdicts.ablation import OPERATIONS
-from segkit.explain.verdicts.study import WorthStudy, check_gates, cohort_figures
+from segkit.explain.verdicts.study import Worth, check_gates, cohort_figures
 from segkit.inference.predictor import Predictor
-from segkit.io.volume import write_volume
-from segkit.model.folder import save_model
-from tests.cli.test_main import run
-from tests.explain.heads.test_study import attending_model, noise_case, self_attention
+from tests.explain.heads.test_study import attending_model, self_attention
 from tests.planted import KEY, Kind, Planted, planted, planted_case
 
 
 def studied(kind: Kind, *, seed: int = 0, labelled: bool = True) -> Explanation:
     case = planted_case(seed)
     torch.manual_seed(0)
-    study = WorthStudy(fresh=Planted("untrained"))
     reference = case.reference if labelled else None
-    return explain_volume(planted(kind), case.volume, reference, name="case", studies=[study])
+    return explain_volume(
+        planted(kind),
+        case.volume,
+        reference,
+        name="case",
+        verdicts=True,
+        fresh=Planted("untrained"),
+    )
+
+
+def worth_of(explanation: Explanation) -> Worth:
+    assert explanation.worth is not None
+    return explanation.worth
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def mask() -> Explanation:
 def test_a_gate_that_is_the_mask_is_informative_in_every_file(
     mask: Explanation, tmp_path: Path
 ) -> None:
-    written = write_explanation(tmp_path, mask)
+    written = mask.write(tmp_path)
     assert tmp_path / "ablation.csv" in written
     told = json.loads((tmp_path / "measures.json").read_text())["worth"]
     assert [(one["map"], one["verdict"]) for one in told["verdicts"]] == [(KEY, "informative")]
@@ -94,7 +100,7 @@ def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
 
 
 def test_without_a_reference_the_models_own_labels_stand_in() -> None:
-    (found,) = studied("mask", labelled=False).findings
+    found = worth_of(studied("mask", labelled=False))
     (figures,) = found.figures["figures"]
     assert figures["against"] == "prediction" and figures["mean_change"] < -0.5
     assert found.verdicts[0].verdict == "informative"
@@ -103,15 +109,16 @@ def test_without_a_reference_the_models_own_labels_stand_in() -> None:
 def test_a_reference_without_a_structure_costs_the_verdict_and_no_more() -> None:
     case = planted_case()
     empty = case.reference.like(np.zeros_like(case.reference.data))
-    study = WorthStudy(fresh=Planted("untrained"))
-    (found,) = explain_volume(planted("mask"), case.volume, empty, studies=[study]).findings
+    fresh = Planted("untrained")
+    found = worth_of(
+        explain_volume(planted("mask"), case.volume, empty, verdicts=True, fresh=fresh)
+    )
     assert found.verdicts == () and found.figures["ablation"] == []
     assert len(found.curves) == 2 and len(found.figures["randomisation"]) == 1
 
 
 def test_scans_are_pooled_with_a_test_and_one_scan_has_none(mask: Explanation) -> None:
-    (found,) = mask.findings
-    evidence = found.evidence  # type: ignore[attr-defined]
+    evidence = worth_of(mask).evidence
     for count, p_value in ((1, None), (8, pytest.approx(4 * 2.0**-7))):
         scans = [
             replace(evidence, ablations=[replace(row, case=str(n)) for row in evidence.ablations])
@@ -122,49 +129,6 @@ def test_scans_are_pooled_with_a_test_and_one_scan_has_none(mask: Explanation) -
         assert verdicts[0].numbers["scans"] == count
         effects = {effect["operation"]: effect for effect in told["ablation"]}
         assert list(effects) == list(OPERATIONS) and effects["mean"]["p_holm"] == p_value
-
-
-def test_the_command_writes_verdicts_of_each_scan_and_of_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for seed, name in enumerate(("a", "b")):
-        case = noise_case(8, 8, 8, seed=seed)
-        write_volume(tmp_path / "scans" / f"{name}.nii.gz", case.volume)
-        write_volume(tmp_path / "labels" / f"{name}.nii.gz", case.reference)
-    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
-    out = tmp_path / "out"
-    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
-    words += ["--reference", tmp_path / "labels", "--out", out, "--verdicts"]
-    code, said, err = run(*words, capsys=capsys)
-    assert (code, err) == (0, "")
-    rows = {}
-    for name in ("a", "b"):
-        rows[name] = (out / name / "ablation.csv").read_text().splitlines()
-        told = json.loads((out / name / "measures.json").read_text())["worth"]
-        for verdict in told["verdicts"]:
-            assert f"{name} {verdict['map']} is {verdict['verdict']}: " in said
-    assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
-    cohort = json.loads((out / "cohort.json").read_text())
-    assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
-    page = (out / "index.html").read_text()
-    (verdict,) = cohort["verdicts"]
-    word = verdict["verdict"]
-    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
-    # … and the terminal has them as a table, with the figures of the file.
-    (figures,) = cohort["figures"]
-    table = said[said.index("What each map is worth over 2 scans") :]
-    (row,) = [line.split() for line in table.splitlines() if "skip.1/gate" in line]
-    shown = {"mean_change": "+.3f", "mean_p": ".2g", "auroc": ".2f", "baseline_auroc": ".2f"}
-    told = [
-        "–" if figures[name] is None else format(figures[name], how) for name, how in shown.items()
-    ]
-    assert row[1:6] == [verdict["verdict"], *told]
-    # Without verdicts, nothing of the old ones stays beside the new pages.
-    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
-    assert code == 0 and "What each map is worth" not in said
-    assert not list(out.rglob("ablation.csv"))
-    assert "verdicts" not in json.loads((out / "cohort.json").read_text())
-    assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
 
 
 def test_a_model_without_gates_is_refused() -> None:

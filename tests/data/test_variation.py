@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from segkit.config.data import DataConfig
 from segkit.data.augment_spatial import SpatialVariation
+from segkit.data.variation import BENDING, ELASTIC_PROBABILITY, build_variation
 from segkit.errors import ConfigError
-from segkit.model.build import BENDING, ELASTIC_PROBABILITY, build_variation
 from tests.small import small_config
 
 PATCHES = [

@@ -1,4 +1,4 @@
-"""How fast this machine's processor trains, and in which precision: what time is planned by."""
+"""How fast this machine's processor trains; plans for a time depend on it."""
 
 import json
 import platform
@@ -18,6 +18,7 @@ from segkit.nn.normalisation import channels_last
 from segkit.nn.slicewise import SegmentationNetwork
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import multiply_adds
+from segkit.system.resources import half_pays
 
 PROCESSORS = Path("/proc/cpuinfo")
 CHANNELS = (16, 32, 64)
@@ -25,22 +26,12 @@ PATCH = (32, 32, 32)
 BATCH = 2
 
 
-def half_pays() -> bool:
-    """Whether bfloat16 is the faster precision here: where the cores have matrix units for it.
-
-    With them (Intel's AMX) a step takes half the time of single precision; without them, 40 times.
-    """
-    # Not in every version of torch; without it, single precision is the safe answer.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
-
-
 def step_seconds(
     network: SegmentationNetwork, image: Tensor, label: Tensor, *, half: bool, repeats: int = 5
 ) -> float:
-    """Seconds of a training step, of its network and optimiser: the median, after one to warm up.
+    """Seconds of a training step on the CPU: the median of the repeats, after one to warm up.
 
-    The network's weights are put into the order that training puts them in.
+    The network's weights get the memory order that training gives them.
     """
     channels_last(network)
     optimiser = torch.optim.AdamW(network.parameters())
@@ -59,7 +50,7 @@ def step_seconds(
 def measured_once(file: Path, figure: Mapping[str, Any], measure: Callable[[], float]) -> float:
     """A figure of this processor, measured once and kept in a JSON file, so that plans agree.
 
-    It is known by what it is a figure of, by the processor, by torch and by its threads.
+    The file knows it by the figure's name, the processor, the version of torch and its threads.
     """
     about = {
         "figure": figure,
@@ -89,7 +80,7 @@ def _processor() -> str:
 
 
 def multiply_adds_per_second() -> float:
-    """What a small U-Net's training steps reach on this CPU, in the precision that pays."""
+    """Multiply-adds in a second of training a small U-Net on this CPU, in its faster precision."""
     steps: Sequence[tuple[int, int, int]] = ((2, 2, 2),) * (len(CHANNELS) - 1)
     network = UNet(3, 1, out_channels=3, channels=CHANNELS, strides=steps)
     image, label = torch.randn(BATCH, 1, *PATCH), torch.zeros(BATCH, *PATCH, dtype=torch.long)

@@ -1,0 +1,25 @@
+"""`segkit check`: what segkit understands, or what is wrong."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument
+
+from segkit.cli.options import Overrides, SeriesOption
+from segkit.cli.terminal import JsonOption, console, say, say_json
+
+
+def check_command(
+    path: Annotated[Path, Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
+    overrides: Overrides = None,
+    json: JsonOption = False,
+    series: SeriesOption = None,
+) -> None:
+    """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
+    from segkit.checking import check
+    from segkit.system.progress import Tracker
+
+    understood = check(path, overrides or (), series=series, track=Tracker(console))
+    say(understood.text)
+    if json:
+        say_json({"kind": understood.kind, **understood.facts})

@@ -1,0 +1,115 @@
+"""`segkit explain`: what a model attends to, and what its maps and heads are worth."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from segkit.cli.options import Device, Inputs, ModelFolder, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.terminal import complain, console, raise_failures, say
+from segkit.errors import VolumeError
+
+if TYPE_CHECKING:
+    from segkit.explain.display import Verdict
+    from segkit.explain.explain_files import Explained
+
+
+def explain_command(
+    inputs: Inputs,
+    out: Annotated[Path, Option(help="A folder for maps and tables.")],
+    model: ModelFolder = None,
+    reference: Annotated[
+        Path | None, Option(help="The label of INPUT, or a folder of labels of that name.")
+    ] = None,
+    heads: Annotated[
+        bool, Option("--heads", help="Say whether several heads of attention beat one here.")
+    ] = False,
+    verdicts: Annotated[
+        bool, Option("--verdicts", help="Say whether each gate matters; minutes a scan.")
+    ] = False,
+    tolerance: Annotated[
+        float, Option(min=0, help="How far off a map may point at a structure, in mm.")
+    ] = 5.0,
+    series: SeriesOption = None,
+    device: Device = "auto",
+    overlap: OverlapOption = 0.5,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write attention maps, what they pick out beside chance, and a page that shows them.
+
+    With a reference, measures compare with it, else with the model's own labels. Several volumes
+    get a folder each, a table over all, and a page that sums them up; one that cannot be read does
+    not stop the others.
+    """
+    from segkit.explain.explain_files import (
+        check_targets,
+        explain_files,
+        explain_heads,
+        remove_heads,
+    )
+    from segkit.explain.page.terminal_table import verdict_table
+    from segkit.explain.verdicts.study import check_gates
+    from segkit.inference.predictor import Predictor
+    from segkit.io.inputs import find_inputs
+    from segkit.model.folder import load_model, model_folder, newest_model
+    from segkit.system.progress import Tracker
+
+    if heads and reference is None:
+        raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
+    folder = model_folder(model) if model else newest_model(Path("runs"))
+    loaded = load_model(folder)
+    found = find_inputs(inputs, len(loaded.description.channels), series=series)
+    say(f"model: {folder}")
+    # Windows of a map that nobody asked about would count as cells that let nothing through.
+    predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
+    track = Tracker(console)
+    check_targets(found, out, overwrite=overwrite)
+    if verdicts:
+        check_gates(predictor)
+    if heads and reference is not None:
+        figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
+        for studied in figures:
+            say(studied.answer())
+        say(f"wrote {out / 'heads.csv'} and {out / 'heads.json'}")
+    elif overwrite:
+        remove_heads(out)
+    over_all: list[Verdict] = []
+    explanations = explain_files(
+        predictor,
+        found,
+        out,
+        references=reference,
+        tolerance_mm=tolerance,
+        verdicts=verdicts,
+        overwrite=overwrite,
+        conclude=over_all.extend,
+        track=track,
+    )
+    failures = []
+    for explained in explanations:
+        if explained.error is None:
+            _tell(explained)
+        else:
+            failures.append(explained.error)
+    if over_all:
+        console.print(verdict_table(over_all))
+    if len(failures) < len(found):
+        say(f"next: open {out / 'index.html'}")
+    if len(found) > 1:
+        for error in failures:
+            complain(error)
+    raise_failures(failures, len(found), alone=len(found) == 1)
+
+
+def _tell(explained: "Explained") -> None:
+    """Say what was written and found of one volume."""
+    say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
+    for position, reach in explained.reach.items():
+        for number, head in enumerate(reach):
+            say(
+                f"{explained.name} {position} head {number}: reaches {head.distance_mm:.1f} mm "
+                f"({head.distance_ratio:.2f} of uniform attention), "
+                f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
+            )
+    for verdict in explained.verdicts:
+        say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")

@@ -1,0 +1,58 @@
+"""`segkit export`: a model for another program."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from segkit.cli.options import OverlapOption, Overwrite
+from segkit.cli.terminal import JsonOption, say, say_json
+from segkit.errors import SegkitError
+
+
+def export_command(
+    model: Annotated[Path, Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
+    form: Annotated[
+        Literal["onnx", "openvino", "monai-bundle"],
+        Option("--format", help="What other programs read."),
+    ],
+    out: Annotated[
+        Path, Option(help="A file .onnx or .xml (with .bin beside it), or a bundle's folder.")
+    ],
+    check: Annotated[
+        bool, Option("--check", help="Run it, and say how far it is from PyTorch.")
+    ] = False,
+    scan: Annotated[Path | None, Option(help="To check it on; noise where not given.")] = None,
+    overlap: OverlapOption = 0.5,
+    json: JsonOption = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
+    from segkit.export.export import export_model
+    from segkit.io.inputs import find_inputs, read_input
+    from segkit.model.folder import load_model, model_folders
+
+    folder, *more = model_folders(model)
+    if more:
+        raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
+    loaded = load_model(folder)
+    found = find_inputs([scan], len(loaded.description.channels)) if scan else []
+    exported = export_model(
+        loaded,
+        form,
+        out,
+        overlap=overlap,
+        check=check or bool(found),
+        scan=read_input(found[0]) if found else None,
+        overwrite=overwrite,
+    )
+    for path in exported.written:
+        say(f"wrote {path}")
+    for line in exported.lines():
+        say(line)
+    if json:
+        say_json(exported.content())
+    if not exported.holds:
+        raise SegkitError(
+            f"{out}: differs from PyTorch by more than rounding; do not use it, and tell its makers"
+        )

@@ -1,0 +1,23 @@
+"""`segkit fetch`: a public dataset by name."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from segkit.cli.terminal import say
+
+
+def fetch_command(
+    name: Annotated[str, Argument(help="Such as hippocampus, or Task04_Hippocampus.")],
+    out: Annotated[Path, Option(help="The folder to put it into.")] = Path(),
+) -> None:
+    """Download a dataset of the Medical Segmentation Decathlon, as MONAI keeps it."""
+    from segkit.data.fetch import decathlon, fetch_dataset, named
+
+    sources = decathlon()
+    whole = named(name, sources)
+    say(f"fetching {sources[whole].url}")
+    folder = fetch_dataset(whole, sources[whole], out)
+    say(f"wrote {folder}")
+    say(f"next: segkit check {folder}, and then segkit train {folder}")

@@ -1,0 +1,135 @@
+"""`segkit explain`: what it writes, says and refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from segkit.config.attention import AdditiveGridGateConfig
+from segkit.model.folder import save_model
+from tests.cli.command import run
+from tests.explain.heads.test_study import attending_model, self_attention
+from tests.explain.test_explain_files import (
+    OVER_ALL,
+    files_in,
+    files_of,
+    saved_model,
+    written_scans,
+)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    return written_scans(tmp_path)
+
+
+def test_the_command_writes_verdicts_of_each_scan_and_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_scans(tmp_path)
+    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
+    out = tmp_path / "out"
+    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
+    words += ["--reference", tmp_path / "labels", "--out", out, "--verdicts"]
+    code, said, err = run(*words, capsys=capsys)
+    assert (code, err) == (0, "")
+    rows = {}
+    for name in ("a", "b"):
+        rows[name] = (out / name / "ablation.csv").read_text().splitlines()
+        told = json.loads((out / name / "measures.json").read_text())["worth"]
+        for verdict in told["verdicts"]:
+            assert f"{name} {verdict['map']} is {verdict['verdict']}: " in said
+    assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
+    cohort = json.loads((out / "cohort.json").read_text())
+    assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
+    page = (out / "index.html").read_text()
+    (verdict,) = cohort["verdicts"]
+    word = verdict["verdict"]
+    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
+    # … and the terminal has them as a table, with the figures of the file.
+    (figures,) = cohort["figures"]
+    table = said[said.index("What each map is worth over 2 scans") :]
+    (row,) = [line.split() for line in table.splitlines() if "skip.1/gate" in line]
+    shown = {"mean_change": "+.3f", "mean_p": ".2g", "auroc": ".2f", "baseline_auroc": ".2f"}
+    told = [
+        "–" if figures[name] is None else format(figures[name], how) for name, how in shown.items()
+    ]
+    assert row[1:6] == [verdict["verdict"], *told]
+    # Without verdicts, nothing of the old ones stays beside the new pages.
+    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
+    assert code == 0 and "What each map is worth" not in said
+    assert not list(out.rglob("ablation.csv"))
+    assert "verdicts" not in json.loads((out / "cohort.json").read_text())
+    assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `segkit explain`; exit code, stdout and stderr."""
+    return lambda *words: run("explain", *words, "--device", "cpu", capsys=capsys)
+
+
+def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
+    out, labels = tmp_path / "out", scans.parent / "labels"
+    code, said, err = command(
+        scans, "--out", out, "--model", model, "--heads", "--reference", labels
+    )
+    assert (code, err) == (0, "")
+    expected = {"heads.csv", "heads.json"} | OVER_ALL
+    for name in ("a", "b"):
+        expected |= files_of(name, "bottleneck-received", within=f"{name}/")
+        heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
+        for number, head in enumerate(heads):
+            assert (
+                f"{name} bottleneck head {number}: reaches {head['distance_mm']:.1f} mm "
+                f"({head['distance_over_uniform']:.2f} of uniform attention)"
+            ) in said
+    assert files_in(out) == expected
+    answer = json.loads((out / "heads.json").read_text())["positions"][0]["answer"]
+    assert answer in said.splitlines()
+
+
+def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
+    words = (scans / "a.nii.gz", "--out", tmp_path / "out", "--model", model)
+    code, _, err = command(*words)
+    assert (code, err) == (0, "")
+    assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
+    code, _, err = command(*words)
+    assert code == 2 and err.startswith("segkit: ") and err.count("\n") == 1
+    assert err.endswith("exists already; pass --overwrite or name another --out\n")
+    for name in ("heads.csv", "heads.json"):  # of a study of other volumes, or another model
+        (tmp_path / "out" / name).write_text("earlier")
+    assert command(*words, "--overwrite")[0] == 0
+    assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
+
+
+def test_heads_without_a_reference_are_one_line_and_exit_code_2(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
+    code, said, err = command(scans, "--out", tmp_path / "out", "--model", model, "--heads")
+    assert (code, said) == (2, "")
+    assert err == "segkit: --heads compares Dice; give --reference, a label or a folder of them\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    model = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig())
+    labels = scans.parent / "labels"
+    words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
+    code, _, err = command(*words)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("segkit: the model has no attention with heads; train one with")
+    assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")

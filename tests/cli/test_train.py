@@ -1,0 +1,119 @@
+"""`segkit train`: one stage or two, folds, and going on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from segkit.config.load import dump_yaml
+from segkit.planning import make_plan as planning
+from tests.cli.command import run
+from tests.small import magnified, small_config, small_dataset
+
+
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{folder: {tmp_path}, patch_size: [8, 8, 8]}}\n")
+    code, out, err = run("train", config, "train.stepps=3", capsys=capsys)
+    assert code == 2 and out == ""
+    assert err == f"segkit: {config}: train.stepps is not a setting (did you mean steps?)\n"
+
+
+def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_dataset(tmp_path / "data", num_cases=5)
+    config = small_config(data, train={"steps": 1})
+    (tmp_path / "small.yaml").write_text(dump_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("train", "small.yaml", "--folds", "0,3", capsys=capsys)
+    assert (code, err) == (0, "")
+    for line in ("fold 0, 1 of 2", "fold 3, 2 of 2", "2 steps in", "mean Dice of 2 held-out cases"):
+        assert line in out, line
+    assert "post-processing: " in out and "wrote runs/small\n" in out
+    code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
+    assert code == 2 and "runs/small: is finished already" in err
+    (tmp_path / "runs/small/fold_3/summary.json").unlink()
+    code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
+    assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out
+    # All folds predict together.
+    scan = data / "imagesTr" / "case_0.nii.gz"
+    code, out, _ = run("predict", scan, "--out", tmp_path / "seg.nii.gz", capsys=capsys)
+    assert code == 0 and out.startswith(
+        "model: runs/small/fold_0/model\nmodel: runs/small/fold_3/model\nwrote "
+    )
+
+
+@pytest.mark.parametrize("folds", ["5", "0,x", "", "every"])
+def test_folds_that_are_none_are_refused(
+    folds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("train", tmp_path / "c.yaml", "--folds", folds, capsys=capsys)
+    assert code == 2
+    assert err == (
+        f"segkit: --folds is {folds!r}; expected all, or numbers from 0 to 4 such as 0,2\n"
+    )
+
+
+def test_a_run_has_no_folds_to_go_on_with(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("train", "--resume", finished, "--folds", "all", capsys=capsys)
+    assert code == 2
+    assert err == f"segkit: {finished}: is one run, not a cross-validation; leave --folds out\n"
+
+
+def test_a_large_dataset_is_planned_and_trained_in_two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 3e8)
+    magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
+    code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 0, err
+    assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
+    code, _, err = run("check", "balls.yaml", capsys=capsys)
+    assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
+    (tmp_path / "balls.yaml").unlink()
+    code, _, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    assert code == 2 and "balls_low.yaml: exists already" in err
+    assert not (tmp_path / "balls.yaml").exists()
+
+    words = ["train", "balls", "trainer.accelerator=cpu", "train.steps=2", "name=two"]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0, err
+    low, full = Path("runs/two_low"), Path("runs/two")
+    assert out.index(f"wrote {low}\n") < out.index(f"wrote {full}\n")
+    assert (full / "model" / "first" / "0" / "weights.safetensors").read_bytes() == (
+        low / "model" / "weights.safetensors"
+    ).read_bytes()
+    code, _, err = run(*words, "data.spacing=[1,1,1]", capsys=capsys)
+    assert code == 2 and "two stages cannot share data.spacing" in err
+    code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
+    assert code == 0 and not Path("runs/one_low").exists(), err
+    assert not (Path("runs/one/model/first")).exists()
+
+
+def test_what_was_planned_and_trained_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda: 1e11)
+    small_dataset(tmp_path / "balls")
+    words = ("plan", "balls", "--device", "cpu", "--minutes", "1", "--json")
+    code, out, err = run(*words, capsys=capsys)
+    (plan,) = json.loads(out)["plans"]
+    assert (code, err, plan["file"]) == (0, "", "balls.yaml")
+    assert plan["config"]["data"]["folder"] == "balls"
+    words = ("train", "balls.yaml", "network.channels=[2,4]", "network.strides=null")
+    words = (*words, "network.kernels=null", "network.attention.skip=null", "train.steps=1")
+    code, _, err = run(*words, "--json", "--dry-run", capsys=capsys)
+    assert code == 2 and "--json tells of a finished run, and --dry-run leaves none" in err
+    code, out, err = run(*words, "--json", capsys=capsys)
+    told = json.loads(out)
+    assert (code, err) == (0, "") and told["folder"] == "runs/balls" and told["steps"] == 1
+    assert (
+        told["validation"] == json.loads(Path("runs/balls/summary.json").read_text())["validation"]
+    )

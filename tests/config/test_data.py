@@ -1,0 +1,34 @@
+"""What a training mirrors follows from the settings and the names of labels."""
+
+import pytest
+
+from segkit.config.data import DataConfig, SynthesisConfig
+
+
+def data_config(**settings: object) -> DataConfig:
+    return DataConfig.model_validate({"folder": "x", "patch_size": [8, 8, 8], **settings})
+
+
+def test_a_model_is_told_what_training_mirrors() -> None:
+    plain, sides = ["background", "liver"], ["background", "left lung", "right lung"]
+    assert data_config().mirrored(plain) == ["x"]
+    assert data_config().mirrored(sides) == []
+    assert data_config(mirror=["x", "z"]).mirrored(sides) == ["x", "z"]
+    assert data_config(augment=False, mirror=["x"]).mirrored(plain) == []
+    drawn = data_config(augment=False, mirror=["y"], synthesis=SynthesisConfig())
+    assert drawn.mirrored(plain) == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "axes"),
+    [
+        (["background", "liver", "spleen"], ["x"]),
+        (["background", "Left Kidney", "Right Kidney"], []),
+        (["background", "kidney_left"], []),
+        (["background", "lh.cortex"], []),
+        (["background", "hippocampus-R"], []),
+        (["background", "cleft", "bright", "central"], ["x"]),
+    ],
+)
+def test_what_tells_left_from_right_is_not_mirrored(labels: list[str], axes: list[str]) -> None:
+    assert data_config().mirrored(labels) == axes

@@ -1,0 +1,38 @@
+"""A cell of a map holds the mean of the voxels that it covers."""
+
+import numpy as np
+import pytest
+from numpy import ndarray
+from numpy.testing import assert_allclose, assert_array_equal
+
+from segkit.explain.measures.cells import Cells, gradient_length, seen_part
+from tests.explain.measures.test_measure_maps import map_of, pooled, scan_of
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "IRP"])
+def test_a_cell_holds_the_mean_of_what_it_covers(code: str, labels: ndarray) -> None:
+    scan = scan_of(labels.astype(np.float32), code)
+    one = map_of(np.zeros((4, 6, 8)), scan, 2)
+    assert one.volume is not None
+    seen = seen_part(scan.data, scan.grid, one.seen)
+    assert_array_equal(seen, labels)
+    cells = Cells(one.volume.grid, one.seen)
+    assert cells.counted.all()
+    assert_allclose(cells.mean(seen), pooled(labels.astype(float), 2), atol=1e-6)
+
+
+def test_cells_beyond_the_scan_do_not_count_and_those_at_its_end_hold_its_part() -> None:
+    scan = scan_of(np.arange(5 * 4 * 4.0).reshape(5, 4, 4), "RAS")
+    one = map_of(np.zeros((4, 2, 2)), scan, 2)  # cells 0-1, 2-3, 4-5, 6-7 of voxels 0 … 4
+    assert one.volume is not None
+    cells = Cells(one.volume.grid, one.seen)
+    assert cells.counted[:, 0, 0].tolist() == [True, True, True, False]
+    ones = cells.mean(np.ones((5, 4, 4), np.float32))
+    assert_allclose(ones[:3], 1, atol=1e-6)
+    assert_allclose(cells.mean(scan.data)[2], pooled(scan.data[[4, 4]], 2)[0], atol=1e-4)
+
+
+def test_a_gradient_is_per_millimetre() -> None:
+    x, y, _ = np.meshgrid(np.arange(4.0), np.arange(5.0), [0.0], indexing="ij")
+    slope = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0))
+    assert_allclose(slope, 5)

@@ -1,0 +1,176 @@
+"""Pictures of planes: the right way up, as round as in the patient, in the colours of labels."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy import ndarray
+
+from segkit.errors import SegkitError
+from segkit.geometry.grid import Grid
+from segkit.io import pictures
+from segkit.io.pictures import (
+    CAPTION,
+    GAP,
+    INFERNO,
+    MAP_OPACITY,
+    OPACITY,
+    PANEL,
+    draw_cases,
+    label_colour,
+    label_rgb,
+    outline,
+    overlaid,
+    planes_of,
+    write_montage,
+)
+from tests.helpers import affine_of
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def ball(shape: tuple[int, int, int], spacing: tuple[float, float, float], mm: float) -> ndarray:
+    """A ball in the middle of a grid."""
+    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+    squares = [axis**2 for axis in np.meshgrid(*axes, indexing="ij")]
+    return (sum(squares) < mm**2).astype(np.uint8)
+
+
+def extent(found: ndarray) -> list[int]:
+    return [int(index.max() - index.min() + 1) for index in np.nonzero(found)]
+
+
+def test_right_is_left_and_front_and_head_are_up() -> None:
+    label = np.zeros((4, 6, 8), np.uint8)
+    label[3, 5, 7] = 1  # the rightmost, foremost, topmost voxel
+    planes = planes_of(
+        np.zeros(label.shape, np.float32), label, label, spacing=(1, 1, 1), caption="case"
+    )
+    sagittal, coronal, axial = planes.references
+    # Heads and fronts at row 0; right, and front where the plane is sagittal, at column 0.
+    for plane, shape in ((sagittal, (8, 6)), (coronal, (8, 4)), (axial, (6, 4))):
+        assert plane.shape == shape
+        assert np.argwhere(plane).tolist() == [[0, 0]]
+
+
+def test_planes_pass_through_the_middle_of_the_reference_or_else_of_the_image() -> None:
+    image = np.arange(4 * 6 * 8, dtype=np.float32).reshape(4, 6, 8)
+    label = np.zeros(image.shape, np.uint8)
+    empty = planes_of(image, label, label, spacing=(1, 1, 1), caption="")
+    assert empty.images[0].max() == image[2].max() and empty.images[2].max() == image[..., 4].max()
+    label[1, 2:5, 1] = 1
+    planes = planes_of(image, label, label, spacing=(1, 1, 1), caption="")
+    for axis, at in enumerate((1, 3, 1)):
+        expected = np.take(image, at, axis=axis)
+        assert planes.images[axis].min() == expected.min()
+        assert planes.images[axis].max() == expected.max()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 0.5, 4.0), (3.0, 1.0, 1.0)])
+def test_a_ball_is_drawn_round_whatever_the_spacing(spacing: tuple[float, float, float]) -> None:
+    shape = tuple(round(48 / step) for step in spacing)
+    label = ball(shape, spacing, 16.0)
+    planes = planes_of(
+        np.zeros(shape, np.float32), np.zeros_like(label), label, spacing=spacing, caption=""
+    )
+    strip = pictures._strip(planes)
+    # The scan is black, so that each panel's tint is all there is: three discs beside one another.
+    tinted = np.flatnonzero(strip.any(axis=(0, 2)))
+    discs = np.split(tinted, np.flatnonzero(np.diff(tinted) > 1) + 1)
+    assert len(discs) == 3
+    thickest = max(spacing) / 48 * pictures.PANEL
+    for disc in discs:
+        height, width = extent(strip[:, disc[0] : disc[-1] + 1].any(axis=2))
+        for size in (height, width):
+            assert abs(size - 2 * 16 / 48 * pictures.PANEL) <= thickest + 2
+
+
+def test_an_outline_is_the_rim_of_each_class() -> None:
+    labels = np.zeros((6, 7), np.uint8)
+    labels[1:5, 1:4] = 1
+    labels[1:5, 4:6] = 2
+    expected = labels > 0
+    expected[2:4, 2] = False  # of class 1, what touches class 1 alone
+    assert np.array_equal(outline(labels), expected)
+
+
+def test_what_is_predicted_is_tinted_and_the_reference_has_its_colour() -> None:
+    bare = np.full((20, 20, 3), 100, np.uint8)
+    predicted, reference = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
+    predicted[:, :2] = 3
+    reference[4:8, 4:8] = 2
+    panel = overlaid(bare, reference, predicted)
+    tint = np.round(100 * (1 - OPACITY) + OPACITY * np.array(label_rgb(3)))
+    assert np.array_equal(panel[5, 1], tint)
+    assert np.array_equal(panel[8, 8], label_rgb(2)) and np.array_equal(panel[9, 9], label_rgb(2))
+    assert np.array_equal(panel[11, 11], [100, 100, 100])  # inside the outline, two pixels wide
+    assert np.array_equal(panel[0, 19], [100, 100, 100])
+
+
+def test_more_classes_than_fit_make_the_picture_wider() -> None:
+    label = ball((8, 8, 8), (1, 1, 1), 3.0)
+    row = planes_of(label.astype(np.float32), label, label, spacing=(1, 1, 1), caption="case")
+    few = draw_cases([row], title="step 1", classes=["background", "ball"])
+    many = draw_cases([row, row], title="step 1", classes=["background", *["a long name"] * 30])
+    assert many.shape[1] > few.shape[1] and many.shape[0] > few.shape[0]
+
+
+def montage(path: Path, panel: pictures.Panel, code: str = "RAS") -> ndarray:
+    """The sagittal, coronal and axial plane of one panel over a black scan of 8 mm each way.
+
+    Without its titles: only the pixels below the plane's name.
+    """
+    grid = Grid((8, 8, 8), affine_of(code, spacing=(1, 1, 1), rotation=(0, 0, 0)))
+    write_montage(path, np.zeros((8, 8, 8)), grid, [("", None, "labels"), panel], label_names={})
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    left = GAP + PANEL + 3 * GAP
+    tops = [CAPTION + (PANEL + GAP) * row for row in range(3)]
+    return np.stack([picture[top : top + PANEL, left : left + PANEL] for top in tops])
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS"])
+def test_a_montage_has_the_patients_right_on_the_left(tmp_path: Path, code: str) -> None:
+    labels = np.zeros((8, 8, 8), np.uint8)
+    # The three planes are those of index 4 of RAS+ axes: a spot on the patient's right, front, top.
+    labels[(7, 7, 4) if code == "RAS" else (0, 0, 4)] = 1
+    sagittal, coronal, axial = montage(tmp_path / "x.png", ("", labels, "labels"), code)
+    assert not sagittal.any() and not coronal.any()
+    spot = np.argwhere(axial.any(axis=2))
+    assert spot.min(axis=0).tolist() == [0, 0]
+    assert spot.max(axis=0).tolist() == [PANEL // 8 - 1] * 2
+    assert np.array_equal(axial[5, 5], np.round(OPACITY * np.array(label_rgb(1))))
+
+
+def test_a_map_has_no_colour_where_it_is_0_or_was_not_computed(tmp_path: Path) -> None:
+    values = np.full((8, 8, 8), 0.25)
+    values[:, :, :4] = 0.75
+    values[4:] = 0
+    values[:2] = np.nan
+    sagittal, coronal, axial = montage(tmp_path / "x.png", ("gate", values, "map"))
+    assert not sagittal.any()  # index 4 of the first axis, where it is 0
+    eighth = PANEL // 8
+    # From the patient's right: four voxels of 0, two of a value, two of NaN.
+    columns = coronal.any(axis=(0, 2))
+    assert np.flatnonzero(columns).tolist() == list(range(4 * eighth, 6 * eighth))
+    ends = [np.round(MAP_OPACITY * np.array(pictures._rgb(INFERNO[end]))) for end in (0, -1)]
+    assert np.array_equal(coronal[PANEL // 4, 5 * eighth], ends[0])
+    assert np.array_equal(coronal[3 * PANEL // 4, 5 * eighth], ends[1])
+    assert axial.any()
+
+
+def test_a_label_has_one_colour_in_every_picture() -> None:
+    labels = np.array([[0, 1], [7, 30]])
+    expected = [[(0, 0, 0), label_rgb(1)], [label_rgb(7), label_rgb(30)]]
+    assert np.array_equal(pictures._colours_of(labels), expected)
+    assert label_rgb(1) == (0x4C, 0x9B, 0xE8) and label_colour(1) == "#4c9be8"
+    assert len({label_rgb(number) for number in range(1, 60)}) == 59
+
+
+def test_without_pillow_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(SegkitError, match=r"run pip install 'segkit\[report\]'"):
+        montage(tmp_path / "x.png", ("", None, "labels"))
+    assert not list(tmp_path.iterdir())
