@@ -17,7 +17,7 @@ from segkit.data.patches import PatchDataset
 from segkit.data.resident import ResidentPatches
 from segkit.model.build import build_network
 from segkit.nn.losses import deep_dice_cross_entropy
-from segkit.training.graphed_step import GraphedStep
+from segkit.system.graphed_step import GraphedStep
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

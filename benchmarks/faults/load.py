@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from segkit.data.dataset import CaseFiles, Dataset
-from segkit.data.prepared_cache import store_cases
 from segkit.data.normalise import zscore
+from segkit.data.prepared_cache import store_cases
 from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import find_inputs, predict_files
 from segkit.inference.predictor import Predictor

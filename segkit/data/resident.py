@@ -122,30 +122,30 @@ class ResidentLoader:
 
     def __init__(self, patches: ResidentPatches, sampler: Sampler[int], batch_size: int) -> None:
         self.patches = patches
-        self.sampler = sampler
+        self.numbers = sampler  # Lightning takes what has a `sampler` for a DataLoader
         self.batch_size = batch_size
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]
+        return math.ceil(len(self.numbers) / self.batch_size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Patch]:
         """The batches, in order."""
-        numbers: list[int] = []
-        for number in self.sampler:
-            numbers.append(number)
-            if len(numbers) == self.batch_size:
-                yield self.patches.batch(numbers)
-                numbers = []
-        if numbers:
-            yield self.patches.batch(numbers)
+        batch: list[int] = []
+        for number in self.numbers:
+            batch.append(number)
+            if len(batch) == self.batch_size:
+                yield self.patches.batch(batch)
+                batch = []
+        if batch:
+            yield self.patches.batch(batch)
 
 
 class ResidentCases:
     """Held-out cases whole, on a device: `image` (channel, x, y, z), as stored, and `label`."""
 
     def __init__(self, cases: Sequence[StoredCase], sampler: Sampler[int], device: torch.device):
-        self.sampler = sampler
+        self.numbers = sampler  # Lightning takes what has a `sampler` for a DataLoader
         self.held: list[dict[str, Tensor]] = [
             {
                 "image": on_device(case.image, device),
@@ -156,8 +156,8 @@ class ResidentCases:
 
     def __len__(self) -> int:
         """How many cases this process validates on."""
-        return len(self.sampler)  # type: ignore[arg-type]
+        return len(self.numbers)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Each case."""
-        return (self.held[number] for number in self.sampler)
+        return (self.held[number] for number in self.numbers)

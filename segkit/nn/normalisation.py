@@ -32,16 +32,35 @@ def channels_last(network: nn.Module) -> None:
             weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
 
 
-def fuse_normalisation(network: nn.Module) -> None:
+def order_for(network: nn.Module, device: torch.device) -> None:
+    """Put a network's weights into the order, and its normalisations into the kernels, that are
+    fastest in training on a device.
+
+    Channels last on a CPU, and on a GPU if all normalisation is fused. Else PyTorch's own
+    normalisation copies such features to the other order and back, which costs more than is won.
+    """
+    if device.type == "cpu" or (device.type == FUSED_DEVICE and fuse_normalisation(network)):
+        channels_last(network)
+
+
+def fuse_normalisation(network: nn.Module) -> bool:
     """Let each instance normalisation of a network run in one kernel with the leaky ReLU after it.
 
-    This has an effect only on a GPU, in float32, float16 or bfloat16, if triton is installed and
-    the network is neither compiled nor exported. Elsewhere the network computes what it did before,
-    bit for bit. Weights, their names and their order in memory stay.
+    True if all normalisation is of that kind and triton is installed. This has an effect only on a
+    GPU, in float32, float16 or bfloat16, if the network is neither compiled nor exported. Elsewhere
+    the network computes what it did before, bit for bit. Weights, their names and their order in
+    memory stay.
     """
-    for module in network.modules():
-        if isinstance(module, InstanceNormalisation):
-            module.fused = True
+    others = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    normalisations = [
+        module
+        for module in network.modules()
+        if isinstance(module, (*others, InstanceNormalisation))
+    ]
+    own = [each for each in normalisations if isinstance(each, InstanceNormalisation)]
+    for module in own:
+        module.fused = True
+    return 0 < len(own) == len(normalisations) and _normalise_and_leak() is not None
 
 
 @cache

@@ -31,7 +31,7 @@ from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.folder import SUMMARY, Model, save_model
 from segkit.nn.external import try_out
-from segkit.nn.normalisation import channels_last
+from segkit.nn.normalisation import order_for
 from segkit.nn.slicewise import SegmentationNetwork, weights_of
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
@@ -331,8 +331,8 @@ def _trained(
     logger.info(
         "%s: %d cases to train on, %d held out", folder, len(split.train), len(split.held_out)
     )
-    if config.network.given is None and trainer.strategy.root_device.type == "cpu":
-        channels_last(network)
+    if config.network.given is None:
+        order_for(network, trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
         trainer.fit(
