@@ -27,7 +27,7 @@ from segkit.evaluation.evaluate import find_labelling, score_pairs
 from segkit.explain.heads.study import ScoredVolume, case_dice
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor, segment_prepared
-from segkit.inference.regions import written_regions
+from segkit.inference.source_rows import written_regions
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import Model, load_model
 from segkit.nn.unet import UNet

@@ -11,8 +11,8 @@ from segkit.errors import ModelError
 from segkit.explain.heads.study import multi_headed
 from segkit.model.build import build_network
 from segkit.model.folder import Model
+from segkit.nn.network import unet_of
 from segkit.nn.self_attention import SelfAttention
-from segkit.nn.slicewise import unet_of
 
 
 def prune(model: Model, kept: Mapping[str, Sequence[int]]) -> Model:

@@ -10,7 +10,7 @@ from torch import Tensor
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import window_layout
-from segkit.inference.regions import written_regions
+from segkit.inference.source_rows import written_regions
 from segkit.inference.windows import slide
 from segkit.model.build import volume_patch
 from segkit.model.folder import Model

@@ -29,7 +29,7 @@ from segkit.model.build import (
 )
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 
 PLANES_PER_WINDOW = 8
 UNLIKELY = -30.0

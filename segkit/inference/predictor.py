@@ -30,18 +30,18 @@ from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import MergedRows, merge
 from segkit.inference.model_walk import ModelWalk, TrackSlabs, window_layout
 from segkit.inference.output_arrays import Results
-from segkit.inference.regions import written_regions
 from segkit.inference.source_rows import (
     WALK_AXIS,
     SourceRows,
     pieces,
     to_source_rows,
+    written_regions,
 )
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
 from segkit.io.volume import Volume, trouble_with
 from segkit.model.folder import Model, load_model, model_folders
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 
 __all__ = [
     "WALK_AXIS",

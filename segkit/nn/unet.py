@@ -27,7 +27,6 @@ from segkit.nn.blocks import (
     ConvolutionBlock,
     NormalisationKind,
 )
-from segkit.nn.labels import spread_labels
 from segkit.nn.map_tap import MapInfo, place_taps, taps
 
 
@@ -303,3 +302,16 @@ class UNet(nn.Module):
             features = self.decoder[level](skips[level], features)
             decoded.insert(0, features)
         return decoded
+
+
+def spread_labels(
+    image: Float[Tensor, "batch channel *space"], num_classes: int
+) -> Float[Tensor, "batch wider *space"]:
+    """The image with the labels of its last channel spread over `num_classes` channels.
+
+    Each is 1 where the label is its own, of 1, 2, …, and 0 elsewhere. Spread here, patch by patch,
+    a volume's labels take up one channel wherever else they are kept.
+    """
+    numbers = torch.arange(1, num_classes + 1, device=image.device, dtype=image.dtype)
+    is_class = image[:, -1:] == numbers.view(-1, *[1] * (image.ndim - 2))
+    return torch.cat([image[:, :-1], is_class.to(image.dtype)], dim=1)

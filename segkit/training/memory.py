@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkit.nn.losses import deep_dice_cross_entropy
+from segkit.nn.network import SegmentationNetwork
 from segkit.nn.normalisation import CHANNELS_LAST
-from segkit.nn.slicewise import SegmentationNetwork
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 """Numbers that an optimiser keeps for each weight."""

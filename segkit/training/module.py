@@ -18,7 +18,7 @@ from segkit.nn.losses import (
     deep_dice_cross_entropy,
     presence_cross_entropy,
 )
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 
 SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
 

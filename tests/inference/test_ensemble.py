@@ -21,8 +21,7 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.ensemble import merge, predictive_entropy
-from segkit.inference.moments import Moments
+from segkit.inference.ensemble import Moments, merge, predictive_entropy
 from segkit.inference.predictor import Predictor
 from segkit.inference.source_rows import SourceRows
 from segkit.io.volume import Volume

@@ -15,8 +15,8 @@ from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network, volume_patch
 from segkit.nn.losses import deep_dice_cross_entropy
+from segkit.nn.network import SegmentationNetwork
 from segkit.nn.normalisation import channels_last
-from segkit.nn.slicewise import SegmentationNetwork
 from segkit.nn.unet import UNet
 from segkit.system.estimates import memory_of_step
 from segkit.training.memory import Counting, StepMemory, in_words, step_memory

@@ -26,7 +26,7 @@ from segkit.inference.windows import slide
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.nn.map_tap import editing, taps
-from segkit.nn.slicewise import SegmentationNetwork, unet_of
+from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.system.progress import Track, untracked
 
 OWN = "own weights"

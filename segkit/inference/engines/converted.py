@@ -28,7 +28,7 @@ from segkit.inference.engines.conversion_cache import artefact, find, user_cache
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, TorchEngine, run
 from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
-from segkit.nn.slicewise import SegmentationNetwork, unet_of
+from segkit.nn.network import SegmentationNetwork, unet_of
 
 ENGINES_FOLDER = "engines"
 INPUT = "image"

@@ -8,7 +8,7 @@ from torch import Tensor
 from segkit.errors import ModelError
 from segkit.inference.engines.torch_eager import TorchEngine, run
 from segkit.nn.map_tap import edited
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 
 
 class CompiledEngine(TorchEngine):

@@ -39,7 +39,8 @@ from segkit.io.atomic import write_text
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.nn.map_tap import editing
-from segkit.nn.slicewise import SlicewiseNetwork, unet_of
+from segkit.nn.network import unet_of
+from segkit.nn.slicewise import SlicewiseNetwork
 from tests.nn.test_contract import FAMILIES, PATCH, network_of, settings
 
 CPU = torch.device("cpu")
