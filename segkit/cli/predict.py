@@ -77,8 +77,9 @@ def predict(
     """
     import torch
 
-    from segkit.inference.predict_files import find_inputs, parse_shard, predict_files
+    from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
+    from segkit.io.inputs import find_inputs, parse_shard
     from segkit.model.folder import load_model, model_folders, newest_model
     from segkit.system.progress import CohortProgress
 
@@ -194,8 +195,8 @@ def explain(
     from segkit.explain.page.page import Verdict
     from segkit.explain.page.terminal_table import verdict_table
     from segkit.explain.verdicts.study import WorthStudy, check_gates
-    from segkit.inference.predict_files import find_inputs
     from segkit.inference.predictor import Predictor
+    from segkit.io.inputs import find_inputs
     from segkit.model.folder import load_model, model_folder, newest_model
     from segkit.system.progress import Tracker
 

@@ -18,8 +18,9 @@ from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.errors import SegkitError
 from segkit.geometry.grid import Grid
+from segkit.inference.attention_maps import map_on_source
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import Prediction, Predictor, map_on_source
+from segkit.inference.predictor import Prediction, Predictor
 from segkit.io.atomic import write_json
 from segkit.io.montage import Panel, write_montage
 from segkit.io.volume import Volume, write_volume

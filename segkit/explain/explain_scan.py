@@ -39,7 +39,9 @@ from segkit.explain.page.parts import (
     measure_tables,
 )
 from segkit.explain.verdicts.findings import Findings, Study
-from segkit.inference.predictor import AttentionMap, Predictor, TrackSlabs, map_on_source
+from segkit.inference.attention_maps import AttentionMap, map_on_source
+from segkit.inference.model_walk import TrackSlabs
+from segkit.inference.predictor import Predictor
 from segkit.io.montage import Panel, write_montage
 from segkit.io.volume import Volume
 

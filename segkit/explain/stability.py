@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from segkit.errors import ModelError
 from segkit.explain.measures.ranks import spearman
-from segkit.inference.predictor import AttentionMap
+from segkit.inference.attention_maps import AttentionMap
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import window_layout
-from segkit.inference.source_rows import written_regions
+from segkit.inference.source_rows import labels_of
 from segkit.inference.windows import slide
 from segkit.model.build import volume_patch
 from segkit.model.folder import Model
@@ -83,27 +83,21 @@ def compare(
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
-    patch, overlap, multiple = window_layout(model.network, volume_patch(model.description), 0.5)
-    blended = slide(
-        image, both, patch_size=patch, overlap=overlap, multiple=multiple, batch_size=batch_size
-    )
+    layout = window_layout(model.network, volume_patch(model.description), 0.5)
+    blended = slide(image, both, layout, batch_size=batch_size)
     written = model.description.labelling.written
-    same = _labels(blended["eager"], written) == _labels(blended["exported"], written)
+    same = labels_of(blended["eager"], written) == labels_of(blended["exported"], written)
     return Agreement(differences, largest, float(same.double().mean()))
 
 
 def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
     """An image of noise with several windows, for a model to be compared on without a scan."""
     description = model.description
-    patch, _, _ = window_layout(model.network, volume_patch(description), 0.5)
-    size = [length * 3 // 2 for length in patch]
+    layout = window_layout(model.network, volume_patch(description), 0.5)
+    size = [length * 3 // 2 for length in layout.patch_size]
     image = torch.randn(
         len(description.channels), *size, generator=torch.Generator().manual_seed(0)
     )
     if description.first_stage is None:
         return image
     return torch.cat([image, torch.zeros(1, *size)])
-
-
-def _labels(logits: Tensor, written: Sequence[int] | None) -> Tensor:
-    return logits.argmax(dim=0) if written is None else written_regions(logits, written)

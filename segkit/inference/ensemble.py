@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from segkit.inference.source_rows import SourceRows, written_regions
+from segkit.inference.source_rows import SourceRows, labels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +73,8 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
     written = members[0].written
     if alone:  # the label is the same whatever else is asked for
         labels = members[0].labels()
-    elif written is None:
-        labels = moments.mean.max(dim=0).indices
     else:
-        labels = written_regions(moments.mean - 0.5, written)
+        labels = labels_of(moments.mean if written is None else moments.mean - 0.5, written)
     probabilities = moments.mean if shares else None
     if not uncertainty:
         return MergedRows(labels, probabilities)

@@ -12,25 +12,16 @@ from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import Prediction, Predictor, TrackSlabs
+from segkit.inference.model_walk import TrackSlabs
+from segkit.inference.predictor import Prediction, Predictor
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, failure, find_inputs, parse_shard, read_input
+from segkit.io.inputs import Input, failure, read_input
 from segkit.io.montage import write_montage
 from segkit.io.volume import SUFFIXES, Volume, stem_of, suffix_of, write_volume
 from segkit.provenance import PROVENANCE, asked_of, check_asked, made_by
-
-__all__ = [
-    "Input",
-    "Outcome",
-    "find_inputs",
-    "output_path",
-    "parse_shard",
-    "predict_files",
-    "read_input",
-]
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,7 @@ class SourceRows:
         blocks = []
         for first in range(0, len(x), step):
             columns = replace(self, positions=(x[first : first + step], y, rows))
-            logits = columns._resampled(classes)
-            if self.written is None:
-                blocks.append(logits.max(dim=0).indices)
-            else:
-                blocks.append(written_regions(logits, self.written))
+            blocks.append(labels_of(columns._resampled(classes), self.written))
         return torch.cat(blocks)
 
     def probabilities(self) -> Float[Tensor, "classes x y rows"]:
@@ -140,6 +136,13 @@ def pieces(rows: Sequence[SourceRows], *, voxels: int) -> Iterator[tuple[int, li
     step = max(voxels // (len(x) * len(y)), 1)
     for first in range(0, rows[0].count, step):
         yield first, [member.part(first, first + step) for member in rows]
+
+
+def labels_of(
+    logits: Float[Tensor, "channel *space"], written: Sequence[int] | None
+) -> Integer[Tensor, "*space"]:
+    """The class with the largest logit, the lowest if they tie; or `written_regions`."""
+    return logits.max(dim=0).indices if written is None else written_regions(logits, written)
 
 
 def written_regions(

@@ -16,7 +16,8 @@ from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.page import Verdict, write_page
 from segkit.explain.verdicts.findings import Findings
-from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.inference.attention_maps import AttentionMap
+from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from tests.explain.heads.test_study import attending_model, noise_case
 

@@ -7,7 +7,7 @@ from numpy import ndarray
 from segkit.errors import ModelError
 from segkit.explain.stability import stability
 from segkit.geometry.grid import Grid
-from segkit.inference.predictor import AttentionMap
+from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
 

@@ -26,7 +26,8 @@ from segkit.config.attention import (
 )
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid, Orientation
-from segkit.inference.predictor import Predictor, map_on_source
+from segkit.inference.attention_maps import map_on_source
+from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model

@@ -25,16 +25,13 @@ from segkit.config.network import NetworkConfig
 from segkit.data.preprocess import prepare
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation
+from segkit.inference.attention_maps import map_on_source
 from segkit.inference.engines.torch_eager import PRESENCE
-from segkit.inference.predict_files import find_inputs, predict_files
-from segkit.inference.predictor import (
-    WALK_AXIS,
-    Predictor,
-    map_on_source,
-    segment_prepared,
-    to_source_rows,
-)
-from segkit.inference.windows import stream
+from segkit.inference.predict_files import predict_files
+from segkit.inference.predictor import Predictor, segment_prepared
+from segkit.inference.source_rows import WALK_AXIS, to_source_rows
+from segkit.inference.windows import WindowLayout, stream
+from segkit.io.inputs import find_inputs
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model
@@ -230,9 +227,7 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
     slabs = stream(
         prepared.image,
         lambda windows: {"logits": windows},
-        patch_size=(8, 8, 8),
-        overlap=(0.5, 0.5, 0.5),
-        multiple=(4, 4, 4),
+        WindowLayout((8, 8, 8), (0.5, 0.5, 0.5), (4, 4, 4)),
         axis=WALK_AXIS,
     )
     back = np.full((*prepared.source.shape, 3), np.nan, np.float32)

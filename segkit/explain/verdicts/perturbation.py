@@ -24,8 +24,9 @@ from torch import Tensor
 from segkit.explain.measures.ranks import settled
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import nearest
+from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.inference.predictor import Predictor
 from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import Slab, stream
 from segkit.io.volume import Volume
@@ -181,13 +182,10 @@ class SoftDiceToFirst:
         return logits.sigmoid() if self.regions else logits.softmax(dim=0)
 
     def _walk(self, image: Tensor) -> Iterable[Slab]:
-        patch, overlap, multiple = self.member.layout
         return stream(
             image,
             lambda windows: self.member.engine(windows, ()),
-            patch_size=patch,
-            overlap=overlap,
-            multiple=multiple,
+            self.member.layout,
             axis=WALK_AXIS,
             batch_size=self.member.batch_size,
         )

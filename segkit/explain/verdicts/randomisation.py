@@ -216,7 +216,6 @@ def _maps(
     engine: TorchEngine, member: ModelWalk, image: Tensor, keys: Collection[str]
 ) -> dict[str, ndarray]:
     """Maps of the whole image, without mirror images."""
-    patch, overlap, multiple = member.layout
 
     def look(windows: Tensor) -> dict[str, Tensor]:
         outputs = engine(windows, keys)
@@ -224,12 +223,5 @@ def _maps(
 
     if not keys:
         return {}
-    found = slide(
-        image,
-        look,
-        patch_size=patch,
-        overlap=overlap,
-        multiple=multiple,
-        batch_size=member.batch_size,
-    )
+    found = slide(image, look, member.layout, batch_size=member.batch_size)
     return {key: values.cpu().numpy() for key, values in found.items()}

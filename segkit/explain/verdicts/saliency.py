@@ -127,14 +127,11 @@ def _walk(
                 cells = look(image)
         return {key: cells.detach().float()}
 
-    patch, overlap, multiple = member.layout
     collector = MapCollector({key: info}, prepared, allocate=in_memory)
     slabs = stream(
         prepared.image,
         run,
-        patch_size=patch,
-        overlap=overlap,
-        multiple=multiple,
+        member.layout,
         axis=WALK_AXIS,
         batch_size=member.batch_size,
     )

@@ -18,7 +18,7 @@ from segkit.explain.measures.measure_maps import Measure, measure_maps
 from segkit.geometry.grid import Grid, Orientation, Placement
 from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
-from segkit.inference.windows import slide, window_starts, window_weight
+from segkit.inference.windows import WindowLayout, slide, window_starts, window_weight
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
 from tests.helpers import affine_of
@@ -214,9 +214,7 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     blended = slide(
         torch.zeros(1, *size),
         windows,
-        patch_size=patch,
-        overlap=(overlap,) * 3,
-        multiple=(stride,) * 3,
+        WindowLayout(patch, (overlap,) * 3, (stride,) * 3),
     )
     found = spread.deviation("map", blended["map"], blended["map" + SQUARES])[0].numpy()
     weight = torch.ones(())
@@ -249,6 +247,6 @@ def test_windows_that_say_the_same_do_not_disagree() -> None:
         spread.add_squares(outputs)
         return outputs
 
-    blended = slide(torch.zeros(1, 20), same, patch_size=(8,), overlap=(0.5,), multiple=(1,))
+    blended = slide(torch.zeros(1, 20), same, WindowLayout((8,), (0.5,), (1,)))
     found = spread.deviation("map", blended["map"], blended["map" + SQUARES])
     assert float(found.max()) < 1e-6

@@ -34,7 +34,7 @@ from segkit.inference.engines.out_of_memory import SparingEngine
 from segkit.inference.engines.torch_compile import CompiledEngine
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, TorchEngine
 from segkit.inference.predictor import Predictor
-from segkit.inference.windows import slide
+from segkit.inference.windows import WindowLayout, slide
 from segkit.io.atomic import write_text
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, save_model
@@ -496,9 +496,7 @@ def test_sums_that_do_not_fit_on_the_device_are_kept_on_the_host(
         return slide(
             image,
             lambda batch: {"same": batch},
-            patch_size=(4, 4, 4),
-            overlap=(0.5, 0.5, 0.5),
-            multiple=(2, 2, 2),
+            WindowLayout((4, 4, 4), (0.5, 0.5, 0.5), (2, 2, 2)),
         )["same"]
 
     zeros = torch.zeros
