@@ -132,10 +132,7 @@ def scored_by(
 
 
 def score_pairs(
-    pairs: Iterable[tuple[str, Path, Path]],
-    labelling: Labelling | None,
-    *,
-    tolerance_mm: float,
+    pairs: Iterable[tuple[str, Path, Path]], labelling: Labelling | None, *, tolerance_mm: float
 ) -> list[CaseScores]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
 

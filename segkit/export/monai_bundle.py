@@ -249,14 +249,9 @@ def _datalist(num_channels: int) -> str:
 
 def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
     """From logits to files of labels."""
-    steps: list[dict[str, Any]] = [
-        {"_target_": "EnsureTyped", "keys": "pred", "track_meta": True},
-    ]
+    steps: list[dict[str, Any]] = [{"_target_": "EnsureTyped", "keys": "pred", "track_meta": True}]
     if told["regions"]:
-        written = {
-            "_target_": f"{CODE}.WrittenRegions",
-            "numbers": list(told["regions"].values()),
-        }
+        written = {"_target_": f"{CODE}.WrittenRegions", "numbers": list(told["regions"].values())}
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": written})
     else:
         steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})

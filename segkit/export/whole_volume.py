@@ -230,10 +230,7 @@ def normalised(channel: Tensor, told: Mapping[str, Any]) -> Tensor:
     counted = channel[channel != 0] if told["nonzero"] else channel
     if counted.numel() == 0:
         return channel
-    mean, std = (
-        float(counted.double().mean()),
-        float(counted.double().std(correction=0)),
-    )
+    mean, std = (float(counted.double().mean()), float(counted.double().std(correction=0)))
     return (channel - mean) / (std if std > 1e-8 * abs(mean) else 1.0)
 
 

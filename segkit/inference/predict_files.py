@@ -250,12 +250,7 @@ def _planned(
 
 
 def _checked(
-    source: Input,
-    targets: Targets,
-    inputs: set[Path],
-    asked: Mapping[str, Any],
-    *,
-    overwrite: bool,
+    source: Input, targets: Targets, inputs: set[Path], asked: Mapping[str, Any], *, overwrite: bool
 ) -> Targets | Outcome:
     """The targets; or the outcome, if results are there already or must not be written."""
     finished = source.of_folder and not overwrite and targets.labels.exists()

@@ -20,14 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
-from segkit.nn.blocks import (
-    CONV,
-    MAX_POOL,
-    TRANSPOSED_CONV,
-    ConvolutionBlock,
-    NormalisationKind,
-)
-from segkit.nn.map_tap import MapInfo, place_taps, taps
+from segkit.nn.blocks import CONV, MAX_POOL, TRANSPOSED_CONV, ConvolutionBlock, NormalisationKind
+from segkit.nn.map_tap import MapInfo, maps_of, place_taps
 
 
 class SkipAttention(Protocol):
@@ -228,11 +222,7 @@ class UNet(nn.Module):
 
     def maps(self) -> dict[str, MapInfo]:
         """What each attention map of this network is and where it lies, by key."""
-        return {
-            key: tap.info
-            for key, tap in taps(self).items()
-            if tap.info is not None and tap.kind != "branch"
-        }
+        return maps_of(self)
 
     def forward(
         self, image: Float[Tensor, "batch in_channel *space"]
