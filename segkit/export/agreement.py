@@ -9,10 +9,9 @@ from torch import Tensor
 
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
-from segkit.inference.model_walk import window_layout
+from segkit.inference.model_walk import layout_of
 from segkit.inference.source_rows import labels_of
 from segkit.inference.windows import slide
-from segkit.model.build import volume_patch
 from segkit.model.folder import Model
 
 DIFFERENCE = 1e-3
@@ -83,8 +82,7 @@ def compare(
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
-    layout = window_layout(model.network, volume_patch(model.description), 0.5)
-    blended = slide(image, both, layout, batch_size=batch_size)
+    blended = slide(image, both, layout_of(model), batch_size=batch_size)
     written = model.description.labelling.written
     same = labels_of(blended["eager"], written) == labels_of(blended["exported"], written)
     return Agreement(differences, largest, float(same.double().mean()))
@@ -93,8 +91,7 @@ def compare(
 def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
     """An image of noise with several windows, for a model to be compared on without a scan."""
     description = model.description
-    layout = window_layout(model.network, volume_patch(description), 0.5)
-    size = [length * 3 // 2 for length in layout.patch_size]
+    size = [length * 3 // 2 for length in layout_of(model).patch_size]
     image = torch.randn(
         len(description.channels), *size, generator=torch.Generator().manual_seed(0)
     )

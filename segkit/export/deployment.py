@@ -5,8 +5,7 @@ from typing import Any
 
 from segkit.inference.engines.converted import INPUT
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
-from segkit.inference.model_walk import mirror_axes, window_layout
-from segkit.model.build import volume_patch
+from segkit.inference.model_walk import layout_of, mirror_axes
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 from segkit.planning.nnunet_rules import ANISOTROPY
@@ -23,7 +22,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
     """
     description = model.description
     labelling = description.labelling
-    patch, overlaps, multiple = window_layout(model.network, volume_patch(description), overlap)
+    patch, overlaps, multiple = layout_of(model, overlap)
     stage = description.first_stage
     return {
         "format": DEPLOYMENT_FORMAT,

@@ -13,7 +13,7 @@ Resampling and windows are segkit's own, in `scripts/whole_volume.py`, for MONAI
 up to half a voxel and a window, and labels would differ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 from typing import Any
@@ -33,47 +33,6 @@ NEEDS = ("nibabel", "scipy")
 CODE = "scripts.whole_volume"
 NETWORK = Path("models", "model.ts")
 
-README = """\
-# {run}
-
-Segments {names}. Trained and exported by {made_by}.
-
-## Run it
-
-```sh
-pip install "monai>=1.5" pytorch-ignite fire nibabel scipy
-python -m monai.bundle run --config_file configs/inference.json \\
-    --dataset_dir /path/to/scans --output_dir /path/to/segmentations
-```
-
-from this folder, or with `--bundle_root` and the config's whole path from any other.
-
-{inputs}
-A segmentation `CASE_seg.nii.gz` is written for each case, on its own grid. The labels are
-
-{labels}
-
-**Run it only if you trust who made it.** `models/model.ts`, `scripts/` and the expressions in
-`configs/inference.json` are programs, as in every MONAI bundle. `models/segkit/` holds the same
-weights as data alone, which `segkit predict --model models/segkit` reads and which can run nothing.
-
-## What it does
-
-MONAI reads a scan, turns it to RAS+ and cuts it to the box of what is not 0.
-`scripts/whole_volume.py` normalises it, resamples it to {spacing} mm ({interpolation}), slides
-windows of {patch} voxels over it that share {overlap} with their neighbours, blends what the
-network says of them by Gaussian weights, and brings that back to the scan's own spacing. Of that
-the labels are made, and MONAI puts the box back. `configs/metadata.json` holds all numbers, under
-`segkit`.
-
-`network_def` makes {num_outputs} logits of one window (batch, {num_channels}, {shape}). MONAI's
-`SlidingWindowInferer` could take the inferer's place after MONAI's own `NormalizeIntensityd` and
-`Spacingd`; labels then differ along edges, for its grid and its windows lie elsewhere.
-
-Units of NIfTI files must be millimetres, which MONAI takes for granted.
-
-Research software; no medical device.
-"""
 
 LICENSE = """\
 scripts/whole_volume.py is part of segkit and is licensed under the Apache License, Version 2.0,
@@ -116,9 +75,21 @@ def export_bundle(
 
 def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
     """`metadata.json` by MONAI's schema, with all that `deployment` tells under 'segkit'."""
-    channels = told["input"]["channels"]
-    patch = told["windows"]["patch"]
-    labels = {str(number): name for name, number in told["labels"].items()}
+    channels, logits = told["input"]["channels"], told["outputs"]["logits"]
+
+    def tensor(form: str, names: Sequence[str], **more: str) -> dict[str, Any]:
+        return {
+            "type": "image",
+            "format": form,
+            **more,
+            "num_channels": len(names),
+            "spatial_shape": told["windows"]["patch"],
+            "dtype": "float32",
+            "value_range": [],
+            "is_patch_data": True,
+            "channel_def": {str(at): name for at, name in enumerate(names)},
+        }
+
     return {
         "version": "1.0.0",
         "changelog": {"1.0.0": f"exported by {told['made_by']}"},
@@ -136,35 +107,10 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
         "authors": "not stated",
         "copyright": "not stated",
         "network_data_format": {
-            "inputs": {
-                "image": {
-                    "type": "image",
-                    "format": "magnitude",
-                    "modality": ", ".join(channels),
-                    "num_channels": len(channels),
-                    "spatial_shape": patch,
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": True,
-                    "channel_def": {str(at): name for at, name in enumerate(channels)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "image",
-                    "format": "segmentation",
-                    "num_channels": len(told["outputs"]["logits"]),
-                    "spatial_shape": patch,
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": True,
-                    "channel_def": {
-                        str(at): name for at, name in enumerate(told["outputs"]["logits"])
-                    },
-                }
-            },
+            "inputs": {"image": tensor("magnitude", channels, modality=", ".join(channels))},
+            "outputs": {"pred": tensor("segmentation", logits)},
         },
-        "labels": labels,
+        "labels": {str(number): name for name, number in told["labels"].items()},
         "segkit": dict(told),
     }
 
@@ -293,7 +239,8 @@ def readme_of(told: Mapping[str, Any]) -> str:
     if len(channels) > 1:
         files = ", ".join(f"`CASE_{at:04d}.nii.gz` ({name})" for at, name in enumerate(channels))
         inputs = f"A case is the files {files}."
-    return README.format(
+    template = Path(__file__).with_name("bundle_readme.md").read_text(encoding="utf-8")
+    return template.format(
         run=told["run"],
         names=", ".join(list(told["labels"])[1:]),
         made_by=told["made_by"],

@@ -121,36 +121,24 @@ class MapCollector:
 
     def result(self, volume: Volume) -> dict[str, AttentionMap]:
         """The maps of the whole volume."""
-        source = self.prepared.source
-        return {
-            key: self.vectors.result(info, source)
-            if info.placement is None
-            else AttentionMap(
-                info,
-                self._on_its_grid(info, volume),
-                source,
-                disagreement=self._disagreement(info, volume),
+        found = {}
+        for key, info in self.infos.items():
+            if info.placement is None:
+                found[key] = self.vectors.result(info, self.prepared.source)
+                continue
+            values = self.placed[key]
+            stride = info.placement.stride
+            grid = self.prepared.grid.placed(values.shape[:3], stride, info.placement.offset)
+            disagreement = None
+            if self.spread is not None:
+                windows = self.spread.windows_over(values.shape[:3], stride)
+                deviation = where_windows_meet(self.placed[key + SQUARES], windows)
+                disagreement = volume.on(grid, deviation)
+            map_volume = volume.on(grid, values[..., 0] if values.shape[3] == 1 else values)
+            found[key] = AttentionMap(
+                info, map_volume, self.prepared.source, disagreement=disagreement
             )
-            for key, info in self.infos.items()
-        }
-
-    def _disagreement(self, info: MapInfo, volume: Volume) -> Volume | None:
-        if self.spread is None or info.placement is None:
-            return None
-        deviation = self.placed[info.key + SQUARES]
-        windows = self.spread.windows_over(deviation.shape[:3], info.placement.stride)
-        grid = self.prepared.grid.placed(
-            windows.shape, info.placement.stride, info.placement.offset
-        )
-        return volume.on(grid, where_windows_meet(deviation, windows))
-
-    def _on_its_grid(self, info: MapInfo, volume: Volume) -> Volume:
-        assert info.placement is not None
-        values = self.placed[info.key]
-        grid = self.prepared.grid.placed(
-            values.shape[:3], info.placement.stride, info.placement.offset
-        )
-        return volume.on(grid, values[..., 0] if values.shape[3] == 1 else values)
+        return found
 
 
 def map_on_source(

@@ -89,16 +89,13 @@ class Moments:
     """The mean of probabilities, and the mean over classes of their variance.
 
     Welford (1962): no difference of large sums, so that what agrees has a variance of exactly 0.
-
-    Args:
-        class_axis: of the probabilities.
+    `class_axis` is that of the probabilities.
     """
 
     def __init__(self, class_axis: int) -> None:
         self.class_axis = class_axis
         self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())
+        self.mean = self.squares = torch.zeros(())
 
     def add(self, answer: Float[Tensor, "*shape"]) -> None:
         """Take in one more answer."""

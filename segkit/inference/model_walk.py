@@ -88,8 +88,7 @@ class ModelWalk:
         self.engine: Engine = choose_engine(
             settings.engine, model, device=settings.device, precision=settings.precision
         )
-        patch_size = volume_patch(model.description)
-        self.layout = window_layout(model.network, patch_size, settings.overlap)
+        self.layout = layout_of(model, settings.overlap)
         if choose_device(settings.device).type == "cpu":
             check_windows(model.description, self.layout.patch_size)
         self.batch_size = settings.batch_size
@@ -225,6 +224,11 @@ def window_layout(
     patch = tuple(PLANES_PER_WINDOW if size == 1 else size for size in patch_size)
     overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
     return WindowLayout(patch, overlaps, network.total_stride)
+
+
+def layout_of(model: Model, overlap: float = 0.5) -> WindowLayout:
+    """The windows of a model over a volume."""
+    return window_layout(model.network, volume_patch(model.description), overlap)
 
 
 def mirror_axes(description: ModelDescription) -> Sequence[int]:

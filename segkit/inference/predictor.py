@@ -216,7 +216,7 @@ class Predictor:
         labelling = self.model.description.labelling
         kind = np.min_scalar_type(max(labelling.numbers.values()))
         labels = np.zeros(volume.grid.shape, kind, order="F")
-        results = Results(volume, first, allocate=allocate)
+        results = Results(volume, first, allocate)
         if probabilities:
             # What the network never sees is background, which has no place among regions.
             beyond = [0.0] * len(labelling.outputs)
@@ -229,12 +229,14 @@ class Predictor:
         for start, verdict in self._verdicts(walks, probabilities, uncertainty):
             rows = slice(start, start + verdict.labels.shape[-1])
             turned[:, :, rows] = verdict.labels.cpu().numpy()
-            if verdict.probabilities is not None:
-                results.put("probabilities", rows, verdict.probabilities)
-            if verdict.entropy is not None and verdict.variance is not None:
-                results.put("entropy", rows, verdict.entropy[None])
-                results.put("variance", rows, verdict.variance[None])
-            del verdict
+            for name, values in (
+                ("probabilities", verdict.probabilities),
+                ("entropy", verdict.entropy),
+                ("variance", verdict.variance),
+            ):
+                if values is not None:
+                    results.put(name, rows, values if values.ndim == 4 else values[None])
+            del verdict, values
         adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
