@@ -27,7 +27,7 @@ from segkit.inference.predictor import Predictor
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model
 from segkit.nn.network import weights_of
-from tests.inference.engines.test_engines import FAST, SLOW, model_of
+from tests.models import FAST, SLOW, model_of
 
 REGIONS: dict[str, Any] = {
     "channels": ["T1", "T2"],

@@ -21,7 +21,7 @@ from segkit.inference.windows import WindowLayout
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
 from tests.helpers import affine_of, grids
-from tests.inference.test_predictor import description, nearest_class, random_model
+from tests.models import description, nearest_class, random_model
 
 
 @settings(max_examples=30)

@@ -27,13 +27,7 @@ from segkit.inference.source_rows import SourceRows
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, save_model
 from tests.helpers import affine_of
-from tests.inference.test_predictor import (
-    description,
-    headed_model,
-    nearest_class,
-    noise_volume,
-    random_model,
-)
+from tests.models import description, headed_model, nearest_class, noise_volume, random_model
 
 
 def seeded(seed: int, **settings: object) -> Model:

@@ -34,7 +34,7 @@ from segkit.model.folder import Model
 from segkit.nn.map_tap import taps
 from segkit.nn.unet import UNet
 from tests.helpers import affine_of
-from tests.inference.test_predictor import description, noise_volume, random_model, world_axes
+from tests.models import description, noise_volume, random_model, world_axes
 
 STRIDES = {
     "even": [[2, 2, 2]] * 3,
