@@ -34,6 +34,24 @@ CODE = "scripts.whole_volume"
 NETWORK = Path("models", "model.ts")
 
 
+BEFORE: list[dict[str, Any]] = [
+    {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
+    {
+        "_target_": "Orientationd",
+        "keys": "image",
+        "axcodes": "RAS",
+        "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
+    },
+    {
+        "_target_": "CropForegroundd",
+        "keys": "image",
+        "source_key": "image",
+        # All of a scan that holds nothing.
+        "select_fn": "$lambda values: (values != 0) | ~(values != 0).any()",
+        "allow_smaller": True,
+    },
+]
+"""From files to what the network's inferer is given, as MONAI does it."""
 LICENSE = """\
 scripts/whole_volume.py is part of segkit and is licensed under the Apache License, Version 2.0,
 which follows. Whoever trained the model decides on what terms its weights, under models/, may be
@@ -128,26 +146,7 @@ def inference_of(told: Mapping[str, Any]) -> dict[str, Any]:
         "network_def": (
             f"$torch.jit.load(@bundle_root + '/{NETWORK.as_posix()}', map_location=@device)"
         ),
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
-                {
-                    "_target_": "Orientationd",
-                    "keys": "image",
-                    "axcodes": "RAS",
-                    "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
-                },
-                {
-                    "_target_": "CropForegroundd",
-                    "keys": "image",
-                    "source_key": "image",
-                    # All of a scan that holds nothing.
-                    "select_fn": "$lambda values: (values != 0) | ~(values != 0).any()",
-                    "allow_smaller": True,
-                },
-            ],
-        },
+        "preprocessing": {"_target_": "Compose", "transforms": BEFORE},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
             "_target_": "DataLoader",
