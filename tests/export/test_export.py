@@ -32,7 +32,7 @@ from segkit.io.volume import Volume, read_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, described_model, load_model
 from segkit.nn.map_tap import MapInfo
-from tests.inference.engines.test_engines import FAST, SLOW, model_of, saved
+from tests.models import FAST, SLOW, model_of, saved
 
 GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
 NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}

@@ -26,8 +26,8 @@ from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.predictor import Predictor
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model
-from segkit.nn.slicewise import weights_of
-from tests.inference.engines.test_engines import FAST, SLOW, model_of
+from segkit.nn.network import weights_of
+from tests.models import FAST, SLOW, model_of
 
 REGIONS: dict[str, Any] = {
     "channels": ["T1", "T2"],
