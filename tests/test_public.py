@@ -14,9 +14,6 @@ from tests.documents import blocks_of
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-SHOWS_PARTS = ("verdicts", "3_what_a_gate_is_worth")
-BEHIND = pytest.mark.xfail(reason="shows parts of segkit.explain that are not public", strict=True)
-
 
 def python_of(path: Path) -> str:
     """All Python of a page or a notebook."""
@@ -45,13 +42,6 @@ def test_a_module_behind_segkit_is_found_however_it_is_imported() -> None:
     assert found == {"segkit.io", "io.volume.Volume", "Grid", "train", "demo"}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[BEHIND] if path.stem in SHOWS_PARTS else [])
-        for path in [*PAGES, *NOTEBOOKS]
-    ],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.stem)
 def test_a_page_uses_public_names_only(path: Path) -> None:
     assert set(names_used(python_of(path))) <= set(segkit.__all__)
