@@ -13,7 +13,7 @@ from segkit.data.augment_spatial import Vary
 from segkit.errors import TrainingError
 from segkit.nn.gates import anneal
 from segkit.nn.losses import presence_cross_entropy
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.training.lightning_private import log_by_true_step
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
 from segkit.training.validation import Validation

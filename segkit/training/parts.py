@@ -33,7 +33,7 @@ from segkit.nn.losses import (
     deep_dice_cross_entropy,
     presence_cross_entropy,
 )
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.module import Loss, PresenceLoss

@@ -18,8 +18,7 @@ from segkit.data.preprocess import prepare
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume
-from segkit.nn.labels import spread_labels
-from segkit.nn.unet import UNet
+from segkit.nn.unet import UNet, spread_labels
 from tests.helpers import ORIENTATIONS, affine_of
 
 UNCHANGED = LabelCorruption(reshaping_probability=0.0, removal_probability=0.0)

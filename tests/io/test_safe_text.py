@@ -31,7 +31,7 @@ from segkit.model.folder import load_model, save_model
 from segkit.training.fit import resume, train
 from segkit.training.run_folder import LAST
 from tests.model.test_folder import small_model
-from tests.nn.test_contract import FAMILIES, PATCH, settings
+from tests.networks import FAMILIES, PATCH, settings
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

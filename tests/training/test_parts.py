@@ -18,7 +18,7 @@ from segkit.data.prepared_cache import StoredCase
 from segkit.errors import ConfigError, ModelError
 from segkit.io.safe_text import read_json_object
 from segkit.model.folder import load_model
-from segkit.nn.slicewise import weights_of
+from segkit.nn.network import weights_of
 from segkit.training.fit import fit, resume, train
 from segkit.training.parts import Augmentation, TrainingParts, prepare
 from tests.small import small_config, small_dataset
