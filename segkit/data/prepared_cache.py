@@ -27,7 +27,7 @@ from numpy import ndarray
 
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
-from segkit.data.preprocess import Normaliser, prepare, prepare_label
+from segkit.data.preprocess import Normaliser, prepare_image, prepare_label
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
@@ -236,7 +236,7 @@ def _store(
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
     try:
-        prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+        prepared = prepare_image(body, spacing=spacing, normalisers=normalisers, order=order)
     except VolumeError as error:
         raise DatasetError(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())

@@ -1,7 +1,7 @@
 """One form for every volume: the body's box, RAS+ axes, the network's spacing, normalised values.
 
-Training and prediction both come through `prepare`; whatever it does to the grid, its result's own
-grid says exactly, so that nothing has to be undone by memory.
+Training and prediction both come through `prepare_image`; whatever it does to the grid, its
+result's own grid says exactly, so that nothing has to be undone by memory.
 """
 
 import math
@@ -60,7 +60,7 @@ class Prepared:
         return x, y, z
 
 
-def prepare(
+def prepare_image(
     volume: Volume,
     *,
     spacing: Sequence[float],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segkit.config.model import ModelDescription
 from segkit.data.first_stage_labels import with_labels
-from segkit.data.preprocess import Prepared, prepare
+from segkit.data.preprocess import Prepared, prepare_image
 from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
@@ -75,7 +75,7 @@ class ModelWalk:
 
     def prepare(self, volume: Volume, first_labels: Volume | None) -> Prepared:
         """The volume as the network sees it, with the labels of the first stage if it has one."""
-        prepared = prepare(
+        prepared = prepare_image(
             volume,
             spacing=self.model.description.spacing,
             normalisers=self.normalisers,

@@ -22,7 +22,7 @@ from segkit.config.attention import (
 from segkit.config.data import CtWindowConfig
 from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.config.network import NetworkConfig
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.engines.torch_eager import PRESENCE
@@ -224,7 +224,7 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
 ) -> None:
     grid = Grid((13, 17, 9), affine_of(code))
     world = grid.centres()
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(world.astype(np.float32), grid), spacing=spacing, normalisers=[lambda x: x] * 3
     )
     slabs = stream(
