@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from segkit.training import fit as training
+from segkit.training import parts as training
 from segkit.training import validation_pictures as samples
 from segkit.training.fit import train
 from segkit.training.validation_pictures import COLOURS, OPACITY, draw, outline, overlaid, planes_of
