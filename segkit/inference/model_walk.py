@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import build_normalisers
-from segkit.data.preprocess import Prepared, prepare
+from segkit.data.preprocess import Prepared, prepare_image
 from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
@@ -102,7 +102,7 @@ class ModelWalk:
 
     def prepare(self, volume: Volume, first_labels: Volume | None) -> Prepared:
         """The volume as the network sees it, with the labels of the first stage if it has one."""
-        prepared = prepare(
+        prepared = prepare_image(
             volume,
             spacing=self.model.description.spacing,
             normalisers=self.normalisers,

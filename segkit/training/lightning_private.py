@@ -79,7 +79,7 @@ class MovableAverage(WeightAveraging):
         return self._latest_update_step
 
 
-def finish(tracker: WandbLogger, status: str) -> None:
+def end_record(tracker: WandbLogger, status: str) -> None:
     """End the record of a tracker, if it began one."""
     if tracker._experiment is not None:
         tracker._experiment.finish(exit_code=0 if status == "success" else 1)

@@ -32,7 +32,7 @@ class Validation:
     """What the score is called."""
 
 
-def case_dice(
+def dice_of_groups(
     prediction: Integer[Tensor, "*space"],
     label: Integer[Tensor, "*space"],
     *,

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from torch.testing import assert_close
 
 from segkit.config.network import NetworkConfig
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.geometry.grid import Grid
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.torch_eager import LOGITS
@@ -34,7 +34,7 @@ def test_what_is_read_from_an_empty_window_comes_from_zeros_alone(
     values[tuple(random.integers(0, size) for size in grid.shape)] = 3
     volume = Volume(values, grid)
     spacing = min(grid.spacing) * ratio
-    prepared = prepare(
+    prepared = prepare_image(
         volume, spacing=(spacing, spacing, spacing), normalisers=[lambda image: image + 5]
     )
     layout = WindowLayout((4, 4, 4), (0.5, 0.5, 0.5), (2, 2, 2))
@@ -50,7 +50,7 @@ def test_every_window_with_a_voxel_is_kept() -> None:
     values = np.zeros((16, 16, 16, 2), np.uint8)
     values[0, 0, 0, 1] = values[15, 15, 15, 0] = values[9, 6, 4, 1] = 1
     volume = Volume(values, Grid((16, 16, 16), np.eye(4)))
-    prepared = prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image] * 2)
+    prepared = prepare_image(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image] * 2)
     layout = WindowLayout((8, 8, 8), (0.5, 0.5, 0.5), (4, 4, 4))
     starts = [[0, 4, 8]] * 3
     assert layout.starts((16, 16, 16)) == starts

@@ -17,7 +17,7 @@ from segkit.config.attention import (
 )
 from segkit.config.model import PostprocessingConfig
 from segkit.config.network import NetworkConfig
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.attention_maps import map_on_source
@@ -156,7 +156,7 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
 ) -> None:
     grid = Grid((13, 17, 9), affine_of(code))
     world = grid.centres()
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(world.astype(np.float32), grid), spacing=spacing, normalisers=[lambda x: x] * 3
     )
     slabs = stream(

@@ -456,7 +456,7 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
 
     def prepared(spacing: float) -> tuple[int, ...]:
         normalisers = [lambda values: values]
-        found = preprocess.prepare(volume, spacing=[spacing] * 3, normalisers=normalisers)
+        found = preprocess.prepare_image(volume, spacing=[spacing] * 3, normalisers=normalisers)
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
