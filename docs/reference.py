@@ -26,10 +26,13 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "To other programs, and from them": (
-        "export_model described_model save_model Export ModelDescription"
+        "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": "explain_volume evaluate Explanation Evaluation",
-    "Volumes": "read_volume read_labels write_volume Volume Grid",
+    "Volumes": (
+        "read_volume read_labels write_volume write_montage Volume Grid Orientation Placement"
+    ),
+    "Data to try things on": "load_template write_dataset demo_config write_hippocampi",
     "Errors": (
         "SegkitError ConfigError DatasetError ModelError TrainingError VolumeError WorkerError"
     ),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from segkit.config.load import load_config
     from segkit.config.model import ModelDescription
     from segkit.config.training import Config
+    from segkit.demo.demo import demo_config, load_template, write_dataset
+    from segkit.demo.phantoms import write_hippocampi
     from segkit.errors import (
         ConfigError,
         DatasetError,
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.export.export import Export, export_model
-    from segkit.geometry.grid import Grid
+    from segkit.export.whole_volume import WholeVolume
+    from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
+    from segkit.io.pictures import write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.planning.make_plan import Planned, plan_dataset
@@ -53,6 +57,8 @@ __all__ = [
     "Model",
     "ModelDescription",
     "ModelError",
+    "Orientation",
+    "Placement",
     "Planned",
     "Prediction",
     "Predictor",
@@ -63,9 +69,11 @@ __all__ = [
     "Understood",
     "Volume",
     "VolumeError",
+    "WholeVolume",
     "WorkerError",
     "check",
     "cross_validate",
+    "demo_config",
     "described_model",
     "evaluate",
     "explain_volume",
@@ -73,6 +81,7 @@ __all__ = [
     "fit",
     "load_config",
     "load_model",
+    "load_template",
     "map_on_source",
     "plan_dataset",
     "prepare",
@@ -81,6 +90,9 @@ __all__ = [
     "resume",
     "save_model",
     "train",
+    "write_dataset",
+    "write_hippocampi",
+    "write_montage",
     "write_volume",
 ]
 
@@ -90,6 +102,8 @@ _HOMES = {
     "segkit.config.training": ("Config",),
     "segkit.config.load": ("load_config",),
     "segkit.training.cross_validation": ("CrossValidation", "cross_validate"),
+    "segkit.demo.demo": ("demo_config", "load_template", "write_dataset"),
+    "segkit.demo.phantoms": ("write_hippocampi",),
     "segkit.errors": (
         "ConfigError",
         "DatasetError",
@@ -102,13 +116,15 @@ _HOMES = {
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.export.export": ("Export", "export_model"),
-    "segkit.geometry.grid": ("Grid",),
+    "segkit.export.whole_volume": ("WholeVolume",),
+    "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
+    "segkit.io.pictures": ("write_montage",),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

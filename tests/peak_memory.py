@@ -14,8 +14,9 @@ from segkit.config.data import CtWindowConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
-from segkit.inference.predict_files import find_inputs, predict_files
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
+from segkit.io.inputs import find_inputs
 from segkit.io.volume import Volume, write_volume
 from segkit.model.folder import Model
 from segkit.nn.unet import UNet

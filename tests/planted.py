@@ -14,7 +14,7 @@ from segkit.io.volume import Volume
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapTap
 from segkit.nn.unet import UNet
-from tests.inference.test_predictor import description
+from tests.models import description
 
 Kind = Literal["mask", "noise", "constant", "untrained"]
 KEY = "skip.0/gate"

@@ -25,8 +25,9 @@ from segkit.data.dataset import CaseFiles, Dataset
 from segkit.data.normalise import zscore
 from segkit.data.prepared_cache import store_cases
 from segkit.geometry.grid import Grid
-from segkit.inference.predict_files import find_inputs, predict_files
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
+from segkit.io.inputs import find_inputs
 from segkit.io.volume import Volume, write_volume
 
 SHAPE = (24, 20, 16)

@@ -117,8 +117,9 @@ def network_of(case: Case) -> nn.Module:
 
 def segkit(case: Case, source: Path, target: Path, settings: dict[str, str]) -> dict[str, float]:
     """segkit's predictor, by the engine and with the maps that the settings ask for."""
-    from segkit.inference.predict_files import find_inputs, predict_files
+    from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
+    from segkit.io.inputs import find_inputs
 
     # As if it had been read from there; what it is converted to is kept in a cache of its own.
     kept = Path(settings["model"])

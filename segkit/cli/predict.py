@@ -64,8 +64,9 @@ def predict_command(
     """
     import torch
 
-    from segkit.inference.predict_files import find_inputs, predict_files
+    from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
+    from segkit.io.inputs import find_inputs
     from segkit.model.folder import load_model, model_folders, newest_model
     from segkit.system.progress import CohortProgress
 

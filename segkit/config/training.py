@@ -26,8 +26,10 @@ class AdamWConfig(Section):
     """The highest learning rate over the first."""
     fall_factor: Annotated[float, Field(ge=1)] = 1e4
     """The first learning rate over the last."""
-    momentum: tuple[Decay, Decay] = (0.85, 0.95)
-    """The lowest and the highest decay of the mean gradient; it falls while the rate rises."""
+    highest_momentum: Decay = 0.95
+    """The decay of the mean gradient at the lowest learning rate."""
+    lowest_momentum: Decay = 0.85
+    """The decay of the mean gradient at the highest learning rate."""
     square_decay: Decay = 0.999
     """The decay of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8

@@ -28,7 +28,7 @@ from numpy import ndarray
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
-from segkit.data.preprocess import prepare, prepare_label
+from segkit.data.preprocess import prepare_image, prepare_label
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
@@ -244,7 +244,7 @@ def _store(
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
     try:
-        prepared = prepare(body, spacing=spacing, normalisers=normalisers, order=order)
+        prepared = prepare_image(body, spacing=spacing, normalisers=normalisers, order=order)
     except VolumeError as error:
         raise DatasetError(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())

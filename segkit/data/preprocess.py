@@ -1,6 +1,6 @@
 """One form for every volume: the body's box, RAS+ axes, the network's spacing, normalised values.
 
-Training and prediction both call `prepare`. The grid of its result says exactly where the result
+Training and prediction both call `prepare_image`. The grid of its result says exactly where the result
 lies, so that predictions find their way back to the scan.
 """
 
@@ -56,7 +56,7 @@ class Prepared:
         return x, y, z
 
 
-def prepare(
+def prepare_image(
     volume: Volume,
     *,
     spacing: Sequence[float],

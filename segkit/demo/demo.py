@@ -18,8 +18,9 @@ from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.errors import SegkitError
 from segkit.geometry.grid import Grid
+from segkit.inference.attention_maps import map_on_source
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import Prediction, Predictor, map_on_source
+from segkit.inference.predictor import Prediction, Predictor
 from segkit.io.atomic import write_json
 from segkit.io.pictures import Panel, write_montage
 from segkit.io.volume import Volume, write_volume
@@ -111,6 +112,8 @@ def load_template() -> tuple[Volume, Volume]:
 
     A voxel of the brain is grey or white matter where that map is the largest of grey, white and
     what is left of 1; fluid and all else are 'other'.
+
+    Raises SegkitError if nilearn is not installed.
     """
     try:
         from nilearn import datasets
@@ -138,7 +141,10 @@ def load_template() -> tuple[Volume, Volume]:
 
 
 def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
-    """Two cases: the tissue map alone, to train on, and the real scan with it, held out."""
+    """Write two cases: the tissue map, to train on, and the real scan with it, held out.
+
+    Raises OSError if the folder cannot be written.
+    """
     write_volume(folder / "labelsTr" / "tissue_map.nii.gz", reference)
     write_volume(folder / "labelsTr" / "real_t1.nii.gz", reference)
     write_volume(folder / "imagesTr" / "real_t1.nii.gz", scan)
@@ -157,7 +163,7 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
 def demo_config(
     dataset: Path, *, contrast: Literal["t1", "random"], steps: int = DEMO_STEPS, seed: int = 0
 ) -> Config:
-    """What the demo trains."""
+    """The config of the demo's training. Raises ConfigError if a setting does not fit."""
     tree = {
         "name": "demo",
         "data": {

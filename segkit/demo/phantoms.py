@@ -33,6 +33,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     """Write a dataset: scans, labels and dataset.json, the same of the same seed.
 
     Labels are the Decathlon's of Task04: the anterior 40 % of the tube's length, and the rest.
+    Raises OSError if the folder cannot be written.
     """
     generator = Generator().manual_seed(seed)
     origin = -SPACING * (np.array(SHAPE) - 1) / 2

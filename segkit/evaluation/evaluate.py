@@ -19,12 +19,15 @@ from segkit.system.progress import Track, untracked
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of each class in each case, and what they come to over cases."""
+    """Scores of each class in each case, and their summary over cases."""
 
     cases: Sequence[CaseScores]
+    """One for each class and case: `metrics` by name ('dice', 'iou', 'hd95_mm', 'assd_mm', 'nsd'),
+    volumes in ml, and counts of voxels."""
     summary: Summary
+    """`classes` and `overall`, each with a mean, a median and a 95 % interval of each metric."""
     made: Mapping[str, Any]
-    """Of which files, with which settings and by which versions."""
+    """The files, the settings and the versions that the scores come from."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
@@ -32,25 +35,37 @@ class Evaluation:
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: str | Path,
+    references: str | Path,
     *,
-    labels: Path | None = None,
+    labels: str | Path | None = None,
     tolerance_mm: float = 1.0,
     track: Track = untracked,
 ) -> Evaluation:
     """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of two files, or two folders.
 
+    Example:
+        evaluation = segkit.evaluate("predictions", "references")
+        evaluation.summary.overall.metrics["dice"].mean
+
     Args:
-        predictions: a segmentation, or a folder of them, paired with the references by name.
+        predictions: a segmentation, or a folder of them, paired with the references by name; a
+            prediction may be called NAME_seg.
         references: its reference, or a folder of them.
-        labels: a dataset.json with the names of labels and regions; the nearest where not given.
-        tolerance_mm: within which two surfaces agree, for the normalised surface Dice.
+        labels: a dataset.json with the names of labels and regions; if not given, the one beside
+            the references or one folder above, if there is one.
+        tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
+            Dice.
         track: may show the progress over cases.
 
-    Raises VolumeError where files do not pair, or a pair does not fit together, and DatasetError
-    where the dataset.json cannot be understood.
+    Returns:
+        The scores; a score is NaN if its class is in neither image.
+
+    Raises:
+        VolumeError: files do not pair, or a pair does not fit together.
+        DatasetError: the dataset.json cannot be understood.
     """
+    predictions, references = Path(predictions), Path(references)
     pairs = find_pairs(predictions, references)
     rows = score_pairs(
         track(pairs, "scoring", len(pairs)),
@@ -58,8 +73,17 @@ def evaluate(
         tolerance_mm=tolerance_mm,
     )
     if not rows:
-        raise VolumeError(f"{references}: holds background alone; there is nothing to score")
-    made = scored_by(pairs, labels_file(references, labels), tolerance_mm=tolerance_mm)
+        raise VolumeError(f"{references}: holds only background; there is nothing to score")
+    source = labels_file(references, labels)
+    made = {
+        "tolerance_mm": tolerance_mm,
+        "labels": checksums([source] if source else []),
+        "inputs": [
+            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
+            for name, prediction, reference in pairs
+        ],
+        "versions": versions(),
+    }
     return Evaluation(rows, summarise(rows), made)
 
 
@@ -92,7 +116,7 @@ def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     return found
 
 
-def find_labelling(references: Path, labels: Path | None) -> Labelling | None:
+def find_labelling(references: Path, labels: str | Path | None) -> Labelling | None:
     """What is told apart, by a dataset.json: the one given, or one beside or above.
 
     Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
@@ -101,13 +125,14 @@ def find_labelling(references: Path, labels: Path | None) -> Labelling | None:
     return None if path is None else read_labelling(path)
 
 
-def labels_file(references: Path, labels: Path | None) -> Path | None:
+def labels_file(references: Path, labels: str | Path | None) -> Path | None:
     """The dataset.json that says what is told apart: the one given, or one beside or above.
 
     Raises VolumeError where the one given is not there.
     """
     folder = references if references.is_dir() else references.parent
-    candidates = [labels] if labels else [folder / "dataset.json", folder.parent / "dataset.json"]
+    beside = [folder / "dataset.json", folder.parent / "dataset.json"]
+    candidates = [Path(labels)] if labels else beside
     for path in candidates:
         if path.is_file():
             return path
@@ -116,26 +141,8 @@ def labels_file(references: Path, labels: Path | None) -> Path | None:
     return None
 
 
-def scored_by(
-    pairs: Iterable[tuple[str, Path, Path]], labels: Path | None, *, tolerance_mm: float
-) -> dict[str, Any]:
-    """What scores were made of: settings, the files of each case, and versions."""
-    return {
-        "tolerance_mm": tolerance_mm,
-        "labels": checksums([labels] if labels else []),
-        "inputs": [
-            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
-            for name, prediction, reference in pairs
-        ],
-        "versions": versions(),
-    }
-
-
 def score_pairs(
-    pairs: Iterable[tuple[str, Path, Path]],
-    labelling: Labelling | None,
-    *,
-    tolerance_mm: float,
+    pairs: Iterable[tuple[str, Path, Path]], labelling: Labelling | None, *, tolerance_mm: float
 ) -> list[CaseScores]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 def confusion_matrix(
-    prediction: Integer[Tensor, "*space"],
-    reference: Integer[Tensor, "..."],
-    num_classes: int,
+    prediction: Integer[Tensor, "*space"], reference: Integer[Tensor, "..."], num_classes: int
 ) -> Int64[Tensor, "reference prediction"]:
     """Number of voxels of each (reference label, prediction label) pair, on the labels' device.
 

@@ -1,6 +1,6 @@
 """Scores of every case and class, their summary over cases, and the table that shows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from segkit.evaluation.overlap import Overlap
 from segkit.evaluation.surface import (
+    SurfaceDistances,
     average_symmetric_surface_distance,
     hausdorff95,
     normalised_surface_dice,
@@ -23,38 +24,61 @@ from segkit.evaluation.surface import (
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
-# What is summarised, in the order shown: attribute of CaseScores, heading, number format.
-METRIC_NAMES = (
-    ("dice", "Dice", ".3f"),
-    ("iou", "IoU", ".3f"),
-    ("hd95_mm", "HD95 (mm)", ".2f"),
-    ("assd_mm", "ASSD (mm)", ".2f"),
-    ("nsd", "NSD", ".3f"),
-)
+
+@dataclass(frozen=True, eq=False)
+class ClassPair:
+    """One class in a prediction and in its reference: all that a metric may look at."""
+
+    overlap: Overlap
+    distances: SurfaceDistances
+    tolerance_mm: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of a class: its heading in tables, its number format, and the score itself."""
+
+    heading: str
+    form: str
+    of: Callable[[ClassPair], float]
+    """NaN if it is undefined."""
+
+
+METRICS: Mapping[str, Metric] = {
+    "dice": Metric("Dice", ".3f", lambda pair: pair.overlap.dice.item()),
+    "iou": Metric("IoU", ".3f", lambda pair: pair.overlap.iou.item()),
+    "hd95_mm": Metric("HD95 (mm)", ".2f", lambda pair: hausdorff95(pair.distances)),
+    "assd_mm": Metric(
+        "ASSD (mm)", ".2f", lambda pair: average_symmetric_surface_distance(pair.distances)
+    ),
+    "nsd": Metric(
+        "NSD", ".3f", lambda pair: normalised_surface_dice(pair.distances, pair.tolerance_mm)
+    ),
+}
+"""The metrics by their names in JSON, in the order shown. A new one needs only an entry here."""
 
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one class in one case.
-
-    The five scores are NaN where the class is in neither image. Volumes are in ml; a 2D image has
-    none, so they are NaN. tp, fp and fn count voxels.
-    """
+    """Scores of one class in one case. tp, fp and fn count voxels."""
 
     case: str
     label: int
     name: str
-    dice: float
-    iou: float
-    hd95_mm: float
-    assd_mm: float
-    nsd: float
+    metrics: Mapping[str, float]
+    """Each of `METRICS` by its name; NaN if the class is in neither image."""
     tolerance_mm: float
     prediction_ml: float
+    """NaN in a 2D image, which has no volume; as `reference_ml`."""
     reference_ml: float
     tp: int
     fp: int
     fn: int
+
+    def to_json(self) -> Json:
+        """The same as one flat dict; NaN becomes None."""
+        fields = {key: value for key, value in vars(self).items() if key != "metrics"}
+        return _without_nan({**fields, **self.metrics})
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """Statistic of each metric, by its attribute in CaseScores. `label` is None for the overall."""
+    """Statistic of each of `METRICS`. `label` is None for the overall."""
 
     label: int | None
     name: str
@@ -158,22 +182,10 @@ def _score_class(
     fn = int(np.count_nonzero(reference_mask)) - tp
     overlap = Overlap(torch.tensor(tp), torch.tensor(fp), torch.tensor(fn))
     voxel_ml = prod(float(step) for step in spacing) / 1000 if len(spacing) == 3 else float("nan")
-    return CaseScores(
-        case=case,
-        label=label,
-        name=name,
-        dice=overlap.dice.item(),
-        iou=overlap.iou.item(),
-        hd95_mm=hausdorff95(distances),
-        assd_mm=average_symmetric_surface_distance(distances),
-        nsd=normalised_surface_dice(distances, tolerance_mm),
-        tolerance_mm=tolerance_mm,
-        prediction_ml=(tp + fp) * voxel_ml,
-        reference_ml=(tp + fn) * voxel_ml,
-        tp=tp,
-        fp=fp,
-        fn=fn,
-    )
+    pair = ClassPair(overlap, distances, tolerance_mm)
+    metrics = {key: metric.of(pair) for key, metric in METRICS.items()}
+    volumes = ((tp + fp) * voxel_ml, (tp + fn) * voxel_ml)
+    return CaseScores(case, label, name, metrics, tolerance_mm, *volumes, tp, fp, fn)
 
 
 def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: int = 0) -> Summary:
@@ -204,8 +216,8 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
         )
     ordered = sorted(rows, key=lambda row: (row.label, row.case))
     scores = {
-        metric: np.array([float(getattr(row, metric)) for row in ordered]).reshape(-1, num_cases)
-        for metric, _, _ in METRIC_NAMES
+        key: np.array([float(row.metrics[key]) for row in ordered]).reshape(-1, num_cases)
+        for key in METRICS
     }
 
     def summary_of(label: int | None, name: str, of_classes: slice) -> ClassSummary:
@@ -277,7 +289,7 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
         },
         "overall": _class_json(summary.overall),
         "classes": [_class_json(of_class) for of_class in summary.classes],
-        "cases": [_without_nan(asdict(row)) for row in rows],
+        "cases": [row.to_json() for row in rows],
     }
 
 
@@ -313,18 +325,18 @@ def to_table(summary: Summary) -> Table:
     for heading in ("mean", "95 %", "median", "scored", "undefined"):
         table.add_column(heading, justify="right", no_wrap=True)
     for of_class in (*summary.classes, summary.overall):
-        lines = [
-            _line(heading, of_class.metrics[name], form) for name, heading, form in METRIC_NAMES
-        ]
+        lines = [_line(metric, of_class.metrics[key]) for key, metric in METRICS.items()]
         columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
         # Text, since a name may hold what Rich would take for markup: [left].
         table.add_row(Text(of_class.name), *columns, end_section=True)
     return table
 
 
-def _line(heading: str, value: Statistic, form: str) -> tuple[str, ...]:
+def _line(metric: Metric, value: Statistic) -> tuple[str, ...]:
     counts = str(value.num_scored), str(value.num_undefined)
     if value.num_scored == 0:
-        return heading, "-", "-", "-", *counts
-    interval = f"{value.low:{form}} to {value.high:{form}}"
-    return heading, f"{value.mean:{form}}", interval, f"{value.median:{form}}", *counts
+        return metric.heading, "-", "-", "-", *counts
+    mean, low, high, median = (
+        f"{number:{metric.form}}" for number in (value.mean, value.low, value.high, value.median)
+    )
+    return metric.heading, mean, f"{low} to {high}", median, *counts

@@ -41,12 +41,13 @@ from segkit.explain.page.parts import (
     rows_as_csv,
 )
 from segkit.explain.verdicts.study import ABLATIONS, Worth, study_gates
+from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import AttentionMap, Predictor, map_on_source
+from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
 from segkit.io.pictures import Panel, write_montage
 from segkit.io.volume import Volume, write_volume
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 

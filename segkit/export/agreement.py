@@ -9,8 +9,8 @@ from torch import Tensor
 
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
-from segkit.inference.model_walk import window_layout
-from segkit.inference.regions import written_regions
+from segkit.inference.model_walk import layout_of
+from segkit.inference.source_rows import labels_of
 from segkit.inference.windows import slide
 from segkit.model.folder import Model
 
@@ -82,27 +82,19 @@ def compare(
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
-    patch, overlap, multiple = window_layout(model.network, model.description.volume_patch, 0.5)
-    blended = slide(
-        image, both, patch_size=patch, overlap=overlap, multiple=multiple, batch_size=batch_size
-    )
+    blended = slide(image, both, layout_of(model), batch_size=batch_size)
     written = model.description.labelling.written
-    same = _labels(blended["eager"], written) == _labels(blended["exported"], written)
+    same = labels_of(blended["eager"], written) == labels_of(blended["exported"], written)
     return Agreement(differences, largest, float(same.double().mean()))
 
 
 def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
     """An image of noise with several windows, for a model to be compared on without a scan."""
     description = model.description
-    patch, _, _ = window_layout(model.network, description.volume_patch, 0.5)
-    size = [length * 3 // 2 for length in patch]
+    size = [length * 3 // 2 for length in layout_of(model).patch_size]
     image = torch.randn(
         len(description.channels), *size, generator=torch.Generator().manual_seed(0)
     )
     if description.first_stage is None:
         return image
     return torch.cat([image, torch.zeros(1, *size)])
-
-
-def _labels(logits: Tensor, written: Sequence[int] | None) -> Tensor:
-    return logits.argmax(dim=0) if written is None else written_regions(logits, written)

@@ -6,7 +6,7 @@ from typing import Any
 from segkit.geometry.grid import ANISOTROPY
 from segkit.inference.engines.converted import INPUT
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
-from segkit.inference.model_walk import window_layout
+from segkit.inference.model_walk import layout_of
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 
@@ -22,7 +22,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
     """
     description = model.description
     labelling = description.labelling
-    patch, overlaps, multiple = window_layout(model.network, description.volume_patch, overlap)
+    patch, overlaps, multiple = layout_of(model, overlap)
     stage = description.first_stage
     return {
         "format": DEPLOYMENT_FORMAT,

@@ -27,10 +27,17 @@ other roundings, and where two classes are all but equal either may come out."""
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_model` has written, and what a check of it found."""
+    """What `export_model` has written, and what a check of it found.
+
+    Example:
+        exported = segkit.export_model(model, "onnx", "mine.onnx", check=True)
+        exported.holds, exported.lines()
+    """
 
     written: tuple[Path, ...]
+    """The file, or both files of OpenVINO's, or the bundle's folder."""
     agreement: Agreement | None = None
+    """How far its network is from PyTorch; None if there was no check."""
     same_in_bundle: float | None = None
     """Share of a scan's voxels to which MONAI, running the bundle, gives segkit's label."""
 
@@ -62,19 +69,37 @@ class Export:
 def export_model(
     model: Model,
     form: Form,
-    out: Path,
+    out: str | Path,
     *,
     overlap: float = 0.5,
     check: bool = False,
     scan: Volume | None = None,
     overwrite: bool = False,
 ) -> Export:
-    """Write a model as `out`, whole or not at all, and compare it with PyTorch where asked to.
+    """Write a model for another program, whole or not at all.
 
-    `out` ends in .onnx, in .xml (OpenVINO, with its .bin beside it), or is a bundle's folder.
-    A check is on a scan where one is given, and else on noise. Raises ModelError where the network
-    cannot be held in that form, and VolumeError where something is there already.
+    Example:
+        model = segkit.load_model("runs/mine")
+        segkit.export_model(model, "onnx", "mine.onnx", check=True).lines()
+
+    Args:
+        model: a trained model.
+        form: 'onnx', 'openvino' or 'monai-bundle'.
+        out: a file .onnx, a file .xml (OpenVINO's, with its .bin beside it), or a bundle's folder.
+        overlap: share of a window that neighbours have in common, as the export tells deployers.
+        check: whether to run it and compare it with PyTorch.
+        scan: the check is on this volume; on noise if not given.
+        overwrite: whether what is at `out` may be replaced.
+
+    Returns:
+        The files written, and what the check found.
+
+    Raises:
+        ModelError: the form cannot hold the network, `out` has another ending, or what the form
+            needs is not installed.
+        VolumeError: something is at `out` already.
     """
+    out = Path(out)
     if EXPORT_SUFFIXES[form] and out.suffix != EXPORT_SUFFIXES[form]:
         raise ModelError(f"{out}: {form} is written to a file *{EXPORT_SUFFIXES[form]}; name it so")
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)

@@ -5,6 +5,8 @@ deployer must know beside it stands in the file itself, as JSON.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from segkit.export.deployment import DEPLOYMENT_KEY, deployment
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
-from segkit.inference.model_walk import window_layout
+from segkit.inference.model_walk import layout_of
 from segkit.io.atomic import whole
 from segkit.model.folder import Model
 
@@ -23,7 +25,7 @@ WINDOWS = 2
 
 
 def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as ONNX, and give what runs it. Raises ModelError where that cannot be done.
+    """Write a model as ONNX, and give what runs it. Raises ModelError if that cannot be done.
 
     Its `metadata_props` hold the JSON of `deployment` as 'segkit'.
     """
@@ -32,7 +34,7 @@ def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
 
     traced = Traced(model.network.cpu()).eval()
     told = json.dumps(deployment(model, overlap=overlap))
-    try:
+    with exporting_to("ONNX"):
         with whole(file) as partial:
             runtime.write(traced, example_windows(model), partial, batch="batch")
             graph = onnx.load(partial)
@@ -40,43 +42,41 @@ def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
             onnx.save(graph, partial)
             onnx.checker.check_model(partial)
         return runtime.read(file, traced.names)
-    except OSError:
-        raise
-    except Exception as error:  # what exporters raise has nothing in common
-        raise _cannot("ONNX", error) from error
 
 
 def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
     """Write a model as OpenVINO's IR, and give what runs it: `file`.xml, and .bin beside it.
 
-    Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError where that cannot be
+    Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError if that cannot be
     done.
     """
     runtime = OpenVino()
     traced = Traced(model.network.cpu()).eval()
     told = json.dumps(deployment(model, overlap=overlap))
     numbers = file.with_suffix(".bin")
-    try:
+    with exporting_to("OpenVINO"):
         with whole(file) as partial, whole(numbers) as partial_numbers:
             graph = runtime.graph(traced, example_windows(model), batch=-1)
             graph.set_rt_info(told, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
-    except OSError:
-        raise
-    except Exception as error:  # what exporters raise has nothing in common
-        raise _cannot("OpenVINO", error) from error
 
 
 def example_windows(model: Model) -> torch.Tensor:
     """Noise in the form of a batch of windows: what networks are traced with."""
-    description = model.description
-    patch, _, _ = window_layout(model.network, description.volume_patch, 0.5)
-    channels = description.channels_in
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(WINDOWS, channels, *patch, generator=generator)
+    size = (WINDOWS, model.description.channels_in, *layout_of(model).patch_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
-def _cannot(form: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:300]
-    return ModelError(f"{form} cannot hold this network: {reason}; export it in another form")
+@contextmanager
+def exporting_to(form: str) -> Iterator[None]:
+    """Within it, what an exporter raises becomes a ModelError; an OSError stays one."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # what exporters raise has nothing in common
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{form} cannot hold this network: {reason}; export it in another form"
+        ) from error

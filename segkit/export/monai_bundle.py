@@ -13,8 +13,8 @@ Resampling and windows are segkit's own, in `scripts/whole_volume.py`, for MONAI
 up to half a voxel and a window, and labels would differ.
 """
 
-from collections.abc import Mapping
-from importlib.metadata import distribution, version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 
 from segkit.errors import ModelError
 from segkit.export import whole_volume
-from segkit.export.bundle_texts import license_of, readme_of
 from segkit.export.deployment import deployment
 from segkit.export.torchscript import export_torchscript
 from segkit.io.atomic import whole_folder, write_json, write_text
@@ -33,6 +32,33 @@ MONAI = "1.6.1"
 NEEDS = ("nibabel", "scipy")
 CODE = "scripts.whole_volume"
 NETWORK = Path("models", "model.ts")
+
+
+BEFORE: list[dict[str, Any]] = [
+    {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
+    {
+        "_target_": "Orientationd",
+        "keys": "image",
+        "axcodes": "RAS",
+        "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
+    },
+    {
+        "_target_": "CropForegroundd",
+        "keys": "image",
+        "source_key": "image",
+        # All of a scan that holds nothing.
+        "select_fn": "$lambda values: (values != 0) | ~(values != 0).any()",
+        "allow_smaller": True,
+    },
+]
+"""From files to what the network's inferer is given, as MONAI does it."""
+LICENSE = """\
+scripts/whole_volume.py is part of segkit and is licensed under the Apache License, Version 2.0,
+which follows. Whoever trained the model decides on what terms its weights, under models/, may be
+used: until they say so here, no licence to these is given.
+
+"""
+ELSEWHERE = "The licence is at https://www.apache.org/licenses/LICENSE-2.0\n"
 
 
 def export_bundle(
@@ -67,9 +93,21 @@ def export_bundle(
 
 def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
     """`metadata.json` by MONAI's schema, with all that `deployment` tells under 'segkit'."""
-    channels = told["input"]["channels"]
-    patch = told["windows"]["patch"]
-    labels = {str(number): name for name, number in told["labels"].items()}
+    channels, logits = told["input"]["channels"], told["outputs"]["logits"]
+
+    def tensor(form: str, names: Sequence[str], **more: str) -> dict[str, Any]:
+        return {
+            "type": "image",
+            "format": form,
+            **more,
+            "num_channels": len(names),
+            "spatial_shape": told["windows"]["patch"],
+            "dtype": "float32",
+            "value_range": [],
+            "is_patch_data": True,
+            "channel_def": {str(at): name for at, name in enumerate(names)},
+        }
+
     return {
         "version": "1.0.0",
         "changelog": {"1.0.0": f"exported by {told['made_by']}"},
@@ -87,35 +125,10 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
         "authors": "not stated",
         "copyright": "not stated",
         "network_data_format": {
-            "inputs": {
-                "image": {
-                    "type": "image",
-                    "format": "magnitude",
-                    "modality": ", ".join(channels),
-                    "num_channels": len(channels),
-                    "spatial_shape": patch,
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": True,
-                    "channel_def": {str(at): name for at, name in enumerate(channels)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "image",
-                    "format": "segmentation",
-                    "num_channels": len(told["outputs"]["logits"]),
-                    "spatial_shape": patch,
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": True,
-                    "channel_def": {
-                        str(at): name for at, name in enumerate(told["outputs"]["logits"])
-                    },
-                }
-            },
+            "inputs": {"image": tensor("magnitude", channels, modality=", ".join(channels))},
+            "outputs": {"pred": tensor("segmentation", logits)},
         },
-        "labels": labels,
+        "labels": {str(number): name for name, number in told["labels"].items()},
         "segkit": dict(told),
     }
 
@@ -133,26 +146,7 @@ def inference_of(told: Mapping[str, Any]) -> dict[str, Any]:
         "network_def": (
             f"$torch.jit.load(@bundle_root + '/{NETWORK.as_posix()}', map_location=@device)"
         ),
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
-                {
-                    "_target_": "Orientationd",
-                    "keys": "image",
-                    "axcodes": "RAS",
-                    "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
-                },
-                {
-                    "_target_": "CropForegroundd",
-                    "keys": "image",
-                    "source_key": "image",
-                    # All of a scan that holds nothing.
-                    "select_fn": "$lambda values: (values != 0) | ~(values != 0).any()",
-                    "allow_smaller": True,
-                },
-            ],
-        },
+        "preprocessing": {"_target_": "Compose", "transforms": BEFORE},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
             "_target_": "DataLoader",
@@ -200,14 +194,9 @@ def _datalist(num_channels: int) -> str:
 
 def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
     """From logits to files of labels."""
-    steps: list[dict[str, Any]] = [
-        {"_target_": "EnsureTyped", "keys": "pred", "track_meta": True},
-    ]
+    steps: list[dict[str, Any]] = [{"_target_": "EnsureTyped", "keys": "pred", "track_meta": True}]
     if told["regions"]:
-        written = {
-            "_target_": f"{CODE}.WrittenRegions",
-            "numbers": list(told["regions"].values()),
-        }
+        written = {"_target_": f"{CODE}.WrittenRegions", "numbers": list(told["regions"].values())}
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": written})
     else:
         steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})
@@ -239,3 +228,37 @@ def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             "separate_folder": False,
         },
     ]
+
+
+def readme_of(told: Mapping[str, Any]) -> str:
+    """The README, of what `deployment` tells."""
+    channels = told["input"]["channels"]
+    windows = told["windows"]
+    inputs = "The scans are files `CASE.nii.gz`."
+    if len(channels) > 1:
+        files = ", ".join(f"`CASE_{at:04d}.nii.gz` ({name})" for at, name in enumerate(channels))
+        inputs = f"A case is the files {files}."
+    template = Path(__file__).with_name("bundle_readme.md").read_text(encoding="utf-8")
+    return template.format(
+        run=told["run"],
+        names=", ".join(list(told["labels"])[1:]),
+        made_by=told["made_by"],
+        inputs=inputs,
+        labels="\n".join(f"- {number}: {name}" for name, number in told["labels"].items()),
+        spacing=_times(told["spacing"]),
+        interpolation=told["interpolation"],
+        patch=_times(windows["patch"]),
+        overlap=_times(windows["overlap"]),
+        num_outputs=len(told["outputs"]["logits"]),
+        num_channels=len(channels),
+        shape=", ".join(str(size) for size in windows["patch"]),
+    )
+
+
+def license_of(segkit: Distribution) -> str:
+    """The terms of what is carried along, in full where segkit was installed with them."""
+    return LICENSE + (segkit.read_text("licenses/LICENSE") or ELSEWHERE)
+
+
+def _times(numbers: list[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)

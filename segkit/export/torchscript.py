@@ -1,19 +1,15 @@
 """A network as TorchScript: one file that PyTorch loads without the code that made it."""
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit._trace import TracerWarning
 
-from segkit.errors import ModelError
-from segkit.export.graphs import example_windows
-from segkit.inference.engines.converted import RunGraph
+from segkit.export.graphs import example_windows, exporting_to
+from segkit.inference.engines.converted import RunGraph, quiet_tracing
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.io.atomic import whole
 from segkit.model.folder import Model
@@ -30,20 +26,16 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
     """
     network = model.network.cpu().eval()
     windows = example_windows(model)
-    try:
-        with _quiet(), torch.no_grad():
-            traced = torch.jit.trace(network, windows, check_trace=False)
-            _follow_the_input(traced)
-            with whole(file) as partial:
-                torch.jit.save(traced, partial, _extra_files={METADATA: json.dumps(metadata)})
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"TorchScript cannot hold this network: {reason}") from error
+    with exporting_to("TorchScript"), quiet_tracing(), torch.no_grad():
+        traced = torch.jit.trace(network, windows, check_trace=False)
+        _follow_the_input(traced)
+        with whole(file) as partial:
+            torch.jit.save(traced, partial, _extra_files={METADATA: json.dumps(metadata)})
 
 
 def read_torchscript(file: Path) -> RunGraph:
     """What runs the network of a file on the CPU. What is in it runs: it must be one's own."""
-    with _quiet():
+    with quiet_tracing():
         network = torch.jit.load(file, map_location="cpu")
 
     @torch.inference_mode()
@@ -52,16 +44,6 @@ def read_torchscript(file: Path) -> RunGraph:
         return [network(windows)]
 
     return run
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # The window's size becomes a part of the trace, which is wanted; and torch would rather
-        # see torch.export, whose programs MONAI's evaluator and its tools cannot run.
-        warnings.simplefilter("ignore", TracerWarning)
-        warnings.filterwarnings("ignore", r".torch\.jit\.", DeprecationWarning)
-        yield
 
 
 def _follow_the_input(traced: torch.jit.ScriptModule) -> None:

@@ -13,6 +13,7 @@ the box of all that is not 0. Logits come back on the grid that it came on.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,44 +27,29 @@ FAR_BELOW = -30.0
 """The logit of every class but the background, or of every region, where no window was asked."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class WholeVolume:
-    """From a scan to the logits of every voxel; MONAI calls it as any `Inferer`.
+    """From a scan to the logits of every voxel; MONAI calls it as any `Inferer`."""
 
-    Args:
-        spacing: of the network's voxels, mm.
-        normalisation: one for each channel: {"kind": "zscore", "nonzero": …} or {"kind": "ct",
-            "lower": …, "upper": …, "mean": …, "std": …}.
-        interpolation: how images are brought to the spacing, "linear" or "cubic".
-        patch_size: of a window, in voxels.
-        overlap: share of a window that neighbours have in common, per axis.
-        multiple: what the first voxels of windows are multiples of, per axis.
-        regions: whether outputs are regions, each yes or no, and not classes.
-        batch_size: windows per call of the network.
-        skip_empty: whether windows under which the scan is 0 throughout are background unasked.
-    """
-
-    def __init__(
-        self,
-        *,
-        spacing: Sequence[float],
-        normalisation: Sequence[Mapping[str, Any]],
-        interpolation: str,
-        patch_size: Sequence[int],
-        overlap: Sequence[float],
-        multiple: Sequence[int],
-        regions: bool = False,
-        batch_size: int = 1,
-        skip_empty: bool = True,
-    ) -> None:
-        self.spacing = list(spacing)
-        self.normalisation = list(normalisation)
-        self.interpolation = interpolation
-        self.patch_size = list(patch_size)
-        self.overlap = list(overlap)
-        self.multiple = list(multiple)
-        self.regions = regions
-        self.batch_size = batch_size
-        self.skip_empty = skip_empty
+    spacing: Sequence[float]
+    """Of the network's voxels, mm."""
+    normalisation: Sequence[Mapping[str, Any]]
+    """One for each channel: {"kind": "zscore", "nonzero": …} or {"kind": "ct", "lower": …,
+    "upper": …, "mean": …, "std": …}."""
+    interpolation: str
+    """How images are brought to the spacing, "linear" or "cubic"."""
+    patch_size: Sequence[int]
+    """Of a window, in voxels."""
+    overlap: Sequence[float]
+    """Share of a window that neighbours have in common, per axis."""
+    multiple: Sequence[int]
+    """The first voxels of windows are multiples of it, per axis."""
+    regions: bool = False
+    """Whether outputs are regions, each yes or no, and not classes."""
+    batch_size: int = 1
+    """Windows per call of the network."""
+    skip_empty: bool = True
+    """Whether windows under which the scan is 0 throughout are background, without being asked."""
 
     def __call__(self, image: Any, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits (1, output, x, y, z) of a MetaTensor of MONAI's, (1, channel, x, y, z)."""
@@ -105,12 +91,11 @@ class WholeVolume:
                 channel = linear(channel, axis.of_network(), number)
         if not any(between):
             return channel
+        along = list(zip(axes, between, strict=True))
         spline = ndimage.affine_transform(
             channel.cpu().numpy(),
-            [axis.stride if cubic else 1.0 for axis, cubic in zip(axes, between, strict=True)],
-            offset=[
-                axis.offset if cubic else 0.0 for axis, cubic in zip(axes, between, strict=True)
-            ],
+            [axis.stride if cubic else 1.0 for axis, cubic in along],
+            offset=[axis.offset if cubic else 0.0 for axis, cubic in along],
             output_shape=tuple(axis.new_size for axis in axes),
             order=3,
             mode="nearest",
@@ -230,10 +215,7 @@ def normalised(channel: Tensor, told: Mapping[str, Any]) -> Tensor:
     counted = channel[channel != 0] if told["nonzero"] else channel
     if counted.numel() == 0:
         return channel
-    mean, std = (
-        float(counted.double().mean()),
-        float(counted.double().std(correction=0)),
-    )
+    mean, std = (float(counted.double().mean()), float(counted.double().std(correction=0)))
     return (channel - mean) / (std if std > 1e-8 * abs(mean) else 1.0)
 
 
@@ -265,14 +247,14 @@ def window_profile(patch: int) -> Tensor:
     return torch.exp(-0.5 * (distance / (patch / 8)) ** 2).float()
 
 
+@dataclass(frozen=True)
 class WrittenRegions:
     """From logits (region, x, y, z) to labels (1, x, y, z): each region's number where above 0.
 
     Later regions are written over earlier ones; what is in none is 0.
     """
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.numbers = list(numbers)
+    numbers: Sequence[int]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The labels."""
@@ -282,17 +264,14 @@ class WrittenRegions:
         return labels
 
 
+@dataclass(frozen=True, kw_only=True)
 class LargestComponents:
-    """Labels (1, x, y, z) without what lies apart from the largest component.
+    """Labels (1, x, y, z) without what lies apart from the largest component."""
 
-    Args:
-        of_foreground: whether of all that is not 0, whatever its label, the largest alone stays.
-        of_labels: the labels of which, after that, the largest alone stays.
-    """
-
-    def __init__(self, *, of_foreground: bool, of_labels: Sequence[int]) -> None:
-        self.of_foreground = of_foreground
-        self.of_labels = list(of_labels)
+    of_foreground: bool
+    """Whether only the largest component stays of all that is not 0, whatever its label."""
+    of_labels: Sequence[int]
+    """The labels of which, after that, only the largest component stays."""
 
     def __call__(self, labels: Tensor) -> Tensor:
         """The labels that stay; of components that are equally large all do."""

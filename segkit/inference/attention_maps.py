@@ -26,20 +26,28 @@ ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """A map of the whole volume: of voxels on `volume`'s own grid, or of channels as a vector."""
+    """An attention map of a whole volume: one value for each cell, or one for each channel.
+
+    Example:
+        prediction = segkit.Predictor.load("runs/mine")(scan, maps=True)
+        gate = prediction.maps["skip.1/gate"]
+        gate.volume.data, gate.volume.grid.affine  # cells (x, y, z), and where they lie in mm
+    """
 
     info: MapInfo
+    """Its key, kind, level, and the range of its values."""
     volume: Volume | None
-    """Raw values, float32, where the map has a place."""
+    """Raw values, float32 (x, y, z) or (x, y, z, map), on the map's own coarser grid, whose affine
+    is exact; None if the map is over channels."""
     seen: Grid
     """The part of the volume, turned to RAS+, that the network saw."""
     channel_mean: Float[ndarray, " channel"] | None = None
-    """Where it has none: each channel's mean over windows …"""
+    """If the map is over channels: each channel's mean over windows …"""
     channel_std: Float[ndarray, " channel"] | None = None
     """… and standard deviation."""
     disagreement: Volume | None = None
-    """Standard deviation between the windows over each cell, mean over channels, where asked for:
-    float32, and no number where fewer than two windows looked."""
+    """Standard deviation between the windows over each cell, mean over channels, if asked for:
+    float32 (x, y, z), and NaN where fewer than two windows looked."""
 
 
 class ChannelMoments:
@@ -121,45 +129,46 @@ class MapCollector:
 
     def result(self, volume: Volume) -> dict[str, AttentionMap]:
         """The maps of the whole volume."""
-        source = self.prepared.source
-        return {
-            key: self.vectors.result(info, source)
-            if info.placement is None
-            else AttentionMap(
-                info,
-                self._on_its_grid(info, volume),
-                source,
-                disagreement=self._disagreement(info, volume),
+        found = {}
+        for key, info in self.infos.items():
+            if info.placement is None:
+                found[key] = self.vectors.result(info, self.prepared.source)
+                continue
+            values = self.placed[key]
+            stride = info.placement.stride
+            grid = self.prepared.grid.placed(values.shape[:3], stride, info.placement.offset)
+            disagreement = None
+            if self.spread is not None:
+                windows = self.spread.windows_over(values.shape[:3], stride)
+                deviation = where_windows_meet(self.placed[key + SQUARES], windows)
+                disagreement = volume.on(grid, deviation)
+            map_volume = volume.on(grid, values[..., 0] if values.shape[3] == 1 else values)
+            found[key] = AttentionMap(
+                info, map_volume, self.prepared.source, disagreement=disagreement
             )
-            for key, info in self.infos.items()
-        }
-
-    def _disagreement(self, info: MapInfo, volume: Volume) -> Volume | None:
-        if self.spread is None or info.placement is None:
-            return None
-        deviation = self.placed[info.key + SQUARES]
-        windows = self.spread.windows_over(deviation.shape[:3], info.placement.stride)
-        grid = self.prepared.grid.placed(
-            windows.shape, info.placement.stride, info.placement.offset
-        )
-        return volume.on(grid, where_windows_meet(deviation, windows))
-
-    def _on_its_grid(self, info: MapInfo, volume: Volume) -> Volume:
-        assert info.placement is not None
-        values = self.placed[info.key]
-        grid = self.prepared.grid.placed(
-            values.shape[:3], info.placement.stride, info.placement.offset
-        )
-        return volume.on(grid, values[..., 0] if values.shape[3] == 1 else values)
+        return found
 
 
 def map_on_source(
     attention_map: AttentionMap, source: Volume, *, allocate: Allocate = in_memory
 ) -> Volume:
-    """A placed map, resampled linearly to the grid of the volume it was made of, float32.
+    """A map, resampled linearly to the grid of the volume that it was made of.
 
-    Voxels that the network did not see, beyond the body's box, are 0. `allocate` gives the array.
-    Raises VolumeError for a map over channels, which lies nowhere.
+    Example:
+        gate = segkit.map_on_source(prediction.maps["skip.1/gate"], scan)
+        segkit.write_volume("gate.nii.gz", gate)
+
+    Args:
+        attention_map: a map that has a place.
+        source: the volume that was predicted.
+        allocate: makes the array.
+
+    Returns:
+        Float32 (x, y, z) or (x, y, z, map) on the grid of `source`, on the map's raw scale; 0 at
+        voxels that the network did not see, beyond the body's box.
+
+    Raises:
+        VolumeError: the map is over channels, and lies nowhere.
     """
     native = attention_map.volume
     if native is None:

@@ -55,8 +55,6 @@ def write_dicom_segmentation(
     try:
         import highdicom
         from highdicom.coding_schemes import CodingSchemeIdentificationItem
-        from pydicom import dcmread
-        from pydicom.sr.codedict import codes as known
     except ImportError:
         raise SegkitError(
             "a DICOM segmentation needs highdicom; run pip install 'segkit[dicom]'"
@@ -64,37 +62,7 @@ def write_dicom_segmentation(
     slices, grid = arranged(series)
     if not labels.grid.agrees_with(grid):
         raise VolumeError(f"{series.folder}: is no longer the series that was segmented; try again")
-    sources = [dcmread(one.path, stop_before_pixels=True) for one in slices]
-    for one, source in zip(slices, sources, strict=True):
-        if missing := [keyword for keyword in NEEDED_TAGS if not source.get(keyword)]:
-            raise VolumeError(
-                f"{one.path}: lacks {missing[0]}, to which a DICOM segmentation must refer; write "
-                f"NIfTI instead"
-            )
-        for keyword in MAY_LACK:
-            if keyword not in source:
-                setattr(source, keyword, "")
-    made_by = highdicom.AlgorithmIdentificationSequence(
-        name=algorithm[:LONGEST_NAME],
-        family=known.DCM.ArtificialIntelligence,
-        version=version("segkit"),
-    )
-    descriptions = []
-    for number, name in enumerate(labelling.members, start=1):
-        code = codes.get(name) or private_code(name)
-        descriptions.append(
-            highdicom.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=name[:LONGEST_NAME],
-                segmented_property_category=_concept(code.category),
-                segmented_property_type=_concept(code),
-                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=made_by,
-                display_color=highdicom.color.CIELabColor.from_string(
-                    label_colour(labelling.numbers[name])
-                ),
-            )
-        )
+    sources = [_source(one.path) for one in slices]
     private = CodingSchemeIdentificationItem(
         PRIVATE, name=PRIVATE_NAME, responsible_organization="segkit"
     )
@@ -103,7 +71,7 @@ def write_dicom_segmentation(
             source_images=sources,
             pixel_array=segments(labels.data, labelling),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=descriptions,
+            segment_descriptions=_descriptions(labelling, codes, algorithm),
             series_instance_uid=highdicom.UID(),
             series_number=1000 + int(sources[0].get("SeriesNumber") or 0),
             sop_instance_uid=highdicom.UID(),
@@ -123,6 +91,52 @@ def write_dicom_segmentation(
         ) from None
     with whole(path) as partial:
         segmentation.save_as(partial)
+
+
+def _source(path: Path) -> Any:
+    """A slice's header, as highdicom asks for it. Raises VolumeError if it lacks what is needed."""
+    from pydicom import dcmread
+
+    source = dcmread(path, stop_before_pixels=True)
+    if missing := [keyword for keyword in NEEDED_TAGS if not source.get(keyword)]:
+        raise VolumeError(
+            f"{path}: lacks {missing[0]}, to which a DICOM segmentation must refer; write NIfTI "
+            f"instead"
+        )
+    for keyword in MAY_LACK:
+        if keyword not in source:
+            setattr(source, keyword, "")
+    return source
+
+
+def _descriptions(
+    labelling: Labelling, codes: Mapping[str, LabelCodeConfig], algorithm: str
+) -> list[Any]:
+    """What each segment is, and what made it."""
+    import highdicom
+    from pydicom.sr.codedict import codes as known
+
+    made_by = highdicom.AlgorithmIdentificationSequence(
+        name=algorithm[:LONGEST_NAME],
+        family=known.DCM.ArtificialIntelligence,
+        version=version("segkit"),
+    )
+    descriptions = []
+    for number, name in enumerate(labelling.members, start=1):
+        code = codes.get(name) or private_code(name)
+        colour = label_colour(labelling.numbers[name])
+        descriptions.append(
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=name[:LONGEST_NAME],
+                segmented_property_category=_concept(code.category),
+                segmented_property_type=_concept(code),
+                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=made_by,
+                display_color=highdicom.color.CIELabColor.from_string(colour),
+            )
+        )
+    return descriptions
 
 
 def segments(labels: ndarray, labelling: Labelling) -> ndarray:

@@ -9,49 +9,38 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from segkit.data.preprocess import Prepared
-from segkit.inference.windows import WindowPlace
+from segkit.inference.windows import WindowLayout, WindowPlace
 from segkit.io.volume import Volume
 
 
 def empty_windows(
-    volume: Volume,
-    prepared: Prepared,
-    *,
-    patch_size: Sequence[int],
-    starts: Sequence[Sequence[int]],
+    volume: Volume, prepared: Prepared, layout: WindowLayout
 ) -> frozenset[WindowPlace]:
     """The windows of the prepared image under which the volume, as it was given, is 0 throughout.
 
     Args:
-        volume: what the image was prepared from.
+        volume: the image was prepared from it.
         prepared: the image.
-        patch_size: of a window, in voxels of the image.
-        starts: first voxels of windows along each axis.
+        layout: of the windows over the image.
     """
     turned = prepared.orientation.turn(volume.data.reshape(*volume.grid.shape, -1))[prepared.box]
-    spans = []
-    for positions, size, first_voxels, patch in zip(
-        prepared.source.positions_of(prepared.grid),
-        prepared.source.shape,
-        starts,
-        patch_size,
-        strict=True,
-    ):
-        spans.append([_below(positions[first : first + patch], size) for first in first_voxels])
+    positions = prepared.source.positions_of(prepared.grid)
+    starts = layout.starts(prepared.grid.shape)
+    spans = [
+        [_below(along[first : first + patch], size) for first in first_voxels]
+        for along, size, first_voxels, patch in zip(
+            positions, prepared.source.shape, starts, layout.patch_size, strict=True
+        )
+    ]
     holds = _any_within(turned, spans)
-    return frozenset(
-        place
-        for place, held in zip(itertools.product(*starts), holds.ravel().tolist(), strict=True)
-        if not held
-    )
+    places = zip(itertools.product(*starts), holds.ravel().tolist(), strict=True)
+    return frozenset(place for place, held in places if not held)
 
 
 def _below(positions: ndarray, size: int) -> slice:
     """The voxels that a window's own are interpolated between."""
-    last = size - 1
-    return slice(
-        min(max(math.floor(positions[0]), 0), last), min(max(math.ceil(positions[-1]), 0), last) + 1
-    )
+    low, high = np.clip((math.floor(positions[0]), math.ceil(positions[-1])), 0, size - 1).tolist()
+    return slice(low, high + 1)
 
 
 def _any_within(

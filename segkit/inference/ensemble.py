@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from segkit.inference.moments import Moments
-from segkit.inference.regions import written_regions
-from segkit.inference.source_rows import SourceRows
+from segkit.inference.source_rows import SourceRows, labels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +73,8 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
     written = members[0].written
     if alone:  # the label is the same whatever else is asked for
         labels = members[0].labels()
-    elif written is None:
-        labels = moments.mean.max(dim=0).indices
     else:
-        labels = written_regions(moments.mean - 0.5, written)
+        labels = labels_of(moments.mean if written is None else moments.mean - 0.5, written)
     probabilities = moments.mean if shares else None
     if not uncertainty:
         return MergedRows(labels, probabilities)
@@ -87,6 +83,35 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
         variance = variance + rows.spread() / len(members)
     uncertain = predictive_entropy if written is None else region_entropy
     return MergedRows(labels, probabilities, uncertain(moments.mean), variance)
+
+
+class Moments:
+    """The mean of probabilities, and the mean over classes of their variance.
+
+    Welford (1962): no difference of large sums, so that what agrees has a variance of exactly 0.
+    `class_axis` is that of the probabilities.
+    """
+
+    def __init__(self, class_axis: int) -> None:
+        self.class_axis = class_axis
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, answer: Float[Tensor, "*shape"]) -> None:
+        """Take in one more answer."""
+        self.count += 1
+        if self.count == 1:
+            self.mean = answer
+            self.squares = torch.zeros_like(answer.select(self.class_axis, 0))
+            return
+        apart = answer - self.mean
+        self.mean = self.mean + apart / self.count
+        self.squares = self.squares + (apart * (answer - self.mean)).mean(self.class_axis)
+
+    @property
+    def variance(self) -> Float[Tensor, "*space"]:
+        """Between the answers, each counted alike; 0 for one."""
+        return self.squares / self.count
 
 
 def predictive_entropy(probabilities: Float[Tensor, "classes *space"]) -> Float[Tensor, "*space"]:

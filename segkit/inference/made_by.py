@@ -15,7 +15,7 @@ def asked_of(predictor: Predictor) -> dict[str, Any]:
     """The models and the settings that decide what a predictor makes of a volume."""
     return {
         "models": [_model(member.model) for member in predictor.members],
-        "settings": dict(predictor.settings),
+        "settings": predictor.settings.told(),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.inference.predictor import AttentionMap, map_on_source
+from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.io.atomic import write_json
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.volume import Volume, write_volume

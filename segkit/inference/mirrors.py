@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segkit.geometry.grid import Placement
 from segkit.inference.engines.torch_eager import LOGITS, Engine
-from segkit.inference.moments import Moments
+from segkit.inference.ensemble import Moments
 from segkit.nn.map_tap import MapInfo
 
 SPREAD = "spread"

@@ -3,13 +3,15 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import build_normalisers
-from segkit.data.preprocess import Prepared, prepare
+from segkit.data.preprocess import Prepared, prepare_image
 from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
@@ -17,12 +19,12 @@ from segkit.inference.engines.choose import EngineName, choose_engine
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
-from segkit.inference.windows import Slab, stream, window_starts
+from segkit.inference.windows import Slab, WindowFunction, WindowLayout, WindowPlace, stream
 from segkit.io.volume import Volume
 from segkit.model.build import check_windows
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.system.resources import choose_device
 
 PLANES_PER_WINDOW = 8
@@ -32,30 +34,61 @@ UNLIKELY = -30.0
 TrackSlabs = Callable[[Iterable[Slab], int], Iterable[Slab]]
 
 
-class ModelWalk:
-    """One model of those that predict together; arguments as for the predictor."""
+def untracked_slabs(slabs: Iterable[Slab], count: int) -> Iterable[Slab]:
+    """The same slabs, with no progress shown."""
+    return slabs
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        device: str,
-        overlap: float,
-        batch_size: int,
-        precision: torch.dtype,
-        tta: bool,
-        skip_empty: bool,
-        engine: EngineName,
-    ) -> None:
+
+class PredictionOptions(TypedDict, total=False):
+    """The settings of prediction as keyword arguments; `PredictionSettings` has their defaults."""
+
+    device: str
+    overlap: float
+    batch_size: int
+    precision: torch.dtype
+    tta: bool
+    skip_empty: bool
+    engine: EngineName
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How models predict, defaults included; `Predictor` explains each."""
+
+    device: str = "auto"
+    overlap: float = 0.5
+    batch_size: int = 1
+    precision: torch.dtype = torch.float32
+    tta: bool = False
+    skip_empty: bool = True
+    engine: EngineName = "auto"
+
+    def told(self) -> dict[str, object]:
+        """The settings that the labels depend on, as the file beside a result has them."""
+        return {
+            "overlap": self.overlap,
+            "precision": str(self.precision).removeprefix("torch."),
+            "tta": self.tta,
+            "skip_empty": self.skip_empty,
+            "engine": self.engine,
+        }
+
+
+class ModelWalk:
+    """One model of those that predict together."""
+
+    def __init__(self, model: Model, settings: PredictionSettings) -> None:
         self.model = model
-        self.engine: Engine = choose_engine(engine, model, device=device, precision=precision)
-        self.layout = window_layout(model.network, model.description.volume_patch, overlap)
-        if choose_device(device).type == "cpu":
-            check_windows(model.description, self.layout[0])
-        self.batch_size = batch_size
-        self.skip_empty = skip_empty
+        self.engine: Engine = choose_engine(
+            settings.engine, model, device=settings.device, precision=settings.precision
+        )
+        self.layout = layout_of(model, settings.overlap)
+        if choose_device(settings.device).type == "cpu":
+            check_windows(model.description, self.layout.patch_size)
+        self.batch_size = settings.batch_size
+        self.skip_empty = settings.skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)
-        self.mirror_axes = model.description.mirror_axes if tta else ()
+        self.mirror_axes = model.description.mirror_axes if settings.tta else ()
         # Maps are recorded on the network itself, which several threads may share.
         self.lock = threading.Lock()
 
@@ -69,7 +102,7 @@ class ModelWalk:
 
     def prepare(self, volume: Volume, first_labels: Volume | None) -> Prepared:
         """The volume as the network sees it, with the labels of the first stage if it has one."""
-        prepared = prepare(
+        prepared = prepare_image(
             volume,
             spacing=self.model.description.spacing,
             normalisers=self.normalisers,
@@ -97,6 +130,33 @@ class ModelWalk:
         On the way `maps` gathers those of its keys, and `presence` gets the logits of each batch.
         """
         spreads = uncertainty and len(self.mirror_axes) > 0
+        starts = self.layout.starts(prepared.grid.shape)
+        empty: frozenset[WindowPlace] = frozenset()
+        if self.skip_empty:
+            empty = empty_windows(volume, prepared, self.layout)
+        if maps.spread is not None:
+            asked = (place for place in itertools.product(*starts) if place not in empty)
+            maps.spread.will_see(asked, self.layout.patch_size)
+        slabs = stream(
+            prepared.image,
+            self._function(maps, presence, spreads),
+            self.layout,
+            axis=WALK_AXIS,
+            batch_size=self.batch_size,
+            skip=empty,
+            unseen={LOGITS: self._background(spreads)},
+        )
+        return to_source_rows(
+            self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps),
+            prepared,
+            written=self.model.description.labelling.written,
+            with_spread=spreads,
+        )
+
+    def _function(
+        self, maps: MapCollector, presence: list[Tensor], spreads: bool
+    ) -> WindowFunction:
+        """What is asked about each batch of windows: logits, with their spread, and placed maps."""
         keys = [
             *maps.infos,
             *([PRESENCE] if self.model.network.presence is not None else []),
@@ -104,12 +164,8 @@ class ModelWalk:
         ]
         engine = self.engine
         if self.mirror_axes:
-            engine = Mirrored(
-                engine,
-                self.mirror_axes,
-                batch_size=self.batch_size,
-                regions=self.model.description.labelling.written is not None,
-            )
+            regions = self.model.description.labelling.written is not None
+            engine = Mirrored(engine, self.mirror_axes, batch_size=self.batch_size, regions=regions)
 
         def run(windows: Tensor) -> dict[str, Tensor]:
             with self.lock:
@@ -121,69 +177,49 @@ class ModelWalk:
                 outputs[LOGITS] = torch.cat([outputs[LOGITS], outputs.pop(SPREAD)], dim=1)
             return outputs
 
-        patch, overlap, multiple = self.layout
-        starts = [
-            window_starts(*numbers)
-            for numbers in zip(prepared.grid.shape, patch, overlap, multiple, strict=True)
-        ]
-        empty = (
-            empty_windows(volume, prepared, patch_size=patch, starts=starts)
-            if self.skip_empty
-            else frozenset()
-        )
-        if maps.spread is not None:
-            asked = (place for place in itertools.product(*starts) if place not in empty)
-            maps.spread.will_see(asked, patch)
+        return run
+
+    def _background(self, spreads: bool) -> Tensor:
+        """The outputs at a voxel that no window covers: background, or no region; no spread."""
         labelling = self.model.description.labelling
         background = torch.full((len(labelling.outputs),), UNLIKELY)
         if labelling.written is None:
             background[0] = 0
-        if spreads:
-            background = torch.cat([background, torch.zeros(1)])
-        slabs = stream(
-            prepared.image,
-            run,
-            patch_size=patch,
-            overlap=overlap,
-            multiple=multiple,
-            axis=WALK_AXIS,
-            batch_size=self.batch_size,
-            skip=empty,
-            unseen={LOGITS: background},
-        )
+        return torch.cat([background, torch.zeros(1)]) if spreads else background
 
-        def logits_of(slabs: Iterable[Slab]) -> Iterator[Tensor]:
-            for slab in slabs:
-                maps.take_rows(slab)
-                # By no name of its own, or it would live on beside the next.
-                yield self._checked(slab.rows.pop(LOGITS))
-
-        tracked = track(slabs, len(starts[WALK_AXIS]))
-        return to_source_rows(
-            logits_of(tracked), prepared, written=labelling.written, with_spread=spreads
-        )
+    def _logits_of(self, slabs: Iterable[Slab], maps: MapCollector) -> Iterator[Tensor]:
+        """The logits of each slab, whose maps are taken out."""
+        for slab in slabs:
+            maps.take_rows(slab)
+            # By no name of its own, or it would live on beside the next.
+            yield self._checked(slab.rows.pop(LOGITS))
 
     def _checked(self, logits: Tensor) -> Tensor:
-        """The same logits. Raises ModelError where one is no number."""
+        """The same logits. Raises ModelError if one is NaN or infinite."""
         # A sum reads them once and copies nothing. That of huge numbers may be none itself, so only
         # then is each looked at, a row at a time, as that copies.
         if not bool(logits.sum().isfinite()) and not all(
             bool(row.isfinite().all()) for row in logits.movedim(-1, 0)
         ):
             raise ModelError(
-                f"the network of {self.model.description.run} answers with what is no number; "
-                f"predict in float32, or train it again"
+                f"the output of the network of {self.model.description.run} contains NaN or "
+                f"infinity; predict in float32, or train it again"
             )
         return logits
 
 
 def window_layout(
     network: SegmentationNetwork, patch_size: tuple[int, int, int], overlap: float
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
-    """Patch, overlap and multiple of windows, per axis of a volume.
+) -> WindowLayout:
+    """The windows of a network over a volume.
 
     Planes of a 2D network need no overlap; several go into one window.
     """
     patch = tuple(PLANES_PER_WINDOW if size == 1 else size for size in patch_size)
     overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
-    return patch, overlaps, network.total_stride
+    return WindowLayout(patch, overlaps, network.total_stride)
+
+
+def layout_of(model: Model, overlap: float = 0.5) -> WindowLayout:
+    """The windows of a model over a volume."""
+    return window_layout(model.network, model.description.volume_patch, overlap)

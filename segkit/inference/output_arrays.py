@@ -1,6 +1,7 @@
 """Results on the volume's own grid that fill up row by row."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,21 @@ from segkit.io.disk_arrays import Allocate, release
 from segkit.io.volume import Volume
 
 
+@dataclass(frozen=True, eq=False)
 class Results:
     """Arrays by name, filled by what stands beyond the body's box, which the network never sees.
 
     They are laid out as they are walked over, turned to RAS+ and a channel after the other, so that
     rows of a class lie together in a file.
-
-    Args:
-        source: the volume that they are results of.
-        prepared: the image made of it.
-        allocate: gives the arrays.
     """
 
-    def __init__(self, source: Volume, prepared: Prepared, *, allocate: Allocate) -> None:
-        self.source = source
-        self.prepared = prepared
-        self.allocate = allocate
-        self.arrays: dict[str, ndarray] = {}
+    source: Volume
+    """The volume that they are results of."""
+    prepared: Prepared
+    """The image made of it."""
+    allocate: Allocate
+    """Makes the arrays."""
+    arrays: dict[str, ndarray] = field(default_factory=dict)
 
     def add(self, name: str, kind: np.dtype[Any], beyond: Sequence[float]) -> None:
         """Begin a result, of as many channels as there are values `beyond` the box."""

@@ -91,8 +91,7 @@ class Decision:
 
 
 def decide(
-    raw: Float64[ndarray, "case classes"],
-    after: Mapping[str, Float64[ndarray, "case classes"]],
+    raw: Float64[ndarray, "case classes"], after: Mapping[str, Float64[ndarray, "case classes"]]
 ) -> Decision:
     """What to adopt, by the Dice of cases that the networks had not seen.
 

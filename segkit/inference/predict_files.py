@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.errors import SegkitError, VolumeError
@@ -13,25 +14,18 @@ from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
 from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.map_files import write_maps
-from segkit.inference.predictor import Prediction, Predictor, TrackSlabs
+from segkit.inference.model_walk import TrackSlabs, untracked_slabs
+from segkit.inference.predictor import Prediction, Predictor
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, failure, find_inputs, parse_shard, read_input
+from segkit.io.inputs import Input, failure, read_input
 from segkit.io.pictures import write_montage
 from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
 from segkit.provenance import PROVENANCE, check_asked
 
-__all__ = [
-    "Input",
-    "Outcome",
-    "find_inputs",
-    "output_path",
-    "parse_shard",
-    "predict_files",
-    "read_input",
-]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,8 @@ def predict_files(
     predictor: Predictor,
     inputs: Sequence[Input],
     *,
-    out: Path | None = None,
-    maps: Path | None = None,
+    out: str | Path | None = None,
+    maps: str | Path | None = None,
     probabilities: bool = False,
     uncertainty: bool = False,
     statistics: bool = False,
@@ -134,151 +128,148 @@ def predict_files(
     as_dicom: bool = False,
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
-    track: TrackSlabs = lambda slabs, count: slabs,
+    track: TrackSlabs = untracked_slabs,
 ) -> Iterator[Outcome]:
-    """Segment each input and write what was asked for; one bad input does not stop the others.
+    """Segment each input and write what is asked for; one bad input does not stop the others.
 
-    Of `shard` (I, N), every N-th input is segmented, from the I-th on. The next volume is read and
-    the last result written while the network works, so that three volumes are held at most.
+    The next volume is read and the last result written while the network works, so that three
+    volumes are held at most. Nothing is overwritten unless it may be, or a stopped run left it. For
+    an input of a folder that is no failure: if all results are there it is left alone, and if the
+    labels are missing, which come last, the rest is what a stopped run left and is made anew.
 
-    Nothing is overwritten unless it may be, or a stopped run left it. For an input of a folder that
-    is no failure: where all results are there it is left alone, and where the labels are missing,
-    which come last, the rest is what a stopped run left and is made anew.
+    Args:
+        predictor: the models and their settings.
+        inputs: the volumes, such as `find_inputs` gives.
+        out: a file for the labels of one volume, or a folder; beside each input if not given.
+        maps: a folder for attention maps, which are written only if it is given.
+        probabilities, uncertainty: whether to write these as well, as `Predictor` gives them.
+        statistics: whether to write those of `label_statistics`.
+        preview: whether to write a picture of three planes.
+        as_dicom: whether labels are written as DICOM segmentations.
+        overwrite: whether results that are there may be replaced.
+        shard: (I, N): every N-th input is segmented, from the I-th on.
+        track: as for `Predictor`.
 
-    `statistics` are those of `label_statistics`, `preview` a picture of three planes, and labels
-    are written `as_dicom` as DICOM segmentations. Raises SegkitError where what these need is not
-    installed.
+    Yields:
+        For each input, in order, the files written or the error.
+
+    Raises:
+        SegkitError: a package that `preview` or `as_dicom` needs is not installed.
     """
+    out, maps = (None if path is None else Path(path) for path in (out, maps))
     if preview:
         _check_installed("PIL", "report", "--preview")
-    if as_dicom or (out is not None and _is_dicom(out)):
+    if as_dicom or (out and _is_dicom(out)):
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
-    description = predictor.model.description
+
+    def targets_of(source: Input) -> Targets:
+        labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
+        stem, suffix = _beside(source, labels)
+        return Targets(
+            labels,
+            labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,
+            labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
+            labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
+            labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
+            maps / f"{source.name}_maps.json" if maps else None,
+            labels.with_name(f"{stem}_statistics.json") if statistics else None,
+            labels.with_name(f"{stem}_preview.png") if preview else None,
+        )
+
+    planned = _planned(inputs, targets_of)
+    files = {file.resolve() for source in inputs for file in source.files}
+    asked = asked_of(predictor)
     number, count = shard
+
+    def read(
+        source: Input, told: Targets | Outcome
+    ) -> tuple[Input, Targets | Outcome, Future[Volume] | None]:
+        if isinstance(told, Targets):
+            told = _checked(source, told, files, asked, overwrite=overwrite)
+        reading = reader.submit(read_input, source) if isinstance(told, Targets) else None
+        return source, told, reading
+
+    def segment(
+        source: Input, told: Targets | Outcome, volume: Future[Volume] | None
+    ) -> Outcome | Future[Outcome]:
+        if isinstance(told, Outcome):
+            return told
+        assert volume is not None
+        try:
+            image = volume.result()
+            prediction = predictor(
+                image,
+                maps=maps is not None,
+                probabilities=probabilities,
+                uncertainty=uncertainty,
+                allocate=OnDisk(told.labels.parent),
+                track=track,
+            )
+        except (SegkitError, OSError) as error:
+            return _failed(source, error)
+        made = {PROVENANCE: made_by(predictor, asked, source.files)}
+        description = predictor.model.description
+        work = partial(_write, source, told, prediction, image, description, made)
+        return writer.submit(_guarded, source, work)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reading = (read(source, told) for source, told in planned[number - 1 :: count])
+        writing = (segment(*told) for told in _one_ahead(reading))
+        for outcome in _one_ahead(writing):
+            yield outcome if isinstance(outcome, Outcome) else outcome.result()
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each of them when the next has been begun."""
+    held: list[T] = []
+    for item in items:
+        held.append(item)
+        del item
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
+
+
+def _planned(
+    inputs: Sequence[Input], targets_of: Callable[[Input], Targets]
+) -> list[tuple[Input, Targets | Outcome]]:
+    """Each input with the places of its results; or with an error, if two would share a place."""
     planned: list[tuple[Input, Targets | Outcome]] = []
     owners: dict[Path, Input] = {}
     for source in inputs:
         try:
-            labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
+            targets = targets_of(source)
+            owner = owners.setdefault(sidecar_of(targets.labels.resolve()), source)
+            if owner is not source:
+                raise VolumeError(
+                    f"{targets.labels}: is the result of {owner.files[0]} as well; rename one"
+                )
+            planned.append((source, targets))
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
-            continue
-        owner = owners.setdefault(sidecar_of(labels.resolve()), source)
-        if owner is not source:
-            twice = VolumeError(f"{labels}: is the result of {owner.files[0]} as well; rename one")
-            planned.append((source, _failed(source, twice)))
-            continue
-        targets = _targets(
-            source,
-            labels,
-            maps=maps,
-            probabilities=probabilities,
-            uncertainty=uncertainty,
-            presence=predictor.classifies,
-            statistics=statistics,
-            preview=preview,
-        )
-        planned.append((source, targets))
     for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
         sweep(folder)
-    files = {file.resolve() for source in inputs for file in source.files}
-    asked = asked_of(predictor)
-
-    def checked(source: Input, targets: Targets | Outcome) -> Targets | Outcome:
-        if isinstance(targets, Outcome):
-            return targets
-        finished = source.of_folder and not overwrite and targets.labels.exists()
-        try:
-            _refuse(source, targets, files, overwrite=overwrite)
-            if finished:
-                check_asked(targets.labels, sidecar_of(targets.labels), asked)
-        except VolumeError as error:
-            return _failed(source, error)
-        return Outcome(source, (), kept=targets.labels) if finished else targets
-
-    def segment(source: Input, targets: Targets, volume: Future[Volume]) -> Callable[[], Outcome]:
-        image = volume.result()
-        prediction = predictor(
-            image,
-            maps=maps is not None,
-            probabilities=probabilities,
-            uncertainty=uncertainty,
-            allocate=OnDisk(targets.labels.parent),
-            track=track,
-        )
-
-        def write() -> Outcome:
-            made = {PROVENANCE: made_by(predictor, asked, source.files)}
-            return _write(source, targets, prediction, image, description, made)
-
-        return write
-
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        mine = ((source, checked(source, told)) for source, told in planned[number - 1 :: count])
-        writing: Future[Outcome] | None = None
-        for source, told, volume in _read_ahead(mine, reader):
-            following: Future[Outcome] = Future()
-            if isinstance(told, Outcome) or volume is None:
-                assert isinstance(told, Outcome)
-                following.set_result(told)
-            else:
-                try:
-                    following = writer.submit(_guarded, source, segment(source, told, volume))
-                except (SegkitError, OSError) as error:
-                    following.set_result(_failed(source, error))
-            if writing is not None:
-                yield writing.result()
-            writing = following
-        if writing is not None:
-            yield writing.result()
+    return planned
 
 
-def _read_ahead(
-    planned: Iterable[tuple[Input, Targets | Outcome]], reader: ThreadPoolExecutor
-) -> Iterator[tuple[Input, Targets | Outcome, Future[Volume] | None]]:
-    """Each input with its volume to come; that of the next is read while one is worked on."""
-    ahead: tuple[Input, Targets | Outcome, Future[Volume] | None] | None = None
-    for source, told in planned:
-        needed = not isinstance(told, Outcome)
-        following = (source, told, reader.submit(read_input, source) if needed else None)
-        if ahead is not None:
-            yield ahead
-        ahead = following
-    if ahead is not None:
-        yield ahead
+def _checked(
+    source: Input, targets: Targets, inputs: set[Path], asked: Mapping[str, Any], *, overwrite: bool
+) -> Targets | Outcome:
+    """The targets; or the outcome, if results are there already or must not be written."""
+    finished = source.of_folder and not overwrite and targets.labels.exists()
+    try:
+        _refuse(source, targets, inputs, overwrite=overwrite)
+        if finished:
+            check_asked(targets.labels, sidecar_of(targets.labels), asked)
+    except VolumeError as error:
+        return _failed(source, error)
+    return Outcome(source, (), kept=targets.labels) if finished else targets
 
 
-def _targets(
-    source: Input,
-    labels: Path,
-    *,
-    maps: Path | None,
-    probabilities: bool,
-    uncertainty: bool,
-    presence: bool,
-    statistics: bool,
-    preview: bool,
-) -> Targets:
-    """Results beside the labels are named after them, and after the input where its name is."""
-    dicom = _is_dicom(labels)
-    stem = _stem(labels)
-    suffix = source.suffix if dicom else suffix_of(labels)
-    if stem != source.name:
-        stem = stem.removesuffix("_seg")
-
-    def beside(ending: str) -> Path:
-        return labels.with_name(f"{stem}_{ending}{suffix}")
-
-    return Targets(
-        labels,
-        beside("prob") if probabilities else None,
-        beside("entropy") if uncertainty else None,
-        beside("variance") if uncertainty else None,
-        labels.with_name(f"{stem}_presence.json") if presence else None,
-        maps / f"{source.name}_maps.json" if maps else None,
-        labels.with_name(f"{stem}_statistics.json") if statistics else None,
-        labels.with_name(f"{stem}_preview.png") if preview else None,
-    )
+def _beside(source: Input, labels: Path) -> tuple[str, str]:
+    """Stem and suffix of results beside the labels, which are named after the labels."""
+    stem, suffix = _stem(labels), source.suffix if _is_dicom(labels) else suffix_of(labels)
+    return stem if stem == source.name else stem.removesuffix("_seg"), suffix
 
 
 def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bool) -> None:

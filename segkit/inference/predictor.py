@@ -9,9 +9,10 @@ Post-processing, where a model has it, comes last: a component may span every sl
 labels of the whole volume in memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -23,62 +24,57 @@ from segkit.data.first_stage_labels import majority
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
 from segkit.inference import postprocess as components
-from segkit.inference.attention_maps import AttentionMap, MapCollector, map_on_source
-from segkit.inference.engines.choose import EngineName
+from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import SparingCouncil
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import MergedRows, merge
-from segkit.inference.model_walk import ModelWalk, TrackSlabs, window_layout
-from segkit.inference.output_arrays import Results
-from segkit.inference.regions import written_regions
-from segkit.inference.source_rows import (
-    WALK_AXIS,
-    SourceRows,
-    pieces,
-    to_source_rows,
+from segkit.inference.model_walk import (
+    ModelWalk,
+    PredictionOptions,
+    PredictionSettings,
+    TrackSlabs,
+    untracked_slabs,
+    window_layout,
 )
+from segkit.inference.output_arrays import Results
+from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
 from segkit.io.volume import Volume, trouble_with
 from segkit.model.folder import Model, load_model, model_folders
-from segkit.nn.slicewise import SegmentationNetwork
-
-__all__ = [
-    "WALK_AXIS",
-    "AttentionMap",
-    "Prediction",
-    "Predictor",
-    "SourceRows",
-    "TrackSlabs",
-    "map_on_source",
-    "segment_prepared",
-    "to_source_rows",
-    "window_layout",
-]
+from segkit.nn.network import SegmentationNetwork
 
 PIECE_OF_SOURCE = 2**22
 """Numbers, one for each voxel and class, that a slab is resampled to at once …"""
 VOXELS = 2**18
-"""… or voxels, where labels are all that is asked for."""
+"""… or voxels, if only labels are asked for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model, or several, make of a volume: all but maps on the volume's own grid."""
+    """What a model, or several, make of a volume: all but the maps lie on the volume's own grid.
+
+    Example:
+        prediction = segkit.Predictor.load("runs/mine")(scan, probabilities=True)
+        segkit.write_volume("scan_seg.nii.gz", prediction.labels)
+    """
 
     labels: Volume
     """A number for each voxel (x, y, z), in the smallest unsigned type that holds them."""
     probabilities: Volume | None
-    """Float16 (x, y, z, class or region); post-processing leaves them as they are."""
+    """Float16 (x, y, z, class or region), from 0 to 1; without post-processing. None unless asked
+    for, as `entropy` and `variance`."""
     maps: dict[str, AttentionMap]
-    """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid."""
+    """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid; empty unless
+    asked for."""
     presence: dict[str, float] | None = None
-    """Of networks with a head for it, the probability that the volume holds any of each class: the
-    highest of its windows', and the mean of the models that have such a head."""
+    """The probability that the volume holds each class: the highest of its windows', and the mean
+    of the models that have a presence head. None if no model has one."""
     entropy: Volume | None = None
-    """Of the probabilities, over that of classes all alike: from 0 to 1, float32."""
+    """Entropy of the probabilities over that of equal classes: float32 (x, y, z), from 0 to 1."""
     variance: Volume | None = None
-    """Of the probabilities between models and between mirror images, mean over classes, float32."""
+    """Variance of the probabilities between models and between mirror images, mean over classes:
+    float32 (x, y, z)."""
 
 
 class Predictor:
@@ -86,88 +82,64 @@ class Predictor:
 
     One predictor may be called from several threads at once.
 
+    Example:
+        predictor = segkit.Predictor.load("runs/mine", tta=True, device="cuda")
+        prediction = predictor(segkit.read_volume("scan.nii.gz"), maps=True)
+
     Args:
         models: a trained model, or several: their probabilities are averaged.
-        device: 'auto', 'cpu', 'cuda' or any name that torch knows.
-        overlap: share of a window that neighbours have in common.
-        batch_size: windows, and mirror images of them, per call of the network.
-        precision: of the network's arithmetic; sums over windows are always float32.
+        device: 'auto' (the default: a GPU if there is one), 'cpu', 'cuda' or any name of torch's.
+        overlap: share of a window that neighbours have in common, from 0 to below 1; 0.5 by
+            default.
+        batch_size: windows, and mirror images of them, per call of the network; 1 by default.
+        precision: of the network's arithmetic, such as `torch.bfloat16`; float32 by default. Sums
+            over windows are always float32.
         tta: whether the logits of each window are averaged over its mirror images along the axes
-            that the model was trained to mirror.
-        skip_empty: whether windows under which the volume is 0 throughout are background unasked.
-        engine: what runs the network; 'auto' is the fastest that `choose_engine` knows here.
+            that the model was trained to mirror; False by default.
+        skip_empty: whether windows under which the volume is 0 throughout are background, without
+            asking the network; True by default.
+        engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, is the fastest that
+            `choose_engine` knows here.
+
+    Raises:
+        ModelError: there is no model, models do not share labels and channels, or the engine is not
+            installed or cannot run so.
+        ConfigError: a window's features need more memory than is free.
     """
 
     def __init__(
-        self,
-        models: Model | Sequence[Model],
-        *,
-        device: str = "auto",
-        overlap: float = 0.5,
-        batch_size: int = 1,
-        precision: torch.dtype = torch.float32,
-        tta: bool = False,
-        skip_empty: bool = True,
-        engine: EngineName = "auto",
+        self, models: Model | Sequence[Model], **options: Unpack[PredictionOptions]
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
-        self.settings: Mapping[str, object] = {
-            "overlap": overlap,
-            "precision": str(precision).removeprefix("torch."),
-            "tta": tta,
-            "skip_empty": skip_empty,
-            "engine": engine,
-        }
-        """What decides what is said, beside the models."""
-        self.members = [
-            ModelWalk(
-                model,
-                device=device,
-                overlap=overlap,
-                batch_size=batch_size,
-                precision=precision,
-                tta=tta,
-                skip_empty=skip_empty,
-                engine=engine,
-            )
-            for model in models
-        ]
+        self.settings = PredictionSettings(**options)
+        self.members = [ModelWalk(model, self.settings) for model in models]
         self.model = models[0]
         """The first, and its layout of windows."""
         self.layout = self.members[0].layout
-        self.first_stages: list[list[Predictor]] = [
-            [
-                Predictor(
-                    first,
-                    device=device,
-                    overlap=overlap,
-                    batch_size=batch_size,
-                    precision=precision,
-                    tta=tta,
-                    skip_empty=skip_empty,
-                    engine=engine,
-                )
-                for first in model.first
-            ]
-            for model in models
+        self.first_stages = [
+            [Predictor(first, **options) for first in model.first] for model in models
         ]
 
     @classmethod
     def load(
         cls,
-        *paths: Path | str,
-        device: str = "auto",
-        overlap: float = 0.5,
-        batch_size: int = 1,
-        tta: bool = False,
-        skip_empty: bool = True,
-        engine: EngineName = "auto",
+        *paths: str | Path,
         network: nn.Module | None = None,
+        **options: Unpack[PredictionOptions],
     ) -> "Predictor":
-        """A predictor from runs or model folders. Raises ModelError where there is none.
+        """A predictor from files.
 
-        `network` is the module of a model that was trained with one.
+        Args:
+            paths: runs, model folders, or cross-validations, of which every fold's model is taken.
+            network: the module of a model that was trained with one; there must be one model.
+            options: those of `Predictor`, such as `precision` and `tta`.
+
+        Returns:
+            A predictor of all these models together.
+
+        Raises:
+            ModelError: there is no model at a path, or models do not fit together.
         """
         folders = [folder for path in paths for folder in model_folders(Path(path))]
         if network is not None and len(folders) > 1:
@@ -175,15 +147,7 @@ class Predictor:
                 f"one module cannot hold the weights of {len(folders)} models; load each with a "
                 f"module of its own: Predictor([load_model(path, network=module), …])"
             )
-        return cls(
-            [load_model(folder, network=network) for folder in folders],
-            device=device,
-            overlap=overlap,
-            batch_size=batch_size,
-            tta=tta,
-            skip_empty=skip_empty,
-            engine=engine,
-        )
+        return cls([load_model(folder, network=network) for folder in folders], **options)
 
     @property
     def classifies(self) -> bool:
@@ -205,16 +169,27 @@ class Predictor:
         probabilities: bool = False,
         uncertainty: bool = False,
         allocate: Allocate = in_memory,
-        track: TrackSlabs = lambda slabs, count: slabs,
+        track: TrackSlabs = untracked_slabs,
     ) -> Prediction:
-        """Labels of every voxel of `volume`, and what else is asked for: probabilities, attention
-        maps, with how far windows disagree about them, and uncertainty, which is entropy and
-        variance.
+        """Labels of every voxel, and what else is asked for, on the volume's own grid.
 
-        `first_labels` are those of the first stage where they are known already; a model with one
-        finds them itself. `allocate` gives the arrays for all but labels; `track(slabs, count)` may
-        show progress. Raises ModelError where the channels do not fit, VolumeError for voxels that
-        are not numbers.
+        Args:
+            volume: (x, y, z), or (x, y, z, channel), of the channels that the model has learned.
+            first_labels: labels of the first stage, if they are known; else a model with a first
+                stage finds them itself.
+            maps: whether to give attention maps, from the same pass.
+            disagreement: whether each map tells how far windows disagree about it.
+            probabilities: whether to give probabilities.
+            uncertainty: whether to give entropy and variance.
+            allocate: makes the arrays of all but the labels, such as `OnDisk(folder)`.
+            track: `track(slabs, count)` gives the same slabs and may show progress.
+
+        Returns:
+            The prediction; what was not asked for is None, or no maps.
+
+        Raises:
+            ModelError: the channels do not fit, or the network's output is not finite.
+            VolumeError: voxels are not finite numbers.
         """
         images = self._prepare_all(volume, first_labels, track)
         first = images[0]
@@ -232,7 +207,7 @@ class Predictor:
                 presence=seen,
                 uncertainty=uncertainty,
                 # The others keep pace with the first.
-                track=track if number == 0 else lambda slabs, count: slabs,
+                track=track if number == 0 else untracked_slabs,
             )
             for number, (member, prepared, collector, seen) in enumerate(
                 zip(self.members, images, collectors, presence, strict=True)
@@ -241,7 +216,7 @@ class Predictor:
         labelling = self.model.description.labelling
         kind = np.min_scalar_type(max(labelling.numbers.values()))
         labels = np.zeros(volume.grid.shape, kind, order="F")
-        results = Results(volume, first, allocate=allocate)
+        results = Results(volume, first, allocate)
         if probabilities:
             # What the network never sees is background, which has no place among regions.
             beyond = [0.0] * len(labelling.outputs)
@@ -254,12 +229,14 @@ class Predictor:
         for start, verdict in self._verdicts(walks, probabilities, uncertainty):
             rows = slice(start, start + verdict.labels.shape[-1])
             turned[:, :, rows] = verdict.labels.cpu().numpy()
-            if verdict.probabilities is not None:
-                results.put("probabilities", rows, verdict.probabilities)
-            if verdict.entropy is not None and verdict.variance is not None:
-                results.put("entropy", rows, verdict.entropy[None])
-                results.put("variance", rows, verdict.variance[None])
-            del verdict
+            for name, values in (
+                ("probabilities", verdict.probabilities),
+                ("entropy", verdict.entropy),
+                ("variance", verdict.variance),
+            ):
+                if values is not None:
+                    results.put(name, rows, values if values.ndim == 4 else values[None])
+            del verdict, values
         adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
@@ -273,7 +250,7 @@ class Predictor:
 
     @property
     def postprocessing(self) -> PostprocessingConfig:
-        """What is done to the labels: what all models adopted, nothing where they differ."""
+        """What is done to the labels: what all models adopted, nothing if they differ."""
         adopted = [member.model.description.postprocessing for member in self.members]
         return adopted[0] if all(one == adopted[0] for one in adopted) else PostprocessingConfig()
 
@@ -281,7 +258,7 @@ class Predictor:
         self,
         volume: Volume,
         first_labels: Volume | None = None,
-        track: TrackSlabs = lambda slabs, count: slabs,
+        track: TrackSlabs = untracked_slabs,
     ) -> Prepared:
         """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
         return self._prepare_all(volume, first_labels, track)[0]
@@ -338,24 +315,10 @@ def segment_prepared(
 
     `written` are the numbers of regions, in order, where the network's outputs are regions.
     """
-    device = next(network.parameters()).device
-    engine = TorchEngine(network, device=device)
-    patch, overlaps, multiple = window_layout(network, patch_size, overlap)
-    slabs = stream(
-        image,
-        lambda windows: engine(windows, ()),
-        patch_size=patch,
-        overlap=overlaps,
-        multiple=multiple,
-    )
-    parts = []
-    for slab in slabs:
-        logits = slab.rows.pop(LOGITS)
-        if written is None:
-            parts.append(logits.max(dim=0).indices)
-        else:
-            parts.append(written_regions(logits, written))
-    return torch.cat(parts)
+    engine = TorchEngine(network, device=next(network.parameters()).device)
+    layout = window_layout(network, patch_size, overlap)
+    slabs = stream(image, lambda windows: engine(windows, ()), layout)
+    return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])
 
 
 def _check_alike(models: Sequence[Model]) -> None:

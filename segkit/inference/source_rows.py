@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
 from segkit.data.preprocess import Prepared
 from segkit.geometry.resample import resample
-from segkit.inference.regions import written_regions
 
 AT_ONCE = 2**20
 """Numbers, one for each voxel and class, of which labels are made at once: a cache holds them."""
@@ -71,11 +70,7 @@ class SourceRows:
         blocks = []
         for first in range(0, len(x), step):
             columns = replace(self, positions=(x[first : first + step], y, rows))
-            logits = columns._resampled(classes)
-            if self.written is None:
-                blocks.append(logits.max(dim=0).indices)
-            else:
-                blocks.append(written_regions(logits, self.written))
+            blocks.append(labels_of(columns._resampled(classes), self.written))
         return torch.cat(blocks)
 
     def probabilities(self) -> Float[Tensor, "classes x y rows"]:
@@ -141,3 +136,23 @@ def pieces(rows: Sequence[SourceRows], *, voxels: int) -> Iterator[tuple[int, li
     step = max(voxels // (len(x) * len(y)), 1)
     for first in range(0, rows[0].count, step):
         yield first, [member.part(first, first + step) for member in rows]
+
+
+def labels_of(
+    logits: Float[Tensor, "channel *space"], written: Sequence[int] | None
+) -> Integer[Tensor, "*space"]:
+    """The class with the largest logit, the lowest if they tie; or `written_regions`."""
+    return logits.max(dim=0).indices if written is None else written_regions(logits, written)
+
+
+def written_regions(
+    logits: Float[Tensor, "regions *space"], numbers: Sequence[int]
+) -> Integer[Tensor, "*space"]:
+    """Each region's number wherever its logit is above 0, its probability above one half.
+
+    Later regions are written over earlier ones; what is in none is 0.
+    """
+    labels = torch.zeros(logits.shape[1:], dtype=torch.long, device=logits.device)
+    for region, number in zip(logits, numbers, strict=True):
+        labels.masked_fill_(region > 0, number)
+    return labels

@@ -20,6 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,21 @@ logger = logging.getLogger(__name__)
 WindowFunction = Callable[[Tensor], dict[str, Tensor]]
 WindowPlace = tuple[int, ...]
 """The first voxel of a window along each axis."""
+
+
+class WindowLayout(NamedTuple):
+    """The size of a window and where windows stand, per axis."""
+
+    patch_size: tuple[int, ...]
+    """Voxels, multiples of `multiple`."""
+    overlap: tuple[float, ...]
+    """Share of a patch that neighbours have in common, from 0 to below 1."""
+    multiple: tuple[int, ...]
+    """Windows start at multiples of this: the network's total stride."""
+
+    def starts(self, size: Sequence[int]) -> list[list[int]]:
+        """First voxels of the windows along each axis of an image of this size."""
+        return [window_starts(*numbers) for numbers in zip(size, *self, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -76,46 +92,44 @@ class Blend:
         window: Float[Tensor, "batch channel *cells"],
         *,
         image_size: Sequence[int],
-        patch_size: Sequence[int],
-        starts: Sequence[Sequence[int]],
+        layout: WindowLayout,
         axis: int,
         unseen: Float[Tensor, " channel"] | None = None,
     ) -> None:
-        """`unseen`, where windows are skipped, is what cells hold that no other covers."""
-        cells = window.shape[2:]
+        """`unseen` is the value of cells that no window covers; only if windows are skipped."""
+        cells, starts = window.shape[2:], layout.starts(image_size)
         self.axis = axis
-        self.stride = [patch // count for patch, count in zip(patch_size, cells, strict=True)]
-        if any(patch % count for patch, count in zip(patch_size, cells, strict=True)):
-            raise ValueError(f"a window of {tuple(patch_size)} gave {tuple(cells)} cells")
-        for axis_starts, step in zip(starts, self.stride, strict=True):
+        self.stride: list[int] = []
+        self.size: list[int] = []
+        self.weights: list[dict[int, Tensor]] = []
+        extent: list[int] = []
+        for size, patch, count, axis_starts in zip(
+            image_size, layout.patch_size, cells, starts, strict=True
+        ):
+            step = patch // count
+            if patch % count:
+                raise ValueError(f"a window of {layout.patch_size} gave {tuple(cells)} cells")
             if any(start % step for start in axis_starts):
                 raise ValueError(
                     f"an output has a cell every {step} voxels, but windows start at "
                     f"{axis_starts}; give `multiple` as a multiple of {step}"
                 )
-        self.size = [-(-size // step) for size, step in zip(image_size, self.stride, strict=True)]
-        kernels = [
-            window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
-            for patch, count in zip(patch_size, cells, strict=True)
-        ]
-        totals = [
-            self._total(kernel, [start // step for start in axis_starts])
-            for kernel, axis_starts, step in zip(kernels, starts, self.stride, strict=True)
-        ]
-        # Windows are a product, and so is what all of them weigh at a cell: divided by it before
-        # they are summed, their sum is the mean. Where some are skipped it is not a product.
-        self.weights = [
-            {
-                start // step: kernel
-                if unseen is not None
-                else kernel / total[start // step : start // step + len(kernel)]
-                for start in axis_starts
-            }
-            for kernel, total, axis_starts, step in zip(
-                kernels, totals, starts, self.stride, strict=True
+            kernel = window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
+            places = [start // step for start in axis_starts]
+            total = torch.zeros(places[-1] + count, device=window.device)
+            for place in places:
+                total[place : place + count] += kernel
+            # Windows are a product, and so is the sum of their weights at a cell: divided by it
+            # before they are summed, their sum is the mean. If some are skipped it is no product.
+            self.weights.append(
+                {
+                    place: kernel if unseen is not None else kernel / total[place : place + count]
+                    for place in places
+                }
             )
-        ]
-        extent = [len(total) for total in totals]
+            self.stride.append(step)
+            self.size.append(-(-size // step))
+            extent.append(len(total))
         extent[axis] = cells[axis]
         try:
             zeros = torch.zeros((*extent, window.shape[1]), device=window.device)
@@ -126,14 +140,6 @@ class Blend:
         self.unseen = unseen
         self.counted = None if unseen is None else torch.zeros(extent, device=self.sum.device)
         self.first_row = self.finished = 0
-
-    @staticmethod
-    def _total(kernel: Tensor, starts: Sequence[int]) -> Tensor:
-        """The weights of all windows at each cell of an axis, summed: the windows are a product."""
-        total = torch.zeros(starts[-1] + len(kernel), device=kernel.device)
-        for start in starts:
-            total[start : start + len(kernel)] += kernel
-        return total
 
     def add(self, window: Float[Tensor, "channel *cells"], start: Sequence[int]) -> None:
         """Add one window's output, its first voxel at `start` of the image.
@@ -205,10 +211,8 @@ def _advance(rows: Tensor, axis: int, count: int) -> None:
 def stream(
     image: Float[Tensor, "channel *space"],
     function: WindowFunction,
+    layout: WindowLayout,
     *,
-    patch_size: Sequence[int],
-    overlap: Sequence[float],
-    multiple: Sequence[int],
     axis: int = 0,
     batch_size: int = 1,
     skip: Collection[WindowPlace] = (),
@@ -219,38 +223,28 @@ def stream(
     A slab holds until the next is asked for: its rows then make room for those.
 
     Args:
-        image: what the windows are cut from; beyond its far ends they repeat its last voxels.
+        image: the windows are cut from it; beyond its far ends they repeat its last voxels.
         function: from (batch, channel, *patch) to named outputs (batch, channel, *cells).
-        patch_size: of a window, in voxels, multiples of `multiple`.
-        overlap: share of a patch that neighbours have in common, per axis, from 0 to below 1.
-        multiple: what window starts are multiples of: the network's total stride.
+        layout: size and places of the windows.
         axis: the spatial axis to walk along.
         batch_size: windows per call of the function.
-        skip: windows that the function is not asked about. (Where that leaves nothing to begin
-            with, it is asked about one of them, for the form of its outputs alone.)
-        unseen: what cells hold that only skipped windows cover, by output; 0 where not given.
+        skip: windows that the function is not asked about. (If it is asked about no window of the
+            first slab, it gets one of them, only for the form of its outputs.)
+        unseen: by output, the value of cells that only skipped windows cover; 0 if not given.
     """
     size = image.shape[1:]
-    starts = [
-        window_starts(*numbers) for numbers in zip(size, patch_size, overlap, multiple, strict=True)
-    ]
+    starts = layout.starts(size)
     across = [axis_starts if other != axis else [0] for other, axis_starts in enumerate(starts)]
     blends: dict[str, Blend] = {}
 
     def answers(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
-        windows = torch.stack([_window(image, place, patch_size) for place in batch])
-        outputs = function(windows)
+        outputs = function(
+            torch.stack([_window(image, place, layout.patch_size) for place in batch])
+        )
         for name, output in outputs.items():
             if name not in blends:
                 told = (unseen or {}).get(name, torch.zeros(output.shape[1])) if skip else None
-                blends[name] = Blend(
-                    output,
-                    image_size=size,
-                    patch_size=patch_size,
-                    starts=starts,
-                    axis=axis,
-                    unseen=told,
-                )
+                blends[name] = Blend(output, image_size=size, layout=layout, axis=axis, unseen=told)
         return outputs
 
     for row, next_row in itertools.pairwise([*starts[axis], None]):
@@ -262,7 +256,8 @@ def stream(
         asked = [place for place in places if place not in skip]
         if not asked and not blends:
             answers(places[:1])
-        for batch in _batches(asked, batch_size):
+        for first in range(0, len(asked), batch_size):
+            batch = asked[first : first + batch_size]
             for name, output in answers(batch).items():
                 for window, place in zip(output, batch, strict=True):
                     blends[name].add(window, place)
@@ -279,32 +274,17 @@ def stream(
 def slide(
     image: Float[Tensor, "channel *space"],
     function: WindowFunction,
+    layout: WindowLayout,
     *,
-    patch_size: Sequence[int],
-    overlap: Sequence[float],
-    multiple: Sequence[int],
     axis: int = 0,
     batch_size: int = 1,
 ) -> dict[str, Float[Tensor, "_ ..."]]:
     """The function's blended outputs over the whole image, by name. Arguments as for `stream`."""
     parts: dict[str, list[Tensor]] = {}
-    for slab in stream(
-        image,
-        function,
-        patch_size=patch_size,
-        overlap=overlap,
-        multiple=multiple,
-        axis=axis,
-        batch_size=batch_size,
-    ):
+    for slab in stream(image, function, layout, axis=axis, batch_size=batch_size):
         for name, rows in slab.rows.items():
             parts.setdefault(name, []).append(rows.clone())
     return {name: torch.cat(rows, dim=axis + 1) for name, rows in parts.items()}
-
-
-def _batches(places: list[tuple[int, ...]], batch_size: int) -> Iterator[list[tuple[int, ...]]]:
-    for first in range(0, len(places), batch_size):
-        yield places[first : first + batch_size]
 
 
 def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:

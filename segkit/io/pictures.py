@@ -33,7 +33,8 @@ GAP = 4
 """Pixels between planes that belong together; three times as many between others."""
 CAPTION = 24
 """Pixels that a line of words takes."""
-OPACITY, MAP_OPACITY = 0.4, 0.8
+OPACITY = 0.4
+MAP_OPACITY = 0.8
 WHITE, PALE = (255, 255, 255), (190, 190, 190)
 
 Panel = tuple[str, ndarray | None, Literal["labels", "map"]]

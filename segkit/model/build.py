@@ -9,7 +9,8 @@ from segkit.config.model import ModelDescription
 from segkit.errors import ConfigError, ModelError
 from segkit.model.build_attention import block_factory, pooling_factory, skip_factory, token_factory
 from segkit.nn.external import Given
-from segkit.nn.slicewise import SegmentationNetwork, SlicewiseNetwork, unet_of
+from segkit.nn.network import SegmentationNetwork, unet_of
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 from segkit.system.resources import free_memory, in_words
 

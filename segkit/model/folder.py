@@ -23,7 +23,7 @@ from segkit.io.atomic import json_text, whole, write_json
 from segkit.io.checksums import checksum
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
-from segkit.nn.slicewise import SegmentationNetwork, weights_of
+from segkit.nn.network import SegmentationNetwork, weights_of
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"

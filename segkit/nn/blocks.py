@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from segkit.nn.normalisation import (
     normalise_and_activate,
 )
 
+Features: TypeAlias = Float[Tensor, "batch channel *space"]
+"""Features on a grid of two or three dimensions."""
 NormalisationKind = Literal["instance", "batch", "group", "none"]
 
 CONV: dict[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -109,9 +111,7 @@ class Modulated(nn.Module):
         super().__init__()
         self.attention_maps = nn.ModuleList(attention_maps)
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The features, let through as far as the maps say."""
         for attention_map in self.attention_maps:
             features = features * attention_map(features)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.nn.blocks import CONV, sigmoid_in_float32
+from segkit.nn.blocks import CONV, Features, sigmoid_in_float32
 from segkit.nn.map_tap import MapTap
 
 
@@ -40,9 +40,7 @@ class SqueezeExcitation(nn.Module):
         self.excitation = Excitation(channels, reduction=reduction)
         self.tap = MapTap("channel")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *ones"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
         """The map in (0, 1), one cell per channel."""
         logits = self.excitation(features.flatten(2).mean(dim=2))
         return _per_channel(self.tap, logits, features)
@@ -59,9 +57,7 @@ class PooledChannelAttention(nn.Module):
         self.excitation = Excitation(channels, reduction=reduction)
         self.tap = MapTap("channel")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *ones"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
         """The map in (0, 1), one cell per channel."""
         voxels = features.flatten(2)
         logits = self.excitation(voxels.mean(dim=2)) + self.excitation(voxels.amax(dim=2))
@@ -83,9 +79,7 @@ class EfficientChannelAttention(nn.Module):
         self.convolution = nn.Conv1d(1, 1, kernel_size=size, padding=size // 2, bias=False)
         self.tap = MapTap("channel")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *ones"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
         """The map in (0, 1), one cell per channel."""
         means = features.flatten(2).mean(dim=2)
         return _per_channel(self.tap, self.convolution(means[:, None])[:, 0], features)
@@ -103,9 +97,7 @@ class ContextPooling(nn.Module):
         nn.init.kaiming_normal_(self.logits.weight)
         self.tap = MapTap("pool")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch channel"]:
         """One value per channel."""
         logits = self.logits(features)
         shares = self.tap(logits.float().flatten(2).softmax(dim=2).view(logits.shape))
@@ -127,9 +119,7 @@ class GlobalContextExcitation(nn.Module):
         self.excitation = Excitation(channels, reduction=reduction)
         self.tap = MapTap("channel")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *ones"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
         """The map in (0, 1), one cell per channel."""
         return _per_channel(self.tap, self.excitation(self.context(features)), features)
 
@@ -153,9 +143,7 @@ class GlobalContext(nn.Module):
         nn.init.zeros_(self.expand.bias)
         self.branch = MapTap("branch")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The features, each channel shifted by what the context says."""
         context = self.context(features)
         shift = self.expand(torch.relu(self.norm(self.squeeze(context))))

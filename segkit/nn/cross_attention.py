@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.nn.blocks import (
-    CONV,
-    LINEAR_MODE,
-    NormalisationKind,
-    normalisation,
-    sigmoid_in_float32,
-)
+from segkit.nn.blocks import CONV, LINEAR_MODE, NormalisationKind, normalisation, sigmoid_in_float32
 from segkit.nn.map_tap import MapTap
 from segkit.nn.multihead import MultiHeadAttention
 from segkit.nn.positions import sincos
@@ -29,6 +23,7 @@ class AttentionToSkip(nn.Module):
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
+    keys_of: Literal["skip", "signal"] = "skip"
 
     def __init__(
         self,
@@ -36,7 +31,6 @@ class AttentionToSkip(nn.Module):
         *,
         skip_channels: int,
         signal_channels: int,
-        key_channels: int,
         stride: Sequence[int],
         heads: int,
         head_channels: int,
@@ -49,7 +43,7 @@ class AttentionToSkip(nn.Module):
         self.norm_signal = nn.LayerNorm(signal_channels)
         self.attention = MultiHeadAttention(
             signal_channels,
-            key_channels=key_channels,
+            key_channels=skip_channels if self.keys_of == "skip" else signal_channels,
             value_channels=skip_channels,
             out_channels=skip_channels,
             heads=heads,
@@ -58,8 +52,12 @@ class AttentionToSkip(nn.Module):
         self.matrix = MapTap("received", stride=tuple(stride), highest=math.inf)
         self.mode = LINEAR_MODE[spatial_dims]
 
-    def _take(self, query: Tensor, key: Tensor, value: Tensor, cells: Sequence[int]) -> Tensor:
-        """What the queries take, as features on the signal's grid."""
+    def _take(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """What the queries take from the skip, as features on the signal's grid."""
+        cells = signal.shape[2:]
+        query = _placed(_tokens(signal, self.norm_signal), cells)
+        value = _tokens(self.from_skip(skip), self.norm_skip)
+        key = _placed(value, cells) if self.keys_of == "skip" else query
         taken, share = self.attention(query, key, value, matrix=self.matrix)
         if share is not None:
             self.matrix.record(share.unflatten(2, cells))
@@ -80,37 +78,13 @@ class CrossAttention(AttentionToSkip):
     skip; at first it is 0. Sines and cosines tell both sides where they lie.
     """
 
-    def __init__(
-        self,
-        spatial_dims: int,
-        *,
-        skip_channels: int,
-        signal_channels: int,
-        stride: Sequence[int],
-        heads: int,
-        head_channels: int,
-    ) -> None:
-        super().__init__(
-            spatial_dims,
-            skip_channels=skip_channels,
-            signal_channels=signal_channels,
-            key_channels=skip_channels,
-            stride=stride,
-            heads=heads,
-            head_channels=head_channels,
-        )
-
     def forward(
         self,
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *coarse"],
     ) -> Float[Tensor, "batch skip_channel *space"]:
         """What to add to the skip."""
-        cells = signal.shape[2:]
-        asked = _tokens(signal, self.norm_signal)
-        offered = _tokens(self.from_skip(skip), self.norm_skip)
-        taken = self._take(_placed(asked, cells), _placed(offered, cells), offered, cells)
-        return self._on_skip(taken, skip)
+        return self._on_skip(self._take(skip, signal), skip)
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
         """The skip with what the decoder asked for."""
@@ -131,6 +105,8 @@ class UTransformerGate(AttentionToSkip):
     convolution whose kernel equals its stride.
     """
 
+    keys_of: Literal["skip", "signal"] = "signal"
+
     def __init__(
         self,
         spatial_dims: int,
@@ -147,7 +123,6 @@ class UTransformerGate(AttentionToSkip):
             spatial_dims,
             skip_channels=skip_channels,
             signal_channels=signal_channels,
-            key_channels=signal_channels,
             stride=stride,
             heads=heads,
             head_channels=head_channels,
@@ -169,12 +144,9 @@ class UTransformerGate(AttentionToSkip):
         signal: Float[Tensor, "batch signal_channel *coarse"],
     ) -> Float[Tensor, "batch skip_channel *space"]:
         """The map in (0, 1) on the skip's grid; recorded as its mean over channels."""
-        cells = signal.shape[2:]
-        asked = _placed(_tokens(signal, self.norm_signal), cells)
-        offered = _tokens(self.from_skip(skip), self.norm_skip)
-        logits = self.norm(self._take(asked, asked, offered, cells))
+        logits = self.norm(self._take(skip, signal))
         if self.bias is not None:
-            logits = logits + self.bias.view(-1, *[1] * len(cells))
+            logits = logits + self.bias.view(-1, *[1] * (logits.ndim - 2))
         coarse = self.tap(sigmoid_in_float32(logits))
         return self._on_skip(coarse, skip).to(skip.dtype)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segkit.errors import ModelError
 from segkit.geometry.grid import Placement
-from segkit.nn.map_tap import MapInfo, taps
+from segkit.nn.map_tap import MapInfo, maps_of
 from segkit.nn.unet import Supervised
 
 
@@ -37,11 +37,7 @@ class Given(nn.Module):
 
     def maps(self) -> dict[str, MapInfo]:
         """What each attention map is and where it lies, by key; most modules have none."""
-        return {
-            key: tap.info
-            for key, tap in taps(self).items()
-            if tap.info is not None and tap.kind != "branch"
-        }
+        return maps_of(self)
 
     def forward(
         self, image: Float[Tensor, "batch in_channel *space"]

@@ -212,19 +212,11 @@ class AdditiveGridGate(Gate):
             else nn.Identity()
         )
         self.from_skip = conv(
-            skip_channels,
-            between,
-            kernel_size=tuple(stride),
-            stride=tuple(stride),
-            bias=False,
+            skip_channels, between, kernel_size=tuple(stride), stride=tuple(stride), bias=False
         )
         self.from_signal = conv(signal_channels, between, kernel_size=1)
         self.coefficients = Coefficients(
-            spatial_dims,
-            between,
-            initial_bias=initial_bias,
-            kind=coefficients,
-            num_gates=num_gates,
+            spatial_dims, between, initial_bias=initial_bias, kind=coefficients, num_gates=num_gates
         )
         self.tap = self.coefficients.tap(stride=tuple(stride))
         if num_gates > 1:

@@ -121,6 +121,15 @@ def taps(network: nn.Module) -> dict[str, MapTap]:
     }
 
 
+def maps_of(network: nn.Module) -> dict[str, MapInfo]:
+    """What each attention map of a network is and where it lies, by key."""
+    return {
+        key: tap.info
+        for key, tap in taps(network).items()
+        if tap.info is not None and tap.kind != "branch"
+    }
+
+
 def edited(network: nn.Module) -> bool:
     """Whether any map or switch of a network is being edited."""
     return any(tap.edit is not None for tap in taps(network).values())

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.nn.blocks import Features
 from segkit.nn.map_tap import MapTap
 
 
@@ -16,9 +17,7 @@ class MeanPooling(nn.Module):
         super().__init__()
         self.classify = nn.Linear(channels, num_classes)
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch classes"]:
         """One logit per class."""
         logits: Tensor = self.classify(features.flatten(2).mean(dim=2))
         return logits
@@ -39,9 +38,7 @@ class GatedPooling(nn.Module):
         self.classify = nn.Linear(channels, num_classes)
         self.tap = MapTap("pool")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch classes"]:
         """One logit per class."""
         tokens = features.flatten(2).transpose(1, 2)
         gated = torch.tanh(self.content(tokens)) * torch.sigmoid(self.gate(tokens))
@@ -69,9 +66,7 @@ class LearnedQueryPooling(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.tap = MapTap("pool")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch classes"]:
         """One logit per class."""
         tokens = features.flatten(2).transpose(1, 2)
         logits = self.queries.to(tokens.dtype) @ self.key(tokens).transpose(1, 2)
@@ -82,9 +77,7 @@ class LearnedQueryPooling(nn.Module):
 
 
 def _weighted(
-    tap: MapTap,
-    shares: Float[Tensor, "batch maps cells"],
-    features: Float[Tensor, "batch channel *space"],
+    tap: MapTap, shares: Float[Tensor, "batch maps cells"], features: Features
 ) -> Float[Tensor, "batch maps channel"]:
     """The features' means by shares, which pass the tap."""
     on_grid = tap(shares.unflatten(2, features.shape[2:]))

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segkit.nn.blocks import Features
 from segkit.nn.map_tap import MapTap
 from segkit.nn.multihead import MultiHeadAttention, blocks, gather_windows, received, windows_over
 from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
@@ -61,9 +61,7 @@ class SelfAttention(nn.Module):
             self.bias = RelativeBias(self.window, heads=heads)
         self.matrix = MapTap("received", highest=math.inf, window=self.window)
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The features with what their voxels take from one another."""
         batch_size, space = features.shape[0], features.shape[2:]
         windows = windows_over(space, self.window)
@@ -109,9 +107,7 @@ class AdditiveSelfAttention(nn.Module):
         self.branch = MapTap("branch")
         self.matrix = MapTap("received", highest=math.inf)
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The features with what their voxels take from one another."""
         space = features.shape[2:]
         tokens = self.norm(features.flatten(2).transpose(1, 2))

@@ -1,7 +1,4 @@
-"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch.
-
-And what all networks are: those that take volumes, whatever is inside them.
-"""
+"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch."""
 
 from dataclasses import replace
 
@@ -84,17 +81,3 @@ class SlicewiseNetwork(nn.Module):
         stride.insert(self.axis, 1.0)
         offset.insert(self.axis, 0.0)
         return Placement(tuple(stride), tuple(offset))
-
-
-SegmentationNetwork = UNet | Given | SlicewiseNetwork
-
-
-def unet_of(network: SegmentationNetwork) -> UNet | Given:
-    """The U-Net itself, which is what has weights, or what was given in its stead."""
-    return network.network if isinstance(network, SlicewiseNetwork) else network
-
-
-def weights_of(network: SegmentationNetwork) -> nn.Module:
-    """The module whose state is kept in files: the U-Net, or the very module that was given."""
-    inner = unet_of(network)
-    return inner.module if isinstance(inner, Given) else inner

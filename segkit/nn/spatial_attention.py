@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from segkit.nn.blocks import (
     CONV,
     NEGATIVE_SLOPE,
+    Features,
     Modulated,
     NormalisationKind,
     convolution,
     normalisation,
     sigmoid_in_float32,
 )
-from segkit.nn.channel_attention import (
-    Excitation,
-    PooledChannelAttention,
-    SqueezeExcitation,
-)
+from segkit.nn.channel_attention import Excitation, PooledChannelAttention, SqueezeExcitation
 from segkit.nn.map_tap import MapTap
 
 
@@ -42,9 +39,7 @@ class PooledSpatialAttention(nn.Module):
         self.norm = normalisation("batch", spatial_dims, 1)
         self.tap = MapTap("spatial")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch 1 *space"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch 1 *space"]:
         """The map in (0, 1), one cell per voxel."""
         pooled = [features.amax(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
         logits = self.norm(self.convolution(torch.cat(pooled, dim=1)))
@@ -63,9 +58,7 @@ class SpatialExcitation(nn.Module):
         self.convolution = CONV[spatial_dims](channels, 1, kernel_size=1)
         self.tap = MapTap("spatial")
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch 1 *space"]:
+    def forward(self, features: Features) -> Float[Tensor, "batch 1 *space"]:
         """The map in (0, 1), one cell per voxel."""
         attention_map: Tensor = self.tap(sigmoid_in_float32(self.convolution(features)))
         return attention_map.to(features.dtype)
@@ -120,9 +113,7 @@ class BottleneckAttention(nn.Module):
         )
         self.tap = MapTap("spatial", lowest=1.0, highest=2.0, mean=True)
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The map in (1, 2), one cell per channel and voxel; recorded as its mean over channels."""
         by_channel = self.excitation(features.flatten(2).mean(dim=2))
         by_voxel = self.spatial(features)
@@ -157,9 +148,7 @@ class ConcurrentExcitation(nn.Module):
             else nn.Identity()
         )
 
-    def forward(
-        self, features: Float[Tensor, "batch channel *space"]
-    ) -> Float[Tensor, "batch channel *space"]:
+    def forward(self, features: Features) -> Features:
         """The features, let through as far as the two maps say."""
         by_channel = features * self.channel(features)
         by_voxel = features * self.spatial(features)

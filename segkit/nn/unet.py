@@ -20,15 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
-from segkit.nn.blocks import (
-    CONV,
-    MAX_POOL,
-    TRANSPOSED_CONV,
-    ConvolutionBlock,
-    NormalisationKind,
-)
-from segkit.nn.labels import spread_labels
-from segkit.nn.map_tap import MapInfo, place_taps, taps
+from segkit.nn.blocks import CONV, MAX_POOL, TRANSPOSED_CONV, ConvolutionBlock, NormalisationKind
+from segkit.nn.map_tap import MapInfo, maps_of, place_taps
 
 
 class SkipAttention(Protocol):
@@ -157,36 +150,32 @@ class UNet(nn.Module):
         assert len(steps) == num_skips and len(sizes) == len(pairs)
         self.total_stride = tuple(math.prod(axis) for axis in zip(*steps, strict=True))
 
+        pooled = downsampling == "pool"
         self.encoder = nn.ModuleList()
         placement = Placement.identity(spatial_dims)
         placements = []
-        for level, pair in enumerate(pairs):
-            step = steps[level - 1] if level else (1,) * spatial_dims
-            strided = level > 0 and downsampling == "stride"
-            pooled = level > 0 and downsampling == "pool"
+        for level, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
+            step = steps[level - 1] if level else None
             block = ConvolutionBlock(
                 spatial_dims,
                 widths[level - 1] if level else in_channels + label_classes,
                 widths=pair,
-                kernel=sizes[level],
-                stride=step if strided else None,
+                kernel=size,
+                stride=None if pooled else step,
                 norm=norm,
             )
-            attention = encoder_attention(pair[1]) if encoder_attention else nn.Identity()
-            pool = MAX_POOL[spatial_dims](step) if pooled else nn.Identity()
+            attention = (encoder_attention or _identity)(pair[1])
+            pool = MAX_POOL[spatial_dims](step) if pooled and step else nn.Identity()
             self.encoder.append(nn.Sequential(pool, block, attention))
-            if pooled:
-                placement = placement.through(step, step, (0,) * spatial_dims)
-            if strided:
-                placement = placement.through(sizes[level], step, [k // 2 for k in sizes[level]])
+            if step is not None:
+                kernel, padding = (step, [0] * spatial_dims) if pooled else (size, _half(size))
+                placement = placement.through(kernel, step, padding)
             placements.append(placement)
             place_taps(attention, f"encoder.{level}", level, placement)
         self.placements = tuple(placements)
         """Where the features of each level lie, encoder's and decoder's alike."""
 
-        self.bottleneck = (
-            bottleneck_attention(widths[-1]) if bottleneck_attention else nn.Identity()
-        )
+        self.bottleneck = (bottleneck_attention or _identity)(widths[-1])
         place_taps(self.bottleneck, "bottleneck", num_skips, placement)
 
         self.decoder = nn.ModuleList()
@@ -196,9 +185,10 @@ class UNet(nn.Module):
             upsample = TRANSPOSED_CONV[spatial_dims](
                 coarse, upsampled, kernel_size=step, stride=step, bias=upsampling_bias
             )
-            gate = None
-            if skip_gate is not None:
-                gate = skip_gate(
+            gate = (
+                None
+                if skip_gate is None
+                else skip_gate(
                     level=level,
                     skip_channels=width,
                     coarse_channels=coarse,
@@ -206,6 +196,7 @@ class UNet(nn.Module):
                     stride=step,
                     deepest=level == num_skips - 1,
                 )
+            )
             block = ConvolutionBlock(
                 spatial_dims,
                 upsampled + width,
@@ -213,7 +204,7 @@ class UNet(nn.Module):
                 kernel=sizes[level],
                 norm=norm,
             )
-            attention = decoder_attention(width) if decoder_attention else nn.Identity()
+            attention = (decoder_attention or _identity)(width)
             self.decoder.append(Join(upsample, gate, block, attention))
             if gate is not None:
                 place_taps(gate, f"skip.{level}", level, placements[level])
@@ -229,11 +220,7 @@ class UNet(nn.Module):
 
     def maps(self) -> dict[str, MapInfo]:
         """What each attention map of this network is and where it lies, by key."""
-        return {
-            key: tap.info
-            for key, tap in taps(self).items()
-            if tap.info is not None and tap.kind != "branch"
-        }
+        return maps_of(self)
 
     def forward(
         self, image: Float[Tensor, "batch in_channel *space"]
@@ -279,11 +266,9 @@ class UNet(nn.Module):
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         space = tuple(image.shape[2:])
-        if any(size % stride for size, stride in zip(space, self.total_stride, strict=True)):
-            padded = tuple(
-                -(-size // stride) * stride
-                for size, stride in zip(space, self.total_stride, strict=True)
-            )
+        sides = zip(space, self.total_stride, strict=True)
+        padded = tuple(-(-size // stride) * stride for size, stride in sides)
+        if padded != space:
             raise ValueError(
                 f"image space {space} must be multiples of {self.total_stride}; "
                 f"pad to {padded} or use slide()"
@@ -303,3 +288,26 @@ class UNet(nn.Module):
             features = self.decoder[level](skips[level], features)
             decoded.insert(0, features)
         return decoded
+
+
+def _identity(channels: int) -> nn.Module:
+    """No attention, at features of so many channels."""
+    return nn.Identity()
+
+
+def _half(size: Sequence[int]) -> list[int]:
+    """The padding of a convolution that keeps its grid."""
+    return [length // 2 for length in size]
+
+
+def spread_labels(
+    image: Float[Tensor, "batch channel *space"], num_classes: int
+) -> Float[Tensor, "batch wider *space"]:
+    """The image with the labels of its last channel spread over `num_classes` channels.
+
+    Each is 1 where the label is its own, of 1, 2, …, and 0 elsewhere. Spread here, patch by patch,
+    a volume's labels take up one channel wherever else they are kept.
+    """
+    numbers = torch.arange(1, num_classes + 1, device=image.device, dtype=image.dtype)
+    is_class = image[:, -1:] == numbers.view(-1, *[1] * (image.ndim - 2))
+    return torch.cat([image[:, :-1], is_class.to(image.dtype)], dim=1)

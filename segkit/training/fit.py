@@ -32,7 +32,7 @@ from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.folder import SUMMARY, Model, save_model
 from segkit.nn.external import try_out
 from segkit.nn.normalisation import order_for
-from segkit.nn.slicewise import SegmentationNetwork, weights_of
+from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising

@@ -116,7 +116,7 @@ class MovableAverage(WeightAveraging):
             self._average_model.n_averaged.fill_(self.updates)
 
 
-def finish(tracker: WandbLogger, status: str) -> None:
+def end_record(tracker: WandbLogger, status: str) -> None:
     """End the record of a tracker, if it began one."""
     if tracker._experiment is not None:
         tracker._experiment.finish(exit_code=0 if status == "success" else 1)

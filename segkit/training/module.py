@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from segkit.data.augment_spatial import Vary
 from segkit.nn.gates import anneal
 from segkit.nn.losses import presence_cross_entropy
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.system.graphed_step import GraphedStep, record_step
 from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
 from segkit.training.loss_watch import LossWatch

@@ -26,7 +26,7 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
             SGD, lr=rate, weight_decay=decay, momentum=sgd.momentum, nesterov=sgd.nesterov
         )
     adamw = config.adamw
-    betas = (adamw.momentum[1], adamw.square_decay)
+    betas = (adamw.highest_momentum, adamw.square_decay)
     return partial(_adamw, lr=rate, weight_decay=decay, betas=betas, eps=adamw.epsilon)
 
 
@@ -41,7 +41,6 @@ def make_schedule(config: TrainConfig) -> MakeSchedule:
     if config.optimiser == "sgd":
         return partial(PolynomialLR, total_iters=config.steps, power=config.sgd.power)
     assert config.learning_rate is not None
-    lowest, highest = config.adamw.momentum
     return partial(
         OneCycleLR,
         max_lr=config.learning_rate,
@@ -49,6 +48,6 @@ def make_schedule(config: TrainConfig) -> MakeSchedule:
         pct_start=config.adamw.rise,
         div_factor=config.adamw.rise_factor,
         final_div_factor=config.adamw.fall_factor,
-        base_momentum=lowest,
-        max_momentum=highest,
+        base_momentum=config.adamw.lowest_momentum,
+        max_momentum=config.adamw.highest_momentum,
     )

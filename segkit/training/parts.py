@@ -33,7 +33,7 @@ from segkit.nn.losses import (
     deep_dice_cross_entropy,
     presence_cross_entropy,
 )
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.module import Loss, PresenceLoss
@@ -41,7 +41,7 @@ from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimis
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
-from segkit.training.validation import Validation, case_dice
+from segkit.training.validation import Validation, dice_of_groups
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def make_parts(
                 segment_prepared, patch_size=patch_size, written=description.labelling.written
             ),
             score=partial(
-                case_dice,
+                dice_of_groups,
                 groups=groups or [(number,) for number in range(1, len(description.labels))],
                 ignore=description.ignore,
             ),

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from segkit.errors import ConfigError
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.training.lightning_private import finish
+from segkit.training.lightning_private import end_record
 
 RECORDS = "trackers.json"
 """In a run's folder: by tracker, the identity of its record."""
@@ -30,7 +30,7 @@ class FinishingWandbLogger(WandbLogger):
     def finalize(self, status: str) -> None:
         """Upload what is left, or leave it for `wandb sync`."""
         super().finalize(status)
-        finish(self, status)
+        end_record(self, status)
 
 
 def trackers(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) -> list[Logger]:

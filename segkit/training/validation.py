@@ -8,7 +8,7 @@ from torch import Tensor
 
 from segkit.data.prepared_cache import StoredCase
 from segkit.evaluation.overlap import Overlap, confusion_matrix
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 
 SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
 """From a network and a prepared image (channel, x, y, z) to labels (x, y, z)."""
@@ -32,7 +32,7 @@ class Validation:
     """What the score is called."""
 
 
-def case_dice(
+def dice_of_groups(
     prediction: Integer[Tensor, "*space"],
     label: Integer[Tensor, "*space"],
     *,

@@ -14,12 +14,11 @@ from segkit.data.augment_intensity import IntensityVariation
 from segkit.data.augment_labels import LabelCorruption
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.first_stage_labels import VariationWithLabels, majority, out_of_fold, with_labels
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume
-from segkit.nn.labels import spread_labels
-from segkit.nn.unet import UNet
+from segkit.nn.unet import UNet, spread_labels
 from tests.helpers import ORIENTATIONS, affine_of
 
 UNCHANGED = LabelCorruption(reshaping_probability=0.0, removal_probability=0.0)
@@ -43,7 +42,7 @@ def test_labels_lie_where_they_lay_in_the_world(code: str) -> None:
     image = np.zeros(grid.shape, np.float32)
     image[3:-2, 4:-1, 2:-3] = 1  # the body's box is not the volume
     prepared = with_labels(
-        prepare(Volume(image, grid), spacing=(1.7, 2.1, 2.9), normalisers=[unchanged]),
+        prepare_image(Volume(image, grid), spacing=(1.7, 2.1, 2.9), normalisers=[unchanged]),
         half_spaces(grid, at),
     )
     assert len(prepared.image) == 2
@@ -57,7 +56,7 @@ def test_labels_lie_where_they_lay_in_the_world(code: str) -> None:
 
 def test_labels_of_another_volume_are_refused() -> None:
     grid = Grid((8, 8, 8), np.eye(4))
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(np.ones(grid.shape), grid), spacing=(1.0, 1.0, 1.0), normalisers=[unchanged]
     )
     for shape, shift in (((8, 8, 7), 0.0), ((8, 8, 8), 1.0)):

@@ -16,7 +16,7 @@ from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.patches import ForegroundSampler, PatchDataset
 from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
-from segkit.data.preprocess import prepare, prepare_label
+from segkit.data.preprocess import prepare_image, prepare_label
 from segkit.errors import DatasetError, WorkerError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
@@ -80,7 +80,7 @@ def test_stored_arrays_are_those_of_prepare(
 ) -> None:
     stored = store_in(tmp_path / "cache", dataset, order=order)
     volume, label = read_case(case, dataset)
-    prepared = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp], order=order)
+    prepared = prepare_image(volume, spacing=SPACING, normalisers=[halved, torch.exp], order=order)
     assert stored.name == "one"
     assert stored.image.dtype == np.float16 and stored.label.dtype == np.uint8
     assert_array_equal(stored.image, prepared.image.half().numpy())
@@ -434,7 +434,7 @@ def test_a_first_stages_labels_are_the_last_channel_and_name_the_folder(
     tmp_path: Path, case: CaseFiles, dataset: Dataset
 ) -> None:
     volume, reference = read_case(case, dataset)
-    prepared = prepare(volume, spacing=SPACING, normalisers=[halved, torch.exp])
+    prepared = prepare_image(volume, spacing=SPACING, normalisers=[halved, torch.exp])
     stored = []
     for number in (1, 2):
         path = tmp_path / f"first-{number}.nii.gz"

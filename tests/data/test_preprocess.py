@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from segkit.data.preprocess import (
     median_spacing,
-    prepare,
+    prepare_image,
     prepare_label,
 )
 from segkit.geometry.grid import Grid, Orientation, separate_axis
@@ -42,12 +42,12 @@ def scanned_as(code: str, values: ndarray) -> Volume:
 @pytest.mark.parametrize("code", ORIENTATIONS)
 def test_the_same_anatomy_gives_the_same_image_however_it_was_scanned(code: str) -> None:
     noise = np.random.default_rng(0).normal(size=(*ANATOMY.shape, 2)).astype(np.float32)
-    expected = prepare(
+    expected = prepare_image(
         Volume(noise, ANATOMY), spacing=SPACING, normalisers=[unchanged, torch.square]
     )
     volume = scanned_as(code, noise)
     assert "".join(nib.aff2axcodes(volume.grid.affine)) == code
-    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged, torch.square])
+    prepared = prepare_image(volume, spacing=SPACING, normalisers=[unchanged, torch.square])
     assert prepared.orientation.code == code
     assert prepared.grid.agrees_with(expected.grid, tolerance=1e-9)
     assert_close(prepared.image, expected.image, rtol=0, atol=1e-5)
@@ -58,7 +58,7 @@ def test_a_prepared_grid_tells_where_its_voxels_lie(
     grid: Grid, spacing: tuple[float, float, float]
 ) -> None:
     field = grid.centres().astype(np.float32)
-    prepared = prepare(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
+    prepared = prepare_image(Volume(field, grid), spacing=spacing, normalisers=[unchanged] * 3)
     assert Orientation.of(prepared.grid.affine).code == "RAS"
     assert_allclose(prepared.grid.spacing, spacing, rtol=1e-6)
     apart = separate_axis(prepared.source.spacing, prepared.grid.spacing)
@@ -89,7 +89,7 @@ def test_world_coordinates_come_back_by_every_order_and_anisotropy(
     x, y, z = (spacing["RLAPSI".index(letter) // 2] for letter in code)
     grid = Grid((30, 31, 29), affine_of(code, spacing=(x, y, z)))
     field = grid.centres().astype(np.float32) + 200
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(field, grid), spacing=(0.8, 0.85, 1.3), normalisers=[unchanged] * 3, order=order
     )
     separate = thick > 3
@@ -132,7 +132,7 @@ def test_labels_of_slices_far_apart_are_those_of_the_nearest_slice(
     turned = image.as_reoriented(turn)
     x, y, z = turned.shape
     volume = Volume(np.asanyarray(turned.dataobj), Grid((x, y, z), turned.affine))
-    prepared = prepare(volume, spacing=(1.2, 0.9, target), normalisers=[unchanged], order=3)
+    prepared = prepare_image(volume, spacing=(1.2, 0.9, target), normalisers=[unchanged], order=3)
     assert prepared.orders == (3, 3, 0)
     heights = prepared.grid.centres()[0, 0, :, 2]
     slices = np.abs(heights[:, None] - head_first.centres()[0, 0, :, 2]).argmin(axis=1)
@@ -145,7 +145,7 @@ def test_what_a_spline_overshoots_is_cut_to_the_channels_range() -> None:
     step = np.ones((16, 3, 3), np.float32)
     step[8:] = 5.0
     volume = Volume(np.stack([step, -step], axis=3), Grid((16, 3, 3), np.eye(4)))
-    prepared = prepare(volume, spacing=(0.7, 1.0, 1.0), normalisers=[unchanged] * 2, order=3)
+    prepared = prepare_image(volume, spacing=(0.7, 1.0, 1.0), normalisers=[unchanged] * 2, order=3)
     positions = prepared.source.positions_of(prepared.grid)
     free = resample(torch.from_numpy(np.moveaxis(volume.data, 3, 0)), positions, (3, 3, 3))
     assert free[0].max() > 5.1 and free[1].max() > -0.9
@@ -156,7 +156,7 @@ def test_what_a_spline_overshoots_is_cut_to_the_channels_range() -> None:
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "IPR"])
 def test_the_source_is_the_scan_itself_in_ras(code: str) -> None:
     volume = scanned_as(code, linear_field(ANATOMY.centres()).astype(np.float32))
-    prepared = prepare(volume, spacing=SPACING, normalisers=[unchanged])
+    prepared = prepare_image(volume, spacing=SPACING, normalisers=[unchanged])
     turned = prepared.orientation.turn(volume.data)
     assert_allclose(linear_field(prepared.source.centres()), turned, atol=1e-4)
     assert_allclose(prepared.source.spacing, ANATOMY.spacing, rtol=1e-6)
@@ -166,7 +166,7 @@ def test_the_source_is_the_scan_itself_in_ras(code: str) -> None:
 def test_a_label_is_prepared_onto_the_images_grid(code: str) -> None:
     """Half of the world is 1: so is what lies on that side, but for what a voxel spans."""
     side = linear_field(ANATOMY.centres()) - linear_field(ANATOMY.centres()).mean()
-    image = prepare(scanned_as(code, side), spacing=SPACING, normalisers=[unchanged])
+    image = prepare_image(scanned_as(code, side), spacing=SPACING, normalisers=[unchanged])
     label = prepare_label(scanned_as(code, (side > 0).astype(np.uint8)), image)
     assert label.dtype == torch.uint8
     assert tuple(label.shape) == image.grid.shape
@@ -182,7 +182,7 @@ def test_a_label_is_prepared_onto_the_images_grid(code: str) -> None:
 def test_preparing_leaves_the_volume_as_it_was(code: str, order: str) -> None:
     values = np.asarray(np.arange(60, dtype=np.float32).reshape(3, 4, 5), order=order)
     volume = Volume(values, Grid((3, 4, 5), affine_of(code)))
-    prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image * 0 - 1])
+    prepare_image(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image * 0 - 1])
     assert_array_equal(values, np.arange(60).reshape(3, 4, 5))
 
 
@@ -194,7 +194,7 @@ def test_a_single_slice_is_prepared_however_it_was_scanned(
     values = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     grid = Grid(shape, affine_of(code))
     spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
-    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    prepared = prepare_image(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
     assert_array_equal(prepared.orientation.turn_back(prepared.image[0].numpy()), values)
     label = prepare_label(Volume(values.astype(np.uint8), grid), prepared)
     assert_array_equal(prepared.orientation.turn_back(label.numpy()), values)
@@ -203,14 +203,14 @@ def test_a_single_slice_is_prepared_however_it_was_scanned(
 def test_each_channel_has_its_own_normaliser() -> None:
     values = np.stack([np.full((2, 2, 2), 3.0), np.full((2, 2, 2), 5.0)], axis=3)
     volume = Volume(values, Grid((2, 2, 2), np.eye(4)))
-    prepared = prepare(
+    prepared = prepare_image(
         volume,
         spacing=(1.0, 1.0, 1.0),
         normalisers=[lambda image: image + 1, lambda image: image * 2],
     )
     assert prepared.image[:, 0, 0, 0].tolist() == [4.0, 10.0]
     with pytest.raises(AssertionError, match="one normaliser per channel"):
-        prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[unchanged])
+        prepare_image(volume, spacing=(1.0, 1.0, 1.0), normalisers=[unchanged])
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPI", "PIR"])
@@ -219,7 +219,7 @@ def test_a_background_of_zeros_is_cut_off_and_the_body_stays_in_its_place(code: 
     values = np.zeros(grid.shape)
     values[2:7, 3:6, 1:5] = linear_field(grid.centres())[2:7, 3:6, 1:5] + 1000
     spacing = Orientation.of(grid.affine).turn_grid(grid).spacing
-    prepared = prepare(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
+    prepared = prepare_image(Volume(values, grid), spacing=spacing, normalisers=[unchanged])
     assert sorted(prepared.grid.shape) == [3, 4, 5]
     expected = linear_field(prepared.grid.centres()) + 1000
     assert_allclose(prepared.image[0].numpy(), expected, rtol=1e-6)
@@ -228,7 +228,7 @@ def test_a_background_of_zeros_is_cut_off_and_the_body_stays_in_its_place(code: 
 
 
 def test_an_image_of_zeros_alone_is_kept_whole() -> None:
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(np.zeros((3, 4, 5)), Grid((3, 4, 5), np.eye(4))),
         spacing=(1.0, 1.0, 1.0),
         normalisers=[unchanged],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from rich.console import Console
 
 from segkit.evaluation.scores import (
-    METRIC_NAMES,
+    METRICS,
     CaseScores,
     score_case,
     summarise,
@@ -29,11 +29,13 @@ def row(case: str, dice: float, label: int = 1, name: str = "liver") -> CaseScor
         case=case,
         label=label,
         name=name,
-        dice=dice,
-        iou=dice / (2 - dice),
-        hd95_mm=10 * (1 - dice),
-        assd_mm=3 * (1 - dice),
-        nsd=dice**2,
+        metrics={
+            "dice": dice,
+            "iou": dice / (2 - dice),
+            "hd95_mm": 10 * (1 - dice),
+            "assd_mm": 3 * (1 - dice),
+            "nsd": dice**2,
+        },
         tolerance_mm=1.0,
         prediction_ml=2.0,
         reference_ml=2.5,
@@ -81,8 +83,8 @@ def test_a_case_scores_as_worked_out_by_hand() -> None:
     # 300 voxels agree and 100 are missed; a voxel is 0.01 ml.
     assert (liver.case, liver.label, liver.name, liver.tolerance_mm) == ("a", 1, "liver", 2.0)
     assert (liver.tp, liver.fp, liver.fn) == (300, 0, 100)
-    assert liver.dice == pytest.approx(600 / 700)
-    assert liver.iou == pytest.approx(300 / 400)
+    assert liver.metrics["dice"] == pytest.approx(600 / 700)
+    assert liver.metrics["iou"] == pytest.approx(300 / 400)
     assert (liver.prediction_ml, liver.reference_ml) == (pytest.approx(3.0), pytest.approx(4.0))
     # The prediction's surface is 2 faces of 100 voxels and the rim of a layer, 36: 236 voxels. The
     # reference's is 2 faces and 2 rims: 272, of which a face of 100 is 2.5 mm from the
@@ -90,10 +92,10 @@ def test_a_case_scores_as_worked_out_by_hand() -> None:
     # the reference: 2.5 mm from the reference's face, and 2 mm a step from its rim, so that the
     # outer 28 of them are 2 mm away and the 36 within those 2.5 mm.
     distances = [0.0] * (236 - 64) + [2.0] * 28 + [2.5] * 36 + [0.0] * 172 + [2.5] * 100
-    assert liver.hd95_mm == 2.5
-    assert liver.assd_mm == pytest.approx(np.mean(distances))
-    assert liver.nsd == pytest.approx(1 - 136 / 508)
-    assert all(math.isnan(getattr(tumour, metric)) for metric, _, _ in METRIC_NAMES)
+    assert liver.metrics["hd95_mm"] == 2.5
+    assert liver.metrics["assd_mm"] == pytest.approx(np.mean(distances))
+    assert liver.metrics["nsd"] == pytest.approx(1 - 136 / 508)
+    assert all(math.isnan(tumour.metrics[key]) for key in METRICS)
     assert (tumour.tp, tumour.fp, tumour.fn, tumour.reference_ml) == (0, 0, 0, 0)
 
 
@@ -103,14 +105,19 @@ def test_a_class_in_one_image_only_gets_the_worst_scores(missing_from: str) -> N
     (reference if missing_from == "prediction" else prediction)[9, 9, 9] = 7
     tumour = score_case(prediction, reference, LABELS, (3.0, 4.0, 1.2), case="a")[1]
     diagonal = pytest.approx(math.hypot(30, 40, 12))
-    assert (tumour.dice, tumour.iou, tumour.nsd) == (0, 0, 0)
-    assert (tumour.hd95_mm, tumour.assd_mm) == (diagonal, diagonal)
+    assert (tumour.metrics["dice"], tumour.metrics["iou"], tumour.metrics["nsd"]) == (0, 0, 0)
+    assert (tumour.metrics["hd95_mm"], tumour.metrics["assd_mm"]) == (diagonal, diagonal)
 
 
 def test_an_image_has_no_volume() -> None:
     image = np.eye(4, dtype=np.int16)
     (score,) = score_case(image, image, {1: "line"}, (1.0, 2.0), case="a")
-    assert (score.dice, score.hd95_mm, score.nsd, score.tp) == (1, 0, 1, 4)
+    assert (score.metrics["dice"], score.metrics["hd95_mm"], score.metrics["nsd"], score.tp) == (
+        1,
+        0,
+        1,
+        4,
+    )
     assert math.isnan(score.prediction_ml) and math.isnan(score.reference_ml)
 
 

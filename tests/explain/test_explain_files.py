@@ -22,8 +22,8 @@ from segkit.explain.heads.study import (
     study_heads,
 )
 from segkit.geometry.grid import Grid
-from segkit.inference.predict_files import Input, find_inputs
 from segkit.inference.predictor import Predictor
+from segkit.io.inputs import Input, find_inputs
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import save_model
 from tests.explain.heads.test_study import attending_model, noise_case, self_attention

@@ -2,11 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import jaxtyping
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -19,29 +16,20 @@ from segkit.cli.main import app
 from segkit.config.model import ModelDescription
 from segkit.errors import ModelError, SegkitError, VolumeError
 from segkit.export.agreement import Agreement, compare, noise_for
-from segkit.export.deployment import deployment
 from segkit.export.export import Export, Form, export_model
-from segkit.export.graphs import export_onnx, export_openvino
+from segkit.export.graphs import export_onnx
 from segkit.export.whole_volume import WholeVolume
-from segkit.geometry.grid import Grid, Placement
-from segkit.inference.engines.converted import RunGraph
-from segkit.inference.engines.openvino import OpenVino
-from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
+from segkit.geometry.grid import Grid
+from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume, read_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, described_model, load_model
-from segkit.nn.map_tap import MapInfo
-from tests.inference.engines.test_engines import FAST, SLOW, model_of, saved
+from tests.models import model_of, saved
 
-GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While torch traces, sizes are tensors, not the integers that signatures tell of."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def scan_of(seed: int = 0) -> Volume:
@@ -59,42 +47,6 @@ def test_an_exported_model_agrees_on_a_volume_through_windows(form: Form, tmp_pa
     assert set(maps) == set(model.network.maps())
     assert max(maps.values()) <= 1e-3
     assert any(info.kind == "channel" for info in model.network.maps().values())
-
-
-def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path) -> None:
-    model = model_of(attention, spatial_dims)
-    run = GRAPHS[form](model, folder / NAMES[form])
-    for batch_size in (1, 3):
-        assert compare(model, run, noise_for(model), batch_size=batch_size).holds
-
-
-@pytest.mark.parametrize("family", ["self-attention", "planes with presence"])
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
-def test_a_batch_may_have_any_length(form: str, family: str, tmp_path: Path) -> None:
-    agrees(form, *FAST[family], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAST, *SLOW])
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
-def test_every_family_takes_batches_of_any_length(form: str, family: str, tmp_path: Path) -> None:
-    agrees(form, *{**FAST, **SLOW}[family], tmp_path)
-
-
-def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_path: Path) -> None:
-    model = model_of(*reversed(FAST["planes with presence"]))
-    export_onnx(model, tmp_path / "a.onnx")
-    session = onnxruntime.InferenceSession(
-        (tmp_path / "a.onnx").read_bytes(), providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
-    assert names == [LOGITS, *sorted(model.network.maps()), PRESENCE]
-    (image,) = session.get_inputs()
-    assert image.name == "image" and image.shape == ["batch", 2, 16, 12, 8]
-    assert all(output.shape[0] == "batch" for output in session.get_outputs())
-    (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
-    assert json.loads(told) == deployment(model)
-    assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
 
 
 def test_a_session_and_what_its_file_tells_are_enough_to_predict(tmp_path: Path) -> None:
@@ -121,65 +73,6 @@ def test_a_session_and_what_its_file_tells_are_enough_to_predict(tmp_path: Path)
     labels = inferer.logits(box, (1.0, 1.0, 1.0), ask).argmax(dim=0).numpy()
     expected = Predictor(model, device="cpu", engine="torch")(scan).labels.data
     assert (labels == expected).mean() >= 0.9999
-
-
-def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
-    tmp_path: Path,
-) -> None:
-    model = model_of({"skip": "additive_grid"}, 3)
-    export_openvino(model, tmp_path / "a.xml")
-    graph = OpenVino().core.read_model(tmp_path / "a.xml")
-    names = [output.get_any_name() for output in graph.outputs]
-    assert names == [LOGITS, *sorted(model.network.maps())]
-    assert graph.inputs[0].get_any_name() == "image"
-    assert str(graph.inputs[0].partial_shape) == "[?,2,16,8,8]"
-    assert json.loads(graph.get_rt_info(["segkit"]).astype(str)) == deployment(model)
-
-
-def test_a_deployer_is_told_each_step_of_prediction() -> None:
-    description = model_of({}, 3).description.model_copy(
-        update={"mirror": ["x", "z"], "spacing": (1.0, 1.5, 2.0), "interpolation": "cubic"}
-    )
-    model = Model(description, model_of({"skip": "additive_grid", "encoder": "se"}, 3).network)
-    told = json.loads(json.dumps(deployment(model, overlap=0.25), allow_nan=False))
-    assert told["input"]["channels"] == ["a", "b"]
-    assert told["orientation"] == "RAS" and told["spacing"] == [1.0, 1.5, 2.0]
-    assert told["interpolation"] == "cubic" and told["mirror_axes"] == [0, 2]
-    assert told["normalisation"] == [{"kind": "zscore", "nonzero": False}] * 2
-    assert told["windows"]["patch"] == [16, 8, 8] and told["windows"]["overlap"] == [0.25] * 3
-    assert told["windows"]["multiple"] == list(model.network.total_stride)
-    assert told["labels"] == {"background": 0, "one": 1, "two": 2}
-    infos: dict[str, MapInfo] = model.network.maps()
-    assert set(told["outputs"]["maps"]) == set(infos)
-    for key, info in infos.items():
-        found = told["outputs"]["maps"][key]
-        assert found["range"] == [info.lowest, info.highest]
-        if info.placement is None:
-            assert found["stride"] is None
-        else:
-            assert Placement(tuple(found["stride"]), tuple(found["offset"])) == info.placement
-
-
-def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
-    model = model_of({"skip": "additive_grid"}, 3)
-    run = export_onnx(model, tmp_path / "a.onnx")
-    assert compare(model, run, noise_for(model)).holds
-
-    def planted(name: str, error: float) -> RunGraph:
-        def off(windows: Tensor, names: tuple[str, ...]) -> list[Tensor]:
-            answers = dict(zip(names, run(windows, names), strict=True))
-            answers[name] = answers[name] + error
-            return list(answers.values())
-
-        return off
-
-    for name, error in (("skip.1/gate", 0.01), (LOGITS, 0.1), ("skip.1/gate", float("nan"))):
-        found = compare(model, planted(name, error), noise_for(model))
-        assert not found.holds
-        assert found.differences[name] == pytest.approx(error, rel=1e-3, nan_ok=True)
-    with torch.no_grad():
-        next(model.network.parameters()).add_(0.1)
-    assert not compare(model, run, noise_for(model)).holds
 
 
 def test_a_module_that_python_gave_is_exported_as_any_other(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from segkit.inference import model_walk as member
 from segkit.inference import postprocess as components
 from segkit.inference import windows
 from segkit.inference.predictor import Predictor
-from segkit.inference.regions import written_regions
+from segkit.inference.source_rows import written_regions
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model

@@ -12,16 +12,16 @@ from numpy.testing import assert_array_equal
 from torch.testing import assert_close
 
 from segkit.config.network import NetworkConfig
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.geometry.grid import Grid
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.predictor import Predictor
-from segkit.inference.windows import window_starts
+from segkit.inference.windows import WindowLayout
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
 from tests.helpers import affine_of, grids
-from tests.inference.test_predictor import description, nearest_class, random_model
+from tests.models import description, nearest_class, random_model
 
 
 @settings(max_examples=30)
@@ -34,11 +34,11 @@ def test_what_is_read_from_an_empty_window_comes_from_zeros_alone(
     values[tuple(random.integers(0, size) for size in grid.shape)] = 3
     volume = Volume(values, grid)
     spacing = min(grid.spacing) * ratio
-    prepared = prepare(
+    prepared = prepare_image(
         volume, spacing=(spacing, spacing, spacing), normalisers=[lambda image: image + 5]
     )
-    starts = [window_starts(size, 4, 0.5, 2) for size in prepared.grid.shape]
-    found = empty_windows(volume, prepared, patch_size=(4, 4, 4), starts=starts)
+    layout = WindowLayout((4, 4, 4), (0.5, 0.5, 0.5), (2, 2, 2))
+    found = empty_windows(volume, prepared, layout)
     for place in found:
         region = tuple(slice(first, first + 4) for first in place)
         # To the rounding of shares that sum to 1: a voxel of 1 nearby would show far above it.
@@ -50,9 +50,11 @@ def test_every_window_with_a_voxel_is_kept() -> None:
     values = np.zeros((16, 16, 16, 2), np.uint8)
     values[0, 0, 0, 1] = values[15, 15, 15, 0] = values[9, 6, 4, 1] = 1
     volume = Volume(values, Grid((16, 16, 16), np.eye(4)))
-    prepared = prepare(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image] * 2)
+    prepared = prepare_image(volume, spacing=(1.0, 1.0, 1.0), normalisers=[lambda image: image] * 2)
+    layout = WindowLayout((8, 8, 8), (0.5, 0.5, 0.5), (4, 4, 4))
     starts = [[0, 4, 8]] * 3
-    found = empty_windows(volume, prepared, patch_size=(8, 8, 8), starts=starts)
+    assert layout.starts((16, 16, 16)) == starts
+    found = empty_windows(volume, prepared, layout)
     held = {(x, y, z) for x in (4, 8) for y in (0, 4) for z in (0, 4)}
     assert found == set(itertools.product(*starts)) - held - {(0, 0, 0), (8, 8, 8)}
 

@@ -21,20 +21,13 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.ensemble import merge, predictive_entropy
-from segkit.inference.moments import Moments
+from segkit.inference.ensemble import Moments, merge, predictive_entropy
 from segkit.inference.predictor import Predictor
 from segkit.inference.source_rows import SourceRows
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, save_model
 from tests.helpers import affine_of
-from tests.inference.test_predictor import (
-    description,
-    headed_model,
-    nearest_class,
-    noise_volume,
-    random_model,
-)
+from tests.models import description, headed_model, nearest_class, noise_volume, random_model
 
 
 def seeded(seed: int, **settings: object) -> Model:

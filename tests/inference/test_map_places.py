@@ -26,14 +26,15 @@ from segkit.config.attention import (
 )
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid, Orientation
-from segkit.inference.predictor import Predictor, map_on_source
+from segkit.inference.attention_maps import map_on_source
+from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model
 from segkit.nn.map_tap import taps
 from segkit.nn.unet import UNet
 from tests.helpers import affine_of
-from tests.inference.test_predictor import description, noise_volume, random_model, world_axes
+from tests.models import description, noise_volume, random_model, world_axes
 
 STRIDES = {
     "even": [[2, 2, 2]] * 3,

@@ -22,7 +22,7 @@ from segkit.model.build import build_network
 from segkit.model.folder import Model
 from segkit.nn.map_tap import taps
 from segkit.nn.unet import UNet
-from tests.inference.test_predictor import (
+from tests.models import (
     constant_gates,
     description,
     headed_model,

@@ -20,17 +20,9 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError, SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
-from segkit.inference.predict_files import (
-    Input,
-    Outcome,
-    find_inputs,
-    output_path,
-    parse_shard,
-    predict_files,
-    read_input,
-    sidecar_of,
-)
+from segkit.inference.predict_files import Outcome, output_path, predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
+from segkit.io.inputs import Input, find_inputs, parse_shard, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model

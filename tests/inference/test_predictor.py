@@ -1,111 +1,49 @@
 """Laws of prediction: what goes in comes back where it was, and maps lie where their cells are."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
-from torch import Tensor
 
 from segkit.config.attention import (
     AdditiveGridGateConfig,
     AttentionConfig,
-    GatedPoolingConfig,
     SqueezeExcitationConfig,
 )
-from segkit.config.data import CtWindowConfig
-from segkit.config.model import ModelDescription, PostprocessingConfig
+from segkit.config.model import PostprocessingConfig
 from segkit.config.network import NetworkConfig
-from segkit.data.preprocess import prepare
+from segkit.data.preprocess import prepare_image
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation
+from segkit.inference.attention_maps import map_on_source
 from segkit.inference.engines.torch_eager import PRESENCE
-from segkit.inference.predict_files import find_inputs, predict_files
-from segkit.inference.predictor import (
-    WALK_AXIS,
-    Predictor,
-    map_on_source,
-    segment_prepared,
-    to_source_rows,
-)
-from segkit.inference.windows import stream
+from segkit.inference.predict_files import predict_files
+from segkit.inference.predictor import Predictor, segment_prepared
+from segkit.inference.source_rows import WALK_AXIS, to_source_rows
+from segkit.inference.windows import WindowLayout, stream
+from segkit.io.inputs import find_inputs
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model
-from segkit.nn.map_tap import taps
 from segkit.nn.slicewise import SlicewiseNetwork
-from segkit.nn.unet import UNet
-from tests.helpers import ORIENTATIONS, affine_of, linear_field
-
-AS_IT_IS = CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)
-
-
-def description(
-    *,
-    channels: int = 1,
-    classes: int = 2,
-    spacing: tuple[float, float, float],
-    patch_size: tuple[int, ...] = (8, 8, 8),
-    network: NetworkConfig | None = None,
-) -> ModelDescription:
-    return ModelDescription(
-        segkit="test",
-        run="test",
-        channels=[f"channel {number}" for number in range(channels)],
-        labels={f"label {number}": number for number in range(classes)},
-        network=network or NetworkConfig(channels=[2, 2, 2]),
-        spacing=spacing,
-        normalisation=[AS_IT_IS] * channels,
-        slices="axial",
-        patch_size=list(patch_size),
-    )
-
-
-class NearestClass(UNet):
-    """Logits that are largest for the class whose number is nearest to the voxel's value."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        classes = torch.arange(self.heads[0].out_channels, device=image.device)
-        return -((image - classes.view(1, -1, 1, 1, 1)) ** 2)
-
-
-def nearest_class(classes: int) -> NearestClass:
-    return NearestClass(3, 1, out_channels=classes, channels=(2, 2, 2))
-
-
-class PooledCoordinates(UNet):
-    """Maps that are the image, averaged over the voxels of each cell."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        logits = super().forward(image)
-        for tap in taps(self).values():
-            assert tap.info is not None and tap.info.placement is not None
-            stride = [int(step) for step in tap.info.placement.stride]
-            tap(F.avg_pool3d(image, stride))
-        return logits
-
-
-def pooled_coordinates(strides: list[list[int]]) -> Model:
-    network = NetworkConfig(
-        channels=[2, 2, 2, 2],
-        strides=strides,
-        downsampling="pool",
-        deep_supervision=False,
-        attention=AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1, 2])),
-    )
-    told = description(channels=3, spacing=(0.7, 1.3, 4.0), patch_size=(16, 16, 8), network=network)
-    built = build_network(told)
-    built.__class__ = PooledCoordinates
-    for tap in taps(built).values():
-        assert tap.info is not None
-        tap.info = replace(tap.info, lowest=-1e6, highest=1e6)
-    return Model(told, built)
+from tests.helpers import ORIENTATIONS, affine_of
+from tests.models import (
+    class_volume,
+    constant_gates,
+    description,
+    headed_model,
+    inside_both,
+    nearest_class,
+    noise_volume,
+    pooled_coordinates,
+    random_model,
+    world_axes,
+)
 
 
 def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
@@ -133,12 +71,6 @@ def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
     assert_array_equal(labels(PostprocessingConfig(largest_of=(2,))), without_inside)
     both = PostprocessingConfig(largest_foreground=True, largest_of=(2,))
     assert_array_equal(labels(both), without_blob)
-
-
-def class_volume(grid: Grid, classes: int) -> Volume:
-    """Classes by place in the world, so that a voxel out of place shows."""
-    values = np.floor(linear_field(grid.centres()) / 3) % classes
-    return Volume(values.astype(np.uint8), grid)
 
 
 @pytest.mark.parametrize("code", sorted(ORIENTATIONS))
@@ -224,15 +156,13 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
 ) -> None:
     grid = Grid((13, 17, 9), affine_of(code))
     world = grid.centres()
-    prepared = prepare(
+    prepared = prepare_image(
         Volume(world.astype(np.float32), grid), spacing=spacing, normalisers=[lambda x: x] * 3
     )
     slabs = stream(
         prepared.image,
         lambda windows: {"logits": windows},
-        patch_size=(8, 8, 8),
-        overlap=(0.5, 0.5, 0.5),
-        multiple=(4, 4, 4),
+        WindowLayout((8, 8, 8), (0.5, 0.5, 0.5), (4, 4, 4)),
         axis=WALK_AXIS,
     )
     back = np.full((*prepared.source.shape, 3), np.nan, np.float32)
@@ -244,32 +174,6 @@ def test_world_coordinates_survive_resampling_windows_and_the_way_back(
     inside = inside_both(prepared.grid, grid)
     assert inside.mean() > 0.25
     assert_allclose(returned[inside], world[inside], atol=1e-4)
-
-
-def inside_both(network_grid: Grid, grid: Grid) -> ndarray:
-    """Voxels between the outermost centres of the network's grid, where nothing is held constant,
-    and whose own neighbours in the network's grid lie between the outermost centres of theirs."""
-    index = network_grid.index(grid.centres())
-    low = np.ceil(network_edges(network_grid, grid)[0])
-    high = np.floor(network_edges(network_grid, grid)[1])
-    return ((index >= low - 1e-6) & (index <= high + 1e-6)).all(axis=-1)
-
-
-def network_edges(network_grid: Grid, grid: Grid) -> tuple[ndarray, ndarray]:
-    corners = grid.world(
-        np.array(
-            [
-                [x, y, z]
-                for x in (0, grid.shape[0] - 1)
-                for y in (0, grid.shape[1] - 1)
-                for z in (0, grid.shape[2] - 1)
-            ],
-            dtype=float,
-        )
-    )
-    index = network_grid.index(corners)
-    last = np.array(network_grid.shape) - 1
-    return np.maximum(index.min(0), 0), np.minimum(index.max(0), last)
 
 
 @pytest.mark.parametrize(
@@ -306,23 +210,6 @@ def test_a_pooled_coordinate_field_comes_back_within_a_hundredth_of_a_millimetre
         assert_allclose(onto.data[inside], world[inside], atol=1e-2)
 
 
-def world_axes(code: str) -> list[int]:
-    letters = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
-    return [letters[letter] for letter in code]
-
-
-def constant_gates(value: float) -> Model:
-    network = NetworkConfig(
-        channels=[2, 2, 2],
-        attention=AttentionConfig(skip=AdditiveGridGateConfig(levels=[0, 1])),
-    )
-    told = description(spacing=(1.0, 1.0, 1.0), network=network)
-    model = Model(told, build_network(told))
-    for tap in taps(model.network).values():
-        tap.edit = lambda attention_map: torch.full_like(attention_map, value)
-    return model
-
-
 def test_a_constant_gate_gives_a_constant_map_at_every_level() -> None:
     volume = Volume(np.random.default_rng(0).random((13, 9, 21)), Grid((13, 9, 21), np.eye(4)))
     maps = Predictor(constant_gates(0.3125))(volume, maps=True).maps
@@ -331,12 +218,6 @@ def test_a_constant_gate_gives_a_constant_map_at_every_level() -> None:
         assert attention_map.volume is not None
         assert_allclose(attention_map.volume.data, 0.3125, rtol=1e-6)
         assert_allclose(map_on_source(attention_map, volume).data, 0.3125, rtol=1e-6)
-
-
-def random_model(network: NetworkConfig, patch_size: tuple[int, ...] = (8, 8, 8)) -> Model:
-    torch.manual_seed(0)
-    told = description(classes=3, spacing=(1.0, 1.0, 1.0), network=network, patch_size=patch_size)
-    return Model(told, build_network(told).eval())
 
 
 def test_asking_for_maps_and_probabilities_changes_no_label() -> None:
@@ -353,11 +234,6 @@ def test_asking_for_maps_and_probabilities_changes_no_label() -> None:
     shares = full.probabilities.data.astype(np.float32)
     chosen = np.take_along_axis(shares, full.labels.data[..., None].astype(int), axis=-1)[..., 0]
     assert (chosen >= shares.max(-1) - 1e-3).all()  # float16 makes ties of near ties
-
-
-def noise_volume(shape: tuple[int, int, int]) -> Volume:
-    values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    return Volume(values, Grid(shape, np.eye(4)))
 
 
 def test_streamed_labels_are_those_of_the_whole_at_once() -> None:
@@ -482,12 +358,6 @@ def test_beyond_the_body_labels_are_background_and_maps_are_zero() -> None:
         gate[box], map_on_source(alone.maps["skip.1/gate"], Volume(volume.data[box], corner)).data
     )
     assert not gate[~body].any() and (gate[body] > 0).all()
-
-
-def headed_model(*, patch_size: tuple[int, ...] = (8, 8, 8), **changes: object) -> Model:
-    attention = AttentionConfig(head=GatedPoolingConfig(width=6), skip=AdditiveGridGateConfig())
-    settings = {"channels": [4, 4, 4], "attention": attention, **changes}
-    return random_model(NetworkConfig.model_validate(settings), patch_size)
 
 
 def test_presence_of_one_window_is_the_sigmoid_of_the_networks_logits() -> None:

@@ -22,15 +22,10 @@ from segkit.data.dataset import read_dataset
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
-from segkit.inference.predict_files import (
-    Input,
-    find_inputs,
-    output_path,
-    predict_files,
-    read_input,
-)
+from segkit.inference.predict_files import output_path, predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.dicom import choose_series, read_series
+from segkit.io.inputs import Input, find_inputs, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model, save_model

@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 from torch import Tensor
 from torch.testing import assert_close
 
-from segkit.data.preprocess import Prepared, prepare
+from segkit.data.preprocess import Prepared, prepare_image
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample
 from segkit.inference import source_rows
@@ -28,7 +28,7 @@ from tests.helpers import grids
 
 def prepared_of(grid: Grid, spacing: tuple[float, float, float]) -> Prepared:
     volume = Volume(np.ones(grid.shape, np.float32), grid)
-    return prepare(volume, spacing=spacing, normalisers=[lambda image: image])
+    return prepare_image(volume, spacing=spacing, normalisers=[lambda image: image])
 
 
 @st.composite

@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
 from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
-from segkit.inference.windows import slide, window_starts, window_weight
+from segkit.inference.windows import WindowLayout, slide, window_starts, window_weight
 
 
 def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
@@ -27,9 +27,7 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     blended = slide(
         torch.zeros(1, *size),
         windows,
-        patch_size=patch,
-        overlap=(overlap,) * 3,
-        multiple=(stride,) * 3,
+        WindowLayout(patch, (overlap,) * 3, (stride,) * 3),
     )
     found = spread.deviation("map", blended["map"], blended["map" + SQUARES])[0].numpy()
     weight = torch.ones(())
@@ -62,6 +60,6 @@ def test_windows_that_say_the_same_do_not_disagree() -> None:
         spread.add_squares(outputs)
         return outputs
 
-    blended = slide(torch.zeros(1, 20), same, patch_size=(8,), overlap=(0.5,), multiple=(1,))
+    blended = slide(torch.zeros(1, 20), same, WindowLayout((8,), (0.5,), (1,)))
     found = spread.deviation("map", blended["map"], blended["map" + SQUARES])
     assert float(found.max()) < 1e-6

@@ -16,6 +16,7 @@ from segkit.inference import windows
 from segkit.inference.windows import (
     Blend,
     WindowFunction,
+    WindowLayout,
     slide,
     stream,
     window_starts,
@@ -42,30 +43,23 @@ class Walk:
         return torch.randn(num_channels, *self.size, generator=generator) + 0.5
 
     @property
+    def layout(self) -> WindowLayout:
+        return WindowLayout(self.patch_size, self.overlap, self.multiple)
+
+    @property
     def places(self) -> list[tuple[int, ...]]:
         """The first voxels of all windows."""
-        numbers = zip(self.size, self.patch_size, self.overlap, self.multiple, strict=True)
-        return list(itertools.product(*(window_starts(*axis) for axis in numbers)))
+        return list(itertools.product(*self.layout.starts(self.size)))
 
     def slide(self, image: Tensor, function: WindowFunction) -> dict[str, Tensor]:
-        return slide(
-            image,
-            function,
-            patch_size=self.patch_size,
-            overlap=self.overlap,
-            multiple=self.multiple,
-            axis=self.axis,
-            batch_size=self.batch_size,
-        )
+        return slide(image, function, self.layout, axis=self.axis, batch_size=self.batch_size)
 
     def stream(self, image: Tensor, function: WindowFunction) -> list[windows.Slab]:
         return copies(
             stream(
                 image,
                 function,
-                patch_size=self.patch_size,
-                overlap=self.overlap,
-                multiple=self.multiple,
+                self.layout,
                 axis=self.axis,
                 batch_size=self.batch_size,
             )
@@ -188,10 +182,7 @@ def blended_densely(
     unseen: float | ndarray = 0.0,
 ) -> ndarray:
     """Every window's answer and weight added up over the whole grid, in float64, then divided."""
-    starts = [
-        window_starts(*numbers)
-        for numbers in zip(walk.size, walk.patch_size, walk.overlap, walk.multiple, strict=True)
-    ]
+    starts = walk.layout.starts(walk.size)
     reach = [
         max(size, axis_starts[-1] + patch)
         for size, axis_starts, patch in zip(walk.size, starts, walk.patch_size, strict=True)
@@ -254,9 +245,9 @@ def test_the_window_nearest_to_its_centre_counts_most() -> None:
     def order(batch: Tensor) -> dict[str, Tensor]:
         return {"order": torch.full_like(batch, next(answers))}
 
-    blended = slide(
-        torch.zeros(1, 12), order, patch_size=(8,), overlap=(0.5,), multiple=(4,), batch_size=1
-    )["order"]
+    blended = slide(torch.zeros(1, 12), order, WindowLayout((8,), (0.5,), (4,)), batch_size=1)[
+        "order"
+    ]
     shares = [1 / (1 + math.exp(22 - 4 * row)) for row in range(4, 8)]
     expected = torch.tensor([[0.0] * 4 + shares + [1.0] * 4])
     assert_close(blended, expected, rtol=1e-4, atol=1e-6)
@@ -286,13 +277,7 @@ def test_neither_the_axis_nor_the_batch_size_changes_the_result(walk: Walk) -> N
         return {"fine": times_window_mean(batch)}
 
     image = walk.image()
-    expected = slide(
-        image,
-        function,
-        patch_size=walk.patch_size,
-        overlap=walk.overlap,
-        multiple=walk.multiple,
-    )
+    expected = slide(image, function, walk.layout)
     assert_close(walk.slide(image, function)["fine"], expected["fine"], rtol=1e-4, atol=1e-5)
 
 
@@ -342,9 +327,7 @@ def test_an_output_of_a_size_that_does_not_divide_the_patch_is_refused() -> None
         slide(
             torch.zeros(1, 20),
             lambda batch: {"odd": batch[:, :, :3]},
-            patch_size=(8,),
-            overlap=(0.5,),
-            multiple=(4,),
+            WindowLayout((8,), (0.5,), (4,)),
         )
 
 
@@ -379,9 +362,7 @@ def test_the_memory_held_does_not_grow_with_the_depth(
             for slab in stream(
                 torch.ones(2, *size),
                 identity,
-                patch_size=(4, 4, 4),
-                overlap=(0.5, 0.5, 0.5),
-                multiple=(2, 2, 2),
+                WindowLayout((4, 4, 4), (0.5, 0.5, 0.5), (2, 2, 2)),
                 axis=axis,
             )
         )
@@ -400,7 +381,7 @@ def test_slabs_come_as_soon_as_they_are_finished() -> None:
         return {"image": batch}
 
     # Three windows, as drawn in the module.
-    slabs = stream(torch.arange(10.0)[None], count, patch_size=(6,), overlap=(0.5,), multiple=(2,))
+    slabs = stream(torch.arange(10.0)[None], count, WindowLayout((6,), (0.5,), (2,)))
     seen = [(slab.starts["image"], slab.rows["image"].tolist(), calls) for slab in slabs]
     assert [(start, called) for start, _, called in seen] == [(0, 1), (2, 2), (4, 3)]
     assert_close(torch.tensor([row for _, rows, _ in seen for row in rows[0]]), torch.arange(10.0))
@@ -411,9 +392,7 @@ def test_half_precision_windows_are_blended_in_float32() -> None:
     blended = slide(
         image,
         lambda batch: {"image": batch.bfloat16()},
-        patch_size=(8,),
-        overlap=(0.75,),
-        multiple=(1,),
+        WindowLayout((8,), (0.75,), (1,)),
     )["image"]
     assert blended.dtype == torch.float32
     assert_close(blended, image.bfloat16().float(), rtol=1e-5, atol=1e-6)
@@ -438,9 +417,7 @@ def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
         stream(
             image,
             function,
-            patch_size=walk.patch_size,
-            overlap=walk.overlap,
-            multiple=walk.multiple,
+            walk.layout,
             axis=walk.axis,
             batch_size=walk.batch_size,
             skip=skip,
@@ -489,9 +466,7 @@ def test_the_classes_of_a_voxel_lie_side_by_side() -> None:
     slabs = stream(
         torch.randn(3, 8, 8, 12),
         identity,
-        patch_size=(4, 4, 4),
-        overlap=(0.5, 0.5, 0.5),
-        multiple=(2, 2, 2),
+        WindowLayout((4, 4, 4), (0.5, 0.5, 0.5), (2, 2, 2)),
         axis=2,
     )
     assert {slab.rows["image"].stride()[0] for slab in slabs} == {1}

@@ -31,7 +31,7 @@ from segkit.model.folder import load_model, save_model
 from segkit.training.fit import resume, train
 from segkit.training.run_folder import LAST
 from tests.model.test_folder import small_model
-from tests.nn.test_contract import FAMILIES, PATCH, settings
+from tests.networks import FAMILIES, PATCH, settings
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -456,7 +456,7 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
 
     def prepared(spacing: float) -> tuple[int, ...]:
         normalisers = [lambda values: values]
-        found = preprocess.prepare(volume, spacing=[spacing] * 3, normalisers=normalisers)
+        found = preprocess.prepare_image(volume, spacing=[spacing] * 3, normalisers=normalisers)
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):

@@ -13,19 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.config.load import validated
-from segkit.config.model import ModelDescription
-from segkit.config.network import NetworkConfig
-from segkit.model.build import build_network
 from segkit.nn.map_tap import Edit, editing, recording, taps
-from segkit.nn.slicewise import SlicewiseNetwork
-from segkit.nn.unet import UNet
+from tests.networks import FAMILIES, SPACE, image_of, network_of
 
 ROOT = Path(__file__).parents[2]
-# Anisotropic strides, and sizes that are odd multiples of their product.
-STRIDES = {2: [[2, 2], [2, 1]], 3: [[2, 2, 1], [2, 1, 2]]}
-SPACE = {2: (12, 10), 3: (12, 6, 6)}
-PATCH = {2: [16, 12], 3: [16, 8, 8]}
 
 
 def opened(attention_map: Tensor) -> Tensor:
@@ -40,20 +31,6 @@ def switched_off(switches: Tensor) -> Tensor:
     return torch.zeros_like(switches)
 
 
-def settings(attention: dict[str, Any], spatial_dims: int, **others: Any) -> NetworkConfig:
-    return validated(
-        NetworkConfig,
-        {
-            "spatial_dims": spatial_dims,
-            "channels": [6, 8, 12],
-            "strides": STRIDES[spatial_dims],
-            "attention": attention,
-            **others,
-        },
-        "test",
-    )
-
-
 def shifts_that_are_normalised_away(network: nn.Module) -> set[str]:
     """Biases right before a normalisation, whose gradients are nothing but rounding."""
     return {
@@ -63,36 +40,6 @@ def shifts_that_are_normalised_away(network: nn.Module) -> set[str]:
         for number, following in enumerate(layers[1:])
         if isinstance(following, nn.modules.batchnorm._NormBase)
     }
-
-
-def network_of(attention: dict[str, Any], spatial_dims: int, **others: Any) -> UNet:
-    """A network whose attention is far from its start, where many kinds do nothing."""
-    torch.manual_seed(0)
-    description = ModelDescription(
-        segkit="0",
-        run="test",
-        channels=["a", "b"],
-        labels={"background": 0, "one": 1, "two": 2},
-        network=settings(attention, spatial_dims, **others),
-        spacing=(1.0, 1.0, 2.0),
-        normalisation=["zscore", "zscore"],
-        slices="axial",
-        patch_size=PATCH[spatial_dims],
-    )
-    network = build_network(description)
-    inner = network.network if isinstance(network, SlicewiseNetwork) else network
-    for module in inner.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) and name == "weight" and not parameter.any():
-                nn.init.normal_(parameter, std=0.3)
-            if name == "weight" and parameter.shape[0] == 1 and parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return inner.eval()
-
-
-def image_of(spatial_dims: int, batch_size: int = 2, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch_size, 2, *SPACE[spatial_dims], generator=generator)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -407,21 +354,6 @@ class TestWindowedSelfAttention(TestSelfAttention):
     def windowed(self, spatial_dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
         bottleneck = {**TestSelfAttention.attention["bottleneck"], "window": [2] * spatial_dims}
         monkeypatch.setattr(type(self), "attention", {"bottleneck": bottleneck})
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "additive gate": {"skip": "additive_grid"},
-    "hard gate": {"skip": {"kind": "additive_same_level", "coefficients": "hard"}},
-    "attention at a skip": {"skip": {"kind": "cross_attention", "heads": 2, "head_channels": 6}},
-    "attention that gates": {"skip": {"kind": "u_transformer", "heads": 2, "head_channels": 6}},
-    "channel": {"encoder": "cbam", "decoder": "gc"},
-    "mixed": {"encoder": "scse", "decoder": "bam"},
-    "self-attention": {
-        "bottleneck": {"kind": "self_attention", "heads": 2, "head_channels": 6, "window": [2, 2]}
-    },
-    "additive self-attention": {"bottleneck": "additive_self"},
-    "head": {"head": "learned_query"},
-}
 
 
 def compile_whole(family: str) -> None:

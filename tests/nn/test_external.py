@@ -20,8 +20,9 @@ from segkit.evaluation.evaluate import find_labelling, find_pairs, score_pairs
 from segkit.explain.verdicts.saliency import grad_cam, input_gradient
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
-from segkit.inference.predict_files import find_inputs, predict_files
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
+from segkit.io.inputs import find_inputs
 from segkit.io.volume import read_volume
 from segkit.model.build import build_network, wrap_network
 from segkit.model.folder import described_model, load_model

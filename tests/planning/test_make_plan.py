@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.planning import make_plan as planning
 from segkit.planning.make_plan import Planned, Preset, plan_dataset
 from segkit.training.fit import train

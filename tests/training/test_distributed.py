@@ -1,6 +1,7 @@
 """Two processes are one: the losses, weights and scores of one process with the joint batch."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -37,9 +38,51 @@ def run_in_processes(folder: Path, count: int, batch_size: int) -> Path:
     return folder / "runs" / f"by_{count}"
 
 
-@pytest.mark.skipif(
+needs_processes = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
 )
+SCRIPT = """
+import json, os
+from pathlib import Path
+import segkit
+
+run = segkit.fit(segkit.prepare(segkit.load_config("two.yaml")))
+weight = next(run.model.network.parameters()).sum().item()
+told = {"folder": str(run.folder.resolve()), "told": sorted(run.summary), "weight": weight}
+Path(f"process_{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(told))
+"""
+
+
+@needs_processes
+def test_each_process_is_given_the_run_and_the_first_alone_its_summary(tmp_path: Path) -> None:
+    config = small_config(
+        small_dataset(tmp_path / "data"),
+        data={"validation": 0.5},
+        train={"steps": 1},
+        trainer={"devices": 2, "strategy": "ddp"},
+    )
+    (tmp_path / "two.yaml").write_text(dump_yaml(config))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    # Another run of that name: the other process has to be told which folder is the run's.
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, other = (
+        json.loads((tmp_path / f"process_{number}.json").read_text()) for number in range(2)
+    )
+    assert first["folder"] == other["folder"] == str((tmp_path / "runs" / "small-2").resolve())
+    assert first["weight"] == other["weight"]
+    assert "validation" in first["told"] and other["told"] == []
+
+
+@needs_processes
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     small_dataset(tmp_path / "data", num_cases=6)
     one = run_in_processes(tmp_path, 1, batch_size=4)

@@ -18,7 +18,7 @@ from segkit.nn.unet import UNet
 from segkit.training.module import SegmentationModule
 from segkit.training.optimisers import make_optimiser, make_schedule
 from segkit.training.parts import make_loss
-from segkit.training.validation import Validation, case_dice
+from segkit.training.validation import Validation, dice_of_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -70,7 +70,7 @@ def module_of(
         "schedule": make_schedule(config),
         "vary": unvaried,
         "validation": Validation(
-            (), segment=as_said, score=partial(case_dice, groups=groups, ignore=ignore)
+            (), segment=as_said, score=partial(dice_of_groups, groups=groups, ignore=ignore)
         ),
         "class_names": class_names,
         "num_steps": num_steps,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segkit.checking import check
 from segkit.config.load import dump_yaml
-from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.dataset import read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model, start_from
@@ -25,33 +25,6 @@ from segkit.training.resolve import precision
 from segkit.training.split import fold_of
 from segkit.training.weight_average import Averaging
 from tests.small import small_config, small_dataset
-
-
-def dataset_of(count: int) -> Dataset:
-    cases = [CaseFiles(f"case_{number:03d}", (), Path("x")) for number in range(count)]
-    return Dataset(Path("folder"), tuple(cases), ("MRI",), {"background": 0, "one": 1})
-
-
-@pytest.mark.parametrize("count", [5, 12, 260])
-def test_five_folds_hold_out_every_case_once(count: int) -> None:
-    dataset = dataset_of(count)
-    held_out = []
-    for fold in range(5):
-        train_cases, held = fold_of(dataset, fold)
-        assert set(train_cases) | set(held) == set(dataset.cases)
-        assert not set(train_cases) & set(held)
-        held_out += held
-    assert sorted(case.name for case in held_out) == [case.name for case in dataset.cases]
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("count", [5, 23, 260])
-def test_folds_are_those_of_scikit_learn(count: int) -> None:
-    selection = pytest.importorskip("sklearn.model_selection")
-    folds = selection.KFold(5, shuffle=True, random_state=12345).split(np.arange(count))
-    for fold, (_, expected) in enumerate(folds):
-        _, held = fold_of(dataset_of(count), fold)
-        assert [int(case.name[5:]) for case in held] == expected.tolist()
 
 
 @pytest.mark.parametrize("fold", [0, 3])
@@ -64,13 +37,6 @@ def test_what_a_check_says_is_held_out_is_the_fold_that_training_holds_out(
     _, held = fold_of(read_dataset(data), fold)
     told = check(path)
     assert told.facts["held_out_cases"] == [case.name for case in held]
-
-
-def test_fewer_cases_than_folds_are_refused() -> None:
-    with pytest.raises(
-        DatasetError, match=r"5 folds need 5 cases or more, found 4; give data\.valid"
-    ):
-        fold_of(dataset_of(4), 0)
 
 
 def test_a_config_may_name_a_fold(tmp_path: Path) -> None:

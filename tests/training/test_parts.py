@@ -18,10 +18,11 @@ from segkit.data.prepared_cache import StoredCase
 from segkit.errors import ConfigError, ModelError
 from segkit.io.safe_text import read_json_object
 from segkit.model.folder import load_model
-from segkit.nn.slicewise import weights_of
+from segkit.nn.network import weights_of
 from segkit.training.fit import fit, resume, train
 from segkit.training.parts import Augmentation, TrainingParts, prepare
 from tests.small import small_config, small_dataset
+from tests.training.test_module import Rates
 from tests.training.test_resume import StopAfter, StoppedError
 
 PLAIN: dict[str, object] = {"channels": [4, 8], "attention": {}}
@@ -81,25 +82,13 @@ def test_with_a_loss_without_a_gradient_weights_only_decay(
     """By the product of 1 - rate · decay over the steps, as AdamW takes it off by itself."""
     parts = parts_of(dataset, tmp_path, train={"weight_decay": decay})
     before = initial(parts)
-    rates: list[float] = []
-
-    def recorded(optimiser: torch.optim.Optimizer) -> Any:
-        schedule = parts.schedule(optimiser)
-        step = schedule.step
-
-        def stepping() -> None:
-            rates.append(optimiser.param_groups[0]["lr"])
-            step()
-
-        schedule.step = stepping  # type: ignore[method-assign]
-        return schedule
-
-    run = fit(replace(parts, loss=no_loss, schedule=recorded), runs=tmp_path)
-    left = float(np.prod([1 - rate * decay for rate in rates]))
-    assert len(rates) == 4 and (left == 1) == (decay == 0)
+    rates = Rates()
+    run = fit(replace(parts, loss=no_loss), runs=tmp_path, callbacks=[rates])
+    left = float(np.prod([1 - rate * decay for rate in rates.values]))
+    assert len(rates.values) == 4 and (left == 1) == (decay == 0)
     for key, value in saved(run.folder).items():
-        torch.testing.assert_close(value, left * before[key], msg=key)
-    assert load_config(run.folder / "config.yaml").replaced == ["loss", "schedule"]
+        torch.testing.assert_close(value, left * before[key])
+    assert load_config(run.folder / "config.yaml").replaced == ["loss"]
 
 
 def test_a_loss_is_given_every_supervised_level_finest_first_and_the_label(
@@ -111,7 +100,8 @@ def test_a_loss_is_given_every_supervised_level_finest_first_and_the_label(
         seen.append([*(tuple(level.shape) for level in levels), tuple(label.shape)])
         return no_loss(levels, label)
 
-    fit(replace(parts_of(dataset, tmp_path, train={"steps": 1}), loss=watched), runs=tmp_path)
+    parts = parts_of(dataset, tmp_path, train={"steps": 1}, network={"channels": [4, 8, 8, 8]})
+    fit(replace(parts, loss=watched), runs=tmp_path)
     assert seen == [[(2, 2, 16, 16, 16), (2, 2, 8, 8, 8), (2, 16, 16, 16)]]
 
 

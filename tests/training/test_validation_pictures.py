@@ -10,7 +10,7 @@ from numpy import ndarray
 from segkit.io.pictures import (
     CasePicture,
 )
-from segkit.training import fit as training
+from segkit.training import parts as training
 from segkit.training import validation_pictures as samples
 from segkit.training.fit import train
 from tests.small import small_config, small_dataset

@@ -299,16 +299,13 @@ def head_importance(
             totals[position] = totals[position] + total if position in totals else total
         return {}
 
-    patch, overlap, multiple = predictor.layout
     edits = {f"{position}/branch": exposing(position) for position in positions}
     with editing(network, edits):
         for case in track(cases, "importance of heads", len(cases)):
             prepared = predictor.prepare(case.volume)
             label = prepare_label(case.reference, prepared)
             both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
-            slabs = stream(
-                both, differentiate, patch_size=patch, overlap=overlap, multiple=multiple
-            )
+            slabs = stream(both, differentiate, predictor.layout)
             for _ in slabs:
                 pass
     return {

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.inference.predictor import WALK_AXIS, Predictor
+from segkit.inference.predictor import Predictor
+from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import Slab, WindowFunction, stream
 
 
@@ -14,13 +15,10 @@ def slabs_of_first(
 ) -> Iterator[Slab]:
     """Slabs of the function's blended outputs, in the windows of the first model."""
     member = predictor.members[0]
-    patch, overlap, multiple = member.layout
     return stream(
         image,
         function,
-        patch_size=patch,
-        overlap=overlap,
-        multiple=multiple,
+        member.layout,
         axis=WALK_AXIS,
         batch_size=member.batch_size,
     )

@@ -25,8 +25,9 @@ from segkit.explain.measures.ranks import settled
 from segkit.explain.verdicts.first_model import slabs_of_first
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import nearest
+from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.inference.predictor import Predictor
 from segkit.inference.windows import Slab
 from segkit.io.volume import Volume
 from segkit.system.progress import Track, untracked

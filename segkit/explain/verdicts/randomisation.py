@@ -26,7 +26,7 @@ from segkit.inference.windows import slide
 from segkit.io.volume import Volume
 from segkit.model.build import build_network
 from segkit.nn.map_tap import editing, taps
-from segkit.nn.slicewise import SegmentationNetwork, unet_of
+from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.system.progress import Track, untracked
 
 OWN = "own weights"
@@ -87,7 +87,7 @@ def randomise(
         if info.placement is not None and (keys is None or key in keys)
     ]
     before = _maps(engine, member, image, chosen)
-    window = image.new_zeros(1, len(image), *member.layout[0]).to(engine.device)
+    window = image.new_zeros(1, len(image), *member.layout.patch_size).to(engine.device)
     rows = []
     for key in track(chosen, "randomising weights", len(chosen)):
         upstream = upstream_parameters(network, key, window)
@@ -218,7 +218,6 @@ def _maps(
     engine: TorchEngine, member: ModelWalk, image: Tensor, keys: Collection[str]
 ) -> dict[str, ndarray]:
     """Maps of the whole image, without mirror images."""
-    patch, overlap, multiple = member.layout
 
     def look(windows: Tensor) -> dict[str, Tensor]:
         outputs = engine(windows, keys)
@@ -226,12 +225,5 @@ def _maps(
 
     if not keys:
         return {}
-    found = slide(
-        image,
-        look,
-        patch_size=patch,
-        overlap=overlap,
-        multiple=multiple,
-        batch_size=member.batch_size,
-    )
+    found = slide(image, look, member.layout, batch_size=member.batch_size)
     return {key: values.cpu().numpy() for key, values in found.items()}

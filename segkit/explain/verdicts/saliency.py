@@ -20,7 +20,8 @@ from segkit.inference.predictor import Predictor
 from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
-from segkit.nn.slicewise import SlicewiseNetwork, unet_of
+from segkit.nn.network import unet_of
+from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 
 Saliency = Callable[[Float[Tensor, "batch channel *space"]], Float[Tensor, "batch 1 *cells"]]

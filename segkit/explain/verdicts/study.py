@@ -26,9 +26,10 @@ from segkit.explain.verdicts.ablation import (
 from segkit.explain.verdicts.perturbation import PerturbationCurve, perturb
 from segkit.explain.verdicts.randomisation import Randomisation, randomise
 from segkit.explain.verdicts.rule import NAMES, MapFigures, gather_figures, judge
-from segkit.inference.predictor import AttentionMap, Predictor
+from segkit.inference.attention_maps import AttentionMap
+from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
-from segkit.nn.slicewise import SegmentationNetwork
+from segkit.nn.network import SegmentationNetwork
 from segkit.system.progress import Track, untracked
 
 ABLATIONS = "ablation.csv"

@@ -26,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_engine(
-    name: EngineName,
-    model: Model,
-    *,
-    device: str = "auto",
-    precision: torch.dtype = torch.float32,
+    name: EngineName, model: Model, *, device: str = "auto", precision: torch.dtype = torch.float32
 ) -> Engine:
     """The engine of that name. The rule of `auto`:
 

@@ -12,8 +12,10 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -21,6 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 import segkit.nn
 from segkit.errors import ModelError
@@ -28,7 +31,7 @@ from segkit.inference.engines.conversion_cache import artefact, find, user_cache
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, TorchEngine, run
 from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
-from segkit.nn.slicewise import SegmentationNetwork, unet_of
+from segkit.nn.network import SegmentationNetwork, unet_of
 
 ENGINES_FOLDER = "engines"
 INPUT = "image"
@@ -73,6 +76,20 @@ class Traced(nn.Module):
         """The outputs in the order of `names`."""
         outputs = run(self.network, windows, self.keys)
         return tuple(outputs[name] for name in self.names)
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Within it, tracing does not warn.
+
+    torch warns that the window's size becomes a part of the trace, which is wanted, and that
+    tracing is old; but of what torch.export gives, OpenVINO makes thrice as many operations, with
+    normalisation in pieces, and MONAI's evaluator and its tools cannot run it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)
+        warnings.filterwarnings("ignore", r".torch\.jit\.", DeprecationWarning)
+        yield
 
 
 class ConvertedEngine:

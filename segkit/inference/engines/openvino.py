@@ -3,7 +3,6 @@
 import functools
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.jit._trace import TracerWarning
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import INPUT, RunGraph, Traced
+from segkit.inference.engines.converted import INPUT, RunGraph, Traced, quiet_tracing
 from segkit.inference.engines.torch_eager import LOGITS
 
 OPENVINO_FILE = "network.xml"
@@ -62,12 +60,7 @@ class OpenVino:
 
         It takes `batch` windows at once; any number where that is -1.
         """
-        with warnings.catch_warnings(), torch.no_grad():
-            # torch warns that the window's size becomes a part of the trace, which is wanted, and
-            # that tracing is old; but of what torch.export gives, OpenVINO makes thrice as many
-            # operations, with normalisation in pieces.
-            warnings.simplefilter("ignore", TracerWarning)
-            warnings.filterwarnings("ignore", r".torch\.jit\.trace", DeprecationWarning)
+        with quiet_tracing(), torch.no_grad():
             traced = torch.jit.trace(network, window, check_trace=False)
         graph = self.openvino.convert_model(traced, input=[[batch, *window.shape[1:]]])
         graph.inputs[0].get_tensor().set_names({INPUT})

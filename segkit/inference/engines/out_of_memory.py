@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -63,20 +64,18 @@ class SparingCouncil:
     """
 
     def __init__(self, *, shares: bool, uncertainty: bool) -> None:
-        self.shares = shares
-        self.uncertainty = uncertainty
+        self.consult = partial(consult, shares=shares, uncertainty=uncertainty)
         self.on_host = False
 
     def __call__(self, members: Sequence[SourceRows]) -> MergedRows:
         """The verdict of `ensemble.consult`."""
         if not self.on_host:
             try:
-                return consult(members, shares=self.shares, uncertainty=self.uncertainty)
+                return self.consult(members)
             except torch.OutOfMemoryError:
                 pass  # leaving lets go of what the failed call held
             logger.warning("the device's memory ran out; labels are worked out on the host")
             self.on_host = True
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        members = [rows.on_host() for rows in members]
-        return consult(members, shares=self.shares, uncertainty=self.uncertainty)
+        return self.consult([rows.on_host() for rows in members])

@@ -1,6 +1,7 @@
 """`torch.compile`: the network as one graph, in kernels made for this machine."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from segkit.errors import ModelError
 from segkit.inference.engines.torch_eager import TorchEngine, run
 from segkit.nn.map_tap import edited
-from segkit.nn.slicewise import SegmentationNetwork
 
 
 class CompiledEngine(TorchEngine):
@@ -20,15 +20,10 @@ class CompiledEngine(TorchEngine):
     runs as it is, for each edit would be compiled anew. Raises ModelError where the compiler fails.
     """
 
-    def __init__(
-        self,
-        network: SegmentationNetwork,
-        *,
-        device: torch.device,
-        precision: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(network, device=device, precision=precision)
-        self.compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    @cached_property
+    def compiled(self) -> Callable[..., dict[str, Tensor]]:
+        """`run`, compiled for one shape."""
+        return torch.compile(run, fullgraph=True, dynamic=False)
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         """The outputs for windows on the engine's device."""

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.nn.map_tap import recording
-from segkit.nn.slicewise import SegmentationNetwork, SlicewiseNetwork
+from segkit.nn.network import SegmentationNetwork
+from segkit.nn.slicewise import SlicewiseNetwork
 
 LOGITS = "logits"
 PRESENCE = "presence"

@@ -44,7 +44,7 @@ from segkit.nn.map_tap import editing, taps
 from segkit.nn.multihead import MultiHeadAttention
 from segkit.nn.positions import RelativeBias
 from segkit.nn.unet import UNet
-from tests.inference.test_predictor import description
+from tests.models import description
 
 PATCH = (8, 8, 8)
 Slices = Literal["sagittal", "coronal", "axial"]

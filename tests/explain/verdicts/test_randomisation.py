@@ -20,7 +20,7 @@ from segkit.explain.verdicts.randomisation import (
 from segkit.inference.predictor import Predictor
 from segkit.model.folder import Model
 from segkit.nn.map_tap import recording, taps
-from segkit.nn.slicewise import unet_of
+from segkit.nn.network import unet_of
 from tests.explain.heads.test_study import attending_model, noise_case
 from tests.planted import KEY, Planted, planted, planted_case
 

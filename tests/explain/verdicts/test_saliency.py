@@ -15,10 +15,10 @@ from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
-from segkit.nn.slicewise import unet_of
+from segkit.nn.network import unet_of
 from segkit.nn.unet import UNet
 from tests.explain.heads.test_study import attending_model, noise_volume
-from tests.inference.test_predictor import description
+from tests.models import description
 
 GATED: dict[str, Any] = {"skip": AdditiveGridGateConfig(levels=[0, 1])}
 

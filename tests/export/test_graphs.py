@@ -1,0 +1,70 @@
+"""ONNX and OpenVINO: named outputs, a free batch, and what a deployer must know."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+
+from segkit.export.agreement import compare, noise_for
+from segkit.export.deployment import deployment
+from segkit.export.graphs import export_onnx, export_openvino
+from segkit.inference.engines.openvino import OpenVino
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
+from tests.models import FAST, SLOW, model_of
+
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
+GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
+NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}
+
+
+def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path) -> None:
+    model = model_of(attention, spatial_dims)
+    run = GRAPHS[form](model, folder / NAMES[form])
+    for batch_size in (1, 3):
+        assert compare(model, run, noise_for(model), batch_size=batch_size).holds
+
+
+@pytest.mark.parametrize("family", ["self-attention", "planes with presence"])
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_a_batch_may_have_any_length(form: str, family: str, tmp_path: Path) -> None:
+    agrees(form, *FAST[family], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAST, *SLOW])
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_every_family_takes_batches_of_any_length(form: str, family: str, tmp_path: Path) -> None:
+    agrees(form, *{**FAST, **SLOW}[family], tmp_path)
+
+
+def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_path: Path) -> None:
+    model = model_of(*reversed(FAST["planes with presence"]))
+    export_onnx(model, tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "a.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    assert names == [LOGITS, *sorted(model.network.maps()), PRESENCE]
+    (image,) = session.get_inputs()
+    assert image.name == "image" and image.shape == ["batch", 2, 16, 12, 8]
+    assert all(output.shape[0] == "batch" for output in session.get_outputs())
+    (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
+    assert json.loads(told) == deployment(model)
+    assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
+
+
+def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
+    tmp_path: Path,
+) -> None:
+    model = model_of({"skip": "additive_grid"}, 3)
+    export_openvino(model, tmp_path / "a.xml")
+    graph = OpenVino().core.read_model(tmp_path / "a.xml")
+    names = [output.get_any_name() for output in graph.outputs]
+    assert names == [LOGITS, *sorted(model.network.maps())]
+    assert graph.inputs[0].get_any_name() == "image"
+    assert str(graph.inputs[0].partial_shape) == "[?,2,16,8,8]"
+    assert json.loads(graph.get_rt_info(["segkit"]).astype(str)) == deployment(model)
