@@ -1,7 +1,7 @@
 """What the fused normalisation brings on a GPU: errors, microseconds of a layer, steps of training.
 
-    python benchmarks/gpu_kernels.py                 under a minute on one GPU
-    python benchmarks/gpu_kernels.py --compile       torch.compile as well: two minutes more
+    python benchmarks/gpu_kernels.py                 about a minute on one GPU
+    python benchmarks/gpu_kernels.py --compile       torch.compile as well: minutes more
     python benchmarks/gpu_kernels.py --sweep         other sizes of tiles and launches
     python benchmarks/gpu_kernels.py --tiny          on a CPU, without the kernel: tries the script
 
@@ -11,7 +11,10 @@ time that the host needs to launch it. Medians; `spread` is between the quartile
 """
 
 import argparse
+import itertools
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -31,6 +34,12 @@ NETWORKS = {
     "large": (2, (128, 128, 128), (32, 64, 128, 256, 320, 320)),
 }
 TINY_NETWORKS = {"small": (2, (8, 8, 8), (4, 8)), "large": (1, (16, 16, 16), (4, 8, 8))}
+PARITY: dict[torch.dtype, list[tuple[int, ...]]] = {
+    torch.float32: [(2, 32, 40, 56, 40)],
+    torch.float16: [(2, 3, 33, 47)],
+    torch.bfloat16: [(2, 32, 40, 56, 40), (7, 256, 5, 7, 5), (2, 3, 33, 47)],
+}
+"""Few, for each kind of shape and type is compiled anew."""
 CONFIGURATIONS = [(2048, 8, 4), (2048, 8, 8), (4096, 16, 2), (4096, 16, 4), (1024, 8, 8)]
 """Of the sweep: numbers in a tile, numbers in a thread, programs for each multiprocessor."""
 
@@ -47,36 +56,72 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def timed(function: Callable[[], Any], *, seconds: float) -> tuple[float, float, float]:
-    """Milliseconds on the GPU, between their quartiles, and milliseconds to launch; medians."""
+def host_times(function: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds of calls until they are enqueued; on a CPU, until they are done."""
+    times = []
+    for _ in range(max(7, min(30, int(seconds / first_time(function))))):
+        started = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def first_time(function: Callable[[], Any]) -> float:
+    """Seconds of one call after three that warm up."""
     for _ in range(3):
         function()
     synchronise()
     started = time.perf_counter()
     function()
     synchronise()
-    count = max(7, min(100, int(seconds / (time.perf_counter() - started + 1e-6))))
-    host = []
+    return time.perf_counter() - started
+
+
+def summary(gpu: list[float], host: list[float]) -> tuple[float, float, float]:
+    """Median of the GPU's times and distance of their quartiles; median of the host's times."""
+    low, middle, high = statistics.quantiles(gpu, n=4)
+    return middle, high - low, statistics.median(host)
+
+
+def time_layer(function: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
+    """Milliseconds that the GPU is busy with a call, its input not in the cache; see `summary`."""
     if not torch.cuda.is_available():
-        for _ in range(count):
-            started = time.perf_counter()
-            function()
-            host.append((time.perf_counter() - started) * 1e3)
-        low, middle, high = statistics.quantiles(host, n=4)
-        return middle, high - low, middle
-    # Written to between two calls, so that nothing of the input is left in the cache.
+        host = host_times(function, seconds)
+        return summary(host, host)
+    count = max(7, min(30, int(seconds / first_time(function))))
     flush = torch.empty(2**26, dtype=torch.float32, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, end in events:
+    host, events = [], []
+    for _ in range(count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The GPU is kept waiting, so that the host has enqueued the call before it begins.
+        torch.cuda._sleep(2_000_000)
         flush.zero_()
         start.record()
         started = time.perf_counter()
         function()
         host.append((time.perf_counter() - started) * 1e3)
         end.record()
+        events.append((start, end))
     torch.cuda.synchronize()
-    low, middle, high = statistics.quantiles([start.elapsed_time(end) for start, end in events])
-    return middle, high - low, statistics.median(host)
+    return summary([start.elapsed_time(end) for start, end in events], host)
+
+
+def time_step(function: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
+    """Milliseconds from the end of a call to the end of the next, whoever waits; see `summary`."""
+    if not torch.cuda.is_available():
+        host = host_times(function, seconds)
+        return summary(host, host)
+    count = max(7, min(30, int(seconds / first_time(function))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    host = []
+    events[0].record()
+    for event in events[1:]:
+        started = time.perf_counter()
+        function()
+        host.append((time.perf_counter() - started) * 1e3)
+        event.record()
+    torch.cuda.synchronize()
+    return summary([one.elapsed_time(two) for one, two in itertools.pairwise(events)], host)
 
 
 def by_pytorch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -100,11 +145,10 @@ def ordered(features: Tensor, last: bool) -> Tensor:
 
 def parity(layer: Layer, device: str) -> None:
     """The worst relative error of each result, by the norm, against float64."""
-    shapes = [(2, 32, 40, 56, 40), (7, 256, 5, 7, 5), (2, 320, 4, 4, 4), (2, 3, 33, 47), (1, 7, 9)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype, shapes in PARITY.items():
         worst = [0.0] * 4
         same = True
-        for *shape, last in [(*shape, last) for shape in shapes[:4] for last in (False, True)]:
+        for shape, last in itertools.product(shapes, (False, True)):
             features = ordered((3 + 2 * torch.randn(shape, device=device)).to(dtype), last)
             weight = 1 + 0.3 * torch.randn(shape[1], device=device)
             bias = torch.randn(shape[1], device=device)
@@ -123,7 +167,8 @@ def parity(layer: Layer, device: str) -> None:
                 found.append([output, *torch.autograd.grad(output, inputs, gradient)])
             same = same and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
             for at, (ours, theirs) in enumerate(zip(found[0], truths, strict=True)):
-                error = float((ours.double() - theirs).norm() / theirs.norm())
+                ours, theirs = ours.detach().double(), theirs.detach()
+                error = float((ours - theirs).norm() / theirs.norm())
                 worst[at] = max(worst[at], error if error == error else float("inf"))
         limit = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
         good = max(worst[:2]) < limit and max(worst[2:]) < 5e-6 and same
@@ -167,8 +212,8 @@ def one_layer(
         ) -> None:
             torch.autograd.grad(layer(features, weight, bias), (features, weight, bias), gradient)
 
-        one, _, _ = timed(forward, seconds=seconds)
-        two, spread, host = timed(both, seconds=seconds)
+        one, _, _ = time_layer(forward, seconds)
+        two, spread, host = time_layer(both, seconds)
         parts.append(
             f"{variant}: {one * 1e3:.0f} ({3 * size / one * 1e3:.0f}) | {two * 1e3:.0f}"
             f"±{spread * 1e3:.0f} ({8 * size / two * 1e3:.0f}), {host * 1e3:.0f}"
@@ -211,7 +256,7 @@ def sweep(device: str, layer: Layer, networks: dict[str, Any], seconds: float) -
                     ) -> None:
                         torch.autograd.grad(layer(*inputs), inputs, gradient)
 
-                    one, two = (timed(step, seconds=seconds)[0] for step in (forward, both))
+                    one, two = (time_layer(step, seconds)[0] for step in (forward, both))
                     parts.append(f"{one * 1e3:.0f} | {two * 1e3:.0f}")
                 say(
                     f"sweep tile {tile} a thread {numbers} programs {programs}: {name} level "
@@ -228,16 +273,15 @@ def sweep(device: str, layer: Layer, networks: dict[str, Any], seconds: float) -
 def steps(
     networks: dict[str, Any], device: str, fused: Layer | None, seconds: float, compiled: bool
 ) -> None:
-    say("steps: forward, loss and backward under bfloat16 autocast; milliseconds (host), loss, GB")
+    """In one process cuDNN keeps the first algorithm that it used for a shape, benchmark or not."""
     for name, setting in networks.items():
         for last in (False, True):
-            for with_fused in (False, True):
-                for benchmark in (False, True):
-                    if fused is not None or not with_fused:
-                        one_step(name, setting, device, seconds, last, with_fused, benchmark, False)
+            kinds = ["eager"] if fused is None else ["eager", "fused"]
+            for kind in kinds:
+                one_step(name, setting, device, seconds, last, kind)
     for name, setting in networks.items() if compiled else ():
         for last in (False, True):
-            one_step(name, setting, device, seconds, last, False, True, True)
+            one_step(name, setting, device, seconds, last, "compiled")
 
 
 def one_step(
@@ -246,18 +290,15 @@ def one_step(
     device: str,
     seconds: float,
     last: bool,
-    with_fused: bool,
-    benchmark: bool,
-    compiled: bool,
+    kind: str,
 ) -> None:
     batch, space, channels = setting
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = benchmark
     network = UNet(3, 1, out_channels=3, channels=channels, deep_supervision=True).to(device)
     network.train()
     if last:
         channels_last(network)
-    if with_fused:
+    if kind == "fused":
         fuse_normalisation(network)
     image = torch.randn(batch, 1, *space, device=device)
     label = torch.randint(0, 3, (batch, *space), device=device)
@@ -267,7 +308,7 @@ def one_step(
             levels = network.supervised(image).levels
         return deep_dice_cross_entropy(levels, label, pool_batch=False)
 
-    run = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    run = torch.compile(loss_of, dynamic=False) if kind == "compiled" else loss_of
     loss = torch.zeros(())
 
     def step() -> None:
@@ -283,12 +324,12 @@ def one_step(
     step()
     synchronise()
     first = time.perf_counter() - started
-    middle, spread, host = timed(step, seconds=seconds)
+    middle, spread, host = time_step(step, seconds)
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    benchmark = "benchmark" if torch.backends.cudnn.benchmark else ""
     say(
-        f"step {name}: {'channels last' if last else 'contiguous':13s} "
-        f"{'compiled' if compiled else 'fused' if with_fused else 'eager':8s} "
-        f"{'benchmark' if benchmark else '':9s} {middle:7.2f} ±{spread:.2f} ms (host {host:.2f}), "
+        f"step {name}: {'channels last' if last else 'contiguous':13s} {kind:8s} {benchmark:9s} "
+        f"{middle:7.2f} ±{spread:.2f} ms (host {host:.2f}), "
         f"loss {float(loss.detach()):.5f}, {peak:.2f} GB, first {first:.1f} s"
     )
 
@@ -298,24 +339,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for flag in ("--compile", "--sweep", "--tiny"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--benchmark", action="store_true", help="only steps, by cudnn.benchmark")
     flags = parser.parse_args()
     device = "cpu" if flags.tiny else "cuda"
     networks, seconds = (TINY_NETWORKS, 0.01) if flags.tiny else (NETWORKS, 0.05)
     fused = None if flags.tiny else fused_layer()
-    name = "CPU" if flags.tiny else torch.cuda.get_device_name()
-    triton = "no kernel"
-    if fused is not None:
-        import triton as package
-
-        triton = f"triton {package.__version__}"
-    say(f"{name}, torch {torch.__version__}, {triton}")
     torch.manual_seed(0)
+    if flags.benchmark:
+        torch.backends.cudnn.benchmark = True
+        steps(networks, device, fused, 10 * seconds, flags.compile)
+        return
+    name = "CPU" if flags.tiny else torch.cuda.get_device_name()
+    say(f"{name}, torch {torch.__version__}, {'no kernel' if fused is None else 'with kernel'}")
     if fused is not None:
         parity(fused, device)
-    steps(networks, device, fused, 10 * seconds, flags.compile)
+    say("steps: forward, loss and backward under bfloat16 autocast; milliseconds (host), loss, GB")
+    steps(networks, device, fused, 10 * seconds, compiled=False)
+    say("steps again, in a process of their own with its own clock")
+    subprocess.run([sys.executable, __file__, "--benchmark", *sys.argv[1:]], check=True)
     layers(networks, device, fused, seconds)
     if flags.sweep and fused is not None:
         sweep(device, fused, networks, seconds)
+    say("done")
 
 
 if __name__ == "__main__":

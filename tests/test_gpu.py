@@ -194,7 +194,8 @@ def test_a_model_trained_on_a_gpu_is_exported_with_the_labels_of_the_cpu(
 def test_prediction_files_of_a_gpu_keep_the_grid_of_the_scan(
     trained: segkit.Run, data: Path, tmp_path: Path
 ) -> None:
-    from segkit.inference.predict_files import find_inputs, predict_files
+    from segkit.inference.predict_files import predict_files
+    from segkit.io.inputs import find_inputs
 
     source = sorted((data / "imagesTr").iterdir())[0]
     predictor = segkit.Predictor(trained.model, device="cuda")

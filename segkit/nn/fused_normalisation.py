@@ -31,7 +31,7 @@ NUMBERS_PER_THREAD = 8
 """Of a tile; in half precision one read of 16 bytes. No kernel then needs over 64 registers."""
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of a launch, for each of the GPU's multiprocessors: so many of 256 threads fit."""
-BLOCK_CHANNELS = (64, 32, 16)
+WIDTHS = (64, 32, 16)
 """Channels of a tile of features with channels last; the first that divides their number."""
 
 NOT_SPECIALISED = ("tiles", "num_blocks")
@@ -355,8 +355,8 @@ def launch(shape: tuple[int, ...], last: bool, processors: int) -> Launch:
     space = math.prod(sizes)
     width = 1
     if last:
-        fitting = [size for size in BLOCK_CHANNELS if channels % size == 0]
-        width = [*fitting, min(BLOCK_CHANNELS[0], triton.next_power_of_2(channels))][0]
+        fitting = [size for size in WIDTHS if channels % size == 0]
+        width = [*fitting, min(WIDTHS[0], triton.next_power_of_2(channels))][0]
     height = min(TILE // width, triton.next_power_of_2(space))
     tiles_of_channels = triton.cdiv(channels, width)
     tiles = triton.cdiv(space, height)

@@ -15,8 +15,8 @@ from segkit.data.augment_spatial import Vary
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.nn.losses import deep_dice_cross_entropy
-from segkit.nn.normalisation import order_for
 from segkit.nn.network import SegmentationNetwork
+from segkit.nn.normalisation import order_for
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import multiply_adds
 from segkit.system.graphed_step import record_step

@@ -31,8 +31,8 @@ from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.folder import SUMMARY, Model, save_model
 from segkit.nn.external import try_out
-from segkit.nn.normalisation import order_for
 from segkit.nn.network import SegmentationNetwork, weights_of
+from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
