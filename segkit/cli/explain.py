@@ -10,6 +10,8 @@ from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 
 if TYPE_CHECKING:
+    import torch
+
     from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
 
@@ -61,7 +63,10 @@ def explain_command(
     found = find_inputs(inputs, len(loaded.description.channels), series=series)
     say(f"model: {folder}")
     # Windows of a map that nobody asked about would count as cells that let nothing through.
-    predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
+    # In single precision on a GPU too: it is values of maps that are measured.
+    predictor = Predictor(
+        loaded, device=device, overlap=overlap, skip_empty=False, precision=torch.float32
+    )
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
     if verdicts:
