@@ -19,13 +19,17 @@ LossesOfBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 WARM_UP = 3
 """Steps before the recording, in which libraries choose their kernels and allocate."""
+TOLERANCE = 0.05
+"""Of loss and gradient norm, between a recorded step and the same step itself: kernels that add in
+another order differ by less, even in half precision."""
 
 
 class GraphedStep:
     """Forward, loss and backward of one fixed shape on a CUDA device, replayed from a graph.
 
     After a call the parameters' gradients are those of that batch: they are overwritten, never
-    added to, and must be neither deleted nor replaced between calls.
+    added to, and must be neither deleted nor replaced between calls. What is recorded is replayed
+    once and held against the step itself; RuntimeError if they differ.
 
     Args:
         loss: gives the loss of a batch first, then other scalars; runs no code that waits for the
@@ -39,20 +43,29 @@ class GraphedStep:
         self, loss: LossesOfBatch, parameters: Sequence[Tensor], image: Tensor, label: Tensor
     ) -> None:
         self.image, self.label = image.clone(), label.clone()
+        self.parameters = parameters
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 _forget_gradients(parameters)
-                loss(self.image, self.label)[0].backward()
+                value = loss(self.image, self.label)[0]
+                value.backward()
         torch.cuda.current_stream().wait_stream(stream)
+        expected = torch.stack([value.detach().float(), _gradient_norm(parameters)])
         # Made anew inside the graph's own memory, where each replay writes them.
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.values = loss(self.image, self.label)
-            self.values[0].backward()
-        self.values = tuple(value.detach() for value in self.values)
+            values = loss(self.image, self.label)
+            values[0].backward()
+        self.values = tuple(value.detach() for value in values)
+        self.graph.replay()
+        found = torch.stack([self.values[0].float(), _gradient_norm(parameters)])
+        if not torch.allclose(found, expected, rtol=TOLERANCE):
+            raise RuntimeError(
+                f"its replay gives loss and gradient norm {found.tolist()} for {expected.tolist()}"
+            )
 
     def fits(self, image: Tensor, label: Tensor) -> bool:
         """Whether a batch has the recorded shape and type."""
@@ -60,6 +73,12 @@ class GraphedStep:
             given.shape == kept.shape and given.dtype == kept.dtype
             for given, kept in ((image, self.image), (label, self.label))
         )
+
+    def make_room(self) -> None:
+        """Set the gradients to 0 in their place, for a step that is not replayed."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
         """The loss of a batch and the other values, on the device; sets the gradients."""
@@ -85,7 +104,8 @@ def record_step(
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        with torch.autocast("cuda", enabled=False):
+        # What is drawn here must not move what the step itself will draw.
+        with torch.random.fork_rng([image.device]), torch.autocast("cuda", enabled=False):
             return GraphedStep(in_precision, list(network.parameters()), image, label)
     except torch.OutOfMemoryError:
         reason = "the memory does not hold it beside what is held already"
@@ -98,6 +118,11 @@ def record_step(
     torch.cuda.empty_cache()
     logger.warning("steps are launched one by one, as none could be recorded: %s", reason)
     return None
+
+
+def _gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    gradients = [each.grad.float() for each in parameters if each.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
 def _forget_gradients(parameters: Sequence[Tensor]) -> None:

@@ -126,7 +126,10 @@ class SegmentationModule(L.LightningModule):
                 return ()
             self.graphed = record_step(self.network, self._losses, image, label)
             self.recorded = self.graphed is not None
-        if self.graphed is None or not self.graphed.fits(image, label):
+        if self.graphed is None:
+            return ()
+        if not self.graphed.fits(image, label):
+            self.graphed.make_room()
             return ()
         return self.graphed(image, label)
 
