@@ -10,8 +10,6 @@ from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 
 if TYPE_CHECKING:
-    import torch
-
     from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
 
@@ -43,6 +41,8 @@ def explain_command(
     get a folder each, a table over all, and a page that sums them up; one that cannot be read does
     not stop the others.
     """
+    import torch
+
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,

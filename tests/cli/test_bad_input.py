@@ -217,7 +217,7 @@ def test_an_awkward_volume_is_explained(
 def test_a_dataset_of_awkward_images_is_planned_and_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segkit: Callable[..., tuple[int, str]]
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 20e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 20e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.01)
     data = small_dataset(tmp_path / "data")
     for number, values in enumerate((np.zeros((16, 16, 16)), np.full((2, 3, 4), 5), NOISE[:, :1])):

@@ -69,7 +69,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 3e8)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 3e8)
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
     assert code == 0, err

@@ -67,7 +67,7 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 1e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
 
     def planned(minutes: float) -> Config:
@@ -118,7 +118,7 @@ def test_a_large_volume_is_planned_in_two_stages(
 def test_two_stages_share_the_minutes(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 2e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 2e9)
     entered = []
 
     def half_a_second(
