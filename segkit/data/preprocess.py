@@ -1,7 +1,7 @@
 """One form for every volume: the body's box, RAS+ axes, the network's spacing, normalised values.
 
-Training and prediction both call `prepare_image`. The grid of its result says exactly where the result
-lies, so that predictions find their way back to the scan.
+Training and prediction both call `prepare_image`. The grid of its result says exactly where the
+result lies, so that predictions find their way back to the scan.
 """
 
 import math
