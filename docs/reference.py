@@ -38,8 +38,14 @@ API = {
     ),
 }
 """Every public name, under the heading that a reader would look for."""
-SHOWN = {"Predictor": "[load, __call__, mirrors, classifies]"}
-"""Of what holds more than its users need."""
+SHOWN = {
+    "Predictor": (
+        "members: [load, __call__, mirrors, classifies], "
+        "docstring_options: {warn_unknown_params: false, warn_missing_types: false}"
+    )
+}
+"""Options of single names: of a class, the members that its users need. The settings of `Predictor`
+are documented each by its name, but are one `**options` in its signature."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -105,7 +111,7 @@ def python_api() -> str:
         for name in names.split():
             lines += [f"::: segkit.{name}"]
             if name in SHOWN:
-                lines += [f"    options: {{members: {SHOWN[name]}}}"]
+                lines += [f"    options: {{{SHOWN[name]}}}"]
             lines += [""]
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from tests.explain.test_explain_files import (
     OVER_ALL,
     files_in,
     files_of,
+    rows_of,
     saved_model,
     written_scans,
 )
@@ -133,3 +134,28 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     assert code == 2 and err.count("\n") == 1
     assert err.startswith("segkit: the model has no attention with heads; train one with")
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
+
+
+def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    (scans / "a.nii.gz").write_bytes(b"no volume")
+    (tmp_path / "labels" / "c.nii.gz").write_bytes(b"no labels")
+    (scans / "c.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
+    model, out = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig()), tmp_path / "out"
+    words = ("--out", out, "--model", model, "--reference", tmp_path / "labels")
+    code, said, err = command(scans, *words)
+    assert code == 2 and f"wrote {out / 'b' / 'b_seg.nii.gz'}" in said
+    first, second, last = err.splitlines()
+    assert first.startswith("segkit: ") and "a.nii.gz" in first
+    assert str(scans / "c.nii.gz") in second and str(tmp_path / "labels" / "c.nii.gz") in second
+    assert last == "segkit: 2 of 3 volumes failed, as told above"
+    assert files_in(out) == files_of("b", "skip.1-gate", within="b/") | OVER_ALL
+    assert {row["case"] for row in rows_of(out / "cohort.csv")} == {"b"}
+    page = (out / "index.html").read_text()
+    assert "Attention maps of 1 scan<" in page
+    assert "<td>scans left out</td>" in page and "labels/c.nii.gz" in page
+    # A volume alone fails in one line, and nothing is left behind.
+    code, said, err = command(scans / "a.nii.gz", *words[:1], tmp_path / "alone", *words[2:])
+    assert code == 2 and err.count("\n") == 1 and "next" not in said
+    assert not (tmp_path / "alone").exists()

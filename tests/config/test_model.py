@@ -40,6 +40,15 @@ def test_a_plane_is_a_patch_of_one_voxel_across_it(
     assert (flat.axis_across, flat.volume_patch) == (axis, patch)
 
 
+@pytest.mark.parametrize(
+    ("slices", "axes"), [("sagittal", (1, 2)), ("coronal", (0, 2)), ("axial", (0, 1))]
+)
+def test_planes_are_mirrored_only_within_themselves(
+    slices: Literal["sagittal", "coronal", "axial"], axes: tuple[int, int]
+) -> None:
+    assert described(slices=slices, mirror=["x", "y", "z"]).mirror_axes == axes
+
+
 def test_a_volume_has_no_axis_across_it() -> None:
     whole = described(patch_size=[8, 12, 16])
     assert (whole.axis_across, whole.volume_patch) == (None, (8, 12, 16))

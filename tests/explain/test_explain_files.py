@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from segkit.io.inputs import Input, find_inputs
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import save_model
 from tests.explain.heads.test_study import attending_model, noise_case, self_attention
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def predictor_of(**attention: Any) -> Predictor:
@@ -148,31 +145,6 @@ def test_maps_of_an_earlier_model_do_not_stay_beside_those_of_a_new_one(
     (out / "notes.txt").write_text("mine")
     list(explain_files(predictor_of(bottleneck=self_attention(2)), inputs, out, overwrite=True))
     assert files_in(out) == files_of("a", "bottleneck-received") | {"notes.txt"}
-
-
-def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
-    scans: Path, tmp_path: Path, command: Run
-) -> None:
-    (scans / "a.nii.gz").write_bytes(b"no volume")
-    (tmp_path / "labels" / "c.nii.gz").write_bytes(b"no labels")
-    (scans / "c.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
-    model, out = saved_model(tmp_path / "model", skip=AdditiveGridGateConfig()), tmp_path / "out"
-    words = ("--out", out, "--model", model, "--reference", tmp_path / "labels")
-    code, said, err = command(scans, *words)
-    assert code == 2 and f"wrote {out / 'b' / 'b_seg.nii.gz'}" in said
-    first, second, last = err.splitlines()
-    assert first.startswith("segkit: ") and "a.nii.gz" in first
-    assert str(scans / "c.nii.gz") in second and str(tmp_path / "labels" / "c.nii.gz") in second
-    assert last == "segkit: 2 of 3 volumes failed, as told above"
-    assert files_in(out) == files_of("b", "skip.1-gate", within="b/") | OVER_ALL
-    assert {row["case"] for row in rows_of(out / "cohort.csv")} == {"b"}
-    page = (out / "index.html").read_text()
-    assert "Attention maps of 1 scan<" in page
-    assert "<td>scans left out</td>" in page and "labels/c.nii.gz" in page
-    # A volume alone fails in one line, and nothing is left behind.
-    code, said, err = command(scans / "a.nii.gz", *words[:1], tmp_path / "alone", *words[2:])
-    assert code == 2 and err.count("\n") == 1 and "next" not in said
-    assert not (tmp_path / "alone").exists()
 
 
 def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(

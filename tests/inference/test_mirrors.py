@@ -134,25 +134,6 @@ def test_prediction_with_mirroring_is_that_of_the_mean_logits(batch_size: int) -
     assert np.abs(plain.data.astype(float) - found.probabilities.data).max() > 0.01
 
 
-def test_a_model_that_knows_of_no_mirroring_is_not_mirrored() -> None:
-    predictor = Predictor(random_model(NetworkConfig(channels=[4, 4, 4])), tta=True)
-    assert not predictor.mirrors
-    assert predictor.model.description.mirror == []
-
-
-@pytest.mark.parametrize(
-    ("slices", "axes"), [("sagittal", (1, 2)), ("coronal", (0, 2)), ("axial", (0, 1))]
-)
-def test_planes_are_mirrored_within_themselves_alone(slices: str, axes: tuple[int, ...]) -> None:
-    flat = description(
-        spacing=(1.0, 1.0, 1.0),
-        patch_size=(8, 8),
-        network=NetworkConfig(spatial_dims=2, channels=[4, 4, 4]),
-    ).model_copy(update={"mirror": ["x", "y", "z"], "slices": slices})
-    assert flat.mirror_axes == axes
-    assert description(spacing=(1.0, 1.0, 1.0)).mirror_axes == ()
-
-
 class SampledCoordinates(UNet):
     """Maps that hold the image at the centres of their cells, which need not be symmetric."""
 

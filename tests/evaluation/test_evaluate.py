@@ -1,0 +1,68 @@
+"""Files are paired by name and scored on one grid, with the names that a dataset.json gives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import segkit
+from segkit.evaluation.evaluate import find_pairs, labels_file
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, write_volume
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two cases: one predicted as it is, and one of which half is missed."""
+    reference = np.zeros((4, 4, 4), np.uint8)
+    reference[:2] = 1
+    half = reference.copy()
+    half[1] = 0
+    grid = Grid((4, 4, 4), np.diag([1.0, 1.0, 2.0, 1.0]))
+    for name, predicted in (("a", reference), ("b", half)):
+        write_volume(tmp_path / "found" / f"{name}_seg.nii.gz", Volume(predicted, grid))
+        write_volume(tmp_path / "labels" / f"{name}.nii.gz", Volume(reference, grid))
+    return tmp_path / "found", tmp_path / "labels"
+
+
+def test_paths_may_be_text_and_scores_are_those_worked_out_by_hand(
+    folders: tuple[Path, Path],
+) -> None:
+    found, references = folders
+    content = {"labels": {"background": 0, "ball": 1}}
+    (references.parent / "dataset.json").write_text(json.dumps(content))
+    evaluation = segkit.evaluate(str(found), str(references))
+    assert [(row.case, row.name) for row in evaluation.cases] == [("a", "ball"), ("b", "ball")]
+    # b: 16 voxels of 32 found, so Dice is 32 / 48; a voxel has 2 mm³.
+    assert [row.metrics["dice"] for row in evaluation.cases] == [1, pytest.approx(2 / 3)]
+    assert evaluation.cases[1].reference_ml == pytest.approx(0.064)
+    assert evaluation.summary.overall.metrics["dice"].mean == pytest.approx(5 / 6)
+    told = evaluation.to_json()["provenance"]
+    assert [each["case"] for each in told["inputs"]] == ["a", "b"]
+    assert told["labels"][0]["file"] == "dataset.json"
+
+
+def test_without_names_every_number_is_a_label(folders: tuple[Path, Path]) -> None:
+    assert [row.name for row in segkit.evaluate(*folders).cases] == ["label 1"] * 2
+
+
+def test_a_reference_without_a_prediction_is_told(folders: tuple[Path, Path]) -> None:
+    found, references = folders
+    (found / "b_seg.nii.gz").unlink()
+    with pytest.raises(segkit.VolumeError, match=r"1 of 2 references, the first b; predict it"):
+        find_pairs(found, references)
+
+
+def test_a_prediction_on_another_grid_is_refused(folders: tuple[Path, Path]) -> None:
+    found, references = folders
+    moved = np.zeros((4, 4, 4), np.uint8)
+    write_volume(found / "b_seg.nii.gz", Volume(moved, Grid((4, 4, 4), np.eye(4))))
+    with pytest.raises(segkit.VolumeError, match="lies on another grid than"):
+        segkit.evaluate(found, references)
+
+
+def test_names_that_are_not_there_are_told(tmp_path: Path) -> None:
+    assert labels_file(tmp_path, None) is None
+    with pytest.raises(segkit.VolumeError, match=r"other.json: no such file; check the path"):
+        labels_file(tmp_path, tmp_path / "other.json")
