@@ -100,7 +100,7 @@ def test_what_was_planned_and_trained_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda: 1e11)
+    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda *_: 1e11)
     small_dataset(tmp_path / "balls")
     words = ("plan", "balls", "--device", "cpu", "--minutes", "1", "--json")
     code, out, err = run(*words, capsys=capsys)
