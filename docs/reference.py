@@ -38,8 +38,12 @@ API = {
     ),
 }
 """Every public name, under the heading that a reader would look for."""
-SHOWN = {"Predictor": "[load, __call__, mirrors, classifies]"}
-"""Of what holds more than its users need."""
+OPTIONS = {
+    "Predictor": "{members: [load, __call__, mirrors, classifies], "
+    "docstring_options: {warn_unknown_params: false, warn_missing_types: false}}"
+}
+"""How a name is shown if not as the others: it has more members than users need, and settings that
+stand in its docstring one by one and in its signature together."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -48,12 +52,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_line(),
         "reference/settings.md": settings(),
         "reference/api.md": python_api(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+        "changelog.md": page_of("CHANGELOG.md"),
+        "contributing.md": page_of("CONTRIBUTING.md"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def page_of(name: str) -> str:
+    """A file of the repository's root as a page, with links that start from docs/."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def command_line() -> str:
@@ -104,8 +113,8 @@ def python_api() -> str:
         lines += [f"## {heading}", ""]
         for name in names.split():
             lines += [f"::: segkit.{name}"]
-            if name in SHOWN:
-                lines += [f"    options: {{members: {SHOWN[name]}}}"]
+            if name in OPTIONS:
+                lines += [f"    options: {OPTIONS[name]}"]
             lines += [""]
     return "\n".join(lines)
 
