@@ -32,7 +32,7 @@ PLANES_PER_WINDOW = 8
 WINDOWS_ON_GPU = 4
 """That a GPU is asked about at once."""
 BYTES_OF_IMAGE = 4
-SHARE_OF_MEMORY = 0.25
+SHARE_FOR_IMAGE = 0.25
 """Of a GPU's free memory, what an image on both grids may take."""
 UNLIKELY = -30.0
 """The logit of every class but the background, or of every region, where no window was asked."""
@@ -149,7 +149,7 @@ class ModelWalk:
             for size, old, new in zip(volume.grid.shape, source, wanted, strict=True)
         )
         needed = BYTES_OF_IMAGE * len(self.normalisers) * voxels
-        return needed < SHARE_OF_MEMORY * free_memory_of(self.device)
+        return needed < SHARE_FOR_IMAGE * free_memory_of(self.device)
 
     def maps(self) -> dict[str, MapInfo]:
         """The maps that a walk gives, by key."""

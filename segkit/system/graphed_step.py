@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 LossesOfBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """From image and label to the loss, whose gradient is taken, and values to be logged beside it."""
 
-WARM_UP = 3
+_WARM_UP = 3
 """Steps before the recording, in which libraries choose their kernels and allocate."""
-TOLERANCE = 0.05
+_TOLERANCE = 0.05
 """Of loss and gradient norm, between a recorded step and the same step itself: kernels that add in
 another order differ by less, even in half precision."""
 
@@ -47,7 +47,7 @@ class GraphedStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(_WARM_UP):
                 _forget_gradients(parameters)
                 value = loss(self.image, self.label)[0]
                 value.backward()
@@ -62,7 +62,7 @@ class GraphedStep:
         self.values = tuple(value.detach() for value in values)
         self.graph.replay()
         found = torch.stack([self.values[0].float(), _gradient_norm(parameters)])
-        if not torch.allclose(found, expected, rtol=TOLERANCE):
+        if not torch.allclose(found, expected, rtol=_TOLERANCE):
             raise RuntimeError(
                 f"its replay gives loss and gradient norm {found.tolist()} for {expected.tolist()}"
             )
