@@ -1,6 +1,8 @@
 """`segkit train`: one stage or two, folds, and going on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,11 @@ def test_what_was_planned_and_trained_as_json(
     assert (
         told["validation"] == json.loads(Path("runs/balls/summary.json").read_text())["validation"]
     )
+
+
+def test_lightning_says_nothing_of_its_own(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(small_config(small_dataset(tmp_path / "data"))))
+    words = [sys.executable, "-m", "segkit", "train", str(config), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
