@@ -6,6 +6,7 @@ The centre of voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
 import numpy as np
@@ -31,6 +32,25 @@ def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | No
     return None
 
 
+def are_sheared(directions: Float[ndarray, "axis world"]) -> bool:
+    """Whether axes, given as unit vectors, do not stand at right angles to each other.
+
+    Headers round: axes count as orthogonal up to a cosine of 1e-4 (0.006 degrees).
+    """
+    cosines = directions @ directions.T
+    return bool(np.abs(cosines - np.diag(np.diag(cosines))).max() > 1e-4)
+
+
+def ml_of_voxel(
+    spacing: Sequence[float], directions: Float[ndarray, "axis world"] | None = None
+) -> float:
+    """Volume in ml of a voxel of three axes: steps in mm along unit vectors, or at right angles."""
+    volume = prod(float(step) for step in spacing) / 1000
+    if directions is not None and are_sheared(directions):
+        volume *= abs(float(np.linalg.det(directions)))
+    return volume
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
     """A block of voxels in the world: a shape, and the affine that places voxel centres in mm."""
@@ -43,6 +63,16 @@ class Grid:
         """Distance between neighbouring voxel centres along each array axis, in mm."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
+
+    @property
+    def directions(self) -> Float[ndarray, "axis world"]:
+        """Unit vector along each array axis."""
+        return self.affine[:3, :3].T / np.linalg.norm(self.affine[:3, :3], axis=0)[:, None]
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in ml: the affine's determinant."""
+        return ml_of_voxel(self.spacing, self.directions)
 
     def world(self, index: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
         """World coordinates (mm) of voxel indices, which may be fractions."""

@@ -139,7 +139,8 @@ def read_input(source: Input) -> Volume:
             raise VolumeError(f"{file}: lies on another grid than {source.files[0].name}")
     if len(parts) == 1:
         return parts[0]
-    return parts[0].like(np.stack([part.data for part in parts], axis=3))
+    channels = [part.data.reshape(*part.grid.shape, -1) for part in parts]
+    return parts[0].like(np.concatenate(channels, axis=3))
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:

@@ -36,6 +36,8 @@ SUFFIXES = (*WRITTEN_SUFFIXES, *ONE_FILE)
 """Of volumes that are read."""
 SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
+QFORM_TOLERANCE = 0.01
+"""Millimetres that a qform may lie off the sform; one of a sheared affine lies further off."""
 FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
 Read = TypeVar("Read")
@@ -107,7 +109,8 @@ def read_volume(path: str | Path) -> Volume:
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
-        the file scales them); a 2D image has one slice. The grid is in mm, RAS+.
+        the file scales them); a 2D image has one slice. Axes of size 1 beyond the third are
+        dropped. The grid is in mm, RAS+.
 
     Raises:
         VolumeError: there is no such file, it is damaged, or it is not a volume; in one sentence.
@@ -180,7 +183,8 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume whole or not at all.
 
     On the grid that its header describes, affine, qform, sform, their codes and units are the
-    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
+    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm. A
+    qform cannot hold sheared axes: its code is then 0, so that no reader uses it.
     Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
     and MetaImage the whole is put together in memory.
 
@@ -319,6 +323,10 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
         header.set_xyzt_units("mm")
         header.set_sform(volume.grid.affine, code)
         header.set_qform(volume.grid.affine, code, strip_shears=True)
+        by_sform = Grid(volume.grid.shape, header.get_sform())
+        by_qform = Grid(volume.grid.shape, header.get_qform())
+        if not by_qform.agrees_with(by_sform, tolerance=QFORM_TOLERANCE):
+            header["qform_code"] = 0
     data = volume.data.reshape(shape, order="A")
     if isinstance(header, Nifti2Header):
         return Nifti2Image(data, None, header)

@@ -16,6 +16,16 @@ SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
 Layer = tuple[tuple[int], tuple[int], tuple[int], tuple[int]]
 
 
+def test_a_voxels_volume_is_the_determinant_of_its_affine() -> None:
+    # Slices 4 mm apart that lean 3 mm aside: the voxel is as large as an upright one.
+    affine = affine_of("LPS", spacing=(0.5, 2.0, 4.0))
+    upright = Grid((2, 3, 4), affine.copy())
+    affine[:3, 2] += affine[:3, 0] / 0.5 * 3
+    leaning = Grid((2, 3, 4), affine)
+    assert_allclose(leaning.spacing, (0.5, 2.0, 5.0))
+    assert_allclose((upright.voxel_ml, leaning.voxel_ml), (0.004, 0.004), rtol=1e-12)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     """Kernel, stride, padding and dilation along one axis."""

@@ -8,6 +8,7 @@ import time
 import weakref
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,27 @@ def test_numbered_files_are_the_channels_of_one_volume(tmp_path: Path) -> None:
     (alone,) = find_inputs([tmp_path / "y_0001.nii.gz"], 2)
     assert alone == found[1]
     assert read_input(alone).data[0, 0, 0].tolist() == [10.0, 11.0]
+
+
+@pytest.mark.parametrize("thin", [(0, 1), (0,), (1,)])
+def test_a_channel_with_axes_of_size_1_is_the_channel_without_them(
+    tmp_path: Path, thin: tuple[int, ...]
+) -> None:
+    for channel in (0, 1):
+        values = np.full((2, 2, 2, *[1, 1] * (channel in thin)), channel, np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"a_000{channel}.nii.gz")
+    (case,) = find_inputs([tmp_path], num_channels=2)
+    volume = read_input(case)
+    assert volume.data.shape == (2, 2, 2, 2)
+    assert [volume.data[..., channel].max() for channel in (0, 1)] == [0, 1]
+
+
+def test_a_file_of_two_channels_beside_one_of_one_makes_three(tmp_path: Path) -> None:
+    for channel, shape in ((0, (2, 2, 2)), (1, (2, 2, 2, 2))):
+        image = nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4))
+        nib.save(image, tmp_path / f"a_000{channel}.nii.gz")
+    (case,) = find_inputs([tmp_path], num_channels=2)
+    assert read_input(case).data.shape == (2, 2, 2, 3)
 
 
 def test_channels_on_two_grids_are_refused(tmp_path: Path) -> None:
