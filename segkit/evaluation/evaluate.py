@@ -165,11 +165,9 @@ def score_pairs(
     rows: list[CaseScores] = []
     for name, prediction_path, reference_path in pairs:
         prediction, reference = read_labels(prediction_path), read_labels(reference_path)
-        if not prediction.grid.agrees_with(reference.grid):
-            raise VolumeError(
-                f"{prediction_path}: lies on another grid than {reference_path}; "
-                f"resample it onto the reference's"
-            )
+        prediction = prediction.onto(
+            reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
+        )
         try:
             rows += score_case(
                 prediction.data,

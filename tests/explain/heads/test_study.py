@@ -451,7 +451,11 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
     empty = good.volume.like(np.zeros(PATCH, np.uint8))
     beyond = good.volume.like(np.full(PATCH, 3, np.uint8))
     for reference, message in (
-        (elsewhere, "^case 1: its reference lies on another grid than the volume$"),
+        (
+            elsewhere,
+            "^case 1: its reference lies on another grid than the volume: its first voxel lies 2 "
+            "mm off, so that voxels lie up to 2 voxels apart; resample one onto the other$",
+        ),
         (empty, "^case 1: its reference holds background alone; leave the case out$"),
         (beyond, r"^case 1: its reference must hold the model's labels 0 … 2, found 3 … 3$"),
     ):
