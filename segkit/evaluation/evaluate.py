@@ -205,11 +205,9 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
 
 def _read_pair(prediction_path: Path, reference_path: Path) -> tuple[Volume, Volume]:
     prediction, reference = read_labels(prediction_path), read_labels(reference_path)
-    if not prediction.grid.agrees_with(reference.grid):
-        raise VolumeError(
-            f"{prediction_path}: lies on another grid than {reference_path}; "
-            f"resample it onto the reference's"
-        )
+    prediction = prediction.onto(
+        reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
+    )
     return prediction, reference
 
 

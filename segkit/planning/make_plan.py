@@ -200,6 +200,7 @@ def _planned(
         task.folder,
         task.files,
         own_schedule=task.own_schedule,
+        labels=list(task.dataset.labels),
         accelerator=task.accelerator,
         first_stage=first,
     )

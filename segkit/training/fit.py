@@ -331,6 +331,7 @@ def _trained(
     logger.info(
         "%s: %d cases to train on, %d held out", folder, len(split.train), len(split.held_out)
     )
+    logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
     started = time.perf_counter()

@@ -162,7 +162,8 @@ def test_a_prediction_on_another_grid_than_its_reference_is_refused(
     code, err = segkit("evaluate", first, second)
     assert (code, err) == (
         2,
-        f"segkit: {first}: lies on another grid than {second}; resample it onto the reference's\n",
+        f"segkit: {first}: lies on another grid than {second}: its spacing is 1x1x1 mm, not "
+        "1.1x1.1x1.1 mm, so that voxels lie up to 0.3 voxels apart; resample one onto the other\n",
     )
 
 
