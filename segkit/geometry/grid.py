@@ -147,9 +147,8 @@ class Grid:
         # Three parts add up to `apart`, and two to `steps`, so that one at least is told.
         told = SAME_STEP / 3
         if (np.abs(own / its - 1) * ends).max() > told:
-            said.append(
-                "its spacing is {} mm, not {} mm".format(*_told_apart(self.spacing, other.spacing))
-            )
+            sizes = _told_apart(self.spacing, other.spacing)
+            said.append(f"its spacing is {sizes[0]} mm, not {sizes[1]} mm")
         if voxels(corners @ (turn * own).T) > told:
             angle = np.degrees(2 * np.arcsin(np.linalg.norm(turn, axis=0).max() / 2))
             said.append(f"its axes are turned by {angle:.3g} degrees")
