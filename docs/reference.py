@@ -38,14 +38,12 @@ API = {
     ),
 }
 """Every public name, under the heading that a reader would look for."""
-SHOWN = {
-    "Predictor": (
-        "members: [load, __call__, mirrors, classifies], "
-        "docstring_options: {warn_unknown_params: false, warn_missing_types: false}"
-    )
+OPTIONS = {
+    "Predictor": "{members: [load, __call__, mirrors, classifies], "
+    "docstring_options: {warn_unknown_params: false, warn_missing_types: false}}"
 }
-"""Options of single names: of a class, the members that its users need. The settings of `Predictor`
-are documented each by its name, but are one `**options` in its signature."""
+"""How a name is shown if not as the others: it has more members than users need, and settings that
+stand in its docstring one by one and in its signature together."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,12 +52,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_line(),
         "reference/settings.md": settings(),
         "reference/api.md": python_api(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+        "changelog.md": page_of("CHANGELOG.md"),
+        "contributing.md": page_of("CONTRIBUTING.md"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def page_of(name: str) -> str:
+    """A file of the repository's root as a page, with links that start from docs/."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def command_line() -> str:
@@ -110,8 +113,8 @@ def python_api() -> str:
         lines += [f"## {heading}", ""]
         for name in names.split():
             lines += [f"::: segkit.{name}"]
-            if name in SHOWN:
-                lines += [f"    options: {{{SHOWN[name]}}}"]
+            if name in OPTIONS:
+                lines += [f"    options: {OPTIONS[name]}"]
             lines += [""]
     return "\n".join(lines)
 

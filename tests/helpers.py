@@ -1,6 +1,7 @@
 """Grids of every orientation, and fields that say by their values where a voxel lies."""
 
 import itertools
+from collections.abc import Sequence
 
 import hypothesis.strategies as st
 import numpy as np
@@ -84,3 +85,29 @@ def inside(source: Grid, grid: Grid) -> ndarray:
     """Which cell centres of `grid` lie between the outermost centres of `source`."""
     index = source.index(grid.centres())
     return ((index >= -1e-9) & (index <= np.array(source.shape) - 1 + 1e-9)).all(axis=-1)
+
+
+STORED = [
+    (order, flipped)
+    for order in itertools.permutations(range(3))
+    for count in range(4)
+    for flipped in itertools.combinations(range(3), count)
+]
+"""Every order of axes that a file may have, and along which of them it may run the other way."""
+
+
+def stored_otherwise(
+    values: ndarray, grid: Grid, order: Sequence[int], flipped: Sequence[int]
+) -> tuple[ndarray, Grid]:
+    """The same voxels as a file holds them whose axes run otherwise."""
+
+    def turned(array: ndarray) -> ndarray:
+        return np.flip(array.transpose(*order, *range(3, array.ndim)), tuple(flipped))
+
+    places = turned(brute_force_centres(grid.shape, grid.affine))
+    affine = np.eye(4)
+    affine[:3, 3] = places[0, 0, 0]
+    for axis in range(3):
+        affine[:3, axis] = np.take(places, 1, axis)[0, 0] - places[0, 0, 0]
+    x, y, z = places.shape[:3]
+    return turned(values), Grid((x, y, z), affine)

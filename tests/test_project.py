@@ -129,3 +129,43 @@ def test_the_readme_has_a_sentence_a_picture_and_ten_lines_of_python() -> None:
     assert len(block.splitlines()) <= 10
     links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)
     assert links and all(Path(ROOT / link).exists() for link in links)
+
+
+ROOTED = re.compile(r"`((?:segkit|tests|docs|benchmarks|configs|notebooks)/[\w./-]+)`")
+"""A path of a file or folder, as pages write it."""
+PLACED = re.compile(r"`(segkit/[\w/]+\.py)`: `(?:\w+\.)?(\w+)`")
+"""A file and a name in it, as docs/tour.md writes them."""
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/tour.md"])
+def test_every_file_and_link_that_a_page_about_the_code_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = ROOTED.findall(text)
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", prose)
+    assert all(((ROOT / page).parent / link).exists() for link in links)
+
+
+def test_each_row_of_the_tour_names_a_function_or_class_of_its_file() -> None:
+    rows = PLACED.findall((ROOT / "docs/tour.md").read_text(encoding="utf-8"))
+    assert len(rows) > 40
+    for path, name in rows:
+        assert re.search(rf"^ *(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (
+            path,
+            name,
+        )
+
+
+def test_the_map_of_rooms_is_that_of_the_layers() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers: list[str] = contracts["contracts"][0]["layers"]
+    expected = [
+        {room.strip().removeprefix("segkit.") for room in layer.split("|")} for layer in layers
+    ]
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)(?:\.py)?` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    found = [{room for floor, room in rows if int(floor) == number} for number in range(1, 11)]
+    assert found == expected

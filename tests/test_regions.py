@@ -347,7 +347,9 @@ def test_what_lies_beyond_the_plane_moves_no_surface(ignoring: Path, tmp_path: P
         data[10:] = np.random.default_rng(0).integers(0, 3, data[10:].shape)
         write_volume(tmp_path / path.name, label.like(data))
         pairs.append((path.name, tmp_path / path.name, path))
-    for row in score_pairs(pairs, find_labelling(references, None), tolerance_mm=1.0):
+    rows, failures = score_pairs(pairs, find_labelling(references, None), tolerance_mm=1.0)
+    assert len(rows) == 2 * len(pairs) and failures == {}
+    for row in rows:
         assert [row.metrics[key] for key in ("dice", "hd95_mm", "nsd")] == [1, 0, 1]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segkit.cli.options import Overwrite
-from segkit.cli.terminal import JsonOption, console, say_json
+from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say_json
 
 
 def evaluate_command(
@@ -36,3 +36,8 @@ def evaluate_command(
     console.print(to_table(scores.summary))
     if json:
         say_json(scores.to_json())
+    for failure in scores.failures.values():
+        complain(failure)
+    raise_failures(
+        list(scores.failures.values()), len(scores.failures) + scores.summary.num_cases, alone=False
+    )

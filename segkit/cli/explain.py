@@ -41,6 +41,8 @@ def explain_command(
     get a folder each, a table over all, and a page that sums them up; one that cannot be read does
     not stop the others.
     """
+    import torch
+
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,
@@ -61,7 +63,10 @@ def explain_command(
     found = find_inputs(inputs, len(loaded.description.channels), series=series)
     say(f"model: {folder}")
     # Windows of a map that nobody asked about would count as cells that let nothing through.
-    predictor = Predictor(loaded, device=device, overlap=overlap, skip_empty=False)
+    # In single precision on a GPU too: it is values of maps that are measured.
+    predictor = Predictor(
+        loaded, device=device, overlap=overlap, skip_empty=False, precision=torch.float32
+    )
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
     if verdicts:

@@ -17,8 +17,11 @@ def plan_command(
     out: Annotated[
         Path | None, Option(help="The config to write; NAME.yaml where not given.")
     ] = None,
-    memory: Annotated[float, Option(min=0.5, help="GB to plan for, on a GPU.")] = 8.0,
-    minutes: Annotated[float, Option(min=0.1, help="To plan for, on a CPU.")] = 20.0,
+    memory: Annotated[
+        float | None,
+        Option(min=0.5, help="GB to plan for; what a GPU has free where not given, or 8."),
+    ] = None,
+    minutes: Annotated[float, Option(min=0.1, help="Of training to plan for.")] = 20.0,
     dims: Annotated[int, Option(min=2, max=3, help="2 for slices, 3 for volumes.")] = 3,
     preset: Annotated[
         Literal["auto", "nnunet"],

@@ -37,7 +37,9 @@ def predict_command(
     ] = False,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
-    batch: Annotated[int, Option(min=1, help="Windows per call of the network.")] = 1,
+    batch: Annotated[
+        int | None, Option(min=1, help="Windows per call of the network; 1, and 4 on a GPU.")
+    ] = None,
     all_windows: Annotated[
         bool, Option("--all-windows", help="Ask the network even where all is 0.")
     ] = False,
@@ -52,9 +54,9 @@ def predict_command(
         Option(help="What runs the network; auto is OpenVINO on a CPU."),
     ] = "auto",
     precision: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        Option(help="Of the network's arithmetic; half is faster where there are units."),
-    ] = "float32",
+        Literal["float32", "bfloat16", "float16"] | None,
+        Option(help="Of the network's arithmetic; float32 on a CPU, float16 on a GPU."),
+    ] = None,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -82,7 +84,7 @@ def predict_command(
         tta=tta,
         skip_empty=not all_windows,
         engine=engine,
-        precision=getattr(torch, precision),
+        precision=None if precision is None else getattr(torch, precision),
     )
     found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
     for folder in folders:

@@ -74,11 +74,9 @@ def train_command(
     result: Run | CrossValidation
     if config is None:
         assert resume is not None
-        hush()
         result = _resumed(resume, wanted)
     else:
         settings, low = _settings(config, overrides or [], runs)
-        hush()
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs)
@@ -175,6 +173,7 @@ def _shown() -> tuple[list["Callback"], "Tracker"]:
     from segkit.system.progress import Tracker
     from segkit.training.progress_bar import TrainingProgress
 
+    hush()  # Lightning has set up its logging as it was imported
     return [TrainingProgress(console)], Tracker(console)
 
 
@@ -214,6 +213,7 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
     from segkit.system.progress import Tracker
     from segkit.training.dry_run import dry_run
 
+    hush()
     stage = low or settings
     if folds:
         stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})

@@ -1,7 +1,6 @@
 """Settings of the data: volumes, the one form they are brought to, and how patches are drawn."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,12 +9,13 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.sides import names_of_sides
 
 MOST_IN_BATCH = 2**31
+MOST_NAMES = 4
+"""Of labels that tell left from right; a sentence counts the others."""
 WorldAxis = Literal["x", "y", "z"]
 WORLD_AXES: dict[WorldAxis, int] = {"x": 0, "y": 1, "z": 2}
-SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
-"""A word of a label's name that tells left from right."""
 
 
 class ZScoreConfig(Section):
@@ -44,6 +44,10 @@ NormalisationConfig = Annotated[
     Annotated[ZScoreConfig | CtWindowConfig, Field(discriminator="kind")],
     BeforeValidator(kind_alone),
 ]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
 def _one_or_each(value: Any) -> str:
@@ -99,30 +103,43 @@ class DataConfig(Section):
     mirror: list[WorldAxis] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
     front, z from foot to head. Where not given, x alone, or none where labels tell left from right
-    by their names. (nnU-Net mirrors along all three; what has a front and a top is learned far
-    faster without.)"""
+    by their names (`LeftLung`, `kidney_r`, `rein gauche`, `LV` beside `RV`). (nnU-Net mirrors along
+    all three; what has a front and a top is learned far faster without.)"""
     synthesis: SynthesisConfig | None = None
     first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
     """Runs or model folders, of lower resolution say, whose labels the network is given beside the
     image. Labels of a case come from the runs that held it out, or else from all of them. A model
     does better on cases that it was trained on than on new ones, so that the five folds of a
     cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that cut patches."""
+    workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
+    """Processes that cut patches. `auto` is none on a CPU, and none on a GPU with room for all
+    cases, which are then cut there; else the other cores, up to 12."""
     cache: Path | None = None
     """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
 
     def mirrored(self, labels: Sequence[str]) -> list[WorldAxis]:
         """The world axes along which training mirrors patches of a dataset with these labels.
 
-        By default it is x, or none if a label tells left from right: by the word left, right, l, r,
-        lh or rh in its name.
+        By default it is x, or none if the names of labels tell left from right.
         """
         if not self.augment and self.synthesis is None:
             return []
         if self.mirror is not None:
             return self.mirror
-        return [] if any(SIDE.search(name.lower()) for name in labels) else ["x"]
+        return [] if names_of_sides(labels) else ["x"]
+
+    def mirrored_because(self, labels: Sequence[str]) -> str:
+        """What training mirrors, and which names tell left from right, as a sentence."""
+        axes, sides = self.mirrored(labels), names_of_sides(labels)
+        patches = (
+            f"Patches are mirrored along {_listed(axes)}" if axes else "Patches are not mirrored"
+        )
+        if not sides:
+            return f"{patches}; no label's name tells left from right."
+        named, more = [repr(name) for name in sides[:MOST_NAMES]], len(sides) - MOST_NAMES
+        names = _listed([*named, f"{more} more"] if more > 0 else named)
+        link = ", although" if "x" in axes else ";"
+        return f"{patches}{link} {names} {'tells' if len(sides) == 1 else 'tell'} left from right."
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:

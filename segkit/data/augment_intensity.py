@@ -80,9 +80,9 @@ class IntensityVariation:
     def _noise(self, rows: IntensityRows, generator: Generator, *, channels: int) -> IntensityRows:
         variance = _uniform(self.noise_variance, len(rows) // channels, generator)
         deviation = variance.sqrt().repeat_interleave(channels)
-        # Drawn on the CPU, so that every device sees the same noise.
-        noise = torch.randn(rows.shape, generator=generator)
-        return rows + noise.to(rows.device, non_blocking=True) * _each(deviation, rows)
+        own = generator_on(rows.device, generator)
+        noise = torch.randn(rows.shape, generator=own, device=rows.device)
+        return rows + noise * _each(deviation, rows)
 
     def _blur(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         num_axes = rows.ndim - 1
@@ -104,6 +104,17 @@ class IntensityVariation:
 
     def _inverted_gamma(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return -self._gamma(-rows, generator)
+
+
+def generator_on(device: torch.device, generator: Generator) -> Generator:
+    """A generator for numbers of every voxel: on the device itself, which then waits for no copy.
+
+    On a CPU it is the given generator. Elsewhere the given generator, of the CPU, draws its seed.
+    """
+    if device.type == "cpu":
+        return generator
+    seed = torch.randint(2**62, (), generator=generator)
+    return Generator(device).manual_seed(int(seed))
 
 
 def gaussian_taps(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:

@@ -1,6 +1,7 @@
 """Batches for Lightning: numbered patches to train on, whole prepared cases to validate on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -8,13 +9,17 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from segkit.data.patches import Patch, PatchDataset
+from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
+from segkit.data.resident import ResidentCases, ResidentLoader, ResidentPatches, fits
+from segkit.system.resources import num_cores
 from segkit.system.workers import end_with_parent
+
+MOST_WORKERS = 12
 
 
 class WholeCases(TorchDataset[Patch]):
-    """Held-out cases, whole: `image` (channel, x, y, z), float32, and `label` (x, y, z)."""
+    """Held-out cases, whole: `image` (channel, x, y, z), as stored, and `label` (x, y, z)."""
 
     def __init__(self, cases: Sequence[StoredCase]) -> None:
         self.cases = cases
@@ -27,8 +32,8 @@ class WholeCases(TorchDataset[Patch]):
         """Case number `index`, read from disk."""
         case = self.cases[index]
         return {
-            "image": torch.from_numpy(case.image.astype(np.float32)),
-            "label": torch.from_numpy(case.label.copy()),
+            "image": torch.from_numpy(np.array(case.image)),
+            "label": torch.from_numpy(indexable(np.array(case.label))),
         }
 
 
@@ -67,7 +72,19 @@ class ConsecutiveSampler(Sampler[int]):
 
 
 class SegmentationData(L.LightningDataModule):
-    """Patches of the training cases, and the held-out cases whole."""
+    """Patches of the training cases, and the held-out cases whole.
+
+    On a GPU with room for all cases they lie there, and patches are cut there; else processes cut
+    them. The same seed gives the same patches either way.
+
+    Args:
+        patches: of the training cases.
+        held_out: cases to validate on.
+        batch_size: patches for each process and step.
+        steps_per_epoch: steps between two validations.
+        workers: processes that cut patches for one that trains; `auto` is none where the CPU
+            trains, and otherwise as many as there are cores beside the one that trains, up to 12.
+    """
 
     def __init__(
         self,
@@ -76,7 +93,7 @@ class SegmentationData(L.LightningDataModule):
         *,
         batch_size: int,
         steps_per_epoch: int,
-        workers: int,
+        workers: int | Literal["auto"],
     ) -> None:
         super().__init__()
         self.patches = patches
@@ -84,11 +101,13 @@ class SegmentationData(L.LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.workers = workers
+        self.resident = False
 
-    def train_dataloader(self) -> DataLoader[Patch]:
+    def train_dataloader(self) -> Iterable[Patch]:
         """Batches of `batch_size` patches for each process."""
         trainer = self.trainer
         assert trainer is not None
+        device = trainer.strategy.root_device
         per_step = self.batch_size * trainer.world_size
         sampler = ConsecutiveSampler(
             per_step * self.steps_per_epoch,
@@ -97,22 +116,35 @@ class SegmentationData(L.LightningDataModule):
             # Steps tell the place, also in the midst of an epoch, where a run may be resumed.
             done=lambda: trainer.global_step * per_step,
         )
+        self.resident = fits([*self.patches.cases, *self.held_out], device)
+        if self.resident:
+            patches = ResidentPatches(self.patches, device)
+            return ResidentLoader(patches, sampler, self.batch_size)
+        workers = workers_for(device) if self.workers == "auto" else self.workers
         return DataLoader(
             self.patches,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            multiprocessing_context="spawn" if self.workers else None,
-            worker_init_fn=end_with_parent if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            persistent_workers=workers > 0,
+            multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=end_with_parent if workers else None,
+            pin_memory=device.type == "cuda",
         )
 
-    def val_dataloader(self) -> DataLoader[Patch]:
+    def val_dataloader(self) -> Iterable[Patch]:
         """One held-out case at a time, shared out over the processes."""
         trainer = self.trainer
         assert trainer is not None
         sampler = ConsecutiveSampler(
             len(self.held_out), rank=trainer.global_rank, num_processes=trainer.world_size
         )
+        if self.resident:
+            return ResidentCases(self.held_out, sampler, trainer.strategy.root_device)
         return DataLoader(WholeCases(self.held_out), batch_size=None, sampler=sampler)
+
+
+def workers_for(device: torch.device) -> int:
+    """Processes that cut patches, if nobody says how many: a CPU has none to spare."""
+    return 0 if device.type == "cpu" else min(num_cores() - 1, MOST_WORKERS)

@@ -11,8 +11,10 @@ from segkit.config.dataset_files import FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_dataset_file
 from segkit.data.file_patterns import list_files
-from segkit.errors import DatasetError
-from segkit.io.volume import Volume, read_volume, trouble_with
+from segkit.errors import DatasetError, VolumeError
+from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
+
+WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
-    parts = [read_volume(path) for path in case.images]
-    for path, part in zip(case.images, parts, strict=True):
-        _check_grid(path, part, case.images[0], parts[0])
+    parts: list[Volume] = []
+    for path in case.images:
+        part = read_volume(path)
+        parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
             raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
@@ -99,35 +102,29 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
             f"{case.images[0]}: expected {len(dataset.channels)} channels "
             f"({', '.join(dataset.channels)}), found {data.shape[3]}"
         )
-    _check_grid(case.label, label, case.images[0], parts[0])
+    label = _on_grid_of(case, parts[0], case.label, label)
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
-    found = np.unique(label.data)
+    values = whole_numbers(label.data, case.label)
+    found = np.unique(values)
     declared = range(len(dataset.labelling.value_names))
     if not np.isin(found, declared).all():
-        strange = found[~np.isin(found, declared)][:5].tolist()
+        strange = found[~np.isin(found, declared)][:5]
         raise DatasetError(
-            f"{case.label}: holds label {', '.join(f'{value:g}' for value in strange)}, which "
+            f"{case.label}: holds label {', '.join(map(in_full, strange))}, which "
             f"the dataset does not declare (it has {declared[0]} to {declared[-1]})"
+            f"{WHOLE if (strange != np.rint(strange)).any() else ''}"
         )
     kind = np.min_scalar_type(declared[-1])
-    return label.data.reshape(label.grid.shape).astype(kind)
+    return values.reshape(label.grid.shape).astype(kind)
 
 
-def _check_grid(path: Path, volume: Volume, reference_path: Path, reference: Volume) -> None:
-    if not volume.grid.agrees_with(reference.grid):
-        raise DatasetError(
-            f"{path}: its grid {_described(volume)} is not that of {reference_path.name}, "
-            f"{_described(reference)}; resample one onto the other"
-        )
-
-
-def _described(volume: Volume) -> str:
-    size = "x".join(str(count) for count in volume.grid.shape)
-    spacing = "x".join(f"{value:.3g}" for value in volume.grid.spacing)
-    origin = ", ".join(f"{value:.1f}" for value in volume.grid.affine[:3, 3])
-    return f"({size} voxels of {spacing} mm, first at {origin})"
+def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:
+    try:
+        return volume.onto(first.grid, what=f"{path}:", whose=case.images[0].name)
+    except VolumeError as error:
+        raise DatasetError(str(error)) from None

@@ -27,7 +27,7 @@ def with_labels(prepared: Prepared, labels: Volume) -> Prepared:
     if not (holds and cropped(turned, prepared.box).agrees_with(prepared.source)):
         raise VolumeError("the first stage's labels lie on another grid than the volume")
     channel = prepare_label(labels, prepared)
-    return replace(prepared, image=torch.cat([prepared.image, channel[None].to(torch.float32)]))
+    return replace(prepared, image=torch.cat([prepared.image, channel[None].to(prepared.image)]))
 
 
 def majority(labels: Sequence[Volume]) -> Volume:

@@ -6,6 +6,7 @@ workers does not matter, and a run that is resumed goes on with the patch it wou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class ForegroundSampler:
 class PatchDataset(TorchDataset[Patch]):
     """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
 
-    Images are float32, in whatever precision they are stored. No case's array is kept.
+    Images are float16 if all cases are stored so, else float32. No case's array is kept.
 
     The `sampler` says where each patch lies. It is cut with a `margin` (voxels) beyond either end,
     for the augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is
@@ -94,16 +95,33 @@ class PatchDataset(TorchDataset[Patch]):
         self.sampler = sampler
         self.seed = seed
 
+    @cached_property
+    def image_type(self) -> torch.dtype:
+        """Of all patches, so that a batch of several cases has one."""
+        half = all(case.image.dtype == np.float16 for case in self.cases)
+        return torch.float16 if half else torch.float32
+
+    def place(
+        self, index: int, cases: Sequence[StoredCase] | None = None
+    ) -> tuple[StoredCase, list[int]]:
+        """The case of patch number `index`, and the first voxel of its cut; of these very cases."""
+        random = np.random.default_rng([self.seed, index])
+        case, centre = self.sampler(self.cases if cases is None else cases, index, random)
+        return case, [int(c) - size // 2 for c, size in zip(centre, self.cut_size, strict=True)]
+
     def __getitem__(self, index: int) -> Patch:
         """Patch number `index`."""
-        random = np.random.default_rng([self.seed, index])
-        case, centre = self.sampler(self.cases, index, random)
-        start = [int(voxel) - size // 2 for voxel, size in zip(centre, self.cut_size, strict=True)]
+        case, start = self.place(index)
         return {
             "name": case.name,
-            "image": torch.from_numpy(cut(case.image, start, self.cut_size)).float(),
-            "label": torch.from_numpy(cut(case.label, start, self.cut_size)),
+            "image": torch.from_numpy(cut(case.image, start, self.cut_size)).to(self.image_type),
+            "label": torch.from_numpy(indexable(cut(case.label, start, self.cut_size))),
         }
+
+
+def indexable(labels: ndarray) -> ndarray:
+    """Labels in a type that PyTorch can gather: of its unsigned types only the smallest is one."""
+    return labels if labels.dtype.itemsize == 1 else labels.astype(np.int32)
 
 
 def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:

@@ -62,6 +62,7 @@ def prepare_image(
     spacing: Sequence[float],
     normalisers: Sequence[Normaliser],
     order: Literal[1, 3] = 1,
+    device: torch.device | None = None,
 ) -> Prepared:
     """Turn to RAS+, cut the body's box, normalise each channel, and resample to `spacing`, mm.
 
@@ -72,6 +73,8 @@ def prepare_image(
     to the channel's own range, as in skimage's `resize`, which nnU-Net calls. Along an axis of
     slices far apart (`separate_axis`) each voxel comes from the nearest slice: nothing is invented
     between slices.
+
+    Normalised and resampled on a `device`, where the image then lies; by default on the CPU.
 
     Raises VolumeError before anything is allocated, if the image would not fit into free memory.
     """
@@ -85,12 +88,12 @@ def prepare_image(
     grid = source.with_spacing(spacing)
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
-    image = torch.empty(len(normalisers), *grid.shape)
+    image = torch.empty(len(normalisers), *grid.shape, device=device)
     # One channel after the other, so that one at a time is held at the volume's own spacing.
     for channel, normalise in enumerate(normalisers):
         # A copy, as torch takes no reversed view.
         values = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
-        values = normalise(values)
+        values = normalise(values.to(image.device))
         image[channel] = resample(values[None], positions, (x, y, z))[0]
         if order == 3:
             image[channel].clamp_(values.min(), values.max())

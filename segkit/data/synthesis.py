@@ -2,8 +2,8 @@
 
 After SynthSeg (Billot et al. 2023, Medical Image Analysis 86, arXiv:2107.09559): the map is
 deformed smoothly; each label is given an intensity at random and a texture; then come blur, a bias
-field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D; numbers
-are drawn by a generator on the CPU, so that every device sees the same ones.
+field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D. A few
+numbers are drawn by a generator on the CPU; a number for every voxel is drawn on the device.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
-from segkit.data.augment_intensity import blur
+from segkit.data.augment_intensity import blur, generator_on
 from segkit.nn.blocks import LINEAR_MODE
 
 CONTROL_SPACING = 16
@@ -21,13 +21,21 @@ CONTROL_SPACING = 16
 
 
 def smooth_field(
-    batch_size: int, channels: int, space: Sequence[int], *, generator: Generator
+    batch_size: int,
+    channels: int,
+    space: Sequence[int],
+    *,
+    generator: Generator,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "batch channel *space"]:
     """Standard normal numbers at control points about 16 voxels apart, interpolated linearly."""
     points = [max(round(size / CONTROL_SPACING) + 1, 2) if size > 1 else 1 for size in space]
     coarse = torch.randn(batch_size, channels, *points, generator=generator)
     return F.interpolate(
-        coarse, size=tuple(space), mode=LINEAR_MODE[len(space)], align_corners=True
+        coarse.to(device, non_blocking=True),
+        size=tuple(space),
+        mode=LINEAR_MODE[len(space)],
+        align_corners=True,
     )
 
 
@@ -39,18 +47,21 @@ def deform(
     `amplitude` is the displacement's standard deviation at the control points, in voxels. Axes of
     one voxel stay. What is read beyond the edge is the edge's label.
     """
-    space = labels.shape[1:]
-    displacement = amplitude * smooth_field(len(labels), len(space), space, generator=generator)
-    thin = torch.tensor([size == 1 for size in space])
-    displacement[:, thin] = 0
-    # grid_sample counts in half axes, last axis first.
-    half = torch.tensor([size / 2 for size in space]).view(1, -1, *[1] * len(space))
-    offset = (displacement / half).flip(1).movedim(1, -1)
-    identity = torch.eye(len(space), len(space) + 1).expand(len(labels), -1, -1)
+    space, device = labels.shape[1:], labels.device
+    displacement = amplitude * smooth_field(
+        len(labels), len(space), space, generator=generator, device=device
+    )
+    for axis, size in enumerate(space):
+        if size == 1:
+            displacement[:, axis] = 0
+        # grid_sample counts in half axes, last axis first.
+        displacement[:, axis] /= size / 2
+    offset = displacement.flip(1).movedim(1, -1)
+    identity = torch.eye(len(space), len(space) + 1, device=device).expand(len(labels), -1, -1)
     grid = F.affine_grid(identity, [len(labels), 1, *space], align_corners=False) + offset
     read = F.grid_sample(
         labels[:, None].float(),
-        grid.to(labels.device),
+        grid,
         mode="nearest",
         padding_mode="border",
         align_corners=False,
@@ -73,28 +84,32 @@ def synthesise(
     normalisation `zscore` with `nonzero` does to a real scan.
     """
     batch, *space = labels.shape
+    device = labels.device
     ranges = torch.tensor(intensities if intensities is not None else [(0.0, 1.0)] * num_labels)
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
 
+    def on_device(values: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True)
+
     means = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * draw(0.0, 1.0, num_labels)
     deviations = draw(0.0, 0.06, num_labels) * (means > 0)
-    index = labels.long()
-    flat = index.flatten(1).cpu()
-    mean = means.gather(1, flat).view(batch, 1, *space)
-    deviation = deviations.gather(1, flat).view(batch, 1, *space)
-    texture = torch.randn(batch, 1, *space, generator=generator)
-    image = (mean + deviation * texture).to(labels.device)
+    flat = labels.long().flatten(1)
+    mean = on_device(means).gather(1, flat).view(batch, 1, *space)
+    deviation = on_device(deviations).gather(1, flat).view(batch, 1, *space)
+    voxels = generator_on(device, generator)
+    image = mean + deviation * torch.randn(mean.shape, generator=voxels, device=device)
     sigmas = draw(0.3, 1.2)[:, None].expand(-1, len(space))
     image = blur(image[:, 0], sigmas)[:, None]
     shape = (batch, 1, *[1] * len(space))
-    bias = smooth_field(batch, 1, space, generator=generator) * draw(0.0, 0.2).view(shape)
-    noise = torch.randn(batch, 1, *space, generator=generator) * draw(0.0, 0.04).view(shape)
-    image = (image * bias.exp().to(image.device) + noise.to(image.device)).clamp(min=0)
-    exponent = draw(-0.3, 0.3).exp().view(shape).to(image.device)
-    image = image**exponent
-    silent = (mean == 0).to(image.device)
+    field = smooth_field(batch, 1, space, generator=generator, device=device)
+    bias = field * on_device(draw(0.0, 0.2).view(shape))
+    noise = torch.randn(mean.shape, generator=voxels, device=device)
+    noise = noise * on_device(draw(0.0, 0.04).view(shape))
+    image = (image * bias.exp() + noise).clamp(min=0)
+    image = image ** on_device(draw(-0.3, 0.3).exp().view(shape))
+    silent = mean == 0
     return _normalised(image.masked_fill(silent, 0), ~silent)
 
 

@@ -1,6 +1,8 @@
 """`segkit evaluate`: predictions against references, file by file."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ import numpy as np
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_labelling
-from segkit.errors import VolumeError
+from segkit.errors import SegkitError, VolumeError, sentence_of
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
-from segkit.io.volume import SUFFIXES, read_labels, stem_of
+from segkit.io.volume import SUFFIXES, Volume, read_labels, stem_of
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,13 @@ class Evaluation:
     """`classes` and `overall`, each with a mean, a median and a 95 % interval of each metric."""
     made: Mapping[str, Any]
     """The files, the settings and the versions that the scores come from."""
+    failures: Mapping[str, str]
+    """Why a case has no scores, by its name: a sentence."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
-        return {**to_json(self.cases, self.summary), PROVENANCE: dict(self.made)}
+        scores = to_json(self.cases, self.summary)
+        return {**scores, "failures": dict(self.failures), PROVENANCE: dict(self.made)}
 
 
 def evaluate(
@@ -59,19 +66,22 @@ def evaluate(
         track: may show the progress over cases.
 
     Returns:
-        The scores; a score is NaN if its class is in neither image.
+        The scores; a score is NaN if its class is in neither image. A case that cannot be scored
+        is told in `failures`, and the others are scored.
 
     Raises:
-        VolumeError: files do not pair, or a pair does not fit together.
+        VolumeError: files do not pair, or no pair can be scored.
         DatasetError: the dataset.json cannot be understood.
     """
     predictions, references = Path(predictions), Path(references)
     pairs = find_pairs(predictions, references)
-    rows = score_pairs(
+    rows, failures = score_pairs(
         track(pairs, "scoring", len(pairs)),
         find_labelling(references, labels),
         tolerance_mm=tolerance_mm,
     )
+    if failures and not rows:
+        raise VolumeError(next(iter(failures.values())))
     if not rows:
         raise VolumeError(f"{references}: holds only background; there is nothing to score")
     source = labels_file(references, labels)
@@ -81,10 +91,11 @@ def evaluate(
         "inputs": [
             {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
             for name, prediction, reference in pairs
+            if name not in failures
         ],
         "versions": versions(),
     }
-    return Evaluation(rows, summarise(rows), made)
+    return Evaluation(rows, summarise(rows), made, failures)
 
 
 MOST_LABELS = 1000
@@ -95,15 +106,17 @@ def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     """Name, prediction and reference of every case: two files, or two folders paired by name.
 
     A prediction called `CASE_seg` pairs with a reference called `CASE`. Raises VolumeError where a
-    reference has no prediction, or where there is nothing to pair.
+    reference has no prediction, where there is nothing to pair, or where two share a name.
     """
     if predictions.is_file() and references.is_file():
         return [(stem_of(references), predictions, references)]
     for folder in (predictions, references):
         if not folder.is_dir():
             raise VolumeError(f"{folder}: expected two files or two folders; check the path")
-    by_name = {stem_of(path).removesuffix("_seg"): path for path in _volumes(predictions)}
-    pairs = [(stem_of(path), by_name.get(stem_of(path)), path) for path in _volumes(references)]
+    by_name = _by_name(_volumes(predictions), "_seg")
+    pairs = [
+        (name, by_name.get(name), path) for name, path in _by_name(_volumes(references)).items()
+    ]
     found = [(name, prediction, reference) for name, prediction, reference in pairs if prediction]
     if not found:
         raise VolumeError(f"{predictions}: holds no volume named as one in {references}")
@@ -114,6 +127,15 @@ def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
             f"the first {missing[0]}; predict it or leave it out of {references}"
         )
     return found
+
+
+def _by_name(paths: Sequence[Path], ending: str = "") -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in paths:
+        other = named.setdefault(stem_of(path).removesuffix(ending), path)
+        if other != path:
+            raise VolumeError(f"{path}: is the same case as {other.name}; move one away")
+    return named
 
 
 def find_labelling(references: Path, labels: str | Path | None) -> Labelling | None:
@@ -143,47 +165,89 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
 
 def score_pairs(
     pairs: Iterable[tuple[str, Path, Path]], labelling: Labelling | None, *, tolerance_mm: float
-) -> list[CaseScores]:
+) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
 
-    Raises VolumeError where a pair does not fit together.
+    A case that fails has no scores, and does not stop the others: the second dictionary says why,
+    by the case's name.
     """
     pairs = list(pairs)
+    failures: dict[str, str] = {}
     if labelling is None:
         present: set[int] = set()
-        for _, *paths in pairs:
-            for path in paths:
-                present |= set(np.unique(read_labels(path).data).tolist())
-        if len(present) > MOST_LABELS:
-            raise VolumeError(
-                f"{pairs[0][2]}: holds {len(present)} different numbers with the other files, more "
-                f"than labels would be; give segmentations, or name their labels by --labels"
-            )
+        for name, *paths in pairs:
+            with _told(failures, name, paths[0]):
+                present = _with_labels_of(paths, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
-    names = {labelling.numbers[name]: name for name in labelling.members}
-    regions = {labelling.numbers[name]: numbers for name, numbers in labelling.members.items()}
     rows: list[CaseScores] = []
-    for name, prediction_path, reference_path in pairs:
-        prediction, reference = read_labels(prediction_path), read_labels(reference_path)
-        if not prediction.grid.agrees_with(reference.grid):
-            raise VolumeError(
-                f"{prediction_path}: lies on another grid than {reference_path}; "
-                f"resample it onto the reference's"
-            )
-        try:
-            rows += score_case(
-                prediction.data,
-                reference.data,
-                names,
-                reference.grid.spacing,
-                case=name,
-                tolerance_mm=tolerance_mm,
-                regions=regions,
-                ignore=labelling.ignore,
-            )
-        except ValueError as error:
-            raise VolumeError(f"{prediction_path}: {error}") from None
-    return rows
+    for name, prediction, reference in pairs:
+        if name not in failures:
+            with _told(failures, name, prediction):
+                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm)
+    return rows, failures
+
+
+@contextmanager
+def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
+    """Keeps what goes wrong with a case as a sentence that names its file."""
+    try:
+        yield
+    except SegkitError as error:
+        failures[name] = str(error)
+    except OSError as error:
+        failures[name] = f"{path}: {sentence_of(error)}"
+    except Exception as error:
+        # Our own fault rather than the file's; no reason to lose the scores of all other cases.
+        logger.info("%s", path, exc_info=True)
+        reason = " ".join(str(error).split())
+        failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
+
+
+def _read_pair(prediction_path: Path, reference_path: Path) -> tuple[Volume, Volume]:
+    prediction, reference = read_labels(prediction_path), read_labels(reference_path)
+    prediction = prediction.onto(
+        reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
+    )
+    return prediction, reference
+
+
+def _with_labels_of(paths: Sequence[Path], present: set[int]) -> set[int]:
+    """The labels that occur in other cases and in this one."""
+    prediction, reference = paths
+    for volume in _read_pair(prediction, reference):
+        present = present | set(np.unique(volume.data).tolist())
+    if len(present) > MOST_LABELS:
+        raise VolumeError(
+            f"{reference}: holds {len(present)} different numbers with the other files, more "
+            f"than labels would be; give segmentations, or name their labels by --labels"
+        )
+    return present
+
+
+def _score_pair(
+    case: str,
+    prediction_path: Path,
+    reference_path: Path,
+    labelling: Labelling,
+    tolerance_mm: float,
+) -> list[CaseScores]:
+    prediction, reference = _read_pair(prediction_path, reference_path)
+    try:
+        return score_case(
+            prediction.data,
+            reference.data,
+            {labelling.numbers[name]: name for name in labelling.members},
+            reference.grid.spacing,
+            case=case,
+            tolerance_mm=tolerance_mm,
+            directions=reference.grid.directions,
+            regions={
+                labelling.numbers[name]: numbers for name, numbers in labelling.members.items()
+            },
+            ignore=labelling.ignore,
+        )
+    except ValueError as error:
+        raise VolumeError(f"{prediction_path}: {error}") from None
 
 
 def _volumes(folder: Path) -> Sequence[Path]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite, prod
+from math import isfinite
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -21,6 +21,7 @@ from segkit.evaluation.surface import (
     normalised_surface_dice,
     surface_distances,
 )
+from segkit.geometry.grid import ml_of_voxel
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
@@ -122,10 +123,13 @@ def score_case(
     *,
     case: str,
     tolerance_mm: float = 1.0,
+    directions: Float64[np.ndarray, "axis world"] | None = None,
     regions: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ignore: int | None = None,
 ) -> list[CaseScores]:
     """Scores of each labelled class, by rising label; spacing is mm, one per axis.
+
+    `directions` are the unit vectors along the axes; without them they are at right angles.
 
     A label that `regions` has stands for all the values given there. 0 is background: it may be in
     the images and in `labels`, and is not scored. Voxels where the reference is `ignore` are in
@@ -142,6 +146,7 @@ def score_case(
             _within(prediction, values) & counted,
             _within(reference, values) & counted,
             spacing,
+            directions,
             case=case,
             label=label,
             name=labels[label],
@@ -170,18 +175,19 @@ def _score_class(
     prediction_mask: Bool[np.ndarray, "*space"],
     reference_mask: Bool[np.ndarray, "..."],
     spacing: Sequence[float],
+    directions: Float64[np.ndarray, "axis world"] | None,
     *,
     case: str,
     label: int,
     name: str,
     tolerance_mm: float,
 ) -> CaseScores:
-    distances = surface_distances(prediction_mask, reference_mask, spacing)
+    distances = surface_distances(prediction_mask, reference_mask, spacing, directions)
     tp = int(np.count_nonzero(prediction_mask & reference_mask))
     fp = int(np.count_nonzero(prediction_mask)) - tp
     fn = int(np.count_nonzero(reference_mask)) - tp
     overlap = Overlap(torch.tensor(tp), torch.tensor(fp), torch.tensor(fn))
-    voxel_ml = prod(float(step) for step in spacing) / 1000 if len(spacing) == 3 else float("nan")
+    voxel_ml = ml_of_voxel(spacing, directions) if len(spacing) == 3 else float("nan")
     pair = ClassPair(overlap, distances, tolerance_mm)
     metrics = {key: metric.of(pair) for key, metric in METRICS.items()}
     volumes = ((tp + fp) * voxel_ml, (tp + fn) * voxel_ml)

@@ -2,7 +2,9 @@
 
 The surface of a mask is its voxels with a face neighbour outside it: the mask minus its erosion.
 Voxels beyond the image count as outside, so a mask cut off by the image's edge has a surface there.
-Distances run from voxel centre to voxel centre, and every surface voxel weighs the same.
+Only axes longer than 1 count: the surface of a 2D image, or of a single slice, is its outline.
+Distances run from voxel centre to voxel centre in the world, also if the axes are not at right
+angles, and every surface voxel weighs the same.
 Nikolov et al. (below) place the surface between the voxels and weigh its elements by area instead;
 that tells apart surfaces nearer than a voxel, and differs from ours by about half a voxel.
 
@@ -11,20 +13,24 @@ never skipped, or missing an organ would improve the mean: both distances are th
 diagonal, which no real distance reaches, and the normalised surface Dice is 0.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
+
+from segkit.geometry.grid import are_sheared
 
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
     """Distances in mm from each surface voxel of one mask to the nearest one of the other.
 
-    They are infinite if the other mask is empty. `diagonal` is that of the whole image, in mm.
+    They are infinite if the other mask is empty. `diagonal` is the longest of the whole image, in
+    mm, along its axes longer than 1.
     """
 
     to_reference: Float64[np.ndarray, "prediction_surface"]
@@ -41,22 +47,45 @@ def surface_distances(
     prediction_mask: Bool[np.ndarray, "*space"],
     reference_mask: Bool[np.ndarray, "..."],
     spacing: Sequence[float],
+    directions: Float64[np.ndarray, "axis world"] | None = None,
 ) -> SurfaceDistances:
-    """Distances between the surfaces of two masks in 2D or 3D; spacing is mm, one per axis.
+    """Distances between the surfaces of two masks, in mm.
+
+    Args:
+        prediction_mask: a mask in 2D or 3D.
+        reference_mask: the other, of the same shape.
+        spacing: the step along each axis, in mm.
+        directions: the unit vector along each axis; axes at right angles if not given.
+
+    Returns:
+        The distances between their surfaces, along axes longer than 1.
+
+    Raises:
+        TypeError: a mask is not of bool.
+        ValueError: shapes, spacing or directions do not fit together.
 
     Work is confined to the box around both masks. Surfaces are sparse, so their nearest voxels
     come from a k-d tree: as exact as a distance transform, several times faster, and no slower
     when one stray voxel in a far corner stretches that box to the whole image.
     """
-    _check(prediction_mask, reference_mask, spacing)
-    scale = np.asarray(spacing, dtype=np.float64)
+    _check(prediction_mask, reference_mask, spacing, directions)
+    axes = [axis for axis, size in enumerate(prediction_mask.shape) if size > 1] or [0]
+    shape = [prediction_mask.shape[axis] for axis in axes]
+    scale = np.asarray(spacing, dtype=np.float64)[axes]
+    prediction_mask, reference_mask = prediction_mask.reshape(shape), reference_mask.reshape(shape)
     box = _bounding_box(prediction_mask | reference_mask)
-    prediction = _surface(prediction_mask[box], scale)
-    reference = _surface(reference_mask[box], scale)
+    prediction = _surface(prediction_mask[box]) * scale
+    reference = _surface(reference_mask[box]) * scale
+    diagonal = float(np.linalg.norm(scale * shape))
+    if directions is not None and are_sheared(directions[axes]):
+        prediction, reference = prediction @ directions[axes], reference @ directions[axes]
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(axes))))
+        diagonals = (signs * scale * shape) @ directions[axes]
+        diagonal = float(np.linalg.norm(diagonals, axis=1).max())
     return SurfaceDistances(
         to_reference=_nearest(prediction, reference),
         to_prediction=_nearest(reference, prediction),
-        diagonal=float(np.linalg.norm(scale * prediction_mask.shape)),
+        diagonal=diagonal,
     )
 
 
@@ -107,6 +136,7 @@ def _check(
     prediction_mask: Bool[np.ndarray, "*space"],
     reference_mask: Bool[np.ndarray, "..."],
     spacing: Sequence[float],
+    directions: Float64[np.ndarray, "axis world"] | None,
 ) -> None:
     if prediction_mask.dtype != np.bool_ or reference_mask.dtype != np.bool_:
         raise TypeError(
@@ -123,6 +153,11 @@ def _check(
             f"expected a positive spacing in mm for each of {prediction_mask.ndim} axes, got "
             f"{tuple(spacing)}; read it from the image's header"
         )
+    if directions is not None and len(directions) != prediction_mask.ndim:
+        raise ValueError(
+            f"expected a direction for each of {prediction_mask.ndim} axes, got {len(directions)}; "
+            f"read them from the image's grid"
+        )
 
 
 def _bounding_box(mask: Bool[np.ndarray, "*space"]) -> tuple[slice, ...]:
@@ -138,11 +173,9 @@ def _bounding_box(mask: Bool[np.ndarray, "*space"]) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _surface(
-    mask: Bool[np.ndarray, "*space"], scale: Float64[np.ndarray, "axis"]
-) -> Float64[np.ndarray, "voxel axis"]:
-    """Centres of the mask's surface voxels, in mm."""
-    return np.asarray(np.argwhere(mask & ~binary_erosion(mask)) * scale)
+def _surface(mask: Bool[np.ndarray, "*space"]) -> Int64[np.ndarray, "voxel axis"]:
+    """Indices of the mask's surface voxels."""
+    return np.argwhere(mask & ~binary_erosion(mask))
 
 
 def _nearest(

@@ -27,7 +27,6 @@ from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
     TOLERANCE_MM,
     Measure,
-    check_reference,
     measure_maps,
     members,
 )
@@ -245,7 +244,8 @@ def explain_volume(
         predictor: of the model; make it with `skip_empty=False`, or cells of windows that nobody
             asked about count as cells that let nothing through.
         volume: the scan.
-        reference: its labels on the same grid; the model's own labels stand in if None.
+        reference: its labels on the same grid, its axes stored in any order; the model's own labels
+            stand in if None.
         name: what to call the scan on the page and in files.
         tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
             at it.
@@ -268,7 +268,7 @@ def explain_volume(
     description = predictor.model.description
     labelling = description.labelling
     if reference is not None:
-        check_reference(reference, volume, f"{name}: the reference")
+        reference = reference.onto(volume.grid, what=f"{name}: the reference", whose="the scan")
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,

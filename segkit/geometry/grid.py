@@ -6,6 +6,7 @@ The centre of voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
 import numpy as np
@@ -15,6 +16,10 @@ from numpy import ndarray
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 ANISOTROPY = 3.0
 """An axis that is more than this many times coarser than the finest is resampled apart."""
+SAME_STEP = 0.01
+"""From a voxel to the next, two grids that agree differ by at most this share of a voxel."""
+SAME_PLACE = 0.1
+"""Over the whole volume, they differ by at most this share of a voxel."""
 
 
 def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | None:
@@ -31,6 +36,25 @@ def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | No
     return None
 
 
+def are_sheared(directions: Float[ndarray, "axis world"]) -> bool:
+    """Whether axes, given as unit vectors, do not stand at right angles to each other.
+
+    Headers round: axes count as orthogonal up to a cosine of 1e-4 (0.006 degrees).
+    """
+    cosines = directions @ directions.T
+    return bool(np.abs(cosines - np.diag(np.diag(cosines))).max() > 1e-4)
+
+
+def ml_of_voxel(
+    spacing: Sequence[float], directions: Float[ndarray, "axis world"] | None = None
+) -> float:
+    """Volume in ml of a voxel of three axes: steps in mm along unit vectors, or at right angles."""
+    volume = prod(float(step) for step in spacing) / 1000
+    if directions is not None and are_sheared(directions):
+        volume *= abs(float(np.linalg.det(directions)))
+    return volume
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
     """A block of voxels in the world: a shape, and the affine that places voxel centres in mm."""
@@ -43,6 +67,16 @@ class Grid:
         """Distance between neighbouring voxel centres along each array axis, in mm."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
+
+    @property
+    def directions(self) -> Float[ndarray, "axis world"]:
+        """Unit vector along each array axis."""
+        return self.affine[:3, :3].T / np.linalg.norm(self.affine[:3, :3], axis=0)[:, None]
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in ml: the affine's determinant."""
+        return ml_of_voxel(self.spacing, self.directions)
 
     def world(self, index: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
         """World coordinates (mm) of voxel indices, which may be fractions."""
@@ -72,16 +106,58 @@ class Grid:
         return x, y, z
 
     def agrees_with(self, other: "Grid", *, tolerance: float | None = None) -> bool:
-        """Whether both grids have one shape and no corner lies further than `tolerance` mm off.
+        """Whether both grids have one shape and hold the same voxels in the same order.
 
-        By default that is a micrometre, or a tenth of the smallest voxel if that is less.
+        Headers round: a spacing of 0.703125 mm may be written as 0.7031, which comes to 2 % of a
+        voxel over 512 of them. So each voxel may lie up to a tenth of a voxel (along each axis)
+        from its namesake, and the step to the next voxel may differ by 1 % of a voxel. With a
+        `tolerance`, no corner may lie further off than so many mm along x, y or z instead.
         """
-        if self.shape != other.shape:
-            return False
         if tolerance is None:
-            tolerance = min(1e-3, 0.1 * min(self.spacing))
-        corners = np.stack(np.meshgrid(*[(0.0, size - 1.0) for size in self.shape]), axis=-1)
-        return bool(np.abs(self.world(corners) - other.world(corners)).max() <= tolerance)
+            return not self.difference_from(other)
+        corners = _corners(self.shape)
+        apart = np.abs(self.world(corners) - other.world(corners)).max()
+        return self.shape == other.shape and bool(apart <= tolerance)
+
+    def difference_from(self, other: "Grid") -> str:
+        """In what this grid differs from another and by how much, or '' if they agree.
+
+        It is part of a sentence, such as 'its first voxel lies 2 mm off, so that voxels lie up to 1
+        voxel apart'. The axes of both should run alike (`Orientation.between`).
+        """
+        own, its = np.array(self.spacing), np.array(other.spacing)
+        ends, corners = np.array(other.shape) - 1.0, _corners(other.shape)
+        step = self.affine[:3, :3] - other.affine[:3, :3]
+        shift = self.affine[:3, 3] - other.affine[:3, 3]
+        turn = self.affine[:3, :3] / own - other.affine[:3, :3] / its
+        per_voxel = [np.linalg.inv(grid.affine[:3, :3]) for grid in (self, other)]
+
+        def voxels(apart: Float[ndarray, "*points 3"]) -> float:
+            """The longest of distances in the world, in voxels of either grid along their axes."""
+            return max(float(np.abs(apart @ each.T).max()) for each in per_voxel)
+
+        apart = voxels(corners @ step.T + shift)
+        # An axis of one voxel has no next one.
+        steps = voxels((step * (ends > 0)).T)
+        if self.shape == other.shape and steps <= SAME_STEP and apart <= SAME_PLACE:
+            return ""
+        said = []
+        if self.shape != other.shape:
+            said.append(f"its shape is {_sizes(self.shape)}, not {_sizes(other.shape)}")
+        # Three parts add up to `apart`, and two to `steps`, so that one at least is told.
+        told = SAME_STEP / 3
+        if (np.abs(own / its - 1) * ends).max() > told:
+            sizes = _told_apart(self.spacing, other.spacing)
+            said.append(f"its spacing is {sizes[0]} mm, not {sizes[1]} mm")
+        if voxels(corners @ (turn * own).T) > told:
+            angle = np.degrees(2 * np.arcsin(np.linalg.norm(turn, axis=0).max() / 2))
+            said.append(f"its axes are turned by {angle:.3g} degrees")
+        if voxels(shift) > told:
+            said.append(f"its first voxel lies {np.linalg.norm(shift):.3g} mm off")
+        listed = " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
+        if self.shape != other.shape:
+            return listed
+        return f"{listed}, so that voxels lie up to {apart:.3g} voxels apart"
 
     def placed(
         self, shape: Sequence[int], stride: Sequence[float], offset: Sequence[float]
@@ -104,6 +180,23 @@ class Grid:
         new = np.maximum(np.round(old / stride), 1).astype(int)
         offset = (old - 1) / 2 - stride * (new - 1) / 2
         return self.placed(new.tolist(), stride.tolist(), offset.tolist())
+
+
+def _corners(shape: Sequence[int]) -> Float[ndarray, "2 2 2 3"]:
+    return np.stack(np.meshgrid(*[(0.0, size - 1.0) for size in shape]), axis=-1)
+
+
+def _sizes(sizes: Sequence[float], digits: int = 9) -> str:
+    return "x".join(f"{size:.{digits}g}" for size in sizes)
+
+
+def _told_apart(one: Sequence[float], other: Sequence[float]) -> tuple[str, str]:
+    """Two sizes in as many digits as tell them apart, 3 at least."""
+    for digits in range(3, 17):
+        texts = _sizes(one, digits), _sizes(other, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 @dataclass(frozen=True)
@@ -132,6 +225,13 @@ class Orientation:
         )
         x, y, z = (bool(directions[world, axis] < 0) for world, axis in enumerate(order))
         return cls(order, (x, y, z))
+
+    @classmethod
+    def between(cls, grid: Grid, other: Grid) -> Self:
+        """How an array on a grid is turned so that its axes run as those of another grid do."""
+        directions = np.eye(4)
+        directions[:3, :3] = other.affine[:3, :3] / other.spacing
+        return cls.of(np.linalg.inv(directions) @ grid.affine)
 
     @property
     def code(self) -> str:

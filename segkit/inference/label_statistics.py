@@ -23,7 +23,7 @@ def label_statistics(
     assert labels.grid.agrees_with(image.grid), "labels lie on their image's grid"
     values = image.data.reshape(*image.grid.shape, -1)
     highest = max(len(labelling.value_names) - 1, int(labels.data.max()))
-    voxel_ml = abs(float(np.linalg.det(labels.grid.affine[:3, :3]))) / 1000
+    voxel_ml = labels.grid.voxel_ml
     structures: dict[str, dict[str, Any]] = {}
     counts = _sums(labels.data, np.ones_like(labels.data, np.uint8), highest)
     for name, numbers in labelling.members.items():

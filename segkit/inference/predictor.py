@@ -12,7 +12,7 @@ labels of the whole volume in memory.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from segkit.inference.engines.out_of_memory import SparingCouncil
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import MergedRows, merge
 from segkit.inference.model_walk import (
+    WINDOWS_ON_GPU,
     ModelWalk,
     PredictionOptions,
     PredictionSettings,
@@ -48,6 +49,10 @@ PIECE_OF_SOURCE = 2**22
 """Numbers, one for each voxel and class, that a slab is resampled to at once …"""
 VOXELS = 2**18
 """… or voxels, if only labels are asked for."""
+
+
+TIMES_ON_GPU = 64
+"""A GPU resamples so many times as much at once: it has no cache to fill, and each call costs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +96,10 @@ class Predictor:
         device: 'auto' (the default: a GPU if there is one), 'cpu', 'cuda' or any name of torch's.
         overlap: share of a window that neighbours have in common, from 0 to below 1; 0.5 by
             default.
-        batch_size: windows, and mirror images of them, per call of the network; 1 by default.
-        precision: of the network's arithmetic, such as `torch.bfloat16`; float32 by default. Sums
-            over windows are always float32.
+        batch_size: windows, and mirror images of them, per call of the network; by default 1, and 4
+            on a GPU.
+        precision: of the network's arithmetic, such as `torch.float32`, which is the default on a
+            CPU; on a GPU it is `torch.float16`. Sums over windows are always float32.
         tta: whether the logits of each window are averaged over its mirror images along the axes
             that the model was trained to mirror; False by default.
         skip_empty: whether windows under which the volume is 0 throughout are background, without
@@ -112,7 +118,7 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
-        self.settings = PredictionSettings(**options)
+        self.settings = PredictionSettings(**options).settled()
         self.members = [ModelWalk(model, self.settings) for model in models]
         self.model = models[0]
         """The first, and its layout of windows."""
@@ -191,7 +197,7 @@ class Predictor:
             ModelError: the channels do not fit, or the network's output is not finite.
             VolumeError: voxels are not finite numbers.
         """
-        images = self._prepare_all(volume, first_labels, track)
+        images = self._prepare_all(volume, first_labels, track, on_device=True)
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
@@ -228,7 +234,7 @@ class Predictor:
         turned = first.orientation.turn(labels)[first.box]
         for start, verdict in self._verdicts(walks, probabilities, uncertainty):
             rows = slice(start, start + verdict.labels.shape[-1])
-            turned[:, :, rows] = verdict.labels.cpu().numpy()
+            turned[:, :, rows] = as_small(verdict.labels, kind).cpu().numpy()
             for name, values in (
                 ("probabilities", verdict.probabilities),
                 ("entropy", verdict.entropy),
@@ -264,7 +270,12 @@ class Predictor:
         return self._prepare_all(volume, first_labels, track)[0]
 
     def _prepare_all(
-        self, volume: Volume, first_labels: Volume | None, track: TrackSlabs
+        self,
+        volume: Volume,
+        first_labels: Volume | None,
+        track: TrackSlabs,
+        *,
+        on_device: bool = False,
     ) -> list[Prepared]:
         """The volume as each network sees it; those that see it alike share one image."""
         self._check(volume)
@@ -275,7 +286,7 @@ class Predictor:
             said = None
             if stages:
                 said = first_labels or majority([one(volume, track=track).labels for one in stages])
-            images[member.preparation] = member.prepare(volume, said)
+            images[member.preparation] = member.prepare(volume, said, on_device=on_device)
         return [images[member.preparation] for member in self.members]
 
     def _verdicts(
@@ -285,6 +296,8 @@ class Predictor:
         voxels = PIECE_OF_SOURCE // len(self.model.description.labelling.outputs)
         if len(walks) == 1 and not shares and not uncertainty:
             voxels = VOXELS
+        if self.members[0].device.type == "cuda":
+            voxels *= TIMES_ON_GPU
         consult = SparingCouncil(shares=shares, uncertainty=uncertainty)
         for start, rows in merge(walks):
             for first, few in pieces(rows, voxels=voxels):
@@ -315,10 +328,23 @@ def segment_prepared(
 
     `written` are the numbers of regions, in order, where the network's outputs are regions.
     """
-    engine = TorchEngine(network, device=next(network.parameters()).device)
+    device = next(network.parameters()).device
+    on_gpu = device.type == "cuda"
+    # On a GPU in the precision that training is in.
+    half = on_gpu and torch.is_autocast_enabled("cuda")
+    precision = torch.get_autocast_dtype("cuda") if half else torch.float32
+    engine = TorchEngine(network, device=device, precision=precision)
     layout = window_layout(network, patch_size, overlap)
-    slabs = stream(image, lambda windows: engine(windows, ()), layout)
+    batch_size = WINDOWS_ON_GPU if on_gpu else 1
+    slabs = stream(image, lambda windows: engine(windows, ()), layout, batch_size=batch_size)
     return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])
+
+
+def as_small(labels: Tensor, kind: np.dtype[Any]) -> Tensor:
+    """Labels of a GPU in a small type, so that less has to be copied to the host."""
+    if labels.device.type == "cpu":
+        return labels
+    return labels.to(torch.uint8 if kind.itemsize == 1 else torch.int32)
 
 
 def _check_alike(models: Sequence[Model]) -> None:
@@ -337,7 +363,11 @@ def _check_alike(models: Sequence[Model]) -> None:
 
 
 def _present(members: Sequence[list[Tensor]], names: list[str]) -> dict[str, float] | None:
-    told = [torch.stack(windows).amax(dim=0).float().sigmoid() for windows in members if windows]
+    told = [
+        torch.stack([window.cpu() for window in windows]).amax(dim=0).float().sigmoid()
+        for windows in members
+        if windows
+    ]
     if not told:
         return None
     return dict(zip(names, torch.stack(told).mean(dim=0).tolist(), strict=True))

@@ -21,6 +21,8 @@ from segkit.geometry.resample import resample
 
 AT_ONCE = 2**20
 """Numbers, one for each voxel and class, of which labels are made at once: a cache holds them."""
+AT_ONCE_ON_GPU = 2**28
+"""The same on a GPU, where each piece costs a call and a gigabyte is little."""
 WALK_AXIS = 2
 """Slabs advance from foot to head, along which most volumes are stored slowest."""
 
@@ -65,7 +67,8 @@ class SourceRows:
         Of regions, the number of the last whose probability is above one half.
         """
         x, y, rows = self.positions
-        step = max(AT_ONCE // (len(y) * len(rows) * self.num_classes), 1)
+        at_once = AT_ONCE if self.logits.device.type == "cpu" else AT_ONCE_ON_GPU
+        step = max(at_once // (len(y) * len(rows) * self.num_classes), 1)
         classes = slice(0, self.num_classes)
         blocks = []
         for first in range(0, len(x), step):

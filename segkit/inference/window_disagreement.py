@@ -39,8 +39,9 @@ class WindowSpread:
         """Put the squares of each map beside it."""
         for key in self.keys:
             values = outputs[key].float()
-            centre = self.centres.setdefault(key, float(values.mean()))
-            outputs[key + SQUARES] = (values - centre) ** 2
+            if key not in self.centres:
+                self.centres[key] = float(values.mean())
+            outputs[key + SQUARES] = (values - self.centres[key]) ** 2
 
     def deviation(
         self,

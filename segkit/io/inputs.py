@@ -133,13 +133,15 @@ def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
         return read_series(choose_series(source.files[0], source.series))
-    parts = [read_volume(file) for file in source.files]
-    for file, part in zip(source.files, parts, strict=True):
-        if not part.grid.agrees_with(parts[0].grid):
-            raise VolumeError(f"{file}: lies on another grid than {source.files[0].name}")
-    if len(parts) == 1:
-        return parts[0]
-    return parts[0].like(np.stack([part.data for part in parts], axis=3))
+    first = read_volume(source.files[0])
+    if len(source.files) == 1:
+        return first
+    others = [
+        read_volume(file).onto(first.grid, what=f"{file}:", whose=source.files[0].name)
+        for file in source.files[1:]
+    ]
+    channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]
+    return first.like(np.concatenate(channels, axis=3))
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:

@@ -67,9 +67,9 @@ def read_metaimage_header(path: Path) -> Layout:
         if fields.get(name, values[0]) not in values:
             raise VolumeError(f"expected {name} to be {values[0]}, found {fields[name][:60]}")
     num = int(fields["NDims"])
-    if num not in (2, 3):
-        raise VolumeError(f"expected two or three axes, found {num}")
     sizes = [int(word) for word in fields["DimSize"].split()]
+    if num < 2 or any(size > 1 for size in sizes[3:]):
+        raise VolumeError(f"expected two or three axes, found {num}")
     channels = int(fields.get("ElementNumberOfChannels", "1"))
     if len(sizes) != num or min([*sizes, channels]) < 1:
         raise ValueError(
@@ -78,7 +78,7 @@ def read_metaimage_header(path: Path) -> Layout:
     kind = fields["ElementType"].removesuffix("_ARRAY")
     if kind not in KINDS:
         raise VolumeError(f"expected one real number per voxel, found {kind}")
-    x, y, z = (*sizes, 1)[:3]
+    x, y, z = (*sizes, 1)[:3]  # those beyond are of size 1
     compressed = _yes(fields, "CompressedData")
     start = int(fields.get("HeaderSize", "0")) if beside else end
     if start < (0 if compressed else -1):
@@ -89,7 +89,7 @@ def read_metaimage_header(path: Path) -> Layout:
         _affine(fields, num),
         0 if compressed else start,
         stream=start if compressed else None,
-        channels=channels if channels > 1 else None,
+        channels=channels,
         channels_first=True,
         file=file_beside(path, fields["ElementDataFile"]) if beside else None,
     )
@@ -135,8 +135,9 @@ def _affine(fields: dict[str, str], num: int) -> ndarray:
             f"{len(matrix)} and {len(origin)}"
         )
     # Each row of the matrix is the direction of one axis.
-    affine[:num, :num] = np.array(matrix).reshape(num, num).T * spacing
-    affine[:num, 3] = origin
+    placed = min(num, 3)
+    affine[:placed, :placed] = (np.array(matrix).reshape(num, num).T * spacing)[:placed, :placed]
+    affine[:placed, 3] = origin[:placed]
     affine[:2] *= -1  # from LPS to RAS
     return affine
 

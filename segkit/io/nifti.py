@@ -8,6 +8,7 @@ standard would put the first voxel at 0. Spacing is in mm, whatever the file's u
 
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ from segkit.io.voxel_bytes import GZIP, Layout, inflated
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
 CODES = range(6)
 """Of a qform or sform, from unknown to a template's space."""
+LONGEST_QUATERNION = 1.0001
+"""Of what is left of 1 by rounding to a few decimals."""
 LENGTH = 540
 """Of a NIfTI-2 header, the longer, in bytes."""
 # The length of each version's header, which is its first number; its magic, and where that stands.
@@ -47,6 +50,7 @@ def read_nifti_header(path: Path) -> tuple[Nifti1Header, Layout, tuple[float, fl
     header = _parsed(block)
     shape = _checked_shape(header)
     _check_placing(header, len(shape))
+    _shorten_quaternion(header)
     header.check_fix(logger=_unheard)
     kind = header.get_data_dtype()
     if kind.kind not in "iuf" or kind.itemsize > 8:
@@ -63,7 +67,7 @@ def read_nifti_header(path: Path) -> tuple[Nifti1Header, Layout, tuple[float, fl
         millimetre_affine(header),
         offset,
         stream=0 if compressed else None,
-        channels=shape[-1] if len(shape) > 3 else None,
+        channels=math.prod(shape[3:]),
     )
     scaling = (1.0 if slope is None else slope, 0.0 if intercept is None else intercept)
     return header, layout, scaling
@@ -128,11 +132,11 @@ def _parsed(block: bytes) -> Nifti1Header:
 
 
 def _checked_shape(header: Nifti1Header) -> tuple[int, ...]:
-    """Two or three axes of space and at most one of channels."""
+    """Two or three axes of space, and at most one of channels among axes of size 1."""
     if not 1 <= int(header["dim"][0]) <= 7:
         raise ValueError(f"expected 1 to 7 axes, found {int(header['dim'][0])}")
     shape = tuple(int(size) for size in header.get_data_shape())
-    if not 2 <= len(shape) <= 5 or (len(shape) == 5 and shape[3] != 1) or min(shape) < 1:
+    if len(shape) < 2 or sum(size > 1 for size in shape[3:]) > 1 or min(shape) < 1:
         raise VolumeError(
             f"expected two or three axes and at most one of channels, found shape {shape}"
         )
@@ -149,6 +153,26 @@ def _check_placing(header: Nifti1Header, num_axes: int) -> None:
     if int(header["sform_code"]) == 0 and not ((sizes > 0) & np.isfinite(sizes)).all():
         raise VolumeError(
             f"expected voxel sizes above zero, found {sizes.tolist()} mm; repair its header"
+        )
+
+
+def _shorten_quaternion(header: Nifti1Header) -> None:
+    """Bring to length 1 the quaternion of a qform that is longer by rounding, as ITK and FSL do.
+
+    nibabel takes a little more than 1 itself; the header then stays as it is.
+    """
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    length = math.hypot(*(float(header[name]) for name in names))
+    taken = math.sqrt(1 + float(header.quaternion_threshold))
+    if int(header["qform_code"]) == 0 or not length >= taken:
+        return
+    if length <= LONGEST_QUATERNION:
+        for name in names:
+            header[name] = float(header[name]) / length
+    elif int(header["sform_code"]) == 0:
+        raise VolumeError(
+            f"expected a qform whose quaternion has the length 1, found {length:g}; repair its "
+            f"header"
         )
 
 

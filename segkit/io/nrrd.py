@@ -80,8 +80,9 @@ def read_nrrd_header(path: Path) -> Layout:
         )
     places = _channel_axes(fields, len(sizes))
     along = [axis for axis in range(len(sizes)) if axis not in places]
-    if len(along) not in (2, 3):
+    if len(along) < 2 or any(sizes[axis] > 1 for axis in along[3:]):
         raise VolumeError(f"expected two or three axes, found {len(along)}")
+    places = [axis for axis in places if sizes[axis] > 1]
     if len(places) > 1 or (places and places[0] not in (0, len(sizes) - 1)):
         raise VolumeError(f"expected one axis of channels, the first or last, found {places}")
     x, y, z = (*(sizes[axis] for axis in along), 1)[:3]
@@ -179,8 +180,8 @@ def _kind(fields: dict[str, str]) -> np.dtype[Any]:
 def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
     """Of steps of 1 mm where the header is silent, as it was in the days before spaces."""
     affine = np.eye(4)
-    num = len(along)
-    space = fields.get("space", "lps").lower()
+    num, placed = len(along), min(len(along), 3)
+    space = fields.get("space", "lps").lower().removesuffix("-time")
     if space not in SIGNS:
         raise VolumeError(f"expected a patient's space such as LPS, found {space}")
     units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
@@ -190,10 +191,10 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
         vectors = _vectors(fields["space directions"])
         if len(vectors) != num_axes:
             raise ValueError(f"expected {num_axes} space directions, found {len(vectors)}")
-        for column, axis in enumerate(along):
-            affine[:num, column] = _of_length(num, vectors[axis])
+        for column, axis in enumerate(along[:3]):
+            affine[:placed, column] = _of_length(num, vectors[axis])[:placed]
         if "space origin" in fields:
-            affine[:num, 3] = _of_length(num, *_vectors(fields["space origin"]))
+            affine[:placed, 3] = _of_length(num, *_vectors(fields["space origin"]))[:placed]
     elif "space" in fields or "space origin" in fields:
         raise ValueError("it has a space and no space directions")
     elif "spacings" in fields:
@@ -202,7 +203,7 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
             raise ValueError(f"expected {num_axes} spacings, found {len(sizes)}")
         if not all(0 < sizes[axis] < np.inf for axis in along):
             raise VolumeError(f"expected voxel sizes above zero, found {sizes} mm")
-        affine[range(num), range(num)] = [sizes[axis] for axis in along]
+        affine[range(placed), range(placed)] = [sizes[axis] for axis in along[:3]]
     return np.array([*SIGNS[space], 1])[:, None] * affine
 
 

@@ -6,6 +6,7 @@ nibabel, NRRD and MetaImage by SimpleITK. It does not read them, because it cras
 files and returns wrong voxels for others (docs/volumes.md has the counts).
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid
+from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import whole
 from segkit.io.disk_arrays import release
 from segkit.io.metaimage import read_metaimage_header
@@ -36,9 +37,14 @@ SUFFIXES = (*WRITTEN_SUFFIXES, *ONE_FILE)
 """Of volumes that are read."""
 SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
+QFORM_TOLERANCE = 0.01
+"""Millimetres that a qform may lie off the sform; one of a sheared affine lies further off."""
 FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
+ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
+"""How far labels may lie from whole numbers: in all, as a share of the number, and at most."""
 Read = TypeVar("Read")
+logger = logging.getLogger(__name__)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -66,6 +72,28 @@ class Volume:
     def on(self, grid: Grid, data: ndarray) -> "Volume":
         """Values on another grid of the same world, such as a coarser one."""
         return Volume(data, grid, self.header)
+
+    def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
+        """The same voxels on a grid that holds them too, in the order that it has them in.
+
+        A file may store the axes of a scan in another order or direction than another, and their
+        headers may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
+
+        Args:
+            grid: of another volume.
+            what: this volume, for the error.
+            whose: the other volume, for the error.
+
+        Raises:
+            VolumeError: the grids hold different voxels; it says in what they differ.
+        """
+        turn = Orientation.between(self.grid, grid)
+        if difference := turn.turn_grid(self.grid).difference_from(grid):
+            raise VolumeError(
+                f"{what} lies on another grid than {whose}: {difference}; resample one onto the "
+                f"other"
+            )
+        return self.on(grid, turn.turn(self.data))
 
 
 def suffix_of(path: Path) -> str:
@@ -107,7 +135,8 @@ def read_volume(path: str | Path) -> Volume:
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
-        the file scales them); a 2D image has one slice. The grid is in mm, RAS+.
+        the file scales them); a 2D image has one slice. Axes of size 1 beyond the third are
+        dropped. The grid is in mm, RAS+.
 
     Raises:
         VolumeError: there is no such file, it is damaged, or it is not a volume; in one sentence.
@@ -130,18 +159,52 @@ def read_labels(path: str | Path) -> Volume:
         The labels, (x, y, z), int64, 0 for the background.
 
     Raises:
-        VolumeError: as `read_volume` does, and for values that are not whole numbers from 0 on, one
-            per voxel.
+        VolumeError: as `read_volume` does, and for values that are not whole numbers from 0 on, but
+            for rounding, one per voxel.
 
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
     volume = read_volume(path)
+    expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
+    if volume.data.ndim != 3:
+        raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
+    values = whole_numbers(volume.data, path)
     with np.errstate(invalid="ignore"):
-        whole = volume.data.astype(np.int64)
-    if volume.data.ndim != 3 or not np.array_equal(whole, volume.data) or whole.min() < 0:
-        raise VolumeError(f"{path}: expected whole numbers from 0 on, one per voxel, as labels")
+        whole = values.astype(np.int64)
+    strange = values[(whole != values) | (whole < 0)]
+    if len(strange):
+        raise VolumeError(f"{expected}, found {in_full(strange[0])}")
     return volume.like(whole)
+
+
+def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
+    """Values of a label file in which what is whole but for rounding is whole.
+
+    A file that scales its values, or a program that resaves them, turns a 3 into 2.9999999993. The
+    nearest whole number is taken within 0.001 of it or, in large numbers, within 5e-7 of their
+    size, a few last digits of single precision. Other values stay, to be refused.
+
+    Args:
+        values: as read.
+        path: their file, for the log.
+    """
+    if values.dtype.kind != "f":
+        return values
+    with np.errstate(invalid="ignore"):
+        nearest = np.rint(values)
+        off = np.abs(values - nearest)
+        near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
+    farthest = off.max(where=near, initial=0)
+    if not farthest:
+        return values
+    logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
+    return np.where(near, nearest, values)
+
+
+def in_full(value: Any) -> str:
+    """A number in as many digits as tell it from its neighbours, whole ones without a point."""
+    return str(value).removesuffix(".0")
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -180,7 +243,8 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume whole or not at all.
 
     On the grid that its header describes, affine, qform, sform, their codes and units are the
-    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm.
+    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm. A
+    qform cannot hold sheared axes: its code is then 0, so that no reader uses it.
     Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
     and MetaImage the whole is put together in memory.
 
@@ -319,6 +383,10 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
         header.set_xyzt_units("mm")
         header.set_sform(volume.grid.affine, code)
         header.set_qform(volume.grid.affine, code, strip_shears=True)
+        by_sform = Grid(volume.grid.shape, header.get_sform())
+        by_qform = Grid(volume.grid.shape, header.get_qform())
+        if not by_qform.agrees_with(by_sform, tolerance=QFORM_TOLERANCE):
+            header["qform_code"] = 0
     data = volume.data.reshape(shape, order="A")
     if isinstance(header, Nifti2Header):
         return Nifti2Image(data, None, header)

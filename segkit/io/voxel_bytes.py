@@ -43,7 +43,7 @@ class Layout:
     stream: int | None = None
     """Where in the file a compressed stream begins, if one does."""
     channels: int | None = None
-    """The size of an axis of channels, if there is one."""
+    """The size of an axis of channels, if there is one; one of size 1 is dropped."""
     channels_first: bool = False
     """Whether channels are stored faster than x; else they are slower than z."""
     file: Path | None = None
@@ -114,7 +114,7 @@ def read_voxels(header: Path, layout: Layout) -> ndarray:
         values = np.empty(count, layout.kind)
         _fill(values.view(np.uint8), inflated(path, layout.stream), offset)
     values = values.astype(layout.kind.newbyteorder("="), copy=False)
-    if layout.channels is None:
+    if layout.channels in (None, 1):
         return values.reshape(layout.space, order="F")
     if layout.channels_first:
         mixed = values.reshape((layout.channels, *layout.space), order="F")

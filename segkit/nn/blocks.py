@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
+from segkit.nn.normalisation import (
+    GroupNormalisation,
+    InstanceNormalisation,
+    normalise_and_activate,
+)
 
 Features: TypeAlias = Float[Tensor, "batch channel *space"]
 """Features on a grid of two or three dimensions."""
@@ -94,8 +98,10 @@ class ConvolutionBlock(nn.Module):
         self, features: Float[Tensor, "batch in_channel *space"]
     ) -> Float[Tensor, "batch out_channel *strided"]:
         """The convolved features."""
-        output: Tensor = self.layers(features)
-        return output
+        layers = iter(self.layers)
+        for convolve in layers:
+            features = normalise_and_activate(next(layers), next(layers), convolve(features))
+        return features
 
 
 class Modulated(nn.Module):

@@ -1,12 +1,13 @@
 """A plan as the config of a training, with the reason beside each value."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from segkit.config.data import DataConfig
 from segkit.config.dataset_files import FilesConfig
 from segkit.planning.plan import Plan
 
@@ -26,6 +27,7 @@ def sections_of(
     steps: int,
     why_steps: str,
     own_schedule: bool,
+    labels: Sequence[str],
     accelerator: str | None,
     first_stage: Path | None,
 ) -> Sections:
@@ -38,12 +40,18 @@ def sections_of(
         steps: of the training.
         why_steps: the reason for them.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
+        labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves it to the training.
         first_stage: the run whose labels go beside the image, if there are two stages.
     """
     why = plan.reasons
     nonzero = {channel.kind for channel in plan.normalisation} == {"zscore nonzero"}
     shallow: Any = {"kind": "additive_grid", "levels": [0]}
+    mirroring = DataConfig(
+        folder=folder,
+        patch_size=list(plan.patch_size),
+        mirror=["x", "y", "z"] if own_schedule else None,
+    )
     gates = {"skip": shallow if len(plan.channels) == 2 else "additive_grid"}
     return {
         "data": {
@@ -58,7 +66,7 @@ def sections_of(
                 {"kind": "zscore", "nonzero": True} if nonzero else None,
                 why["normalisation"],
             ),
-            "mirror": (["x", "y", "z"] if own_schedule else None, ""),
+            "mirror": (mirroring.mirrored(labels), mirroring.mirrored_because(labels)),
             "first_stage": (
                 first_stage and [str(first_stage)],
                 f"{why['low_resolution']} The labels that it finds there go beside the image; "

@@ -11,14 +11,16 @@ from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.training import Config
+from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.variation import build_variation
 from segkit.model.build import build_network
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
-from segkit.planning.speed import measured_once, multiply_adds_per_second, step_seconds
+from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import choose_device, half_pays, num_cores
+from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
 
 Preset = Literal["auto", "nnunet"]
 
@@ -27,6 +29,8 @@ PLANNED_STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
 SHARE_OF_STEPS = 0.9
 """Of the time; the rest is for validation, augmentation and preparing the cases."""
 GPU_STEPS = 20_000
+"""For a card that this machine has not, whose speed is not known."""
+DEFAULT_MEMORY = 8e9
 SPEED = "speed.json"
 """The file in the cache with what was timed on this processor, so that a plan can be repeated."""
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
@@ -60,6 +64,7 @@ class _Task:
     files: FilesConfig | None
     dataset: Dataset
     fingerprint: Fingerprint
+    device: torch.device
     accelerator: str | None
     """Of the training: 'cpu' or 'gpu', if it was asked for."""
     own_schedule: bool
@@ -80,7 +85,12 @@ class _Task:
             return plan_for_memory(
                 numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
             )
-        speed = measured_once(self.figures, {"what": "multiply-adds"}, multiply_adds_per_second)
+        speed = measured_once(
+            self.figures,
+            {"what": "multiply-adds"},
+            partial(multiply_adds_per_second, self.device),
+            self.device,
+        )
         return plan_for_time(
             numbers,
             spatial_dims=self.spatial_dims,
@@ -98,7 +108,7 @@ def plan_dataset(
     cache: str | Path | None = None,
     device: str = "auto",
     spatial_dims: int = 3,
-    gigabytes: float = 8.0,
+    gigabytes: float | None = None,
     minutes: float = 20.0,
     preset: Preset = "auto",
     runs: str | Path = "runs",
@@ -113,10 +123,11 @@ def plan_dataset(
         folder: the dataset's, with a dataset.json in it unless there are `files`.
         files: patterns or a table that name the files of each case.
         cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
-        device: 'auto', 'cpu' or 'cuda'. On a CPU the budget is `minutes`, on a GPU `gigabytes`.
+        device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
+            `gigabytes` by nnU-Net's rules, and not for a time.
         spatial_dims: 3 for volumes, 2 for slices.
-        gigabytes: 10⁹ bytes of a GPU's memory.
-        minutes: of training on a CPU; two stages share them.
+        gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
+        minutes: of training on this machine; two stages share them.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
         runs: the folder in which a second stage will find the first.
         track: shows progress.
@@ -134,15 +145,21 @@ def plan_dataset(
     cache = runs / ".cache" if cache is None else Path(cache)
     dataset = read_dataset(folder, files)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
-    on_cpu, own_schedule = choose_device(device).type == "cpu", preset == "nnunet"
+    chosen, own_schedule = choose_device(device), preset == "nnunet"
+    on_cpu = chosen.type == "cpu"
+    present = on_cpu or torch.cuda.is_available()
+    if gigabytes is None:
+        free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
+        gigabytes = round(free / 1e9, 1)
     task = _Task(
         folder,
         files,
         dataset,
         fingerprint(dataset, cache=cache, workers=workers, track=track),
+        device=chosen,
         accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
         own_schedule=own_schedule,
-        timed=on_cpu and not own_schedule,
+        timed=present and not own_schedule,
         spatial_dims=spatial_dims,
         gigabytes=gigabytes,
         minutes=minutes,
@@ -155,7 +172,8 @@ def plan_dataset(
         plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
     budget = f"{gigabytes:g} GB of memory"
     if task.timed:
-        budget = f"{share} minutes of training on this machine's CPU"
+        where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
+        budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {folder} ({size}) and {budget}."
     name = _run_name(folder)
@@ -182,6 +200,7 @@ def _planned(
         task.folder,
         task.files,
         own_schedule=task.own_schedule,
+        labels=list(task.dataset.labels),
         accelerator=task.accelerator,
         first_stage=first,
     )
@@ -192,7 +211,7 @@ def _planned(
     written = sections(steps=steps, why_steps=why_steps)
     if task.timed:
         seconds = _measured_step(task, checked(written), with_labels=first is not None)
-        steps, why_steps = _steps_within(task.minutes, seconds)
+        steps, why_steps = _steps_within(task.minutes, seconds, task.device)
         written = sections(steps=steps, why_steps=why_steps)
     return Planned(checked(written), text_of(name, written, heading), task.fingerprint, plan)
 
@@ -216,26 +235,42 @@ def _measured_step(task: _Task, config: Config, *, with_labels: bool) -> float:
         "batch_size": config.data.batch_size,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
-    return measured_once(task.figures, step, partial(seconds_of_step, config, description))
+    measure = partial(seconds_of_step, config, description, task.device)
+    return measured_once(task.figures, step, measure, task.device)
 
 
-def _steps_within(minutes: float, seconds: float) -> tuple[int, str]:
+def _steps_within(minutes: float, seconds: float, device: torch.device) -> tuple[int, str]:
     """What is left of the time goes into more steps: how many, and the sentence that says so."""
     affordable = minutes * 60 * SHARE_OF_STEPS / seconds
-    precision = "bfloat16" if half_pays() else "single precision"
+    half = precision_of(device)
+    precision = "single precision" if half == torch.float32 else str(half).removeprefix("torch.")
     return max(int(affordable) // 50 * 50, 50), (
         f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
         f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
     )
 
 
-def seconds_of_step(config: Config, description: ModelDescription) -> float:
-    """Seconds of a training step of a config's network on this CPU: the median of three."""
+def seconds_of_step(
+    config: Config, description: ModelDescription, device: torch.device = CPU
+) -> float:
+    """Seconds of a training step of a config's network on a device of this machine."""
     batch, patch = config.data.batch_size, description.volume_patch
-    image = torch.zeros(batch, description.channels_in, *patch)
-    label = torch.zeros(batch, *patch, dtype=torch.long)
-    network = build_network(description)
-    return step_seconds(network, image, label, half=half_pays(), repeats=3)
+    network = build_network(description).to(device)
+    vary: Vary | None = None
+    margin: tuple[int, ...] = (0, 0, 0)
+    if device.type != "cpu":
+        vary, margin = build_variation(
+            config.data,
+            patch,
+            spacing=description.spacing,
+            labels=description.labelling.value_names,
+            first_classes=len(description.first_stage.classes) if description.first_stage else 0,
+        )
+    cut = [size + 2 * beyond for size, beyond in zip(patch, margin, strict=True)]
+    channels = len(description.channels) + (description.first_stage is not None)
+    image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
+    label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
+    return step_seconds(network, image, label.to(device), vary=vary, repeats=3)
 
 
 def _run_name(folder: Path) -> str:

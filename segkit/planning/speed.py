@@ -11,46 +11,103 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segkit.data.augment_spatial import Vary
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.network import SegmentationNetwork
-from segkit.nn.normalisation import channels_last
+from segkit.nn.normalisation import order_for
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import multiply_adds
-from segkit.system.resources import half_pays
+from segkit.system.graphed_step import record_step
+from segkit.system.resources import precision_of
 
 PROCESSORS = Path("/proc/cpuinfo")
 CHANNELS = (16, 32, 64)
 PATCH = (32, 32, 32)
+CHANNELS_ON_GPU = (32, 64, 128, 256)
+PATCH_ON_GPU = (96, 96, 96)
 BATCH = 2
+CPU = torch.device("cpu")
+CLIPPED = 12.0
+WARM_UP = 5
+REPEATS_ON_GPU = 20
 
 
 def step_seconds(
-    network: SegmentationNetwork, image: Tensor, label: Tensor, *, half: bool, repeats: int = 5
+    network: SegmentationNetwork,
+    image: Tensor,
+    label: Tensor,
+    *,
+    vary: Vary | None = None,
+    repeats: int = 5,
 ) -> float:
-    """Seconds of a training step on the CPU: the median of the repeats, after one to warm up.
+    """Seconds of a training step as training runs it on this device: the median of some.
 
-    The network's weights get the memory order that training gives them.
+    On a GPU the step is recorded and replayed, and the device is waited for after all steps.
+
+    Args:
+        network: that is trained, on the device, in the order that is fastest there.
+        image, label: a batch as it is cut, on the device.
+        vary: how a batch is varied; not at all if not given, and always so on a CPU, where the
+            plan's share for other work has it.
+        repeats: steps that are timed after those that warm up.
     """
-    channels_last(network)
-    optimiser = torch.optim.AdamW(network.parameters())
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            levels = network.train().supervised(image).levels
-        deep_dice_cross_entropy(levels, label, pool_batch=False).backward()
+    device = image.device
+    order_for(network, device)
+    network.train()
+    parameters = list(network.parameters())
+    optimiser = torch.optim.AdamW(parameters, fused=device.type == "cuda" or None)
+    half = precision_of(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device.type, dtype=half, enabled=half != torch.float32):
+            levels = network.supervised(image).levels
+        return (deep_dice_cross_entropy(levels, label, pool_batch=False),)
+
+    def varied() -> tuple[Tensor, Tensor]:
+        return (image, label) if vary is None else vary(image.float(), label, generator)
+
+    graphed = record_step(network, losses, *varied()) if device.type == "cuda" else None
+
+    def step() -> None:
+        if graphed is None:
+            losses(*varied())[0].backward()
+        else:
+            graphed(*varied())
+            torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
         optimiser.step()
-        optimiser.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+        if graphed is None:
+            optimiser.zero_grad()
+
+    if device.type != "cuda":
+        seconds = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:])
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(REPEATS_ON_GPU):
+        step()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / REPEATS_ON_GPU
 
 
-def measured_once(file: Path, figure: Mapping[str, Any], measure: Callable[[], float]) -> float:
+def measured_once(
+    file: Path,
+    figure: Mapping[str, Any],
+    measure: Callable[[], float],
+    device: torch.device = CPU,
+) -> float:
     """A figure of this processor, measured once and kept in a JSON file, so that plans agree.
 
-    The file knows it by the figure's name, the processor, the version of torch and its threads.
+    It is known by what it is a figure of, by the processor, by torch and by its threads; that of a
+    GPU by the card and by cuDNN as well.
     """
     about = {
         "figure": figure,
@@ -58,6 +115,9 @@ def measured_once(file: Path, figure: Mapping[str, Any], measure: Callable[[], f
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["cudnn"] = torch.backends.cudnn.version()
     about = json.loads(json.dumps(about))  # a tuple comes back as a list
     try:
         known = read_json_object(file)["measured"]
@@ -79,21 +139,26 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def multiply_adds_per_second() -> float:
-    """Multiply-adds in a second of training a small U-Net on this CPU, in its faster precision."""
-    steps: Sequence[tuple[int, int, int]] = ((2, 2, 2),) * (len(CHANNELS) - 1)
-    network = UNet(3, 1, out_channels=3, channels=CHANNELS, strides=steps)
-    image, label = torch.randn(BATCH, 1, *PATCH), torch.zeros(BATCH, *PATCH, dtype=torch.long)
+def multiply_adds_per_second(device: torch.device = CPU) -> float:
+    """Multiply-adds per second of a U-Net's training steps on a device, in its fastest precision.
+
+    The network is small on a CPU, and on a GPU large enough to fill it.
+    """
+    channels, size = (CHANNELS, PATCH) if device.type == "cpu" else (CHANNELS_ON_GPU, PATCH_ON_GPU)
+    steps: Sequence[tuple[int, int, int]] = ((2, 2, 2),) * (len(channels) - 1)
+    network = UNet(3, 1, out_channels=3, channels=channels, strides=steps).to(device)
+    image = torch.randn(BATCH, 1, *size, device=device)
+    label = torch.zeros(BATCH, *size, dtype=torch.long, device=device)
     per_step = (
         3
         * BATCH
         * multiply_adds(
-            channels=CHANNELS,
+            channels=channels,
             strides=steps,
-            kernels=((3, 3, 3),) * len(CHANNELS),
-            patch_size=PATCH,
+            kernels=((3, 3, 3),) * len(channels),
+            patch_size=size,
             in_channels=1,
             num_classes=3,
         )
     )
-    return per_step / step_seconds(network, image, label, half=half_pays())
+    return per_step / step_seconds(network, image, label)

@@ -35,6 +35,14 @@ def half_pays() -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
+def precision_of(device: torch.device) -> torch.dtype:
+    """The data type that a device trains and predicts fastest in, as far as it is known."""
+    if device.type == "cuda":
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if half else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and half_pays() else torch.float32
+
+
 def in_words(count: float) -> str:
     """Bytes as MB or GB (10⁶ and 10⁹)."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
@@ -45,6 +53,13 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the host's, that this process may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
 
 
 def free_memory() -> int:

@@ -32,7 +32,7 @@ from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.folder import SUMMARY, Model, save_model
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
-from segkit.nn.normalisation import channels_last
+from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
@@ -56,10 +56,13 @@ from segkit.training.run_folder import (
     new_run_folder,
     stopped_run,
 )
-from segkit.training.trainer import make_trainer, quietly, steps_between
+from segkit.training.trainer import guarded, make_trainer, steps_between
 from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
+
+RECORDED = {"network", "loss", "presence_loss"}
+"""Parts that a recorded step holds."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,8 @@ def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
         seed=config.train.seed,
         presence_loss=parts.presence_loss,
         presence_weight=head.weight if head else 0.0,
+        # What is not segkit's own may do what a recording would not repeat.
+        recorded=config.network.given is None and not RECORDED & set(parts.replaced),
     )
 
 
@@ -326,10 +331,11 @@ def _trained(
     logger.info(
         "%s: %d cases to train on, %d held out", folder, len(split.train), len(split.held_out)
     )
-    if config.network.given is None and trainer.strategy.root_device.type == "cpu":
-        channels_last(network)
+    logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
+    if config.network.given is None:
+        order_for(network, trainer.strategy.root_device)
     started = time.perf_counter()
-    with quietly(config):
+    with guarded(config, trainer.strategy.root_device):
         trainer.fit(
             module, datamodule=_data_of(parts, config), ckpt_path=checkpoint, weights_only=True
         )

@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
+from torch import nn
+from torch.optim import Optimizer
 
 _STEPS = "epoch_loop.batch_progress"
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
@@ -25,6 +27,25 @@ def is_first_process() -> bool:
 def log_by_true_step(trainer: L.Trainer) -> None:
     """Log by the true step: Lightning's own count is off in a resumed run."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def can_record(trainer: L.Trainer) -> bool:
+    """Whether a step's gradients may be set without Lightning: one process, and nothing scaled."""
+    plugin = trainer.precision_plugin
+    scaled = getattr(plugin, "scaler", None) is not None
+    return trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and not scaled
+
+
+def is_fused(optimiser: Optimizer) -> bool:
+    """Whether an optimiser updates all weights in one kernel, which Lightning clips no norm for."""
+    return bool(getattr(optimiser, "_step_supports_amp_scaling", False))
+
+
+def unscale(trainer: L.Trainer, optimiser: Optimizer) -> None:
+    """Take the scale of half precision off the gradients, if there is one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        scaler.unscale_(optimiser)
 
 
 def forget_validation(trainer: L.Trainer) -> None:
@@ -74,9 +95,25 @@ class MovableAverage(WeightAveraging):
             self._copy_average_to_current(pl_module)
 
     @property
+    def average(self) -> nn.Module:
+        """The averaged copy of the module."""
+        assert self._average_model is not None, "the average is made by `setup`"
+        averaged: nn.Module = self._average_model.module
+        return averaged
+
+    @property
     def updates(self) -> int:
         """The step of the last update."""
         return self._latest_update_step
+
+    @updates.setter
+    def updates(self, steps: int) -> None:
+        self._latest_update_step = steps
+
+    def tell_updates(self) -> None:
+        """Write their number where PyTorch's average keeps it, for a checkpoint."""
+        if self._average_model is not None:
+            self._average_model.n_averaged.fill_(self.updates)
 
 
 def end_record(tracker: WandbLogger, status: str) -> None:

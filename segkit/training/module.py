@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 
 from segkit.data.augment_spatial import Vary
-from segkit.errors import TrainingError
 from segkit.nn.gates import anneal
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
-from segkit.training.lightning_private import log_by_true_step
+from segkit.system.graphed_step import GraphedStep, record_step
+from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
+from segkit.training.loss_watch import LossWatch
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
 from segkit.training.validation import Validation
 
@@ -24,30 +26,6 @@ Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 PresenceLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits (batch, class) of each class's presence and the label (batch, voxels …) to a scalar.
 """
-
-
-class PendingLoss:
-    """A step's loss on its way to the host, which need not wait for the step that follows."""
-
-    def __init__(self, step: int, loss: Tensor, names: Sequence[str]) -> None:
-        self.step, self.names = step, names
-        self.value, self.arrived = loss.detach(), None
-        if loss.device.type == "cuda":
-            self.value = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            self.value.copy_(loss.detach(), non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def check(self) -> None:
-        """Raise TrainingError where the loss is no number."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        if not bool(self.value.isfinite()):
-            raise TrainingError(
-                f"the loss of step {self.step} is {float(self.value)}, its patches are of "
-                f"{', '.join(self.names) or 'unnamed cases'}; look at these images, or lower "
-                f"train.learning_rate, or set trainer.precision to 32-true"
-            )
 
 
 class SegmentationModule(L.LightningModule):
@@ -65,6 +43,8 @@ class SegmentationModule(L.LightningModule):
         seed: of the variations; step and process decide the rest.
         presence_loss: of the presence head's logits and the label, if the network has such a head.
         presence_weight: of that loss, beside 1 for the other.
+        recorded: whether a CUDA device may replay one recorded step (see `graphed_step`): network
+            and loss run the same operations at every step, and keep no count of their own.
     """
 
     def __init__(
@@ -81,6 +61,7 @@ class SegmentationModule(L.LightningModule):
         seed: int,
         presence_loss: PresenceLoss = presence_cross_entropy,
         presence_weight: float = 0.0,
+        recorded: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -95,26 +76,17 @@ class SegmentationModule(L.LightningModule):
         self.presence_loss = presence_loss
         self.presence_weight = presence_weight
         self.scores_of_cases: list[Tensor] = []
-        self.previous: PendingLoss | None = None
+        self.recorded = recorded
+        self.graphed: GraphedStep | None = None
+        self.losses = LossWatch()
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
         """The loss of one batch, varied anew."""
-        entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
-        seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
-        generator = Generator().manual_seed(seeds[0])
-        torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates
-        anneal(self.network, self.global_step / self.num_steps)
-        # In half precision the places that voxels are read at would be off by part of a voxel.
-        with torch.autocast(self.device.type, enabled=False):
-            image, label = self.vary(batch["image"], batch["label"], generator)
-        levels, presence = self.network.supervised(image)
-        loss = self.loss(levels, label)
-        if presence is not None:
-            presence_loss = self.presence_loss(presence, label)
-            self.log("train/presence_loss", presence_loss, batch_size=len(label))
-            loss = loss + self.presence_weight * presence_loss
-        self._check_previous()
-        self.previous = PendingLoss(self.global_step, loss, list(batch.get("name", ())))
+        image, label = self._varied(batch)
+        loss, *others = self._graphed(image, label) or self._losses(image, label)
+        if others:
+            self.log("train/presence_loss", others[0], batch_size=len(label))
+        self.losses.add(self.global_step, loss, list(batch.get("name", ())))
         self.log(
             "train/loss",
             loss,
@@ -124,34 +96,92 @@ class SegmentationModule(L.LightningModule):
         )
         return loss
 
+    def _varied(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """A batch as it is trained on; the seed, the step and the process decide how it varies."""
+        entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
+        generator = Generator().manual_seed(seeds[0])
+        torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates
+        anneal(self.network, self.global_step / self.num_steps)
+        # In half precision the places that voxels are read at would be off by part of a voxel.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vary(batch["image"].float(), batch["label"], generator)
+
+    def _losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """The loss, and that of the presence head, which is part of it, if there is one."""
+        levels, presence = self.network.supervised(image)
+        loss = self.loss(levels, label)
+        if presence is None:
+            return (loss,)
+        presence_loss = self.presence_loss(presence, label)
+        return loss + self.presence_weight * presence_loss, presence_loss
+
+    def _graphed(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """The same from a recorded step, which has set the gradients already; else nothing."""
+        if self.device.type != "cuda" or not self.recorded:
+            return ()
+        if self.graphed is None:
+            self.recorded = can_record(self.trainer)
+            if not self.recorded:
+                return ()
+            self.graphed = record_step(self.network, self._losses, image, label)
+            self.recorded = self.graphed is not None
+        if self.graphed is None:
+            return ()
+        if not self.graphed.fits(image, label):
+            self.graphed.make_room()
+            return ()
+        return self.graphed(image, label)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Set the gradients, unless a recorded step has done so."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Forget the last gradients; a recorded step writes over its own, where they must stay."""
+        if self.graphed is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient's norm, which Lightning refuses to do for a fused optimiser."""
+        if gradient_clip_val is not None and is_fused(optimizer):
+            unscale(self.trainer, optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(
+                optimizer,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
+            )
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log by the true step."""
         log_by_true_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """On a CPU, see to the loss at once: there is nothing to wait for."""
-        if self.device.type == "cpu":
-            self._check_previous()
+        """Raise TrainingError if a loss that has arrived on the host is no number."""
+        self.losses.check()
 
     def on_validation_start(self) -> None:
-        """See to the last loss before a checkpoint is kept."""
-        self._check_previous()
+        """See to the last losses before a checkpoint is kept."""
+        self.losses.check(wait=True)
 
     def on_train_epoch_end(self) -> None:
-        """See to the last loss, where nothing is validated."""
-        self._check_previous()
-
-    def _check_previous(self) -> None:
-        """Raise TrainingError where a loss is no number; on a GPU, one step late."""
-        if self.previous is not None:
-            self.previous.check()
-            self.previous = None
+        """See to the last losses, if nothing is validated."""
+        self.losses.check(wait=True)
 
     def validation_step(
         self, case: Mapping[str, Tensor], batch_index: int
     ) -> Integer[Tensor, "x y z"]:
         """The labels of one held-out case on the network's own grid; keeps its scores."""
-        prediction: Integer[Tensor, "x y z"] = self.validation.segment(self.network, case["image"])
+        image = case["image"].float()
+        prediction: Integer[Tensor, "x y z"] = self.validation.segment(self.network, image)
         self.scores_of_cases.append(self.validation.score(prediction, case["label"]).cpu())
         return prediction
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -26,7 +27,13 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
         )
     adamw = config.adamw
     betas = (adamw.highest_momentum, adamw.square_decay)
-    return partial(AdamW, lr=rate, weight_decay=decay, betas=betas, eps=adamw.epsilon)
+    return partial(_adamw, lr=rate, weight_decay=decay, betas=betas, eps=adamw.epsilon)
+
+
+def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
+    """AdamW, on a GPU in one kernel for all weights."""
+    held = list(parameters)
+    return AdamW(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
 
 def make_schedule(config: TrainConfig) -> MakeSchedule:

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from segkit.config.training import Config
-from segkit.errors import ConfigError
+from segkit.data.datamodule import workers_for
+from segkit.errors import ConfigError, TrainingError
 from segkit.system.workers import loading
 from segkit.training.csv_logger import MetricsFile
 from segkit.training.lightning_private import is_first_process
@@ -34,6 +36,10 @@ HARMLESS = (
 )
 
 
+LOGGED_ON_GPU = 50
+"""Steps between two lines of metrics on a GPU."""
+
+
 def steps_between(config: Config) -> int:
     """Steps between validations, or all steps if they are fewer."""
     return min(config.train.validate_every, config.train.steps)
@@ -49,7 +55,7 @@ def make_trainer(
     validated, every = bool(len(parts.validation.cases)), steps_between(config)
     metrics = metrics_of(folder)
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers"}),
             max_steps=config.train.steps,
             max_epochs=-1,
@@ -61,6 +67,7 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, every),
+            benchmark=True,  # shapes never change, so that the fastest kernels are worth finding
             callbacks=[
                 *_callbacks(parts, config, folder, validated),
                 *callbacks,
@@ -73,15 +80,33 @@ def make_trainer(
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+    if trainer.strategy.root_device.type == "cuda":
+        # A GPU has to be waited for to be logged, and takes more steps in the same time.
+        trainer.log_every_n_steps = min(LOGGED_ON_GPU, every)  # type: ignore[attr-defined]
+    return trainer
 
 
 @contextmanager
-def quietly(config: Config) -> Iterator[None]:
-    """Hide warnings that mean nothing here; raise WorkerError if a loader's process is killed."""
-    with warnings.catch_warnings(), loading(config.data.workers):
+def guarded(config: Config, device: torch.device) -> Iterator[None]:
+    """Hide warnings that mean nothing here, and tell in a sentence what ends a training.
+
+    Raises WorkerError if a loader's process is killed, and TrainingError if the device's memory
+    runs out.
+    """
+    workers = config.data.workers
+    count = workers_for(device) if workers == "auto" else workers
+    with warnings.catch_warnings(), loading(count):
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            voxels = "x".join(str(size) for size in config.data.patch_size)
+            raise TrainingError(
+                f"{device}: its memory holds no step of {config.data.batch_size} patches of "
+                f"{voxels} voxels with network.channels {config.network.channels}; lower "
+                f"data.batch_size or data.patch_size, or plan for less with segkit plan --memory"
+            ) from None
 
 
 def _callbacks(

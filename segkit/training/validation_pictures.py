@@ -72,7 +72,7 @@ class SamplePictures(Callback):
         shown = "no class in it" if scores.isnan().all() else mean
         self.rows.append(
             planes_of(
-                batch["image"][0].cpu().numpy(),
+                batch["image"][0].float().cpu().numpy(),
                 batch["label"].cpu().numpy(),
                 outputs.cpu().numpy(),
                 spacing=self.spacing,

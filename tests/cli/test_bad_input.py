@@ -162,7 +162,8 @@ def test_a_prediction_on_another_grid_than_its_reference_is_refused(
     code, err = segkit("evaluate", first, second)
     assert (code, err) == (
         2,
-        f"segkit: {first}: lies on another grid than {second}; resample it onto the reference's\n",
+        f"segkit: {first}: lies on another grid than {second}: its spacing is 1x1x1 mm, not "
+        "1.1x1.1x1.1 mm, so that voxels lie up to 0.3 voxels apart; resample one onto the other\n",
     )
 
 
@@ -217,7 +218,7 @@ def test_an_awkward_volume_is_explained(
 def test_a_dataset_of_awkward_images_is_planned_and_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segkit: Callable[..., tuple[int, str]]
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 20e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 20e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.01)
     data = small_dataset(tmp_path / "data")
     for number, values in enumerate((np.zeros((16, 16, 16)), np.full((2, 3, 4), 5), NOISE[:, :1])):

@@ -36,7 +36,9 @@ def test_check_names_the_case_whose_label_lies_elsewhere(
     values = np.asarray(label.dataobj).copy()
     nib.save(nib.Nifti1Image(values, np.diag([2.0, 1, 1, 1])), path)
     code, _, err = run("check", folder, capsys=capsys)
-    assert code == 2 and "case_1.nii.gz: its grid" in err
+    assert code == 2
+    assert "labelsTr/case_1.nii.gz: lies on another grid than case_1.nii.gz: its spacing is" in err
+    assert "2x1x1 mm, not 1x1x1 mm, so that voxels lie up to 15 voxels apart; resample" in err
 
 
 def test_what_was_checked_as_json(

@@ -1,6 +1,8 @@
 """`segkit train`: one stage or two, folds, and going on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 3e8)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 3e8)
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
     assert code == 0, err
@@ -100,7 +102,7 @@ def test_what_was_planned_and_trained_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda: 1e11)
+    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda *_: 1e11)
     small_dataset(tmp_path / "balls")
     words = ("plan", "balls", "--device", "cpu", "--minutes", "1", "--json")
     code, out, err = run(*words, capsys=capsys)
@@ -117,3 +119,11 @@ def test_what_was_planned_and_trained_as_json(
     assert (
         told["validation"] == json.loads(Path("runs/balls/summary.json").read_text())["validation"]
     )
+
+
+def test_lightning_says_nothing_of_its_own(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(small_config(small_dataset(tmp_path / "data"))))
+    words = [sys.executable, "-m", "segkit", "train", str(config), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

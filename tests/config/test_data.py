@@ -32,3 +32,36 @@ def test_a_model_is_told_what_training_mirrors() -> None:
 )
 def test_what_tells_left_from_right_is_not_mirrored(labels: list[str], axes: list[str]) -> None:
     assert data_config().mirrored(labels) == axes
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "said"),
+    [
+        (["liver"], {}, "Patches are mirrored along x; no label's name tells left from right."),
+        (
+            ["kidneyL", "kidneyR", "liver"],
+            {},
+            "Patches are not mirrored; 'kidneyL' and 'kidneyR' tell left from right.",
+        ),
+        (
+            ["rein gauche"],
+            {"mirror": ["x", "y", "z"]},
+            "Patches are mirrored along x, y and z, although 'rein gauche' tells left from right.",
+        ),
+        (
+            [f"rib {number} {side}" for number in range(3) for side in "LR"],
+            {"mirror": ["y"]},
+            "Patches are mirrored along y; 'rib 0 L', 'rib 0 R', 'rib 1 L', 'rib 1 R' and 2 "
+            "more tell left from right.",
+        ),
+        (
+            ["liver"],
+            {"augment": False},
+            "Patches are not mirrored; no label's name tells left from right.",
+        ),
+    ],
+)
+def test_what_is_mirrored_is_said_with_the_names_that_decide(
+    labels: list[str], settings: dict[str, object], said: str
+) -> None:
+    assert data_config(**settings).mirrored_because(["background", *labels]) == said

@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from segkit.data.dataset import CaseFiles, read_case, read_dataset
 from segkit.errors import DatasetError, SegkitError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
-from tests.helpers import affine_of
+from tests.helpers import STORED, affine_of, stored_otherwise
 
 SHAPE = (3, 4, 5)
 GRID = Grid(SHAPE, affine_of("LPS"))
@@ -215,8 +215,8 @@ def test_a_case_is_its_image_and_its_label(folder: Path) -> None:
     image, label = read_first(folder)
     assert_array_equal(image.data, image_of(0))
     assert_array_equal(label.data, label_of(0))
-    assert image.grid.agrees_with(GRID)
-    assert label.grid.agrees_with(GRID)
+    assert image.grid.agrees_with(GRID, tolerance=1e-3)
+    assert label.grid.agrees_with(GRID, tolerance=1e-3)
     assert label.data.dtype == np.uint8
 
 
@@ -249,6 +249,41 @@ def test_whole_numbers_of_any_type_are_labels(folder: Path, kind: str) -> None:
     _, label = read_first(folder)
     assert label.data.dtype == np.uint8
     assert_array_equal(label.data, label_of(0))
+
+
+@pytest.mark.parametrize("share", [-4e-4, -1e-7, -2.3e-10, 2.3e-10, 1e-7, 4e-4])
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_labels_that_are_whole_but_for_rounding_are_rounded(
+    folder: Path, share: float, kind: str
+) -> None:
+    save(folder / "labelsTr" / "anna.nii.gz", (label_of(0) * (1 + share)).astype(kind))
+    _, label = read_first(folder)
+    assert label.data.dtype == np.uint8
+    assert_array_equal(label.data, label_of(0))
+
+
+@pytest.mark.parametrize(("order", "flipped"), STORED)
+def test_label_and_channels_may_store_their_axes_in_any_order(
+    folder: Path, order: Sequence[int], flipped: Sequence[int]
+) -> None:
+    save(folder / "anna_0.nrrd", image_of(0)[..., 0])
+    save(folder / "anna_1.nrrd", *stored_otherwise(image_of(0)[..., 1], GRID, order, flipped))
+    save(folder / "labelsTr" / "anna.nii.gz", *stored_otherwise(label_of(0), GRID, order, flipped))
+    entry = {"image": ["anna_0.nrrd", "anna_1.nrrd"], "label": "labelsTr/anna.nii.gz"}
+    image, label = read_first(changed(folder, training=[entry]))
+    assert_array_equal(image.data, image_of(0))
+    assert_array_equal(label.data, label_of(0))
+    assert label.grid.agrees_with(image.grid, tolerance=0)
+
+
+def test_a_header_that_is_off_by_rounding_is_read_as_that_of_the_image(folder: Path) -> None:
+    affine = GRID.affine.copy()
+    affine[:3, :3] *= 0.99997
+    affine[:3, 3] += 0.004
+    save(folder / "labelsTr" / "anna.nii.gz", label_of(0), Grid(SHAPE, affine))
+    image, label = read_first(folder)
+    assert_array_equal(label.data, label_of(0))
+    assert label.grid.agrees_with(image.grid, tolerance=0)
 
 
 def test_labels_beyond_255_keep_their_numbers(folder: Path) -> None:
@@ -319,23 +354,42 @@ CASE_REFUSALS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "label off grid": (
         on_another_grid("labelsTr"),
         FIRST_LABEL,
-        r"its grid \(3x4x5 voxels of 0\.7x1\.3x4 mm, first at -81\.0, 23\.5, 141\.2\) is not that "
-        r"of anna\.nii\.gz, \(.*140\.2\); resample one onto the other",
+        r"lies on another grid than anna\.nii\.gz: its first voxel lies 1 mm off, so that voxels "
+        r"lie up to 0\.45 voxels apart; resample one onto the other",
     ),
     "image off grid": (
         on_another_grid("imagesTr"),
         FIRST_LABEL,
-        r"is not that of anna\.nii\.gz, \(.*141\.2\); resample one onto the other",
+        r"lies on another grid than anna\.nii\.gz: its first voxel lies 1 mm off, so that voxels "
+        r"lie up to 0\.45 voxels apart; resample one onto the other",
     ),
-    "cropped label": (cropped_label, FIRST_LABEL, r"its grid \(2x4x5 voxels .* is not that of"),
+    "cropped label": (
+        cropped_label,
+        FIRST_LABEL,
+        r"lies on another grid than anna\.nii\.gz: its shape is 2x4x5, not 3x4x5; resample",
+    ),
     "channels on two grids": (
         channels_apart,
         "anna_1.nrrd",
-        r"its grid \(2x4x5 voxels .* is not that of anna_0\.nrrd",
+        r"lies on another grid than anna_0\.nrrd: its shape is 2x4x5, not 3x4x5; resample",
     ),
     "undeclared label": (label_holding(3), FIRST_LABEL, f"holds label 3, {DECLARED}"),
     "negative label": (label_holding(-1), FIRST_LABEL, f"holds label -1, {DECLARED}"),
-    "fraction of a label": (label_holding(0.5), FIRST_LABEL, f"holds label 0.5, {DECLARED}"),
+    "fraction of a label": (
+        label_holding(0.5),
+        FIRST_LABEL,
+        f"holds label 0.5, {DECLARED}; labels are whole",
+    ),
+    "label just off 1": (
+        label_holding(1.002),
+        FIRST_LABEL,
+        rf"holds label 1\.002, {DECLARED}; lab",
+    ),
+    "label just off 2 in the seventh digit": (
+        label_holding(1.998901),
+        FIRST_LABEL,
+        rf"holds label 1\.998901, {DECLARED}; labels are whole",
+    ),
     "NaN label": (label_holding(float("nan")), FIRST_LABEL, f"holds label nan, {DECLARED}"),
     "two labels a voxel": (
         two_labels_a_voxel,
@@ -385,7 +439,7 @@ def test_the_real_hippocampi_are_listed_and_one_holds_what_is_declared(data_fold
     assert dataset.labels == {"background": 0, "Anterior": 1, "Posterior": 2}
     image, label = read_case(dataset.cases[0], dataset)
     assert sorted(set(label.data.ravel().tolist())) == [0, 1, 2]
-    assert image.grid.agrees_with(label.grid)
+    assert image.grid.agrees_with(label.grid, tolerance=1e-3)
     # A hippocampus has some 3000 mm³, which tells mm from voxels and labels from noise.
     volume = (label.data > 0).sum() * abs(np.linalg.det(label.grid.affine[:3, :3]))
     assert 1500 < volume < 6000

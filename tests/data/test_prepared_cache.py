@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.normalise import ct_window, zscore
 from segkit.data.patches import ForegroundSampler, PatchDataset
 from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
 from segkit.data.preprocess import prepare_image, prepare_label

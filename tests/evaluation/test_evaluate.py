@@ -54,12 +54,13 @@ def test_a_reference_without_a_prediction_is_told(folders: tuple[Path, Path]) ->
         find_pairs(found, references)
 
 
-def test_a_prediction_on_another_grid_is_refused(folders: tuple[Path, Path]) -> None:
+def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(folders: tuple[Path, Path]) -> None:
     found, references = folders
     moved = np.zeros((4, 4, 4), np.uint8)
     write_volume(found / "b_seg.nii.gz", Volume(moved, Grid((4, 4, 4), np.eye(4))))
-    with pytest.raises(segkit.VolumeError, match="lies on another grid than"):
-        segkit.evaluate(found, references)
+    evaluation = segkit.evaluate(found, references)
+    assert [row.case for row in evaluation.cases] == ["a"]
+    assert "lies on another grid than" in evaluation.failures["b"]
 
 
 def test_names_that_are_not_there_are_told(tmp_path: Path) -> None:

@@ -45,12 +45,15 @@ def cube(corner: tuple[int, int, int], size: int = 5) -> Mask:
 
 
 def brute_force_surface(mask: Mask) -> np.ndarray:
-    """Voxels with a face neighbour outside the mask, or outside the image, one at a time."""
+    """Voxels with a face neighbour outside the mask, or outside the image, one at a time.
+
+    Along an axis of size 1 there are no neighbours, unless there is no other axis.
+    """
     surface = []
+    steps = np.eye(mask.ndim, dtype=int)
+    steps = steps[np.array(mask.shape) > 1] if mask.size > 1 else steps
     for place in np.argwhere(mask):
-        neighbours = [
-            place + sign * step for step in np.eye(mask.ndim, dtype=int) for sign in (1, -1)
-        ]
+        neighbours = [place + sign * step for step in steps for sign in (1, -1)]
         inside = [
             bool((near >= 0).all() and (near < mask.shape).all() and mask[tuple(near)])
             for near in neighbours
@@ -100,7 +103,9 @@ def test_scaling_the_spacing_scales_every_distance(case: Case, factor: float) ->
 @given(cases(), st.integers(1, 6), st.integers(0, 6))
 def test_padding_with_background_changes_no_score(case: Case, before: int, after: int) -> None:
     prediction, reference, spacing = case
-    padded = [np.pad(mask, (before, after)) for mask in (prediction, reference)]
+    # An axis of size 1 is none; padded, it would be one.
+    widths = [(before, after) if size > 1 else (0, 0) for size in prediction.shape]
+    padded = [np.pad(mask, widths) for mask in (prediction, reference)]
     expected = scores(surface_distances(prediction, reference, spacing))
     assert scores(surface_distances(padded[0], padded[1], spacing)) == pytest.approx(expected)
 
@@ -234,6 +239,108 @@ def test_a_tolerance_that_is_no_distance_is_refused(tolerance: float) -> None:
     mask = np.ones((2, 3), dtype=bool)
     with pytest.raises(ValueError, match="finite tolerance of 0 mm or more"):
         normalised_surface_dice(surface_distances(mask, mask, (1.0, 1.0)), tolerance)
+
+
+# Axes of size 1
+
+
+def discs() -> tuple[Mask, Mask]:
+    """Two concentric discs of 23 and 25 mm, in pixels of 0.5 mm."""
+    away = np.hypot(*(np.indices((120, 120)) - 60))
+    return away <= 46, away <= 50
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_concentric_discs_are_as_far_apart_as_their_radii_in_any_plane(axis: int) -> None:
+    spacing = [0.5, 0.5]
+    spacing.insert(axis, 7.0)  # the thickness of the slice, which has no say
+    pair = [np.expand_dims(mask, axis) for mask in discs()]
+    hd95, assd, nsd = scores(surface_distances(pair[0], pair[1], spacing))
+    # Radii are 2 mm apart; a pixel's centre lies up to a pixel's diagonal inside its circle.
+    assert abs(assd - 2) < 0.1 and 2 <= hd95 < 2.4 and nsd == 0
+    assert (hd95, assd, nsd) == scores(surface_distances(*discs(), (0.5, 0.5)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases(), st.lists(st.integers(0, 3), min_size=1, max_size=3), st.floats(0.1, 9.0))
+def test_axes_of_size_1_change_no_distance(case: Case, places: list[int], step: float) -> None:
+    prediction, reference, spacing = case
+    thin, steps = [prediction, reference], list(spacing)
+    for place in places:
+        axis = min(place, thin[0].ndim)
+        thin = [np.expand_dims(mask, axis) for mask in thin]
+        steps.insert(axis, step)
+    plain, same = surface_distances(*case), surface_distances(thin[0], thin[1], steps)
+    if prediction.size > 1:
+        assert same.diagonal == plain.diagonal
+    np.testing.assert_array_equal(same.to_reference, plain.to_reference)
+    np.testing.assert_array_equal(same.to_prediction, plain.to_prediction)
+
+
+def test_a_slice_missed_costs_the_diagonal_of_its_plane() -> None:
+    mask = np.ones((3, 4, 1), dtype=bool)
+    distances = surface_distances(mask, ~mask, (1.0, 1.0, 100.0))
+    assert scores(distances) == (5, 5, 0)
+
+
+# Sheared axes
+
+
+@st.composite
+def steps(draw: st.DrawFn, num_axes: int) -> np.ndarray:
+    """Directions of axes that lean towards each other, and turned as a whole."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    leaning = np.eye(3) + np.triu(random.uniform(-1, 1, (3, 3)), 1)
+    turned = leaning @ np.linalg.qr(random.normal(size=(3, 3)))[0]
+    return (turned / np.linalg.norm(turned, axis=1)[:, None])[:num_axes]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), cases())
+def test_sheared_distances_equal_a_search_over_every_pair_in_the_world(
+    data: st.DataObject, case: Case
+) -> None:
+    prediction, reference, spacing = case
+    directions = data.draw(steps(prediction.ndim))
+    ours = surface_distances(prediction, reference, spacing, directions)
+    first, second = (
+        (brute_force_surface(mask) * spacing) @ directions for mask in (prediction, reference)
+    )
+    every_pair = np.linalg.norm(first[:, None] - second, axis=-1)
+    np.testing.assert_allclose(np.sort(ours.to_reference), np.sort(every_pair.min(1)), atol=1e-9)
+    np.testing.assert_allclose(np.sort(ours.to_prediction), np.sort(every_pair.min(0)), atol=1e-9)
+    assert every_pair.max() < ours.diagonal
+
+
+@settings(deadline=None, max_examples=30)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_axes_at_right_angles_change_no_bit_wherever_they_point(case: Case, seed: int) -> None:
+    prediction, reference, spacing = case
+    turned = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
+    directions = turned[: prediction.ndim].astype(np.float32).astype(np.float64)
+    plain = surface_distances(*case)
+    ours = surface_distances(prediction, reference, spacing, directions)
+    np.testing.assert_array_equal(ours.to_reference, plain.to_reference)
+    np.testing.assert_array_equal(ours.to_prediction, plain.to_prediction)
+    assert ours.diagonal == plain.diagonal
+
+
+def test_two_voxels_across_a_shear_are_as_far_apart_as_their_world_coordinates() -> None:
+    # Slices 3 mm up and 4 mm aside: two voxels of one column lie 5 mm apart. Moved 2 columns of
+    # 2 mm against the lean, they lie 3 mm apart, whereas the steps' lengths say sqrt(25 + 16).
+    prediction, reference = np.zeros((2, 5, 1, 2), dtype=bool)
+    prediction[2, 0, 0] = reference[0, 0, 1] = True
+    directions = np.array([[1.0, 0, 0], [0, 1, 0], [0.8, 0, 0.6]])
+    distances = surface_distances(prediction, reference, (2.0, 2.0, 5.0), directions)
+    assert scores(distances) == pytest.approx((3, 3, 0))
+    # The longest diagonal of the image runs with the lean: 10 + 8 mm aside and 6 mm up.
+    assert distances.diagonal == pytest.approx(math.hypot(18, 6))
+
+
+def test_directions_for_other_axes_are_refused() -> None:
+    mask = np.ones((2, 3), dtype=bool)
+    with pytest.raises(ValueError, match=r"a direction for each of 2 axes, got 3; read them"):
+        surface_distances(mask, mask, (1.0, 1.0), np.eye(3))
 
 
 def blobs(shape: tuple[int, ...], seed: int) -> Mask:

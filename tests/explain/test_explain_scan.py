@@ -18,6 +18,7 @@ from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from tests.browser import CHROMIUM, show
 from tests.explain.heads.test_study import attending_model, noise_case
+from tests.helpers import stored_otherwise
 
 KEYS = ["skip.0/gate", "skip.1/gate", "fused/gate"]
 
@@ -80,6 +81,17 @@ def test_a_reference_elsewhere_is_refused_by_name() -> None:
     scan, other = noise_case(8, 8, 8).volume, noise_case(8, 8, 12)
     with pytest.raises(VolumeError, match=r"^b: the reference lies on another grid than the scan"):
         explain_volume(gated(), scan, other.reference, name="b")
+
+
+def test_a_reference_whose_axes_are_stored_otherwise_measures_the_same() -> None:
+    case = noise_case(8, 8, 12)
+    expected = explain_volume(gated(), case.volume, case.reference)
+    values, grid = stored_otherwise(case.reference.data, case.reference.grid, (2, 0, 1), (1,))
+    found = explain_volume(gated(), case.volume, Volume(values, grid))
+    assert found.reference is not None
+    assert_array_equal(found.reference.data, case.reference.data)
+    assert found.dice == expected.dice and expected.dice
+    assert str(found.measures) == str(expected.measures)  # NaN is itself
 
 
 def test_disagreement_is_not_told_unasked() -> None:

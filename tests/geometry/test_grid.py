@@ -10,10 +10,28 @@ from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.geometry.grid import Grid, Orientation, Placement, separate_axis
-from tests.helpers import ORIENTATIONS, affine_of, affines, brute_force_centres, grids
+from tests.helpers import (
+    ORIENTATIONS,
+    STORED,
+    affine_of,
+    affines,
+    brute_force_centres,
+    grids,
+    stored_otherwise,
+)
 
 SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
 Layer = tuple[tuple[int], tuple[int], tuple[int], tuple[int]]
+
+
+def test_a_voxels_volume_is_the_determinant_of_its_affine() -> None:
+    # Slices 4 mm apart that lean 3 mm aside: the voxel is as large as an upright one.
+    affine = affine_of("LPS", spacing=(0.5, 2.0, 4.0))
+    upright = Grid((2, 3, 4), affine.copy())
+    affine[:3, 2] += affine[:3, 0] / 0.5 * 3
+    leaning = Grid((2, 3, 4), affine)
+    assert_allclose(leaning.spacing, (0.5, 2.0, 5.0))
+    assert_allclose((upright.voxel_ml, leaning.voxel_ml), (0.004, 0.004), rtol=1e-12)
 
 
 @st.composite
@@ -164,16 +182,135 @@ def test_a_placed_grid_has_its_cells_at_stride_times_cell_plus_offset() -> None:
     assert_allclose(placed.centres(), grid.world(index), atol=1e-9)
 
 
-@given(grids(smallest=2), st.floats(0.002, 50.0))
-def test_grids_agree_until_a_corner_is_off(grid: Grid, shift: float) -> None:
-    moved, spread = grid.affine.copy(), grid.affine.copy()
-    moved[1, 3] += shift
-    # The far end along the first axis moves, the first voxel stays.
-    spread[2, 0] += shift / (grid.shape[0] - 1)
-    assert grid.agrees_with(Grid(grid.shape, grid.affine.copy()))
-    for affine in (moved, spread):
-        assert not grid.agrees_with(Grid(grid.shape, affine))
-        assert grid.agrees_with(Grid(grid.shape, affine), tolerance=shift * 1.01)
+@given(grids(smallest=2), st.integers(0, 2), st.floats(0.11, 50.0), st.floats(-0.09, 0.09))
+def test_grids_agree_until_a_voxel_is_a_tenth_of_one_off(
+    grid: Grid, axis: int, far: float, near: float
+) -> None:
+    for share, same in ((far, False), (-far, False), (near, True)):
+        moved = grid.placed(grid.shape, (1.0, 1.0, 1.0), share * np.eye(3)[axis])
+        assert grid.agrees_with(moved) is moved.agrees_with(grid) is same
+        assert grid.agrees_with(moved, tolerance=abs(share) * grid.spacing[axis] * 1.01)
+
+
+@given(grids(smallest=2), st.integers(0, 2), st.floats(-0.3, 0.3))
+def test_grids_agree_until_a_step_is_a_hundredth_of_a_voxel_off(
+    grid: Grid, axis: int, share: float
+) -> None:
+    stretched = grid.placed(grid.shape, 1 + share * np.eye(3)[axis], (0.0, 0.0, 0.0))
+    steps = max(abs(share), abs(1 / (1 + share) - 1))
+    same = steps <= 0.01 and steps * (grid.shape[axis] - 1) <= 0.1
+    assert grid.agrees_with(stretched) is stretched.agrees_with(grid) is same
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SLA"])
+@pytest.mark.parametrize("rotation", [(0.0, 0.0, 0.0), (0.2, -0.3, 0.25)])
+def test_headers_that_differ_by_rounding_are_of_one_grid(
+    code: str, rotation: tuple[float, float, float]
+) -> None:
+    shape, spacing = (512, 512, 400), (0.703125, 0.703125, 1.25)
+    affine = affine_of(code, spacing, rotation=rotation)
+    exact = Grid(shape, affine)
+    rounded = affine_of(code, (0.7031, 0.7031, 1.25), rotation=rotation)
+    turned, moved = affine.copy(), affine.copy()
+    turned[:3, :3] = np.round(affine[:3, :3] / spacing, 5) * spacing
+    moved[:3, 3] += (0.004, -0.004, 0.004)
+    for other in (rounded, turned, moved, affine.astype(np.float32).astype(float)):
+        assert exact.difference_from(Grid(shape, other)) == ""
+        assert Grid(shape, other).difference_from(exact) == ""
+
+
+def test_slices_are_held_against_their_own_distance() -> None:
+    thick = Grid((4, 4, 30), np.diag([0.5, 0.5, 5.0, 1.0]))
+    for axis, moved in ((0, "0.06"), (2, "0.6")):
+        affine = thick.affine.copy()
+        affine[axis, 3] += float(moved)
+        assert thick.difference_from(Grid(thick.shape, affine)) == (
+            f"its first voxel lies {moved} mm off, so that voxels lie up to 0.12 voxels apart"
+        )
+        affine[axis, 3] -= 0.8 * float(moved)
+        assert thick.agrees_with(Grid(thick.shape, affine))
+
+
+def test_the_thickness_of_a_single_slice_does_not_count() -> None:
+    assert Grid((4, 4, 1), np.eye(4)).agrees_with(Grid((4, 4, 1), np.diag([1.0, 1.0, 5.0, 1.0])))
+
+
+def changed(*, spacing: float = 1.0, degrees: float = 0.0, shift: float = 0.0) -> ndarray:
+    affine = affine_of("RAS", (1.0, 1.0, spacing), rotation=(0.0, 0.0, np.radians(degrees)))
+    affine[:3, 3] = (0.0, shift, 0.0)
+    return affine
+
+
+DIFFERENCES = {
+    "shape": ((11, 21, 31), changed(), "its shape is 11x21x31, not 11x21x30"),
+    "spacing": (
+        (11, 21, 30),
+        changed(spacing=1.1),
+        "its spacing is 1x1x1.1 mm, not 1x1x1 mm, so that voxels lie up to 2.9 voxels apart",
+    ),
+    "spacing in the fifth digit": (
+        (11, 21, 30),
+        changed(spacing=1.00402),
+        "its spacing is 1x1x1.004 mm, not 1x1x1 mm, so that voxels lie up to 0.117 voxels apart",
+    ),
+    "origin": (
+        (11, 21, 30),
+        changed(shift=-2.0),
+        "its first voxel lies 2 mm off, so that voxels lie up to 2 voxels apart",
+    ),
+    "axes": (
+        (11, 21, 30),
+        changed(degrees=1.0),
+        "its axes are turned by 1 degrees, so that voxels lie up to 0.351 voxels apart",
+    ),
+    "all at once": (
+        (11, 21, 30),
+        changed(spacing=2.0, degrees=3.0, shift=7.0),
+        "its spacing is 1x1x2 mm, not 1x1x1 mm, its axes are turned by 3 degrees and its first "
+        "voxel lies 7 mm off, so that voxels lie up to 29 voxels apart",
+    ),
+    "shape and spacing": (
+        (11, 21, 15),
+        changed(spacing=2.0),
+        "its shape is 11x21x15, not 11x21x30 and its spacing is 1x1x2 mm, not 1x1x1 mm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_difference_says_in_what_and_by_how_much(name: str) -> None:
+    shape, affine, said = DIFFERENCES[name]
+    assert Grid(shape, affine).difference_from(Grid((11, 21, 30), changed())) == said
+
+
+@given(affines(), affines())
+def test_grids_that_disagree_always_say_in_what(one: ndarray, other: ndarray) -> None:
+    first = Grid((5, 6, 7), one)
+    # Somewhere on the way from one to the other they stop to agree, by whatever is left by then.
+    for share in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5):
+        between = one + share * (other - one)
+        if abs(np.linalg.det(between[:3, :3])) < 0.01:
+            continue
+        said = Grid((5, 6, 7), between).difference_from(first)
+        assert not said or said.startswith("its ")
+
+
+@given(grids(smallest=2), st.sampled_from(STORED))
+def test_an_array_is_turned_into_the_order_of_another_grid(
+    grid: Grid, stored: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    values = numbered(grid.shape)
+    other, held = stored_otherwise(values, grid, *stored)
+    way = Orientation.between(held, grid)
+    assert way.turn_grid(held).difference_from(grid) == ""
+    assert_array_equal(way.turn(other), values)
+
+
+@given(grids(), st.floats(-1e-6, 1e-6))
+def test_grids_that_agree_are_not_turned(grid: Grid, noise: float) -> None:
+    # Even at 45 degrees, where rounding decides which world axis is the nearest.
+    way = Orientation.between(Grid(grid.shape, grid.affine * (1 + noise)), grid)
+    assert (way.order, way.flip) == ((0, 1, 2), (False, False, False))
 
 
 def test_grids_of_different_shapes_do_not_agree() -> None:

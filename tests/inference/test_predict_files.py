@@ -8,6 +8,7 @@ import time
 import weakref
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ from segkit.io.inputs import Input, find_inputs, parse_shard, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model
-from tests.helpers import ORIENTATIONS, affine_of
+from tests.helpers import ORIENTATIONS, STORED, affine_of, stored_otherwise
 
 
 def test_prediction_loads_nothing_that_it_can_do_without() -> None:
@@ -68,10 +69,43 @@ def test_numbered_files_are_the_channels_of_one_volume(tmp_path: Path) -> None:
     assert read_input(alone).data[0, 0, 0].tolist() == [10.0, 11.0]
 
 
+@pytest.mark.parametrize("thin", [(0, 1), (0,), (1,)])
+def test_a_channel_with_axes_of_size_1_is_the_channel_without_them(
+    tmp_path: Path, thin: tuple[int, ...]
+) -> None:
+    for channel in (0, 1):
+        values = np.full((2, 2, 2, *[1, 1] * (channel in thin)), channel, np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"a_000{channel}.nii.gz")
+    (case,) = find_inputs([tmp_path], num_channels=2)
+    volume = read_input(case)
+    assert volume.data.shape == (2, 2, 2, 2)
+    assert [volume.data[..., channel].max() for channel in (0, 1)] == [0, 1]
+
+
+def test_a_file_of_two_channels_beside_one_of_one_makes_three(tmp_path: Path) -> None:
+    for channel, shape in ((0, (2, 2, 2)), (1, (2, 2, 2, 2))):
+        image = nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4))
+        nib.save(image, tmp_path / f"a_000{channel}.nii.gz")
+    (case,) = find_inputs([tmp_path], num_channels=2)
+    assert read_input(case).data.shape == (2, 2, 2, 3)
+
+
 def test_channels_on_two_grids_are_refused(tmp_path: Path) -> None:
     files = (volume_at(tmp_path / "x_0000.nii", 1), volume_at(tmp_path / "x_0001.nii", 1, shift=2))
     with pytest.raises(VolumeError, match=r"x_0001\.nii: lies on another grid than x_0000\.nii"):
         read_input(Input("x", files))
+
+
+def test_channels_may_store_their_axes_in_any_order(tmp_path: Path) -> None:
+    grid = Grid((2, 3, 4), affine_of("LPS", (1.0, 2.0, 3.0)))
+    values = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 2)
+    files = (tmp_path / "x_0000.nii", tmp_path / "x_0001.nii")
+    write_volume(files[0], Volume(values[..., 0], grid))
+    for order, flipped in STORED:
+        write_volume(files[1], Volume(*stored_otherwise(values[..., 1], grid, order, flipped)))
+        read = read_input(Input("x", files))
+        assert_array_equal(read.data, values)
+        assert read.grid.agrees_with(grid, tolerance=1e-6)
 
 
 def test_an_empty_folder_and_a_strange_file_are_refused(tmp_path: Path) -> None:
@@ -236,7 +270,7 @@ def test_volumes_that_went_through_files_are_those_made_in_memory(
     ):
         assert volume is not None
         written = read_volume(tmp_path / f"{name}{suffix}")
-        assert written.grid.agrees_with(grid)
+        assert written.grid.agrees_with(grid, tolerance=1e-3)
         assert_array_equal(written.data, volume.data)
         if name != "scan_seg":
             assert written.data.dtype == np.float32

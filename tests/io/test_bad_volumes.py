@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from hypothesis import given
 from nibabel.nifti1 import Nifti1Image
 from nibabel.nifti2 import Nifti2Image
 from numpy import ndarray
@@ -27,6 +29,7 @@ from segkit.io.volume import (
     read_grid,
     read_labels,
     read_volume,
+    whole_numbers,
     write_volume,
 )
 from tests.helpers import affine_of
@@ -520,6 +523,48 @@ def test_labels_are_whole_numbers_from_0_on(tmp_path: Path, strange: float) -> N
     nifti(path, values)
     with pytest.raises(VolumeError, match="expected whole numbers from 0 on, one per voxel"):
         read_labels(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.5, "0.5"), (2.998, "2.998"), (1.0015, "1.0015"), (-1.0, "-1"), (1e6 + 0.5, "1000000.5")],
+)
+def test_labels_that_are_refused_are_told_in_full(tmp_path: Path, value: float, told: str) -> None:
+    path = nifti(tmp_path / "label.nii", np.full(SHAPE, value))
+    with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)}$"):
+        read_labels(path)
+
+
+@given(
+    st.lists(st.integers(0, 2**19), min_size=1, max_size=24),  # so that none is 0.1 off
+    st.floats(-1e-7, 1e-7),
+    st.floats(-9e-4, 9e-4),
+)
+def test_labels_off_by_rounding_are_the_nearest_whole_numbers(
+    numbers: list[int], share: float, shift: float
+) -> None:
+    for kind in (np.float32, np.float64):
+        for values in (np.array(numbers) * (1 + share), np.array(numbers) % 1000 + shift):
+            stored = values.astype(kind)
+            assert_array_equal(whole_numbers(stored, "label.nii"), np.rint(values))
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1 / 3, 0.0), (0.1, 0.0), (3 / 65534, 1.5)])
+def test_labels_of_a_file_that_scales_its_values_are_whole(
+    tmp_path: Path, slope: float, intercept: float
+) -> None:
+    labels = np.arange(60).reshape(SHAPE) % 4
+    stored = np.round((labels - intercept) / slope).astype(np.int16)
+    image = Nifti1Image(stored, affine_of("LPS"))
+    image.header.set_slope_inter(slope, intercept)
+    image.header.set_data_dtype(np.int16)
+    path = tmp_path / "label.nii"
+    nib.save(image, path)
+    content = bytearray(path.read_bytes())
+    content[SLOPE : SLOPE + 8] = struct.pack("<ff", slope, intercept)
+    content[352:] = stored.astype("<i2").tobytes(order="F")
+    path.write_bytes(content)
+    assert_array_equal(read_labels(path).data, labels)
 
 
 def test_grids_of_tiny_voxels_agree_to_a_tenth_of_one() -> None:

@@ -131,9 +131,12 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of its run."""
+    """A copy of its run, with prepared cases of its own."""
     shutil.copytree(stopped / "runs", tmp_path / "runs")
-    return tmp_path / "runs" / "small"
+    config = tmp_path / "runs" / "small" / "config.yaml"
+    text = config.read_text().replace(str(stopped / "runs"), str(tmp_path / "runs"))
+    config.write_text(text)
+    return config.parent
 
 
 @pytest.mark.parametrize("dress", DRESSES)

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from segkit.nn import normalisation
+from segkit.nn.blocks import ConvolutionBlock
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.normalisation import (
     CHANNELS_LAST,
     GroupNormalisation,
     InstanceNormalisation,
     channels_last,
+    fuse_normalisation,
 )
 from segkit.nn.unet import UNet
 
@@ -215,3 +218,58 @@ def test_one_cell_alone_has_no_deviation_and_is_refused_as_by_pytorch() -> None:
         F.instance_norm(torch.ones(2, 4, 1, 1, 1))
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         InstanceNormalisation(4)(in_order(torch.ones(2, 4, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
+def test_on_a_cpu_a_fused_network_computes_what_its_layers_do_bit_for_bit(
+    norm: str, order: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    block = ConvolutionBlock(3, 2, widths=(8, 4), kernel=(3, 3, 3), norm=norm)
+    layers = copy.deepcopy(block.layers)
+    fuse_normalisation(block)
+    image = torch.randn(2, 2, 6, 5, 4).contiguous(memory_format=order)
+    outputs = [block(image), layers(image)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for ours, theirs in zip(block.parameters(), layers.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_fused_weights_keep_their_names() -> None:
+    block = ConvolutionBlock(2, 1, widths=(4, 4), kernel=(3, 3))
+    names = [f"layers.{at}.{kind}" for at in (0, 1, 3, 4) for kind in ("weight", "bias")]
+    assert list(block.state_dict()) == names
+    fuse_normalisation(block)
+    assert list(block.state_dict()) == names
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_on_a_gpu_normalisation_and_activation_are_one_if_fused_and_if_triton_is_there(
+    triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slopes = []
+
+    def planted(
+        features: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float
+    ) -> Tensor:
+        slopes.append(slope)
+        return features
+
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted if triton else None)
+    monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
+    image = torch.randn(1, 2, 6, 5, 4)
+    block = ConvolutionBlock(3, 2, widths=(8, 4), kernel=(3, 3, 3))
+    alone = InstanceNormalisation(2)
+    block(image), alone(image)
+    assert slopes == []
+    fuse_normalisation(block)
+    fuse_normalisation(alone)
+    block(image), alone(image), copy.deepcopy(alone).double()(image.double())
+    assert slopes == ([0.01, 0.01, 1.0] if triton else [])
+    del slopes[:]
+    torch.export.export(alone.eval(), (image,))
+    assert slopes == []

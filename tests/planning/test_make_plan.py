@@ -1,5 +1,6 @@
 """A plan is a config that trains, with a reason beside each value."""
 
+import json
 import math
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 1e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
 
     def planned(minutes: float) -> Config:
@@ -118,7 +119,7 @@ def test_a_large_volume_is_planned_in_two_stages(
 def test_two_stages_share_the_minutes(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda: 2e9)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 2e9)
     entered = []
 
     def half_a_second(
@@ -142,6 +143,25 @@ def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Pa
     assert config.train.optimiser == "sgd" and config.train.steps == 250_000
     assert config.network.channels[0] == 32 and config.network.attention.skip is None
     assert config.data.mirror == ["x", "y", "z"]
+
+
+def test_a_plan_says_what_is_mirrored_and_which_names_decide(dataset: Path, tmp_path: Path) -> None:
+    planned = plan_dataset(dataset, cache=tmp_path / "c", device="cpu")
+    assert planned.config.data.mirror == ["x"]
+    described = json.loads((dataset / "dataset.json").read_text())
+    described["labels"] = {"0": "background", "1": "LeftLung"}
+    (dataset / "dataset.json").write_text(json.dumps(described))
+    for preset, axes, why in (
+        ("auto", [], "Patches are not mirrored; 'LeftLung' tells left from right."),
+        (
+            "nnunet",
+            ["x", "y", "z"],
+            "Patches are mirrored along x, y and z, although 'LeftLung' tells left from right.",
+        ),
+    ):
+        planned = plan_dataset(dataset, cache=tmp_path / "c", device="cpu", preset=preset)
+        assert planned.config.data.mirror == axes
+        assert f"  # {why}\n  mirror: {axes}\n".replace("'x', 'y', 'z'", "x, y, z") in planned.text
 
 
 def test_cases_are_measured_once(

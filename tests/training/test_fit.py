@@ -305,3 +305,20 @@ def test_the_summary_holds_presence_where_the_network_has_a_head(
     plain = train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
     assert "presence_accuracy" not in plain.summary["validation"]
     assert "train/presence_loss" not in metrics(plain.folder)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_cases_that_lie_on_the_device_give_the_weights_of_cases_on_disk(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(dataset, train={"averaging": 0.9})
+    on_disk = train(config, runs=tmp_path / "disk")
+    monkeypatch.setattr("segkit.data.datamodule.fits", lambda cases, device: True)
+    resident = train(config, runs=tmp_path / "device")
+    expected = load_file(on_disk.folder / "model" / "weights.safetensors")
+    found = load_file(resident.folder / "model" / "weights.safetensors")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert (
+        metrics(resident.folder)[-1]["validation/dice"]
+        == (metrics(on_disk.folder)[-1]["validation/dice"])
+    )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -58,12 +59,12 @@ def averages(decay: float, weights: list[float]) -> float:
 def test_the_average_of_weights_is_the_exponential_one_with_a_swift_start() -> None:
     weights = np.random.default_rng(0).normal(size=40).tolist()
     module = nn.Linear(1, 1, bias=False)
-    averaging = Averaging(0.5)
+    averaging, trainer = Averaging(0.5), SimpleNamespace(global_step=0)
     averaging._average_model = torch.optim.swa_utils.AveragedModel(module, **averaging._kwargs)
     for number, weight in enumerate(weights):
         nn.init.constant_(module.weight, weight)
-        averaging._latest_update_step = number  # as Lightning counts
-        averaging._average_model.update_parameters(module)
+        trainer.global_step = number + 1
+        averaging.on_train_batch_end(trainer, module, None, None, number)
     found = averaging._average_model.module.weight.item()
     assert found == pytest.approx(averages(0.5, weights), abs=1e-6)
 

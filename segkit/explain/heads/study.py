@@ -301,7 +301,7 @@ def head_importance(
 
     edits = {f"{position}/branch": exposing(position) for position in positions}
     with editing(network, edits):
-        for case in track(cases, "importance of heads", len(cases)):
+        for case in map(on_one_grid, track(cases, "importance of heads", len(cases))):
             prepared = predictor.prepare(case.volume)
             label = prepare_label(case.reference, prepared)
             both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
@@ -317,6 +317,7 @@ def head_importance(
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
     labelling = predictor.model.description.labelling
+    case = on_one_grid(case)
     found = predictor(case.volume).labels
     return float(overlap_with(found, case.reference, labelling).dice.nanmean())
 
@@ -328,12 +329,19 @@ def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Over
     return Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
 
 
+def on_one_grid(case: LabelledCase) -> ScoredVolume:
+    """The case in memory, its reference on its volume's grid, or VolumeError if it has another."""
+    volume = case.volume
+    what = f"{case.name}: its reference"
+    return ScoredVolume(
+        case.name, volume, case.reference.onto(volume.grid, what=what, whose="the volume")
+    )
+
+
 def check_case(case: LabelledCase, labelling: Labelling) -> None:
     """Raise VolumeError for a reference that does not fit its volume or holds nothing."""
     num_labels = len(labelling.value_names)
-    reference = case.reference
-    if not reference.grid.agrees_with(case.volume.grid):
-        raise VolumeError(f"{case.name}: its reference lies on another grid than the volume")
+    reference = on_one_grid(case).reference
     lowest, highest = int(reference.data.min()), int(reference.data.max())
     if lowest < 0 or highest >= num_labels:
         raise VolumeError(

@@ -7,7 +7,6 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
-from segkit.errors import VolumeError
 from segkit.explain.measures.cells import Cells, pictures, seen_part
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.ranks import Ranked, spearman
@@ -53,7 +52,7 @@ def measure_maps(
     that a map can be seen to tell more than they do; for shares, their lowest value counts as 0.
     Raises VolumeError for labels on another grid than the scan's.
     """
-    check_reference(labels, scan, "the reference")
+    labels = labels.onto(scan.grid, what="the reference", whose="the scan")
     placed = {key: one for key, one in maps.items() if one.volume is not None}
     if not placed:
         return []
@@ -66,12 +65,6 @@ def measure_maps(
     for key, one in placed.items():
         measured += _measure(key, one, baselines, inside, unlabelled, tolerance_mm)
     return measured
-
-
-def check_reference(labels: Volume, scan: Volume, what: str) -> None:
-    """Raise VolumeError where labels lie on another grid than the scan's."""
-    if not labels.grid.agrees_with(scan.grid):
-        raise VolumeError(f"{what} lies on another grid than the scan; resample it onto the scan's")
 
 
 def members(labelling: Labelling) -> dict[str, tuple[int, ...]]:

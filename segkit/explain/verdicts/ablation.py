@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.config.labels import Labelling
-from segkit.explain.heads.study import ScoredVolume, check_case, overlap_with
+from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid, overlap_with
 from segkit.explain.measures.ranks import holm, signed_rank_p
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
@@ -139,7 +139,9 @@ def ablate(
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
-        check_case(ScoredVolume(case, volume, reference), labelling)
+        scored = ScoredVolume(case, volume, reference)
+        check_case(scored, labelling)
+        reference = on_one_grid(scored).reference
     whole = predictor(volume).labels
     target = whole if reference is None else reference
     before = class_dice(whole, target, labelling)

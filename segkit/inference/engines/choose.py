@@ -17,7 +17,7 @@ from segkit.inference.engines.out_of_memory import SparingEngine
 from segkit.inference.engines.torch_compile import CompiledEngine
 from segkit.inference.engines.torch_eager import Engine, TorchEngine
 from segkit.model.folder import Model
-from segkit.nn.normalisation import channels_last
+from segkit.nn.normalisation import order_for
 from segkit.system.resources import choose_device
 
 EngineName = Literal["auto", "torch", "compile", "openvino", "onnx"]
@@ -105,7 +105,7 @@ def _in_torch(
     network = model.network
     if precision != torch.float32:
         # The order that tensor cores work in. A layer's weights decide for what passes through it.
-        channels_last(network)
+        order_for(network, device)
 
     def make_host_engine() -> Engine:
         # By way of the host: on the device there is no room for a second one.

@@ -44,6 +44,7 @@ from segkit.nn.map_tap import editing, taps
 from segkit.nn.multihead import MultiHeadAttention
 from segkit.nn.positions import RelativeBias
 from segkit.nn.unet import UNet
+from tests.helpers import stored_otherwise
 from tests.models import description
 
 PATCH = (8, 8, 8)
@@ -451,7 +452,11 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
     empty = good.volume.like(np.zeros(PATCH, np.uint8))
     beyond = good.volume.like(np.full(PATCH, 3, np.uint8))
     for reference, message in (
-        (elsewhere, "^case 1: its reference lies on another grid than the volume$"),
+        (
+            elsewhere,
+            "^case 1: its reference lies on another grid than the volume: its first voxel lies 2 "
+            "mm off, so that voxels lie up to 2 voxels apart; resample one onto the other$",
+        ),
         (empty, "^case 1: its reference holds background alone; leave the case out$"),
         (beyond, r"^case 1: its reference must hold the model's labels 0 … 2, found 3 … 3$"),
     ):
@@ -459,6 +464,14 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
             study_heads(
                 predictor, [noise_case(*PATCH), ScoredVolume("case 1", good.volume, reference)]
             )
+
+
+def test_a_reference_whose_axes_are_stored_otherwise_is_the_same_case() -> None:
+    predictor = Predictor(attending_model(bottleneck=self_attention(2)), device="cpu")
+    case = noise_case(*PATCH)
+    stored = stored_otherwise(case.reference.data, case.reference.grid, (1, 2, 0), (0, 2))
+    turned = ScoredVolume(case.name, case.volume, Volume(*stored))
+    assert study_heads(predictor, [turned]) == study_heads(predictor, [case])
 
 
 def test_one_case_far_off_does_not_turn_what_the_others_say() -> None:

@@ -1,0 +1,203 @@
+"""What segkit makes of a GPU: steps of training, how busy the card is, accuracy, prediction.
+
+    python benchmarks/gpu.py [DATASET] [--template T1.nii.gz] [--only step accuracy predict tests]
+
+DATASET is the hippocampus set in the Decathlon's layout, for `accuracy`: a plan for 100 s and its
+training on fold 0 of nnU-Net's five. The rest needs no data. Each part is a process of its own and
+cannot stop the next. All of it takes about 8 minutes; MONAI and nnU-Net stand beside segkit if they
+are installed (`benchmarks/peers/nnunet_training.py`).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import segkit
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SIZES = {
+    "small": {"channels": [32, 64, 128, 256], "patch": [40, 56, 40], "batch": 7, "steps": 600},
+    "large": {
+        "channels": [32, 64, 128, 256, 320, 320],
+        "patch": [128, 128, 128],
+        "batch": 2,
+        "steps": 120,
+    },
+}
+CASES = {"small": (10, (36, 50, 36)), "large": (4, (180, 220, 180))}
+
+
+class StepClock(Callback):
+    """When each step was over on the host, and how long validations took."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def per_step(self) -> float:
+        """Milliseconds of a step in the second half of the run, when all is warm."""
+        torch.cuda.synchronize()
+        late = self.ends[len(self.ends) // 2 :]
+        return (late[-1] - late[0]) / (len(late) - 1) * 1e3
+
+
+def write_dataset(folder: Path, count: int, shape: Sequence[int]) -> None:
+    """Cases of noise with two blocks as labels, in the Decathlon's layout."""
+    random = np.random.default_rng(0)
+    grid = segkit.Grid(tuple(shape), np.eye(4))
+    names = []
+    for number in range(count):
+        label = np.zeros(shape, np.uint8)
+        x, y, z = (size // 4 for size in shape)
+        label[x : 2 * x, y : 3 * y, z : 3 * z] = 1
+        label[2 * x : 3 * x, y : 3 * y, z : 3 * z] = 2
+        image = random.normal(size=shape).astype(np.float32) + label
+        name = f"case_{number:02}.nii.gz"
+        segkit.write_volume(folder / "imagesTr" / name, segkit.Volume(image, grid))
+        segkit.write_volume(folder / "labelsTr" / name, segkit.Volume(label, grid))
+        names.append(name)
+    content = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "a", "2": "b"},
+        "training": [{"image": f"imagesTr/{n}", "label": f"labelsTr/{n}"} for n in names],
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def step(size: str) -> None:
+    """Milliseconds of a training step of `segkit train`, with every default."""
+    setting = SIZES[size]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_dataset(folder / "data", *CASES[size])
+        config = folder / "config.yaml"
+        config.write_text(
+            json.dumps(
+                {
+                    "data": {
+                        "folder": str(folder / "data"),
+                        "validation": 0.25,
+                        "patch_size": setting["patch"],
+                        "batch_size": setting["batch"],
+                    },
+                    "network": {
+                        "channels": setting["channels"],
+                        "attention": {"skip": "additive_grid"},
+                    },
+                    "train": {
+                        "steps": setting["steps"],
+                        "validate_every": setting["steps"],
+                        "averaging": 0.999,
+                        "pictures": 0,
+                    },
+                    "trainer": {"accelerator": "gpu"},
+                }
+            )
+        )
+        clock = StepClock()
+        started = time.perf_counter()
+        segkit.train(segkit.load_config(config), runs=folder / "runs", callbacks=[clock])
+        told = {
+            "ms": round(clock.per_step(), 2),
+            "seconds in all": round(time.perf_counter() - started, 1),
+            "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        }
+    print(json.dumps({"step": size, **told}))
+
+
+def accuracy(dataset: Path) -> None:
+    """Fold 0 of hippocampus after a plan for 100 s, and how busy the card was in training."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = folder / "hippocampus.yaml"
+        words = ["plan", str(dataset), "--device", "cuda", "--minutes", "1.667"]
+        started = time.perf_counter()
+        _segkit(*words, "--out", str(config), cwd=folder)
+        planned = time.perf_counter() - started
+        with (folder / "busy.csv").open("w") as file:
+            watch = subprocess.Popen(
+                "nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 250",
+                shell=True,
+                stdout=file,
+            )
+            started = time.perf_counter()
+            _segkit("train", str(config), "name=fold0", "data.fold=0", cwd=folder)
+            wall = time.perf_counter() - started
+            watch.kill()
+        shares = [int(line) for line in (folder / "busy.csv").read_text().split()]
+        first = next((n for n, share in enumerate(shares) if share > 50), 0)
+        last = len(shares) - next((n for n, share in enumerate(shares[::-1]) if share > 50), 0)
+        summary = json.loads((folder / "runs" / "fold0" / "summary.json").read_text())
+    print(
+        json.dumps(
+            {
+                "hippocampus fold 0": summary["validation"]["mean_dice"],
+                "steps": summary["steps"],
+                "seconds of training": summary["seconds_of_training"],
+                "seconds of planning": round(planned, 1),
+                "seconds of segkit train": round(wall, 1),
+                "GPU busy %, whole command": round(statistics.mean(shares), 1),
+                "GPU busy %, first to last use": round(statistics.mean(shares[first:last]), 1),
+            }
+        )
+    )
+
+
+def _segkit(*words: str, cwd: Path) -> None:
+    subprocess.run([sys.executable, "-m", "segkit", *words, "--quiet"], check=True, cwd=cwd)
+
+
+def main() -> None:
+    """Run every part in a process of its own and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset", nargs="?", type=Path)
+    parser.add_argument("--template", type=Path)
+    parser.add_argument("--only", nargs="+", default=["step", "accuracy", "predict", "tests"])
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        parts: dict[str, Callable[[], None]] = {
+            "small": lambda: step("small"),
+            "large": lambda: step("large"),
+            "accuracy": lambda: accuracy(options.dataset.resolve()),
+        }
+        parts[options.part]()
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(json.dumps({"device": name, "torch": torch.__version__, "segkit": segkit.__file__}))
+    own = [sys.executable, __file__, *([str(options.dataset)] if options.dataset else []), "--part"]
+    template = ["--template", str(options.template)] if options.template else []
+    inference = [sys.executable, str(HERE / "inference.py"), "--device", "cuda", *template]
+    commands = {
+        "step": [[*own, "small"], [*own, "large"]],
+        "accuracy": [[*own, "accuracy"]] if options.dataset else [],
+        "predict": [[*inference, "brain", "large"]],
+        "tests": [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]],
+    }
+    for part in options.only:
+        for command in commands[part]:
+            started = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = done.stdout.splitlines()
+            print("\n".join(lines[-40:]))
+            if done.returncode:
+                print(done.stderr[-1500:])
+            print(f"{part}: exit {done.returncode}, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Which names of labels tell left from right, in any usual way of writing."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+WORDS = (
+    # Left and right in English, French, German, Dutch, Spanish, Portuguese, Italian, Latin,
+    # Swedish, Norwegian, Danish, Finnish, Polish, Czech, Russian and Chinese.
+    *[("left", "right"), ("lft", "rgt"), ("gauche", "droite"), ("gauche", "droit")],
+    *[("links", "rechts"), ("linke", "rechte"), ("linker", "rechter"), ("linkes", "rechtes")],
+    *[("izquierdo", "derecho"), ("izquierda", "derecha"), ("izq", "dcho"), ("izda", "dcha")],
+    *[("esquerdo", "direito"), ("esquerda", "direita"), ("sinistro", "destro")],
+    *[("sinistra", "destra"), ("sinister", "dexter"), ("sinistra", "dextra")],
+    *[("sinistrum", "dextrum"), ("vanster", "hoger"), ("venstre", "hoyre"), ("venstre", "hojre")],
+    *[("vasen", "oikea"), ("lewy", "prawy"), ("lewa", "prawa"), ("lewe", "prawe")],
+    *[("levy", "pravy"), ("левый", "правый"), ("левая", "правая"), ("левое", "правое")],
+    *[("左", "右")],
+)
+"""Words that tell a side by themselves; also glued to another word, as in `leftlung`."""
+MARKS = (("l", "r"), ("lt", "rt"), ("lh", "rh"))
+"""Abbreviations that tell a side by themselves if they stand alone, and else in a pair."""
+PAIRED = (
+    *MARKS,
+    *[("li", "re"), ("izq", "der"), ("sin", "dex"), ("sin", "dext"), ("sin", "dx"), ("sx", "dx")],
+    *[("sn", "dx"), ("sin", "dxt")],
+)
+"""Abbreviations that tell a side if another name differs only in them."""
+LETTERS = (("g", "d"), ("i", "d"), ("e", "d"))
+"""Gauche and droite, izquierdo and derecho, esquerdo and direito: likewise, if they stand alone."""
+SHORTEST_NEIGHBOUR = 3
+"""The letters that a word is glued to are at least so many: `cleft` and `bright` are no sides."""
+TOKEN = re.compile(r"[A-Z]+(?![a-z]{2})\d*|[A-Z]?[a-z]+\d*|\d+|[^\W\d_]+\d*")
+"""A part of a name: a word or an abbreviation, with the number that follows it: `L1` is no `L`."""
+PLAIN = str.maketrans(
+    {"ø": "o", "Ø": "O", "æ": "ae", "Æ": "Ae", "ß": "ss", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D"}
+)
+
+
+def names_of_sides(labels: Sequence[str]) -> list[str]:
+    """The labels whose names tell left from right.
+
+    A name tells a side by a word for it (`LeftLung`, `rein gauche`), by a mark that stands alone
+    (`Hippocampus L`, `ctx-lh-cuneus`), or if another label differs only in the side (`kidneyL` and
+    `kidneyR`, `LV` and `RV`). Numbered vertebrae (`L1`) tell none.
+    """
+    tokens = {label: _tokens(label) for label in labels}
+    spelt = defaultdict(list)
+    for label, parts in tokens.items():
+        spelt["_".join(parts)].append(label)
+    found = {label for label, parts in tokens.items() if _tells_alone(parts, spelt)}
+    for name in list(spelt):
+        for other in _mirrored(name, spelt):
+            found |= {*spelt[name], *spelt[other]}
+    return [label for label in labels if label in found]
+
+
+def _plain(name: str) -> str:
+    """Without accents."""
+    apart = unicodedata.normalize("NFKD", name.translate(PLAIN))
+    return "".join(letter for letter in apart if not unicodedata.combining(letter))
+
+
+def _tokens(name: str) -> tuple[str, ...]:
+    return tuple(token.lower() for token in TOKEN.findall(_plain(name)))
+
+
+SIDES = frozenset(_plain(word) for pair in WORDS for word in pair)
+LONG = tuple(word for word in SIDES if len(word) > 3)
+
+
+def _tells_alone(tokens: tuple[str, ...], spelt: Mapping[str, object]) -> bool:
+    for place, token in enumerate(tokens):
+        if token.rstrip("0123456789") in SIDES or "左" in token or "右" in token:
+            return True
+        if any(
+            token.startswith(word) or token.endswith(word)
+            for word in LONG
+            if len(token) >= len(word) + SHORTEST_NEIGHBOUR
+        ):
+            return True
+        numbered = tokens[place + 1 : place + 2] and tokens[place + 1].isdigit()
+        if token in {mark for pair in MARKS for mark in pair} and not numbered:
+            around = "_".join(tokens[:place]), "_".join(tokens[place + 1 :])
+            if len(token) > 1 or not _others(around, spelt) - {"l", "r"}:
+                return True
+    return False
+
+
+def _others(around: tuple[str, str], spelt: Mapping[str, object]) -> set[str]:
+    """The single letters that stand at one place of names that are otherwise alike.
+
+    With `zone a`, `zone b`, …, `zone l` they count rather than tell a side.
+    """
+    before, after = (part.strip("_") for part in around)
+    start, end = before and f"{before}_", after and f"_{after}"
+    between = re.compile(f"{re.escape(start)}([a-z]){re.escape(end)}")
+    return {match[1] for name in spelt if (match := between.fullmatch(name))}
+
+
+def _mirrored(name: str, spelt: Mapping[str, object]) -> Iterator[str]:
+    """Other names that say right where this one says left."""
+    for left, right in (*WORDS, *PAIRED, *LETTERS):
+        for match in re.finditer(re.escape(left), name):
+            before, after = name[: match.start()], name[match.end() :]
+            other = f"{before}{right}{after}"
+            if other not in spelt:
+                continue
+            ends = [not before[-1:].isalpha(), not after[:1].isalpha()]
+            if (left, right) in LETTERS:
+                if all(ends) and len(_others((before, after), spelt)) == 2:
+                    yield other
+            elif (left, right) in WORDS or any(ends):
+                yield other

@@ -1,0 +1,95 @@
+"""A recording is trusted only if its replay gives what the step itself gives. CUDA is played here;
+tests/test_gpu.py has the real one."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segkit.system.graphed_step import GraphedStep, record_step
+
+
+class Stream:
+    """Runs at once."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+class Graph:
+    """What is recorded has run already."""
+
+    factor = 1.0
+    network: nn.Module
+
+    def replay(self) -> None:
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.factor)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Conv1d(2, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def played_cuda(network: nn.Module) -> Iterator[None]:
+    def inside(*_: object) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    with contextlib.ExitStack() as patches:
+        for name, fake in (
+            ("torch.cuda.Stream", Stream),
+            ("torch.cuda.current_stream", Stream),
+            ("torch.cuda.stream", inside),
+            ("torch.cuda.graph", inside),
+            ("torch.cuda.CUDAGraph", Graph),
+            ("torch.random.fork_rng", inside),
+        ):
+            patches.enter_context(mock.patch(name, fake))
+        Graph.network, Graph.factor = network, 1.0
+        yield
+
+
+def recorded(network: nn.Module) -> GraphedStep | None:
+    def losses(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        return ((network(image) - label).square().mean(),)
+
+    return record_step(network, losses, torch.randn(4, 1, 9), torch.randn(4, 1, 7))
+
+
+def test_a_step_whose_replay_is_the_step_is_kept_and_leaves_buffers_as_they_were(
+    network: nn.Module,
+) -> None:
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    step = recorded(network)
+    assert step is not None
+    assert step.fits(torch.randn(4, 1, 9), torch.randn(4, 1, 7))
+    assert not step.fits(torch.randn(3, 1, 9), torch.randn(3, 1, 7))
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_a_replay_with_other_gradients_is_not_trusted_and_leaves_none(
+    network: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    Graph.factor = 3.0
+    assert recorded(network) is None
+    assert "its replay gives loss and gradient norm" in caplog.text
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_step_that_is_not_replayed_finds_gradients_of_zero_in_their_place(
+    network: nn.Module,
+) -> None:
+    step = recorded(network)
+    assert step is not None
+    places = [parameter.grad for parameter in network.parameters()]
+    step.make_room()
+    for place, parameter in zip(places, network.parameters(), strict=True):
+        assert parameter.grad is place and place is not None and not place.any()
