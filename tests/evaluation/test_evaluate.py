@@ -54,7 +54,9 @@ def test_a_reference_without_a_prediction_is_told(folders: tuple[Path, Path]) ->
         find_pairs(found, references)
 
 
-def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(folders: tuple[Path, Path]) -> None:
+def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(
+    folders: tuple[Path, Path],
+) -> None:
     found, references = folders
     moved = np.zeros((4, 4, 4), np.uint8)
     write_volume(found / "b_seg.nii.gz", Volume(moved, Grid((4, 4, 4), np.eye(4))))
