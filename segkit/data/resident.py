@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 
 from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
+from segkit.system.resources import free_memory_of
 
 SHARE_OF_MEMORY = 0.4
 """Of the device's free memory, what cases may take; the rest is for the network and its step."""
@@ -51,8 +52,7 @@ def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
     """Whether cases should lie on a device whole: on a GPU of which they take a small share."""
     if device.type != "cuda":
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return bytes_of(cases) <= SHARE_OF_MEMORY * free
+    return bytes_of(cases) <= SHARE_OF_MEMORY * free_memory_of(device)
 
 
 def on_device(array: ndarray, device: torch.device) -> Tensor:

@@ -1,10 +1,10 @@
 """What runs a batch of windows through a network: logits, and the attention maps beside them.
 
-engines     what an engine is, and PyTorch itself
-compiled    torch.compile
-converted   OpenVINO and ONNX Runtime, through the cache of `artefacts`
-sparing     what is done when a device's memory runs out
-choice      which of them, by name or by rule
+torch_eager    what an engine is, and PyTorch itself
+torch_compile  torch.compile
+converted      OpenVINO and ONNX Runtime, through the cache of `conversion_cache`
+out_of_memory  what is done when a device's memory runs out
+choose         which of them, by name or by rule
 """
 
 import logging
