@@ -28,7 +28,7 @@ NUMBER = "a number"
 TRUTH = "true or false"
 TEXT = "text"
 LIST = "a list"
-SECTION = "a section of settings"
+SECTION = "a section of names and values"
 Expected = str | Callable[[Mapping[str, Any]], str]
 
 EXPECTED: dict[str, Expected] = {

@@ -200,7 +200,7 @@ REFUSED_VALUES = [
     ("trainer.devices=1.5", r"trainer\.devices is 1\.5: it should be a whole number"),
     ("trainer.devices=[a]", r"trainer\.devices\.0 is 'a': it should be a whole number"),
     ("name=../elsewhere", r"name is '\.\./elsewhere': it should be a name of letters, digits"),
-    ("network=unet", "network is 'unet': it should be a section of settings"),
+    ("network=unet", "network is 'unet': it should be a section of names and values"),
     ("data.folder=null", r"data\.folder is None: "),
     (
         "data.patch_size=[30, 32, 16]",

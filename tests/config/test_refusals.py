@@ -94,7 +94,7 @@ GATES = {"kind": "additive_grid", "level": [0]}
         ({"steps": 3}, "steps is not a setting (did you mean train.steps?)"),
         ({"train": {"batch_size": 3}}, BATCH),
         ({"network": {"attention": {"skip": GATES}}}, LEVEL),
-        ({"train": 3}, "train is 3: it should be a section of settings"),
+        ({"train": 3}, "train is 3: it should be a section of names and values"),
         ({"train": {"steps": "x" * 900}}, LONG),
         ({"train": {"steps": 0, "seed": -1}}, TWO),
     ],
