@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from segkit.cli.options import Device, Inputs, ModelFolder, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.options import (
+    CheckpointOption,
+    Device,
+    Inputs,
+    ModelFolder,
+    OverlapOption,
+    Overwrite,
+    SeriesOption,
+)
 from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 
@@ -18,6 +26,7 @@ def explain_command(
     inputs: Inputs,
     out: Annotated[Path, Option(help="A folder for maps and tables.")],
     model: ModelFolder = None,
+    checkpoint: CheckpointOption = None,
     reference: Annotated[
         Path | None, Option(help="The label of INPUT, or a folder of labels of that name.")
     ] = None,
@@ -58,8 +67,8 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
-    folder = model_folder(model) if model else newest_model(Path("runs"))
-    loaded = load_model(folder)
+    folder = model_folder(model, checkpoint=checkpoint) if model else newest_model(Path("runs"))
+    loaded = load_model(folder, checkpoint=checkpoint)
     found = find_inputs(inputs, len(loaded.description.channels), series=series)
     say(f"model: {folder}")
     # In single precision on a GPU too: it is values of maps that are measured.

@@ -5,13 +5,22 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from segkit.cli.options import Device, Inputs, ModelFolders, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.options import (
+    CheckpointOption,
+    Device,
+    Inputs,
+    ModelFolders,
+    OverlapOption,
+    Overwrite,
+    SeriesOption,
+)
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
 def predict_command(
     inputs: Inputs,
     models: ModelFolders = None,
+    checkpoint: CheckpointOption = None,
     out: Annotated[Path | None, Option(help="A file or a folder for the labels.")] = None,
     maps: Annotated[
         Path | None, Option(help="A folder for every attention map, made in the same pass.")
@@ -74,10 +83,12 @@ def predict_command(
 
     number, count, device = _share(shard, device)
     folders = [
-        folder for path in models or [newest_model(Path("runs"))] for folder in model_folders(path)
+        folder
+        for path in models or [newest_model(Path("runs"))]
+        for folder in model_folders(path, checkpoint=checkpoint)
     ]
     predictor = Predictor(
-        [load_model(folder) for folder in folders],
+        [load_model(folder, checkpoint=checkpoint) for folder in folders],
         device=device,
         overlap=overlap,
         batch_size=batch,

@@ -6,10 +6,12 @@ The models of a first stage, whose labels the network takes beside the image, li
 """
 
 import hashlib
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,9 @@ SUMMARY = "summary.json"
 """The file of a finished run, or of a finished cross-validation, beside its models."""
 FOLD = "fold_"
 """The name of a fold's run in the folder of a cross-validation begins so."""
+Checkpoint = Literal["best", "last"]
+"""Which weights of a run: those of the best validation, or those of the last."""
+CHECKPOINTS: Mapping[Checkpoint, str] = {"best": "best.ckpt", "last": "last.ckpt"}
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
 """Names of weights in the blocks of a U-Net."""
 
@@ -51,7 +56,7 @@ class Model:
 
 
 def save_model(folder: str | Path, model: Model) -> None:
-    """Write a model folder. `model.json` comes last: a folder that has one is complete.
+    """Write a model folder. A folder with both `model.json` and weights is complete.
 
         segkit.save_model("my_model", model)
 
@@ -96,7 +101,12 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
     return Model(description, wrap_network(description, module).eval())
 
 
-def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    network: nn.Module | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Model:
     """Read a model onto the CPU, in evaluation mode.
 
         model = segkit.load_model("runs/my_run")
@@ -105,12 +115,14 @@ def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
         path: a model folder, or the folder of a run; of a cross-validation its first fold is read.
         network: the module that the model was trained with, if it came from Python; it gets the
             weights.
+        checkpoint: weights of the run's `best.ckpt` or `last.ckpt` in place of the model's, also
+            while the run is training; None for the model's own, which a finished run has.
 
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
             does not fit it.
     """
-    folder = model_folder(Path(path))
+    folder = model_folder(Path(path), checkpoint=checkpoint)
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
@@ -121,7 +133,8 @@ def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
         first.append(_with_weights(inside, told, ()))
-    return _with_weights(folder, description, tuple(first), network)
+    source = folder.parent / CHECKPOINTS[checkpoint] if checkpoint else None
+    return _with_weights(folder, description, tuple(first), network, source)
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
@@ -163,20 +176,28 @@ def _with_weights(
     description: ModelDescription,
     first: tuple[Model, ...],
     module: nn.Module | None = None,
+    checkpoint: Path | None = None,
 ) -> Model:
-    source = folder / WEIGHTS
+    source = checkpoint or folder / WEIGHTS
     if not source.is_file():
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
+        raise ModelError(f"{source.parent}: expected {source.name} in it, found none")
     try:
         # Compared with the file's header before anything is allocated, so that neither network nor
         # weights can be larger than the file.
+        weights = None if checkpoint is None else read_checkpoint_weights(checkpoint)
         if module is None:
-            _check_fit(_shapes_in(source), weight_shapes(description))
+            shapes = (
+                _shapes_in(source)
+                if weights is None
+                else {name: tuple(value.shape) for name, value in weights.items()}
+            )
+            _check_fit(shapes, weight_shapes(description))
             network = build_network(description)
         else:
             network = wrap_network(description, module)
-        model = Model(description, network, first, folder)
-        weights = load_file(source)
+        # A checkpoint may be written anew at any time, so that no folder stands for the model.
+        model = Model(description, network, first, folder if weights is None else None)
+        weights = load_file(source) if weights is None else weights
         for name, value in weights.items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds values that are not numbers")
@@ -187,6 +208,33 @@ def _with_weights(
     # A module from Python may lie on a GPU.
     model.network.cpu().eval()
     return model
+
+
+def read_checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of a run; averaged ones if it averages. Raises ModelError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        found = {
+            name.partition(".")[2]: value
+            for name, value in state.items()
+            if name.startswith("network.")
+        }
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: expected a checkpoint of plain data: {reason}") from None
+    # Those of a 2D network, or of a module that was given, lie one level deeper.
+    for inner in ("network.", "module."):
+        if found and all(name.startswith(inner) for name in found):
+            found = {name.removeprefix(inner): value for name, value in found.items()}
+    return found
 
 
 def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
@@ -254,20 +302,46 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: Path, *, checkpoint: Checkpoint | None = None) -> Path:
     """The folder with the model: the only one of `model_folders`, or the first fold's."""
-    return model_folders(path)[0]
+    return model_folders(path, checkpoint=checkpoint)[0]
 
 
-def model_folders(path: Path) -> tuple[Path, ...]:
+def model_folders(path: Path, *, checkpoint: Checkpoint | None = None) -> tuple[Path, ...]:
     """The folders of the models at a path. Raises ModelError if there is none.
 
     It is `path` itself, `path/model` of a run, or one for each finished fold of a cross-validation.
+    With a `checkpoint`, it is the run or each fold that has it beside its description.
     """
+
+    def whole(folder: Path) -> bool:
+        weights = folder.parent / CHECKPOINTS[checkpoint] if checkpoint else folder / WEIGHTS
+        return weights.is_file()
+
     for folder in (path, path / "model"):
-        if (folder / DESCRIPTION).is_file():
+        if not (folder / DESCRIPTION).is_file():
+            continue
+        if whole(folder):
             return (folder,)
-    folds = sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+        if checkpoint:
+            raise ModelError(
+                f"{folder.parent}: expected a run with {CHECKPOINTS[checkpoint]}, found none; it is "
+                f"written at the first validation; leave --checkpoint out for a finished run"
+            )
+        if any((folder.parent / name).is_file() for name in CHECKPOINTS.values()):
+            raise ModelError(
+                f"{folder.parent}: is not finished; wait for its end, or take the weights that it "
+                f"has: --checkpoint best or --checkpoint last"
+            )
+        if folder.name == "model" and (folder.parent / "config.yaml").is_file():
+            raise ModelError(
+                f"{folder.parent}: is not finished and has no checkpoint yet; wait for its first "
+                f"validation"
+            )
+        return (folder,)
+    folds = [
+        found for found in sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}")) if whole(found.parent)
+    ]
     if not folds:
         raise ModelError(
             f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither"
@@ -280,12 +354,20 @@ def newest_model(runs: Path) -> Path:
 
     Raises ModelError if there is none.
     """
-    finished = list(runs.glob(f"*/model/{DESCRIPTION}"))
+    models = runs.glob(f"*/model/{DESCRIPTION}")
+    finished = [path for path in models if (path.parents[1] / SUMMARY).is_file()]
     of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
     finished += [path for path in of_folds if path.is_file()]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
     return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def save_description(folder: Path, model: Model) -> None:
+    """Write all of a model's folder but its weights: what a checkpoint needs to be loaded."""
+    for number, first in enumerate(model.first):
+        save_model(folder / FIRST / str(number), first)
+    write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:

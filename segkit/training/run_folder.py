@@ -55,6 +55,8 @@ UNREADABLE = (
     TypeError,
 )
 """What torch raises for a file that is no checkpoint."""
+RECORD_KEY = "segkit"
+"""In a checkpoint: the settings and the split of the run so far."""
 SECOND_STAGE = "second_stage.yaml"
 """In the run of a first stage: the config that is trained after it."""
 
@@ -75,12 +77,10 @@ def new_run_folder(runs: Path, name: str) -> Path:
     raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
 
 
-def stopped_run(folder: Path) -> Path:
-    """The folder of a run that can be resumed. Raises ConfigError where it cannot."""
+def begun_run(folder: Path) -> Path:
+    """The folder of a run. Raises ConfigError if there is none."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: expected a run with its {CONFIG}, found none; check the path")
-    if (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder}: is finished already; its model is {folder / 'model'}")
     return folder
 
 
@@ -136,6 +136,16 @@ def check_checkpoint(folder: Path, module: nn.Module) -> None:
         raise _no_checkpoint(path, f"lacks {error}") from None
     if not fits:
         raise _no_checkpoint(path, f"does not fit the network of {folder / CONFIG}")
+
+
+def read_record(folder: Path) -> tuple[dict[str, Any], int]:
+    """What the last checkpoint of a run says of settings and split, and its step; empty without."""
+    path = checkpoint_of(folder)
+    if path is None:
+        return {}, 0
+    content = _read_checkpoint(path)
+    record = content.get(RECORD_KEY)
+    return dict(record) if isinstance(record, dict) else {}, int(content["global_step"])
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
