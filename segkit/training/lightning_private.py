@@ -86,9 +86,9 @@ def begin_epoch_at(checkpoint: dict[str, Any], every: int) -> None:
     step = int(checkpoint["global_step"])
     batches = checkpoint["loops"]["fit_loop"][_STEPS]
     inside = step % every
-    if batches["current"]["completed"] in (inside, inside or every):
-        if batches["is_last_batch"] == (inside == 0):
-            return
+    there = batches["current"]["completed"] in (inside, inside or every)
+    if there and batches["is_last_batch"] == (inside == 0):
+        return
     batches["current"].update(dict.fromkeys(_COUNTS, inside or every))
     batches["is_last_batch"] = inside == 0
 

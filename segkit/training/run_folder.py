@@ -22,7 +22,6 @@ from torch import nn
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
-from segkit.model.folder import SUMMARY
 from segkit.training.csv_logger import MetricsFile
 
 try:
