@@ -47,7 +47,7 @@ def read_split(path: Path) -> SplitNames | None:
 
 
 def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
-    """Raise ConfigError if split.json moves a case that the checkpoint was trained on, or held out."""
+    """Raise ConfigError if split.json moves a case that the run has trained on, or held out."""
     for part, other, done in (
         ("held_out", "train", "trained on"),
         ("train", "held_out", "held out"),

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5}
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
+TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
 """Names, of Lightning's, that training works in; the short ones are mixed, or single precision."""
 ANY_INTENSITY = (0.0, 1.0)
 """The range of a label's mean intensity in synthesis, if the config names none."""
@@ -123,7 +123,7 @@ def check_precision(config: Config) -> None:
     Weights in half precision (`bf16-true`, `16-true`) lose steps smaller than 1/256 of themselves.
     """
     asked = config.trainer.precision
-    if asked not in PRECISIONS:
+    if asked not in TRAINED_IN:
         raise ConfigError(
             f"trainer.precision is {asked}; expected auto, 32-true, bf16-mixed or 16-mixed, which "
             f"keep weights in single precision"

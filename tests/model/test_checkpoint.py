@@ -58,5 +58,5 @@ def test_a_run_that_is_not_finished_is_never_the_newest_and_says_so(runs: Path) 
         load_model(runs / "stopped_3")
     with pytest.raises(ModelError, match="stopped_1: is not finished and has no checkpoint yet"):
         load_model(runs / "stopped_1")
-    with pytest.raises(ModelError, match="stopped_1: expected a run with best.ckpt, found none"):
+    with pytest.raises(ModelError, match=r"stopped_1: expected a run with best\.ckpt, found none"):
         load_model(runs / "stopped_1", checkpoint="best")

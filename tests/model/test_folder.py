@@ -73,6 +73,8 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
         newest_model(tmp_path)
     for name in ("b", "a"):
         save_model(tmp_path / name / "model", small_model())
+        write_json(tmp_path / name / "summary.json", {})
+    save_model(tmp_path / "d" / "model", small_model())  # whose scores are not yet known
     older = tmp_path / "b" / "model" / "model.json"
     stat = (tmp_path / "a" / "model" / "model.json").stat()
     os.utime(older, ns=(stat.st_atime_ns - 10**9, stat.st_mtime_ns - 10**9))
@@ -87,6 +89,7 @@ def change(folder: Path, **keys: object) -> None:
 
 def test_a_cross_validation_counts_once_it_is_finished(tmp_path: Path) -> None:
     save_model(tmp_path / "run" / "model", small_model())
+    write_json(tmp_path / "run" / "summary.json", {})
     for fold in (0, 3):
         save_model(tmp_path / "five" / f"fold_{fold}" / "model", small_model())
     assert newest_model(tmp_path) == tmp_path / "run" / "model"

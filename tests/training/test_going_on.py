@@ -28,6 +28,11 @@ def stopped(folder: Path, after: int = 5, **sections: Any) -> Path:
     return folder / "runs" / "small"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped(tmp_path_factory.mktemp("kept"))
+
+
 def copied(case: str, name: str, data: Path) -> None:
     for room in ("imagesTr", "labelsTr"):
         shutil.copy(data / room / f"{case}.nii.gz", data / room / f"{name}.nii.gz")
@@ -54,6 +59,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return dict(torch.load(run / "last.ckpt", weights_only=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 5])  # before the first checkpoint, and after it
 @pytest.mark.parametrize("section", [{}, {"data": {"fold": 2}}])
 def test_a_case_that_is_new_is_left_out_of_a_run_that_goes_on(
@@ -74,6 +80,7 @@ def test_a_case_that_is_new_is_left_out_of_a_run_that_goes_on(
     )
 
 
+@pytest.mark.slow
 def test_a_case_that_is_gone_is_told_and_the_others_stay_where_they_were(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,6 +123,7 @@ def test_parts_from_python_follow_the_split_of_the_run(tmp_path: Path) -> None:
     assert done.summary["training_cases"] == len(before["train"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_given_more_steps_goes_on_by_the_longer_schedule(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     config = small_config(data, train={"steps": 3, "validate_every": 10})
@@ -140,6 +148,7 @@ def test_a_finished_run_given_more_steps_goes_on_by_the_longer_schedule(tmp_path
         resume(done.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_another_learning_rate_counts_from_the_next_step(optimiser: str, tmp_path: Path) -> None:
     run = stopped(tmp_path, train={"steps": 6, "validate_every": 2, "optimiser": optimiser})
@@ -166,8 +175,8 @@ def test_another_learning_rate_counts_from_the_next_step(optimiser: str, tmp_pat
         "train.steps=4",
     ],
 )
-def test_a_setting_that_a_run_keeps_is_refused_by_its_name(word: str, tmp_path: Path) -> None:
-    run = stopped(tmp_path)
+def test_a_setting_that_a_run_keeps_is_refused_by_its_name(word: str, kept: Path) -> None:
+    run = kept
     before = (run / "config.yaml").read_text()
     key, _, _ = word.partition("=")
     with pytest.raises(ConfigError, match=rf"config\.yaml: .*{key}"):
@@ -178,6 +187,7 @@ def test_a_setting_that_a_run_keeps_is_refused_by_its_name(word: str, tmp_path: 
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_settings_edited_in_the_file_are_applied(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     tree = yaml.safe_load((run / "config.yaml").read_text())
@@ -193,6 +203,7 @@ def test_settings_edited_in_the_file_are_applied(tmp_path: Path) -> None:
     assert {"data.batch_size", "train.validate_every", "train.steps"} <= changed
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_keeps_its_best_score(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     score = checkpoint(run)["callbacks"]
