@@ -93,7 +93,9 @@ def train_command(
         assert resume is not None
         result = _resumed(resume, wanted)
     else:
-        settings, low = _settings(config, overrides or [], runs, minutes or MINUTES, not no_race)
+        settings, low = _settings(
+            config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
+        )
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
@@ -147,6 +149,11 @@ def _settings(
         )
     say(planned.text.rstrip())
     return settings, low
+
+
+def _races(overrides: Sequence[str], no_race: bool) -> bool:
+    """Whether plans race: not if steps are asked for, which are no time to share."""
+    return not no_race and not any(word.startswith("train.steps=") for word in overrides)
 
 
 def _trained(
