@@ -50,7 +50,7 @@ def explain_command(
         remove_heads,
     )
     from segkit.explain.page.terminal_table import verdict_table
-    from segkit.explain.verdicts.study import check_gates
+    from segkit.explain.verdicts.ablation import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
     from segkit.model.folder import load_model, model_folder, newest_model
