@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         VolumeError,
         WorkerError,
     )
+    from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.explain.verdicts.judge import judge_gates
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionMap",
+    "Comparison",
     "Config",
     "ConfigError",
     "CrossValidation",
@@ -75,6 +77,7 @@ __all__ = [
     "WholeVolume",
     "WorkerError",
     "check",
+    "compare",
     "cross_validate",
     "demo_config",
     "described_model",
@@ -117,6 +120,7 @@ _HOMES = {
         "VolumeError",
         "WorkerError",
     ),
+    "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.explain.verdicts.judge": ("judge_gates",),

@@ -11,7 +11,6 @@ COLUMNS = {
     "Dice lost": ("Dice lost without it", "+.3f"),
     "AUROC": ("AUROC", ".2f"),
     "more": ("AUROC: more than the best comparator", "+.2f"),
-    "deletion": ("deletion: more than the best comparator", "+.3f"),
     "|ρ|": ("|ρ| with untrained networks", ".2f"),
 }
 """The heads of columns, the numbers that are shown, and how."""
@@ -21,8 +20,8 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """A row for each of one map or more: the word, and the chief numbers behind it."""
     table = Table(
         title=f"What each map is worth over {verdicts[0].numbers['scans']} scans",
-        caption="Dice lost: with the map evened out. More, deletion: how much more it shows than "
-        "the best of what it is compared with. |ρ|: with untrained networks.",
+        caption="Dice lost: with the map evened out. More: by how much its AUROC exceeds the best "
+        "of what it is compared with. |ρ|: with untrained networks.",
         box=SIMPLE_HEAD,
     )
     for column in ("map", "verdict", "structure"):
