@@ -114,4 +114,4 @@ def _tell(explained: "Explained") -> None:
                 f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
             )
     for verdict in explained.verdicts:
-        say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
+        say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

@@ -40,7 +40,7 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
         rows[name] = (out / name / "ablation.csv").read_text().splitlines()
         told = json.loads((out / name / "measures.json").read_text())["worth"]
         best = told["verdicts"][0]
-        assert f"{name} {best['map']} is {best['word']}: " in said
+        assert f"{name} {best['map']}: {best['word']}. Over 1 scan, " in said
     assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
     cohort = json.loads((out / "cohort.json").read_text())
     assert cohort["scans"] == 2 and [one["case"] for one in cohort["evidence"]] == ["a", "b"]
@@ -48,7 +48,7 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     verdict, *_ = cohort["verdicts"]
     # Two scans are too few for any other word.
     assert (verdict["map"], verdict["word"]) == ("skip.1/gate", "cannot tell")
-    assert '</b> is <b class="cannot-tell">cannot tell</b>: ' in page
+    assert '</b>: <b class="cannot-tell">cannot tell</b>. Over 2 scans, ' in page
     # … and the terminal has them as a table, with the figures of the file.
     table = said[said.index("What each map is worth over 2 scans") :]
     (row,) = [line for line in table.splitlines() if "skip.1/gate" in line]

@@ -62,8 +62,8 @@ def cohort_text(
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     told = [
-        f'<div class="card"><p><b>{_text(one.map)}</b> is <b class="{_text(style)}">'
-        f"{_text(one.verdict)}</b>: {_text(one.reason)}</p></div>"
+        f'<div class="card"><p><b>{_text(one.map)}</b>: <b class="{_text(style)}">'
+        f"{_text(one.verdict)}</b>. {_text(one.reason)}</p></div>"
         for one in verdicts
         for style in [one.verdict.replace(" ", "-")]
     ]

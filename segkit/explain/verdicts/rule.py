@@ -375,8 +375,8 @@ def _said(verdict: GateVerdict) -> str:
             return "there is no word without a reference"
     further = verdict.figures["further scans"]
     if isinstance(further, int):
-        return f"these scans cannot tell; about {further} more like them may"
-    return f"these scans cannot tell, and {MOST_FURTHER} more like them would not"
+        return f"the evidence cannot tell; about {further} more like these may"
+    return f"the evidence cannot tell, and {MOST_FURTHER} more like these would not"
 
 
 def _further(of: _Hypothesis, looked_at: int) -> int | None:

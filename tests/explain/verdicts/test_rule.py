@@ -93,7 +93,7 @@ def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: fl
     for count in range(1, 6):
         verdict = judged(scans(count, lambda number: channel(auroc, drop, seed=number)))
         assert verdict.word == "cannot tell", count
-        assert "cannot tell" in verdict.reason
+        assert "the evidence cannot tell" in verdict.reason
     further = judged(scans(3)).figures["further scans"]
     assert isinstance(further, int) and judged(scans(3 + further)).word == "informative"
 
