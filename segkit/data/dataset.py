@@ -12,7 +12,15 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.errors import DatasetError, VolumeError
-from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
+from segkit.io.volume import (
+    BYTES_OF_IMAGE,
+    BYTES_OF_LABEL,
+    Volume,
+    in_full,
+    read_volume,
+    trouble_with,
+    whole_numbers,
+)
 
 WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
@@ -86,13 +94,13 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
     Raises DatasetError where they do not fit each other or the dataset.
     """
-    label = read_volume(case.label)
+    label = read_volume(case.label, working=BYTES_OF_LABEL)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts: list[Volume] = []
     for path in case.images:
-        part = read_volume(path)
+        part = read_volume(path, working=BYTES_OF_IMAGE)
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
             raise DatasetError(f"{path}: {trouble}")
@@ -110,7 +118,7 @@ def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     values = whole_numbers(label.data, case.label)
-    found = np.unique(values)
+    found = np.unique(np.concatenate([np.unique(plane) for plane in np.moveaxis(values, 2, 0)]))
     declared = range(len(dataset.labelling.value_names))
     if not np.isin(found, declared).all():
         strange = found[~np.isin(found, declared)][:5]

@@ -34,7 +34,8 @@ from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
 from segkit.io.checksums import file_states
 from segkit.io.volume import read_grid, read_volume
-from segkit.system.resources import free_memory, num_cores
+from segkit.system.memory import free_memory
+from segkit.system.resources import num_cores
 from segkit.system.workers import in_processes
 
 CACHE_FORMAT = 3

@@ -10,7 +10,15 @@ import numpy as np
 from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
-from segkit.io.volume import SUFFIXES, Volume, read_volume, result_suffix, stem_of, suffix_of
+from segkit.io.volume import (
+    BYTES_OF_IMAGE,
+    SUFFIXES,
+    Volume,
+    read_volume,
+    result_suffix,
+    stem_of,
+    suffix_of,
+)
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
@@ -132,12 +140,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
-        return read_series(choose_series(source.files[0], source.series))
-    first = read_volume(source.files[0])
+        return read_series(choose_series(source.files[0], source.series), working=BYTES_OF_IMAGE)
+    first = read_volume(source.files[0], working=BYTES_OF_IMAGE)
     if len(source.files) == 1:
         return first
+    # The channels are held one by one, and once more together.
+    together = BYTES_OF_IMAGE + len(source.files) * first.data.itemsize
     others = [
-        read_volume(file).onto(first.grid, what=f"{file}:", whose=source.files[0].name)
+        read_volume(file, working=together).onto(
+            first.grid, what=f"{file}:", whose=source.files[0].name
+        )
         for file in source.files[1:]
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]

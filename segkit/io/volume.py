@@ -9,6 +9,7 @@ files and returns wrong voxels for others (docs/volumes.md has the counts).
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,11 @@ SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
 QFORM_TOLERANCE = 0.01
 """Millimetres that a qform may lie off the sform; one of a sheared affine lies further off."""
+BYTES_OF_SCALED = np.dtype(np.float32).itemsize
+BYTES_OF_LABEL = 8
+"""Of a label as `read_labels` gives it."""
+BYTES_OF_IMAGE = 12
+"""That are needed for each voxel of an image to prepare it: two copies of a channel, and labels."""
 FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
 ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
@@ -126,12 +132,14 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path))]
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, *, working: float = 0) -> Volume:
     """A volume with its grid, read from a file.
 
     Args:
         path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
             file. A header in `.nhdr` or `.mhd` may name a data file of its own folder.
+        working: bytes for each of (x, y, z) that the caller will need beside the voxels. A volume
+            that does not fit into free memory with them is refused before anything is allocated.
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
@@ -146,14 +154,15 @@ def read_volume(path: str | Path) -> Volume:
         >>> scan.data.shape, scan.grid.spacing
         ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(Path(path), _read)
+    return _open(Path(path), partial(_read, working=working))
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_labels(path: str | Path, *, working: float = 0) -> Volume:
     """A volume of labels, read from a file.
 
     Args:
         path: a file as `read_volume` takes it.
+        working: as `read_volume` takes it.
 
     Returns:
         The labels, (x, y, z), int64, 0 for the background.
@@ -165,16 +174,19 @@ def read_labels(path: str | Path) -> Volume:
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
-    volume = read_volume(path)
+    volume = read_volume(path, working=BYTES_OF_LABEL + working)
     expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
     if volume.data.ndim != 3:
         raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
     values = whole_numbers(volume.data, path)
-    with np.errstate(invalid="ignore"):
-        whole = values.astype(np.int64)
-    strange = values[(whole != values) | (whole < 0)]
-    if len(strange):
-        raise VolumeError(f"{expected}, found {in_full(strange[0])}")
+    whole = np.empty(values.shape, np.int64, order="F")
+    for z in range(values.shape[2]):
+        found, here = values[..., z], whole[..., z]
+        with np.errstate(invalid="ignore"):
+            here[...] = found
+        strange = found[(here != found) | (here < 0)]
+        if len(strange):
+            raise VolumeError(f"{expected}, found {in_full(strange[0])}")
     return volume.like(whole)
 
 
@@ -191,15 +203,22 @@ def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
     """
     if values.dtype.kind != "f":
         return values
-    with np.errstate(invalid="ignore"):
-        nearest = np.rint(values)
-        off = np.abs(values - nearest)
-        near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
-    farthest = off.max(where=near, initial=0)
-    if not farthest:
-        return values
-    logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
-    return np.where(near, nearest, values)
+    whole, farthest = values, 0.0
+    for plane in np.ndindex(values.shape[2:]):
+        here = (..., *plane)
+        with np.errstate(invalid="ignore"):
+            nearest = np.rint(values[here])
+            off = np.abs(values[here] - nearest)
+            near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
+        if not (apart := float(off.max(where=near, initial=0))):
+            continue
+        if whole is values:
+            whole = values.copy(order="F")
+        whole[here] = np.where(near, nearest, values[here])
+        farthest = max(farthest, apart)
+    if farthest:
+        logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
+    return whole
 
 
 def in_full(value: Any) -> str:
@@ -262,13 +281,13 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """
     path = Path(path)
     check_writable(path)
-    with whole(path) as partial:
+    with whole(path) as unfinished:
         if path.name.lower().endswith(NIFTI_SUFFIXES):
-            _write_nifti(partial, volume)
+            _write_nifti(unfinished, volume)
         else:
             image = _to_itk(volume)
             try:
-                simple_itk().WriteImage(image, str(partial), useCompression=True)
+                simple_itk().WriteImage(image, str(unfinished), useCompression=True)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise VolumeError(f"{path}: cannot be written: {reason}") from None
@@ -300,11 +319,14 @@ def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float
     return read_nifti_header(path)
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, *, working: float = 0) -> Volume:
     header, layout, scaling = _layout(path)
     grid = _grid(layout)
-    data = read_voxels(path, layout)
-    if scaling != (1, 0):
+    scaled = scaling != (1, 0)
+    if scaled:
+        working += BYTES_OF_SCALED * (layout.channels or 1)
+    data = read_voxels(path, layout, working=working)
+    if scaled:
         data = _scaled(data, *scaling)
     return Volume(data, grid, header)
 
@@ -375,6 +397,10 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     header.set_slope_inter(None, None)
     for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
         header[field] = 0
+    # Text may hold names of patients, as extensions may.
+    for field in ("data_type", "db_name", "aux_file", "intent_name"):
+        if field in header.structarr.dtype.names:
+            header[field] = b""
     header["descrip"] = b"segkit"
     header["intent_code"] = 0
     # A header without codes has an affine that depends on its shape, which is set by now.

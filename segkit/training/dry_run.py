@@ -21,8 +21,9 @@ from segkit.data.dataset import read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
 from segkit.io.volume import read_grid
+from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import in_words, peak_of_process
+from segkit.system.resources import peak_of_process
 from segkit.system.signals import advising
 from segkit.training.fit import train
 from segkit.training.resolve import check_images, precision
