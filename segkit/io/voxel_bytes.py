@@ -125,8 +125,8 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
             f"its header claims {claimed} bytes of voxels and the file can hold {max(held, 0)}; "
             f"it is cut short or damaged"
         )
-    several = layout.channels not in (None, 1)
-    ordered = layout.kind.isnative and not (several and layout.channels_first)
+    channels = layout.channels or 1
+    ordered = layout.kind.isnative and not (channels > 1 and layout.channels_first)
     copies = (layout.stream is not None) + (not ordered)
     refuse_beyond_memory(layout.space, copies * claimed, working=working)
     values: ndarray
@@ -139,12 +139,12 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
         spare = None if layout.part else layout.spare
         _fill(values.view(np.uint8), inflated(path, layout.stream), offset, spare)
     values = values.astype(layout.kind.newbyteorder("="), copy=False)
-    if not several:
+    if channels == 1:
         return values.reshape(layout.space, order="F")
     if layout.channels_first:
-        mixed = values.reshape((layout.channels, *layout.space), order="F")
+        mixed = values.reshape((channels, *layout.space), order="F")
         return np.asfortranarray(np.moveaxis(mixed, 0, 3))
-    return values.reshape((*layout.space, layout.channels), order="F")
+    return values.reshape((*layout.space, channels), order="F")
 
 
 def refuse_beyond_memory(space: Sequence[int], held: float, *, working: float = 0) -> None:
