@@ -102,7 +102,7 @@ def _series_facts(series: Series) -> dict[str, Any]:
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)

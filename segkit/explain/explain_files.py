@@ -105,7 +105,7 @@ def explain_files(
             explanation = explain_volume(
                 predictor,
                 read_input(source),
-                None if path is None else read_labels(path),
+                None if path is None else read_labels(path, rules=source.rules),
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,

@@ -268,7 +268,9 @@ def explain_volume(
     description = predictor.model.description
     labelling = description.labelling
     if reference is not None:
-        reference = reference.onto(volume.grid, what=f"{name}: the reference", whose="the scan")
+        reference = reference.sized_as(volume).onto(
+            volume.grid, what=f"{name}: the reference", whose="the scan"
+        )
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,

@@ -22,7 +22,15 @@ from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, read_input
 from segkit.io.pictures import write_montage
-from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
+from segkit.io.volume import (
+    SUFFIXES,
+    Volume,
+    check_writable,
+    numbers_suffix,
+    stem_of,
+    suffix_of,
+    write_volume,
+)
 from segkit.provenance import PROVENANCE, check_asked
 
 T = TypeVar("T")
@@ -165,6 +173,7 @@ def predict_files(
     def targets_of(source: Input) -> Targets:
         labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
         stem, suffix = _beside(source, labels)
+        suffix = numbers_suffix(suffix)
         return Targets(
             labels,
             labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,

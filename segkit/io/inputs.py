@@ -10,10 +10,23 @@ import numpy as np
 from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
-from segkit.io.volume import SUFFIXES, Volume, read_volume, result_suffix, stem_of, suffix_of
+from segkit.io.picture_rules import PictureRules
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    NOT_PICTURES,
+    SUFFIXES,
+    Volume,
+    channels_in_picture,
+    is_picture,
+    read_volume,
+    result_suffix,
+    stem_of,
+    suffix_of,
+    volumes_among,
+)
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
-RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
+RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance", "_preview")
 """Of the names of volumes that are written beside an input."""
 FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(RESULT_ENDINGS)})?$)")
 
@@ -31,6 +44,8 @@ class Input:
     """Whether a folder was named rather than the volume, so that a result is no reason to stop."""
     series: str | None = None
     """The UID of a DICOM series, where its folder holds several."""
+    rules: PictureRules = field(default=AS_IT_SAYS, compare=False)
+    """How it is read, if it is a picture."""
 
     @property
     def is_series(self) -> bool:
@@ -44,13 +59,20 @@ class Input:
 
 
 def find_inputs(
-    paths: Sequence[Path], num_channels: int, *, series: str | None = None
+    paths: Sequence[Path],
+    num_channels: int,
+    *,
+    series: str | None = None,
+    rules: PictureRules = AS_IT_SAYS,
 ) -> list[Input]:
     """The volumes among files and folders.
 
     For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume; for a model of one,
     a folder in which all are called `CASE_0000`, as nnU-Net has them, holds the volumes `CASE`. In
     a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are no inputs.
+
+    A picture that holds all channels, such as red, green and blue, is one volume whatever its name;
+    pictures are read by the `rules`. Beside volumes that are no pictures, pictures are no inputs.
 
     A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
     such folders holds one each.
@@ -69,30 +91,33 @@ def find_inputs(
         if path.name.lower().endswith(DICOM_SUFFIX):
             raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
         inside = _volumes_in(path) if of_folder else [path]
-        single = num_channels == 1 and of_folder and _all_numbered(inside)
+        holds_all = {
+            file
+            for file in inside
+            if num_channels > 1 and is_picture(file) and _channels_in(file, rules) == num_channels
+        }
+        alike = num_channels == 1 or len(holds_all) == len(inside)
+        single = alike and of_folder and _all_numbered(inside)
         for file in inside:
             name, suffix = stem_of(file), suffix_of(file)
             if single:
                 name = FIRST_CHANNEL.sub("", name)
-            numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
+            whole = num_channels == 1 or file in holds_all
+            numbered = None if whole else CHANNEL_NUMBER.search(name)
             if numbered is None:
-                alone.append(Input(name, (file,), of_folder))
+                alone.append(Input(name, (file,), of_folder, rules=rules))
                 inputs[file.parent, name] = alone[-1]
                 continue
             name = name[: numbered.start()]
             parts = (f"{name}_{channel:04d}{suffix}" for channel in range(num_channels))
             files = tuple(file.parent / part for part in parts)
-            inputs[file.parent, name] = Input(name, files, of_folder)
+            inputs[file.parent, name] = Input(name, files, of_folder, rules=rules)
     found = alone if num_channels == 1 else inputs.values()
     return [source for source in found if not _is_result(source, inputs)]
 
 
 def _volumes_in(folder: Path) -> list[Path]:
-    inside = sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-    )
+    inside = volumes_among(file for file in folder.iterdir() if not file.name.startswith("."))
     if not inside:
         raise VolumeError(f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
     return inside
@@ -103,9 +128,17 @@ def _series_in(path: Path, series: str | None) -> list[Path]:
     if series is not None or holds_series(path):
         return [path]
     inside = sorted(path.iterdir())
-    if any(file.name.lower().endswith(SUFFIXES) for file in inside):
+    if any(file.name.lower().endswith(NOT_PICTURES) for file in inside):
         return []
     return [folder for folder in inside if folder.is_dir() and holds_series(folder)]
+
+
+def _channels_in(file: Path, rules: PictureRules) -> int | None:
+    """How many channels a picture has; None if it cannot be read, which is told in its turn."""
+    try:
+        return channels_in_picture(file, rules=rules)
+    except VolumeError:
+        return None
 
 
 def _all_numbered(files: Sequence[Path]) -> bool:
@@ -133,11 +166,13 @@ def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
         return read_series(choose_series(source.files[0], source.series))
-    first = read_volume(source.files[0])
+    first = read_volume(source.files[0], rules=source.rules)
     if len(source.files) == 1:
         return first
     others = [
-        read_volume(file).onto(first.grid, what=f"{file}:", whose=source.files[0].name)
+        read_volume(file, rules=source.rules)
+        .sized_as(first)
+        .onto(first.grid, what=f"{file}:", whose=source.files[0].name)
         for file in source.files[1:]
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]

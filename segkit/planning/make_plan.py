@@ -226,6 +226,8 @@ def _measured_step(task: _Task, config: Config, *, with_labels: bool) -> float:
         channels=dataset.channels,
         labelling=dataset.labelling,
         codes=dataset.codes,
+        pictures=dataset.pictures,
+        unit=dataset.unit,
         spacing=spacing,
         normalisation=[],
         first_stage=FirstStageConfig(models=1, classes=classes) if with_labels else None,

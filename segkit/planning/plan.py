@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from segkit.geometry.grid import ANISOTROPY, separate_axis
+from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import (
     ChannelNormalisation,
@@ -184,7 +184,7 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
 def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) -> Plan:
     spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
     shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
-    coarsest = rules.coarsest_axis(spacing)
+    coarsest = rules.axis_across(spacing, shape)
     axes = [axis for axis in range(3) if spatial_dims == 3 or axis != coarsest]
     setting = Setting(
         spacing=tuple(spacing[axis] for axis in axes),
@@ -265,13 +265,14 @@ def _assembled(
 ) -> Plan:
     chosen = fitted.topology
     current = _median_spacing(numbers)
+    shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
     ratios = [max(each) / min(each) for each in (current, spacing)]
     share = float(np.median(numbers.box_shares))
     num_flat = sum(1 in kernel for kernel in chosen.kernels)
     return Plan(
         spatial_dims=len(chosen.patch_size),
-        spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
-        slices=rules.SLICE_PLANES[rules.coarsest_axis(spacing)],
+        spacing=rounded_spacing(spacing),
+        slices=rules.SLICE_PLANES[rules.axis_across(spacing, shape)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
         channels=fitted.channels,
