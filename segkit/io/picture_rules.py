@@ -1,7 +1,7 @@
 """What is known of pictures beside their pixels: settings, pixel sizes, units of length."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,6 +72,11 @@ def length_mm(text: str) -> float:
     if not found or unit not in IN_LENGTHS:
         raise ValueError(f"{text!r} must be a length such as '0.5 µm', '4 nm' or '0.1 mm'")
     return float(found[1]) * IN_LENGTHS[unit]
+
+
+def size_in_words(sizes: Sequence[float], unit: Unit) -> str:
+    """Lengths along several axes, in mm, as they are told in a unit: '0.5 x 0.5 µm'."""
+    return " x ".join(f"{size / MM_OF[unit]:.4g}" for size in sizes) + f" {WORD_OF[unit]}"
 
 
 def length_in_words(length_mm: float, unit: Unit) -> str:

@@ -9,6 +9,7 @@ import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
@@ -23,6 +24,7 @@ def sections_of(
     plan: Plan,
     folder: Path,
     files: FilesConfig | None,
+    pictures: PicturesConfig | None,
     *,
     steps: int,
     why_steps: str,
@@ -37,6 +39,7 @@ def sections_of(
         plan: of the dataset.
         folder: the dataset's.
         files: where the files of its cases lie, if it has no dataset.json.
+        pictures: what its pictures do not say themselves.
         steps: of the training.
         why_steps: the reason for them.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
@@ -61,6 +64,7 @@ def sections_of(
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
             "files": (files and files.model_dump(mode="json", exclude_unset=True), ""),
+            "pictures": (pictures and pictures.model_dump(mode="json", exclude_unset=True), ""),
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,

@@ -10,10 +10,12 @@ import torch
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
+from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.data.variation import build_variation
+from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
@@ -62,6 +64,7 @@ class _Task:
 
     folder: Path
     files: FilesConfig | None
+    pictures: PicturesConfig | None
     dataset: Dataset
     fingerprint: Fingerprint
     device: torch.device
@@ -105,9 +108,10 @@ def plan_dataset(
     folder: str | Path,
     files: FilesConfig | None = None,
     *,
+    pictures: PicturesConfig | None = None,
     cache: str | Path | None = None,
     device: str = "auto",
-    spatial_dims: int = 3,
+    spatial_dims: int | None = None,
     gigabytes: float | None = None,
     minutes: float = 20.0,
     preset: Preset = "auto",
@@ -125,7 +129,8 @@ def plan_dataset(
         cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
             `gigabytes` by nnU-Net's rules, and not for a time.
-        spatial_dims: 3 for volumes, 2 for slices.
+        spatial_dims: 3 for volumes, 2 for slices; if None, 2 if no case has more than one slice.
+        pictures: what pictures do not say themselves, such as their pixel size.
         gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
         minutes: of training on this machine; two stages share them.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
@@ -143,7 +148,7 @@ def plan_dataset(
     """
     folder, runs = Path(folder), Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
-    dataset = read_dataset(folder, files)
+    dataset = read_dataset(folder, files, pictures)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
     on_cpu = chosen.type == "cpu"
@@ -151,11 +156,15 @@ def plan_dataset(
     if gigabytes is None:
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
+    measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    if spatial_dims is None:
+        spatial_dims = 2 if all(1 in case.shape for case in measured.cases) else 3
     task = _Task(
         folder,
         files,
+        pictures,
         dataset,
-        fingerprint(dataset, cache=cache, workers=workers, track=track),
+        measured,
         device=chosen,
         accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
         own_schedule=own_schedule,
@@ -175,7 +184,7 @@ def plan_dataset(
         where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
         budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {folder} ({size}) and {budget}."
+    heading = f"Planned for {folder} ({size}) and {budget}.{_about_lengths(dataset)}"
     name = _run_name(folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
@@ -199,6 +208,7 @@ def _planned(
         plan,
         task.folder,
         task.files,
+        task.pictures,
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
@@ -273,6 +283,17 @@ def seconds_of_step(
     image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
     label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
     return step_seconds(network, image, label.to(device), vary=vary, repeats=3)
+
+
+def _about_lengths(dataset: Dataset) -> str:
+    """A sentence on the pixel size of pictures, which the spacing is by; nothing of volumes."""
+    case = dataset.cases[0]
+    if not is_picture(case.label):
+        return ""
+    facts = read_picture_facts((*case.images, case.label)[0], rules=dataset.rules)[1]
+    if facts.sized:
+        return f" Pixel sizes are in mm here; {facts.source}."
+    return f" Lengths are pixels, and a pixel counts as 1 mm: {facts.source}."
 
 
 def _run_name(folder: Path) -> str:
