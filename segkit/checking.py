@@ -14,11 +14,13 @@ from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.config.pictures import PicturesConfig
 from segkit.data.dataset import read_case, read_dataset
 from segkit.errors import SegkitError, VolumeError
+from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
+from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
-from segkit.io.volume import Volume, read_volume, trouble_with
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, trouble_with
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
@@ -45,6 +47,7 @@ def check(
     overrides: Sequence[str] = (),
     *,
     series: str | None = None,
+    pixel_size: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Understood:
     """What was understood of a config (.yaml), a dataset folder, DICOM series or a volume.
@@ -54,6 +57,7 @@ def check(
         overrides: changes of a config, such as "train.steps=500".
         series: the UID of a series in a folder of DICOM files; if None, the only one, or a list of
             those there.
+        pixel_size: of a picture, such as ["4 nm"]; wins over what its file says.
         track: may show the progress over cases.
 
     Returns:
@@ -67,13 +71,16 @@ def check(
     """
     path = Path(path)
     if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
+        if series is None:
+            refuse_volumes_beside_series(path)
         return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         dataset = dataset_in(path)
         if dataset is None:
             return check_config(path, overrides, track)
         return check_dataset(dataset.folder, track, dataset.files, dataset.pictures)
-    return describe_volume(path, read_volume(path))
+    rules = with_pixel_size(AS_IT_SAYS, pixel_size)
+    return describe_volume(path, read_volume(path, rules=rules))
 
 
 def _is_dataset(folder: Path) -> bool:

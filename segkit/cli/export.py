@@ -30,13 +30,15 @@ def export_command(
     """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
     from segkit.export.export import export_model
     from segkit.io.inputs import find_inputs, read_input
-    from segkit.model.folder import load_model, model_folders
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
 
     folder, *more = model_folders(model)
     if more:
         raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
     loaded = load_model(folder)
-    found = find_inputs([scan], len(loaded.description.channels)) if scan else []
+    description = loaded.description
+    rules = picture_rules_of(description)
+    found = find_inputs([scan], len(description.channels), rules=rules) if scan else []
     exported = export_model(
         loaded,
         form,

@@ -1,6 +1,7 @@
 """The description of a trained model: the content of `model.json`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Literal, Self
 
@@ -11,7 +12,7 @@ from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
-from segkit.config.pictures import PIXEL, PicturesConfig
+from segkit.config.pictures import PIXEL, PicturesConfig, pixel_mm_of
 from segkit.config.training import Config
 from segkit.io.picture_rules import PictureRules
 
@@ -104,13 +105,12 @@ class ModelDescription(Section):
             ValueError: it is no length.
         """
         settings = self.pictures or PicturesConfig()
-        if pixel_size:
-            settings = PicturesConfig.model_validate(
-                {**settings.model_dump(), "pixel_size": list(pixel_size)}
-            )
-        elif self.unit == PIXEL:
-            settings = settings.model_copy(update={"pixel_size": [PIXEL]})
-        return settings.rules(self.labelling)
+        sizes = list(pixel_size) if pixel_size else [PIXEL] if self.unit == PIXEL else None
+        if sizes is None:
+            return settings.rules(self.labelling)
+        pixel_mm, in_pixels = pixel_mm_of(sizes)
+        rules = settings.rules(self.labelling)
+        return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
 
     @property
     def axis_across(self) -> int | None:

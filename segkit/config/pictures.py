@@ -92,11 +92,11 @@ class PicturesConfig(Section):
                 if (red, green, blue) in colours:
                     raise ValueError(f"pictures.label_colours gives {colour} to two labels")
                 colours[red, green, blue] = numbers[name]
-        pixel_mm, in_pixels = _pixel_mm(self.pixel_size)
+        pixel_mm, in_pixels = pixel_mm_of(self.pixel_size)
         return PictureRules(pixel_mm, in_pixels, self.pages, colours)
 
 
-def _pixel_mm(sizes: Sequence[str] | None) -> tuple[tuple[float, ...] | None, bool]:
+def pixel_mm_of(sizes: Sequence[str] | None) -> tuple[tuple[float, ...] | None, bool]:
     """The size in mm along each axis, and whether lengths are pixels."""
     if sizes is None:
         return None, False

@@ -19,11 +19,11 @@ from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
     Volume,
-    channels_in_picture,
     in_full,
     is_picture,
     read_grid,
     read_label_values,
+    read_num_channels,
     read_picture_facts,
     read_volume,
     trouble_with,
@@ -128,7 +128,7 @@ def _of_pictures(
     unit = read_picture_facts(first, rules=rules)[1].unit
     if len(images) != len(channels) or not all(is_picture(image) for image in images):
         return channels, unit
-    counts = [channels_in_picture(image, rules=rules) for image in images]
+    counts = [read_num_channels(image, rules=rules) for image in images]
     return tuple(
         f"{name} {part}" if count > 1 else name
         for name, count in zip(channels, counts, strict=True)

@@ -1,24 +1,40 @@
-"""`segkit evaluate`: predictions against references, file by file."""
+"""`segkit evaluate`: predictions against references, case by case."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import read_labelling
-from segkit.errors import SegkitError, VolumeError, sentence_of
+from segkit.config.pictures import pixel_mm_of
+from segkit.data.dataset_json import read_labelling, read_picture_rules
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
-from segkit.io.volume import SUFFIXES, Volume, read_labels, stem_of
+from segkit.io.picture_rules import PictureRules, length_mm
+from segkit.io.volume import AS_IT_SAYS, Volume, is_picture, read_labels, read_picture_facts
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
 logger = logging.getLogger(__name__)
+
+Missing: TypeAlias = Literal["refuse", "skip", "empty"]
+"""What to do with references without a prediction."""
+MOST_MISSING = 10
+"""Of cases in a sentence."""
+TOLERANCE_MM = 1.0
+PIXELS_OF_TOLERANCE = 2.0
+"""The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
+NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
+MOST_LABELS = 1000
+"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +50,16 @@ class Evaluation:
     """The files, the settings and the versions that the scores come from."""
     failures: Mapping[str, str]
     """Why a case has no scores, by its name: a sentence."""
+    missing: tuple[str, ...] = ()
+    """The names of cases without a prediction."""
+    extra: tuple[str, ...] = ()
+    """The paths of predictions without a reference."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        return {**scores, "failures": dict(self.failures), PROVENANCE: dict(self.made)}
+        told = {"missing": list(self.missing), "extra": list(self.extra)}
+        return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
 
 
 def evaluate(
@@ -46,23 +67,31 @@ def evaluate(
     references: str | Path,
     *,
     labels: str | Path | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance: str | float | None = None,
+    pixel_size: str | Sequence[str] | None = None,
+    missing: Missing | str = "refuse",
     track: Track = untracked,
 ) -> Evaluation:
-    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of two files, or two folders.
+    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
 
     Example:
         evaluation = segkit.evaluate("predictions", "references")
         evaluation.summary.overall.metrics["dice"].mean
 
     Args:
-        predictions: a segmentation, or a folder of them, paired with the references by name; a
-            prediction may be called NAME_seg.
-        references: its reference, or a folder of them.
-        labels: a dataset.json with the names of labels and regions; if not given, the one beside
-            the references or one folder above, if there is one.
-        tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
-            Dice.
+        predictions: a segmentation, or a folder of them, with its subfolders.
+        references: its reference, or a folder of them; or a dataset, by its folder or its YAML
+            file. Files pair by name: the same path, or the same name, or the same name without
+            words such as `_seg` at its end (docs/evaluation.md has the whole rule).
+        labels: a dataset.json with the names of labels and regions; if not given, that of the
+            dataset, or the one beside the references or one folder above, if there is one.
+        tolerance: distance within which two surfaces agree, for the normalised surface Dice: mm,
+            or a length with its unit, such as '0.5 µm' or '2 pixels'. By default 1 mm, and of
+            pictures 2 pixels.
+        pixel_size: of pictures, such as '4 nm'; wins over what files and the dataset say.
+        missing: what to do with references without a prediction: `refuse` to score; `skip` them,
+            so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
+            each class that it holds.
         track: may show the progress over cases.
 
     Returns:
@@ -71,80 +100,63 @@ def evaluate(
 
     Raises:
         VolumeError: files do not pair, or no pair can be scored.
-        DatasetError: the dataset.json cannot be understood.
+        ConfigError: a YAML file cannot be understood.
+        DatasetError: the dataset, or the dataset.json, cannot be understood.
     """
     predictions, references = Path(predictions), Path(references)
-    pairs = find_pairs(predictions, references)
+    if missing not in get_args(Missing):
+        raise ConfigError(
+            f"missing is {missing!r}; choose one of {', '.join(map(repr, get_args(Missing)))}"
+        )
+    known = references_in(references, but=predictions)
+    pairing = pair_with(predictions, known, references)
+    if missing == "refuse":
+        _refuse_missing(pairing, predictions, references)
+    empty = [(name, None, path) for name, path in pairing.missing] if missing == "empty" else []
+    pairs = sorted([*pairing.pairs, *empty], key=lambda pair: pair[0])
+    source, labelling, rules = known.source, known.labelling, known.rules
+    if labels is not None or labelling is None:
+        source = labels_file(references, labels)
+        labelling = None if source is None else read_labelling(source)
+        rules = AS_IT_SAYS if source is None else read_picture_rules(source)
+    rules = with_pixel_size(rules, pixel_size)
+    tolerance_mm = tolerance_of(tolerance, pairs[0][2], rules)
     rows, failures = score_pairs(
-        track(pairs, "scoring", len(pairs)),
-        find_labelling(references, labels),
-        tolerance_mm=tolerance_mm,
+        pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
     )
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
         raise VolumeError(f"{references}: holds only background; there is nothing to score")
-    source = labels_file(references, labels)
     made = {
         "tolerance_mm": tolerance_mm,
+        "missing": missing,
         "labels": checksums([source] if source else []),
         "inputs": [
-            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
+            {
+                "case": name,
+                "prediction": None if prediction is None else checksum(prediction),
+                "reference": checksum(reference),
+            }
             for name, prediction, reference in pairs
             if name not in failures
         ],
         "versions": versions(),
     }
-    return Evaluation(rows, summarise(rows), made, failures)
+    lacking = tuple(name for name, _ in pairing.missing)
+    extra = tuple(str(path) for path in pairing.extra)
+    return Evaluation(rows, summarise(rows), made, failures, lacking, extra)
 
 
-MOST_LABELS = 1000
-"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
-
-
-def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
-    """Name, prediction and reference of every case: two files, or two folders paired by name.
-
-    A prediction called `CASE_seg` pairs with a reference called `CASE`. Raises VolumeError where a
-    reference has no prediction, where there is nothing to pair, or where two share a name.
-    """
-    if predictions.is_file() and references.is_file():
-        return [(stem_of(references), predictions, references)]
-    for folder in (predictions, references):
-        if not folder.is_dir():
-            raise VolumeError(f"{folder}: expected two files or two folders; check the path")
-    by_name = _by_name(_volumes(predictions), "_seg")
-    pairs = [
-        (name, by_name.get(name), path) for name, path in _by_name(_volumes(references)).items()
-    ]
-    found = [(name, prediction, reference) for name, prediction, reference in pairs if prediction]
-    if not found:
-        raise VolumeError(f"{predictions}: holds no volume named as one in {references}")
-    missing = [name for name, prediction, _ in pairs if not prediction]
-    if missing:
-        raise VolumeError(
-            f"{predictions}: lacks a prediction for {len(missing)} of {len(pairs)} references, "
-            f"the first {missing[0]}; predict it or leave it out of {references}"
-        )
-    return found
-
-
-def _by_name(paths: Sequence[Path], ending: str = "") -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for path in paths:
-        other = named.setdefault(stem_of(path).removesuffix(ending), path)
-        if other != path:
-            raise VolumeError(f"{path}: is the same case as {other.name}; move one away")
-    return named
-
-
-def find_labelling(references: Path, labels: str | Path | None) -> Labelling | None:
-    """What is told apart, by a dataset.json: the one given, or one beside or above.
-
-    Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
-    """
-    path = labels_file(references, labels)
-    return None if path is None else read_labelling(path)
+def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
+    if not pairing.missing:
+        return
+    names = first_few([name for name, _ in pairing.missing], MOST_MISSING)
+    raise VolumeError(
+        f"{predictions}: lacks a prediction for {len(pairing.missing)} of "
+        f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "
+        f"them, or pass --missing skip (leave them out) or --missing empty (Dice 0)"
+    )
 
 
 def labels_file(references: Path, labels: str | Path | None) -> Path | None:
@@ -164,26 +176,31 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
 
 
 def score_pairs(
-    pairs: Iterable[tuple[str, Path, Path]], labelling: Labelling | None, *, tolerance_mm: float
+    pairs: Iterable[tuple[str, Path | None, Path]],
+    labelling: Labelling | None,
+    *,
+    tolerance_mm: float,
+    rules: PictureRules = AS_IT_SAYS,
+    track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
 
-    A case that fails has no scores, and does not stop the others: the second dictionary says why,
-    by the case's name.
+    A case without a prediction is scored as if nothing had been found in it. A case that fails has
+    no scores, and does not stop the others: the second dictionary says why, by the case's name.
     """
     pairs = list(pairs)
     failures: dict[str, str] = {}
     if labelling is None:
         present: set[int] = set()
-        for name, *paths in pairs:
-            with _told(failures, name, paths[0]):
-                present = _with_labels_of(paths, present)
+        for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
+            with _told(failures, name, prediction or reference):
+                present = _with_labels_of(prediction, reference, rules, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
-    for name, prediction, reference in pairs:
+    for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
-            with _told(failures, name, prediction):
-                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm)
+            with _told(failures, name, prediction or reference):
+                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, rules)
     return rows, failures
 
 
@@ -203,18 +220,77 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
 
 
-def _read_pair(prediction_path: Path, reference_path: Path) -> tuple[Volume, Volume]:
-    prediction, reference = read_labels(prediction_path), read_labels(reference_path)
-    prediction = prediction.onto(
+def tolerance_of(tolerance: str | float | None, reference: Path, rules: PictureRules) -> float:
+    """A tolerance in mm, by the first reference if it is in pixels.
+
+    Raises VolumeError for what is no length, and for mm where pixels have no size.
+    """
+    picture = read_picture_facts(reference, rules=rules) if is_picture(reference) else None
+    pixel = max(picture[0].spacing[:2]) if picture else None
+    if tolerance is None:
+        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM
+    text = str(tolerance).strip()
+    in_pixels = IN_PIXELS.fullmatch(text)
+    try:
+        if in_pixels:
+            if pixel is None:
+                raise ValueError("pixels are those of pictures; give it in mm")
+            return float(in_pixels[1]) * pixel
+        length = float(text) if NUMBER.fullmatch(text) else length_mm(text)
+    except ValueError as error:
+        raise VolumeError(f"tolerance {text!r}: {error}") from None
+    if picture and not picture[1].sized:
+        raise VolumeError(
+            f"tolerance {text!r}: pictures without a pixel size are measured in pixels; give it as "
+            f"'2 pixels', or give --pixel-size"
+        )
+    return length
+
+
+def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None) -> PictureRules:
+    """The rules with another pixel size, if one is given. Raises VolumeError for no length."""
+    if pixel_size is None:
+        return rules
+    sizes = [pixel_size] if isinstance(pixel_size, str) else list(pixel_size)
+    try:
+        pixel_mm, in_pixels = pixel_mm_of(sizes)
+    except ValueError as error:
+        raise VolumeError(f"pixel size: {error}") from None
+    return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
+
+
+def _read_prediction(path: Path, rules: PictureRules) -> Volume:
+    """Labels in the colours of a picture's rules, or else as numbers."""
+    try:
+        return read_labels(path, rules=rules)
+    except VolumeError:
+        if not (rules.colours and is_picture(path)):
+            raise
+        numbers = read_labels(path, rules=replace(rules, colours={}))
+        if not np.isin(numbers.data, list({0, *rules.colours.values()})).all():
+            raise
+        return numbers
+
+
+def _read_pair(
+    prediction_path: Path | None, reference_path: Path, rules: PictureRules
+) -> tuple[Volume, Volume]:
+    reference = read_labels(reference_path, rules=rules)
+    if prediction_path is None:
+        return reference.like(np.zeros_like(reference.data)), reference
+    prediction = _read_prediction(prediction_path, rules)
+    reference = reference.sized_as(prediction)
+    prediction = prediction.sized_as(reference).onto(
         reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
     )
     return prediction, reference
 
 
-def _with_labels_of(paths: Sequence[Path], present: set[int]) -> set[int]:
+def _with_labels_of(
+    prediction: Path | None, reference: Path, rules: PictureRules, present: set[int]
+) -> set[int]:
     """The labels that occur in other cases and in this one."""
-    prediction, reference = paths
-    for volume in _read_pair(prediction, reference):
+    for volume in _read_pair(prediction, reference, rules):
         present = present | set(np.unique(volume.data).tolist())
     if len(present) > MOST_LABELS:
         raise VolumeError(
@@ -226,29 +302,31 @@ def _with_labels_of(paths: Sequence[Path], present: set[int]) -> set[int]:
 
 def _score_pair(
     case: str,
-    prediction_path: Path,
+    prediction_path: Path | None,
     reference_path: Path,
     labelling: Labelling,
     tolerance_mm: float,
+    rules: PictureRules,
 ) -> list[CaseScores]:
-    prediction, reference = _read_pair(prediction_path, reference_path)
+    prediction, reference = _read_pair(prediction_path, reference_path, rules)
+    grid = reference.grid
+    shape, axes = grid.shape, 3
+    if reference.is_flat:  # an area, without a volume
+        shape, axes = shape[:2], 2
     try:
         return score_case(
-            prediction.data,
-            reference.data,
+            prediction.data.reshape(shape),
+            reference.data.reshape(shape),
             {labelling.numbers[name]: name for name in labelling.members},
-            reference.grid.spacing,
+            grid.spacing[:axes],
             case=case,
             tolerance_mm=tolerance_mm,
-            directions=reference.grid.directions,
+            directions=grid.directions[:axes, :axes],
             regions={
                 labelling.numbers[name]: numbers for name, numbers in labelling.members.items()
             },
             ignore=labelling.ignore,
+            unit=reference.unit,
         )
     except ValueError as error:
-        raise VolumeError(f"{prediction_path}: {error}") from None
-
-
-def _volumes(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
+        raise VolumeError(f"{prediction_path or reference_path}: {error}") from None

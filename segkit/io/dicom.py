@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import LPS_TO_RAS, NOT_PICTURES, Volume, simple_itk
+from segkit.io.volume import LPS_TO_RAS, SUFFIXES, Volume, simple_itk
 
 MAGIC = b"DICM"
 MAGIC_AT = 128
@@ -75,10 +75,9 @@ class Series:
 
 
 def holds_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM files, and no volumes of another format."""
-    files = _files_in(folder)
-    return not any(file.name.lower().endswith(NOT_PICTURES) for file in files) and any(
-        _is_image(file) for file in files
+    """Whether a folder holds DICOM images, whatever else there is."""
+    return any(
+        _is_image(file) for file in _files_in(folder) if not file.name.lower().endswith(SUFFIXES)
     )
 
 

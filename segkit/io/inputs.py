@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import (
     AS_IT_SAYS,
-    NOT_PICTURES,
     SUFFIXES,
     Volume,
-    channels_in_picture,
     is_picture,
+    read_num_channels,
     read_volume,
     result_suffix,
     stem_of,
@@ -67,18 +66,23 @@ def find_inputs(
 ) -> list[Input]:
     """The volumes among files and folders.
 
-    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume; for a model of one,
-    a folder in which all are called `CASE_0000`, as nnU-Net has them, holds the volumes `CASE`. In
-    a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are no inputs.
+    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume, unless each of the
+    files holds all channels: then the numbers are part of the cases' names. For a model of one,
+    files `CASE_0000` of a folder in which all are called so, as nnU-Net has them, are the volumes
+    `CASE`. In a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are
+    no inputs. A volume has the same name whether it or its folder is asked for.
 
     A picture that holds all channels, such as red, green and blue, is one volume whatever its name;
     pictures are read by the `rules`. Beside volumes that are no pictures, pictures are no inputs.
 
     A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
-    such folders holds one each.
+    such folders holds one each. Hidden files are left out.
+
+    Raises VolumeError for a folder without volumes, or with a DICOM series and volumes.
     """
     inputs: dict[tuple[Path, str], Input] = {}
     alone: list[Input] = []
+    single: dict[Path, bool] = {}
     for path in paths:
         of_folder = path.is_dir()
         if of_folder and (folders := _series_in(path, series)):
@@ -90,21 +94,16 @@ def find_inputs(
             raise VolumeError(f"{path}: expected the folder of the DICOM series {series}")
         if path.name.lower().endswith(DICOM_SUFFIX):
             raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
-        inside = _volumes_in(path) if of_folder else [path]
-        holds_all = {
-            file
-            for file in inside
-            if num_channels > 1 and is_picture(file) and _channels_in(file, rules) == num_channels
-        }
-        alike = num_channels == 1 or len(holds_all) == len(inside)
-        single = alike and of_folder and _all_numbered(inside)
-        for file in inside:
+        for file in _volumes_in(path) if of_folder else [path]:
             name, suffix = stem_of(file), suffix_of(file)
-            if single:
-                name = FIRST_CHANNEL.sub("", name)
-            whole = num_channels == 1 or file in holds_all
-            numbered = None if whole else CHANNEL_NUMBER.search(name)
-            if numbered is None:
+            numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
+            whole = numbered is None or _holds_all(file, int(numbered[1]), num_channels, rules)
+            # nnU-Net has one file of a picture for red, green and blue.
+            if FIRST_CHANNEL.search(name) and (num_channels == 1 or (whole and is_picture(file))):
+                if file.parent not in single:
+                    single[file.parent] = _all_numbered(_volumes_at(file.parent))
+                name = FIRST_CHANNEL.sub("", name) if single[file.parent] else name
+            if numbered is None or whole:
                 alone.append(Input(name, (file,), of_folder, rules=rules))
                 inputs[file.parent, name] = alone[-1]
                 continue
@@ -116,29 +115,56 @@ def find_inputs(
     return [source for source in found if not _is_result(source, inputs)]
 
 
+def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
+    """Whether a file that may be a channel, by its number, holds all channels itself.
+
+    One that cannot be read may be a channel as well, unless there is none of its number.
+    """
+    try:
+        return read_num_channels(file, rules=rules) > 1
+    except VolumeError:
+        return number >= num_channels
+
+
 def _volumes_in(folder: Path) -> list[Path]:
-    inside = volumes_among(file for file in folder.iterdir() if not file.name.startswith("."))
+    inside = _volumes_at(folder)
     if not inside:
         raise VolumeError(f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
     return inside
 
 
+def _volumes_at(folder: Path) -> list[Path]:
+    return volumes_among(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _scans_at(folder: Path) -> list[Path]:
+    """The volumes in a folder that are no pictures."""
+    return [file for file in _volumes_at(folder) if not is_picture(file)]
+
+
 def _series_in(path: Path, series: str | None) -> list[Path]:
     """The folder itself if it holds a DICOM series, or those folders in it that do."""
-    if series is not None or holds_series(path):
+    if series is not None:
         return [path]
-    inside = sorted(path.iterdir())
-    if any(file.name.lower().endswith(NOT_PICTURES) for file in inside):
+    if holds_series(path):
+        refuse_volumes_beside_series(path)
+        return [path]
+    if _volumes_at(path):
         return []
-    return [folder for folder in inside if folder.is_dir() and holds_series(folder)]
+    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    found = [folder for folder in found if holds_series(folder)]
+    for folder in found:
+        refuse_volumes_beside_series(folder)
+    return found
 
 
-def _channels_in(file: Path, rules: PictureRules) -> int | None:
-    """How many channels a picture has; None if it cannot be read, which is told in its turn."""
-    try:
-        return channels_in_picture(file, rules=rules)
-    except VolumeError:
-        return None
+def refuse_volumes_beside_series(folder: Path) -> None:
+    """Raise VolumeError if a folder with a DICOM series also holds volumes of another format."""
+    if volumes := _scans_at(folder):
+        raise VolumeError(
+            f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
+            f"name the file that is meant, give the UID of the series as --series, or move one away"
+        )
 
 
 def _all_numbered(files: Sequence[Path]) -> bool:

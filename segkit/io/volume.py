@@ -295,9 +295,11 @@ def read_picture_facts(
     return Grid(grid.shape, _checked_affine(grid.affine)), facts
 
 
-def channels_in_picture(path: Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
-    """How many channels a picture has as an image, from its header alone. Raises VolumeError."""
-    return _open(path, partial(picture_channels, rules=rules))
+def read_num_channels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
+    """How many values each voxel has, from the header alone. Raises as `read_grid` does."""
+    if is_picture(Path(path)):
+        return _open(Path(path), partial(picture_channels, rules=rules))
+    return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:

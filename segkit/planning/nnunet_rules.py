@@ -140,12 +140,6 @@ def coarsest_axis(spacing: Spacing | list[float]) -> int:
     return max(range(len(spacing)), key=lambda axis: (spacing[axis], axis))
 
 
-def axis_across(spacing: Spacing | list[float], shape: Lengths) -> int:
-    """The axis across the planes of a 2D network: that of one voxel, or else the coarsest."""
-    flat = [axis for axis, size in enumerate(shape) if size == 1]
-    return flat[-1] if flat else coarsest_axis(spacing)
-
-
 def median_shape(
     spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
 ) -> tuple[float, float, float]:

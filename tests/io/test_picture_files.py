@@ -19,11 +19,11 @@ from segkit.io.bitmap import exif_of
 from segkit.io.picture_rules import PictureFacts, PictureRules, length_mm
 from segkit.io.volume import (
     Volume,
-    channels_in_picture,
     check_writable,
     numbers_suffix,
     read_grid,
     read_labels,
+    read_num_channels,
     read_volume,
     result_suffix,
     write_volume,
@@ -119,7 +119,7 @@ def test_grey_and_colour_are_read_from_each_format(tmp_path: Path, suffix: str) 
     for values, channels in ((GREY, 1), (colour, 3)):
         exact = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
         path = save(tmp_path / f"{channels}{suffix}", values, **exact)
-        assert channels_in_picture(path) == channels
+        assert read_num_channels(path) == channels
         found = read_volume(path).data
         expected = np.moveaxis(values, 0, 1)[:, :, None].astype(int)
         assert_allclose(found, expected.reshape(found.shape), atol=9 if suffix == ".jpg" else 0)
@@ -273,7 +273,7 @@ def test_pages_are_slices_or_channels_as_the_settings_say(tmp_path: Path) -> Non
     assert_array_equal(read_volume(path).data, pages.transpose(2, 1, 0))
     channels = read_volume(path, rules=PictureRules(pages="channels"))
     assert_array_equal(channels.data[:, :, 0], pages.transpose(2, 1, 0))
-    assert channels_in_picture(path, rules=PictureRules(pages="channels")) == 2
+    assert read_num_channels(path, rules=PictureRules(pages="channels")) == 2
 
 
 def test_what_tifffile_cannot_decompress_pillow_does(tmp_path: Path) -> None:
