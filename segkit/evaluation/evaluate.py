@@ -67,7 +67,8 @@ def evaluate(
     references: str | Path,
     *,
     labels: str | Path | None = None,
-    tolerance: str | float | None = None,
+    tolerance_mm: float | None = None,
+    tolerance: str | None = None,
     pixel_size: str | Sequence[str] | None = None,
     missing: Missing | str = "refuse",
     track: Track = untracked,
@@ -85,9 +86,9 @@ def evaluate(
             words such as `_seg` at its end (docs/evaluation.md has the whole rule).
         labels: a dataset.json with the names of labels and regions; if not given, that of the
             dataset, or the one beside the references or one folder above, if there is one.
-        tolerance: distance within which two surfaces agree, for the normalised surface Dice: mm,
-            or a length with its unit, such as '0.5 µm' or '2 pixels'. By default 1 mm, and of
-            pictures 2 pixels.
+        tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
+            Dice; by default 1 mm, and of pictures 2 pixels.
+        tolerance: the same as a length with its unit, such as '0.5 µm' or '2 pixels'.
         pixel_size: of pictures, such as '4 nm'; wins over what files and the dataset say.
         missing: what to do with references without a prediction: `refuse` to score; `skip` them,
             so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
@@ -120,7 +121,7 @@ def evaluate(
         labelling = None if source is None else read_labelling(source)
         rules = AS_IT_SAYS if source is None else read_picture_rules(source)
     rules = with_pixel_size(rules, pixel_size)
-    tolerance_mm = tolerance_of(tolerance, pairs[0][2], rules)
+    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][2], rules)
     rows, failures = score_pairs(
         pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
     )
@@ -310,7 +311,8 @@ def _score_pair(
 ) -> list[CaseScores]:
     prediction, reference = _read_pair(prediction_path, reference_path, rules)
     grid = reference.grid
-    shape, axes = grid.shape, 3
+    shape: tuple[int, ...] = grid.shape
+    axes = 3
     if reference.is_flat:  # an area, without a volume
         shape, axes = shape[:2], 2
     try:

@@ -138,7 +138,8 @@ def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
     """The volume at a path, or those in a folder and in the folders below it, by rising path.
 
     Hidden files and folders (`.x`, `._x.nii.gz`) are left out, and the folder `but`, if it lies
-    inside, and pictures beside volumes that are none. Raises OSError for a folder that cannot be listed.
+    inside, and pictures beside volumes that are none. Raises OSError for a folder that cannot
+    be listed.
     """
     if path.is_file():
         return [NamedVolume(path, stem_of(path), ((_normal(stem_of(path)),),))]
