@@ -266,6 +266,7 @@ def _maps_of(name: str, folder: Path) -> list[Path]:
     """The maps that are there of one volume; a model sets their names."""
     return [
         *folder.glob(f"{name}_map-*.nii.gz"),
+        *folder.glob(f"{name}_map-*.tif"),
         *folder.glob(f"native/{name}_map-*.nii.gz"),
     ]
 

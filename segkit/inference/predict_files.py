@@ -21,7 +21,7 @@ from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, read_input
-from segkit.io.pictures import write_montage
+from segkit.io.pictures import PAGES, PLANES, write_montage
 from segkit.io.volume import (
     SUFFIXES,
     Volume,
@@ -336,6 +336,7 @@ def _write(
                 if (labels.data == number).any()
             },
             through=labels.data,
+            planes=PAGES if image.picture else PLANES,
         )
         written.append(targets.preview)
     write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
