@@ -155,7 +155,9 @@ def planes_of(
 ) -> CasePicture:
     """The sagittal, coronal and axial plane through the middle of the reference.
 
-    Of a case of one slice, only this slice. If the reference is empty, through the middle of the image. Axes are RAS+, spacing is in mm.
+    Of a case of one slice, only this slice. If the reference is empty, through the middle of the
+    image. Axes are RAS+, spacing is in mm.
+
     """
     foreground = np.argwhere(label)
     at = (
