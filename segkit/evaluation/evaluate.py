@@ -141,7 +141,7 @@ def evaluate(
         labelling = None if source is None else read_labelling(source)
         rules = AS_IT_SAYS if source is None else read_picture_rules(source)
     rules = with_pixel_size(rules, pixel_size)
-    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][2], rules)
+    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
     rows, failures = score_pairs(
         pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
     )
@@ -245,12 +245,16 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
 
 
-def tolerance_of(tolerance: str | float | None, reference: Path, rules: PictureRules) -> float:
-    """A tolerance in mm, by the first reference if it is in pixels.
+def tolerance_of(
+    tolerance: str | float | None, pair: Sequence[Path | None], rules: PictureRules
+) -> float:
+    """A tolerance in mm; if it is in pixels, by the first prediction and reference.
 
     Raises VolumeError for what is no length, and for mm where pixels have no size.
     """
-    picture = read_picture_facts(reference, rules=rules) if is_picture(reference) else None
+    pictures = [read_picture_facts(path, rules=rules) for path in pair if path and is_picture(path)]
+    # Either file may tell the pixel size of both.
+    picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
     pixel = max(picture[0].spacing[:2]) if picture else None
     if tolerance is None:
         return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM

@@ -157,7 +157,6 @@ def planes_of(
 
     Of a case of one slice, only this slice. If the reference is empty, through the middle of the
     image. Axes are RAS+, spacing is in mm.
-
     """
     foreground = np.argwhere(label)
     at = (
