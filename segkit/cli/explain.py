@@ -62,6 +62,7 @@ def explain_command(
     from segkit.explain.verdicts.study import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
+    from segkit.io.picture_summary import told_of_pictures
     from segkit.model.folder import load_model, model_folder, newest_model, picture_rules_of
     from segkit.system.progress import Tracker
 
@@ -72,6 +73,8 @@ def explain_command(
     rules = picture_rules_of(loaded.description, pixel_size)
     found = find_inputs(inputs, len(loaded.description.channels), series=series, rules=rules)
     say(f"model: {folder}")
+    for line in told_of_pictures([source.files[0] for source in found], rules):
+        say(line)
     # In single precision on a GPU too: it is values of maps that are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)

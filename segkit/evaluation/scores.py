@@ -340,6 +340,14 @@ def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     }
 
 
+def _metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
+    """A metric as tables show it: a length in the unit, and in 3 digits if these are µm."""
+    if not _is_length(name):
+        return metric
+    heading = metric.heading.replace("mm", WORD_OF[unit])
+    return replace(metric, heading=heading, form=".3g" if unit == "µm" else metric.form)
+
+
 def _told(name: str, value: Statistic, unit: Unit) -> Statistic:
     """A statistic of a metric, in the unit if it is a length."""
     if not _is_length(name):
@@ -375,7 +383,7 @@ def to_table(summary: Summary) -> Table:
     for of_class in (*summary.classes, summary.overall):
         lines = [
             _line(
-                replace(metric, heading=metric.heading.replace("mm", WORD_OF[summary.unit])),
+                _metric_in(metric, key, summary.unit),
                 _told(key, of_class.metrics[key], summary.unit),
             )
             for key, metric in METRICS.items()

@@ -18,7 +18,13 @@ PICTURE_SUFFIXES = (*BITMAP_SUFFIXES, *TIFF_SUFFIXES)
 
 def picture_grid(path: Path, rules: PictureRules) -> tuple[Grid, PictureFacts]:
     """The grid of a picture and what is known of it, from its header alone."""
-    return _raster(path, rules)[0].grid(rules)
+    raster, _ = _raster(path, rules)
+    return _as_image(raster, rules)
+
+
+def _as_image(raster: Raster, rules: PictureRules) -> tuple[Grid, PictureFacts]:
+    grid, facts = raster.grid(rules)
+    return grid, replace(facts, notes=(*raster.image_notes, *facts.notes))
 
 
 def picture_channels(path: Path, rules: PictureRules) -> int:
@@ -45,12 +51,10 @@ def read_picture(
     """
     raster, held = _raster(path, rules)
     check_room(raster, held, free_memory())
-    grid, facts = raster.grid(rules)
     if as_labels:
-        return labels_of_picture(raster, rules.colours), grid, facts
-    values, notes = image_of(raster)
-    data = values if values.shape[3] > 1 else values[..., 0]
-    return data, grid, replace(facts, notes=(*notes, *facts.notes))
+        return labels_of_picture(raster, rules.colours), *raster.grid(rules)
+    values = image_of(raster)
+    return values if values.shape[3] > 1 else values[..., 0], *_as_image(raster, rules)
 
 
 def write_picture(

@@ -59,6 +59,19 @@ class Raster:
         return self.size[3] - (self.alpha is not None)
 
     @property
+    def image_notes(self) -> tuple[str, ...]:
+        """What of the file is left out or changed in an image, each a sentence about 'it'."""
+        notes = []
+        if self.palette is not None:
+            kind = "grey" if self.num_channels == 1 else "red, green and blue"
+            notes.append(f"its palette is read as {kind}")
+        if self.alpha is not None:
+            notes.append("its opacity (alpha) is left out")
+        if self.inverted_from is not None:
+            notes.append("white is its 0, so that it is inverted")
+        return tuple(notes)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that its pixels take in memory."""
         return int(np.prod(self.size, dtype=object)) * self.kind.itemsize
@@ -149,24 +162,20 @@ def check_room(raster: Raster, held: int | None, free: int) -> None:
         )
 
 
-def image_of(raster: Raster) -> tuple[ndarray, tuple[str, ...]]:
-    """The values of a picture as an image, (column, row, slice, channel), and what was left out.
+def image_of(raster: Raster) -> ndarray:
+    """The values of a picture as an image, (column, row, slice, channel).
 
     A palette becomes grey or red, green and blue, and a channel of opacity is left out.
     """
-    values, notes = raster.load(), raster.notes
+    values = raster.load()
     if raster.palette is not None:
-        table = raster.palette
-        grey = bool((table == table[:, :1]).all())
-        values = table[np.minimum(values[..., 0], len(table) - 1)]
-        values = values[..., :1] if grey else values
-        notes += (f"its palette is read as {'grey' if grey else 'red, green and blue'}",)
-    if raster.alpha is not None:
+        values = raster.palette[np.minimum(values[..., 0], len(raster.palette) - 1)]
+        values = values[..., : raster.num_channels]
+    if raster.alpha is not None and raster.palette is None:
         values = np.delete(values, raster.alpha, axis=3)
-        notes += ("its opacity (alpha) is left out",)
     if raster.inverted_from is not None:
         values = (raster.inverted_from - values).astype(values.dtype)
-    return values, notes
+    return values
 
 
 def labels_of_picture(raster: Raster, colours: Mapping[Rgb, int]) -> ndarray:

@@ -68,7 +68,6 @@ def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | Non
                 raise VolumeError("it has channels and opacity (alpha) too; save it without alpha")
             alpha = channels - 1
         inverted = photometric == "MINISWHITE" and kind.kind in "ui"
-        notes = ("white is its 0, so that it is inverted",) if inverted else ()
         palette = None
         if photometric == "PALETTE":
             palette = (np.asarray(_had(lambda: page.colormap)) >> 8).T.astype(np.uint8)
@@ -92,7 +91,7 @@ def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | Non
         pixel,
         source,
         orientation if orientation in range(1, 9) else 1,
-        notes,
+        (),
         palette,
         alpha,
         inverted_from=2 ** int(page.bitspersample) - 1 if inverted else None,
