@@ -21,7 +21,7 @@ from segkit.io.atomic import whole
 from segkit.model.folder import Model
 
 WINDOWS = 2
-"""In the batch that the network is traced with; of one, a trace may keep that it was one."""
+"""In the batch that networks are exported with; of one, an export would keep that it was one."""
 
 
 def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
@@ -56,14 +56,14 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGra
     numbers = file.with_suffix(".bin")
     with exporting_to("OpenVINO"):
         with whole(file) as partial, whole(numbers) as partial_numbers:
-            graph = runtime.graph(traced, example_windows(model), batch=-1)
+            graph = runtime.graph(traced, example_windows(model), any_number=True)
             graph.set_rt_info(told, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
 
 
 def example_windows(model: Model) -> torch.Tensor:
-    """Noise in the form of a batch of windows: what networks are traced with."""
+    """Noise in the form of a batch of windows: what networks are exported with."""
     size = (WINDOWS, model.description.channels_in, *layout_of(model).patch_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
