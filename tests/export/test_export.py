@@ -114,7 +114,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
     export_model(model, form, out, overwrite=True)
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def fail(*arguments: object, **options: object) -> None:
+    def fail(self: object, windows: Tensor) -> None:
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr("segkit.export.graphs.Traced.forward", fail)
