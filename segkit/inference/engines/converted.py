@@ -34,7 +34,7 @@ from segkit.nn.network import SegmentationNetwork, unet_of
 ENGINES_FOLDER = "engines"
 INPUT = "image"
 """The name of the input in files that have names."""
-BATCH = "batch"
+FREE_AXIS = "batch"
 """The name of an axis that may have any length."""
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -
     # Made anew, as the given ones may be inference tensors, which cannot be exported.
     with torch.inference_mode(False), torch.no_grad():
         example = torch.zeros(windows.shape)
-        axes = ({0: torch.export.Dim(BATCH)},) if any_number else None
+        axes = ({0: torch.export.Dim(FREE_AXIS)},) if any_number else None
         return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)
 
 
