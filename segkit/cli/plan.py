@@ -8,6 +8,7 @@ from typer import Argument, Option
 from segkit.cli.options import Device, Overwrite
 from segkit.cli.terminal import JsonOption, console, say, say_json
 from segkit.errors import ConfigError
+from segkit.system.allocator import keep_freed_memory
 
 
 def plan_command(
@@ -22,7 +23,10 @@ def plan_command(
         Option(min=0.5, help="GB to plan for; what a GPU has free where not given, or 8."),
     ] = None,
     minutes: Annotated[float, Option(min=0.1, help="Of training to plan for.")] = 20.0,
-    dims: Annotated[int, Option(min=2, max=3, help="2 for slices, 3 for volumes.")] = 3,
+    dims: Annotated[
+        int | None,
+        Option(min=2, max=3, help="2 for slices, 3 for volumes; what the cases are by default."),
+    ] = None,
     preset: Annotated[
         Literal["auto", "nnunet"],
         Option(help="nnunet: its own plan and schedule, wherever it runs."),
@@ -38,6 +42,7 @@ def plan_command(
     from segkit.planning.make_plan import plan_dataset
     from segkit.system.progress import Tracker
 
+    keep_freed_memory()
     source = dataset_in(dataset)
     if source is None:
         raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")

@@ -4,7 +4,6 @@ A YAML file states what differs from the defaults in `segkit.config`; trailing `
 change it further. The file holds plain values: nothing in it can run.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from segkit.config.base import Section
 from segkit.config.dataset_files import DatasetConfig
+from segkit.config.refusals import refusal
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.safe_text import parse_yaml, read_text
@@ -40,8 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or holds a wrong setting; one sentence names its key.
     """
     tree = read_yaml(Path(path))
-    for override in overrides:
-        _apply(tree, override)
+    _apply_all(tree, overrides)
     return validated(Config, tree, source=str(path))
 
 
@@ -64,8 +63,7 @@ def dataset_in(path: Path) -> DatasetConfig | None:
 def changed(config: Config, overrides: Sequence[str]) -> Config:
     """A config with dotted `key=value` overrides. Raises ConfigError as `load_config` does."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    for override in overrides:
-        _apply(tree, override)
+    _apply_all(tree, overrides)
     return validated(Config, tree, source="settings")
 
 
@@ -88,19 +86,22 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        # Of a value that fits no type of a union, the first type's complaint will do.
-        problems = {
-            key: _sentence(key, dict(problem))
-            for problem in reversed(error.errors())
-            for key in [_key(problem["loc"], tree, problem["type"])]
-        }
-        sentences = reversed(problems.values())
-        raise ConfigError(f"{source}: " + "; ".join(sentences)) from None
+        raise ConfigError(f"{source}: {refusal(error, tree, model)}") from None
 
 
 def dump_yaml(config: BaseModel) -> str:
     """The whole config as YAML, defaults and all."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_all(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply overrides in order; who asks for `train.steps` wants these, however long they take."""
+    for override in overrides:
+        _apply(tree, override)
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    train = tree.get("train")
+    if "train.steps" in keys and "train.minutes" not in keys and isinstance(train, dict):
+        train["minutes"] = None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -123,46 +124,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"cannot set {key}: {where} is a value, not a section")
         tree = below
     tree[name] = value
-
-
-def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
-    """The dotted key of a problem: what the user wrote, without what pydantic puts between.
-
-    Pydantic's location also names the kind or the type of a union that it tried.
-    """
-    parts: list[str] = []
-    for part in location:
-        if isinstance(tree, Mapping) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, Sequence) and not isinstance(tree, str) and isinstance(part, int):
-            tree = tree[part] if part < len(tree) else None
-        elif not (problem == "missing" and part is location[-1]):
-            continue
-        parts.append(str(part))
-    return ".".join(parts)
-
-
-def _sentence(key: str, problem: dict[str, Any]) -> str:
-    match problem["type"]:
-        case "extra_forbidden":
-            name = key.rpartition(".")[2]
-            near = difflib.get_close_matches(name, _names() - {name}, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            return f"{key} is not a setting{hint}"
-        case "missing":
-            return f"{key} is missing; give it a value"
-        case "union_tag_invalid":
-            context = problem["ctx"]
-            return f"{key}.kind is {context['tag']!r}; choose {context['expected_tags']}"
-        case "union_tag_not_found":
-            return f"{key}.kind is missing; name one"
-        case "value_error":
-            return str(problem["ctx"]["error"])
-        case _:
-            reason = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{key} is {problem['input']!r}: {reason.replace('input should', 'it should')}"
-
-
-def _names() -> set[str]:
-    """Every setting's name, for the nearest to a misspelt one."""
-    return {name for section in Section.__subclasses__() for name in section.model_fields}

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
+from segkit.config.loss import LossConfig
 from segkit.config.network import NetworkConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -62,10 +63,20 @@ class TrainConfig(Section):
     """
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
     """The largest norm of a step's gradient."""
+    loss: LossConfig = LossConfig()
     batch_dice: bool = False
-    """Whether the Dice loss pools the whole batch or averages over its samples."""
+    """Whether the Dice loss, and any other of overlap, pools the whole batch or averages over its
+    samples."""
     validate_every: Positive = 200
     """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    validation_cases: Positive | None = None
+    """Held-out cases, the first by name, that are looked at at each validation; all where not
+    given. The final scores are those of all."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of the whole run, from preparing the cases to the final scores; no limit where not
+    given. The learning rate then follows the time and not the steps: `steps` are those that the
+    schedule was planned for, and the run takes as many as fit. So it cannot be repeated bit for
+    bit."""
     pictures: Annotated[int, Field(ge=0)] = 3
     """Held-out cases whose slices are drawn at each validation, where Pillow is installed."""
     patience: Positive | None = None

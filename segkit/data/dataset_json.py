@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from segkit.config.base import Name
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.config.refusals import refusal
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, stem_of
@@ -109,13 +110,19 @@ def labelling_of(
 
 def _read(path: Path, kind: type[Content]) -> Content:
     try:
-        return kind.model_validate(read_json(path))
+        content = read_json(path)
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: cannot be read: {(error.strerror or str(error)).lower()}"
+        ) from None
+    except ValueError as error:
+        raise DatasetError(
+            f"{path}: cannot be read as JSON: {error}; complete or repair it"
+        ) from None
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "it"
-        raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
-    except (OSError, ValueError) as error:  # ValidationError is a ValueError too
-        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
+        raise DatasetError(f"{path}: {refusal(error, content, kind)}") from None
 
 
 def _checked_labelling(source: str, file: _Labels) -> Labelling:

@@ -12,7 +12,9 @@ import numpy as np
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
-from segkit.evaluation.pairing import Pairing, find_references, pair_with
+from segkit.evaluation.calibration import Calibration
+from segkit.evaluation.evaluate_probabilities import calibrate_pairs
+from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.volume import Volume, read_labels
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
-MOST_NAMES = 10
+MOST_MISSING = 10
 """Of cases in a sentence."""
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
@@ -46,11 +48,26 @@ class Evaluation:
     """The names of cases without a prediction."""
     extra: tuple[str, ...] = ()
     """The paths of predictions without a reference."""
+    calibration: Calibration | None = None
+    """Of the probabilities beside the predictions, if these were asked for."""
+
+    @property
+    def dice_of_cases(self) -> dict[str, float]:
+        """By case, the mean Dice of the classes that have one; NaN if none has."""
+        found: dict[str, list[float]] = {}
+        for row in self.cases:
+            found.setdefault(row.case, []).append(row.metrics["dice"])
+        return {
+            case: float(np.nanmean(dice)) if np.isfinite(dice).any() else float("nan")
+            for case, dice in found.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        told = {"missing": list(self.missing), "extra": list(self.extra)}
+        told: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
+        if self.calibration is not None:
+            told["calibration"] = self.calibration.to_json(self.dice_of_cases)
         return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
 
 
@@ -61,6 +78,7 @@ def evaluate(
     labels: str | Path | None = None,
     tolerance_mm: float = 1.0,
     missing: Missing | str = "refuse",
+    probabilities: bool = False,
     track: Track = untracked,
 ) -> Evaluation:
     """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
@@ -81,6 +99,8 @@ def evaluate(
         missing: what to do with references without a prediction: `refuse` to score; `skip` them,
             so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
             each class that it holds.
+        probabilities: whether to hold the probabilities beside predictions (`NAME_prob`) against
+            the references too.
         track: may show the progress over cases.
 
     Returns:
@@ -97,7 +117,7 @@ def evaluate(
         raise ConfigError(
             f"missing is {missing!r}; choose one of {', '.join(map(repr, get_args(Missing)))}"
         )
-    known = find_references(references, but=predictions)
+    known = references_in(references, but=predictions)
     pairing = pair_with(predictions, known, references)
     if missing == "refuse":
         _refuse_missing(pairing, predictions, references)
@@ -127,15 +147,19 @@ def evaluate(
         ],
         "versions": versions(),
     }
+    calibration = None
+    if probabilities:
+        scored = [pair for pair in pairs if pair[0] not in failures]
+        calibration = calibrate_pairs(scored, labelling, track=track)
     lacking = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, lacking, extra)
+    return Evaluation(rows, summarise(rows), made, failures, lacking, extra, calibration)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
     if not pairing.missing:
         return
-    names = first_few([name for name, _ in pairing.missing], MOST_NAMES)
+    names = first_few([name for name, _ in pairing.missing], MOST_MISSING)
     raise VolumeError(
         f"{predictions}: lacks a prediction for {len(pairing.missing)} of "
         f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "

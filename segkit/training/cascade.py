@@ -15,7 +15,8 @@ from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import ModelError
-from segkit.inference.predictor import Predictor
+from segkit.inference.model_walk import PredictionOptions
+from segkit.inference.predictor import WINDOWS_IN_TRAINING, Predictor
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume
@@ -77,8 +78,8 @@ def held_out_of(folder: Path) -> frozenset[str]:
     """Names of the cases that the run of a model held out, by its summary; none without one."""
     path = folder.parent / SUMMARY
     try:
-        content = read_json_object(path)
-        return frozenset(content["validation"]["dice_of_cases"])
+        scores = read_json_object(path)["validation"]
+        return frozenset(scores.get("held_out", scores["dice_of_cases"]))
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -155,7 +156,10 @@ def first_stage_of(
 
 def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     # Whether a conversion lies in the cache must not decide what is trained on.
-    predictor = Predictor(first.model, device=device, engine="torch")
+    options: PredictionOptions = {"device": device, "engine": "torch"}
+    if device == "cpu":
+        options["batch_size"] = WINDOWS_IN_TRAINING
+    predictor = Predictor(first.model, **options)
     return lambda volume: predictor(volume).labels
 
 

@@ -5,6 +5,7 @@ config ──prepare──> TrainingParts ──fit──> runs/<name>/
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -28,14 +29,11 @@ from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import start_from
 from segkit.nn.external import try_out
-from segkit.nn.losses import (
-    deep_dice_binary_cross_entropy,
-    deep_dice_cross_entropy,
-    presence_cross_entropy,
-)
+from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
+from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
 from segkit.training.resolve import check_images, describe, resolve
@@ -45,7 +43,7 @@ from segkit.training.validation import Validation, dice_of_groups
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "split")
+FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "seconds", "split")
 """Parts from which others were made, so that they cannot be replaced on their own."""
 
 
@@ -99,6 +97,9 @@ class TrainingParts:
     augmentation: Augmentation
     validation: Validation
     """Prepared cases that are held out, and how they are segmented and scored."""
+
+    seconds: float = 0.0
+    """That `prepare` took, which are part of `train.minutes`."""
 
     _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Each part as `prepare` made it."""
@@ -155,6 +156,7 @@ def make_parts(
     begun: bool = False,
 ) -> TrainingParts:
     """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
+    started = time.monotonic()
     check_installed(config.trainer.loggers)
     dataset = dataset or read_dataset(config.data.folder, config.data.files)
     split = split_of(dataset, config)
@@ -174,7 +176,7 @@ def make_parts(
         first_stage=first_stage,
         first_labels=first_labels,
         network=built,
-        loss=make_loss(groups, pool_batch=config.train.batch_dice, ignore=description.ignore),
+        loss=make_loss(config.train.loss, description, pool_batch=config.train.batch_dice),
         presence_loss=partial(presence_cross_entropy, regions=groups, ignore=description.ignore),
         optimiser=make_optimiser(config.train),
         schedule=make_schedule(config.train),
@@ -200,26 +202,10 @@ def make_parts(
                 ignore=description.ignore,
             ),
         ),
+        seconds=time.monotonic() - started,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)
-
-
-def make_loss(
-    regions: Sequence[Sequence[int]], *, pool_batch: bool, ignore: int | None = None
-) -> Loss:
-    """Dice and cross-entropy over every supervised level, of classes, or of regions if there are.
-
-    Args:
-        regions: the labels in each region, or none, for classes 0, 1, ….
-        pool_batch: whether Dice takes its sums over the whole batch.
-        ignore: the label, if any, of voxels that do not count.
-    """
-    if regions:
-        return partial(
-            deep_dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore
-        )
-    return partial(deep_dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
 
 
 def check_replaced(parts: TrainingParts) -> None:
@@ -258,6 +244,8 @@ def _network(
     else:
         network = wrap_network(description, module).cpu()
         try_out(network, torch.zeros(1, len(description.channels), *patch_size))
+    image = torch.zeros(1, description.channels_in, *patch_size)
+    check_levels(config.train.loss, network, image)
     if config.train.start_from is not None and not begun:
         logger.info("%s", start_from(network, config.train.start_from))
     return network
