@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, read_dataset
 from segkit.planning.make_plan import Planned, Preset, plan_candidates
@@ -55,6 +56,7 @@ def plan_by_race(
     folder: str | Path,
     files: FilesConfig | None = None,
     *,
+    pictures: PicturesConfig | None = None,
     cache: str | Path | None = None,
     device: str = "auto",
     spatial_dims: int | None = None,
@@ -74,6 +76,7 @@ def plan_by_race(
     candidates = plan_candidates(
         Path(folder),
         files,
+        pictures=pictures,
         cache=cache,
         device=device,
         spatial_dims=spatial_dims,
@@ -88,7 +91,7 @@ def plan_by_race(
     on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
     if len(names) < 2 or not on_cpu:
         return candidates[by_rule]
-    dataset = read_dataset(Path(folder), files)
+    dataset = read_dataset(Path(folder), files, pictures)
     cases = _cases_of(dataset, candidates[by_rule].config)
     if cases is None:
         return candidates[by_rule]

@@ -57,6 +57,7 @@ def plan_command(
     planned = make(
         source.folder,
         source.files,
+        pictures=source.pictures,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,

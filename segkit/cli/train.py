@@ -127,6 +127,7 @@ def _settings(
     planned = make(
         dataset.folder,
         dataset.files,
+        pictures=dataset.pictures,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
         minutes=minutes,
