@@ -132,13 +132,13 @@ def predict_command(
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
-            elif outcome.error is None:
+            if outcome.written:
                 more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
                 say(f"wrote {outcome.written[0]}{more}")
                 if outcome.presence is not None:
                     shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
                     say(f"probability that it holds: {shares}")
-            else:
+            if outcome.error is not None:
                 failures.append(outcome.error)
                 if len(found) > 1:
                     complain(outcome.error)

@@ -72,8 +72,9 @@ class Prediction:
     labels: Volume
     """A number for each voxel (x, y, z), in the smallest unsigned type that holds them."""
     probabilities: Volume | None
-    """Float16 (x, y, z, class or region), from 0 to 1; without post-processing. None unless asked
-    for, as `entropy` and `variance`."""
+    """Float32 (x, y, z, class or region), from 0 to 1; without post-processing. Those of classes
+    add up to 1, and the largest is that of the label. None unless asked for, as `entropy` and
+    `variance`."""
     maps: dict[str, AttentionMap]
     """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid; empty unless
     asked for."""
@@ -232,7 +233,7 @@ class Predictor:
             # What the network never sees is background, which has no place among regions.
             beyond = [0.0] * len(labelling.outputs)
             beyond[0] = float(labelling.written is None)
-            results.add("probabilities", np.dtype(np.float16), beyond)
+            results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
             results.add("variance", np.dtype(np.float32), [0.0])
@@ -290,7 +291,7 @@ class Predictor:
                 continue
             said = None
             if stages:
-                said = first_labels or majority([one(volume, track=track).labels for one in stages])
+                said = first_labels or majority([one(volume).labels for one in stages])
             images[member.preparation] = member.prepare(volume, said, on_device=on_device)
         return [images[member.preparation] for member in self.members]
 
