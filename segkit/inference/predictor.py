@@ -194,7 +194,8 @@ class Predictor:
             probabilities: whether to give probabilities.
             uncertainty: whether to give entropy and variance.
             allocate: makes the arrays of all but the labels, such as `OnDisk(folder)`.
-            track: `track(slabs, count)` gives the same slabs and may show progress.
+            track: `track(slabs, count)` gives the same slabs and may show progress. It is called
+                once for a volume; a first stage is not tracked.
 
         Returns:
             The prediction; what was not asked for is None, or no maps.
@@ -203,7 +204,7 @@ class Predictor:
             ModelError: the channels do not fit, or the network's output is not finite.
             VolumeError: voxels are not finite numbers.
         """
-        images = self._prepare_all(volume, first_labels, track, on_device=True)
+        images = self._prepare_all(volume, first_labels, on_device=True)
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
@@ -270,16 +271,14 @@ class Predictor:
         self,
         volume: Volume,
         first_labels: Volume | None = None,
-        track: TrackSlabs = untracked_slabs,
     ) -> Prepared:
         """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
-        return self._prepare_all(volume, first_labels, track)[0]
+        return self._prepare_all(volume, first_labels)[0]
 
     def _prepare_all(
         self,
         volume: Volume,
         first_labels: Volume | None,
-        track: TrackSlabs,
         *,
         on_device: bool = False,
     ) -> list[Prepared]:
