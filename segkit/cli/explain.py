@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from segkit.cli.options import Device, Inputs, ModelFolder, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.options import (
+    CheckpointOption,
+    Device,
+    Inputs,
+    ModelFolder,
+    OverlapOption,
+    Overwrite,
+    SeriesOption,
+)
 from segkit.cli.terminal import complain, console, raise_failures, say
 from segkit.errors import VolumeError
 
@@ -31,6 +39,7 @@ def explain_command(
         float, Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
     series: SeriesOption = None,
+    checkpoint: CheckpointOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
@@ -53,15 +62,15 @@ def explain_command(
     from segkit.explain.verdicts.study import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.model.folder import load_model, model_folder, newest_model
+    from segkit.model.folder import load_model, model_folders, newest_model
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
-    folder = model_folder(model) if model else newest_model(Path("runs"))
-    loaded = load_model(folder)
+    folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
+    loaded = load_model(folder, checkpoint=checkpoint)
     found = find_inputs(inputs, len(loaded.description.channels), series=series)
-    say(f"model: {folder}")
+    say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     # In single precision on a GPU too: it is values of maps that are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from segkit.cli.options import Device, Inputs, ModelFolders, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.options import (
+    CheckpointOption,
+    Device,
+    Inputs,
+    ModelFolders,
+    OverlapOption,
+    Overwrite,
+    SeriesOption,
+)
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
@@ -35,6 +43,7 @@ def predict_command(
     tta: Annotated[
         bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
+    checkpoint: CheckpointOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     batch: Annotated[
@@ -74,10 +83,12 @@ def predict_command(
 
     number, count, device = _share(shard, device)
     folders = [
-        folder for path in models or [newest_model(Path("runs"))] for folder in model_folders(path)
+        folder
+        for path in models or [newest_model(Path("runs"))]
+        for folder in model_folders(path, checkpoint)
     ]
     predictor = Predictor(
-        [load_model(folder) for folder in folders],
+        [load_model(folder, checkpoint=checkpoint) for folder in folders],
         device=device,
         overlap=overlap,
         batch_size=batch,
@@ -88,7 +99,7 @@ def predict_command(
     )
     found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
     for folder in folders:
-        say(f"model: {folder}")
+        say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
         say("no model was trained on mirror images: --tta changes nothing")
     mine = len(range(number - 1, len(found), count))

@@ -137,6 +137,7 @@ class Predictor:
         cls,
         *paths: str | Path,
         network: nn.Module | None = None,
+        checkpoint: str | None = None,
         **options: Unpack[PredictionOptions],
     ) -> "Predictor":
         """A predictor from files.
@@ -144,6 +145,8 @@ class Predictor:
         Args:
             paths: runs, model folders, or cross-validations, of which every fold's model is taken.
             network: the module of a model that was trained with one; there must be one model.
+            checkpoint: `best` or `last`, to take the weights from that checkpoint of each run; if
+                not given, they are those that the run ended with.
             options: those of `Predictor`, such as `precision` and `tta`.
 
         Returns:
@@ -152,13 +155,14 @@ class Predictor:
         Raises:
             ModelError: there is no model at a path, or models do not fit together.
         """
-        folders = [folder for path in paths for folder in model_folders(Path(path))]
+        folders = [folder for path in paths for folder in model_folders(Path(path), checkpoint)]
         if network is not None and len(folders) > 1:
             raise ModelError(
                 f"one module cannot hold the weights of {len(folders)} models; load each with a "
                 f"module of its own: Predictor([load_model(path, network=module), …])"
             )
-        return cls([load_model(folder, network=network) for folder in folders], **options)
+        models = [load_model(folder, network=network, checkpoint=checkpoint) for folder in folders]
+        return cls(models, **options)
 
     @property
     def classifies(self) -> bool:
