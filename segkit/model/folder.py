@@ -22,6 +22,7 @@ from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
 from segkit.io.atomic import json_text, whole, write_json
 from segkit.io.checksums import checksum
+from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
 from segkit.model.checkpoint import checkpoint_path, read_checkpoint, weights_of_network
@@ -106,6 +107,25 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
             cannot be saved.
     """
     return Model(description, wrap_network(description, module).eval())
+
+
+def picture_rules_of(
+    description: ModelDescription, pixel_size: Sequence[str] | None = None
+) -> PictureRules:
+    """How pictures are read for a model.
+
+    Args:
+        description: of the model.
+        pixel_size: wins over what files say, such as ["4 nm"].
+
+    Raises:
+        ModelError: the description names colours of labels that it does not have, or the size is
+            no length.
+    """
+    try:
+        return description.picture_rules(pixel_size)
+    except ValueError as error:
+        raise ModelError(f"{description.run}: {error}") from None
 
 
 def load_model(
@@ -319,13 +339,15 @@ def newest_model(runs: Path) -> Path:
     Raises ModelError if there is none.
     """
     finished = [
-        path for path in runs.glob(f"*/model/{WEIGHTS}") if (path.parents[1] / SUMMARY).is_file()
+        summary
+        for summary in runs.glob(f"*/{SUMMARY}")
+        if any(summary.parent.glob(f"model/{WEIGHTS}"))
+        or any(summary.parent.glob(f"{FOLD}*/model/{WEIGHTS}"))
     ]
-    of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
-    finished += [path for path in of_folds if path.is_file()]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+    folder = max(finished, key=lambda path: path.stat().st_mtime).parent
+    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:
