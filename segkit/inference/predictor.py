@@ -109,7 +109,7 @@ class Predictor:
         tta: whether the logits of each window are averaged over its mirror images along the axes
             that the model was trained to mirror; False by default.
         skip_empty: whether windows under which the volume is 0 throughout are background, without
-            asking the network; True by default.
+            asking the network; True by default. Maps are NaN where only such windows look.
         engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, is the fastest that
             `choose_engine` knows here.
 
@@ -138,6 +138,7 @@ class Predictor:
         cls,
         *paths: str | Path,
         network: nn.Module | None = None,
+        checkpoint: str | None = None,
         **options: Unpack[PredictionOptions],
     ) -> "Predictor":
         """A predictor from files.
@@ -145,6 +146,8 @@ class Predictor:
         Args:
             paths: runs, model folders, or cross-validations, of which every fold's model is taken.
             network: the module of a model that was trained with one; there must be one model.
+            checkpoint: `best` or `last`, to take the weights from that checkpoint of each run; if
+                not given, they are those that the run ended with.
             options: those of `Predictor`, such as `precision` and `tta`.
 
         Returns:
@@ -153,13 +156,14 @@ class Predictor:
         Raises:
             ModelError: there is no model at a path, or models do not fit together.
         """
-        folders = [folder for path in paths for folder in model_folders(Path(path))]
+        folders = [folder for path in paths for folder in model_folders(Path(path), checkpoint)]
         if network is not None and len(folders) > 1:
             raise ModelError(
                 f"one module cannot hold the weights of {len(folders)} models; load each with a "
                 f"module of its own: Predictor([load_model(path, network=module), …])"
             )
-        return cls([load_model(folder, network=network) for folder in folders], **options)
+        models = [load_model(folder, network=network, checkpoint=checkpoint) for folder in folders]
+        return cls(models, **options)
 
     @property
     def classifies(self) -> bool:
