@@ -1,7 +1,7 @@
 """Options and arguments that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -16,10 +16,22 @@ ModelFolders = Annotated[
     list[Path] | None,
     Option("--model", envvar="SEGKIT_MODEL", help=f"{MODEL} Several are averaged."),
 ]
+CheckpointOption = Annotated[
+    Literal["best", "last"] | None,
+    Option(help="Weights of a checkpoint, also of a run that still trains; else the run's own."),
+]
 OverlapOption = Annotated[
     float, Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
 SeriesOption = Annotated[
     str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
+]
+PixelSize = Annotated[
+    list[str] | None,
+    Option(
+        "--pixel-size",
+        metavar="LENGTH",
+        help="Of pictures, such as '4 nm'; again for rows, and for slices; 'pixel' for none.",
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]

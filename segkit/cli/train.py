@@ -119,6 +119,7 @@ def _settings(
     planned = plan_dataset(
         dataset.folder,
         dataset.files,
+        pictures=dataset.pictures,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
         minutes=minutes,

@@ -158,7 +158,7 @@ def make_parts(
     """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
     started = time.monotonic()
     check_installed(config.trainer.loggers)
-    dataset = dataset or read_dataset(config.data.folder, config.data.files)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
