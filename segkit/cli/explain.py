@@ -12,6 +12,7 @@ from segkit.cli.options import (
     ModelFolder,
     OverlapOption,
     Overwrite,
+    PixelSize,
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
@@ -26,7 +27,6 @@ def explain_command(
     inputs: Inputs,
     out: Annotated[Path, Option(help="A folder for maps and tables.")],
     model: ModelFolder = None,
-    checkpoint: CheckpointOption = None,
     reference: Annotated[
         Path | None, Option(help="The label of INPUT, or a folder of labels of that name.")
     ] = None,
@@ -40,6 +40,8 @@ def explain_command(
         float, Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
     series: SeriesOption = None,
+    checkpoint: CheckpointOption = None,
+    pixel_size: PixelSize = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
@@ -59,18 +61,22 @@ def explain_command(
         remove_heads,
     )
     from segkit.explain.page.terminal_table import verdict_table
-    from segkit.explain.verdicts.study import check_gates
+    from segkit.explain.verdicts.ablation import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.model.folder import load_model, model_folder, newest_model
+    from segkit.io.picture_summary import told_of_pictures
+    from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
-    folder = model_folder(model, checkpoint=checkpoint) if model else newest_model(Path("runs"))
+    folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
     loaded = load_model(folder, checkpoint=checkpoint)
-    found = find_inputs(inputs, len(loaded.description.channels), series=series)
-    say(f"model: {folder}")
+    rules = picture_rules_of(loaded.description, pixel_size)
+    found = find_inputs(inputs, len(loaded.description.channels), series=series, rules=rules)
+    say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
+    for line in told_of_pictures([source.files[0] for source in found], rules):
+        say(line)
     # In single precision on a GPU too: it is values of maps that are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
@@ -123,4 +129,4 @@ def _tell(explained: "Explained") -> None:
                 f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
             )
     for verdict in explained.verdicts:
-        say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
+        say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

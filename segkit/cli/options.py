@@ -18,12 +18,20 @@ ModelFolders = Annotated[
 ]
 CheckpointOption = Annotated[
     Literal["best", "last"] | None,
-    Option("--checkpoint", help="A run's best.ckpt or last.ckpt, also while it is training."),
+    Option(help="Weights of a checkpoint, also of a run that still trains; else the run's own."),
 ]
 OverlapOption = Annotated[
     float, Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
 SeriesOption = Annotated[
     str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
+]
+PixelSize = Annotated[
+    list[str] | None,
+    Option(
+        "--pixel-size",
+        metavar="LENGTH",
+        help="Of pictures, such as '4 nm'; again for rows, and for slices; 'pixel' for none.",
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]

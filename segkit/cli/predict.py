@@ -12,6 +12,7 @@ from segkit.cli.options import (
     ModelFolders,
     OverlapOption,
     Overwrite,
+    PixelSize,
     SeriesOption,
 )
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
@@ -20,7 +21,6 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 def predict_command(
     inputs: Inputs,
     models: ModelFolders = None,
-    checkpoint: CheckpointOption = None,
     out: Annotated[Path | None, Option(help="A file or a folder for the labels.")] = None,
     maps: Annotated[
         Path | None, Option(help="A folder for every attention map, made in the same pass.")
@@ -41,9 +41,11 @@ def predict_command(
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
     ] = False,
     series: SeriesOption = None,
+    pixel_size: PixelSize = None,
     tta: Annotated[
         bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
+    checkpoint: CheckpointOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     batch: Annotated[
@@ -78,14 +80,20 @@ def predict_command(
     from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.model.folder import load_model, model_folders, newest_model
+    from segkit.io.picture_summary import told_of_pictures
+    from segkit.model.folder import (
+        load_model,
+        model_folders,
+        newest_model,
+        picture_rules_of,
+    )
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
     folders = [
         folder
         for path in models or [newest_model(Path("runs"))]
-        for folder in model_folders(path, checkpoint=checkpoint)
+        for folder in model_folders(path, checkpoint)
     ]
     predictor = Predictor(
         [load_model(folder, checkpoint=checkpoint) for folder in folders],
@@ -97,11 +105,15 @@ def predict_command(
         engine=engine,
         precision=None if precision is None else getattr(torch, precision),
     )
-    found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
+    description = predictor.model.description
+    rules = picture_rules_of(description, pixel_size)
+    found = find_inputs(inputs, len(description.channels), series=series, rules=rules)
     for folder in folders:
-        say(f"model: {folder}")
+        say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
         say("no model was trained on mirror images: --tta changes nothing")
+    for line in told_of_pictures([source.files[0] for source in found], rules):
+        say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0
     with CohortProgress(console, "segmenting", mine) as progress:
@@ -124,13 +136,13 @@ def predict_command(
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
-            elif outcome.error is None:
+            if outcome.written:
                 more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
                 say(f"wrote {outcome.written[0]}{more}")
                 if outcome.presence is not None:
                     shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
                     say(f"probability that it holds: {shares}")
-            else:
+            if outcome.error is not None:
                 failures.append(outcome.error)
                 if len(found) > 1:
                     complain(outcome.error)

@@ -45,7 +45,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dataset_in(path: Path) -> DatasetConfig | None:
-    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` alone.
+    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` or
+    `data.pictures` alone.
 
     None for a file that says more, which is a config to train by. Raises ConfigError.
     """
@@ -53,7 +54,7 @@ def dataset_in(path: Path) -> DatasetConfig | None:
         return DatasetConfig(folder=path)
     tree = read_yaml(path)
     data = tree.get("data")
-    if set(tree) != {"data"} or not isinstance(data, dict) or "files" not in data:
+    if set(tree) != {"data"} or not isinstance(data, dict) or not {"files", "pictures"} & set(data):
         return None
     if not set(data) <= set(DatasetConfig.model_fields):
         return None

@@ -1,17 +1,16 @@
 """A model folder: `model.json` describes the model, `weights.safetensors` holds its weights.
 
 The models of a first stage, whose labels the network takes beside the image, lie in `first/0`,
-`first/1` and so on. No file of a model folder can run code. The weights of a module from Python
-(`network.given`) are its own state; load it with the same module.
+`first/1` and so on. A run's model folder has no weights before its training ends; until then, and
+after it, the run's checkpoints have some. No file of a model folder can run code. The weights of a
+module from Python (`network.given`) are its own state; load it with the same module.
 """
 
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +22,10 @@ from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
 from segkit.io.atomic import json_text, whole, write_json
 from segkit.io.checksums import checksum
+from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
+from segkit.model.checkpoint import checkpoint_path, read_checkpoint, weights_of_network
 from segkit.nn.network import SegmentationNetwork, weights_of
 
 DESCRIPTION = "model.json"
@@ -34,9 +35,6 @@ SUMMARY = "summary.json"
 """The file of a finished run, or of a finished cross-validation, beside its models."""
 FOLD = "fold_"
 """The name of a fold's run in the folder of a cross-validation begins so."""
-Checkpoint = Literal["best", "last"]
-"""Which weights of a run: those of the best validation, or those of the last."""
-CHECKPOINTS: Mapping[Checkpoint, str] = {"best": "best.ckpt", "last": "last.ckpt"}
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
 """Names of weights in the blocks of a U-Net."""
 
@@ -52,11 +50,11 @@ class Model:
     first: "tuple[Model, ...]" = ()
     """The models of the first stage, if the description has one."""
     folder: Path | None = None
-    """The folder that it was read from."""
+    """The folder that it was read from; None if its weights come from elsewhere."""
 
 
 def save_model(folder: str | Path, model: Model) -> None:
-    """Write a model folder. A folder with both `model.json` and weights is complete.
+    """Write a model folder.
 
         segkit.save_model("my_model", model)
 
@@ -69,14 +67,24 @@ def save_model(folder: str | Path, model: Model) -> None:
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    for number, first in enumerate(model.first):
-        save_model(folder / FIRST / str(number), first)
+    save_firsts(folder, model.first)
     with whole(folder / WEIGHTS) as partial:
         try:
             save_file(_savable(model), partial)
         except SafetensorError as error:
             raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
-    write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
+    save_description(folder, model.description)
+
+
+def save_firsts(folder: Path, first: Sequence[Model]) -> None:
+    """Write the models of a first stage into a model folder."""
+    for number, model in enumerate(first):
+        save_model(folder / FIRST / str(number), model)
+
+
+def save_description(folder: Path, description: ModelDescription) -> None:
+    """Write the description of a model into its folder."""
+    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
 
 
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
@@ -101,11 +109,27 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
     return Model(description, wrap_network(description, module).eval())
 
 
+def picture_rules_of(
+    description: ModelDescription, pixel_size: Sequence[str] | None = None
+) -> PictureRules:
+    """How pictures are read for a model.
+
+    Args:
+        description: of the model.
+        pixel_size: wins over what files say, such as ["4 nm"].
+
+    Raises:
+        ModelError: the description names colours of labels that it does not have, or the size is
+            no length.
+    """
+    try:
+        return description.picture_rules(pixel_size)
+    except ValueError as error:
+        raise ModelError(f"{description.run}: {error}") from None
+
+
 def load_model(
-    path: str | Path,
-    *,
-    network: nn.Module | None = None,
-    checkpoint: Checkpoint | None = None,
+    path: str | Path, *, network: nn.Module | None = None, checkpoint: str | None = None
 ) -> Model:
     """Read a model onto the CPU, in evaluation mode.
 
@@ -115,14 +139,14 @@ def load_model(
         path: a model folder, or the folder of a run; of a cross-validation its first fold is read.
         network: the module that the model was trained with, if it came from Python; it gets the
             weights.
-        checkpoint: weights of the run's `best.ckpt` or `last.ckpt` in place of the model's, also
-            while the run is training; None for the model's own, which a finished run has.
+        checkpoint: `best` or `last`, to take the weights from that checkpoint of a run, which may
+            still be training; if not given, they are those that the run ended with.
 
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
             does not fit it.
     """
-    folder = model_folder(Path(path), checkpoint=checkpoint)
+    folder = model_folders(Path(path), checkpoint)[0]
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
@@ -133,8 +157,17 @@ def load_model(
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
         first.append(_with_weights(inside, told, ()))
-    source = folder.parent / CHECKPOINTS[checkpoint] if checkpoint else None
-    return _with_weights(folder, description, tuple(first), network, source)
+    if checkpoint is None:
+        return _with_weights(folder, description, tuple(first), network)
+    source = checkpoint_path(folder, checkpoint)
+    built = wrap_network(description, network) if network else build_network(description)
+    try:
+        built.load_state_dict(_finite(weights_of_network(read_checkpoint(source))))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{source}: does not fit {folder / DESCRIPTION}: {reason}") from None
+    built.cpu().eval()
+    return Model(description, built, tuple(first))
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
@@ -176,32 +209,22 @@ def _with_weights(
     description: ModelDescription,
     first: tuple[Model, ...],
     module: nn.Module | None = None,
-    checkpoint: Path | None = None,
 ) -> Model:
-    source = checkpoint or folder / WEIGHTS
+    source = folder / WEIGHTS
     if not source.is_file():
-        raise ModelError(f"{source.parent}: expected {source.name} in it, found none")
+        begun = [name for name in ("best", "last") if (folder.parent / f"{name}.ckpt").is_file()]
+        advice = f"; the run has not ended, so ask for its checkpoint: {' or '.join(begun)}"
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none{advice if begun else ''}")
     try:
         # Compared with the file's header before anything is allocated, so that neither network nor
         # weights can be larger than the file.
-        weights = None if checkpoint is None else read_checkpoint_weights(checkpoint)
         if module is None:
-            shapes = (
-                _shapes_in(source)
-                if weights is None
-                else {name: tuple(value.shape) for name, value in weights.items()}
-            )
-            _check_fit(shapes, weight_shapes(description))
+            _check_fit(_shapes_in(source), weight_shapes(description))
             network = build_network(description)
         else:
             network = wrap_network(description, module)
-        # A checkpoint may be written anew at any time, so that no folder stands for the model.
-        model = Model(description, network, first, folder if weights is None else None)
-        weights = load_file(source) if weights is None else weights
-        for name, value in weights.items():
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds values that are not numbers")
-        weights_of(network).load_state_dict(weights)
+        model = Model(description, network, first, folder)
+        weights_of(network).load_state_dict(_finite(load_file(source)))
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
@@ -210,31 +233,12 @@ def _with_weights(
     return model
 
 
-def read_checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of a run; averaged ones if it averages. Raises ModelError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        found = {
-            name.partition(".")[2]: value
-            for name, value in state.items()
-            if name.startswith("network.")
-        }
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: expected a checkpoint of plain data: {reason}") from None
-    # Those of a 2D network, or of a module that was given, lie one level deeper.
-    for inner in ("network.", "module."):
-        if found and all(name.startswith(inner) for name in found):
-            found = {name.removeprefix(inner): value for name, value in found.items()}
-    return found
+def _finite(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights. Raises ValueError if one is no number."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not numbers")
+    return weights
 
 
 def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
@@ -271,7 +275,7 @@ def checksums_of(model: Model) -> dict[str, str]:
 def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
     """Write the post-processing of predicted labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
-    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+    save_description(folder, description)
 
 
 def start_from(network: SegmentationNetwork, path: Path) -> str:
@@ -302,45 +306,25 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
     return f"{len(fitting)} of {len(own)} weights are those of {path}"
 
 
-def model_folder(path: Path, *, checkpoint: Checkpoint | None = None) -> Path:
+def model_folder(path: Path) -> Path:
     """The folder with the model: the only one of `model_folders`, or the first fold's."""
-    return model_folders(path, checkpoint=checkpoint)[0]
+    return model_folders(path)[0]
 
 
-def model_folders(path: Path, *, checkpoint: Checkpoint | None = None) -> tuple[Path, ...]:
+def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]:
     """The folders of the models at a path. Raises ModelError if there is none.
 
-    It is `path` itself, `path/model` of a run, or one for each finished fold of a cross-validation.
-    With a `checkpoint`, it is the run or each fold that has it beside its description.
+    It is `path` itself, `path/model` of a run, or one for each fold of a cross-validation that is
+    finished, or that has the `checkpoint` that is asked for.
     """
-
-    def whole(folder: Path) -> bool:
-        weights = folder.parent / CHECKPOINTS[checkpoint] if checkpoint else folder / WEIGHTS
-        return weights.is_file()
-
     for folder in (path, path / "model"):
-        if not (folder / DESCRIPTION).is_file():
-            continue
-        if whole(folder):
+        if (folder / DESCRIPTION).is_file():
             return (folder,)
-        if checkpoint:
-            raise ModelError(
-                f"{folder.parent}: expected a run with {CHECKPOINTS[checkpoint]}, found none; it is "
-                f"written at the first validation; leave --checkpoint out for a finished run"
-            )
-        if any((folder.parent / name).is_file() for name in CHECKPOINTS.values()):
-            raise ModelError(
-                f"{folder.parent}: is not finished; wait for its end, or take the weights that it "
-                f"has: --checkpoint best or --checkpoint last"
-            )
-        if folder.name == "model" and (folder.parent / "config.yaml").is_file():
-            raise ModelError(
-                f"{folder.parent}: is not finished and has no checkpoint yet; wait for its first "
-                f"validation"
-            )
-        return (folder,)
+    file = f"model/{WEIGHTS}" if checkpoint is None else f"{checkpoint}.ckpt"
     folds = [
-        found for found in sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}")) if whole(found.parent)
+        description
+        for description in sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+        if (description.parents[1] / file).is_file()
     ]
     if not folds:
         raise ModelError(
@@ -354,20 +338,16 @@ def newest_model(runs: Path) -> Path:
 
     Raises ModelError if there is none.
     """
-    models = runs.glob(f"*/model/{DESCRIPTION}")
-    finished = [path for path in models if (path.parents[1] / SUMMARY).is_file()]
-    of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
-    finished += [path for path in of_folds if path.is_file()]
+    finished = [
+        summary
+        for summary in runs.glob(f"*/{SUMMARY}")
+        if any(summary.parent.glob(f"model/{WEIGHTS}"))
+        or any(summary.parent.glob(f"{FOLD}*/model/{WEIGHTS}"))
+    ]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
-
-
-def save_description(folder: Path, model: Model) -> None:
-    """Write all of a model's folder but its weights: what a checkpoint needs to be loaded."""
-    for number, first in enumerate(model.first):
-        save_model(folder / FIRST / str(number), first)
-    write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
+    folder = max(finished, key=lambda path: path.stat().st_mtime).parent
+    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:

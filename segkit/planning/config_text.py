@@ -9,6 +9,7 @@ import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
@@ -34,6 +35,7 @@ def sections_of(
     plan: Plan,
     folder: Path,
     files: FilesConfig | None,
+    pictures: PicturesConfig | None,
     *,
     schedule: Schedule,
     own_schedule: bool,
@@ -47,6 +49,7 @@ def sections_of(
         plan: of the dataset.
         folder: the dataset's.
         files: where the files of its cases lie, if it has no dataset.json.
+        pictures: what its pictures do not say themselves.
         schedule: steps, validations and minutes.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
@@ -70,6 +73,7 @@ def sections_of(
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
             "files": (files and files.model_dump(mode="json", exclude_unset=True), ""),
+            "pictures": (pictures and pictures.model_dump(mode="json", exclude_unset=True), ""),
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,

@@ -31,18 +31,13 @@ from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
-from segkit.model.folder import (
-    DESCRIPTION,
-    SUMMARY,
-    Model,
-    read_checkpoint_weights,
-    save_description,
-    save_model,
-)
+from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
+from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
+from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.cascade import first_stage_of
@@ -338,8 +333,8 @@ def _check_more_to_do(
     )
     if not more or not steps_done or config.train.minutes is not None:
         raise ConfigError(
-            f"{folder}: is finished already; its model is {folder / 'model'}; to go on, give it more "
-            f"than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
+            f"{folder}: is finished already; its model is {folder / 'model'}; to go on, give it "
+            f"more than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
             if config.train.minutes is None
             else f"{folder}: is finished already; its model is {folder / 'model'}; its time was "
             f"train.minutes, so begin a new run with train.start_from={folder}"
@@ -484,9 +479,12 @@ def _trained(
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
-    firsts = tuple(stage.model for stage in parts.first_stage)
-    if is_first_process() and not (folder / "model" / DESCRIPTION).is_file():
-        save_description(folder / "model", Model(parts.description, network, firsts))
+    first_stage = tuple(stage.model for stage in parts.first_stage)
+    if is_first_process():
+        # So that checkpoints can be used before the end.
+        save_firsts(folder / "model", first_stage)
+        save_description(folder / "model", parts.description)
+    environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
         trainer.fit(
@@ -498,9 +496,8 @@ def _trained(
             callback.settle(module)
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint) and best.dirpath is not None
-    first_stage = parts.first_stage
-    weights = _keep_best(config, trainer, best, network)
-    model = Model(parts.description, network.eval(), tuple(stage.model for stage in first_stage))
+    step = _keep_best(config, best, network)
+    model = Model(parts.description, network.eval(), first_stage)
     if not is_first_process():
         network.to("cpu")
         return Run(Path(best.dirpath), MappingProxyType({}), model)
@@ -510,14 +507,15 @@ def _trained(
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
-        "weights": weights,
         "seconds_of_training": round(seconds, 1),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "seed": config.train.seed,
         "training_cases": len(split.train),
-        "validation": _scores(parts, config, model, trainer, track, until, weights),
-        **first_stage_of(first_stage, split.train, split.held_out),
+        "weights": {"of": "last" if step is None else "best", "step": step or trainer.global_step},
+        "validation": _scores(parts, config, model, trainer, track, until),
+        **first_stage_of(parts.first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
+        "environment": environment,
     }
     if changed := _changed_on_the_way(trainer):
         summary["changed_settings"] = changed
@@ -533,24 +531,25 @@ def _trained(
     return Run(folder, summary, model)
 
 
-def _keep_best(
-    config: Config, trainer: L.Trainer, best: ModelCheckpoint, network: SegmentationNetwork
-) -> str:
-    """With patience, give the network the weights of the best validation; say which it has."""
-    if config.train.patience is None or best.monitor is None or not best.best_model_path:
-        return "last"
-    state = read_checkpoint_weights(Path(best.best_model_path)) if is_first_process() else None
-    state = trainer.strategy.broadcast(state)
-    assert state is not None
-    weights_of(network).load_state_dict(state)
-    logger.info("train.patience keeps the weights of the best validation, %s", best.best_model_path)
-    return "best"
-
-
 def _changed_on_the_way(trainer: L.Trainer) -> list[dict[str, Any]]:
     """Settings that were changed when the run was gone on with."""
     noted = next(each for each in trainer.callbacks if isinstance(each, GoingOn))  # type: ignore[attr-defined]
     return list(noted.record["changes"])
+
+
+def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:
+    """If training ends by patience, put the weights that scored best back; their step, or None.
+
+    The last weights are those of as many validations without anything better.
+    """
+    path = Path(best.dirpath or "") / BEST
+    if config.train.patience is None or best.best_model_score is None or not path.is_file():
+        return None
+    content = read_checkpoint(path)
+    network.load_state_dict(weights_of_network(content))
+    step = int(content["global_step"])
+    logger.info("kept the weights of step %d, which scored best", step)
+    return step
 
 
 def _scores(
@@ -560,9 +559,8 @@ def _scores(
     trainer: L.Trainer,
     track: Track,
     until: float,
-    weights: str,
 ) -> dict[str, Any]:
-    """What the final weights score on the held-out cases, and the best score during training."""
+    """What the run's weights score on the held-out cases, and the best score during training."""
     # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
     # overlap, so that what is left of one is not its own affair.
     adopts = config.data.fold is not None and not parts.dataset.regions
@@ -570,8 +568,7 @@ def _scores(
     assert isinstance(best, ModelCheckpoint)
     highest = best.best_model_score
     return {
-        "note": f"whole held-out volumes, on their own grids, by the {weights} weights; during "
-        "training, on the network's grid",
+        "note": "Dice of whole held-out volumes, on their own grids, by the weights of model/",
         **score(
             model,
             parts.dataset,

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run it is of, and how a run that goes on takes up other settings."""
+"""What a checkpoint says of its run, and how a run that goes on takes up other settings."""
 
 from collections.abc import Mapping
 from pathlib import Path

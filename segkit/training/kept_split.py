@@ -25,7 +25,7 @@ SplitNames = Mapping[str, Sequence[str]]
 
 
 def read_split(path: Path) -> SplitNames | None:
-    """What a run's split.json says; None if it is not there. Raises ConfigError if it is damaged."""
+    """What a split.json says; None if it is not there. Raises ConfigError if it is damaged."""
     try:
         content = read_json_object(path)
     except FileNotFoundError:

@@ -163,7 +163,7 @@ def make_parts(
     started = time.monotonic()
     check_installed(config.trainer.loggers)
     check_precision(config)
-    dataset = dataset or read_dataset(config.data.folder, config.data.files)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = kept(dataset) if kept else split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)

@@ -7,7 +7,6 @@ runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.
 import csv
 import logging
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from torch import nn
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
+from segkit.model.checkpoint import UNREADABLE
 from segkit.training.csv_logger import MetricsFile
 
 try:
@@ -42,18 +42,6 @@ CHECKPOINT_KEYS = {
     "lr_schedulers",
     "loops",
 }
-UNREADABLE = (
-    pickle.UnpicklingError,  # what is no plain data, among others
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-)
-"""What torch raises for a file that is no checkpoint."""
 RECORD_KEY = "segkit"
 """In a checkpoint: the settings and the split of the run so far."""
 SECOND_STAGE = "second_stage.yaml"
