@@ -1,17 +1,20 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
-from segkit.data.dataset import read_case, read_dataset
-from segkit.errors import SegkitError, VolumeError
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case, read_case_label
+from segkit.data.label_numbers import named_numbers, other_numbers
+from segkit.errors import DatasetError, SegkitError, VolumeError
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
 from segkit.io.nifti import placement
@@ -21,6 +24,9 @@ from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
+
+MOST_NUMBERS = 20
+"""Of those that nobody names; a sentence counts the others."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,10 @@ def check(
     if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
         return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
-        dataset = dataset_in(path)
+        dataset = dataset_in(path, overrides)
         if dataset is None:
             return check_config(path, overrides, track)
-        return check_dataset(dataset.folder, track, dataset.files)
+        return check_dataset(dataset, track)
     return describe_volume(path, read_volume(path))
 
 
@@ -102,7 +108,7 @@ def _series_facts(series: Series) -> dict[str, Any]:
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
     """The whole resolved config, and what its network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = dataset_of(config.data)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -133,22 +139,25 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     return Understood("config", text, facts)
 
 
-def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) -> Understood:
+def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
     Raises DatasetError listing every case that is wrong.
     """
-    dataset = read_dataset(folder, files)
+    dataset, folder = dataset_of(source), source.folder
     shapes, spacings, problems, orientations = [], [], [], set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    total = 0
+    strange = NumbersFound()
     for case in track(dataset.cases, "reading", len(dataset.cases)):
         try:
             image, label = read_case(case, dataset)
+            if labelling.others is not None:
+                strange.add_label(case, dataset)
         except SegkitError as error:
+            strange.add_label(case, dataset)
             problems.append(error)
             continue
         orientation = Orientation.of(image.grid.affine)
@@ -158,9 +167,14 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
         spacings.append(turned.spacing)
         held = np.bincount(label.data.ravel(order="K"), minlength=len(labelling.value_names))
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
-        total += label.data.size
         voxels += counts
         present += counts > 0
+    if strange.voxels and labelling.others is None:
+        raise DatasetError(
+            f"{folder}: labels hold numbers that nobody names: {strange}; the dataset declares "
+            f"{_listing(named_numbers(labelling))}; name them in data.labels, or say there what "
+            f"others are"
+        )
     if problems:
         rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
         raise type(problems[0])(f"{problems[0]}{rest}")
@@ -171,8 +185,12 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
         f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
         f"voxel size in mm: {_range(spacings, '.3g')}",
     ]
+    total = sum(math.prod(shape) for shape in shapes)
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
+    if labelling.others is not None:
+        taken = labelling.value_names[labelling.others]
+        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
@@ -183,8 +201,41 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
             {"name": what, "cases": int(cases), "voxels": int(count)}
             for what, cases, count in zip(groups, present, voxels, strict=True)
         ],
+        "other_numbers": [
+            {"number": number, "cases": strange.cases[number], "voxels": count}
+            for number, count in sorted(strange.voxels.items())
+        ],
     }
     return Understood("dataset", "\n".join(lines), facts)
+
+
+@dataclass(frozen=True)
+class NumbersFound:
+    """Numbers in label files, and of each its voxels and cases."""
+
+    voxels: Counter[int] = field(default_factory=Counter)
+    cases: Counter[int] = field(default_factory=Counter)
+
+    def add_label(self, case: CaseFiles, dataset: Dataset) -> None:
+        """Add those of a case that no name stands for; none if its label cannot be read."""
+        try:
+            label = read_case_label(case, dataset)
+        except SegkitError:  # told already, by what reads the whole case
+            return
+        found = other_numbers(label.data, dataset.labelling)
+        self.voxels.update(found)
+        self.cases.update(found.keys())
+
+    def __str__(self) -> str:
+        told = [
+            f"{number} ({self.voxels[number]:,} voxels in {_cases(self.cases[number])})"
+            for number in sorted(self.voxels)
+        ]
+        return ", ".join([*told[:MOST_NUMBERS], *[f"{len(told) - MOST_NUMBERS} more"]][: len(told)])
+
+
+def _cases(count: int) -> str:
+    return "1 case" if count == 1 else f"{count} cases"
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
@@ -192,13 +243,21 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
     groups: dict[str, tuple[int, ...]] = {}
     for name, number in labelling.numbers.items():
         if not labelling.regions:
-            groups[f"label {number} {name}"] = (number,)
+            groups[f"label {_in_files(labelling, number)} {name}"] = (number,)
         elif name in labelling.regions:
             numbers = labelling.regions[name]
-            groups[f"region {name} ({_listing(numbers)}, written as {number})"] = numbers
+            listed = _listing(labelling.in_file(each) for each in numbers)
+            told = f"region {name} ({listed}, written as {labelling.in_file(number)})"
+            groups[told] = numbers
     if labelling.ignore is not None:
-        groups[f"label {labelling.ignore} ignore, left out"] = (labelling.ignore,)
+        told = _in_files(labelling, labelling.ignore)
+        groups[" ".join(f"label {told} ignore, left out".split())] = (labelling.ignore,)
     return groups
+
+
+def _in_files(labelling: Labelling, number: int) -> str:
+    """The numbers in files that stand for a number of segkit's: "17, 53"."""
+    return _listing(labelling.in_files[number]) if labelling.in_files else str(number)
 
 
 def _listing(items: Iterable[object]) -> str:

@@ -44,8 +44,7 @@ def plan_command(
     target = out or Path(f"{source.folder.resolve().name}.yaml")
     refuse_existing([target], overwrite=overwrite)
     planned = plan_dataset(
-        source.folder,
-        source.files,
+        source,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,

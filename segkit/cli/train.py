@@ -94,7 +94,7 @@ def _settings(
     """What to train, and the first stage if a dataset is planned in two."""
     from segkit.config.load import changed, dataset_in, load_config
 
-    dataset = dataset_in(config)
+    dataset = dataset_in(config, overrides)
     if dataset is None:
         return load_config(config, overrides), None
     from segkit.planning.make_plan import plan_dataset
@@ -103,8 +103,7 @@ def _settings(
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
     planned = plan_dataset(
-        dataset.folder,
-        dataset.files,
+        dataset,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
         runs=runs,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.config.sides import names_of_sides
 
 MOST_IN_BATCH = 2**31
@@ -63,13 +63,9 @@ class SynthesisConfig(Section):
     """Standard deviation, in voxels, of the smooth displacement at points 16 voxels apart."""
 
 
-class DataConfig(Section):
+class DataConfig(DatasetConfig):
     """Which volumes, how they are brought to one form, and how patches are drawn from them."""
 
-    folder: Path
-    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
-    files: FilesConfig | None = None
-    """Where the files of each case lie, in place of a dataset.json."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0, le=4)] | None = None

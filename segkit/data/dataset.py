@@ -1,5 +1,6 @@
 """What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from segkit.config.dataset_files import FilesConfig, LabelCodeConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import read_dataset_file
+from segkit.data.dataset_json import labelling_of, read_dataset_file
 from segkit.data.file_patterns import list_files
+from segkit.data.label_numbers import within
 from segkit.errors import DatasetError, VolumeError
 from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
+
+logger = logging.getLogger(__name__)
 
 WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
@@ -42,13 +46,17 @@ class Dataset:
     """The numbers in label files of each region, in the order they are written; classes if none."""
     ignore: int | None = None
     """The number of voxels that nobody labelled."""
+    in_files: tuple[tuple[int, ...], ...] = ()
+    """For each number 0, 1, …, those in label files that mean it; empty if they are the same."""
+    others: int | None = None
+    """The number that stands for all in label files that no name has, if there may be any."""
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
 
     @property
     def labelling(self) -> Labelling:
         """What is told apart."""
-        return Labelling(self.labels, self.regions, self.ignore)
+        return Labelling(self.labels, self.regions, self.ignore, self.in_files, self.others)
 
     def foreground(self, label: ndarray) -> ndarray:
         """Which voxels belong to a class or region: neither background nor ignored."""
@@ -56,12 +64,15 @@ class Dataset:
         return inside if self.ignore is None else inside & (label != self.ignore)
 
 
-def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
+def read_dataset(
+    folder: Path, files: FilesConfig | None = None, given: Labelling | None = None
+) -> Dataset:
     """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
 
-    Cases are in order. Raises DatasetError or VolumeError, in one sentence.
+    `given` stands in place of the labels there. Cases are in order. Raises DatasetError or
+    VolumeError, in one sentence.
     """
-    file = read_dataset_file(folder) if files is None else list_files(folder, files)
+    file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
@@ -75,8 +86,20 @@ def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
         dict(told.numbers),
         dict(told.regions),
         told.ignore,
+        told.in_files,
+        told.others,
         file.codes,
     )
+
+
+def dataset_of(data: DatasetConfig) -> Dataset:
+    """The dataset that a config names. Raises DatasetError or VolumeError, in one sentence."""
+    if data.labels is None:
+        return read_dataset(data.folder, data.files)
+    labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
+    source = "dataset.json" if data.files is None else "data.files"
+    logger.info("%s: labels are those of data.labels, not of %s", data.folder, source)
+    return read_dataset(data.folder, data.files, labelling)
 
 
 def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
@@ -106,21 +129,36 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 
+def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
+    """The label of a case as its file has it, in whole numbers. Raises DatasetError."""
+    label = read_volume(case.label)
+    return label.like(_whole(case, label, dataset))
+
+
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
+    """The label in segkit's numbers 0, 1, 2, …."""
+    values, labelling = _whole(case, label, dataset), dataset.labelling
+    try:
+        numbers = within(values, labelling)
+    except ValueError as error:
+        raise DatasetError(f"{case.label}: {error}") from None
+    return numbers.astype(np.min_scalar_type(len(labelling.value_names) - 1), copy=False)
+
+
+def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     values = whole_numbers(label.data, case.label)
-    found = np.unique(values)
-    declared = range(len(dataset.labelling.value_names))
-    if not np.isin(found, declared).all():
-        strange = found[~np.isin(found, declared)][:5]
-        raise DatasetError(
-            f"{case.label}: holds label {', '.join(map(in_full, strange))}, which "
-            f"the dataset does not declare (it has {declared[0]} to {declared[-1]})"
-            f"{WHOLE if (strange != np.rint(strange)).any() else ''}"
-        )
-    kind = np.min_scalar_type(declared[-1])
-    return values.reshape(label.grid.shape).astype(kind)
+    if values.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            rounded = values.astype(np.int64)
+        if len(strange := values[rounded != values]):
+            raise DatasetError(
+                f"{case.label}: holds label {', '.join(map(in_full, np.unique(strange)[:5]))}"
+                f"{WHOLE}"
+            )
+        values = rounded
+    return values.reshape(label.grid.shape)
 
 
 def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_text
@@ -22,12 +23,17 @@ WILDCARD = re.compile(r"\*\*/|\*|\?")
 MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
-def list_files(folder: Path, files: FilesConfig) -> DatasetJson:
+def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and cases of a folder, by the patterns or the table of a config.
 
-    Raises DatasetError, or VolumeError for a file that is no volume.
+    `given` is taken in place of the labels in `files`. Raises DatasetError, or VolumeError for a
+    file that is no volume.
     """
-    labelling = labelling_of("data.files", files.labels, files.regions_class_order, files.codes)
+    if given is None and not files.labels:
+        raise DatasetError("data.files: expected names of labels; give data.labels")
+    labelling = given or labelling_of(
+        "data.files", files.labels, files.regions_class_order, files.codes
+    )
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)

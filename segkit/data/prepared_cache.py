@@ -309,6 +309,7 @@ def _digest(
         "channels": dataset.channels,
         "labels": dataset.labels,
         "ignore": dataset.ignore,
+        **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         "spacing": list(spacing),
         "order": order,
         "separate": ANISOTROPY,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segkit.config.model import ModelDescription
+from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
@@ -316,20 +317,21 @@ def _write(
         write_json(targets.statistics, {"case": source.name, **figures, **made})
         written.append(targets.statistics)
     if targets.preview is not None:
+        shown = within(labels.data, labelling)  # in which 0 is the background
         write_montage(
             targets.preview,
             image.data if image.data.ndim == 3 else image.data[..., 0],
             image.grid,
-            [(source.name, None, "labels"), ("segmentation", labels.data, "labels")],
+            [(source.name, None, "labels"), ("segmentation", shown, "labels")],
             label_names={
                 number: name
                 for name, number in labelling.numbers.items()
-                if (labels.data == number).any()
+                if (shown == number).any()
             },
-            through=labels.data,
+            through=shown,
         )
         written.append(targets.preview)
-    write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
+    write_json(sidecar_of(targets.labels), {"labels": labelling.numbers_in_files, **made})
     written.append(sidecar_of(targets.labels))
     # The labels come last: where they are, everything is.
     if _is_dicom(targets.labels):

@@ -159,20 +159,20 @@ def read_labels(path: str | Path) -> Volume:
         The labels, (x, y, z), int64, 0 for the background.
 
     Raises:
-        VolumeError: as `read_volume` does, and for values that are not whole numbers from 0 on, but
-            for rounding, one per voxel.
+        VolumeError: as `read_volume` does, and for values that are not whole numbers, but for
+            rounding, one per voxel.
 
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
     volume = read_volume(path)
-    expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
+    expected = f"{path}: expected whole numbers, one per voxel, as labels"
     if volume.data.ndim != 3:
         raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
     values = whole_numbers(volume.data, path)
     with np.errstate(invalid="ignore"):
         whole = values.astype(np.int64)
-    strange = values[(whole != values) | (whole < 0)]
+    strange = values[whole != values]
     if len(strange):
         raise VolumeError(f"{expected}, found {in_full(strange[0])}")
     return volume.like(whole)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from segkit.config.data import DataConfig
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
@@ -21,8 +21,7 @@ WIDTH = 98
 
 def sections_of(
     plan: Plan,
-    folder: Path,
-    files: FilesConfig | None,
+    source: DatasetConfig,
     *,
     steps: int,
     why_steps: str,
@@ -35,8 +34,7 @@ def sections_of(
 
     Args:
         plan: of the dataset.
-        folder: the dataset's.
-        files: where the files of its cases lie, if it has no dataset.json.
+        source: what is said of the dataset.
         steps: of the training.
         why_steps: the reason for them.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
@@ -45,22 +43,23 @@ def sections_of(
         first_stage: the run whose labels go beside the image, if there are two stages.
     """
     why = plan.reasons
+    told = source.model_dump(mode="json", exclude_unset=True, exclude={"folder"})
     nonzero = {channel.kind for channel in plan.normalisation} == {"zscore nonzero"}
     shallow: Any = {"kind": "additive_grid", "levels": [0]}
     mirroring = DataConfig(
-        folder=folder,
+        folder=source.folder,
         patch_size=list(plan.patch_size),
         mirror=["x", "y", "z"] if own_schedule else None,
     )
     gates = {"skip": shallow if len(plan.channels) == 2 else "additive_grid"}
     return {
         "data": {
-            "folder": (str(folder), ""),
+            "folder": (str(source.folder), ""),
             "spacing": (list(plan.spacing), why["spacing"]),
             "interpolation": ("cubic", f"As nnU-Net. {why['separate_z']}"),
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
-            "files": (files and files.model_dump(mode="json", exclude_unset=True), ""),
+            **{name: (value, "") for name, value in told.items()},
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,

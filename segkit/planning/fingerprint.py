@@ -213,6 +213,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "labels": dataset.labels,
         "regions": dataset.regions,
         "ignore": dataset.ignore,
+        **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         "num_images": len(case.images),
         "files": file_states((*case.images, case.label)),
     }

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.dataset import Dataset, dataset_of
 from segkit.data.variation import build_variation
 from segkit.model.build import build_network
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
@@ -60,8 +60,7 @@ class Planned:
 class _Task:
     """The dataset that is planned for, and the budget."""
 
-    folder: Path
-    files: FilesConfig | None
+    source: DatasetConfig
     dataset: Dataset
     fingerprint: Fingerprint
     device: torch.device
@@ -102,7 +101,7 @@ class _Task:
 
 
 def plan_dataset(
-    folder: str | Path,
+    folder: str | Path | DatasetConfig,
     files: FilesConfig | None = None,
     *,
     cache: str | Path | None = None,
@@ -120,7 +119,8 @@ def plan_dataset(
         run = segkit.train(planned.config)
 
     Args:
-        folder: the dataset's, with a dataset.json in it unless there are `files`.
+        folder: the dataset's, with a dataset.json in it unless there are `files`; or all that the
+            section `data` of a config says of a dataset.
         files: patterns or a table that name the files of each case.
         cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
@@ -141,9 +141,11 @@ def plan_dataset(
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
     """
-    folder, runs = Path(folder), Path(runs)
+    if not isinstance(folder, DatasetConfig):
+        folder = DatasetConfig(folder=Path(folder), files=files)
+    source, runs = folder, Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
-    dataset = read_dataset(folder, files)
+    dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
     on_cpu = chosen.type == "cpu"
@@ -152,8 +154,7 @@ def plan_dataset(
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     task = _Task(
-        folder,
-        files,
+        source,
         dataset,
         fingerprint(dataset, cache=cache, workers=workers, track=track),
         device=chosen,
@@ -175,8 +176,8 @@ def plan_dataset(
         where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
         budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {folder} ({size}) and {budget}."
-    name = _run_name(folder)
+    heading = f"Planned for {source.folder} ({size}) and {budget}."
+    name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
     first = f"{name}_low"
@@ -197,8 +198,7 @@ def _planned(
     sections = partial(
         sections_of,
         plan,
-        task.folder,
-        task.files,
+        task.source,
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
@@ -206,7 +206,7 @@ def _planned(
     )
 
     def checked(written: Sections) -> Config:
-        return validated(Config, values_of(name, written), f"plan of {task.folder}")
+        return validated(Config, values_of(name, written), f"plan of {task.source.folder}")
 
     written = sections(steps=steps, why_steps=why_steps)
     if task.timed:

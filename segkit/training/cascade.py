@@ -156,7 +156,7 @@ def first_stage_of(
 def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     # Whether a conversion lies in the cache must not decide what is trained on.
     predictor = Predictor(first.model, device=device, engine="torch")
-    return lambda volume: predictor(volume).labels
+    return lambda volume: predictor.numbers_of(volume)
 
 
 def _digest(case: CaseFiles, models: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import dataset_of
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
@@ -116,7 +116,7 @@ def cross_validate(
             f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
             f"train each fold as a run of its own by data.fold"
         )
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = dataset_of(config.data)
     for fold in folds:
         fold_of(dataset, fold)
     spacing = config.data.spacing or median_spacing(

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import dataset_of
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
 from segkit.io.volume import read_grid
@@ -141,7 +141,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = dataset_of(config.data)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])

@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
@@ -45,8 +46,12 @@ def score(
     told_right: list[list[bool]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
-        known = read_volume(first_labels[case.name]) if first_labels else None
+        known = None
+        if first_labels:
+            stage = model.first[0].description.labelling
+            known = volume_as_in_files(read_volume(first_labels[case.name]), stage)
         prediction = predictor(image, first_labels=known)
+        found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
             told_right.append(
                 [
@@ -54,9 +59,9 @@ def score(
                     for name, numbers in labelling.members.items()
                 ]
             )
-        dice[case.name] = dice_of(prediction.labels.data, label.data, labelling)
+        dice[case.name] = dice_of(found, label.data, labelling)
         for name, operation in operations.items():
-            treated = operation(prediction.labels.data)
+            treated = operation(found)
             after[name][case.name] = dice_of(treated, label.data, labelling)
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = class_means(table)

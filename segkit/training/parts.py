@@ -18,7 +18,7 @@ from torch import nn
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.data.normalise import build_normalisers
 from segkit.data.patches import ForegroundSampler, PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
@@ -156,7 +156,7 @@ def make_parts(
 ) -> TrainingParts:
     """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
     check_installed(config.trainer.loggers)
-    dataset = dataset or read_dataset(config.data.folder, config.data.files)
+    dataset = dataset or dataset_of(config.data)
     split = split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import within
 from segkit.errors import ModelError
 from segkit.explain.display import Curve, Line, Table, Verdict, rounded
 from segkit.explain.measures.measure_maps import Measure, members
@@ -193,7 +194,7 @@ def _told(figures: Sequence[MapFigures], verdicts: Sequence[Verdict]) -> dict[st
 
 def _holds_foreground(reference: Volume, labelling: Labelling) -> bool:
     numbers = {number for some in members(labelling).values() for number in some}
-    return bool(np.isin(reference.data, list(numbers)).any())
+    return bool(np.isin(within(reference.data, labelling), list(numbers)).any())
 
 
 def _aurocs(
