@@ -13,7 +13,7 @@ from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case, read_case_label
-from segkit.data.label_numbers import named_numbers, other_numbers
+from segkit.data.label_numbers import declared, other_numbers
 from segkit.errors import DatasetError, SegkitError, VolumeError
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
@@ -172,7 +172,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     if strange.voxels and labelling.others is None:
         raise DatasetError(
             f"{folder}: labels hold numbers that nobody names: {strange}; the dataset declares "
-            f"{_listing(named_numbers(labelling))}; name them in data.labels, or say there what "
+            f"{declared(labelling)}; name them in data.labels, or say there what "
             f"others are"
         )
     if problems:

@@ -14,7 +14,10 @@ def evaluate_command(
     references: Annotated[Path, Argument(help="Its reference, or a folder of them.")],
     out: Annotated[Path | None, Option(help="A JSON file for every score.")] = None,
     labels: Annotated[
-        Path | None, Option(help="A dataset.json with label names; else the nearest one.")
+        Path | None,
+        Option(
+            help="A dataset.json, config, run or model with label names; else the nearest json."
+        ),
     ] = None,
     tolerance: Annotated[float, Option(min=0, help="Of the normalised surface Dice, in mm.")] = 1.0,
     json: JsonOption = False,

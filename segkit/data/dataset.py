@@ -12,7 +12,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeCon
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import labelling_of, read_dataset_file
 from segkit.data.file_patterns import list_files
-from segkit.data.label_numbers import within
+from segkit.data.label_numbers import declared, within
 from segkit.errors import DatasetError, VolumeError
 from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
 
@@ -154,8 +154,8 @@ def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
             rounded = values.astype(np.int64)
         if len(strange := values[rounded != values]):
             raise DatasetError(
-                f"{case.label}: holds label {', '.join(map(in_full, np.unique(strange)[:5]))}"
-                f"{WHOLE}"
+                f"{case.label}: holds label {', '.join(map(in_full, np.unique(strange)[:5]))}, "
+                f"which the dataset does not declare (it has {declared(dataset.labelling)}){WHOLE}"
             )
         values = rounded
     return values.reshape(label.grid.shape)

@@ -89,20 +89,22 @@ def other_numbers(values: Shaped[ndarray, "*space"], labelling: Labelling) -> di
     return {number: count for number, count in pairs if number not in known}
 
 
-def named_numbers(labelling: Labelling) -> list[int]:
-    """Every number in files that a name stands for, in order."""
-    return sorted(_table(labelling))
-
-
 def strange_numbers(found: Mapping[int, int], labelling: Labelling) -> str:
     """That a file holds numbers that nobody names, as a sentence without its file."""
     told = [in_full(number) for number in list(found)[:MOST_TOLD]]
     more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-    declared = ", ".join(map(str, named_numbers(labelling)[:20]))
     return (
         f"holds label {', '.join(told)}{more}, which the dataset does not declare (it has "
-        f"{declared}); name it in data.labels, or say there what others are"
+        f"{declared(labelling)}); name it in data.labels, or say there what others are"
     )
+
+
+def declared(labelling: Labelling) -> str:
+    """The numbers in files that a name stands for: "0 to 2", or "0, 17, 53"."""
+    numbers = sorted(_table(labelling))
+    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _table(labelling: Labelling) -> dict[int, int]:

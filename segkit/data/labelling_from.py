@@ -133,10 +133,16 @@ def _check_shared(
             other = owners.setdefault(number, name)
             if other == name or (regions and not {name, other} & {background, IGNORE}):
                 continue
-            overlap = "" if regions else "; regions, which overlap, need regions_class_order"
+            if not {name, other} & {background, IGNORE} and any(
+                len(named[each]) > 1 for each in (name, other)
+            ):
+                told = _listing(each for each in named if each != background)
+                raise DatasetError(
+                    f"{source}: {other} and {name} overlap at {number}, and such regions need "
+                    f"regions_class_order, the number that each of {told} is written as, found none"
+                )
             raise DatasetError(
                 f"{source}: {other} and {name} share the number {number}; give each its own"
-                f"{overlap if max(len(named.get(name, ())), len(named[other])) > 1 else ''}"
             )
 
 

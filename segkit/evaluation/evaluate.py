@@ -3,18 +3,23 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
+from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import read_labelling
+from segkit.config.load import DatasetFileConfig, read_yaml, validated
+from segkit.data.dataset_json import labelling_of, read_labelling
+from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError, sentence_of
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.volume import SUFFIXES, Volume, read_labels, stem_of
+from segkit.model.folder import DESCRIPTION, load_description
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
@@ -59,8 +64,9 @@ def evaluate(
         predictions: a segmentation, or a folder of them, paired with the references by name; a
             prediction may be called NAME_seg.
         references: its reference, or a folder of them.
-        labels: a dataset.json with the names of labels and regions; if not given, the one beside
-            the references or one folder above, if there is one.
+        labels: what gives labels and regions names: a dataset.json or its folder, a config, a run
+            or a model folder; if not given, the dataset.json beside the references or one folder
+            above, if there is one.
         tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
             Dice.
         track: may show the progress over cases.
@@ -139,27 +145,54 @@ def _by_name(paths: Sequence[Path], ending: str = "") -> dict[str, Path]:
 
 
 def find_labelling(references: Path, labels: str | Path | None) -> Labelling | None:
-    """What is told apart, by a dataset.json: the one given, or one beside or above.
+    """What is told apart, by a dataset.json, config or model: that given, or one beside or above.
 
-    Raises DatasetError where it cannot be understood, VolumeError where the one given is not there.
+    Raises DatasetError, ConfigError or ModelError where it cannot be understood, VolumeError where
+    the one given is not there.
     """
     path = labels_file(references, labels)
-    return None if path is None else read_labelling(path)
+    if path is None:
+        return None
+    if path.suffix in (".yaml", ".yml"):
+        return labelling_in_config(path)
+    if path.name == DESCRIPTION:
+        return load_description(path.parent).labelling
+    return read_labelling(path)
+
+
+def labelling_in_config(path: Path) -> Labelling:
+    """What the section `data` of a config tells apart. Raises ConfigError and DatasetError."""
+    data = read_yaml(path).get("data")
+    own = {name: data[name] for name in DatasetConfig.model_fields if name in data} if data else {}
+    source = validated(DatasetFileConfig, {"data": own}, str(path)).data
+    if source.labels is not None:
+        return labelling_of(str(path), source.labels, source.regions_class_order, {})
+    if source.files is not None and source.files.labels:
+        files = source.files
+        return labelling_of(str(path), files.labels, files.regions_class_order, {})
+    return read_labelling(source.folder / "dataset.json")
 
 
 def labels_file(references: Path, labels: str | Path | None) -> Path | None:
-    """The dataset.json that says what is told apart: the one given, or one beside or above.
+    """The file that says what is told apart: the one given, or a dataset.json beside or above.
+
+    Of a folder it is its dataset.json, or the description of its model.
 
     Raises VolumeError where the one given is not there.
     """
     folder = references if references.is_dir() else references.parent
     beside = [folder / "dataset.json", folder.parent / "dataset.json"]
     candidates = [Path(labels)] if labels else beside
+    if labels and Path(labels).is_dir():
+        inside = ("dataset.json", DESCRIPTION, f"model/{DESCRIPTION}")
+        candidates = [Path(labels) / name for name in inside]
     for path in candidates:
         if path.is_file():
             return path
     if labels:
-        raise VolumeError(f"{labels}: no such file; check the path")
+        raise VolumeError(
+            f"{labels}: expected a dataset.json, a config, a run or a model folder; check the path"
+        )
     return None
 
 
@@ -233,9 +266,9 @@ def _score_pair(
 ) -> list[CaseScores]:
     prediction, reference = _read_pair(prediction_path, reference_path)
     try:
-        return score_case(
-            prediction.data,
-            reference.data,
+        rows = score_case(
+            _within(prediction, labelling),
+            _within(reference, labelling),
             {labelling.numbers[name]: name for name in labelling.members},
             reference.grid.spacing,
             case=case,
@@ -248,6 +281,11 @@ def _score_pair(
         )
     except ValueError as error:
         raise VolumeError(f"{prediction_path}: {error}") from None
+    return [replace(row, label=labelling.in_file(row.label)) for row in rows]
+
+
+def _within(labels: Volume, labelling: Labelling) -> ndarray:
+    return within(labels.data, labelling) if labelling.in_files else labels.data
 
 
 def _volumes(folder: Path) -> Sequence[Path]:
