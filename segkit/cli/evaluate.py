@@ -15,9 +15,7 @@ def evaluate_command(
     out: Annotated[Path | None, Option(help="A JSON file for every score.")] = None,
     labels: Annotated[
         Path | None,
-        Option(
-            help="A dataset.json, config, run or model with label names; else the nearest json."
-        ),
+        Option(help="A dataset.json, config, run or model with label names; else the nearest."),
     ] = None,
     tolerance: Annotated[float, Option(min=0, help="Of the normalised surface Dice, in mm.")] = 1.0,
     json: JsonOption = False,
