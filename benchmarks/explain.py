@@ -57,7 +57,7 @@ def main() -> None:
     dataset = read_dataset(options.dataset)
     _, held_out = split_of(dataset, load_config(options.run / CONFIG))
     cases = sorted(held_out, key=lambda case: case.name)[: options.cases]
-    predictor = Predictor.load(options.run, device=options.device, skip_empty=False)
+    predictor = Predictor.load(options.run, device=options.device)
     track = Tracker(console)
     measures: list[Measure] = []
     evidence: list[Evidence] = []

@@ -14,6 +14,7 @@ for the end. Anything else that is raised is our own bug and keeps its traceback
 
 import errno
 import signal
+from collections.abc import Iterable
 
 ADVICE = {
     errno.ENOSPC: "free some space there and run the same command again",
@@ -29,20 +30,56 @@ OTHERWISE = "look at the disk, and run the same command again"
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
+MOST_CHARACTERS = 4000
+"""Of a sentence, which may quote a stranger's file."""
+
+
 class SegkitError(Exception):
     """One sentence: what was expected, what was found, what to do.
 
-    It may quote a stranger's file: what a terminal would obey rather than show is spelt out.
+    It may quote a stranger's file: what a terminal would obey rather than show is spelt out, and
+    the middle of an endless sentence is left out.
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__("".join(map(_shown, sentence)))
+        super().__init__(printable(abridged(sentence)))
+
+
+def printable(text: str) -> str:
+    """The text with each character spelt out that a terminal would obey rather than show.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(character: str) -> str:
     if character.isprintable():
         return character
+    # A lone surrogate stands for a byte of a file's name that is no UTF-8.
     return character.encode("unicode_escape").decode("ascii")
+
+
+def abridged(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The text; or its first and last parts, if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    start, end = most * 3 // 4, most // 4
+    return f"{text[:start]} … ({len(text) - start - end:,} characters more) … {text[-end:]}"
+
+
+def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") -> str:
+    """The first items in a row, and how many more there are.
+
+    Example:
+        >>> first_few(range(300_000), 3)
+        '0, 1, 2 and 299,997 more'
+    """
+    texts = list(items)
+    shown = between.join(str(text) for text in texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most:,} more"
 
 
 class ConfigError(SegkitError):

@@ -24,8 +24,9 @@ from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError
-from segkit.evaluation.evaluate import find_labelling, score_pairs
+from segkit.evaluation.evaluate import score_pairs
 from segkit.explain.heads.study import ScoredVolume, case_dice
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor, segment_prepared
@@ -348,7 +349,7 @@ def test_what_lies_beyond_the_plane_moves_no_surface(ignoring: Path, tmp_path: P
         data[10:] = np.random.default_rng(0).integers(0, 3, data[10:].shape)
         write_volume(tmp_path / path.name, label.like(data))
         pairs.append((path.name, tmp_path / path.name, path))
-    rows, failures = score_pairs(pairs, find_labelling(references, None), tolerance_mm=1.0)
+    rows, failures = score_pairs(pairs, read_labelling(ignoring / "dataset.json"), tolerance_mm=1.0)
     assert len(rows) == 2 * len(pairs) and failures == {}
     for row in rows:
         assert [row.metrics[key] for key in ("dice", "hd95_mm", "nsd")] == [1, 0, 1]

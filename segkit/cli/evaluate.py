@@ -1,27 +1,40 @@
 """`segkit evaluate`: segmentations scored against references."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from segkit.cli.options import Overwrite
-from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say_json
+from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
 def evaluate_command(
     predictions: Annotated[Path, Argument(help="A segmentation, or a folder of them.")],
-    references: Annotated[Path, Argument(help="Its reference, or a folder of them.")],
+    references: Annotated[
+        Path,
+        Argument(
+            metavar="REFERENCES|DATASET", help="Its reference, a folder of them, or a dataset."
+        ),
+    ],
     out: Annotated[Path | None, Option(help="A JSON file for every score.")] = None,
     labels: Annotated[
         Path | None,
         Option(help="A dataset.json, config, run or model with label names; else the nearest."),
     ] = None,
     tolerance: Annotated[float, Option(min=0, help="Of the normalised surface Dice, in mm.")] = 1.0,
+    missing: Annotated[
+        Literal["refuse", "skip", "empty"],
+        Option(help="References without a prediction: refuse, skip them, or score as empty."),
+    ] = "refuse",
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes."""
+    """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes.
+
+    Files pair by name; endings such as _seg, _pred and _0000 may differ.
+    """
+    from segkit.errors import first_few
     from segkit.evaluation.evaluate import evaluate
     from segkit.evaluation.scores import to_table
     from segkit.io.atomic import refuse_existing, write_json
@@ -30,11 +43,21 @@ def evaluate_command(
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
     scores = evaluate(
-        predictions, references, labels=labels, tolerance_mm=tolerance, track=Tracker(console)
+        predictions,
+        references,
+        labels=labels,
+        tolerance_mm=tolerance,
+        missing=missing,
+        track=Tracker(console),
     )
     if out is not None:
         write_json(out, scores.to_json())
     console.print(to_table(scores.summary))
+    if scores.missing:
+        what = "left out" if missing == "skip" else "scored as empty"
+        say(f"{what}, without a prediction: {first_few(scores.missing)}")
+    if scores.extra:
+        say(f"left out, without a reference: {first_few(scores.extra)}")
     if json:
         say_json(scores.to_json())
     for failure in scores.failures.values():

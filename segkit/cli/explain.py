@@ -62,11 +62,8 @@ def explain_command(
     loaded = load_model(folder)
     found = find_inputs(inputs, len(loaded.description.channels), series=series)
     say(f"model: {folder}")
-    # Windows of a map that nobody asked about would count as cells that let nothing through.
     # In single precision on a GPU too: it is values of maps that are measured.
-    predictor = Predictor(
-        loaded, device=device, overlap=overlap, skip_empty=False, precision=torch.float32
-    )
+    predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
     if verdicts:

@@ -8,6 +8,7 @@ from typer import Argument, Option
 from segkit.cli.options import Device, Overwrite
 from segkit.cli.terminal import JsonOption, console, say, say_json
 from segkit.errors import ConfigError
+from segkit.system.allocator import keep_freed_memory
 
 
 def plan_command(
@@ -38,6 +39,7 @@ def plan_command(
     from segkit.planning.make_plan import plan_dataset
     from segkit.system.progress import Tracker
 
+    keep_freed_memory()
     source = dataset_in(dataset)
     if source is None:
         raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")

@@ -11,6 +11,7 @@ from typer import Argument, Exit, Option
 from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError, Stopped
+from segkit.system.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -71,6 +72,7 @@ def train_command(
     if dry_run and json:
         raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
     wanted = _folds(folds)
+    keep_freed_memory()
     result: Run | CrossValidation
     if config is None:
         assert resume is not None

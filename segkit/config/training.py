@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
+from segkit.config.loss import LossConfig
 from segkit.config.network import NetworkConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -62,8 +63,10 @@ class TrainConfig(Section):
     """
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
     """The largest norm of a step's gradient."""
+    loss: LossConfig = LossConfig()
     batch_dice: bool = False
-    """Whether the Dice loss pools the whole batch or averages over its samples."""
+    """Whether the Dice loss, and any other of overlap, pools the whole batch or averages over its
+    samples."""
     validate_every: Positive = 200
     """Steps between validations on whole volumes, each with a checkpoint to resume from."""
     pictures: Annotated[int, Field(ge=0)] = 3

@@ -1,29 +1,33 @@
-"""`segkit evaluate`: predictions against references, file by file."""
+"""`segkit evaluate`: predictions against references, case by case."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy import ndarray
 
-from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
-from segkit.config.load import DatasetFileConfig, read_yaml, validated
-from segkit.data.dataset_json import labelling_of, read_labelling
 from segkit.data.label_numbers import within
-from segkit.errors import SegkitError, VolumeError, sentence_of
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.evaluation.label_names import labelling_in, labels_file
+from segkit.evaluation.pairing import Pairing, find_references, pair_with
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
-from segkit.io.volume import SUFFIXES, Volume, read_labels, stem_of
-from segkit.model.folder import DESCRIPTION, load_description
+from segkit.io.volume import Volume, read_labels
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
 logger = logging.getLogger(__name__)
+
+Missing: TypeAlias = Literal["refuse", "skip", "empty"]
+"""What to do with references without a prediction."""
+MOST_NAMES = 10
+"""Of cases in a sentence."""
+MOST_LABELS = 1000
+"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,16 @@ class Evaluation:
     """The files, the settings and the versions that the scores come from."""
     failures: Mapping[str, str]
     """Why a case has no scores, by its name: a sentence."""
+    missing: tuple[str, ...] = ()
+    """The names of cases without a prediction."""
+    extra: tuple[str, ...] = ()
+    """The paths of predictions without a reference."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        return {**scores, "failures": dict(self.failures), PROVENANCE: dict(self.made)}
+        told = {"missing": list(self.missing), "extra": list(self.extra)}
+        return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
 
 
 def evaluate(
@@ -52,23 +61,28 @@ def evaluate(
     *,
     labels: str | Path | None = None,
     tolerance_mm: float = 1.0,
+    missing: Missing | str = "refuse",
     track: Track = untracked,
 ) -> Evaluation:
-    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of two files, or two folders.
+    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
 
     Example:
         evaluation = segkit.evaluate("predictions", "references")
         evaluation.summary.overall.metrics["dice"].mean
 
     Args:
-        predictions: a segmentation, or a folder of them, paired with the references by name; a
-            prediction may be called NAME_seg.
-        references: its reference, or a folder of them.
+        predictions: a segmentation, or a folder of them, with its subfolders.
+        references: its reference, or a folder of them; or a dataset, by its folder or its YAML
+            file. Files pair by name: the same path, or the same name, or the same name without
+            words such as `_seg` at its end (docs/evaluation.md has the whole rule).
         labels: what gives labels and regions names: a dataset.json or its folder, a config, a run
-            or a model folder; if not given, the dataset.json beside the references or one folder
-            above, if there is one.
+            or a model folder; if not given, that of the dataset, or the dataset.json beside the
+            references or one folder above, if there is one.
         tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
             Dice.
+        missing: what to do with references without a prediction: `refuse` to score; `skip` them,
+            so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
+            each class that it holds.
         track: may show the progress over cases.
 
     Returns:
@@ -77,145 +91,84 @@ def evaluate(
 
     Raises:
         VolumeError: files do not pair, or no pair can be scored.
-        DatasetError: the dataset.json cannot be understood.
+        ConfigError: a YAML file cannot be understood.
+        DatasetError: the dataset, or the dataset.json, cannot be understood.
     """
     predictions, references = Path(predictions), Path(references)
-    pairs = find_pairs(predictions, references)
-    rows, failures = score_pairs(
-        track(pairs, "scoring", len(pairs)),
-        find_labelling(references, labels),
-        tolerance_mm=tolerance_mm,
-    )
+    if missing not in get_args(Missing):
+        raise ConfigError(
+            f"missing is {missing!r}; choose one of {', '.join(map(repr, get_args(Missing)))}"
+        )
+    known = find_references(references, but=predictions)
+    pairing = pair_with(predictions, known, references)
+    if missing == "refuse":
+        _refuse_missing(pairing, predictions, references)
+    empty = [(name, None, path) for name, path in pairing.missing] if missing == "empty" else []
+    pairs = sorted([*pairing.pairs, *empty], key=lambda pair: pair[0])
+    source, labelling = known.source, known.labelling
+    if labels is not None or labelling is None:
+        source = labels_file(references, labels)
+        labelling = None if source is None else labelling_in(source)
+    rows, failures = score_pairs(pairs, labelling, tolerance_mm=tolerance_mm, track=track)
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
         raise VolumeError(f"{references}: holds only background; there is nothing to score")
-    source = labels_file(references, labels)
     made = {
         "tolerance_mm": tolerance_mm,
+        "missing": missing,
         "labels": checksums([source] if source else []),
         "inputs": [
-            {"case": name, "prediction": checksum(prediction), "reference": checksum(reference)}
+            {
+                "case": name,
+                "prediction": None if prediction is None else checksum(prediction),
+                "reference": checksum(reference),
+            }
             for name, prediction, reference in pairs
             if name not in failures
         ],
         "versions": versions(),
     }
-    return Evaluation(rows, summarise(rows), made, failures)
+    lacking = tuple(name for name, _ in pairing.missing)
+    extra = tuple(str(path) for path in pairing.extra)
+    return Evaluation(rows, summarise(rows), made, failures, lacking, extra)
 
 
-MOST_LABELS = 1000
-"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
-
-
-def find_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
-    """Name, prediction and reference of every case: two files, or two folders paired by name.
-
-    A prediction called `CASE_seg` pairs with a reference called `CASE`. Raises VolumeError where a
-    reference has no prediction, where there is nothing to pair, or where two share a name.
-    """
-    if predictions.is_file() and references.is_file():
-        return [(stem_of(references), predictions, references)]
-    for folder in (predictions, references):
-        if not folder.is_dir():
-            raise VolumeError(f"{folder}: expected two files or two folders; check the path")
-    by_name = _by_name(_volumes(predictions), "_seg")
-    pairs = [
-        (name, by_name.get(name), path) for name, path in _by_name(_volumes(references)).items()
-    ]
-    found = [(name, prediction, reference) for name, prediction, reference in pairs if prediction]
-    if not found:
-        raise VolumeError(f"{predictions}: holds no volume named as one in {references}")
-    missing = [name for name, prediction, _ in pairs if not prediction]
-    if missing:
-        raise VolumeError(
-            f"{predictions}: lacks a prediction for {len(missing)} of {len(pairs)} references, "
-            f"the first {missing[0]}; predict it or leave it out of {references}"
-        )
-    return found
-
-
-def _by_name(paths: Sequence[Path], ending: str = "") -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for path in paths:
-        other = named.setdefault(stem_of(path).removesuffix(ending), path)
-        if other != path:
-            raise VolumeError(f"{path}: is the same case as {other.name}; move one away")
-    return named
-
-
-def find_labelling(references: Path, labels: str | Path | None) -> Labelling | None:
-    """What is told apart, by a dataset.json, config or model: that given, or one beside or above.
-
-    Raises DatasetError, ConfigError or ModelError where it cannot be understood, VolumeError where
-    the one given is not there.
-    """
-    path = labels_file(references, labels)
-    if path is None:
-        return None
-    if path.suffix in (".yaml", ".yml"):
-        return labelling_in_config(path)
-    if path.name == DESCRIPTION:
-        return load_description(path.parent).labelling
-    return read_labelling(path)
-
-
-def labelling_in_config(path: Path) -> Labelling:
-    """What the section `data` of a config tells apart. Raises ConfigError and DatasetError."""
-    data = read_yaml(path).get("data")
-    own = {name: data[name] for name in DatasetConfig.model_fields if name in data} if data else {}
-    source = validated(DatasetFileConfig, {"data": own}, str(path)).data
-    if source.labels is not None:
-        return labelling_of(str(path), source.labels, source.regions_class_order, {})
-    if source.files is not None and source.files.labels:
-        files = source.files
-        return labelling_of(str(path), files.labels, files.regions_class_order, {})
-    return read_labelling(source.folder / "dataset.json")
-
-
-def labels_file(references: Path, labels: str | Path | None) -> Path | None:
-    """The file that says what is told apart: the one given, or a dataset.json beside or above.
-
-    Of a folder it is its dataset.json, or the description of its model.
-
-    Raises VolumeError where the one given is not there.
-    """
-    folder = references if references.is_dir() else references.parent
-    beside = [folder / "dataset.json", folder.parent / "dataset.json"]
-    candidates = [Path(labels)] if labels else beside
-    if labels and Path(labels).is_dir():
-        inside = ("dataset.json", DESCRIPTION, f"model/{DESCRIPTION}")
-        candidates = [Path(labels) / name for name in inside]
-    for path in candidates:
-        if path.is_file():
-            return path
-    if labels:
-        raise VolumeError(
-            f"{labels}: expected a dataset.json, a config, a run or a model folder; check the path"
-        )
-    return None
+def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
+    if not pairing.missing:
+        return
+    names = first_few([name for name, _ in pairing.missing], MOST_NAMES)
+    raise VolumeError(
+        f"{predictions}: lacks a prediction for {len(pairing.missing)} of "
+        f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "
+        f"them, or pass --missing skip (leave them out) or --missing empty (Dice 0)"
+    )
 
 
 def score_pairs(
-    pairs: Iterable[tuple[str, Path, Path]], labelling: Labelling | None, *, tolerance_mm: float
+    pairs: Iterable[tuple[str, Path | None, Path]],
+    labelling: Labelling | None,
+    *,
+    tolerance_mm: float,
+    track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
 
-    A case that fails has no scores, and does not stop the others: the second dictionary says why,
-    by the case's name.
+    A case without a prediction is scored as if nothing had been found in it. A case that fails has
+    no scores, and does not stop the others: the second dictionary says why, by the case's name.
     """
     pairs = list(pairs)
     failures: dict[str, str] = {}
     if labelling is None:
         present: set[int] = set()
-        for name, *paths in pairs:
-            with _told(failures, name, paths[0]):
-                present = _with_labels_of(paths, present)
+        for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
+            with _told(failures, name, prediction or reference):
+                present = _with_labels_of(prediction, reference, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
-    for name, prediction, reference in pairs:
+    for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
-            with _told(failures, name, prediction):
+            with _told(failures, name, prediction or reference):
                 rows += _score_pair(name, prediction, reference, labelling, tolerance_mm)
     return rows, failures
 
@@ -236,17 +189,19 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
 
 
-def _read_pair(prediction_path: Path, reference_path: Path) -> tuple[Volume, Volume]:
-    prediction, reference = read_labels(prediction_path), read_labels(reference_path)
+def _read_pair(prediction_path: Path | None, reference_path: Path) -> tuple[Volume, Volume]:
+    reference = read_labels(reference_path)
+    if prediction_path is None:
+        return reference, reference
+    prediction = read_labels(prediction_path)
     prediction = prediction.onto(
         reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
     )
     return prediction, reference
 
 
-def _with_labels_of(paths: Sequence[Path], present: set[int]) -> set[int]:
+def _with_labels_of(prediction: Path | None, reference: Path, present: set[int]) -> set[int]:
     """The labels that occur in other cases and in this one."""
-    prediction, reference = paths
     for volume in _read_pair(prediction, reference):
         present = present | set(np.unique(volume.data).tolist())
     if len(present) > MOST_LABELS:
@@ -259,16 +214,20 @@ def _with_labels_of(paths: Sequence[Path], present: set[int]) -> set[int]:
 
 def _score_pair(
     case: str,
-    prediction_path: Path,
+    prediction_path: Path | None,
     reference_path: Path,
     labelling: Labelling,
     tolerance_mm: float,
 ) -> list[CaseScores]:
     prediction, reference = _read_pair(prediction_path, reference_path)
     try:
+        found, right = (
+            within(volume.data, labelling) if labelling.in_files else volume.data
+            for volume in (prediction, reference)
+        )
         rows = score_case(
-            _within(prediction, labelling),
-            _within(reference, labelling),
+            found if prediction_path else np.zeros_like(right),
+            right,
             {labelling.numbers[name]: name for name in labelling.members},
             reference.grid.spacing,
             case=case,
@@ -280,13 +239,5 @@ def _score_pair(
             ignore=labelling.ignore,
         )
     except ValueError as error:
-        raise VolumeError(f"{prediction_path}: {error}") from None
+        raise VolumeError(f"{prediction_path or reference_path}: {error}") from None
     return [replace(row, label=labelling.in_file(row.label)) for row in rows]
-
-
-def _within(labels: Volume, labelling: Labelling) -> ndarray:
-    return within(labels.data, labelling) if labelling.in_files else labels.data
-
-
-def _volumes(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))

@@ -253,8 +253,7 @@ def explain_volume(
     """What a model attends to in a scan, measured against labels: a reference, or its own.
 
     Args:
-        predictor: of the model; make it with `skip_empty=False`, or cells of windows that nobody
-            asked about count as cells that let nothing through.
+        predictor: of the model. Cells of windows that it skips are NaN and are not measured.
         volume: the scan.
         reference: its labels on the same grid, its axes stored in any order; the model's own labels
             stand in if None.
@@ -273,7 +272,7 @@ def explain_volume(
         ModelError: if verdicts are asked for and the model has no gates.
 
     Example:
-        predictor = segkit.Predictor.load("runs/mine", skip_empty=False)
+        predictor = segkit.Predictor.load("runs/mine")
         explanation = segkit.explain_volume(predictor, segkit.read_volume("scan.nii.gz"))
         explanation.write("explained")
     """

@@ -81,6 +81,23 @@ def resample(
     return values
 
 
+def resample_known(
+    values: Float[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " _"]]
+) -> Float[Tensor, "channel new_x new_y new_z"]:
+    """`resample` of values of which some are NaN: linear between the others.
+
+    The result is NaN where the nearest value is. Elsewhere a NaN among the neighbours is left out,
+    and the others' shares make up for it.
+    """
+    known = ~values.isnan()
+    if bool(known.all()):
+        return resample(values, positions)
+    total = resample(values.nan_to_num(0.0), positions)
+    share = resample(known.to(values.dtype), positions)
+    there = resample(known.to(values.dtype), positions, (0, 0, 0)) > 0
+    return torch.where(there, total / share, torch.nan)
+
+
 def resample_labels(
     labels: Integer[Tensor, "x y z"],
     positions: Sequence[Float[ndarray, " _"]],

@@ -1,6 +1,6 @@
 """Attention maps of whole volumes: gathered as windows and slabs pass, each on its own grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from segkit.data.preprocess import Prepared
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid, Orientation
-from segkit.geometry.resample import resample
+from segkit.geometry.resample import resample_known
 from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.window_disagreement import SQUARES, WindowSpread, where_windows_meet
 from segkit.inference.windows import Slab
@@ -38,7 +38,7 @@ class AttentionMap:
     """Its key, kind, level, and the range of its values."""
     volume: Volume | None
     """Raw values, float32 (x, y, z) or (x, y, z, map), on the map's own coarser grid, whose affine
-    is exact; None if the map is over channels."""
+    is exact; NaN at cells under windows that were skipped. None if the map is over channels."""
     seen: Grid
     """The part of the volume, turned to RAS+, that the network saw."""
     channel_mean: Float[ndarray, " channel"] | None = None
@@ -105,6 +105,13 @@ class MapCollector:
         if self.spread is not None:
             self.spread.add_squares(outputs)
 
+    def unseen(self) -> dict[str, Tensor]:
+        """The value of a placed map's cells that only skipped windows cover: NaN."""
+        names = [key for key, info in self.infos.items() if info.placement is not None]
+        if self.spread is not None:
+            names += [key + SQUARES for key in names]
+        return {name: torch.full((1,), torch.nan) for name in names}
+
     def take_rows(self, slab: Slab) -> None:
         """Take the finished rows of placed maps out of a slab."""
         for key in [key for key in slab.rows if key in self.infos]:
@@ -164,8 +171,9 @@ def map_on_source(
         allocate: makes the array.
 
     Returns:
-        Float32 (x, y, z) or (x, y, z, map) on the grid of `source`, on the map's raw scale; 0 at
-        voxels that the network did not see, beyond the body's box.
+        Float32 (x, y, z) or (x, y, z, map) on the grid of `source`, on the map's raw scale; NaN at
+        voxels that the network did not see: beyond the body's box, and where the nearest cell is
+        NaN.
 
     Raises:
         VolumeError: the map is over channels, and lies nowhere.
@@ -183,16 +191,37 @@ def map_on_source(
     x_box, y_box, _ = (slice(low, low + size) for low, size in zip(first, seen.shape, strict=True))
     cells = native.data.reshape(*native.grid.shape, -1)
     onto = allocate((*turned.shape, cells.shape[3]), np.dtype(np.float32))
+    _fill_beyond(onto, seen.shape, first)
     x, y, rows = native.grid.positions_of(seen)
     clamped = np.clip(rows, 0, native.grid.shape[WALK_AXIS] - 1)
     for start in range(0, len(rows), ROWS):
         block = clamped[start : start + ROWS]
         lowest, highest = int(np.floor(block[0])), int(np.ceil(block[-1]))
         held = torch.from_numpy(np.moveaxis(cells[:, :, lowest : highest + 1], 3, 0).copy())
-        values = resample(held, (x, y, block - lowest)).movedim(0, -1).numpy()
+        values = resample_known(held, (x, y, block - lowest)).movedim(0, -1).numpy()
         low = int(first[WALK_AXIS]) + start
         onto[x_box, y_box, low : low + len(block)] = values
         release(onto)
         release(native.data)
     back = orientation.turn_back(onto)
     return source.like(back if native.data.ndim == 4 else back[..., 0])
+
+
+def _fill_beyond(onto: ndarray, shape: Sequence[int], first: ndarray) -> None:
+    """Write NaN outside a box of an array, a few rows at a time."""
+    x_box, y_box, rows_box = (
+        slice(int(low), int(low) + size) for low, size in zip(first, shape, strict=True)
+    )
+    for start in range(0, onto.shape[WALK_AXIS], ROWS):
+        rows = slice(start, start + ROWS)
+        if start >= rows_box.start and start + ROWS <= rows_box.stop:
+            for part in (
+                onto[: x_box.start, :, rows],
+                onto[x_box.stop :, :, rows],
+                onto[x_box, : y_box.start, rows],
+                onto[x_box, y_box.stop :, rows],
+            ):
+                part[...] = np.nan
+        else:
+            onto[:, :, rows] = np.nan
+        release(onto)

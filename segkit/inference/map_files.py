@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.io.atomic import write_json
@@ -25,10 +26,10 @@ def write_maps(
     """Write every map of a volume and return the files.
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
-    own, both float32 and on the map's raw scale; `STEM_maps.json` tells what each is. A map over
-    channels has no place and stands only in the JSON. `heads` holds figures of each head of
-    attention, by position; they stand with the map that the heads receive. `made` says in the JSON
-    what made the maps.
+    own, both float32 and on the map's raw scale, NaN where nothing was computed; `STEM_maps.json`
+    tells what each is. A map over channels has no place and stands only in the JSON. `heads` holds
+    figures of each head of attention, by position; they stand with the map that the heads receive.
+    `made` says in the JSON what made the maps.
     """
     written = []
     figures = []
@@ -60,11 +61,21 @@ def _figures(attention_map: AttentionMap) -> dict[str, Any]:
         "offset": info.placement and list(info.placement.offset),
         "shape": list(values.shape),
         "range": [info.lowest, info.highest if math.isfinite(info.highest) else None],
-        "min": float(values.min()),
-        "mean": float(values.mean(dtype=np.float64)),
-        "max": float(values.max()),
+        **_span(values),
     }
     if attention_map.channel_mean is not None and attention_map.channel_std is not None:
         figures["channel_mean"] = attention_map.channel_mean.tolist()
         figures["channel_std"] = attention_map.channel_std.tolist()
     return figures
+
+
+def _span(values: ndarray) -> dict[str, float]:
+    """The lowest value, the mean and the highest of those that were computed; NaN if none was."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return {"min": math.nan, "mean": math.nan, "max": math.nan}
+    return {
+        "min": float(known.min()),
+        "mean": float(known.mean(dtype=np.float64)),
+        "max": float(known.max()),
+    }

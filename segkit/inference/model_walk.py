@@ -185,7 +185,7 @@ class ModelWalk:
             axis=WALK_AXIS,
             batch_size=self.batch_size,
             skip=empty,
-            unseen={LOGITS: self._background(spreads)},
+            unseen={LOGITS: self._background(spreads), **maps.unseen()},
         )
         return to_source_rows(
             self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps),

@@ -84,8 +84,8 @@ def write_montage(
         scan: values, (x, y, z), on the grid.
         grid: where the scan and the overlays lie.
         panels: one column each. An overlay is a label map, of which each label has a colour and 0
-            none, or an attention map, whose colours span percentiles 1 to 99 of its values other
-            than 0; a value that is 0 or NaN has none.
+            none, or an attention map, whose colours span percentiles 1 to 99 of its values; NaN
+            has none.
         label_names: names of the labels, for the legend; 0 is left out.
         through: the planes go through the middle of this, such as labels, if it is not empty; else
             through the middle of the scan.
@@ -110,7 +110,7 @@ def write_montage(
         values = None if overlay is None else orientation.turn(overlay)
         ends = (0.0, 1.0)
         if values is not None and kind == "map":
-            ends = _percentiles(values[(values != 0) & np.isfinite(values)], 1, 99)
+            ends = _percentiles(values[np.isfinite(values)], 1, 99)
         top = CAPTION
         for axis, shape in enumerate(shapes):
             panel = _grey(_cut(turned, axis, middle[axis]), shape, low, high)
@@ -332,8 +332,8 @@ def _tinted(bare: Pixels, labels: Integer[ndarray, "height width"]) -> Pixels:
 def _mapped(
     bare: Pixels, values: Float[ndarray, "height width"], low: float, high: float
 ) -> Pixels:
-    """A picture in the colours of a map, where it is a number other than 0."""
-    shown = np.isfinite(values) & (values != 0)
+    """A picture in the colours of a map, where it is a number."""
+    shown = np.isfinite(values)
     place = np.clip((np.where(shown, values, low) - low) / max(high - low, 1e-30), 0, 1)
     anchors = np.array([_rgb(colour) for colour in INFERNO])
     steps = np.linspace(0, 1, len(INFERNO))

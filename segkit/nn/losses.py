@@ -1,9 +1,11 @@
-"""Dice and cross-entropy, over one level or over every supervised one; always in float32.
+"""Losses over one level or over every supervised one, always in float32.
 
-Voxels whose label is `ignore` count in neither: a loss is what it would be without them.
+Dice and cross-entropy are the default; `SummedLoss` adds any terms of `segkit.nn.loss_terms`.
+Voxels whose label is `ignore` count in none: a loss is what it would be without them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,7 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-SMOOTH = 1e-5
+from segkit.nn.loss_terms import SMOOTH, Judged, constants
+
+Term = Callable[[Judged], Tensor]
+"""From probabilities beside what is right to a scalar."""
 
 
 def soft_dice(
@@ -115,7 +120,8 @@ def deep_dice_cross_entropy(
 
     The label comes down to each level by nearest neighbour.
     """
-    return _deep(partial(dice_cross_entropy, pool_batch=pool_batch, ignore=ignore), logits, label)
+    loss = partial(dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
+    return _deep(lambda level, truth, _: loss(level, truth), logits, label)
 
 
 def deep_dice_binary_cross_entropy(
@@ -128,15 +134,94 @@ def deep_dice_binary_cross_entropy(
 ) -> Float[Tensor, ""]:
     """`dice_binary_cross_entropy` of every level, as `deep_dice_cross_entropy` has it."""
     loss = partial(dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore)
-    return _deep(loss, logits, label)
+    return _deep(lambda level, truth, _: loss(level, truth), logits, label)
+
+
+@dataclass(frozen=True)
+class SummedLoss:
+    """A weighted sum of terms over every supervised level.
+
+        SummedLoss(((1.0, dice), (1.0, partial(focal, gamma=2.0))), weights=(1.0, 1.0, 3.0))
+
+    Calling it with logits (batch, output, cells …) of each supervised level, finest first, and a
+    label (batch, voxels …) gives a scalar.
+    """
+
+    terms: tuple[tuple[float, Term], ...]
+    """Each with its weight in the sum."""
+    weights: tuple[float, ...]
+    """Of each output: class, the background first, or region."""
+    regions: tuple[tuple[int, ...], ...] = ()
+    """The labels in each region, or none, for classes 0, 1, …."""
+    spacing: tuple[float, ...] | None = None
+    """Of the label's voxels, in mm, for distances; 1 along each axis if not given."""
+    levels: tuple[float, ...] | None = None
+    """The weight of each supervised level, finest first; `level_weights` if not given."""
+    pool_batch: bool = False
+    """Whether an overlap takes its sums over the whole batch."""
+    ignore: int | None = None
+
+    def __call__(
+        self, logits: Sequence[Tensor], label: Integer[Tensor, "batch *space"]
+    ) -> Float[Tensor, ""]:
+        """The sum, in float32."""
+        return _deep(self._of_level, logits, label, self.levels)
+
+    def _of_level(self, logits: Tensor, label: Tensor, stride: tuple[float, ...]) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            judged = self.judge(logits.float(), label, stride)
+            return torch.stack([weight * term(judged) for weight, term in self.terms]).sum()
+
+    def judge(
+        self,
+        logits: Float[Tensor, "batch outputs *space"],
+        label: Integer[Tensor, "batch *space"],
+        stride: tuple[float, ...],
+    ) -> Judged:
+        """Probabilities beside what is right, at a level whose cells are `stride` voxels wide."""
+        counted = torch.ones_like(label) if self.ignore is None else label != self.ignore
+        shown = counted[:, None].to(logits.dtype)
+        weights = constants(self.weights, logits.device)
+        if self.regions:
+            target = torch.stack([_within(label, region) for region in self.regions], dim=1)
+            target = target.to(logits.dtype)
+            each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            probabilities = logits.sigmoid()
+            weight = shown * weights.view(-1, *[1] * (logits.ndim - 2))
+        else:
+            classes = label.long() if self.ignore is None else label.long().masked_fill(~counted, 0)
+            target = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+            log_probabilities = F.log_softmax(logits, dim=1)
+            each = -(target * log_probabilities).sum(1, keepdim=True)
+            probabilities = log_probabilities.exp()
+            weight = shown * weights[classes][:, None]
+        spacing = self.spacing or (1.0,) * len(stride)
+        return Judged(
+            probabilities=probabilities * shown,
+            target=target * shown,
+            cross_entropy=each,
+            weight=weight.expand_as(each),
+            weights=self.weights,
+            first=0 if self.regions else 1,
+            spacing=tuple(size * step for size, step in zip(spacing, stride, strict=True)),
+            pool_batch=self.pool_batch,
+        )
 
 
 def _deep(
-    loss: Callable[[Tensor, Tensor], Tensor], logits: Sequence[Tensor], label: Tensor
+    loss: Callable[[Tensor, Tensor, tuple[float, ...]], Tensor],
+    logits: Sequence[Tensor],
+    label: Tensor,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    losses = [loss(level, _shrunk(label, level.shape[2:])) for level in logits]
-    weights = level_weights(len(losses))
-    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
+    """Over levels, the weighted sum of losses, each given its cells' size in voxels too."""
+    weights = weights or level_weights(len(logits))
+    losses = []
+    for weight, level in zip(weights, logits, strict=True):
+        cells = level.shape[2:]
+        stride = tuple(size / fewer for size, fewer in zip(label.shape[1:], cells, strict=True))
+        losses.append(weight * loss(level, _shrunk(label, cells), stride))
+    return torch.stack(losses).sum()
 
 
 def _shrunk(label: Tensor, space: Sequence[int]) -> Tensor:

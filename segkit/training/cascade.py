@@ -15,7 +15,8 @@ from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import ModelError
-from segkit.inference.predictor import Predictor
+from segkit.inference.model_walk import PredictionOptions
+from segkit.inference.predictor import WINDOWS_IN_TRAINING, Predictor
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume
@@ -155,7 +156,10 @@ def first_stage_of(
 
 def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     # Whether a conversion lies in the cache must not decide what is trained on.
-    predictor = Predictor(first.model, device=device, engine="torch")
+    options: PredictionOptions = {"device": device, "engine": "torch"}
+    if device == "cpu":
+        options["batch_size"] = WINDOWS_IN_TRAINING
+    predictor = Predictor(first.model, **options)
     return lambda volume: predictor.numbers_of(volume)
 
 

@@ -28,14 +28,11 @@ from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import start_from
 from segkit.nn.external import try_out
-from segkit.nn.losses import (
-    deep_dice_binary_cross_entropy,
-    deep_dice_cross_entropy,
-    presence_cross_entropy,
-)
+from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
+from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
 from segkit.training.resolve import check_images, describe, resolve
@@ -174,7 +171,7 @@ def make_parts(
         first_stage=first_stage,
         first_labels=first_labels,
         network=built,
-        loss=make_loss(groups, pool_batch=config.train.batch_dice, ignore=description.ignore),
+        loss=make_loss(config.train.loss, description, pool_batch=config.train.batch_dice),
         presence_loss=partial(presence_cross_entropy, regions=groups, ignore=description.ignore),
         optimiser=make_optimiser(config.train),
         schedule=make_schedule(config.train),
@@ -203,23 +200,6 @@ def make_parts(
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)
-
-
-def make_loss(
-    regions: Sequence[Sequence[int]], *, pool_batch: bool, ignore: int | None = None
-) -> Loss:
-    """Dice and cross-entropy over every supervised level, of classes, or of regions if there are.
-
-    Args:
-        regions: the labels in each region, or none, for classes 0, 1, ….
-        pool_batch: whether Dice takes its sums over the whole batch.
-        ignore: the label, if any, of voxels that do not count.
-    """
-    if regions:
-        return partial(
-            deep_dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore
-        )
-    return partial(deep_dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
 
 
 def check_replaced(parts: TrainingParts) -> None:
@@ -258,6 +238,8 @@ def _network(
     else:
         network = wrap_network(description, module).cpu()
         try_out(network, torch.zeros(1, len(description.channels), *patch_size))
+    image = torch.zeros(1, description.channels_in, *patch_size)
+    check_levels(config.train.loss, network, image)
     if config.train.start_from is not None and not begun:
         logger.info("%s", start_from(network, config.train.start_from))
     return network

@@ -191,3 +191,48 @@ def test_two_files_of_one_case_are_told(
     label_file(tmp_path / folder / "a.nii", disc(9))
     code, _, err = run("evaluate", tmp_path / "p", tmp_path / "r", capsys=capsys)
     assert code == 2 and "a.nii.gz: is the same case as a.nii; move one away" in err
+
+
+def test_what_has_no_partner_is_told_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, names in (("p", "ac"), ("r", "ab")):
+        for name in names:
+            label_file(tmp_path / folder / f"{name}.nii.gz", disc(9))
+    code, _, err = run("evaluate", tmp_path / "p", tmp_path / "r", capsys=capsys)
+    assert code == 2 and "1 of 2 references" in err and "--missing skip" in err
+    words = ("evaluate", tmp_path / "p", tmp_path / "r", "--missing")
+    code, out, err = run(*words, "skip", capsys=capsys)
+    assert (code, err) == (0, "") and "1 case" in out
+    assert "left out, without a prediction: b\n" in out
+    assert out.endswith("p/c.nii.gz\n") and "left out, without a reference: " in out
+    code, out, err = run(*words, "empty", "--json", capsys=capsys)
+    told = json.loads(out)
+    assert (code, err) == (0, "") and told["missing"] == ["b"]
+    assert [case["dice"] for case in told["cases"]] == [1, 0]
+    assert told["overall"]["dice"]["mean"] == 0.5
+
+
+def test_progress_is_shown_while_cases_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in "pr":
+        for name in "abc":
+            label_file(tmp_path / folder / f"{name}.nii.gz", disc(9))
+    done: list[str] = []
+    scored: list[int] = []
+    right = scores.surface_distances
+
+    def counted(*given: Any) -> Any:
+        scored.append(len(done))
+        return right(*given)
+
+    def track(items: Any, what: str, count: int) -> Any:
+        for item in items:
+            yield item
+            done.append(what)
+
+    monkeypatch.setattr(scores, "surface_distances", counted)
+    evaluate(tmp_path / "p", tmp_path / "r", track=track)
+    assert done == ["looking for labels"] * 3 + ["scoring"] * 3
+    assert scored == [3, 4, 5], "a case counts once it is scored"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import segkit
-from segkit.evaluation.evaluate import find_pairs, labels_file
+from segkit.evaluation.evaluate import labels_file
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 
@@ -50,8 +50,8 @@ def test_without_names_every_number_is_a_label(folders: tuple[Path, Path]) -> No
 def test_a_reference_without_a_prediction_is_told(folders: tuple[Path, Path]) -> None:
     found, references = folders
     (found / "b_seg.nii.gz").unlink()
-    with pytest.raises(segkit.VolumeError, match=r"1 of 2 references, the first b; predict it"):
-        find_pairs(found, references)
+    with pytest.raises(segkit.VolumeError, match=r"1 of 2 references in .*labels: b; predict"):
+        segkit.evaluate(found, references)
 
 
 def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(

@@ -16,6 +16,7 @@ from segkit.geometry.resample import (
     cubic_shares,
     nearest,
     resample,
+    resample_known,
     resample_labels,
     sample_axis,
 )
@@ -25,6 +26,18 @@ Positions = list[ndarray]
 SPACINGS = st.tuples(*[st.floats(0.4, 6.0)] * 3)
 ORDERS = st.tuples(*[st.sampled_from([0, 1, 3])] * 3)
 Orders = tuple[Order, Order, Order]
+
+
+NAN = float("nan")
+KNOWN = pytest.mark.parametrize(
+    ("unknown", "expected"),
+    [
+        ([], [0, 0.5, 1, 1.5, 2, 2.5, 3]),
+        ([1], [0, 0, NAN, NAN, 2, 2.5, 3]),
+        ([2, 3], [0, 0.5, 1, 1, NAN, NAN, NAN]),
+        ([0, 1, 2, 3], [NAN] * 7),
+    ],
+)
 
 
 @st.composite
@@ -159,6 +172,19 @@ def test_the_nearest_voxel_is_taken_whole(image: Tensor, data: st.DataObject) ->
         for samples, n in zip(positions, image.shape[1:], strict=True)
     ]
     assert_array_equal(resample(image, positions, (0, 0, 0)), image.numpy()[:, *np.ix_(*picked)])
+
+
+@KNOWN
+def test_values_that_are_not_known_are_left_out_and_stay_so_where_they_are_nearest(
+    unknown: list[int], expected: list[float]
+) -> None:
+    """Of the ramp 0, 1, 2, 3 read at every half: nearest of two alike is the lower."""
+    ramp = torch.arange(4.0).repeat(2, 1)[:, :, None, None].clone()
+    ramp[:, unknown] = torch.nan
+    one = np.zeros(1)
+    found = resample_known(ramp, (np.arange(7) / 2, one, one))
+    assert_allclose(found[0, :, 0, 0], expected)
+    assert_array_equal(found[0], found[1])
 
 
 @settings(max_examples=50)

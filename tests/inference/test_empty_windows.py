@@ -1,7 +1,9 @@
 """Windows count as empty where no voxel that they are read from holds anything."""
 
 import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +13,17 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from torch.testing import assert_close
 
+from segkit.config.attention import AdditiveGridGateConfig, AttentionConfig
 from segkit.config.network import NetworkConfig
 from segkit.data.preprocess import prepare_image
 from segkit.geometry.grid import Grid
+from segkit.inference.attention_maps import map_on_source
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.torch_eager import LOGITS
+from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import WindowLayout
-from segkit.io.volume import Volume
+from segkit.io.volume import Volume, read_volume
 from segkit.model.folder import Model
 from tests.helpers import affine_of, grids
 from tests.models import description, nearest_class, random_model
@@ -117,3 +122,47 @@ def test_of_a_volume_of_zeros_all_is_background() -> None:
     assert not prediction.labels.data.any()
     assert prediction.probabilities is not None
     assert_array_equal(prediction.probabilities.data[..., 0], 1)
+
+
+@pytest.mark.parametrize("disagreement", [False, True])
+def test_cells_that_only_skipped_windows_cover_are_nan_in_maps_and_files(
+    tmp_path: Path, disagreement: bool
+) -> None:
+    """Two bodies in opposite corners; windows of 8 begin at 0, 4, … 32."""
+    values = np.zeros((40, 40, 40), np.float32)
+    values[:8, :8, :8] = values[-8:, -8:, -8:] = np.random.default_rng(0).normal(5, 1, (8, 8, 8))
+    volume = Volume(values, Grid(values.shape, np.eye(4)))
+    network = NetworkConfig(
+        channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
+    )
+    model = random_model(network)
+    found = Predictor(model)(volume, maps=True, disagreement=disagreement).maps["skip.1/gate"]
+    assert found.volume is not None
+    stride = 40 // found.volume.data.shape[0]
+    looked = np.zeros(found.volume.data.shape, bool)
+    reach = 12 // stride
+    looked[:reach, :reach, :reach] = looked[-reach:, -reach:, -reach:] = True
+    assert_array_equal(np.isfinite(found.volume.data), looked)
+    if found.disagreement is not None:
+        assert np.isnan(found.disagreement.data[~looked]).all()
+    on_scan = map_on_source(found, volume).data
+    fine = looked.repeat(stride, 0).repeat(stride, 1).repeat(stride, 2)
+    assert np.isnan(on_scan[~fine]).all() and np.isfinite(on_scan[fine]).all()
+    write_maps(tmp_path, "a", {"skip.1/gate": found}, volume)
+    stored = read_volume(tmp_path / "a_map-skip.1-gate.nii.gz").data
+    assert_array_equal(stored, on_scan)
+    told = json.loads((tmp_path / "a_maps.json").read_text())["maps"][0]
+    known = found.volume.data[looked]
+    assert told["min"] == known.min() and told["mean"] == pytest.approx(known.mean())
+
+
+def test_of_a_volume_of_zeros_no_cell_was_computed(tmp_path: Path) -> None:
+    network = NetworkConfig(
+        channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
+    )
+    volume = Volume(np.zeros((20, 9, 12), np.int16), Grid((20, 9, 12), np.eye(4)))
+    maps = Predictor(random_model(network))(volume, maps=True).maps
+    assert all(one.volume is not None and np.isnan(one.volume.data).all() for one in maps.values())
+    write_maps(tmp_path, "a", maps, volume)
+    told = json.loads((tmp_path / "a_maps.json").read_text())["maps"][0]
+    assert told["min"] is told["mean"] is told["max"] is None

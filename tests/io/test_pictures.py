@@ -142,15 +142,15 @@ def test_a_montage_has_the_patients_right_on_the_left(tmp_path: Path, code: str)
     assert np.array_equal(axial[5, 5], np.round(OPACITY * np.array(label_rgb(1))))
 
 
-def test_a_map_has_no_colour_where_it_is_0_or_was_not_computed(tmp_path: Path) -> None:
-    values = np.full((8, 8, 8), 0.25)
+def test_a_map_has_no_colour_only_where_it_was_not_computed(tmp_path: Path) -> None:
+    values = np.full((8, 8, 8), 0.0)
     values[:, :, :4] = 0.75
-    values[4:] = 0
+    values[4:] = np.nan
     values[:2] = np.nan
     sagittal, coronal, axial = montage(tmp_path / "x.png", ("gate", values, "map"))
-    assert not sagittal.any()  # index 4 of the first axis, where it is 0
+    assert not sagittal.any()  # index 4 of the first axis
     eighth = PANEL // 8
-    # From the patient's right: four voxels of 0, two of a value, two of NaN.
+    # From the patient's right: four voxels of NaN, two of values, 0 among them, two of NaN.
     columns = coronal.any(axis=(0, 2))
     assert np.flatnonzero(columns).tolist() == list(range(4 * eighth, 6 * eighth))
     ends = [np.round(MAP_OPACITY * np.array(pictures._rgb(INFERNO[end]))) for end in (0, -1)]

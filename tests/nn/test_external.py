@@ -15,8 +15,10 @@ from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
+from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError, ModelError
-from segkit.evaluation.evaluate import find_labelling, find_pairs, score_pairs
+from segkit.evaluation.evaluate import score_pairs
+from segkit.evaluation.pairing import find_pairs
 from segkit.explain.verdicts.saliency import grad_cam, input_gradient
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
@@ -97,8 +99,8 @@ def test_predictions_of_a_given_module_are_written_and_scored(tmp_path: Path) ->
     inputs = find_inputs([data / "imagesTr"], 1)
     outcomes = list(predict_files(Predictor(run.model), inputs, out=out))
     assert [outcome.error for outcome in outcomes] == [None] * 4
-    pairs = find_pairs(out, data / "labelsTr")
-    labelling = find_labelling(data / "labelsTr", None)
+    pairs = find_pairs(out, data / "labelsTr").pairs
+    labelling = read_labelling(data / "dataset.json")
     rows, failures = score_pairs(pairs, labelling, tolerance_mm=1.0)
     scan = read_volume(inputs[0].files[0])
     assert np.array_equal(

@@ -11,13 +11,16 @@ from torch.utils.data import DataLoader
 
 from segkit.config.training import TrainConfig
 from segkit.nn.gates import AdditiveGridGate, HardGate
-from segkit.nn.losses import deep_dice_cross_entropy, presence_cross_entropy
+from segkit.nn.losses import (
+    deep_dice_binary_cross_entropy,
+    deep_dice_cross_entropy,
+    presence_cross_entropy,
+)
 from segkit.nn.pooling import MeanPooling
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 from segkit.training.module import SegmentationModule
 from segkit.training.optimisers import make_optimiser, make_schedule
-from segkit.training.parts import make_loss
 from segkit.training.validation import Validation, dice_of_groups
 
 pytestmark = [
@@ -65,7 +68,11 @@ def module_of(
     )
     groups = regions or [(number,) for number in range(1, len(class_names))]
     arguments: dict[str, Any] = {
-        "loss": make_loss(regions, pool_batch=True, ignore=ignore),
+        "loss": (
+            partial(deep_dice_binary_cross_entropy, regions=regions, pool_batch=True, ignore=ignore)
+            if regions
+            else partial(deep_dice_cross_entropy, pool_batch=True, ignore=ignore)
+        ),
         "optimiser": make_optimiser(config),
         "schedule": make_schedule(config),
         "vary": unvaried,

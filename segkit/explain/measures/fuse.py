@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from segkit.geometry.resample import resample
+from segkit.geometry.resample import resample_known
 from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 
@@ -36,7 +36,7 @@ def _fused(gates: list[AttentionMap]) -> AttentionMap:
     total = np.zeros(onto.grid.shape, np.float64)
     for _, values in placed:
         cells = torch.from_numpy(np.ascontiguousarray(values.data, np.float32))[None]
-        total += resample(cells, values.grid.positions_of(onto.grid))[0].numpy()
+        total += resample_known(cells, values.grid.positions_of(onto.grid))[0].numpy()
     info = replace(
         finest.info,
         key=FUSED,

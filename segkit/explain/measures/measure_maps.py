@@ -49,8 +49,9 @@ def measure_maps(
     """Measures of each map that has a place, on its own grid.
 
     A cell lies in a structure if at least half of it does. Cells that hold voxels nobody labelled
-    do not count. Intensity and gradient are averaged over each cell and measured as the map is, so
-    that a map can be seen to tell more than they do; for shares, their lowest value counts as 0.
+    do not count, nor do those that were not computed. Intensity and gradient are averaged over each
+    cell and measured as the map is, so that a map can be seen to tell more than they do; for
+    shares, their lowest value counts as 0.
     Raises VolumeError for labels on another grid than the scan's.
     """
     labels = labels.onto(scan.grid, what="the reference", whose="the scan")
@@ -88,12 +89,13 @@ def _measure(
     assert one.volume is not None
     grid = one.volume.grid
     cells = Cells(grid, one.seen)
-    counted = cells.counted
+    own_values = scalar(one.volume).data
+    counted = cells.counted & np.isfinite(own_values)
     if unlabelled is not None:
         counted = counted & (cells.mean(unlabelled.astype(np.float32)) == 0)
     if not counted.any():
         return []
-    values = Ranked.of(scalar(one.volume).data[counted].astype(np.float64))
+    values = Ranked.of(own_values[counted].astype(np.float64))
     others: dict[str, Ranked] = {}
     for name, image in baselines.items():
         covered = cells.mean(image)[counted].astype(np.float64)

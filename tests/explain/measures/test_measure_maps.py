@@ -103,6 +103,21 @@ def test_voxels_that_nobody_labelled_do_not_count(labels: ndarray) -> None:
     )
 
 
+def test_cells_that_were_not_computed_do_not_count(labels: ndarray) -> None:
+    """A constant map that is NaN in half of the scan says as little as one that is whole."""
+    values = np.full((4, 6, 8), 0.7)
+    values[:, :, 4:] = np.nan
+    scan = scan_of(np.random.default_rng(2).random(SHAPE))
+    found = measured(map_of(values, scan, 2), scan, scan_of(labels))
+    assert found["map", "left", "auroc"].value == 0.5
+    assert found["map", "", "entropy"].value == pytest.approx(1)
+    assert found["map", "left", "energy"].chance == pytest.approx(
+        (pooled((labels == 1).astype(float), 2) >= 0.5)[:, :, :4].mean()
+    )
+    nothing = measured(map_of(np.full((4, 6, 8), np.nan), scan, 2), scan, scan_of(labels))
+    assert nothing == {}
+
+
 def test_a_structure_that_no_cell_is_half_of_has_no_figures() -> None:
     labels = np.zeros(SHAPE, np.uint8)
     labels[3, 3, 3] = 1

@@ -1,0 +1,107 @@
+"""From the settings of the loss to the loss itself."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from segkit.config.loss import LossConfig, TermName
+from segkit.config.model import ModelDescription
+from segkit.errors import ConfigError
+from segkit.nn import loss_terms
+from segkit.nn.losses import (
+    SummedLoss,
+    Term,
+    deep_dice_binary_cross_entropy,
+    deep_dice_cross_entropy,
+)
+from segkit.nn.network import SegmentationNetwork
+from segkit.training.module import Loss
+
+
+def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: bool) -> Loss:
+    """The loss over every supervised level, of classes, or of regions if the model has any.
+
+    Args:
+        config: which terms, with which weights.
+        description: of the model: its classes or regions, and its spacing.
+        pool_batch: whether an overlap takes its sums over the whole batch.
+
+    Returns:
+        From the logits of each supervised level, finest first, and the label to a scalar.
+
+    Raises:
+        ConfigError: a class has a weight that the model does not tell apart.
+    """
+    regions = tuple(tuple(group) for group in description.regions.values())
+    ignore = description.ignore
+    if config.is_plain:
+        if regions:
+            return partial(
+                deep_dice_binary_cross_entropy,
+                regions=regions,
+                pool_batch=pool_batch,
+                ignore=ignore,
+            )
+        return partial(deep_dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
+    total = sum(config.level_weights or ())
+    return SummedLoss(
+        terms=tuple((weight, _term(name, config)) for name, weight in config.terms.items()),
+        weights=_class_weights(config, description.labelling.outputs),
+        regions=regions,
+        spacing=description.spacing,
+        levels=tuple(weight / total for weight in config.level_weights or ()) or None,
+        pool_batch=pool_batch,
+        ignore=ignore,
+    )
+
+
+def check_levels(config: LossConfig, network: SegmentationNetwork, image: Tensor) -> None:
+    """Raise ConfigError if weights of levels are given, but not one for each supervised level.
+
+    Args:
+        config: of the loss.
+        network: that is trained.
+        image: any that the network takes: (batch, channel, x, y, z).
+    """
+    weights = config.level_weights
+    if weights is None:
+        return
+    with torch.no_grad():
+        supervised = len(network.supervised(image).levels)
+    if len(weights) != supervised:
+        raise ConfigError(
+            f"train.loss.level_weights has {len(weights)} numbers, and the network supervises "
+            f"{supervised} levels (see network.deep_supervision); give {supervised}, finest first"
+        )
+
+
+def _term(name: TermName, config: LossConfig) -> Term:
+    alarms, missed = config.false_positives, config.false_negatives
+    terms: dict[TermName, Term] = {
+        "dice": loss_terms.dice,
+        "cross_entropy": loss_terms.cross_entropy,
+        "focal": partial(loss_terms.focal, gamma=config.focal_gamma),
+        "top_k": partial(loss_terms.top_k, share=config.top_share),
+        "tversky": partial(loss_terms.tversky, false_positives=alarms, false_negatives=missed),
+        "focal_tversky": partial(
+            loss_terms.focal_tversky,
+            false_positives=alarms,
+            false_negatives=missed,
+            gamma=config.focal_tversky_gamma,
+        ),
+        "generalised_dice": loss_terms.generalised_dice,
+        "boundary": partial(loss_terms.boundary, reach=config.boundary_reach),
+        "centre_line": partial(loss_terms.centre_line, iterations=config.centre_line_iterations),
+    }
+    return terms[name]
+
+
+def _class_weights(config: LossConfig, outputs: tuple[str, ...]) -> tuple[float, ...]:
+    for name in config.class_weights:
+        if name not in outputs:
+            raise ConfigError(
+                f"train.loss.class_weights has {name!r}, which is not one of "
+                f"{', '.join(outputs)}; correct the name"
+            )
+    return tuple(config.class_weights.get(name, 1.0) for name in outputs)

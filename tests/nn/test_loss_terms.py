@@ -1,0 +1,255 @@
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+from torch.testing import assert_close
+
+from segkit.nn import loss_terms
+from segkit.nn.loss_terms import Judged, distance_from, thinned
+from segkit.nn.losses import (
+    SummedLoss,
+    deep_dice_binary_cross_entropy,
+    deep_dice_cross_entropy,
+    level_weights,
+)
+from tests.nn.test_losses import example
+
+EVERY = {
+    "dice": loss_terms.dice,
+    "cross_entropy": loss_terms.cross_entropy,
+    "focal": partial(loss_terms.focal, gamma=2.0),
+    "top_k": partial(loss_terms.top_k, share=0.2),
+    "tversky": partial(loss_terms.tversky, false_positives=0.3, false_negatives=0.7),
+    "focal_tversky": partial(
+        loss_terms.focal_tversky, false_positives=0.3, false_negatives=0.7, gamma=4 / 3
+    ),
+    "generalised_dice": loss_terms.generalised_dice,
+    "boundary": partial(loss_terms.boundary, reach=3),
+    "centre_line": partial(loss_terms.centre_line, iterations=3),
+}
+VOLUME = (6, 5, 4)
+
+
+def alone(name: str, weights: tuple[float, ...] = (1.0, 1.0, 1.0), **changes: object) -> SummedLoss:
+    return SummedLoss(((1.0, EVERY[name]),), weights=weights, **changes)  # type: ignore[arg-type]
+
+
+def two_voxels() -> tuple[Tensor, Tensor]:
+    """The first belongs to class 1, found with probability 3/4; the second to the background, where
+    class 1 has probability 1/4."""
+    log3 = math.log(3)
+    return torch.tensor([[[[0.0, log3]], [[log3, 0.0]]]]), torch.tensor([[[1, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"),
+    [
+        # Cross-entropy is -log(3/4) at both.
+        ("cross_entropy", -math.log(3 / 4)),
+        ("focal", -(1 / 16) * math.log(3 / 4)),
+        ("top_k", -math.log(3 / 4)),
+        # 3/4 right, 1/4 false alarm, 1/4 missed.
+        ("dice", 1 / 4),
+        ("tversky", 1 - 0.75 / (0.75 + 0.3 * 0.25 + 0.7 * 0.25)),
+        ("focal_tversky", (1 - 0.75 / (0.75 + 0.25)) ** 0.75),
+        # Both classes have one voxel: weights are equal.
+        ("generalised_dice", 1 / 4),
+    ],
+)
+def test_two_voxels_give_the_values_worked_out_by_hand(name: str, by_hand: float) -> None:
+    logits, label = two_voxels()
+    loss = alone(name, (1.0, 1.0))([logits], label)
+    assert_close(loss, torch.tensor(by_hand), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool_batch", [False, True])
+@pytest.mark.parametrize("ignore", [None, 2])
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+def test_dice_and_cross_entropy_as_terms_are_the_plain_loss(
+    pool_batch: bool, ignore: int | None, regions: tuple[tuple[int, ...], ...]
+) -> None:
+    logits, label = example(VOLUME, classes=2 if regions else 3)
+    label = torch.where(label == 0, 0, label + (torch.rand(label.shape) > 0.5)).clamp(max=2)
+    levels, together = [logits, logits[..., ::2]], {"pool_batch": pool_batch, "ignore": ignore}
+    summed = SummedLoss(
+        ((1.0, EVERY["dice"]), (1.0, EVERY["cross_entropy"])),
+        weights=(1.0,) * logits.shape[1],
+        regions=regions,
+        **together,  # type: ignore[arg-type]
+    )
+    if regions:
+        plain = deep_dice_binary_cross_entropy(levels, label, regions=regions, **together)  # type: ignore[arg-type]
+    else:
+        plain = deep_dice_cross_entropy(levels, label, **together)  # type: ignore[arg-type]
+    assert_close(summed(levels, label), plain)
+
+
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+@pytest.mark.parametrize("name", EVERY)
+def test_voxels_that_are_ignored_change_nothing(
+    name: str, regions: tuple[tuple[int, ...], ...]
+) -> None:
+    logits, label = example(VOLUME, classes=2 if regions else 3)
+    label[..., -1] = 7
+    loss = alone(name, (1.0,) * logits.shape[1], regions=regions, ignore=7)
+    before = loss([logits], label)
+    logits[..., -1] += 5 * torch.randn(logits.shape[:-1])
+    assert_close(loss([logits], label), before)
+    assert torch.isfinite(loss([logits], torch.full_like(label, 7)))
+
+
+@pytest.mark.parametrize("name", ["dice", "cross_entropy", "focal", "top_k", "tversky"])
+def test_what_is_ignored_is_as_if_it_were_not_there(name: str) -> None:
+    logits, label = example(VOLUME)
+    less = alone(name)([logits[..., :-1]], label[..., :-1])
+    label[..., -1] = 7
+    assert_close(alone(name, ignore=7)([logits], label), less)
+
+
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_term_falls_along_its_gradient_and_is_least_if_all_is_right(
+    name: str, regions: tuple[tuple[int, ...], ...]
+) -> None:
+    logits, label = example(VOLUME, classes=2 if regions else 3)
+    loss = alone(name, (1.0,) * logits.shape[1], regions=regions)
+    start = logits.requires_grad_()
+    value = loss([start], label)
+    (slope,) = torch.autograd.grad(value, start)
+    assert torch.isfinite(slope).all() and slope.abs().max() > 0
+    assert loss([start - 0.5 * slope / slope.abs().max()], label) < value
+    groups = regions or ((0,), (1,), (2,))
+    right = torch.stack([torch.isin(label, torch.tensor(group)) for group in groups], 1)
+    perfect = 60 * (2 * right.float() - 1)
+    assert loss([perfect], label) < value
+    if name != "boundary":
+        assert_close(loss([perfect], label), torch.tensor(0.0), atol=2e-5, rtol=0)
+    (at_best,) = torch.autograd.grad(loss([perfect.requires_grad_()], label), perfect)
+    assert torch.isfinite(at_best).all()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("pool_batch", [False, True])
+def test_tversky_and_generalised_dice_agree_with_monai(pool_batch: bool) -> None:
+    losses = pytest.importorskip("monai.losses")
+    logits, label = example(VOLUME)
+    settings = {"to_onehot_y": True, "softmax": True, "batch": pool_batch}
+    peer = losses.TverskyLoss(include_background=False, alpha=0.3, beta=0.7, **settings)
+    ours = alone("tversky", pool_batch=pool_batch)([logits], label)
+    assert_close(ours, peer(logits, label[:, None]), atol=1e-5, rtol=0)
+    peer = losses.GeneralizedDiceLoss(**settings)
+    label[0][label[0] == 2] = 0  # a class that one sample lacks
+    ours = alone("generalised_dice", pool_batch=pool_batch)([logits], label)
+    assert_close(ours, peer(logits, label[:, None]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parity
+def test_focal_and_the_centre_line_agree_with_monai() -> None:
+    losses = pytest.importorskip("monai.losses")
+    logits, label = example(VOLUME)
+    peer = losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=2.0, reduction="none")
+    expected = peer(logits, label[:, None]).sum(1).mean()
+    assert_close(alone("focal")([logits], label), expected)
+    found, target = logits.softmax(1), torch.nn.functional.one_hot(label, 3).movedim(-1, 1).float()
+    peer = losses.SoftclDiceLoss(iter_=3, smooth_nr=1e-5, smooth_dr=1e-5)
+    expected = torch.stack([peer(found[:, [c]], target[:, [c]]) for c in (1, 2)]).mean()
+    ours = alone("centre_line")([logits], label)
+    assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_the_weights_of_voxels_are_those_of_torchs_cross_entropy() -> None:
+    logits, label = example(VOLUME)
+    weights = (0.5, 1.0, 4.0)
+    expected = torch.nn.functional.cross_entropy(logits, label, torch.tensor(weights))
+    assert_close(alone("cross_entropy", weights)([logits], label), expected)
+    focal = alone("focal", weights)([logits], label)
+    by_focal = SummedLoss(((1.0, partial(loss_terms.focal, gamma=0.0)),), weights=weights)
+    assert_close(by_focal([logits], label), expected)
+    assert focal < expected
+
+
+@pytest.mark.parametrize("name", ["dice", "tversky", "focal_tversky", "centre_line", "boundary"])
+def test_classes_are_averaged_by_their_weights(name: str) -> None:
+    logits, label = example(VOLUME)
+    near, far = (alone(name, (9.0, *pair))([logits], label) for pair in ((1e6, 1.0), (1.0, 1e6)))
+    mixed = alone(name, (9.0, 1.0, 3.0))([logits], label)
+    assert_close(mixed, (near + 3 * far) / 4, atol=1e-5, rtol=1e-4)
+    assert_close(alone(name, (9.0, 2.0, 2.0))([logits], label), alone(name)([logits], label))
+
+
+def test_the_terms_and_levels_are_weighted_as_said() -> None:
+    logits, label = example(VOLUME)
+    levels = [logits, logits[..., ::2], logits[:, :, ::2, :, ::4]]
+    terms = ((2.0, EVERY["focal"]), (0.5, EVERY["dice"]))
+    assert label.shape[1:] == VOLUME
+    each = []
+    for level in range(3):
+        shares = tuple(float(other == level) for other in range(3))
+        parts = [
+            weight * SummedLoss(((1.0, term),), (1.0,) * 3, levels=shares)(levels, label)
+            for weight, term in terms
+        ]
+        each.append(sum(parts))
+    summed = SummedLoss(terms, (1.0,) * 3)(levels, label)
+    assert_close(summed, sum(w * one for w, one in zip(level_weights(3), each, strict=True)))
+
+
+def test_top_k_is_the_mean_of_the_largest() -> None:
+    logits, label = example(VOLUME)
+    each = torch.nn.functional.cross_entropy(logits, label, reduction="none").flatten()
+    number = math.ceil(0.2 * len(each))
+    assert_close(alone("top_k")([logits], label), each.topk(number).values.mean())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)),
+    st.tuples(*[st.sampled_from([0.5, 1.0, 3.0])] * 3),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+)
+def test_distances_are_euclids_up_to_the_reach(
+    shape: tuple[int, ...], spacing: tuple[float, ...], reach: int, seed: int
+) -> None:
+    seeds = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed)) > 0.8
+    most = reach * min(spacing)
+    if seeds.any():
+        true = distance_transform_edt(~seeds[0, 0].numpy(), sampling=spacing)
+    else:
+        true = np.full(shape, np.inf)
+    found = distance_from(seeds, spacing, reach)[0, 0]
+    assert_close(found, torch.tensor(np.minimum(true, most)).float())
+
+
+def test_the_boundary_term_is_the_mean_signed_distance_of_what_was_found() -> None:
+    # Columns 0 to 5 of 2 mm, the structure is columns 2 and 3. Distances from its outside are 1, 1
+    # voxel within and, from it, 2, 1 | 1, 2 beyond, as shares of a reach of 4 voxels.
+    label = torch.zeros(1, 6, 1, 1, dtype=torch.long)
+    label[0, 2:4] = 1
+    signed = torch.tensor([2.0, 1, -1, -1, 1, 2]) / 4
+    logits = torch.randn(1, 2, 6, 1, 1, generator=torch.Generator().manual_seed(0))
+    term = partial(loss_terms.boundary, reach=4)
+    loss = SummedLoss(((1.0, term),), (1.0, 1.0), spacing=(2.0, 9.0, 9.0))
+    assert_close(loss([logits], label), (logits.softmax(1)[0, 1, :, 0, 0] * signed).mean())
+
+
+def test_a_tube_is_thinned_to_its_axis_and_its_ends() -> None:
+    tube = torch.zeros(1, 1, 12, 9, 9)
+    tube[..., 3:6, 3:6] = 1
+    line = thinned(tube, 3)[0, 0, 4:8]
+    expected = torch.zeros(4, 9, 9)
+    expected[:, 4, 4] = 1
+    assert torch.equal(line, expected)
+
+
+def test_what_is_judged_lies_where_the_label_says() -> None:
+    logits, label = example(VOLUME)
+    judged: Judged = alone("dice", spacing=(1.0, 2.0, 3.0)).judge(logits, label, (2.0, 1.0, 1.0))
+    assert torch.equal(judged.target.argmax(1), label) and judged.spacing == (2.0, 2.0, 3.0)
+    assert_close(judged.probabilities.sum(1), torch.ones(label.shape))
