@@ -12,6 +12,7 @@ import numpy as np
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
+from segkit.data.case_groups import proposal
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case, read_case_label
 from segkit.data.label_numbers import declared, other_numbers
 from segkit.errors import DatasetError, SegkitError, VolumeError
@@ -120,7 +121,8 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     maps = list(network.maps())
     text = (
         f"{dump_yaml(config)}"
-        f"# {len(train)} cases to train on, {len(held_out)} held out\n"
+        f"# {len(train)} cases to train on, {len(held_out)} held out"
+        f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
         f"# {_told_apart(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
@@ -131,6 +133,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         "config": config.model_dump(mode="json"),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
+        "test_cases": list(dataset.test),
         "spacing_mm": list(description.spacing),
         "normalisation": [setting.model_dump() for setting in description.normalisation],
         "parameters": parameters,
@@ -178,8 +181,11 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     if problems:
         rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
         raise type(problems[0])(f"{problems[0]}{rest}")
+    told = proposal(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
+        *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
+        *([told] if told else []),
         f"channels: {', '.join(dataset.channels)}",
         f"orientations: {', '.join(sorted(orientations))}",
         f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Exit, Option
 
@@ -58,9 +58,7 @@ def train_command(
     ] = False,
     folds: Annotated[
         str | None,
-        Option(
-            metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
-        ),
+        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or those named."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -133,7 +131,7 @@ def _trained(
     config: Path,
     settings: "Config",
     low: "Config | None",
-    folds: tuple[int, ...],
+    folds: tuple[int, ...] | Literal["all"],
     runs: Path,
 ) -> "Run | CrossValidation":
     """A new run, in one stage or two, or a new cross-validation."""
@@ -156,7 +154,7 @@ def _trained(
     return train(settings, runs=runs, callbacks=callbacks, track=track)
 
 
-def _resumed(run: Path, folds: tuple[int, ...]) -> "Run | CrossValidation":
+def _resumed(run: Path, folds: tuple[int, ...] | Literal["all"]) -> "Run | CrossValidation":
     """A run or a cross-validation that was stopped, or that is given more to do."""
     from segkit.training.cross_validation import is_cross_validation, resume_folds
     from segkit.training.two_stages import resume_two_stages
@@ -199,17 +197,21 @@ def _dice(dice: float) -> str:
     return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
-def _folds(text: str | None) -> tuple[int, ...]:
-    """The numbers of folds that were named; none where nothing was."""
+def _folds(text: str | None) -> tuple[int, ...] | Literal["all"]:
+    """The numbers of folds that were named; none if nothing was."""
     if text is None:
         return ()
-    words = ["0", "1", "2", "3", "4"] if text == "all" else text.split(",")
-    if not all(word.strip() in {"0", "1", "2", "3", "4"} for word in words):
-        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 to 4 such as 0,2")
+    if text == "all":
+        return "all"
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 7 for word in words):
+        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 on such as 0,2")
     return tuple(int(word) for word in words)
 
 
-def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
+def _rehearse(
+    settings: "Config", low: "Config | None", folds: tuple[int, ...] | Literal["all"]
+) -> None:
     """Say what a training will be and take, in one stage or in the first of two."""
     from segkit.system.progress import Tracker
     from segkit.training.dry_run import dry_run
@@ -217,10 +219,11 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
     hush()
     stage = low or settings
     if folds:
-        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
+        first = 0 if folds == "all" else folds[0]
+        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": first})})
     for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
-        say(f"so it is with each of {len(folds)} folds")
+        say(f"so it is with each of {folds if folds == 'all' else len(folds)} folds")
     if low is not None:
         say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")

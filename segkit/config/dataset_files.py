@@ -93,6 +93,12 @@ class FilesConfig(Section):
         return self
 
 
+class ColumnConfig(Section):
+    """A column of the table of cases."""
+
+    column: Annotated[str, Field(min_length=1)]
+
+
 class DatasetConfig(Section):
     """Which volumes, and nothing of how to train on them: what can be checked and planned for."""
 
@@ -109,3 +115,9 @@ class DatasetConfig(Section):
     is the class of that name, or else that of 0."""
     regions_class_order: list[int] | None = None
     """With `labels` that overlap, the number that each region is written as, as in nnU-Net."""
+    case_table: Path | None = None
+    """A CSV file, from `folder` on, with what is known of each case: a column `id` with its name,
+    and any others that settings name as `{column: NAME}`. By default the table of `files`."""
+    test: ColumnConfig | list[str] | None = None
+    """Cases that are never looked at, for a last test: their names, or a column in which they are
+    marked by `test`, `yes`, `true` or `1`."""

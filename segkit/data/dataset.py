@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
@@ -53,6 +54,9 @@ class Dataset:
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
 
+    test: tuple[str, ...] = ()
+    """Names of cases that are kept for a last test; they are not among the others."""
+
     @property
     def labelling(self) -> Labelling:
         """What is told apart."""
@@ -93,7 +97,20 @@ def read_dataset(
 
 
 def dataset_of(data: DatasetConfig) -> Dataset:
-    """The dataset that a config names. Raises DatasetError or VolumeError, in one sentence."""
+    """The dataset that a config names, without cases that are kept for a last test.
+
+    Raises DatasetError or VolumeError, in one sentence.
+    """
+    dataset = _labelled(data)
+    kept = kept_for_test(data, [case.name for case in dataset.cases])
+    if not kept:
+        return dataset
+    logger.info("%s: %d cases are kept for a test, and not looked at", data.folder, len(kept))
+    left = tuple(case for case in dataset.cases if case.name not in kept)
+    return replace(dataset, cases=left, test=tuple(sorted(kept)))
+
+
+def _labelled(data: DatasetConfig) -> Dataset:
     if data.labels is None:
         return read_dataset(data.folder, data.files)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})

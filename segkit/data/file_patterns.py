@@ -97,7 +97,7 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
     """The case in each row of a CSV file; its paths start from the folder."""
     assert files.table is not None
     path = folder / files.table
-    rows, columns = _read(path)
+    rows, columns = read_csv(path)
     label = files.label or LABEL
     images = files.images or {
         column: column for column in columns if column.strip() and column not in (ID, label)
@@ -131,7 +131,7 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
     return tuple(images), cases
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
     try:
         text = read_text(path).removeprefix(BYTE_ORDER_MARK)

@@ -12,6 +12,7 @@ from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
+from segkit.data.case_groups import proposal
 from segkit.data.dataset import Dataset, dataset_of
 from segkit.data.variation import build_variation
 from segkit.model.build import build_network
@@ -177,6 +178,8 @@ def plan_dataset(
         budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
+    if told := proposal(dataset, None):
+        heading = f"{heading} {told}"
     name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)

@@ -180,7 +180,14 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
     """The config with only the measured steps, and without all that would follow them."""
     few = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS, "patience": None}
-    data = {"spacing": spacing, "validation": 0.0, "fold": None, "cache": cache, "workers": 0}
+    data = {
+        "spacing": spacing,
+        "validation": 0.0,
+        "fold": None,
+        "splits": None,
+        "cache": cache,
+        "workers": 0,
+    }
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

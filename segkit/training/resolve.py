@@ -161,7 +161,9 @@ def _data(
         "mirror": config.mirrored(list(dataset.labels)),
         "cache": config.cache or runs / ".cache",
     }
-    if config.fold is None:
+    if config.splits is not None:
+        changes["fold"] = config.fold or 0
+    elif config.fold is None:
         changes["validation"] = [case.name for case in split.held_out]
     if config.synthesis is not None:
         names = dataset.labelling.value_names
