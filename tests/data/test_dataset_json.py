@@ -164,7 +164,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "a needs a number from 0 to 65535 that it is written as, found 70000; add one to its list",
     ),
     "a class of negative numbers": (
-        {"labels": {"background": 0, "a": [-1, -2]}},
+        {"labels": {"background": 0, "a": [-1, -2]}, "regions_class_order": None},
         "a needs a number from 0 to 65535 that it is written as, found -1, -2",
     ),
     "a number twice": (
