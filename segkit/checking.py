@@ -18,6 +18,7 @@ from segkit.data.label_numbers import declared, other_numbers
 from segkit.errors import DatasetError, SegkitError, VolumeError
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
+from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.volume import Volume, read_volume, trouble_with
 from segkit.model.build import build_network
@@ -71,6 +72,8 @@ def check(
     """
     path = Path(path)
     if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
+        if series is None:
+            refuse_volumes_beside_series(path)
         return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         dataset = dataset_in(path, overrides)

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from segkit.cli.check import check_command
+from segkit.cli.compare import compare_command
 from segkit.cli.demo import demo_command
 from segkit.cli.evaluate import evaluate_command
 from segkit.cli.explain import explain_command
@@ -53,6 +54,7 @@ app.command("train")(train_command)
 app.command("predict")(predict_command)
 app.command("explain")(explain_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("check")(check_command)
 app.command("export")(export_command)
 

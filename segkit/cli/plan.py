@@ -23,7 +23,10 @@ def plan_command(
         Option(min=0.5, help="GB to plan for; what a GPU has free where not given, or 8."),
     ] = None,
     minutes: Annotated[float, Option(min=0.1, help="Of training to plan for.")] = 20.0,
-    dims: Annotated[int, Option(min=2, max=3, help="2 for slices, 3 for volumes.")] = 3,
+    dims: Annotated[
+        int | None,
+        Option(min=2, max=3, help="2 for slices, 3 for volumes; what the cases are by default."),
+    ] = None,
     preset: Annotated[
         Literal["auto", "nnunet"],
         Option(help="nnunet: its own plan and schedule, wherever it runs."),

@@ -4,7 +4,6 @@ A YAML file states what differs from the defaults in `segkit.config`; trailing `
 change it further. The file holds plain values: nothing in it can run.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from segkit.config.base import Section
 from segkit.config.dataset_files import DatasetConfig
+from segkit.config.refusals import refusal
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.safe_text import parse_yaml, read_text
@@ -91,14 +91,7 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        # Of a value that fits no type of a union, the first type's complaint will do.
-        problems = {
-            key: _sentence(key, dict(problem))
-            for problem in reversed(error.errors())
-            for key in [_key(problem["loc"], tree, problem["type"])]
-        }
-        sentences = reversed(problems.values())
-        raise ConfigError(f"{source}: " + "; ".join(sentences)) from None
+        raise ConfigError(f"{source}: {refusal(error, tree, model)}") from None
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -126,49 +119,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"cannot set {key}: {where} is a value, not a section")
         tree = below
     tree[name] = value
-
-
-def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
-    """The dotted key of a problem: what the user wrote, without what pydantic puts between.
-
-    Pydantic's location also names the kind or the type of a union that it tried.
-    """
-    parts: list[str] = []
-    for part in location:
-        if isinstance(tree, Mapping) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, Sequence) and not isinstance(tree, str) and isinstance(part, int):
-            tree = tree[part] if part < len(tree) else None
-        elif not (problem == "missing" and part is location[-1]):
-            continue
-        parts.append(str(part))
-    return ".".join(parts)
-
-
-def _sentence(key: str, problem: dict[str, Any]) -> str:
-    match problem["type"]:
-        case "extra_forbidden":
-            name = key.rpartition(".")[2]
-            near = difflib.get_close_matches(name, _names() - {name}, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            return f"{key} is not a setting{hint}"
-        case "missing":
-            return f"{key} is missing; give it a value"
-        case "union_tag_invalid":
-            context = problem["ctx"]
-            return f"{key}.kind is {context['tag']!r}; choose {context['expected_tags']}"
-        case "union_tag_not_found":
-            return f"{key}.kind is missing; name one"
-        case "value_error":
-            return str(problem["ctx"]["error"])
-        case _:
-            reason = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{key} is {problem['input']!r}: {reason.replace('input should', 'it should')}"
-
-
-def _names() -> set[str]:
-    """Every setting's name, for the nearest to a misspelt one."""
-    sections = [Section]
-    for section in sections:
-        sections += section.__subclasses__()
-    return {name for section in sections for name in section.model_fields}

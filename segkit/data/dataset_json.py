@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from segkit.config.base import Name
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.config.refusals import refusal
 from segkit.data.labelling_from import labelling_from
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_json
@@ -125,13 +126,19 @@ def _unknown_codes(source: str, codes: Mapping[str, Any], labelling: Labelling) 
 
 def _read(path: Path, kind: type[Content]) -> Content:
     try:
-        return kind.model_validate(read_json(path))
+        content = read_json(path)
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: cannot be read: {(error.strerror or str(error)).lower()}"
+        ) from None
+    except ValueError as error:
+        raise DatasetError(
+            f"{path}: cannot be read as JSON: {error}; complete or repair it"
+        ) from None
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "it"
-        raise DatasetError(f"{path}: {where} is wrong: {problem['msg'].lower()}") from None
-    except (OSError, ValueError) as error:  # ValidationError is a ValueError too
-        raise DatasetError(f"{path}: cannot be read as JSON: {error}") from None
+        raise DatasetError(f"{path}: {refusal(error, content, kind)}") from None
 
 
 def _labelling_of_file(path: Path, file: _Labels) -> Labelling:

@@ -16,7 +16,6 @@ from segkit.io.volume import suffix_of
 
 logger = logging.getLogger(__name__)
 
-BYTE_ORDER_MARK = "\ufeff"
 ID, IMAGE, LABEL = "id", "image", "label"
 NAME = re.compile(r"[^./\\\s][^/\\\n]*")
 WILDCARD = re.compile(r"\*\*/|\*|\?")
@@ -134,7 +133,7 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
 def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
     try:
-        text = read_text(path).removeprefix(BYTE_ORDER_MARK)
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
     between = max(",;\t", key=text.partition("\n")[0].count)

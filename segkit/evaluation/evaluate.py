@@ -13,7 +13,7 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.evaluation.label_names import labelling_in, labels_file
-from segkit.evaluation.pairing import Pairing, find_references, pair_with
+from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.volume import Volume, read_labels
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
-MOST_NAMES = 10
+MOST_MISSING = 10
 """Of cases in a sentence."""
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
@@ -99,7 +99,7 @@ def evaluate(
         raise ConfigError(
             f"missing is {missing!r}; choose one of {', '.join(map(repr, get_args(Missing)))}"
         )
-    known = find_references(references, but=predictions)
+    known = references_in(references, but=predictions)
     pairing = pair_with(predictions, known, references)
     if missing == "refuse":
         _refuse_missing(pairing, predictions, references)
@@ -137,7 +137,7 @@ def evaluate(
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
     if not pairing.missing:
         return
-    names = first_few([name for name, _ in pairing.missing], MOST_NAMES)
+    names = first_few([name for name, _ in pairing.missing], MOST_MISSING)
     raise VolumeError(
         f"{predictions}: lacks a prediction for {len(pairing.missing)} of "
         f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "

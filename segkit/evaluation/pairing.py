@@ -25,12 +25,12 @@ from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.errors import VolumeError, first_few
 from segkit.io.volume import SUFFIXES, stem_of
 
-WORDS = (
+LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
     *("gt", "truth", "groundtruth", "ref", "reference", "manual", "0000"),
 )
 """Words for labels at the end of names of files, and the number of a first channel."""
-ENDING = re.compile(rf"(?<=.)[ _.-]({'|'.join(WORDS)})$", re.IGNORECASE)
+ENDING = re.compile(rf"(?<=.)[ _.-]({'|'.join(LABEL_WORDS)})$", re.IGNORECASE)
 BESIDE = re.compile(r"_(prob|entropy|variance)$|_map-")
 """In names of volumes that lie beside predictions and are none."""
 
@@ -84,10 +84,10 @@ def find_pairs(predictions: Path, references: Path) -> Pairing:
         ConfigError: a YAML file cannot be understood.
         DatasetError: a dataset cannot be understood.
     """
-    return pair_with(predictions, find_references(references, but=predictions), references)
+    return pair_with(predictions, references_in(references, but=predictions), references)
 
 
-def find_references(path: Path, *, but: Path | None = None) -> References:
+def references_in(path: Path, *, but: Path | None = None) -> References:
     """The references in a file, a folder or a dataset.
 
     Args:
@@ -211,16 +211,17 @@ class _Side:
             found -= {
                 name[-1:]
                 for kind, name in enumerate(self.names[place])
-                if len(name) > 1 and (self.shared[kind][name[-1]] > 1 or name[-1].lower() in WORDS)
+                if len(name) > 1
+                and (self.shared[kind][name[-1]] > 1 or name[-1].lower() in LABEL_WORDS)
             }
         return found
 
     def _without_words(self, kind: int, name: Parts) -> Iterator[Parts]:
         *folders, stem = name
         shared = self.shared[kind]
-        if folders and (stem.lower() in WORDS or (len(shared) == 1 and shared[stem] > 1)):
+        if folders and (stem.lower() in LABEL_WORDS or (len(shared) == 1 and shared[stem] > 1)):
             yield tuple(folders)
-        if not folders or stem.lower() not in WORDS:
+        if not folders or stem.lower() not in LABEL_WORDS:
             yield (*folders, _without_endings(stem))
 
 

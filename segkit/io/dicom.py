@@ -75,10 +75,9 @@ class Series:
 
 
 def holds_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM files, and no volumes of another format."""
-    files = _files_in(folder)
-    return not any(file.name.lower().endswith(SUFFIXES) for file in files) and any(
-        _is_image(file) for file in files
+    """Whether a folder holds DICOM images, whatever else there is."""
+    return any(
+        _is_image(file) for file in _files_in(folder) if not file.name.lower().endswith(SUFFIXES)
     )
 
 

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, SegkitError, VolumeError, sentence_of
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
-from segkit.io.volume import SUFFIXES, Volume, read_volume, result_suffix, stem_of, suffix_of
+from segkit.io.volume import (
+    SUFFIXES,
+    Volume,
+    read_num_channels,
+    read_volume,
+    result_suffix,
+    stem_of,
+    suffix_of,
+)
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
@@ -48,15 +56,20 @@ def find_inputs(
 ) -> list[Input]:
     """The volumes among files and folders.
 
-    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume; for a model of one,
-    a folder in which all are called `CASE_0000`, as nnU-Net has them, holds the volumes `CASE`. In
-    a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are no inputs.
+    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume, unless each of the
+    files holds all channels: then the numbers are part of the cases' names. For a model of one,
+    files `CASE_0000` of a folder in which all are called so, as nnU-Net has them, are the volumes
+    `CASE`. In a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are
+    no inputs. A volume has the same name whether it or its folder is asked for.
 
     A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
-    such folders holds one each.
+    such folders holds one each. Hidden files are left out.
+
+    Raises VolumeError for a folder without volumes, or with a DICOM series and volumes.
     """
     inputs: dict[tuple[Path, str], Input] = {}
     alone: list[Input] = []
+    single: dict[Path, bool] = {}
     for path in paths:
         of_folder = path.is_dir()
         if of_folder and (folders := _series_in(path, series)):
@@ -68,14 +81,14 @@ def find_inputs(
             raise VolumeError(f"{path}: expected the folder of the DICOM series {series}")
         if path.name.lower().endswith(DICOM_SUFFIX):
             raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
-        inside = _volumes_in(path) if of_folder else [path]
-        single = num_channels == 1 and of_folder and _all_numbered(inside)
-        for file in inside:
+        for file in _volumes_in(path) if of_folder else [path]:
             name, suffix = stem_of(file), suffix_of(file)
-            if single:
-                name = FIRST_CHANNEL.sub("", name)
+            if num_channels == 1 and FIRST_CHANNEL.search(name):
+                if file.parent not in single:
+                    single[file.parent] = _all_numbered(_volumes_at(file.parent))
+                name = FIRST_CHANNEL.sub("", name) if single[file.parent] else name
             numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
-            if numbered is None:
+            if numbered is None or _holds_all(file, int(numbered[1]), num_channels):
                 alone.append(Input(name, (file,), of_folder))
                 inputs[file.parent, name] = alone[-1]
                 continue
@@ -87,25 +100,55 @@ def find_inputs(
     return [source for source in found if not _is_result(source, inputs)]
 
 
+def _holds_all(file: Path, number: int, num_channels: int) -> bool:
+    """Whether a file that may be a channel, by its number, holds all channels itself.
+
+    One that cannot be read may be a channel as well, unless there is none of its number.
+    """
+    try:
+        return read_num_channels(file) > 1
+    except VolumeError:
+        return number >= num_channels
+
+
 def _volumes_in(folder: Path) -> list[Path]:
-    inside = sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-    )
+    inside = _volumes_at(folder)
     if not inside:
         raise VolumeError(f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
     return inside
 
 
+def _volumes_at(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+    )
+
+
 def _series_in(path: Path, series: str | None) -> list[Path]:
     """The folder itself if it holds a DICOM series, or those folders in it that do."""
-    if series is not None or holds_series(path):
+    if series is not None:
         return [path]
-    inside = sorted(path.iterdir())
-    if any(file.name.lower().endswith(SUFFIXES) for file in inside):
+    if holds_series(path):
+        refuse_volumes_beside_series(path)
+        return [path]
+    if _volumes_at(path):
         return []
-    return [folder for folder in inside if folder.is_dir() and holds_series(folder)]
+    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    found = [folder for folder in found if holds_series(folder)]
+    for folder in found:
+        refuse_volumes_beside_series(folder)
+    return found
+
+
+def refuse_volumes_beside_series(folder: Path) -> None:
+    """Raise VolumeError if a folder with a DICOM series also holds volumes of another format."""
+    if volumes := _volumes_at(folder):
+        raise VolumeError(
+            f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
+            f"name the file that is meant, give the UID of the series as --series, or move one away"
+        )
 
 
 def _all_numbered(files: Sequence[Path]) -> bool:

@@ -3,6 +3,7 @@
 Whatever is wrong with a file comes as OSError or ValueError, for the caller's own sentence.
 """
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,39 @@ MOST_BYTES = 2**26
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises OSError, or ValueError where it is no text or absurdly long."""
+    """The text of a file, without a byte order mark at its start.
+
+    Raises OSError, or ValueError if it is no text or absurdly long.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait for ever
         raise ValueError("it is no plain file")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"it is longer than {MOST_BYTES // 2**20} MiB")
-    return content.decode("utf-8")
+    try:
+        return content.decode(_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8, from byte {error.start:,} on") from None
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-8, unless a mark at the start says UTF-16, as some editors write it."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"  # which leaves its own mark out
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises OSError or ValueError."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        if not text[error.pos :].strip() or error.msg.startswith("Unterminated"):
+            raise ValueError(f"it ends before it is complete, at {place}") from None
+        raise ValueError(f"{place}: {error.msg[0].lower()}{error.msg[1:]}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

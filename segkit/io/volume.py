@@ -215,6 +215,11 @@ def read_grid(path: str | Path) -> Grid:
     return _open(Path(path), lambda path: _grid(_layout(path)[1]))
 
 
+def read_num_channels(path: str | Path) -> int:
+    """How many values each voxel has, from the header alone. Raises as `read_grid` does."""
+    return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
+
+
 def files_of(path: Path) -> tuple[Path, ...]:
     """The files that a volume is made of: its own, and the data file that its header names.
 

@@ -18,7 +18,7 @@ from segkit.data.variation import build_variation
 from segkit.model.build import build_network
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
-from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
+from segkit.planning.plan import Plan, Steps, flat_axes, plan_for_memory, plan_for_time
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
@@ -107,7 +107,7 @@ def plan_dataset(
     *,
     cache: str | Path | None = None,
     device: str = "auto",
-    spatial_dims: int = 3,
+    spatial_dims: int | None = None,
     gigabytes: float | None = None,
     minutes: float = 20.0,
     preset: Preset = "auto",
@@ -126,7 +126,7 @@ def plan_dataset(
         cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
             `gigabytes` by nnU-Net's rules, and not for a time.
-        spatial_dims: 3 for volumes, 2 for slices.
+        spatial_dims: 3 for volumes, 2 for slices; by default 2 only if every case is one slice.
         gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
         minutes: of training on this machine; two stages share them.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
@@ -138,7 +138,8 @@ def plan_dataset(
         holds the first.
 
     Raises:
-        DatasetError: the dataset's files do not fit together.
+        DatasetError: the dataset's files do not fit together, or its cases have fewer axes than
+            the plan.
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
     """
@@ -154,22 +155,22 @@ def plan_dataset(
     if gigabytes is None:
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
+    measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     task = _Task(
         source,
         dataset,
-        fingerprint(dataset, cache=cache, workers=workers, track=track),
+        measured,
         device=chosen,
         accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
         own_schedule=own_schedule,
         timed=present and not own_schedule,
-        spatial_dims=spatial_dims,
+        spatial_dims=spatial_dims or (2 if flat_axes(measured.numbers()) else 3),
         gigabytes=gigabytes,
         minutes=minutes,
         figures=cache / SPEED,
     )
     plan, share = task.plan(), f"{minutes:g}"
     if task.timed and plan.low_resolution is not None:
-        # In half the time a patch holds no more of an image, so there are still two stages.
         task = replace(task, minutes=minutes / 2)
         plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
     budget = f"{gigabytes:g} GB of memory"

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.errors import DatasetError
 from segkit.geometry.grid import ANISOTROPY, separate_axis
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import (
@@ -58,7 +59,11 @@ class Fit(NamedTuple):
 
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
     """nnU-Net's plan: the largest patch, and then the largest batch, that the memory allows."""
-    return _plan(numbers, spatial_dims, lambda setting: _fit_memory(setting, gigabytes))
+
+    def fit(setting: Setting) -> Fit:
+        return _fit_memory(setting, gigabytes)
+
+    return _plan(numbers, spatial_dims, fit, fit)
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,72 @@ def plan_for_time(
     First the batch is made smaller, then the network narrower, then the patch smaller; `steps` says
     how many steps each must allow. If even the smallest plan takes longer, it is the result, and
     its reasons say so. Only the convolutions of training count, not preparation, validation or
-    augmentation.
+    augmentation. Whether there are two stages follows from the patch that memory allows, as in
+    nnU-Net, and not from the one that is left by time.
     """
-    total = minutes * 60 * multiply_adds_per_second
+    fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
+    return _plan(numbers, spatial_dims, fit, fit_memory)
 
-    def fit(setting: Setting) -> Fit:
-        return _fit_time(setting, gigabytes, total, steps)
 
-    return _plan(numbers, spatial_dims, fit)
+def coarse_plan_for_time(
+    numbers: Numbers,
+    *,
+    minutes: float,
+    steps: Steps,
+    multiply_adds_per_second: float,
+    gigabytes: float = 8.0,
+) -> Plan | None:
+    """The plan in one stage at the first coarser spacing whose patch holds a quarter of an image.
+
+    The patch is the one that time allows. None if it holds as much at full resolution, or if the
+    coarser grid would save under half of the voxels. Arguments as for `plan_for_time`.
+    """
+    fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
+    if len(flat_axes(numbers)):
+        return None
+    _, setting = _target(numbers, 3)
+    plan, _ = _low_resolution(numbers, setting, fit(setting), fit, fit)
+    return plan
+
+
+def _fits(
+    total: float, steps: Steps, gigabytes: float
+) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
+    """The fit for a total of multiply-adds, and that for the memory."""
+    return (
+        lambda setting: _fit_time(setting, gigabytes, total, steps),
+        lambda setting: _fit_memory(setting, gigabytes),
+    )
+
+
+def flat_axes(numbers: Numbers) -> list[int]:
+    """Axes along which every case has one voxel; with one, the task is 2D in the plane across it.
+
+    Raises DatasetError if the cases have no plane.
+    """
+    flat = [axis for axis in range(3) if all(shape[axis] == 1 for shape in numbers.shapes)]
+    if len(flat) > 1:
+        axes = " and ".join("xyz"[axis] for axis in flat)
+        raise DatasetError(
+            f"expected planes or volumes, found cases of one voxel along {axes}; a network that "
+            f"segments lines does not exist here"
+        )
+    return flat
+
+
+def across(numbers: Numbers) -> int:
+    """The axis across the planes that a 2D network sees.
+
+    That of one voxel in every case, whatever spacing its header claims; else that of the fewest
+    voxels if a median image has no 2 along it; else the coarsest.
+    """
+    if flat := flat_axes(numbers):
+        return flat[0]
+    spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
+    shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
+    if min(shape) < 2:
+        return min(range(3), key=lambda axis: (shape[axis], -spacing[axis]))
+    return rules.coarsest_axis(spacing)
 
 
 def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
@@ -161,43 +224,59 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
         if batch * cost(chosen, channels) <= total / steps.for_patch:
             break
     needed = batch * cost(chosen, channels)
-    budget = (
-        f"a step takes {needed / 1e9:.3g} billion multiply-adds, and the time allows "
-        f"{total / needed:,.0f} of them"
-    )
+    budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
     if needed > total / steps.for_patch:
-        budget += ", fewer than wanted, but there is nothing smaller"
+        budget += ", more than the time has room for, but there is nothing smaller"
     patch = _size(chosen.patch_size)
     reasons = dict(start.reasons)
     if channels != start.channels:
-        reasons["channels"] = f"Narrowed from {start.channels[0]} to {channels[0]}: {budget}."
+        reasons["channels"] = (
+            f"Narrowed from {start.channels[0]} to {channels[0]}, for more steps: {budget}."
+        )
     if batch != start.batch_size:
         reasons["batch_size"] = (
             f"Made smaller, from {start.batch_size} to {batch}: that gives time for more steps."
         )
     if chosen != start.topology:
         whole = _size(start.topology.patch_size)
-        reasons["patch_size"] = f"Shrunk from {whole} to {patch}: {budget}."
+        reasons["patch_size"] = f"Shrunk from {whole} to {patch}, for more steps: {budget}."
     return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})
 
 
-def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) -> Plan:
+def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, float], Setting]:
+    """The spacing that all cases are brought to, and what patch and network are fitted to there."""
     spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
     shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
-    coarsest = rules.coarsest_axis(spacing)
-    axes = [axis for axis in range(3) if spatial_dims == 3 or axis != coarsest]
-    setting = Setting(
+    left_out = across(numbers) if spatial_dims == 2 else None
+    axes = [axis for axis in range(3) if axis != left_out]
+    return spacing, Setting(
         spacing=tuple(spacing[axis] for axis in axes),
-        median=tuple(shape[axis] for axis in axes),
+        # A plane of one line is padded, so that the patch of a 2D network is always a plane.
+        median=tuple(max(shape[axis], 4 - spatial_dims) for axis in axes),
         dataset_voxels=math.prod(shape) * len(numbers.shapes),
         in_channels=len(numbers.channels),
         num_classes=numbers.num_classes,
-        last_to_yield=coarsest if spatial_dims == 3 else None,
+        last_to_yield=rules.coarsest_axis(spacing) if spatial_dims == 3 else None,
     )
+
+
+def _plan(
+    numbers: Numbers,
+    spatial_dims: int,
+    fit: Callable[[Setting], Fit],
+    fit_memory: Callable[[Setting], Fit],
+) -> Plan:
+    if spatial_dims == 3 and (flat := flat_axes(numbers)):
+        raise DatasetError(
+            f"expected volumes for a plan of 3 dimensions, found one voxel along "
+            f"{'xyz'[flat[0]]} in every case; plan with 2"
+        )
+    spacing, setting = _target(numbers, spatial_dims)
+    coarsest = rules.coarsest_axis(spacing)
     fitted = fit(setting)
     low, why_low = None, "A 2D network sees planes at one resolution."
     if spatial_dims == 3:
-        low, why_low = _low_resolution(numbers, setting, fitted, fit)
+        low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
     median = _median_spacing(numbers)
     why_spacing = f"{_size(median)} mm is the median of {len(numbers.spacings)} cases"
@@ -208,7 +287,7 @@ def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) ->
         )
     reasons = {
         "spacing": f"{why_spacing}.",
-        "slices": f"No axis is coarser than {'xyz'[coarsest]} at {_size(spacing)} mm.",
+        "slices": _why_slices(numbers, spacing),
         "low_resolution": why_low,
         "batch_dice": (
             "A patch holds little of an image, so that Dice is steadier over the whole batch."
@@ -219,11 +298,29 @@ def _plan(numbers: Numbers, spatial_dims: int, fit: Callable[[Setting], Fit]) ->
     return _assembled(numbers, spacing, fitted, pooled, low, reasons)
 
 
+def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
+    axis = "xyz"[across(numbers)]
+    if flat_axes(numbers):
+        return f"Every case has one voxel along {axis}."
+    if across(numbers) != rules.coarsest_axis(spacing):
+        return f"No axis has fewer voxels than {axis}."
+    return f"No axis is coarser than {axis} at {_size(spacing)} mm."
+
+
 def _low_resolution(
-    numbers: Numbers, full: Setting, fitted: Fit, fit: Callable[[Setting], Fit]
+    numbers: Numbers,
+    full: Setting,
+    fitted: Fit,
+    holds: Callable[[Setting], Fit],
+    fit: Callable[[Setting], Fit],
 ) -> tuple[Plan | None, str]:
-    """The plan at the first coarser spacing whose patch holds enough of the median image."""
+    """The plan at the first coarser spacing whose patch holds enough of the median image.
+
+    The patch of `fitted`, and of `holds` at coarser spacings, decides which spacing that is; `fit`
+    makes the plan there.
+    """
     whole = voxels = math.prod(full.median)
+    setting = full
     share = math.prod(fitted.topology.patch_size) / whole
     seen = f"The patch holds {share:.3g} of the median image's voxels"
     spacing, coarse = full.spacing, fitted
@@ -237,7 +334,7 @@ def _low_resolution(
             median=tuple(max(round(n), 1) for n in shape),
             dataset_voxels=voxels * len(numbers.shapes),
         )
-        coarse = fit(setting)
+        coarse = holds(setting)
     if coarse is fitted:
         return None, f"{seen}, and {rules.LEAST_COVERED:g} would do."
     enough = f"at {_size(spacing)} mm it holds enough"
@@ -250,9 +347,8 @@ def _low_resolution(
         "batch_dice": "A patch holds enough of an image for a Dice of its own.",
     }
     x, y, z = spacing
-    low = _assembled(numbers, (x, y, z), coarse, False, None, reasons)
-    why = f"{seen}, under {rules.LEAST_COVERED:g}; {enough}."
-    return replace(low, slices=rules.SLICE_PLANES[rules.coarsest_axis(full.spacing)]), why
+    low = _assembled(numbers, (x, y, z), fit(setting), False, None, reasons)
+    return low, f"{seen}, under {rules.LEAST_COVERED:g}; {enough}."
 
 
 def _assembled(
@@ -271,7 +367,7 @@ def _assembled(
     return Plan(
         spatial_dims=len(chosen.patch_size),
         spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
-        slices=rules.SLICE_PLANES[rules.coarsest_axis(spacing)],
+        slices=rules.SLICE_PLANES[across(numbers)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
         channels=fitted.channels,

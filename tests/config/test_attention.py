@@ -197,7 +197,11 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
             {"kind": "self_attention", "window": [2, 2]},
             r"window must hold 3 numbers, as network\.spatial_dims is 3",
         ),
-        ("bottleneck", {"kind": "self_attention", "window": [2]}, r"window is \[2\]: list should"),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "window": [2]},
+            r"window is \[2\]: it should be a list of 2",
+        ),
         ("bottleneck", {"kind": "self_attention", "window": [2, 0, 2]}, r"window\.1 is 0: it sho"),
         ("bottleneck", {"kind": "self_attention", "heads": 0}, "heads is 0: it should be greater"),
         ("bottleneck", {"kind": "self_attention", "positions": "alibi"}, "positions is 'alibi': "),

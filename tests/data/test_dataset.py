@@ -144,7 +144,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no dataset.json": (without_json, r"expected a dataset\.json in it, found none"),
     "not JSON": (no_json, r"dataset\.json: cannot be read as JSON: "),
     "not text": (no_text, r"dataset\.json: cannot be read as JSON: "),
-    "a list": (a_list, r"dataset\.json: it is wrong: "),
+    "a list": (a_list, r"dataset\.json: it is \[\]: it should be a section of names"),
     "no modality": (
         with_keys(modality=None),
         r"expected channel_names \(or modality\), found neither",
@@ -157,10 +157,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
         with_keys(training=None),
         "expected a list training, or file_ending, found neither",
     ),
-    "nothing to train on": (with_keys(training=[]), "training is wrong: .* at least 1 item"),
+    "nothing to train on": (
+        with_keys(training=[]),
+        r"training is \[\]: it should be a list of 1 or",
+    ),
     "no label": (
         with_keys(training=[{"image": "imagesTr/anna.nii.gz"}]),
-        r"training\.0\.label is wrong: field required",
+        r"training\.0\.label is missing",
     ),
     "labels from 1": (
         with_keys(labels={"1": "organ", "2": "tumour"}),

@@ -24,7 +24,7 @@ from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
 from segkit.inference.predict_files import output_path, predict_files
 from segkit.inference.predictor import Predictor
-from segkit.io.dicom import choose_series, read_series
+from segkit.io.dicom import choose_series, list_series, read_series
 from segkit.io.inputs import Input, find_inputs, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
@@ -266,8 +266,70 @@ def test_the_first_channel_of_a_one_channel_model_is_no_part_of_a_name(tmp_path:
     found = find_inputs([tmp_path], 1)
     assert [source.name for source in found] == ["a", "b"]
     assert read_input(found[0]).data.shape == (2, 2, 2)
-    # A file that is named itself keeps its own.
-    assert [source.name for source in find_inputs([tmp_path / "a_0000.nii.gz"], 1)] == ["a_0000"]
+    # A file that is named itself is called the same.
+    for source in found:
+        assert find_inputs(source.files, 1) == [source]
+
+
+def test_numbers_of_files_that_hold_all_channels_are_those_of_cases(tmp_path: Path) -> None:
+    both = Volume(np.zeros((2, 2, 2, 2), np.uint8), GRID_2)
+    one = Volume(np.zeros((2, 2, 2), np.uint8), GRID_2)
+    for name in ("BRATS_0000", "BRATS_0001", "BRATS_0011", "BRATS_0012"):
+        write_volume(tmp_path / f"{name}.nii.gz", both)
+    for name in ("a_0000", "a_0001", "b.c_0000", "b.c_0001"):
+        write_volume(tmp_path / f"{name}.nrrd", one)
+    (tmp_path / "._BRATS_0013.nii.gz").touch()
+    found = {source.name: source for source in find_inputs([tmp_path], 2)}
+    assert sorted(found) == ["BRATS_0000", "BRATS_0001", "BRATS_0011", "BRATS_0012", "a", "b.c"]
+    assert [len(source.files) for source in found.values()] == [1, 1, 1, 1, 2, 2]
+    for source in found.values():
+        assert find_inputs(source.files[:1], 2) == [source]
+        assert read_input(source).data.shape == (2, 2, 2, 2)
+    # A file that cannot be read stands for itself, unless it may be a channel.
+    (tmp_path / "BRATS_0014.nii.gz").write_bytes(b"")
+    (tmp_path / "a_0001.nrrd").write_bytes(b"")
+    found = {source.name: source for source in find_inputs([tmp_path], 2)}
+    assert found["BRATS_0014"].files == (tmp_path / "BRATS_0014.nii.gz",)
+    assert found["a"].files == (tmp_path / "a_0000.nrrd", tmp_path / "a_0001.nrrd")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.b.nii.gz", "a b.NII.GZ", "é.nii", "x_seg.mha"], ["a b", "a.b", "x_seg", "é"]),
+        (["c_0000.nii", "c_0001.nii"], ["c_0000", "c_0001"]),
+        (["c_0000.nii", "d_0000.nii"], ["c", "d"]),
+        (["c_0000.nii"], ["c"]),
+    ],
+)
+def test_a_volume_is_called_alike_alone_and_in_its_folder(
+    tmp_path: Path, files: list[str], names: list[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    found = find_inputs([tmp_path], 1)
+    assert sorted(source.name for source in found) == names
+    for source in found:
+        assert find_inputs(source.files, 1) == [source]
+        assert output_path(source, out=tmp_path / "out", alone=True).name.startswith(source.name)
+
+
+def test_a_series_beside_volumes_is_refused_unless_it_is_named(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_volume(series / "old.nii.gz", Volume(np.zeros((2, 2, 2), np.uint8), GRID_2))
+    for folder in (series, series.parent):
+        with pytest.raises(VolumeError, match=r"thorax: holds a DICOM series and old\.nii\.gz;"):
+            find_inputs([folder], 1)
+    assert [source.files for source in find_inputs([series / "old.nii.gz"], 1)] == [
+        (series / "old.nii.gz",)
+    ]
+    (uid,) = (each.uid for each in list_series(series))
+    assert find_inputs([series], 1, series=uid)[0].is_series
+    code, _, err = run("check", series, capsys=capsys)
+    assert code == 2 and "holds a DICOM series and old.nii.gz" in err
+    code, out, _ = run("check", series, "--series", uid, capsys=capsys)
+    assert code == 0 and "DICOM series" in out
 
 
 GRID_2 = Grid((2, 2, 2), np.eye(4))

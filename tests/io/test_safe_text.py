@@ -18,8 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segkit.cli.main import main
+from segkit.config.dataset_files import FilesConfig
+from segkit.config.load import load_config
 from segkit.config.model import ModelDescription
 from segkit.data import preprocess
+from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, DatasetError, ModelError, SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
@@ -613,3 +616,37 @@ def test_labels_of_a_dataset_from_elsewhere_name_no_file_beyond_the_cache(tmp_pa
     train(small_config(folder), runs=tmp_path / "runs")
     written = {path for path in tmp_path.rglob("*")} - before
     assert all(path.is_relative_to(tmp_path / "runs") for path in written)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(tmp_path: Path, encoding: str) -> None:
+    folder = small_dataset(tmp_path / "data")
+    content = (folder / "dataset.json").read_text()
+    (folder / "dataset.json").write_text(content.replace("MRI", "Fläche"), encoding=encoding)
+    assert read_dataset(folder).channels == ("Fläche",)
+    config = tmp_path / "config.yaml"
+    text = f"data: {{folder: {folder}, patch_size: [16, 16, 16]}}\n"
+    config.write_text(text, encoding=encoding)
+    assert load_config(config).data.folder == folder
+    table = tmp_path / "table.csv"
+    table.write_text("id,image,label\na,imagesTr/case_0.nii.gz,labelsTr/case_0.nii.gz\n", encoding)
+    files = FilesConfig(table=table, labels={"background": 0, "ball": 1})
+    assert [case.name for case in read_dataset(folder, files).cases] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"labels": {"0": "back', "it ends before it is complete, at line 1, column 18"),
+        ('{"labels":\n {"0": "x"},', "it ends before it is complete, at line 2, column 13"),
+        ("", "it ends before it is complete, at line 1, column 1"),
+        ('{"a": 1,}', "line 1, column 9: "),
+        ("{'a': 1}", "line 1, column 2: expecting property name enclosed in double quotes"),
+    ],
+)
+def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
+        read_json(tmp_path / "dataset.json")
+    with pytest.raises(DatasetError, match=rf"cannot be read as JSON: {re.escape(reason)}.*repair"):
+        read_dataset(tmp_path)

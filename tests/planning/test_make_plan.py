@@ -4,12 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from torch import Tensor
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
+from segkit.errors import DatasetError
+from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
 from segkit.planning import make_plan as planning
 from segkit.planning.make_plan import Planned, Preset, plan_dataset
@@ -130,12 +134,35 @@ def test_two_stages_share_the_minutes(
         return 0.5
 
     monkeypatch.setattr(planning, "step_seconds", half_a_second)
-    planned = plan_dataset(large, cache=tmp_path / "cache", device="cpu", minutes=10.0)
+    planned = plan_dataset(
+        large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
+    )
     assert planned.low is not None
     for config in (planned.config, planned.low.config):
         assert config.train.steps == 5 * 60 * 0.9 / 0.5 // 50 * 50
     # The second stage is given the labels of the first beside the image.
     assert entered == [1, 2]
+
+
+def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    folder = sliced(small_dataset(tmp_path / "slices", num_cases=5))
+    planned = plan_dataset(folder, cache=tmp_path / "c", device="cpu")
+    assert planned.config.network.spatial_dims == 2 and planned.config.data.slices == "coronal"
+    with pytest.raises(DatasetError, match="one voxel along y in every case; plan with 2"):
+        plan_dataset(folder, cache=tmp_path / "c", device="cpu", spatial_dims=3)
+
+
+def sliced(folder: Path) -> Path:
+    """The dataset with one voxel along y left of each file, which its header calls the finest."""
+    for path in folder.glob("*Tr/*.nii.gz"):
+        volume = read_volume(path)
+        matrix = volume.grid.affine.copy()
+        matrix[:, 1] *= 0.01
+        plane = np.ascontiguousarray(volume.data[:, 8:9])
+        write_volume(path, Volume(plane, Grid(plane.shape[:3], matrix)))
+    return folder
 
 
 def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Path) -> None:

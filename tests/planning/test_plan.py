@@ -6,9 +6,10 @@ from itertools import permutations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from numpy.testing import assert_allclose
 
+from segkit.errors import DatasetError
 from segkit.planning.nnunet_rules import (
     Intensities,
     Lengths,
@@ -18,7 +19,7 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     widths,
 )
-from segkit.planning.plan import Plan, Steps, plan_for_memory, plan_for_time
+from segkit.planning.plan import Plan, Steps, coarse_plan_for_time, plan_for_memory, plan_for_time
 
 Triple = tuple[float, float, float]
 HOUNSFIELD = Intensities(
@@ -184,7 +185,58 @@ def test_a_2d_network_sees_the_planes_across_the_coarsest_axis(
     assert (plan.slices, plan.patch_size, plan.spacing) == (slices, patch, spacing)
 
 
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (9.0, 1.0, 1.0), (0.1, 1.0, 1.0)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_axis_of_one_voxel_is_no_axis_whatever_the_header_says(
+    axis: int, spacing: Triple
+) -> None:
+    x, y, z = (1 if each == axis else 96 for each in range(3))
+    planes = alike((x, y, z), spacing, 20)
+    plan = plan_for_memory(planes, spatial_dims=2)
+    assert plan.slices == ("sagittal", "coronal", "axial")[axis]
+    assert plan.patch_size == (96, 96)
+    assert "one voxel along" in plan.reasons["slices"]
+    with pytest.raises(DatasetError, match=f"one voxel along {'xyz'[axis]} in every case"):
+        plan_for_memory(planes, spatial_dims=3)
+
+
+def test_lines_are_refused() -> None:
+    with pytest.raises(DatasetError, match="one voxel along x and z"):
+        plan_for_memory(alike((1, 96, 1), (1.0, 1.0, 1.0), 20), spatial_dims=2)
+
+
 # Time
+
+
+def test_stages_follow_the_patch_that_memory_allows_and_not_the_one_of_little_time() -> None:
+    def planned(numbers: Numbers) -> Plan:
+        return plan_for_time(
+            numbers,
+            spatial_dims=3,
+            minutes=1.0,
+            steps=Steps(10_000, 4000, 1200),
+            multiply_adds_per_second=1e10,
+        )
+
+    brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
+    plan = planned(brain)
+    assert math.prod(plan.patch_size) < 0.25 * 140 * 170 * 140
+    assert plan.low_resolution is None
+    large = planned(ISOTROPIC)
+    low = plan_for_memory(ISOTROPIC, spatial_dims=3).low_resolution
+    assert large.low_resolution is not None and low is not None
+    assert large.low_resolution.spacing == low.spacing
+
+
+def test_a_coarser_grid_is_one_at_which_the_patch_of_the_time_holds_a_quarter_of_an_image() -> None:
+    brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
+    steps = Steps(10_000, 4000, 1200)
+    plan = coarse_plan_for_time(brain, minutes=5.0, steps=steps, multiply_adds_per_second=1e10)
+    assert plan is not None and plan.low_resolution is None
+    held = math.prod(plan.patch_size) * math.prod(plan.spacing)
+    assert held >= 0.25 * 140 * 170 * 140 and min(plan.spacing) > 1.2
+    long = coarse_plan_for_time(brain, minutes=1e9, steps=steps, multiply_adds_per_second=1e10)
+    assert long is None
 
 
 def test_time_without_end_gives_the_plan_for_memory() -> None:
@@ -308,6 +360,12 @@ def scans(cases: list[tuple[Triple, tuple[int, int, int]]]) -> Numbers:
     )
 
 
+def is_a_task(numbers: Numbers, spatial_dims: int) -> bool:
+    """Whether cases are volumes, or planes for 2 dimensions."""
+    flat = sum(all(shape[axis] == 1 for shape in numbers.shapes) for axis in range(3))
+    return flat <= 3 - spatial_dims
+
+
 def assert_network_can_be_built(plan: Plan, median: Lengths) -> None:
     num_levels = len(plan.channels)
     assert len(plan.strides) == num_levels - 1 >= 1 and len(plan.kernels) == num_levels
@@ -334,6 +392,7 @@ def test_every_plan_fits_its_network(
     minutes: float,
 ) -> None:
     numbers = scans(cases)
+    assume(is_a_task(numbers, spatial_dims))
     for plan in (
         plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=gigabytes),
         plan_for_time(
@@ -350,6 +409,7 @@ def test_every_plan_fits_its_network(
             median = median_shape(numbers.spacings, numbers.shapes, each.spacing)
             across = ("sagittal", "coronal", "axial").index(plan.slices)
             seen = [n for axis, n in enumerate(median) if spatial_dims == 3 or axis != across]
+            assert spatial_dims == 3 or min(each.patch_size) > 1
             # Shapes at low resolution are those of the median, which is not the median of shapes.
             slack = 0 if each is plan else 2
             assert_network_can_be_built(each, tuple(n + slack for n in seen))
@@ -365,6 +425,7 @@ def test_more_memory_never_makes_less_of_a_patch(
     cases: list[tuple[Triple, tuple[int, int, int]]], spatial_dims: int, gigabytes: list[float]
 ) -> None:
     numbers = scans(cases)
+    assume(is_a_task(numbers, spatial_dims))
     small, large = (
         memory_of_patch(plan_for_memory(numbers, spatial_dims=spatial_dims, gigabytes=g), numbers)
         for g in sorted(gigabytes)
@@ -378,6 +439,7 @@ def test_more_time_never_makes_less_of_a_step(
     cases: list[tuple[Triple, tuple[int, int, int]]], spatial_dims: int, magnitudes: list[float]
 ) -> None:
     numbers = scans(cases)
+    assume(is_a_task(numbers, spatial_dims))
     costs = []
     for magnitude in sorted(magnitudes):
         plan = plan_for_time(

@@ -1,0 +1,171 @@
+"""Sentences that refuse wrong settings: the key, what was found, what was expected.
+
+Pydantic finds what is wrong; none of its words reach a user.
+"""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from segkit.errors import abridged, first_few
+
+MOST_SENTENCES = 10
+"""Of wrong settings; the others are counted."""
+MOST_OF_A_VALUE = 80
+"""Characters of a value that a sentence shows."""
+PATTERNS = {
+    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '_', '-' and '.', as a folder may have",
+    r"^\d+:\d\d:\d\d:\d\d$": "days:hours:minutes:seconds, such as 00:08:00:00",
+}
+"""What the patterns of settings stand for."""
+
+WHOLE = "a whole number"
+NUMBER = "a number"
+TRUTH = "true or false"
+TEXT = "text"
+LIST = "a list"
+SECTION = "a section of names and values"
+Expected = str | Callable[[Mapping[str, Any]], str]
+
+EXPECTED: dict[str, Expected] = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), WHOLE),
+    **dict.fromkeys(("float_type", "float_parsing"), NUMBER),
+    **dict.fromkeys(("bool_type", "bool_parsing"), TRUTH),
+    **dict.fromkeys(("string_type", "string_sub_type", "string_unicode"), TEXT),
+    **dict.fromkeys(("list_type", "tuple_type", "set_type", "iterable_type"), LIST),
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type", "mapping_type", "dataclass_type"),
+        SECTION,
+    ),
+    "finite_number": "a finite number",
+    "path_type": "a path",
+    "none_required": "null",
+    "literal_error": lambda told: str(told["expected"]),
+    "enum": lambda told: str(told["expected"]),
+    "greater_than": lambda told: f"greater than {told['gt']:g}",
+    "greater_than_equal": lambda told: f"greater than or equal to {told['ge']:g}",
+    "less_than": lambda told: f"less than {told['lt']:g}",
+    "less_than_equal": lambda told: f"less than or equal to {told['le']:g}",
+    "multiple_of": lambda told: f"a multiple of {told['multiple_of']:g}",
+    "too_short": lambda told: f"a list of {told['min_length']} or more",
+    "too_long": lambda told: f"a list of at most {told['max_length']}",
+    "string_too_short": lambda told: f"text of {told['min_length']} or more characters",
+    "string_too_long": lambda told: f"text of at most {told['max_length']} characters",
+    "string_pattern_mismatch": lambda told: PATTERNS.get(
+        told["pattern"], f"text of the form {told['pattern']}"
+    ),
+}
+"""What a setting should be, by pydantic's name for what is wrong with it."""
+
+
+def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
+    """Why values are refused: a sentence for each wrong key, the first ten.
+
+    Args:
+        error: of making the model.
+        tree: the values that it was to be made from.
+        model: whose names of settings are known, for the nearest to a misspelt one.
+
+    Example:
+        train.steps is 'many': it should be a whole number; train.lr is not a setting
+    """
+    by_key: dict[str, list[ErrorDetails]] = defaultdict(list)
+    for problem in error.errors(include_url=False):
+        by_key[_key(problem["loc"], tree, problem["type"])].append(problem)
+    # If a list is wrong in one place, it is no matter that other types would do instead of a list.
+    above = {key.rsplit(".", depth)[0] for key in by_key for depth in range(1, key.count(".") + 1)}
+    shown = {
+        key: problems
+        for key, problems in by_key.items()
+        if key not in above or any(problem["type"] not in EXPECTED for problem in problems)
+    }
+    keys = list(shown)
+    sentences = [_sentence(key, shown[key], model) for key in keys[:MOST_SENTENCES]]
+    return first_few([*sentences, *keys[MOST_SENTENCES:]], MOST_SENTENCES, between="; ")
+
+
+def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
+    """The dotted key of a problem: what the user wrote, without what pydantic puts between.
+
+    Pydantic's location also names the kind or the type of a union that it tried.
+    """
+    parts: list[str] = []
+    for part in location:
+        if isinstance(tree, Mapping) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, Sequence) and not isinstance(tree, str) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        elif not (problem == "missing" and part is location[-1]):
+            continue
+        parts.append(abridged(str(part), MOST_OF_A_VALUE))
+    return ".".join(parts)
+
+
+def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
+    first = problems[0]
+    told = first.get("ctx", {})
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{key} is not a setting{_nearest(key, model)}"
+        case "invalid_key":
+            return f"{key} is not a setting; names of settings are text"
+        case "missing":
+            return f"{key} is missing; give it a value"
+        case "union_tag_invalid":
+            return f"{key}.kind is {told['tag']!r}; choose {told['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{key}.kind is missing; name one"
+        case "value_error" | "assertion_error":
+            reason = str(told["error"])
+            return reason if not key or key.split(".")[-1] in reason else f"{key}: {reason}"
+    expected = dict.fromkeys(
+        words
+        for problem in problems
+        for words in [EXPECTED.get(problem["type"], "another value")]
+        for words in [words if isinstance(words, str) else words(problem.get("ctx", {}))]
+    )
+    found = abridged(repr(first["input"]), MOST_OF_A_VALUE)
+    hint = _choice(first) if first["type"] == "literal_error" else ""
+    return f"{key or 'it'} is {found}: it should be {_or(list(expected))}{hint}"
+
+
+def _or(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _choice(problem: ErrorDetails) -> str:
+    """The nearest of the choices, for a misspelt one."""
+    choices = problem.get("ctx", {})["expected"].replace(" or ", ", ").split(", ")
+    near = difflib.get_close_matches(repr(problem["input"]), choices, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _nearest(key: str, model: type[BaseModel]) -> str:
+    """The setting that a misspelt or misplaced one may be: of its own section, or of another."""
+    *section, name = key.split(".")
+    known = {path for path in _paths(model) if path[-1] != name or path[:-1] != tuple(section)}
+    elsewhere = [path for path in known if path[-1] == name]
+    if len(elsewhere) == 1:
+        return f" (did you mean {'.'.join(elsewhere[0])}?)"
+    beside = sorted({path[-1] for path in known if path[:-1] == tuple(section)})
+    near = difflib.get_close_matches(name, beside, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The dotted names of all settings, each as its parts; those of all kinds of a section."""
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        for section in set(_models(field.annotation)):
+            yield from _paths(section, (*above, name))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
