@@ -197,6 +197,12 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     total = sum(math.prod(shape) for shape in shapes)
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
+    lines += [
+        f"case {name} has no labels of {_listing(names)}"
+        for name, names in list(dataset.unlabelled.items())[:MOST_NUMBERS]
+    ]
+    if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
+        lines.append(f"{more} more cases are partly labelled")
     if labelling.others is not None:
         taken = labelling.value_names[labelling.others]
         lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
@@ -210,6 +216,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             {"name": what, "cases": int(cases), "voxels": int(count)}
             for what, cases, count in zip(groups, present, voxels, strict=True)
         ],
+        "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
         "other_numbers": [
             {"number": number, "cases": strange.cases[number], "voxels": count}
             for number, count in sorted(strange.voxels.items())

@@ -118,6 +118,10 @@ class DatasetConfig(Section):
     case_table: Path | None = None
     """A CSV file, from `folder` on, with what is known of each case: a column `id` with its name,
     and any others that settings name as `{column: NAME}`. By default the table of `files`."""
+    labelled: ColumnConfig | dict[str, list[str]] | None = None
+    """If some cases lack labels of some classes: by the name of a case the classes or regions that
+    it has labels of, or a column that lists them (`liver; spleen`), or `all`. What else is
+    background in such a case may be any of the others. Cases that are not named have all."""
     test: ColumnConfig | list[str] | None = None
     """Cases that are never looked at, for a last test: their names, or a column in which they are
     marked by `test`, `yes`, `true` or `1`."""

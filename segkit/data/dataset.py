@@ -14,6 +14,7 @@ from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
+from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, VolumeError
 from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
 
@@ -57,6 +58,14 @@ class Dataset:
     test: tuple[str, ...] = ()
     """Names of cases that are kept for a last test; they are not among the others."""
 
+    unlabelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of partly labelled cases by name, the classes or regions that they have no labels of."""
+
+    @property
+    def unlabelled_sets(self) -> tuple[tuple[str, ...], ...]:
+        """The classes that some cases have no labels of, each set once, the first of them empty."""
+        return ((), *sorted({names for names in self.unlabelled.values() if names}))
+
     @property
     def labelling(self) -> Labelling:
         """What is told apart."""
@@ -96,14 +105,17 @@ def read_dataset(
     )
 
 
-def dataset_of(data: DatasetConfig) -> Dataset:
-    """The dataset that a config names, without cases that are kept for a last test.
+def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
+    """The dataset that a config names, without cases that are kept for a last test unless asked.
 
     Raises DatasetError or VolumeError, in one sentence.
     """
     dataset = _labelled(data)
-    kept = kept_for_test(data, [case.name for case in dataset.cases])
-    if not kept:
+    names = [case.name for case in dataset.cases]
+    kept = kept_for_test(data, names)
+    unlabelled = unlabelled_of(data, names, list(dataset.labelling.members))
+    dataset = replace(dataset, unlabelled=unlabelled)
+    if not kept or with_test:
         return dataset
     logger.info("%s: %d cases are kept for a test, and not looked at", data.folder, len(kept))
     left = tuple(case for case in dataset.cases if case.name not in kept)

@@ -174,17 +174,34 @@ def write_arrays(
     label: Integer[ndarray, "x y z"],
     *,
     ignore: int | None = None,
+    marked: Callable[[ndarray], ndarray] = lambda label: label,
 ) -> None:
-    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels."""
+    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels.
+
+    The label is stored as `marked` makes it.
+    """
     folder.mkdir()
     np.save(folder / "image.npy", half_where_enough(image))
-    np.save(folder / "label.npy", label)
+    np.save(folder / "label.npy", marked(label))
     positions = _positions(label, ignore)
     ends = np.cumsum([len(voxels) for voxels in positions.values()], dtype=np.int64)
     classes = zip(positions, [0, *ends.tolist()], ends.tolist(), strict=False)
     np.save(folder / "classes.npy", np.array([*classes], np.int64).reshape(-1, 3))
     voxels = np.concatenate([np.empty((0, 3), np.int64), *positions.values()])
     np.save(folder / "voxels.npy", voxels.astype(np.min_scalar_type(max(label.shape))))
+
+
+def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
+    """A label with the set of the case's unlabelled classes added, as `PartlyLabelled` has it.
+
+    All cases of a dataset have one type, so that they fit into one batch.
+    """
+    sets = dataset.unlabelled_sets
+    if len(sets) == 1:
+        return label
+    count = len(dataset.labelling.value_names)
+    kind = np.min_scalar_type(count * len(sets) - 1)
+    return label.astype(kind) + kind.type(count * sets.index(dataset.unlabelled.get(name, ())))
 
 
 def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
@@ -253,7 +270,9 @@ def _store(
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
     with naming(target):
-        write_arrays(inside, image, label, ignore=dataset.ignore)
+        write_arrays(
+            inside, image, label, ignore=dataset.ignore, marked=partial(_marked, case.name, dataset)
+        )
     try:
         inside.rename(target)
     except OSError:  # another run stored the same case in the meantime
@@ -304,12 +323,14 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
+    sets = dataset.unlabelled_sets[1:]
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
         "labels": dataset.labels,
         "ignore": dataset.ignore,
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
+        **({"unlabelled": [*sets, dataset.unlabelled.get(case.name, ())]} if sets else {}),
         "spacing": list(spacing),
         "order": order,
         "separate": ANISOTROPY,

@@ -86,7 +86,8 @@ def evaluate(
         track: may show the progress over cases.
 
     Returns:
-        The scores; a score is NaN if its class is in neither image. A case that cannot be scored
+        The scores; a score is NaN if its class is in neither image, or if a config says that nobody
+        labelled it in the case. A case that cannot be scored
         is told in `failures`, and the others are scored.
 
     Raises:
@@ -110,6 +111,8 @@ def evaluate(
         source = labels_file(references, labels)
         labelling = None if source is None else labelling_in(source)
     rows, failures = score_pairs(pairs, labelling, tolerance_mm=tolerance_mm, track=track)
+    lacking = {name: known.unlabelled.get(path, ()) for name, _, path in pairs}
+    rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
@@ -129,9 +132,9 @@ def evaluate(
         ],
         "versions": versions(),
     }
-    lacking = tuple(name for name, _ in pairing.missing)
+    unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, lacking, extra)
+    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
@@ -143,6 +146,11 @@ def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> No
         f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "
         f"them, or pass --missing skip (leave them out) or --missing empty (Dice 0)"
     )
+
+
+def _unscored(row: CaseScores) -> CaseScores:
+    """Scores of a class that nobody labelled in the case: none."""
+    return replace(row, metrics=dict.fromkeys(row.metrics, float("nan")))
 
 
 def score_pairs(

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.config.labels import Labelling
@@ -55,6 +55,8 @@ class References:
     labelling: Labelling | None = None
     source: Path | None = None
     """The file that says what they mean."""
+    unlabelled: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    """By the file of partly labelled cases, the classes that they have no labels of."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     """
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
         named = dataset_in(path) or load_config(path).data
-        dataset = dataset_of(named)
+        dataset = dataset_of(named, with_test=True)
         own = named.files or named.labels
         source = path if own else named.folder / "dataset.json"
     elif path.is_dir() and (path / "dataset.json").is_file() and not _at_top(path):
@@ -110,7 +112,12 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     else:
         raise VolumeError(f"{path}: no such file or folder; check the path")
     volumes = tuple(_of_case(case, dataset.folder) for case in dataset.cases)
-    return References(volumes, dataset.labelling, source)
+    lacking = {
+        case.label: dataset.unlabelled[case.name]
+        for case in dataset.cases
+        if case.name in dataset.unlabelled
+    }
+    return References(volumes, dataset.labelling, source, lacking)
 
 
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:

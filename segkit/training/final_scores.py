@@ -32,7 +32,8 @@ def score(
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
-    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    Or of regions, as they come out of the labels that are written. Ignored voxels do not count. Of
+    a partly labelled case only what is labelled does; the rest is NaN.
     `first_labels` are files with the labels that a first stage gives each case: those of its models
     that held the case out, where the whole first stage would do better than on a new case.
     Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
@@ -43,26 +44,31 @@ def score(
     names = list(labelling.members)
     dice: dict[str, list[float]] = {}
     after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
-    told_right: list[list[bool]] = []
+    told_right: list[list[float]] = []
     for case in track(cases, "scoring", len(cases)):
         image, label = read_case(case, dataset)
-        known = None
+        unlabelled = dataset.unlabelled.get(case.name, ())
+        first = None
         if first_labels:
             stage = model.first[0].description.labelling
-            known = volume_as_in_files(read_volume(first_labels[case.name]), stage)
-        prediction = predictor(image, first_labels=known)
+            first = volume_as_in_files(read_volume(first_labels[case.name]), stage)
+        prediction = predictor(image, first_labels=first)
         found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
             told_right.append(
                 [
-                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
+                    np.nan
+                    if name in unlabelled
+                    else (prediction.presence[name] > 0.5)
+                    == bool(np.isin(label.data, numbers).any())
                     for name, numbers in labelling.members.items()
                 ]
             )
-        dice[case.name] = dice_of(found, label.data, labelling)
+        known = np.array([np.nan if name in unlabelled else 1.0 for name in names])
+        dice[case.name] = (known * dice_of(found, label.data, labelling)).tolist()
         for name, operation in operations.items():
             treated = operation(found)
-            after[name][case.name] = dice_of(treated, label.data, labelling)
+            after[name][case.name] = (known * dice_of(treated, label.data, labelling)).tolist()
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = class_means(table)
 
@@ -71,7 +77,7 @@ def score(
 
     more: dict[str, Any] = {}
     if told_right:
-        shares = np.mean(told_right, axis=0).tolist()
+        shares = class_means(np.array(told_right, np.float64)).tolist()
         more["presence_accuracy"] = dict(zip(names, shares, strict=True))
     if after:
         more["dice_of_cases_after"] = {name: told_by_name(rows) for name, rows in after.items()}

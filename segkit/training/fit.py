@@ -295,6 +295,7 @@ def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
         num_steps=config.train.steps,
         seed=config.train.seed,
         presence_loss=parts.presence_loss,
+        partly=parts.partly,
         presence_weight=head.weight if head else 0.0,
         # What is not segkit's own may do what a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),

@@ -30,6 +30,7 @@ from segkit.model.folder import start_from
 from segkit.nn.external import try_out
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
+from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.make_loss import check_levels, make_loss
@@ -38,11 +39,16 @@ from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimis
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
-from segkit.training.validation import Validation, dice_of_groups
+from segkit.training.validation import (
+    PartlyLabelledScore,
+    ScoreCase,
+    Validation,
+    dice_of_groups,
+)
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "split")
+FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "partly", "split")
 """Parts from which others were made, so that they cannot be replaced on their own."""
 
 
@@ -96,6 +102,10 @@ class TrainingParts:
     augmentation: Augmentation
     validation: Validation
     """Prepared cases that are held out, and how they are segmented and scored."""
+
+    partly: PartlyLabelled | None = None
+    """What is known of partly labelled cases, if there are any: which logits and labels the losses
+    are given."""
 
     _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Each part as `prepare` made it."""
@@ -163,6 +173,12 @@ def make_parts(
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
     patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
+    partly = partly_labelled(dataset)
+    score: ScoreCase = partial(
+        dice_of_groups,
+        groups=groups or [(number,) for number in range(1, len(description.labels))],
+        ignore=description.ignore,
+    )
     parts = TrainingParts(
         config=config,
         dataset=dataset,
@@ -191,15 +207,27 @@ def make_parts(
             segment=partial(
                 segment_prepared, patch_size=patch_size, written=description.labelling.written
             ),
-            score=partial(
-                dice_of_groups,
-                groups=groups or [(number,) for number in range(1, len(description.labels))],
-                ignore=description.ignore,
-            ),
+            score=score if partly is None else PartlyLabelledScore(score, partly),
         ),
+        partly=partly,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)
+
+
+def partly_labelled(dataset: Dataset) -> PartlyLabelled | None:
+    """What is known of a dataset's partly labelled cases; None if all have all labels."""
+    sets = dataset.unlabelled_sets
+    if len(sets) == 1:
+        return None
+    labelling = dataset.labelling
+    outputs = labelling.outputs
+    return PartlyLabelled(
+        len(labelling.value_names),
+        tuple(tuple(outputs.index(name) for name in names) for names in sets),
+        len(outputs),
+        tuple(labelling.regions.values()),
+    )
 
 
 def check_replaced(parts: TrainingParts) -> None:

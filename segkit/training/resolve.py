@@ -106,6 +106,11 @@ def check_images(
                 f"{dataset.folder}: case {case.name} has no image; give it one, or train on it by "
                 f"data.synthesis and hold out others by data.validation"
             )
+    if config.data.synthesis and dataset.unlabelled:
+        raise ConfigError(
+            "data.synthesis draws images from whole label maps, and data.labelled says that some "
+            "cases lack labels; take one of them"
+        )
     if config.data.synthesis and len(dataset.channels) > 1:
         raise ConfigError(
             f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
