@@ -12,6 +12,8 @@ import numpy as np
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.evaluation.calibration import Calibration
+from segkit.evaluation.evaluate_probabilities import calibrate_pairs
 from segkit.evaluation.label_names import labelling_in, labels_file
 from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
@@ -47,11 +49,26 @@ class Evaluation:
     """The names of cases without a prediction."""
     extra: tuple[str, ...] = ()
     """The paths of predictions without a reference."""
+    calibration: Calibration | None = None
+    """Of the probabilities beside the predictions, if these were asked for."""
+
+    @property
+    def dice_of_cases(self) -> dict[str, float]:
+        """By case, the mean Dice of the classes that have one; NaN if none has."""
+        found: dict[str, list[float]] = {}
+        for row in self.cases:
+            found.setdefault(row.case, []).append(row.metrics["dice"])
+        return {
+            case: float(np.nanmean(dice)) if np.isfinite(dice).any() else float("nan")
+            for case, dice in found.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        told = {"missing": list(self.missing), "extra": list(self.extra)}
+        told: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
+        if self.calibration is not None:
+            told["calibration"] = self.calibration.to_json(self.dice_of_cases)
         return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
 
 
@@ -62,6 +79,7 @@ def evaluate(
     labels: str | Path | None = None,
     tolerance_mm: float = 1.0,
     missing: Missing | str = "refuse",
+    probabilities: bool = False,
     track: Track = untracked,
 ) -> Evaluation:
     """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
@@ -83,6 +101,8 @@ def evaluate(
         missing: what to do with references without a prediction: `refuse` to score; `skip` them,
             so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
             each class that it holds.
+        probabilities: whether to hold the probabilities beside predictions (`NAME_prob`) against
+            the references too.
         track: may show the progress over cases.
 
     Returns:
@@ -132,9 +152,13 @@ def evaluate(
         ],
         "versions": versions(),
     }
+    calibration = None
+    if probabilities:
+        scored = [pair for pair in pairs if pair[0] not in failures]
+        calibration = calibrate_pairs(scored, labelling, track=track)
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra)
+    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
