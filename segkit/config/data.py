@@ -12,6 +12,7 @@ from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
 from segkit.config.sides import names_of_sides
 
+DrawWeight = Annotated[float, Field(ge=0, le=1e6)]
 MOST_IN_BATCH = 2**31
 MOST_NAMES = 4
 """Of labels that tell left from right; a sentence counts the others."""
@@ -134,6 +135,13 @@ class DataConfig(DatasetConfig):
     batch_size: Positive = 2
     foreground_share: Share = 0.33
     """The share of patches that are centred on a voxel of a class drawn at random."""
+    draw_cases: ColumnConfig | dict[str, DrawWeight] | None = None
+    """How often patches are drawn from each case: a weight by its name, or a column of the table of
+    cases; 1 if not given, 0 for never. Cases are drawn evenly by default."""
+    draw_classes: dict[str, DrawWeight] = Field({})
+    """How often patches on the foreground are centred on each class: a weight by its name, 1 if not
+    given. With any, the class is drawn among those of all cases and then a case that holds it, so
+    that a class of few cases is drawn as often as others; by default the case is drawn first."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
     elastic: bool = False

@@ -20,7 +20,7 @@ from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.data.normalise import build_normalisers
-from segkit.data.patches import ForegroundSampler, PatchSampler
+from segkit.data.patches import PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
 from segkit.data.variation import build_variation
 from segkit.errors import ConfigError
@@ -34,6 +34,7 @@ from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.make_loss import check_levels, make_loss
+from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
 from segkit.training.resolve import check_images, describe, resolve
@@ -192,7 +193,7 @@ def make_parts(
         optimiser=make_optimiser(config.train),
         schedule=make_schedule(config.train),
         cases=cases,
-        sampler=ForegroundSampler(patch_size, config.data.foreground_share),
+        sampler=make_sampler(config.data, dataset, cases, patch_size),
         augmentation=Augmentation(
             *build_variation(
                 config.data,
