@@ -378,7 +378,7 @@ def _assembled(
         separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
-            "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
+            "strides": f"Each of {len(chosen.strides)} strides halves the axes that keep "
             f"{rules.SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
             "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
             f"coarse as the finest, along which they do not look.",

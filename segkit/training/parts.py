@@ -5,6 +5,7 @@ config ──prepare──> TrainingParts ──fit──> runs/<name>/
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -49,7 +50,16 @@ from segkit.training.validation import (
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "partly", "split")
+FIXED = (
+    "config",
+    "dataset",
+    "description",
+    "first_labels",
+    "first_stage",
+    "partly",
+    "seconds",
+    "split",
+)
 """Parts from which others were made, so that they cannot be replaced on their own."""
 
 
@@ -107,6 +117,8 @@ class TrainingParts:
     partly: PartlyLabelled | None = None
     """What is known of partly labelled cases, if there are any: which logits and labels the losses
     are given."""
+    seconds: float = 0.0
+    """That `prepare` took, which are part of `train.minutes`."""
 
     _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Each part as `prepare` made it."""
@@ -163,6 +175,7 @@ def make_parts(
     begun: bool = False,
 ) -> TrainingParts:
     """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
+    started = time.monotonic()
     check_installed(config.trainer.loggers)
     dataset = dataset or dataset_of(config.data)
     split = split_of(dataset, config)
@@ -211,6 +224,7 @@ def make_parts(
             score=score if partly is None else PartlyLabelledScore(score, partly),
         ),
         partly=partly,
+        seconds=time.monotonic() - started,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)
