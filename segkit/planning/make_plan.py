@@ -220,7 +220,7 @@ def _planned(
         )
         schedule = _schedule(task, plan, draft, with_labels=first is not None)
     sections = written(schedule)
-    config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
+    config = validated(Config, values_of(name, sections), where)
     return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
 
 
