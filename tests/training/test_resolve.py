@@ -63,6 +63,9 @@ MEAN_NOT_USED = {
     "group_by",
     "stratify_by",
     "draw_cases",
+    "level_weights",
+    "minutes",
+    "validation_cases",
     "averaging", "bottleneck", "codes", "decoder", "encoder", "files", "first_stage", "fold",
     "given", "head", "max_time", "patience", "skip", "start_from", "synthesis", "window",
 }  # fmt: skip
