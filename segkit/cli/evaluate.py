@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import Overwrite
+from segkit.cli.options import Overwrite, PixelSize
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
@@ -23,7 +23,15 @@ def evaluate_command(
         Path | None,
         Option(help="A dataset.json, config, run or model with label names; else the nearest."),
     ] = None,
-    tolerance: Annotated[float, Option(min=0, help="Of the normalised surface Dice, in mm.")] = 1.0,
+    tolerance: Annotated[
+        str | None,
+        Option(
+            metavar="LENGTH",
+            help="Of the normalised surface Dice: 1.5 (mm), '0.5 µm' or '2 pixels'; 1 mm, and of "
+            "pictures 2 pixels if not given.",
+        ),
+    ] = None,
+    pixel_size: PixelSize = None,
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
         Option(help="References without a prediction: refuse, skip them, or score as empty."),
@@ -55,7 +63,8 @@ def evaluate_command(
         predictions,
         references,
         labels=labels,
-        tolerance_mm=tolerance,
+        tolerance=tolerance,
+        pixel_size=pixel_size,
         missing=missing,
         probabilities=probabilities,
         track=Tracker(console),

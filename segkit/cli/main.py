@@ -3,6 +3,7 @@
 import sys
 import traceback
 from importlib.metadata import version as installed_version
+from platform import python_version
 from typing import Annotated, NoReturn
 
 import typer
@@ -31,9 +32,19 @@ app = typer.Typer(
 
 
 def _version(shown: bool) -> None:
-    if shown:
-        print(f"segkit {installed_version('segkit')}")
-        raise typer.Exit
+    if not shown:
+        return
+    from segkit.system.libraries import installed_runtimes, slow_convolutions, torch_libraries
+
+    print(f"segkit {installed_version('segkit')}")
+    print(f"Python {python_version()}")
+    found = torch_libraries()
+    names = {"cuda": "CUDA", "cudnn": "cuDNN"}
+    for name, number in {**found, **installed_runtimes()}.items():
+        print(f"{names.get(name, name)} {number or 'not installed'}")
+    if (told := slow_convolutions()) is not None:
+        print(told)
+    raise typer.Exit
 
 
 @app.callback()

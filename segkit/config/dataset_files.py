@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from segkit.config.base import Name, Section
+from segkit.config.pictures import PicturesConfig
 
 OTHERS = "others"
 """Stands for all numbers in label files that no name has."""
@@ -106,6 +107,8 @@ class DatasetConfig(Section):
     """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
     files: FilesConfig | None = None
     """Where the files of each case lie, in place of a dataset.json."""
+    pictures: PicturesConfig | None = None
+    """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
     labels: LabelsConfig | None = None
     """Names of classes and their numbers in label files, in place of those of dataset.json. Any
     whole numbers, several of one class too: `{background: 0, hippocampus: [17, 53], ignore: 255}`,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,16 +11,34 @@ from numpy import ndarray
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.config.pictures import PicturesConfig
 from segkit.data.case_table import kept_for_test
-from segkit.data.dataset_json import labelling_of, read_dataset_file
+from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, VolumeError
-from segkit.io.volume import Volume, in_full, read_volume, trouble_with, whole_numbers
+from segkit.geometry.grid import Grid
+from segkit.io.picture_rules import PictureRules, Unit
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    BYTES_OF_IMAGE,
+    BYTES_OF_LABEL,
+    Volume,
+    in_full,
+    is_picture,
+    read_grid,
+    read_label_values,
+    read_num_channels,
+    read_picture_facts,
+    read_volume,
+    trouble_with,
+    whole_numbers,
+)
 
 logger = logging.getLogger(__name__)
 
+COLOURS = ("red", "green", "blue")
 WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
 
@@ -54,6 +73,13 @@ class Dataset:
     """The number that stands for all in label files that no name has, if there may be any."""
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
+    pictures: PicturesConfig | None = None
+    """What pictures do not say themselves."""
+    rules: PictureRules = AS_IT_SAYS
+    """How pictures are read, by that."""
+    unit: Unit = "mm"
+    """The unit that lengths are told in; 'pixel' if pictures do not say how large their pixels are.
+    Either all cases are in pixels, or none."""
 
     test: tuple[str, ...] = ()
     """Names of cases that are kept for a last test; they are not among the others."""
@@ -78,12 +104,20 @@ class Dataset:
 
 
 def read_dataset(
-    folder: Path, files: FilesConfig | None = None, given: Labelling | None = None
+    folder: Path,
+    files: FilesConfig | None = None,
+    pictures: PicturesConfig | None = None,
+    given: Labelling | None = None,
 ) -> Dataset:
     """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
 
-    `given` stands in place of the labels there. Cases are in order. Raises DatasetError or
-    VolumeError, in one sentence.
+    `given` stands in place of the labels there.
+
+    Pictures are read by `pictures`, or by what the dataset.json says of them. A picture of several
+    channels that has one name, such as photo, makes the channels photo red, photo green and photo
+    blue.
+
+    Cases are in order. Raises DatasetError or VolumeError, in one sentence.
     """
     file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
@@ -92,16 +126,22 @@ def read_dataset(
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
     told = file.labelling
+    pictures = pictures or file.pictures
+    rules = picture_rules(str(folder), pictures, told)
+    channels, unit = _of_pictures(cases, file.channels, rules)
     return Dataset(
         folder,
         tuple(cases),
-        file.channels,
+        channels,
         dict(told.numbers),
         dict(told.regions),
         told.ignore,
         told.in_files,
         told.others,
         file.codes,
+        pictures,
+        rules,
+        unit,
     )
 
 
@@ -124,11 +164,39 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
 
 def _labelled(data: DatasetConfig) -> Dataset:
     if data.labels is None:
-        return read_dataset(data.folder, data.files)
+        return read_dataset(data.folder, data.files, data.pictures)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
     source = "dataset.json" if data.files is None else "data.files"
     logger.info("%s: labels are those of data.labels, not of %s", data.folder, source)
-    return read_dataset(data.folder, data.files, labelling)
+    return read_dataset(data.folder, data.files, data.pictures, labelling)
+
+
+def _of_pictures(
+    cases: Sequence[CaseFiles], channels: tuple[str, ...], rules: PictureRules
+) -> tuple[tuple[str, ...], Unit]:
+    """The names of all channels, and the unit of lengths, by the first case's files."""
+    if not cases:
+        return channels, "mm"
+    images, label = cases[0].images, cases[0].label
+    first = images[0] if images else label
+    if not is_picture(first):
+        return channels, "mm"
+    unit = read_picture_facts(first, rules=rules)[1].unit
+    if len(images) != len(channels) or not all(is_picture(image) for image in images):
+        return channels, unit
+    counts = [read_num_channels(image, rules=rules) for image in images]
+    return tuple(
+        f"{name} {part}" if count > 1 else name
+        for name, count in zip(channels, counts, strict=True)
+        for part in (COLOURS if count == 3 else range(1, count + 1))
+    ), unit
+
+
+def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:
+    """The grid of a case, from a header: its label's, or of a picture its image's."""
+    if case.images and is_picture(case.images[0]):
+        return read_grid(case.images[0], rules=dataset.rules)
+    return read_grid(case.label, rules=dataset.rules)
 
 
 def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
@@ -138,13 +206,14 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
     Raises DatasetError where they do not fit each other or the dataset.
     """
-    label = read_volume(case.label)
+    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts: list[Volume] = []
     for path in case.images:
-        part = read_volume(path)
+        part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
+        part = part.sized_as(parts[0]) if parts else part
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
             raise DatasetError(f"{path}: {trouble}")
@@ -154,14 +223,26 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
             f"{case.images[0]}: expected {len(dataset.channels)} channels "
             f"({', '.join(dataset.channels)}), found {data.shape[3]}"
         )
-    label = _on_grid_of(case, parts[0], case.label, label)
+    _check_unit(case, parts[0], dataset)
+    label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 
 def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
     """The label of a case as its file has it, in whole numbers. Raises DatasetError."""
-    label = read_volume(case.label)
+    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     return label.like(_whole(case, label, dataset))
+
+
+def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
+    if image.picture and image.picture.sized != (dataset.unit != "pixel"):
+        other = dataset.cases[0].images[0] if dataset.cases else "the first case's"
+        has = ("no pixel size", f"a pixel size ({image.picture.source})")
+        raise DatasetError(
+            f"{case.images[0]}: has {has[image.picture.sized]}, and {other} has "
+            f"{('none', 'one')[dataset.unit != 'pixel']}; give one for all as "
+            f"data.pictures.pixel_size, or 'pixel'"
+        )
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:

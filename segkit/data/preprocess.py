@@ -17,10 +17,10 @@ from torch import Tensor
 
 from segkit.data.normalise import Normaliser
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation, separate_axis
+from segkit.geometry.grid import Grid, Orientation, rounded_spacing, separate_axis
 from segkit.geometry.resample import Order, nearest, resample, resample_labels
 from segkit.io.volume import Volume
-from segkit.system.resources import free_memory
+from segkit.system.memory import free_memory
 
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
@@ -133,16 +133,18 @@ def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]
 
 def body_box(values: Shaped[ndarray, "x y z channel"]) -> Box:
     """The smallest box that holds every voxel with a channel that is not 0, or else everything."""
-    found = (values != 0).any(axis=3)
-    if not found.any():
-        x, y, z = (slice(0, size) for size in found.shape)
+    sizes = values.shape[:3]
+    held = [np.zeros(size, bool) for size in sizes]
+    for number, plane in enumerate(np.moveaxis(values, 2, 0)):
+        found = (plane != 0).any(axis=2)
+        held[0] |= found.any(axis=1)
+        held[1] |= found.any(axis=0)
+        held[2][number] = found.any()
+    if not held[2].any():
+        x, y, z = (slice(0, size) for size in sizes)
         return x, y, z
-    spans = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        inside = np.flatnonzero(found.any(axis=others))
-        spans.append(slice(int(inside[0]), int(inside[-1]) + 1))
-    x, y, z = spans
+    inside = [np.flatnonzero(along) for along in held]
+    x, y, z = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in inside)
     return x, y, z
 
 
@@ -156,4 +158,4 @@ def median_spacing(grids: Sequence[Grid]) -> tuple[float, float, float]:
     """The median voxel size (mm) of grids along right-left, back-front and foot-head."""
     turned = [Orientation.of(grid.affine).turn_grid(grid).spacing for grid in grids]
     x, y, z = np.median(np.array(turned), axis=0)
-    return round(float(x), 6), round(float(y), 6), round(float(z), 6)
+    return rounded_spacing((x, y, z))

@@ -1,6 +1,7 @@
 """`segkit evaluate`: predictions against references, case by case."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,15 +11,17 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from segkit.config.labels import Labelling
+from segkit.config.pictures import pixel_mm_of
 from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.evaluation.calibration import Calibration
 from segkit.evaluation.evaluate_probabilities import calibrate_pairs
-from segkit.evaluation.label_names import labelling_in, labels_file
+from segkit.evaluation.label_names import labelling_in, labels_file, picture_rules_in
 from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
-from segkit.io.volume import Volume, read_labels
+from segkit.io.picture_rules import PictureRules, length_mm
+from segkit.io.volume import AS_IT_SAYS, Volume, is_picture, read_labels, read_picture_facts
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
@@ -28,6 +31,11 @@ Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
 MOST_MISSING = 10
 """Of cases in a sentence."""
+TOLERANCE_MM = 1.0
+PIXELS_OF_TOLERANCE = 2.0
+"""The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
+NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
 
@@ -77,7 +85,9 @@ def evaluate(
     references: str | Path,
     *,
     labels: str | Path | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | None = None,
+    tolerance: str | None = None,
+    pixel_size: str | Sequence[str] | None = None,
     missing: Missing | str = "refuse",
     probabilities: bool = False,
     track: Track = untracked,
@@ -97,7 +107,9 @@ def evaluate(
             or a model folder; if not given, that of the dataset, or the dataset.json beside the
             references or one folder above, if there is one.
         tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
-            Dice.
+            Dice; by default 1 mm, and of pictures 2 pixels.
+        tolerance: the same as a length with its unit, such as '0.5 µm' or '2 pixels'.
+        pixel_size: of pictures, such as '4 nm'; wins over what files and the dataset say.
         missing: what to do with references without a prediction: `refuse` to score; `skip` them,
             so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
             each class that it holds.
@@ -126,11 +138,16 @@ def evaluate(
         _refuse_missing(pairing, predictions, references)
     empty = [(name, None, path) for name, path in pairing.missing] if missing == "empty" else []
     pairs = sorted([*pairing.pairs, *empty], key=lambda pair: pair[0])
-    source, labelling = known.source, known.labelling
+    source, labelling, rules = known.source, known.labelling, known.rules
     if labels is not None or labelling is None:
         source = labels_file(references, labels)
         labelling = None if source is None else labelling_in(source)
-    rows, failures = score_pairs(pairs, labelling, tolerance_mm=tolerance_mm, track=track)
+        rules = AS_IT_SAYS if source is None else picture_rules_in(source)
+    rules = with_pixel_size(rules, pixel_size)
+    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
+    rows, failures = score_pairs(
+        pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
+    )
     lacking = {name: known.unlabelled.get(path, ()) for name, _, path in pairs}
     rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
@@ -182,6 +199,7 @@ def score_pairs(
     labelling: Labelling | None,
     *,
     tolerance_mm: float,
+    rules: PictureRules = AS_IT_SAYS,
     track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
@@ -195,13 +213,13 @@ def score_pairs(
         present: set[int] = set()
         for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
             with _told(failures, name, prediction or reference):
-                present = _with_labels_of(prediction, reference, present)
+                present = _with_labels_of(prediction, reference, rules, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
     for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
             with _told(failures, name, prediction or reference):
-                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm)
+                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, rules)
     return rows, failures
 
 
@@ -221,20 +239,81 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
 
 
-def _read_pair(prediction_path: Path | None, reference_path: Path) -> tuple[Volume, Volume]:
-    reference = read_labels(reference_path)
+def tolerance_of(
+    tolerance: str | float | None, pair: Sequence[Path | None], rules: PictureRules
+) -> float:
+    """A tolerance in mm; if it is in pixels, by the first prediction and reference.
+
+    Raises VolumeError for what is no length, and for mm where pixels have no size.
+    """
+    pictures = [read_picture_facts(path, rules=rules) for path in pair if path and is_picture(path)]
+    # Either file may tell the pixel size of both.
+    picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
+    pixel = max(picture[0].spacing[:2]) if picture else None
+    if tolerance is None:
+        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM
+    text = str(tolerance).strip()
+    in_pixels = IN_PIXELS.fullmatch(text)
+    try:
+        if in_pixels:
+            if pixel is None:
+                raise ValueError("pixels are those of pictures; give it in mm")
+            return float(in_pixels[1]) * pixel
+        length = float(text) if NUMBER.fullmatch(text) else length_mm(text)
+    except ValueError as error:
+        raise VolumeError(f"tolerance {text!r}: {error}") from None
+    if picture and not picture[1].sized:
+        raise VolumeError(
+            f"tolerance {text!r}: pictures without a pixel size are measured in pixels; give it as "
+            f"'2 pixels', or give --pixel-size"
+        )
+    return length
+
+
+def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None) -> PictureRules:
+    """The rules with another pixel size, if one is given. Raises VolumeError for no length."""
+    if pixel_size is None:
+        return rules
+    sizes = [pixel_size] if isinstance(pixel_size, str) else list(pixel_size)
+    try:
+        pixel_mm, in_pixels = pixel_mm_of(sizes)
+    except ValueError as error:
+        raise VolumeError(f"pixel size: {error}") from None
+    return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
+
+
+def _read_prediction(path: Path, rules: PictureRules) -> Volume:
+    """Labels in the colours of a picture's rules, or else as numbers."""
+    try:
+        return read_labels(path, rules=rules)
+    except VolumeError:
+        if not (rules.colours and is_picture(path)):
+            raise
+        numbers = read_labels(path, rules=replace(rules, colours={}))
+        if not np.isin(numbers.data, list({0, *rules.colours.values()})).all():
+            raise
+        return numbers
+
+
+def _read_pair(
+    prediction_path: Path | None, reference_path: Path, rules: PictureRules
+) -> tuple[Volume, Volume]:
+    reference = read_labels(reference_path, rules=rules)
     if prediction_path is None:
         return reference, reference
-    prediction = read_labels(prediction_path)
-    prediction = prediction.onto(
+    prediction = _read_prediction(prediction_path, rules)
+    reference = reference.sized_as(prediction)
+    prediction = prediction.sized_as(reference).onto(
         reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
     )
     return prediction, reference
 
 
-def _with_labels_of(prediction: Path | None, reference: Path, present: set[int]) -> set[int]:
+def _with_labels_of(
+    prediction: Path | None, reference: Path, rules: PictureRules, present: set[int]
+) -> set[int]:
     """The labels that occur in other cases and in this one."""
-    for volume in _read_pair(prediction, reference):
+    for volume in _read_pair(prediction, reference, rules):
         present = present | set(np.unique(volume.data).tolist())
     if len(present) > MOST_LABELS:
         raise VolumeError(
@@ -250,25 +329,32 @@ def _score_pair(
     reference_path: Path,
     labelling: Labelling,
     tolerance_mm: float,
+    rules: PictureRules,
 ) -> list[CaseScores]:
-    prediction, reference = _read_pair(prediction_path, reference_path)
+    prediction, reference = _read_pair(prediction_path, reference_path, rules)
+    grid = reference.grid
+    shape: tuple[int, ...] = grid.shape
+    axes = 3
+    if reference.is_flat:  # an area, without a volume
+        shape, axes = shape[:2], 2
     try:
         found, right = (
-            within(volume.data, labelling) if labelling.in_files else volume.data
+            (within(volume.data, labelling) if labelling.in_files else volume.data).reshape(shape)
             for volume in (prediction, reference)
         )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),
             right,
             {labelling.numbers[name]: name for name in labelling.members},
-            reference.grid.spacing,
+            grid.spacing[:axes],
             case=case,
             tolerance_mm=tolerance_mm,
-            directions=reference.grid.directions,
+            directions=grid.directions[:axes, :axes],
             regions={
                 labelling.numbers[name]: numbers for name, numbers in labelling.members.items()
             },
             ignore=labelling.ignore,
+            unit=reference.unit,
         )
     except ValueError as error:
         raise VolumeError(f"{prediction_path or reference_path}: {error}") from None

@@ -5,8 +5,14 @@ from pathlib import Path
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import DatasetFileConfig, read_yaml, validated
-from segkit.data.dataset_json import labelling_of, read_labelling
+from segkit.data.dataset_json import (
+    labelling_of,
+    picture_rules,
+    read_labelling,
+    read_picture_rules,
+)
 from segkit.errors import VolumeError
+from segkit.io.picture_rules import PictureRules
 from segkit.model.folder import DESCRIPTION, load_description
 
 
@@ -42,13 +48,27 @@ def labelling_in(path: Path) -> Labelling:
         return load_description(path.parent).labelling
     if path.suffix.lower() not in (".yaml", ".yml"):
         return read_labelling(path)
-    data = read_yaml(path).get("data")
-    told = data if isinstance(data, dict) else {}
-    own = {name: told[name] for name in DatasetConfig.model_fields if name in told}
-    source = validated(DatasetFileConfig, {"data": own}, str(path)).data
+    source = _dataset_in(path)
     if source.labels is not None:
         return labelling_of(str(path), source.labels, source.regions_class_order, {})
     if source.files is not None and source.files.labels:
         files = source.files
         return labelling_of(str(path), files.labels, files.regions_class_order, {})
     return read_labelling(source.folder / "dataset.json")
+
+
+def picture_rules_in(path: Path) -> PictureRules:
+    """How pictures are read, by the same file. Raises as `labelling_in` does."""
+    if path.name == DESCRIPTION:
+        return picture_rules(str(path), load_description(path.parent).pictures, labelling_in(path))
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return picture_rules(str(path), _dataset_in(path).pictures, labelling_in(path))
+    return read_picture_rules(path)
+
+
+def _dataset_in(path: Path) -> DatasetConfig:
+    """What the section `data` of a config says of a dataset. Raises ConfigError."""
+    data = read_yaml(path).get("data")
+    told = data if isinstance(data, dict) else {}
+    own = {name: told[name] for name in DatasetConfig.model_fields if name in told}
+    return validated(DatasetFileConfig, {"data": own}, str(path)).data

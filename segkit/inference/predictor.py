@@ -109,7 +109,7 @@ class Predictor:
         tta: whether the logits of each window are averaged over its mirror images along the axes
             that the model was trained to mirror; False by default.
         skip_empty: whether windows under which the volume is 0 throughout are background, without
-            asking the network; True by default.
+            asking the network; True by default. Maps are NaN where only such windows look.
         engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, is the fastest that
             `choose_engine` knows here.
 
@@ -328,6 +328,14 @@ class Predictor:
             )
         if trouble := trouble_with(volume.data):
             raise VolumeError(f"the volume {trouble}")
+        unit = self.model.description.unit
+        if volume.picture and volume.picture.sized != (unit != "pixel"):
+            has = "a pixel size" if volume.picture.sized else "no pixel size"
+            learned = "from pictures in pixels" if unit == "pixel" else f"at a scale in {unit}"
+            raise VolumeError(
+                f"the picture has {has}, and the model learned {learned}; give its pixel size as "
+                f"--pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
+            )
 
 
 def segment_prepared(

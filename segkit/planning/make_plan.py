@@ -10,12 +10,14 @@ import torch
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
+from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.case_groups import proposal
 from segkit.data.dataset import Dataset, dataset_of
 from segkit.data.variation import build_variation
 from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
 from segkit.planning import nnunet_rules as rules
@@ -122,6 +124,7 @@ def plan_dataset(
     folder: str | Path | DatasetConfig,
     files: FilesConfig | None = None,
     *,
+    pictures: PicturesConfig | None = None,
     cache: str | Path | None = None,
     device: str = "auto",
     spatial_dims: int | None = None,
@@ -144,6 +147,7 @@ def plan_dataset(
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
             `gigabytes` by nnU-Net's rules, and not for a time.
         spatial_dims: 3 for volumes, 2 for slices; by default 2 only if every case is one slice.
+        pictures: what pictures do not say themselves, such as their pixel size.
         gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
         minutes: of training on this machine; two stages share them.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
@@ -161,7 +165,7 @@ def plan_dataset(
         WorkerError: a process that measured cases was killed.
     """
     if not isinstance(folder, DatasetConfig):
-        folder = DatasetConfig(folder=Path(folder), files=files)
+        folder = DatasetConfig(folder=Path(folder), files=files, pictures=pictures)
     source, runs = folder, Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
     dataset = dataset_of(source)
@@ -195,7 +199,7 @@ def plan_dataset(
         where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
         budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {source.folder} ({size}) and {budget}."
+    heading = f"Planned for {source.folder} ({size}) and {budget}.{_about_lengths(dataset)}"
     if told := proposal(dataset, None):
         heading = f"{heading} {told}"
     name = _run_name(source.folder)
@@ -220,7 +224,7 @@ def _planned(
         )
         schedule = _schedule(task, plan, draft, with_labels=first is not None)
     sections = written(schedule)
-    config = validated(Config, values_of(name, sections), where)
+    config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
     return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
 
 
@@ -333,6 +337,8 @@ def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescri
         channels=dataset.channels,
         labelling=dataset.labelling,
         codes=dataset.codes,
+        pictures=dataset.pictures,
+        unit=dataset.unit,
         spacing=spacing,
         normalisation=[],
         first_stage=FirstStageConfig(models=1, classes=classes) if with_labels else None,
@@ -368,6 +374,17 @@ def seconds_of_step(
     image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
     label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
     return step_seconds(network, image, label.to(device), vary=vary, repeats=3)
+
+
+def _about_lengths(dataset: Dataset) -> str:
+    """A sentence on the pixel size of pictures, which the spacing is by; nothing of volumes."""
+    case = dataset.cases[0]
+    if not is_picture(case.label):
+        return ""
+    facts = read_picture_facts((*case.images, case.label)[0], rules=dataset.rules)[1]
+    if facts.sized:
+        return f" Pixel sizes are in mm here; {facts.source}."
+    return f" Lengths are pixels, and a pixel counts as 1 mm: {facts.source}."
 
 
 def _run_name(folder: Path) -> str:

@@ -22,14 +22,13 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import dataset_of
+from segkit.data.dataset import dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.io.volume import read_grid
 from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
@@ -123,7 +122,7 @@ def cross_validate(
     for fold in numbers:
         nth_of(dataset, known, fold)
     spacing = config.data.spacing or median_spacing(
-        [read_grid(case.label) for case in dataset.cases]
+        [grid_of_case(case, dataset) for case in dataset.cases]
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)

@@ -35,6 +35,7 @@ from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
+from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.cascade import first_stage_of
@@ -365,6 +366,7 @@ def _trained(
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
+    environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
         trainer.fit(
@@ -394,6 +396,7 @@ def _trained(
         "validation": _scores(parts, config, model, trainer, track, until),
         **first_stage_of(first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
+        "environment": environment,
     }
     if budget is not None:
         summary["minutes"] = {

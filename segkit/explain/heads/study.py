@@ -63,7 +63,7 @@ class CaseOnDisk:
     @property
     def reference(self) -> Volume:
         """Its labels."""
-        return read_labels(self.path)
+        return read_labels(self.path, rules=self.source.rules)
 
 
 LabelledCase = ScoredVolume | CaseOnDisk
@@ -341,7 +341,7 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
     """
     volume = case.volume
     what = f"{case.name}: its reference"
-    reference = case.reference.onto(volume.grid, what=what, whose="the volume")
+    reference = case.reference.sized_as(volume).onto(volume.grid, what=what, whose="the volume")
     try:
         return ScoredVolume(case.name, volume, volume_within(reference, labelling))
     except ValueError as error:
