@@ -32,6 +32,8 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
     for path in candidates:
         if path.is_file():
             return path
+    if labels and not Path(labels).exists():
+        raise VolumeError(f"{labels}: no such file; check the path")
     if labels:
         raise VolumeError(
             f"{labels}: expected a dataset.json, a config, a run or a model folder; check the path"
