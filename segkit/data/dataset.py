@@ -19,6 +19,7 @@ from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import Grid
+from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
@@ -122,6 +123,11 @@ def read_dataset(
     file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
+    if unfit := [case for case in cases if not is_file_name(case.name)]:
+        raise DatasetError(
+            f"{unfit[0].label}: expected a name that files of the case can have, found "
+            f"{unfit[0].name!r}; rename it"
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")

@@ -181,15 +181,10 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
     """The config with only the measured steps, and without all that would follow them."""
-    few = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS, "patience": None}
-    data = {
-        "spacing": spacing,
-        "validation": 0.0,
-        "fold": None,
-        "splits": None,
-        "cache": cache,
-        "workers": 0,
-    }
+    few: dict[str, Any] = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS}
+    few |= {"patience": None, "minutes": None}
+    data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache, "workers": 0}
+    data |= {"fold": None, "splits": None}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
