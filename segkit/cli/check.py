@@ -22,4 +22,4 @@ def check_command(
     understood = check(path, overrides or (), series=series, track=Tracker(console))
     say(understood.text)
     if json:
-        say_json({"kind": understood.kind, **understood.facts})
+        say_json({"kind": understood.kind, "problems": [], **understood.facts})

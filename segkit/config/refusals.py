@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from segkit.errors import abridged, first_few
 
-MOST_SENTENCES = 10
+MOST_KEYS = 10
 """Of wrong settings; the others are counted."""
 MOST_OF_A_VALUE = 80
 """Characters of a value that a sentence shows."""
@@ -84,8 +84,8 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
         if key not in above or any(problem["type"] not in EXPECTED for problem in problems)
     }
     keys = list(shown)
-    sentences = [_sentence(key, shown[key], model) for key in keys[:MOST_SENTENCES]]
-    return first_few([*sentences, *keys[MOST_SENTENCES:]], MOST_SENTENCES, between="; ")
+    sentences = [_sentence(key, shown[key], model) for key in keys[:MOST_KEYS]]
+    return first_few([*sentences, *keys[MOST_KEYS:]], MOST_KEYS, between="; ")
 
 
 def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
@@ -121,7 +121,8 @@ def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]
             return f"{key}.kind is missing; name one"
         case "value_error" | "assertion_error":
             reason = str(told["error"])
-            return reason if not key or key.split(".")[-1] in reason else f"{key}: {reason}"
+            name = key.split(".")[-1]
+            return reason if not key or (name and name in reason) else f"{key}: {reason}"
     expected = dict.fromkeys(
         words
         for problem in problems

@@ -1,5 +1,6 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.dataset import Dataset, read_dataset, unlabelled
 from segkit.data.variation import build_variation
+from segkit.errors import printable
 from segkit.model.build import build_network
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
@@ -21,6 +23,8 @@ from segkit.planning.plan import Plan, Steps, flat_axes, plan_for_memory, plan_f
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
+
+logger = logging.getLogger(__name__)
 
 Preset = Literal["auto", "nnunet"]
 
@@ -153,6 +157,9 @@ def plan_dataset(
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    labelled = {number for case in measured.cases for number in case.classes}
+    if word := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+        logger.warning("%s", printable(word))
     task = _Task(
         folder,
         files,
