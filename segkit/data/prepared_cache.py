@@ -28,7 +28,7 @@ from numpy import ndarray
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
-from segkit.data.preprocess import prepare_image, prepare_label
+from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
@@ -221,8 +221,11 @@ def _as_stored(
 ) -> Iterator[CaseFiles]:
     """Each case as soon as it is stored, or what is wrong with it is noted."""
     for case in cases:
+        error = next(results) if case.name in pending else None
+        if isinstance(error, TooLargeError):  # as others will be, by the same spacing
+            raise DatasetError(str(error))
         with problems.noted():
-            if case.name in pending and (error := next(results)) is not None:
+            if error is not None:
                 raise error
         yield case
 
@@ -258,7 +261,8 @@ def _store(
     try:
         prepared = prepare_image(body, spacing=spacing, normalisers=normalisers, order=order)
     except VolumeError as error:
-        raise DatasetError(f"case {case.name}: {error}") from None
+        kind = TooLargeError if isinstance(error, TooLargeError) else DatasetError
+        raise kind(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
     if first is not None:
         image = with_labels(prepared, read_volume(first)).image.numpy()
