@@ -28,7 +28,7 @@ API = {
     "To other programs, and from them": (
         "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
-    "What it is worth": "explain_volume evaluate Explanation Evaluation",
+    "What it is worth": "explain_volume evaluate compare Explanation Evaluation Comparison",
     "Volumes": (
         "read_volume read_labels write_volume write_montage Volume Grid Orientation Placement"
     ),
@@ -182,7 +182,8 @@ def _default(value: Mapping[str, Any], schema: Mapping[str, Any], key: str) -> s
     if key in schema.get("required", ()):
         return "must be given"
     default = value.get("default")
-    if "default" not in value or (isinstance(default, dict) and default):
+    is_section = isinstance(default, dict) and default and "additionalProperties" not in value
+    if "default" not in value or is_section:
         return ""
     if isinstance(default, bool) or default is None:
         return f"`{str(default).lower()}`".replace("none", "null")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         VolumeError,
         WorkerError,
     )
+    from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.export.export import Export, export_model
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionMap",
+    "Comparison",
     "Config",
     "ConfigError",
     "CrossValidation",
@@ -72,6 +74,7 @@ __all__ = [
     "WholeVolume",
     "WorkerError",
     "check",
+    "compare",
     "cross_validate",
     "demo_config",
     "described_model",
@@ -113,6 +116,7 @@ _HOMES = {
         "VolumeError",
         "WorkerError",
     ),
+    "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.export.export": ("Export", "export_model"),

@@ -1,5 +1,6 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,16 @@ from pydantic import BaseModel
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
+from segkit.config.pictures import PicturesConfig
 from segkit.data.dataset import read_case, read_dataset, unlabelled
 from segkit.errors import Problems, VolumeError, first_few
+from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
 from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
-from segkit.io.volume import Volume, read_volume, trouble_with
+from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, trouble_with
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
@@ -47,6 +51,7 @@ def check(
     overrides: Sequence[str] = (),
     *,
     series: str | None = None,
+    pixel_size: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Understood:
     """What was understood of a config (.yaml), a dataset folder, DICOM series or a volume.
@@ -56,6 +61,7 @@ def check(
         overrides: changes of a config, such as "train.steps=500".
         series: the UID of a series in a folder of DICOM files; if None, the only one, or a list of
             those there.
+        pixel_size: of a picture, such as ["4 nm"]; wins over what its file says.
         track: may show the progress over cases.
 
     Returns:
@@ -76,8 +82,9 @@ def check(
         dataset = dataset_in(path)
         if dataset is None:
             return check_config(path, overrides, track)
-        return check_dataset(dataset.folder, track, dataset.files)
-    return describe_volume(path, read_volume(path))
+        return check_dataset(dataset.folder, track, dataset.files, dataset.pictures)
+    rules = with_pixel_size(AS_IT_SAYS, pixel_size)
+    return describe_volume(path, read_volume(path, rules=rules))
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -109,7 +116,7 @@ def _series_facts(series: Series) -> dict[str, Any]:
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
     """The config with every value that a training uses, and what network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -154,12 +161,18 @@ def _changes(before: BaseModel, after: BaseModel) -> list[str]:
     return found
 
 
-def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) -> Understood:
+def check_dataset(
+    folder: Path,
+    track: Track,
+    files: FilesConfig | None = None,
+    pictures: PicturesConfig | None = None,
+) -> Understood:
     """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
     Raises DatasetError or VolumeError with a sentence for every case that is wrong.
     """
-    dataset = read_dataset(folder, files)
+    dataset = read_dataset(folder, files, pictures)
+    pictures_told = PicturesTold()
     shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
     seen: set[int] = set()
     labelling = dataset.labelling
@@ -173,6 +186,7 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
             image, label = read_case(case, dataset)
         if image is None:
             continue
+        pictures_told.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
         orientations.add(orientation.code)
         turned = orientation.turn_grid(image.grid)
@@ -189,10 +203,15 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         f"channels: {', '.join(dataset.channels)}",
-        f"orientations: {', '.join(sorted(orientations))}",
-        f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
-        f"voxel size in mm: {_range(spacings, '.3g')}",
     ]
+    if pictures_told.all:
+        lines += pictures_told.lines(shapes, spacings)
+    else:
+        lines += [
+            f"orientations: {', '.join(sorted(orientations))}",
+            f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
+            f"voxel size in mm: {_range(spacings, '.3g')}",
+        ]
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
     if word:
@@ -201,6 +220,8 @@ def check_dataset(folder: Path, track: Track, files: FilesConfig | None = None) 
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
         "orientations": sorted(orientations),
+        "unit": dataset.unit,
+        "notes": pictures_told.notes(),
         "shapes": shapes,
         "spacings_mm": spacings,
         "classes": [
@@ -240,6 +261,8 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
     grid, data = volume.grid, volume.data
     if trouble := trouble_with(data):
         raise VolumeError(f"{path}: {trouble}")
+    if volume.picture:
+        return _describe_picture(path, volume, volume.picture)
     first = grid.affine[:3, 3]
     channels = data.shape[3] if data.ndim == 4 else 1
     orientation = Orientation.of(grid.affine).code
@@ -265,10 +288,82 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
     return Understood("volume", "\n".join(lines), facts)
 
 
-def _range(rows: list[tuple[int, int, int]] | list[tuple[float, float, float]], form: str) -> str:
+def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Understood:
+    """Size, pixel size, values, and what of the file was left out or turned."""
+    data, shape = volume.data, volume.grid.shape
+    channels = data.shape[3] if data.ndim == 4 else 1
+    axes = 3 if shape[2] > 1 else 2
+    sizes = " x ".join(str(size) for size in shape[:axes])
+    lines = [
+        f"{path}: {sizes} pixels{', a stack,' * (axes == 3)} of "
+        f"{size_in_words(volume.grid.spacing[:axes], picture.unit)} ({picture.source}), "
+        f"{data.dtype}, {channels} channel(s)",
+        *picture.notes,
+        f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}",
+    ]
+    facts = {
+        "shape": list(shape),
+        "unit": picture.unit,
+        "pixel_size_from": picture.source,
+        "notes": list(picture.notes),
+        "spacing_mm": list(volume.grid.spacing) if picture.sized else None,
+        "affine": volume.grid.affine.tolist(),
+        "channels": channels,
+        "type": str(data.dtype),
+        "values": [float(data.min()), float(data.max())],
+    }
+    return Understood("volume", "\n".join(lines), facts)
+
+
+class PicturesTold:
+    """What is to be said of the pictures of a dataset, each thing once."""
+
+    def __init__(self) -> None:
+        self.facts: list[PictureFacts] = []
+        self.all = True
+        """Whether all cases are pictures."""
+        self.first_with: dict[str, str] = {}
+
+    def add(self, case: str, image: Volume) -> None:
+        """Keep what is known of a case's image."""
+        if image.picture is None:
+            self.all = False
+            return
+        self.facts.append(image.picture)
+        for note in image.picture.notes:
+            self.first_with.setdefault(note, case)
+
+    def notes(self) -> list[str]:
+        """What was left out or turned, with the number of cases and the first of them."""
+        counts = Counter(note for facts in self.facts for note in facts.notes)
+        return [
+            f"{note} (in {count} of {len(self.facts)} cases, the first {self.first_with[note]})"
+            for note, count in counts.items()
+        ]
+
+    def lines(
+        self,
+        shapes: list[tuple[int, int, int]],
+        spacings: list[tuple[float, float, float]],
+    ) -> list[str]:
+        """Sizes, pixel sizes and notes, for a reader."""
+        unit = self.facts[0].unit
+        axes = 3 if max(shape[2] for shape in shapes) > 1 else 2
+        sources = Counter(facts.source for facts in self.facts)
+        scaled = [tuple(step / MM_OF[unit] for step in steps[:axes]) for steps in spacings]
+        return [
+            f"size in pixels (columns, rows{', slices' * (axes == 3)}): "
+            f"{_range([shape[:axes] for shape in shapes], 'd')}",
+            f"pixel size in {WORD_OF[unit]}: {_range(scaled, '.3g')}; "
+            + "; ".join(f"{source} ({count} cases)" for source, count in sources.items()),
+            *self.notes(),
+        ]
+
+
+def _range(rows: Sequence[tuple[float, ...]], form: str) -> str:
     table = np.array(rows)
     low, middle, high = table.min(0), np.median(table, axis=0), table.max(0)
     return ", ".join(
         f"{low[axis].item():{form}} to {high[axis].item():{form}} (median {middle[axis]:.3g})"
-        for axis in range(3)
+        for axis in range(table.shape[1])
     )

@@ -17,6 +17,7 @@ from segkit.nn.map_tap import MapInfo
 # Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
 PUBLIC = [
     "AttentionMap",
+    "Comparison",
     "Config",
     "ConfigError",
     "CrossValidation",
@@ -43,6 +44,7 @@ PUBLIC = [
     "WholeVolume",
     "WorkerError",
     "check",
+    "compare",
     "cross_validate",
     "demo_config",
     "described_model",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument
 
-from segkit.cli.options import Overrides, SeriesOption
+from segkit.cli.options import Overrides, PixelSize, SeriesOption
 from segkit.cli.terminal import JsonOption, console, say, say_json
 
 
@@ -14,12 +14,15 @@ def check_command(
     overrides: Overrides = None,
     json: JsonOption = False,
     series: SeriesOption = None,
+    pixel_size: PixelSize = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check
     from segkit.system.progress import Tracker
 
-    understood = check(path, overrides or (), series=series, track=Tracker(console))
+    understood = check(
+        path, overrides or (), series=series, pixel_size=pixel_size, track=Tracker(console)
+    )
     say(understood.text)
     if json:
         say_json({"kind": understood.kind, "problems": [], **understood.facts})

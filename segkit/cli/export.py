@@ -13,11 +13,11 @@ from segkit.errors import SegkitError
 def export_command(
     model: Annotated[Path, Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
     form: Annotated[
-        Literal["onnx", "openvino", "monai-bundle"],
+        Literal["onnx", "openvino", "pt2", "monai-bundle"],
         Option("--format", help="What other programs read."),
     ],
     out: Annotated[
-        Path, Option(help="A file .onnx or .xml (with .bin beside it), or a bundle's folder.")
+        Path, Option(help="A file .onnx, .xml (with .bin beside it) or .pt2, or a folder.")
     ],
     check: Annotated[
         bool, Option("--check", help="Run it, and say how far it is from PyTorch.")
@@ -27,16 +27,18 @@ def export_command(
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model for another program: ONNX, OpenVINO, or a MONAI bundle."""
+    """Write a model for another program: ONNX, OpenVINO, torch.export, or a MONAI bundle."""
     from segkit.export.export import export_model
     from segkit.io.inputs import find_inputs, read_input
-    from segkit.model.folder import load_model, model_folders
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
 
     folder, *more = model_folders(model)
     if more:
         raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
     loaded = load_model(folder)
-    found = find_inputs([scan], len(loaded.description.channels)) if scan else []
+    description = loaded.description
+    rules = picture_rules_of(description)
+    found = find_inputs([scan], len(description.channels), rules=rules) if scan else []
     exported = export_model(
         loaded,
         form,

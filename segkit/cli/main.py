@@ -3,11 +3,13 @@
 import sys
 import traceback
 from importlib.metadata import version as installed_version
+from platform import python_version
 from typing import Annotated, NoReturn
 
 import typer
 
 from segkit.cli.check import check_command
+from segkit.cli.compare import compare_command
 from segkit.cli.demo import demo_command
 from segkit.cli.evaluate import evaluate_command
 from segkit.cli.explain import explain_command
@@ -39,9 +41,19 @@ app = typer.Typer(
 
 
 def _version(shown: bool) -> None:
-    if shown:
-        print(f"segkit {installed_version('segkit')}")
-        raise typer.Exit
+    if not shown:
+        return
+    from segkit.system.libraries import installed_runtimes, slow_convolutions, torch_libraries
+
+    print(f"segkit {installed_version('segkit')}")
+    print(f"Python {python_version()}")
+    found = torch_libraries()
+    names = {"cuda": "CUDA", "cudnn": "cuDNN"}
+    for name, number in {**found, **installed_runtimes()}.items():
+        print(f"{names.get(name, name)} {number or 'not installed'}")
+    if (told := slow_convolutions()) is not None:
+        print(told)
+    raise typer.Exit
 
 
 @app.callback()
@@ -62,6 +74,7 @@ app.command("train")(train_command)
 app.command("predict")(predict_command)
 app.command("explain")(explain_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("check")(check_command)
 app.command("export")(export_command)
 

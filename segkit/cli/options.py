@@ -22,4 +22,12 @@ OverlapOption = Annotated[
 SeriesOption = Annotated[
     str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
 ]
+PixelSize = Annotated[
+    list[str] | None,
+    Option(
+        "--pixel-size",
+        metavar="LENGTH",
+        help="Of pictures, such as '4 nm'; again for rows, and for slices; 'pixel' for none.",
+    ),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]

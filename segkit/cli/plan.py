@@ -51,6 +51,7 @@ def plan_command(
     planned = plan_dataset(
         source.folder,
         source.files,
+        pictures=source.pictures,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from segkit.cli.options import Device, Inputs, ModelFolders, OverlapOption, Overwrite, SeriesOption
+from segkit.cli.options import (
+    Device,
+    Inputs,
+    ModelFolders,
+    OverlapOption,
+    Overwrite,
+    PixelSize,
+    SeriesOption,
+)
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
@@ -32,6 +40,7 @@ def predict_command(
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
     ] = False,
     series: SeriesOption = None,
+    pixel_size: PixelSize = None,
     tta: Annotated[
         bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
@@ -69,7 +78,13 @@ def predict_command(
     from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.model.folder import load_model, model_folders, newest_model
+    from segkit.io.picture_summary import told_of_pictures
+    from segkit.model.folder import (
+        load_model,
+        model_folders,
+        newest_model,
+        picture_rules_of,
+    )
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
@@ -86,11 +101,15 @@ def predict_command(
         engine=engine,
         precision=None if precision is None else getattr(torch, precision),
     )
-    found = find_inputs(inputs, len(predictor.model.description.channels), series=series)
+    description = predictor.model.description
+    rules = picture_rules_of(description, pixel_size)
+    found = find_inputs(inputs, len(description.channels), series=series, rules=rules)
     for folder in folders:
         say(f"model: {folder}")
     if tta and not predictor.mirrors:
         say("no model was trained on mirror images: --tta changes nothing")
+    for line in told_of_pictures([source.files[0] for source in found], rules):
+        say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0
     with CohortProgress(console, "segmenting", mine) as progress:

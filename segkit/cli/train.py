@@ -1,6 +1,7 @@
 """`segkit train`: a network from a config, a dataset, or a run that was stopped."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer import Argument, Exit, Option
 
 from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
+from segkit.config.load import dataset_in
 from segkit.errors import ConfigError, Stopped
 from segkit.system.allocator import keep_freed_memory
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from segkit.system.progress import Tracker
     from segkit.training.cross_validation import CrossValidation
     from segkit.training.fit import Run
+
+MINUTES = 20.0
+"""For a dataset, if nothing else is asked for."""
 
 
 def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,6 +67,10 @@ def train_command(
             metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
         ),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        Option(min=0.1, help="Wall time for a DATASET, planning and scoring included; 20."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
@@ -71,6 +80,9 @@ def train_command(
         raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
     if dry_run and json:
         raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
+    if minutes is not None and (config is None or dataset_in(config) is None):
+        raise ConfigError("--minutes is for a DATASET to plan; a CONFIG has train.minutes=5")
+    started = time.monotonic()
     wanted = _folds(folds)
     keep_freed_memory()
     result: Run | CrossValidation
@@ -78,10 +90,10 @@ def train_command(
         assert resume is not None
         result = _resumed(resume, wanted)
     else:
-        settings, low = _settings(config, overrides or [], runs)
+        settings, low = _settings(config, overrides or [], runs, minutes or MINUTES)
         if dry_run:
             return _rehearse(settings, low, wanted)
-        result = _trained(config, settings, low, wanted, runs)
+        result = _trained(config, settings, low, wanted, runs, started)
     if not result.summary:  # in all processes of a run but the first
         return
     _tell(result)
@@ -91,10 +103,10 @@ def train_command(
 
 
 def _settings(
-    config: Path, overrides: Sequence[str], runs: Path
+    config: Path, overrides: Sequence[str], runs: Path, minutes: float
 ) -> tuple["Config", "Config | None"]:
     """What to train, and the first stage if a dataset is planned in two."""
-    from segkit.config.load import changed, dataset_in, load_config
+    from segkit.config.load import changed, load_config
 
     dataset = dataset_in(config)
     if dataset is None:
@@ -107,8 +119,10 @@ def _settings(
     planned = plan_dataset(
         dataset.folder,
         dataset.files,
+        pictures=dataset.pictures,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
+        minutes=minutes,
         runs=runs,
         track=Tracker(console),
     )
@@ -136,6 +150,7 @@ def _trained(
     low: "Config | None",
     folds: tuple[int, ...],
     runs: Path,
+    started: float,
 ) -> "Run | CrossValidation":
     """A new run, in one stage or two, or a new cross-validation."""
     from segkit.training.cross_validation import cross_validate
@@ -150,11 +165,19 @@ def _trained(
                 f"and give each stage its folds: segkit plan {config}"
             )
         return train_two_stages(
-            low, settings, runs=runs, tell=_tell, callbacks=callbacks, track=track
+            low,
+            settings,
+            runs=runs,
+            tell=_tell,
+            callbacks=callbacks,
+            track=track,
+            spent=time.monotonic() - started,
         )
     if folds:
         return cross_validate(settings, folds, runs=runs, say=say, callbacks=callbacks, track=track)
-    return train(settings, runs=runs, callbacks=callbacks, track=track)
+    return train(
+        settings, runs=runs, callbacks=callbacks, track=track, spent=time.monotonic() - started
+    )
 
 
 def _resumed(run: Path, folds: tuple[int, ...]) -> "Run | CrossValidation":
@@ -187,6 +210,8 @@ def _tell(result: "Run | CrossValidation") -> None:
         say(result.post_processing())
     summary = result.summary
     say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
+    if (limit := summary.get("minutes")) is not None:
+        say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, from preparing to scoring")
     scores = summary["validation"]
     if scores["cases"]:
         classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
 from segkit.config.sides import names_of_sides
 
 MOST_IN_BATCH = 2**31
@@ -70,6 +71,8 @@ class DataConfig(Section):
     """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
     files: FilesConfig | None = None
     """Where the files of each case lie, in place of a dataset.json."""
+    pictures: PicturesConfig | None = None
+    """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0, le=4)] | None = None

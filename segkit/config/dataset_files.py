@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from segkit.config.base import Name, Section
+from segkit.config.pictures import PicturesConfig
 
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
@@ -72,3 +73,4 @@ class DatasetConfig(Section):
 
     folder: Path
     files: FilesConfig | None = None
+    pictures: PicturesConfig | None = None

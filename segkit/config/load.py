@@ -40,13 +40,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or holds a wrong setting; one sentence names its key.
     """
     tree = read_yaml(Path(path))
-    for override in overrides:
-        _apply(tree, override)
+    _apply_all(tree, overrides)
     return validated(Config, tree, source=str(path))
 
 
 def dataset_in(path: Path) -> DatasetConfig | None:
-    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` alone.
+    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` or
+    `data.pictures` alone.
 
     None for a file that says more, which is a config to train by. Raises ConfigError.
     """
@@ -54,7 +54,7 @@ def dataset_in(path: Path) -> DatasetConfig | None:
         return DatasetConfig(folder=path)
     tree = read_yaml(path)
     data = tree.get("data")
-    if set(tree) != {"data"} or not isinstance(data, dict) or "files" not in data:
+    if set(tree) != {"data"} or not isinstance(data, dict) or not {"files", "pictures"} & set(data):
         return None
     if not set(data) <= set(DatasetConfig.model_fields):
         return None
@@ -64,8 +64,7 @@ def dataset_in(path: Path) -> DatasetConfig | None:
 def changed(config: Config, overrides: Sequence[str]) -> Config:
     """A config with dotted `key=value` overrides. Raises ConfigError as `load_config` does."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    for override in overrides:
-        _apply(tree, override)
+    _apply_all(tree, overrides)
     return validated(Config, tree, source="settings")
 
 
@@ -94,6 +93,16 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
 def dump_yaml(config: BaseModel) -> str:
     """The whole config as YAML, defaults and all."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_all(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply overrides in order; who asks for `train.steps` wants these, however long they take."""
+    for override in overrides:
+        _apply(tree, override)
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    train = tree.get("train")
+    if "train.steps" in keys and "train.minutes" not in keys and isinstance(train, dict):
+        train["minutes"] = None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -1,6 +1,7 @@
 """The description of a trained model: the content of `model.json`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Literal, Self
 
@@ -11,7 +12,9 @@ from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
+from segkit.config.pictures import PIXEL, PicturesConfig, pixel_mm_of
 from segkit.config.training import Config
+from segkit.io.picture_rules import PictureRules
 
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The axis of a volume across each plane."""
@@ -55,6 +58,10 @@ class ModelDescription(Section):
     """The number in label files of voxels that nobody labelled."""
     codes: dict[str, LabelCodeConfig] = Field({})
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
+    pictures: PicturesConfig | None = None
+    """How pictures are read, beside what their files say."""
+    unit: Literal["mm", "µm", "pixel"] = "mm"
+    """The unit that lengths are told in; 'pixel' if it was trained on pictures of unknown scale."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     interpolation: Literal["linear", "cubic"] = "linear"
@@ -87,6 +94,23 @@ class ModelDescription(Section):
         """What the model tells apart."""
         regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
         return Labelling(self.labels, regions, self.ignore)
+
+    def picture_rules(self, pixel_size: Sequence[str] | None = None) -> PictureRules:
+        """How pictures are read for the model.
+
+        Args:
+            pixel_size: wins over what files say, as in `PicturesConfig`.
+
+        Raises:
+            ValueError: it is no length.
+        """
+        settings = self.pictures or PicturesConfig()
+        sizes = list(pixel_size) if pixel_size else [PIXEL] if self.unit == PIXEL else None
+        if sizes is None:
+            return settings.rules(self.labelling)
+        pixel_mm, in_pixels = pixel_mm_of(sizes)
+        rules = settings.rules(self.labelling)
+        return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
 
     @property
     def axis_across(self) -> int | None:
@@ -128,6 +152,8 @@ def description_of(
     channels: Sequence[str],
     labelling: Labelling,
     codes: Mapping[str, LabelCodeConfig],
+    pictures: PicturesConfig | None = None,
+    unit: Literal["mm", "µm", "pixel"] = "mm",
     spacing: tuple[float, float, float],
     normalisation: Sequence[NormalisationConfig],
     first_stage: FirstStageConfig | None = None,
@@ -139,6 +165,8 @@ def description_of(
         channels: names of the dataset's channels.
         labelling: what the dataset tells apart.
         codes: of labels by name, the concept of a terminology.
+        pictures: how the dataset's pictures are read.
+        unit: the unit that lengths in the dataset are told in.
         spacing: in mm along x, y and z.
         normalisation: of each channel.
         first_stage: whose labels the network is given beside the image, if any.
@@ -152,6 +180,8 @@ def description_of(
         regions={name: list(numbers) for name, numbers in labelling.regions.items()},
         ignore=labelling.ignore,
         codes=dict(codes),
+        pictures=pictures,
+        unit=unit,
         network=config.network,
         spacing=spacing,
         interpolation=config.data.interpolation,

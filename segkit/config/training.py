@@ -69,6 +69,14 @@ class TrainConfig(Section):
     samples."""
     validate_every: Positive = 200
     """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    validation_cases: Positive | None = None
+    """Held-out cases, the first by name, that are looked at at each validation; all where not
+    given. The final scores are those of all."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of the whole run, from preparing the cases to the final scores; no limit where not
+    given. The learning rate then follows the time and not the steps: `steps` are those that the
+    schedule was planned for, and the run takes as many as fit. So it cannot be repeated bit for
+    bit."""
     pictures: Annotated[int, Field(ge=0)] = 3
     """Held-out cases whose slices are drawn at each validation, where Pillow is installed."""
     patience: Positive | None = None

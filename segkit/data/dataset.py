@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,21 +11,28 @@ from numpy import ndarray
 
 from segkit.config.dataset_files import FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import read_dataset_file
+from segkit.config.pictures import PicturesConfig
+from segkit.data.dataset_json import picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
+from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
+    AS_IT_SAYS,
     Volume,
     in_full,
+    is_picture,
     read_grid,
+    read_label_values,
     read_num_channels,
+    read_picture_facts,
     read_volume,
     trouble_with,
     turn_onto,
     whole_numbers,
 )
 
+COLOURS = ("red", "green", "blue")
 WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
 
@@ -56,6 +63,13 @@ class Dataset:
     """The number of voxels that nobody labelled."""
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
+    pictures: PicturesConfig | None = None
+    """What pictures do not say themselves."""
+    rules: PictureRules = AS_IT_SAYS
+    """How pictures are read, by that."""
+    unit: Unit = "mm"
+    """The unit that lengths are told in; 'pixel' if pictures do not say how large their pixels are.
+    Either all cases are in pixels, or none."""
 
     @property
     def labelling(self) -> Labelling:
@@ -68,8 +82,14 @@ class Dataset:
         return inside if self.ignore is None else inside & (label != self.ignore)
 
 
-def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
+def read_dataset(
+    folder: Path, files: FilesConfig | None = None, pictures: PicturesConfig | None = None
+) -> Dataset:
     """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
+
+    Pictures are read by `pictures`, or by what the dataset.json says of them. A picture of several
+    channels that has one name, such as photo, makes the channels photo red, photo green and photo
+    blue.
 
     Cases are in order. Raises DatasetError or VolumeError, in one sentence.
     """
@@ -84,15 +104,49 @@ def read_dataset(folder: Path, files: FilesConfig | None = None) -> Dataset:
                 )
     problems.refuse()
     told = file.labelling
+    pictures = pictures or file.pictures
+    rules = picture_rules(str(folder), pictures, told)
+    channels, unit = _of_pictures(cases, file.channels, rules)
     return Dataset(
         folder,
         tuple(cases),
-        file.channels,
+        channels,
         dict(told.numbers),
         dict(told.regions),
         told.ignore,
         file.codes,
+        pictures,
+        rules,
+        unit,
     )
+
+
+def _of_pictures(
+    cases: Sequence[CaseFiles], channels: tuple[str, ...], rules: PictureRules
+) -> tuple[tuple[str, ...], Unit]:
+    """The names of all channels, and the unit of lengths, by the first case's files."""
+    if not cases:
+        return channels, "mm"
+    images, label = cases[0].images, cases[0].label
+    first = images[0] if images else label
+    if not is_picture(first):
+        return channels, "mm"
+    unit = read_picture_facts(first, rules=rules)[1].unit
+    if len(images) != len(channels) or not all(is_picture(image) for image in images):
+        return channels, unit
+    counts = [read_num_channels(image, rules=rules) for image in images]
+    return tuple(
+        f"{name} {part}" if count > 1 else name
+        for name, count in zip(channels, counts, strict=True)
+        for part in (COLOURS if count == 3 else range(1, count + 1))
+    ), unit
+
+
+def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:
+    """The grid of a case, from a header: its label's, or of a picture its image's."""
+    if case.images and is_picture(case.images[0]):
+        return read_grid(case.images[0], rules=dataset.rules)
+    return read_grid(case.label, rules=dataset.rules)
 
 
 def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
@@ -102,20 +156,22 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
     Raises DatasetError where they do not fit each other or the dataset.
     """
-    label = read_volume(case.label)
+    label = read_label_values(case.label, rules=dataset.rules)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts: list[Volume] = []
     for path in case.images:
-        part = read_volume(path)
+        part = read_volume(path, rules=dataset.rules)
+        part = part.sized_as(parts[0]) if parts else part
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
             raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):
         raise _miscounted(case, dataset, data.shape[3])
-    label = _on_grid_of(case, parts[0], case.label, label)
+    _check_unit(case, parts[0], dataset)
+    label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 
@@ -129,6 +185,8 @@ def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
     """
     problems = Problems()
     for case in cases:
+        if any(map(is_picture, (*case.images, case.label))):
+            continue  # whose voxels are its header, nearly
         with problems.noted():
             grids = {path: read_grid(path) for path in (*case.images, case.label)}
             for path in (*case.images[1:], case.label) if case.images else ():
@@ -160,6 +218,17 @@ def unlabelled(dataset: Dataset, present: Collection[int], cases: str) -> str | 
             f"the right files are named"
         )
     return f"{what}; nothing is learned of {'it' if len(absent) == 1 else 'them'}"
+
+
+def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
+    if image.picture and image.picture.sized != (dataset.unit != "pixel"):
+        other = dataset.cases[0].images[0] if dataset.cases else "the first case's"
+        has = ("no pixel size", f"a pixel size ({image.picture.source})")
+        raise DatasetError(
+            f"{case.images[0]}: has {has[image.picture.sized]}, and {other} has "
+            f"{('none', 'one')[dataset.unit != 'pixel']}; give one for all as "
+            f"data.pictures.pixel_size, or 'pixel'"
+        )
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:

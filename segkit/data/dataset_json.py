@@ -10,10 +10,12 @@ from pydantic import BaseModel, Field, ValidationError
 from segkit.config.base import Name
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
 from segkit.errors import DatasetError, Problems, first_few
+from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
-from segkit.io.volume import SUFFIXES, stem_of
+from segkit.io.volume import SUFFIXES, is_picture, stem_of
 
 MOST_NAMED = 20
 """Labels in a sentence."""
@@ -33,6 +35,7 @@ class _Labels(BaseModel):
     labels: dict[Name, Name | int | list[int]]
     regions_class_order: list[int] | None = None
     codes: dict[str, LabelCodeConfig] = {}
+    pictures: PicturesConfig | None = None
 
 
 class _DatasetFile(_Labels):
@@ -57,6 +60,8 @@ class DatasetJson:
     files: tuple[NamedFiles, ...]
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """By a label's name its concept in a terminology, if it is given."""
+    pictures: PicturesConfig | None = None
+    """What pictures do not say themselves, if it is given."""
 
 
 def read_dataset_file(folder: Path) -> DatasetJson:
@@ -68,7 +73,8 @@ def read_dataset_file(folder: Path) -> DatasetJson:
     highest number. `training` lists images (one file, or one for each channel) and labels, or only
     labels, to synthesise images from. Without it, cases are `labelsTr/CASE` and
     `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the ending `file_ending`.
-    `codes`, a key of segkit's own, gives labels a concept of a terminology.
+    If these are pictures, `CASE_0000` may hold all channels. `codes`, a key of segkit's own, gives
+    labels a concept of a terminology, and `pictures` says what pictures do not say themselves.
 
     Raises DatasetError.
     """
@@ -92,12 +98,28 @@ def read_dataset_file(folder: Path) -> DatasetJson:
             else _listed(folder, file.training)
         )
     problems.refuse()
-    return DatasetJson(channels, labelling, tuple(files), file.codes)
+    return DatasetJson(channels, labelling, tuple(files), file.codes, file.pictures)
 
 
 def read_labelling(path: Path) -> Labelling:
     """The labelling in a dataset.json; its numbers may have gaps. Raises DatasetError."""
     return _labelling(str(path), _read(path, _Labels))
+
+
+def read_picture_rules(path: Path) -> PictureRules:
+    """What the dataset.json says of pictures. Raises DatasetError."""
+    file = _read(path, _Labels)
+    return picture_rules(str(path), file.pictures, _labelling(str(path), file))
+
+
+def picture_rules(
+    source: str, pictures: PicturesConfig | None, labelling: Labelling
+) -> PictureRules:
+    """How pictures are read, by settings that `source` holds. Raises DatasetError."""
+    try:
+        return (pictures or PicturesConfig()).rules(labelling)
+    except ValueError as error:
+        raise DatasetError(f"{source}: {error}") from None
 
 
 def labelling_of(
@@ -279,6 +301,8 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             folder / "imagesTr" / f"{stem_of(label)}_{channel:04d}{ending}"
             for channel in range(num_channels)
         )
+        if is_picture(images[0]) and not any(image.is_file() for image in images[1:]):
+            images = images[:1]
         for image in images:
             with problems.noted():
                 if not image.is_file():

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
 from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
@@ -33,8 +33,9 @@ from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
 from segkit.io.checksums import file_states
-from segkit.io.volume import read_grid, read_volume
-from segkit.system.resources import free_memory, num_cores
+from segkit.io.volume import is_picture, read_volume
+from segkit.system.memory import free_memory
+from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
 
 CACHE_FORMAT = 3
@@ -152,7 +153,9 @@ def store_cases(
             pass
         return tuple(stored)
     if num_processes is None:
-        num_processes = _processes([case for case, *_ in pending], spacing, len(normalisers))
+        num_processes = _processes(
+            [case for case, *_ in pending], dataset, spacing, len(normalisers)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
@@ -230,13 +233,15 @@ def _as_stored(
         yield case
 
 
-def _processes(cases: Sequence[CaseFiles], spacing: Sequence[float], num_channels: int) -> int:
+def _processes(
+    cases: Sequence[CaseFiles], dataset: Dataset, spacing: Sequence[float], num_channels: int
+) -> int:
     """How many processes are worth their start and fit into memory."""
     if len(cases) < 2 or num_cores() < 2:
         return 1
     sizes = []
     for case in cases:
-        grid = read_grid(case.label)
+        grid = grid_of_case(case, dataset)
         prepared = Orientation.of(grid.affine).turn_grid(grid).with_spacing(spacing)
         sizes.append(num_channels * max(math.prod(grid.shape), math.prod(prepared.shape)))
     worth = sum(sizes) // VOXELS_PER_PROCESS
@@ -325,6 +330,7 @@ def _digest(
         "channels": dataset.channels,
         "labels": dataset.labels,
         "ignore": dataset.ignore,
+        **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
         "spacing": list(spacing),
         "order": order,
         "separate": ANISOTROPY,

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from segkit.data.normalise import Normaliser
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation, separate_axis
+from segkit.geometry.grid import Grid, Orientation, rounded_spacing, separate_axis
 from segkit.geometry.resample import Order, nearest, resample, resample_labels
 from segkit.io.volume import Volume
-from segkit.system.resources import free_memory
+from segkit.system.memory import free_memory
 
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
@@ -28,7 +28,7 @@ BYTES_PER_VALUE = 4
 
 
 class TooLargeError(VolumeError):
-    """A volume takes more memory at a network's spacing than there is, whatever its file is like."""
+    """A volume takes more memory at a network's spacing than there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,4 +160,4 @@ def median_spacing(grids: Sequence[Grid]) -> tuple[float, float, float]:
     """The median voxel size (mm) of grids along right-left, back-front and foot-head."""
     turned = [Orientation.of(grid.affine).turn_grid(grid).spacing for grid in grids]
     x, y, z = np.median(np.array(turned), axis=0)
-    return round(float(x), 6), round(float(y), 6), round(float(z), 6)
+    return rounded_spacing((x, y, z))

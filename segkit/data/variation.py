@@ -42,7 +42,8 @@ def build_variation(
     """
     mirror_axes = tuple(WORLD_AXES[name] for name in config.mirrored(labels))
     # A patch has two control points at least along its longest side, or it would only be shifted.
-    longest = max(size * step for size, step in zip(patch_size, spacing, strict=True))
+    sides = zip(patch_size, spacing, strict=True)
+    longest = max(size * step for size, step in sides if size > 1)
     apart = min(CONTROL_POINTS_MM, longest / 2)
     spatial = SpatialVariation(
         patch_size,

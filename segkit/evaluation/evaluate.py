@@ -1,21 +1,26 @@
 """`segkit evaluate`: predictions against references, case by case."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import read_labelling
+from segkit.config.pictures import pixel_mm_of
+from segkit.data.dataset_json import read_labelling, read_picture_rules
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.evaluation.calibration import Calibration
+from segkit.evaluation.evaluate_probabilities import calibrate_pairs
 from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
-from segkit.io.volume import Volume, read_labels
+from segkit.io.picture_rules import PictureRules, length_mm
+from segkit.io.volume import AS_IT_SAYS, Volume, is_picture, read_labels, read_picture_facts
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 
@@ -25,6 +30,11 @@ Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
 MOST_MISSING = 10
 """Of cases in a sentence."""
+TOLERANCE_MM = 1.0
+PIXELS_OF_TOLERANCE = 2.0
+"""The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
+NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
 
@@ -46,11 +56,26 @@ class Evaluation:
     """The names of cases without a prediction."""
     extra: tuple[str, ...] = ()
     """The paths of predictions without a reference."""
+    calibration: Calibration | None = None
+    """Of the probabilities beside the predictions, if these were asked for."""
+
+    @property
+    def dice_of_cases(self) -> dict[str, float]:
+        """By case, the mean Dice of the classes that have one; NaN if none has."""
+        found: dict[str, list[float]] = {}
+        for row in self.cases:
+            found.setdefault(row.case, []).append(row.metrics["dice"])
+        return {
+            case: float(np.nanmean(dice)) if np.isfinite(dice).any() else float("nan")
+            for case, dice in found.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        told = {"missing": list(self.missing), "extra": list(self.extra)}
+        told: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
+        if self.calibration is not None:
+            told["calibration"] = self.calibration.to_json(self.dice_of_cases)
         return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
 
 
@@ -59,8 +84,11 @@ def evaluate(
     references: str | Path,
     *,
     labels: str | Path | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | None = None,
+    tolerance: str | None = None,
+    pixel_size: str | Sequence[str] | None = None,
     missing: Missing | str = "refuse",
+    probabilities: bool = False,
     track: Track = untracked,
 ) -> Evaluation:
     """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
@@ -77,10 +105,14 @@ def evaluate(
         labels: a dataset.json with the names of labels and regions; if not given, that of the
             dataset, or the one beside the references or one folder above, if there is one.
         tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
-            Dice.
+            Dice; by default 1 mm, and of pictures 2 pixels.
+        tolerance: the same as a length with its unit, such as '0.5 µm' or '2 pixels'.
+        pixel_size: of pictures, such as '4 nm'; wins over what files and the dataset say.
         missing: what to do with references without a prediction: `refuse` to score; `skip` them,
             so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
             each class that it holds.
+        probabilities: whether to hold the probabilities beside predictions (`NAME_prob`) against
+            the references too.
         track: may show the progress over cases.
 
     Returns:
@@ -103,11 +135,16 @@ def evaluate(
         _refuse_missing(pairing, predictions, references)
     empty = [(name, None, path) for name, path in pairing.missing] if missing == "empty" else []
     pairs = sorted([*pairing.pairs, *empty], key=lambda pair: pair[0])
-    source, labelling = known.source, known.labelling
+    source, labelling, rules = known.source, known.labelling, known.rules
     if labels is not None or labelling is None:
         source = labels_file(references, labels)
         labelling = None if source is None else read_labelling(source)
-    rows, failures = score_pairs(pairs, labelling, tolerance_mm=tolerance_mm, track=track)
+        rules = AS_IT_SAYS if source is None else read_picture_rules(source)
+    rules = with_pixel_size(rules, pixel_size)
+    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
+    rows, failures = score_pairs(
+        pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
+    )
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
@@ -127,9 +164,13 @@ def evaluate(
         ],
         "versions": versions(),
     }
+    calibration = None
+    if probabilities:
+        scored = [pair for pair in pairs if pair[0] not in failures]
+        calibration = calibrate_pairs(scored, labelling, track=track)
     lacking = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, lacking, extra)
+    return Evaluation(rows, summarise(rows), made, failures, lacking, extra, calibration)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
@@ -164,6 +205,7 @@ def score_pairs(
     labelling: Labelling | None,
     *,
     tolerance_mm: float,
+    rules: PictureRules = AS_IT_SAYS,
     track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region; or else of all labels that occur anywhere.
@@ -177,13 +219,13 @@ def score_pairs(
         present: set[int] = set()
         for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
             with _told(failures, name, prediction or reference):
-                present = _with_labels_of(prediction, reference, present)
+                present = _with_labels_of(prediction, reference, rules, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
     for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
             with _told(failures, name, prediction or reference):
-                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm)
+                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, rules)
     return rows, failures
 
 
@@ -203,20 +245,81 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
 
 
-def _read_pair(prediction_path: Path | None, reference_path: Path) -> tuple[Volume, Volume]:
-    reference = read_labels(reference_path)
+def tolerance_of(
+    tolerance: str | float | None, pair: Sequence[Path | None], rules: PictureRules
+) -> float:
+    """A tolerance in mm; if it is in pixels, by the first prediction and reference.
+
+    Raises VolumeError for what is no length, and for mm where pixels have no size.
+    """
+    pictures = [read_picture_facts(path, rules=rules) for path in pair if path and is_picture(path)]
+    # Either file may tell the pixel size of both.
+    picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
+    pixel = max(picture[0].spacing[:2]) if picture else None
+    if tolerance is None:
+        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM
+    text = str(tolerance).strip()
+    in_pixels = IN_PIXELS.fullmatch(text)
+    try:
+        if in_pixels:
+            if pixel is None:
+                raise ValueError("pixels are those of pictures; give it in mm")
+            return float(in_pixels[1]) * pixel
+        length = float(text) if NUMBER.fullmatch(text) else length_mm(text)
+    except ValueError as error:
+        raise VolumeError(f"tolerance {text!r}: {error}") from None
+    if picture and not picture[1].sized:
+        raise VolumeError(
+            f"tolerance {text!r}: pictures without a pixel size are measured in pixels; give it as "
+            f"'2 pixels', or give --pixel-size"
+        )
+    return length
+
+
+def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None) -> PictureRules:
+    """The rules with another pixel size, if one is given. Raises VolumeError for no length."""
+    if pixel_size is None:
+        return rules
+    sizes = [pixel_size] if isinstance(pixel_size, str) else list(pixel_size)
+    try:
+        pixel_mm, in_pixels = pixel_mm_of(sizes)
+    except ValueError as error:
+        raise VolumeError(f"pixel size: {error}") from None
+    return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
+
+
+def _read_prediction(path: Path, rules: PictureRules) -> Volume:
+    """Labels in the colours of a picture's rules, or else as numbers."""
+    try:
+        return read_labels(path, rules=rules)
+    except VolumeError:
+        if not (rules.colours and is_picture(path)):
+            raise
+        numbers = read_labels(path, rules=replace(rules, colours={}))
+        if not np.isin(numbers.data, list({0, *rules.colours.values()})).all():
+            raise
+        return numbers
+
+
+def _read_pair(
+    prediction_path: Path | None, reference_path: Path, rules: PictureRules
+) -> tuple[Volume, Volume]:
+    reference = read_labels(reference_path, rules=rules)
     if prediction_path is None:
         return reference.like(np.zeros_like(reference.data)), reference
-    prediction = read_labels(prediction_path)
-    prediction = prediction.onto(
+    prediction = _read_prediction(prediction_path, rules)
+    reference = reference.sized_as(prediction)
+    prediction = prediction.sized_as(reference).onto(
         reference.grid, what=f"{prediction_path}:", whose=str(reference_path)
     )
     return prediction, reference
 
 
-def _with_labels_of(prediction: Path | None, reference: Path, present: set[int]) -> set[int]:
+def _with_labels_of(
+    prediction: Path | None, reference: Path, rules: PictureRules, present: set[int]
+) -> set[int]:
     """The labels that occur in other cases and in this one."""
-    for volume in _read_pair(prediction, reference):
+    for volume in _read_pair(prediction, reference, rules):
         present = present | set(np.unique(volume.data).tolist())
     if len(present) > MOST_LABELS:
         raise VolumeError(
@@ -232,21 +335,28 @@ def _score_pair(
     reference_path: Path,
     labelling: Labelling,
     tolerance_mm: float,
+    rules: PictureRules,
 ) -> list[CaseScores]:
-    prediction, reference = _read_pair(prediction_path, reference_path)
+    prediction, reference = _read_pair(prediction_path, reference_path, rules)
+    grid = reference.grid
+    shape: tuple[int, ...] = grid.shape
+    axes = 3
+    if reference.is_flat:  # an area, without a volume
+        shape, axes = shape[:2], 2
     try:
         return score_case(
-            prediction.data,
-            reference.data,
+            prediction.data.reshape(shape),
+            reference.data.reshape(shape),
             {labelling.numbers[name]: name for name in labelling.members},
-            reference.grid.spacing,
+            grid.spacing[:axes],
             case=case,
             tolerance_mm=tolerance_mm,
-            directions=reference.grid.directions,
+            directions=grid.directions[:axes, :axes],
             regions={
                 labelling.numbers[name]: numbers for name, numbers in labelling.members.items()
             },
             ignore=labelling.ignore,
+            unit=reference.unit,
         )
     except ValueError as error:
         raise VolumeError(f"{prediction_path or reference_path}: {error}") from None

@@ -23,7 +23,8 @@ from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config
 from segkit.data.dataset import CaseFiles, read_dataset
 from segkit.errors import VolumeError, first_few
-from segkit.io.volume import SUFFIXES, stem_of
+from segkit.io.picture_rules import PictureRules
+from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, stem_of, volumes_among
 
 LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
@@ -31,7 +32,7 @@ LABEL_WORDS = (
 )
 """Words for labels at the end of names of files, and the number of a first channel."""
 ENDING = re.compile(rf"(?<=.)[ _.-]({'|'.join(LABEL_WORDS)})$", re.IGNORECASE)
-BESIDE = re.compile(r"_(prob|entropy|variance)$|_map-")
+BESIDE = re.compile(r"_(prob|entropy|variance|preview)$|_map-")
 """In names of volumes that lie beside predictions and are none."""
 
 Parts = tuple[str, ...]
@@ -55,6 +56,8 @@ class References:
     labelling: Labelling | None = None
     source: Path | None = None
     """The file that says what they mean."""
+    rules: PictureRules = AS_IT_SAYS
+    """How they are read, if they are pictures."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     """
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
         named = dataset_in(path) or load_config(path).data
-        dataset = read_dataset(named.folder, named.files)
+        dataset = read_dataset(named.folder, named.files, named.pictures)
         source = path if named.files else named.folder / "dataset.json"
     elif path.is_dir() and (path / "dataset.json").is_file() and not _at_top(path):
         dataset = read_dataset(path)
@@ -109,7 +112,7 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     else:
         raise VolumeError(f"{path}: no such file or folder; check the path")
     volumes = tuple(_of_case(case, dataset.folder) for case in dataset.cases)
-    return References(volumes, dataset.labelling, source)
+    return References(volumes, dataset.labelling, source, dataset.rules)
 
 
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:
@@ -135,12 +138,15 @@ def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
     """The volume at a path, or those in a folder and in the folders below it, by rising path.
 
     Hidden files and folders (`.x`, `._x.nii.gz`) are left out, and the folder `but`, if it lies
-    inside. Raises OSError for a folder that cannot be listed.
+    inside, and pictures beside volumes that are none. Raises OSError for a folder that cannot
+    be listed.
     """
     if path.is_file():
         return [NamedVolume(path, stem_of(path), ((_normal(stem_of(path)),),))]
     inner = but.resolve() if but and path.resolve() in but.resolve().parents else None
-    paths = sorted(each for each in _walk(path) if not inner or inner not in each.resolve().parents)
+    paths = volumes_among(
+        each for each in _walk(path) if not inner or inner not in each.resolve().parents
+    )
     stems = Counter(stem_of(each) for each in paths)
     return [
         NamedVolume(each, stem_of(each) if stems[stem_of(each)] == 1 else "/".join(parts), (parts,))
@@ -309,8 +315,9 @@ def _without_endings(stem: str) -> str:
 
 
 def _at_top(folder: Path) -> bool:
-    """Whether a folder holds volumes itself."""
-    return any(_is_volume(name.name) for name in folder.iterdir())
+    """Whether a folder holds volumes itself; pictures beside `labelsTr` are illustrations."""
+    found = volumes_among(path for path in folder.iterdir() if not path.name.startswith("."))
+    return bool(found) and not (is_picture(found[0]) and (folder / "labelsTr").is_dir())
 
 
 def _is_volume(name: str) -> bool:

@@ -1,10 +1,10 @@
 """Scores of every case and class, their summary over cases, and the table that shows it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from segkit.evaluation.surface import (
     surface_distances,
 )
 from segkit.geometry.grid import ml_of_voxel
+from segkit.io.picture_rules import MM_OF, WORD_OF, Unit, length_in_words
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
@@ -57,6 +58,8 @@ METRICS: Mapping[str, Metric] = {
     ),
 }
 """The metrics by their names in JSON, in the order shown. A new one needs only an entry here."""
+ENDING_OF: Mapping[Unit, str] = {"mm": "_mm", "µm": "_um", "pixel": "_px"}
+"""Of the names of lengths in JSON, by the unit that they are told in."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class CaseScores:
     label: int
     name: str
     metrics: Mapping[str, float]
-    """Each of `METRICS` by its name; NaN if the class is in neither image."""
+    """Each of `METRICS` by its name; NaN if the class is in neither image. Lengths are mm; in
+    pictures of unknown scale, a pixel counts as one."""
     tolerance_mm: float
     prediction_ml: float
     """NaN in a 2D image, which has no volume; as `reference_ml`."""
@@ -75,11 +79,13 @@ class CaseScores:
     tp: int
     fp: int
     fn: int
+    unit: Unit = "mm"
+    """The unit that lengths are told in."""
 
     def to_json(self) -> Json:
-        """The same as one flat dict; NaN becomes None."""
+        """The same as one flat dict, with lengths in the unit; NaN becomes None."""
         fields = {key: value for key, value in vars(self).items() if key != "metrics"}
-        return _without_nan({**fields, **self.metrics})
+        return _without_nan(_in_unit({**fields, **self.metrics}, self.unit))
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class Summary:
     tolerance_mm: float
     num_resamples: int
     seed: int
+    unit: Unit = "mm"
+    """The unit that lengths are told in."""
 
 
 def score_case(
@@ -126,10 +134,12 @@ def score_case(
     directions: Float64[np.ndarray, "axis world"] | None = None,
     regions: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ignore: int | None = None,
+    unit: Unit = "mm",
 ) -> list[CaseScores]:
     """Scores of each labelled class, by rising label; spacing is mm, one per axis.
 
-    `directions` are the unit vectors along the axes; without them they are at right angles.
+    `directions` are the unit vectors along the axes; without them they are at right angles. `unit`
+    is the one that lengths are told in.
 
     A label that `regions` has stands for all the values given there. 0 is background: it may be in
     the images and in `labels`, and is not scored. Voxels where the reference is `ignore` are in
@@ -151,6 +161,7 @@ def score_case(
             label=label,
             name=labels[label],
             tolerance_mm=tolerance_mm,
+            unit=unit,
         )
         for label, values in members.items()
     ]
@@ -181,6 +192,7 @@ def _score_class(
     label: int,
     name: str,
     tolerance_mm: float,
+    unit: Unit,
 ) -> CaseScores:
     distances = surface_distances(prediction_mask, reference_mask, spacing, directions)
     tp = int(np.count_nonzero(prediction_mask & reference_mask))
@@ -191,7 +203,7 @@ def _score_class(
     pair = ClassPair(overlap, distances, tolerance_mm)
     metrics = {key: metric.of(pair) for key, metric in METRICS.items()}
     volumes = ((tp + fp) * voxel_ml, (tp + fn) * voxel_ml)
-    return CaseScores(case, label, name, metrics, tolerance_mm, *volumes, tp, fp, fn)
+    return CaseScores(case, label, name, metrics, tolerance_mm, *volumes, tp, fp, fn, unit)
 
 
 def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: int = 0) -> Summary:
@@ -220,6 +232,9 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
         raise ValueError(
             f"expected scores at one tolerance, got {tolerances} mm; score all cases with the same"
         )
+    units = {row.unit for row in rows}
+    if "pixel" in units and len(units) > 1:
+        raise ValueError("expected all cases in pixels, or none; give all one pixel size")
     ordered = sorted(rows, key=lambda row: (row.label, row.case))
     scores = {
         key: np.array([float(row.metrics[key]) for row in ordered]).reshape(-1, num_cases)
@@ -243,6 +258,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
         tolerance_mm=tolerances[0],
         num_resamples=num_resamples,
         seed=seed,
+        unit=rows[0].unit,
     )
 
 
@@ -287,24 +303,58 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
     """Everything as plain dicts, lists and numbers, ready for `json.dump`; NaN becomes None."""
     return {
         "num_cases": summary.num_cases,
-        "tolerance_mm": summary.tolerance_mm,
+        "unit": summary.unit,
+        **_in_unit({"tolerance_mm": summary.tolerance_mm}, summary.unit),
         "bootstrap": {
             "interval": 0.95,
             "num_resamples": summary.num_resamples,
             "seed": summary.seed,
         },
-        "overall": _class_json(summary.overall),
-        "classes": [_class_json(of_class) for of_class in summary.classes],
+        "overall": _class_json(summary.overall, summary.unit),
+        "classes": [_class_json(of_class, summary.unit) for of_class in summary.classes],
         "cases": [row.to_json() for row in rows],
     }
 
 
-def _class_json(of_class: ClassSummary) -> Json:
-    return {
-        "label": of_class.label,
-        "name": of_class.name,
-        **{metric: _without_nan(asdict(value)) for metric, value in of_class.metrics.items()},
+def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
+    told = {
+        _name_in(metric, unit): _without_nan(asdict(_told(metric, value, unit)))
+        for metric, value in of_class.metrics.items()
     }
+    return {"label": of_class.label, "name": of_class.name, **told}
+
+
+def _is_length(name: str) -> bool:
+    return name.endswith("_mm")
+
+
+def _name_in(name: str, unit: Unit) -> str:
+    return name.removesuffix("_mm") + ENDING_OF[unit] if _is_length(name) else name
+
+
+def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
+    """The same fields, with those in mm in another unit and under its name."""
+    return {
+        _name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
+        for name, value in fields.items()
+    }
+
+
+def _metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
+    """A metric as tables show it: a length in the unit, and in 3 digits if these are µm."""
+    if not _is_length(name):
+        return metric
+    heading = metric.heading.replace("mm", WORD_OF[unit])
+    return replace(metric, heading=heading, form=".3g" if unit == "µm" else metric.form)
+
+
+def _told(name: str, value: Statistic, unit: Unit) -> Statistic:
+    """A statistic of a metric, in the unit if it is a length."""
+    if not _is_length(name):
+        return value
+    lengths = (value.mean, value.median, value.low, value.high)
+    mean, median, low, high = (length / MM_OF[unit] for length in lengths)
+    return replace(value, mean=mean, median=median, low=low, high=high)
 
 
 def _without_nan(fields: Mapping[str, str | int | float]) -> Json:
@@ -322,7 +372,7 @@ def to_table(summary: Summary) -> Table:
         title=f"{summary.num_cases} case{'s' * (summary.num_cases != 1)}",
         caption=(
             "95 %: bootstrap interval of the mean over cases. "
-            f"NSD: within {summary.tolerance_mm:g} mm. "
+            f"NSD: within {length_in_words(summary.tolerance_mm, summary.unit)}. "
             "Undefined: in neither image, left out. Overall: mean over classes."
         ),
     )
@@ -331,7 +381,13 @@ def to_table(summary: Summary) -> Table:
     for heading in ("mean", "95 %", "median", "scored", "undefined"):
         table.add_column(heading, justify="right", no_wrap=True)
     for of_class in (*summary.classes, summary.overall):
-        lines = [_line(metric, of_class.metrics[key]) for key, metric in METRICS.items()]
+        lines = [
+            _line(
+                _metric_in(metric, key, summary.unit),
+                _told(key, of_class.metrics[key], summary.unit),
+            )
+            for key, metric in METRICS.items()
+        ]
         columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
         # Text, since a name may hold what Rich would take for markup: [left].
         table.add_row(Text(of_class.name), *columns, end_section=True)

@@ -105,7 +105,7 @@ def explain_files(
             explanation = explain_volume(
                 predictor,
                 read_input(source),
-                None if path is None else read_labels(path),
+                None if path is None else read_labels(path, rules=source.rules),
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
@@ -266,6 +266,7 @@ def _maps_of(name: str, folder: Path) -> list[Path]:
     """The maps that are there of one volume; a model sets their names."""
     return [
         *folder.glob(f"{name}_map-*.nii.gz"),
+        *folder.glob(f"{name}_map-*.tif"),
         *folder.glob(f"native/{name}_map-*.nii.gz"),
     ]
 

@@ -44,7 +44,7 @@ from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
-from segkit.io.pictures import Panel, write_montage
+from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
 from segkit.nn.network import SegmentationNetwork
 from segkit.provenance import PROVENANCE
@@ -53,7 +53,7 @@ from segkit.system.progress import Track, untracked
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
-ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json")
+ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json", "_seg.png", "_seg.tif")
 """Of the names of files that begin with the scan's."""
 
 
@@ -125,7 +125,8 @@ class Explanation:
         """
         folder = Path(folder)
         provenance = {} if made is None else {PROVENANCE: made}
-        labels, sidecar, _ = (folder / f"{self.name}{ending}" for ending in ENDINGS)
+        volume, sidecar, _, flat, stack = (folder / f"{self.name}{ending}" for ending in ENDINGS)
+        labels = flat if self.scan.is_flat else stack if self.scan.picture else volume
         write_volume(labels, self.labels)
         numbers = {label: number for number, label in self.label_names.items()}
         write_json(sidecar, {"labels": numbers, **provenance})
@@ -223,7 +224,14 @@ class Explanation:
                 panels.append((key, values if values.ndim == 3 else values.mean(axis=3), "map"))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "montage.png"
-            write_montage(path, image, self.scan.grid, panels, label_names=self.label_names)
+            write_montage(
+                path,
+                image,
+                self.scan.grid,
+                panels,
+                label_names=self.label_names,
+                planes=PAGES if self.scan.picture else PLANES,
+            )
             return path.read_bytes()
 
 
@@ -267,7 +275,9 @@ def explain_volume(
     description = predictor.model.description
     labelling = description.labelling
     if reference is not None:
-        reference = reference.onto(volume.grid, what=f"{name}: the reference", whose="the scan")
+        reference = reference.sized_as(volume).onto(
+            volume.grid, what=f"{name}: the reference", whose="the scan"
+        )
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,

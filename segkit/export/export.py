@@ -9,7 +9,7 @@ from torch import Tensor
 from segkit.errors import ModelError
 from segkit.export.agreement import Agreement, compare, noise_for
 from segkit.export.bundle_check import same_labels, scan_for
-from segkit.export.graphs import export_onnx, export_openvino
+from segkit.export.graphs import export_onnx, export_openvino, export_pt2
 from segkit.export.monai_bundle import NETWORK, export_bundle
 from segkit.export.torchscript import read_torchscript
 from segkit.inference.engines.torch_eager import LOGITS
@@ -18,8 +18,14 @@ from segkit.io.atomic import refuse_existing
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
-Form = Literal["onnx", "openvino", "monai-bundle"]
-EXPORT_SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "monai-bundle": ""}
+Form = Literal["onnx", "openvino", "pt2", "monai-bundle"]
+EXPORT_SUFFIXES: dict[Form, str] = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "pt2": ".pt2",
+    "monai-bundle": "",
+}
+GRAPHS = {"onnx": export_onnx, "openvino": export_openvino, "pt2": export_pt2}
 SAME_IN_BUNDLE = 0.999
 """The least share of voxels to which a bundle gives segkit's label. Other programs resample with
 other roundings, and where two classes are all but equal either may come out."""
@@ -84,8 +90,8 @@ def export_model(
 
     Args:
         model: a trained model.
-        form: 'onnx', 'openvino' or 'monai-bundle'.
-        out: a file .onnx, a file .xml (OpenVINO's, with its .bin beside it), or a bundle's folder.
+        form: 'onnx', 'openvino', 'pt2' (a program of `torch.export`) or 'monai-bundle'.
+        out: a file .onnx, .xml (OpenVINO's, with its .bin beside it) or .pt2, or a bundle's folder.
         overlap: share of a window that neighbours have in common, as the export tells deployers.
         check: whether to run it and compare it with PyTorch.
         scan: the check is on this volume; on noise if not given.
@@ -111,7 +117,7 @@ def export_model(
         network = read_torchscript(out / NETWORK)
         agreement = compare(model, network, _image(model, scan), names=[LOGITS])
         return Export(written, agreement, same_labels(model, out, scan or scan_for(model)))
-    run = (export_onnx if form == "onnx" else export_openvino)(model, out, overlap=overlap)
+    run = GRAPHS[form](model, out, overlap=overlap)
     return Export(written, compare(model, run, _image(model, scan)) if check else None)
 
 

@@ -1,21 +1,45 @@
-"""A network as TorchScript: one file that PyTorch loads without the code that made it."""
+"""A network as TorchScript: one file that PyTorch loads without the code that made it.
+
+Only bundles hold it. PyTorch (2.13) calls TorchScript old, in favour of `torch.export`, but MONAI
+(1.6) and its deployment tools read nothing else.
+"""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from segkit.export.graphs import example_windows, exporting_to
-from segkit.inference.engines.converted import RunGraph, quiet_tracing
+from segkit.inference.engines.converted import RunGraph
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.io.atomic import whole
 from segkit.model.folder import Model
 
 METADATA = "metadata.json"
 """The name, inside the file, by which MONAI looks for it."""
+
+
+OLD = r"`torch\.jit\.(trace|trace_method|save|load)` is (deprecated|not supported in Python 3\.14)"
+"""What PyTorch says at each call of TorchScript's: DeprecationWarning, since 2.14 FutureWarning."""
+
+
+@contextmanager
+def torchscript_allowed() -> Iterator[None]:
+    """Within it, PyTorch does not warn that TorchScript is old, nor that a trace keeps sizes.
+
+    Bundles need the first, and the second is wanted: windows have one size.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", OLD, DeprecationWarning)
+        warnings.filterwarnings("ignore", OLD, FutureWarning)
+        warnings.simplefilter("ignore", TracerWarning)
+        yield
 
 
 def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) -> None:
@@ -26,7 +50,7 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
     """
     network = model.network.cpu().eval()
     windows = example_windows(model)
-    with exporting_to("TorchScript"), quiet_tracing(), torch.no_grad():
+    with exporting_to("TorchScript"), torchscript_allowed(), torch.no_grad():
         traced = torch.jit.trace(network, windows, check_trace=False)
         _follow_the_input(traced)
         with whole(file) as partial:
@@ -35,7 +59,7 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
 
 def read_torchscript(file: Path) -> RunGraph:
     """What runs the network of a file on the CPU. What is in it runs: it must be one's own."""
-    with quiet_tracing():
+    with torchscript_allowed():
         network = torch.jit.load(file, map_location="cpu")
 
     @torch.inference_mode()

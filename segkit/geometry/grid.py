@@ -6,7 +6,7 @@ The centre of voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import floor, log10, prod
 from typing import Self
 
 import numpy as np
@@ -53,6 +53,12 @@ def ml_of_voxel(
     if directions is not None and are_sheared(directions):
         volume *= abs(float(np.linalg.det(directions)))
     return volume
+
+
+def rounded_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
+    """A spacing in mm to 6 decimals, or to 6 digits of what is under 0.1 mm."""
+    x, y, z = (round(float(s), 6 if s >= 0.1 else 5 - floor(log10(s))) for s in spacing)
+    return x, y, z
 
 
 @dataclass(frozen=True, eq=False)

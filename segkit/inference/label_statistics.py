@@ -1,6 +1,7 @@
 """How large each labelled structure is, and how bright: voxels, ml, and intensities."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ def label_statistics(
 ) -> dict[str, Any]:
     """Of each class or region its voxels, its ml, and each channel's mean and standard deviation.
 
+    A flat picture has an area in mm² instead, or in pixels if its scale is not known.
+
     Both lie on one grid. A region is all numbers that belong to it, so that regions may share
     voxels. The deviation is over the number of voxels; of what is not there, it and the mean are
     NaN. Memory follows a slice.
@@ -23,19 +26,22 @@ def label_statistics(
     assert labels.grid.agrees_with(image.grid), "labels lie on their image's grid"
     values = image.data.reshape(*image.grid.shape, -1)
     highest = max(len(labelling.value_names) - 1, int(labels.data.max()))
-    voxel_ml = labels.grid.voxel_ml
+    size, voxel = ("ml", labels.grid.voxel_ml)
+    if labels.is_flat:
+        size = "pixels" if labels.unit == "pixel" else "mm2"
+        voxel = prod(labels.grid.spacing[:2])
     structures: dict[str, dict[str, Any]] = {}
     counts = _sums(labels.data, np.ones_like(labels.data, np.uint8), highest)
     for name, numbers in labelling.members.items():
         voxels = int(counts[list(numbers)].sum())
-        structures[name] = {"voxels": voxels, "ml": voxels * voxel_ml, "mean": {}, "sd": {}}
+        structures[name] = {"voxels": voxels, size: voxels * voxel, "mean": {}, "sd": {}}
     for number, channel in enumerate(channels):
         means, squares = _spread(labels.data, values[..., number], counts)
         for name, numbers in labelling.members.items():
             mean, deviation = _pooled(*(each[list(numbers)] for each in (counts, means, squares)))
             structures[name]["mean"][channel] = mean
             structures[name]["sd"][channel] = deviation
-    return {"voxel_ml": voxel_ml, "structures": structures}
+    return {f"voxel_{size}": voxel, "structures": structures}
 
 
 def _spread(

@@ -26,10 +26,11 @@ def write_maps(
     """Write every map of a volume and return the files.
 
     `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
-    own, both float32 and on the map's raw scale, NaN where nothing was computed; `STEM_maps.json`
-    tells what each is. A map over channels has no place and stands only in the JSON. `heads` holds
-    figures of each head of attention, by position; they stand with the map that the heads receive.
-    `made` says in the JSON what made the maps.
+    own, both float32 and on the map's raw scale, NaN where nothing was computed; of a picture the
+    first is a TIFF, `.tif`, pixel upon pixel. `STEM_maps.json` tells what each is. A map over
+    channels has no place and stands only in the JSON. `heads` holds figures of each head of
+    attention, by position; they stand with the map that the heads receive. `made` says in the JSON
+    what made the maps.
     """
     written = []
     figures = []
@@ -40,10 +41,13 @@ def write_maps(
             figures[-1]["heads"] = list(of_heads)
         if attention_map.volume is None:
             continue
-        name = f"{stem}_map-{key.replace('/', '-')}.nii.gz"
-        write_volume(folder / name, map_on_source(attention_map, source, allocate=OnDisk(folder)))
-        write_volume(folder / "native" / name, attention_map.volume)
-        written += [folder / name, folder / "native" / name]
+        name = f"{stem}_map-{key.replace('/', '-')}"
+        # Only NIfTI says where a coarser grid lies.
+        native = folder / "native" / f"{name}.nii.gz"
+        path = folder / f"{name}{'.tif' if source.picture else '.nii.gz'}"
+        write_volume(path, map_on_source(attention_map, source, allocate=OnDisk(folder)))
+        write_volume(native, attention_map.volume)
+        written += [path, native]
     summary = folder / f"{stem}_maps.json"
     write_json(summary, {"maps": figures, **(made or {})})
     return [*written, summary]

@@ -21,8 +21,16 @@ from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, failure, read_input
-from segkit.io.pictures import write_montage
-from segkit.io.volume import SUFFIXES, Volume, check_writable, stem_of, suffix_of, write_volume
+from segkit.io.pictures import PAGES, PLANES, write_montage
+from segkit.io.volume import (
+    SUFFIXES,
+    Volume,
+    check_writable,
+    numbers_suffix,
+    stem_of,
+    suffix_of,
+    write_volume,
+)
 from segkit.provenance import PROVENANCE, check_asked
 
 T = TypeVar("T")
@@ -165,6 +173,7 @@ def predict_files(
     def targets_of(source: Input) -> Targets:
         labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
         stem, suffix = _beside(source, labels)
+        suffix = numbers_suffix(suffix)
         return Targets(
             labels,
             labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,
@@ -327,6 +336,7 @@ def _write(
                 if (labels.data == number).any()
             },
             through=labels.data,
+            planes=PAGES if image.picture else PLANES,
         )
         written.append(targets.preview)
     write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})

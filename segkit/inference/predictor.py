@@ -319,6 +319,14 @@ class Predictor:
             )
         if trouble := trouble_with(volume.data):
             raise VolumeError(f"the volume {trouble}")
+        unit = self.model.description.unit
+        if volume.picture and volume.picture.sized != (unit != "pixel"):
+            has = "a pixel size" if volume.picture.sized else "no pixel size"
+            learned = "from pictures in pixels" if unit == "pixel" else f"at a scale in {unit}"
+            raise VolumeError(
+                f"the picture has {has}, and the model learned {learned}; give its pixel size as "
+                f"--pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
+            )
 
 
 def segment_prepared(

@@ -10,18 +10,22 @@ import numpy as np
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
+from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import (
+    AS_IT_SAYS,
     SUFFIXES,
     Volume,
+    is_picture,
     read_num_channels,
     read_volume,
     result_suffix,
     stem_of,
     suffix_of,
+    volumes_among,
 )
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
-RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance")
+RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance", "_preview")
 """Of the names of volumes that are written beside an input."""
 FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(RESULT_ENDINGS)})?$)")
 
@@ -39,6 +43,8 @@ class Input:
     """Whether a folder was named rather than the volume, so that a result is no reason to stop."""
     series: str | None = None
     """The UID of a DICOM series, where its folder holds several."""
+    rules: PictureRules = field(default=AS_IT_SAYS, compare=False)
+    """How it is read, if it is a picture."""
 
     @property
     def is_series(self) -> bool:
@@ -52,7 +58,11 @@ class Input:
 
 
 def find_inputs(
-    paths: Sequence[Path], num_channels: int, *, series: str | None = None
+    paths: Sequence[Path],
+    num_channels: int,
+    *,
+    series: str | None = None,
+    rules: PictureRules = AS_IT_SAYS,
 ) -> list[Input]:
     """The volumes among files and folders.
 
@@ -61,6 +71,9 @@ def find_inputs(
     files `CASE_0000` of a folder in which all are called so, as nnU-Net has them, are the volumes
     `CASE`. In a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are
     no inputs. A volume has the same name whether it or its folder is asked for.
+
+    A picture that holds all channels, such as red, green and blue, is one volume whatever its name;
+    pictures are read by the `rules`. Beside volumes that are no pictures, pictures are no inputs.
 
     A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
     such folders holds one each. Hidden files are left out.
@@ -83,30 +96,32 @@ def find_inputs(
             raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
         for file in _volumes_in(path) if of_folder else [path]:
             name, suffix = stem_of(file), suffix_of(file)
-            if num_channels == 1 and FIRST_CHANNEL.search(name):
+            numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
+            whole = numbered is None or _holds_all(file, int(numbered[1]), num_channels, rules)
+            # nnU-Net has one file of a picture for red, green and blue.
+            if FIRST_CHANNEL.search(name) and (num_channels == 1 or (whole and is_picture(file))):
                 if file.parent not in single:
                     single[file.parent] = _all_numbered(_volumes_at(file.parent))
                 name = FIRST_CHANNEL.sub("", name) if single[file.parent] else name
-            numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
-            if numbered is None or _holds_all(file, int(numbered[1]), num_channels):
-                alone.append(Input(name, (file,), of_folder))
+            if numbered is None or whole:
+                alone.append(Input(name, (file,), of_folder, rules=rules))
                 inputs[file.parent, name] = alone[-1]
                 continue
             name = name[: numbered.start()]
             parts = (f"{name}_{channel:04d}{suffix}" for channel in range(num_channels))
             files = tuple(file.parent / part for part in parts)
-            inputs[file.parent, name] = Input(name, files, of_folder)
+            inputs[file.parent, name] = Input(name, files, of_folder, rules=rules)
     found = alone if num_channels == 1 else inputs.values()
     return [source for source in found if not _is_result(source, inputs)]
 
 
-def _holds_all(file: Path, number: int, num_channels: int) -> bool:
+def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
     """Whether a file that may be a channel, by its number, holds all channels itself.
 
     One that cannot be read may be a channel as well, unless there is none of its number.
     """
     try:
-        return read_num_channels(file) > 1
+        return read_num_channels(file, rules=rules) > 1
     except VolumeError:
         return number >= num_channels
 
@@ -119,11 +134,12 @@ def _volumes_in(folder: Path) -> list[Path]:
 
 
 def _volumes_at(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-    )
+    return volumes_among(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _scans_at(folder: Path) -> list[Path]:
+    """The volumes in a folder that are no pictures."""
+    return [file for file in _volumes_at(folder) if not is_picture(file)]
 
 
 def _series_in(path: Path, series: str | None) -> list[Path]:
@@ -144,7 +160,7 @@ def _series_in(path: Path, series: str | None) -> list[Path]:
 
 def refuse_volumes_beside_series(folder: Path) -> None:
     """Raise VolumeError if a folder with a DICOM series also holds volumes of another format."""
-    if volumes := _volumes_at(folder):
+    if volumes := _scans_at(folder):
         raise VolumeError(
             f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
             f"name the file that is meant, give the UID of the series as --series, or move one away"
@@ -176,11 +192,13 @@ def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
         return read_series(choose_series(source.files[0], source.series))
-    first = read_volume(source.files[0])
+    first = read_volume(source.files[0], rules=source.rules)
     if len(source.files) == 1:
         return first
     others = [
-        read_volume(file).onto(first.grid, what=f"{file}:", whose=source.files[0].name)
+        read_volume(file, rules=source.rules)
+        .sized_as(first)
+        .onto(first.grid, what=f"{file}:", whose=source.files[0].name)
         for file in source.files[1:]
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]

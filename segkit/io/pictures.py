@@ -1,7 +1,8 @@
 """Pictures of volumes: planes with labels or maps on them, drawn by Pillow.
 
 Planes are shown as on a light box: head or front up, the patient's right on the left, and a
-millimetre as long along every axis of one picture.
+millimetre as long along every axis of one picture. Pictures, which have neither, are shown as their
+files show them; what has one slice is shown as one plane.
 """
 
 import colorsys
@@ -19,6 +20,8 @@ from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import whole
 
 PLANES = ("sagittal", "coronal", "axial")
+PAGES = ("columns", "rows", "page")
+"""Across which axis each plane of a stack of pictures lies."""
 LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446"]
 GOLDEN_RATIO = 0.618034
 # Matplotlib's colour map of that name at every sixteenth.
@@ -44,7 +47,7 @@ Pixels = Integer[ndarray, "height width 3"]
 
 @dataclass(frozen=True)
 class CasePicture:
-    """Three planes of a case, as pictures, one per world axis, and what is written above them."""
+    """Planes of a case, as pictures, and what is written above them: three, or its only slice."""
 
     caption: str
     images: tuple[Float[ndarray, "height width"], ...]
@@ -76,8 +79,11 @@ def write_montage(
     *,
     label_names: Mapping[int, str],
     through: ndarray | None = None,
+    planes: Sequence[str] = PLANES,
 ) -> None:
-    """Draw the scan's three middle planes, under each panel's title and overlay, and save them.
+    """Draw the scan's middle planes, under each panel's title and overlay, and save them.
+
+    They are three, or the only one of a scan of one slice.
 
     Args:
         path: of the PNG file.
@@ -89,6 +95,7 @@ def write_montage(
         label_names: names of the labels, for the legend; 0 is left out.
         through: the planes go through the middle of this, such as labels, if it is not empty; else
             through the middle of the scan.
+        planes: what each of three planes is called.
 
     Raises:
         SegkitError: Pillow is not installed.
@@ -102,6 +109,7 @@ def write_montage(
     turned = orientation.turn(scan)
     middle = _middle(turned if through is None or not through.any() else orientation.turn(through))
     low, high = _percentiles(turned[turned != 0], 0.5, 99.5)
+    axes = _shown_axes(turned.shape)
     shapes = _pixel_shapes(turned.shape, orientation.turn_grid(grid).spacing)
     left = GAP
     for column, (title, overlay, kind) in enumerate(panels):
@@ -112,14 +120,14 @@ def write_montage(
         if values is not None and kind == "map":
             ends = _percentiles(values[np.isfinite(values)], 1, 99)
         top = CAPTION
-        for axis, shape in enumerate(shapes):
+        for axis, shape in zip(axes, shapes, strict=True):
             panel = _grey(_cut(turned, axis, middle[axis]), shape, low, high)
             if values is not None:
                 plane = _resized(_cut(values, axis, middle[axis]), shape)
                 panel = _tinted(panel, plane) if kind == "labels" else _mapped(panel, plane, *ends)
             sheet.put(left + (width - shape[1]) // 2, top, panel)
-            if column == 0:
-                sheet.write(left, top, PLANES[axis], PALE)
+            if column == 0 and len(axes) > 1:
+                sheet.write(left, top, planes[axis], PALE)
             top += shape[0] + GAP
         if values is not None and kind == "map":
             bar = np.linspace(*ends, width)[None].repeat(2 * GAP, axis=0)
@@ -147,7 +155,8 @@ def planes_of(
 ) -> CasePicture:
     """The sagittal, coronal and axial plane through the middle of the reference.
 
-    If the reference is empty, through the middle of the image. Axes are RAS+, spacing is in mm.
+    Of a case of one slice, only this slice. If the reference is empty, through the middle of the
+    image. Axes are RAS+, spacing is in mm.
     """
     foreground = np.argwhere(label)
     at = (
@@ -155,7 +164,7 @@ def planes_of(
     )
 
     def cut(values: ndarray) -> tuple[ndarray, ...]:
-        return tuple(_cut(values, axis, at[axis]) for axis in range(3))
+        return tuple(_cut(values, axis, at[axis]) for axis in _shown_axes(label.shape))
 
     shapes = _pixel_shapes(label.shape, spacing)
     return CasePicture(caption, cut(image), cut(label), cut(prediction), shapes)
@@ -259,7 +268,7 @@ def _pillow() -> tuple[Any, Any, Any]:
 
 
 def _strip(row: CasePicture) -> Pixels:
-    """Six panels of one scale beside one another, each in the middle of its height."""
+    """Two panels of each plane beside one another, at one scale, in the middle of its height."""
     values = np.concatenate([image.ravel() for image in row.images])
     low, high = np.percentile(values, [0.5, 99.5])
     width = sum(2 * w + 4 * GAP for _, w in row.shapes) - 3 * GAP
@@ -296,13 +305,22 @@ def _cut(values: ndarray, axis: int, index: int) -> ndarray:
     return np.take(values, index, axis=axis).T[::-1, ::-1]
 
 
+def _shown_axes(shape: Sequence[int]) -> list[int]:
+    """The axes across which there is a plane to show: across the only slice, or all three."""
+    flat = [axis for axis in range(3) if shape[axis] == 1]
+    return flat if len(flat) == 1 else [0, 1, 2]
+
+
 def _pixel_shapes(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, int], ...]:
-    """Height and width of the three planes in pixels, at one scale."""
-    x, y, z = (size * step for size, step in zip(shape, spacing, strict=True))
-    scale = PANEL / max(x, y, z)
+    """Height and width of the planes in pixels, at one scale; a single plane is twice as large."""
+    axes = _shown_axes(shape)
+    lengths = [size * step for size, step in zip(shape, spacing, strict=True)]
+    seen = [length for axis, length in enumerate(lengths) if len(axes) > 1 or axis not in axes]
+    scale = PANEL * (1 if len(axes) > 1 else 2) / max(seen)
+    sides = ((2, 1), (2, 0), (1, 0))
     return tuple(
-        (max(round(up * scale), 1), max(round(across * scale), 1))
-        for up, across in ((z, y), (z, x), (y, x))
+        (max(round(lengths[up] * scale), 1), max(round(lengths[across] * scale), 1))
+        for up, across in (sides[axis] for axis in axes)
     )
 
 

@@ -1,14 +1,16 @@
 """Volumes: voxels with the grid they lie on, read from files and written back without loss.
 
 Headers are read by `nifti`, `nrrd` and `metaimage`, voxels by `voxel_bytes`: nothing is allocated
-that the file does not hold, and a header that is not understood is refused. NIfTI is written by
+that the file does not hold, and a header that is not understood is refused. Pictures are read and
+written by `bitmap` and `tiff`; `raster` says where their pixels lie. NIfTI is written by
 nibabel, NRRD and MetaImage by SimpleITK. It does not read them, because it crashes on some damaged
 files and returns wrong voxels for others (docs/volumes.md has the counts).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +28,30 @@ from segkit.io.disk_arrays import release
 from segkit.io.metaimage import read_metaimage_header
 from segkit.io.nifti import millimetre_affine, read_nifti_header
 from segkit.io.nrrd import read_nrrd_header
+from segkit.io.picture_files import (
+    PICTURE_SUFFIXES,
+    picture_channels,
+    picture_grid,
+    read_picture,
+    write_picture,
+)
+from segkit.io.picture_rules import PictureFacts, PictureRules, Unit
+from segkit.io.raster import with_size_of
+from segkit.io.tiff import TIFF_SUFFIXES
 from segkit.io.voxel_bytes import Layout, read_voxels
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
-"""Of volumes in one file, the only ones that are written."""
 ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 """Suffixes of headers that may name a data file, and of the same format in one file."""
-SUFFIXES = (*WRITTEN_SUFFIXES, *ONE_FILE)
+NOT_PICTURES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", *ONE_FILE)
+"""Of volumes that are read and are no pictures."""
+KEPT_AS = {".jpg": ".png", ".jpeg": ".png", ".bmp": ".png"}
+"""Suffixes of pictures that would lose labels or their types, and of what is written instead."""
+WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
+"""Of volumes in one file that are no pictures, the only ones that are written."""
+WRITTEN_PICTURES = (".png", *TIFF_SUFFIXES)
+"""Of pictures, the only ones that are written."""
+SUFFIXES = (*NOT_PICTURES, *PICTURE_SUFFIXES)
 """Of volumes that are read."""
 SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
@@ -43,6 +61,8 @@ FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
 ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
 """How far labels may lie from whole numbers: in all, as a share of the number, and at most."""
+AS_IT_SAYS = PictureRules()
+"""Pictures as their files say."""
 Read = TypeVar("Read")
 logger = logging.getLogger(__name__)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -54,12 +74,13 @@ class Volume:
 
     `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
     three axes. `header` is the NIfTI header it was read with, which keeps codes and units for
-    whatever is written on the same grid.
+    whatever is written on the same grid; `picture` is what is known of a picture beside its pixels.
     """
 
     data: ndarray
     grid: Grid
     header: Nifti1Header | None = None
+    picture: PictureFacts | None = None
 
     def __post_init__(self) -> None:
         if self.data.shape[:3] != self.grid.shape:
@@ -71,7 +92,22 @@ class Volume:
 
     def on(self, grid: Grid, data: ndarray) -> "Volume":
         """Values on another grid of the same world, such as a coarser one."""
-        return Volume(data, grid, self.header)
+        return Volume(data, grid, self.header, self.picture)
+
+    def sized_as(self, other: "Volume") -> "Volume":
+        """The same pixels, at the pixel size of another picture if only that one's is known."""
+        grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
+        return replace(self, grid=grid, picture=facts)
+
+    @property
+    def unit(self) -> Unit:
+        """The unit that lengths on its grid, in mm, are told in: 'mm', 'µm', or 'pixel'."""
+        return self.picture.unit if self.picture else "mm"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a picture of one slice, which has an area and no volume."""
+        return self.picture is not None and self.grid.shape[2] == 1
 
     def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
         """The same voxels on a grid that holds them too, in the order that it has them in.
@@ -115,17 +151,35 @@ def suffix_of(path: Path) -> str:
 
 
 def result_suffix(path: Path) -> str:
-    """The suffix of results for a volume: its own, or that of the same format in one file."""
+    """The suffix of labels for a volume: its own, or one that holds all and in one file."""
     suffix = suffix_of(path)
-    return ONE_FILE.get(suffix.lower(), suffix)
+    return {**ONE_FILE, **KEPT_AS}.get(suffix.lower(), suffix)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file name is that of a picture."""
+    return path.name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def numbers_suffix(suffix: str) -> str:
+    """The suffix of numbers that are no labels, beside labels of a suffix: TIFF beside pictures."""
+    if suffix.lower() not in PICTURE_SUFFIXES or suffix.lower() in TIFF_SUFFIXES:
+        return suffix
+    return ".tif"
+
+
+def volumes_among(files: Iterable[Path]) -> list[Path]:
+    """The volumes among files, in order; beside others, pictures are taken for illustrations."""
+    found = [file for file in sorted(files) if file.name.lower().endswith(SUFFIXES)]
+    scans = [file for file in found if not is_picture(file)]
+    return scans or found
 
 
 def check_writable(path: Path) -> None:
     """Raise VolumeError if a file name is not that of a volume that segkit writes."""
-    if not path.name.lower().endswith(WRITTEN_SUFFIXES):
-        raise VolumeError(
-            f"{path}: expected a volume named *{', *'.join(WRITTEN_SUFFIXES)}; name it so"
-        )
+    written = (*WRITTEN_SUFFIXES, *WRITTEN_PICTURES)
+    if not path.name.lower().endswith(written):
+        raise VolumeError(f"{path}: expected a volume named *{', *'.join(written)}; name it so")
 
 
 def stem_of(path: Path) -> str:
@@ -133,17 +187,20 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path))]
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
     """A volume with its grid, read from a file.
 
     Args:
         path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
-            file. A header in `.nhdr` or `.mhd` may name a data file of its own folder.
+            file. A header in `.nhdr` or `.mhd` may name a data file of its own folder. Or a picture
+            (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`).
+        rules: what is known of a picture beside what its file says, such as its pixel size.
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
         the file scales them); a 2D image has one slice. Axes of size 1 beyond the third are
-        dropped. The grid is in mm, RAS+.
+        dropped. The grid is in mm, RAS+. A picture is (column, row, slice) or (column, row, slice,
+        channel); its opacity is left out, and its palette is read as grey or RGB.
 
     Raises:
         VolumeError: there is no such file, it is damaged, or it is not a volume; in one sentence.
@@ -153,14 +210,27 @@ def read_volume(path: str | Path) -> Volume:
         >>> scan.data.shape, scan.grid.spacing
         ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(Path(path), _read)
+    return _open(Path(path), partial(_read, rules=rules))
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_label_values(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
+    """A label file as it is, whatever its values: of a picture, a number for each pixel.
+
+    Args:
+        path: a file as `read_volume` takes it.
+        rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
+
+    Raises VolumeError as `read_volume` does, and for pictures that are no labels.
+    """
+    return _open(Path(path), partial(_read, rules=rules, as_labels=True))
+
+
+def read_labels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
     """A volume of labels, read from a file.
 
     Args:
         path: a file as `read_volume` takes it.
+        rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
 
     Returns:
         The labels, (x, y, z), int64, 0 for the background.
@@ -172,7 +242,7 @@ def read_labels(path: str | Path) -> Volume:
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
-    volume = read_volume(path)
+    volume = read_label_values(path, rules=rules)
     expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
     if volume.data.ndim != 3:
         raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
@@ -214,16 +284,28 @@ def in_full(value: Any) -> str:
     return str(value).removesuffix(".0")
 
 
-def read_grid(path: str | Path) -> Grid:
+def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
     """The grid of a volume, from its header alone: voxels, and where they lie in mm, RAS+.
 
     Raises VolumeError as `read_volume` does, except for damage that only the voxels show.
     """
+    if is_picture(Path(path)):
+        return read_picture_facts(path, rules=rules)[0]
     return _open(Path(path), lambda path: _grid(_layout(path)[1]))
 
 
-def read_num_channels(path: str | Path) -> int:
+def read_picture_facts(
+    path: str | Path, *, rules: PictureRules = AS_IT_SAYS
+) -> tuple[Grid, PictureFacts]:
+    """The grid of a picture, and what is known of it, from its header alone. Raises VolumeError."""
+    grid, facts = _open(Path(path), partial(picture_grid, rules=rules))
+    return Grid(grid.shape, _checked_affine(grid.affine)), facts
+
+
+def read_num_channels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
     """How many values each voxel has, from the header alone. Raises as `read_grid` does."""
+    if is_picture(Path(path)):
+        return _open(Path(path), partial(picture_channels, rules=rules))
     return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
 
 
@@ -257,11 +339,15 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     On the grid that its header describes, affine, qform, sform, their codes and units are the
     header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm. A
     qform cannot hold sheared axes: its code is then 0, so that no reader uses it.
-    Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for NRRD
-    and MetaImage the whole is put together in memory.
+    Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for other
+    formats the whole is put together in memory.
+
+    PNG holds one slice of whole numbers from 0 to 65535, or of red, green and blue; TIFF holds all.
+    Both hold the pixel size, if it is known, and an EXIF orientation; no other place in the world.
 
     Args:
-        path: a name in `.nii`, `.nii.gz`, `.nrrd` or `.mha`; its folder is made if it is not there.
+        path: a name in `.nii`, `.nii.gz`, `.nrrd`, `.mha`, `.png`, `.tif` or `.ome.tif`; its folder
+            is made if it is not there.
         volume: the voxels and their grid.
 
     Raises:
@@ -274,13 +360,21 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """
     path = Path(path)
     check_writable(path)
-    with whole(path) as partial:
+    with whole(path) as unfinished:
         if path.name.lower().endswith(NIFTI_SUFFIXES):
-            _write_nifti(partial, volume)
+            _write_nifti(unfinished, volume)
+        elif is_picture(path):
+            data, grid = volume.data, volume.grid
+            if volume.picture is None:
+                data, grid = _as_shown(data, grid)
+            try:
+                write_picture(unfinished, path.name, data, grid.spacing, volume.picture)
+            except VolumeError as error:
+                raise VolumeError(f"{path}: {error}") from None
         else:
             image = _to_itk(volume)
             try:
-                simple_itk().WriteImage(image, str(partial), useCompression=True)
+                simple_itk().WriteImage(image, str(unfinished), useCompression=True)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise VolumeError(f"{path}: cannot be written: {reason}") from None
@@ -312,13 +406,23 @@ def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float
     return read_nifti_header(path)
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, rules: PictureRules = AS_IT_SAYS, as_labels: bool = False) -> Volume:
+    if is_picture(path):
+        data, grid, facts = read_picture(path, rules, as_labels=as_labels)
+        return Volume(data, Grid(grid.shape, _checked_affine(grid.affine)), picture=facts)
     header, layout, scaling = _layout(path)
     grid = _grid(layout)
     data = read_voxels(path, layout)
     if scaling != (1, 0):
         data = _scaled(data, *scaling)
     return Volume(data, grid, header)
+
+
+def _as_shown(data: ndarray, grid: Grid) -> tuple[ndarray, Grid]:
+    """A volume that was no picture, its columns to the patient's left and its rows to the back."""
+    left_back = Grid((1, 1, 1), LPS_TO_RAS)
+    turn = Orientation.between(grid, left_back)
+    return turn.turn(data), turn.turn_grid(grid)
 
 
 def _grid(layout: Layout) -> Grid:

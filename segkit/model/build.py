@@ -12,7 +12,7 @@ from segkit.nn.external import Given
 from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
-from segkit.system.resources import free_memory, in_words
+from segkit.system.memory import free_memory, in_words
 
 BYTES_PER_NUMBER = 4
 FEATURES_HELD = 4

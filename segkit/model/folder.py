@@ -21,6 +21,7 @@ from segkit.config.model import ModelDescription, PostprocessingConfig
 from segkit.errors import ConfigError, ModelError
 from segkit.io.atomic import json_text, whole, write_json
 from segkit.io.checksums import checksum
+from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
 from segkit.nn.network import SegmentationNetwork, weights_of
@@ -94,6 +95,25 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
             cannot be saved.
     """
     return Model(description, wrap_network(description, module).eval())
+
+
+def picture_rules_of(
+    description: ModelDescription, pixel_size: Sequence[str] | None = None
+) -> PictureRules:
+    """How pictures are read for a model.
+
+    Args:
+        description: of the model.
+        pixel_size: wins over what files say, such as ["4 nm"].
+
+    Raises:
+        ModelError: the description names colours of labels that it does not have, or the size is
+            no length.
+    """
+    try:
+        return description.picture_rules(pixel_size)
+    except ValueError as error:
+        raise ModelError(f"{description.run}: {error}") from None
 
 
 def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:

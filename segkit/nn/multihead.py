@@ -47,6 +47,14 @@ def blocks(num_queries: int, numbers_per_query: int) -> Iterator[tuple[int, int]
         yield first, min(first + step, num_queries)
 
 
+def numbers_in(sizes: torch.Size) -> int:
+    """The product of sizes; without the first, the batch, while a network is exported for any.
+
+    Such a graph has its blocks of rows for good, and none may depend on the batch.
+    """
+    return math.prod(sizes[1:] if isinstance(sizes[0], torch.SymInt) else sizes)
+
+
 def gather_windows(
     rows: ScoreRows,
     value: Float[Tensor, "batch heads keys channels"],
@@ -87,7 +95,7 @@ def received(
     """
     # Not begun with zeros: ONNX's exporter would fix the length of the batch by their shape.
     total: Tensor | None = None
-    for first, last in blocks(num_queries, key.shape[:3].numel()):
+    for first, last in blocks(num_queries, numbers_in(key.shape[:3])):
         weights = rows(first, last).detach()
         if inside is not None:
             weights = weights * inside[:, None, first:last, None]

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from segkit.nn.blocks import Features
 from segkit.nn.map_tap import MapTap
-from segkit.nn.multihead import MultiHeadAttention, blocks, gather_windows, received, windows_over
+from segkit.nn.multihead import (
+    MultiHeadAttention,
+    blocks,
+    gather_windows,
+    numbers_in,
+    received,
+    windows_over,
+)
 from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
 
 
@@ -137,12 +144,12 @@ class AdditiveSelfAttention(nn.Module):
         """Rows of weights, float32; made of so few queries at a time that their sums fit."""
         parts = [
             self.energy(torch.tanh(query[:, first:last, None] + key[:, None]))[..., 0]
-            for first, last in blocks(query.shape[1], key.numel())
+            for first, last in blocks(query.shape[1], numbers_in(key.shape))
         ]
         return torch.cat(parts, dim=1).float().softmax(dim=-1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = list(blocks(query.shape[1], key.numel()))
+        parts = list(blocks(query.shape[1], numbers_in(key.shape)))
         if len(parts) == 1:
             return self._mean(query, key, value)
         if not torch.is_grad_enabled():

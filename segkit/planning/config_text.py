@@ -3,29 +3,41 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
 """By section and key, a value and the reason for it; a value of None is left out."""
 
-VALIDATIONS = 10
 AVERAGING = 0.999
 WIDTH = 98
+
+
+class Schedule(NamedTuple):
+    """How long a training takes and how often it is validated."""
+
+    steps: int
+    why_steps: str
+    validate_every: int
+    validation_cases: int | None = None
+    """None looks at all that are held out."""
+    minutes: float | None = None
+    """None if the steps are fixed."""
 
 
 def sections_of(
     plan: Plan,
     folder: Path,
     files: FilesConfig | None,
+    pictures: PicturesConfig | None,
     *,
-    steps: int,
-    why_steps: str,
+    schedule: Schedule,
     own_schedule: bool,
     labels: Sequence[str],
     accelerator: str | None,
@@ -37,8 +49,8 @@ def sections_of(
         plan: of the dataset.
         folder: the dataset's.
         files: where the files of its cases lie, if it has no dataset.json.
-        steps: of the training.
-        why_steps: the reason for them.
+        pictures: what its pictures do not say themselves.
+        schedule: steps, validations and minutes.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves it to the training.
@@ -61,6 +73,7 @@ def sections_of(
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
             "files": (files and files.model_dump(mode="json", exclude_unset=True), ""),
+            "pictures": (pictures and pictures.model_dump(mode="json", exclude_unset=True), ""),
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,
@@ -85,7 +98,12 @@ def sections_of(
             else (gates, "Gates at the skips; see docs/attention.md for the others, or none."),
         },
         "train": {
-            "steps": (steps, why_steps),
+            "steps": (schedule.steps, schedule.why_steps),
+            "minutes": (
+                schedule.minutes,
+                "Wall time from preparing the cases to the final scores. The learning rate follows "
+                "the time, so that it is down when that is over; null trains exactly the steps.",
+            ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
             "optimiser": ("sgd" if own_schedule else "adamw", ""),
             "averaging": (
@@ -93,8 +111,13 @@ def sections_of(
                 "A running average of the weights scores better than the last of them.",
             ),
             "validate_every": (
-                max(min(50, steps), steps // VALIDATIONS // 50 * 50),
+                schedule.validate_every,
                 "Steps between validations, with a checkpoint to resume from.",
+            ),
+            "validation_cases": (
+                schedule.validation_cases,
+                "Validations take a tenth of the time at most, so that they look at so many of the "
+                "held-out cases; the final scores are those of all.",
             ),
         },
         "trainer": {"accelerator": (accelerator, "")},

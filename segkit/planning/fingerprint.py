@@ -26,10 +26,11 @@ from pydantic import Field, TypeAdapter
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, read_case
 from segkit.data.preprocess import body_box
 from segkit.errors import DatasetError, Problems, SegkitError
-from segkit.geometry.grid import Orientation
+from segkit.geometry.grid import Orientation, rounded_spacing
 from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json
+from segkit.io.volume import is_picture
 from segkit.planning.nnunet_rules import Intensities, Numbers
 from segkit.system.progress import Track, untracked
 from segkit.system.workers import attempted, in_processes
@@ -161,7 +162,7 @@ def _measured(case: CaseFiles, dataset: Dataset, cache: Path) -> Measurement:
     spacing = orientation.turn_grid(image.grid).spacing
     size = CaseSize(
         case.name,
-        (round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
+        rounded_spacing(spacing),
         inside.shape,
         inside.size / labels.size,
         tuple(np.unique(labels[foreground]).tolist()),
@@ -223,6 +224,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "regions": dataset.regions,
         "ignore": dataset.ignore,
         "num_images": len(case.images),
+        **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
         "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,13 +11,18 @@ import torch
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
+from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import Dataset, read_dataset, unlabelled
 from segkit.data.variation import build_variation
 from segkit.errors import printable
+from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
-from segkit.planning.config_text import Sections, sections_of, text_of, values_of
+from segkit.nn.normalisation import order_for
+from segkit.planning import nnunet_rules as rules
+from segkit.planning.config_text import Schedule, Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import Plan, Steps, flat_axes, plan_for_memory, plan_for_time
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
@@ -30,8 +35,15 @@ Preset = Literal["auto", "nnunet"]
 
 PLANNED_STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
 """What a CPU's time goes to; docs/planning.md says what was measured."""
-SHARE_OF_STEPS = 0.9
-"""Of the time; the rest is for validation, augmentation and preparing the cases."""
+SHARE_OF_PREPARING = 0.05
+"""Of the time; a run measures what it really takes."""
+SHARE_OF_VALIDATION = 0.1
+"""The most of the time that validations take."""
+MOST_FOR_SCORING = 0.25
+"""The most of the time that the final scores take: if it is over, fewer cases are scored."""
+MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3
+"""If there is no time for three, each looks at fewer cases."""
+LEAST_STEPS = 20
 GPU_STEPS = 20_000
 """For a card that this machine has not, whose speed is not known."""
 DEFAULT_MEMORY = 8e9
@@ -66,6 +78,7 @@ class _Task:
 
     folder: Path
     files: FilesConfig | None
+    pictures: PicturesConfig | None
     dataset: Dataset
     fingerprint: Fingerprint
     device: torch.device
@@ -81,6 +94,13 @@ class _Task:
     """Of one stage; they count only if the budget is time."""
     figures: Path
     """The file with what was timed on this processor."""
+
+    def schedule(self) -> Schedule:
+        """Steps that do not follow from a time."""
+        steps, why = GPU_STEPS, "An hour or so of a GPU's."
+        if self.own_schedule:
+            steps, why = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250."
+        return Schedule(steps, why, validate_every=steps // MOST_VALIDATIONS)
 
     def plan(self) -> Plan:
         """The largest plan within the budget."""
@@ -109,6 +129,7 @@ def plan_dataset(
     folder: str | Path,
     files: FilesConfig | None = None,
     *,
+    pictures: PicturesConfig | None = None,
     cache: str | Path | None = None,
     device: str = "auto",
     spatial_dims: int | None = None,
@@ -130,6 +151,7 @@ def plan_dataset(
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
             `gigabytes` by nnU-Net's rules, and not for a time.
         spatial_dims: 3 for volumes, 2 for slices; by default 2 only if every case is one slice.
+        pictures: what pictures do not say themselves, such as their pixel size.
         gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
         minutes: of training on this machine; two stages share them.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
@@ -148,7 +170,7 @@ def plan_dataset(
     """
     folder, runs = Path(folder), Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
-    dataset = read_dataset(folder, files)
+    dataset = read_dataset(folder, files, pictures)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
     on_cpu = chosen.type == "cpu"
@@ -163,6 +185,7 @@ def plan_dataset(
     task = _Task(
         folder,
         files,
+        pictures,
         dataset,
         measured,
         device=chosen,
@@ -183,7 +206,7 @@ def plan_dataset(
         where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
         budget = f"{share} minutes of training on {where}"
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {folder} ({size}) and {budget}."
+    heading = f"Planned for {folder} ({size}) and {budget}.{_about_lengths(dataset)}"
     name = _run_name(folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
@@ -198,64 +221,141 @@ def _planned(
     task: _Task, plan: Plan, name: str, heading: str, first: Path | None = None
 ) -> Planned:
     """One stage; `first` is the run of the stage before it."""
+    written = partial(_sections, task, plan, first=first)
+    schedule = task.schedule()
+    if task.timed:
+        draft = validated(Config, values_of(name, written(schedule)), f"plan of {task.folder}")
+        schedule = _schedule(task, plan, draft, with_labels=first is not None)
+    sections = written(schedule)
+    config = validated(Config, values_of(name, sections), f"plan of {task.folder}")
+    return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
 
-    steps, why_steps = GPU_STEPS, "An hour or so of a GPU's."
-    if task.own_schedule:
-        steps, why_steps = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250."
-    sections = partial(
-        sections_of,
+
+def _sections(
+    task: _Task, plan: Plan, schedule: Schedule, *, first: Path | None = None
+) -> Sections:
+    return sections_of(
         plan,
         task.folder,
         task.files,
+        task.pictures,
+        schedule=schedule,
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
         first_stage=first,
     )
 
-    def checked(written: Sections) -> Config:
-        return validated(Config, values_of(name, written), f"plan of {task.folder}")
 
-    written = sections(steps=steps, why_steps=why_steps)
-    if task.timed:
-        seconds = _measured_step(task, checked(written), with_labels=first is not None)
-        steps, why_steps = _steps_within(task.minutes, seconds, task.device)
-        written = sections(steps=steps, why_steps=why_steps)
-    return Planned(checked(written), text_of(name, written, heading), task.fingerprint, plan)
-
-
-def _measured_step(task: _Task, config: Config, *, with_labels: bool) -> float:
-    """Seconds of a step on this CPU; `with_labels` if a first stage's come beside the image."""
-    dataset, spacing = task.dataset, config.data.spacing
-    assert spacing is not None, "a plan has one"
-    classes = list(dataset.labelling.value_names[1:])
-    description = description_of(
-        config,
-        channels=dataset.channels,
-        labelling=dataset.labelling,
-        codes=dataset.codes,
-        spacing=spacing,
-        normalisation=[],
-        first_stage=FirstStageConfig(models=1, classes=classes) if with_labels else None,
-    )
+def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> Schedule:
+    """Validations that take a tenth of the time at most, and the steps that the rest holds."""
+    description = _described(task, config, with_labels=with_labels)
     step = {
         "what": "step",
         "batch_size": config.data.batch_size,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
-    measure = partial(seconds_of_step, config, description, task.device)
-    return measured_once(task.figures, step, measure, task.device)
-
-
-def _steps_within(minutes: float, seconds: float, device: torch.device) -> tuple[int, str]:
-    """What is left of the time goes into more steps: how many, and the sentence that says so."""
-    affordable = minutes * 60 * SHARE_OF_STEPS / seconds
-    half = precision_of(device)
-    precision = "single precision" if half == torch.float32 else str(half).removeprefix("torch.")
-    return max(int(affordable) // 50 * 50, 50), (
-        f"A step takes {seconds:.3g} s here, in {precision}; {minutes:g} minutes hold "
-        f"{affordable:.0f}, with {1 - SHARE_OF_STEPS:.0%} left for validation and the rest."
+    seconds = measured_once(
+        task.figures, step, partial(seconds_of_step, config, description, task.device), task.device
     )
+    window = measured_once(
+        task.figures,
+        {**step, "what": "window"},
+        partial(seconds_of_windows, description, task.device),
+        task.device,
+    )
+    shapes = task.fingerprint.numbers()
+    median = rules.median_shape(shapes.spacings, shapes.shapes, plan.spacing)
+    size = [round(n) for n in median]
+    per_case = window * num_windows(size, description.volume_patch)
+    share = config.data.validation
+    assert isinstance(share, float), "a plan holds out a share of the cases"
+    count = len(task.dataset.cases)
+    held_out = max(round(share * count), 1) if count > 1 else 0
+    return schedule_within(
+        task.minutes,
+        seconds_per_step=seconds,
+        seconds_per_case=per_case,
+        held_out=held_out,
+        precision=precision_of(task.device),
+    )
+
+
+def schedule_within(
+    minutes: float,
+    *,
+    seconds_per_step: float,
+    seconds_per_case: float,
+    held_out: int,
+    precision: torch.dtype = torch.float32,
+) -> Schedule:
+    """Validations and steps of a run of so many minutes: the one place that counts them.
+
+    Args:
+        minutes: of the whole run.
+        seconds_per_step: of training.
+        seconds_per_case: of a validation, and of the final scores.
+        held_out: cases.
+        precision: that training computes in.
+    """
+    total = 60 * minutes
+    count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
+    looking = count * cases * seconds_per_case
+    scoring = min(held_out * seconds_per_case, MOST_FOR_SCORING * total)
+    preparing = SHARE_OF_PREPARING * total
+    steps = max(int((total - looking - scoring - preparing) / seconds_per_step), LEAST_STEPS)
+    told = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
+    why = (
+        f"A step takes {seconds_per_step:.3g} s here, in {told}. Of {minutes:g} minutes, "
+        f"{preparing:.0f} s are kept for preparing, {looking:.0f} s for {count} validations of "
+        f"{cases} cases and {scoring:.0f} s for the final scores; the rest holds {steps:,} steps."
+    )
+    if steps == LEAST_STEPS:
+        why += " That is the least of a run, which may take longer."
+    return Schedule(
+        steps,
+        why,
+        validate_every=max(round(steps / (count + 0.5)), 1),
+        validation_cases=cases if 0 < cases < held_out else None,
+        minutes=minutes,
+    )
+
+
+def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, int]:
+    """How many validations there are in the time, and of how many cases."""
+    whole = held_out * per_case
+    if not whole or MOST_VALIDATIONS * whole <= seconds:
+        return MOST_VALIDATIONS, held_out
+    if FEWEST_VALIDATIONS * whole <= seconds:
+        return int(seconds / whole), held_out
+    cases = int(seconds / FEWEST_VALIDATIONS / per_case)
+    return (FEWEST_VALIDATIONS, cases) if cases else (1, 1)
+
+
+def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescription:
+    """The model of a config; `with_labels` if a first stage's come beside the image."""
+    dataset, spacing = task.dataset, config.data.spacing
+    assert spacing is not None, "a plan has one"
+    classes = list(dataset.labelling.value_names[1:])
+    return description_of(
+        config,
+        channels=dataset.channels,
+        labelling=dataset.labelling,
+        codes=dataset.codes,
+        pictures=dataset.pictures,
+        unit=dataset.unit,
+        spacing=spacing,
+        normalisation=[],
+        first_stage=FirstStageConfig(models=1, classes=classes) if with_labels else None,
+    )
+
+
+def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
+    """Seconds that a network takes for a window as it is validated, two at once."""
+    network = build_network(description).to(device)
+    order_for(network, device)
+    windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
+    return seconds_of_window(network, windows)
 
 
 def seconds_of_step(
@@ -279,6 +379,17 @@ def seconds_of_step(
     image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
     label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
     return step_seconds(network, image, label.to(device), vary=vary, repeats=3)
+
+
+def _about_lengths(dataset: Dataset) -> str:
+    """A sentence on the pixel size of pictures, which the spacing is by; nothing of volumes."""
+    case = dataset.cases[0]
+    if not is_picture(case.label):
+        return ""
+    facts = read_picture_facts((*case.images, case.label)[0], rules=dataset.rules)[1]
+    if facts.sized:
+        return f" Pixel sizes are in mm here; {facts.source}."
+    return f" Lengths are pixels, and a pixel counts as 1 mm: {facts.source}."
 
 
 def _run_name(folder: Path) -> str:

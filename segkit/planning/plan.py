@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from segkit.errors import DatasetError
-from segkit.geometry.grid import ANISOTROPY, separate_axis
+from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import (
     ChannelNormalisation,
@@ -366,7 +366,7 @@ def _assembled(
     num_flat = sum(1 in kernel for kernel in chosen.kernels)
     return Plan(
         spatial_dims=len(chosen.patch_size),
-        spacing=(round(spacing[0], 6), round(spacing[1], 6), round(spacing[2], 6)),
+        spacing=rounded_spacing(spacing),
         slices=rules.SLICE_PLANES[across(numbers)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
@@ -378,7 +378,7 @@ def _assembled(
         separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
-            "strides": f"Of {len(chosen.strides)} steps each halves the axes that keep "
+            "strides": f"Each of {len(chosen.strides)} strides halves the axes that keep "
             f"{rules.SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
             "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
             f"coarse as the finest, along which they do not look.",

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from segkit.system.memory import free_memory
+
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
-UNKNOWN_MEMORY = 4 * 1024**3
-MEMORY_STATE = Path("/proc/meminfo")
-MEMORY_LIMITS = Path("/sys/fs/cgroup")
 STATUS = Path("/proc/self/status")
 
 
@@ -43,11 +42,6 @@ def precision_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and half_pays() else torch.float32
 
 
-def in_words(count: float) -> str:
-    """Bytes as MB or GB (10⁶ and 10⁹)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
 def num_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -60,32 +54,6 @@ def free_memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
-
-
-def free_memory() -> int:
-    """Bytes that new processes may take: Linux's "available", within the container's limit.
-
-    Without Linux: half of the memory that is built in, or 4 GiB if the system does not tell it.
-    """
-    try:
-        lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
-        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        free = int(available) * 1024
-    except (OSError, ValueError):
-        return _half_of_what_is_built_in()
-    try:
-        limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
-        lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
-        (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-    return min(free, max(limit - int(held), 0))
-
-
-def _half_of_what_is_built_in() -> int:
-    if not hasattr(os, "sysconf"):
-        return UNKNOWN_MEMORY
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def peak_of_process() -> int | None:

@@ -78,8 +78,8 @@ def held_out_of(folder: Path) -> frozenset[str]:
     """Names of the cases that the run of a model held out, by its summary; none without one."""
     path = folder.parent / SUMMARY
     try:
-        content = read_json_object(path)
-        return frozenset(content["validation"]["dice_of_cases"])
+        scores = read_json_object(path)["validation"]
+        return frozenset(scores.get("held_out", scores["dice_of_cases"]))
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError, KeyError, TypeError) as error:

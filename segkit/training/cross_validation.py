@@ -22,14 +22,13 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import grid_of_case, read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.io.volume import read_grid
 from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
@@ -116,11 +115,11 @@ def cross_validate(
             f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
             f"train each fold as a run of its own by data.fold"
         )
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
     for fold in folds:
         fold_of(dataset, fold)
     spacing = config.data.spacing or median_spacing(
-        [read_grid(case.label) for case in dataset.cases]
+        [grid_of_case(case, dataset) for case in dataset.cases]
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)

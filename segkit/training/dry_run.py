@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import Callback, Timer
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import grid_of_case, read_dataset
 from segkit.data.preprocess import median_spacing
 from segkit.errors import TrainingError
-from segkit.io.volume import read_grid
+from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import in_words, peak_of_process
+from segkit.system.resources import peak_of_process
 from segkit.system.signals import advising
 from segkit.training.fit import train
 from segkit.training.resolve import check_images, precision
@@ -141,10 +141,12 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
-    dataset = read_dataset(config.data.folder, config.data.files)
+    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
-    spacing = config.data.spacing or median_spacing([read_grid(case.label) for case in train_cases])
+    spacing = config.data.spacing or median_spacing(
+        [grid_of_case(case, dataset) for case in train_cases]
+    )
     watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="segkit-") as folder, advising("nothing is left of it"):
         try:

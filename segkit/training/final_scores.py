@@ -1,5 +1,8 @@
 """Dice of whole held-out cases on their own grids: what a run says of itself."""
 
+import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +21,8 @@ from segkit.io.volume import read_volume
 from segkit.model.folder import Model
 from segkit.system.progress import Track
 
+logger = logging.getLogger(__name__)
+
 
 def score(
     model: Model,
@@ -28,6 +33,7 @@ def score(
     device: str = "auto",
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
@@ -36,6 +42,8 @@ def score(
     that held the case out, where the whole first stage would do better than on a new case.
     Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
     `dice_of_cases_after`: all that a cross-validation must know to adopt one.
+    `until` is the monotonic clock's time at which scoring should be over: at least one case is
+    scored, and then as many more as fit.
     """
     predictor = Predictor(model, device=device)
     labelling = dataset.labelling
@@ -43,7 +51,17 @@ def score(
     dice: dict[str, list[float]] = {}
     after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
     told_right: list[list[bool]] = []
+    started = time.monotonic()
     for case in track(cases, "scoring", len(cases)):
+        now = time.monotonic()
+        if dice and now + (now - started) / len(dice) > until:
+            logger.warning(
+                "%d of %d held-out cases are scored: the time is over; segkit predict and segkit "
+                "evaluate score the others",
+                len(dice),
+                len(cases),
+            )
+            break
         image, label = read_case(case, dataset)
         known = read_volume(first_labels[case.name]) if first_labels else None
         prediction = predictor(image, first_labels=known)
@@ -68,10 +86,12 @@ def score(
     if told_right:
         shares = np.mean(told_right, axis=0).tolist()
         more["presence_accuracy"] = dict(zip(names, shares, strict=True))
+    if len(dice) < len(cases):
+        more["held_out"] = [case.name for case in cases]
     if after:
         more["dice_of_cases_after"] = {name: told_by_name(rows) for name, rows in after.items()}
     return {
-        "cases": len(cases),
+        "cases": len(dice),
         "dice": dict(zip(names, means.tolist(), strict=True)),
         "mean_dice": mean_of_defined(means),
         "dice_of_cases": told_by_name(dice),

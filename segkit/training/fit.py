@@ -6,6 +6,7 @@ from its last checkpoint ends with the weights of one that was never stopped.
 
 import copy
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
+from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.cascade import first_stage_of
@@ -56,7 +58,8 @@ from segkit.training.run_folder import (
     new_run_folder,
     stopped_run,
 )
-from segkit.training.trainer import guarded, make_trainer, steps_between
+from segkit.training.time_budget import Deadline, TimeBudget
+from segkit.training.trainer import guarded, looked_at, make_trainer, steps_between
 from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ def train(
     track: Track = untracked,
     dataset: Dataset | None = None,
     network: nn.Module | None = None,
+    spent: float = 0.0,
 ) -> Run:
     """Train the network that the config describes: `fit(prepare(config))`.
 
@@ -99,6 +103,7 @@ def train(
         dataset: taken instead of the one that the config names.
         network: any module from (batch, channel, cells …) to logits (batch, output, cells …),
             trained in place of a U-Net if the config has `network.given`.
+        spent: seconds of `train.minutes` that went by before, such as those of planning.
 
     Returns:
         The finished run, as `fit` returns it.
@@ -112,7 +117,7 @@ def train(
     """
     refuse_replaced(config)
     parts = prepare(config, runs=runs, dataset=dataset, network=network, track=track)
-    return fit(parts, runs=runs, callbacks=callbacks, track=track)
+    return fit_beside({}, parts, runs=Path(runs), callbacks=callbacks, track=track, spent=spent)
 
 
 def fit(
@@ -152,11 +157,13 @@ def fit_beside(
     runs: Path,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
+    spent: float = 0.0,
 ) -> Run:
     """As `fit`, with these texts, by file name, in the run's folder from its beginning on."""
     check_replaced(parts)
     config = parts.config.model_copy(update={"replaced": parts.replaced})
-    module, first = _module_of(parts, config), is_first_process()
+    budget = _budget_of(parts, config, spent)
+    module, first = _module_of(parts, config, budget), is_first_process()
     with ExitStack() as held:
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
@@ -173,7 +180,7 @@ def fit_beside(
             )
             write_text(folder / CONFIG, dump_yaml(config))
         try:
-            trainer = make_trainer(parts, config, folder, callbacks)
+            trainer = make_trainer(parts, config, folder, [*callbacks, *_deadline(parts, budget)])
         except ConfigError:
             if first:
                 shutil.rmtree(folder)
@@ -225,9 +232,10 @@ def resume(
                 config, folder.parent, network=network, track=track, begun=checkpoint is not None
             )
         config = parts.config.model_copy(update={"replaced": parts.replaced})
-        module = _module_of(parts, config)
+        budget = _budget_of(parts, config)
+        module = _module_of(parts, config, budget)
         check_checkpoint(folder, module)
-        trainer = make_trainer(parts, config, folder, callbacks)
+        trainer = make_trainer(parts, config, folder, [*callbacks, *_deadline(parts, budget)])
         return _trained(parts, config, module, trainer, folder, checkpoint, track)
 
 
@@ -281,7 +289,29 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
     return network
 
 
-def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
+def _budget_of(parts: TrainingParts, config: Config, spent: float = 0.0) -> TimeBudget | None:
+    """The run's time, of which preparing has taken some, if it is limited."""
+    if config.train.minutes is None:
+        return None
+    return TimeBudget(
+        60 * config.train.minutes,
+        before=parts.seconds + spent,
+        planned_steps=config.train.steps,
+        held_out=len(parts.split.held_out),
+        validated=looked_at(parts, config),
+        validate_every=steps_between(config),
+    )
+
+
+def _deadline(parts: TrainingParts, budget: TimeBudget | None) -> list[Callback]:
+    if budget is None:
+        return []
+    return [Deadline(budget, parts.validation.cases, parts.description.volume_patch)]
+
+
+def _module_of(
+    parts: TrainingParts, config: Config, budget: TimeBudget | None = None
+) -> SegmentationModule:
     settings = config.network
     head = None if settings.given else settings.attention.head
     return SegmentationModule(
@@ -298,6 +328,7 @@ def _module_of(parts: TrainingParts, config: Config) -> SegmentationModule:
         presence_weight=head.weight if head else 0.0,
         # What is not segkit's own may do what a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),
+        budget=budget,
     )
 
 
@@ -334,6 +365,7 @@ def _trained(
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
+    environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
         trainer.fit(
@@ -351,6 +383,8 @@ def _trained(
         network.to("cpu")
         return Run(Path(best.dirpath), MappingProxyType({}), model)
     save_model(folder / "model", model)
+    budget = module.budget
+    until = math.inf if budget is None else budget.until
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -358,17 +392,30 @@ def _trained(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "seed": config.train.seed,
         "training_cases": len(split.train),
-        "validation": _scores(parts, config, model, trainer, track),
+        "validation": _scores(parts, config, model, trainer, track, until),
         **first_stage_of(first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
+        "environment": environment,
     }
+    if budget is not None:
+        summary["minutes"] = {
+            "given": config.train.minutes,
+            "taken": round(budget.elapsed / 60, 2),
+            "planned_steps": config.train.steps,
+            "seconds_per_step": round(budget.per_step, 4),
+        }
     write_json(folder / SUMMARY, summary)
     network.to("cpu")
     return Run(folder, summary, model)
 
 
 def _scores(
-    parts: TrainingParts, config: Config, model: Model, trainer: L.Trainer, track: Track
+    parts: TrainingParts,
+    config: Config,
+    model: Model,
+    trainer: L.Trainer,
+    track: Track,
+    until: float,
 ) -> dict[str, Any]:
     """What the final weights score on the held-out cases, and the best score during training."""
     # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
@@ -387,6 +434,8 @@ def _scores(
             device=str(trainer.strategy.root_device),
             first_labels=parts.first_labels,
             operations=candidates(list(model.description.labels.values())[1:]) if adopts else {},
+            # A fold's cases are all needed by the cross-validation.
+            until=until if config.data.fold is None else math.inf,
         ),
         f"best_mean_{parts.validation.measure}_during_training": (
             None if highest is None else float(highest)

@@ -18,6 +18,7 @@ from segkit.system.graphed_step import GraphedStep, record_step
 from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
 from segkit.training.loss_watch import LossWatch
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
+from segkit.training.time_budget import TimeBudget
 from segkit.training.validation import Validation
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -45,6 +46,7 @@ class SegmentationModule(L.LightningModule):
         presence_weight: of that loss, beside 1 for the other.
         recorded: whether a CUDA device may replay one recorded step (see `graphed_step`): network
             and loss run the same operations at every step, and keep no count of their own.
+        budget: of time, which the schedule follows; it follows the steps if there is none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SegmentationModule(L.LightningModule):
         presence_loss: PresenceLoss = presence_cross_entropy,
         presence_weight: float = 0.0,
         recorded: bool = False,
+        budget: TimeBudget | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,6 +80,7 @@ class SegmentationModule(L.LightningModule):
         self.presence_weight = presence_weight
         self.scores_of_cases: list[Tensor] = []
         self.recorded = recorded
+        self.budget = budget
         self.graphed: GraphedStep | None = None
         self.losses = LossWatch()
 
@@ -102,7 +106,7 @@ class SegmentationModule(L.LightningModule):
         seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
         generator = Generator().manual_seed(seeds[0])
         torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates
-        anneal(self.network, self.global_step / self.num_steps)
+        anneal(self.network, self.share_done)
         # In half precision the places that voxels are read at would be off by part of a voxel.
         with torch.autocast(self.device.type, enabled=False):
             return self.vary(batch["image"].float(), batch["label"], generator)
@@ -208,6 +212,18 @@ class SegmentationModule(L.LightningModule):
                 self.log(f"validation/{measure}_{name}", mean, batch_size=1)
         mean = means[defined].mean() if defined.any() else means.new_ones(())
         self.log(f"validation/{measure}", mean, prog_bar=True, batch_size=1)
+
+    @property
+    def share_done(self) -> float:
+        """The share of the training that lies behind: of its time if that is limited, or steps."""
+        return self.budget.share if self.budget else self.global_step / self.num_steps
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance the schedule by a step, or by as many as the time that has gone is worth."""
+        if self.budget is None:
+            return super().lr_scheduler_step(scheduler, metric)
+        for _ in range(self.budget.end_step()):
+            scheduler.step()
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, which advances each step."""

@@ -5,6 +5,7 @@ config ──prepare──> TrainingParts ──fit──> runs/<name>/
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -42,7 +43,7 @@ from segkit.training.validation import Validation, dice_of_groups
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "split")
+FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "seconds", "split")
 """Parts from which others were made, so that they cannot be replaced on their own."""
 
 
@@ -96,6 +97,9 @@ class TrainingParts:
     augmentation: Augmentation
     validation: Validation
     """Prepared cases that are held out, and how they are segmented and scored."""
+
+    seconds: float = 0.0
+    """That `prepare` took, which are part of `train.minutes`."""
 
     _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Each part as `prepare` made it."""
@@ -152,8 +156,9 @@ def make_parts(
     begun: bool = False,
 ) -> TrainingParts:
     """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
+    started = time.monotonic()
     check_installed(config.trainer.loggers)
-    dataset = dataset or read_dataset(config.data.folder, config.data.files)
+    dataset = dataset or read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -200,6 +205,7 @@ def make_parts(
                 ignore=description.ignore,
             ),
         ),
+        seconds=time.monotonic() - started,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)

@@ -41,13 +41,42 @@ class TrainingProgress(Callback):
         if self.task is None:
             return
         now = time.monotonic()
-        self.display.update(self.task, completed=trainer.global_step)
+        self.display.update(self.task, completed=trainer.global_step, total=trainer.max_steps)
         if now - self.last > SECONDS_BETWEEN_LINES:
             self.last = now
             loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
             self.display.update(self.task, description=f"training, loss {loss:.3f}")
             if not self.console.is_terminal:
                 self._line(trainer, f"loss {loss:.3f}")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Which validation begins, and how long is left."""
+        self.last = time.monotonic()
+        if self.task is None:
+            return
+        every = getattr(trainer.datamodule, "steps_per_epoch", trainer.max_steps)  # type: ignore[attr-defined]
+        number, count = trainer.global_step // every, max(trainer.max_steps // every, 1)
+        rest = (trainer.max_steps - trainer.global_step) / max(trainer.global_step, 1)
+        minutes = rest * (time.monotonic() - self.started) / 60
+        self._line(
+            trainer, f"validating {number} of {max(number, count)}, about {minutes:.0f} min left"
+        )
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """One case on."""
+        now = time.monotonic()
+        if self.task is None or now - self.last < SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        self._line(trainer, f"{batch_idx + 1} of {trainer.num_val_batches[0]} cases validated")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What the held-out cases say."""

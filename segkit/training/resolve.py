@@ -26,11 +26,10 @@ from segkit.config.data import (
 from segkit.config.model import ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config, TrainConfig, TrainerConfig
-from segkit.data.dataset import CaseFiles, Dataset, check_headers, read_case
+from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError, Problems
-from segkit.io.volume import read_grid
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import half_pays
@@ -84,6 +83,8 @@ def describe(config: Config, dataset: Dataset) -> ModelDescription:
         channels=dataset.channels,
         labelling=dataset.labelling,
         codes=dataset.codes,
+        pictures=dataset.pictures,
+        unit=dataset.unit,
         spacing=data.spacing,
         normalisation=data.normalisation,
     )
@@ -161,7 +162,9 @@ def with_whole_paths(config: Config) -> Config:
 def _data(
     config: DataConfig, dataset: Dataset, split: Split, runs: Path, track: Track
 ) -> DataConfig:
-    spacing = config.spacing or median_spacing([read_grid(case.label) for case in split.train])
+    spacing = config.spacing or median_spacing(
+        [grid_of_case(case, dataset) for case in split.train]
+    )
     changes: dict[str, Any] = {
         "spacing": spacing,
         "normalisation": _measured(_asked(config, dataset), dataset, split.train, track),

@@ -20,6 +20,7 @@ from segkit.training.lightning_private import is_first_process
 from segkit.training.parts import TrainingParts
 from segkit.training.run_folder import LAST, WholeCheckpoints, loggers, metrics_of
 from segkit.training.stop_and_save import Interruption
+from segkit.training.time_budget import UNLIMITED
 from segkit.training.time_limit import Pace
 from segkit.training.trackers import trackers
 from segkit.training.validation_pictures import SamplePictures
@@ -45,6 +46,12 @@ def steps_between(config: Config) -> int:
     return min(config.train.validate_every, config.train.steps)
 
 
+def looked_at(parts: TrainingParts, config: Config) -> int:
+    """Held-out cases that each validation looks at, or each of several processes does."""
+    count, most = len(parts.validation.cases), config.train.validation_cases
+    return count if most is None else min(most, count)
+
+
 def make_trainer(
     parts: TrainingParts, config: Config, folder: Path, callbacks: Sequence[Callback]
 ) -> L.Trainer:
@@ -53,16 +60,16 @@ def make_trainer(
     Raises ConfigError if Lightning refuses the settings, or a tracker's server does.
     """
     validated, every = bool(len(parts.validation.cases)), steps_between(config)
-    metrics = metrics_of(folder)
+    metrics, looked = metrics_of(folder), looked_at(parts, config)
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers"}),
-            max_steps=config.train.steps,
+            max_steps=config.train.steps if config.train.minutes is None else UNLIMITED,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
             check_val_every_n_epoch=1,
             num_sanity_val_steps=0,
-            limit_val_batches=1.0 if validated else 0,
+            limit_val_batches=looked if looked < len(parts.validation.cases) else float(validated),
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_progress_bar=False,

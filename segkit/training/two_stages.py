@@ -28,13 +28,14 @@ def train_two_stages(
     tell: Callable[[Run], None] = lambda run: None,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
+    spent: float = 0.0,
 ) -> Run:
     """Train a first stage and then a second that is given its labels, which is the run returned.
 
-    `tell` takes the first; `callbacks` and `track` are those of `train`, which says what is
-    raised.
+    `tell` takes the first; `callbacks`, `track` and `spent` are those of `train`, which says what
+    is raised.
     """
-    first = train_first(low, full, runs=runs, callbacks=callbacks, track=track)
+    first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent)
     tell(first)
     return train(after(full, first.folder), runs=runs, callbacks=callbacks, track=track)
 
@@ -46,6 +47,7 @@ def train_first(
     runs: Path,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
+    spent: float = 0.0,
 ) -> Run:
     """Train a first stage; the second's config lies in its folder, so that no stop forgets it."""
     return fit_beside(
@@ -54,6 +56,7 @@ def train_first(
         runs=runs,
         callbacks=callbacks,
         track=track,
+        spent=spent,
     )
 
 

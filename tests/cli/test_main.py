@@ -4,9 +4,11 @@ import errno
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from segkit.cli.main import main
 from tests.cli.command import run
@@ -32,6 +34,20 @@ def test_module_and_command_are_one() -> None:
         [sys.executable, "-m", "segkit", "--version"], capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stdout.startswith("segkit 0.")
+    lines = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert lines["torch"] == torch.__version__ and lines["CUDA"] and lines["cuDNN"]
+    assert lines["openvino"] == version("openvino") and lines["onnxruntime"]
+
+
+def test_the_version_tells_of_a_cudnn_that_is_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    code, out, _ = run("--version", capsys=capsys)
+    assert code == 0
+    assert "cuDNN 9.10.2\n" in out and "pip install 'nvidia-cudnn-cu12>=9.15'" in out
 
 
 @pytest.mark.parametrize("words", [("check", "nowhere.nii.gz"), ("predict", "x.nii.gz")])

@@ -72,6 +72,8 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 3e8)
+    # As if 8 GB held a patch of under a quarter of these volumes.
+    monkeypatch.setattr(planning.rules, "REFERENCE_ACTIVATIONS", {2: 85e6, 3: 3e5})
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
     assert code == 0, err

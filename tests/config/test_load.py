@@ -14,7 +14,7 @@ from segkit.config.attention import (
     SelfAttentionConfig,
 )
 from segkit.config.data import CtWindowConfig
-from segkit.config.load import dump_yaml, load_config, validated
+from segkit.config.load import changed, dump_yaml, load_config, validated
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
 from segkit.errors import ConfigError
@@ -406,3 +406,14 @@ def test_attention_that_knows_positions_needs_channels_for_them(
 def test_attention_that_would_sit_nowhere_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"only skip of two network.channels; give it levels"):
         validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")
+
+
+def test_who_asks_for_steps_gets_them_however_long_they_take(tmp_path: Path) -> None:
+    path = tmp_path / "timed.yaml"
+    path.write_text(
+        "data: {folder: x, patch_size: [16, 16, 16]}\ntrain: {steps: 100, minutes: 5}\n"
+    )
+    assert load_config(path).train.minutes == 5
+    assert load_config(path, ["train.steps=7"]).train.minutes is None
+    assert load_config(path, ["train.steps=7", "train.minutes=2"]).train.minutes == 2
+    assert changed(load_config(path), ["train.steps=7"]).train.minutes is None

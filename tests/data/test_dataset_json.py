@@ -184,8 +184,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no names of channels": ({"channel_names": None}, r"expected channel_names \(or modality\)"),
     "no ending": ({"file_ending": None}, "expected a list training, or file_ending, found neither"),
     "an ending of its own": (
-        {"file_ending": ".png"},
-        r"file_ending must be one of \.nii, \.nii\.gz, \.nrrd, \.mha, \.nhdr, \.mhd, found \.png",
+        {"file_ending": ".gif"},
+        r"file_ending must be one of \.nii, \.nii\.gz, \.nrrd, \.mha, \.nhdr, \.mhd, .*found \.gif",
     ),
     "an ending that none has": ({"file_ending": ".mha"}, r"expected labels CASE\.mha in it"),
     "another number of cases": (

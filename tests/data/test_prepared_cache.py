@@ -260,7 +260,7 @@ def test_processes_are_as_many_as_work_cores_and_memory_bear(
     largest = 2 * 2 * 8 * 5 * 11
 
     def processes(spacing: tuple[float, float, float] = finer) -> int:
-        return store._processes(dataset.cases, spacing, 2)
+        return store._processes(dataset.cases, dataset, spacing, 2)
 
     assert processes() == 1  # little work: this process
     monkeypatch.setattr(store, "VOXELS_PER_PROCESS", voxels // 3)

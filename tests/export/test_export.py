@@ -29,7 +29,7 @@ from tests.models import model_of, saved
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
-NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}
+NAMES = {"onnx": "network.onnx", "openvino": "network.xml", "pt2": "network.pt2"}
 
 
 def scan_of(seed: int = 0) -> Volume:
@@ -37,7 +37,7 @@ def scan_of(seed: int = 0) -> Volume:
     return Volume(values, Grid((22, 15, 13), np.eye(4)))
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", "openvino", "pt2"])
 def test_an_exported_model_agrees_on_a_volume_through_windows(form: Form, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", {"skip": "additive_grid", "encoder": "cbam"})
     found = export_model(model, form, tmp_path / NAMES[form], check=True, scan=scan_of()).agreement
@@ -99,7 +99,7 @@ def test_a_module_that_python_gave_is_exported_as_any_other(tmp_path: Path) -> N
     assert set(exported.agreement.differences) == {LOGITS}
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", "openvino", "pt2"])
 def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,14 +107,14 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
     out = tmp_path / NAMES[form]
     with pytest.raises(ModelError, match=rf"is written to a file \*\{out.suffix}"):
         export_model(model, form, tmp_path / "network.pt")
-    out.with_suffix(".bin" if form == "openvino" else ".onnx").write_text("mine")
+    out.with_suffix(".bin" if form == "openvino" else out.suffix).write_text("mine")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
         export_model(model, form, out)
     assert len(list(tmp_path.iterdir())) == 1
     export_model(model, form, out, overwrite=True)
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def fail(*arguments: object, **options: object) -> None:
+    def fail(self: object, windows: Tensor) -> None:
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr("segkit.export.graphs.Traced.forward", fail)
@@ -164,7 +164,7 @@ def test_a_model_that_was_loaded_is_the_one_that_is_exported(tmp_path: Path) -> 
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("form", ["onnx", "openvino", "monai-bundle"])
+@pytest.mark.parametrize("form", ["onnx", "openvino", "pt2", "monai-bundle"])
 def test_an_exported_model_agrees_on_a_real_scan(
     form: Form, tmp_path: Path, data_folder: Path
 ) -> None:

@@ -7,18 +7,19 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from segkit.export.agreement import compare, noise_for
 from segkit.export.deployment import deployment
-from segkit.export.graphs import export_onnx, export_openvino
+from segkit.export.graphs import export_onnx, export_openvino, export_pt2
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
 from tests.models import FAST, SLOW, model_of
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
-GRAPHS = {"onnx": export_onnx, "openvino": export_openvino}
-NAMES = {"onnx": "network.onnx", "openvino": "network.xml"}
+GRAPHS = {"onnx": export_onnx, "openvino": export_openvino, "pt2": export_pt2}
+NAMES = {"onnx": "network.onnx", "openvino": "network.xml", "pt2": "network.pt2"}
 
 
 def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path) -> None:
@@ -29,14 +30,14 @@ def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path
 
 
 @pytest.mark.parametrize("family", ["self-attention", "planes with presence"])
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", [*GRAPHS])
 def test_a_batch_may_have_any_length(form: str, family: str, tmp_path: Path) -> None:
     agrees(form, *FAST[family], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAST, *SLOW])
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", [*GRAPHS])
 def test_every_family_takes_batches_of_any_length(form: str, family: str, tmp_path: Path) -> None:
     agrees(form, *{**FAST, **SLOW}[family], tmp_path)
 
@@ -55,6 +56,21 @@ def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_pat
     (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
     assert json.loads(told) == deployment(model)
     assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
+
+
+def test_a_program_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
+    tmp_path: Path,
+) -> None:
+    model = model_of(*reversed(FAST["planes with presence"]))
+    export_pt2(model, tmp_path / "a.pt2")
+    told = {"segkit": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=told)
+    assert json.loads(told["segkit"]) == deployment(model)
+    network = program.module()
+    for count in (1, 3):
+        outputs = network(torch.zeros(count, 2, 16, 12, 8))
+        assert set(outputs) == {LOGITS, *model.network.maps(), PRESENCE}
+        assert outputs[LOGITS].shape == (count, 3, 16, 12, 8)
 
 
 def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(

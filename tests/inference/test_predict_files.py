@@ -112,7 +112,7 @@ def test_an_empty_folder_and_a_strange_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="expected volumes"):
         find_inputs([tmp_path], 1)
     with pytest.raises(VolumeError, match="convert it first"):
-        find_inputs([tmp_path / "scan.png"], 1)
+        find_inputs([tmp_path / "scan.gif"], 1)
 
 
 def test_a_result_lies_beside_its_input_or_where_it_was_asked_for() -> None:

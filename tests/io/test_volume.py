@@ -673,7 +673,7 @@ def test_the_same_volume_gives_the_same_bytes(
 def test_a_suffix_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
     volume = Volume(values_of("int16"), Grid(SHAPE, affine_of("RAS")))
     with pytest.raises(VolumeError, match=r"expected a volume named \*\.nii"):
-        write_volume(tmp_path / "new" / "scan.png", volume)
+        write_volume(tmp_path / "new" / "scan.jpg", volume)
     assert not (tmp_path / "new").exists()
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from segkit.system import memory
 from segkit.system import resources as machine
-from segkit.system.resources import choose_device, free_memory, half_pays, in_words, num_cores
+from segkit.system.memory import free_memory, in_words
+from segkit.system.resources import choose_device, half_pays, num_cores
 
 
 def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +26,8 @@ def test_free_memory_is_what_linux_and_the_container_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "meminfo"
-    monkeypatch.setattr(machine, "MEMORY_STATE", state)
-    monkeypatch.setattr(machine, "MEMORY_LIMITS", tmp_path)
+    monkeypatch.setattr(memory, "MEMORY_STATE", state)
+    monkeypatch.setattr(memory, "MEMORY_LIMITS", tmp_path)
     half = free_memory()
     assert half > 0  # of what is built in, as nothing is told
     state.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 300 kB\n")
@@ -37,7 +39,7 @@ def test_free_memory_is_what_linux_and_the_container_leave(
     assert free_memory() == 2000
     (tmp_path / "memory.max").write_text("500\n")
     assert free_memory() == 0
-    monkeypatch.setattr(machine, "MEMORY_STATE", tmp_path / "none")
+    monkeypatch.setattr(memory, "MEMORY_STATE", tmp_path / "none")
     monkeypatch.delattr(os, "sysconf")
     assert free_memory() == 4 * 1024**3
 

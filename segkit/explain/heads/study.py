@@ -62,7 +62,7 @@ class CaseOnDisk:
     @property
     def reference(self) -> Volume:
         """Its labels."""
-        return read_labels(self.path)
+        return read_labels(self.path, rules=self.source.rules)
 
 
 LabelledCase = ScoredVolume | CaseOnDisk
@@ -334,7 +334,9 @@ def on_one_grid(case: LabelledCase) -> ScoredVolume:
     volume = case.volume
     what = f"{case.name}: its reference"
     return ScoredVolume(
-        case.name, volume, case.reference.onto(volume.grid, what=what, whose="the volume")
+        case.name,
+        volume,
+        case.reference.sized_as(volume).onto(volume.grid, what=what, whose="the volume"),
     )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
@@ -25,6 +25,7 @@ from segkit.explain.display import Bars, Curve, Table, Verdict
 from segkit.explain.page.embed import Embedded, embed, embed_labels, spread, thinning
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import write_text
+from segkit.io.picture_rules import MM_OF, WORD_OF, Unit
 from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume
 
@@ -88,11 +89,14 @@ def write_page(path: Path, page: Page) -> None:
 
 def page_text(page: Page) -> str:
     """The page as HTML."""
-    volumes, described = _scan(page.scan)
+    unit = page.scan.unit
+    scan = page.scan.on(_told_in(unit, page.scan.grid), page.scan.data)
+    volumes, described = _scan(scan)
     scan_grid = volumes[0].grid
     layers = []
     for layer in page.layers:
-        volume, description = _layer(layer, scan_grid)
+        layer = replace(layer, grid=_told_in(unit, layer.grid))
+        volume, description = _layer(layer, scan_grid, counted=scan.picture is not None)
         layers.append({**description, "volume": len(volumes)})
         volumes.append(volume)
     content = {
@@ -124,6 +128,12 @@ def page_text(page: Page) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
+def _told_in(unit: Unit, grid: Grid) -> Grid:
+    """A grid whose world is in the unit that the page tells lengths in, not in mm."""
+    scale = 1 / MM_OF[unit]
+    return Grid(grid.shape, np.diag([scale, scale, scale, 1.0]) @ grid.affine)
+
+
 def _scan(scan: Volume) -> tuple[list[Embedded], dict[str, Any]]:
     """Each channel's volume, and what the viewer needs to know of all."""
     channels = np.moveaxis(scan.data.reshape(*scan.grid.shape, -1), -1, 0)
@@ -137,17 +147,20 @@ def _scan(scan: Volume) -> tuple[list[Embedded], dict[str, Any]]:
         "orientation": Orientation.of(scan.grid.affine).code,
         "spacing": list(grid.spacing),
         "file_spacing": list(scan.grid.spacing),
+        "unit": WORD_OF[scan.unit],
+        "picture": scan.picture is not None,
+        "flat": scan.is_flat,
         "every": list(thinning(scan.grid)),
         "oblique": _obliqueness(grid),
         "windows": [_window(channel) for channel in channels],
     }
 
 
-def _layer(layer: Layer, scan_grid: Grid) -> tuple[Embedded, dict[str, Any]]:
+def _layer(layer: Layer, scan_grid: Grid, *, counted: bool) -> tuple[Embedded, dict[str, Any]]:
     described: dict[str, Any] = {"name": layer.name, "kind": layer.kind}
     if layer.kind == "labels":
         volume = embed_labels(layer.values, layer.grid)
-        described["labels"] = _labels(layer)
+        described["labels"] = _labels(layer, counted=counted)
     else:
         volume = embed(layer.values, layer.grid, fine=layer.values.size <= FINE_CELLS)
         lowest, highest = spread(layer.values)
@@ -165,17 +178,21 @@ def _layer(layer: Layer, scan_grid: Grid) -> tuple[Embedded, dict[str, Any]]:
     }
 
 
-def _labels(layer: Layer) -> list[dict[str, Any]]:
-    """Name, colour and millilitres of each label but 0, of those named and those found."""
+def _labels(layer: Layer, *, counted: bool) -> list[dict[str, Any]]:
+    """Name, colour and amount of each label but 0, of those named and those found.
+
+    The amount is in ml, or of pictures the number of their pixels.
+    """
     counts = np.bincount(layer.values.ravel().astype(np.int64))
-    millilitres = abs(float(np.linalg.det(layer.grid.affine[:3, :3]))) / 1000
+    each = 1.0 if counted else abs(float(np.linalg.det(layer.grid.affine[:3, :3]))) / 1000
     numbers = {*np.flatnonzero(counts).tolist(), *layer.label_names} - {0}
     return [
         {
             "number": number,
             "name": layer.label_names.get(number, f"label {number}"),
             "colour": label_colour(number),
-            "millilitres": float(counts[number] * millilitres) if number < len(counts) else 0.0,
+            "amount": float(counts[number] * each) if number < len(counts) else 0.0,
+            "unit": "pixels" if counted else "ml",
         }
         for number in sorted(numbers)
     ]

@@ -1,6 +1,6 @@
 """The network converted once for a faster runtime, and kept in the user's cache.
 
-    network ─▶ traced with one window, every map an output ─▶ the runtime's own files, in
+    network ─▶ exported for one window, every map an output ─▶ the runtime's own files, in
                                                               ~/.cache/segkit/engines/NAME-DIGEST/
 
 The digest covers all that they depend on, so that other weights, another window or another version
@@ -12,10 +12,8 @@ import hashlib
 import logging
 import shutil
 import tempfile
-import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
+from torch.export import ExportedProgram
 
 import segkit.nn
 from segkit.errors import ModelError
@@ -36,6 +34,8 @@ from segkit.nn.network import SegmentationNetwork, unet_of
 ENGINES_FOLDER = "engines"
 INPUT = "image"
 """The name of the input in files that have names."""
+FREE_AXIS = "batch"
+"""The name of an axis that may have any length."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,18 +78,19 @@ class Traced(nn.Module):
         return tuple(outputs[name] for name in self.names)
 
 
-@contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Within it, tracing does not warn.
+def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -> ExportedProgram:
+    """A network as a graph of `torch.export`, which depends on the windows' shape only.
 
-    torch warns that the window's size becomes a part of the trace, which is wanted, and that
-    tracing is old; but of what torch.export gives, OpenVINO makes thrice as many operations, with
-    normalisation in pieces, and MONAI's evaluator and its tools cannot run it.
+    Args:
+        network: takes (batch, channel, x, y, z); in evaluation mode.
+        windows: an example, on the CPU. A batch of one stays one.
+        any_number: whether the graph takes any number of windows, and not just so many.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)
-        warnings.filterwarnings("ignore", r".torch\.jit\.", DeprecationWarning)
-        yield
+    # Made anew, as the given ones may be inference tensors, which cannot be exported.
+    with torch.inference_mode(False), torch.no_grad():
+        example = torch.zeros(windows.shape)
+        axes = ({0: torch.export.Dim(FREE_AXIS)},) if any_number else None
+        return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)
 
 
 class ConvertedEngine:

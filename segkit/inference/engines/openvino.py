@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export.decomp_utils import CustomDecompTable
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import INPUT, RunGraph, Traced, quiet_tracing
+from segkit.inference.engines.converted import INPUT, RunGraph, Traced, exported_program
 from segkit.inference.engines.torch_eager import LOGITS
 
 OPENVINO_FILE = "network.xml"
@@ -52,17 +53,21 @@ class OpenVino:
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
         """Write the files of a network for windows like this one."""
-        graph = self.graph(network, window, batch=len(window))
+        graph = self.graph(network, window, any_number=False)
         self.openvino.serialize(graph, folder / OPENVINO_FILE, folder / NUMBERS)
 
-    def graph(self, network: Traced, window: Tensor, *, batch: int) -> Any:
+    def graph(self, network: Traced, window: Tensor, *, any_number: bool) -> Any:
         """OpenVINO's own form of a network for windows like these, its outputs by their names.
 
-        It takes `batch` windows at once; any number where that is -1.
+        It takes so many windows at once, or any number.
         """
-        with quiet_tracing(), torch.no_grad():
-            traced = torch.jit.trace(network, window, check_trace=False)
-        graph = self.openvino.convert_model(traced, input=[[batch, *window.shape[1:]]])
+        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+        program = exported_program(network, window, any_number=any_number)
+        program = program.run_decompositions(_decompositions())
+        decoder = TorchFXPythonDecoder(program.module(), dynamic_shapes=True)
+        batch = -1 if any_number else len(window)
+        graph = self.openvino.convert_model(decoder, input=[[batch, *window.shape[1:]]])
         graph.inputs[0].get_tensor().set_names({INPUT})
         for output, name in zip(graph.outputs, network.names, strict=True):
             output.get_tensor().set_names({name})
@@ -124,6 +129,21 @@ def _installed() -> Any:
             "--engine torch"
         ) from None
     return openvino
+
+
+def _decompositions() -> CustomDecompTable:
+    """How operations that OpenVINO does not know are made of those that it knows.
+
+    These are its own but for one: it (2026.4) has instance normalisation in pieces, whose three
+    means and six more operations per layer its compiler does not put together again. It knows the
+    whole.
+    """
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+
+    table = CustomDecompTable()
+    for operation in (*ops_to_not_decompose(), torch.ops.aten.instance_norm.default):
+        table.pop(operation, None)
+    return table
 
 
 @functools.cache

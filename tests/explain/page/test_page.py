@@ -109,7 +109,7 @@ def test_legends_tell_millilitres_and_name_what_has_no_name() -> None:
     grid = Grid((10, 10, 10), np.diag([-2.0, 1.0, 3.0, 1.0]))
     layer = Layer("reference", "labels", labels, grid, label_names={0: "background", 1: "anterior"})
     content = json.loads(element(page_text(Page("t", Volume(labels, grid), [layer])), "content"))
-    told = [(each["name"], each["millilitres"]) for each in content["layers"][0]["labels"]]
+    told = [(each["name"], each["amount"]) for each in content["layers"][0]["labels"]]
     assert told == [("anterior", 0), ("label 2", pytest.approx(3.0))]
 
 

@@ -41,10 +41,15 @@ function percent(share) {
   return `${Math.round(100 * share)} %`;
 }
 
+/** Decimals that tell a hundredth of a millimetre, or of a smaller pixel. */
+function decimals(view) {
+  return Math.max(2, 1 - Math.floor(Math.log10(Math.min(...view.spacing))));
+}
+
 /** Where the cross-hair is, in mm and voxels, and what each volume has there. */
 function whereabouts(view, goTo) {
   const inputs = AXES.map((axis) => {
-    const input = make("input", { type: "number", step: "any", "aria-label": `World ${axis} in mm` });
+    const input = make("input", { type: "number", step: "any", "aria-label": `World ${axis} in ${view.unit}` });
     input.addEventListener("change", () => goTo(inputs.map((each) => each.valueAsNumber)));
     return input;
   });
@@ -55,13 +60,13 @@ function whereabouts(view, goTo) {
   });
   const element = make("section", { id: "whereabouts" },
     make("h2", {}, "Cross-hair"),
-    make("div", { className: "world" }, ...inputs.flatMap((input, n) => [make("span", {}, AXES[n]), input]), "mm"),
+    make("div", { className: "world" }, ...inputs.flatMap((input, n) => [make("span", {}, AXES[n]), input]), view.unit),
     make("table", {},
       make("tbody", {}, make("tr", {}, make("th", { scope: "row" }, "Voxel of the file"), voxel),
         ...rows.map(({ row }) => row))));
   const show = () => {
     const world = through(view.affine, view.at);
-    world.forEach((mm, n) => { inputs[n].value = mm.toFixed(2); });
+    world.forEach((length, n) => { inputs[n].value = length.toFixed(decimals(view)); });
     voxel.textContent = through(view.fileIndex, world).map((index) => Math.round(index)).join(", ");
     const numbers = [voxelAt(view.scan, ...view.at), ...view.layers.map((layer) =>
       (layer.kind === "map" ? valueAt : labelAt)(layer.volume, ...through(layer.from_scan, view.at)))];
@@ -71,7 +76,7 @@ function whereabouts(view, goTo) {
       if (layer?.kind === "labels") value.textContent = layer.names.get(numbers[n]) || "–";
       else value.textContent = told(numbers[n], layer ? finest(layer.volume) : view.scan.exact ? 1 : finest(view.scan));
     });
-    return `${AXES.map((axis, n) => `${axis} ${world[n].toFixed(1)}`).join(", ")} mm; ` +
+    return `${AXES.map((axis, n) => `${axis} ${world[n].toFixed(decimals(view) - 1)}`).join(", ")} ${view.unit}; ` +
       rows.map(({ row }) => [...row.children].map((cell) => cell.textContent).join(" ")).join("; ");
   };
   return { element, show };
@@ -124,9 +129,9 @@ function layerCard(layer, number, changed) {
 }
 
 function labelControls(layer, changed) {
-  const items = layer.labels.map(({ name, colour, millilitres }) => {
-    const amount = millilitres ? `${Number(millilitres.toPrecision(3))} ml` : "none";
-    return make("li", { className: millilitres ? "" : "absent" },
+  const items = layer.labels.map(({ name, colour, amount: size, unit }) => {
+    const amount = size ? `${Number(size.toPrecision(3))} ${unit}` : "none";
+    return make("li", { className: size ? "" : "absent" },
       swatch(colour), make("span", {}, name), make("span", { className: "amount" }, amount));
   });
   return [
@@ -152,7 +157,7 @@ function mapControls(layer, changed) {
   choice.value = layer.colourMap;
   choice.addEventListener("change", () => { layer.colourMap = choice.value; paint(); changed(); });
   paint();
-  const pitch = layer.spacing.map((mm) => Number(mm.toFixed(2))).join(" × ");
+  const pitch = layer.spacing.map((step) => Number(step.toPrecision(3))).join(" × ");
   const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, tell, (number) => {
     layer.threshold = number > layer.low ? number : -Infinity;
     changed();
@@ -173,6 +178,6 @@ function mapControls(layer, changed) {
   }
   parts.push(
     make("div", { className: "row" }, ...options),
-    make("p", { className: "note" }, `Cells of ${pitch} mm, ${precision(layer.volume)}`));
+    make("p", { className: "note" }, `Cells of ${pitch} ${layer.unit}, ${precision(layer.volume)}`));
   return parts;
 }

@@ -53,8 +53,9 @@ function column(index, size, radiological) {
   return radiological ? size - 1 - index : index;
 }
 
-/** Letters at the edges of a plane. */
-function edgeLetters(plane, radiological) {
+/** Letters at the edges of a plane; a picture has no sides of a patient. */
+function edgeLetters(plane, { radiological, picture }) {
+  if (picture) return { left: "", right: "", top: "", bottom: "" };
   const [low, high] = LETTERS[plane.across];
   const [bottom, top] = LETTERS[plane.up];
   return { left: radiological ? high : low, right: radiological ? low : high, top, bottom };

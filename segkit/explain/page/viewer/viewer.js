@@ -1,7 +1,7 @@
 "use strict";
 // The page as a whole: unpack, build, and keep what is shown in step with what is chosen.
 //
-// The fragment of the address sets the view: at=X,Y,Z in mm; overlay=NAME, given once or more, shows
+// The fragment of the address sets the view: at=X,Y,Z in mm, or in the unit of a picture; overlay=NAME, given once or more, shows
 // these and no others, off=NAME hides one; orientation=radiological|neurological; theme=light|dark.
 
 const FLAT = 1e-3; // of a map's range, what its values must span for the colours to be stretched
@@ -40,6 +40,7 @@ async function start() {
     for (const card of cards) card.update();
     byId("spoken").textContent = where.show();
     byId("link").hash = fragment(view);
+    byId("convention").hidden = view.picture;
     byId("convention").textContent = view.radiological
       ? "Radiological: patient’s right on the left"
       : "Neurological: patient’s right on the right";
@@ -108,6 +109,9 @@ function firstView(content, volumes) {
     index: scan.index,
     fileIndex: scan.file_index,
     spacing: scan.spacing,
+    unit: scan.unit,
+    picture: scan.picture,
+    flat: scan.flat,
     radiological: true,
     smooth: false,
     crossHair: true,
@@ -117,7 +121,7 @@ function firstView(content, volumes) {
   const mapped = content.layers.some((layer) => layer.kind === "map");
   view.layers = content.layers.map((layer) => {
     const nth = kinds[layer.kind]++;
-    const described = { ...layer, volume: volumes[layer.volume] };
+    const described = { ...layer, volume: volumes[layer.volume], unit: view.unit };
     if (layer.kind === "map") {
       const whole = [layer.low, layer.high];
       const [low, high] = layer.spans;
@@ -149,7 +153,7 @@ function setChannel(view, channel) {
 function middle(view) {
   const { shape } = view.scan;
   const half = shape.map((size) => Math.floor(size / 2));
-  const labels = view.layers.find((layer) => layer.labels?.some(({ millilitres }) => millilitres));
+  const labels = view.layers.find((layer) => layer.labels?.some(({ amount }) => amount));
   if (!labels) return half;
   const { codes, nx, ny } = labels.volume;
   const sum = [0, 0, 0];
@@ -168,6 +172,7 @@ function middle(view) {
 /** A plane's canvas, the letters at its edges and its slider. */
 function buildPlane(plane, view) {
   const slices = view.scan.shape[plane.through];
+  const title = view.flat ? "Picture" : view.picture && plane.name === "Axial" ? "Page" : plane.name;
   const canvas = make("canvas", { tabIndex: 0, role: "application", id: plane.name.toLowerCase() });
   canvas.setAttribute("aria-label", `${plane.name} plane: arrows move the cross-hair, Page Up and Page Down the slice`);
   canvas.setAttribute("aria-describedby", "spoken");
@@ -178,14 +183,16 @@ function buildPlane(plane, view) {
   const place = make("output");
   const element = make("figure", { className: `plane ${plane.name.toLowerCase()}` },
     make("div", { className: "screen" }, canvas, ...Object.values(letters)),
-    make("figcaption", {}, make("span", {}, plane.name), slider, place));
+    make("figcaption", {}, make("span", {}, title), slider, place));
+  slider.hidden = view.flat;
   const update = () => {
-    for (const [edge, letter] of Object.entries(edgeLetters(plane, view.radiological))) {
+    for (const [edge, letter] of Object.entries(edgeLetters(plane, view))) {
       letters[edge].textContent = letter;
-      letters[edge].title = SIDES[letter];
+      letters[edge].title = SIDES[letter] ?? "";
     }
     slider.value = view.at[plane.through];
-    place.textContent = `${AXES[plane.through]} ${through(view.affine, view.at)[plane.through].toFixed(1)} mm`;
+    const height = through(view.affine, view.at)[plane.through].toFixed(1);
+    place.textContent = view.flat ? "" : `${AXES[plane.through]} ${height} ${view.unit}`;
   };
   return { ...plane, canvas, slider, element, update, voxels: document.createElement("canvas") };
 }
@@ -207,8 +214,12 @@ function fillSections(content, view, showAlone) {
 
 /** What the page itself must say of its volumes. */
 function aboutScan({ scan, layers }, view) {
-  const spacing = scan.file_spacing.map((mm) => Number(mm.toFixed(3))).join(" × ");
-  const facts = { Scan: `${scan.file_shape.join(" × ")} voxels of ${spacing} mm, stored ${scan.orientation}` };
+  const axes = scan.flat ? 2 : 3;
+  const spacing = scan.file_spacing.slice(0, axes).map((step) => Number(step.toPrecision(4))).join(" × ");
+  const size = scan.file_shape.slice(0, axes).join(" × ");
+  const facts = { Scan: scan.picture
+    ? `${size} pixels of ${spacing} ${scan.unit}`
+    : `${size} voxels of ${spacing} mm, stored ${scan.orientation}` };
   if (scan.oblique > 0.5) {
     facts.Planes = `the scan's own, up to ${scan.oblique.toFixed(1)}° off the patient's axes; ` +
       "world coordinates are exact";
@@ -232,7 +243,7 @@ function help() {
 /** The address of this view. */
 function fragment(view) {
   const wanted = new URLSearchParams();
-  wanted.set("at", through(view.affine, view.at).map((mm) => mm.toFixed(2)).join(","));
+  wanted.set("at", through(view.affine, view.at).map((length) => length.toFixed(decimals(view))).join(","));
   for (const layer of view.layers) wanted.append(layer.shown ? "overlay" : "off", layer.name);
   wanted.set("orientation", view.radiological ? "radiological" : "neurological");
   return wanted.toString();

@@ -1,0 +1,277 @@
+"""Whether probabilities are what they say: of all voxels given 70 %, are 70 % what was said?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from math import isnan, nan
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Integer
+from numpy import ndarray
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import spearmanr
+
+NUM_BINS = 15
+IN_QUESTION = 0.01
+"""A voxel is in question if anything but the background has at least this probability."""
+SMALLEST = 1e-7
+"""A probability below this counts as this in a logarithm."""
+FEWEST_CASES = 3
+"""From which a correlation over cases is given."""
+
+
+@dataclass
+class Reliability:
+    """Voxels by the probability that they were given, and how many of them were right."""
+
+    count: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    probability: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    """The sum in each bin."""
+    right: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    """How many in each bin were right."""
+    squares: float = 0.0
+    """The sum of squared differences between probability and outcome, 0 or 1."""
+
+    def add(self, probability: Float[ndarray, " voxels"], right: Bool[ndarray, " voxels"]) -> None:
+        """Count more voxels."""
+        bins = np.minimum((probability * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        self.count += np.bincount(bins, minlength=NUM_BINS)
+        self.probability += np.bincount(bins, probability, minlength=NUM_BINS)
+        self.right += np.bincount(bins, right, minlength=NUM_BINS)
+        self.squares += float(np.square(probability - right, dtype=np.float64).sum())
+
+    @property
+    def voxels(self) -> int:
+        """How many were counted."""
+        return int(self.count.sum())
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
+
+        The mean over voxels of |share that is right - mean probability| of their bin; NaN of none.
+        """
+        gaps = np.abs(self.right - self.probability).sum()
+        return float(gaps / self.count.sum()) if self.voxels else nan
+
+    @property
+    def brier(self) -> float:
+        """The mean squared difference between probability and outcome (Brier 1950); NaN of none."""
+        return self.squares / self.voxels if self.voxels else nan
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, and the bins for a diagram: a share is None where a bin is empty."""
+        filled = self.count > 0
+        shares = [
+            [float(x) if there else None for x, there in zip(values, filled, strict=True)]
+            for values in (
+                np.divide(total, self.count, out=np.zeros(NUM_BINS), where=filled)
+                for total in (self.probability, self.right)
+            )
+        ]
+        return {
+            "voxels": self.voxels,
+            "ece": None if isnan(self.ece) else self.ece,
+            "brier": None if isnan(self.brier) else self.brier,
+            "bins": {
+                "count": self.count.astype(int).tolist(),
+                "mean_probability": shares[0],
+                "share_right": shares[1],
+            },
+        }
+
+
+@dataclass
+class Calibration:
+    """Probabilities of a cohort beside what is true, filled case by case by `add`."""
+
+    members: Mapping[str, Sequence[int]]
+    """The numbers in references that each output stands for, in the order of the outputs; the
+    background first if they are classes."""
+    are_regions: bool
+    ignore: int | None = None
+    largest: Reliability = field(default_factory=Reliability)
+    """Of the class with the largest probability, at all voxels; regions have none."""
+    in_question: Reliability = field(default_factory=Reliability)
+    """The same at voxels that are in question: what the background has less than 99 % of."""
+    outputs: dict[str, Reliability] = field(default_factory=dict)
+    """Of each output but the background, at voxels that are in question."""
+    log_loss: float = 0.0
+    """The sum of -log p of what is true, over all voxels."""
+    entropy_of_cases: dict[str, float] = field(default_factory=dict)
+    """By case, the mean entropy over voxels that are in question, of 1; NaN without any."""
+
+    def add(
+        self,
+        case: str,
+        probabilities: Float[ndarray, "*space outputs"],
+        reference: Integer[ndarray, "*grid"],
+    ) -> None:
+        """Count a case's voxels, but those that the reference ignores.
+
+        Raises ValueError if there are not as many probabilities as outputs.
+        """
+        if probabilities.shape[-1] != len(self.members):
+            raise ValueError(
+                f"expected {len(self.members)} probabilities ({', '.join(self.members)}), got "
+                f"{probabilities.shape[-1]}; score what the same classes were predicted for"
+            )
+        total, voxels = 0.0, 0
+        for plane in range(reference.shape[-1]):
+            found = probabilities[..., plane, :].reshape(-1, len(self.members)).astype(np.float64)
+            truth = reference[..., plane].ravel()
+            if self.ignore is not None:
+                counted = truth != self.ignore
+                found, truth = found[counted], truth[counted]
+            within = np.stack([np.isin(truth, group) for group in self.members.values()], axis=1)
+            asked = found.max(1) >= IN_QUESTION if self.are_regions else self._asked(found)
+            self._add_largest(found, within, asked)
+            first = 0 if self.are_regions else 1
+            for index, name in list(enumerate(self.members))[first:]:
+                seen = self.outputs.setdefault(name, Reliability())
+                seen.add(found[asked, index], within[asked, index])
+            total += float(_entropy(found[asked], self.are_regions).sum())
+            voxels += int(asked.sum())
+        self.entropy_of_cases[case] = total / voxels if voxels else nan
+
+    def _asked(self, found: Float64[ndarray, "voxels outputs"]) -> Bool[ndarray, " voxels"]:
+        asked: ndarray = found[:, 0] <= 1 - IN_QUESTION
+        return asked
+
+    def _add_largest(
+        self,
+        found: Float64[ndarray, "voxels outputs"],
+        within: Bool[ndarray, "voxels outputs"],
+        asked: Bool[ndarray, " voxels"],
+    ) -> None:
+        if self.are_regions:
+            true = np.where(within, found, 1 - found)
+            self.log_loss -= float(np.log(np.maximum(true, SMALLEST)).mean(1).sum())
+            return
+        best = found.argmax(1)
+        rows = np.arange(len(found))
+        confidence, right = found[rows, best], within[rows, best]
+        self.largest.add(confidence, right)
+        self.in_question.add(confidence[asked], right[asked])
+        true = np.where(within, found, 0).max(1, initial=0)
+        self.log_loss -= float(np.log(np.maximum(true, SMALLEST)).sum())
+
+    def correlation(self, dice_of_cases: Mapping[str, float]) -> float:
+        """Spearman's, over cases, of mean entropy with 1 - Dice: 1 if doubt tells the worse cases.
+
+        NaN with fewer than three cases, or if either is the same in all.
+        """
+        pairs = [
+            (doubt, 1 - dice_of_cases[case])
+            for case, doubt in self.entropy_of_cases.items()
+            if case in dice_of_cases and not isnan(doubt) and not isnan(dice_of_cases[case])
+        ]
+        doubts, errors = np.array(pairs).reshape(-1, 2).T
+        if len(pairs) < FEWEST_CASES or np.ptp(doubts) == 0 or np.ptp(errors) == 0:
+            return nan
+        return float(spearmanr(doubts, errors).statistic)
+
+    def to_json(self, dice_of_cases: Mapping[str, float]) -> dict[str, Any]:
+        """All figures as plain dicts; NaN becomes None."""
+        correlation = self.correlation(dice_of_cases)
+        voxels = self.largest.voxels
+        mean = self.log_loss / voxels if voxels else nan
+        whole: dict[str, Any] = {
+            "all_voxels": {**self.largest.to_json(), "log_loss": None if isnan(mean) else mean},
+            "in_question": self.in_question.to_json(),
+        }
+        return {
+            **({} if self.are_regions else whole),
+            "outputs": {name: each.to_json() for name, each in self.outputs.items()},
+            "entropy_of_cases": {
+                case: None if isnan(value) else value
+                for case, value in self.entropy_of_cases.items()
+            },
+            "spearman_of_entropy_and_error": None if isnan(correlation) else correlation,
+        }
+
+
+def _entropy(
+    found: Float64[ndarray, "voxels outputs"], are_regions: bool
+) -> Float64[ndarray, " voxels"]:
+    """Of each voxel, over that of equal chances; of regions, the mean over them."""
+    if are_regions:
+        both = np.stack([found, 1 - found], axis=2)
+        each: ndarray = _entropy(both.reshape(-1, 2), False).reshape(found.shape).mean(1)
+        return each
+    known = np.maximum(found, SMALLEST)
+    entropy: ndarray = -(found * np.log(known)).sum(1) / np.log(found.shape[1])
+    return entropy
+
+
+def to_calibration_table(calibration: Calibration) -> Table:
+    """The figures as a table for the terminal."""
+    table = Table(
+        box=HORIZONTALS,
+        pad_edge=False,
+        title="probabilities",
+        caption=(
+            "ECE: mean gap between a probability and how often it holds. Brier: mean squared "
+            f"error. In question: the background has less than {1 - IN_QUESTION:.0%}."
+        ),
+    )
+    table.add_column("of", overflow="fold")
+    for heading in ("voxels", "ECE", "Brier"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = {f"{name}, in question": each for name, each in calibration.outputs.items()}
+    if not calibration.are_regions:
+        rows = {
+            "largest, all voxels": calibration.largest,
+            "largest, in question": calibration.in_question,
+            **rows,
+        }
+    for name, each in rows.items():
+        figures = ("-" if isnan(value) else f"{value:.4f}" for value in (each.ece, each.brier))
+        table.add_row(Text(name), f"{each.voxels:,}", *figures)
+    return table
+
+
+def reliability_diagram(calibration: Calibration) -> str:
+    """An SVG picture: the share that is right over the probability that was given, by output.
+
+    Points on the diagonal are calibrated; below it, more was promised than held.
+    """
+    side, edge = 320, 44
+    curves: dict[str, Reliability] = dict(calibration.outputs)
+    if not calibration.are_regions:
+        curves = {"largest probability": calibration.in_question, **curves}
+    # Okabe and Ito (2008): colours that colour-blind readers tell apart.
+    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    styles = ("none", "7 3", "2 2")
+    height = side + 2 * edge + 18 * len(curves)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side + 2 * edge} {height}" '
+        f'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<path d="M{edge} {edge}V{edge + side}H{edge + side}" fill="none" stroke="black"/>',
+        f'<path d="M{edge} {edge + side}L{edge + side} {edge}" stroke="#999"/>',
+        f'<text x="{edge + side / 2}" y="{edge + side + 34}" text-anchor="middle">'
+        f"probability that was given</text>",
+        f'<text transform="translate(12 {edge + side / 2}) rotate(-90)" text-anchor="middle">'
+        f"share that is right</text>",
+    ]
+    for tick in (0, 0.5, 1):
+        x, y = edge + tick * side, edge + side - tick * side
+        lines.append(f'<text x="{x}" y="{edge + side + 16}" text-anchor="middle">{tick:g}</text>')
+        lines.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    for number, (name, each) in enumerate(curves.items()):
+        colour, style = colours[number % len(colours)], styles[number // len(colours) % len(styles)]
+        filled = each.count > 0
+        xs = edge + side * each.probability[filled] / each.count[filled]
+        ys = edge + side - side * each.right[filled] / each.count[filled]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+        drawn = f'fill="none" stroke="{colour}" stroke-dasharray="{style}"'
+        lines.append(f'<polyline points="{points}" {drawn} stroke-width="2"/>')
+        y = side + 2 * edge + 18 * number
+        lines.append(f'<path d="M{edge} {y - 4}h28" {drawn} stroke-width="2"/>')
+        error = "no voxels" if isnan(each.ece) else f"ECE {each.ece:.3f}"
+        lines.append(f'<text x="{edge + 36}" y="{y}">{escape(name)}: {error}</text>')
+    return "\n".join([*lines, "</svg>", ""])

@@ -1,0 +1,81 @@
+"""Versions of PyTorch and of what it computes with on a GPU, and whether they go well together.
+
+PyTorch 2.9 computes 3D convolutions in half precision without cuDNN unless this is 9.15 or newer,
+as some before give wrong numbers for large outputs (pytorch/pytorch issues 166122 and 166643). A
+step then takes several times as long and as much memory. PyTorch 2.9 installs an older one; 2.10
+and later install 9.15 or newer, unless another is put in its place.
+"""
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+GUARDED_SINCE = (2, 9)
+"""The version of PyTorch since when it does without a cuDNN that is older than SOUND_CUDNN."""
+SOUND_CUDNN = (9, 15)
+RUNTIMES = ("lightning", "openvino", "onnx", "onnxruntime", "onnxscript", "triton")
+"""Packages that train a network or run it."""
+
+
+def torch_libraries() -> dict[str, str | None]:
+    """Versions of PyTorch, and of the CUDA and cuDNN that it would use: None if it has none.
+
+    Example:
+        torch_libraries()  # {"torch": "2.14.1+cu130", "cuda": "13.0", "cudnn": "9.20.0"}
+    """
+    cudnn = _cudnn()
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else ".".join(str(number) for number in cudnn),
+    }
+
+
+def training_environment(device: torch.device) -> dict[str, str | None]:
+    """The kind of device and its libraries; warns if they make a training on it slow."""
+    told: dict[str, str | None] = {"device": device.type, **torch_libraries()}
+    if device.type == "cuda" and (slow := slow_convolutions()) is not None:
+        logger.warning("%s", slow)
+        told["warning"] = slow
+    return told
+
+
+def installed_runtimes() -> dict[str, str | None]:
+    """Versions of the packages that train a network or run it: None if one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in RUNTIMES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def slow_convolutions() -> str | None:
+    """One sentence if 3D convolutions on a GPU are slow with these libraries, else None."""
+    cudnn = _cudnn()
+    own = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if cudnn is None or own < GUARDED_SINCE or cudnn[:2] >= SOUND_CUDNN:
+        return None
+    found = ".".join(str(number) for number in cudnn)
+    major = (torch.version.cuda or "12").split(".")[0]
+    return (
+        f"PyTorch {torch.__version__} computes 3D convolutions in half precision several times "
+        f"slower and in more memory with cuDNN {found} than with 9.15 or newer; install torch 2.10 "
+        f"or newer, or: pip install 'nvidia-cudnn-cu{major}>=9.15'"
+    )
+
+
+def _cudnn() -> tuple[int, int, int] | None:
+    """cuDNN's version, as three numbers; None for a PyTorch without CUDA."""
+    if torch.version.cuda is None:
+        return None
+    number = torch.backends.cudnn.version()
+    if number is None:
+        return None
+    # 9.15.1 is 91501; before version 9, 8.9.2 was 8902.
+    major, rest = divmod(number, 10000 if number >= 90000 else 1000)
+    return major, *divmod(rest, 100)

@@ -1,0 +1,171 @@
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segkit import ConfigError, compare
+from segkit.evaluation.compare import Difference, holm, read_strata
+from tests.cli.command import run
+
+Scores = Mapping[str, Mapping[str, float | None]]
+
+
+def summary(folder: Path, dice: Scores) -> Path:
+    """The folder of a run that held these cases out."""
+    folder.mkdir(parents=True)
+    content = {"validation": {"dice_of_cases": dice}}
+    (folder / "summary.json").write_text(json.dumps(content))
+    return folder
+
+
+def evaluation(path: Path, rows: Sequence[tuple[str, str, float | None, float | None]]) -> Path:
+    """As `segkit evaluate --out` writes: case, class, Dice and HD95."""
+    cases = [
+        {"case": case, "label": 1, "name": name, "dice": dice, "hd95_mm": far}
+        for case, name, dice, far in rows
+    ]
+    path.write_text(json.dumps({"cases": cases}))
+    return path
+
+
+def of_one_class(folder: Path, values: Sequence[float | None]) -> Path:
+    return summary(folder, {f"case_{n}": {"liver": value} for n, value in enumerate(values)})
+
+
+def differences(tmp_path: Path, a: Sequence[float | None], b: Sequence[float | None]) -> Difference:
+    both = of_one_class(tmp_path / "a", a), of_one_class(tmp_path / "b", b)
+    return compare(*both).differences[0]
+
+
+def test_the_same_gain_in_every_case_has_no_width_and_the_smallest_p(tmp_path: Path) -> None:
+    a = [0.5, 0.6, 0.7, 0.2, 0.3, 0.4]
+    found = differences(tmp_path, a, [value + 0.125 for value in a])
+    assert (found.difference, found.low, found.high) == pytest.approx((0.125,) * 3)
+    # Of 64 ways to give six signs, all plus and all minus are as far from 0.
+    assert found.p == found.p_holm == pytest.approx(2 / 64)
+    assert (found.better, found.worse, found.cases) == (6, 0, 6)
+    assert found.mean_b - found.mean_a == pytest.approx(found.difference)
+
+
+def test_the_p_value_is_the_share_of_signs_that_go_as_far(tmp_path: Path) -> None:
+    change = np.array([0.08, -0.02, 0.05, 0.01, -0.04, 0.03, 0.06])
+    found = differences(tmp_path, [0.5] * 7, list(0.5 + change))
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 7)).reshape(7, -1)
+    means = np.abs((signs * change[:, None]).mean(0))
+    assert found.p == pytest.approx(np.mean(means >= abs(change.mean()) - 1e-12))
+
+
+def test_a_model_is_no_better_than_itself(tmp_path: Path) -> None:
+    found = differences(tmp_path, [0.1, 0.5, 0.9], [0.1, 0.5, 0.9])
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.better, found.worse) == (0, 0)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(tmp_path: Path) -> None:
+    random, held = np.random.default_rng(0), 0
+    for trial in range(60):
+        change = random.normal(0.02, 0.05, 40)
+        found = differences(tmp_path / str(trial), [0.5] * 40, list(0.5 + change))
+        held += found.low <= 0.02 <= found.high
+    assert 51 <= held <= 60
+
+
+def test_in_strata_cases_are_drawn_from_their_own_group(tmp_path: Path) -> None:
+    a = of_one_class(tmp_path / "a", [0.5] * 6)
+    b = of_one_class(tmp_path / "b", [0.6] * 2 + [0.3] * 4)
+    strata = {f"case_{n}": "near" if n < 2 else "far" for n in range(6)}
+    apart = compare(a, b, strata=strata).differences[0]
+    together = compare(a, b).differences[0]
+    assert apart.low == apart.high == pytest.approx(apart.difference)
+    assert together.low < together.difference < together.high
+    with pytest.raises(ConfigError, match="no stratum is given for case_5"):
+        compare(a, b, strata={name: "x" for name in list(strata)[:-1]})
+
+
+def test_what_only_one_has_is_left_out_and_counted(tmp_path: Path) -> None:
+    found = differences(tmp_path, [None, 0.5, 0.5, None], [0.0, None, 0.75, None])
+    assert (found.cases, found.only_a, found.only_b) == (1, 1, 1)
+    assert (found.mean_a, found.mean_b, found.difference) == (0.5, 0.75, 0.25)
+    a, b = of_one_class(tmp_path / "c", [0.5, 0.5]), of_one_class(tmp_path / "d", [0.5] * 3)
+    both = compare(a, b)
+    assert both.only_in_b == ("case_2",) and both.num_cases == 2 and not both.only_in_a
+
+
+def test_a_smaller_distance_is_better(tmp_path: Path) -> None:
+    a = evaluation(tmp_path / "a.json", [("x", "liver", 0.5, 4.0), ("y", "liver", 0.5, 2.0)])
+    b = evaluation(tmp_path / "b.json", [("x", "liver", 0.6, 3.0), ("y", "liver", 0.4, 1.0)])
+    of_dice, _, of_distance, _ = compare(a, b, metrics=["dice", "hd95_mm"]).differences
+    assert (of_dice.better, of_dice.worse, of_dice.difference) == (1, 1, pytest.approx(0))
+    assert (of_distance.better, of_distance.worse, of_distance.difference) == (2, 0, -1)
+
+
+def test_classes_are_corrected_for_each_other_and_the_overall_is_their_mean(tmp_path: Path) -> None:
+    a = summary(tmp_path / "a", {f"c{n}": {"one": 0.5, "two": 0.5} for n in range(8)})
+    change = [0.1, 0.2, 0.1, 0.2, 0.1, -0.3, 0.1, 0.2]
+    b = summary(
+        tmp_path / "b",
+        {f"c{n}": {"one": 0.6, "two": 0.5 + more} for n, more in enumerate(change)},
+    )
+    one, two, overall = compare(a, b).differences
+    assert (one.p_holm, two.p_holm) == (pytest.approx(2 * one.p), pytest.approx(two.p))
+    assert overall.name == "overall" and overall.p_holm == overall.p
+    assert overall.difference == pytest.approx((one.difference + two.difference) / 2)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_corrected_p_values_are_larger_and_in_the_same_order(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    assert all(
+        p <= more <= min(1, len(p_values) * max(p_values)) + 1e-12
+        for p, more in zip(p_values, corrected, strict=True)
+    )
+    order = np.argsort(p_values, kind="stable")
+    assert np.all(np.diff(np.array(corrected)[order]) >= 0)
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    a = of_one_class(tmp_path / "a", [0.5, 0.5])
+    other = summary(tmp_path / "o", {"zz": {"liver": 0.5}})
+    kidney = summary(tmp_path / "k", {"case_0": {"kidney": 0.5}})
+    for paths, told in [
+        ((a, other), "no case in common: case_0, case_1 beside zz"),
+        ((a, kidney), "scores of liver, .* of kidney"),
+        ((a, tmp_path / "nowhere"), "no such file"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            compare(*paths)
+    with pytest.raises(ConfigError, match="'auc' is no metric; choose from dice"):
+        compare(a, a, metrics=["auc"])
+    with pytest.raises(ConfigError, match="has no nsd; write scores with"):
+        compare(a, a, metrics=["nsd"])
+    (tmp_path / "list.json").write_text('{"cases": []}')
+    (tmp_path / "half.json").write_text('{"cases": [')
+    for name, told in (("list", "holds no scores of cases"), ("half", "cannot be read as JSON")):
+        with pytest.raises(ConfigError, match=told):
+            compare(a, tmp_path / f"{name}.json")
+    (tmp_path / "table.csv").write_text("\ufeffcase,site\nx,1\nx,2\n")
+    with pytest.raises(ConfigError, match="names a case twice"):
+        read_strata(tmp_path / "table.csv", "site")
+    with pytest.raises(ConfigError, match="has no column 'age'"):
+        read_strata(tmp_path / "table.csv", "age")
+
+
+def test_the_command_says_what_python_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = of_one_class(tmp_path / "a", [0.5, 0.4, 0.3]), of_one_class(tmp_path / "b", [0.75] * 3)
+    (tmp_path / "sites.csv").write_text("case,site\ncase_0,u\ncase_1,u\ncase_2,v\n")
+    out = tmp_path / "comparison.json"
+    code, printed, err = run(
+        "compare", a, b, "--strata", tmp_path / "sites.csv", "site", "--out", out, "--json",
+        capsys=capsys,
+    )  # fmt: skip
+    assert (code, err) == (0, "") and printed == out.read_text()
+    strata = {"case_0": "u", "case_1": "u", "case_2": "v"}
+    assert json.loads(printed) == json.loads(json.dumps(compare(a, b, strata=strata).to_json()))
+    code, printed, _ = run("compare", a, b, capsys=capsys)
+    assert code == 0 and "+0.350" in printed and "liver" in printed
