@@ -75,7 +75,9 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
     """
     by_key: dict[str, list[ErrorDetails]] = defaultdict(list)
     for problem in error.errors(include_url=False):
-        by_key[_key(problem["loc"], tree, problem["type"])].append(problem)
+        kind = "invalid_key" if problem["loc"][-1:] == ("[key]",) else problem["type"]
+        key = _key(problem["loc"], tree, kind)
+        by_key[key].append({**problem, "type": kind} if kind != problem["type"] else problem)
     # If a list is wrong in one place, it is no matter that other types would do instead of a list.
     above = {key.rsplit(".", depth)[0] for key in by_key for depth in range(1, key.count(".") + 1)}
     shown = {
@@ -106,13 +108,13 @@ def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
 
 
 def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
-    first = problems[0]
+    first = next((each for each in problems if each["type"] not in EXPECTED), problems[0])
     told = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
             return f"{key} is not a setting{_nearest(key, model)}"
         case "invalid_key":
-            return f"{key} is not a setting; names of settings are text"
+            return f"{key} is not a setting; names of settings are text, so put it in quotes"
         case "missing":
             return f"{key} is missing; give it a value"
         case "union_tag_invalid":
