@@ -59,7 +59,7 @@ def explain_command(
         remove_heads,
     )
     from segkit.explain.page.terminal_table import verdict_table
-    from segkit.explain.verdicts.study import check_gates
+    from segkit.explain.verdicts.ablation import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
     from segkit.io.picture_summary import told_of_pictures
@@ -127,4 +127,4 @@ def _tell(explained: "Explained") -> None:
                 f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
             )
     for verdict in explained.verdicts:
-        say(f"{explained.name} {verdict.map} is {verdict.verdict}: {verdict.reason}")
+        say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

@@ -75,7 +75,9 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
     """
     by_key: dict[str, list[ErrorDetails]] = defaultdict(list)
     for problem in error.errors(include_url=False):
-        kind = "invalid_key" if problem["loc"][-1:] == ("[key]",) else problem["type"]
+        kind = problem["type"]
+        if kind in EXPECTED and problem["loc"][-1:] == ("[key]",):
+            kind = "invalid_key"
         key = _key(problem["loc"], tree, kind)
         by_key[key].append({**problem, "type": kind} if kind != problem["type"] else problem)
     # If a list is wrong in one place, it is no matter that other types would do instead of a list.

@@ -19,6 +19,8 @@ from segkit.geometry.grid import Grid, Orientation
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
+    BYTES_OF_IMAGE,
+    BYTES_OF_LABEL,
     Volume,
     in_full,
     is_picture,
@@ -156,13 +158,13 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
     Raises DatasetError where they do not fit each other or the dataset.
     """
-    label = read_label_values(case.label, rules=dataset.rules)
+    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts: list[Volume] = []
     for path in case.images:
-        part = read_volume(path, rules=dataset.rules)
+        part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
         part = part.sized_as(parts[0]) if parts else part
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
@@ -235,7 +237,7 @@ def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     values = whole_numbers(label.data, case.label)
-    found = np.unique(values)
+    found = np.unique(np.concatenate([np.unique(plane) for plane in np.moveaxis(values, 2, 0)]))
     declared = range(len(dataset.labelling.value_names))
     if not np.isin(found, declared).all():
         strange = found[~np.isin(found, declared)][:5]

@@ -108,7 +108,7 @@ class Predictor:
         tta: whether the logits of each window are averaged over its mirror images along the axes
             that the model was trained to mirror; False by default.
         skip_empty: whether windows under which the volume is 0 throughout are background, without
-            asking the network; True by default.
+            asking the network; True by default. Maps are NaN where only such windows look.
         engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, is the fastest that
             `choose_engine` knows here.
 

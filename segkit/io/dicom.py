@@ -18,6 +18,7 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import LPS_TO_RAS, SUFFIXES, Volume, simple_itk
+from segkit.io.voxel_bytes import refuse_beyond_memory
 
 MAGIC = b"DICM"
 MAGIC_AT = 128
@@ -29,6 +30,8 @@ ROUNDING = 0.02
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
 POSITION, ORIENTATION, SPACING = "0020|0032", "0020|0037", "0028|0030"
 THICKNESS = "0018|0050"
+MOST_BYTES_OF_PIXEL = 4
+"""Of rescaled values as they are held."""
 STORAGE_CLASS = b"\x02\0\x02\0UI"
 """Before its length and itself, in the first bytes of a file."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -121,13 +124,24 @@ def choose_series(folder: Path, uid: str | None = None) -> Series:
     raise VolumeError(f"{folder}: holds no series {uid}, but {listing}")
 
 
-def read_series(series: Series) -> Volume:
+def read_series(series: Series, *, working: float = 0) -> Volume:
     """The volume of a series: columns, rows and slices, in the direction of their normal.
 
-    Whole numbers stay whole where every slice is rescaled to such; else float32. Raises
-    VolumeError where slices do not make one even block of grey values.
+    Whole numbers stay whole if every slice is rescaled to such; else they become float32.
+
+    Args:
+        series: as `choose_series` gives it.
+        working: bytes for each voxel that the caller will need beside the values.
+
+    Raises:
+        VolumeError: the slices do not make one even block of grey values, a file is damaged, or the
+            volume and what will be made of it do not fit into free memory.
     """
     slices, grid = arranged(series)
+    try:
+        refuse_beyond_memory(grid.shape, 0, working=MOST_BYTES_OF_PIXEL + working)
+    except VolumeError as error:
+        raise VolumeError(f"{series.folder}: {error}") from None
     first = _pixels(slices[0])
     whole = first.dtype.kind in "iu" and len({one.kind for one in slices}) == 1
     data = np.empty(grid.shape, first.dtype if whole else np.float32, order="F")

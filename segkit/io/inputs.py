@@ -13,6 +13,7 @@ from segkit.io.dicom import choose_series, holds_series, read_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import (
     AS_IT_SAYS,
+    BYTES_OF_IMAGE,
     SUFFIXES,
     Volume,
     is_picture,
@@ -191,12 +192,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
-        return read_series(choose_series(source.files[0], source.series))
-    first = read_volume(source.files[0], rules=source.rules)
+        return read_series(choose_series(source.files[0], source.series), working=BYTES_OF_IMAGE)
+    first = read_volume(source.files[0], rules=source.rules, working=BYTES_OF_IMAGE)
     if len(source.files) == 1:
         return first
+    # The channels are held one by one, and once more together.
+    together = BYTES_OF_IMAGE + len(source.files) * first.data.itemsize
     others = [
-        read_volume(file, rules=source.rules)
+        read_volume(file, rules=source.rules, working=together)
         .sized_as(first)
         .onto(first.grid, what=f"{file}:", whose=source.files[0].name)
         for file in source.files[1:]
