@@ -16,6 +16,7 @@ from segkit.data.dataset_json import picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
+from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
@@ -103,6 +104,13 @@ def read_dataset(
             if count > 1:
                 raise DatasetError(
                     f"{folder}/dataset.json: case {name} is listed twice in training"
+                )
+    for case in cases:
+        with problems.noted():
+            if not is_file_name(case.name):
+                raise DatasetError(
+                    f"{case.label}: expected a name that files of the case can have, found "
+                    f"{case.name!r}; rename it"
                 )
     problems.refuse()
     told = file.labelling
