@@ -36,7 +36,7 @@ def config_of(data: Path) -> Path:
 
 def words_of(command: str, data: Path) -> tuple[object, ...]:
     subject = config_of(data) if command == "train" else data
-    return (command, subject, *(("--device", "cpu") if command == "plan" else ()))
+    return (command, subject, *(("--device", "cpu", "--no-race") if command == "plan" else ()))
 
 
 def changed_label(data: Path, number: int, **changes: Any) -> None:
