@@ -11,7 +11,7 @@ from segkit.cli.options import (
     ModelFolder,
     OverlapOption,
     Overwrite,
-    PixelSize,
+    PixelSizeOption,
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
@@ -39,7 +39,7 @@ def explain_command(
         float, Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
     series: SeriesOption = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,

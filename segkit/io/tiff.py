@@ -18,7 +18,7 @@ from numpy import ndarray
 from PIL import TiffImagePlugin
 
 from segkit.errors import VolumeError
-from segkit.io.bitmap import CHANNELS, ORIENTATION_TAG, palette_of, pillow_values
+from segkit.io.bitmap import CHANNELS_OF_MODE, ORIENTATION_TAG, palette_of, pillow_values
 from segkit.io.picture_rules import IN_LENGTHS, PictureFacts, PictureRules
 from segkit.io.raster import Raster, scale_of
 
@@ -256,7 +256,7 @@ def _by_pillow(path: Path, page_count: int) -> ndarray:
         pages = []
         for number in range(page_count):
             _had(lambda number=number: image.seek(number))  # type: ignore[misc]
-            if CHANNELS.get(image.mode, 1) != channels:
+            if CHANNELS_OF_MODE.get(image.mode, 1) != channels:
                 raise ValueError(f"Pillow reads it as {image.mode}")
             values = pillow_values(image)
             if values.dtype.newbyteorder("=") != (np.uint8 if kind.kind == "b" else kind):
