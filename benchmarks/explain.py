@@ -5,8 +5,8 @@
 A row for each map and structure, in Markdown: the measures of docs/explain.md, means over cases,
 each with its chance, and beside what the scan's own intensity and gradient tell on the same cells;
 and the verdict of docs/verdicts.md with the figures that decided it. Then the seconds that it all
-takes for one case: maps, measures, ablation, deletion and insertion, random weights, and the files
-with the page. Cases are those of DATASET that RUN's config holds out, the first by name.
+takes for one case: maps, measures, ablation, deletion, untrained networks, and the files with the
+page. Cases are those of DATASET that RUN's config holds out, the first by name.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from segkit.config.load import load_config
 from segkit.data.dataset import read_case, read_dataset
 from segkit.explain.explain_scan import explain_volume
 from segkit.explain.measures.measure_maps import Measure
-from segkit.explain.verdicts.rule import MapFigures, judge
-from segkit.explain.verdicts.study import Evidence, pooled
+from segkit.explain.verdicts.evidence import CaseEvidence
+from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
 from segkit.inference.predictor import Predictor
 from segkit.system.progress import Tracker
 from segkit.training.run_folder import CONFIG
@@ -41,7 +41,8 @@ COLUMNS = (
         "of intensity, gradient",
     ),
     *("pointing (chance)", "IoU (chance)", "entropy", "at the high end", "windows disagree by"),
-    *("Dice, evened out", "shuffled", "deletion", "ρ", "verdict"),
+    *("Dice lost without it", "AUROC beside the best comparator", "deletion beside the best"),
+    *("|ρ|", "verdict"),
 )
 
 
@@ -60,14 +61,20 @@ def main() -> None:
     predictor = Predictor.load(options.run, device=options.device)
     track = Tracker(console)
     measures: list[Measure] = []
-    evidence: list[Evidence] = []
+    evidence: list[CaseEvidence] = []
     dice: dict[str, list[float]] = {}
     seconds = []
     for case in track(cases, "explaining", len(cases)):
         volume, reference = read_case(case, dataset)
         started = time.perf_counter()
         explanation = explain_volume(
-            predictor, volume, reference, name=case.name, verdicts=True, track=track
+            predictor,
+            volume,
+            reference,
+            name=case.name,
+            verdicts=True,
+            earlier=evidence,
+            track=track,
         )
         with tempfile.TemporaryDirectory() as folder:
             explanation.write(folder)
@@ -76,12 +83,12 @@ def main() -> None:
         evidence += [explanation.worth.evidence] if explanation.worth else []
         for structure, value in explanation.dice.items():
             dice.setdefault(structure, []).append(value)
-    figures, _ = pooled(evidence)
+    verdicts = judge_evidence(evidence)
     told = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in dice.items())
     lines = [
         f"{len(cases)} held-out cases of {options.dataset.name}, {options.run.name}: Dice {told}.",
         "",
-        *table(measures, {one.map: one for one in figures}),
+        *table(measures, verdicts),
         "",
         f"Seconds for one case in full: median {statistics.median(seconds):.1f}, from "
         f"{min(seconds):.1f} to {max(seconds):.1f}; {options.device}, "
@@ -90,7 +97,7 @@ def main() -> None:
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def table(measures: Sequence[Measure], figures: dict[str, MapFigures]) -> list[str]:
+def table(measures: Sequence[Measure], verdicts: Sequence[GateVerdict]) -> list[str]:
     """The rows, chance first."""
     rows = [["chance", "", "0.5", "", "1", *[""] * 3, "1", *[""] * 7]]
     structures = list(dict.fromkeys(one.structure for one in measures if one.structure))
@@ -107,9 +114,14 @@ def table(measures: Sequence[Measure], figures: dict[str, MapFigures]) -> list[s
                 row.append(
                     f"{mean(one.value for one in found)} ({mean(one.chance for one in found)})"
                 )
-            # What is of the whole map stands in the row of all structures together, which is last.
-            last = structure == structures[-1]
-            rows.append([*row, *(of_all(key, of_map, figures) if last else [""] * 8)])
+            # How the values lie is of the whole map and stands in its first row.
+            lie = [
+                mean(one.value for one in of_map if one.name == name)
+                for name in ("entropy", "saturated_high", "disagreement")
+            ]
+            row += lie if structure == structures[0] else [""] * 3
+            judged = [one for one in verdicts if (one.map, one.structure) == (key, structure)]
+            rows.append([*row, *(worth(judged[0]) if judged else ["–"] * 5)])
     lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     return lines
 
@@ -123,31 +135,17 @@ def baselines(measures: Sequence[Measure], name: str) -> str:
     )
 
 
-def of_all(key: str, measures: Sequence[Measure], figures: dict[str, MapFigures]) -> list[str]:
-    """How a map's values lie, and its verdict with what decided it."""
-    lie = [
-        mean(one.value for one in measures if one.name == name)
-        for name in ("entropy", "saturated_high", "disagreement")
-    ]
-    one = figures.get(key)
-    if one is None:  # as the fused map, which cannot be taken out
-        return [*lie, *["–"] * 5]
-    verdict = judge(one)
-    return [
-        *lie,
-        tested(one.mean_change, one.mean_p),
-        tested(one.permuted_change, one.permuted_p),
-        "–" if one.deletion_gain is None else f"{one.deletion_gain:+.3f}",
-        "–" if one.randomised is None else f"{one.randomised:.2f}",
-        "none" if verdict is None else verdict.verdict,
-    ]
-
-
-def tested(change: float | None, p: float | None) -> str:
-    """A change of Dice and Holm's p."""
-    if change is None:
-        return "–"
-    return f"{change:+.4f}" + ("" if p is None else f" (p {p:.2g})")
+def worth(verdict: GateVerdict) -> list[str]:
+    """A verdict with what decided it."""
+    names = (
+        "Dice lost without it",
+        "AUROC: more than the best comparator",
+        "deletion: more than the best comparator",
+        "|ρ| with untrained networks",
+    )
+    found = [verdict.figures[name] for name in names]
+    told = [f"{one:+.4f}" if isinstance(one, float) and np.isfinite(one) else "–" for one in found]
+    return [*told, f"{verdict.word}: {verdict.claim}"]
 
 
 def mean(values: Iterable[float | None]) -> str:

@@ -28,7 +28,9 @@ API = {
     "To other programs, and from them": (
         "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
-    "What it is worth": "explain_volume evaluate compare Explanation Evaluation Comparison",
+    "What it is worth": (
+        "explain_volume judge_gates evaluate compare Explanation GateVerdict Evaluation Comparison"
+    ),
     "Volumes": (
         "read_volume read_labels write_volume write_montage Volume Grid Orientation Placement"
     ),

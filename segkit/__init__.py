@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.judge import judge_gates
+    from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
     from segkit.export.whole_volume import WholeVolume
     from segkit.geometry.grid import Grid, Orientation, Placement
@@ -55,6 +57,7 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "Export",
+    "GateVerdict",
     "Grid",
     "Model",
     "ModelDescription",
@@ -82,6 +85,7 @@ __all__ = [
     "explain_volume",
     "export_model",
     "fit",
+    "judge_gates",
     "load_config",
     "load_model",
     "load_template",
@@ -119,6 +123,8 @@ _HOMES = {
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.judge": ("judge_gates",),
+    "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
     "segkit.export.whole_volume": ("WholeVolume",),
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),

@@ -173,7 +173,9 @@ def check_dataset(
         turned = orientation.turn_grid(image.grid)
         shapes.append(turned.shape)
         spacings.append(turned.spacing)
-        held = np.bincount(label.data.ravel(order="K"), minlength=len(labelling.value_names))
+        held = np.zeros(len(labelling.value_names), np.int64)
+        for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
+            held += np.bincount(plane.ravel(), minlength=len(held))
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
         total += label.data.size
         voxels += counts

@@ -69,3 +69,21 @@ def planted_case(seed: int = 0) -> ScoredVolume:
     channels = [inside + noise, noise, random.normal(0, 1, inside.shape)]
     volume = Volume(np.stack(channels, axis=-1).astype(np.float32), Grid((8, 8, 8), np.eye(4)))
     return ScoredVolume(f"case {seed}", volume, volume.like(inside.astype(np.uint8)))
+
+
+def moved_case(seed: int = 0) -> ScoredVolume:
+    """The same with a ball that lies elsewhere in each case, so that no other case shows it."""
+    random = np.random.default_rng((seed, 1))
+    centre = random.integers(2, 6, 3)
+    inside = np.linalg.norm(np.indices((8, 8, 8)).T - centre, axis=-1).T < 2.1
+    noise = random.normal(0, 2, inside.shape)
+    channels = [inside + noise, noise, random.normal(0, 1, inside.shape)]
+    volume = Volume(np.stack(channels, axis=-1).astype(np.float32), Grid((8, 8, 8), np.eye(4)))
+    return ScoredVolume(f"case {seed}", volume, volume.like(inside.astype(np.uint8)))
+
+
+def untrained_planted(seed: int) -> Planted:
+    """The network with random gates."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Planted("untrained").eval()

@@ -15,9 +15,12 @@ from segkit.data.dataset_json import picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import Grid
+from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
+    BYTES_OF_IMAGE,
+    BYTES_OF_LABEL,
     Volume,
     in_full,
     is_picture,
@@ -94,6 +97,11 @@ def read_dataset(
     file = read_dataset_file(folder) if files is None else list_files(folder, files)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
+    if unfit := [case for case in cases if not is_file_name(case.name)]:
+        raise DatasetError(
+            f"{unfit[0].label}: expected a name that files of the case can have, found "
+            f"{unfit[0].name!r}; rename it"
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
@@ -150,13 +158,13 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
     Raises DatasetError where they do not fit each other or the dataset.
     """
-    label = read_label_values(case.label, rules=dataset.rules)
+    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
     parts: list[Volume] = []
     for path in case.images:
-        part = read_volume(path, rules=dataset.rules)
+        part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
         part = part.sized_as(parts[0]) if parts else part
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
@@ -187,7 +195,7 @@ def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     values = whole_numbers(label.data, case.label)
-    found = np.unique(values)
+    found = np.unique(np.concatenate([np.unique(plane) for plane in np.moveaxis(values, 2, 0)]))
     declared = range(len(dataset.labelling.value_names))
     if not np.isin(found, declared).all():
         strange = found[~np.isin(found, declared)][:5]

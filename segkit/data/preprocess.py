@@ -133,16 +133,18 @@ def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]
 
 def body_box(values: Shaped[ndarray, "x y z channel"]) -> Box:
     """The smallest box that holds every voxel with a channel that is not 0, or else everything."""
-    found = (values != 0).any(axis=3)
-    if not found.any():
-        x, y, z = (slice(0, size) for size in found.shape)
+    sizes = values.shape[:3]
+    held = [np.zeros(size, bool) for size in sizes]
+    for number, plane in enumerate(np.moveaxis(values, 2, 0)):
+        found = (plane != 0).any(axis=2)
+        held[0] |= found.any(axis=1)
+        held[1] |= found.any(axis=0)
+        held[2][number] = found.any()
+    if not held[2].any():
+        x, y, z = (slice(0, size) for size in sizes)
         return x, y, z
-    spans = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        inside = np.flatnonzero(found.any(axis=others))
-        spans.append(slice(int(inside[0]), int(inside[-1]) + 1))
-    x, y, z = spans
+    inside = [np.flatnonzero(along) for along in held]
+    x, y, z = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in inside)
     return x, y, z
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 Cell = str | float | int | None
 
@@ -75,6 +74,7 @@ class Verdict:
 
     map: str
     """The name of its layer."""
-    verdict: Literal["informative", "redundant", "uninformative"]
+    verdict: str
+    """The word."""
     reason: str
     numbers: Mapping[str, Cell] = field(default_factory=dict)

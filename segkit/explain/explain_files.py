@@ -13,7 +13,7 @@ from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, 
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
-from segkit.explain.verdicts.study import ABLATIONS, cohort_figures
+from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures, shown_verdicts
 from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
@@ -26,7 +26,7 @@ from segkit.io.atomic import (
     write_text,
 )
 from segkit.io.checksums import checksums
-from segkit.io.inputs import Input, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input
 from segkit.io.volume import SUFFIXES, read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
@@ -46,6 +46,7 @@ class Explained:
     reach: dict[str, list[HeadReach]] = field(default_factory=dict)
     """How far each head reached in it, by position."""
     verdicts: tuple[Verdict, ...] = ()
+    """The best of each map, by this volume only."""
     error: str | None = None
 
 
@@ -94,6 +95,7 @@ def explain_files(
         sweep(place)
     labels = {} if references is None else find_references(inputs, Path(references))
     cases: list[CaseFigures] = []
+    worths: list[Worth] = []
     sources: list[Input] = []
     left_out: list[str] = []
     torn = False  # whether some of a volume's files were left without the others
@@ -109,6 +111,7 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                earlier=[worth.evidence for worth in worths],
                 track=track,
             )
             made = made_by(predictor, asked, source.files)
@@ -122,19 +125,14 @@ def explain_files(
             yield Explained(source.name, error=left_out[-1])
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
-        yield Explained(source.name, written, explanation.reach, explanation.verdicts)
+        shown = tuple(shown_verdicts(explanation.verdicts))
+        yield Explained(source.name, written, explanation.reach, shown)
         sources.append(source)
-        cases.append(
-            CaseFigures(
-                source.name,
-                explanation.measures,
-                explanation.dice,
-                explanation.worth.evidence if explanation.worth else None,
-            )
-        )
+        cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
+        worths += [explanation.worth] if explanation.worth else []
     if len(inputs) > 1 and cases:
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
-        _write_cohort(folder, cases, facts_of(predictor), left_out, made, conclude)
+        _write_cohort(folder, cases, worths, facts_of(predictor), left_out, made, conclude)
     if not torn:
         finish(folder / PAGE)
 
@@ -142,6 +140,7 @@ def explain_files(
 def _write_cohort(
     folder: Path,
     cases: Sequence[CaseFigures],
+    worths: Sequence[Worth],
     facts: dict[str, str],
     left_out: Sequence[str],
     made: Mapping[str, Any],
@@ -152,12 +151,12 @@ def _write_cohort(
         facts["scans left out"] = "; ".join(left_out)
     write_text(folder / COHORT, rows_as_csv(row for case in cases for row in case.rows()))
     written = [folder / COHORT, folder / COHORT_FIGURES, folder / PAGE]
-    evidence = [case.evidence for case in cases if case.evidence is not None]
     pooled: Sequence[Verdict] = ()
     figures: dict[str, Any] = {}
-    if evidence:
-        pooled, figures = cohort_figures(evidence)
-        ablated = [vars(row) for one in evidence for row in one.ablations]
+    if worths:
+        judged, figures = cohort_figures([worth.evidence for worth in worths])
+        pooled = shown_verdicts(judged)
+        ablated = [vars(row) for worth in worths for row in worth.ablations]
         write_text(folder / ABLATIONS, rows_as_csv(ablated))
         written.append(folder / ABLATIONS)
         conclude(pooled)
@@ -234,6 +233,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     targets: list[Path] = []
     maps: list[Path] = []
     for source in inputs:
+        check_name(source.name, source.files[0])
         if source.name in names:
             raise VolumeError(
                 f"{source.files[0]}: another volume is called {source.name} too; rename one"

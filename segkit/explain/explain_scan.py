@@ -9,7 +9,7 @@ explanation                                       # in a notebook, pictures and 
 import base64
 import html
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from segkit.errors import SegkitError
-from segkit.explain.display import Table, Verdict
+from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
@@ -39,14 +39,16 @@ from segkit.explain.page.parts import (
     measure_tables,
     rows_as_csv,
 )
-from segkit.explain.verdicts.study import ABLATIONS, Worth, study_gates
+from segkit.explain.verdicts.evidence import CaseEvidence
+from segkit.explain.verdicts.rule import GateVerdict
+from segkit.explain.verdicts.study import ABLATIONS, Worth, shown_verdicts, study_gates
+from segkit.explain.verdicts.untrained import MakeUntrained
 from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
-from segkit.nn.network import SegmentationNetwork
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
@@ -87,8 +89,8 @@ class Explanation:
         return "prediction" if self.reference is None else "reference"
 
     @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """On each gate of which enough was measured; none if they were not asked for."""
+    def verdicts(self) -> tuple[GateVerdict, ...]:
+        """On each gate, channel and structure; none if they were not asked for."""
         return self.worth.verdicts if self.worth else ()
 
     def on_scan(self, key: str) -> Volume:
@@ -108,7 +110,7 @@ class Explanation:
             tables=[*self._tables(), *(self.worth.tables if self.worth else ())],
             curves=self.worth.curves if self.worth else (),
             bars=measure_bars(self.measures),
-            verdicts=self.verdicts,
+            verdicts=shown_verdicts(self.verdicts),
             facts=self.facts,
         )
 
@@ -243,7 +245,8 @@ def explain_volume(
     name: str = "scan",
     tolerance_mm: float = TOLERANCE_MM,
     verdicts: bool = False,
-    fresh: SegmentationNetwork | None = None,
+    untrained: MakeUntrained | None = None,
+    earlier: Sequence[CaseEvidence] = (),
     track: Track = untracked,
 ) -> Explanation:
     """What a model attends to in a scan, measured against labels: a reference, or its own.
@@ -256,8 +259,12 @@ def explain_volume(
         name: what to call the scan on the page and in files.
         tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
             at it.
-        verdicts: whether to ask if each gate matters, which takes minutes.
-        fresh: an untrained network of the model's form, for verdicts on a network of your own.
+        verdicts: whether to ask if each gate matters, which takes minutes. One scan gives evidence
+            but hardly a word; `judge_gates` takes several.
+        untrained: for verdicts on a network of your own, from a seed to an untrained network of its
+            form.
+        earlier: for verdicts, the evidence of other scans (`Explanation.worth.evidence`), whose
+            mean map deletion is compared with.
         track: may show the progress.
 
     Returns:
@@ -307,7 +314,15 @@ def explain_volume(
     worth = None
     if verdicts:
         worth = study_gates(
-            predictor, volume, reference, maps, measures, case=name, fresh=fresh, track=track
+            predictor,
+            volume,
+            reference,
+            maps,
+            labels=prediction.labels,
+            case=name,
+            earlier=earlier,
+            untrained=untrained,
+            track=track,
         )
     return Explanation(
         name,

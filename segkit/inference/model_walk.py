@@ -185,7 +185,7 @@ class ModelWalk:
             axis=WALK_AXIS,
             batch_size=self.batch_size,
             skip=empty,
-            unseen={LOGITS: self._background(spreads), **maps.unseen()},
+            unseen={LOGITS: self.background(spreads=spreads), **maps.unseen()},
         )
         return to_source_rows(
             self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps),
@@ -220,7 +220,7 @@ class ModelWalk:
 
         return run
 
-    def _background(self, spreads: bool) -> Tensor:
+    def background(self, *, spreads: bool = False) -> Tensor:
         """The outputs at a voxel that no window covers: background, or no region; no spread."""
         labelling = self.model.description.labelling
         background = torch.full((len(labelling.outputs),), UNLIKELY)

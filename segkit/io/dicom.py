@@ -6,6 +6,7 @@ Slices may be sheared against their rows and columns, as of a tilted gantry: the
 Values are rescaled as their headers say: CT comes out in HU.
 """
 
+import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import LPS_TO_RAS, SUFFIXES, Volume, simple_itk
+from segkit.io.voxel_bytes import refuse_beyond_memory
 
 MAGIC = b"DICM"
 MAGIC_AT = 128
@@ -27,8 +29,11 @@ UNEVEN = 0.01
 ROUNDING = 0.02
 """Millimetres by which it may lie off in any case: positions are written with few decimals."""
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
+INSTANCE = "0008|0018"
 POSITION, ORIENTATION, SPACING = "0020|0032", "0020|0037", "0028|0030"
 THICKNESS = "0018|0050"
+MOST_BYTES_OF_PIXEL = 4
+"""Of rescaled values as they are held."""
 STORAGE_CLASS = b"\x02\0\x02\0UI"
 """Before its length and itself, in the first bytes of a file."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -84,10 +89,13 @@ def holds_series(folder: Path) -> bool:
 def list_series(folder: Path) -> list[Series]:
     """The series in a folder, in the order of their UIDs; folders in it are not looked into.
 
-    What is about images rather than one, such as a segmentation, is passed over. Raises VolumeError
-    where there is none, and for one that cannot be read: without it the rest might look whole.
+    What is about images rather than one, such as a segmentation, is passed over, and so are copies
+    of an image: files of the same bytes. Raises VolumeError if there is no image, for one that
+    cannot be read, without which the rest might look whole, and for two of one SOP Instance UID
+    that differ.
     """
     found: dict[str, tuple[str, str, list[Slice]]] = {}
+    firsts: dict[tuple[str, str], Path] = {}
     for file in _files_in(folder):
         if not _is_image(file):
             continue
@@ -96,6 +104,15 @@ def list_series(folder: Path) -> list[Series]:
             reader.ReadImageInformation()
         except RuntimeError as error:  # what SimpleITK raises for everything
             raise _unreadable(file, error) from None
+        instance = _text(reader, INSTANCE)
+        first = firsts.setdefault((_text(reader, SERIES), instance), file) if instance else file
+        if first is not file:
+            if filecmp.cmp(first, file, shallow=False):
+                continue
+            raise VolumeError(
+                f"{file}: is another image than {first.name}, although both say that they are the "
+                f"one with the SOP Instance UID {instance}; move one away"
+            )
         told = (_text(reader, DESCRIPTION), _text(reader, MODALITY))
         _, _, slices = found.setdefault(_text(reader, SERIES), (*told, []))
         slices.append(_slice(file, reader))
@@ -121,13 +138,24 @@ def choose_series(folder: Path, uid: str | None = None) -> Series:
     raise VolumeError(f"{folder}: holds no series {uid}, but {listing}")
 
 
-def read_series(series: Series) -> Volume:
+def read_series(series: Series, *, working: float = 0) -> Volume:
     """The volume of a series: columns, rows and slices, in the direction of their normal.
 
-    Whole numbers stay whole where every slice is rescaled to such; else float32. Raises
-    VolumeError where slices do not make one even block of grey values.
+    Whole numbers stay whole if every slice is rescaled to such; else they become float32.
+
+    Args:
+        series: as `choose_series` gives it.
+        working: bytes for each voxel that the caller will need beside the values.
+
+    Raises:
+        VolumeError: the slices do not make one even block of grey values, a file is damaged, or the
+            volume and what will be made of it do not fit into free memory.
     """
     slices, grid = arranged(series)
+    try:
+        refuse_beyond_memory(grid.shape, 0, working=MOST_BYTES_OF_PIXEL + working)
+    except VolumeError as error:
+        raise VolumeError(f"{series.folder}: {error}") from None
     first = _pixels(slices[0])
     whole = first.dtype.kind in "iu" and len({one.kind for one in slices}) == 1
     data = np.empty(grid.shape, first.dtype if whole else np.float32, order="F")

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.io.atomic import is_file_name
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import (
     AS_IT_SAYS,
+    BYTES_OF_IMAGE,
     SUFFIXES,
     Volume,
     is_picture,
@@ -191,18 +193,28 @@ def parse_shard(text: str) -> tuple[int, int]:
 def read_input(source: Input) -> Volume:
     """The volume of an input, its channels put together. Raises VolumeError."""
     if source.is_series:
-        return read_series(choose_series(source.files[0], source.series))
-    first = read_volume(source.files[0], rules=source.rules)
+        return read_series(choose_series(source.files[0], source.series), working=BYTES_OF_IMAGE)
+    first = read_volume(source.files[0], rules=source.rules, working=BYTES_OF_IMAGE)
     if len(source.files) == 1:
         return first
+    # The channels are held one by one, and once more together.
+    together = BYTES_OF_IMAGE + len(source.files) * first.data.itemsize
     others = [
-        read_volume(file, rules=source.rules)
+        read_volume(file, rules=source.rules, working=together)
         .sized_as(first)
         .onto(first.grid, what=f"{file}:", whose=source.files[0].name)
         for file in source.files[1:]
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]
     return first.like(np.concatenate(channels, axis=3))
+
+
+def check_name(name: str, whose: Path) -> None:
+    """Raise VolumeError if a case's name is none for a file, or would lead out of its folder."""
+    if not is_file_name(name):
+        raise VolumeError(
+            f"{whose}: expected a name that results can be called by, found {name!r}; rename it"
+        )
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:

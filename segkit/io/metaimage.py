@@ -92,6 +92,7 @@ def read_metaimage_header(path: Path) -> Layout:
         channels=channels,
         channels_first=True,
         file=file_beside(path, fields["ElementDataFile"]) if beside else None,
+        part=beside and start != 0,
     )
 
 

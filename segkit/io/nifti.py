@@ -1,7 +1,8 @@
 """What a NIfTI header says, taken from its fixed bytes alone.
 
-Extensions, which hold anything from XML to DICOM, are skipped unread. A voxel is placed by the
-standard's precedence: by the sform where its code is set; else by the qform where its code is; and
+Extensions, which hold anything from XML to DICOM, are skipped unread. Voxels begin at vox_offset;
+one of 0, which some programs write for "right after the header", is taken so. A voxel is placed by
+the standard's precedence: by the sform if its code is set; else by the qform if its code is; and
 with neither by the voxel sizes, about the image's centre and with x from right to left, where the
 standard would put the first voxel at 0. Spacing is in mm, whatever the file's unit.
 """
@@ -26,8 +27,8 @@ CODES = range(6)
 """Of a qform or sform, from unknown to a template's space."""
 LONGEST_QUATERNION = 1.0001
 """Of what is left of 1 by rounding to a few decimals."""
-LENGTH = 540
-"""Of a NIfTI-2 header, the longer, in bytes."""
+LENGTH = 544
+"""Of a NIfTI-2 header, the longer, in bytes, and of the four after it that tell of extensions."""
 # The length of each version's header, which is its first number; its magic, and where that stands.
 VERSIONS: dict[int, tuple[type[Nifti1Header], int, bytes, bytes]] = {
     348: (Nifti1Header, 344, b"n+1\0", b"ni1\0"),
@@ -55,7 +56,7 @@ def read_nifti_header(path: Path) -> tuple[Nifti1Header, Layout, tuple[float, fl
     kind = header.get_data_dtype()
     if kind.kind not in "iuf" or kind.itemsize > 8:
         raise VolumeError(f"expected one real number per voxel, found {kind}")
-    offset = header.get_data_offset()
+    offset = _offset(header, block)
     if np.isinf(float(header["scl_slope"])):
         raise VolumeError("expected a finite scl_slope, found an infinite one; repair its header")
     slope, intercept = header.get_slope_inter()
@@ -154,6 +155,22 @@ def _check_placing(header: Nifti1Header, num_axes: int) -> None:
         raise VolumeError(
             f"expected voxel sizes above zero, found {sizes.tolist()} mm; repair its header"
         )
+
+
+def _offset(header: Nifti1Header, block: bytes) -> int:
+    """The byte of the first voxel. Without extensions, 0 stands for the first that it may be."""
+    stated = float(header["vox_offset"])
+    if stated != 0:
+        if not stated.is_integer():
+            raise ValueError(f"expected a vox_offset that is a whole number, found {stated:g}")
+        return header.get_data_offset()
+    length = header.sizeof_hdr
+    if any(block[length : length + 1]):
+        raise VolumeError(
+            f"its vox_offset is 0 and extensions follow its header, so that its first voxel may "
+            f"lie anywhere from byte {length + 4} on; repair its header"
+        )
+    return length + 4
 
 
 def _shorten_quaternion(header: Nifti1Header) -> None:

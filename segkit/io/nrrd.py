@@ -102,6 +102,7 @@ def read_nrrd_header(path: Path) -> Layout:
         channels=sizes[places[0]] if places else None,
         channels_first=places == [0],
         file=file,
+        part=file is not None and start + skipped != 0,
     )
 
 

@@ -57,6 +57,11 @@ SMALLEST, LARGEST = 1e-6, 1e6
 """Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
 QFORM_TOLERANCE = 0.01
 """Millimetres that a qform may lie off the sform; one of a sheared affine lies further off."""
+BYTES_OF_SCALED = np.dtype(np.float32).itemsize
+BYTES_OF_LABEL = 8
+"""Of a label as `read_labels` gives it."""
+BYTES_OF_IMAGE = 12
+"""That are needed for each voxel of an image to prepare it: two copies of a channel, and labels."""
 FARTHEST_VALUE = 1e30
 """Beyond it, sums in single precision would overflow."""
 ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
@@ -180,7 +185,9 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path))]
 
 
-def read_volume(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
+def read_volume(
+    path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
+) -> Volume:
     """A volume with its grid, read from a file.
 
     Args:
@@ -188,6 +195,8 @@ def read_volume(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume
             file. A header in `.nhdr` or `.mhd` may name a data file of its own folder. Or a picture
             (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`).
         rules: what is known of a picture beside what its file says, such as its pixel size.
+        working: bytes for each of (x, y, z) that the caller will need beside the voxels. A volume
+            that does not fit into free memory with them is refused before anything is allocated.
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
@@ -203,27 +212,33 @@ def read_volume(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume
         >>> scan.data.shape, scan.grid.spacing
         ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(Path(path), partial(_read, rules=rules))
+    return _open(Path(path), partial(_read, rules=rules, working=working))
 
 
-def read_label_values(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
+def read_label_values(
+    path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
+) -> Volume:
     """A label file as it is, whatever its values: of a picture, a number for each pixel.
 
     Args:
         path: a file as `read_volume` takes it.
         rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
+        working: as for `read_volume`.
 
     Raises VolumeError as `read_volume` does, and for pictures that are no labels.
     """
-    return _open(Path(path), partial(_read, rules=rules, as_labels=True))
+    return _open(Path(path), partial(_read, rules=rules, as_labels=True, working=working))
 
 
-def read_labels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume:
+def read_labels(
+    path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
+) -> Volume:
     """A volume of labels, read from a file.
 
     Args:
         path: a file as `read_volume` takes it.
         rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
+        working: as for `read_volume`.
 
     Returns:
         The labels, (x, y, z), int64, 0 for the background.
@@ -235,16 +250,19 @@ def read_labels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Volume
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
-    volume = read_label_values(path, rules=rules)
+    volume = read_label_values(path, rules=rules, working=BYTES_OF_LABEL + working)
     expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
     if volume.data.ndim != 3:
         raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
     values = whole_numbers(volume.data, path)
-    with np.errstate(invalid="ignore"):
-        whole = values.astype(np.int64)
-    strange = values[(whole != values) | (whole < 0)]
-    if len(strange):
-        raise VolumeError(f"{expected}, found {in_full(strange[0])}")
+    whole = np.empty(values.shape, np.int64, order="F")
+    for z in range(values.shape[2]):
+        found, here = values[..., z], whole[..., z]
+        with np.errstate(invalid="ignore"):
+            here[...] = found
+        strange = found[(here != found) | (here < 0)]
+        if len(strange):
+            raise VolumeError(f"{expected}, found {in_full(strange[0])}")
     return volume.like(whole)
 
 
@@ -261,15 +279,22 @@ def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
     """
     if values.dtype.kind != "f":
         return values
-    with np.errstate(invalid="ignore"):
-        nearest = np.rint(values)
-        off = np.abs(values - nearest)
-        near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
-    farthest = off.max(where=near, initial=0)
-    if not farthest:
-        return values
-    logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
-    return np.where(near, nearest, values)
+    whole, farthest = values, 0.0
+    for plane in np.ndindex(values.shape[2:]):
+        here = (..., *plane)
+        with np.errstate(invalid="ignore"):
+            nearest = np.rint(values[here])
+            off = np.abs(values[here] - nearest)
+            near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
+        if not (apart := float(off.max(where=near, initial=0))):
+            continue
+        if whole is values:
+            whole = values.copy(order="F")
+        whole[here] = np.where(near, nearest, values[here])
+        farthest = max(farthest, apart)
+    if farthest:
+        logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
+    return whole
 
 
 def in_full(value: Any) -> str:
@@ -399,14 +424,23 @@ def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float
     return read_nifti_header(path)
 
 
-def _read(path: Path, rules: PictureRules = AS_IT_SAYS, as_labels: bool = False) -> Volume:
+def _read(
+    path: Path,
+    rules: PictureRules = AS_IT_SAYS,
+    as_labels: bool = False,
+    *,
+    working: float = 0,
+) -> Volume:
     if is_picture(path):
         data, grid, facts = read_picture(path, rules, as_labels=as_labels)
         return Volume(data, Grid(grid.shape, _checked_affine(grid.affine)), picture=facts)
     header, layout, scaling = _layout(path)
     grid = _grid(layout)
-    data = read_voxels(path, layout)
-    if scaling != (1, 0):
+    scaled = scaling != (1, 0)
+    if scaled:
+        working += BYTES_OF_SCALED * (layout.channels or 1)
+    data = read_voxels(path, layout, working=working)
+    if scaled:
         data = _scaled(data, *scaling)
     return Volume(data, grid, header)
 
@@ -484,6 +518,10 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     header.set_slope_inter(None, None)
     for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
         header[field] = 0
+    # Text may hold names of patients, as extensions may.
+    for field in ("data_type", "db_name", "aux_file", "intent_name"):
+        if field in header.structarr.dtype.names:
+            header[field] = b""
     header["descrip"] = b"segkit"
     header["intent_code"] = 0
     # A header without codes has an affine that depends on its shape, which is set by now.

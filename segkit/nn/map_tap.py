@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
 
-MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch", "saliency"]
+MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
 """What a tap carries:
 
 - gate: how much of each skip voxel to let through; spatial: the same for a block's own features.
@@ -24,7 +24,6 @@ MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch", "s
 - pool: the share that each voxel has in a weighted mean.
 - received: of a matrix of attention, what each voxel receives, as a multiple of its fair share.
 - branch: a switch per head of attention that is added, 1 unless edited. It is no map.
-- saliency: no tap's, but made of gradients, to compare maps with.
 """
 Edit = Callable[[Tensor], Tensor]
 

@@ -39,24 +39,22 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     for name in ("a", "b"):
         rows[name] = (out / name / "ablation.csv").read_text().splitlines()
         told = json.loads((out / name / "measures.json").read_text())["worth"]
-        for verdict in told["verdicts"]:
-            assert f"{name} {verdict['map']} is {verdict['verdict']}: " in said
+        best = told["verdicts"][0]
+        assert f"{name} {best['map']}: {best['word']}. Over 1 scan, " in said
     assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
     cohort = json.loads((out / "cohort.json").read_text())
-    assert cohort["scans"] == 2 and {one["cases"] for one in cohort["ablation"]} == {2}
+    assert cohort["scans"] == 2 and [one["case"] for one in cohort["evidence"]] == ["a", "b"]
     page = (out / "index.html").read_text()
-    (verdict,) = cohort["verdicts"]
-    word = verdict["verdict"]
-    assert verdict["map"] == "skip.1/gate" and f'</b> is <b class="{word}">{word}</b>: ' in page
+    verdict, *_ = cohort["verdicts"]
+    # Two scans are too few for any other word.
+    assert (verdict["map"], verdict["word"]) == ("skip.1/gate", "cannot tell")
+    assert '</b>: <b class="cannot-tell">cannot tell</b>. Over 2 scans, ' in page
     # … and the terminal has them as a table, with the figures of the file.
-    (figures,) = cohort["figures"]
     table = said[said.index("What each map is worth over 2 scans") :]
-    (row,) = [line.split() for line in table.splitlines() if "skip.1/gate" in line]
-    shown = {"mean_change": "+.3f", "mean_p": ".2g", "auroc": ".2f", "baseline_auroc": ".2f"}
-    told = [
-        "–" if figures[name] is None else format(figures[name], how) for name, how in shown.items()
-    ]
-    assert row[1:6] == [verdict["verdict"], *told]
+    (row,) = [line for line in table.splitlines() if "skip.1/gate" in line]
+    for name, how in (("Dice lost without it", "+.3f"), ("AUROC", ".2f")):
+        value = verdict["figures"][name]
+        assert ("–" if value is None else format(value, how)) in row.split()
     # Without verdicts, nothing of the old ones stays beside the new pages.
     code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
     assert code == 0 and "What each map is worth" not in said

@@ -10,10 +10,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import SegkitError, VolumeError
-from segkit.explain.display import Table, Verdict
+from segkit.explain.display import Table
 from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.page.page import write_page
-from segkit.explain.verdicts.study import Evidence, Worth
+from segkit.explain.verdicts.evidence import CaseEvidence
+from segkit.explain.verdicts.rule import GateVerdict
+from segkit.explain.verdicts.study import Worth
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from tests.browser import CHROMIUM, show
@@ -31,8 +33,10 @@ def gated() -> Predictor:
 def explained() -> Explanation:
     """Of a scan of two windows along its first axis, with its reference and a verdict."""
     scan = noise_case(12, 8, 8).volume
-    verdict = Verdict("skip.1/gate", "redundant", "Looked at with a reference.")
-    worth = Worth(Evidence((), [], [], [], {}), verdicts=(verdict,), tables=(Table("t", [], []),))
+    verdict = GateVerdict(
+        "skip.1/gate", 0, "label 1", "redundant", "lets through", "Looked at with a reference."
+    )
+    worth = Worth(CaseEvidence("a", "reference"), (verdict,), tables=(Table("t", [], []),))
     found = explain_volume(gated(), scan, layered(scan), name="<a>")
     assert found.worth is None and found.verdicts == ()
     return replace(found, worth=worth)

@@ -23,7 +23,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.checking import describe_volume
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
+from segkit.io import voxel_bytes
 from segkit.io.volume import (
+    BYTES_OF_LABEL,
     WRITTEN_SUFFIXES,
     Volume,
     read_grid,
@@ -32,6 +34,7 @@ from segkit.io.volume import (
     whole_numbers,
     write_volume,
 )
+from segkit.system.memory import in_words
 from tests.helpers import affine_of
 
 SHAPE = (3, 4, 5)
@@ -337,14 +340,125 @@ def test_what_a_file_does_not_hold_is_not_allocated(tmp_path: Path, name: str) -
         tracemalloc.stop()
 
 
-def test_a_gzip_bomb_takes_no_more_memory_than_what_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_gzip_bomb_takes_no_more_memory_than_its_header_claims(tmp_path: Path) -> None:
     path = nifti(tmp_path / "scan.nii")
     bomb = tmp_path / "scan.nii.gz"
     bomb.write_bytes(gzip.compress(path.read_bytes() + bytes(64 * 2**20)))
     tracemalloc.start()
     try:
-        assert_array_equal(read_volume(bomb).data, VALUES)
+        with pytest.raises(VolumeError, match="claims 120 bytes of voxels and the file holds"):
+            read_volume(bomb)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+TWELVE = np.arange(12**3, dtype=np.uint8).reshape(12, 12, 12)
+"""Of which the headers below claim less."""
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (10, 10, 10), (11, 12, 12), (12, 11, 12), (12, 12, 11)]
+)
+@pytest.mark.parametrize("suffix", [*WRITTEN_SUFFIXES, ".nhdr", ".mhd"])
+def test_a_header_that_claims_less_than_the_file_holds_is_refused(
+    tmp_path: Path, suffix: str, size: tuple[int, int, int]
+) -> None:
+    path = tmp_path / f"scan{suffix}"
+    sizes = " ".join(map(str, size))
+    if suffix in WRITTEN_SUFFIXES:
+        write_volume(path, Volume(TWELVE, Grid((12, 12, 12), np.eye(4))))
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(TWELVE), str(path))
+    content = path.read_bytes()
+    if suffix.startswith(".nii"):
+        raw = bytearray(gzip.decompress(content) if suffix.endswith(".gz") else content)
+        struct.pack_into("<4h", raw, DIM, 3, *size)
+        content = gzip.compress(raw) if suffix.endswith(".gz") else bytes(raw)
+    elif suffix in (".nrrd", ".nhdr"):
+        content = with_line("sizes", f"sizes: {sizes}")(content)
+    else:
+        content = with_line("DimSize", f"DimSize = {sizes}")(content)
+    path.write_bytes(content)
+    claimed = size[0] * size[1] * size[2]
+    expected = f"its header claims {claimed} bytes of voxels and the file holds 1728( or more)?, so"
+    for read in (read_volume, read_labels):
+        with pytest.raises(VolumeError, match=expected):
+            read(path)
+
+
+def test_a_detached_header_may_describe_a_part_of_its_data_file(tmp_path: Path) -> None:
+    (tmp_path / "many.raw").write_bytes(bytes(16) + TWELVE.tobytes(order="F"))
+    (tmp_path / "part.nhdr").write_text(
+        "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 12 12 2\nencoding: raw\nbyte skip: 16\n"
+        "data file: many.raw\n\n"
+    )
+    (tmp_path / "part.mhd").write_text(
+        "NDims = 3\nDimSize = 12 12 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\n"
+        "HeaderSize = 16\nElementDataFile = many.raw\n"
+    )
+    for name in ("part.nhdr", "part.mhd"):
+        assert_array_equal(read_volume(tmp_path / name).data, TWELVE[..., :2])
+
+
+@pytest.mark.parametrize(
+    ("image", "place", "form"),
+    [(Nifti1Image, VOX_OFFSET, "f"), (Nifti2Image, 168, "q")],
+)
+def test_a_vox_offset_of_0_means_right_after_the_header(
+    tmp_path: Path, image: type[Nifti1Image], place: int, form: str
+) -> None:
+    path = tmp_path / "scan.nii"
+    nib.save(image(VALUES, affine_of("LPS")), path)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into(f"<{form}", raw, place, 0)
+    path.write_bytes(raw)
+    (tmp_path / "packed.nii.gz").write_bytes(gzip.compress(raw))
+    assert_array_equal(read_volume(path).data, VALUES)
+    assert_array_equal(read_volume(tmp_path / "packed.nii.gz").data, VALUES)
+    length = image.header_class.sizeof_hdr
+    raw[length] = 1  # an extension follows, whose end only vox_offset could tell
+    path.write_bytes(raw)
+    with pytest.raises(VolumeError, match="its vox_offset is 0 and extensions follow its header"):
+        read_volume(path)
+    path.write_bytes(raw[:length] + raw[length + 4 :])  # voxels at once, where none may be
+    with pytest.raises(VolumeError, match=r"vox_offset is 0|claims 120 bytes of voxels"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
+def test_what_would_outgrow_free_memory_is_refused_before_it_is_allocated(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"scan{suffix}"
+    side = 128
+    write_volume(path, Volume(np.zeros((side,) * 3, np.uint8), Grid((side,) * 3, np.eye(4))))
+    voxels = side**3
+    monkeypatch.setattr(voxel_bytes, "free_memory", lambda: 8 * voxels)
+    compressed = suffix != ".nii"
+    held = voxels * compressed
+    assert read_volume(path, working=8 - compressed).data.shape == (side,) * 3
+    tracemalloc.start()
+    try:
+        said = f"{in_words(held + 12 * voxels)} where 16.8 MB are free; free some memory, crop it"
+        with pytest.raises(VolumeError, match=f"claims 128 x 128 x 128 voxels, .* takes {said}"):
+            read_volume(path, working=12)
+        with pytest.raises(VolumeError, match=r"takes .* where 16.8 MB are free"):
+            read_labels(path, working=1)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_labels_take_no_more_memory_than_they_are_said_to(tmp_path: Path) -> None:
+    path = tmp_path / "labels.nii.gz"
+    side = 128
+    values = np.zeros((side,) * 3, np.uint8)
+    write_volume(path, Volume(values, Grid(values.shape, np.eye(4))))
+    tracemalloc.start()
+    try:
+        read_labels(path)
+        assert tracemalloc.get_traced_memory()[1] < (1 + BYTES_OF_LABEL) * values.size + 4 * 2**20
     finally:
         tracemalloc.stop()
 

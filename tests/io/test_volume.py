@@ -694,3 +694,36 @@ def test_real_scans_come_back_as_they_were(data_folder: Path, tmp_path: Path, fo
         assert_array_equal(after.affine, before.affine)
         assert_places_the_same(after.header, before.header)
         assert_array_equal(np.asanyarray(after.dataobj), volume.data.reshape(after.shape))
+
+
+@pytest.mark.parametrize("kind", [Nifti1Image, Nifti2Image])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_text_of_a_header_is_not_handed_on(
+    tmp_path: Path, kind: type[Nifti1Image], suffix: str
+) -> None:
+    image = kind(np.zeros((3, 4, 5), np.uint8), np.eye(4))
+    known = image.header.structarr.dtype.names
+    text = ("db_name", "data_type", "aux_file", "intent_name", "descrip")
+    for field in text:
+        if field in known:
+            image.header[field] = b"Doe^Jane"
+    nib.save(image, tmp_path / "scan.nii")
+    assert b"Doe^Jane" in (tmp_path / "scan.nii").read_bytes()
+    result = tmp_path / f"labels{suffix}"
+    write_volume(result, read_volume(tmp_path / "scan.nii"))
+    header = nib.load(result).header
+    assert {field: header[field].item() for field in text if field in known} == {
+        field: b"segkit" if field == "descrip" else b"" for field in text if field in known
+    }
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_text_of_other_formats_is_not_handed_on(tmp_path: Path, suffix: str) -> None:
+    image = sitk.GetImageFromArray(np.zeros((5, 4, 3), np.uint8))
+    image.SetMetaData("PatientName", "Doe^Jane")
+    path = tmp_path / f"scan{suffix}"
+    sitk.WriteImage(image, str(path))
+    assert b"Doe^Jane" in path.read_bytes()
+    for result in (tmp_path / f"labels{suffix}", tmp_path / "labels.nii"):
+        write_volume(result, read_volume(path))
+        assert b"Doe^Jane" not in result.read_bytes()

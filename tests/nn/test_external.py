@@ -19,7 +19,6 @@ from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError, ModelError
 from segkit.evaluation.evaluate import score_pairs
 from segkit.evaluation.pairing import find_pairs
-from segkit.explain.verdicts.saliency import grad_cam, input_gradient
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predict_files import predict_files
@@ -228,15 +227,6 @@ def test_no_conversion_is_kept_of_a_module_whose_code_nobody_knows(tmp_path: Pat
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     model = load_model(run.folder, network=monai_unet())
     assert type(choose_engine("auto", model, device="cpu")) is TorchEngine
-
-
-def test_gradients_explain_a_given_module_and_grad_cam_says_why_it_cannot(tmp_path: Path) -> None:
-    scan = read_volume(small_dataset(tmp_path) / "imagesTr" / "case_0.nii.gz")
-    predictor = Predictor(described_model(description_of(), monai_unet()))
-    told = input_gradient(predictor, scan, "ball").volume
-    assert told is not None and told.data.max() > 0
-    with pytest.raises(ModelError, match=r"levels of U-Nets alone, found a given UNet"):
-        grad_cam(predictor, scan, "ball", level=0)
 
 
 def test_a_description_without_a_given_module_still_builds_its_u_net() -> None:

@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from segkit.system import memory
 from segkit.system import resources as machine
-from segkit.system.memory import free_memory, in_words
 from segkit.system.resources import choose_device, half_pays, num_cores
 
 
@@ -20,28 +17,6 @@ def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert num_cores() == 1
-
-
-def test_free_memory_is_what_linux_and_the_container_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "MEMORY_STATE", state)
-    monkeypatch.setattr(memory, "MEMORY_LIMITS", tmp_path)
-    half = free_memory()
-    assert half > 0  # of what is built in, as nothing is told
-    state.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 300 kB\n")
-    assert free_memory() == 300 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
-    assert free_memory() == 300 * 1024
-    (tmp_path / "memory.max").write_text("3000\n")
-    assert free_memory() == 2000
-    (tmp_path / "memory.max").write_text("500\n")
-    assert free_memory() == 0
-    monkeypatch.setattr(memory, "MEMORY_STATE", tmp_path / "none")
-    monkeypatch.delattr(os, "sysconf")
-    assert free_memory() == 4 * 1024**3
 
 
 @pytest.mark.skipif(not machine.STATUS.exists(), reason="only Linux forks with that memory")
@@ -56,13 +31,6 @@ def test_the_peak_is_of_the_process_alone_and_not_of_what_it_was_forked_from() -
     )
     found = subprocess.run([sys.executable, "-c", fork], capture_output=True, text=True, check=True)
     assert 50e6 < int(found.stdout) < 2e9
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(1.234e9, "1.23 GB"), (56_789_000, "56.8 MB"), (1e9, "1.00 GB")]
-)
-def test_bytes_in_words(count: float, words: str) -> None:
-    assert in_words(count) == words
 
 
 @pytest.mark.parametrize("there", [True, False])

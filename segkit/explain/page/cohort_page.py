@@ -13,7 +13,6 @@ from segkit.explain.display import Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
 from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
-from segkit.explain.verdicts.study import Evidence
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,6 @@ class CaseFigures:
     name: str
     measures: Sequence[Measure]
     dice: Mapping[str, float]
-    evidence: Evidence | None = None
-    """What was measured of its gates, if verdicts were asked for."""
 
     def rows(self) -> list[dict[str, Any]]:
         """The measures as a table."""
@@ -65,9 +62,10 @@ def cohort_text(
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     told = [
-        f'<div class="card"><p><b>{_text(one.map)}</b> is <b class="{one.verdict}">{one.verdict}'
-        f"</b>: {_text(one.reason)}</p></div>"
+        f'<div class="card"><p><b>{_text(one.map)}</b>: <b class="{_text(style)}">'
+        f"{_text(one.verdict)}</b>. {_text(one.reason)}</p></div>"
         for one in verdicts
+        for style in [one.verdict.replace(" ", "-")]
     ]
     return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from segkit.config.labels import Labelling
+from segkit.errors import ModelError
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid, overlap_with
-from segkit.explain.measures.ranks import holm, signed_rank_p
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import Edit, MapInfo, editing
@@ -34,7 +34,6 @@ AblationKind = Literal["open", "mean", "permuted", "inverted"]
 OPERATIONS: tuple[AblationKind, ...] = get_args(AblationKind)
 ABLATED = ("gate", "spatial")
 """Kinds of maps that features are multiplied with, cell by cell."""
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,31 +54,21 @@ class Ablation:
     """dice - dice_before: below 0 where the operation hurts."""
 
 
-@dataclass(frozen=True)
-class AblationEffect:
-    """What one operation on one map does over cases."""
-
-    map: str
-    operation: AblationKind
-    label: str | None
-    against: Literal["reference", "prediction"]
-    cases: int
-    mean_change: float
-    """Of Dice."""
-    hurt: int
-    """Cases whose Dice falls."""
-    p_value: float | None
-    """Of Wilcoxon's signed-rank test over cases; None of a single one."""
-    p_holm: float | None
-    """… corrected for all maps and operations."""
-    testable: bool
-    """Whether so few cases could be significant at all: of n, p is no less than 2^(1 - n)."""
-
-
 def ablated_maps(predictor: Predictor) -> dict[str, MapInfo]:
     """The maps that can be ablated, by key: gates and spatial maps of the first model."""
     infos = predictor.model.network.maps()
     return {key: info for key, info in infos.items() if info.kind in ABLATED}
+
+
+def check_gates(predictor: Predictor) -> tuple[str, ...]:
+    """The keys of the maps that can be taken out. Raises ModelError where there is none."""
+    keys = tuple(ablated_maps(predictor))
+    if not keys:
+        raise ModelError(
+            "verdicts are of gates and spatial maps, and the model has none; train one with "
+            "network.attention.skip=additive_grid"
+        )
+    return keys
 
 
 def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> Edit:
@@ -88,10 +77,6 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
     Where several maps share a tap, as of several gates, their cells are shuffled together.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def even_out(attention_map: Tensor) -> Tensor:
-        cells = tuple(range(2, attention_map.ndim))
-        return attention_map.mean(dim=cells, keepdim=True).expand_as(attention_map)
 
     def shuffle(attention_map: Tensor) -> Tensor:
         cells = attention_map.flatten(2)
@@ -115,6 +100,26 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
             return shuffle
         case "inverted":
             return turn_over
+
+
+def even_out(attention_map: Tensor) -> Tensor:
+    """A map of which every cell holds the mean over cells, channel by channel and window."""
+    cells = tuple(range(2, attention_map.ndim))
+    return attention_map.mean(dim=cells, keepdim=True).expand_as(attention_map)
+
+
+def even_out_channels(channels: Collection[int] | None) -> Edit:
+    """The edit that evens out some channels of a map, all if None, and leaves the others."""
+    if channels is None:
+        return even_out
+
+    def edit(attention_map: Tensor) -> Tensor:
+        chosen = torch.zeros(attention_map.shape[1], dtype=torch.bool)
+        chosen[list(channels)] = True
+        kept = chosen.to(attention_map.device).view(1, -1, *[1] * (attention_map.ndim - 2))
+        return torch.where(kept, even_out(attention_map), attention_map)
+
+    return edit
 
 
 def ablate(
@@ -162,36 +167,6 @@ def ablate(
             )
             rows.append(Ablation(case, key, operation, label, against, old, new, new - old))
     return rows
-
-
-def ablation_effects(rows: Sequence[Ablation], *, label: str | None = None) -> list[AblationEffect]:
-    """Over cases, what each operation on each map does to one class, or to the mean over classes.
-
-    The p values are corrected by Holm's method for all that is returned. Changes against
-    predictions are never above 0, so that their p values speak of any difference, not of harm.
-    """
-    groups: dict[tuple[str, AblationKind], list[Ablation]] = {}
-    for row in rows:
-        if row.label == label:
-            groups.setdefault((row.map, row.operation), []).append(row)
-    changes = [[row.change for row in group] for group in groups.values()]
-    p_values = [signed_rank_p(values) if len(values) > 1 else None for values in changes]
-    corrected = iter(holm([p for p in p_values if p is not None]))
-    return [
-        AblationEffect(
-            group[0].map,
-            group[0].operation,
-            label,
-            group[0].against,
-            len(values),
-            sum(values) / len(values),
-            sum(value < 0 for value in values),
-            p,
-            None if p is None else next(corrected),
-            len(groups) * 2.0 ** (1 - len(values)) < SIGNIFICANT,
-        )
-        for group, values, p in zip(groups.values(), changes, p_values, strict=True)
-    ]
 
 
 def class_dice(found: Volume, reference: Volume, labelling: Labelling) -> dict[str, float]:

@@ -9,7 +9,7 @@ from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from segkit.explain.measures.ranks import Ranked, holm, settled, signed_rank_p, spearman
+from segkit.explain.measures.ranks import Ranked, holm, rise_p, settled, simes, spearman
 
 LEVELS = arrays(np.float64, 20, elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 
@@ -58,11 +58,33 @@ def test_last_digits_are_no_ranks(value: float, seed: int) -> None:
 
 
 def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two() -> None:
-    assert signed_rank_p([-0.3, -0.1, -0.2, -0.4, -0.5]) == pytest.approx(2**-4)
-    assert signed_rank_p([-0.3, 0.0, -0.1, -0.2, -0.4, -0.5]) == pytest.approx(2**-4)
-    assert signed_rank_p([0.0, 0.0]) == 1
-    assert signed_rank_p([0.1, -0.1]) == 1
-    assert signed_rank_p([-1.0] * 60) < 1e-9
+    assert rise_p([0.3, 0.1, 0.2, 0.4, 0.5]) == 2**-5
+    assert rise_p([0.3, 0.0, 0.1, 0.2, 0.4, 0.5]) == 2**-5
+    assert rise_p([-0.3, -0.1, -0.2]) == 1
+    assert rise_p([0.0, 0.0]) == rise_p([]) == 1
+    assert rise_p([0.1, -0.1]) == 0.75  # of ranks that tie, three of four signs do as well
+    assert rise_p([1.0] * 60) < 1e-9
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("count", [3, 8, 20, 50, 80])
+def test_the_signed_rank_test_is_scipys(count: int) -> None:
+    changes = np.random.default_rng(count).normal(0.2, 1, count)
+    method = "exact" if count <= 50 else "asymptotic"
+    expected = stats.wilcoxon(changes, alternative="greater", method=method).pvalue
+    tolerance = 1e-9 if count <= 50 else 0.02
+    assert rise_p(changes.tolist()) == pytest.approx(expected, rel=tolerance)
+
+
+def test_of_changes_that_tie_all_signs_are_counted() -> None:
+    """Ranks 1.5, 1.5, 3 of which 3 and 1.5 are above: sums of 4.5 or more in three of eight."""
+    assert rise_p([0.1, -0.1, 0.2]) == 3 / 8
+
+
+def test_simes_by_hand() -> None:
+    """3 x 0.02, 3 x 0.03 / 2 and 3 x 0.9 / 3: the second is least."""
+    assert simes([0.9, 0.02, 0.03]) == pytest.approx(0.045)
+    assert simes([0.3]) == 0.3
 
 
 def test_holms_correction_by_hand() -> None:

@@ -11,15 +11,16 @@ from numpy.testing import assert_allclose
 from torch import nn
 
 from segkit.config.labels import Labelling
-from segkit.errors import VolumeError
+from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads.study import case_dice
 from segkit.explain.verdicts.ablation import (
     OPERATIONS,
-    Ablation,
     ablate,
     ablated_maps,
-    ablation_effects,
+    check_gates,
     class_dice,
+    even_out,
+    even_out_channels,
     operation_edit,
 )
 from segkit.geometry.grid import Grid
@@ -28,7 +29,7 @@ from segkit.io.volume import Volume
 from segkit.model.folder import Model
 from segkit.nn.gates import Coefficients
 from segkit.nn.map_tap import MapInfo, editing, taps
-from tests.explain.heads.test_study import attending_model, noise_case
+from tests.explain.heads.test_study import attending_model, noise_case, self_attention
 from tests.planted import KEY, ball, planted, planted_case
 
 GATE = MapInfo("skip.0/gate", "gate", 0, None, 0.0, 1.0)
@@ -169,29 +170,16 @@ def test_dice_is_that_of_classes_the_reference_holds() -> None:
     assert class_dice(found, reference, labelling) == {"a": 0.5}
 
 
-def row(case: int, key: str, change: float, label: str | None = None) -> Ablation:
-    return Ablation(f"{case}", key, "mean", label, "reference", 0.9, 0.9 + change, change)
+def test_channels_of_a_map_can_be_evened_out_one_by_one() -> None:
+    values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = even_out_channels([1])(values)
+    assert torch.equal(found[:, 0], values[:, 0])
+    assert torch.equal(found[:, 1], even_out(values)[:, 1])
+    assert torch.equal(even_out_channels([0, 1])(values), even_out(values))
+    assert torch.equal(even_out_channels(None)(values), even_out(values))
 
 
-def test_effects_are_means_with_a_test_corrected_for_all_maps() -> None:
-    """Seven cases that all fall: p = 2^-6; seven of which as many rise as fall: nothing."""
-    falls = [row(case, "a", -0.01 * (case + 1)) for case in range(7)]
-    mixed = [row(case, "b", 0.01 * (case - 3)) for case in range(7)]
-    other = [row(case, "a", 0.5, label="tumour") for case in range(7)]
-    first, second = ablation_effects([*falls, *mixed, *other])
-    assert (first.map, first.cases, first.hurt, first.label) == ("a", 7, 7, None)
-    assert first.mean_change == pytest.approx(-0.04)
-    assert first.p_value == pytest.approx(2**-6) and first.p_holm == pytest.approx(2**-5)
-    assert (second.map, second.hurt, second.p_value, second.p_holm) == ("b", 3, 1.0, 1.0)
-    assert first.testable and second.testable
-    (tumour,) = ablation_effects([*falls, *mixed, *other], label="tumour")
-    assert tumour.mean_change == 0.5 and tumour.p_holm == tumour.p_value
-
-
-@pytest.mark.parametrize(("cases", "testable"), [(1, False), (5, False), (6, True)])
-def test_too_few_cases_cannot_tell(cases: int, testable: bool) -> None:
-    (effect,) = ablation_effects([row(case, "a", -0.1 - case) for case in range(cases)])
-    assert effect.testable == testable
-    assert (effect.p_value is None) == (cases == 1)
-    if effect.p_holm is not None:
-        assert (effect.p_holm < 0.05) == testable
+def test_a_model_without_gates_is_refused() -> None:
+    predictor = Predictor(attending_model(bottleneck=self_attention(2)), device="cpu")
+    with pytest.raises(ModelError, match=r"^verdicts are of gates and spatial maps.* train one"):
+        check_gates(predictor)

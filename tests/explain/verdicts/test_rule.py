@@ -1,161 +1,283 @@
-"""Laws of verdicts: the written rule, and networks of which a gate's worth is known."""
+"""Laws of the rule, on evidence whose truth is known."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
-import torch
-from numpy import ndarray
-from scipy.stats import mannwhitneyu
 
-from segkit.explain.display import Verdict
-from segkit.explain.measures.ranks import settled
-from segkit.explain.verdicts.ablation import ablate, ablation_effects
-from segkit.explain.verdicts.perturbation import perturb
-from segkit.explain.verdicts.randomisation import randomise
-from segkit.explain.verdicts.rule import MapFigures, gather_figures, judge
-from tests.planted import KEY, Kind, Planted, planted, planted_case
-
-GOOD = MapFigures(
-    "skip.1/gate",
-    cases=12,
-    mean_change=-0.02,
-    mean_p=0.01,
-    permuted_change=-0.001,
-    permuted_p=0.9,
-    testable=True,
-    auroc=0.9,
-    baseline="intensity",
-    baseline_auroc=0.7,
-    deletion_gain=0.0,
-    deletion_spread=0.01,
-    randomised=0.1,
+from segkit.explain.verdicts.deletion import DeletionCurve
+from segkit.explain.verdicts.evidence import (
+    EARLIER,
+    HIGH_FIRST,
+    LOW_FIRST,
+    CaseEvidence,
+    ChannelEvidence,
+)
+from segkit.explain.verdicts.rule import (
+    DICE_MARGIN,
+    GateVerdict,
+    best_of_maps,
+    judge_evidence,
 )
 
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "informative"),
-        # The network needs it: by either operation, beyond chance and by enough.
-        ({"mean_p": 0.06}, "redundant"),
-        ({"mean_change": -0.004}, "redundant"),
-        ({"mean_change": 0.02}, "redundant"),
-        ({"mean_change": 0.0, "permuted_change": -0.006, "permuted_p": 0.04}, "informative"),
-        # Too few cases for a test: twice the change is asked for.
-        ({"testable": False, "mean_change": -0.009, "mean_p": None}, "redundant"),
-        ({"testable": False, "mean_change": -0.011, "mean_p": None}, "informative"),
-        # It shows more than the image, in one way or the other.
-        ({"baseline_auroc": 0.89}, "redundant"),
-        ({"baseline_auroc": 0.89, "deletion_gain": 0.03}, "informative"),
-        ({"baseline_auroc": 0.89, "deletion_gain": 0.03, "deletion_spread": 0.02}, "redundant"),
-        # It was learned.
-        ({"randomised": 0.95}, "redundant"),
-        ({"randomised": -0.95}, "informative"),
-        ({"randomised": None}, "informative"),
-        # It does not even show its class.
-        ({"auroc": 0.59, "mean_p": 0.5}, "uninformative"),
-        ({"auroc": None, "baseline_auroc": None, "mean_p": 0.5}, "uninformative"),
-        ({"auroc": 0.1, "baseline_auroc": 0.7}, "uninformative"),
-    ],
-)
-def test_the_rule(changes: dict[str, float | None], expected: str) -> None:
-    verdict = judge(replace(GOOD, **changes))
-    assert verdict is not None
-    assert verdict.verdict == expected and verdict.map == "skip.1/gate"
+KEY = "skip.1/gate"
+UNTRAINED = {f"untrained network {n}": 0.5 + 0.01 * (-1) ** n * (n % 3) for n in range(8)}
+COMPARED = {"intensity": 0.7, **UNTRAINED}
+FRACTIONS = (0.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mean_change": None, "permuted_change": None},
-        {"auroc": None, "deletion_gain": None},
-    ],
-)
-def test_what_nobody_measured_has_no_verdict(changes: dict[str, None]) -> None:
-    assert judge(replace(GOOD, **changes)) is None
-
-
-def test_a_verdict_is_one_sentence_with_its_numbers() -> None:
-    verdict = judge(GOOD)
-    assert verdict is not None
-    assert verdict.reason == (
-        "the network needs it: Dice changes by -0.0200 (p = 0.01) with it evened out and by "
-        "-0.0010 (p = 0.9) with it shuffled; it shows more than the image: AUROC 0.90 beside 0.70 "
-        "of intensity and deletion +0.000 over random; it was learned: 0.10 with itself under "
-        "random weights."
+def channel(
+    auroc: float = 0.95,
+    drop: float = 0.1,
+    *,
+    compared: dict[str, float] | None = None,
+    areas: dict[str, float] | None = None,
+    correlations: Sequence[float] = (0.1, 0.2, 0.15),
+    seed: int = 0,
+) -> ChannelEvidence:
+    """One structure, 'a', somewhere among 200 cells, which the box shows with the AUROC's sign."""
+    random = np.random.default_rng(seed)
+    inside = np.zeros(200, bool)
+    inside[random.permutation(200)[:20]] = True
+    box = np.where(inside, auroc - 0.5, 0.5 - auroc) + random.normal(0, 0.01, 200)
+    curves = {
+        order: [DeletionCurve("a", FRACTIONS, (1.0, 2 * area - 1))]
+        for order, area in (areas or {}).items()
+    }
+    return ChannelEvidence(
+        {"a": (drop,)},
+        {"a": {"map": auroc, **(COMPARED if compared is None else compared)}},
+        curves,
+        tuple(correlations),
+        box.reshape(10, 20, 1),
+        {"a": inside.reshape(10, 20, 1)},
     )
-    assert verdict.numbers["AUROC"] == 0.9 and verdict.numbers["enough for a test"] == "yes"
-    untested = judge(replace(GOOD, testable=False, against="prediction", randomised=None))
-    assert untested is not None
-    assert ": Dice with the model's own prediction changes by" in untested.reason
-    assert "with it shuffled, of too few cases for a test; " in untested.reason
-    assert untested.reason.endswith("whether it was learned cannot be told.")
 
 
-def auroc(inside: ndarray, values: ndarray) -> float:
-    """The share of pairs, of a voxel inside and one outside, of which the first is higher."""
-    values = settled(values)
-    first, second = values[inside == 1], values[inside == 0]
-    return float(mannwhitneyu(first, second).statistic / (len(first) * len(second)))
+def scans(
+    count: int,
+    make: Callable[[int], ChannelEvidence] = lambda number: channel(seed=number),
+    *,
+    against: Literal["reference", "prediction"] = "reference",
+) -> list[CaseEvidence]:
+    return [CaseEvidence(f"{number}", against, {(KEY, 0): make(number)}) for number in range(count)]
 
 
-def verdict_of(kind: Kind, cases: int) -> tuple[MapFigures, Verdict]:
-    predictor = planted(kind)
-    ablations, curves, redrawn, aurocs, intensity = [], [], [], [], []
-    torch.manual_seed(0)
-    fresh = Planted("untrained")
-    for seed in range(cases):
-        case = planted_case(seed)
-        maps = predictor(case.volume, maps=True).maps
-        ablations += ablate(predictor, case.volume, case.reference, case=case.name)
-        if seed == 0:
-            curves += perturb(predictor, case.volume, maps, case=case.name)
-            redrawn += randomise(predictor, case.volume, case=case.name, fresh=fresh)
-        inside = case.reference.data.ravel()
-        aurocs.append(auroc(inside, maps[KEY].volume.data.ravel()))
-        intensity.append(auroc(inside, case.volume.data[..., 0].ravel()))
-    figures = gather_figures(
-        KEY,
-        effects=ablation_effects(ablations),
-        curves=curves,
-        randomisations=redrawn,
-        aurocs=aurocs,
-        baselines={"intensity": intensity},
-    )
-    verdict = judge(figures)
-    assert verdict is not None and figures.cases == cases
-    assert figures.downstream_change == 0
-    return figures, verdict
+def judged(found: list[CaseEvidence]) -> GateVerdict:
+    (verdict,) = judge_evidence(found)
+    return verdict
 
 
-@pytest.mark.parametrize("cases", [1, 8])
-def test_a_gate_that_is_the_mask_is_informative(cases: int) -> None:
-    figures, verdict = verdict_of("mask", cases)
-    assert figures.auroc == 1 and figures.testable == (cases == 8)
-    assert verdict.verdict == "informative", verdict.reason
-    if cases == 8:
-        assert figures.mean_p == pytest.approx(4 * 2**-7)
+@pytest.mark.parametrize("count", [6, 8, 12, 20])
+def test_a_gate_that_is_needed_shows_more_and_was_learned_is_informative(count: int) -> None:
+    verdict = judged(scans(count))
+    assert (verdict.word, verdict.direction) == ("informative", "lets through")
+    assert verdict.claim == "lets a through" and "it lets a through" in verdict.reason
+    assert verdict.figures["scans"] == count
+    assert verdict.figures["AUROC: best comparator"] == "intensity"
+    assert verdict.figures["AUROC: more than the best comparator"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("kind", ["noise", "constant"])
-def test_a_gate_of_noise_or_of_one_value_is_uninformative(kind: Kind) -> None:
-    figures, verdict = verdict_of(kind, 2)
-    assert figures.auroc == pytest.approx(0.5, abs=0.1 if kind == "noise" else 0)
-    assert figures.mean_change == 0
-    assert verdict.verdict == "uninformative", verdict.reason
+def test_one_that_shuts_the_structure_out_is_as_informative_as_one_that_lets_it_through() -> None:
+    verdict = judged(scans(12, lambda number: channel(0.05, seed=number)))
+    assert (verdict.word, verdict.direction) == ("informative", "shuts out")
+    assert verdict.claim == "shuts a out" and verdict.figures["AUROC"] == pytest.approx(0.05)
 
 
-def test_figures_are_means_over_cases_of_one_map() -> None:
-    figures = gather_figures(
-        "a", aurocs=[0.6, 0.8], baselines={"x": [0.5, 0.6], "y": [0.9], "z": []}
-    )
-    assert (figures.auroc, figures.baseline, figures.baseline_auroc) == (
-        pytest.approx(0.7),
-        "y",
-        0.9,
-    )
-    assert figures.mean_change is None and figures.cases == 2
-    dark = gather_figures("a", aurocs=[0.6], baselines={"intensity": [0.1, 0.2], "gradient": [0.7]})
-    assert (dark.baseline, dark.baseline_auroc) == ("intensity turned over", pytest.approx(0.85))
-    assert np.isclose(gather_figures("a", aurocs=[0.6]).auroc, 0.6) and judge(figures) is None
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+@pytest.mark.parametrize("auroc", [0.5, 0.7, 1.0])
+def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: float) -> None:
+    for count in range(1, 6):
+        verdict = judged(scans(count, lambda number: channel(auroc, drop, seed=number)))
+        assert verdict.word == "cannot tell", count
+        assert "the evidence cannot tell" in verdict.reason
+    further = judged(scans(3)).figures["further scans"]
+    assert isinstance(further, int) and judged(scans(3 + further)).word == "informative"
+
+
+def test_without_a_reference_there_are_figures_and_no_word() -> None:
+    verdict = judged(scans(12, against="prediction"))
+    assert verdict.word is None and verdict.figures["AUROC"] == pytest.approx(0.95)
+    assert "no word without a reference" in verdict.reason
+    # Scans without a reference do not count beside those that have one.
+    mixed = [*scans(3), *scans(9, against="prediction")]
+    assert judged(mixed).figures["scans"] == 3
+
+
+def test_a_gate_that_is_done_without_is_redundant_once_enough_scans_say_so() -> None:
+    words = {n: judged(scans(n, lambda i: channel(drop=0.0, seed=i))).word for n in (6, 8, 12, 20)}
+    assert words == {6: "cannot tell", 8: "cannot tell", 12: "redundant", 20: "redundant"}
+
+
+def test_not_significant_is_not_does_without() -> None:
+    """A fall of a tenth in one scan of six, on average too small to be needed or to be nothing."""
+
+    def some(number: int) -> ChannelEvidence:
+        return channel(drop=0.05 if number % 6 == 0 else -0.001 * (number % 2), seed=number)
+
+    assert judged(scans(12, some)).word == "cannot tell"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gate_that_matters_in_half_of_scans_is_never_redundant(first: int) -> None:
+    def half(number: int) -> ChannelEvidence:
+        return channel(drop=0.4 * ((number + first) % 2), seed=number)
+
+    words = [judged(scans(count, half)).word for count in (1, 3, 8, 12, 20, 30)]
+    assert words[:2] == ["cannot tell"] * 2 and words[-2:] == ["informative"] * 2
+    assert set(words) == {"cannot tell", "informative"}
+
+
+@pytest.mark.parametrize("count", [6, 12])
+def test_a_useless_gate_that_jitters_dice_is_seldom_needed(count: int) -> None:
+    """Of 40 draws of a deviation of 0.02 about 0, at most one in twenty, give or take chance."""
+    random = np.random.default_rng(count)
+
+    def word() -> str | None:
+        drops = random.normal(0, 0.02, count)
+        return judged(scans(count, lambda i: channel(drop=drops[i], seed=i))).word
+
+    found = sum(word() == "informative" for _ in range(40))
+    assert found <= 4
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("auroc", [0.7, 0.3])
+def test_a_gate_that_shows_what_intensity_shows_is_uninformative_needed_or_not(
+    auroc: float, drop: float
+) -> None:
+    verdict = judged(scans(12, lambda i: channel(auroc, drop, seed=i)))
+    assert verdict.word == "uninformative"
+    assert "shows no more of a" in verdict.reason
+
+
+def test_the_margin_shrinks_with_what_a_comparator_lacks_to_one() -> None:
+    """Beside 0.998, a map that is the structure shows more; one of 0.9984 does not."""
+    near = {**COMPARED, "intensity": 0.998}
+    assert judged(scans(12, lambda i: channel(1.0, compared=near, seed=i))).word == "informative"
+    assert judged(scans(12, lambda i: channel(0.9984, compared=near, seed=i))).word != "informative"
+
+
+def test_every_comparator_must_be_beaten_in_either_direction() -> None:
+    dark = {**COMPARED, "intensity": 0.04}
+    assert judged(scans(12, lambda i: channel(compared=dark, seed=i))).word == "uninformative"
+
+
+def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_other_scans() -> None:
+    def same(number: int) -> ChannelEvidence:
+        return channel(seed=0)
+
+    verdict = judged(scans(12, same))
+    assert verdict.word != "informative"
+    assert verdict.figures["AUROC: best comparator"] == "mean map of the other scans"
+    assert "as there is none" in judged(scans(1)).reason
+
+
+def test_a_map_that_an_untrained_network_gives_as_well_is_not_informative() -> None:
+    """By its ranks, of either sign; or because untrained networks vary so much that one may."""
+    same = judged(scans(12, lambda i: channel(correlations=[1.0, 0.99, 1.0], seed=i)))
+    assert same.word == "uninformative"
+    mixed = judged(scans(12, lambda i: channel(correlations=[1.0, 0.2, 1.0], seed=i)))
+    assert mixed.word == "cannot tell"
+    wild = {f"untrained network {number}": 0.5 + 0.14 * (number - 2.5) for number in range(6)}
+    found = judged(scans(12, lambda i: channel(0.92, compared=wild, seed=i)))
+    assert found.word == "cannot tell"
+
+
+def test_deletion_is_another_way_of_showing_more() -> None:
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    beaten = {**COMPARED, "intensity": 0.97}
+
+    def found(**changed: float) -> str | None:
+        told = {**areas, **changed}
+        return judged(scans(12, lambda i: channel(compared=beaten, areas=told, seed=i))).word
+
+    assert found() == "informative"
+    assert found(intensity=0.31) != "informative"
+    no_earlier = {name: area for name, area in areas.items() if name != EARLIER}
+    verdict = judged(scans(12, lambda i: channel(compared=beaten, areas=no_earlier, seed=i)))
+    assert verdict.word != "informative"
+
+
+def test_two_channels_that_stand_in_for_each_other_are_needed() -> None:
+    """Neither is missed, but one of the two is."""
+
+    def case(number: int) -> CaseEvidence:
+        first = replace(channel(seed=number), drops={"a": (0.0, 0.6)})
+        second = replace(channel(0.05, seed=number), drops={"a": (0.0, 0.6)})
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): first, (KEY, 1): second})
+
+    verdicts = judge_evidence([case(number) for number in range(12)])
+    assert [(one.word, one.channel, one.direction) for one in verdicts] == [
+        ("informative", 0, "lets through"),
+        ("informative", 1, "shuts out"),
+    ]
+    assert "by 0.600 with all other gates evened out" in verdicts[0].reason
+
+
+def test_each_structure_has_a_word_and_the_best_comes_first() -> None:
+    def case(number: int) -> CaseEvidence:
+        seen = channel(seed=number)
+        other = {"map": 0.5, **COMPARED}
+        both = replace(
+            seen,
+            drops={"b": (0.0,), **seen.drops},
+            aurocs={"b": other, **seen.aurocs},
+            inside={"b": seen.inside["a"][::-1], **seen.inside},
+        )
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): both})
+
+    verdicts = judge_evidence([case(number) for number in range(12)])
+    assert [(one.structure, one.word) for one in verdicts] == [
+        ("a", "informative"),
+        ("b", "uninformative"),
+    ]
+    assert best_of_maps(verdicts) == verdicts[:1]
+
+
+def test_p_values_are_corrected_for_all_that_was_looked_at() -> None:
+    """A map of twice as many channels has twice the p value."""
+
+    def p_value(channels: int) -> float:
+        found = [
+            CaseEvidence(
+                f"{number}",
+                "reference",
+                {
+                    (KEY, one): channel(0.95 if one == 0 else 0.5, seed=number)
+                    for one in range(channels)
+                },
+            )
+            for number in range(12)
+        ]
+        p = judge_evidence(found)[0].figures["p, informative"]
+        assert isinstance(p, float)
+        return p
+
+    assert p_value(1) == pytest.approx(2 * 2**-12 / 0.8)
+    assert p_value(2) == pytest.approx(2 * p_value(1))
+
+
+def test_a_structure_that_a_scan_does_not_have_is_left_out_there() -> None:
+    found = scans(12)
+    nowhere = {"a": np.zeros((10, 20, 1), bool)}
+    empty = replace(channel(), drops={}, aurocs={}, curves={}, inside=nowhere)
+    found.append(CaseEvidence("without", "reference", {(KEY, 0): empty}))
+    verdict = judged(found)
+    assert verdict.word == "informative" and verdict.figures["scans"] == 12
+
+
+def test_what_was_not_measured_is_nan() -> None:
+    verdict = judged(scans(1))
+    for name in (
+        "from",
+        "to",
+        "Dice lost with the others gone",
+        "deletion: more than the best comparator",
+    ):
+        value = verdict.figures[name]
+        assert isinstance(value, float) and math.isnan(value), name
+    assert DICE_MARGIN == 0.01

@@ -174,7 +174,7 @@ function verdictCard({ map, verdict, reason, numbers }, look) {
   const parts = [
     make("h3", {},
       make("span", { className: "name" }, map),
-      make("span", { className: `verdict ${verdict}` }, verdict)),
+      make("span", { className: `verdict ${verdict.replace(" ", "-")}` }, verdict)),
     make("p", {}, reason),
     make("dl", { className: "numbers" }, ...Object.entries(numbers).map(([name, value]) =>
       make("div", {}, make("dt", {}, name), make("dd", {}, figure3(value))))),

@@ -1,0 +1,159 @@
+"""What a gate must show more than: maps of the same cells that need no training.
+
+- intensity of each channel, as it is, smoothed by Gaussians of half a cell to eight cells, and
+  averaged over boxes;
+- the gradient's length, as it is and of the smoothed intensity;
+- the same gate of several untrained networks (`untrained`);
+- the mean map of other scans, cell by cell of the body's box (`mean_map`).
+
+Each counts in both directions, high values first and low values first, because turning a map over
+needs no training either.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy import ndarray
+from scipy.ndimage import gaussian_filter, uniform_filter
+
+from segkit.explain.measures.cells import Cells, gradient_length
+from segkit.explain.measures.ranks import Ranked
+from segkit.explain.measures.statistics import auroc
+from segkit.geometry.grid import Grid
+from segkit.geometry.resample import resample_known
+
+WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
+"""Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. They stand so close
+that no width between two of them sees a structure much better than both."""
+BOX_WIDTHS = (2, 3, 5, 7)
+"""Cells along each axis of means over boxes."""
+EDGE_WIDTHS = (1.0, 2.0, 4.0)
+"""… of the intensity whose gradient is taken."""
+DELETED_WIDTHS = (1.0, 4.0)
+"""… that deletion is asked about: each takes passes over the volume."""
+MOST_CELLS = 2**17
+"""Cells inside, and outside, by which an AUROC is found; of more, so many are drawn."""
+BOX_CELLS = 32
+"""Cells along an axis that are kept of a map, to compare it with those of other scans."""
+
+CellValues3d = Float[ndarray, "x y z"]
+
+
+def image_comparators(
+    pictures: Mapping[str, CellValues3d], cells: Cells, grid: Grid
+) -> dict[str, CellValues3d]:
+    """By name, what the scan itself tells on a map's cells.
+
+    Args:
+        pictures: intensity and gradient on the voxels that the network saw, from
+            `segkit.explain.measures.cells.pictures`.
+        cells: of the map.
+        grid: of the map.
+    """
+    finest = (
+        min(pitch for pitch, size in zip(grid.spacing, grid.shape, strict=True) if size > 1)
+        if max(grid.shape) > 1
+        else min(grid.spacing)
+    )
+    found: dict[str, CellValues3d] = {}
+    for name, image in pictures.items():
+        covered = cells.mean(image).astype(np.float64)
+        found[name] = covered
+        if not name.startswith("intensity"):
+            continue
+        for width in WIDTHS:
+            found[f"{name} smoothed over {width:g} cells"] = _smoothed(covered, width, finest, grid)
+        for count in BOX_WIDTHS:
+            sizes = [min(count, size) for size in grid.shape]
+            found[f"{name} averaged over {count} cells"] = uniform_filter(covered, sizes)
+        for width in EDGE_WIDTHS:
+            smooth = _smoothed(covered, width, finest, grid)
+            edges = gradient_length(smooth, grid.spacing)
+            found[f"{name.replace('intensity', 'gradient')} smoothed over {width:g} cells"] = edges
+    return found
+
+
+def deleted_comparators(names: Sequence[str]) -> list[str]:
+    """Of the names of image comparators, those whose order the image is deleted in."""
+    smoothed = [f"smoothed over {width:g} cells" for width in DELETED_WIDTHS]
+    return [
+        name
+        for name in names
+        if not ("smoothed" in name or "averaged" in name)
+        or (name.startswith("intensity") and any(name.endswith(end) for end in smoothed))
+    ]
+
+
+def _smoothed(values: CellValues3d, width: float, finest: float, grid: Grid) -> CellValues3d:
+    sigma = [
+        width * finest / pitch if size > 1 else 0.0
+        for pitch, size in zip(grid.spacing, grid.shape, strict=True)
+    ]
+    smooth: ndarray = gaussian_filter(values, sigma, mode="nearest")
+    return smooth
+
+
+class Sides:
+    """Cells inside and outside a structure, by which maps of one grid are compared.
+
+    Args:
+        inside: which cells lie in the structure.
+        counted: which cells count.
+        seed: of the draw where there are more than `MOST_CELLS` on a side.
+    """
+
+    def __init__(
+        self, inside: Bool[ndarray, "x y z"], counted: Bool[ndarray, "x y z"], *, seed: int = 0
+    ) -> None:
+        random = np.random.default_rng(seed)
+        sides = [np.flatnonzero(inside & counted), np.flatnonzero(~inside & counted)]
+        self.within, self.beyond = (
+            random.choice(side, MOST_CELLS, replace=False) if side.size > MOST_CELLS else side
+            for side in sides
+        )
+        self.cells = np.concatenate([self.within, self.beyond])
+        self.labels = np.arange(self.cells.size) < self.within.size
+
+    @property
+    def both(self) -> bool:
+        """Whether there are cells on either side."""
+        return self.within.size > 0 and self.beyond.size > 0
+
+    def auroc(self, values: CellValues3d) -> float:
+        """That of a map; NaN if a side holds no cell."""
+        if not self.both:
+            return float("nan")
+        return auroc(Ranked.of(values.ravel()[self.cells].astype(np.float64)), self.labels)
+
+
+def boxed(values: ndarray) -> ndarray:
+    """At most `BOX_CELLS` cells along each axis of an array on a map's grid, evenly spread."""
+    for axis, size in enumerate(values.shape):
+        count = min(size, BOX_CELLS)
+        chosen = ((np.arange(count) + 0.5) * size / count).astype(int)
+        values = values.take(chosen, axis=axis)
+    return values
+
+
+def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValues3d:
+    """The mean of maps that were boxed, on a grid of this shape over the same box.
+
+    Cells that are NaN in one map are left out of the mean there; NaN where all are.
+    """
+    total, count = np.zeros(shape), np.zeros(shape)
+    for values in others:
+        if values.shape != shape:
+            positions = [
+                (np.arange(size) + 0.5) * old / size - 0.5
+                for size, old in zip(shape, values.shape, strict=True)
+            ]
+            held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
+            values = resample_known(held, positions)[0].numpy()
+        known = np.isfinite(values)
+        total[known] += values[known]
+        count += known
+    mean = np.full(shape, np.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    return mean

@@ -1,0 +1,154 @@
+"""Laws of the evidence of a scan, on gates whose worth is known."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from segkit.errors import VolumeError
+from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
+from segkit.explain.verdicts.evidence import (
+    EARLIER,
+    HIGH_FIRST,
+    LOW_FIRST,
+    CaseEvidence,
+    ChannelEvidence,
+    gather_evidence,
+)
+from segkit.explain.verdicts.judge import judge_gates
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import Volume
+from tests.planted import KEY, Kind, Planted, moved_case, planted, untrained_planted
+
+
+def evidence_of(
+    predictor: Predictor, seed: int, earlier: list[CaseEvidence] | None = None
+) -> CaseEvidence:
+    case = moved_case(seed)
+    prediction = predictor(case.volume, maps=True)
+    return gather_evidence(
+        predictor,
+        case.volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case=case.name,
+        earlier=earlier or [],
+        untrained=untrained_planted,
+    )
+
+
+@pytest.fixture(scope="module")
+def mask() -> CaseEvidence:
+    return evidence_of(planted("mask"), 0)
+
+
+def channel_of(evidence: CaseEvidence, channel: int = 0) -> ChannelEvidence:
+    return evidence.channels[KEY, channel]
+
+
+def test_a_gate_that_is_the_mask_loses_all_shows_all_and_was_learned(mask: CaseEvidence) -> None:
+    found = channel_of(mask)
+    assert found.drops == {"label 1": (1.0,)}
+    scores = found.aurocs["label 1"]
+    assert scores["map"] == 1 and max(score for of, score in scores.items() if of != "map") < 1
+    assert sum(of.startswith("untrained network") for of in scores) == 8
+    assert len(found.correlations) == 8 and np.mean(found.correlations) < 0.9
+    areas = found.areas("label 1")
+    assert areas[HIGH_FIRST] < 0.2 < areas[LOW_FIRST] and EARLIER not in areas
+    assert min(area for order, area in areas.items() if order != HIGH_FIRST) > areas[HIGH_FIRST]
+
+
+def test_of_a_constant_gate_nothing_is_known_but_that_it_is_useless() -> None:
+    found = channel_of(evidence_of(planted("constant"), 0))
+    assert found.drops == {"label 1": (0.0,)} and found.aurocs["label 1"]["map"] == 0.5
+    assert np.isnan(found.correlations).all()
+
+
+def test_the_map_of_earlier_scans_is_one_more_order_of_deletion(mask: CaseEvidence) -> None:
+    found = channel_of(evidence_of(planted("mask"), 1, [mask])).areas("label 1")
+    assert found[EARLIER] > found[HIGH_FIRST]
+
+
+class Pair(Planted):
+    """Two gates, of which the second is 1 less the first; either will do."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.look(image))
+        both = self.tap(torch.cat([gate, 1 - gate], dim=1))
+        logit = 10 * (both[:, :1] - both[:, 1:])
+        return torch.cat([-logit / 2, logit / 2], dim=1)
+
+
+def test_gates_that_stand_in_for_each_other_are_missed_once_both_are_gone() -> None:
+    predictor = planted("mask")
+    predictor.model.network.__class__ = Pair
+
+    def untrained(seed: int) -> Planted:
+        network = untrained_planted(seed)
+        network.__class__ = Pair
+        return network
+
+    case = moved_case(0)
+    prediction = predictor(case.volume, maps=True)
+    found = gather_evidence(
+        predictor,
+        case.volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case="x",
+        untrained=untrained,
+    )
+    for channel, auroc in ((0, 1.0), (1, 0.0)):
+        one = channel_of(found, channel)
+        assert one.drops == {"label 1": (0.0, 1.0)}
+        assert one.aurocs["label 1"]["map"] == auroc
+
+
+def test_a_reference_that_does_not_fit_is_refused() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    wrong = case.reference.like(np.where(case.reference.data, 7, 1).astype(np.uint8))
+    with pytest.raises(VolumeError, match=r"case 0: its reference must hold the model's labels"):
+        judge_gates(predictor, [(case.volume, wrong)], untrained=untrained_planted)
+    grid = case.reference.grid.placed((8, 8, 8), (1,) * 3, (1,) * 3)
+    elsewhere = Volume(case.reference.data, grid)
+    with pytest.raises(VolumeError, match="case 0: its reference lies on another grid"):
+        judge_gates(predictor, [(case.volume, elsewhere)], untrained=untrained_planted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("mask", {"informative"}),
+        ("noise", {"uninformative", "cannot tell"}),
+        ("constant", {"uninformative", "cannot tell"}),
+    ],
+)
+def test_over_a_dozen_scans_the_word_is_right(kind: Kind, words: set[str]) -> None:
+    cases = [(case.volume, case.reference) for case in map(moved_case, range(12))]
+    found = judge_gates(planted(kind), cases, untrained=untrained_planted)
+    assert [(one.map, one.channel, one.structure) for one in found] == [(KEY, 0, "label 1")]
+    assert found[0].word in words
+
+
+def test_an_auroc_of_drawn_cells_is_near_that_of_all() -> None:
+    random = np.random.default_rng(0)
+    inside = random.random((80, 80, 50)) < 0.5
+    values = inside + random.normal(0, 1, inside.shape)
+    sides = Sides(inside, np.ones(inside.shape, bool))
+    assert sides.cells.size == 2 * 2**17
+    few = Sides(inside[:20], np.ones((20, 80, 50), bool)).auroc(values[:20])
+    assert sides.auroc(values) == pytest.approx(few, abs=0.01)
+
+
+def test_mean_maps_leave_out_what_is_not_known_and_fit_boxes_of_other_shapes() -> None:
+    first, second = np.zeros((2, 2, 2)), np.ones((2, 2, 2))
+    second[0, 0, 0] = np.nan
+    mean = mean_map([first, second], (2, 2, 2))
+    assert mean[0, 0, 0] == 0 and mean[1, 1, 1] == 0.5
+    assert np.isnan(mean_map([np.full((2, 2, 2), np.nan)], (2, 2, 2))).all()
+    ramp = np.broadcast_to(np.arange(8.0)[:, None, None], (8, 2, 2))
+    assert mean_map([ramp], (4, 2, 2))[:, 0, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert boxed(np.zeros((100, 5, 32))).shape == (32, 5, 32)

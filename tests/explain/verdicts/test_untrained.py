@@ -1,0 +1,107 @@
+"""Laws of untrained networks: they come of a seed, and give maps of the trained one's form."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from segkit.config.attention import AdditiveGridGateConfig, AdditiveSameLevelGateConfig
+from segkit.errors import ModelError
+from segkit.explain.verdicts.untrained import untrained_maps, untrained_network
+from segkit.inference.predictor import Predictor
+from segkit.model.folder import Model
+from segkit.nn.map_tap import recording
+from segkit.nn.network import SegmentationNetwork
+from tests.explain.heads.test_study import attending_model, noise_case
+from tests.planted import KEY, Planted, planted, planted_case
+
+GRID = {"skip": AdditiveGridGateConfig(levels=[0, 1])}
+SAME = {"skip": AdditiveSameLevelGateConfig(levels=[0, 1])}
+BEFORE = {
+    "skip.1/gate": ("encoder.", "decoder.1.gate."),
+    "skip.0/gate": ("encoder.", "decoder.1.", "decoder.0.gate."),
+}
+"""What each map of GRID is computed from, by the beginnings of parameters' names."""
+
+
+def lively(model: Model) -> Model:
+    """Gates that vary from cell to cell as trained ones do."""
+    torch.manual_seed(7)
+    for name, parameter in model.network.named_parameters():
+        if ".gate." in name and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("key", BEFORE)
+def test_a_map_moves_with_every_weight_upstream_and_with_none_downstream(key: str) -> None:
+    network = lively(attending_model(**GRID)).network
+    window = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def look() -> torch.Tensor:
+        with recording(network, [key]) as maps:
+            network(window)
+        return maps[key]
+
+    before = look()
+    for name, parameter in network.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            same = torch.equal(look(), before)
+            parameter.copy_(kept)
+        if not name.startswith(BEFORE[key]):
+            assert same, name
+        elif parameter.ndim > 1:
+            assert not same, name
+
+
+def test_an_untrained_network_comes_of_its_seed_and_leaves_torch_alone() -> None:
+    told = attending_model(**GRID).description
+    state = torch.get_rng_state()
+    first, second, other = (untrained_network(told, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    name = "encoder.0.1.layers.0.weight"
+    assert torch.equal(first[name], second[name]) and not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("attention", [GRID, SAME, {"encoder": "cbam"}], ids=str)
+def test_maps_of_untrained_networks_lie_on_the_trained_ones_grid(
+    attention: dict[str, Any], spatial_dims: Any
+) -> None:
+    """A network that is drawn from the seed of the model's own gives its own map."""
+    told = attending_model(spatial_dims=spatial_dims, **attention).description
+    predictor = Predictor(Model(told, untrained_network(told, 3)), device="cpu")
+    volume = noise_case(10, 8, 8).volume
+    maps = {key: one.volume for key, one in predictor(volume, maps=True).maps.items()}
+    keys = [key for key, one in maps.items() if one is not None]
+    image = predictor.prepare(volume).image
+    same, other = untrained_maps(predictor, image, keys, seed=3, draws=2)
+    for key in keys:
+        one = maps[key]
+        assert one is not None
+        np.testing.assert_allclose(
+            np.moveaxis(same[key], 0, -1).reshape(one.data.shape), one.data, atol=1e-5
+        )
+        assert not np.array_equal(same[key], other[key])
+
+
+def test_networks_of_ones_own_are_made_from_consecutive_seeds() -> None:
+    predictor, seeds = planted("mask"), []
+
+    def make(seed: int) -> SegmentationNetwork:
+        seeds.append(seed)
+        torch.manual_seed(seed)
+        return Planted("untrained").eval()
+
+    image = predictor.prepare(planted_case().volume).image
+    assert len(list(untrained_maps(predictor, image, [KEY], seed=5, make=make))) == 8
+    assert seeds == list(range(5, 13))
+    told = attending_model().description
+    with pytest.raises(ModelError, match=r"^untrained\(0\) gave a network without the maps"):
+        next(untrained_maps(predictor, image, [KEY], seed=0, make=partial(untrained_network, told)))
