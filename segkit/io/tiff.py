@@ -74,7 +74,7 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         inverted = photometric == "MINISWHITE" and kind.kind in "ui"
         palette = None
         if photometric == "PALETTE":
-            palette = (np.asarray(page.colormap)) >> 8).T.astype(np.uint8
+            palette = (np.asarray(page.colormap) >> 8).T.astype(np.uint8)
         held = _held(series, path.stat().st_size)
         compressed = int(page.compression) != 1
         orientation = int(page.tags.valueof(ORIENTATION_TAG, default=1))
