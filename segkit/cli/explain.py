@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from segkit.cli.options import (
+    CheckpointOption,
     Device,
     Inputs,
     ModelFolder,
@@ -39,6 +40,7 @@ def explain_command(
         float, Option(min=0, help="How far off a map may point at a structure, in mm.")
     ] = 5.0,
     series: SeriesOption = None,
+    checkpoint: CheckpointOption = None,
     pixel_size: PixelSize = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
@@ -63,16 +65,16 @@ def explain_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
     from segkit.io.picture_summary import told_of_pictures
-    from segkit.model.folder import load_model, model_folder, newest_model, picture_rules_of
+    from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
         raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
-    folder = model_folder(model) if model else newest_model(Path("runs"))
-    loaded = load_model(folder)
+    folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
+    loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
     found = find_inputs(inputs, len(loaded.description.channels), series=series, rules=rules)
-    say(f"model: {folder}")
+    say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     for line in told_of_pictures([source.files[0] for source in found], rules):
         say(line)
     # In single precision on a GPU too: it is values of maps that are measured.

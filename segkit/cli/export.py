@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import OverlapOption, Overwrite
+from segkit.cli.options import CheckpointOption, OverlapOption, Overwrite
 from segkit.cli.terminal import JsonOption, say, say_json
 from segkit.errors import SegkitError
 
@@ -24,6 +24,7 @@ def export_command(
     ] = False,
     scan: Annotated[Path | None, Option(help="To check it on; noise where not given.")] = None,
     overlap: OverlapOption = 0.5,
+    checkpoint: CheckpointOption = None,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -32,10 +33,10 @@ def export_command(
     from segkit.io.inputs import find_inputs, read_input
     from segkit.model.folder import load_model, model_folders, picture_rules_of
 
-    folder, *more = model_folders(model)
+    folder, *more = model_folders(model, checkpoint)
     if more:
         raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
-    loaded = load_model(folder)
+    loaded = load_model(folder, checkpoint=checkpoint)
     description = loaded.description
     rules = picture_rules_of(description)
     found = find_inputs([scan], len(description.channels), rules=rules) if scan else []

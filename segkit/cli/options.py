@@ -1,7 +1,7 @@
 """Options and arguments that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -15,6 +15,10 @@ ModelFolder = Annotated[Path | None, Option(envvar="SEGKIT_MODEL", help=MODEL)]
 ModelFolders = Annotated[
     list[Path] | None,
     Option("--model", envvar="SEGKIT_MODEL", help=f"{MODEL} Several are averaged."),
+]
+CheckpointOption = Annotated[
+    Literal["best", "last"] | None,
+    Option(help="Weights of a checkpoint, also of a run that still trains; else the run's own."),
 ]
 OverlapOption = Annotated[
     float, Option(min=0, max=0.9, help="Share of a window that neighbours share.")

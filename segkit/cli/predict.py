@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from segkit.cli.options import (
+    CheckpointOption,
     Device,
     Inputs,
     ModelFolders,
@@ -44,6 +45,7 @@ def predict_command(
     tta: Annotated[
         bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,
+    checkpoint: CheckpointOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     batch: Annotated[
@@ -89,10 +91,12 @@ def predict_command(
 
     number, count, device = _share(shard, device)
     folders = [
-        folder for path in models or [newest_model(Path("runs"))] for folder in model_folders(path)
+        folder
+        for path in models or [newest_model(Path("runs"))]
+        for folder in model_folders(path, checkpoint)
     ]
     predictor = Predictor(
-        [load_model(folder) for folder in folders],
+        [load_model(folder, checkpoint=checkpoint) for folder in folders],
         device=device,
         overlap=overlap,
         batch_size=batch,
@@ -105,7 +109,7 @@ def predict_command(
     rules = picture_rules_of(description, pixel_size)
     found = find_inputs(inputs, len(description.channels), series=series, rules=rules)
     for folder in folders:
-        say(f"model: {folder}")
+        say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
         say("no model was trained on mirror images: --tta changes nothing")
     for line in told_of_pictures([source.files[0] for source in found], rules):
@@ -132,13 +136,13 @@ def predict_command(
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
-            elif outcome.error is None:
+            if outcome.written:
                 more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
                 say(f"wrote {outcome.written[0]}{more}")
                 if outcome.presence is not None:
                     shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
                     say(f"probability that it holds: {shares}")
-            else:
+            if outcome.error is not None:
                 failures.append(outcome.error)
                 if len(found) > 1:
                     complain(outcome.error)

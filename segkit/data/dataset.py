@@ -15,6 +15,7 @@ from segkit.data.dataset_json import picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
 from segkit.errors import DatasetError, VolumeError
 from segkit.geometry.grid import Grid
+from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
@@ -96,6 +97,11 @@ def read_dataset(
     file = read_dataset_file(folder) if files is None else list_files(folder, files)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     names = [case.name for case in cases]
+    if unfit := [case for case in cases if not is_file_name(case.name)]:
+        raise DatasetError(
+            f"{unfit[0].label}: expected a name that files of the case can have, found "
+            f"{unfit[0].name!r}; rename it"
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")

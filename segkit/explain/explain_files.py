@@ -26,7 +26,7 @@ from segkit.io.atomic import (
     write_text,
 )
 from segkit.io.checksums import checksums
-from segkit.io.inputs import Input, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input
 from segkit.io.volume import SUFFIXES, read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
@@ -233,6 +233,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     targets: list[Path] = []
     maps: list[Path] = []
     for source in inputs:
+        check_name(source.name, source.files[0])
         if source.name in names:
             raise VolumeError(
                 f"{source.files[0]}: another volume is called {source.name} too; rename one"

@@ -20,7 +20,7 @@ from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep,
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input
 from segkit.io.pictures import PAGES, PLANES, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input: the files that were written, or why there are none."""
+    """What came of one input: the files that were written, and why not all of them."""
 
     input: Input
     written: tuple[Path, ...]
@@ -97,6 +97,7 @@ def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool 
     else into the folder `out` under the input's name, so that predictions pair with references.
     A name in .dcm is that of a DICOM segmentation, which is had of a DICOM series alone.
     """
+    check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
         beside = source.files[0].resolve() if source.is_series else source.files[0]
@@ -142,8 +143,9 @@ def predict_files(
 
     The next volume is read and the last result written while the network works, so that three
     volumes are held at most. Nothing is overwritten unless it may be, or a stopped run left it. For
-    an input of a folder that is no failure: if all results are there it is left alone, and if the
-    labels are missing, which come last, the rest is what a stopped run left and is made anew.
+    an input of a folder that is no failure: if all results are there it is left alone, and what a
+    stopped run left is made anew. Labels are written first: another result that cannot be written,
+    such as a picture, is told in the error of an outcome that lists the labels as written.
 
     Args:
         predictor: the models and their settings.
@@ -265,7 +267,8 @@ def _checked(
     source: Input, targets: Targets, inputs: set[Path], asked: Mapping[str, Any], *, overwrite: bool
 ) -> Targets | Outcome:
     """The targets; or the outcome, if results are there already or must not be written."""
-    finished = source.of_folder and not overwrite and targets.labels.exists()
+    stopped = targets.labels.absolute() in left_behind(targets.labels)
+    finished = source.of_folder and not overwrite and targets.labels.exists() and not stopped
     try:
         _refuse(source, targets, inputs, overwrite=overwrite)
         if finished:
@@ -287,9 +290,11 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
         if path.resolve() in inputs:
             which = "the" if path in source.files else "an"
             raise VolumeError(f"{path}: is {which} input itself; name another --out")
+    left = left_behind(targets.labels)
     if not source.of_folder:
-        left = left_behind(targets.labels)
         refuse_existing(targets.all, overwrite=overwrite, left=left)
+    elif targets.labels.absolute() in left:
+        return
     elif targets.labels.exists() and not all(path.exists() for path in targets.all):
         refuse_existing([targets.labels], overwrite=overwrite)
 
@@ -303,30 +308,64 @@ def _write(
     made: Mapping[str, Any],
 ) -> Outcome:
     begin(targets.labels, targets.all)
-    written = []
+    labels = prediction.labels
+    # The labels come first, so that nothing else that fails costs them.
+    write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
+    if _is_dicom(targets.labels):
+        write_dicom_segmentation(
+            targets.labels,
+            labels,
+            choose_series(source.files[0], source.series),
+            description.labelling,
+            codes=description.codes,
+            algorithm=description.run,
+        )
+    else:
+        write_volume(targets.labels, labels)
+    written = [targets.labels]
+    failures = []
+    for part in _others(source, targets, prediction, image, description, made):
+        try:
+            written += part()
+        except (SegkitError, OSError) as error:
+            failures.append(failure(source, error))
+    written.append(sidecar_of(targets.labels))
+    if failures:  # the note stays, so that the next run makes what is missing
+        more = f" (and {len(failures) - 1} more results)" if len(failures) > 1 else ""
+        said = f"{failures[0]}{more}; its labels are written: {targets.labels}"
+        return Outcome(source, tuple(written), said, prediction.presence)
+    finish(targets.labels)
+    return Outcome(source, tuple(written), presence=prediction.presence)
+
+
+def _others(
+    source: Input,
+    targets: Targets,
+    prediction: Prediction,
+    image: Volume,
+    description: ModelDescription,
+    made: Mapping[str, Any],
+) -> list[Callable[[], Sequence[Path]]]:
+    """What writes each result that is asked for beside the labels, and gives its files."""
     labels, labelling = prediction.labels, description.labelling
-    if targets.figures is not None:
-        maps = targets.figures.parent
-        written += write_maps(maps, source.name, prediction.maps, image, made=made)
-    for path, volume in (
-        (targets.probabilities, prediction.probabilities),
-        (targets.entropy, prediction.entropy),
-        (targets.variance, prediction.variance),
-    ):
-        if path is not None and volume is not None:
-            write_volume(path, volume)
-            write_json(sidecar_of(path), made)
-            written += [path, sidecar_of(path)]
-    if targets.presence is not None and prediction.presence is not None:
-        write_json(targets.presence, {"presence": prediction.presence, **made})
-        written.append(targets.presence)
-    if targets.statistics is not None:
+
+    def write_values(path: Path, volume: Volume) -> Sequence[Path]:
+        write_volume(path, volume)
+        write_json(sidecar_of(path), made)
+        return path, sidecar_of(path)
+
+    def write_presence(path: Path) -> Sequence[Path]:
+        write_json(path, {"presence": prediction.presence, **made})
+        return (path,)
+
+    def write_statistics(path: Path) -> Sequence[Path]:
         figures = label_statistics(labels, image, labelling, description.channels)
-        write_json(targets.statistics, {"case": source.name, **figures, **made})
-        written.append(targets.statistics)
-    if targets.preview is not None:
+        write_json(path, {"case": source.name, **figures, **made})
+        return (path,)
+
+    def write_preview(path: Path) -> Sequence[Path]:
         write_montage(
-            targets.preview,
+            path,
             image.data if image.data.ndim == 3 else image.data[..., 0],
             image.grid,
             [(source.name, None, "labels"), ("segmentation", labels.data, "labels")],
@@ -338,23 +377,26 @@ def _write(
             through=labels.data,
             planes=PAGES if image.picture else PLANES,
         )
-        written.append(targets.preview)
-    write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
-    written.append(sidecar_of(targets.labels))
-    # The labels come last: where they are, everything is.
-    if _is_dicom(targets.labels):
-        write_dicom_segmentation(
-            targets.labels,
-            labels,
-            choose_series(source.files[0], source.series),
-            labelling,
-            codes=description.codes,
-            algorithm=description.run,
-        )
-    else:
-        write_volume(targets.labels, labels)
-    finish(targets.labels)
-    return Outcome(source, (targets.labels, *written), presence=prediction.presence)
+        return (path,)
+
+    parts: list[Callable[[], Sequence[Path]]] = []
+    for path, volume in (
+        (targets.probabilities, prediction.probabilities),
+        (targets.entropy, prediction.entropy),
+        (targets.variance, prediction.variance),
+    ):
+        if path is not None and volume is not None:
+            parts.append(partial(write_values, path, volume))
+    if targets.presence is not None and prediction.presence is not None:
+        parts.append(partial(write_presence, targets.presence))
+    if targets.statistics is not None:
+        parts.append(partial(write_statistics, targets.statistics))
+    if targets.figures is not None:
+        folder = targets.figures.parent
+        parts.append(partial(write_maps, folder, source.name, prediction.maps, image, made=made))
+    if targets.preview is not None:
+        parts.append(partial(write_preview, targets.preview))
+    return parts
 
 
 def _check_installed(package: str, extra: str, what: str) -> None:

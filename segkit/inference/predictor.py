@@ -72,8 +72,9 @@ class Prediction:
     labels: Volume
     """A number for each voxel (x, y, z), in the smallest unsigned type that holds them."""
     probabilities: Volume | None
-    """Float16 (x, y, z, class or region), from 0 to 1; without post-processing. None unless asked
-    for, as `entropy` and `variance`."""
+    """Float32 (x, y, z, class or region), from 0 to 1; without post-processing. Those of classes
+    add up to 1, and the largest is that of the label. None unless asked for, as `entropy` and
+    `variance`."""
     maps: dict[str, AttentionMap]
     """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid; empty unless
     asked for."""
@@ -137,6 +138,7 @@ class Predictor:
         cls,
         *paths: str | Path,
         network: nn.Module | None = None,
+        checkpoint: str | None = None,
         **options: Unpack[PredictionOptions],
     ) -> "Predictor":
         """A predictor from files.
@@ -144,6 +146,8 @@ class Predictor:
         Args:
             paths: runs, model folders, or cross-validations, of which every fold's model is taken.
             network: the module of a model that was trained with one; there must be one model.
+            checkpoint: `best` or `last`, to take the weights from that checkpoint of each run; if
+                not given, they are those that the run ended with.
             options: those of `Predictor`, such as `precision` and `tta`.
 
         Returns:
@@ -152,13 +156,14 @@ class Predictor:
         Raises:
             ModelError: there is no model at a path, or models do not fit together.
         """
-        folders = [folder for path in paths for folder in model_folders(Path(path))]
+        folders = [folder for path in paths for folder in model_folders(Path(path), checkpoint)]
         if network is not None and len(folders) > 1:
             raise ModelError(
                 f"one module cannot hold the weights of {len(folders)} models; load each with a "
                 f"module of its own: Predictor([load_model(path, network=module), …])"
             )
-        return cls([load_model(folder, network=network) for folder in folders], **options)
+        models = [load_model(folder, network=network, checkpoint=checkpoint) for folder in folders]
+        return cls(models, **options)
 
     @property
     def classifies(self) -> bool:
@@ -193,7 +198,8 @@ class Predictor:
             probabilities: whether to give probabilities.
             uncertainty: whether to give entropy and variance.
             allocate: makes the arrays of all but the labels, such as `OnDisk(folder)`.
-            track: `track(slabs, count)` gives the same slabs and may show progress.
+            track: `track(slabs, count)` gives the same slabs and may show progress. It is called
+                once for a volume; a first stage is not tracked.
 
         Returns:
             The prediction; what was not asked for is None, or no maps.
@@ -202,7 +208,7 @@ class Predictor:
             ModelError: the channels do not fit, or the network's output is not finite.
             VolumeError: voxels are not finite numbers.
         """
-        images = self._prepare_all(volume, first_labels, track, on_device=True)
+        images = self._prepare_all(volume, first_labels, on_device=True)
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
@@ -232,7 +238,7 @@ class Predictor:
             # What the network never sees is background, which has no place among regions.
             beyond = [0.0] * len(labelling.outputs)
             beyond[0] = float(labelling.written is None)
-            results.add("probabilities", np.dtype(np.float16), beyond)
+            results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
             results.add("variance", np.dtype(np.float32), [0.0])
@@ -269,16 +275,14 @@ class Predictor:
         self,
         volume: Volume,
         first_labels: Volume | None = None,
-        track: TrackSlabs = untracked_slabs,
     ) -> Prepared:
         """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
-        return self._prepare_all(volume, first_labels, track)[0]
+        return self._prepare_all(volume, first_labels)[0]
 
     def _prepare_all(
         self,
         volume: Volume,
         first_labels: Volume | None,
-        track: TrackSlabs,
         *,
         on_device: bool = False,
     ) -> list[Prepared]:
@@ -290,7 +294,7 @@ class Predictor:
                 continue
             said = None
             if stages:
-                said = first_labels or majority([one(volume, track=track).labels for one in stages])
+                said = first_labels or majority([one(volume).labels for one in stages])
             images[member.preparation] = member.prepare(volume, said, on_device=on_device)
         return [images[member.preparation] for member in self.members]
 

@@ -18,6 +18,16 @@ ABANDONED = 3600.0
 """Seconds after which what nobody went on writing was left behind by a process that was killed."""
 
 
+def is_file_name(name: str) -> bool:
+    """Whether files can be named after a case or a label: no path, and nothing but printable.
+
+    Example:
+        >>> [is_file_name(name) for name in ("case 1", "..", "a/b", "")]
+        [True, False, False, False]
+    """
+    return name not in ("", ".", "..") and name.isprintable() and not set("/\\") & set(name)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Have an OSError that is raised while a file is written say which, where it does not."""

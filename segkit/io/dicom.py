@@ -6,6 +6,7 @@ Slices may be sheared against their rows and columns, as of a tilted gantry: the
 Values are rescaled as their headers say: CT comes out in HU.
 """
 
+import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,7 @@ UNEVEN = 0.01
 ROUNDING = 0.02
 """Millimetres by which it may lie off in any case: positions are written with few decimals."""
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
+INSTANCE = "0008|0018"
 POSITION, ORIENTATION, SPACING = "0020|0032", "0020|0037", "0028|0030"
 THICKNESS = "0018|0050"
 MOST_BYTES_OF_PIXEL = 4
@@ -87,10 +89,13 @@ def holds_series(folder: Path) -> bool:
 def list_series(folder: Path) -> list[Series]:
     """The series in a folder, in the order of their UIDs; folders in it are not looked into.
 
-    What is about images rather than one, such as a segmentation, is passed over. Raises VolumeError
-    where there is none, and for one that cannot be read: without it the rest might look whole.
+    What is about images rather than one, such as a segmentation, is passed over, and so are copies
+    of an image: files of the same bytes. Raises VolumeError if there is no image, for one that
+    cannot be read, without which the rest might look whole, and for two of one SOP Instance UID
+    that differ.
     """
     found: dict[str, tuple[str, str, list[Slice]]] = {}
+    firsts: dict[tuple[str, str], Path] = {}
     for file in _files_in(folder):
         if not _is_image(file):
             continue
@@ -99,6 +104,15 @@ def list_series(folder: Path) -> list[Series]:
             reader.ReadImageInformation()
         except RuntimeError as error:  # what SimpleITK raises for everything
             raise _unreadable(file, error) from None
+        instance = _text(reader, INSTANCE)
+        first = firsts.setdefault((_text(reader, SERIES), instance), file) if instance else file
+        if first is not file:
+            if filecmp.cmp(first, file, shallow=False):
+                continue
+            raise VolumeError(
+                f"{file}: is another image than {first.name}, although both say that they are the "
+                f"one with the SOP Instance UID {instance}; move one away"
+            )
         told = (_text(reader, DESCRIPTION), _text(reader, MODALITY))
         _, _, slices = found.setdefault(_text(reader, SERIES), (*told, []))
         slices.append(_slice(file, reader))

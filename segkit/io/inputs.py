@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.io.atomic import is_file_name
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series, holds_series, read_series
 from segkit.io.picture_rules import PictureRules
@@ -206,6 +207,14 @@ def read_input(source: Input) -> Volume:
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]
     return first.like(np.concatenate(channels, axis=3))
+
+
+def check_name(name: str, whose: Path) -> None:
+    """Raise VolumeError if a case's name is none for a file, or would lead out of its folder."""
+    if not is_file_name(name):
+        raise VolumeError(
+            f"{whose}: expected a name that results can be called by, found {name!r}; rename it"
+        )
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:

@@ -1,8 +1,9 @@
 """A model folder: `model.json` describes the model, `weights.safetensors` holds its weights.
 
 The models of a first stage, whose labels the network takes beside the image, lie in `first/0`,
-`first/1` and so on. No file of a model folder can run code. The weights of a module from Python
-(`network.given`) are its own state; load it with the same module.
+`first/1` and so on. A run's model folder has no weights before its training ends; until then, and
+after it, the run's checkpoints have some. No file of a model folder can run code. The weights of a
+module from Python (`network.given`) are its own state; load it with the same module.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from segkit.io.checksums import checksum
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
+from segkit.model.checkpoint import checkpoint_path, read_checkpoint, weights_of_network
 from segkit.nn.network import SegmentationNetwork, weights_of
 
 DESCRIPTION = "model.json"
@@ -48,11 +50,11 @@ class Model:
     first: "tuple[Model, ...]" = ()
     """The models of the first stage, if the description has one."""
     folder: Path | None = None
-    """The folder that it was read from."""
+    """The folder that it was read from; None if its weights come from elsewhere."""
 
 
 def save_model(folder: str | Path, model: Model) -> None:
-    """Write a model folder. `model.json` comes last: a folder that has one is complete.
+    """Write a model folder.
 
         segkit.save_model("my_model", model)
 
@@ -65,14 +67,24 @@ def save_model(folder: str | Path, model: Model) -> None:
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    for number, first in enumerate(model.first):
-        save_model(folder / FIRST / str(number), first)
+    save_firsts(folder, model.first)
     with whole(folder / WEIGHTS) as partial:
         try:
             save_file(_savable(model), partial)
         except SafetensorError as error:
             raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
-    write_json(folder / DESCRIPTION, model.description.model_dump(mode="json"))
+    save_description(folder, model.description)
+
+
+def save_firsts(folder: Path, first: Sequence[Model]) -> None:
+    """Write the models of a first stage into a model folder."""
+    for number, model in enumerate(first):
+        save_model(folder / FIRST / str(number), model)
+
+
+def save_description(folder: Path, description: ModelDescription) -> None:
+    """Write the description of a model into its folder."""
+    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
 
 
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
@@ -116,7 +128,9 @@ def picture_rules_of(
         raise ModelError(f"{description.run}: {error}") from None
 
 
-def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
+def load_model(
+    path: str | Path, *, network: nn.Module | None = None, checkpoint: str | None = None
+) -> Model:
     """Read a model onto the CPU, in evaluation mode.
 
         model = segkit.load_model("runs/my_run")
@@ -125,12 +139,14 @@ def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
         path: a model folder, or the folder of a run; of a cross-validation its first fold is read.
         network: the module that the model was trained with, if it came from Python; it gets the
             weights.
+        checkpoint: `best` or `last`, to take the weights from that checkpoint of a run, which may
+            still be training; if not given, they are those that the run ended with.
 
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
             does not fit it.
     """
-    folder = model_folder(Path(path))
+    folder = model_folders(Path(path), checkpoint)[0]
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
@@ -141,7 +157,17 @@ def load_model(path: str | Path, *, network: nn.Module | None = None) -> Model:
             raise ModelError(f"{inside}: its channels are not those of {folder}")
         check_first_stage(inside, told, stage.classes if stage else ())
         first.append(_with_weights(inside, told, ()))
-    return _with_weights(folder, description, tuple(first), network)
+    if checkpoint is None:
+        return _with_weights(folder, description, tuple(first), network)
+    source = checkpoint_path(folder, checkpoint)
+    built = wrap_network(description, network) if network else build_network(description)
+    try:
+        built.load_state_dict(_finite(weights_of_network(read_checkpoint(source))))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{source}: does not fit {folder / DESCRIPTION}: {reason}") from None
+    built.cpu().eval()
+    return Model(description, built, tuple(first))
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
@@ -186,7 +212,9 @@ def _with_weights(
 ) -> Model:
     source = folder / WEIGHTS
     if not source.is_file():
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none")
+        begun = [name for name in ("best", "last") if (folder.parent / f"{name}.ckpt").is_file()]
+        advice = f"; the run has not ended, so ask for its checkpoint: {' or '.join(begun)}"
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none{advice if begun else ''}")
     try:
         # Compared with the file's header before anything is allocated, so that neither network nor
         # weights can be larger than the file.
@@ -196,17 +224,21 @@ def _with_weights(
         else:
             network = wrap_network(description, module)
         model = Model(description, network, first, folder)
-        weights = load_file(source)
-        for name, value in weights.items():
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds values that are not numbers")
-        weights_of(network).load_state_dict(weights)
+        weights_of(network).load_state_dict(_finite(load_file(source)))
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
     # A module from Python may lie on a GPU.
     model.network.cpu().eval()
     return model
+
+
+def _finite(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights. Raises ValueError if one is no number."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not numbers")
+    return weights
 
 
 def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
@@ -243,7 +275,7 @@ def checksums_of(model: Model) -> dict[str, str]:
 def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
     """Write the post-processing of predicted labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
-    write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+    save_description(folder, description)
 
 
 def start_from(network: SegmentationNetwork, path: Path) -> str:
@@ -279,15 +311,21 @@ def model_folder(path: Path) -> Path:
     return model_folders(path)[0]
 
 
-def model_folders(path: Path) -> tuple[Path, ...]:
+def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]:
     """The folders of the models at a path. Raises ModelError if there is none.
 
-    It is `path` itself, `path/model` of a run, or one for each finished fold of a cross-validation.
+    It is `path` itself, `path/model` of a run, or one for each fold of a cross-validation that is
+    finished, or that has the `checkpoint` that is asked for.
     """
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
             return (folder,)
-    folds = sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+    file = f"model/{WEIGHTS}" if checkpoint is None else f"{checkpoint}.ckpt"
+    folds = [
+        description
+        for description in sorted(path.glob(f"{FOLD}*/model/{DESCRIPTION}"))
+        if (description.parents[1] / file).is_file()
+    ]
     if not folds:
         raise ModelError(
             f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither"
@@ -300,12 +338,16 @@ def newest_model(runs: Path) -> Path:
 
     Raises ModelError if there is none.
     """
-    finished = list(runs.glob(f"*/model/{DESCRIPTION}"))
-    of_folds = {path.parents[2] / SUMMARY for path in runs.glob(f"*/{FOLD}*/model/{DESCRIPTION}")}
-    finished += [path for path in of_folds if path.is_file()]
+    finished = [
+        summary
+        for summary in runs.glob(f"*/{SUMMARY}")
+        if any(summary.parent.glob(f"model/{WEIGHTS}"))
+        or any(summary.parent.glob(f"{FOLD}*/model/{WEIGHTS}"))
+    ]
     if not finished:
         raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+    folder = max(finished, key=lambda path: path.stat().st_mtime).parent
+    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ class CohortProgress:
         self._show(max(self.told, self.share))
 
     def _show(self, share: float) -> None:
-        self.share = share
+        self.share = share = min(share, self.count)
         self.display.update(self.task, completed=share)
         now = time.monotonic()
         if self.console.is_terminal or self.first is None:

@@ -30,7 +30,8 @@ from segkit.errors import ConfigError, ModelError
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
-from segkit.model.folder import SUMMARY, Model, save_model
+from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
+from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.normalisation import order_for
@@ -365,6 +366,11 @@ def _trained(
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
+    first_stage = tuple(stage.model for stage in parts.first_stage)
+    if is_first_process():
+        # So that checkpoints can be used before the end.
+        save_firsts(folder / "model", first_stage)
+        save_description(folder / "model", parts.description)
     environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
@@ -377,8 +383,8 @@ def _trained(
             callback.settle(module)
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint) and best.dirpath is not None
-    first_stage = parts.first_stage
-    model = Model(parts.description, network.eval(), tuple(stage.model for stage in first_stage))
+    step = _keep_best(config, best, network)
+    model = Model(parts.description, network.eval(), first_stage)
     if not is_first_process():
         network.to("cpu")
         return Run(Path(best.dirpath), MappingProxyType({}), model)
@@ -392,8 +398,9 @@ def _trained(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "seed": config.train.seed,
         "training_cases": len(split.train),
+        "weights": {"of": "last" if step is None else "best", "step": step or trainer.global_step},
         "validation": _scores(parts, config, model, trainer, track, until),
-        **first_stage_of(first_stage, split.train, split.held_out),
+        **first_stage_of(parts.first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
         "environment": environment,
     }
@@ -409,6 +416,21 @@ def _trained(
     return Run(folder, summary, model)
 
 
+def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:
+    """If training ends by patience, put the weights that scored best back; their step, or None.
+
+    The last weights are those of as many validations without anything better.
+    """
+    path = Path(best.dirpath or "") / BEST
+    if config.train.patience is None or best.best_model_score is None or not path.is_file():
+        return None
+    content = read_checkpoint(path)
+    network.load_state_dict(weights_of_network(content))
+    step = int(content["global_step"])
+    logger.info("kept the weights of step %d, which scored best", step)
+    return step
+
+
 def _scores(
     parts: TrainingParts,
     config: Config,
@@ -417,7 +439,7 @@ def _scores(
     track: Track,
     until: float,
 ) -> dict[str, Any]:
-    """What the final weights score on the held-out cases, and the best score during training."""
+    """What the run's weights score on the held-out cases, and the best score during training."""
     # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
     # overlap, so that what is left of one is not its own affair.
     adopts = config.data.fold is not None and not parts.dataset.regions
@@ -425,7 +447,7 @@ def _scores(
     assert isinstance(best, ModelCheckpoint)
     highest = best.best_model_score
     return {
-        "note": "whole held-out volumes, on their own grids, by the final weights",
+        "note": "Dice of whole held-out volumes, on their own grids, by the weights of model/",
         **score(
             model,
             parts.dataset,

@@ -7,7 +7,6 @@ runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.
 import csv
 import logging
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from torch import nn
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
+from segkit.model.checkpoint import UNREADABLE
 from segkit.model.folder import SUMMARY
 from segkit.training.csv_logger import MetricsFile
 
@@ -43,18 +43,6 @@ CHECKPOINT_KEYS = {
     "lr_schedulers",
     "loops",
 }
-UNREADABLE = (
-    pickle.UnpicklingError,  # what is no plain data, among others
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-)
-"""What torch raises for a file that is no checkpoint."""
 SECOND_STAGE = "second_stage.yaml"
 """In the run of a first stage: the config that is trained after it."""
 

@@ -327,6 +327,53 @@ def test_labels_without_all_that_is_asked_for_are_kept_and_told(tmp_path: Path) 
     assert names_in(out) == ["a.json", "a.nii.gz"]
 
 
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
+    tmp_path: Path, of_folder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out, predictor = scans_in(tmp_path / "in", "a"), tmp_path / "out", predictor_of(None)
+    inputs = find_inputs([folder if of_folder else folder / "a.nii.gz"], 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "a_preview.png")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(prediction, "write_montage", full)
+        (outcome,) = predict_files(predictor, inputs, out=out, preview=True, statistics=True)
+    assert outcome.error is not None
+    assert "a_preview.png: no space left on device" in outcome.error
+    assert f"its labels are written: {out / 'a.nii.gz'}" in outcome.error
+    assert {path.name for path in outcome.written} == {
+        "a.nii.gz",
+        "a.json",
+        "a_statistics.json",
+    }
+    labels = read_volume(out / "a.nii.gz").data
+    (again,) = predict_files(predictor, inputs, out=out, preview=True, statistics=True)
+    assert again.error is None and again.kept is None
+    assert (out / "a_preview.png").exists()
+    assert_array_equal(read_volume(out / "a.nii.gz").data, labels)
+    assert not list(out.glob(".unfinished*"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "/a", "a\0b", "a\x1b[2J"])
+def test_a_name_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    source = Input(name, (noise_at(tmp_path / "scan.nii.gz"),))
+    (outcome,) = predict_files(predictor_of(None), [source], out=tmp_path / "out" / "labels")
+    assert (
+        outcome.error is not None and "expected a name that results can be called" in outcome.error
+    )
+    assert names_in(tmp_path) == ["scan.nii.gz"]
+
+
+def test_a_file_whose_name_leads_upwards_is_refused(tmp_path: Path) -> None:
+    noise_at(tmp_path / "in" / "scan.nii.gz").rename(tmp_path / "in" / "...nii.gz")
+    inputs = find_inputs([tmp_path / "in" / "...nii.gz"], 1)
+    assert [source.name for source in inputs] == [".."]
+    (outcome,) = predict_files(predictor_of(None), inputs, out=tmp_path / "out")
+    assert outcome.error is not None and "found '..'; rename it" in outcome.error
+
+
 def test_results_beside_the_inputs_of_a_folder_are_no_inputs(tmp_path: Path) -> None:
     folder = scans_in(tmp_path, "ab")
     list(predict_files(predictor_of(None), find_inputs([folder], 1), probabilities=True))

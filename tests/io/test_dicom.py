@@ -15,6 +15,7 @@ from pydicom.uid import BasicTextSRStorage, generate_uid
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
+from segkit.io import voxel_bytes
 from segkit.io.dicom import choose_series, holds_series, list_series, read_series
 from segkit.io.volume import Volume
 from tests.dicom import Change, decimal, write_series
@@ -162,6 +163,29 @@ def test_what_is_no_image_is_passed_over(folder: Path) -> None:
     (folder / "README.txt").write_text("not DICOM")
     (folder / ".hidden.dcm").write_text("not DICOM")
     assert read(folder).grid.shape == SHAPE
+
+
+def test_copies_of_a_slice_are_one_and_others_of_its_uid_are_refused(folder: Path) -> None:
+    paths = write_series(folder, stored_of(), grid_of())
+    expected = read(folder).data
+    for number, path in enumerate(paths[:3]):
+        (folder / f"copy {number}.dcm").write_bytes(path.read_bytes())
+    assert len(choose_series(folder).slices) == SHAPE[2]
+    assert_array_equal(read(folder).data, expected)
+    changed = bytearray(paths[0].read_bytes())
+    changed[-1] ^= 1  # a pixel
+    (folder / "copy 0.dcm").write_bytes(changed)
+    with pytest.raises(VolumeError, match="although both say that they are the one with the SOP"):
+        read(folder)
+
+
+def test_a_series_beyond_free_memory_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(folder, stored_of(), grid_of())
+    monkeypatch.setattr(voxel_bytes, "free_memory", lambda: 800)
+    with pytest.raises(VolumeError, match=r"claims 5 x 6 x 7 voxels, .* where 0.0008 MB are free"):
+        read(folder)
 
 
 def test_what_cannot_be_read_is_not_passed_over(folder: Path) -> None:

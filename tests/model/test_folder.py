@@ -73,10 +73,11 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
         newest_model(tmp_path)
     for name in ("b", "a"):
         save_model(tmp_path / name / "model", small_model())
-    older = tmp_path / "b" / "model" / "model.json"
-    stat = (tmp_path / "a" / "model" / "model.json").stat()
+        write_json(tmp_path / name / "summary.json", {})
+    older = tmp_path / "b" / "summary.json"
+    stat = (tmp_path / "a" / "summary.json").stat()
     os.utime(older, ns=(stat.st_atime_ns - 10**9, stat.st_mtime_ns - 10**9))
-    (tmp_path / "c" / "model").mkdir(parents=True)  # one that is not finished
+    save_model(tmp_path / "c" / "model", small_model())  # one that is not finished
     assert newest_model(tmp_path) == tmp_path / "a" / "model"
 
 
@@ -87,10 +88,13 @@ def change(folder: Path, **keys: object) -> None:
 
 def test_a_cross_validation_counts_once_it_is_finished(tmp_path: Path) -> None:
     save_model(tmp_path / "run" / "model", small_model())
+    write_json(tmp_path / "run" / "summary.json", {})
     for fold in (0, 3):
         save_model(tmp_path / "five" / f"fold_{fold}" / "model", small_model())
     assert newest_model(tmp_path) == tmp_path / "run" / "model"
     write_json(tmp_path / "five" / "summary.json", {})
+    stat = (tmp_path / "run" / "summary.json").stat()
+    os.utime(tmp_path / "run" / "summary.json", ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
     assert newest_model(tmp_path) == tmp_path / "five"
     (tmp_path / "five" / "fold_1" / "model").mkdir(parents=True)  # one that is not finished
     expected = tuple(tmp_path / "five" / f"fold_{fold}" / "model" for fold in (0, 3))

@@ -234,9 +234,9 @@ def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
     steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segkit.training import parts
+    from segkit.training import make_loss
 
-    data, real = small_dataset(tmp_path / "data"), parts.deep_dice_cross_entropy
+    data, real = small_dataset(tmp_path / "data"), make_loss.deep_dice_cross_entropy
     calls = []
 
     def astray(*inputs: object, **settings: object) -> Tensor:
@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
         loss = real(*inputs, **settings)  # type: ignore[arg-type]
         return loss * float("nan") if len(calls) > steps_before else loss
 
-    monkeypatch.setattr(parts, "deep_dice_cross_entropy", astray)
+    monkeypatch.setattr(make_loss, "deep_dice_cross_entropy", astray)
     message = (
         rf"^the loss of step {steps_before} is nan, its patches are of case_\d, case_\d; look at"
     )
