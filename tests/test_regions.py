@@ -294,7 +294,7 @@ def test_check_and_plan_speak_of_regions(
     assert "region core (2, written as 2): in" in said
     assert "label 3 ignore, left out: in 4 cases, 37.50% of voxels" in said
     config = tmp_path / "c.yaml"
-    words = ["plan", str(ignoring), "--out", str(config), "--device", "cpu"]
+    words = ["plan", str(ignoring), "--out", str(config), "--device", "cpu", "--no-race"]
     assert run(words) == 0 and run(["check", str(config)]) == 0
     assert "# regions: ball, core" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from segkit.cli.options import Device, Overwrite
-from segkit.cli.terminal import JsonOption, console, say, say_json
+from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError
 from segkit.system.allocator import keep_freed_memory
 
@@ -33,6 +33,9 @@ def plan_command(
     ] = "auto",
     device: Device = "auto",
     runs: Annotated[Path, Option(help="The folder whose cache keeps measurements.")] = Path("runs"),
+    no_race: Annotated[
+        bool, Option("--no-race", help="Plan by the rule, without trying candidates.")
+    ] = False,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -40,6 +43,7 @@ def plan_command(
     from segkit.config.load import dataset_in
     from segkit.io.atomic import refuse_existing, write_text
     from segkit.planning.make_plan import plan_dataset
+    from segkit.racing import plan_by_race
     from segkit.system.progress import Tracker
 
     keep_freed_memory()
@@ -48,7 +52,9 @@ def plan_command(
         raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
     target = out or Path(f"{source.folder.resolve().name}.yaml")
     refuse_existing([target], overwrite=overwrite)
-    planned = plan_dataset(
+    hush()  # Lightning has set up its logging as it was imported
+    make = plan_dataset if no_race else plan_by_race
+    planned = make(
         source.folder,
         source.files,
         pictures=source.pictures,

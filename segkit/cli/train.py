@@ -15,6 +15,9 @@ from segkit.config.load import dataset_in
 from segkit.errors import ConfigError, Stopped
 from segkit.system.allocator import keep_freed_memory
 
+MOST_PICTURES = 200
+"""Whose headers are looked at before training."""
+
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
@@ -71,6 +74,9 @@ def train_command(
         float | None,
         Option(min=0.1, help="Wall time for a DATASET, planning and scoring included; 20."),
     ] = None,
+    no_race: Annotated[
+        bool, Option("--no-race", help="Plan a DATASET by the rule, without trying candidates.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
@@ -90,7 +96,10 @@ def train_command(
         assert resume is not None
         result = _resumed(resume, wanted)
     else:
-        settings, low = _settings(config, overrides or [], runs, minutes or MINUTES)
+        settings, low = _settings(
+            config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
+        )
+        _tell_of_pictures(settings)
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
@@ -103,7 +112,7 @@ def train_command(
 
 
 def _settings(
-    config: Path, overrides: Sequence[str], runs: Path, minutes: float
+    config: Path, overrides: Sequence[str], runs: Path, minutes: float, race: bool
 ) -> tuple["Config", "Config | None"]:
     """What to train, and the first stage if a dataset is planned in two."""
     from segkit.config.load import changed, load_config
@@ -112,11 +121,14 @@ def _settings(
     if dataset is None:
         return load_config(config, overrides), None
     from segkit.planning.make_plan import plan_dataset
+    from segkit.racing import plan_by_race
     from segkit.system.progress import Tracker
 
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
-    planned = plan_dataset(
+    hush()  # Lightning has set up its logging as it was imported
+    make = plan_by_race if race else plan_dataset
+    planned = make(
         dataset.folder,
         dataset.files,
         pictures=dataset.pictures,
@@ -142,6 +154,11 @@ def _settings(
         )
     say(planned.text.rstrip())
     return settings, low
+
+
+def _races(overrides: Sequence[str], no_race: bool) -> bool:
+    """Whether plans race: not if steps are asked for, which are no time to share."""
+    return not no_race and not any(word.startswith("train.steps=") for word in overrides)
 
 
 def _trained(
@@ -191,6 +208,18 @@ def _resumed(run: Path, folds: tuple[int, ...]) -> "Run | CrossValidation":
     if folds:
         raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
     return resume_two_stages(run, tell=_tell, callbacks=callbacks, track=track)
+
+
+def _tell_of_pictures(settings: "Config") -> None:
+    """Say what pixel size was taken, if the dataset is one of pictures."""
+    from segkit.data.dataset import read_dataset
+    from segkit.io.picture_summary import told_of_pictures
+
+    data = settings.data
+    dataset = read_dataset(data.folder, data.files, data.pictures)
+    first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
+    for line in told_of_pictures(first, dataset.rules):
+        say(line)
 
 
 def _shown() -> tuple[list["Callback"], "Tracker"]:

@@ -18,6 +18,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 """The share of a running mean that a step keeps."""
 
 
+LEAST_STEPS = 20
+"""A run by the clock takes so many steps even if preparing took all of its time."""
+MOST_FOR_SCORING = 0.25
+"""The largest share of `minutes` that the final scores take: beyond it, fewer cases are scored."""
+
+
 class AdamWConfig(Section):
     """AdamW on a one-cycle schedule (Smith and Topin 2019): the learning rate rises, then falls."""
 

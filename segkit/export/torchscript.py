@@ -36,8 +36,7 @@ def torchscript_allowed() -> Iterator[None]:
     Bundles need the first, and the second is wanted: windows have one size.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", OLD, DeprecationWarning)
-        warnings.filterwarnings("ignore", OLD, FutureWarning)
+        warnings.filterwarnings("ignore", OLD)
         warnings.simplefilter("ignore", TracerWarning)
         yield
 

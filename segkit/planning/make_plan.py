@@ -11,7 +11,7 @@ from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.pictures import PicturesConfig
-from segkit.config.training import Config
+from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.data.variation import build_variation
@@ -22,7 +22,14 @@ from segkit.nn.normalisation import order_for
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.config_text import Schedule, Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
-from segkit.planning.plan import Plan, Steps, flat_axes, plan_for_memory, plan_for_time
+from segkit.planning.plan import (
+    Plan,
+    Steps,
+    coarse_plan_for_time,
+    flat_axes,
+    plan_for_memory,
+    plan_for_time,
+)
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
@@ -35,11 +42,8 @@ SHARE_OF_PREPARING = 0.05
 """Of the time; a run measures what it really takes."""
 SHARE_OF_VALIDATION = 0.1
 """The most of the time that validations take."""
-MOST_FOR_SCORING = 0.25
-"""The most of the time that the final scores take: if it is over, fewer cases are scored."""
 MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3
 """If there is no time for three, each looks at fewer cases."""
-LEAST_STEPS = 20
 GPU_STEPS = 20_000
 """For a card that this machine has not, whose speed is not known."""
 DEFAULT_MEMORY = 8e9
@@ -48,6 +52,8 @@ SPEED = "speed.json"
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
 """Parts of a description that decide how long a step takes, beside the size of its batch."""
 NNUNET_STEPS = 250_000
+MORE_STEPS = 3
+"""A candidate of a race is made narrower until so many times the steps fit."""
 CASES_PER_PROCESS = 300
 """Small cases that are measured in the time that another process takes to start."""
 
@@ -90,6 +96,11 @@ class _Task:
     """Of one stage; they count only if the budget is time."""
     figures: Path
     """The file with what was timed on this processor."""
+    runs: Path
+    """The folder in which a second stage will find the first."""
+    steps: Steps = PLANNED_STEPS
+    coarse: bool = False
+    """Whether a coarser grid is taken, at which a patch holds enough of an image."""
 
     def schedule(self) -> Schedule:
         """Steps that do not follow from a time."""
@@ -99,7 +110,7 @@ class _Task:
         return Schedule(steps, why, validate_every=steps // MOST_VALIDATIONS)
 
     def plan(self) -> Plan:
-        """The largest plan within the budget."""
+        """The largest plan within the budget; that of a coarser grid if it is asked for."""
         numbers = self.fingerprint.numbers()
         if not self.timed:
             return plan_for_memory(
@@ -111,11 +122,21 @@ class _Task:
             partial(multiply_adds_per_second, self.device),
             self.device,
         )
+        if self.coarse:
+            coarse = coarse_plan_for_time(
+                numbers,
+                minutes=self.minutes,
+                steps=self.steps,
+                multiply_adds_per_second=speed,
+                gigabytes=self.gigabytes,
+            )
+            if coarse is not None:
+                return coarse
         return plan_for_time(
             numbers,
             spatial_dims=self.spatial_dims,
             minutes=self.minutes,
-            steps=PLANNED_STEPS,
+            steps=self.steps,
             multiply_adds_per_second=speed,
             gigabytes=self.gigabytes,
         )
@@ -164,8 +185,91 @@ def plan_dataset(
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
     """
-    folder, runs = Path(folder), Path(runs)
-    cache = runs / ".cache" if cache is None else Path(cache)
+    return _planned_task(
+        _task(
+            Path(folder),
+            files,
+            pictures,
+            cache=Path(runs) / ".cache" if cache is None else Path(cache),
+            device=device,
+            spatial_dims=spatial_dims,
+            gigabytes=gigabytes,
+            minutes=minutes,
+            preset=preset,
+            runs=Path(runs),
+            track=track,
+        )
+    )
+
+
+def plan_candidates(
+    folder: Path,
+    files: FilesConfig | None = None,
+    *,
+    pictures: PicturesConfig | None = None,
+    cache: Path,
+    device: str = "auto",
+    spatial_dims: int | None = None,
+    gigabytes: float | None = None,
+    minutes: float = 20.0,
+    preset: Preset = "auto",
+    runs: Path = Path("runs"),
+    track: Track = untracked,
+) -> dict[str, Planned]:
+    """Plans that may turn out best, by name, that of the rule first; arguments as `plan_dataset`.
+
+    Beside the rule's there are a 2D plan, one at a coarser grid, and one that takes more steps of a
+    narrower network, if they differ from it. There is only the rule's if its budget is not time.
+    """
+    task = _task(
+        folder,
+        files,
+        pictures,
+        cache=cache,
+        device=device,
+        spatial_dims=spatial_dims,
+        gigabytes=gigabytes,
+        minutes=minutes,
+        preset=preset,
+        runs=runs,
+        track=track,
+    )
+    wanted = {f"{task.spatial_dims}D": task}
+    if task.timed:
+        if task.spatial_dims == 3:
+            if spatial_dims is None:
+                wanted["2D"] = replace(task, spatial_dims=2)
+            wanted["3D, coarser"] = replace(task, coarse=True)
+        narrow = replace(PLANNED_STEPS, for_width=MORE_STEPS * PLANNED_STEPS.for_width)
+        wanted[f"{task.spatial_dims}D, narrower"] = replace(task, steps=narrow)
+    plans: dict[str, Plan] = {}
+    for name, each in wanted.items():
+        plan = each.plan()
+        if all(_differ(plan, other) for other in plans.values()):
+            plans[name] = plan
+    return {name: _planned_task(wanted[name]) for name in plans}
+
+
+def _differ(one: Plan, other: Plan) -> bool:
+    parts = ("spatial_dims", "spacing", "patch_size", "channels", "batch_size")
+    return any(getattr(one, part) != getattr(other, part) for part in parts)
+
+
+def _task(
+    folder: Path,
+    files: FilesConfig | None,
+    pictures: PicturesConfig | None,
+    *,
+    cache: Path,
+    device: str,
+    spatial_dims: int | None,
+    gigabytes: float | None,
+    minutes: float,
+    preset: Preset,
+    runs: Path,
+    track: Track,
+) -> _Task:
+    """The dataset, measured, and the budget."""
     dataset = read_dataset(folder, files, pictures)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
@@ -175,7 +279,7 @@ def plan_dataset(
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
-    task = _Task(
+    return _Task(
         folder,
         files,
         pictures,
@@ -189,15 +293,23 @@ def plan_dataset(
         gigabytes=gigabytes,
         minutes=minutes,
         figures=cache / SPEED,
+        runs=runs,
     )
+
+
+def _planned_task(task: _Task) -> Planned:
+    """The config, or those of two stages."""
+    minutes, folder = task.minutes, task.folder
     plan, share = task.plan(), f"{minutes:g}"
     if task.timed and plan.low_resolution is not None:
         task = replace(task, minutes=minutes / 2)
         plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
-    budget = f"{gigabytes:g} GB of memory"
+    budget = f"{task.gigabytes:g} GB of memory"
     if task.timed:
-        where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(chosen)
+        on_cpu = task.device.type == "cpu"
+        where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(task.device)
         budget = f"{share} minutes of training on {where}"
+    dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {folder} ({size}) and {budget}.{_about_lengths(dataset)}"
     name = _run_name(folder)
@@ -207,7 +319,7 @@ def plan_dataset(
     before = f"{heading} The first of two stages: train it before {name}."
     low = _planned(task, plan.low_resolution, first, before)
     after = f"{heading} The second of two stages: train {first} before."
-    return replace(_planned(task, plan, name, after, runs / first), low=low)
+    return replace(_planned(task, plan, name, after, task.runs / first), low=low)
 
 
 def _planned(

@@ -181,7 +181,8 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
     """The config with only the measured steps, and without all that would follow them."""
-    few = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS, "patience": None}
+    few: dict[str, Any] = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS}
+    few |= {"patience": None, "minutes": None}
     data = {"spacing": spacing, "validation": 0.0, "fold": None, "cache": cache, "workers": 0}
     return config.model_copy(
         update={

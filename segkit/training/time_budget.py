@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
 from segkit.data.prepared_cache import StoredCase
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.system.resources import num_cores
@@ -34,10 +35,6 @@ from segkit.training.lightning_private import set_last_step
 
 logger = logging.getLogger(__name__)
 
-LEAST_STEPS = 20
-"""A run takes so many steps even if preparing took all of its time."""
-MOST_FOR_SCORING = 0.25
-"""The largest share of the minutes that is kept free for the final scores."""
 SECONDS_TO_CONVERT = 5.0
 """What the fastest engine needs, about, before it scores the first case."""
 UNLIMITED = 2**31 - 1

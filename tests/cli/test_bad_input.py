@@ -62,7 +62,7 @@ def damaged(path: Path) -> Path:
         ("evaluate", "{scan}", "{scan}"),
         ("check", "{scan}"),
         ("check", "{data}"),
-        ("plan", "{data}", "--out", "{out}/c.yaml"),
+        ("plan", "{data}", "--out", "{out}/c.yaml", "--no-race"),
         ("train", "{config}"),
     ],
     ids=lambda words: " ".join(words[:2]),

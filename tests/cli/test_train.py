@@ -75,13 +75,13 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     # As if 8 GB held a patch of under a quarter of these volumes.
     monkeypatch.setattr(planning.rules, "REFERENCE_ACTIVATIONS", {2: 85e6, 3: 3e5})
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
-    code, out, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    code, out, err = run("plan", "balls", "--device", "cpu", "--no-race", capsys=capsys)
     assert code == 0, err
     assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
     code, _, err = run("check", "balls.yaml", capsys=capsys)
     assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
     (tmp_path / "balls.yaml").unlink()
-    code, _, err = run("plan", "balls", "--device", "cpu", "--minutes", "10", capsys=capsys)
+    code, _, err = run("plan", "balls", "--device", "cpu", "--no-race", capsys=capsys)
     assert code == 2 and "balls_low.yaml: exists already" in err
     assert not (tmp_path / "balls.yaml").exists()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from segkit.export.graphs import example_windows
 from segkit.export.torchscript import METADATA, export_torchscript, read_torchscript
@@ -14,6 +15,19 @@ from segkit.inference.engines.torch_eager import LOGITS
 from tests.models import FAST, SLOW, model_of
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
+
+def rounding(network: nn.Module, values: Tensor) -> float:
+    """The most by which a network's values may differ if the same sums are added otherwise.
+
+    A layer rounds by some units in the last place of its largest value, and as each normalises,
+    what one rounds away is carried on at about its size: 8 units for each layer, 9e-5 for 53 layers
+    and a largest logit of 1.9. Most traces differ by none. A trace takes attention apart, while
+    PyTorch runs it in one kernel that is less exact: with it a U-Transformer differs by 3.9e-5, and
+    from its own values in float64 by 3.7e-5, the trace by 1e-6.
+    """
+    layers = sum(not list(module.children()) for module in network.modules())
+    return 8 * layers * torch.finfo(values.dtype).eps * float(values.abs().max())
 
 
 def takes_any_batch_on_any_device(
@@ -28,7 +42,7 @@ def takes_any_batch_on_any_device(
         with torch.no_grad():
             expected = model.network(batch)
         (found,) = run(batch, (LOGITS,))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (found - expected).abs().max() <= rounding(model.network, expected)
     told = {METADATA: ""}
     with warnings.catch_warnings(action="ignore"):
         kept = torch.jit.load(folder / "model.ts", _extra_files=told)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from segkit.config.training import TrainConfig
+from segkit.config.training import LEAST_STEPS, TrainConfig
 from segkit.errors import Stopped
 from segkit.inference.window_seconds import num_windows
 from segkit.training.fit import resume, train
 from segkit.training.optimisers import make_optimiser, make_schedule
 from segkit.training.run_folder import LAST
-from segkit.training.time_budget import LEAST_STEPS, TimeBudget, behind
+from segkit.training.time_budget import TimeBudget, behind
 from tests.small import small_config, small_dataset
 
 

@@ -1,0 +1,256 @@
+"""Which plan a dataset gets, by trying: candidates train for a little while, and the best stays.
+
+Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates train for the
+same short time, the worse half stops, and the others train anew for twice as long, until one is
+left. Each is trained and scored as any run is, on the scans' own grids, and by cases that belong to
+the training part of the split: those that score the run later have no say.
+
+    candidates   4 ──12 s──▶ 2 ──24 s──▶ 1
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segkit.config.dataset_files import FilesConfig
+from segkit.config.pictures import PicturesConfig
+from segkit.config.training import Config
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.planning.make_plan import Planned, Preset, plan_candidates
+from segkit.system.progress import Track, untracked
+from segkit.training.fit import train
+from segkit.training.split import split_of
+
+SHARE = 0.15
+"""Of the minutes, the most that a race takes."""
+SHORTEST = 10.0
+"""Seconds of a candidate's first training; if there is no time for them, there is no race."""
+MARGIN = 0.02
+"""Dice by which another plan must be better than the rule's: less is chance in so short a time."""
+SCORED, TRAINED = 3, 12
+"""Cases of the training part that score a race, and that it trains on, at most."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One candidate in one round."""
+
+    candidate: str
+    seconds: float
+    """That it was given."""
+    steps: int
+    dice: float
+    """Mean over classes and cases that all candidates of the round have; NaN if it is undefined."""
+
+
+def plan_by_race(
+    folder: str | Path,
+    files: FilesConfig | None = None,
+    *,
+    pictures: PicturesConfig | None = None,
+    cache: str | Path | None = None,
+    device: str = "auto",
+    spatial_dims: int | None = None,
+    gigabytes: float | None = None,
+    minutes: float = 20.0,
+    preset: Preset = "auto",
+    runs: str | Path = "runs",
+    held_out: Sequence[str] | None = None,
+    track: Track = untracked,
+) -> Planned:
+    """The best of two to four plans, by a race; its table stands in the text as comments.
+
+    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
+    `held_out` names the cases that the race must not see, if the split is another than the plan's.
+    There is no race on a GPU, or if 15 % of the minutes are too short for one.
+    """
+    runs = Path(runs)
+    cache = runs / ".cache" if cache is None else Path(cache)
+    candidates = plan_candidates(
+        Path(folder),
+        files,
+        pictures=pictures,
+        cache=cache,
+        device=device,
+        spatial_dims=spatial_dims,
+        gigabytes=gigabytes,
+        minutes=minutes,
+        preset=preset,
+        runs=runs,
+        track=track,
+    )
+    by_rule = next(iter(candidates))
+    names = starters(list(candidates), SHARE * 60 * minutes)
+    on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
+    if len(names) < 2 or not on_cpu:
+        return candidates[by_rule]
+    dataset = read_dataset(Path(folder), files, pictures)
+    config = candidates[by_rule].config
+    if held_out is not None:
+        data = config.data.model_copy(update={"validation": list(held_out)})
+        config = config.model_copy(update={"data": data})
+    cases = _cases_of(dataset, config)
+    if cases is None:
+        return candidates[by_rule]
+    rounds = _raced(
+        {name: candidates[name].config for name in names},
+        replace(dataset, cases=(*cases[0], *cases[1])),
+        [case.name for case in cases[1]],
+        seconds=SHARE * 60 * minutes,
+        cache=cache,
+        track=track,
+    )
+    chosen = best_of(rounds[-1], by_rule) if rounds else by_rule
+    return _with_table(candidates[chosen], table(rounds, chosen, len(cases[1])))
+
+
+def _no_card(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def starters(names: Sequence[str], seconds: float) -> list[str]:
+    """As many candidates as there is time for: their shortest trainings, and the rounds after."""
+    count = len(names)
+    while count > 1 and seconds / shortest_trainings(count) < SHORTEST:
+        count -= 1
+    return list(names[:count])
+
+
+def shortest_trainings(count: int) -> int:
+    """Shortest trainings that a race of so many takes: each round twice as long as the last."""
+    units, length = 0, 1
+    while count > 1:
+        units += count * length
+        count, length = math.ceil(count / 2), 2 * length
+    return units
+
+
+def _cases_of(
+    dataset: Dataset, config: Config
+) -> tuple[Sequence[CaseFiles], Sequence[CaseFiles]] | None:
+    """Cases of the training part that a race trains on, and others that score it."""
+    known = list(split_of(dataset, config).train)
+    if len(known) < 3:
+        return None
+    order = np.random.default_rng(config.train.seed).permutation(len(known)).tolist()
+    scored = min(SCORED, max(len(known) // 4, 1))
+    chosen = [known[number] for number in order[: scored + TRAINED]]
+    return chosen[scored:], chosen[:scored]
+
+
+def _raced(
+    configs: Mapping[str, Config],
+    dataset: Dataset,
+    scored: list[str],
+    *,
+    seconds: float,
+    cache: Path,
+    track: Track,
+) -> list[list[Entry]]:
+    """The rounds of a race that takes so many seconds; one that there is no time for is left out.
+
+    Race times include preparing; prepared cases stay in the cache for the run.
+    """
+    started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
+    rounds: list[list[Entry]] = []
+    names = list(configs)
+    while len(names) > 1:
+        if time.monotonic() - started + len(names) * each > 1.2 * seconds and rounds:
+            break
+        found: dict[str, Any] = {}
+        for name in track(names, f"racing for {each:.0f} s each", len(names)):
+            config = shortened_for_race(configs[name], each, scored, cache)
+            with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
+                found[name] = train(config, runs=folder, dataset=dataset).summary
+        dice = dice_in_common({n: s["validation"]["dice_of_cases"] for n, s in found.items()})
+        rounds.append([Entry(name, each, found[name]["steps"], dice[name]) for name in names])
+        ordered = sorted(rounds[-1], key=lambda entry: -_or_least(entry.dice))
+        names = [entry.candidate for entry in ordered[: math.ceil(len(ordered) / 2)]]
+        each *= 2
+    return rounds
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is said of a candidate's training: it has little time by intention."""
+    spoken = logging.getLogger("segkit.training")
+    level = spoken.level
+    spoken.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        spoken.setLevel(level)
+
+
+def shortened_for_race(config: Config, seconds: float, scored: list[str], cache: Path) -> Config:
+    """The config of a candidate's short training: no validation but the final scores."""
+    minutes = config.train.minutes
+    assert minutes is not None, "only plans for a time race"
+    steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
+    data = {"validation": scored, "fold": None, "first_stage": None, "cache": cache}
+    short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
+    short |= {"pictures": 0, "validation_cases": None}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "train": config.train.model_copy(update=short),
+            "trainer": config.trainer.model_copy(update={"loggers": []}),
+        }
+    )
+
+
+def dice_in_common(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, float]:
+    """Each candidate's mean Dice over the cases that all of them had time to score."""
+    common = sorted(set.intersection(*(set(cases) for cases in scores.values())))
+    means: dict[str, float] = {}
+    for name, cases in scores.items():
+        values = np.array([list(cases[case].values()) for case in common], float)
+        means[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    return means
+
+
+def best_of(entries: Sequence[Entry], by_rule: str) -> str:
+    """The candidate of the highest Dice; the rule's if it is in the round and hardly worse."""
+    dice = {entry.candidate: _or_least(entry.dice) for entry in entries}
+    best = max(dice, key=lambda name: dice[name])
+    return by_rule if dice.get(by_rule, -2.0) > dice[best] - MARGIN else best
+
+
+def _or_least(dice: float) -> float:
+    return -1.0 if math.isnan(dice) else dice
+
+
+def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str:
+    """The race as lines of comments; nothing if there was none."""
+    if not rounds:
+        return ""
+    lines = [
+        f"# Raced by mean Dice of {num_cases} training cases that the race held out (successive",
+        "# halving, Jamieson and Talwalkar 2016); the cases that score the run had no say:",
+    ]
+    for name in [entry.candidate for entry in rounds[0]]:
+        told = [
+            f"{entry.dice:.3f} in {entry.seconds:.0f} s, {entry.steps} steps"
+            for entries in rounds
+            for entry in entries
+            if entry.candidate == name
+        ]
+        mark = "  <- planned" if name == chosen else ""
+        lines.append(f"#   {name:<14}" + "; ".join(told) + mark)
+    return "\n".join(lines) + "\n"
+
+
+def _with_table(planned: Planned, lines: str) -> Planned:
+    head, name, rest = planned.text.partition("\nname: ")
+    return replace(planned, text=f"{head}\n{lines.rstrip()}{name}{rest}" if lines else planned.text)

@@ -1,0 +1,97 @@
+"""Plans race on training cases only, for a small share of the time, and the table says how."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from segkit import racing
+from segkit.config.load import load_config
+from segkit.data.dataset import read_dataset
+from segkit.planning import make_plan as planning
+from segkit.planning.make_plan import plan_candidates
+from segkit.racing import (
+    Entry,
+    best_of,
+    dice_in_common,
+    plan_by_race,
+    shortened_for_race,
+    shortest_trainings,
+    starters,
+    table,
+)
+from segkit.training.split import split_of
+from tests.small import small_dataset
+
+
+def test_each_round_trains_the_better_half_twice_as_long() -> None:
+    # Four, then two for twice as long; three keep two; two meet once.
+    assert [shortest_trainings(count) for count in (1, 2, 3, 4)] == [0, 2, 7, 8]
+
+
+@pytest.mark.parametrize(("minutes", "count"), [(1, 1), (4, 2), (10, 4), (60, 4)])
+def test_as_many_start_as_there_is_time_for(minutes: float, count: int) -> None:
+    assert len(starters(["a", "b", "c", "d"], racing.SHARE * 60 * minutes)) == count
+
+
+def test_candidates_are_compared_on_cases_that_all_have_scored() -> None:
+    a = {"one": {"x": 0.4, "y": math.nan}, "two": {"x": 0.6, "y": 0.8}}
+    b = {"two": {"x": 0.5, "y": 0.5}}
+    assert dice_in_common({"a": a, "b": b}) == pytest.approx({"a": 0.7, "b": 0.5})
+
+
+def test_the_rule_gives_way_only_to_a_plan_that_is_clearly_better() -> None:
+    rule, other = Entry("3D", 10, 20, 0.50), Entry("2D", 10, 20, 0.51)
+    assert best_of([rule, other], "3D") == "3D"
+    assert best_of([rule, Entry("2D", 10, 20, 0.60)], "3D") == "2D"
+    assert best_of([other, Entry("coarse", 10, 20, math.nan)], "3D") == "2D"
+
+
+def test_the_table_says_who_was_stopped_and_who_is_planned() -> None:
+    rounds = [[Entry("3D", 12, 30, 0.5), Entry("2D", 12, 90, 0.7)], [Entry("2D", 24, 180, 0.8)]]
+    lines = table(rounds, "2D", 3).splitlines()
+    assert lines[2] == "#   3D            0.500 in 12 s, 30 steps"
+    assert lines[3] == (
+        "#   2D            0.700 in 12 s, 90 steps; 0.800 in 24 s, 180 steps  <- planned"
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.05)
+    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    return small_dataset(tmp_path / "data", num_cases=6)
+
+
+def test_the_rules_plan_is_the_first_candidate_and_all_differ(
+    dataset: Path, tmp_path: Path
+) -> None:
+    found = plan_candidates(dataset, cache=tmp_path / "c", device="cpu")
+    assert list(found)[:2] == ["3D", "2D"]
+    alone = plan_candidates(dataset, cache=tmp_path / "c", device="cpu", spatial_dims=2)
+    assert {plan.plan.spatial_dims for plan in alone.values()} == {2}
+
+
+def test_a_race_never_sees_the_cases_that_score_the_run(dataset: Path, tmp_path: Path) -> None:
+    planned = plan_candidates(dataset, cache=tmp_path / "c", device="cpu")["3D"]
+    known = read_dataset(dataset)
+    cases = racing._cases_of(known, planned.config)
+    assert cases is not None
+    trained, scored = ({case.name for case in part} for part in cases)
+    held_out = {case.name for case in split_of(known, planned.config).held_out}
+    assert trained and scored and not trained & scored and not (trained | scored) & held_out
+    short = shortened_for_race(planned.config, 12.0, sorted(scored), tmp_path)
+    assert short.data.validation == sorted(scored) and short.train.minutes == 0.2
+
+
+@pytest.mark.slow
+def test_a_plan_that_was_raced_is_a_config_with_a_table(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(racing, "SHORTEST", 2.0)
+    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=0.5)
+    assert "# Raced by mean Dice of 1 training cases" in planned.text
+    path = tmp_path / "plan.yaml"
+    path.write_text(planned.text)
+    assert load_config(path) == planned.config
