@@ -352,7 +352,11 @@ def trouble_with(values: ndarray) -> str | None:
     with np.errstate(invalid="ignore"):
         low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        return "holds voxels that are not numbers; repair it"
+        strange = sum(int((~np.isfinite(plane)).sum()) for plane in np.moveaxis(values, 2, 0))
+        return (
+            f"holds voxels that are not numbers; repair it, by setting them to 0 if they lie "
+            f"outside a mask ({strange:,} of {values.size:,} values are NaN or infinite)"
+        )
     if max(-low, high) > FARTHEST_VALUE:
         return f"holds values from {low:g} to {high:g}; scale them to what was measured"
     return None
