@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.data.case_groups import proposal
-from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case, read_case_label
+from segkit.data.dataset import (
+    CaseFiles,
+    Dataset,
+    dataset_of,
+    read_case,
+    read_case_label,
+    unlabelled,
+)
 from segkit.data.label_numbers import declared, other_numbers
-from segkit.errors import DatasetError, SegkitError, VolumeError
+from segkit.errors import DatasetError, Problems, SegkitError, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
@@ -31,6 +39,8 @@ from segkit.training.split import split_of
 
 MOST_NUMBERS = 20
 """Of those that nobody names; a sentence counts the others."""
+MOST_NAMED = 40
+"""Labels, cases or maps in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +125,21 @@ def _series_facts(series: Series) -> dict[str, Any]:
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
-    """The whole resolved config, and what its network and dataset come to."""
+    """The config with every value that a training uses, and what network and dataset come to."""
     config = load_config(path, overrides)
     dataset = dataset_of(config.data)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(
-        describe(resolve(config, dataset, split, track=track), dataset), first_stage
-    )
+    settled = resolve(config, dataset, split, track=track)
+    description = described(describe(settled, dataset), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())
     text = (
-        f"{dump_yaml(config)}"
+        f"{dump_yaml(settled)}"
+        f"# settled by the dataset, by this machine or by other settings: "
+        f"{_listing(_changes(config, settled)) or 'nothing'}\n"
         f"# {len(train)} cases to train on, {len(held_out)} held out"
         f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
         f"# {_told_apart(dataset.labelling)}\n"
@@ -138,7 +149,8 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         f"{_listing(maps) or 'none'}"
     )
     facts = {
-        "config": config.model_dump(mode="json"),
+        "config": settled.model_dump(mode="json"),
+        "settled": _changes(config, settled),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
         "test_cases": list(dataset.test),
@@ -150,27 +162,39 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     return Understood("config", text, facts)
 
 
+def _changes(before: BaseModel, after: BaseModel) -> list[str]:
+    """The dotted names of settings whose values differ."""
+    found = []
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(old, BaseModel) and type(old) is type(new):
+            found += [f"{name}.{inner}" for inner in _changes(old, new)]
+        elif old != new:
+            found.append(name)
+    return found
+
+
 def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
-    Raises DatasetError listing every case that is wrong.
+    Raises DatasetError or VolumeError with a sentence for every case that is wrong.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures_told = PicturesTold()
-    shapes, spacings, problems, orientations = [], [], [], set()
+    shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
+    seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
     strange = NumbersFound()
     for case in track(dataset.cases, "reading", len(dataset.cases)):
-        try:
+        image = None
+        with problems.noted():
             image, label = read_case(case, dataset)
-            if labelling.others is not None:
-                strange.add_label(case, dataset)
-        except SegkitError as error:
+        if image is None or labelling.others is not None:
             strange.add_label(case, dataset)
-            problems.append(error)
+        if image is None:
             continue
         pictures_told.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
@@ -181,6 +205,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
         held = np.zeros(len(labelling.value_names), np.int64)
         for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
             held += np.bincount(plane.ravel(), minlength=len(held))
+        seen |= set(np.flatnonzero(held).tolist())
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
         voxels += counts
         present += counts > 0
@@ -190,9 +215,8 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             f"{declared(labelling)}; name them in data.labels, or say there what "
             f"others are"
         )
-    if problems:
-        rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
-        raise type(problems[0])(f"{problems[0]}{rest}")
+    problems.refuse()
+    word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
     told = proposal(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
@@ -220,6 +244,8 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     if labelling.others is not None:
         taken = labelling.value_names[labelling.others]
         lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+    if word:
+        lines.append(f"careful: {word}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
@@ -293,7 +319,7 @@ def _in_files(labelling: Labelling, number: int) -> str:
 
 
 def _listing(items: Iterable[object]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _told_apart(labelling: Labelling) -> str:

@@ -64,12 +64,14 @@ def plan_by_race(
     minutes: float = 20.0,
     preset: Preset = "auto",
     runs: str | Path = "runs",
+    held_out: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Planned:
     """The best of two to four plans, by a race; its table stands in the text as comments.
 
-    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them. There is
-    no race on a GPU, or if 15 % of the minutes are too short for one.
+    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
+    `held_out` names the cases that the race must not see, if the split is another than the plan's.
+    There is no race on a GPU, or if 15 % of the minutes are too short for one.
     """
     runs = Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
@@ -92,7 +94,11 @@ def plan_by_race(
     if len(names) < 2 or not on_cpu:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
-    cases = _cases_of(dataset, candidates[by_rule].config)
+    config = candidates[by_rule].config
+    if held_out is not None:
+        data = config.data.model_copy(update={"validation": list(held_out)})
+        config = config.model_copy(update={"data": data})
+    cases = _cases_of(dataset, config)
     if cases is None:
         return candidates[by_rule]
     rounds = _raced(

@@ -14,11 +14,13 @@ from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
 from segkit.data.labelling_from import labelling_from
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, is_picture, stem_of
 
+MOST_NAMED = 20
+"""Labels in a sentence."""
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
 NamedFiles = tuple[str, tuple[Path, ...], Path]
@@ -88,15 +90,19 @@ def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJs
     if names is None:
         raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
     channels = tuple(names[key] for key in sorted(names, key=_number))
-    labelling = given or _labelling_of_file(path, file)
-    codes = {name: code for name, code in file.codes.items() if name in labelling.members}
-    if given is None and file.codes.keys() - codes.keys():
-        raise _unknown_codes(str(path), file.codes, labelling)
-    files = (
-        _on_disk(folder, file, len(channels))
-        if file.training is None
-        else [_listed(folder, entry) for entry in file.training]
-    )
+    problems = Problems()
+    with problems.noted():
+        labelling = given or _labelling_of_file(path, file)
+        codes = {name: code for name, code in file.codes.items() if name in labelling.members}
+        if given is None and file.codes.keys() - codes.keys():
+            raise _unknown_codes(str(path), file.codes, labelling)
+    with problems.noted():
+        files = (
+            _on_disk(folder, file, len(channels))
+            if file.training is None
+            else _listed(folder, file.training)
+        )
+    problems.refuse()
     return DatasetJson(channels, labelling, tuple(files), codes, file.pictures)
 
 
@@ -193,14 +199,20 @@ def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tu
     return groups
 
 
-def _listed(folder: Path, entry: _Training) -> NamedFiles:
-    images = [entry.image] if isinstance(entry.image, str) else entry.image
-    paths = tuple(folder / image for image in images)
-    label = folder / entry.label
-    for path in (*paths, label):
-        if not path.is_file():
-            raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
-    return stem_of(label), paths, label
+def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
+    found, problems = [], Problems()
+    for entry in entries:
+        images = [entry.image] if isinstance(entry.image, str) else entry.image
+        paths = tuple(folder / image for image in images)
+        label = folder / entry.label
+        for path in (*paths, label):
+            with problems.noted():
+                if not path.is_file():
+                    raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
+        with problems.noted():
+            found.append((stem_of(label), paths, label))
+    problems.refuse()
+    return found
 
 
 def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
@@ -224,7 +236,7 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             f"{path}: numTraining is {file.num_training}, found {len(labels)} labels in "
             f"{folder}/labelsTr; correct the one or complete the other"
         )
-    found = []
+    found, problems = [], Problems()
     for label in labels:
         images = tuple(
             folder / "imagesTr" / f"{stem_of(label)}_{channel:04d}{ending}"
@@ -233,16 +245,18 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
         if is_picture(images[0]) and not any(image.is_file() for image in images[1:]):
             images = images[:1]
         for image in images:
-            if not image.is_file():
-                raise DatasetError(
-                    f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
-                )
+            with problems.noted():
+                if not image.is_file():
+                    raise DatasetError(
+                        f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
+                    )
         found.append((stem_of(label), images, label))
+    problems.refuse()
     return found
 
 
 def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _number(key: str) -> tuple[int, str]:
