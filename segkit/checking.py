@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.config.pictures import PicturesConfig
-from segkit.data.dataset import read_case, read_dataset
-from segkit.errors import SegkitError, VolumeError
+from segkit.data.dataset import read_case, read_dataset, unlabelled
+from segkit.errors import Problems, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
@@ -26,6 +27,9 @@ from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
+
+MOST_NAMED = 40
+"""Labels, cases or maps in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +114,21 @@ def _series_facts(series: Series) -> dict[str, Any]:
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
-    """The whole resolved config, and what its network and dataset come to."""
+    """The config with every value that a training uses, and what network and dataset come to."""
     config = load_config(path, overrides)
     dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(
-        describe(resolve(config, dataset, split, track=track), dataset), first_stage
-    )
+    settled = resolve(config, dataset, split, track=track)
+    description = described(describe(settled, dataset), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())
     text = (
-        f"{dump_yaml(config)}"
+        f"{dump_yaml(settled)}"
+        f"# settled by the dataset, by this machine or by other settings: "
+        f"{_listing(_changes(config, settled)) or 'nothing'}\n"
         f"# {len(train)} cases to train on, {len(held_out)} held out\n"
         f"# {_told_apart(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
@@ -132,7 +137,8 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         f"{_listing(maps) or 'none'}"
     )
     facts = {
-        "config": config.model_dump(mode="json"),
+        "config": settled.model_dump(mode="json"),
+        "settled": _changes(config, settled),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
         "spacing_mm": list(description.spacing),
@@ -143,6 +149,18 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     return Understood("config", text, facts)
 
 
+def _changes(before: BaseModel, after: BaseModel) -> list[str]:
+    """The dotted names of settings whose values differ."""
+    found = []
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(old, BaseModel) and type(old) is type(new):
+            found += [f"{name}.{inner}" for inner in _changes(old, new)]
+        elif old != new:
+            found.append(name)
+    return found
+
+
 def check_dataset(
     folder: Path,
     track: Track,
@@ -151,21 +169,22 @@ def check_dataset(
 ) -> Understood:
     """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
-    Raises DatasetError listing every case that is wrong.
+    Raises DatasetError or VolumeError with a sentence for every case that is wrong.
     """
     dataset = read_dataset(folder, files, pictures)
     pictures_told = PicturesTold()
-    shapes, spacings, problems, orientations = [], [], [], set()
+    shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
+    seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
     total = 0
     for case in track(dataset.cases, "reading", len(dataset.cases)):
-        try:
+        image = None
+        with problems.noted():
             image, label = read_case(case, dataset)
-        except SegkitError as error:
-            problems.append(error)
+        if image is None:
             continue
         pictures_told.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
@@ -176,13 +195,13 @@ def check_dataset(
         held = np.zeros(len(labelling.value_names), np.int64)
         for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
             held += np.bincount(plane.ravel(), minlength=len(held))
+        seen |= set(np.flatnonzero(held).tolist())
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
         total += label.data.size
         voxels += counts
         present += counts > 0
-    if problems:
-        rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
-        raise type(problems[0])(f"{problems[0]}{rest}")
+    problems.refuse()
+    word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         f"channels: {', '.join(dataset.channels)}",
@@ -197,6 +216,8 @@ def check_dataset(
         ]
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
+    if word:
+        lines.append(f"careful: {word}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
@@ -228,7 +249,7 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
 
 
 def _listing(items: Iterable[object]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _told_apart(labelling: Labelling) -> str:

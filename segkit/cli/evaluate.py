@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import Overwrite, PixelSize
+from segkit.cli.options import Overwrite, PixelSizeOption
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
@@ -30,7 +30,7 @@ def evaluate_command(
             "pictures 2 pixels if not given.",
         ),
     ] = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
         Option(help="References without a prediction: refuse, skip them, or score as empty."),

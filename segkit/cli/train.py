@@ -15,6 +15,9 @@ from segkit.config.load import dataset_in
 from segkit.errors import ConfigError, Stopped
 from segkit.system.allocator import keep_freed_memory
 
+MOST_PICTURES = 200
+"""Whose headers are looked at before training."""
+
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
@@ -96,6 +99,7 @@ def train_command(
         settings, low = _settings(
             config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
         )
+        _tell_of_pictures(settings)
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
@@ -204,6 +208,18 @@ def _resumed(run: Path, folds: tuple[int, ...]) -> "Run | CrossValidation":
     if folds:
         raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
     return resume_two_stages(run, tell=_tell, callbacks=callbacks, track=track)
+
+
+def _tell_of_pictures(settings: "Config") -> None:
+    """Say what pixel size was taken, if the dataset is one of pictures."""
+    from segkit.data.dataset import read_dataset
+    from segkit.io.picture_summary import told_of_pictures
+
+    data = settings.data
+    dataset = read_dataset(data.folder, data.files, data.pictures)
+    first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
+    for line in told_of_pictures(first, dataset.rules):
+        say(line)
 
 
 def _shown() -> tuple[list["Callback"], "Tracker"]:

@@ -1,6 +1,6 @@
 """What is told apart in a label map, how it stands in files, and what is left out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 
@@ -41,6 +41,12 @@ class Labelling:
     def written(self) -> tuple[int, ...] | None:
         """The number each region is written as, in order; None for classes."""
         return tuple(self.numbers[name] for name in self.regions) if self.regions else None
+
+    def absent(self, present: Collection[int]) -> tuple[str, ...]:
+        """The classes or regions of which no number is among those that label files hold."""
+        return tuple(
+            name for name, numbers in self.members.items() if not set(numbers) & set(present)
+        )
 
     @property
     def value_names(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.data.dataset_json import picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
-from segkit.errors import DatasetError, VolumeError
-from segkit.geometry.grid import Grid
+from segkit.errors import DatasetError, Problems, VolumeError, first_few
+from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
@@ -30,6 +31,7 @@ from segkit.io.volume import (
     read_picture_facts,
     read_volume,
     trouble_with,
+    turn_onto,
     whole_numbers,
 )
 
@@ -96,15 +98,21 @@ def read_dataset(
     """
     file = read_dataset_file(folder) if files is None else list_files(folder, files)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
-    names = [case.name for case in cases]
-    if unfit := [case for case in cases if not is_file_name(case.name)]:
-        raise DatasetError(
-            f"{unfit[0].label}: expected a name that files of the case can have, found "
-            f"{unfit[0].name!r}; rename it"
-        )
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
+    problems = Problems()
+    for name, count in Counter(case.name for case in cases).items():
+        with problems.noted():
+            if count > 1:
+                raise DatasetError(
+                    f"{folder}/dataset.json: case {name} is listed twice in training"
+                )
+    for case in cases:
+        with problems.noted():
+            if not is_file_name(case.name):
+                raise DatasetError(
+                    f"{case.label}: expected a name that files of the case can have, found "
+                    f"{case.name!r}; rename it"
+                )
+    problems.refuse()
     told = file.labelling
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, told)
@@ -171,13 +179,55 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
             raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):
-        raise DatasetError(
-            f"{case.images[0]}: expected {len(dataset.channels)} channels "
-            f"({', '.join(dataset.channels)}), found {data.shape[3]}"
-        )
+        raise _miscounted(case, dataset, data.shape[3])
     _check_unit(case, parts[0], dataset)
     label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
+
+
+def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
+    """Look at the headers of all cases, which takes a moment, before their voxels are read.
+
+    Raises:
+        DatasetError, VolumeError: all that is wrong, with a sentence for each case in `problems`: a
+            file is missing or is no volume, channels are too few or too many, or files of a case
+            lie on different grids.
+    """
+    problems = Problems()
+    for case in cases:
+        if any(map(is_picture, (*case.images, case.label))):
+            continue  # whose voxels are its header, nearly
+        with problems.noted():
+            grids = {path: read_grid(path) for path in (*case.images, case.label)}
+            for path in (*case.images[1:], case.label) if case.images else ():
+                _turned_onto(case, path, grids[path], grids[case.images[0]])
+            found = sum(read_num_channels(path) for path in case.images)
+            if case.images and found != len(dataset.channels):
+                raise _miscounted(case, dataset, found)
+    problems.refuse()
+
+
+def unlabelled(dataset: Dataset, present: Collection[int], cases: str) -> str | None:
+    """A sentence about classes that no case holds, or None if each is in some case.
+
+    Args:
+        dataset: its folder and its labels.
+        present: the numbers that the cases' label files hold.
+        cases: whose they are, in words: "any of 4 cases".
+
+    Raises:
+        DatasetError: no case holds any class.
+    """
+    absent = dataset.labelling.absent(present)
+    if not absent:
+        return None
+    what = f"{dataset.folder}: no voxel in {cases} is labelled {first_few(absent)}"
+    if len(absent) == len(dataset.labelling.members):
+        raise DatasetError(
+            f"{what}, so that there is nothing to learn; label some, or look whether "
+            f"the right files are named"
+        )
+    return f"{what}; nothing is learned of {'it' if len(absent) == 1 else 'them'}"
 
 
 def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
@@ -208,8 +258,21 @@ def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     return values.reshape(label.grid.shape).astype(kind)
 
 
+def _miscounted(case: CaseFiles, dataset: Dataset, found: int) -> DatasetError:
+    return DatasetError(
+        f"{case.images[0]}: expected {len(dataset.channels)} channels "
+        f"({first_few(dataset.channels)}), found {found}"
+    )
+
+
 def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:
+    return volume.on(
+        first.grid, _turned_onto(case, path, volume.grid, first.grid).turn(volume.data)
+    )
+
+
+def _turned_onto(case: CaseFiles, path: Path, grid: Grid, first: Grid) -> Orientation:
     try:
-        return volume.onto(first.grid, what=f"{path}:", whose=case.images[0].name)
+        return turn_onto(grid, first, what=f"{path}:", whose=case.images[0].name)
     except VolumeError as error:
         raise DatasetError(str(error)) from None

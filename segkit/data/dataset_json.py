@@ -12,11 +12,13 @@ from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, is_picture, stem_of
 
+MOST_NAMED = 20
+"""Labels in a sentence."""
 IGNORE = "ignore"
 """The name, in either form, of voxels that nobody labelled."""
 
@@ -86,12 +88,16 @@ def read_dataset_file(folder: Path) -> DatasetJson:
     if names is None:
         raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
     channels = tuple(names[key] for key in sorted(names, key=_number))
-    labelling = _checked_labelling(str(path), file)
-    files = (
-        _on_disk(folder, file, len(channels))
-        if file.training is None
-        else [_listed(folder, entry) for entry in file.training]
-    )
+    problems = Problems()
+    with problems.noted():
+        labelling = _checked_labelling(str(path), file)
+    with problems.noted():
+        files = (
+            _on_disk(folder, file, len(channels))
+            if file.training is None
+            else _listed(folder, file.training)
+        )
+    problems.refuse()
     return DatasetJson(channels, labelling, tuple(files), file.codes, file.pictures)
 
 
@@ -202,9 +208,10 @@ def _with_regions(
     background = [name for name, group in groups.items() if group == (0,)]
     regions = {name: group for name, group in groups.items() if group != (0,)}
     if len(background) != 1 or any(0 in group for group in regions.values()):
+        found = [repr(name) for name, group in groups.items() if 0 in group]
         raise DatasetError(
             f"{path}: regions need one label that is 0 alone, the background, and no region may "
-            f"hold 0; found 0 in {[name for name, group in groups.items() if 0 in group]}"
+            f"hold 0; found 0 in [{_listing(found)}]"
         )
     if order is None:
         raise DatasetError(
@@ -214,7 +221,7 @@ def _with_regions(
     if len(order) != len(regions) or len(set(order)) != len(order):
         raise DatasetError(
             f"{path}: regions_class_order must hold {len(regions)} different numbers, one for each "
-            f"of {_listing(regions)}, found {order}"
+            f"of {_listing(regions)}, found [{_listing(order)}]"
         )
     for (name, group), number in zip(regions.items(), order, strict=True):
         if number not in group:
@@ -246,18 +253,25 @@ def _check_numbers(path: str, file: _Labels, labelling: Labelling) -> None:
 
 def _misnumbered(path: str, found: Sequence[str | int]) -> DatasetError:
     return DatasetError(
-        f"{path}: labels must be numbered 0 (background), 1, 2, …, found {list(found)}"
+        f"{path}: labels must be numbered 0 (background), 1, 2, …, found "
+        f"[{first_few(map(repr, found), MOST_NAMED)}]"
     )
 
 
-def _listed(folder: Path, entry: _Training) -> NamedFiles:
-    images = [entry.image] if isinstance(entry.image, str) else entry.image
-    paths = tuple(folder / image for image in images)
-    label = folder / entry.label
-    for path in (*paths, label):
-        if not path.is_file():
-            raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
-    return stem_of(label), paths, label
+def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
+    found, problems = [], Problems()
+    for entry in entries:
+        images = [entry.image] if isinstance(entry.image, str) else entry.image
+        paths = tuple(folder / image for image in images)
+        label = folder / entry.label
+        for path in (*paths, label):
+            with problems.noted():
+                if not path.is_file():
+                    raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
+        with problems.noted():
+            found.append((stem_of(label), paths, label))
+    problems.refuse()
+    return found
 
 
 def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
@@ -281,7 +295,7 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             f"{path}: numTraining is {file.num_training}, found {len(labels)} labels in "
             f"{folder}/labelsTr; correct the one or complete the other"
         )
-    found = []
+    found, problems = [], Problems()
     for label in labels:
         images = tuple(
             folder / "imagesTr" / f"{stem_of(label)}_{channel:04d}{ending}"
@@ -290,16 +304,18 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
         if is_picture(images[0]) and not any(image.is_file() for image in images[1:]):
             images = images[:1]
         for image in images:
-            if not image.is_file():
-                raise DatasetError(
-                    f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
-                )
+            with problems.noted():
+                if not image.is_file():
+                    raise DatasetError(
+                        f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
+                    )
         found.append((stem_of(label), images, label))
+    problems.refuse()
     return found
 
 
 def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _number(key: str) -> tuple[int, str]:

@@ -28,15 +28,15 @@ from numpy import ndarray
 from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
-from segkit.data.preprocess import prepare_image, prepare_label
-from segkit.errors import DatasetError, VolumeError
+from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
+from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
 from segkit.io.checksums import file_states
 from segkit.io.volume import is_picture, read_volume
 from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
-from segkit.system.workers import in_processes
+from segkit.system.workers import attempted, in_processes
 
 CACHE_FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
@@ -75,6 +75,11 @@ class StoredCase:
         voxels = _mapped(self.folder / "voxels.npy")
         classes = _mapped(self.folder / "classes.npy").tolist()
         return {number: voxels[first:end] for number, first, end in classes}
+
+    @property
+    def labels(self) -> set[int]:
+        """The labels that are present, but for the background."""
+        return set(_mapped(self.folder / "classes.npy")[:, 0].tolist()) - {0}
 
     def check(self, num_channels: int) -> None:
         """Raise DatasetError unless the arrays are what `write_arrays` makes."""
@@ -124,8 +129,8 @@ def store_cases(
         track: shows progress.
         num_processes: by default as many as cores, memory and the work allow.
 
-    Raises DatasetError or VolumeError as `read_case` does, and WorkerError if a process was killed.
-    Cases that are stored by then stay.
+    Raises DatasetError or VolumeError as `read_case` does, for all cases together once the others
+    are stored, and WorkerError if a process was killed. Cases that are stored by then stay.
     """
     described = replace(dataset, cases=())
     firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
@@ -164,10 +169,13 @@ def store_cases(
             normalisers=tuple(normalisers),
             order=order,
         )
-        fresh = in_processes(store, pending, min(num_processes, len(pending)))
+        attempt = partial(attempted, store)
+        fresh = in_processes(attempt, pending, min(num_processes, len(pending)))
         names = {case.name for case, *_ in pending}
-        for _ in track(_as_stored(cases, names, fresh)):
+        problems = Problems()
+        for _ in track(_as_stored(cases, names, fresh, problems)):
             pass
+    problems.refuse()
     return tuple(stored)
 
 
@@ -209,12 +217,19 @@ def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, 
 
 
 def _as_stored(
-    cases: Sequence[CaseFiles], pending: set[str], results: Iterator[None]
+    cases: Sequence[CaseFiles],
+    pending: set[str],
+    results: Iterator[SegkitError | None],
+    problems: Problems,
 ) -> Iterator[CaseFiles]:
-    """Each case as soon as it is stored."""
+    """Each case as soon as it is stored, or what is wrong with it is noted."""
     for case in cases:
-        if case.name in pending:
-            next(results)
+        error = next(results) if case.name in pending else None
+        if isinstance(error, TooLargeError):  # as others will be, by the same spacing
+            raise DatasetError(str(error))
+        with problems.noted():
+            if error is not None:
+                raise error
         yield case
 
 
@@ -251,7 +266,8 @@ def _store(
     try:
         prepared = prepare_image(body, spacing=spacing, normalisers=normalisers, order=order)
     except VolumeError as error:
-        raise DatasetError(f"case {case.name}: {error}") from None
+        kind = TooLargeError if isinstance(error, TooLargeError) else DatasetError
+        raise kind(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
     if first is not None:
         image = with_labels(prepared, read_volume(first)).image.numpy()

@@ -30,10 +30,10 @@ Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
 MOST_MISSING = 10
 """Of cases in a sentence."""
-TOLERANCE_MM = 1.0
+TOLERANCE_OF_VOLUMES = 1.0
 PIXELS_OF_TOLERANCE = 2.0
 """The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
-NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+PLAIN_NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
@@ -257,7 +257,7 @@ def tolerance_of(
     picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
     pixel = max(picture[0].spacing[:2]) if picture else None
     if tolerance is None:
-        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM
+        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_OF_VOLUMES
     text = str(tolerance).strip()
     in_pixels = IN_PIXELS.fullmatch(text)
     try:
@@ -265,7 +265,7 @@ def tolerance_of(
             if pixel is None:
                 raise ValueError("pixels are those of pictures; give it in mm")
             return float(in_pixels[1]) * pixel
-        length = float(text) if NUMBER.fullmatch(text) else length_mm(text)
+        length = float(text) if PLAIN_NUMBER.fullmatch(text) else length_mm(text)
     except ValueError as error:
         raise VolumeError(f"tolerance {text!r}: {error}") from None
     if picture and not picture[1].sized:

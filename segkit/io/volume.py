@@ -128,13 +128,20 @@ class Volume:
         Raises:
             VolumeError: the grids hold different voxels; it says in what they differ.
         """
-        turn = Orientation.between(self.grid, grid)
-        if difference := turn.turn_grid(self.grid).difference_from(grid):
-            raise VolumeError(
-                f"{what} lies on another grid than {whose}: {difference}; resample one onto the "
-                f"other"
-            )
-        return self.on(grid, turn.turn(self.data))
+        return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
+
+
+def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
+    """The order and directions of one grid's axes in which it is the other; see `Volume.onto`.
+
+    Raises VolumeError if it is none.
+    """
+    turn = Orientation.between(one, other)
+    if difference := turn.turn_grid(one).difference_from(other):
+        raise VolumeError(
+            f"{what} lies on another grid than {whose}: {difference}; resample one onto the other"
+        )
+    return turn
 
 
 def suffix_of(path: Path) -> str:
@@ -345,7 +352,11 @@ def trouble_with(values: ndarray) -> str | None:
     with np.errstate(invalid="ignore"):
         low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        return "holds voxels that are not numbers; repair it"
+        strange = sum(int((~np.isfinite(plane)).sum()) for plane in np.moveaxis(values, 2, 0))
+        return (
+            f"holds voxels that are not numbers; repair it, by setting them to 0 if they lie "
+            f"outside a mask ({strange:,} of {values.size:,} values are NaN or infinite)"
+        )
     if max(-low, high) > FARTHEST_VALUE:
         return f"holds values from {low:g} to {high:g}; scale them to what was measured"
     return None

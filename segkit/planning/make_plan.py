@@ -1,5 +1,6 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from segkit.config.model import FirstStageConfig, ModelDescription, description_
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.dataset import Dataset, read_dataset, unlabelled
 from segkit.data.variation import build_variation
+from segkit.errors import printable
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
@@ -33,6 +35,8 @@ from segkit.planning.plan import (
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
+
+logger = logging.getLogger(__name__)
 
 Preset = Literal["auto", "nnunet"]
 
@@ -279,6 +283,9 @@ def _task(
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    labelled = {number for case in measured.cases for number in case.classes}
+    if word := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+        logger.warning("%s", printable(word))
     return _Task(
         folder,
         files,

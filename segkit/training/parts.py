@@ -19,12 +19,12 @@ from torch import nn
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, read_dataset, unlabelled
 from segkit.data.normalise import build_normalisers
 from segkit.data.patches import ForegroundSampler, PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
 from segkit.data.variation import build_variation
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, Problems, printable
 from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import start_from
@@ -166,6 +166,9 @@ def make_parts(
     description = described(describe(config, dataset), first_stage)
     built = _network(config, description, network, begun)
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
+    present = {number for case in cases for number in case.labels}
+    if word := unlabelled(dataset, present, f"the {len(cases)} cases to train on"):
+        logger.warning("%s", printable(word))
     patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
     parts = TrainingParts(
@@ -284,4 +287,10 @@ def _stored(
             track=lambda each: track(each, what, len(cases)),
         )
 
-    return first_labels, store(split.train, "preparing"), store(split.held_out, "held out")
+    problems = Problems()
+    with problems.noted():
+        cases = store(split.train, "preparing")
+    with problems.noted():
+        held_out = store(split.held_out, "held out")
+    problems.refuse()
+    return first_labels, cases, held_out
