@@ -5,7 +5,8 @@
 A gallery of planted gates, in 2D and 3D: each is a small network that segments by its gate or
 beside it, on images of a structure that moves. The rule judges 1, 3, 8, 12 and 20 scans, nested, of
 20 seeds. The evidence of a scan is found once. Gates without random weights share a pool of
-scans, of which each seed draws 20; gates with random weights have scans of their own for each seed.
+scans, of which each seed draws 20, so that seeds are not independent; gates with random weights
+have scans of their own for each seed.
 Deletion is compared with the mean map of up to eight earlier scans of the pool.
 
 Results are written gate by gate: run the command again to go on after a stop. `--table` prints what
@@ -44,7 +45,7 @@ from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 
 COUNTS = (1, 3, 8, 12, 20)
-POOL = 40
+POOL = 30
 EARLIER = 8
 SHAPES = {2: (24, 24, 4), 3: (16, 16, 16)}
 PATCHES = {2: (24, 24, 1), 3: (16, 16, 16)}

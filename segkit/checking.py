@@ -1,19 +1,29 @@
 """`segkit check`: what segkit understands of a config, a dataset or a volume."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
-from segkit.config.pictures import PicturesConfig
-from segkit.data.dataset import read_case, read_dataset
-from segkit.errors import SegkitError, VolumeError
+from segkit.data.case_groups import proposal
+from segkit.data.dataset import (
+    CaseFiles,
+    Dataset,
+    dataset_of,
+    read_case,
+    read_case_label,
+    unlabelled,
+)
+from segkit.data.label_numbers import declared, other_numbers
+from segkit.errors import DatasetError, Problems, SegkitError, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
@@ -26,6 +36,11 @@ from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
+
+MOST_NUMBERS = 20
+"""Of those that nobody names; a sentence counts the others."""
+MOST_NAMED = 40
+"""Labels, cases or maps in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +90,10 @@ def check(
             refuse_volumes_beside_series(path)
         return describe_series(path, series)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
-        dataset = dataset_in(path)
+        dataset = dataset_in(path, overrides)
         if dataset is None:
             return check_config(path, overrides, track)
-        return check_dataset(dataset.folder, track, dataset.files, dataset.pictures)
+        return check_dataset(dataset, track)
     rules = with_pixel_size(AS_IT_SAYS, pixel_size)
     return describe_volume(path, read_volume(path, rules=rules))
 
@@ -110,21 +125,23 @@ def _series_facts(series: Series) -> dict[str, Any]:
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
-    """The whole resolved config, and what its network and dataset come to."""
+    """The config with every value that a training uses, and what network and dataset come to."""
     config = load_config(path, overrides)
-    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
+    dataset = dataset_of(config.data)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    description = described(
-        describe(resolve(config, dataset, split, track=track), dataset), first_stage
-    )
+    settled = resolve(config, dataset, split, track=track)
+    description = described(describe(settled, dataset), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())
     text = (
-        f"{dump_yaml(config)}"
-        f"# {len(train)} cases to train on, {len(held_out)} held out\n"
+        f"{dump_yaml(settled)}"
+        f"# settled by the dataset, by this machine or by other settings: "
+        f"{_listing(_changes(config, settled)) or 'nothing'}\n"
+        f"# {len(train)} cases to train on, {len(held_out)} held out"
+        f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
         f"# {_told_apart(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
@@ -132,9 +149,11 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         f"{_listing(maps) or 'none'}"
     )
     facts = {
-        "config": config.model_dump(mode="json"),
+        "config": settled.model_dump(mode="json"),
+        "settled": _changes(config, settled),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
+        "test_cases": list(dataset.test),
         "spacing_mm": list(description.spacing),
         "normalisation": [setting.model_dump() for setting in description.normalisation],
         "parameters": parameters,
@@ -143,29 +162,39 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     return Understood("config", text, facts)
 
 
-def check_dataset(
-    folder: Path,
-    track: Track,
-    files: FilesConfig | None = None,
-    pictures: PicturesConfig | None = None,
-) -> Understood:
+def _changes(before: BaseModel, after: BaseModel) -> list[str]:
+    """The dotted names of settings whose values differ."""
+    found = []
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(old, BaseModel) and type(old) is type(new):
+            found += [f"{name}.{inner}" for inner in _changes(old, new)]
+        elif old != new:
+            found.append(name)
+    return found
+
+
+def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     """Every case read and held against what is declared: sizes, spacings, voxels of each class.
 
-    Raises DatasetError listing every case that is wrong.
+    Raises DatasetError or VolumeError with a sentence for every case that is wrong.
     """
-    dataset = read_dataset(folder, files, pictures)
+    dataset, folder = dataset_of(source), source.folder
     pictures_told = PicturesTold()
-    shapes, spacings, problems, orientations = [], [], [], set()
+    shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
+    seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    total = 0
+    strange = NumbersFound()
     for case in track(dataset.cases, "reading", len(dataset.cases)):
-        try:
+        image = None
+        with problems.noted():
             image, label = read_case(case, dataset)
-        except SegkitError as error:
-            problems.append(error)
+        if image is None or labelling.others is not None:
+            strange.add_label(case, dataset)
+        if image is None:
             continue
         pictures_told.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
@@ -176,17 +205,26 @@ def check_dataset(
         held = np.zeros(len(labelling.value_names), np.int64)
         for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
             held += np.bincount(plane.ravel(), minlength=len(held))
+        seen |= set(np.flatnonzero(held).tolist())
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
-        total += label.data.size
         voxels += counts
         present += counts > 0
-    if problems:
-        rest = f" (and {len(problems) - 1} more cases)" if len(problems) > 1 else ""
-        raise type(problems[0])(f"{problems[0]}{rest}")
+    if strange.voxels and labelling.others is None:
+        raise DatasetError(
+            f"{folder}: labels hold numbers that nobody names: {strange}; the dataset declares "
+            f"{declared(labelling)}; name them in data.labels, or say there what "
+            f"others are"
+        )
+    problems.refuse()
+    word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
+    told = proposal(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
+        *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
+        *([told] if told else []),
         f"channels: {', '.join(dataset.channels)}",
     ]
+    total = sum(math.prod(shape) for shape in shapes)
     if pictures_told.all:
         lines += pictures_told.lines(shapes, spacings)
     else:
@@ -197,6 +235,17 @@ def check_dataset(
         ]
     for what, cases, count in zip(groups, present, voxels, strict=True):
         lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
+    lines += [
+        f"case {name} has no labels of {_listing(names)}"
+        for name, names in list(dataset.unlabelled.items())[:MOST_NUMBERS]
+    ]
+    if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
+        lines.append(f"{more} more cases are partly labelled")
+    if labelling.others is not None:
+        taken = labelling.value_names[labelling.others]
+        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+    if word:
+        lines.append(f"careful: {word}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
@@ -209,8 +258,42 @@ def check_dataset(
             {"name": what, "cases": int(cases), "voxels": int(count)}
             for what, cases, count in zip(groups, present, voxels, strict=True)
         ],
+        "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
+        "other_numbers": [
+            {"number": number, "cases": strange.cases[number], "voxels": count}
+            for number, count in sorted(strange.voxels.items())
+        ],
     }
     return Understood("dataset", "\n".join(lines), facts)
+
+
+@dataclass(frozen=True)
+class NumbersFound:
+    """Numbers in label files, and of each its voxels and cases."""
+
+    voxels: Counter[int] = field(default_factory=Counter)
+    cases: Counter[int] = field(default_factory=Counter)
+
+    def add_label(self, case: CaseFiles, dataset: Dataset) -> None:
+        """Add those of a case that no name stands for; none if its label cannot be read."""
+        try:
+            label = read_case_label(case, dataset)
+        except SegkitError:  # told already, by what reads the whole case
+            return
+        found = other_numbers(label.data, dataset.labelling)
+        self.voxels.update(found)
+        self.cases.update(found.keys())
+
+    def __str__(self) -> str:
+        told = [
+            f"{number} ({self.voxels[number]:,} voxels in {_cases(self.cases[number])})"
+            for number in sorted(self.voxels)
+        ]
+        return ", ".join([*told[:MOST_NUMBERS], *[f"{len(told) - MOST_NUMBERS} more"]][: len(told)])
+
+
+def _cases(count: int) -> str:
+    return "1 case" if count == 1 else f"{count} cases"
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
@@ -218,17 +301,25 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
     groups: dict[str, tuple[int, ...]] = {}
     for name, number in labelling.numbers.items():
         if not labelling.regions:
-            groups[f"label {number} {name}"] = (number,)
+            groups[f"label {_in_files(labelling, number)} {name}"] = (number,)
         elif name in labelling.regions:
             numbers = labelling.regions[name]
-            groups[f"region {name} ({_listing(numbers)}, written as {number})"] = numbers
+            listed = _listing(labelling.in_file(each) for each in numbers)
+            told = f"region {name} ({listed}, written as {labelling.in_file(number)})"
+            groups[told] = numbers
     if labelling.ignore is not None:
-        groups[f"label {labelling.ignore} ignore, left out"] = (labelling.ignore,)
+        told = _in_files(labelling, labelling.ignore)
+        groups[" ".join(f"label {told} ignore, left out".split())] = (labelling.ignore,)
     return groups
 
 
+def _in_files(labelling: Labelling, number: int) -> str:
+    """The numbers in files that stand for a number of segkit's: "17, 53"."""
+    return _listing(labelling.in_files[number]) if labelling.in_files else str(number)
+
+
 def _listing(items: Iterable[object]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _told_apart(labelling: Labelling) -> str:

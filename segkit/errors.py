@@ -14,7 +14,8 @@ for the end. Anything else that is raised is our own bug and keeps its traceback
 
 import errno
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 ADVICE = {
     errno.ENOSPC: "free some space there and run the same command again",
@@ -32,6 +33,8 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 MOST_CHARACTERS = 4000
 """Of a sentence, which may quote a stranger's file."""
+MOST_SENTENCES = 5
+"""Of several problems in the text of one error; `problems` holds them all."""
 
 
 class SegkitError(Exception):
@@ -40,6 +43,9 @@ class SegkitError(Exception):
     It may quote a stranger's file: what a terminal would obey rather than show is spelt out, and
     the middle of an endless sentence is left out.
     """
+
+    problems: tuple[str, ...] = ()
+    """A sentence for each of several problems that were found in one go; else none."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(printable(abridged(sentence)))
@@ -80,6 +86,42 @@ def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") ->
     texts = list(items)
     shown = between.join(str(text) for text in texts[:most])
     return shown if len(texts) <= most else f"{shown} and {len(texts) - most:,} more"
+
+
+class Problems:
+    """What is wrong with many files, told together once all were looked at.
+
+    Example:
+        problems = Problems()
+        for path in paths:
+            with problems.noted():
+                read_volume(path)
+        problems.refuse()
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[SegkitError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a SegkitError that is raised inside, and go on behind it."""
+        try:
+            yield
+        except SegkitError as error:
+            self.errors.append(error)
+
+    def refuse(self) -> None:
+        """Raise what was noted, if anything: an only error as it is, or one that holds them all."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if not self.errors:
+            return
+        sentences = tuple(
+            dict.fromkeys(each for error in self.errors for each in error.problems or [str(error)])
+        )
+        together = type(self.errors[0])(first_few(sentences, MOST_SENTENCES, between="; "))
+        together.problems = sentences
+        raise together
 
 
 class ConfigError(SegkitError):

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
-from segkit.data.dataset import CaseFiles, Dataset, read_dataset
-from segkit.planning.make_plan import Planned, Preset, plan_candidates
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
 from segkit.system.progress import Track, untracked
 from segkit.training.fit import train
 from segkit.training.split import split_of
@@ -53,7 +53,7 @@ class Entry:
 
 
 def plan_by_race(
-    folder: str | Path,
+    folder: str | Path | DatasetConfig,
     files: FilesConfig | None = None,
     *,
     pictures: PicturesConfig | None = None,
@@ -64,17 +64,19 @@ def plan_by_race(
     minutes: float = 20.0,
     preset: Preset = "auto",
     runs: str | Path = "runs",
+    held_out: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Planned:
     """The best of two to four plans, by a race; its table stands in the text as comments.
 
-    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them. There is
-    no race on a GPU, or if 15 % of the minutes are too short for one.
+    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
+    `held_out` names the cases that the race must not see, if the split is another than the plan's.
+    There is no race on a GPU, or if 15 % of the minutes are too short for one.
     """
     runs = Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
     candidates = plan_candidates(
-        Path(folder),
+        folder,
         files,
         pictures=pictures,
         cache=cache,
@@ -91,8 +93,12 @@ def plan_by_race(
     on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
     if len(names) < 2 or not on_cpu:
         return candidates[by_rule]
-    dataset = read_dataset(Path(folder), files, pictures)
-    cases = _cases_of(dataset, candidates[by_rule].config)
+    dataset = dataset_of(source_of(folder, files, pictures))
+    config = candidates[by_rule].config
+    if held_out is not None:
+        data = config.data.model_copy(update={"validation": list(held_out)})
+        config = config.model_copy(update={"data": data})
+    cases = _cases_of(dataset, config)
     if cases is None:
         return candidates[by_rule]
     rounds = _raced(

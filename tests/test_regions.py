@@ -16,6 +16,7 @@ from torch import Tensor
 from segkit.checking import check_dataset
 from segkit.cli.main import main
 from segkit.config.data import CtWindowConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
@@ -289,7 +290,7 @@ def test_intensities_and_classes_are_measured_without_what_is_ignored(
 def test_check_and_plan_speak_of_regions(
     ignoring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = check_dataset(ignoring, lambda cases, what, count: cases).text
+    said = check_dataset(DatasetConfig(folder=ignoring), lambda cases, what, count: cases).text
     assert "region ball (1, 2, written as 1): in 4 cases" in said
     assert "region core (2, written as 2): in" in said
     assert "label 3 ignore, left out: in 4 cases, 37.50% of voxels" in said

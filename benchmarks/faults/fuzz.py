@@ -34,7 +34,7 @@ from numpy.testing import assert_array_equal
 from segkit.errors import SegkitError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import (
-    SUFFIXES,
+    NOT_PICTURES,
     Volume,
     read_grid,
     read_labels,
@@ -46,7 +46,7 @@ from segkit.io.volume import (
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("accepted", "refused", "raised", "died", "hung", "out of memory")
 """The first two are as they should be; any other is a fault of ours."""
-FORMATS = SUFFIXES
+FORMATS = NOT_PICTURES
 TEXT_FORMATS = FORMATS[2:]
 """Whose headers are text."""
 HEADROOM = 256 * 2**20

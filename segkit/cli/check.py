@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument
 
-from segkit.cli.options import Overrides, PixelSize, SeriesOption
+from segkit.cli.options import Overrides, PixelSizeOption, SeriesOption
 from segkit.cli.terminal import JsonOption, console, say, say_json
 
 
@@ -14,7 +14,7 @@ def check_command(
     overrides: Overrides = None,
     json: JsonOption = False,
     series: SeriesOption = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check
@@ -25,4 +25,4 @@ def check_command(
     )
     say(understood.text)
     if json:
-        say_json({"kind": understood.kind, **understood.facts})
+        say_json({"kind": understood.kind, "problems": [], **understood.facts})

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import Overwrite, PixelSize
+from segkit.cli.options import Overwrite, PixelSizeOption
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
 
 
@@ -20,7 +20,8 @@ def evaluate_command(
     ],
     out: Annotated[Path | None, Option(help="A JSON file for every score.")] = None,
     labels: Annotated[
-        Path | None, Option(help="A dataset.json with label names; else the nearest one.")
+        Path | None,
+        Option(help="A dataset.json, config, run or model with label names; else the nearest."),
     ] = None,
     tolerance: Annotated[
         str | None,
@@ -30,7 +31,7 @@ def evaluate_command(
             "pictures 2 pixels if not given.",
         ),
     ] = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
         Option(help="References without a prediction: refuse, skip them, or score as empty."),

@@ -12,7 +12,7 @@ from segkit.cli.options import (
     ModelFolder,
     OverlapOption,
     Overwrite,
-    PixelSize,
+    PixelSizeOption,
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
@@ -41,7 +41,7 @@ def explain_command(
     ] = 5.0,
     series: SeriesOption = None,
     checkpoint: CheckpointOption = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,

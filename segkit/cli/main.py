@@ -17,7 +17,16 @@ from segkit.cli.export import export_command
 from segkit.cli.fetch import fetch_command
 from segkit.cli.plan import plan_command
 from segkit.cli.predict import predict_command
-from segkit.cli.terminal import Commands, Quiet, Verbose, complain, is_verbose, start
+from segkit.cli.terminal import (
+    Commands,
+    Quiet,
+    Verbose,
+    complain,
+    complain_of,
+    is_verbose,
+    say_failure,
+    start,
+)
 from segkit.cli.train import train_command
 from segkit.errors import SegkitError, Stopped, sentence_of
 from segkit.system.signals import handling
@@ -82,12 +91,15 @@ def main() -> NoReturn:
     except SegkitError as error:
         if is_verbose():
             traceback.print_exc()
-        complain(str(error))
+        say_failure(str(error), error.problems)
+        complain_of(error)
         sys.exit(2)
     except OSError as error:
+        say_failure(sentence_of(error))
         complain(sentence_of(error))
         sys.exit(2)
     except Stopped as stopped:
+        say_failure(str(stopped))
         complain(str(stopped))
         sys.exit(128 + stopped.signum)
     sys.exit(0)

@@ -26,7 +26,7 @@ OverlapOption = Annotated[
 SeriesOption = Annotated[
     str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
 ]
-PixelSize = Annotated[
+PixelSizeOption = Annotated[
     list[str] | None,
     Option(
         "--pixel-size",

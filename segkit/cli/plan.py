@@ -55,9 +55,7 @@ def plan_command(
     hush()  # Lightning has set up its logging as it was imported
     make = plan_dataset if no_race else plan_by_race
     planned = make(
-        source.folder,
-        source.files,
-        pictures=source.pictures,
+        source,
         cache=runs / ".cache",
         device=device,
         spatial_dims=dims,

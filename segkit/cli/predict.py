@@ -12,7 +12,7 @@ from segkit.cli.options import (
     ModelFolders,
     OverlapOption,
     Overwrite,
-    PixelSize,
+    PixelSizeOption,
     SeriesOption,
 )
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
@@ -35,13 +35,13 @@ def predict_command(
         bool, Option("--statistics", help="Write voxels, ml, mean and sd of each class as JSON.")
     ] = False,
     preview: Annotated[
-        bool, Option("--preview", help="Write a PNG of three planes, labels over them.")
+        bool, Option("--preview", help="Write a PNG of middle planes, labels over them.")
     ] = False,
     dicom_seg: Annotated[
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
     ] = False,
     series: SeriesOption = None,
-    pixel_size: PixelSize = None,
+    pixel_size: PixelSizeOption = None,
     tta: Annotated[
         bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
     ] = False,

@@ -9,19 +9,22 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup, TyperOption
 
-from segkit.errors import ConfigError, SegkitError
+from segkit.errors import ConfigError, SegkitError, abridged, printable
 from segkit.io.atomic import json_text
 
 console = Console()
 
 QUIET_LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global")
 """Loggers of others that speak unasked."""
+MOST_PROBLEMS = 200
+"""Lines of one command about what is wrong."""
 OURS = logging.getLogger("segkit")
 
 
@@ -61,9 +64,20 @@ class Commands(TyperGroup):
         return name, command, words
 
 
+@dataclass
+class Answer:
+    """Whether a script waits for JSON: each command prints one answer, if it fails too."""
+
+    expected: bool = False
+
+
+answer = Answer()
+
+
 def start() -> None:
     """Speak as usual: a process may run several commands, and none inherits another's options."""
     console.quiet = False
+    answer.expected = False
     OURS.setLevel(logging.NOTSET)
     for handler in OURS.handlers[:]:
         OURS.removeHandler(handler)
@@ -109,26 +123,55 @@ Verbose = Annotated[
         is_eager=True,
     ),
 ]
+
+
+def _answer_in_json(asked: bool) -> bool:
+    answer.expected = asked
+    return _quieten(asked)
+
+
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print the result as JSON and nothing else.", callback=_quieten),
+    typer.Option(
+        "--json", help="Print the result as JSON and nothing else.", callback=_answer_in_json
+    ),
 ]
 EVERYWHERE = ("quiet", "verbose")
 
 
 def say(text: str) -> None:
-    """A line of news."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Lines of news. Names of files cannot make the terminal do anything."""
+    lines = "\n".join(map(printable, text.split("\n")))
+    console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_json(content: Mapping[str, Any]) -> None:
     """The result, for a script."""
     sys.stdout.write(json_text(content))
+    answer.expected = False
+
+
+def say_failure(sentence: str, problems: Sequence[str] = ()) -> None:
+    """Why there is no result, for a script that waits for one."""
+    if answer.expected:
+        say_json({"error": sentence, "problems": [*problems] or [sentence]})
 
 
 def complain(sentence: str) -> None:
     """Why a command stops, or what it leaves out."""
-    print(f"segkit: {sentence}", file=sys.stderr)
+    print(f"segkit: {printable(abridged(sentence))}", file=sys.stderr)
+
+
+def complain_of(error: SegkitError) -> None:
+    """Why a command stops: the error, or a line for each of its problems, and how many they are."""
+    for problem in error.problems[:MOST_PROBLEMS]:
+        complain(problem)
+    count = len(error.problems)
+    if count > MOST_PROBLEMS:
+        complain(f"and {count - MOST_PROBLEMS:,} more problems, which --json lists in segkit check")
+    complain(
+        f"{count:,} problems, as told above; mend them all and run again" if count else str(error)
+    )
 
 
 def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Exit, Option
 
@@ -14,6 +14,9 @@ from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.config.load import dataset_in
 from segkit.errors import ConfigError, Stopped
 from segkit.system.allocator import keep_freed_memory
+
+MOST_PICTURES = 200
+"""Whose headers are looked at before training."""
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -63,9 +66,7 @@ def train_command(
     ] = False,
     folds: Annotated[
         str | None,
-        Option(
-            metavar="all|0,2,…", help="Cross-validate: train nnU-Net's five folds, or those named."
-        ),
+        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or those named."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -99,6 +100,7 @@ def train_command(
         settings, low = _settings(
             config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
         )
+        _tell_of_pictures(settings)
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
@@ -116,7 +118,7 @@ def _settings(
     """What to train, and the first stage if a dataset is planned in two."""
     from segkit.config.load import changed, load_config
 
-    dataset = dataset_in(config)
+    dataset = dataset_in(config, overrides)
     if dataset is None:
         return load_config(config, overrides), None
     from segkit.planning.make_plan import plan_dataset
@@ -128,9 +130,7 @@ def _settings(
     hush()  # Lightning has set up its logging as it was imported
     make = plan_by_race if race else plan_dataset
     planned = make(
-        dataset.folder,
-        dataset.files,
-        pictures=dataset.pictures,
+        dataset,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
         minutes=minutes,
@@ -164,7 +164,7 @@ def _trained(
     config: Path,
     settings: "Config",
     low: "Config | None",
-    folds: tuple[int, ...],
+    folds: tuple[int, ...] | Literal["all"],
     runs: Path,
     started: float,
 ) -> "Run | CrossValidation":
@@ -197,7 +197,7 @@ def _trained(
 
 
 def _resumed(
-    run: Path, folds: tuple[int, ...], overrides: Sequence[str]
+    run: Path, folds: tuple[int, ...] | Literal["all"], overrides: Sequence[str]
 ) -> "Run | CrossValidation":
     """A run or a cross-validation that was stopped, or that is given more to do."""
     from segkit.training.cross_validation import is_cross_validation, resume_folds
@@ -214,6 +214,18 @@ def _resumed(
     if folds:
         raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
     return resume_two_stages(run, overrides, tell=_tell, callbacks=callbacks, track=track)
+
+
+def _tell_of_pictures(settings: "Config") -> None:
+    """Say what pixel size was taken, if the dataset is one of pictures."""
+    from segkit.data.dataset import read_dataset
+    from segkit.io.picture_summary import told_of_pictures
+
+    data = settings.data
+    dataset = read_dataset(data.folder, data.files, data.pictures)
+    first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
+    for line in told_of_pictures(first, dataset.rules):
+        say(line)
 
 
 def _shown() -> tuple[list["Callback"], "Tracker"]:
@@ -251,17 +263,21 @@ def _dice(dice: float) -> str:
     return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
-def _folds(text: str | None) -> tuple[int, ...]:
-    """The numbers of folds that were named; none where nothing was."""
+def _folds(text: str | None) -> tuple[int, ...] | Literal["all"]:
+    """The numbers of folds that were named; none if nothing was."""
     if text is None:
         return ()
-    words = ["0", "1", "2", "3", "4"] if text == "all" else text.split(",")
-    if not all(word.strip() in {"0", "1", "2", "3", "4"} for word in words):
-        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 to 4 such as 0,2")
+    if text == "all":
+        return "all"
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 7 for word in words):
+        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 on such as 0,2")
     return tuple(int(word) for word in words)
 
 
-def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) -> None:
+def _rehearse(
+    settings: "Config", low: "Config | None", folds: tuple[int, ...] | Literal["all"]
+) -> None:
     """Say what a training will be and take, in one stage or in the first of two."""
     from segkit.system.progress import Tracker
     from segkit.training.dry_run import dry_run
@@ -269,10 +285,11 @@ def _rehearse(settings: "Config", low: "Config | None", folds: tuple[int, ...]) 
     hush()
     stage = low or settings
     if folds:
-        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": folds[0]})})
+        first = 0 if folds == "all" else folds[0]
+        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"fold": first})})
     for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
-        say(f"so it is with each of {len(folds)} folds")
+        say(f"so it is with each of {folds if folds == 'all' else len(folds)} folds")
     if low is not None:
         say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")

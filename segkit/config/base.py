@@ -6,6 +6,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _printable(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"found the name {text!r}; give it one that can be read")
     if not text.isprintable():
         raise ValueError(f"{text!r} holds characters that cannot be shown; choose another name")
     return text

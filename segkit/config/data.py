@@ -1,6 +1,7 @@
 """Settings of the data: volumes, the one form they are brought to, and how patches are drawn."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -8,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
-from segkit.config.dataset_files import FilesConfig
-from segkit.config.pictures import PicturesConfig
+from segkit.config.dataset_files import ColumnConfig, DatasetConfig
 from segkit.config.sides import names_of_sides
 
+DrawWeight = Annotated[float, Field(ge=0, le=1e6)]
 MOST_IN_BATCH = 2**31
 MOST_NAMES = 4
 """Of labels that tell left from right; a sentence counts the others."""
@@ -64,19 +65,54 @@ class SynthesisConfig(Section):
     """Standard deviation, in voxels, of the smooth displacement at points 16 voxels apart."""
 
 
-class DataConfig(Section):
+class FoldConfig(Section):
+    """Names of cases that a fold trains on and holds out, as in nnU-Net's splits_final.json."""
+
+    train: Annotated[list[str], Field(min_length=1)]
+    val: list[str]
+
+
+class PatternConfig(Section):
+    """A regular expression with one group, searched for in the name of a case."""
+
+    pattern: str
+
+    @model_validator(mode="after")
+    def _one_group(self) -> Self:
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(
+                f"pattern {self.pattern!r} is no regular expression: {error}"
+            ) from None
+        if groups != 1:
+            raise ValueError(
+                f"pattern {self.pattern!r} must have one group in parentheses, which names the "
+                f"patient, such as '(p[0-9]+)_', found {groups}"
+            )
+        return self
+
+
+class DataConfig(DatasetConfig):
     """Which volumes, how they are brought to one form, and how patches are drawn from them."""
 
-    folder: Path
-    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
-    files: FilesConfig | None = None
-    """Where the files of each case lie, in place of a dataset.json."""
-    pictures: PicturesConfig | None = None
-    """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
     validation: Share | list[str] = 0.2
     """The share of cases held out, chosen by the seed, or a list of their names."""
-    fold: Annotated[int, Field(ge=0, le=4)] | None = None
-    """A fold of nnU-Net's five, 0 to 4, held out instead."""
+    fold: Annotated[int, Field(ge=0)] | None = None
+    """A fold, from 0 on, held out instead: of `splits`; or of the splits_final.json beside the
+    dataset.json; or of `num_folds` that are drawn, as nnU-Net draws its five."""
+    num_folds: Annotated[int, Field(ge=2)] = 5
+    """How many folds are drawn."""
+    splits: ColumnConfig | list[FoldConfig] | Path | None = None
+    """Folds of your own: a list of `{train: [...], val: [...]}` with names of cases; a JSON or YAML
+    file of it, from `folder` on; or a column of the table of cases with the number of the fold that
+    holds a case out, `test`, or nothing for cases that all folds train on."""
+    group_by: Literal["subject"] | ColumnConfig | PatternConfig | None = None
+    """Cases that stay together, such as those of a patient: `{column: NAME}` of the table of cases;
+    `{pattern: REGEX}`, whose group in a case's name names the patient; or `subject`, the `sub-…` of
+    BIDS in its name or its files' path."""
+    stratify_by: Literal["classes"] | ColumnConfig | None = None
+    """What is shared out evenly: the values of a column, or which classes a case's label holds."""
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
     interpolation: Literal["linear", "cubic"] = "cubic"
@@ -99,6 +135,13 @@ class DataConfig(Section):
     batch_size: Positive = 2
     foreground_share: Share = 0.33
     """The share of patches that are centred on a voxel of a class drawn at random."""
+    draw_cases: ColumnConfig | dict[str, DrawWeight] | None = None
+    """How often patches are drawn from each case: a weight by its name, or a column of the table of
+    cases; 1 if not given, 0 for never. Cases are drawn evenly by default."""
+    draw_classes: dict[str, DrawWeight] = Field({})
+    """How often patches on the foreground are centred on each class: a weight by its name, 1 if not
+    given. With any, the class is drawn among those of all cases and then a case that holds it, so
+    that a class of few cases is drawn as often as others; by default the case is drawn first."""
     augment: bool = True
     """Whether patches are turned, scaled and mirrored, and their intensities varied."""
     elastic: bool = False

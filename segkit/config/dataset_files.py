@@ -1,14 +1,40 @@
 """Where the files of a dataset without a dataset.json lie, and what its labels are called."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from segkit.config.base import Name, Section
 from segkit.config.pictures import PicturesConfig
 
+OTHERS = "others"
+"""Stands for all numbers in label files that no name has."""
+NumberInFiles = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
+
+
+def _by_name(value: Any) -> Any:
+    """`{0: background, 17: hippocampus, 53: hippocampus}` as names with lists of numbers."""
+    if not isinstance(value, Mapping):
+        return value
+    by_number = value and all(isinstance(name, str) and name != OTHERS for name in value.values())
+    groups: dict[Any, list[Any]] = {}
+    if by_number:
+        for number, name in value.items():
+            groups.setdefault(name, []).append(number)
+        return groups
+    return {
+        name: numbers if isinstance(numbers, list) else [numbers] for name, numbers in value.items()
+    }
+
+
+LabelsConfig = Annotated[
+    dict[Name, Annotated[list[NumberInFiles | Literal["others"]], Field(min_length=1)]],
+    BeforeValidator(_by_name),
+]
+"""The numbers in label files of each name, or a name for each number."""
 
 
 class CodeConfig(Section):
@@ -41,8 +67,8 @@ class FilesConfig(Section):
     """The pattern of the labels, or with a table their column."""
     table: Path | None = None
     """A CSV file instead of patterns: the columns `id`, `label`, and `image` or one per channel."""
-    labels: Annotated[dict[Name, int | list[int]], Field(min_length=1)]
-    """Names and numbers, or lists of them for regions, as in nnU-Net's dataset.json."""
+    labels: LabelsConfig = Field({})
+    """Names and numbers, as in `data.labels`, which may stand in their place."""
     regions_class_order: list[int] | None = None
     """The number that each region is written as."""
     codes: dict[str, LabelCodeConfig] = Field({})
@@ -68,9 +94,37 @@ class FilesConfig(Section):
         return self
 
 
+class ColumnConfig(Section):
+    """A column of the table of cases."""
+
+    column: Annotated[str, Field(min_length=1)]
+
+
 class DatasetConfig(Section):
     """Which volumes, and nothing of how to train on them: what can be checked and planned for."""
 
     folder: Path
+    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
     files: FilesConfig | None = None
+    """Where the files of each case lie, in place of a dataset.json."""
     pictures: PicturesConfig | None = None
+    """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
+    labels: LabelsConfig | None = None
+    """Names of classes and their numbers in label files, in place of those of dataset.json. Any
+    whole numbers, several of one class too: `{background: 0, hippocampus: [17, 53], ignore: 255}`,
+    or `{0: background, 17: hippocampus, 53: hippocampus}`. Results are written in the same numbers,
+    0 to 65535; of several, the first. `ignore` names voxels that nobody labelled. `others` stands
+    for all numbers that no name has: `background: [0, others]` or `ignore: others`. The background
+    is the class of that name, or else that of 0."""
+    regions_class_order: list[int] | None = None
+    """With `labels` that overlap, the number that each region is written as, as in nnU-Net."""
+    case_table: Path | None = None
+    """A CSV file, from `folder` on, with what is known of each case: a column `id` with its name,
+    and any others that settings name as `{column: NAME}`. By default the table of `files`."""
+    labelled: ColumnConfig | dict[str, list[str]] | None = None
+    """If some cases lack labels of some classes: by the name of a case the classes or regions that
+    it has labels of, or a column that lists them (`liver; spleen`), or `all`. What else is
+    background in such a case may be any of the others. Cases that are not named have all."""
+    test: ColumnConfig | list[str] | None = None
+    """Cases that are never looked at, for a last test: their names, or a column in which they are
+    marked by `test`, `yes`, `true` or `1`."""

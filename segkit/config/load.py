@@ -44,20 +44,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, source=str(path))
 
 
-def dataset_in(path: Path) -> DatasetConfig | None:
-    """The dataset that a path names: a folder, or YAML with `data.folder` and `data.files` or
-    `data.pictures` alone.
+def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | None:
+    """The dataset that a path names: a folder, or YAML that says only which files and labels.
 
-    None for a file that says more, which is a config to train by. Raises ConfigError.
+    Of `key=value` overrides those count that change a dataset, such as `data.labels`. None for a
+    file that says more, which is a config to train by. Raises ConfigError.
     """
-    if path.is_dir():
-        return DatasetConfig(folder=path)
-    tree = read_yaml(path)
+    own = set(DatasetConfig.model_fields)
+    tree = {"data": {"folder": str(path)}} if path.is_dir() else read_yaml(path)
     data = tree.get("data")
-    if set(tree) != {"data"} or not isinstance(data, dict) or not {"files", "pictures"} & set(data):
+    if set(tree) != {"data"} or not isinstance(data, dict) or not set(data) <= own:
         return None
-    if not set(data) <= set(DatasetConfig.model_fields):
+    if not path.is_dir() and set(data) == {"folder"}:
         return None
+    for override in overrides:
+        if override.partition("=")[0].split(".")[:2] in [["data", name] for name in own]:
+            _apply(tree, override)
     return validated(DatasetFileConfig, tree, str(path)).data
 
 

@@ -1,5 +1,6 @@
 """The description of a trained model: the content of `model.json`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 
 from segkit.config.base import Millimetres, Name, Positive, Section
 from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
-from segkit.config.dataset_files import LabelCodeConfig
+from segkit.config.dataset_files import LabelCodeConfig, NumberInFiles
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
 from segkit.config.pictures import PIXEL, PicturesConfig, pixel_mm_of
@@ -51,11 +52,16 @@ class ModelDescription(Section):
     channels: list[Name]
     """Names of the input's channels, in order."""
     labels: Annotated[dict[Name, LabelNumber], Field(min_length=2)]
-    """Names of the classes or regions and the numbers they are written as, 0 the background."""
+    """Names of the classes or regions and their numbers, 0 the background."""
     regions: dict[str, Annotated[list[LabelNumber], Field(min_length=1)]] = Field({})
-    """In the order they are written, the numbers in label files of each region; classes if none."""
+    """In the order they are written, the numbers of each region; classes if none."""
     ignore: LabelNumber | None = None
-    """The number in label files of voxels that nobody labelled."""
+    """The number of voxels that nobody labelled."""
+    in_files: list[list[NumberInFiles]] = Field([])
+    """For each number 0, 1, …, those in label files that mean it, the one that is written first;
+    none if files hold the numbers themselves."""
+    others: LabelNumber | None = None
+    """The number that stands for all in label files that `in_files` does not hold, if any."""
     codes: dict[str, LabelCodeConfig] = Field({})
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
     pictures: PicturesConfig | None = None
@@ -86,6 +92,15 @@ class ModelDescription(Section):
         named = list(self.labels)
         if self.regions and (numbers[0] != 0 or named[1:] != list(self.regions)):
             raise ValueError(f"labels must be the background, 0, and the regions, found {named}")
+        if self.in_files:
+            highest = max(*numbers, self.ignore or 0, *itertools.chain(*self.regions.values()))
+            empty = [place for place, group in enumerate(self.in_files) if not group]
+            if len(self.in_files) != highest + 1 or set(empty) - {self.ignore}:
+                raise ValueError(
+                    f"in_files must hold numbers for each of 0 to {highest}, found {self.in_files}"
+                )
+            if bad := [n for n in numbers if not 0 <= self.in_files[n][0] < 2**16]:
+                raise ValueError(f"in_files must write {bad[0]} as a number from 0 to 65535")
         self.network.check_patch(self.patch_size, "patch_size")
         return self
 
@@ -93,7 +108,8 @@ class ModelDescription(Section):
     def labelling(self) -> Labelling:
         """What the model tells apart."""
         regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
-        return Labelling(self.labels, regions, self.ignore)
+        in_files = tuple(tuple(group) for group in self.in_files)
+        return Labelling(self.labels, regions, self.ignore, in_files, self.others)
 
     def picture_rules(self, pixel_size: Sequence[str] | None = None) -> PictureRules:
         """How pictures are read for the model.
@@ -179,6 +195,8 @@ def description_of(
         labels=dict(labelling.numbers),
         regions={name: list(numbers) for name, numbers in labelling.regions.items()},
         ignore=labelling.ignore,
+        in_files=[list(group) for group in labelling.in_files],
+        others=labelling.others,
         codes=dict(codes),
         pictures=pictures,
         unit=unit,

@@ -72,10 +72,12 @@ class PicturesConfig(Section):
 
     def rules(self, labelling: Labelling) -> PictureRules:
         """How pictures are read. Raises ValueError for a colour of an unknown label."""
-        numbers = {str(number): number for number in range(len(labelling.value_names))}
-        numbers |= dict(labelling.numbers)
-        if labelling.ignore is not None:
-            numbers["ignore"] = labelling.ignore
+        places = range(len(labelling.value_names))
+        told = labelling.in_files or [(place,) for place in places]
+        numbers = {str(number): number for group in told for number in group}
+        numbers |= labelling.numbers_in_files
+        if labelling.ignore is not None and told[labelling.ignore]:
+            numbers["ignore"] = told[labelling.ignore][0]
         return self.with_numbers(numbers)
 
     def with_numbers(self, numbers: Mapping[str, int]) -> PictureRules:

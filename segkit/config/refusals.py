@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from segkit.errors import abridged, first_few
 
-MOST_SENTENCES = 10
+MOST_KEYS = 10
 """Of wrong settings; the others are counted."""
 MOST_OF_A_VALUE = 80
 """Characters of a value that a sentence shows."""
@@ -75,7 +75,11 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
     """
     by_key: dict[str, list[ErrorDetails]] = defaultdict(list)
     for problem in error.errors(include_url=False):
-        by_key[_key(problem["loc"], tree, problem["type"])].append(problem)
+        kind = problem["type"]
+        if kind in EXPECTED and problem["loc"][-1:] == ("[key]",):
+            kind = "invalid_key"
+        key = _key(problem["loc"], tree, kind)
+        by_key[key].append({**problem, "type": kind} if kind != problem["type"] else problem)
     # If a list is wrong in one place, it is no matter that other types would do instead of a list.
     above = {key.rsplit(".", depth)[0] for key in by_key for depth in range(1, key.count(".") + 1)}
     shown = {
@@ -84,8 +88,8 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
         if key not in above or any(problem["type"] not in EXPECTED for problem in problems)
     }
     keys = list(shown)
-    sentences = [_sentence(key, shown[key], model) for key in keys[:MOST_SENTENCES]]
-    return first_few([*sentences, *keys[MOST_SENTENCES:]], MOST_SENTENCES, between="; ")
+    sentences = [_sentence(key, shown[key], model) for key in keys[:MOST_KEYS]]
+    return first_few([*sentences, *keys[MOST_KEYS:]], MOST_KEYS, between="; ")
 
 
 def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
@@ -106,13 +110,13 @@ def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
 
 
 def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
-    first = problems[0]
+    first = next((each for each in problems if each["type"] not in EXPECTED), problems[0])
     told = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
             return f"{key} is not a setting{_nearest(key, model)}"
         case "invalid_key":
-            return f"{key} is not a setting; names of settings are text"
+            return f"{key} is not a setting; names of settings are text, so put it in quotes"
         case "missing":
             return f"{key} is missing; give it a value"
         case "union_tag_invalid":
@@ -121,7 +125,8 @@ def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]
             return f"{key}.kind is missing; name one"
         case "value_error" | "assertion_error":
             reason = str(told["error"])
-            return reason if not key or key.split(".")[-1] in reason else f"{key}: {reason}"
+            name = key.split(".")[-1]
+            return reason if not key or (name and name in reason) else f"{key}: {reason}"
     expected = dict.fromkeys(
         words
         for problem in problems

@@ -1,20 +1,25 @@
 """What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
 
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
-from segkit.config.dataset_files import FilesConfig, LabelCodeConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
-from segkit.data.dataset_json import picture_rules, read_dataset_file
+from segkit.data.case_table import kept_for_test
+from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
 from segkit.data.file_patterns import list_files
-from segkit.errors import DatasetError, VolumeError
-from segkit.geometry.grid import Grid
+from segkit.data.label_numbers import declared, within
+from segkit.data.partly_labelled_cases import unlabelled_of
+from segkit.errors import DatasetError, Problems, VolumeError, first_few
+from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import is_file_name
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
@@ -30,8 +35,11 @@ from segkit.io.volume import (
     read_picture_facts,
     read_volume,
     trouble_with,
+    turn_onto,
     whole_numbers,
 )
+
+logger = logging.getLogger(__name__)
 
 COLOURS = ("red", "green", "blue")
 WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
@@ -62,6 +70,10 @@ class Dataset:
     """The numbers in label files of each region, in the order they are written; classes if none."""
     ignore: int | None = None
     """The number of voxels that nobody labelled."""
+    in_files: tuple[tuple[int, ...], ...] = ()
+    """For each number 0, 1, …, those in label files that mean it; empty if they are the same."""
+    others: int | None = None
+    """The number that stands for all in label files that no name has, if there may be any."""
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
     """Of labels by name, the concept of a terminology, where it is given."""
     pictures: PicturesConfig | None = None
@@ -72,10 +84,21 @@ class Dataset:
     """The unit that lengths are told in; 'pixel' if pictures do not say how large their pixels are.
     Either all cases are in pixels, or none."""
 
+    test: tuple[str, ...] = ()
+    """Names of cases that are kept for a last test; they are not among the others."""
+
+    unlabelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of partly labelled cases by name, the classes or regions that they have no labels of."""
+
+    @property
+    def unlabelled_sets(self) -> tuple[tuple[str, ...], ...]:
+        """The classes that some cases have no labels of, each set once, the first of them empty."""
+        return ((), *sorted({names for names in self.unlabelled.values() if names}))
+
     @property
     def labelling(self) -> Labelling:
         """What is told apart."""
-        return Labelling(self.labels, self.regions, self.ignore)
+        return Labelling(self.labels, self.regions, self.ignore, self.in_files, self.others)
 
     def foreground(self, label: ndarray) -> ndarray:
         """Which voxels belong to a class or region: neither background nor ignored."""
@@ -84,9 +107,14 @@ class Dataset:
 
 
 def read_dataset(
-    folder: Path, files: FilesConfig | None = None, pictures: PicturesConfig | None = None
+    folder: Path,
+    files: FilesConfig | None = None,
+    pictures: PicturesConfig | None = None,
+    given: Labelling | None = None,
 ) -> Dataset:
     """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
+
+    `given` stands in place of the labels there.
 
     Pictures are read by `pictures`, or by what the dataset.json says of them. A picture of several
     channels that has one name, such as photo, makes the channels photo red, photo green and photo
@@ -94,17 +122,23 @@ def read_dataset(
 
     Cases are in order. Raises DatasetError or VolumeError, in one sentence.
     """
-    file = read_dataset_file(folder) if files is None else list_files(folder, files)
+    file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
-    names = [case.name for case in cases]
-    if unfit := [case for case in cases if not is_file_name(case.name)]:
-        raise DatasetError(
-            f"{unfit[0].label}: expected a name that files of the case can have, found "
-            f"{unfit[0].name!r}; rename it"
-        )
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DatasetError(f"{folder}/dataset.json: case {twice} is listed twice in training")
+    problems = Problems()
+    for name, count in Counter(case.name for case in cases).items():
+        with problems.noted():
+            if count > 1:
+                raise DatasetError(
+                    f"{folder}/dataset.json: case {name} is listed twice in training"
+                )
+    for case in cases:
+        with problems.noted():
+            if not is_file_name(case.name):
+                raise DatasetError(
+                    f"{case.label}: expected a name that files of the case can have, found "
+                    f"{case.name!r}; rename it"
+                )
+    problems.refuse()
     told = file.labelling
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, told)
@@ -116,11 +150,39 @@ def read_dataset(
         dict(told.numbers),
         dict(told.regions),
         told.ignore,
+        told.in_files,
+        told.others,
         file.codes,
         pictures,
         rules,
         unit,
     )
+
+
+def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
+    """The dataset that a config names, without cases that are kept for a last test unless asked.
+
+    Raises DatasetError or VolumeError, in one sentence.
+    """
+    dataset = _labelled(data)
+    names = [case.name for case in dataset.cases]
+    kept = kept_for_test(data, names)
+    unlabelled = unlabelled_of(data, names, list(dataset.labelling.members))
+    dataset = replace(dataset, unlabelled=unlabelled)
+    if not kept or with_test:
+        return dataset
+    logger.info("%s: %d cases are kept for a test, and not looked at", data.folder, len(kept))
+    left = tuple(case for case in dataset.cases if case.name not in kept)
+    return replace(dataset, cases=left, test=tuple(sorted(kept)))
+
+
+def _labelled(data: DatasetConfig) -> Dataset:
+    if data.labels is None:
+        return read_dataset(data.folder, data.files, data.pictures)
+    labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
+    source = "dataset.json" if data.files is None else "data.files"
+    logger.info("%s: labels are those of data.labels, not of %s", data.folder, source)
+    return read_dataset(data.folder, data.files, data.pictures, labelling)
 
 
 def _of_pictures(
@@ -171,13 +233,61 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
             raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):
-        raise DatasetError(
-            f"{case.images[0]}: expected {len(dataset.channels)} channels "
-            f"({', '.join(dataset.channels)}), found {data.shape[3]}"
-        )
+        raise _miscounted(case, dataset, data.shape[3])
     _check_unit(case, parts[0], dataset)
     label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
+
+
+def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
+    """The label of a case as its file has it, in whole numbers. Raises DatasetError."""
+    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
+    return label.like(_whole(case, label, dataset))
+
+
+def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
+    """Look at the headers of all cases, which takes a moment, before their voxels are read.
+
+    Raises:
+        DatasetError, VolumeError: all that is wrong, with a sentence for each case in `problems`: a
+            file is missing or is no volume, channels are too few or too many, or files of a case
+            lie on different grids.
+    """
+    problems = Problems()
+    for case in cases:
+        if any(map(is_picture, (*case.images, case.label))):
+            continue  # whose voxels are its header, nearly
+        with problems.noted():
+            grids = {path: read_grid(path) for path in (*case.images, case.label)}
+            for path in (*case.images[1:], case.label) if case.images else ():
+                _turned_onto(case, path, grids[path], grids[case.images[0]])
+            found = sum(read_num_channels(path) for path in case.images)
+            if case.images and found != len(dataset.channels):
+                raise _miscounted(case, dataset, found)
+    problems.refuse()
+
+
+def unlabelled(dataset: Dataset, present: Collection[int], cases: str) -> str | None:
+    """A sentence about classes that no case holds, or None if each is in some case.
+
+    Args:
+        dataset: its folder and its labels.
+        present: the numbers that the cases' label files hold.
+        cases: whose they are, in words: "any of 4 cases".
+
+    Raises:
+        DatasetError: no case holds any class.
+    """
+    absent = dataset.labelling.absent(present)
+    if not absent:
+        return None
+    what = f"{dataset.folder}: no voxel in {cases} is labelled {first_few(absent)}"
+    if len(absent) == len(dataset.labelling.members):
+        raise DatasetError(
+            f"{what}, so that there is nothing to learn; label some, or look whether "
+            f"the right files are named"
+        )
+    return f"{what}; nothing is learned of {'it' if len(absent) == 1 else 'them'}"
 
 
 def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
@@ -192,24 +302,46 @@ def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
+    """The label in segkit's numbers 0, 1, 2, …."""
+    values, labelling = _whole(case, label, dataset), dataset.labelling
+    try:
+        numbers = within(values, labelling)
+    except ValueError as error:
+        raise DatasetError(f"{case.label}: {error}") from None
+    return numbers.astype(np.min_scalar_type(len(labelling.value_names) - 1), copy=False)
+
+
+def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
         raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
     values = whole_numbers(label.data, case.label)
-    found = np.unique(np.concatenate([np.unique(plane) for plane in np.moveaxis(values, 2, 0)]))
-    declared = range(len(dataset.labelling.value_names))
-    if not np.isin(found, declared).all():
-        strange = found[~np.isin(found, declared)][:5]
-        raise DatasetError(
-            f"{case.label}: holds label {', '.join(map(in_full, strange))}, which "
-            f"the dataset does not declare (it has {declared[0]} to {declared[-1]})"
-            f"{WHOLE if (strange != np.rint(strange)).any() else ''}"
-        )
-    kind = np.min_scalar_type(declared[-1])
-    return values.reshape(label.grid.shape).astype(kind)
+    if values.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            rounded = values.astype(np.int64)
+        if len(strange := values[rounded != values]):
+            raise DatasetError(
+                f"{case.label}: holds label {', '.join(map(in_full, np.unique(strange)[:5]))}, "
+                f"which the dataset does not declare (it has {declared(dataset.labelling)}){WHOLE}"
+            )
+        values = rounded
+    return values.reshape(label.grid.shape)
+
+
+def _miscounted(case: CaseFiles, dataset: Dataset, found: int) -> DatasetError:
+    return DatasetError(
+        f"{case.images[0]}: expected {len(dataset.channels)} channels "
+        f"({first_few(dataset.channels)}), found {found}"
+    )
 
 
 def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:
+    return volume.on(
+        first.grid, _turned_onto(case, path, volume.grid, first.grid).turn(volume.data)
+    )
+
+
+def _turned_onto(case: CaseFiles, path: Path, grid: Grid, first: Grid) -> Orientation:
     try:
-        return volume.onto(first.grid, what=f"{path}:", whose=case.images[0].name)
+        return turn_onto(grid, first, what=f"{path}:", whose=case.images[0].name)
     except VolumeError as error:
         raise DatasetError(str(error)) from None

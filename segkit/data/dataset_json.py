@@ -1,5 +1,6 @@
 """The content of a dataset.json, in the Medical Segmentation Decathlon's form or nnU-Net v2's."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,15 @@ from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
-from segkit.errors import DatasetError
+from segkit.data.labelling_from import labelling_from
+from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, is_picture, stem_of
 
-IGNORE = "ignore"
-"""The name, in either form, of voxels that nobody labelled."""
+MOST_NAMED = 20
+"""Labels in a sentence."""
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
 NamedFiles = tuple[str, tuple[Path, ...], Path]
 """A case's name, its images and its label."""
@@ -30,7 +33,7 @@ class _Training(BaseModel):
 
 
 class _Labels(BaseModel):
-    labels: dict[Name, Name | int | list[int]]
+    labels: dict[Name, Name | int | list[int]] = {}
     regions_class_order: list[int] | None = None
     codes: dict[str, LabelCodeConfig] = {}
     pictures: PicturesConfig | None = None
@@ -62,14 +65,15 @@ class DatasetJson:
     """What pictures do not say themselves, if it is given."""
 
 
-def read_dataset_file(folder: Path) -> DatasetJson:
+def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJson:
     """Read `folder/dataset.json`, and check that every file that it names is there.
 
     `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as in the
-    Decathlon, or each name a number or a list of numbers: a region. Regions are written in the
-    order of `labels`, each as its number in `regions_class_order`. The label `ignore` has the
-    highest number. `training` lists images (one file, or one for each channel) and labels, or only
-    labels, to synthesise images from. Without it, cases are `labelsTr/CASE` and
+    Decathlon, or each name a number, or a list of numbers that mean it; with `regions_class_order`
+    lists are regions, as in nnU-Net. Regions are written in the order of `labels`, each as its
+    number in `regions_class_order`. The label `ignore` is of voxels that nobody labelled. `given`
+    is taken in place of all that. `training` lists images (one file, or one for each channel) and
+    labels, or only labels, to synthesise images from. Without it, cases are `labelsTr/CASE` and
     `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the ending `file_ending`.
     If these are pictures, `CASE_0000` may hold all channels. `codes`, a key of segkit's own, gives
     labels a concept of a terminology, and `pictures` says what pictures do not say themselves.
@@ -86,24 +90,31 @@ def read_dataset_file(folder: Path) -> DatasetJson:
     if names is None:
         raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
     channels = tuple(names[key] for key in sorted(names, key=_number))
-    labelling = _checked_labelling(str(path), file)
-    files = (
-        _on_disk(folder, file, len(channels))
-        if file.training is None
-        else [_listed(folder, entry) for entry in file.training]
-    )
-    return DatasetJson(channels, labelling, tuple(files), file.codes, file.pictures)
+    problems = Problems()
+    with problems.noted():
+        labelling = given or _labelling_of_file(path, file)
+        codes = {name: code for name, code in file.codes.items() if name in labelling.members}
+        if given is None and file.codes.keys() - codes.keys():
+            raise _unknown_codes(str(path), file.codes, labelling)
+    with problems.noted():
+        files = (
+            _on_disk(folder, file, len(channels))
+            if file.training is None
+            else _listed(folder, file.training)
+        )
+    problems.refuse()
+    return DatasetJson(channels, labelling, tuple(files), codes, file.pictures)
 
 
 def read_labelling(path: Path) -> Labelling:
-    """The labelling in a dataset.json; its numbers may have gaps. Raises DatasetError."""
-    return _labelling(str(path), _read(path, _Labels))
+    """The labelling in a dataset.json. Raises DatasetError."""
+    return _labelling_of_file(path, _read(path, _Labels))
 
 
 def read_picture_rules(path: Path) -> PictureRules:
     """What the dataset.json says of pictures. Raises DatasetError."""
     file = _read(path, _Labels)
-    return picture_rules(str(path), file.pictures, _labelling(str(path), file))
+    return picture_rules(str(path), file.pictures, _labelling_of_file(path, file))
 
 
 def picture_rules(
@@ -118,16 +129,27 @@ def picture_rules(
 
 def labelling_of(
     source: str,
-    labels: Mapping[str, int | list[int]],
-    regions_class_order: list[int] | None,
+    labels: Mapping[str, Sequence[int | str]],
+    regions_class_order: Sequence[int] | None,
     codes: Mapping[str, LabelCodeConfig],
 ) -> Labelling:
-    """The labelling of such keys of nnU-Net's dataset.json; errors name their `source`.
+    """The labelling that names with their numbers in files come to; errors name their `source`.
 
     Raises DatasetError.
     """
-    file = _Labels(labels={**labels}, regions_class_order=regions_class_order, codes={**codes})
-    return _checked_labelling(source, file)
+    groups = {name: tuple(dict.fromkeys(numbers)) for name, numbers in labels.items()}
+    labelling = labelling_from(source, groups, regions_class_order)
+    if codes.keys() - labelling.members.keys():
+        raise _unknown_codes(source, codes, labelling)
+    return labelling
+
+
+def _unknown_codes(source: str, codes: Mapping[str, Any], labelling: Labelling) -> DatasetError:
+    unknown = next(name for name in codes if name not in labelling.members)
+    return DatasetError(
+        f"{source}: codes names {unknown}, which is none of the labels "
+        f"{_listing(labelling.members)}"
+    )
 
 
 def _read(path: Path, kind: type[Content]) -> Content:
@@ -147,117 +169,50 @@ def _read(path: Path, kind: type[Content]) -> Content:
         raise DatasetError(f"{path}: {refusal(error, content, kind)}") from None
 
 
-def _checked_labelling(source: str, file: _Labels) -> Labelling:
-    labelling = _labelling(source, file)
-    _check_numbers(source, file, labelling)
-    if unknown := [name for name in file.codes if name not in labelling.members]:
-        raise DatasetError(
-            f"{source}: codes names {unknown[0]}, which is none of the labels "
-            f"{_listing(labelling.members)}"
-        )
-    return labelling
-
-
-def _labelling(path: str, file: _Labels) -> Labelling:
-    groups = _groups(path, file.labels)
-    ignored = groups.pop(IGNORE, ())
-    highest = max((number for group in groups.values() for number in group), default=0)
-    if ignored and (len(ignored) > 1 or ignored[0] <= highest):
-        raise DatasetError(
-            f"{path}: the label {IGNORE} must be one number above all others, which go up to "
-            f"{highest}, found {_listing(ignored)}"
-        )
-    ignore = ignored[0] if ignored else None
-    if any(len(group) > 1 for group in groups.values()):
-        return _with_regions(path, groups, file.regions_class_order, ignore)
-    numbers = {name: number for name, (number,) in groups.items()}
-    if len(set(numbers.values())) != len(numbers):
-        raise DatasetError(f"{path}: two labels share a number; give each its own")
-    return Labelling(dict(sorted(numbers.items(), key=lambda item: item[1])), ignore=ignore)
+def _labelling_of_file(path: Path, file: _Labels) -> Labelling:
+    if not file.labels:
+        raise DatasetError(f"{path}: expected labels, names and numbers of classes, found none")
+    return labelling_from(str(path), _groups(str(path), file.labels), file.regions_class_order)
 
 
 def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tuple[int, ...]]:
     """The numbers of each name, in either form."""
     decathlon = {key: name for key, name in labels.items() if isinstance(name, str)}
     if len(decathlon) == len(labels):
-        if len({int(key) for key in labels if key.isdecimal()}) != len(labels):
-            raise _misnumbered(path, list(labels))
-        if len(set(decathlon.values())) != len(labels):
-            raise DatasetError(f"{path}: two labels share a name; give each its own")
-        return {name: (int(key),) for key, name in decathlon.items()}
-    groups = {}
-    for name, numbers in labels.items():
-        if isinstance(numbers, str) or numbers == []:
+        numbers = [int(key) for key in labels if WHOLE_NUMBER.fullmatch(key)]
+        if len(set(numbers)) != len(labels):
             raise DatasetError(
-                f"{path}: labels.{name} must be a number or a list of them, found {numbers!r}"
+                f"{path}: labels must have whole numbers that differ, found {list(labels)}"
             )
-        group = [numbers] if isinstance(numbers, int) else numbers
-        groups[name] = tuple(sorted(set(group)))
+        groups: dict[str, tuple[int, ...]] = {}
+        for number, name in zip(numbers, decathlon.values(), strict=True):
+            groups[name] = (*groups.get(name, ()), number)
+        return groups
+    groups = {}
+    for name, listed in labels.items():
+        if isinstance(listed, str) or listed == []:
+            raise DatasetError(
+                f"{path}: labels.{name} must be a number or a list of them, found {listed!r}"
+            )
+        group = [listed] if isinstance(listed, int) else listed
+        groups[name] = tuple(dict.fromkeys(group))
     return groups
 
 
-def _with_regions(
-    path: str, groups: dict[str, tuple[int, ...]], order: list[int] | None, ignore: int | None
-) -> Labelling:
-    background = [name for name, group in groups.items() if group == (0,)]
-    regions = {name: group for name, group in groups.items() if group != (0,)}
-    if len(background) != 1 or any(0 in group for group in regions.values()):
-        raise DatasetError(
-            f"{path}: regions need one label that is 0 alone, the background, and no region may "
-            f"hold 0; found 0 in {[name for name, group in groups.items() if 0 in group]}"
-        )
-    if order is None:
-        raise DatasetError(
-            f"{path}: regions need regions_class_order, the number that each of "
-            f"{_listing(regions)} is written as, found none"
-        )
-    if len(order) != len(regions) or len(set(order)) != len(order):
-        raise DatasetError(
-            f"{path}: regions_class_order must hold {len(regions)} different numbers, one for each "
-            f"of {_listing(regions)}, found {order}"
-        )
-    for (name, group), number in zip(regions.items(), order, strict=True):
-        if number not in group:
-            raise DatasetError(
-                f"{path}: regions_class_order writes {name} as {number}, which is none of its "
-                f"numbers {_listing(group)}"
-            )
-    names = list(regions)
-    for place, name in enumerate(names):
-        for later in names[place + 1 :]:
-            if set(regions[name]) < set(regions[later]):
-                raise DatasetError(
-                    f"{path}: {later} would be written over all of {name}, which lies within it; "
-                    f"name {name} after {later} in labels"
-                )
-    numbers = {background[0]: 0, **dict(zip(regions, order, strict=True))}
-    return Labelling(numbers, regions, ignore)
-
-
-def _check_numbers(path: str, file: _Labels, labelling: Labelling) -> None:
-    found = {*labelling.numbers.values()}
-    found |= {number for group in labelling.regions.values() for number in group}
-    if labelling.ignore is not None:
-        found.add(labelling.ignore)
-    if sorted(found) != list(range(len(found))) or len(labelling.numbers) < 2:
-        in_keys = all(isinstance(value, str) for value in file.labels.values())
-        raise _misnumbered(path, list(file.labels) if in_keys else sorted(found))
-
-
-def _misnumbered(path: str, found: Sequence[str | int]) -> DatasetError:
-    return DatasetError(
-        f"{path}: labels must be numbered 0 (background), 1, 2, …, found {list(found)}"
-    )
-
-
-def _listed(folder: Path, entry: _Training) -> NamedFiles:
-    images = [entry.image] if isinstance(entry.image, str) else entry.image
-    paths = tuple(folder / image for image in images)
-    label = folder / entry.label
-    for path in (*paths, label):
-        if not path.is_file():
-            raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
-    return stem_of(label), paths, label
+def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
+    found, problems = [], Problems()
+    for entry in entries:
+        images = [entry.image] if isinstance(entry.image, str) else entry.image
+        paths = tuple(folder / image for image in images)
+        label = folder / entry.label
+        for path in (*paths, label):
+            with problems.noted():
+                if not path.is_file():
+                    raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
+        with problems.noted():
+            found.append((stem_of(label), paths, label))
+    problems.refuse()
+    return found
 
 
 def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
@@ -281,7 +236,7 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             f"{path}: numTraining is {file.num_training}, found {len(labels)} labels in "
             f"{folder}/labelsTr; correct the one or complete the other"
         )
-    found = []
+    found, problems = [], Problems()
     for label in labels:
         images = tuple(
             folder / "imagesTr" / f"{stem_of(label)}_{channel:04d}{ending}"
@@ -290,16 +245,18 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
         if is_picture(images[0]) and not any(image.is_file() for image in images[1:]):
             images = images[:1]
         for image in images:
-            if not image.is_file():
-                raise DatasetError(
-                    f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
-                )
+            with problems.noted():
+                if not image.is_file():
+                    raise DatasetError(
+                        f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
+                    )
         found.append((stem_of(label), images, label))
+    problems.refuse()
     return found
 
 
 def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items, MOST_NAMED)
 
 
 def _number(key: str) -> tuple[int, str]:

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, Problems, first_few, printable
 from segkit.io.safe_text import read_text
 from segkit.io.volume import suffix_of
 
@@ -21,12 +22,17 @@ WILDCARD = re.compile(r"\*\*/|\*|\?")
 MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
-def list_files(folder: Path, files: FilesConfig) -> DatasetJson:
+def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and cases of a folder, by the patterns or the table of a config.
 
-    Raises DatasetError, or VolumeError for a file that is no volume.
+    `given` is taken in place of the labels in `files`. Raises DatasetError, or VolumeError for a
+    file that is no volume.
     """
-    labelling = labelling_of("data.files", files.labels, files.regions_class_order, files.codes)
+    if given is None and not files.labels:
+        raise DatasetError("data.files: expected names of labels; give data.labels")
+    labelling = given or labelling_of(
+        "data.files", files.labels, files.regions_class_order, files.codes
+    )
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
@@ -40,14 +46,18 @@ def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], lis
     for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
         if not found:
             raise DatasetError(f"{folder}: no file in it matches {pattern}; see data.files")
+    problems = Problems()
     for pattern, found in zip(files.images.values(), images, strict=True):
-        if missing := sorted(labels.keys() - found.keys()):
-            raise DatasetError(
-                f"{labels[missing[0]]}: is the label of case {missing[0]!r}, of which {pattern} "
-                f"matches no image (it matches {_some(found)}); wildcards must match alike"
-            )
+        for name in sorted(labels.keys() - found.keys()):
+            with problems.noted():
+                raise DatasetError(
+                    f"{labels[name]}: is the label of case {name!r}, of which {pattern} "
+                    f"matches no image (it matches {_some(found)}); wildcards must match alike"
+                )
+    problems.refuse()
     if bare := sorted(set[str]().union(*images) - labels.keys()):
-        logger.warning("%s: left out, as they have no label: %s", folder, ", ".join(bare))
+        left_out = printable(f"{folder}: left out, as they have no label: {first_few(bare)}")
+        logger.warning("%s", left_out)
     cases = [(name, tuple(found[name] for found in images), labels[name]) for name in labels]
     return tuple(files.images), cases
 
@@ -90,7 +100,7 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
     """The case in each row of a CSV file; its paths start from the folder."""
     assert files.table is not None
     path = folder / files.table
-    rows, columns = _read(path)
+    rows, columns = read_csv(path)
     label = files.label or LABEL
     images = files.images or {
         column: column for column in columns if column.strip() and column not in (ID, label)
@@ -102,29 +112,35 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
             )
     if not rows:
         raise DatasetError(f"{path}: expected a row for each case, found none")
-    for number, row in enumerate(rows, start=2):
-        if not NAME.fullmatch(row[ID]):
-            raise DatasetError(
-                f"{path}: row {number} has the id {row[ID]!r}; expected a name that a file may have"
-            )
-    twice = [name for name, count in Counter(row[ID] for row in rows).items() if count > 1]
-    if twice:
-        raise DatasetError(f"{path}: case {twice[0]} has several rows; give each case one")
+    problems = Problems()
+    for name, count in Counter(row[ID] for row in rows).items():
+        with problems.noted():
+            if count > 1:
+                raise DatasetError(f"{path}: case {name} has several rows; give each case one")
     cases = []
     for number, row in enumerate(rows, start=2):
+        with problems.noted():
+            if not NAME.fullmatch(row[ID]):
+                raise DatasetError(
+                    f"{path}: row {number} has the id {row[ID]!r}; expected a name that a file may "
+                    f"have"
+                )
         named = [folder / row[column] for column in (*images.values(), label)]
         for column, file in zip((*images.values(), label), named, strict=True):
-            if not row[column] or not file.is_file():
-                raise DatasetError(
-                    f"{path}: row {number} names as {column} {row[column] or 'nothing'}, which is "
-                    f"no file in {folder}; if {column} holds no files, give data.files.images"
-                )
-            suffix_of(file)
+            with problems.noted():
+                if not row[column] or not file.is_file():
+                    raise DatasetError(
+                        f"{path}: row {number} names as {column} {row[column] or 'nothing'}, which "
+                        f"is no file in {folder}; if {column} holds no files, give "
+                        f"data.files.images"
+                    )
+                suffix_of(file)
         cases.append((row[ID], tuple(named[:-1]), named[-1]))
+    problems.refuse()
     return tuple(images), cases
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
     try:
         text = read_text(path)

@@ -47,24 +47,81 @@ class ForegroundSampler:
     ) -> tuple[StoredCase, Sequence[int]]:
         """The case, and the voxel at the patch's centre."""
         case = cases[int(random.integers(len(cases)))]
-        wants_foreground = random.random() < self.foreground_share
-        centre: Sequence[int] = [
-            self._anywhere(random, size, patch) + patch // 2
-            for size, patch in zip(case.label.shape, self.patch_size, strict=True)
-        ]
-        positions = case.positions
-        classes = sorted(number for number in positions if number)
-        voxels = positions.get(0)
-        if wants_foreground and classes:
-            voxels = positions[classes[int(random.integers(len(classes)))]]
-        if voxels is not None and len(voxels):
-            centre = voxels[random.integers(len(voxels))].tolist()
-        return case, centre
+        return _centred(case, random, self.patch_size, self.foreground_share)
 
-    @staticmethod
-    def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
-        lowest, highest = min(0, size - patch), max(0, size - patch)
-        return int(random.integers(lowest, highest + 1))
+
+def _centred(
+    case: StoredCase, random: np.random.Generator, patch_size: Sequence[int], share: float
+) -> tuple[StoredCase, Sequence[int]]:
+    """A case and the centre of a patch in it: on its foreground in this share, or anywhere."""
+    wants_foreground = random.random() < share
+    centre: Sequence[int] = [
+        _anywhere(random, size, patch) + patch // 2
+        for size, patch in zip(case.label.shape, patch_size, strict=True)
+    ]
+    positions = case.positions
+    classes = sorted(number for number in positions if number)
+    voxels = positions.get(0)
+    if wants_foreground and classes:
+        voxels = positions[classes[int(random.integers(len(classes)))]]
+    if voxels is not None and len(voxels):
+        centre = voxels[random.integers(len(voxels))].tolist()
+    return case, centre
+
+
+def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
+    lowest, highest = min(0, size - patch), max(0, size - patch)
+    return int(random.integers(lowest, highest + 1))
+
+
+@dataclass(frozen=True)
+class WeightedSampler:
+    """Draws cases by weights, and centres a share of the patches on classes by weights.
+
+    Without groups the case is drawn first, and then a class evenly among its own, as
+    `ForegroundSampler` does. With groups, a patch on the foreground draws a group by its weight
+    among those that some case holds, then a case that holds it by the cases' weights, then one of
+    the group's labels in the case, evenly, and one of its voxels.
+
+    So of N patches N * share * w / sum(w) are expected on a group, whether one case holds it or
+    all.
+    """
+
+    patch_size: tuple[int, ...]
+    foreground_share: float
+    case_weights: tuple[float, ...]
+    """Of each case, in order; some are above 0."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """The labels of each class or region; or none."""
+    group_weights: tuple[float, ...] = ()
+    holders: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the cases that hold each group and have a weight above 0."""
+
+    def __call__(
+        self, cases: Sequence[StoredCase], index: int, random: np.random.Generator
+    ) -> tuple[StoredCase, Sequence[int]]:
+        """The case, and the voxel at the patch's centre."""
+        wants_foreground = random.random() < self.foreground_share
+        held = [number for number, holders in enumerate(self.holders) if holders]
+        weights = [self.group_weights[number] for number in held]
+        if not (wants_foreground and sum(weights) > 0):
+            case = cases[_drawn(self.case_weights, random)]
+            # Of patches on the foreground, those of a case's own classes; else none.
+            share = float(wants_foreground and not self.groups)
+            return _centred(case, random, self.patch_size, share)
+        group = held[_drawn(weights, random)]
+        holders = self.holders[group]
+        case = cases[holders[_drawn([self.case_weights[one] for one in holders], random)]]
+        positions = case.positions
+        labels = [label for label in self.groups[group] if label in positions]
+        voxels = positions[labels[int(random.integers(len(labels)))]]
+        return case, voxels[random.integers(len(voxels))].tolist()
+
+
+def _drawn(weights: Sequence[float], random: np.random.Generator) -> int:
+    """A number drawn by weights."""
+    ends = np.cumsum(weights)
+    return int(np.searchsorted(ends, random.random() * ends[-1], side="right"))
 
 
 class PatchDataset(TorchDataset[Patch]):

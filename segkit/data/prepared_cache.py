@@ -28,15 +28,15 @@ from numpy import ndarray
 from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
-from segkit.data.preprocess import prepare_image, prepare_label
-from segkit.errors import DatasetError, VolumeError
+from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
+from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, sweep
 from segkit.io.checksums import file_states
 from segkit.io.volume import is_picture, read_volume
 from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
-from segkit.system.workers import in_processes
+from segkit.system.workers import attempted, in_processes
 
 CACHE_FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
@@ -75,6 +75,11 @@ class StoredCase:
         voxels = _mapped(self.folder / "voxels.npy")
         classes = _mapped(self.folder / "classes.npy").tolist()
         return {number: voxels[first:end] for number, first, end in classes}
+
+    @property
+    def labels(self) -> set[int]:
+        """The labels that are present, but for the background."""
+        return set(_mapped(self.folder / "classes.npy")[:, 0].tolist()) - {0}
 
     def check(self, num_channels: int) -> None:
         """Raise DatasetError unless the arrays are what `write_arrays` makes."""
@@ -124,8 +129,8 @@ def store_cases(
         track: shows progress.
         num_processes: by default as many as cores, memory and the work allow.
 
-    Raises DatasetError or VolumeError as `read_case` does, and WorkerError if a process was killed.
-    Cases that are stored by then stay.
+    Raises DatasetError or VolumeError as `read_case` does, for all cases together once the others
+    are stored, and WorkerError if a process was killed. Cases that are stored by then stay.
     """
     described = replace(dataset, cases=())
     firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
@@ -164,10 +169,13 @@ def store_cases(
             normalisers=tuple(normalisers),
             order=order,
         )
-        fresh = in_processes(store, pending, min(num_processes, len(pending)))
+        attempt = partial(attempted, store)
+        fresh = in_processes(attempt, pending, min(num_processes, len(pending)))
         names = {case.name for case, *_ in pending}
-        for _ in track(_as_stored(cases, names, fresh)):
+        problems = Problems()
+        for _ in track(_as_stored(cases, names, fresh, problems)):
             pass
+    problems.refuse()
     return tuple(stored)
 
 
@@ -177,17 +185,34 @@ def write_arrays(
     label: Integer[ndarray, "x y z"],
     *,
     ignore: int | None = None,
+    marked: Callable[[ndarray], ndarray] = lambda label: label,
 ) -> None:
-    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels."""
+    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels.
+
+    The label is stored as `marked` makes it.
+    """
     folder.mkdir()
     np.save(folder / "image.npy", half_where_enough(image))
-    np.save(folder / "label.npy", label)
+    np.save(folder / "label.npy", marked(label))
     positions = _positions(label, ignore)
     ends = np.cumsum([len(voxels) for voxels in positions.values()], dtype=np.int64)
     classes = zip(positions, [0, *ends.tolist()], ends.tolist(), strict=False)
     np.save(folder / "classes.npy", np.array([*classes], np.int64).reshape(-1, 3))
     voxels = np.concatenate([np.empty((0, 3), np.int64), *positions.values()])
     np.save(folder / "voxels.npy", voxels.astype(np.min_scalar_type(max(label.shape))))
+
+
+def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
+    """A label with the set of the case's unlabelled classes added, as `PartlyLabelled` has it.
+
+    All cases of a dataset have one type, so that they fit into one batch.
+    """
+    sets = dataset.unlabelled_sets
+    if len(sets) == 1:
+        return label
+    count = len(dataset.labelling.value_names)
+    kind = np.min_scalar_type(count * len(sets) - 1)
+    return label.astype(kind) + kind.type(count * sets.index(dataset.unlabelled.get(name, ())))
 
 
 def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
@@ -209,12 +234,19 @@ def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, 
 
 
 def _as_stored(
-    cases: Sequence[CaseFiles], pending: set[str], results: Iterator[None]
+    cases: Sequence[CaseFiles],
+    pending: set[str],
+    results: Iterator[SegkitError | None],
+    problems: Problems,
 ) -> Iterator[CaseFiles]:
-    """Each case as soon as it is stored."""
+    """Each case as soon as it is stored, or what is wrong with it is noted."""
     for case in cases:
-        if case.name in pending:
-            next(results)
+        error = next(results) if case.name in pending else None
+        if isinstance(error, TooLargeError):  # as others will be, by the same spacing
+            raise DatasetError(str(error))
+        with problems.noted():
+            if error is not None:
+                raise error
         yield case
 
 
@@ -251,14 +283,17 @@ def _store(
     try:
         prepared = prepare_image(body, spacing=spacing, normalisers=normalisers, order=order)
     except VolumeError as error:
-        raise DatasetError(f"case {case.name}: {error}") from None
+        kind = TooLargeError if isinstance(error, TooLargeError) else DatasetError
+        raise kind(f"case {case.name}: {error}") from None
     image = prepared.image.numpy() if case.images else np.zeros_like(prepared.image.numpy())
     if first is not None:
         image = with_labels(prepared, read_volume(first)).image.numpy()
     label = prepare_label(label_volume, prepared).numpy()
     inside = partial_folder / target.name
     with naming(target):
-        write_arrays(inside, image, label, ignore=dataset.ignore)
+        write_arrays(
+            inside, image, label, ignore=dataset.ignore, marked=partial(_marked, case.name, dataset)
+        )
     try:
         inside.rename(target)
     except OSError:  # another run stored the same case in the meantime
@@ -309,11 +344,14 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
+    sets = dataset.unlabelled_sets[1:]
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
         "labels": dataset.labels,
         "ignore": dataset.ignore,
+        **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
+        **({"unlabelled": [*sets, dataset.unlabelled.get(case.name, ())]} if sets else {}),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
         "spacing": list(spacing),
         "order": order,

@@ -27,6 +27,10 @@ NEAREST: Literal[0] = 0
 BYTES_PER_VALUE = 4
 
 
+class TooLargeError(VolumeError):
+    """A volume takes more memory at a network's spacing than there is."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """An image as the network sees it, (channel, x, y, z) in RAS+ order, and where it lies."""
@@ -107,7 +111,7 @@ def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> 
     needed, free = BYTES_PER_VALUE * num_channels * math.prod(shape), free_memory()
     if not needed <= free:
         size = " x ".join(f"{length:.3g}" for length in shape)
-        raise VolumeError(
+        raise TooLargeError(
             f"expected a volume that fits into memory at the network's spacing of "
             f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which take "
             f"{needed / 1e9:.3g} GB where {free / 1e9:.3g} GB are free; check both spacings"

@@ -12,10 +12,11 @@ import numpy as np
 
 from segkit.config.labels import Labelling
 from segkit.config.pictures import pixel_mm_of
-from segkit.data.dataset_json import read_labelling, read_picture_rules
+from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.evaluation.calibration import Calibration
 from segkit.evaluation.evaluate_probabilities import calibrate_pairs
+from segkit.evaluation.label_names import labelling_in, labels_file, picture_rules_in
 from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
@@ -30,10 +31,10 @@ Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """What to do with references without a prediction."""
 MOST_MISSING = 10
 """Of cases in a sentence."""
-TOLERANCE_MM = 1.0
+TOLERANCE_OF_VOLUMES = 1.0
 PIXELS_OF_TOLERANCE = 2.0
 """The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
-NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+PLAIN_NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
 MOST_LABELS = 1000
 """Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
@@ -102,8 +103,9 @@ def evaluate(
         references: its reference, or a folder of them; or a dataset, by its folder or its YAML
             file. Files pair by name: the same path, or the same name, or the same name without
             words such as `_seg` at its end (docs/evaluation.md has the whole rule).
-        labels: a dataset.json with the names of labels and regions; if not given, that of the
-            dataset, or the one beside the references or one folder above, if there is one.
+        labels: what gives labels and regions names: a dataset.json or its folder, a config, a run
+            or a model folder; if not given, that of the dataset, or the dataset.json beside the
+            references or one folder above, if there is one.
         tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
             Dice; by default 1 mm, and of pictures 2 pixels.
         tolerance: the same as a length with its unit, such as '0.5 µm' or '2 pixels'.
@@ -116,7 +118,8 @@ def evaluate(
         track: may show the progress over cases.
 
     Returns:
-        The scores; a score is NaN if its class is in neither image. A case that cannot be scored
+        The scores; a score is NaN if its class is in neither image, or if a config says that nobody
+        labelled it in the case. A case that cannot be scored
         is told in `failures`, and the others are scored.
 
     Raises:
@@ -138,13 +141,15 @@ def evaluate(
     source, labelling, rules = known.source, known.labelling, known.rules
     if labels is not None or labelling is None:
         source = labels_file(references, labels)
-        labelling = None if source is None else read_labelling(source)
-        rules = AS_IT_SAYS if source is None else read_picture_rules(source)
+        labelling = None if source is None else labelling_in(source)
+        rules = AS_IT_SAYS if source is None else picture_rules_in(source)
     rules = with_pixel_size(rules, pixel_size)
     tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
     rows, failures = score_pairs(
         pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
     )
+    lacking = {name: known.unlabelled.get(path, ()) for name, _, path in pairs}
+    rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
@@ -168,9 +173,9 @@ def evaluate(
     if probabilities:
         scored = [pair for pair in pairs if pair[0] not in failures]
         calibration = calibrate_pairs(scored, labelling, track=track)
-    lacking = tuple(name for name, _ in pairing.missing)
+    unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, lacking, extra, calibration)
+    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
@@ -184,20 +189,9 @@ def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> No
     )
 
 
-def labels_file(references: Path, labels: str | Path | None) -> Path | None:
-    """The dataset.json that says what is told apart: the one given, or one beside or above.
-
-    Raises VolumeError where the one given is not there.
-    """
-    folder = references if references.is_dir() else references.parent
-    beside = [folder / "dataset.json", folder.parent / "dataset.json"]
-    candidates = [Path(labels)] if labels else beside
-    for path in candidates:
-        if path.is_file():
-            return path
-    if labels:
-        raise VolumeError(f"{labels}: no such file; check the path")
-    return None
+def _unscored(row: CaseScores) -> CaseScores:
+    """Scores of a class that nobody labelled in the case: none."""
+    return replace(row, metrics=dict.fromkeys(row.metrics, float("nan")))
 
 
 def score_pairs(
@@ -257,7 +251,7 @@ def tolerance_of(
     picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
     pixel = max(picture[0].spacing[:2]) if picture else None
     if tolerance is None:
-        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_MM
+        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_OF_VOLUMES
     text = str(tolerance).strip()
     in_pixels = IN_PIXELS.fullmatch(text)
     try:
@@ -265,7 +259,7 @@ def tolerance_of(
             if pixel is None:
                 raise ValueError("pixels are those of pictures; give it in mm")
             return float(in_pixels[1]) * pixel
-        length = float(text) if NUMBER.fullmatch(text) else length_mm(text)
+        length = float(text) if PLAIN_NUMBER.fullmatch(text) else length_mm(text)
     except ValueError as error:
         raise VolumeError(f"tolerance {text!r}: {error}") from None
     if picture and not picture[1].sized:
@@ -306,7 +300,7 @@ def _read_pair(
 ) -> tuple[Volume, Volume]:
     reference = read_labels(reference_path, rules=rules)
     if prediction_path is None:
-        return reference.like(np.zeros_like(reference.data)), reference
+        return reference, reference
     prediction = _read_prediction(prediction_path, rules)
     reference = reference.sized_as(prediction)
     prediction = prediction.sized_as(reference).onto(
@@ -344,9 +338,13 @@ def _score_pair(
     if reference.is_flat:  # an area, without a volume
         shape, axes = shape[:2], 2
     try:
-        return score_case(
-            prediction.data.reshape(shape),
-            reference.data.reshape(shape),
+        found, right = (
+            (within(volume.data, labelling) if labelling.in_files else volume.data).reshape(shape)
+            for volume in (prediction, reference)
+        )
+        rows = score_case(
+            found if prediction_path else np.zeros_like(right),
+            right,
             {labelling.numbers[name]: name for name in labelling.members},
             grid.spacing[:axes],
             case=case,
@@ -360,3 +358,4 @@ def _score_pair(
         )
     except ValueError as error:
         raise VolumeError(f"{prediction_path or reference_path}: {error}") from None
+    return [replace(row, label=labelling.in_file(row.label)) for row in rows]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, VolumeError
 from segkit.evaluation.calibration import Calibration
 from segkit.io.volume import SUFFIXES, read_labels, read_volume, stem_of
@@ -44,7 +45,7 @@ def calibrate_pairs(
         found = found.onto(reference.grid, what=f"{path}:", whose=str(reference_path))
         data = found.data if found.data.ndim > reference.data.ndim else found.data[..., None]
         try:
-            calibration.add(name, data, reference.data)
+            calibration.add(name, data, within(reference.data, labelling))
         except ValueError as error:
             raise VolumeError(f"{path}: {error}") from None
     return calibration

@@ -16,12 +16,12 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config
-from segkit.data.dataset import CaseFiles, read_dataset
+from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.errors import VolumeError, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, stem_of, volumes_among
@@ -58,6 +58,8 @@ class References:
     """The file that says what they mean."""
     rules: PictureRules = AS_IT_SAYS
     """How they are read, if they are pictures."""
+    unlabelled: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    """By the file of partly labelled cases, the classes that they have no labels of."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     """
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
         named = dataset_in(path) or load_config(path).data
-        dataset = read_dataset(named.folder, named.files, named.pictures)
-        source = path if named.files else named.folder / "dataset.json"
+        dataset = dataset_of(named, with_test=True)
+        own = named.files or named.labels
+        source = path if own else named.folder / "dataset.json"
     elif path.is_dir() and (path / "dataset.json").is_file() and not _at_top(path):
         dataset = read_dataset(path)
         source = path / "dataset.json"
@@ -112,7 +115,12 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     else:
         raise VolumeError(f"{path}: no such file or folder; check the path")
     volumes = tuple(_of_case(case, dataset.folder) for case in dataset.cases)
-    return References(volumes, dataset.labelling, source, dataset.rules)
+    lacking = {
+        case.label: dataset.unlabelled[case.name]
+        for case in dataset.cases
+        if case.name in dataset.unlabelled
+    }
+    return References(volumes, dataset.labelling, source, dataset.rules, lacking)
 
 
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:

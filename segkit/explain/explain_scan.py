@@ -20,7 +20,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from segkit.errors import SegkitError
+from segkit.config.labels import Labelling
+from segkit.data.label_numbers import volume_within, within
+from segkit.errors import SegkitError, VolumeError
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
@@ -80,8 +82,11 @@ class Explanation:
     worth: Worth | None
     """What its gates are worth, with verdicts; None if these were not asked for."""
     label_names: dict[int, str]
+    """By the number in files."""
     facts: dict[str, str] = field(default_factory=dict)
     """Which model and which settings made it."""
+    labelling: Labelling = field(default_factory=lambda: Labelling({}))
+    """What the model tells apart, and the numbers of it in files."""
 
     @property
     def against(self) -> str:
@@ -189,13 +194,19 @@ class Explanation:
             self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
         )
 
+    def _shown(self, labels: Volume) -> tuple[Volume, dict[int, str]]:
+        """Labels for pictures, in which 0 is the background, and their names."""
+        own = self.labelling.numbers
+        names = {own.get(name, number): name for number, name in self.label_names.items()}
+        return volume_within(labels, self.labelling), names
+
     def _layers(self) -> list[Layer]:
         layers = [
             *map_layers(self.maps),
-            label_layer("segmentation", self.labels, self.label_names),
+            label_layer("segmentation", *self._shown(self.labels)),
         ]
         if self.reference is not None:
-            layers.append(label_layer("reference", self.reference, self.label_names))
+            layers.append(label_layer("reference", *self._shown(self.reference)))
         return layers
 
     def _repr_html_(self) -> str:
@@ -216,10 +227,10 @@ class Explanation:
         image = self.scan.data if self.scan.data.ndim == 3 else self.scan.data[..., 0]
         panels: list[Panel] = [
             ("scan", None, "labels"),
-            ("segmentation", self.labels.data, "labels"),
+            ("segmentation", self._shown(self.labels)[0].data, "labels"),
         ]
         if self.reference is not None:
-            panels.append(("reference", self.reference.data, "labels"))
+            panels.append(("reference", self._shown(self.reference)[0].data, "labels"))
         for key, one in self.maps.items():
             if one.volume is not None:
                 values = self.on_scan(key).data
@@ -231,7 +242,7 @@ class Explanation:
                 image,
                 self.scan.grid,
                 panels,
-                label_names=self.label_names,
+                label_names=self._shown(self.labels)[1],
                 planes=PAGES if self.scan.picture else PLANES,
             )
             return path.read_bytes()
@@ -285,6 +296,10 @@ def explain_volume(
         reference = reference.sized_as(volume).onto(
             volume.grid, what=f"{name}: the reference", whose="the scan"
         )
+        try:
+            within(reference.data, labelling)
+        except ValueError as error:
+            raise VolumeError(f"{name}: the reference {error}") from None
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,
@@ -304,11 +319,12 @@ def explain_volume(
     )
     dice: dict[str, float] = {}
     if reference is not None:
+        found, right = (within(each.data, labelling) for each in (prediction.labels, reference))
         told = np.ones(volume.grid.shape, bool)
         if labelling.ignore is not None:
-            told = reference.data != labelling.ignore
+            told = right != labelling.ignore
         dice = {
-            structure: _dice(prediction.labels.data[told], reference.data[told], numbers)
+            structure: _dice(found[told], right[told], numbers)
             for structure, numbers in members(labelling).items()
         }
     worth = None
@@ -335,8 +351,9 @@ def explain_volume(
         dice,
         reach,
         worth,
-        {number: label for label, number in labelling.numbers.items()},
+        {number: label for label, number in labelling.numbers_in_files.items()},
         facts_of(predictor),
+        labelling,
     )
 
 

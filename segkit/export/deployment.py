@@ -23,7 +23,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
     description = model.description
     labelling = description.labelling
     patch, overlaps, multiple = layout_of(model, overlap)
-    stage = description.first_stage
+    stage, adopted = description.first_stage, description.postprocessing
     return {
         "format": DEPLOYMENT_FORMAT,
         "made_by": f"segkit {description.segkit}",
@@ -56,10 +56,13 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             PRESENCE: list(labelling.members) if model.network.presence is not None else [],
         },
         "decision": "largest logit" if labelling.written is None else "each logit above 0",
-        "labels": dict(description.labels),
+        "labels": labelling.numbers_in_files,
         # In the order in which they are written, later over earlier.
-        "regions": {name: labelling.numbers[name] for name in labelling.regions},
-        "postprocessing": description.postprocessing.model_dump(mode="json"),
+        "regions": {name: labelling.numbers_in_files[name] for name in labelling.regions},
+        "postprocessing": {
+            "largest_foreground": adopted.largest_foreground,
+            "largest_of": [labelling.in_file(number) for number in adopted.largest_of],
+        },
     }
 
 

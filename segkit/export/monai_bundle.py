@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from segkit.config.labels import Labelling
+from segkit.config.model import ModelDescription
 from segkit.errors import ModelError
 from segkit.export import whole_volume
 from segkit.export.deployment import deployment
@@ -81,7 +83,7 @@ def export_bundle(
     with whole_folder(folder, overwrite=overwrite) as partial:
         export_torchscript(model, partial / NETWORK, metadata)
         save_model(partial / "models" / "segkit", model)
-        write_json(partial / "configs" / "inference.json", inference_of(told))
+        write_json(partial / "configs" / "inference.json", inference_of(told, model.description))
         source = Path(whole_volume.__file__).read_text(encoding="utf-8")
         write_text(partial / "scripts" / "whole_volume.py", source)
         write_text(partial / "scripts" / "__init__.py", "")
@@ -133,7 +135,7 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def inference_of(told: Mapping[str, Any]) -> dict[str, Any]:
+def inference_of(told: Mapping[str, Any], description: ModelDescription) -> dict[str, Any]:
     """`inference.json`: the steps that MONAI puts together, in its own words."""
     windows = told["windows"]
     return {
@@ -167,7 +169,7 @@ def inference_of(told: Mapping[str, Any]) -> dict[str, Any]:
             "batch_size": 1,
             "skip_empty": True,
         },
-        "postprocessing": {"_target_": "Compose", "transforms": _after(told)},
+        "postprocessing": {"_target_": "Compose", "transforms": _after(told, description)},
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -192,20 +194,20 @@ def _datalist(num_channels: int) -> str:
     )
 
 
-def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _after(told: Mapping[str, Any], description: ModelDescription) -> list[dict[str, Any]]:
     """From logits to files of labels."""
+    labelling, adopted = description.labelling, description.postprocessing
     steps: list[dict[str, Any]] = [{"_target_": "EnsureTyped", "keys": "pred", "track_meta": True}]
-    if told["regions"]:
-        written = {"_target_": f"{CODE}.WrittenRegions", "numbers": list(told["regions"].values())}
+    if labelling.written is not None:
+        written = {"_target_": f"{CODE}.WrittenRegions", "numbers": list(labelling.written)}
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": written})
     else:
         steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})
-    adopted = told["postprocessing"]
-    if adopted["largest_foreground"] or adopted["largest_of"]:
+    if adopted.largest_foreground or adopted.largest_of:
         largest = {
             "_target_": f"{CODE}.LargestComponents",
-            "of_foreground": adopted["largest_foreground"],
-            "of_labels": adopted["largest_of"],
+            "of_foreground": adopted.largest_foreground,
+            "of_labels": list(adopted.largest_of),
         }
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": largest})
     return [
@@ -218,6 +220,7 @@ def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             "nearest_interp": True,
             "to_tensor": True,
         },
+        *_renumbered(labelling),
         {
             "_target_": "SaveImaged",
             "keys": "pred",
@@ -227,6 +230,21 @@ def _after(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             "resample": False,
             "separate_folder": False,
         },
+    ]
+
+
+def _renumbered(labelling: Labelling) -> list[dict[str, Any]]:
+    """From the numbers 0, 1, 2, … of the outputs to those of files, if they differ."""
+    if not labelling.in_files:
+        return []
+    numbers = list(labelling.numbers.values())
+    return [
+        {
+            "_target_": "MapLabelValued",
+            "keys": "pred",
+            "orig_labels": numbers,
+            "target_labels": [labelling.in_file(number) for number in numbers],
+        }
     ]
 
 

@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from segkit.config.dataset_files import CodeConfig, LabelCodeConfig
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
 from segkit.io.atomic import whole
 from segkit.io.dicom import Series, arranged
@@ -124,7 +125,7 @@ def _descriptions(
     descriptions = []
     for number, name in enumerate(labelling.members, start=1):
         code = codes.get(name) or private_code(name)
-        colour = label_colour(labelling.numbers[name])
+        colour = label_colour(labelling.numbers_in_files[name])
         descriptions.append(
             highdicom.seg.SegmentDescription(
                 segment_number=number,
@@ -144,7 +145,7 @@ def segments(labels: ndarray, labelling: Labelling) -> ndarray:
 
     Of regions, which may overlap, each has a mask of its own: all numbers that belong to it.
     """
-    frames = labels.transpose(2, 1, 0)
+    frames = within(labels, labelling).transpose(2, 1, 0)
     if labelling.regions:
         masks = [np.isin(frames, numbers) for numbers in labelling.members.values()]
         return np.stack(masks, axis=-1)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import volume_within
 from segkit.io.volume import Volume
 
 
@@ -24,6 +25,7 @@ def label_statistics(
     NaN. Memory follows a slice.
     """
     assert labels.grid.agrees_with(image.grid), "labels lie on their image's grid"
+    labels = volume_within(labels, labelling)
     values = image.data.reshape(*image.grid.shape, -1)
     highest = max(len(labelling.value_names) - 1, int(labels.data.max()))
     size, voxel = ("ml", labels.grid.voxel_ml)

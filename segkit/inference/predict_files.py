@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segkit.config.model import ModelDescription
+from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
@@ -310,7 +311,9 @@ def _write(
     begin(targets.labels, targets.all)
     labels = prediction.labels
     # The labels come first, so that nothing else that fails costs them.
-    write_json(sidecar_of(targets.labels), {"labels": description.labels, **made})
+    write_json(
+        sidecar_of(targets.labels), {"labels": description.labelling.numbers_in_files, **made}
+    )
     if _is_dicom(targets.labels):
         write_dicom_segmentation(
             targets.labels,
@@ -364,17 +367,18 @@ def _others(
         return (path,)
 
     def write_preview(path: Path) -> Sequence[Path]:
+        shown = within(labels.data, labelling)  # in which 0 is the background
         write_montage(
             path,
             image.data if image.data.ndim == 3 else image.data[..., 0],
             image.grid,
-            [(source.name, None, "labels"), ("segmentation", labels.data, "labels")],
+            [(source.name, None, "labels"), ("segmentation", shown, "labels")],
             label_names={
                 number: name
                 for name, number in labelling.numbers.items()
-                if (labels.data == number).any()
+                if (shown == number).any()
             },
-            through=labels.data,
+            through=shown,
             planes=PAGES if image.picture else PLANES,
         )
         return (path,)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
+from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
 from segkit.inference import postprocess as components
@@ -257,13 +258,17 @@ class Predictor:
         adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
-            volume.like(labels),
+            volume.like(as_in_files(labels, labelling)),
             results.volume("probabilities"),
             collectors[0].result(volume),
             _present(presence, list(labelling.members)),
             results.volume("entropy"),
             results.volume("variance"),
         )
+
+    def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
+        """The labels in segkit's numbers 0, 1, 2, …, whatever files hold. Raises as a call."""
+        return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
     def postprocessing(self) -> PostprocessingConfig:
@@ -294,7 +299,11 @@ class Predictor:
                 continue
             said = None
             if stages:
-                said = first_labels or majority([one(volume).labels for one in stages])
+                said = (
+                    majority([one.numbers_of(volume) for one in stages])
+                    if first_labels is None
+                    else volume_within(first_labels, stages[0].model.description.labelling)
+                )
             images[member.preparation] = member.prepare(volume, said, on_device=on_device)
         return [images[member.preparation] for member in self.members]
 
@@ -369,7 +378,7 @@ def _check_alike(models: Sequence[Model]) -> None:
         raise ModelError("expected a model, or several, found none")
     first = models[0].description
     for other in (model.description for model in models[1:]):
-        for what in ("labels", "regions", "channels"):
+        for what in ("labels", "regions", "in_files", "channels"):
             expected, found = list(getattr(first, what)), list(getattr(other, what))
             if getattr(first, what) != getattr(other, what):
                 raise ModelError(

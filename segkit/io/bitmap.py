@@ -22,11 +22,11 @@ PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     ".jpeg": JpegImagePlugin.JpegImageFile,
     ".bmp": BmpImagePlugin.BmpImageFile,
 }
-CHANNELS = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "RGBA": 4, "I": 1, "F": 1}
+CHANNELS_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "RGBA": 4, "I": 1, "F": 1}
 GREY, GREY_ALPHA = 0, 4
 """Colour types in the header of a PNG."""
 ORIENTATION_TAG = 0x0112
-Had = TypeVar("Had")
+Obtained = TypeVar("Obtained")
 
 
 def read_bitmap_header(path: Path) -> tuple[Raster, int | None]:
@@ -42,7 +42,7 @@ def read_bitmap_header(path: Path) -> tuple[Raster, int | None]:
             raise VolumeError("its colours are CMYK, those of a printer; convert it to RGB")
         if getattr(image, "n_frames", 1) > 1:
             raise VolumeError("it is an animation; save one of its frames")
-        if mode not in CHANNELS and not mode.startswith("I;16"):
+        if mode not in CHANNELS_OF_MODE and not mode.startswith("I;16"):
             raise VolumeError(f"its mode is {mode}; convert it to grey or RGB")
         orientation = _had(lambda: _orientation(image))
         notes: list[str] = []
@@ -58,7 +58,7 @@ def read_bitmap_header(path: Path) -> tuple[Raster, int | None]:
         palette = _palette(image) if mode in ("P", "PA") else None
     kind = np.dtype(np.uint16 if mode.startswith("I;16") else np.uint8)
     kind = np.dtype({"I": np.int32, "F": np.float32}.get(mode, kind))
-    channels = CHANNELS.get(mode, 1)
+    channels = CHANNELS_OF_MODE.get(mode, 1)
     expanded = colours == GREY and depth in (2, 4)
 
     def load() -> ndarray:
@@ -147,7 +147,7 @@ def _pixels(path: Path, suffix: str) -> ndarray:
         return pillow_values(_had(lambda: PLUGINS[suffix](file)))
 
 
-def _had(give: Callable[[], Had]) -> Had:
+def _had(give: Callable[[], Obtained]) -> Obtained:
     """What Pillow gives. Raises ValueError for each of the errors that it has for damaged files."""
     try:
         return give()

@@ -22,7 +22,7 @@ IN_LENGTHS = {
     **dict.fromkeys(("m", "meter", "metre"), 1e3),
 }
 """Millimetres of a unit by its name in files and settings, in lower case."""
-LENGTH = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([^\W\d]+)\s*", re.IGNORECASE)
+LENGTH_IN_UNIT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([^\W\d]+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PictureFacts:
 
 def length_mm(text: str) -> float:
     """Millimetres of a length such as '0.5 µm'. Raises ValueError for anything else."""
-    found = LENGTH.fullmatch(text)
+    found = LENGTH_IN_UNIT.fullmatch(text)
     unit = found and found[2].lower().replace("\u03bc", "µ")
     if not found or unit not in IN_LENGTHS:
         raise ValueError(f"{text!r} must be a length such as '0.5 µm', '4 nm' or '0.1 mm'")

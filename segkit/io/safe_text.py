@@ -5,6 +5,7 @@ Whatever is wrong with a file comes as OSError or ValueError, for the caller's o
 
 import codecs
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises OSError or ValueError."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         if not text[error.pos :].strip() or error.msg.startswith("Unterminated"):
@@ -50,6 +51,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{place}: {error.msg[0].lower()}{error.msg[1:]}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these names, each of which must be there once: a reader would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for name, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice in one place; give each its own name")
+    return content
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -72,6 +82,15 @@ def parse_yaml(text: str) -> Any:
 
 class _PlainLoader(yaml.SafeLoader):
     """Knows no Python class, and no aliases: a few lines of them can stand for terabytes."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The section, in which each name may be there once."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            line = node.start_mark.line + 1
+            raise ValueError(f"{twice!r} is there twice in the section from line {line} on")
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

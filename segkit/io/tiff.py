@@ -18,7 +18,7 @@ from numpy import ndarray
 from PIL import TiffImagePlugin
 
 from segkit.errors import VolumeError
-from segkit.io.bitmap import CHANNELS, ORIENTATION_TAG, palette_of, pillow_values
+from segkit.io.bitmap import CHANNELS_OF_MODE, ORIENTATION_TAG, palette_of, pillow_values
 from segkit.io.picture_rules import IN_LENGTHS, PictureFacts, PictureRules
 from segkit.io.raster import Raster, scale_of
 
@@ -42,9 +42,13 @@ def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | Non
 
     Raises VolumeError for pictures that are not read, and ValueError for damaged ones.
     """
-    with _had(lambda: tifffile.TiffFile(path)) as file:
-        series, page = _had(lambda: _only_series(file))
-        photometric = _had(lambda: _name(page.photometric))
+    return _had(lambda: _header(path, rules))
+
+
+def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
+    with tifffile.TiffFile(path) as file:
+        series, page = _only_series(file)
+        photometric = _name(page.photometric)
         if photometric not in READABLE:
             raise VolumeError(f"its colours are {photometric}; convert it to grey or RGB")
         kind = np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1")
@@ -60,8 +64,8 @@ def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | Non
             slices,
             channels,
         )
-        pixel, source = _had(lambda: _pixel(file, page, series.axes))
-        extra = [int(value) for value in _had(lambda: page.extrasamples)]
+        pixel, source = _pixel(file, page, series.axes)
+        extra = [int(value) for value in page.extrasamples]
         alpha = None
         if extra and extra[-1] in (1, 2):
             if channels != samples:
@@ -70,10 +74,10 @@ def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | Non
         inverted = photometric == "MINISWHITE" and kind.kind in "ui"
         palette = None
         if photometric == "PALETTE":
-            palette = (np.asarray(_had(lambda: page.colormap)) >> 8).T.astype(np.uint8)
+            palette = (np.asarray(page.colormap) >> 8).T.astype(np.uint8)
         held = _held(series, path.stat().st_size)
         compressed = int(page.compression) != 1
-        orientation = int(_had(lambda: page.tags.valueof(ORIENTATION_TAG, default=1)))
+        orientation = int(page.tags.valueof(ORIENTATION_TAG, default=1))
 
     def load() -> ndarray:
         values = _pixels(path, page_count=len(series.pages), compressed=compressed)
@@ -256,7 +260,7 @@ def _by_pillow(path: Path, page_count: int) -> ndarray:
         pages = []
         for number in range(page_count):
             _had(lambda number=number: image.seek(number))  # type: ignore[misc]
-            if CHANNELS.get(image.mode, 1) != channels:
+            if CHANNELS_OF_MODE.get(image.mode, 1) != channels:
                 raise ValueError(f"Pillow reads it as {image.mode}")
             values = pillow_values(image)
             if values.dtype.newbyteorder("=") != (np.uint8 if kind.kind == "b" else kind):

@@ -128,13 +128,20 @@ class Volume:
         Raises:
             VolumeError: the grids hold different voxels; it says in what they differ.
         """
-        turn = Orientation.between(self.grid, grid)
-        if difference := turn.turn_grid(self.grid).difference_from(grid):
-            raise VolumeError(
-                f"{what} lies on another grid than {whose}: {difference}; resample one onto the "
-                f"other"
-            )
-        return self.on(grid, turn.turn(self.data))
+        return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
+
+
+def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
+    """The order and directions of one grid's axes in which it is the other; see `Volume.onto`.
+
+    Raises VolumeError if it is none.
+    """
+    turn = Orientation.between(one, other)
+    if difference := turn.turn_grid(one).difference_from(other):
+        raise VolumeError(
+            f"{what} lies on another grid than {whose}: {difference}; resample one onto the other"
+        )
+    return turn
 
 
 def suffix_of(path: Path) -> str:
@@ -244,14 +251,14 @@ def read_labels(
         The labels, (x, y, z), int64, 0 for the background.
 
     Raises:
-        VolumeError: as `read_volume` does, and for values that are not whole numbers from 0 on, but
-            for rounding, one per voxel.
+        VolumeError: as `read_volume` does, and for values that are not whole numbers, but for
+            rounding, one per voxel.
 
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
     volume = read_label_values(path, rules=rules, working=BYTES_OF_LABEL + working)
-    expected = f"{path}: expected whole numbers from 0 on, one per voxel, as labels"
+    expected = f"{path}: expected whole numbers, one per voxel, as labels"
     if volume.data.ndim != 3:
         raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
     values = whole_numbers(volume.data, path)
@@ -260,7 +267,7 @@ def read_labels(
         found, here = values[..., z], whole[..., z]
         with np.errstate(invalid="ignore"):
             here[...] = found
-        strange = found[(here != found) | (here < 0)]
+        strange = found[here != found]
         if len(strange):
             raise VolumeError(f"{expected}, found {in_full(strange[0])}")
     return volume.like(whole)
@@ -345,7 +352,11 @@ def trouble_with(values: ndarray) -> str | None:
     with np.errstate(invalid="ignore"):
         low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        return "holds voxels that are not numbers; repair it"
+        strange = sum(int((~np.isfinite(plane)).sum()) for plane in np.moveaxis(values, 2, 0))
+        return (
+            f"holds voxels that are not numbers; repair it, by setting them to 0 if they lie "
+            f"outside a mask ({strange:,} of {values.size:,} values are NaN or infinite)"
+        )
     if max(-low, high) > FARTHEST_VALUE:
         return f"holds values from {low:g} to {high:g}; scale them to what was measured"
     return None

@@ -82,7 +82,9 @@ def dice_binary_cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        target = torch.stack([_within(label, region) for region in regions], dim=1).to(logits.dtype)
+        target = torch.stack([within_group(label, region) for region in regions], dim=1).to(
+            logits.dtype
+        )
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         probabilities = logits.sigmoid()
         if ignore is None:
@@ -95,7 +97,7 @@ def dice_binary_cross_entropy(
         return cross_entropy + 1 - dice
 
 
-def _within(label: Tensor, numbers: Sequence[int]) -> Tensor:
+def within_group(label: Tensor, numbers: Sequence[int]) -> Tensor:
     """Where the label is one of the numbers."""
     found = label == numbers[0]
     for number in numbers[1:]:
@@ -183,7 +185,7 @@ class SummedLoss:
         shown = counted[:, None].to(logits.dtype)
         weights = constants(self.weights, logits.device)
         if self.regions:
-            target = torch.stack([_within(label, region) for region in self.regions], dim=1)
+            target = torch.stack([within_group(label, region) for region in self.regions], dim=1)
             target = target.to(logits.dtype)
             each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             probabilities = logits.sigmoid()
@@ -220,11 +222,11 @@ def _deep(
     for weight, level in zip(weights, logits, strict=True):
         cells = level.shape[2:]
         stride = tuple(size / fewer for size, fewer in zip(label.shape[1:], cells, strict=True))
-        losses.append(weight * loss(level, _shrunk(label, cells), stride))
+        losses.append(weight * loss(level, shrunk(label, cells), stride))
     return torch.stack(losses).sum()
 
 
-def _shrunk(label: Tensor, space: Sequence[int]) -> Tensor:
+def shrunk(label: Tensor, space: Sequence[int]) -> Tensor:
     """Each coarse cell's label: that of the voxel at (or first past) its centre."""
     for axis, cells in enumerate(space, start=1):
         size = label.shape[axis]
@@ -251,7 +253,7 @@ def presence_cross_entropy(
     with torch.autocast(logits.device.type, enabled=False):
         voxels = label.flatten(1)
         groups = regions or [(number,) for number in range(1, logits.shape[1] + 1)]
-        present = torch.stack([_within(voxels, group).any(dim=1) for group in groups], dim=1)
+        present = torch.stack([within_group(voxels, group).any(dim=1) for group in groups], dim=1)
         if ignore is None:
             return F.binary_cross_entropy_with_logits(logits.float(), present.float())
         each = F.binary_cross_entropy_with_logits(logits.float(), present.float(), reduction="none")

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from segkit.config.data import DataConfig
-from segkit.config.dataset_files import FilesConfig
-from segkit.config.pictures import PicturesConfig
+from segkit.config.dataset_files import DatasetConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
@@ -33,9 +32,7 @@ class Schedule(NamedTuple):
 
 def sections_of(
     plan: Plan,
-    folder: Path,
-    files: FilesConfig | None,
-    pictures: PicturesConfig | None,
+    source: DatasetConfig,
     *,
     schedule: Schedule,
     own_schedule: bool,
@@ -47,9 +44,7 @@ def sections_of(
 
     Args:
         plan: of the dataset.
-        folder: the dataset's.
-        files: where the files of its cases lie, if it has no dataset.json.
-        pictures: what its pictures do not say themselves.
+        source: what is said of the dataset.
         schedule: steps, validations and minutes.
         own_schedule: whether the schedule is nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
@@ -57,23 +52,23 @@ def sections_of(
         first_stage: the run whose labels go beside the image, if there are two stages.
     """
     why = plan.reasons
+    told = source.model_dump(mode="json", exclude_unset=True, exclude={"folder"})
     nonzero = {channel.kind for channel in plan.normalisation} == {"zscore nonzero"}
     shallow: Any = {"kind": "additive_grid", "levels": [0]}
     mirroring = DataConfig(
-        folder=folder,
+        folder=source.folder,
         patch_size=list(plan.patch_size),
         mirror=["x", "y", "z"] if own_schedule else None,
     )
     gates = {"skip": shallow if len(plan.channels) == 2 else "additive_grid"}
     return {
         "data": {
-            "folder": (str(folder), ""),
+            "folder": (str(source.folder), ""),
             "spacing": (list(plan.spacing), why["spacing"]),
             "interpolation": ("cubic", f"As nnU-Net. {why['separate_z']}"),
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
-            "files": (files and files.model_dump(mode="json", exclude_unset=True), ""),
-            "pictures": (pictures and pictures.model_dump(mode="json", exclude_unset=True), ""),
+            **{name: (value, "") for name, value in told.items()},
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,

@@ -23,9 +23,9 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from pydantic import Field, TypeAdapter
 
-from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.dataset import CaseFiles, Dataset, check_headers, read_case
 from segkit.data.preprocess import body_box
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, Problems, SegkitError
 from segkit.geometry.grid import Orientation, rounded_spacing
 from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
@@ -33,7 +33,7 @@ from segkit.io.safe_text import read_json
 from segkit.io.volume import is_picture
 from segkit.planning.nnunet_rules import Intensities, Numbers
 from segkit.system.progress import Track, untracked
-from segkit.system.workers import in_processes
+from segkit.system.workers import attempted, in_processes
 
 FINGERPRINT_FORMAT = 1
 VALUES_PER_CASE = 4_000
@@ -117,13 +117,22 @@ def fingerprint(
         workers: processes; 0 or 1 mean this one.
         track: shows progress.
 
-    Raises DatasetError or VolumeError as `read_case` does, and WorkerError if a process was killed.
+    Raises DatasetError or VolumeError as `read_case` does, for all cases together, and WorkerError
+    if a process was killed.
     """
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
-    fresh = in_processes(measure, pending, min(workers, len(pending)))
-    new = {m.size.name: m for m in track(fresh, "measuring cases", len(pending))}
+    check_headers(pending, dataset)
+    fresh = in_processes(partial(attempted, measure), pending, min(workers, len(pending)))
+    new: dict[str, Measurement] = {}
+    problems = Problems()
+    for measurement in track(fresh, "measuring cases", len(pending)):
+        with problems.noted():
+            if isinstance(measurement, SegkitError):
+                raise measurement
+            new[measurement.size.name] = measurement
+    problems.refuse()
     measurements = [
         new.get(case.name) or _read(paths[case.name], case, len(dataset.channels))
         for case in dataset.cases
@@ -214,6 +223,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "labels": dataset.labels,
         "regions": dataset.regions,
         "ignore": dataset.ignore,
+        **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         "num_images": len(case.images),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
         "files": file_states((*case.images, case.label)),

@@ -1,5 +1,6 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,14 +8,16 @@ from typing import Literal
 
 import torch
 
-from segkit.config.dataset_files import FilesConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import Dataset, read_dataset
+from segkit.data.case_groups import proposal
+from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
+from segkit.errors import printable
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
@@ -33,6 +36,8 @@ from segkit.planning.plan import (
 from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
+
+logger = logging.getLogger(__name__)
 
 Preset = Literal["auto", "nnunet"]
 
@@ -78,9 +83,7 @@ class Planned:
 class _Task:
     """The dataset that is planned for, and the budget."""
 
-    folder: Path
-    files: FilesConfig | None
-    pictures: PicturesConfig | None
+    source: DatasetConfig
     dataset: Dataset
     fingerprint: Fingerprint
     device: torch.device
@@ -143,7 +146,7 @@ class _Task:
 
 
 def plan_dataset(
-    folder: str | Path,
+    folder: str | Path | DatasetConfig,
     files: FilesConfig | None = None,
     *,
     pictures: PicturesConfig | None = None,
@@ -162,7 +165,8 @@ def plan_dataset(
         run = segkit.train(planned.config)
 
     Args:
-        folder: the dataset's, with a dataset.json in it unless there are `files`.
+        folder: the dataset's, with a dataset.json in it unless there are `files`; or all that the
+            section `data` of a config says of a dataset.
         files: patterns or a table that name the files of each case.
         cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
         device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
@@ -187,9 +191,7 @@ def plan_dataset(
     """
     return _planned_task(
         _task(
-            Path(folder),
-            files,
-            pictures,
+            source_of(folder, files, pictures),
             cache=Path(runs) / ".cache" if cache is None else Path(cache),
             device=device,
             spatial_dims=spatial_dims,
@@ -202,8 +204,19 @@ def plan_dataset(
     )
 
 
+def source_of(
+    folder: str | Path | DatasetConfig,
+    files: FilesConfig | None,
+    pictures: PicturesConfig | None,
+) -> DatasetConfig:
+    """All that is said of a dataset, by its parts or as it is."""
+    if isinstance(folder, DatasetConfig):
+        return folder
+    return DatasetConfig(folder=Path(folder), files=files, pictures=pictures)
+
+
 def plan_candidates(
-    folder: Path,
+    folder: str | Path | DatasetConfig,
     files: FilesConfig | None = None,
     *,
     pictures: PicturesConfig | None = None,
@@ -222,9 +235,7 @@ def plan_candidates(
     narrower network, if they differ from it. There is only the rule's if its budget is not time.
     """
     task = _task(
-        folder,
-        files,
-        pictures,
+        source_of(folder, files, pictures),
         cache=cache,
         device=device,
         spatial_dims=spatial_dims,
@@ -256,9 +267,7 @@ def _differ(one: Plan, other: Plan) -> bool:
 
 
 def _task(
-    folder: Path,
-    files: FilesConfig | None,
-    pictures: PicturesConfig | None,
+    source: DatasetConfig,
     *,
     cache: Path,
     device: str,
@@ -270,7 +279,7 @@ def _task(
     track: Track,
 ) -> _Task:
     """The dataset, measured, and the budget."""
-    dataset = read_dataset(folder, files, pictures)
+    dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
     on_cpu = chosen.type == "cpu"
@@ -279,10 +288,11 @@ def _task(
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    labelled = {number for case in measured.cases for number in case.classes}
+    if word := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+        logger.warning("%s", printable(word))
     return _Task(
-        folder,
-        files,
-        pictures,
+        source,
         dataset,
         measured,
         device=chosen,
@@ -299,7 +309,7 @@ def _task(
 
 def _planned_task(task: _Task) -> Planned:
     """The config, or those of two stages."""
-    minutes, folder = task.minutes, task.folder
+    minutes, source = task.minutes, task.source
     plan, share = task.plan(), f"{minutes:g}"
     if task.timed and plan.low_resolution is not None:
         task = replace(task, minutes=minutes / 2)
@@ -311,8 +321,10 @@ def _planned_task(task: _Task) -> Planned:
         budget = f"{share} minutes of training on {where}"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {folder} ({size}) and {budget}.{_about_lengths(dataset)}"
-    name = _run_name(folder)
+    heading = f"Planned for {source.folder} ({size}) and {budget}.{_about_lengths(dataset)}"
+    if told := proposal(dataset, None):
+        heading = f"{heading} {told}"
+    name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
     first = f"{name}_low"
@@ -329,10 +341,12 @@ def _planned(
     written = partial(_sections, task, plan, first=first)
     schedule = task.schedule()
     if task.timed:
-        draft = validated(Config, values_of(name, written(schedule)), f"plan of {task.folder}")
+        draft = validated(
+            Config, values_of(name, written(schedule)), f"plan of {task.source.folder}"
+        )
         schedule = _schedule(task, plan, draft, with_labels=first is not None)
     sections = written(schedule)
-    config = validated(Config, values_of(name, sections), f"plan of {task.folder}")
+    config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
     return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
 
 
@@ -341,9 +355,7 @@ def _sections(
 ) -> Sections:
     return sections_of(
         plan,
-        task.folder,
-        task.files,
-        task.pictures,
+        task.source,
         schedule=schedule,
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),

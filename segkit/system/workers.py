@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from segkit.errors import WorkerError
+from segkit.errors import SegkitError, WorkerError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -45,6 +45,14 @@ def in_processes(
             "runs out; free some and run again, which goes on where this ended (a script that "
             "calls segkit must do so under `if __name__ == '__main__':`)"
         ) from None
+
+
+def attempted(function: Callable[[Argument], Result], item: Argument) -> Result | SegkitError:
+    """The function's result for an item, or the error that it raises, for `in_processes`."""
+    try:
+        return function(item)
+    except SegkitError as error:
+        return error
 
 
 def end_with_parent(*_: object) -> None:

@@ -160,7 +160,7 @@ def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     if device == "cpu":
         options["batch_size"] = WINDOWS_IN_TRAINING
     predictor = Predictor(first.model, **options)
-    return lambda volume: predictor(volume).labels
+    return lambda volume: predictor.numbers_of(volume)
 
 
 def _digest(case: CaseFiles, models: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64
@@ -23,7 +23,7 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import Dataset, grid_of_case, read_dataset
+from segkit.data.dataset import Dataset, dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
@@ -35,11 +35,12 @@ from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.fit import resume, train
+from segkit.training.folds import folds_of
 from segkit.training.kept_split import read_split, told
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_whole_paths
 from segkit.training.run_folder import SPLIT, claimed, new_run_folder
-from segkit.training.split import fold_of
+from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +71,14 @@ class CrossValidation:
 class Record(Section):
     """What a cross-validation goes on by after a stop; the content of `cross_validation.json`."""
 
-    folds: Annotated[list[Annotated[int, Field(ge=0, le=4)]], Field(min_length=1)]
+    folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     config: Config
     """Of each fold, but for its name and `data.fold`."""
 
 
 def cross_validate(
     config: Config,
-    folds: Sequence[int],
+    folds: Sequence[int] | Literal["all"] = "all",
     *,
     runs: str | Path = "runs",
     say: Callable[[str], None] = lambda text: None,
@@ -92,7 +93,7 @@ def cross_validate(
 
     Args:
         config: of each fold; it names no fold itself.
-        folds: numbers from 0 to 4.
+        folds: numbers from 0 on, or all of them.
         runs: the folder that the cross-validation's folder is made in.
         say: takes a line before each fold.
         callbacks: of Lightning, called during each training.
@@ -119,16 +120,18 @@ def cross_validate(
             f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
             f"train each fold as a run of its own by data.fold"
         )
-    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
-    for fold in folds:
-        fold_of(dataset, fold)
+    dataset = dataset_of(config.data)
+    known = folds_of(dataset, config.data)
+    numbers = range(len(known)) if folds == "all" else folds
+    for fold in numbers:
+        nth_of(dataset, known, fold)
     spacing = config.data.spacing or median_spacing(
         [grid_of_case(case, dataset) for case in dataset.cases]
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)
     config = with_whole_paths(config.model_copy(update={"data": data}))
-    record = Record(folds=sorted(set(folds)), config=config)
+    record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
         with claimed(folder), advising(_how_to_go_on(folder)):
@@ -141,18 +144,21 @@ def cross_validate(
 
 def resume_folds(
     folder: Path,
-    folds: Sequence[int] = (),
+    folds: Sequence[int] | Literal["all"] = (),
     *,
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> CrossValidation:
-    """Go on with what is missing of a cross-validation, and with more folds where named.
+    """Go on with what is missing of a cross-validation, and with more folds if they are named.
 
     Raises ConfigError where nothing is missing, and whatever `cross_validate` raises.
     """
     source = folder / RECORD
     record = validated(Record, _read(source), str(source))
+    if folds == "all":
+        data = record.config.data
+        folds = range(len(folds_of(dataset_of(data), data)))
     record = record.model_copy(update={"folds": sorted({*record.folds, *folds})})
     if (folder / SUMMARY).is_file() and all(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
@@ -212,9 +218,8 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     begun = [names for path in folder.glob(f"{FOLD}*/{SPLIT}") if (names := read_split(path))]
     if not begun:
         return None
-    data = record.config.data
     known = {*begun[0]["train"], *begun[0]["held_out"]}
-    dataset = read_dataset(data.folder, data.files, data.pictures)
+    dataset = dataset_of(record.config.data)
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
-from segkit.data.dataset import grid_of_case, read_dataset
+from segkit.data.dataset import dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
@@ -141,7 +141,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     """
     check_installed(config.trainer.loggers)
     check_precision(config)
-    dataset = read_dataset(config.data.folder, config.data.files, config.data.pictures)
+    dataset = dataset_of(config.data)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
     spacing = config.data.spacing or median_spacing(
@@ -176,7 +176,8 @@ def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) 
     """The config with only the measured steps, and without all that would follow them."""
     few: dict[str, Any] = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS}
     few |= {"patience": None, "minutes": None}
-    data = {"spacing": spacing, "validation": 0.0, "fold": None, "cache": cache, "workers": 0}
+    data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache, "workers": 0}
+    data |= {"fold": None, "splits": None}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

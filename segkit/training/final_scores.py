@@ -14,6 +14,7 @@ from numpy import ndarray
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
@@ -37,7 +38,8 @@ def score(
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
-    Or of regions, as they come out of the labels that are written. Ignored voxels do not count.
+    Or of regions, as they come out of the labels that are written. Ignored voxels do not count. Of
+    a partly labelled case only what is labelled does; the rest is NaN.
     `first_labels` are files with the labels that a first stage gives each case: those of its models
     that held the case out, where the whole first stage would do better than on a new case.
     Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
@@ -50,7 +52,7 @@ def score(
     names = list(labelling.members)
     dice: dict[str, list[float]] = {}
     after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
-    told_right: list[list[bool]] = []
+    told_right: list[list[float]] = []
     started = time.monotonic()
     for case in track(cases, "scoring", len(cases)):
         now = time.monotonic()
@@ -63,19 +65,28 @@ def score(
             )
             break
         image, label = read_case(case, dataset)
-        known = read_volume(first_labels[case.name]) if first_labels else None
-        prediction = predictor(image, first_labels=known)
+        unlabelled = dataset.unlabelled.get(case.name, ())
+        first = None
+        if first_labels:
+            stage = model.first[0].description.labelling
+            first = volume_as_in_files(read_volume(first_labels[case.name]), stage)
+        prediction = predictor(image, first_labels=first)
+        found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
             told_right.append(
                 [
-                    (prediction.presence[name] > 0.5) == bool(np.isin(label.data, numbers).any())
+                    np.nan
+                    if name in unlabelled
+                    else (prediction.presence[name] > 0.5)
+                    == bool(np.isin(label.data, numbers).any())
                     for name, numbers in labelling.members.items()
                 ]
             )
-        dice[case.name] = dice_of(prediction.labels.data, label.data, labelling)
+        known = np.array([np.nan if name in unlabelled else 1.0 for name in names])
+        dice[case.name] = (known * dice_of(found, label.data, labelling)).tolist()
         for name, operation in operations.items():
-            treated = operation(prediction.labels.data)
-            after[name][case.name] = dice_of(treated, label.data, labelling)
+            treated = operation(found)
+            after[name][case.name] = (known * dice_of(treated, label.data, labelling)).tolist()
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = class_means(table)
 
@@ -84,7 +95,7 @@ def score(
 
     more: dict[str, Any] = {}
     if told_right:
-        shares = np.mean(told_right, axis=0).tolist()
+        shares = class_means(np.array(told_right, np.float64)).tolist()
         more["presence_accuracy"] = dict(zip(names, shares, strict=True))
     if len(dice) < len(cases):
         more["held_out"] = [case.name for case in cases]

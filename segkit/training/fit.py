@@ -245,6 +245,7 @@ def resume(
     """
     folder = begun_run(Path(run))
     config = load_config(folder / CONFIG, overrides)
+    asked = config.model_dump(mode="json")["data"]["validation"]
     if parts is None:
         refuse_replaced(config)
     else:
@@ -273,12 +274,10 @@ def resume(
         elif names:
             parts = with_kept_split(parts, names, folder)
         config = parts.config.model_copy(update={"replaced": parts.replaced})
-        begun = dict(record.get("config", {}))
-        if names and config.data.fold is None and "data" in begun:
-            # Cases that are gone are told and no change of a setting.
-            held_out = [case.name for case in parts.split.held_out]
-            begun["data"] = {**begun["data"], "validation": held_out}
-        found = list(changes(begun, config.model_dump(mode="json")))
+        now = config.model_dump(mode="json")
+        # As it was asked for: cases that are gone are told, and are no change of a setting.
+        now["data"]["validation"] = asked
+        found = list(changes(record.get("config", {}), now))
         check_changes(str(folder / CONFIG), found, steps_done)
         anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
         if found:
@@ -439,6 +438,7 @@ def _module_of(
         num_steps=config.train.steps,
         seed=config.train.seed,
         presence_loss=parts.presence_loss,
+        partly=parts.partly,
         presence_weight=head.weight if head else 0.0,
         # What is not segkit's own may do what a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),

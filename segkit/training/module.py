@@ -14,6 +14,7 @@ from segkit.data.augment_spatial import Vary
 from segkit.nn.gates import anneal
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
+from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.graphed_step import GraphedStep, record_step
 from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
 from segkit.training.loss_watch import LossWatch
@@ -46,6 +47,7 @@ class SegmentationModule(L.LightningModule):
         presence_weight: of that loss, beside 1 for the other.
         recorded: whether a CUDA device may replay one recorded step (see `graphed_step`): network
             and loss run the same operations at every step, and keep no count of their own.
+        partly: what is known of partly labelled cases, if there are any.
         budget: of time, which the schedule follows; it follows the steps if there is none.
     """
 
@@ -64,6 +66,7 @@ class SegmentationModule(L.LightningModule):
         presence_loss: PresenceLoss = presence_cross_entropy,
         presence_weight: float = 0.0,
         recorded: bool = False,
+        partly: PartlyLabelled | None = None,
         budget: TimeBudget | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +84,7 @@ class SegmentationModule(L.LightningModule):
         self.scores_of_cases: list[Tensor] = []
         self.recorded = recorded
         self.steps_begun = False
+        self.partly = partly
         self.budget = budget
         self.graphed: GraphedStep | None = None
         self.losses = LossWatch()
@@ -115,6 +119,8 @@ class SegmentationModule(L.LightningModule):
     def _losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
         """The loss, and that of the presence head, which is part of it, if there is one."""
         levels, presence = self.network.supervised(image)
+        if self.partly is not None:
+            levels, presence, label = self.partly.known(levels, presence, label)
         loss = self.loss(levels, label)
         if presence is None:
             return (loss,)

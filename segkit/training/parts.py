@@ -19,31 +19,47 @@ from torch import nn
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.dataset import CaseFiles, Dataset, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of, unlabelled
 from segkit.data.normalise import build_normalisers
-from segkit.data.patches import ForegroundSampler, PatchSampler
+from segkit.data.patches import PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
 from segkit.data.variation import build_variation
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, Problems, printable
 from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.folder import start_from
 from segkit.nn.external import try_out
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
+from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.make_loss import check_levels, make_loss
+from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
 from segkit.training.resolve import check_images, check_precision, describe, resolve
 from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
-from segkit.training.validation import Validation, dice_of_groups
+from segkit.training.validation import (
+    PartlyLabelledScore,
+    ScoreCase,
+    Validation,
+    dice_of_groups,
+)
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("config", "dataset", "description", "first_labels", "first_stage", "seconds", "split")
+FIXED = (
+    "config",
+    "dataset",
+    "description",
+    "first_labels",
+    "first_stage",
+    "partly",
+    "seconds",
+    "split",
+)
 """Parts from which others were made, so that they cannot be replaced on their own."""
 
 
@@ -98,6 +114,9 @@ class TrainingParts:
     validation: Validation
     """Prepared cases that are held out, and how they are segmented and scored."""
 
+    partly: PartlyLabelled | None = None
+    """What is known of partly labelled cases, if there are any: which logits and labels the losses
+    are given."""
     seconds: float = 0.0
     """That `prepare` took, which are part of `train.minutes`."""
 
@@ -163,7 +182,7 @@ def make_parts(
     started = time.monotonic()
     check_installed(config.trainer.loggers)
     check_precision(config)
-    dataset = dataset or read_dataset(config.data.folder, config.data.files, config.data.pictures)
+    dataset = dataset or dataset_of(config.data)
     split = kept(dataset) if kept else split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
@@ -171,8 +190,18 @@ def make_parts(
     description = described(describe(config, dataset), first_stage)
     built = _network(config, description, network, begun)
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
+    present = {number for case in cases for number in case.labels}
+    present = {number % len(dataset.labelling.value_names) for number in present}
+    if word := unlabelled(dataset, present, f"the {len(cases)} cases to train on"):
+        logger.warning("%s", printable(word))
     patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
+    partly = partly_labelled(dataset)
+    score: ScoreCase = partial(
+        dice_of_groups,
+        groups=groups or [(number,) for number in range(1, len(description.labels))],
+        ignore=description.ignore,
+    )
     parts = TrainingParts(
         config=config,
         dataset=dataset,
@@ -186,7 +215,7 @@ def make_parts(
         optimiser=make_optimiser(config.train),
         schedule=make_schedule(config.train),
         cases=cases,
-        sampler=ForegroundSampler(patch_size, config.data.foreground_share),
+        sampler=make_sampler(config.data, dataset, cases, patch_size),
         augmentation=Augmentation(
             *build_variation(
                 config.data,
@@ -201,16 +230,28 @@ def make_parts(
             segment=partial(
                 segment_prepared, patch_size=patch_size, written=description.labelling.written
             ),
-            score=partial(
-                dice_of_groups,
-                groups=groups or [(number,) for number in range(1, len(description.labels))],
-                ignore=description.ignore,
-            ),
+            score=score if partly is None else PartlyLabelledScore(score, partly),
         ),
+        partly=partly,
         seconds=time.monotonic() - started,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
     return replace(parts, _made=made)
+
+
+def partly_labelled(dataset: Dataset) -> PartlyLabelled | None:
+    """What is known of a dataset's partly labelled cases; None if all have all labels."""
+    sets = dataset.unlabelled_sets
+    if len(sets) == 1:
+        return None
+    labelling = dataset.labelling
+    outputs = labelling.outputs
+    return PartlyLabelled(
+        len(labelling.value_names),
+        tuple(tuple(outputs.index(name) for name in names) for names in sets),
+        len(outputs),
+        tuple(labelling.regions.values()),
+    )
 
 
 def check_replaced(parts: TrainingParts) -> None:
@@ -289,4 +330,10 @@ def _stored(
             track=lambda each: track(each, what, len(cases)),
         )
 
-    return first_labels, store(split.train, "preparing"), store(split.held_out, "held out")
+    problems = Problems()
+    with problems.noted():
+        cases = store(split.train, "preparing")
+    with problems.noted():
+        held_out = store(split.held_out, "held out")
+    problems.refuse()
+    return first_labels, cases, held_out

@@ -27,10 +27,10 @@ from segkit.config.data import (
 from segkit.config.model import ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config, TrainConfig, TrainerConfig
-from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
+from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
-from segkit.errors import ConfigError, DatasetError
+from segkit.errors import ConfigError, DatasetError, Problems
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import half_pays
@@ -101,17 +101,29 @@ def check_images(
     train_cases: Sequence[CaseFiles],
     held_out: Sequence[CaseFiles],
 ) -> None:
-    """Cases without an image can be trained on by synthesis alone, and never scored.
+    """Refuse cases whose files do not fit together, by their headers, and those without images.
 
-    Raises DatasetError or ConfigError, in one sentence.
+    Cases without an image can be trained on by synthesis alone, and never scored.
+
+    Raises DatasetError, VolumeError or ConfigError: all that is wrong, in `problems`.
     """
     needed = held_out if config.data.synthesis else (*train_cases, *held_out)
+    problems = Problems()
     for case in needed:
-        if not case.images:
-            raise DatasetError(
-                f"{dataset.folder}: case {case.name} has no image; give it one, or train on it by "
-                f"data.synthesis and hold out others by data.validation"
-            )
+        with problems.noted():
+            if not case.images:
+                raise DatasetError(
+                    f"{dataset.folder}: case {case.name} has no image; give it one, or train on it "
+                    f"by data.synthesis and hold out others by data.validation"
+                )
+    with problems.noted():
+        check_headers((*train_cases, *held_out), dataset)
+    problems.refuse()
+    if config.data.synthesis and dataset.unlabelled:
+        raise ConfigError(
+            "data.synthesis draws images from whole label maps, and data.labelled says that some "
+            "cases lack labels; take one of them"
+        )
     if config.data.synthesis and len(dataset.channels) > 1:
         raise ConfigError(
             f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
@@ -202,7 +214,9 @@ def _data(
         "mirror": config.mirrored(list(dataset.labels)),
         "cache": config.cache or runs / ".cache",
     }
-    if config.fold is None:
+    if config.splits is not None:
+        changes["fold"] = config.fold or 0
+    elif config.fold is None:
         changes["validation"] = [case.name for case in split.held_out]
     if config.synthesis is not None:
         names = dataset.labelling.value_names
@@ -293,13 +307,16 @@ def _measured(
     foreground: list[list[np.ndarray]] = [[] for _ in settings]
     random = np.random.default_rng(1234)
     per_case = max(10_000_000 // len(cases), 1000)
+    problems = Problems()
     for case in track(cases, "measuring intensities", len(cases)):
-        image, label = read_case(case, dataset)
-        for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
-            inside = values[dataset.foreground(label.data)]
-            if len(inside) > per_case:
-                inside = random.choice(inside, per_case)
-            foreground[channel].append(inside.astype(np.float64))
+        with problems.noted():
+            image, label = read_case(case, dataset)
+            for channel, values in enumerate(np.moveaxis(image.data, 3, 0)):
+                inside = values[dataset.foreground(label.data)]
+                if len(inside) > per_case:
+                    inside = random.choice(inside, per_case)
+                foreground[channel].append(inside.astype(np.float64))
+    problems.refuse()
     measured: list[NormalisationConfig] = []
     for setting, parts in zip(settings, foreground, strict=True):
         values = np.concatenate(parts)

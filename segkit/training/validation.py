@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from segkit.data.prepared_cache import StoredCase
 from segkit.evaluation.overlap import Overlap, confusion_matrix
 from segkit.nn.network import SegmentationNetwork
+from segkit.nn.partly_labelled import PartlyLabelled
 
 SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
 """From a network and a prepared image (channel, x, y, z) to labels (x, y, z)."""
@@ -30,6 +32,23 @@ class Validation:
     score: ScoreCase
     measure: str = "dice"
     """What the score is called."""
+
+
+@dataclass(frozen=True)
+class PartlyLabelledScore:
+    """Scores of a case that may be partly labelled: NaN for what nobody labelled in it."""
+
+    score: ScoreCase
+    partly: PartlyLabelled
+
+    def __call__(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """A number for each class but the background, or for each region."""
+        number = int(label.max()) // self.partly.num_labels
+        found = self.score(prediction, label.remainder(self.partly.num_labels)).clone()
+        first = 0 if self.partly.regions else 1
+        for output in self.partly.unlabelled[number]:
+            found[output - first] = torch.nan
+        return found
 
 
 def dice_of_groups(

@@ -66,6 +66,9 @@ class SamplePictures(Callback):
         if not trainer.is_global_zero or batch_idx >= self.count:
             return
         assert isinstance(pl_module, SegmentationModule)
+        label, partly = batch["label"], pl_module.partly
+        if partly is not None:
+            label = label.remainder(partly.num_labels)
         name = self.names[batch_idx * trainer.world_size]
         scores, measure = pl_module.scores_of_cases[-1], pl_module.validation.measure.capitalize()
         mean = f"{measure} {float(scores.nanmean()):.3f}"
@@ -73,7 +76,7 @@ class SamplePictures(Callback):
         self.rows.append(
             planes_of(
                 batch["image"][0].float().cpu().numpy(),
-                batch["label"].cpu().numpy(),
+                label.cpu().numpy(),
                 outputs.cpu().numpy(),
                 spacing=self.spacing,
                 caption=f"{name}   {shown}",

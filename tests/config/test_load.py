@@ -296,7 +296,10 @@ def test_a_setting_that_has_no_default_must_be_given(path: Path) -> None:
         ("data: [1, 2\n", "cannot be read as YAML: "),
         ("data:\n\tfolder: scans\n", "cannot be read as YAML: "),
         ("name: 2024-99-99\n", "cannot be read as YAML: month must be in 1..12"),
-        ("1: 2\n" + SMALLEST, "1 is not a setting; names of settings are text"),
+        (
+            "1: 2\n" + SMALLEST,
+            "1 is not a setting; names of settings are text, so put it in quotes",
+        ),
         (b"\xff\xfe\x00", "cannot be read as YAML: "),
     ],
 )

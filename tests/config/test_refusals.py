@@ -12,7 +12,7 @@ import segkit.data.dataset_json  # noqa: F401
 from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
-from segkit.config.refusals import EXPECTED, MOST_SENTENCES
+from segkit.config.refusals import EXPECTED, MOST_KEYS
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 
@@ -112,5 +112,5 @@ def test_a_name_that_cannot_be_shown_is_told_with_its_place() -> None:
 
 def test_many_wrong_settings_are_counted() -> None:
     sentence = refused(Config, data=SMALLEST, **{f"wrong_{number}": 1 for number in range(30_000)})
-    assert sentence.count("is not a setting") == MOST_SENTENCES
+    assert sentence.count("is not a setting") == MOST_KEYS
     assert sentence.endswith(" and 29,990 more") and len(sentence) < 500

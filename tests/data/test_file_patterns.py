@@ -112,7 +112,10 @@ def test_two_files_of_one_name_are_refused(study: Path) -> None:
         ({"label": "labels/*.nii.gz"}, "no file in it matches labels/"),
         ({"label": "derivatives/**/*_dseg.nii.gz"}, "wildcards must match alike"),
         ({"images": {"T1": "sub-*/ses-*/anat/sub-*_T1w.json"}}, "expected a volume named"),
-        ({"labels": {"background": 0, "kidney": 2}}, "data.files: labels must be numbered 0"),
+        (
+            {"labels": {"background": 0, "kidney": 2, "tumour": 2}},
+            "kidney and tumour share the number 2",
+        ),
         (
             {"codes": {"liver": {"scheme": "SCT", "value": 10200004, "meaning": "Liver"}}},
             "data.files: codes names liver, which is none of the labels kidney, tumour",

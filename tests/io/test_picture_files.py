@@ -421,3 +421,32 @@ def test_png_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         with pytest.raises(VolumeError, match=reason):
             write_volume(tmp_path / "a.png", Volume(values, Grid(shape, grid.affine), None, facts))
         assert not (tmp_path / "a.png").exists()
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file with some bytes of its first 400 changed, or cut short."""
+    broken = bytearray(content)
+    for place in rng.integers(min(400, len(content)), size=rng.integers(1, 4)):
+        broken[place] = rng.integers(256)
+    return bytes(broken[: rng.integers(len(broken))] if rng.random() < 0.2 else broken)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".bmp", ".ome.tif"])
+def test_damaged_pictures_are_read_or_refused_in_a_sentence(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(3)
+    path = tmp_path / f"whole{suffix}"
+    if suffix == ".ome.tif":
+        write_volume(path, read_volume(save(tmp_path / "a.png", GREY)))
+    else:
+        save(path, np.dstack([GREY, GREY + 1, GREY]))
+    content, refused = path.read_bytes(), 0
+    for number in range(60):
+        broken = tmp_path / f"broken{suffix}"
+        broken.write_bytes(damaged(content, rng))
+        for read in (read_volume, read_grid):
+            try:
+                read(broken)
+            except VolumeError as refusal:
+                refused += 1
+                assert str(refusal).startswith(f"{broken}: ") and "\n" not in str(refusal), number
+    assert refused > 10

@@ -54,6 +54,18 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     "window": {},
 }
 MEAN_NOT_USED = {
+    "labels",  # of the dataset.json
+    "regions_class_order",
+    "case_table",
+    "labelled",
+    "test",
+    "splits",
+    "group_by",
+    "stratify_by",
+    "draw_cases",
+    "level_weights",
+    "minutes",
+    "validation_cases",
     "averaging", "bottleneck", "codes", "decoder", "encoder", "files", "first_stage", "fold",
     "given", "head", "max_time", "patience", "skip", "start_from", "synthesis", "window",
 }  # fmt: skip

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import volume_within
 from segkit.data.preprocess import prepare_label
 from segkit.errors import ModelError, VolumeError
 from segkit.evaluation.overlap import Overlap, confusion_matrix
@@ -301,7 +302,8 @@ def head_importance(
 
     edits = {f"{position}/branch": exposing(position) for position in positions}
     with editing(network, edits):
-        for case in map(on_one_grid, track(cases, "importance of heads", len(cases))):
+        for given in track(cases, "importance of heads", len(cases)):
+            case = on_one_grid(given, labelling)
             prepared = predictor.prepare(case.volume)
             label = prepare_label(case.reference, prepared)
             both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
@@ -317,33 +319,39 @@ def head_importance(
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
     """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
     labelling = predictor.model.description.labelling
-    case = on_one_grid(case)
-    found = predictor(case.volume).labels
+    case = on_one_grid(case, labelling)
+    found = predictor.numbers_of(case.volume)
     return float(overlap_with(found, case.reference, labelling).dice.nanmean())
 
 
 def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Overlap:
-    """Overlap of every class or region of two label volumes, in the labelling's order."""
+    """Overlap of every class or region of two label volumes, in the labelling's order.
+
+    Both hold the numbers 0, 1, 2, … of the labelling, whatever files hold.
+    """
     labels = [torch.from_numpy(volume.data.astype("int64")) for volume in (found, reference)]
     matrix = confusion_matrix(labels[0], labels[1], len(labelling.value_names))
     return Overlap.of_groups(matrix, list(labelling.members.values()), ignore=labelling.ignore)
 
 
-def on_one_grid(case: LabelledCase) -> ScoredVolume:
-    """The case in memory, its reference on its volume's grid, or VolumeError if it has another."""
+def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
+    """The case in memory, its reference on its volume's grid in the labelling's own numbers.
+
+    Raises VolumeError if it has another grid, or numbers in files that no name stands for.
+    """
     volume = case.volume
     what = f"{case.name}: its reference"
-    return ScoredVolume(
-        case.name,
-        volume,
-        case.reference.sized_as(volume).onto(volume.grid, what=what, whose="the volume"),
-    )
+    reference = case.reference.sized_as(volume).onto(volume.grid, what=what, whose="the volume")
+    try:
+        return ScoredVolume(case.name, volume, volume_within(reference, labelling))
+    except ValueError as error:
+        raise VolumeError(f"{what} {error}") from None
 
 
 def check_case(case: LabelledCase, labelling: Labelling) -> None:
     """Raise VolumeError for a reference that does not fit its volume or holds nothing."""
     num_labels = len(labelling.value_names)
-    reference = on_one_grid(case).reference
+    reference = on_one_grid(case, labelling).reference
     lowest, highest = int(reference.data.min()), int(reference.data.max())
     if lowest < 0 or highest >= num_labels:
         raise VolumeError(

@@ -7,6 +7,7 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
+from segkit.data.label_numbers import volume_within
 from segkit.explain.measures.cells import Cells, pictures, seen_part
 from segkit.explain.measures.fuse import scalar
 from segkit.explain.measures.ranks import Ranked, spearman
@@ -54,6 +55,7 @@ def measure_maps(
     Raises VolumeError for labels on another grid than the scan's.
     """
     labels = labels.onto(scan.grid, what="the reference", whose="the scan")
+    labels = volume_within(labels, labelling)
     placed = {key: one for key, one in maps.items() if one.volume is not None}
     if not placed:
         return []

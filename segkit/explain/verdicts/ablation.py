@@ -146,8 +146,8 @@ def ablate(
     if reference is not None:
         scored = ScoredVolume(case, volume, reference)
         check_case(scored, labelling)
-        reference = on_one_grid(scored).reference
-    whole = predictor(volume).labels
+        reference = on_one_grid(scored, labelling).reference
+    whole = predictor.numbers_of(volume)
     target = whole if reference is None else reference
     before = class_dice(whole, target, labelling)
     if not before:
@@ -159,7 +159,7 @@ def ablate(
     for key, operation in track(trials, "ablating maps", len(trials)):
         edit = operation_edit(infos[key], operation, seed=seed)
         with editing(predictor.model.network, {key: edit}):
-            after = class_dice(predictor(volume).labels, target, labelling)
+            after = class_dice(predictor.numbers_of(volume), target, labelling)
         for label in (None, *before):
             old, new = (_of(scores, label) for scores in (before, after))
             against: Literal["reference", "prediction"] = (

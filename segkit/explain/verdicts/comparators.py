@@ -24,7 +24,7 @@ from segkit.explain.measures.statistics import auroc
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample_known
 
-WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
+SMOOTHING_WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
 """Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. They stand so close
 that no width between two of them sees a structure much better than both."""
 BOX_WIDTHS = (2, 3, 5, 7)
@@ -63,7 +63,7 @@ def image_comparators(
         found[name] = covered
         if not name.startswith("intensity"):
             continue
-        for width in WIDTHS:
+        for width in SMOOTHING_WIDTHS:
             found[f"{name} smoothed over {width:g} cells"] = _smoothed(covered, width, finest, grid)
         for count in BOX_WIDTHS:
             sizes = [min(count, size) for size in grid.shape]

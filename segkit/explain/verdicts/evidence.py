@@ -18,7 +18,8 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
-from segkit.explain.heads.study import ScoredVolume, check_case
+from segkit.data.label_numbers import volume_within
+from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, pictures, seen_part
 from segkit.explain.measures.measure_maps import FOREGROUND, HALF, members
 from segkit.explain.measures.ranks import Ranked, spearman
@@ -48,9 +49,10 @@ from segkit.io.volume import Volume
 from segkit.nn.map_tap import Edit, editing
 from segkit.system.progress import Track, untracked
 
-Unit = tuple[str, int]
+GateChannel = tuple[str, int]
 """A map's key and a channel of it: what gets a word."""
-HIGH_FIRST, LOW_FIRST = "highest first", "lowest first"
+HIGH_FIRST = "highest first"
+LOW_FIRST = "lowest first"
 """The orders of a channel's own cells."""
 EARLIER = "mean map of earlier scans"
 UNTRAINED = "untrained network"
@@ -94,7 +96,7 @@ class CaseEvidence:
     case: str
     against: Literal["reference", "prediction"]
     """What Dice and structures are of; of a prediction, no word follows."""
-    channels: Mapping[Unit, ChannelEvidence] = field(default_factory=dict)
+    channels: Mapping[GateChannel, ChannelEvidence] = field(default_factory=dict)
     """In the order of the network's maps."""
 
 
@@ -135,16 +137,18 @@ def gather_evidence(
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
-        reference = reference.onto(volume.grid, what=f"{case}: its reference", whose="the volume")
+        given = ScoredVolume(case, volume, reference)
+        reference = on_one_grid(given, labelling).reference
         if holds_foreground(reference, labelling):
-            check_case(ScoredVolume(case, volume, reference), labelling)
+            check_case(given, labelling)
+    labels = volume_within(labels, labelling)
     keys = [key for key in ablated_maps(predictor) if maps[key].volume is not None]
     structures = members(labelling)
     truth = labels if reference is None else reference
     shared = _Shared(predictor, volume, truth, labels, structures, seed)
     drops = dice_drops(predictor, volume, truth, labels, maps, keys, track=track)
     draws = list(untrained_maps(predictor, shared.image, keys, seed=seed, make=untrained))
-    found: dict[Unit, ChannelEvidence] = {}
+    found: dict[GateChannel, ChannelEvidence] = {}
     for key in track(keys, "comparing maps", len(keys)):
         grid = _MapGrid(maps[key], shared)
         for channel, values in enumerate(channels_of(maps[key])):
@@ -171,7 +175,7 @@ def dice_drops(
     keys: Sequence[str],
     *,
     track: Track = untracked,
-) -> dict[Unit, dict[str, tuple[float, ...]]]:
+) -> dict[GateChannel, dict[str, tuple[float, ...]]]:
     """How far Dice of each structure falls without each channel; see `ChannelEvidence.drops`."""
     labelling = predictor.model.description.labelling
     counts = {key: len(channels_of(maps[key])) for key in keys}
@@ -180,7 +184,7 @@ def dice_drops(
     def dice(found: Volume) -> dict[str, float]:
         return with_foreground(class_dice(found, truth, labelling), labelling)
 
-    def without(gone: Collection[Unit]) -> dict[str, float]:
+    def without(gone: Collection[GateChannel]) -> dict[str, float]:
         edits: dict[str, Edit] = {}
         for key in keys:
             channels = [channel for one, channel in gone if one == key]
@@ -188,12 +192,12 @@ def dice_drops(
                 # A map of one recorded channel may stand for the mean of many.
                 edits[key] = even_out_channels(channels if counts[key] > 1 else None)
         with editing(predictor.model.network, edits):
-            return dice(predictor(volume).labels)
+            return dice(predictor.numbers_of(volume))
 
     whole = dice(labels) if holds_foreground(truth, labelling) else {}
     if not whole:
         return {unit: {} for unit in units}
-    trials: list[tuple[Unit, ...]] = [(unit,) for unit in units]
+    trials: list[tuple[GateChannel, ...]] = [(unit,) for unit in units]
     if len(units) > 2:
         trials += [tuple(other for other in units if other != unit) for unit in units]
     if len(units) > 1:
@@ -201,7 +205,7 @@ def dice_drops(
     scores = {
         frozenset(gone): without(gone) for gone in track(trials, "ablating maps", len(trials))
     }
-    found: dict[Unit, dict[str, tuple[float, ...]]] = {}
+    found: dict[GateChannel, dict[str, tuple[float, ...]]] = {}
     for unit in units:
         alone = scores[frozenset([unit])]
         found[unit] = {name: (whole[name] - alone[name],) for name in whole}

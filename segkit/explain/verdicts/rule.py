@@ -31,10 +31,10 @@ from segkit.explain.verdicts.evidence import (
     UNTRAINED,
     CaseEvidence,
     ChannelEvidence,
-    Unit,
+    GateChannel,
 )
 
-Word = Literal["informative", "redundant", "uninformative", "cannot tell"]
+VerdictWord = Literal["informative", "redundant", "uninformative", "cannot tell"]
 Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 SIGNIFICANT = 0.05
@@ -50,7 +50,7 @@ LEAST_MARGIN = 1e-4
 """… and the least by which a map must exceed it not to count as showing no more."""
 AREA_MARGIN = 0.02
 """By how much less area must be left under deletion."""
-WEIGHTS = {"localisation": 0.8, "deletion": 0.2}
+ROUTE_SHARES = {"localisation": 0.8, "deletion": 0.2}
 """Shares of the permitted error that go to each way of looking."""
 SAME_MAP = 0.9
 """|ρ| with an untrained network's map from which a map counts as the same."""
@@ -76,7 +76,7 @@ class GateVerdict:
     """The gate's key, such as 'skip.1/gate'."""
     channel: int
     structure: str
-    word: Word | None
+    word: VerdictWord | None
     """None if the scans have no references."""
     direction: Direction
     """Whether its high values or its low ones show the structure better."""
@@ -152,7 +152,7 @@ class _Hypothesis:
 
     def __init__(
         self,
-        unit: Unit,
+        unit: GateChannel,
         structure: str,
         direction: Direction,
         evidence: Sequence[ChannelEvidence],
@@ -202,7 +202,7 @@ class _Hypothesis:
     def more_p(self) -> float:
         """Of a channel that shows no more than some comparator, in either way of looking."""
         found = [
-            max(rise_p(one.beyond) for one in route) / WEIGHTS[way]
+            max(rise_p(one.beyond) for one in route) / ROUTE_SHARES[way]
             for way, route, mean_map_of in (
                 ("localisation", self.places, MEAN_MAP),
                 ("deletion", self.deletions, EARLIER),
@@ -280,7 +280,7 @@ def _judge_map(found: Sequence[_Hypothesis], *, has_references: bool) -> list[Ga
         )
         nothing = max(found[one].no_more_p() for one in both)
         nothing = min(1.0, 2 * min(nothing, found[chosen].same_p()))
-        word: Word = "cannot tell"
+        word: VerdictWord = "cannot tell"
         if informative[chosen] <= SIGNIFICANT:
             word = "informative"
         elif redundant[chosen] <= SIGNIFICANT:
@@ -299,7 +299,7 @@ def _judge_map(found: Sequence[_Hypothesis], *, has_references: bool) -> list[Ga
 
 
 def _verdict(
-    of: _Hypothesis, word: Word | None, p_values: Mapping[str, float], looked_at: int
+    of: _Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], looked_at: int
 ) -> GateVerdict:
     falls = of.contexts[0] if of.contexts else []
     low, high = _interval(falls)
@@ -386,7 +386,7 @@ def _further(of: _Hypothesis, looked_at: int) -> int | None:
     approximation of the signed-rank test with the mean and deviation found here.
     """
     # For all that was looked at, and by two ways of looking.
-    strict = WEIGHTS["localisation"] * SIGNIFICANT / looked_at
+    strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / looked_at
     shows = [
         max((_needed(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from segkit.data.label_numbers import volume_within
 from segkit.explain.display import Cell, Curve, Line, Table, Verdict, rounded
 from segkit.explain.verdicts.ablation import Ablation, ablate, check_gates
 from segkit.explain.verdicts.deletion import DeletionCurve
@@ -88,7 +89,8 @@ def study_gates(
         track=track,
     )
     ablations: list[Ablation] = []
-    if reference is None or holds_foreground(reference, predictor.model.description.labelling):
+    told = predictor.model.description.labelling
+    if reference is None or holds_foreground(volume_within(reference, told), told):
         ablations = ablate(predictor, volume, reference, case=case, seed=seed, track=track)
     return worth_of(evidence, ablations)
 

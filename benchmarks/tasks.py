@@ -1,0 +1,164 @@
+"""Plan, train, predict and score one data set in one kind, beside a baseline without training.
+
+    python benchmarks/tasks.py ROW [--minutes 4] [--data /work/shared/data] [--runs runs_tasks]
+
+ROW is a data set and a kind: `hippocampus/2d`, `sarcoma_ct/3d`, `brains/chosen`, `em2012/2d`. Kind
+`chosen` races. The row goes into benchmarks/tasks.json. A row that is there is not measured again,
+and a training that was stopped is gone on with. All held-out cases are scored, after the minutes if
+they were too short for it. Brains are written by benchmarks/synthetic_brains.py.
+
+The baseline is k-means on each image's raw intensities, with a cluster for each class and one for
+zeros, and each cluster given the class that is best over the training cases.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
+from segkit.evaluation.overlap import mean_of_defined
+from segkit.inference.postprocess import class_means
+from segkit.io.atomic import write_json
+from segkit.io.safe_text import read_json_object
+from segkit.model.folder import SUMMARY, load_model
+from segkit.planning.make_plan import plan_dataset
+from segkit.racing import plan_by_race
+from segkit.system.allocator import keep_freed_memory
+from segkit.system.progress import Tracker
+from segkit.training.final_scores import dice_of, score
+from segkit.training.fit import resume, train
+from segkit.training.run_folder import CONFIG
+from segkit.training.split import Split, split
+
+TABLE = Path(__file__).with_suffix(".json")
+HELD_OUT = {"sarcoma_ct": 0.25, "em2012": [f"em_{number}" for number in range(24, 30)]}
+"""By data set, the share of cases or the cases that score; a fifth where it is not named."""
+BASELINE_CASES = 20
+MOST_MAPPINGS = 5000
+
+
+def main() -> None:
+    """Measure a row and add it to the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("row", help="DATASET/2d, DATASET/3d or DATASET/chosen")
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--data", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs_tasks"))
+    options = parser.parse_args()
+    name, _, kind = options.row.partition("/")
+    if kind not in ("2d", "3d", "chosen"):
+        parser.error(f"expected DATASET/2d, DATASET/3d or DATASET/chosen, found {options.row}")
+    key = f"{options.row}/{options.minutes:g} min"
+    rows = read_json_object(TABLE) if TABLE.is_file() else {}
+    if key in rows:
+        print(f"{key}: measured already: {rows[key]}")
+        return
+    keep_freed_memory()
+    dataset = read_dataset(options.data / name)
+    parts = split(dataset, HELD_OUT.get(name, 0.2), seed=0)
+    row = measured(dataset, parts, kind, options.minutes, options.runs)
+    row["baseline"] = baseline(dataset, parts)
+    rows = read_json_object(TABLE) if TABLE.is_file() else {}
+    write_json(TABLE, {**rows, key: row})
+    print(f"{key}: {row}")
+
+
+def measured(
+    dataset: Dataset, parts: Split, kind: str, minutes: float, runs: Path
+) -> dict[str, Any]:
+    """Plan, train, predict and score; a run that was begun is gone on with."""
+    name = f"{dataset.folder.name}_{kind}_{minutes:g}"
+    folder, track = runs / name, Tracker(Console())
+    held_out = [case.name for case in parts.held_out]
+    started = time.monotonic()
+    if (folder / SUMMARY).is_file():
+        summary = read_json_object(folder / SUMMARY)
+    elif (folder / CONFIG).is_file():
+        summary = dict(resume(folder, track=track).summary)
+    else:
+        if kind == "chosen":
+            planned = plan_by_race(
+                dataset.folder, minutes=minutes, runs=runs, held_out=held_out, track=track
+            )
+        else:
+            planned = plan_dataset(
+                dataset.folder, spatial_dims=int(kind[0]), minutes=minutes, runs=runs, track=track
+            )
+        print(planned.text)
+        config = planned.config.model_copy(
+            update={
+                "name": name,
+                "data": planned.config.data.model_copy(
+                    update={"validation": held_out, "first_stage": None}
+                ),
+            }
+        )
+        spent = time.monotonic() - started
+        summary = dict(train(config, runs=runs, track=track, spent=spent).summary)
+    scores = score(load_model(folder / "model"), dataset, parts.held_out, track)
+    return {
+        "dice": round(scores["mean_dice"], 4),
+        "cases": scores["cases"],
+        "minutes": summary["minutes"],
+        "steps": summary["steps"],
+        "load": round(os.getloadavg()[0], 1),
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def baseline(dataset: Dataset, parts: Split) -> float:
+    """Mean Dice of k-means over the held-out cases, on their own grids."""
+    members = dataset.labelling.members
+    numbers = [0, *(group[0] for group in members.values())]
+    seen = [clustered(case, dataset, len(numbers)) for case in parts.train[:BASELINE_CASES]]
+    count = len(numbers) + 1
+    mappings = list(itertools.islice(itertools.product(numbers, repeat=count), MOST_MAPPINGS))
+    table = np.zeros((count, len(numbers)))
+    for clusters, label in seen:
+        for place, number in enumerate(numbers):
+            table[:, place] += np.bincount(clusters[label == number], minlength=count)
+    best = max(mappings, key=lambda mapping: _dice_of_table(table, mapping, numbers))
+    dice = []
+    for case in parts.held_out:
+        clusters, label = clustered(case, dataset, len(numbers))
+        dice.append(dice_of(np.array(best)[clusters], label, dataset.labelling))
+    return round(mean_of_defined(class_means(np.array(dice))), 4)
+
+
+def _dice_of_table(table: np.ndarray, mapping: tuple[int, ...], numbers: list[int]) -> float:
+    """Mean Dice of the classes but the background, if clusters are given these classes."""
+    dice = []
+    for place, number in enumerate(numbers[1:], start=1):
+        given = [cluster for cluster, chosen in enumerate(mapping) if chosen == number]
+        found, both = table[given].sum(), table[given, place].sum()
+        dice.append(2 * both / max(found + table[:, place].sum(), 1))
+    return float(np.mean(dice))
+
+
+def clustered(case: CaseFiles, dataset: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters of a case's first channel, 0 for zeros and then by intensity, and its labels."""
+    image, label = read_case(case, dataset)
+    values = np.asarray(image.data[..., 0], float)
+    inside = values[values != 0]
+    inside = inside[:: max(len(inside) // 50_000, 1)]
+    centres = np.quantile(inside, (np.arange(count) + 0.5) / count)
+    for _ in range(20):
+        cuts = (centres[1:] + centres[:-1]) / 2
+        group = np.searchsorted(cuts, inside)
+        sums = np.bincount(group, inside, minlength=count)
+        sizes = np.bincount(group, minlength=count)
+        centres = np.sort(np.where(sizes > 0, sums / np.maximum(sizes, 1), centres))
+    clusters = np.searchsorted((centres[1:] + centres[:-1]) / 2, values) + 1
+    return np.where(values == 0, 0, clusters), label.data
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Which cases belong together, and what of them is shared out evenly."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from segkit.config.data import DataConfig, PatternConfig
+from segkit.data.case_table import MOST_NAMES, column_of, table_of
+from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.errors import DatasetError, first_few
+
+SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)")
+"""A subject of BIDS, in a name or a path."""
+ALIKE = r"^(.+?)[ _-](?:ses|visit|time|tp|scan|v|t)?-?[A-Za-z]?[0-9]{0,8}$"
+"""Names that differ in what looks like a visit behind a separator."""
+MOST_VISITS = 20
+
+
+def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None:
+    """Numbers of the cases that stay together, by their group; None if a config asks for none.
+
+    Raises DatasetError for a case of no group.
+    """
+    if data.group_by is None:
+        return None
+    names = [case.name for case in dataset.cases]
+    if isinstance(data.group_by, PatternConfig):
+        pattern = re.compile(data.group_by.pattern)
+        found = {name: match[1] for name in names if (match := pattern.search(name))}
+        wanted = f"data.group_by: pattern {data.group_by.pattern!r}"
+    elif data.group_by == "subject":
+        told = {case.name: subject_of(case, dataset) for case in dataset.cases}
+        found = {name: subject for name, subject in told.items() if subject}
+        wanted = "data.group_by: subject, sub-… in a name or a path,"
+    else:
+        column = data.group_by.column
+        every = [*names, *dataset.test]
+        found = column_of(data, column, every, "data.group_by")
+        wanted = f"{table_of(data)}: column {column}"
+    groups: dict[str, list[int]] = defaultdict(list)
+    if lacking := [name for name in names if not found.get(name)]:
+        raise DatasetError(f"{wanted} gives no group of {first_few(lacking, MOST_NAMES)}")
+    for number, name in enumerate(names):
+        groups[found[name]].append(number)
+    return dict(groups)
+
+
+def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
+    """The subject of BIDS in a case's name, or else in the path of its label."""
+    inside = case.label
+    if case.label.is_relative_to(dataset.folder):
+        inside = case.label.relative_to(dataset.folder)
+    match = SUBJECT.search(case.name) or SUBJECT.search(inside.as_posix())
+    return match[1] if match else None
+
+
+def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
+    """What each case holds of each stratum, (case, stratum): 0 or 1. Raises DatasetError."""
+    if data.stratify_by is None:
+        return np.zeros((len(dataset.cases), 0))
+    if data.stratify_by == "classes":
+        members = list(dataset.labelling.members.values())
+        rows = []
+        for case in dataset.cases:
+            present = set(np.unique(read_case(case, dataset)[1].data).tolist())
+            rows.append([bool(present & set(numbers)) for numbers in members])
+        return np.array(rows, float)
+    column = data.stratify_by.column
+    every = [*(case.name for case in dataset.cases), *dataset.test]
+    found = column_of(data, column, every, "data.stratify_by")
+    values = [found.get(case.name, "") for case in dataset.cases]
+    kinds = sorted(set(values))
+    return np.array([[value == kind for kind in kinds] for value in values], float)
+
+
+def look_alike(dataset: Dataset) -> str | None:
+    """The setting that would group cases whose names look as if patients had several; or None."""
+    subjects = [subject_of(case, dataset) for case in dataset.cases]
+    if all(subjects):
+        several = len(set(subjects)) < len(subjects)
+        return "subject" if several and len(set(subjects)) > 1 else None
+    match = [re.fullmatch(ALIKE, case.name) for case in dataset.cases]
+    stems = [found[1] for found in match if found]
+    counts = {stem: stems.count(stem) for stem in set(stems)}
+    if len(stems) < len(match) or len(counts) < 2 or len(counts) == len(stems):
+        return None
+    if max(counts.values()) > MOST_VISITS or 2 * len(counts) > len(stems) + len(counts) // 2:
+        return None
+    return f"{{pattern: '{ALIKE}'}}"
+
+
+def proposal(dataset: Dataset, data: DataConfig | None) -> str | None:
+    """A sentence that proposes to group cases whose names look alike, unless a config does."""
+    if data is not None and (data.group_by is not None or data.splits is not None):
+        return None
+    setting = look_alike(dataset)
+    if setting is None:
+        return None
+    return (
+        f"Names look as if patients had several cases ({dataset.cases[0].name}, "
+        f"{dataset.cases[1].name}, …): data.group_by={setting} keeps those of a patient together, "
+        f"so that none is held out that another trains on."
+    )
+
+
+def torn(groups: Mapping[str, Sequence[int]], names: Sequence[str], *parts: Sequence[str]) -> str:
+    """The groups that have cases in several parts, for a sentence; empty if there is none."""
+    inside = [set(part) for part in parts]
+    found = [
+        f"{group} ({', '.join(names[number] for number in numbers[:3])})"
+        for group, numbers in groups.items()
+        if sum(any(names[number] in part for number in numbers) for part in inside) > 1
+    ]
+    return f"{len(found)} groups, {first_few(found, 3)}" if found else ""

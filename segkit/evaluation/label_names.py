@@ -1,0 +1,76 @@
+"""Which file says what labels are called, and what it says: a dataset, a config or a model."""
+
+from pathlib import Path
+
+from segkit.config.dataset_files import DatasetConfig
+from segkit.config.labels import Labelling
+from segkit.config.load import DatasetFileConfig, read_yaml, validated
+from segkit.data.dataset_json import (
+    labelling_of,
+    picture_rules,
+    read_labelling,
+    read_picture_rules,
+)
+from segkit.errors import VolumeError
+from segkit.io.picture_rules import PictureRules
+from segkit.model.folder import DESCRIPTION, load_description
+
+
+def labels_file(references: Path, labels: str | Path | None) -> Path | None:
+    """The file that says what is told apart: the one given, or a dataset.json beside or above.
+
+    Of a folder it is its dataset.json, or the description of its model. Raises VolumeError where
+    the one given is not there.
+    """
+    folder = references if references.is_dir() else references.parent
+    candidates = [folder / "dataset.json", folder.parent / "dataset.json"]
+    if labels is not None:
+        candidates = [Path(labels)]
+        if Path(labels).is_dir():
+            inside = ("dataset.json", DESCRIPTION, f"model/{DESCRIPTION}")
+            candidates = [Path(labels) / name for name in inside]
+    for path in candidates:
+        if path.is_file():
+            return path
+    if labels and not Path(labels).exists():
+        raise VolumeError(f"{labels}: no such file; check the path")
+    if labels:
+        raise VolumeError(
+            f"{labels}: expected a dataset.json, a config, a run or a model folder; check the path"
+        )
+    return None
+
+
+def labelling_in(path: Path) -> Labelling:
+    """What a dataset.json, a config or a model's description tells apart.
+
+    Raises DatasetError, ConfigError or ModelError if it cannot be understood.
+    """
+    if path.name == DESCRIPTION:
+        return load_description(path.parent).labelling
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return read_labelling(path)
+    source = _dataset_in(path)
+    if source.labels is not None:
+        return labelling_of(str(path), source.labels, source.regions_class_order, {})
+    if source.files is not None and source.files.labels:
+        files = source.files
+        return labelling_of(str(path), files.labels, files.regions_class_order, {})
+    return read_labelling(source.folder / "dataset.json")
+
+
+def picture_rules_in(path: Path) -> PictureRules:
+    """How pictures are read, by the same file. Raises as `labelling_in` does."""
+    if path.name == DESCRIPTION:
+        return picture_rules(str(path), load_description(path.parent).pictures, labelling_in(path))
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return picture_rules(str(path), _dataset_in(path).pictures, labelling_in(path))
+    return read_picture_rules(path)
+
+
+def _dataset_in(path: Path) -> DatasetConfig:
+    """What the section `data` of a config says of a dataset. Raises ConfigError."""
+    data = read_yaml(path).get("data")
+    told = data if isinstance(data, dict) else {}
+    own = {name: told[name] for name in DatasetConfig.model_fields if name in told}
+    return validated(DatasetFileConfig, {"data": own}, str(path)).data

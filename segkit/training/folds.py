@@ -1,0 +1,204 @@
+"""The folds of a cross-validation: a file's, a column's, or those that are drawn."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from segkit.config.base import Section
+from segkit.config.data import DataConfig, FoldConfig
+from segkit.config.dataset_files import ColumnConfig
+from segkit.config.load import validated
+from segkit.data.case_groups import groups_of, strata_of, torn
+from segkit.data.case_table import MARKS, MOST_NAMES, column_of, table_of
+from segkit.data.dataset import Dataset
+from segkit.errors import ConfigError, DatasetError, first_few
+from segkit.io.safe_text import parse_yaml, read_json, read_text
+from segkit.training.deal import deal
+
+logger = logging.getLogger(__name__)
+
+SPLITS_FILE = "splits_final.json"
+"""nnU-Net's, beside a dataset.json."""
+FIRST_SEED = 12345
+"""Of nnU-Net's folds."""
+
+
+class FoldListConfig(Section):
+    """The content of a file of folds."""
+
+    folds: Annotated[list[FoldConfig], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Names of the cases that each fold trains on and holds out."""
+
+    train: tuple[tuple[str, ...], ...]
+    held_out: tuple[tuple[str, ...], ...]
+    source: str
+    """Where they are from, in words."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.train)
+
+
+def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
+    """The folds that a config asks for.
+
+    They are those of `data.splits`; or else of a splits_final.json beside the dataset.json, unless
+    cases are grouped or shared out by the config; or else as many as `data.num_folds` that are
+    drawn, without groups and strata as nnU-Net draws its five.
+
+    Raises DatasetError or ConfigError if a file or a column does not fit the dataset.
+    """
+    names = [case.name for case in dataset.cases]
+    beside = data.folder / SPLITS_FILE
+    drawn_here = data.group_by is not None or data.stratify_by is not None
+    if isinstance(data.splits, ColumnConfig):
+        folds = _of_column(dataset, data, data.splits.column)
+    elif isinstance(data.splits, list):
+        folds = _checked(dataset, data.splits, "data.splits")
+    elif data.splits is not None:
+        folds = _checked(dataset, _read(data.folder / data.splits), str(data.folder / data.splits))
+    elif beside.is_file() and not drawn_here:
+        folds = _checked(dataset, _read(beside), str(beside))
+    else:
+        if beside.is_file():
+            logger.warning("%s: is not used, as data.group_by or stratify_by draws folds", beside)
+        return drawn(dataset, data)
+    for number, (train, held_out) in enumerate(zip(folds.train, folds.held_out, strict=True)):
+        told = f"fold {number} of {folds.source}"
+        if left := sorted(set(names) - {*train, *held_out}):
+            logger.warning(
+                "%s: neither trains on nor holds out %s", told, first_few(left, MOST_NAMES)
+            )
+        groups = groups_of(dataset, data)
+        if groups and (apart := torn(groups, names, train, held_out)):
+            logger.warning("%s: tears groups of data.group_by apart: %s", told, apart)
+    counts = Counter(name for held_out in folds.held_out for name in held_out)
+    if several := sorted(name for name, count in counts.items() if count > 1):
+        logger.warning(
+            "%s: several folds hold out %s", folds.source, first_few(several, MOST_NAMES)
+        )
+    if never := sorted(set(names) - counts.keys()):
+        logger.info("%s: no fold holds out %s", folds.source, first_few(never, MOST_NAMES))
+    return folds
+
+
+def drawn(dataset: Dataset, data: DataConfig) -> Folds:
+    """Folds that are drawn; each holds out about as many cases, or groups by their cases."""
+    count, names = data.num_folds, [case.name for case in dataset.cases]
+    groups = groups_of(dataset, data)
+    if groups is None and data.stratify_by is None:
+        if len(names) < count:
+            raise DatasetError(
+                f"{dataset.folder}: {count} folds need {count} cases or more, found "
+                f"{len(names)}; give data.validation instead of data.fold, or fewer data.num_folds"
+            )
+        order = np.arange(len(names))
+        np.random.RandomState(FIRST_SEED).shuffle(order)
+        parts = [sorted(part.tolist()) for part in np.array_split(order, count)]
+        source = f"{count} folds, drawn as nnU-Net draws them"
+    else:
+        groups = groups or {name: [number] for number, name in enumerate(names)}
+        if len(groups) < count:
+            raise DatasetError(
+                f"{dataset.folder}: {count} folds need {count} groups or more, found "
+                f"{len(groups)}; set data.num_folds to fewer"
+            )
+        random = np.random.RandomState(FIRST_SEED)
+        parts = deal(groups, strata_of(dataset, data), [1 / count] * count, random)
+        source = f"{count} folds, drawn from {len(groups)} groups"
+    held_out = [tuple(names[number] for number in part) for part in parts]
+    train = [tuple(name for name in names if name not in set(part)) for part in held_out]
+    return Folds(tuple(train), tuple(held_out), source)
+
+
+def _read(path: Path) -> list[FoldConfig]:
+    try:
+        content: Any = (
+            parse_yaml(read_text(path))
+            if path.suffix.lower() in (".yaml", ".yml")
+            else read_json(path)
+        )
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file; check data.splits") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path}: cannot be read as a list of folds: {reason}") from None
+    if not isinstance(content, list):
+        raise DatasetError(
+            f"{path}: expected a list of folds such as {{train: [a, b], val: [c]}}, found "
+            f"{type(content).__name__}"
+        )
+    try:
+        return validated(FoldListConfig, {"folds": content}, str(path)).folds
+    except ConfigError as error:
+        raise DatasetError(str(error)) from None
+
+
+def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Folds:
+    names = {case.name for case in dataset.cases}
+    for number, fold in enumerate(folds):
+        both = sorted(set(fold.train) & set(fold.val))
+        if both:
+            raise DatasetError(
+                f"{source}: fold {number} trains on and holds out "
+                f"{first_few(both, MOST_NAMES)}; name a case in one of the two"
+            )
+        given = {*fold.train, *fold.val}
+        if kept := sorted(given & set(dataset.test)):
+            raise DatasetError(
+                f"{source}: fold {number} names {first_few(kept, MOST_NAMES)}, kept for the test "
+                f"by data.test; name them in one of the two"
+            )
+        if unknown := sorted(given - names):
+            raise DatasetError(
+                f"{source}: fold {number} names {first_few(unknown, MOST_NAMES)}, no cases of "
+                f"{dataset.folder}, which has {first_few(sorted(names), 3)}"
+            )
+    return Folds(
+        tuple(tuple(sorted(set(fold.train))) for fold in folds),
+        tuple(tuple(sorted(set(fold.val))) for fold in folds),
+        source,
+    )
+
+
+def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
+    """Folds by a column: the number of the fold that holds a case out, or nothing."""
+    names = [case.name for case in dataset.cases]
+    found = column_of(data, column, [*names, *dataset.test], "data.splits")
+    source = f"{table_of(data)}: column {column}"
+    numbers: dict[str, int] = {}
+    for name in names:
+        value = found.get(name, "")
+        if value.lower() in ("", "train"):
+            continue
+        if value.lower() in ("val", "validation"):
+            numbers[name] = 0
+        elif re.fullmatch("[0-9]{1,6}", value):
+            numbers[name] = int(value)
+        else:
+            more = "; data.test keeps such cases" if value.lower() in MARKS else ""
+            raise DatasetError(
+                f"{source}: says {value!r} of {name}; expected the number of the fold that holds "
+                f"it out, val, train or nothing{more}"
+            )
+    present = sorted(set(numbers.values()))
+    if not present or present[0] not in (0, 1):
+        raise DatasetError(f"{source}: expected folds 0, 1, 2, …, found {present or 'none'}")
+    if present != list(range(present[0], present[0] + len(present))):
+        raise DatasetError(f"{source}: expected folds without gaps, found {present}")
+    if present[0] == 1:
+        logger.info("%s: folds 1 to %d are folds 0 to %d", source, present[-1], present[-1] - 1)
+    held_out = [tuple(name for name in names if numbers.get(name) == fold) for fold in present]
+    train = [tuple(name for name in names if name not in set(part)) for part in held_out]
+    return Folds(tuple(train), tuple(held_out), source)

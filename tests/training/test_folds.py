@@ -1,0 +1,232 @@
+"""Folds of a file, of a column, or drawn; groups stay together; nothing is ignored in silence."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from segkit.checking import check
+from segkit.config.load import validated
+from segkit.config.training import Config
+from segkit.data.case_groups import look_alike, proposal, strata_of
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.errors import ConfigError, DatasetError
+from segkit.training.deal import deal
+from segkit.training.folds import folds_of
+from segkit.training.split import fold_of, split_of
+from tests.small import small_dataset
+
+PATIENTS = [f"p{patient}_{visit}" for patient in range(5) for visit in "ab"]
+
+
+def dataset_with(folder: Path, names: list[str], test: tuple[str, ...] = ()) -> Dataset:
+    cases = tuple(CaseFiles(name, (), folder / f"{name}.nii") for name in sorted(names))
+    return Dataset(folder, cases, ("MR",), {"background": 0, "organ": 1}, test=test)
+
+
+def config_with(folder: Path, **data: Any) -> Config:
+    tree = {"name": "x", "data": {"folder": str(folder), "patch_size": [8, 8, 8], **data}}
+    return validated(Config, {**tree, "network": {"channels": [2, 2]}}, "x")
+
+
+def names(part: tuple[CaseFiles, ...]) -> list[str]:
+    return [case.name for case in part]
+
+
+def splits_final() -> list[dict[str, list[str]]]:
+    """Patients stay together: fold n holds out patient n."""
+    return [
+        {
+            "train": [name for name in PATIENTS if name[1] != str(fold)],
+            "val": [name for name in PATIENTS if name[1] == str(fold)],
+        }
+        for fold in range(5)
+    ]
+
+
+def test_nnunets_file_beside_the_dataset_is_what_a_fold_means(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits_final()))
+    dataset = dataset_with(tmp_path, PATIENTS)
+    caplog.set_level(logging.INFO, "segkit")
+    train, held_out = split_of(dataset, config_with(tmp_path, fold=3))
+    assert names(held_out) == ["p3_a", "p3_b"] and len(train) == 8
+    assert f"fold 3 of {tmp_path / 'splits_final.json'}" in caplog.text
+    split_of(dataset, config_with(tmp_path))
+    assert "is not used; data.fold and --folds hold out its folds" in caplog.text
+
+
+def test_without_a_file_folds_are_nnunets(tmp_path: Path) -> None:
+    dataset = dataset_with(tmp_path, [f"case {number}" for number in range(12)])
+    for fold in range(5):
+        assert split_of(dataset, config_with(tmp_path, fold=fold)) == fold_of(dataset, fold)
+    folds = folds_of(dataset, config_with(tmp_path, num_folds=7).data)
+    assert sorted(name for part in folds.held_out for name in part) == names(dataset.cases)
+    assert [len(part) for part in folds.held_out] == [2, 2, 2, 2, 2, 1, 1]
+
+
+def test_own_folds_stand_in_a_file_or_in_the_config(tmp_path: Path) -> None:
+    dataset = dataset_with(tmp_path, list("abcd"))
+    own = [{"train": ["a", "b"], "val": ["c", "d"]}, {"train": ["c"], "val": ["a", "b", "d"]}]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    (tmp_path / "own.yaml").write_text(json.dumps(own))
+    for splits in (own, "own.json", "own.yaml"):
+        found = split_of(dataset, config_with(tmp_path, splits=splits, fold=1))
+        assert [names(part) for part in found] == [["c"], ["a", "b", "d"]]
+        assert names(split_of(dataset, config_with(tmp_path, splits=splits)).train) == ["a", "b"]
+    with pytest.raises(DatasetError, match=r"data\.fold is 2, and there are 2, numbered from 0"):
+        split_of(dataset, config_with(tmp_path, splits=own, fold=2))
+
+
+@pytest.mark.parametrize(
+    ("fold", "reason"),
+    [
+        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 trains on and holds out b; name a case in"),
+        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, no cases of"),
+        ({"train": ["a", "t"], "val": ["b"]}, "fold 0 names t, kept for the test by data.test"),
+    ],
+)
+def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, fold: Any, reason: str) -> None:
+    dataset = dataset_with(tmp_path, list("abcd"), test=("t",))
+    with pytest.raises(DatasetError, match=reason):
+        split_of(dataset, config_with(tmp_path, splits=[fold]))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '[{"train": []}]', "nothing ["])
+def test_a_file_that_holds_no_folds_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "splits_final.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"splits_final\.json"):
+        split_of(dataset_with(tmp_path, list("abcdef")), config_with(tmp_path, fold=0))
+
+
+def test_cases_that_a_split_leaves_out_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = [{"train": ["a"], "val": ["c"]}]
+    split_of(dataset_with(tmp_path, list("abcd")), config_with(tmp_path, splits=own))
+    assert "fold 0 of data.splits: neither trains on nor holds out b, d" in caplog.text
+
+
+def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_text("id,fold\na,0\nb,1\nc,1\nd,\n")
+    dataset = dataset_with(tmp_path, list("abcd"))
+    settings = {"case_table": "cases.csv", "splits": {"column": "fold"}}
+    found = split_of(dataset, config_with(tmp_path, fold=1, **settings))
+    assert [names(part) for part in found] == [["a", "d"], ["b", "c"]]
+    (tmp_path / "cases.csv").write_text("id,fold\na,0\nb,2\n")
+    with pytest.raises(DatasetError, match=r"expected folds without gaps, found \[0, 2\]"):
+        split_of(dataset, config_with(tmp_path, **settings))
+    (tmp_path / "cases.csv").write_text("id,fold\na,0\nz,1\n")
+    with pytest.raises(DatasetError, match="has rows of z, no cases of"):
+        split_of(dataset, config_with(tmp_path, **settings))
+
+
+GROUPINGS = [{"pattern": "(p[0-9])_"}, {"column": "patient"}]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_no_patient_is_on_both_sides(tmp_path: Path, grouping: Any) -> None:
+    rows = "".join(f"{name},{name[:2]}\n" for name in PATIENTS)
+    (tmp_path / "cases.csv").write_text(f"id,patient\n{rows}")
+    dataset = dataset_with(tmp_path, PATIENTS)
+    settings = {"group_by": grouping, "case_table": "cases.csv"}
+    folds = folds_of(dataset, config_with(tmp_path, **settings).data)
+    assert sorted(folds.held_out) == [(f"p{n}_a", f"p{n}_b") for n in range(5)]
+    for share, count in ((0.2, 2), (0.4, 4), (0.6, 6)):
+        found = split_of(dataset, config_with(tmp_path, validation=share, **settings))
+        assert len(found.held_out) == count
+        patients = [{name[:2] for name in names(part)} for part in found]
+        assert not patients[0] & patients[1]
+
+
+def test_subjects_of_bids_are_found_in_names_and_in_paths(tmp_path: Path) -> None:
+    labels = [f"sub-{subject}/ses-{session}/label.nii" for subject in "123" for session in "12"]
+    cases = tuple(CaseFiles(f"{n}", (), tmp_path / label) for n, label in enumerate(labels))
+    dataset = Dataset(tmp_path, cases, ("MR",), {"background": 0, "organ": 1})
+    folds = folds_of(dataset, config_with(tmp_path, group_by="subject", num_folds=3).data)
+    assert sorted(folds.held_out) == [("0", "1"), ("2", "3"), ("4", "5")]
+    with pytest.raises(DatasetError, match="gives no group of a, b"):
+        folds_of(dataset_with(tmp_path, list("ab")), config_with(tmp_path, group_by="subject").data)
+
+
+def test_groups_that_an_own_split_tears_apart_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
+    dataset = dataset_with(tmp_path, ["p0_a", "p0_b", "p1_a", "p1_b"])
+    split_of(dataset, config_with(tmp_path, splits=own, group_by={"pattern": "(p[0-9])"}))
+    assert "tears groups of data.group_by apart: 1 groups, p0 (p0_a, p0_b)" in caplog.text
+
+
+def test_each_fold_has_its_share_of_every_stratum() -> None:
+    random = np.random.RandomState(0)
+    strata = np.zeros((60, 2))
+    strata[:10, 0] = 1  # one case in six is of a rare kind
+    strata[10:, 1] = 1
+    groups = {str(number): [number] for number in range(60)}
+    parts = deal(groups, strata, [0.2] * 5, random)
+    assert [len(part) for part in parts] == [12] * 5
+    assert [sum(number < 10 for number in part) for part in parts] == [2] * 5
+
+
+def test_a_column_or_the_classes_of_a_case_are_strata(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data")
+    (folder / "cases.csv").write_text("id,site\ncase_0,A\ncase_1,B\ncase_2,A\ncase_3,B\n")
+    site = {"case_table": "cases.csv", "stratify_by": {"column": "site"}}
+    data = config_with(folder, num_folds=2, **site).data
+    dataset = dataset_of(data)
+    assert strata_of(dataset, data).tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    for part in folds_of(dataset, data).held_out:
+        assert {int(name[-1]) % 2 for name in part} == {0, 1}
+    data = config_with(folder, stratify_by="classes").data
+    assert strata_of(dataset, data).tolist() == [[1], [1], [1], [1]]
+
+
+def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data")
+    (folder / "cases.csv").write_text("id,use\ncase_0,\ncase_1,test\ncase_2,\ncase_3,\n")
+    for test in (["case_1"], {"column": "use"}):
+        config = config_with(folder, test=test, case_table="cases.csv")
+        dataset = dataset_of(config.data)
+        assert dataset.test == ("case_1",)
+        train, held_out = split_of(dataset, config)
+        assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
+    with pytest.raises(DatasetError, match=r"data\.test names nobody, no case of"):
+        dataset_of(config_with(folder, test=["nobody"]).data)
+    with pytest.raises(DatasetError, match=r"data\.validation names case_1, which data"):
+        split_of(dataset, config_with(folder, validation=["case_1"]))
+    assert "1 more are kept for a test" in str(check(folder, ["data.test=[case_1]"]))
+
+
+@pytest.mark.parametrize(
+    ("cases", "setting"),
+    [
+        (PATIENTS, "pattern"),
+        (["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"], "subject"),
+        (["STS_025_t1", "STS_025_t2", "STS_031_t1"], "pattern"),
+        ([f"hippocampus_{number:03d}" for number in range(40)], None),
+        ([f"case_{number}" for number in range(4)], None),
+        (["sub-01", "sub-02"], None),
+        (["anna", "ben"], None),
+    ],
+)
+def test_grouping_is_proposed_if_names_look_alike(
+    tmp_path: Path, cases: list[str], setting: str | None
+) -> None:
+    dataset = dataset_with(tmp_path, cases)
+    assert (look_alike(dataset) is not None) == (setting is not None)
+    told = proposal(dataset, None)
+    assert told is None if setting is None else told is not None and setting in told
+    if setting is not None:
+        given = {"pattern": "(x)"}
+        assert proposal(dataset, config_with(tmp_path, group_by=given).data) is None
+
+
+def test_a_pattern_without_one_group_is_refused(tmp_path: Path) -> None:
+    for pattern in ("p[0-9]", "(a)(b)", "("):
+        with pytest.raises(ConfigError, match="pattern"):
+            config_with(tmp_path, group_by={"pattern": pattern})
