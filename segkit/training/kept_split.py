@@ -18,7 +18,7 @@ from segkit.training.split import Split
 
 logger = logging.getLogger(__name__)
 
-MOST_TOLD = 5
+MOST_CASES_TOLD = 5
 """Names of cases in a sentence; the others are counted."""
 SplitNames = Mapping[str, Sequence[str]]
 """The names of cases under `train` and under `held_out`."""
@@ -119,5 +119,5 @@ def with_kept_split(parts: TrainingParts, names: SplitNames, source: Path) -> Tr
 
 def told(names: Sequence[str]) -> str:
     """The names of cases, the first few of them."""
-    more = len(names) - MOST_TOLD
-    return ", ".join(names[:MOST_TOLD]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MOST_CASES_TOLD
+    return ", ".join(names[:MOST_CASES_TOLD]) + (f" and {more} more" if more > 0 else "")
