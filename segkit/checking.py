@@ -39,7 +39,7 @@ from segkit.training.split import split_of
 
 MOST_NUMBERS = 20
 """Of those that nobody names; a sentence counts the others."""
-MOST_NAMED = 40
+MOST_SHOWN = 40
 """Labels, cases or maps in a sentence."""
 
 
@@ -233,17 +233,11 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             f"size in voxels (right-left, back-front, foot-head): {_range(shapes, 'd')}",
             f"voxel size in mm: {_range(spacings, '.3g')}",
         ]
-    for what, cases, count in zip(groups, present, voxels, strict=True):
-        lines.append(f"{what}: in {cases} cases, {count / total:.2%} of voxels")
-    lines += [
-        f"case {name} has no labels of {_listing(names)}"
-        for name, names in list(dataset.unlabelled.items())[:MOST_NUMBERS]
-    ]
-    if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
-        lines.append(f"{more} more cases are partly labelled")
-    if labelling.others is not None:
-        taken = labelling.value_names[labelling.others]
-        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+    shares = {
+        what: (int(cases), float(count / total))
+        for what, cases, count in zip(groups, present, voxels, strict=True)
+    }
+    lines += _lines_of_labels(dataset, shares, strange)
     if word:
         lines.append(f"careful: {word}")
     facts = {
@@ -265,6 +259,27 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
         ],
     }
     return Understood("dataset", "\n".join(lines), facts)
+
+
+def _lines_of_labels(
+    dataset: Dataset, shares: Mapping[str, tuple[int, float]], strange: "NumbersFound"
+) -> list[str]:
+    """In how many cases each class is and its share of voxels, and what is not as usual."""
+    labelling = dataset.labelling
+    lines = [
+        f"{what}: in {cases} cases, {share:.2%} of voxels"
+        for what, (cases, share) in shares.items()
+    ]
+    lines += [
+        f"case {name} has no labels of {_listing(names)}"
+        for name, names in list(dataset.unlabelled.items())[:MOST_NUMBERS]
+    ]
+    if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
+        lines.append(f"{more} more cases are partly labelled")
+    if labelling.others is not None:
+        taken = labelling.value_names[labelling.others]
+        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -319,7 +334,7 @@ def _in_files(labelling: Labelling, number: int) -> str:
 
 
 def _listing(items: Iterable[object]) -> str:
-    return first_few(items, MOST_NAMED)
+    return first_few(items, MOST_SHOWN)
 
 
 def _told_apart(labelling: Labelling) -> str:

@@ -59,7 +59,7 @@ def train_command(
     overrides: Overrides = None,
     runs: Annotated[Path, Option(help="The folder that runs are written to.")] = Path("runs"),
     resume: Annotated[
-        Path | None, Option(metavar="RUN", help="Go on with a run that was stopped.")
+        Path | None, Option(metavar="RUN", help="Go on with a run, with KEY=VALUE changed.")
     ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Say what it will be and take, by a step; leave no run.")
@@ -78,6 +78,9 @@ def train_command(
     json: JsonOption = False,
 ) -> None:
     """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
+    if resume is not None and config is not None and "=" in str(config):
+        # The first word after --resume RUN is a setting.
+        config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
         raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
     if dry_run and resume is not None:
@@ -92,7 +95,7 @@ def train_command(
     result: Run | CrossValidation
     if config is None:
         assert resume is not None
-        result = _resumed(resume, wanted)
+        result = _resumed(resume, wanted, overrides or [])
     else:
         settings, low = _settings(
             config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
@@ -193,17 +196,24 @@ def _trained(
     )
 
 
-def _resumed(run: Path, folds: tuple[int, ...] | Literal["all"]) -> "Run | CrossValidation":
+def _resumed(
+    run: Path, folds: tuple[int, ...] | Literal["all"], overrides: Sequence[str]
+) -> "Run | CrossValidation":
     """A run or a cross-validation that was stopped, or that is given more to do."""
     from segkit.training.cross_validation import is_cross_validation, resume_folds
     from segkit.training.two_stages import resume_two_stages
 
     callbacks, track = _shown()
     if is_cross_validation(run):
+        if overrides:
+            raise ConfigError(
+                f"{run}: is a cross-validation, whose folds share their settings, found "
+                f"{overrides[0]}; resume it without, or one of its folds with it"
+            )
         return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
     if folds:
         raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
-    return resume_two_stages(run, tell=_tell, callbacks=callbacks, track=track)
+    return resume_two_stages(run, overrides, tell=_tell, callbacks=callbacks, track=track)
 
 
 def _tell_of_pictures(settings: "Config") -> None:
@@ -241,7 +251,10 @@ def _tell(result: "Run | CrossValidation") -> None:
     if scores["cases"]:
         classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
         mean = _dice(scores["mean_dice"])
-        say(f"mean Dice of {scores['cases']} held-out cases: {mean} ({classes})")
+        say(
+            f"mean Dice of {scores['cases']} held-out cases, each on its scan's grid: "
+            f"{mean} ({classes})"
+        )
     say(f"wrote {result.folder}")
 
 

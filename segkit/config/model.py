@@ -122,12 +122,11 @@ class ModelDescription(Section):
         Raises:
             ValueError: it is no length.
         """
-        settings = self.pictures or PicturesConfig()
+        rules = PictureRules() if self.pictures is None else self.pictures.rules(self.labelling)
         sizes = list(pixel_size) if pixel_size else [PIXEL] if self.unit == PIXEL else None
         if sizes is None:
-            return settings.rules(self.labelling)
+            return rules
         pixel_mm, in_pixels = pixel_mm_of(sizes)
-        rules = settings.rules(self.labelling)
         return replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
 
     @property

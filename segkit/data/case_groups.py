@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from segkit.config.data import DataConfig, PatternConfig
-from segkit.data.case_table import MOST_NAMES, column_of, table_of
+from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, first_few
 
@@ -41,7 +41,7 @@ def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None
         wanted = f"{table_of(data)}: column {column}"
     groups: dict[str, list[int]] = defaultdict(list)
     if lacking := [name for name in names if not found.get(name)]:
-        raise DatasetError(f"{wanted} gives no group of {first_few(lacking, MOST_NAMES)}")
+        raise DatasetError(f"{wanted} gives no group of {first_few(lacking, NAMES_SHOWN)}")
     for number, name in enumerate(names):
         groups[found[name]].append(number)
     return dict(groups)

@@ -10,9 +10,9 @@ from segkit.errors import DatasetError, first_few
 
 logger = logging.getLogger(__name__)
 
-MARKS = frozenset({"test", "yes", "true", "1"})
+YES_WORDS = frozenset({"test", "yes", "true", "1"})
 """Of cases for the test, in a column."""
-MOST_NAMES = 5
+NAMES_SHOWN = 5
 
 
 def table_of(data: DatasetConfig) -> Path | None:
@@ -52,14 +52,14 @@ def column_of(data: DatasetConfig, column: str, names: list[str], setting: str) 
         found[row[ID]] = row[column].strip()
     if unknown := sorted(found.keys() - set(names)):
         raise DatasetError(
-            f"{path}: has rows of {first_few(unknown, MOST_NAMES)}, no cases of {data.folder}; "
+            f"{path}: has rows of {first_few(unknown, NAMES_SHOWN)}, no cases of {data.folder}; "
             f"correct the column {ID} or remove them"
         )
     if lacking := [name for name in names if name not in found]:
         logger.warning(
             "%s: has no row of %s; column %s says nothing of them",
             path,
-            first_few(lacking, MOST_NAMES),
+            first_few(lacking, NAMES_SHOWN),
             column,
         )
     return found
@@ -71,17 +71,17 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
         return frozenset()
     if isinstance(data.test, ColumnConfig):
         column: Mapping[str, str] = column_of(data, data.test.column, names, "data.test")
-        kept = frozenset(name for name, value in column.items() if value.lower() in MARKS)
+        kept = frozenset(name for name, value in column.items() if value.lower() in YES_WORDS)
         if not kept:
             raise DatasetError(
                 f"{table_of(data)}: column {data.test.column} marks no case for the test by "
-                f"{', '.join(sorted(MARKS))}; correct it or leave data.test out"
+                f"{', '.join(sorted(YES_WORDS))}; correct it or leave data.test out"
             )
     else:
         kept = frozenset(data.test)
         if unknown := sorted(kept - set(names)):
             raise DatasetError(
-                f"data.test names {first_few(unknown, MOST_NAMES)}, no case of {data.folder}"
+                f"data.test names {first_few(unknown, NAMES_SHOWN)}, no case of {data.folder}"
             )
     if len(kept) == len(names):
         raise DatasetError(f"{data.folder}: data.test keeps every case; none is left to train on")

@@ -146,5 +146,5 @@ class SegmentationData(L.LightningDataModule):
 
 
 def workers_for(device: torch.device) -> int:
-    """Processes that cut patches, if nobody says how many: a CPU has none to spare."""
-    return 0 if device.type == "cpu" else min(num_cores() - 1, MOST_WORKERS)
+    """Processes that cut patches, if nobody says how many: only CUDA leaves cores to spare."""
+    return 0 if device.type != "cuda" else min(num_cores() - 1, MOST_WORKERS)

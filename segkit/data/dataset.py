@@ -43,7 +43,7 @@ from segkit.io.volume import (
 logger = logging.getLogger(__name__)
 
 COLOURS = ("red", "green", "blue")
-WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
+ARE_WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,8 @@ def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
         if len(strange := values[rounded != values]):
             raise DatasetError(
                 f"{case.label}: holds label {', '.join(map(in_full, np.unique(strange)[:5]))}, "
-                f"which the dataset does not declare (it has {declared(dataset.labelling)}){WHOLE}"
+                f"which the dataset does not declare (it has {declared(dataset.labelling)})"
+                f"{ARE_WHOLE}"
             )
         values = rounded
     return values.reshape(label.grid.shape)

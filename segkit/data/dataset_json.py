@@ -122,7 +122,7 @@ def picture_rules(
 ) -> PictureRules:
     """How pictures are read, by settings that `source` holds. Raises DatasetError."""
     try:
-        return (pictures or PicturesConfig()).rules(labelling)
+        return PictureRules() if pictures is None else pictures.rules(labelling)
     except ValueError as error:
         raise DatasetError(f"{source}: {error}") from None
 

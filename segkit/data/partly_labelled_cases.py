@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
-from segkit.data.case_table import MOST_NAMES, column_of, table_of
+from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.errors import DatasetError, first_few
 
 ALL = "all"
@@ -35,7 +35,7 @@ def unlabelled_of(
         source, told = "data.labelled", data.labelled
         if unknown := sorted(told.keys() - set(names)):
             raise DatasetError(
-                f"{source}: names {first_few(unknown, MOST_NAMES)}, no case of {data.folder}"
+                f"{source}: names {first_few(unknown, NAMES_SHOWN)}, no case of {data.folder}"
             )
     found: dict[str, tuple[str, ...]] = {}
     for name, labelled in told.items():

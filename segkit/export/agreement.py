@@ -53,7 +53,7 @@ class Agreement:
         return [*told, f"same label: {self.same_labels:.4%} of voxels"]
 
 
-def compare(
+def compare_outputs(
     model: Model,
     exported: RunGraph,
     image: Float[Tensor, "channel x y z"],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from segkit.errors import ModelError
-from segkit.export.agreement import Agreement, compare, noise_for
+from segkit.export.agreement import Agreement, compare_outputs, noise_for
 from segkit.export.bundle_check import same_labels, scan_for
 from segkit.export.graphs import export_onnx, export_openvino, export_pt2
 from segkit.export.monai_bundle import NETWORK, export_bundle
@@ -115,10 +115,10 @@ def export_model(
         if not check:
             return Export(written)
         network = read_torchscript(out / NETWORK)
-        agreement = compare(model, network, _image(model, scan), names=[LOGITS])
+        agreement = compare_outputs(model, network, _image(model, scan), names=[LOGITS])
         return Export(written, agreement, same_labels(model, out, scan or scan_for(model)))
     run = GRAPHS[form](model, out, overlap=overlap)
-    return Export(written, compare(model, run, _image(model, scan)) if check else None)
+    return Export(written, compare_outputs(model, run, _image(model, scan)) if check else None)
 
 
 def _image(model: Model, scan: Volume | None) -> Tensor:

@@ -31,7 +31,7 @@ from segkit.system.resources import choose_device, free_memory_of
 PLANES_PER_WINDOW = 8
 WINDOWS_ON_GPU = 4
 """That a GPU is asked about at once."""
-BYTES_OF_IMAGE = 4
+BYTES_PREPARED = 4
 SHARE_FOR_IMAGE = 0.25
 """Of a GPU's free memory, what an image on both grids may take."""
 UNLIKELY = -30.0
@@ -148,7 +148,7 @@ class ModelWalk:
             size * (old / new + 1)
             for size, old, new in zip(volume.grid.shape, source, wanted, strict=True)
         )
-        needed = BYTES_OF_IMAGE * len(self.normalisers) * voxels
+        needed = BYTES_PREPARED * len(self.normalisers) * voxels
         return needed < SHARE_FOR_IMAGE * free_memory_of(self.device)
 
     def maps(self) -> dict[str, MapInfo]:

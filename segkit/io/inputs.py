@@ -42,7 +42,7 @@ class Input:
     name: str
     files: tuple[Path, ...]
     of_folder: bool = field(default=False, compare=False)
-    """Whether a folder was named rather than the volume, so that a result is no reason to stop."""
+    """Whether a folder was named rather than the volume, so that parts of results may be there."""
     series: str | None = None
     """The UID of a DICOM series, where its folder holds several."""
     rules: PictureRules = field(default=AS_IT_SAYS, compare=False)
@@ -69,7 +69,8 @@ def find_inputs(
     """The volumes among files and folders.
 
     For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume, unless each of the
-    files holds all channels: then the numbers are part of the cases' names. For a model of one,
+    files holds all channels: then the numbers are part of the cases' names. A file of all channels
+    beside one of fewer is a channel of their case. For a model of one,
     files `CASE_0000` of a folder in which all are called so, as nnU-Net has them, are the volumes
     `CASE`. In a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are
     no inputs. A volume has the same name whether it or its folder is asked for.
@@ -120,12 +121,25 @@ def find_inputs(
 def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
     """Whether a file that may be a channel, by its number, holds all channels itself.
 
-    One that cannot be read may be a channel as well, unless there is none of its number.
+    It does not if the file of another channel, by its number, holds fewer: what stands together is
+    one case. One that cannot be read may be a channel as well, unless there is none of its number.
     """
-    try:
-        return read_num_channels(file, rules=rules) > 1
-    except VolumeError:
-        return number >= num_channels
+
+    def held(path: Path) -> int | None:
+        try:
+            return read_num_channels(path, rules=rules)
+        except VolumeError:
+            return None
+
+    found = held(file)
+    if found is None or number >= num_channels:
+        return number >= num_channels and found != 1
+    if found < num_channels or is_picture(file):
+        return found >= num_channels
+    stem, suffix = CHANNEL_NUMBER.sub("", stem_of(file)), suffix_of(file)
+    others = (file.with_name(f"{stem}_{other:04d}{suffix}") for other in range(num_channels))
+    counts = [held(other) for other in others if other.exists()]
+    return all(count is None or count >= num_channels for count in counts)
 
 
 def _volumes_in(folder: Path) -> list[Path]:

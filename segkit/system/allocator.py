@@ -16,7 +16,7 @@ KEPT = 2**31 - 1
 """Bytes that are free at the end of the heap and yet are not handed back."""
 LARGEST = 2**30
 """Bytes of the largest array that is taken from the heap."""
-AT_ONCE = 2**26
+GROWN_AT_ONCE = 2**26
 """Bytes by which the heap grows."""
 
 
@@ -31,5 +31,5 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):  # musl has a mallopt in name only
         return False
-    settings = {TRIM_THRESHOLD: KEPT, TOP_PAD: AT_ONCE, MMAP_THRESHOLD: LARGEST}
+    settings = {TRIM_THRESHOLD: KEPT, TOP_PAD: GROWN_AT_ONCE, MMAP_THRESHOLD: LARGEST}
     return all(library.mallopt(name, value) == 1 for name, value in settings.items())

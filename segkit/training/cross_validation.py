@@ -6,9 +6,10 @@ Each fold is a run of its own. Every case is held out by one of them, so that to
 Dice of cases that were not trained on, and by it whether to keep largest components alone.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from segkit.config.base import Section
 from segkit.config.load import validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
-from segkit.data.dataset import dataset_of, grid_of_case
+from segkit.data.dataset import Dataset, dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
 from segkit.evaluation.overlap import mean_of_defined
@@ -35,10 +36,13 @@ from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.fit import resume, train
 from segkit.training.folds import folds_of
+from segkit.training.kept_split import read_split, told
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_whole_paths
-from segkit.training.run_folder import claimed, new_run_folder
+from segkit.training.run_folder import SPLIT, claimed, new_run_folder
 from segkit.training.split import nth_of
+
+logger = logging.getLogger(__name__)
 
 RECORD = "cross_validation.json"
 
@@ -189,7 +193,8 @@ def _go_on(
         else:
             data = record.config.data.model_copy(update={"fold": fold})
             config = record.config.model_copy(update={"name": run.name, "data": data})
-            train(config, runs=folder, callbacks=callbacks, track=track)
+            dataset = _as_begun(folder, record)
+            train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
     models = [_fold(folder, fold) / "model" for fold in record.folds]
     summary = pool_folds(folder.name, summaries)
@@ -202,6 +207,32 @@ def _go_on(
         adopt(model, adopted)
     write_json(folder / SUMMARY, summary)
     return CrossValidation(folder, summary)
+
+
+def _as_begun(folder: Path, record: Record) -> Dataset | None:
+    """The dataset that the first folds were drawn from; None if no fold was begun.
+
+    Cases that came later are left out, so that no case is held out twice. Raises ConfigError if one
+    of them is gone, without which the folds would be others.
+    """
+    begun = [names for path in folder.glob(f"{FOLD}*/{SPLIT}") if (names := read_split(path))]
+    if not begun:
+        return None
+    known = {*begun[0]["train"], *begun[0]["held_out"]}
+    dataset = dataset_of(record.config.data)
+    here = {case.name for case in dataset.cases}
+    if gone := sorted(known - here):
+        raise ConfigError(
+            f"{folder}: its folds were drawn with {told(gone)}, no longer in {dataset.folder}; put "
+            f"the cases back, or begin a new cross-validation"
+        )
+    if here - known:
+        logger.warning(
+            "%s: new cases are left out, as its folds were drawn without them: %s",
+            folder,
+            told(sorted(here - known)),
+        )
+    return replace(dataset, cases=tuple(case for case in dataset.cases if case.name in known))
 
 
 def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,13 +19,12 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.dataset import dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
-from segkit.errors import TrainingError
 from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import peak_of_process
 from segkit.system.signals import advising
 from segkit.training.fit import train
-from segkit.training.resolve import check_images, precision
+from segkit.training.resolve import check_images, check_precision, precision
 from segkit.training.split import split_of
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
@@ -141,6 +140,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
     """
     check_installed(config.trainer.loggers)
+    check_precision(config)
     dataset = dataset_of(config.data)
     train_cases, held_out = split_of(dataset, config)
     check_images(config, dataset, train_cases, held_out)
@@ -149,20 +149,13 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     )
     watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="segkit-") as folder, advising("nothing is left of it"):
-        try:
-            run = train(
-                shortened(config, spacing, Path(folder) / "cache"),
-                runs=Path(folder),
-                callbacks=[watch],
-                track=track,
-                dataset=replace(dataset, cases=train_cases[:CASES]),
-            )
-        except torch.OutOfMemoryError:
-            raise TrainingError(
-                f"a step on batches of {config.data.batch_size} patches of "
-                f"{_size(config.data.patch_size)} does not fit into the GPU's memory; lower "
-                f"data.batch_size, data.patch_size or network.channels"
-            ) from None
+        run = train(
+            shortened(config, spacing, Path(folder) / "cache"),
+            runs=Path(folder),
+            callbacks=[watch],
+            track=track,
+            dataset=replace(dataset, cases=train_cases[:CASES]),
+        )
     return DryRun(
         config=config,
         description=run.model.description,

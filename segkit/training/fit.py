@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ from segkit.config.training import Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
-from segkit.errors import ConfigError, ModelError
+from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
@@ -40,7 +41,23 @@ from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advising
 from segkit.training.cascade import first_stage_of
+from segkit.training.changed_settings import (
+    OF_SCHEDULE,
+    Change,
+    changes,
+    check_changes,
+    in_a_sentence,
+    is_one_of,
+)
 from segkit.training.final_scores import score
+from segkit.training.going_on import GoingOn
+from segkit.training.kept_split import (
+    SplitNames,
+    check_not_moved,
+    kept_split,
+    read_split,
+    with_kept_split,
+)
 from segkit.training.lightning_private import is_first_process
 from segkit.training.module import SegmentationModule
 from segkit.training.parts import (
@@ -50,14 +67,16 @@ from segkit.training.parts import (
     prepare,
     refuse_replaced,
 )
+from segkit.training.resolve import on_this_machine
 from segkit.training.run_folder import (
     CONFIG,
     SPLIT,
+    begun_run,
     check_checkpoint,
     checkpoint_of,
     claimed,
     new_run_folder,
-    stopped_run,
+    read_record,
 )
 from segkit.training.time_budget import Deadline, TimeBudget
 from segkit.training.trainer import guarded, looked_at, make_trainer, steps_between
@@ -172,39 +191,47 @@ def fit_beside(
             _hold(held, folder)
             for name, text in files.items():
                 write_text(folder / name, text)
-            write_json(
-                folder / SPLIT,
-                {
-                    part: [case.name for case in cases]
-                    for part, cases in parts.split._asdict().items()
-                },
-            )
+            write_json(folder / SPLIT, _names_of(parts))
             write_text(folder / CONFIG, dump_yaml(config))
         try:
-            trainer = make_trainer(parts, config, folder, [*callbacks, *_deadline(parts, budget)])
-        except ConfigError:
-            if first:
+            noted = GoingOn(_record_of(parts, config), every=steps_between(config))
+            trainer = make_trainer(
+                parts, config, folder, [*callbacks, *_deadline(parts, budget), noted]
+            )
+            return _trained(parts, config, module, trainer, folder, None, track)
+        except Stopped:
+            raise
+        except SegkitError:
+            # What is refused before its first step leaves nothing.
+            if first and not module.steps_begun:
                 shutil.rmtree(folder)
             raise
-        return _trained(parts, config, module, trainer, folder, None, track)
 
 
 def resume(
     run: str | Path,
     parts: TrainingParts | None = None,
     *,
+    overrides: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
     network: nn.Module | None = None,
 ) -> Run:
-    """Go on with a run that was stopped, from its last checkpoint, as if it never had been.
+    """Go on with a run from its last checkpoint, as if it never had been stopped.
 
         run = segkit.resume("runs/my_dataset")
+        run = segkit.resume("runs/my_dataset", overrides=["train.steps=2000"])
+
+    The run keeps its split by the names in split.json; cases that are new are left out. Settings
+    that were changed in config.yaml, in `overrides` or in `parts` count from here on, or are
+    refused. With other `train.steps`, the learning rate at each step is that of a run of that
+    length.
 
     Args:
-        run: the run's folder.
+        run: the run's folder. A finished run goes on if it is given more steps.
         parts: those that the run was trained by, if some were replaced: `prepare` makes the others
             from the run's own config.yaml.
+        overrides: changes of settings such as `train.steps=2000`; none with `parts`.
         callbacks: of Lightning, called during training.
         track: shows the progress over cases.
         network: the module of a run that trains one; its weights become the checkpoint's.
@@ -213,31 +240,128 @@ def resume(
         The finished run, as `fit` returns it.
 
     Raises:
-        ConfigError: there is no run to go on with, another process trains in it, or its parts are
-            others; and all that `train` raises.
+        ConfigError: there is no run to go on with, another process trains in it, its parts are
+            others, or a setting was changed that it must keep; and all that `train` raises.
     """
-    folder = stopped_run(Path(run))
-    config = load_config(folder / CONFIG)
+    folder = begun_run(Path(run))
+    config = load_config(folder / CONFIG, overrides)
+    asked = config.model_dump(mode="json")["data"]["validation"]
     if parts is None:
         refuse_replaced(config)
     else:
         check_replaced(parts)
-        _check_same(folder, config, parts)
+        _check_replaced_alike(folder, config, parts)
+        config = parts.config
     with ExitStack() as held:
         if is_first_process():
             _hold(held, folder)
             sweep(folder)
         checkpoint = checkpoint_of(folder)
+        record, steps_done = read_record(folder)
+        finished = (folder / SUMMARY).is_file()
+        if finished:
+            _check_more_to_do(folder, config, record, steps_done)
+        names = _split_of_run(folder, record)
         if parts is None:
             parts = make_parts(
-                config, folder.parent, network=network, track=track, begun=checkpoint is not None
+                on_this_machine(config),
+                folder.parent,
+                network=network,
+                track=track,
+                begun=checkpoint is not None,
+                kept=partial(kept_split, names=names, source=folder) if names else None,
             )
+        elif names:
+            parts = with_kept_split(parts, names, folder)
         config = parts.config.model_copy(update={"replaced": parts.replaced})
+        now = config.model_dump(mode="json")
+        # As it was asked for: cases that are gone are told, and are no change of a setting.
+        now["data"]["validation"] = asked
+        found = list(changes(record.get("config", {}), now))
+        check_changes(str(folder / CONFIG), found, steps_done)
+        anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
+        if found:
+            logger.info(
+                "%s: goes on from step %d with %s", folder, steps_done, in_a_sentence(found)
+            )
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
         check_checkpoint(folder, module)
-        trainer = make_trainer(parts, config, folder, [*callbacks, *_deadline(parts, budget)])
+        noted = GoingOn(
+            _record_of(parts, config, record, found, steps_done, names),
+            every=steps_between(config),
+            anew=anew,
+            patience=config.train.patience,
+            finished=finished,
+        )
+        trainer = make_trainer(
+            parts, config, folder, [*callbacks, *_deadline(parts, budget), noted]
+        )
+        if is_first_process():
+            write_text(folder / CONFIG, dump_yaml(config))
+            (folder / SUMMARY).unlink(missing_ok=True)
         return _trained(parts, config, module, trainer, folder, checkpoint, track)
+
+
+def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
+    """The names in split.json, which no edit may move from one side to the other."""
+    names, begun = read_split(folder / SPLIT), record.get("split")
+    if names is None:
+        return begun
+    if begun is not None:
+        check_not_moved(folder / SPLIT, names, begun)
+    return names
+
+
+def _check_more_to_do(
+    folder: Path, config: Config, record: Mapping[str, Any], steps_done: int
+) -> None:
+    """Raise ConfigError unless a finished run was given more to do."""
+    before = record.get("config", {})
+    given = {
+        "train.steps": config.train.steps > steps_done,
+        "train.patience": config.train.patience != before.get("train", {}).get("patience"),
+        "trainer.max_time": config.trainer.max_time != before.get("trainer", {}).get("max_time"),
+    }
+    early = steps_done < before.get("train", {}).get("steps", steps_done)
+    more = given["train.steps"] and (
+        not early
+        or config.train.steps != before["train"]["steps"]
+        or given["train.patience"]
+        or given["trainer.max_time"]
+    )
+    if not more or not steps_done or config.train.minutes is not None:
+        raise ConfigError(
+            f"{folder}: is finished already; its model is {folder / 'model'}; to go on, give it "
+            f"more than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
+            if config.train.minutes is None
+            else f"{folder}: is finished already; its model is {folder / 'model'}; its time was "
+            f"train.minutes, so begin a new run with train.start_from={folder}"
+        )
+
+
+def _names_of(parts: TrainingParts) -> dict[str, list[str]]:
+    return {part: [case.name for case in cases] for part, cases in parts.split._asdict().items()}
+
+
+def _record_of(
+    parts: TrainingParts,
+    config: Config,
+    before: Mapping[str, Any] = MappingProxyType({}),
+    found: Sequence[Change] = (),
+    step: int = 0,
+    names: SplitNames | None = None,
+) -> dict[str, Any]:
+    """What checkpoints say of a run: its settings, its split, and what was changed on the way."""
+    changed = [
+        {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
+    ]
+    split = names or _names_of(parts)
+    return {
+        "config": config.model_dump(mode="json"),
+        "split": {part: list(split[part]) for part in ("train", "held_out")},
+        "changes": [*before.get("changes", []), *changed],
+    }
 
 
 def _hold(held: ExitStack, folder: Path) -> None:
@@ -246,26 +370,14 @@ def _hold(held: ExitStack, folder: Path) -> None:
     held.enter_context(advising(f"segkit train --resume {folder} goes on from there"))
 
 
-def _check_same(folder: Path, config: Config, parts: TrainingParts) -> None:
-    """Raise ConfigError unless the parts are made as those of the run were."""
+def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) -> None:
+    """Raise ConfigError unless the parts were replaced that the run's were."""
     if parts.replaced != config.replaced:
         told = [", ".join(names) or "none" for names in (config.replaced, parts.replaced)]
         raise ConfigError(
             f"{folder}: was trained with these parts replaced: {told[0]}; found these: {told[1]}; "
             f"replace the same ones"
         )
-    place = {"cache", "workers"}
-    for name, without in (("data", place), ("network", set()), ("train", set())):
-        theirs, ours = (
-            getattr(each, name).model_dump(mode="json", exclude=without)
-            for each in (config, parts.config)
-        )
-        for key, value in theirs.items():
-            if ours.get(key) != value:
-                raise ConfigError(
-                    f"{folder}: was trained with {name}.{key} {value}, and the parts have "
-                    f"{ours.get(key)}; prepare them from {folder / CONFIG}"
-                )
 
 
 def _network_of(parts: TrainingParts) -> SegmentationNetwork:
@@ -405,6 +517,8 @@ def _trained(
         "versions": versions("lightning"),
         "environment": environment,
     }
+    if changed := _changed_on_the_way(trainer):
+        summary["changed_settings"] = changed
     if budget is not None:
         summary["minutes"] = {
             "given": config.train.minutes,
@@ -415,6 +529,12 @@ def _trained(
     write_json(folder / SUMMARY, summary)
     network.to("cpu")
     return Run(folder, summary, model)
+
+
+def _changed_on_the_way(trainer: L.Trainer) -> list[dict[str, Any]]:
+    """Settings that were changed when the run was gone on with."""
+    noted = next(each for each in trainer.callbacks if isinstance(each, GoingOn))  # type: ignore[attr-defined]
+    return list(noted.record["changes"])
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:

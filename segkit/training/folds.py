@@ -16,7 +16,7 @@ from segkit.config.data import DataConfig, FoldConfig
 from segkit.config.dataset_files import ColumnConfig
 from segkit.config.load import validated
 from segkit.data.case_groups import groups_of, strata_of, torn
-from segkit.data.case_table import MARKS, MOST_NAMES, column_of, table_of
+from segkit.data.case_table import NAMES_SHOWN, YES_WORDS, column_of, table_of
 from segkit.data.dataset import Dataset
 from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.io.safe_text import parse_yaml, read_json, read_text
@@ -78,7 +78,7 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
         told = f"fold {number} of {folds.source}"
         if left := sorted(set(names) - {*train, *held_out}):
             logger.warning(
-                "%s: neither trains on nor holds out %s", told, first_few(left, MOST_NAMES)
+                "%s: neither trains on nor holds out %s", told, first_few(left, NAMES_SHOWN)
             )
         groups = groups_of(dataset, data)
         if groups and (apart := torn(groups, names, train, held_out)):
@@ -86,10 +86,10 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
     counts = Counter(name for held_out in folds.held_out for name in held_out)
     if several := sorted(name for name, count in counts.items() if count > 1):
         logger.warning(
-            "%s: several folds hold out %s", folds.source, first_few(several, MOST_NAMES)
+            "%s: several folds hold out %s", folds.source, first_few(several, NAMES_SHOWN)
         )
     if never := sorted(set(names) - counts.keys()):
-        logger.info("%s: no fold holds out %s", folds.source, first_few(never, MOST_NAMES))
+        logger.info("%s: no fold holds out %s", folds.source, first_few(never, NAMES_SHOWN))
     return folds
 
 
@@ -152,17 +152,17 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
         if both:
             raise DatasetError(
                 f"{source}: fold {number} trains on and holds out "
-                f"{first_few(both, MOST_NAMES)}; name a case in one of the two"
+                f"{first_few(both, NAMES_SHOWN)}; name a case in one of the two"
             )
         given = {*fold.train, *fold.val}
         if kept := sorted(given & set(dataset.test)):
             raise DatasetError(
-                f"{source}: fold {number} names {first_few(kept, MOST_NAMES)}, kept for the test "
+                f"{source}: fold {number} names {first_few(kept, NAMES_SHOWN)}, kept for the test "
                 f"by data.test; name them in one of the two"
             )
         if unknown := sorted(given - names):
             raise DatasetError(
-                f"{source}: fold {number} names {first_few(unknown, MOST_NAMES)}, no cases of "
+                f"{source}: fold {number} names {first_few(unknown, NAMES_SHOWN)}, no cases of "
                 f"{dataset.folder}, which has {first_few(sorted(names), 3)}"
             )
     return Folds(
@@ -187,7 +187,7 @@ def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
         elif re.fullmatch("[0-9]{1,6}", value):
             numbers[name] = int(value)
         else:
-            more = "; data.test keeps such cases" if value.lower() in MARKS else ""
+            more = "; data.test keeps such cases" if value.lower() in YES_WORDS else ""
             raise DatasetError(
                 f"{source}: says {value!r} of {name}; expected the number of the fold that holds "
                 f"it out, val, train or nothing{more}"

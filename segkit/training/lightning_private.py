@@ -78,6 +78,21 @@ def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
             counts.update(ready=1, started=1, processed=0, completed=0)
 
 
+def begin_epoch_at(checkpoint: dict[str, Any], every: int) -> None:
+    """Put the counts of a checkpoint where its step lies in epochs of so many steps.
+
+    They lie there already if epochs are as long as they were.
+    """
+    step = int(checkpoint["global_step"])
+    batches = checkpoint["loops"]["fit_loop"][_STEPS]
+    inside = step % every
+    there = batches["current"]["completed"] in (inside, inside or every)
+    if there and batches["is_last_batch"] == (inside == 0):
+        return
+    batches["current"].update(dict.fromkeys(_COUNTS, inside or every))
+    batches["is_last_batch"] = inside == 0
+
+
 class MovableAverage(WeightAveraging):
     """Lightning's average of weights, with names for what it keeps to itself."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import ColumnConfig
-from segkit.data.case_table import MOST_NAMES, column_of, table_of
+from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.data.dataset import Dataset
 from segkit.data.patches import ForegroundSampler, PatchSampler, WeightedSampler
 from segkit.data.prepared_cache import StoredCase
@@ -71,7 +71,7 @@ def _case_weights(config: DataConfig, dataset: Dataset) -> Mapping[str, float]:
     if not isinstance(config.draw_cases, ColumnConfig):
         if unknown := sorted(config.draw_cases.keys() - set(names)):
             raise ConfigError(
-                f"data.draw_cases names {first_few(unknown, MOST_NAMES)}, no case of "
+                f"data.draw_cases names {first_few(unknown, NAMES_SHOWN)}, no case of "
                 f"{dataset.folder}; correct the name"
             )
         return config.draw_cases

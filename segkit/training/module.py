@@ -83,6 +83,7 @@ class SegmentationModule(L.LightningModule):
         self.presence_weight = presence_weight
         self.scores_of_cases: list[Tensor] = []
         self.recorded = recorded
+        self.steps_begun = False
         self.partly = partly
         self.budget = budget
         self.graphed: GraphedStep | None = None
@@ -171,7 +172,8 @@ class SegmentationModule(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log by the true step."""
+        """Log by the true step; the first has been trained by the second."""
+        self.steps_begun |= batch_idx > 0
         log_by_true_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -6,7 +6,7 @@ config ──prepare──> TrainingParts ──fit──> runs/<name>/
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
-from segkit.training.resolve import check_images, describe, resolve
+from segkit.training.resolve import check_images, check_precision, describe, resolve
 from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
 from segkit.training.validation import (
@@ -173,12 +173,17 @@ def make_parts(
     network: nn.Module | None = None,
     track: Track = untracked,
     begun: bool = False,
+    kept: Callable[[Dataset], Split] | None = None,
 ) -> TrainingParts:
-    """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model."""
+    """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model.
+
+    `kept` makes the split of a run that has one, in place of the config.
+    """
     started = time.monotonic()
     check_installed(config.trainer.loggers)
+    check_precision(config)
     dataset = dataset or dataset_of(config.data)
-    split = split_of(dataset, config)
+    split = kept(dataset) if kept else split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
     config = resolve(config, dataset, split, runs=runs, track=track)

@@ -82,7 +82,9 @@ class TrainingProgress(Callback):
         """What the held-out cases say."""
         dice = trainer.callback_metrics.get("validation/dice")
         if self.task is not None and dice is not None:
-            self._line(trainer, f"mean Dice of held-out cases {float(dice):.3f}")
+            self._line(
+                trainer, f"mean Dice of held-out cases on the network's grid {float(dice):.3f}"
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the bar away."""

@@ -4,6 +4,7 @@ A run's `config.yaml` is what `resolve` gives. Loaded again it means the same, w
 code has by then: a null in it says that something is not used, and stands for no number.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ from segkit.system.progress import Track, untracked
 from segkit.system.resources import half_pays
 from segkit.training.split import Split, split_of
 
+logger = logging.getLogger(__name__)
+
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5}
+TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
+"""Names, of Lightning's, that training works in; the short ones are mixed, or single precision."""
 ANY_INTENSITY = (0.0, 1.0)
 """The range of a label's mean intensity in synthesis, if the config names none."""
 
@@ -126,6 +131,19 @@ def check_images(
         )
 
 
+def check_precision(config: Config) -> None:
+    """Raise ConfigError for a precision that segkit does not train in.
+
+    Weights in half precision (`bf16-true`, `16-true`) lose steps smaller than 1/256 of themselves.
+    """
+    asked = config.trainer.precision
+    if asked not in TRAINED_IN:
+        raise ConfigError(
+            f"trainer.precision is {asked}; expected auto, 32-true, bf16-mixed or 16-mixed, which "
+            f"keep weights in single precision"
+        )
+
+
 def precision(config: Config) -> str | int:
     """Lightning's precision: `auto` is a half type if the device is faster in it, else single.
 
@@ -147,6 +165,26 @@ def accelerator(config: Config) -> str:
     if torch.cuda.is_available():
         return "gpu"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def on_this_machine(config: Config) -> Config:
+    """A run's config on a machine that may lack the GPU that it began on."""
+    asked = config.trainer.accelerator
+    here = {
+        "gpu": torch.cuda.is_available() or torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if here.get(asked, True):
+        return config
+    logger.warning(
+        "%s: trainer.accelerator is %s, and this machine has none; the run goes on on what there "
+        "is, in a precision that suits it",
+        config.name,
+        asked,
+    )
+    changes = {"accelerator": "auto", "precision": "auto", "devices": 1}
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update=changes)})
 
 
 def with_whole_paths(config: Config) -> Config:

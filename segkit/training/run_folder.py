@@ -22,7 +22,6 @@ from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
 from segkit.model.checkpoint import UNREADABLE
-from segkit.model.folder import SUMMARY
 from segkit.training.csv_logger import MetricsFile
 
 try:
@@ -43,6 +42,8 @@ CHECKPOINT_KEYS = {
     "lr_schedulers",
     "loops",
 }
+RECORD_KEY = "segkit"
+"""In a checkpoint: the settings and the split of the run so far."""
 SECOND_STAGE = "second_stage.yaml"
 """In the run of a first stage: the config that is trained after it."""
 
@@ -63,12 +64,10 @@ def new_run_folder(runs: Path, name: str) -> Path:
     raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
 
 
-def stopped_run(folder: Path) -> Path:
-    """The folder of a run that can be resumed. Raises ConfigError where it cannot."""
+def begun_run(folder: Path) -> Path:
+    """The folder of a run. Raises ConfigError if there is none."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: expected a run with its {CONFIG}, found none; check the path")
-    if (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder}: is finished already; its model is {folder / 'model'}")
     return folder
 
 
@@ -124,6 +123,16 @@ def check_checkpoint(folder: Path, module: nn.Module) -> None:
         raise _no_checkpoint(path, f"lacks {error}") from None
     if not fits:
         raise _no_checkpoint(path, f"does not fit the network of {folder / CONFIG}")
+
+
+def read_record(folder: Path) -> tuple[dict[str, Any], int]:
+    """What the last checkpoint of a run says of settings and split, and its step; empty without."""
+    path = checkpoint_of(folder)
+    if path is None:
+        return {}, 0
+    content = _read_checkpoint(path)
+    record = content.get(RECORD_KEY)
+    return dict(record) if isinstance(record, dict) else {}, int(content["global_step"])
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def after(config: Config, first: Path) -> Config:
 
 def resume_two_stages(
     folder: Path,
+    overrides: Sequence[str] = (),
     *,
     tell: Callable[[Run], None] = lambda run: None,
     callbacks: Sequence[Callback] = (),
@@ -75,11 +76,18 @@ def resume_two_stages(
 ) -> Run:
     """Go on with a run, and then with its second stage if it is the first of two.
 
+    `overrides` change settings of a run that is no first stage.
+
     Where the second was begun, it is gone on with in turn. Raises ConfigError where nothing is left
     to do, and whatever `training.resume` raises.
     """
     if not (folder / SECOND_STAGE).is_file():
-        return resume(folder, callbacks=callbacks, track=track)
+        return resume(folder, overrides=overrides, callbacks=callbacks, track=track)
+    if overrides:
+        raise ConfigError(
+            f"{folder}: is the first of two stages, and {overrides[0]} would change only it; "
+            f"resume without settings, or edit its {CONFIG} or {SECOND_STAGE} first"
+        )
     if not (folder / SUMMARY).is_file():
         tell(resume(folder, callbacks=callbacks, track=track))
     begun = second_of(folder)

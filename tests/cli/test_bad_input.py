@@ -45,8 +45,9 @@ def scan(path: Path, values: ndarray, spacing: float = 1.0) -> Path:
 
 
 def damaged(path: Path) -> Path:
-    """A volume whose compressed data are cut short."""
-    scan(path, NOISE)
+    """A volume whose compressed data are cut short: the one that is there, or noise."""
+    if not path.exists():
+        scan(path, NOISE)
     path.write_bytes(path.read_bytes()[:-300])
     return path
 
@@ -200,8 +201,11 @@ def test_an_awkward_volume_is_segmented_on_its_own_grid(
     assert labels.data.shape == values.shape[:3]
     assert_array_equal(labels.grid.affine, read_volume(path).grid.affine)
     for written in [tmp_path / "scan_prob.nii.gz", *maps.rglob("*.nii.gz")]:
-        assert np.isfinite(read_volume(written).data).all(), written
-    assert np.isfinite(json.loads((maps / "scan_maps.json").read_text())["maps"][0]["mean"])
+        # Of a scan that is 0 everywhere no map is computed.
+        unknown = name == "zeros" and written.parent != tmp_path
+        assert (np.isnan if unknown else np.isfinite)(read_volume(written).data).all(), written
+    mean = json.loads((maps / "scan_maps.json").read_text())["maps"][0]["mean"]
+    assert mean is None if name == "zeros" else np.isfinite(mean)
 
 
 @pytest.mark.parametrize("name", ["constant", "zeros", "one voxel", "one slice", "tiny voxels"])

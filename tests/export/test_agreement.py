@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.export.agreement import compare, noise_for
+from segkit.export.agreement import compare_outputs, noise_for
 from segkit.export.graphs import export_onnx
 from segkit.inference.engines.converted import RunGraph
 from segkit.inference.engines.torch_eager import LOGITS
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     run = export_onnx(model, tmp_path / "a.onnx")
-    assert compare(model, run, noise_for(model)).holds
+    assert compare_outputs(model, run, noise_for(model)).holds
 
     def planted(name: str, error: float) -> RunGraph:
         def off(windows: Tensor, names: tuple[str, ...]) -> list[Tensor]:
@@ -29,9 +29,9 @@ def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
         return off
 
     for name, error in (("skip.1/gate", 0.01), (LOGITS, 0.1), ("skip.1/gate", float("nan"))):
-        found = compare(model, planted(name, error), noise_for(model))
+        found = compare_outputs(model, planted(name, error), noise_for(model))
         assert not found.holds
         assert found.differences[name] == pytest.approx(error, rel=1e-3, nan_ok=True)
     with torch.no_grad():
         next(model.network.parameters()).add_(0.1)
-    assert not compare(model, run, noise_for(model)).holds
+    assert not compare_outputs(model, run, noise_for(model)).holds

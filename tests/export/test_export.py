@@ -15,7 +15,7 @@ from segkit.cli import terminal
 from segkit.cli.main import app
 from segkit.config.model import ModelDescription
 from segkit.errors import ModelError, SegkitError, VolumeError
-from segkit.export.agreement import Agreement, compare, noise_for
+from segkit.export.agreement import Agreement, compare_outputs, noise_for
 from segkit.export.export import Export, Form, export_model
 from segkit.export.graphs import export_onnx
 from segkit.export.whole_volume import WholeVolume
@@ -160,7 +160,7 @@ def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
 def test_a_model_that_was_loaded_is_the_one_that_is_exported(tmp_path: Path) -> None:
     model = saved(tmp_path / "model")
     run = export_onnx(model, tmp_path / "a.onnx")
-    assert compare(load_model(tmp_path / "model"), run, noise_for(model)).holds
+    assert compare_outputs(load_model(tmp_path / "model"), run, noise_for(model)).holds
 
 
 @pytest.mark.data

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from segkit.export.agreement import compare, noise_for
+from segkit.export.agreement import compare_outputs, noise_for
 from segkit.export.deployment import deployment
 from segkit.export.graphs import export_onnx, export_openvino, export_pt2
 from segkit.inference.engines.openvino import OpenVino
@@ -26,7 +26,7 @@ def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path
     model = model_of(attention, spatial_dims)
     run = GRAPHS[form](model, folder / NAMES[form])
     for batch_size in (1, 3):
-        assert compare(model, run, noise_for(model), batch_size=batch_size).holds
+        assert compare_outputs(model, run, noise_for(model), batch_size=batch_size).holds
 
 
 @pytest.mark.parametrize("family", ["self-attention", "planes with presence"])

@@ -90,6 +90,17 @@ def test_a_file_of_two_channels_beside_one_of_one_makes_three(tmp_path: Path) ->
     assert read_input(case).data.shape == (2, 2, 2, 3)
 
 
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (11, 12), (0, 1, 11)])
+def test_files_that_each_hold_all_channels_are_cases_of_their_own(
+    tmp_path: Path, numbers: tuple[int, ...]
+) -> None:
+    for number in numbers:
+        image = nib.Nifti1Image(np.zeros((2, 2, 2, 2), np.float32), np.eye(4))
+        nib.save(image, tmp_path / f"a_{number:04d}.nii.gz")
+    found = find_inputs([tmp_path], num_channels=2)
+    assert [case.name for case in found] == [f"a_{number:04d}" for number in sorted(numbers)]
+
+
 def test_channels_on_two_grids_are_refused(tmp_path: Path) -> None:
     files = (volume_at(tmp_path / "x_0000.nii", 1), volume_at(tmp_path / "x_0001.nii", 1, shift=2))
     with pytest.raises(VolumeError, match=r"x_0001\.nii: lies on another grid than x_0000\.nii"):

@@ -9,12 +9,10 @@ import torch
 
 from segkit.cli.main import main
 from segkit.config.load import changed, load_config
-from segkit.config.training import Config
-from segkit.data.dataset import Dataset
 from segkit.errors import ConfigError, TrainingError
-from segkit.training import dry_run as module
 from segkit.training.dry_run import DryRun, dry_run
-from segkit.training.fit import Run, train
+from segkit.training.fit import train
+from segkit.training.module import SegmentationModule
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -176,11 +174,11 @@ def test_of_folds_the_first_is_rehearsed(
 
 
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(config: Config, *, dataset: Dataset, **rest: object) -> Run:
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
-    monkeypatch.setattr(module, "train", full)
-    with pytest.raises(TrainingError, match="batches of 2 patches of 16 x 16 x 16 does not fit"):
+    monkeypatch.setattr(SegmentationModule, "training_step", full)
+    with pytest.raises(TrainingError, match="memory holds no step of 2 patches of 16x16x16 voxels"):
         dry_run(small_config(dataset))
 
 

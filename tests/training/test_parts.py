@@ -245,9 +245,9 @@ def test_parts_that_are_not_those_of_the_run_are_refused(dataset: Path, stopped:
     more = replace(parts, augmentation=Augmentation(parts.augmentation.vary, (2, 2, 2)))
     with pytest.raises(ConfigError, match="replaced: loss; found these: augmentation, loss; repla"):
         resume(stopped, more)
-    longer = small_config(dataset, train={"steps": 6})
-    with pytest.raises(ConfigError, match=r"was trained with train\.steps 4, and the parts have 6"):
-        resume(stopped, with_doubled_loss(prepare(longer, runs=stopped.parent)))
+    other = small_config(dataset, train={"seed": 6})
+    with pytest.raises(ConfigError, match=r"train\.seed was 0 until now and is 6: it has drawn"):
+        resume(stopped, with_doubled_loss(prepare(other, runs=stopped.parent)))
 
 
 def test_resumed_with_the_same_parts_it_ends_with_the_weights_of_one_never_stopped(

@@ -63,7 +63,7 @@ MEAN_NOT_USED = {
     "group_by",
     "stratify_by",
     "draw_cases",
-    "level_weights",
+    "level_weights", "pictures",
     "minutes",
     "validation_cases",
     "averaging", "bottleneck", "codes", "decoder", "encoder", "files", "first_stage", "fold",

@@ -86,20 +86,6 @@ def _tail(doubled: tuple[int, ...]) -> Float[ndarray, " sums"]:
     return tail
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values, each corrected for their number (Holm 1979, www.jstor.org/stable/4615733).
-
-    The i-th smallest of m, counted from 0, becomes (m - i) p, no less than those before it and no
-    more than 1. Where what is then below 0.05 is believed, any error at all has that probability.
-    """
-    corrected = [0.0] * len(p_values)
-    least = 0.0
-    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = max(least, min((len(p_values) - place) * p_values[number], 1.0))
-        corrected[number] = least
-    return corrected
-
-
 def simes(p_values: Sequence[float]) -> float:
     """The p value of all hypotheses holding together (Simes 1986, doi:10.1093/biomet/73.3.751).
 

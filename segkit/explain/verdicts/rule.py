@@ -21,7 +21,8 @@ from typing import Literal, get_args
 import numpy as np
 from scipy import stats
 
-from segkit.explain.measures.ranks import Ranked, holm, rise_p, simes
+from segkit.evaluation.compare import holm
+from segkit.explain.measures.ranks import Ranked, rise_p, simes
 from segkit.explain.measures.statistics import auroc
 from segkit.explain.verdicts.comparators import mean_map
 from segkit.explain.verdicts.evidence import (

@@ -9,7 +9,8 @@ from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from segkit.explain.measures.ranks import Ranked, holm, rise_p, settled, simes, spearman
+from segkit.evaluation.compare import holm
+from segkit.explain.measures.ranks import Ranked, rise_p, settled, simes, spearman
 
 LEVELS = arrays(np.float64, 20, elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 

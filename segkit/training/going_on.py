@@ -1,0 +1,100 @@
+"""What a checkpoint says of its run, and how a run that goes on takes up other settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from segkit.training.lightning_private import begin_epoch_at
+from segkit.training.run_folder import RECORD_KEY
+
+
+class GoingOn(Callback):
+    """Writes settings and split into each checkpoint, and changes one that is loaded.
+
+    Optimiser and schedule are those of the new settings: at step s, the learning rate is that of
+    step s of a run that had them from its beginning. Moments, counts and the best score stay.
+
+    Args:
+        record: what each checkpoint holds under `segkit`: `config` and `split`, plain data.
+        every: steps between two validations.
+        anew: whether optimiser and schedule are made anew by the settings.
+        patience: of early stopping, if any.
+        finished: whether the run had ended before; its patience then begins anew.
+    """
+
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        *,
+        every: int,
+        anew: bool = False,
+        patience: int | None = None,
+        finished: bool = False,
+    ) -> None:
+        self.record = dict(record)
+        self.every = every
+        self.anew = anew
+        self.patience = patience
+        self.finished = finished
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what made the run so far."""
+        checkpoint[RECORD_KEY] = self.record
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Bring a checkpoint to the settings and the folder of now."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if state and isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                _move(state, str(callback.dirpath))
+            if state and isinstance(callback, EarlyStopping) and self.patience is not None:
+                state["patience"] = self.patience
+                if self.finished:
+                    state["wait_count"] = 0
+        begin_epoch_at(checkpoint, self.every)
+        made: Any = pl_module.configure_optimizers()
+        _remake(checkpoint, made[0][0], made[1][0]["scheduler"], anew=self.anew)
+
+
+def _move(state: dict[str, Any], folder: str) -> None:
+    """Have the state of a ModelCheckpoint name this folder, if the run was moved."""
+    before = state.get("dirpath")
+    if not before or before == folder:
+        return
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if state.get(key):
+            state[key] = str(Path(folder) / Path(state[key]).name)
+    state["best_k_models"] = {
+        str(Path(folder) / Path(path).name): score
+        for path, score in state.get("best_k_models", {}).items()
+    }
+    state["dirpath"] = folder
+
+
+def _remake(
+    checkpoint: dict[str, Any], optimiser: Optimizer, schedule: LRScheduler, *, anew: bool
+) -> None:
+    """Give a checkpoint the optimiser's settings of now, and a schedule that is as far as it was.
+
+    What says how a step is computed (one kernel or many) is the device's in any case.
+    """
+    if anew:
+        optimiser.step()  # without gradients nothing moves; a schedule wants it before its own
+        for _ in range(int(checkpoint["lr_schedulers"][0].get("last_epoch", 0))):
+            schedule.step()
+        checkpoint["lr_schedulers"] = [schedule.state_dict()]
+    device_keys = ("fused", "foreach", "capturable")
+    for group, own in zip(
+        checkpoint["optimizer_states"][0]["param_groups"], optimiser.param_groups, strict=True
+    ):
+        keys = set(own) - {"params"} if anew else set(device_keys) & set(own)
+        group.update({key: own[key] for key in keys})

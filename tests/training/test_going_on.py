@@ -1,0 +1,253 @@
+"""A run that goes on keeps its split; settings that were changed are applied or refused by name."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from segkit.config.load import load_config
+from segkit.config.training import Config
+from segkit.errors import ConfigError, DatasetError
+from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
+from segkit.training.fit import resume, train
+from segkit.training.parts import prepare
+from tests.small import small_config, small_dataset
+from tests.training.test_resume import StopAfter, StoppedError
+
+
+def stopped(folder: Path, after: int = 5, **sections: Any) -> Path:
+    sections = {"train": {"steps": 6, "validate_every": 2}, **sections}
+    config = small_config(small_dataset(folder / "data"), **sections)
+    with pytest.raises(StoppedError):
+        train(config, runs=folder / "runs", callbacks=[StopAfter(after)])
+    return folder / "runs" / "small"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped(tmp_path_factory.mktemp("kept"))
+
+
+def copied(case: str, name: str, data: Path) -> None:
+    for room in ("imagesTr", "labelsTr"):
+        shutil.copy(data / room / f"{case}.nii.gz", data / room / f"{name}.nii.gz")
+    path = data / "dataset.json"
+    content = json.loads(path.read_text())
+    content["training"].append(
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+    )
+    path.write_text(json.dumps(content))
+
+
+def without(case: str, data: Path) -> None:
+    path = data / "dataset.json"
+    content = json.loads(path.read_text())
+    content["training"] = [each for each in content["training"] if case not in each["image"]]
+    path.write_text(json.dumps(content))
+
+
+def split_in(run: Path) -> dict[str, list[str]]:
+    return dict(json.loads((run / "split.json").read_text()))
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    return dict(torch.load(run / "last.ckpt", weights_only=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 5])  # before the first checkpoint, and after it
+@pytest.mark.parametrize("section", [{}, {"data": {"fold": 2}}])
+def test_a_case_that_is_new_is_left_out_of_a_run_that_goes_on(
+    after: int, section: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = small_dataset(tmp_path / "data", num_cases=5)
+    config = small_config(data, train={"steps": 6, "validate_every": 2}, **section)
+    with pytest.raises(StoppedError):
+        train(config, runs=tmp_path / "runs", callbacks=[StopAfter(after)])
+    run = tmp_path / "runs" / "small"
+    before = split_in(run)
+    copied("case_0", "a_case", data)
+    done = resume(run)
+    assert split_in(run) == before and done.summary["training_cases"] == len(before["train"])
+    assert sorted(done.summary["validation"]["dice_of_cases"]) == before["held_out"]
+    assert (
+        "small: has new cases, a_case; the run keeps its split and leaves them out" in caplog.text
+    )
+
+
+@pytest.mark.slow
+def test_a_case_that_is_gone_is_told_and_the_others_stay_where_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stopped(tmp_path)
+    before = split_in(run)
+    gone = before["train"][0]
+    without(gone, tmp_path / "data")
+    done = resume(run)
+    assert done.summary["training_cases"] == len(before["train"]) - 1
+    assert f"{gone}, to train on, no longer in" in caplog.text
+    assert sorted(done.summary["validation"]["dice_of_cases"]) == before["held_out"]
+
+
+def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    without(split_in(run)["held_out"][0], tmp_path / "data")
+    with pytest.raises(DatasetError, match=r"none of the 1 cases held out of .*small is there"):
+        resume(run)
+    assert not (run / "summary.json").exists()
+
+
+def test_a_split_that_was_edited_is_refused(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    split = split_in(run)
+    moved = split["train"].pop()
+    (run / "split.json").write_text(json.dumps({**split, "held_out": [*split["held_out"], moved]}))
+    with pytest.raises(
+        ConfigError, match=rf"puts {moved} under held_out, which the run has trained"
+    ):
+        resume(run)
+
+
+def test_parts_from_python_follow_the_split_of_the_run(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    before = split_in(run)
+    copied("case_0", "a_case", tmp_path / "data")
+    parts = prepare(load_config(run / "config.yaml"), runs=run.parent)
+    assert "a_case" in {case.name for case in parts.cases}
+    done = resume(run, parts)
+    assert done.summary["training_cases"] == len(before["train"])
+
+
+@pytest.mark.slow
+def test_a_finished_run_given_more_steps_goes_on_by_the_longer_schedule(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    config = small_config(data, train={"steps": 3, "validate_every": 10})
+    short = train(config, runs=tmp_path / "short")
+    longer = config.train.model_copy(update={"steps": 8})
+    whole = train(config.model_copy(update={"train": longer}), runs=tmp_path / "whole")
+    done = resume(short.folder, overrides=["train.steps=8"])
+    assert done.summary["steps"] == 8
+    assert load_config(done.folder / "config.yaml").train.steps == 8
+    assert done.summary["changed_settings"] == [
+        {"step": 3, "setting": "train.steps", "before": 3, "after": 8}
+    ]
+    found, expected = (
+        checkpoint(run.folder)["optimizer_states"][0]["param_groups"][0] for run in (done, whole)
+    )
+    for key in ("lr", "max_lr", "initial_lr", "betas"):
+        assert found[key] == pytest.approx(expected[key]), key
+    assert checkpoint(done.folder)["lr_schedulers"][0]["total_steps"] == 9
+    table = list(csv.DictReader((done.folder / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in table if row["validation/dice"]] == ["2", "7"]
+    with pytest.raises(ConfigError, match=r"is finished already.* give it more than its 8 steps"):
+        resume(done.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_another_learning_rate_counts_from_the_next_step(optimiser: str, tmp_path: Path) -> None:
+    run = stopped(tmp_path, train={"steps": 6, "validate_every": 2, "optimiser": optimiser})
+    config = load_config(run / "config.yaml", ["train.learning_rate=0.05"])
+    whole = train(config, runs=tmp_path / "whole")
+    done = resume(run, overrides=["train.learning_rate=0.05"])
+    rates = [
+        checkpoint(folder)["optimizer_states"][0]["param_groups"][0]["lr"]
+        for folder in (done.folder, whole.folder)
+    ]
+    assert rates[0] == pytest.approx(rates[1])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.optimiser=sgd",
+        "train.seed=1",
+        "train.averaging=0.9",
+        "network.channels=[4,8,16]",
+        "data.spacing=[2,2,2]",
+        "data.validation=0.5",
+        "name=other",
+        "train.steps=4",
+    ],
+)
+def test_a_setting_that_a_run_keeps_is_refused_by_its_name(word: str, kept: Path) -> None:
+    run = kept
+    before = (run / "config.yaml").read_text()
+    key, _, _ = word.partition("=")
+    with pytest.raises(ConfigError, match=rf"config\.yaml: .*{key}"):
+        if key == "data.validation":
+            resume(run, overrides=[f"data.validation=[{split_in(run)['train'][0]}]"])
+        else:
+            resume(run, overrides=[word])
+    assert (run / "config.yaml").read_text() == before
+
+
+@pytest.mark.slow
+def test_settings_edited_in_the_file_are_applied(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["data"]["batch_size"] = 1
+    tree["train"]["validate_every"] = 5
+    tree["train"]["steps"] = 10
+    tree["data"]["workers"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    done = resume(run)
+    table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in table if row["validation/dice"]] == ["1", "3", "4", "9"]
+    changed = {each["setting"] for each in done.summary["changed_settings"]}
+    assert {"data.batch_size", "train.validate_every", "train.steps"} <= changed
+
+
+@pytest.mark.slow
+def test_a_run_that_was_moved_keeps_its_best_score(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    score = checkpoint(run)["callbacks"]
+    best = next(state["best_model_score"] for key, state in score.items() if "validation" in key)
+    moved = tmp_path / "elsewhere" / "small"
+    shutil.copytree(run, moved)
+    shutil.rmtree(run)
+    done = resume(moved)
+    key = "best_mean_dice_during_training"
+    assert done.summary["validation"][key] >= float(best)
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    run = stopped(tmp_path)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
+    assert resume(run).summary["steps"] == 6
+    assert "trainer.accelerator is gpu, and this machine has none" in caplog.text
+
+
+def test_each_setting_is_applied_or_refused() -> None:
+    def keys(model: Any, above: str) -> list[str]:
+        return [f"{above}{name}" for name in model.model_fields]
+
+    fields = Config.model_fields
+    known = [name for name in fields if name not in ("data", "train")]
+    for section in ("data", "train"):
+        known += keys(fields[section].annotation, f"{section}.")
+    named = {*APPLIED, *REFUSED}
+    assert named <= set(known)
+    assert not APPLIED & set(REFUSED)
+    undecided = {key for key in known if not is_one_of(key, named)}
+    assert not {key for key in undecided if key.startswith("train.")}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "half"])
+def test_a_precision_that_is_not_trained_in_is_refused_before_anything_starts(
+    precision: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path / "none", trainer={"precision": precision})
+    with pytest.raises(ConfigError, match=f"trainer.precision is {precision}; expected auto, 32"):
+        train(config, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
