@@ -216,7 +216,7 @@ def predict_files(
             return told
         assert volume is not None
         try:
-            image = volume.result()
+            image = predictor.with_numbers(volume.result())
             prediction = predictor(
                 image,
                 maps=maps is not None,
