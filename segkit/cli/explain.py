@@ -28,7 +28,7 @@ def explain_command(
     out: Annotated[Path, Option(help="A folder for maps and tables.")],
     model: ModelFolder = None,
     reference: Annotated[
-        Path | None, Option(help="The label of INPUT, or a folder of labels of that name.")
+        Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
     ] = None,
     heads: Annotated[
         bool, Option("--heads", help="Say whether several heads of attention beat one here.")

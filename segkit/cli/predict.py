@@ -73,7 +73,8 @@ def predict_command(
 ) -> None:
     """Segment volumes; without --out the labels go beside each input, as NAME_seg.
 
-    Of a folder, volumes that have their results are left alone: a stopped job goes on where it was.
+    Volumes that have their results are left alone: a stopped job goes on where it was. Results of
+    another model, or of a scan that was replaced since, are kept and told as failures.
     """
     import torch
 

@@ -100,6 +100,9 @@ class ColumnConfig(Section):
     column: Annotated[str, Field(min_length=1)]
 
 
+NanRule = Literal["refuse", "background"]
+
+
 class DatasetConfig(Section):
     """Which volumes, and nothing of how to train on them: what can be checked and planned for."""
 
@@ -109,6 +112,10 @@ class DatasetConfig(Section):
     """Where the files of each case lie, in place of a dataset.json."""
     pictures: PicturesConfig | None = None
     """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
+    nan: NanRule = "refuse"
+    """What is done with an image that holds NaN or infinite values. `background` takes them as 0
+    before anything else is done, so that they lie outside the body: for scans that are NaN outside
+    a mask. The model keeps the rule. An image without any number is refused all the same."""
     labels: LabelsConfig | None = None
     """Names of classes and their numbers in label files, in place of those of dataset.json. Any
     whole numbers, several of one class too: `{background: 0, hippocampus: [17, 53], ignore: 255}`,

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from segkit.config.base import Millimetres, Name, Positive, Section
 from segkit.config.data import WORLD_AXES, NormalisationConfig, WorldAxis
-from segkit.config.dataset_files import LabelCodeConfig, NumberInFiles
+from segkit.config.dataset_files import LabelCodeConfig, NanRule, NumberInFiles
 from segkit.config.labels import Labelling
 from segkit.config.network import NetworkConfig
 from segkit.config.pictures import PIXEL, PicturesConfig, pixel_mm_of
@@ -66,6 +66,8 @@ class ModelDescription(Section):
     """Of labels by name, the concept of a terminology that DICOM segmentations give."""
     pictures: PicturesConfig | None = None
     """How pictures are read, beside what their files say."""
+    nan: NanRule = "refuse"
+    """What is done with images that hold NaN or infinite values; `background` takes them as 0."""
     unit: Literal["mm", "µm", "pixel"] = "mm"
     """The unit that lengths are told in; 'pixel' if it was trained on pictures of unknown scale."""
     network: NetworkConfig
@@ -168,6 +170,7 @@ def description_of(
     labelling: Labelling,
     codes: Mapping[str, LabelCodeConfig],
     pictures: PicturesConfig | None = None,
+    nan: NanRule = "refuse",
     unit: Literal["mm", "µm", "pixel"] = "mm",
     spacing: tuple[float, float, float],
     normalisation: Sequence[NormalisationConfig],
@@ -181,6 +184,7 @@ def description_of(
         labelling: what the dataset tells apart.
         codes: of labels by name, the concept of a terminology.
         pictures: how the dataset's pictures are read.
+        nan: what is done with images that hold NaN or infinite values.
         unit: the unit that lengths in the dataset are told in.
         spacing: in mm along x, y and z.
         normalisation: of each channel.
@@ -198,6 +202,7 @@ def description_of(
         others=labelling.others,
         codes=dict(codes),
         pictures=pictures,
+        nan=nan,
         unit=unit,
         network=config.network,
         spacing=spacing,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig
+from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig, NanRule
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.data.case_table import kept_for_test
@@ -21,6 +21,7 @@ from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.atomic import is_file_name
+from segkit.io.nan_values import nan_as_zero
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
@@ -89,6 +90,9 @@ class Dataset:
 
     unlabelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of partly labelled cases by name, the classes or regions that they have no labels of."""
+
+    nan: NanRule = "refuse"
+    """What `read_case` does with images that hold NaN or infinite values."""
 
     @property
     def unlabelled_sets(self) -> tuple[tuple[str, ...], ...]:
@@ -168,7 +172,7 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     names = [case.name for case in dataset.cases]
     kept = kept_for_test(data, names)
     unlabelled = unlabelled_of(data, names, list(dataset.labelling.members))
-    dataset = replace(dataset, unlabelled=unlabelled)
+    dataset = replace(dataset, unlabelled=unlabelled, nan=data.nan)
     if not kept or with_test:
         return dataset
     logger.info("%s: %d cases are kept for a test, and not looked at", data.folder, len(kept))
@@ -228,6 +232,8 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     for path in case.images:
         part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
         part = part.sized_as(parts[0]) if parts else part
+        if dataset.nan == "background":
+            part = part.like(nan_as_zero(part.data))
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
         if trouble := trouble_with(part.data):
             raise DatasetError(f"{path}: {trouble}")

@@ -353,6 +353,7 @@ def _digest(
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         **({"unlabelled": [*sets, dataset.unlabelled.get(case.name, ())]} if sets else {}),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
+        **({"nan": dataset.nan} if dataset.nan != "refuse" else {}),
         "spacing": list(spacing),
         "order": order,
         "separate": ANISOTROPY,

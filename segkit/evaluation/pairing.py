@@ -150,7 +150,7 @@ def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
     be listed.
     """
     if path.is_file():
-        return [NamedVolume(path, stem_of(path), ((_normal(stem_of(path)),),))]
+        return [called(path, stem_of(path))]
     inner = but.resolve() if but and path.resolve() in but.resolve().parents else None
     paths = volumes_among(
         each for each in _walk(path) if not inner or inner not in each.resolve().parents
@@ -161,6 +161,11 @@ def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
         for each in paths
         for parts in [_parts(each, path)]
     ]
+
+
+def called(path: Path, name: str) -> NamedVolume:
+    """A volume that has one name, whatever folder it lies in."""
+    return NamedVolume(path, name, ((_normal(name),),))
 
 
 def pair_by_name(predictions: Sequence[NamedVolume], references: Sequence[NamedVolume]) -> Pairing:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.evaluation.pairing import called, pair_by_name, references_in
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
@@ -27,7 +28,7 @@ from segkit.io.atomic import (
 )
 from segkit.io.checksums import checksums
 from segkit.io.inputs import Input, check_name, failure, read_input
-from segkit.io.volume import SUFFIXES, read_labels
+from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
@@ -76,8 +77,8 @@ def explain_files(
         predictor: of the model.
         inputs: the volumes.
         folder: where to write.
-        references: the label of the only volume, or a folder of labels of the volumes' names; the
-            model's own labels stand in if None.
+        references: the label of the only volume; or a folder of labels, or a dataset, which pair
+            with the volumes as `find_pairs` has it; the model's own labels stand in if None.
         tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
             at it.
         verdicts: whether to ask if each gate matters, which takes minutes a volume.
@@ -282,23 +283,29 @@ def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:
 
 
 def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
-    """The reference of each input, by its name. Raises VolumeError where one has none."""
-    if references.is_file() and len(inputs) > 1:
-        raise VolumeError(
-            f"{references}: one reference cannot be that of {len(inputs)} volumes; name a folder"
-        )
-    return {source.name: reference_of(source, references) for source in inputs}
+    """The reference of each input, by its name: the file itself, or by the rule of `find_pairs`.
 
+    Args:
+        inputs: the volumes, which are no references if they lie among these.
+        references: the label of the only volume; or a folder of labels, or a dataset.
 
-def reference_of(source: Input, references: Path) -> Path:
-    """The reference of an input: the file itself, or the one in a folder that has its name."""
-    if references.is_file():
-        return references
-    if not references.is_dir():
-        raise VolumeError(f"{references}: no such file or folder; check the path")
-    found = [
-        path for suffix in SUFFIXES if (path := references / f"{source.name}{suffix}").exists()
-    ]
-    if not found:
-        raise VolumeError(f"{references}: holds no volume called {source.name}")
-    return found[0]
+    Raises:
+        VolumeError: one has no reference, or references cannot be told apart.
+    """
+    known = references_in(references)
+    if references.is_file() and known.source is None:
+        if len(inputs) > 1:
+            raise VolumeError(
+                f"{references}: one reference cannot be that of {len(inputs)} volumes; name a "
+                f"folder"
+            )
+        return {source.name: references for source in inputs}
+    scans = {file.resolve() for source in inputs for file in source.files}
+    labels = [volume for volume in known.volumes if volume.path.resolve() not in scans]
+    named = {source.files[0]: source.name for source in inputs}
+    pairing = pair_by_name([called(file, name) for file, name in named.items()], labels)
+    found = {named[scan]: label for _, scan, label in pairing.pairs}
+    for source in inputs:
+        if source.name not in found:
+            raise VolumeError(f"{references}: holds no volume called {source.name}")
+    return found

@@ -292,6 +292,7 @@ def explain_volume(
     """
     description = predictor.model.description
     labelling = description.labelling
+    volume = predictor.with_numbers(volume)
     if reference is not None:
         reference = reference.sized_as(volume).onto(
             volume.grid, what=f"{name}: the reference", whose="the scan"

@@ -35,6 +35,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             # Each number 1, 2, … of the channel behind the image's is a class of these.
             "labels_of_first_stage": list(stage.classes) if stage else [],
         },
+        "nan": description.nan,
         "orientation": "RAS",
         "box": "of voxels that are not 0 in every channel",
         "normalisation": [setting.model_dump(mode="json") for setting in description.normalisation],

@@ -148,7 +148,7 @@ def inference_of(told: Mapping[str, Any], description: ModelDescription) -> dict
         "network_def": (
             f"$torch.jit.load(@bundle_root + '/{NETWORK.as_posix()}', map_location=@device)"
         ),
-        "preprocessing": {"_target_": "Compose", "transforms": BEFORE},
+        "preprocessing": {"_target_": "Compose", "transforms": _before(told)},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
             "_target_": "DataLoader",
@@ -192,6 +192,14 @@ def _datalist(num_channels: int) -> str:
         f"for c in range({num_channels})]}} "
         "for f in sorted(glob.glob(os.path.join(@dataset_dir, '*_0000.nii.gz')))]"
     )
+
+
+def _before(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if told["nan"] != "background":
+        return BEFORE
+    zero = "$lambda values: torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)"
+    load, *others = BEFORE
+    return [load, {"_target_": "Lambdad", "keys": "image", "func": zero}, *others]
 
 
 def _after(told: Mapping[str, Any], description: ModelDescription) -> list[dict[str, Any]]:

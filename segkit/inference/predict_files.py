@@ -32,7 +32,7 @@ from segkit.io.volume import (
     suffix_of,
     write_volume,
 )
-from segkit.provenance import PROVENANCE, check_asked
+from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
 
@@ -80,6 +80,11 @@ class Targets:
         asked = [path for path in vars(self).values() if path is not None]
         volumes = (self.labels, self.probabilities, self.entropy, self.variance)
         return [*asked, *(sidecar_of(path) for path in volumes if path is not None)]
+
+    @property
+    def sidecars(self) -> list[Path]:
+        """Those that tell how they were made, or how a volume beside them was."""
+        return [path for path in self.all if path.suffix == ".json"]
 
 
 def sidecar_of(volume: Path) -> Path:
@@ -143,10 +148,13 @@ def predict_files(
     """Segment each input and write what is asked for; one bad input does not stop the others.
 
     The next volume is read and the last result written while the network works, so that three
-    volumes are held at most. Nothing is overwritten unless it may be, or a stopped run left it. For
-    an input of a folder that is no failure: if all results are there it is left alone, and what a
-    stopped run left is made anew. Labels are written first: another result that cannot be written,
-    such as a picture, is told in the error of an outcome that lists the labels as written.
+    volumes are held at most. Nothing is overwritten unless it may be, or a stopped run left it. If
+    all results are there, of these models, these settings and these very files, the input is left
+    alone, which is no failure; if they are of others, such as of a scan that was replaced since,
+    they are refused, and so is a file that is there and that `out` names for a volume that was
+    named. What a stopped run left is made anew. Labels are written first: another result that
+    cannot be written, such as a picture, is told in the error of an outcome that lists the labels
+    as written.
 
     Args:
         predictor: the models and their settings.
@@ -197,7 +205,7 @@ def predict_files(
         source: Input, told: Targets | Outcome
     ) -> tuple[Input, Targets | Outcome, Future[Volume] | None]:
         if isinstance(told, Targets):
-            told = _checked(source, told, files, asked, overwrite=overwrite)
+            told = _checked(source, told, files, asked, out=out, overwrite=overwrite)
         reading = reader.submit(read_input, source) if isinstance(told, Targets) else None
         return source, told, reading
 
@@ -208,7 +216,7 @@ def predict_files(
             return told
         assert volume is not None
         try:
-            image = volume.result()
+            image = predictor.with_numbers(volume.result())
             prediction = predictor(
                 image,
                 maps=maps is not None,
@@ -219,7 +227,7 @@ def predict_files(
             )
         except (SegkitError, OSError) as error:
             return _failed(source, error)
-        made = {PROVENANCE: made_by(predictor, asked, source.files)}
+        made = {PROVENANCE: made_by(predictor, _asked_for(source, asked), source.files)}
         description = predictor.model.description
         work = partial(_write, source, told, prediction, image, description, made)
         return writer.submit(_guarded, source, work)
@@ -265,18 +273,32 @@ def _planned(
 
 
 def _checked(
-    source: Input, targets: Targets, inputs: set[Path], asked: Mapping[str, Any], *, overwrite: bool
+    source: Input,
+    targets: Targets,
+    inputs: set[Path],
+    asked: Mapping[str, Any],
+    *,
+    out: Path | None,
+    overwrite: bool,
 ) -> Targets | Outcome:
     """The targets; or the outcome, if results are there already or must not be written."""
     stopped = targets.labels.absolute() in left_behind(targets.labels)
-    finished = source.of_folder and not overwrite and targets.labels.exists() and not stopped
+    kept = source.of_folder or targets.labels != out
+    there = kept and not (overwrite or stopped) and all(path.exists() for path in targets.all)
     try:
-        _refuse(source, targets, inputs, overwrite=overwrite)
-        if finished:
-            check_asked(targets.labels, sidecar_of(targets.labels), asked)
+        _refuse(source, targets, inputs, overwrite=overwrite or there)
+        for sidecar in targets.sidecars if there else ():
+            check_asked(targets.labels, sidecar, _asked_for(source, asked))
+        if there:
+            check_made_of(targets.labels, targets.sidecars, source.files)
     except VolumeError as error:
         return _failed(source, error)
-    return Outcome(source, (), kept=targets.labels) if finished else targets
+    return Outcome(source, (), kept=targets.labels) if there else targets
+
+
+def _asked_for(source: Input, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for one input: with the series that is meant, where one was named."""
+    return {**asked, "series": source.series} if source.series else dict(asked)
 
 
 def _beside(source: Input, labels: Path) -> tuple[str, str]:

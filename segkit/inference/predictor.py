@@ -42,6 +42,7 @@ from segkit.inference.output_arrays import Results
 from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
+from segkit.io.nan_values import nan_as_zero
 from segkit.io.volume import Volume, trouble_with
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
@@ -207,8 +208,10 @@ class Predictor:
 
         Raises:
             ModelError: the channels do not fit, or the network's output is not finite.
-            VolumeError: voxels are not finite numbers.
+            VolumeError: voxels are not finite numbers, and a model was not trained with
+                `data.nan: background`; or a channel holds no number at all.
         """
+        volume = self.with_numbers(volume)
         images = self._prepare_all(volume, first_labels, on_device=True)
         first = images[0]
         infos = self.members[0].maps() if maps else {}
@@ -282,7 +285,17 @@ class Predictor:
         first_labels: Volume | None = None,
     ) -> Prepared:
         """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
-        return self._prepare_all(volume, first_labels)[0]
+        return self._prepare_all(self.with_numbers(volume), first_labels)[0]
+
+    def with_numbers(self, volume: Volume) -> Volume:
+        """The volume as every model reads it.
+
+        If all were trained with `data.nan: background`, NaN and infinite values are 0; else it is
+        the volume itself, and a call refuses such values.
+        """
+        if any(member.model.description.nan != "background" for member in self.members):
+            return volume
+        return volume.like(nan_as_zero(volume.data))
 
     def _prepare_all(
         self,

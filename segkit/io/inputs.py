@@ -42,7 +42,7 @@ class Input:
     name: str
     files: tuple[Path, ...]
     of_folder: bool = field(default=False, compare=False)
-    """Whether a folder was named rather than the volume, so that a result is no reason to stop."""
+    """Whether a folder was named rather than the volume, so that parts of results may be there."""
     series: str | None = None
     """The UID of a DICOM series, where its folder holds several."""
     rules: PictureRules = field(default=AS_IT_SAYS, compare=False)

@@ -352,10 +352,16 @@ def trouble_with(values: ndarray) -> str | None:
     with np.errstate(invalid="ignore"):
         low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        strange = sum(int((~np.isfinite(plane)).sum()) for plane in np.moveaxis(values, 2, 0))
+        planes = [np.isfinite(plane).sum(axis=(0, 1)) for plane in np.moveaxis(values, 2, 0)]
+        numbers = np.sum(planes, axis=0)  # of each channel
+        if not np.all(numbers):
+            where = " in one of its channels" if values.ndim > 3 else ""
+            return f"holds no voxel that is a number{where}; make the file anew, or leave it out"
+        strange = values.size - int(np.sum(numbers))
         return (
             f"holds voxels that are not numbers; repair it, by setting them to 0 if they lie "
-            f"outside a mask ({strange:,} of {values.size:,} values are NaN or infinite)"
+            f"outside a mask, or train with data.nan: background, which takes them so "
+            f"({strange:,} of {values.size:,} values are NaN or infinite)"
         )
     if max(-low, high) > FARTHEST_VALUE:
         return f"holds values from {low:g} to {high:g}; scale them to what was measured"

@@ -89,6 +89,7 @@ def describe(config: Config, dataset: Dataset) -> ModelDescription:
         labelling=dataset.labelling,
         codes=dataset.codes,
         pictures=dataset.pictures,
+        nan=dataset.nan,
         unit=dataset.unit,
         spacing=data.spacing,
         normalisation=data.normalisation,

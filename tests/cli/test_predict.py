@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from segkit.io.checksums import checksum
 from tests.cli.command import run
 from tests.helpers import affine_of
 
@@ -153,6 +155,29 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     code, _, err = run(*words, "--shard", "3/2", capsys=capsys)
     assert code == 2
     assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8\n"
+
+
+def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
+) -> None:
+    files = [Path(shutil.copy(scans / f"{name}.nii.gz", tmp_path)) for name in "ab"]
+    words = ["predict", *files, "--model", finished, "--out", tmp_path / "out"]
+    code, _, _ = run(*words, capsys=capsys)
+    assert code == 0
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0 and "left 2 of 2 volumes alone" in out and not err and "wrote" not in out
+    shutil.copy(scans / "c.nii.gz", files[1])
+    before = (tmp_path / "out" / "b.nii.gz").read_bytes()
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 2 and "left 1 of 2 volumes alone" in out
+    assert "b.nii.gz, which was replaced since" in err and "1 of 2 volumes failed" in err
+    assert (tmp_path / "out" / "b.nii.gz").read_bytes() == before
+    code, _, _ = run(*words, "--overwrite", capsys=capsys)
+    told = json.loads((tmp_path / "out" / "b.json").read_text())["provenance"]["inputs"]
+    assert code == 0 and told[0]["sha256"] == checksum(scans / "c.nii.gz")
+    # One file alone, too.
+    code, out, _ = run(*words[:2], *words[3:], capsys=capsys)
+    assert code == 0 and "left 1 of 1 volumes alone" in out
 
 
 def test_what_was_predicted_as_json(

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig, CrossAttentionConfig
 from segkit.errors import ModelError, VolumeError
-from segkit.explain.explain_files import explain_files, explain_heads, reference_of
+from segkit.explain.explain_files import explain_files, explain_heads, find_references
 from segkit.explain.explain_scan import explain_volume
 from segkit.explain.heads.study import (
     HeadFigures,
@@ -215,13 +215,49 @@ def test_a_reference_is_the_file_itself_or_its_namesake_in_a_folder(tmp_path: Pa
     for name in ("x.nii.gz", "x_1.nii.gz", "y.nrrd"):
         write_volume(tmp_path / name, volume)
     x, y, z = (Input(name, (Path(f"scans/{name}.mha"),)) for name in "xyz")
-    assert reference_of(x, tmp_path) == tmp_path / "x.nii.gz"
-    assert reference_of(y, tmp_path) == tmp_path / "y.nrrd"
-    assert reference_of(z, tmp_path / "x_1.nii.gz") == tmp_path / "x_1.nii.gz"
+    assert find_references([x, y], tmp_path) == {
+        "x": tmp_path / "x.nii.gz",
+        "y": tmp_path / "y.nrrd",
+    }
+    assert find_references([z], tmp_path / "x_1.nii.gz") == {"z": tmp_path / "x_1.nii.gz"}
     with pytest.raises(VolumeError, match=r"holds no volume called z$"):
-        reference_of(z, tmp_path)
+        find_references([y, z], tmp_path)
     with pytest.raises(VolumeError, match=r"nowhere: no such file or folder; check the path$"):
-        reference_of(x, tmp_path / "nowhere")
+        find_references([x], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("scan", "label"),
+    [
+        ("{}", "{}_seg.nii.gz"),
+        ("{}_0000", "{}.nii.gz"),
+        ("{}", "{}-label.nrrd"),
+        ("{}", "{}/seg.nii.gz"),
+        ("{}", "sub/{}.nii.gz"),
+    ],
+)
+def test_references_pair_by_the_rule_of_evaluation(tmp_path: Path, scan: str, label: str) -> None:
+    volume = Volume(np.ones((2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
+    for folder in ("apart", "together"):
+        labels = tmp_path / folder
+        scans = labels if folder == "together" else tmp_path / "scans"
+        sources = []
+        wanted = {}
+        for case in ("p", "q"):
+            name = scan.format(case)
+            write_volume(scans / f"{name}.mha", volume)  # no reference of itself
+            sources.append(Input(name, (scans / f"{name}.mha",)))
+            wanted[name] = labels / label.format(case)
+            write_volume(wanted[name], volume)
+        assert find_references(sources, labels) == wanted
+
+
+def test_two_references_of_one_scan_are_refused(tmp_path: Path) -> None:
+    volume = Volume(np.ones((2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
+    for name in ("a.nii", "a.nii.gz"):
+        write_volume(tmp_path / name, volume)
+    with pytest.raises(VolumeError, match="is the same case as"):
+        find_references([Input("a", (Path("scans/a.mha"),))], tmp_path)
 
 
 def test_a_study_of_a_model_without_heads_writes_nothing(scans: Path, tmp_path: Path) -> None:

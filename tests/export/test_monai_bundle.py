@@ -1,6 +1,7 @@
 """A MONAI bundle runs under MONAI's own command, needs nothing of segkit, and says the same."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_a_bundle_has_what_monai_asks_for_and_weights_that_run_nothing(tmp_path:
     assert "Run it only if you trust who made it" in text and "- 2: white" in text
     assert "Apache License" in (folder / "LICENSE").read_text()
     assert "segkit." not in (folder / "configs" / "inference.json").read_text()
+
+
+def test_a_bundle_takes_nan_as_the_background_if_its_model_does(tmp_path: Path) -> None:
+    model = model_for()
+    told = model.description.model_copy(update={"nan": "background"})
+    model = replace(model, description=told)
+    scan = as_in_nifti(scan_for(model))
+    scan.data[:4], scan.data[4:6] = np.nan, np.inf
+    export_bundle(model, tmp_path / "bundle")
+    found = run_bundle(tmp_path / "bundle", scan).data
+    expected = Predictor(model, engine="torch")(scan).labels.data
+    assert (found == expected).mean() >= SAME_IN_BUNDLE
+    assert len(np.unique(expected)) > 1
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:

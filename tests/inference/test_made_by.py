@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 
 from segkit.geometry.grid import Grid
 from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
-from segkit.io.inputs import Input, find_inputs
-from segkit.io.volume import Volume, write_volume
+from segkit.io.inputs import Input, find_inputs, read_input
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import checksums_of
 from segkit.provenance import check_asked
 from tests.model.test_folder import small_model
@@ -155,3 +157,60 @@ def test_what_was_asked_is_part_of_what_made_it(tmp_path: Path) -> None:
     made = made_by(predictor, asked_of(predictor), [])
     sidecar.write_text(json.dumps({"provenance": made}))
     check_asked(tmp_path / "a.nii", sidecar, asked_of(predictor))
+
+
+def channels_at(folder: Path, seed: int) -> Path:
+    for channel in (0, 1):
+        values = np.random.default_rng((seed, channel)).normal(size=SIZE).astype(np.float32)
+        write_volume(folder / f"x_{channel:04d}.nii.gz", Volume(values, Grid(SIZE, np.eye(4))))
+    return folder
+
+
+@pytest.mark.parametrize("of_folder", [True, False])
+@pytest.mark.parametrize("parts", [True, False])
+def test_labels_of_a_scan_that_was_replaced_are_refused_and_kept(
+    tmp_path: Path, of_folder: bool, parts: bool
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    scan = channels_at(folder, 0) / "x_0001.nii.gz" if parts else scan_at(folder / "x.nii.gz")
+    inputs = find_inputs([folder if of_folder else scan], 2)
+    predictor = predictor_of()
+    (first,) = predict_files(predictor, inputs, out=out)
+    before = everything(out)
+    (again,) = predict_files(predictor, inputs, out=out)
+    assert first.written and again.error is None and again.kept == out / "x.nii.gz"
+    # One channel is enough.
+    new = (
+        channels_at(tmp_path / "new", 7) / scan.name if parts else scan_at(tmp_path / "x.nii.gz", 7)
+    )
+    new.replace(scan)
+    (refused,) = predict_files(predictor, inputs, out=out)
+    assert refused.kept is None and refused.written == () and refused.error is not None
+    assert "x.nii.gz: is there already" in refused.error
+    assert "which was replaced since" in refused.error
+    assert everything(out) == before
+    (redone,) = predict_files(predictor, inputs, out=out, overwrite=True)
+    assert redone.error is None
+    expected = predictor(read_input(inputs[0])).labels
+    assert_array_equal(read_volume(out / "x.nii.gz").data, expected.data)
+    told = json.loads((out / "x.json").read_text())["provenance"]["inputs"]
+    assert [each["sha256"] for each in told] == [sha256(file) for file in inputs[0].files]
+    # The same content from elsewhere is the same scan.
+    (moved,) = predict_files(
+        predictor,
+        [Input("x", tuple(Path(shutil.copy(each, tmp_path)) for each in inputs[0].files))],
+        out=out,
+    )
+    assert moved.kept == out / "x.nii.gz"
+
+
+def test_a_result_beside_labels_that_is_of_another_scan_is_refused(tmp_path: Path) -> None:
+    scan, out = scan_at(tmp_path / "in" / "x.nii.gz"), tmp_path / "out"
+    inputs, predictor = find_inputs([scan.parent], 2), predictor_of()
+    list(predict_files(predictor, inputs, out=out, probabilities=True))
+    scan_at(scan, 7)
+    (out / "x.nii.gz").unlink()
+    (anew,) = predict_files(predictor, inputs, out=out)
+    assert anew.error is None
+    (refused,) = predict_files(predictor, inputs, out=out, probabilities=True)
+    assert refused.error is not None and "x_prob.json was made of another x.nii.gz" in refused.error

@@ -242,6 +242,7 @@ class _Shared:
         seed: int,
     ) -> None:
         described = predictor.model.description
+        volume = predictor.with_numbers(volume)
         prepared = predictor.prepare(volume)
         self.image, self.grid, self.seen = prepared.image, prepared.grid, prepared.source
         self.seed = seed
