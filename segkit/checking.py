@@ -22,7 +22,7 @@ from segkit.data.dataset import (
     read_case_label,
     unlabelled,
 )
-from segkit.data.label_numbers import declared, other_numbers
+from segkit.data.label_numbers import other_numbers
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
@@ -210,11 +210,11 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
         voxels += counts
         present += counts > 0
     if strange.voxels and labelling.others is None:
-        raise DatasetError(
-            f"{folder}: labels hold numbers that nobody names: {strange}; the dataset declares "
-            f"{declared(labelling)}; name them in data.labels, or say there what "
-            f"others are"
-        )
+        with problems.noted():
+            raise DatasetError(
+                f"{folder}: labels hold numbers that nobody names: {strange}; name them in "
+                f"data.labels, or say there what others are"
+            )
     problems.refuse()
     word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
     told = proposal(dataset, None)

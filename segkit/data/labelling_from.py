@@ -5,7 +5,7 @@ from typing import Any
 
 from segkit.config.dataset_files import OTHERS
 from segkit.config.labels import Labelling
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, first_few
 
 IGNORE = "ignore"
 """The name of voxels that nobody labelled."""
@@ -172,4 +172,4 @@ def _check_regions(
 
 
 def _listing(items: Any) -> str:
-    return ", ".join(str(item) for item in items)
+    return first_few(items)

@@ -134,7 +134,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
             label_file(tmp_path / folder / f"{name}.nii.gz", disc(9).reshape(64, 64, 1))
     label_file(tmp_path / "p" / "b.nii.gz", disc(9).reshape(32, 128, 1))
     (tmp_path / "p" / "c.nii.gz").write_bytes(b"nothing")
-    label_file(tmp_path / "r" / "d.nii.gz", np.full((64, 64, 1), -1, np.int8))
+    label_file(tmp_path / "r" / "d.nii.gz", np.full((64, 64, 1), 0.5, np.float32))
     label_file(tmp_path / "r" / "e.nii.gz", np.arange(4096, dtype=np.int16).reshape(64, 64, 1))
     out = tmp_path / "scores.json"
     words = ("evaluate", tmp_path / "p", tmp_path / "r", "--out", out)
@@ -148,7 +148,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     lines = err.splitlines()
     assert "b.nii.gz: lies on another grid" in lines[0]
     assert "c.nii.gz: cannot be read as .nii.gz" in lines[1]
-    assert "d.nii.gz: expected whole numbers from 0 on" in lines[2]
+    assert "d.nii.gz: expected whole numbers, one per voxel" in lines[2]
     assert "e.nii.gz: holds 4096 different numbers" in lines[3]
     assert lines[4:] == ["segkit: 4 of 6 volumes failed, as told above"]
 

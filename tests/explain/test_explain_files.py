@@ -369,11 +369,11 @@ def test_one_reference_is_not_that_of_several_volumes(scans: Path, tmp_path: Pat
 def test_references_that_are_no_labels_are_refused(scans: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     reference = read_volume(labels / "a.nii.gz")
-    for strange in (0.5, float("nan"), -1.0):
+    for strange in (0.5, float("nan")):
         data = reference.data.astype(np.float32)
         data.flat[0] = strange
         write_volume(labels / "a.nii.gz", reference.like(data))
-        with pytest.raises(VolumeError, match=r"a\.nii\.gz: expected whole numbers from 0 on"):
+        with pytest.raises(VolumeError, match=r"a\.nii\.gz: expected whole numbers, one per"):
             explain_heads(
                 predictor_of(bottleneck=self_attention(2)),
                 find_inputs([scans / "a.nii.gz"], 1),

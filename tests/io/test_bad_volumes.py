@@ -628,20 +628,20 @@ def test_a_nifti_2_header_is_told_by_its_own_length(tmp_path: Path) -> None:
     assert_allclose(volume.grid.affine, affine_of("LPS"))
 
 
-@pytest.mark.parametrize("strange", [0.5, -1.0, float("nan"), float("inf"), 1e300])
-def test_labels_are_whole_numbers_from_0_on(tmp_path: Path, strange: float) -> None:
+@pytest.mark.parametrize("strange", [0.5, float("nan"), float("inf"), 1e300])
+def test_labels_are_whole_numbers(tmp_path: Path, strange: float) -> None:
     values = np.zeros(SHAPE)
     path = nifti(tmp_path / "label.nii", values)
     assert read_labels(path).data.dtype == np.int64
     values[1, 2, 3] = strange
     nifti(path, values)
-    with pytest.raises(VolumeError, match="expected whole numbers from 0 on, one per voxel"):
+    with pytest.raises(VolumeError, match="expected whole numbers, one per voxel"):
         read_labels(path)
 
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(0.5, "0.5"), (2.998, "2.998"), (1.0015, "1.0015"), (-1.0, "-1"), (1e6 + 0.5, "1000000.5")],
+    [(0.5, "0.5"), (2.998, "2.998"), (1.0015, "1.0015"), (1e6 + 0.5, "1000000.5")],
 )
 def test_labels_that_are_refused_are_told_in_full(tmp_path: Path, value: float, told: str) -> None:
     path = nifti(tmp_path / "label.nii", np.full(SHAPE, value))
