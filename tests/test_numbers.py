@@ -106,8 +106,12 @@ def test_an_only_case_is_trained_on_and_none_is_held_out(tmp_path: Path) -> None
 def test_held_out_cases_without_any_class_score_no_nan(
     tmp_path: Path, patience: int | None
 ) -> None:
-    data = emptied(small_dataset(tmp_path / "data"), 0, 1, 2, 3)
-    config = small_config(data, train={"steps": 4, "validate_every": 1, "patience": patience})
+    data = emptied(small_dataset(tmp_path / "data"), 3)
+    config = small_config(
+        data,
+        data={"validation": ["case_3"]},
+        train={"steps": 4, "validate_every": 1, "patience": patience},
+    )
     run = training.train(config, runs=tmp_path / "runs")
     assert all(math.isfinite(float(figure)) for figure in scores_of(run.folder))
     best = run.summary["validation"]["best_mean_dice_during_training"]
@@ -138,7 +142,10 @@ def test_an_undefined_dice_is_called_so(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert "mean Dice of 1 held-out cases: undefined (ball undefined)" in capsys.readouterr().out
+    assert (
+        "mean Dice of 1 held-out cases, each on its scan's grid: undefined (ball undefined)"
+        in capsys.readouterr().out
+    )
 
 
 def test_evaluating_one_case_of_empty_classes_leaves_no_nan_in_the_totals(

@@ -290,6 +290,6 @@ def _rehearse(
     for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
-        say(f"so it is with each of {folds if folds == 'all' else len(folds)} folds")
+        say("so it is with every fold" if folds == "all" else f"so it is with {len(folds)} folds")
     if low is not None:
         say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")

@@ -84,7 +84,7 @@ def scan_of(own: tuple[float, float, float] = (0.7, 0.8, 1.9), seed: int = 0) ->
 
 
 def sheet_for(model: Model) -> WholeVolume:
-    settings = inference_of(deployment(model))["inferer"]
+    settings = inference_of(deployment(model), model.description)["inferer"]
     assert settings.pop("_target_") == "scripts.whole_volume.WholeVolume"
     return WholeVolume(**settings)
 

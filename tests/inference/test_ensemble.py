@@ -151,7 +151,7 @@ def test_models_that_see_a_volume_alike_share_its_image() -> None:
     scored = seeded(4)
     told = scored.description.model_copy(update={"normalisation": [ZScoreConfig()]})
     predictor = Predictor([*models, Model(told, scored.network)])
-    images = predictor._prepare_all(noise_volume((9, 8, 12)), None, lambda slabs, count: slabs)
+    images = predictor._prepare_all(noise_volume((9, 8, 12)), None)
     assert images[0] is images[1]
     assert len({id(image) for image in images}) == 3
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from segkit.cli.main import main
 from segkit.config.load import changed, load_config
+from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, TrainingError
-from segkit.training.dry_run import DryRun, dry_run
+from segkit.training.dry_run import DryRun, dry_run, shortened
 from segkit.training.fit import train
 from segkit.training.module import SegmentationModule
+from segkit.training.split import split_of
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -50,15 +53,15 @@ def test_its_loss_is_that_of_the_same_steps_of_training(
     told: DryRun, dataset: Path, tmp_path: Path
 ) -> None:
     """So it is the training itself that was tried, with nothing left out on the way."""
-    short = module.shortened(told.config, (1.0, 1.0, 1.0), tmp_path / "cache")
+    short = shortened(told.config, (1.0, 1.0, 1.0), tmp_path / "cache")
     seen: list[float] = []
 
-    class Losses(module.Callback):
+    class Losses(Callback):
         def on_train_batch_end(self, *details: object) -> None:
             seen.append(float(details[2]["loss"]))  # type: ignore[index]
 
-    cases = module.read_dataset(dataset)
-    few = [c for c in cases.cases if c in module.split_of(cases, told.config)[0]][:2]
+    cases = read_dataset(dataset)
+    few = [c for c in cases.cases if c in split_of(cases, told.config)[0]][:2]
     train(short, runs=tmp_path, callbacks=[Losses()], dataset=replace(cases, cases=tuple(few)))
     assert seen[-1] == told.loss
 
@@ -118,6 +121,7 @@ def test_the_command_prints_it_and_leaves_no_run(
     config.write_text(f"data: {{folder: {dataset}, patch_size: [16, 16, 16]}}\n")
     what = config if kind == "config" else dataset
     words = ["train", what, "--dry-run", "trainer.accelerator=cpu", "network.attention={}"]
+    words += ["--no-race"] if kind == "dataset" else []
     monkeypatch.setattr(sys, "argv", ["segkit", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -170,7 +174,7 @@ def test_of_folds_the_first_is_rehearsed(
         main()
     out = capsys.readouterr().out
     assert stop.value.code in (None, 0)
-    assert "4 cases of" in out and "1 held out" in out and "each of 5 folds" in out
+    assert "4 cases of" in out and "1 held out" in out and "so it is with every fold" in out
 
 
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,9 +184,7 @@ def test_a_ct_window_is_read_off_the_training_cases(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"accelerator": "abacus"}, {"precision": "7-bit"}, {"strategy": "hope"}]
-)
+@pytest.mark.parametrize("wrong", [{"accelerator": "abacus"}, {"strategy": "hope"}])
 def test_what_lightning_refuses_is_one_sentence_and_leaves_no_run(
     wrong: dict[str, object], dataset: Path, tmp_path: Path
 ) -> None:
