@@ -57,7 +57,8 @@ def make_trainer(
 ) -> L.Trainer:
     """The trainer of a run that is written to a folder; only the first process logs there.
 
-    Raises ConfigError if Lightning refuses the settings, or a tracker's server does.
+    Raises ConfigError if Lightning refuses the settings, or a tracker's server does, or if there
+    are fewer held-out cases than processes.
     """
     validated, every = bool(len(parts.validation.cases)), steps_between(config)
     metrics, looked = metrics_of(folder), looked_at(parts, config)
@@ -87,6 +88,13 @@ def make_trainer(
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+    held_out, processes = len(parts.validation.cases), trainer.world_size
+    if 0 < held_out < processes:
+        raise ConfigError(
+            f"{held_out} held-out cases cannot be shared out to {processes} processes, as each "
+            f"looks at some; hold out {processes} or more (data.validation), or none, or use fewer "
+            f"processes (trainer.devices, trainer.num_nodes)"
+        )
     if trainer.strategy.root_device.type == "cuda":
         # A GPU has to be waited for to be logged, and takes more steps in the same time.
         trainer.log_every_n_steps = min(LOGGED_ON_GPU, every)  # type: ignore[attr-defined]

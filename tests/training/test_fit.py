@@ -193,6 +193,17 @@ def test_what_lightning_refuses_is_one_sentence_and_leaves_no_run(
     assert not (tmp_path / "small").exists()
 
 
+def test_fewer_held_out_cases_than_processes_are_refused(dataset: Path, tmp_path: Path) -> None:
+    config = small_config(
+        dataset, data={"validation": 0.25}, trainer={"devices": 4, "strategy": "ddp"}
+    )
+    with pytest.raises(
+        ConfigError, match=r"^\d held-out cases cannot be shared out to 4 processes"
+    ):
+        train(config, runs=tmp_path)
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_dataset_folder_is_left_as_it_was(dataset: Path, tmp_path: Path) -> None:
     before = sorted(dataset.rglob("*"))
     train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
