@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.config.load import dataset_in
-from segkit.errors import ConfigError, Stopped
+from segkit.errors import ConfigError, Stopped, first_few
 from segkit.system.allocator import keep_freed_memory
 
 MOST_PICTURES = 200
@@ -249,7 +249,7 @@ def _tell(result: "Run | CrossValidation") -> None:
         say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, from preparing to scoring")
     scores = summary["validation"]
     if scores["cases"]:
-        classes = ", ".join(f"{name} {_dice(dice)}" for name, dice in scores["dice"].items())
+        classes = first_few([f"{name} {_dice(dice)}" for name, dice in scores["dice"].items()], 20)
         mean = _dice(scores["mean_dice"])
         say(
             f"mean Dice of {scores['cases']} held-out cases, each on its scan's grid: "

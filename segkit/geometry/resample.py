@@ -98,6 +98,10 @@ def resample_known(
     return torch.where(there, total / share, torch.nan)
 
 
+SELDOM_KNOWN = (torch.uint16, torch.uint32, torch.uint64)
+"""Types of labels that few of PyTorch's operations take."""
+
+
 def resample_labels(
     labels: Integer[Tensor, "x y z"],
     positions: Sequence[Float[ndarray, " _"]],
@@ -107,6 +111,8 @@ def resample_labels(
 
     Shares are linear along an axis of order 1; along one of order 0 the nearest voxel has it all.
     """
+    if labels.dtype in SELDOM_KNOWN:
+        return resample_labels(labels.long(), positions, orders).to(labels.dtype)
     shape = tuple(len(samples) for samples in positions)
     winner = torch.zeros(shape, dtype=labels.dtype, device=labels.device)
     best = torch.zeros(shape, device=labels.device)

@@ -315,3 +315,12 @@ def test_labels_keep_their_type(kind: str) -> None:
     labels = torch.from_numpy(np.array([0, highest], kind))[:, None, None]
     again = resample_labels(labels, [np.array([0.2, 0.4, 0.6, 0.8]), np.zeros(1), np.zeros(1)])
     assert_array_equal(again.flatten().numpy(), np.array([0, 0, highest, highest], kind))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_labels_of_every_type_are_resampled_alike(kind: torch.dtype) -> None:
+    labels = torch.randint(0, 200, (5, 4, 3), generator=torch.Generator().manual_seed(0))
+    positions = [np.linspace(0, size - 1, 7) for size in labels.shape]
+    again = resample_labels(labels.to(kind), positions)
+    assert again.dtype == kind
+    assert torch.equal(again.long(), resample_labels(labels, positions))
