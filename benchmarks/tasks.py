@@ -1,6 +1,6 @@
 """Plan, train, predict and score one data set in one kind, beside a baseline without training.
 
-    python benchmarks/tasks.py ROW [--minutes 4] [--data /work/shared/data] [--runs runs_tasks]
+    python benchmarks/tasks.py ROW --data FOLDER [--minutes 4] [--runs runs_tasks]
 
 ROW is a data set and a kind: `hippocampus/2d`, `sarcoma_ct/3d`, `brains/chosen`, `em2012/2d`. Kind
 `chosen` races. The row goes into benchmarks/tasks.json. A row that is there is not measured again,
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("row", help="DATASET/2d, DATASET/3d or DATASET/chosen")
     parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--data", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs_tasks"))
     options = parser.parse_args()
     name, _, kind = options.row.partition("/")
