@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import spearmanr
 
+from segkit.io.atomic import without_nan
+
 NUM_BINS = 15
 IN_QUESTION = 0.01
 """A voxel is in question if anything but the background has at least this probability."""
@@ -66,22 +68,21 @@ class Reliability:
         """All figures, and the bins for a diagram: a share is None where a bin is empty."""
         filled = self.count > 0
         shares = [
-            [float(x) if there else None for x, there in zip(values, filled, strict=True)]
-            for values in (
-                np.divide(total, self.count, out=np.zeros(NUM_BINS), where=filled)
-                for total in (self.probability, self.right)
-            )
+            np.divide(total, self.count, out=np.full(NUM_BINS, nan), where=filled).tolist()
+            for total in (self.probability, self.right)
         ]
-        return {
+        told: dict[str, Any] = {
             "voxels": self.voxels,
-            "ece": None if isnan(self.ece) else self.ece,
-            "brier": None if isnan(self.brier) else self.brier,
+            "ece": self.ece,
+            "brier": self.brier,
             "bins": {
                 "count": self.count.astype(int).tolist(),
                 "mean_probability": shares[0],
                 "share_right": shares[1],
             },
         }
+        plain: dict[str, Any] = without_nan(told)
+        return plain
 
 
 @dataclass
@@ -176,22 +177,20 @@ class Calibration:
 
     def to_json(self, dice_of_cases: Mapping[str, float]) -> dict[str, Any]:
         """All figures as plain dicts; NaN becomes None."""
-        correlation = self.correlation(dice_of_cases)
         voxels = self.largest.voxels
         mean = self.log_loss / voxels if voxels else nan
         whole: dict[str, Any] = {
-            "all_voxels": {**self.largest.to_json(), "log_loss": None if isnan(mean) else mean},
+            "all_voxels": {**self.largest.to_json(), "log_loss": mean},
             "in_question": self.in_question.to_json(),
         }
-        return {
+        told = {
             **({} if self.are_regions else whole),
             "outputs": {name: each.to_json() for name, each in self.outputs.items()},
-            "entropy_of_cases": {
-                case: None if isnan(value) else value
-                for case, value in self.entropy_of_cases.items()
-            },
-            "spearman_of_entropy_and_error": None if isnan(correlation) else correlation,
+            "entropy_of_cases": self.entropy_of_cases,
+            "spearman_of_entropy_and_error": self.correlation(dice_of_cases),
         }
+        plain: dict[str, Any] = without_nan(told)
+        return plain
 
 
 def _entropy(

@@ -17,6 +17,7 @@ from scipy.stats import permutation_test
 
 from segkit.errors import ConfigError, first_few
 from segkit.evaluation.scores import METRICS
+from segkit.io.atomic import without_nan
 from segkit.io.safe_text import read_json_object
 
 SUMMARY_FILE = "summary.json"
@@ -74,15 +75,10 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; NaN becomes None."""
-        fields = {key: value for key, value in vars(self).items() if key != "differences"}
-        rows = [
-            {
-                key: None if isinstance(value, float) and isnan(value) else value
-                for key, value in asdict(each).items()
-            }
-            for each in self.differences
-        ]
-        return {**fields, "differences": rows}
+        fields = asdict(self)
+        differences = fields.pop("differences")
+        told: dict[str, Any] = without_nan({**fields, "differences": differences})
+        return told
 
 
 def compare(

@@ -107,14 +107,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def json_text(content: Mapping[str, Any]) -> str:
     """JSON, indented for a reader and ended by a newline; not-a-number becomes null."""
-    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+    return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same as plain dicts and lists; not-a-number becomes None."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value
 
 

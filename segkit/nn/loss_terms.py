@@ -50,12 +50,15 @@ class Judged:
         space = tuple(range(2, self.probabilities.ndim))
         return (0, *space) if self.pool_batch else space
 
-    def mean(self, scores: Float[Tensor, "*samples outputs"]) -> Float[Tensor, ""]:
-        """The mean over samples and over all outputs but the background, by their weights."""
-        weights = constants(self.weights[self.first :], scores.device)
-        return (scores[..., self.first :] * weights).sum(-1).mean() / sum(
-            self.weights[self.first :]
-        )
+    def mean(self, scores: Float[Tensor, "*samples structures"]) -> Float[Tensor, ""]:
+        """The mean over samples and over outputs, which hold no background, by their weights."""
+        weights = self.weights[self.first :]
+        return (scores * constants(weights, scores.device)).sum(-1).mean() / sum(weights)
+
+    @property
+    def structures(self) -> tuple[Tensor, Tensor]:
+        """Probabilities and target of all outputs but the background."""
+        return self.probabilities[:, self.first :], self.target[:, self.first :]
 
 
 @lru_cache(maxsize=64)
@@ -91,8 +94,8 @@ def focal_tversky(
 
 def _tversky_index(
     judged: Judged, false_positives: float, false_negatives: float
-) -> Float[Tensor, "*samples outputs"]:
-    found, target, axes = judged.probabilities, judged.target, judged.axes
+) -> Float[Tensor, "*samples structures"]:
+    (found, target), axes = judged.structures, judged.axes
     right = (found * target).sum(axes)
     alarms, missed = found.sum(axes) - right, target.sum(axes) - right
     smooth = SMOOTH / 2
@@ -155,16 +158,12 @@ def boundary(judged: Judged, reach: int) -> Float[Tensor, ""]:
     which it counts as that far; it is in units of the smallest spacing times `reach`, so that it
     lies in -1 to 1. In the paper it goes on without a limit, in voxels.
     """
-    foreground = judged.target[:, judged.first :]
+    found, target = judged.structures
     with torch.no_grad():
-        inside = distance_from(foreground == 0, judged.spacing, reach)
-        outside = distance_from(foreground == 1, judged.spacing, reach)
+        inside = distance_from(target == 0, judged.spacing, reach)
+        outside = distance_from(target == 1, judged.spacing, reach)
         signed = (outside - inside) / (reach * min(judged.spacing))
-        signed = signed * constants(judged.weights[judged.first :], signed.device).view(
-            -1, *[1] * len(judged.spacing)
-        )
-    number = sum(judged.weights[judged.first :]) / len(judged.weights[judged.first :])
-    return (judged.probabilities[:, judged.first :] * signed).mean() / number
+    return judged.mean((found * signed).flatten(2).mean(-1))
 
 
 def distance_from(
@@ -203,15 +202,11 @@ def centre_line(judged: Judged, iterations: int) -> Float[Tensor, ""]:
     Its harmonic mean is of how much of the found centre line lies in the true structure, and how
     much of the true centre line was found (equation 3); centre lines are those of `thinned`.
     """
-    found = judged.probabilities[:, judged.first :]
-    target = judged.target[:, judged.first :]
-    axes = judged.axes
+    (found, target), axes = judged.structures, judged.axes
     thin_found, thin_target = thinned(found, iterations), thinned(target, iterations)
     precision = ((thin_found * target).sum(axes) + SMOOTH) / (thin_found.sum(axes) + SMOOTH)
     sensitivity = ((thin_target * found).sum(axes) + SMOOTH) / (thin_target.sum(axes) + SMOOTH)
-    scores = 2 * precision * sensitivity / (precision + sensitivity)
-    weights = constants(judged.weights[judged.first :], scores.device)
-    return ((1 - scores) * weights).sum(-1).mean() / sum(judged.weights[judged.first :])
+    return judged.mean(1 - 2 * precision * sensitivity / (precision + sensitivity))
 
 
 def thinned(
