@@ -94,7 +94,11 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
 
 
 def drawn(dataset: Dataset, data: DataConfig) -> Folds:
-    """Folds that are drawn; each holds out about as many cases, or groups by their cases."""
+    """Folds that are drawn; each holds out about as many cases, or groups by their cases.
+
+    Without groups and strata they are nnU-Net's: cases in the order of their names are shuffled by
+    NumPy's first generator and cut into folds, the first ones larger by one (scikit-learn's KFold).
+    """
     count, names = data.num_folds, [case.name for case in dataset.cases]
     groups = groups_of(dataset, data)
     if groups is None and data.stratify_by is None:

@@ -115,25 +115,3 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
             f"{dataset.folder}: no case is left to train on; hold out fewer of {len(names)}"
         )
     return Split(train, tuple(case for case in dataset.cases if case.name in held_out))
-
-
-def fold_of(dataset: Dataset, fold: int, *, count: int = 5) -> Split:
-    """The split that holds out a fold of nnU-Net's cross-validation.
-
-    Cases in the order of their names are shuffled by NumPy's first generator from seed 12345 and
-    cut into folds, the first ones larger by one (scikit-learn's KFold, as nnU-Net calls it). Raises
-    DatasetError for fewer cases than folds.
-    """
-    if len(dataset.cases) < count:
-        raise DatasetError(
-            f"{dataset.folder}: {count} folds need {count} cases or more, found "
-            f"{len(dataset.cases)}; give data.validation instead of data.fold"
-        )
-    order = np.arange(len(dataset.cases))
-    np.random.RandomState(12345).shuffle(order)
-    held_out = set(np.array_split(order, count)[fold].tolist())
-    numbered = list(enumerate(dataset.cases))
-    return Split(
-        tuple(case for number, case in numbered if number not in held_out),
-        tuple(case for number, case in numbered if number in held_out),
-    )

@@ -27,8 +27,8 @@ from segkit.training.cross_validation import (
     pool_folds,
     resume_folds,
 )
-from segkit.training.split import fold_of
 from tests.small import small_config, small_dataset
+from tests.training.drawn_folds import fold_of
 
 CASES = 6
 

@@ -16,8 +16,9 @@ from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.errors import ConfigError, DatasetError
 from segkit.training.deal import deal
 from segkit.training.folds import folds_of
-from segkit.training.split import fold_of, split_of
+from segkit.training.split import split_of
 from tests.small import small_dataset
+from tests.training.drawn_folds import fold_of
 
 PATIENTS = [f"p{patient}_{visit}" for patient in range(5) for visit in "ab"]
 

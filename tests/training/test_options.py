@@ -22,9 +22,9 @@ from segkit.model.folder import load_model, start_from
 from segkit.training import resolve
 from segkit.training.fit import train
 from segkit.training.resolve import precision
-from segkit.training.split import fold_of
 from segkit.training.weight_average import Averaging
 from tests.small import small_config, small_dataset
+from tests.training.drawn_folds import fold_of
 
 
 @pytest.mark.parametrize("fold", [0, 3])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
-from segkit.training.split import fold_of, split
+from segkit.training.split import split
+from tests.training.drawn_folds import fold_of
 
 
 def dataset_of(count: int) -> Dataset:
