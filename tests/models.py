@@ -198,6 +198,14 @@ SLOW: dict[str, tuple[int, dict[str, Any]]] = {
                 "positions": "relative",
             }
         },
+        "self-attention in shifted windows": {
+            "bottleneck": {
+                **FAMILIES["self-attention"]["bottleneck"],
+                "window": [2] * dims,
+                "positions": "relative",
+                "shift": True,
+            }
+        },
         "self-attention with sines": {
             "bottleneck": {
                 "kind": "self_attention", "heads": 2, "head_channels": 6, "positions": "sincos"

@@ -10,6 +10,7 @@ from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
 from segkit.nn.slicewise import SlicewiseNetwork
+from segkit.nn.transformer import LayerScale
 from segkit.nn.unet import UNet
 
 # Anisotropic strides, and sizes that are odd multiples of their product.
@@ -53,6 +54,8 @@ def network_of(attention: dict[str, Any], spatial_dims: int, **others: Any) -> U
     network = build_network(description)
     inner = network.network if isinstance(network, SlicewiseNetwork) else network
     for module in inner.modules():
+        if isinstance(module, LayerScale):
+            nn.init.constant_(module.weight, 0.5)
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.Linear) and name == "weight" and not parameter.any():
                 nn.init.normal_(parameter, std=0.3)
@@ -77,5 +80,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "bottleneck": {"kind": "self_attention", "heads": 2, "head_channels": 6, "window": [2, 2]}
     },
     "additive self-attention": {"bottleneck": "additive_self"},
+    "transformer": {
+        "bottleneck": {"kind": "transformer", "heads": 2, "head_channels": 12, "drop_path": 0.0}
+    },
+    "large kernels": {"encoder": "lka"},
+    "paired": {"encoder": {"kind": "epa", "heads": 2, "projected": 5}},
     "head": {"head": "learned_query"},
 }

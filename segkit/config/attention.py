@@ -4,6 +4,8 @@ Each kind is one section, named by its `kind`; a kind alone takes the defaults. 
 compares them.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,6 +13,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from segkit.config.base import Few, Positive, Section, Width, kind_alone
 
 Levels = list[Annotated[int, Field(ge=0)]]
+Scale = Annotated[float, Field(gt=0, le=1)]
+MOST_PROJECTED = 2**15
+"""Voxels of a patch at a level with paired attention, of which each has weights: 32 x 32 x 32."""
 Heads = Width | Annotated[list[Width], Field(min_length=1)]
 
 
@@ -144,6 +149,31 @@ class GlobalContextConfig(Section):
     """Whether the context is added to the features, or scales their channels as `se` does."""
 
 
+class LargeKernelAttentionConfig(Section):
+    """LKA of Guo et al. 2022: voxels weighed by convolutions that reach ten voxels far and more."""
+
+    kind: Literal["lka"] = "lka"
+    levels: Levels | None = None
+    """Levels with attention; all of them if not given."""
+    layer_scale: Scale = 0.01
+    """The first value of the numbers, one a channel, that multiply what is added."""
+
+
+class PairedAttentionConfig(Section):
+    """EPA of UNETR++ (Shaker et al. 2022): attention over voxels and over channels, paired."""
+
+    kind: Literal["epa"] = "epa"
+    levels: Levels | None = None
+    """Levels with attention. If not given, those of at most 32,768 voxels in a patch, as in the
+    paper: there is a weight for each voxel and each mixture of voxels."""
+    heads: Few = 4
+    """Attentions side by side; they divide the channels of each level."""
+    projected: Width = 64
+    """Mixtures of voxels that each voxel attends to."""
+    layer_scale: Scale = 1e-6
+    """The first value of the numbers, one a channel, that multiply what is added."""
+
+
 class SelfAttentionConfig(Section):
     """Multi-head self-attention of Vaswani et al. 2017 among the coarsest level's voxels."""
 
@@ -158,6 +188,28 @@ class SelfAttentionConfig(Section):
     window: Annotated[list[Width], Field(min_length=2, max_length=3)] | None = None
     """Voxels of the coarsest level along each axis among which attention is paid; all of a patch's
     where not given."""
+    shift: bool = False
+    """Whether a second attention follows, within windows that are moved by half their size (Swin):
+    what the first keeps apart meets in the second."""
+
+
+class TransformerConfig(Section):
+    """Token blocks of Primus (Wald et al. 2025) among the coarsest level's voxels."""
+
+    kind: Literal["transformer"] = "transformer"
+    depth: Few = 2
+    """Blocks, one after another. Primus, which is little else, has 12 to 24."""
+    heads: Width | None = None
+    """As many as the level's channels have room for if not given."""
+    head_channels: Width = 36
+    """The width of each head, a multiple of twice the axes: pairs of channels are turned along
+    each axis."""
+    expansion: Annotated[float, Field(gt=0, le=64)] = 8 / 3
+    """Width of the perceptron's hidden layer over the level's channels."""
+    layer_scale: Scale = 0.1
+    """The first value of the numbers, one a channel, that multiply what each half adds."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Probability that a sample skips the last block in training; it grows from 0 at the first."""
 
 
 class AdditiveSelfAttentionConfig(Section):
@@ -213,13 +265,18 @@ BlockAttentionConfig = Annotated[
         | ConcurrentExcitationConfig
         | PooledSpatialAttentionConfig
         | SpatialExcitationConfig
-        | GlobalContextConfig,
+        | GlobalContextConfig
+        | LargeKernelAttentionConfig
+        | PairedAttentionConfig,
         Field(discriminator="kind"),
     ],
     BeforeValidator(kind_alone),
 ]
 TokenAttentionConfig = Annotated[
-    Annotated[SelfAttentionConfig | AdditiveSelfAttentionConfig, Field(discriminator="kind")],
+    Annotated[
+        SelfAttentionConfig | AdditiveSelfAttentionConfig | TransformerConfig,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(kind_alone),
 ]
 PoolingConfig = Annotated[
@@ -262,3 +319,18 @@ class AttentionConfig(Section):
             return sorted(set(self.skip.levels))
         finest = 0 if isinstance(self.skip, AdditiveSameLevelGateConfig) else 1
         return list(range(finest, num_levels - 1))
+
+    def block_levels(
+        self, place: Literal["encoder", "decoder"], grids: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """The levels with attention after their convolutions, given the grid of a patch at each."""
+        block = getattr(self, place)
+        if block is None:
+            return []
+        held = grids if place == "encoder" else grids[:-1]
+        given: list[int] | None = getattr(block, "levels", None)
+        if given is not None:
+            return sorted(set(given))
+        if not isinstance(block, PairedAttentionConfig):
+            return list(range(len(held)))
+        return [level for level, grid in enumerate(held) if math.prod(grid) <= MOST_PROJECTED]

@@ -4,21 +4,20 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-
-from segkit.config.attention import (
-    AttentionConfig,
-    CrossAttentionConfig,
-    SelfAttentionConfig,
-    UTransformerGateConfig,
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
 )
-from segkit.config.base import Few, Positive, Section, Width
+
+from segkit.config.attention import AttentionConfig
+from segkit.config.attention_limits import check_attention, check_attention_grids
+from segkit.config.base import Few, Positive, Section, Width, kind_alone
 
 MOST_VOXELS = 2**27
 """Of a patch: 512 x 512 x 512."""
-
-MOST_TOKENS = 2**16
-"""Of a window of attention."""
 
 
 class GivenModuleConfig(Section):
@@ -28,6 +27,29 @@ class GivenModuleConfig(Section):
     """What the sizes of its input must be multiples of, along each axis."""
     name: str = ""
     """A note for those who must find the module again, such as its class."""
+
+
+class ConvolutionBlockConfig(Section):
+    """A level is two convolutions, each with a normalisation and a leaky ReLU, as in nnU-Net."""
+
+    kind: Literal["convolution"] = "convolution"
+
+
+class MedNeXtBlockConfig(Section):
+    """A level is two blocks of MedNeXt (Roy et al. 2023), the convolutional control of
+    transformers."""
+
+    kind: Literal["mednext"] = "mednext"
+    expansion: Few = 2
+    """Width of each block's hidden layer over its channels."""
+    response_norm: bool = True
+    """Whether channels compete by global response normalisation, as in their second release."""
+
+
+LevelBlockConfig = Annotated[
+    Annotated[ConvolutionBlockConfig | MedNeXtBlockConfig, Field(discriminator="kind")],
+    BeforeValidator(kind_alone),
+]
 
 
 class NetworkConfig(Section):
@@ -40,6 +62,8 @@ class NetworkConfig(Section):
     """Per step down, the stride along each axis; 2 everywhere where not given."""
     kernels: list[list[Few]] | None = None
     """Per level, the convolution size along each axis (odd); 3 everywhere where not given."""
+    block: LevelBlockConfig = ConvolutionBlockConfig()
+    """What each level of the encoder and of the decoder is made of."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
     """A strided convolution, as nnU-Net, or max-pooling, as the first U-Nets."""
@@ -77,6 +101,13 @@ class NetworkConfig(Section):
             total = [product * factor for product, factor in zip(total, step, strict=True)]
         return total
 
+    def level_grids(self, patch: Sequence[int]) -> list[list[int]]:
+        """The cells of a patch at each level, finest first, along each axis."""
+        grids = [list(patch)]
+        for step in self.step_strides:
+            grids.append([size // stride for size, stride in zip(grids[-1], step, strict=True)])
+        return grids
+
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         if self.given is not None:
@@ -92,7 +123,7 @@ class NetworkConfig(Section):
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
             raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
-        self._attention_fits()
+        check_attention(self.attention, channels=self.channels, spatial_dims=self.spatial_dims)
         return self
 
     def _given_alone(self, given: GivenModuleConfig) -> Self:
@@ -114,55 +145,6 @@ class NetworkConfig(Section):
             )
         return self
 
-    def _attention_fits(self) -> None:
-        deepest_skip = len(self.channels) - 2
-        levels = self.attention.skip_levels(len(self.channels))
-        if max(levels, default=0) > deepest_skip:
-            raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
-        heads = getattr(self.attention.skip, "heads", None)
-        if isinstance(heads, list) and len(heads) != len(levels):
-            raise ValueError(
-                f"network.attention.skip.heads must be a number or hold {len(levels)}, "
-                f"one for each of the levels {levels}"
-            )
-        skip = self.attention.skip
-        if skip is not None and skip.levels is None and not levels:
-            raise ValueError(
-                "network.attention.skip leaves out level 0, which is the only skip of two "
-                "network.channels; give it levels: [0]"
-            )
-        placed: list[int] = []
-        if isinstance(skip, CrossAttentionConfig):
-            placed = [*levels, *(level + 1 for level in levels)]
-        elif isinstance(skip, UTransformerGateConfig):
-            placed = [level + 1 for level in levels]
-        narrowest = min((self.channels[level] for level in placed), default=2 * self.spatial_dims)
-        if narrowest < 2 * self.spatial_dims:
-            raise ValueError(
-                f"network.attention.skip needs network.channels of {2 * self.spatial_dims} or "
-                f"more to tell positions, found {narrowest}"
-            )
-        bottleneck = self.attention.bottleneck
-        if isinstance(bottleneck, SelfAttentionConfig):
-            told_by = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}
-            if told_by.get(bottleneck.positions, 2 * self.spatial_dims) < 2 * self.spatial_dims:
-                raise ValueError(
-                    f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
-                    f"{2 * self.spatial_dims} channels or more (of each head, for rotary), "
-                    f"found {told_by[bottleneck.positions]}"
-                )
-        window = getattr(bottleneck, "window", None)
-        if window is not None and len(window) != self.spatial_dims:
-            raise ValueError(
-                f"network.attention.bottleneck.window must hold {self.spatial_dims} numbers, "
-                f"as network.spatial_dims is {self.spatial_dims}"
-            )
-        if math.prod(window or ()) > MOST_TOKENS:
-            raise ValueError(
-                f"network.attention.bottleneck.window {window} holds more than {MOST_TOKENS:,} "
-                f"voxels; give it fewer"
-            )
-
     def check_patch(self, patch: Sequence[int], name: str) -> None:
         """Raise ValueError unless the network can work on such a patch."""
         total = self.total_stride
@@ -178,4 +160,8 @@ class NetworkConfig(Section):
         if math.prod(patch) > MOST_VOXELS:
             raise ValueError(
                 f"{name} {patch} holds more than {MOST_VOXELS:,} voxels; make it smaller"
+            )
+        if self.given is None:
+            check_attention_grids(
+                self.attention, channels=self.channels, grids=self.level_grids(patch)
             )

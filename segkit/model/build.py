@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import device, nn
 
 from segkit.config.model import ModelDescription
+from segkit.config.network import ConvolutionBlockConfig, MedNeXtBlockConfig, NetworkConfig
 from segkit.errors import ConfigError, ModelError
 from segkit.model.build_attention import block_factory, pooling_factory, skip_factory, token_factory
+from segkit.nn.blocks import ConvolutionBlock
 from segkit.nn.external import Given
+from segkit.nn.mednext import MedNeXtLevel
 from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.nn.slicewise import SlicewiseNetwork
-from segkit.nn.unet import UNet
+from segkit.nn.unet import ConvolutionsFactory, UNet
 from segkit.system.memory import free_memory, in_words
 
 BYTES_PER_NUMBER = 4
@@ -75,10 +79,7 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
             f"train(config, network=module), load_model(path, network=module)"
         )
     attention = config.attention
-    coarsest = [
-        size // stride
-        for size, stride in zip(description.patch_size, config.total_stride, strict=True)
-    ]
+    grids = config.level_grids(description.patch_size)
     unet = UNet(
         config.spatial_dims,
         len(description.channels),
@@ -87,13 +88,14 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
         strides=config.step_strides,
         kernels=config.level_kernels,
         norm=config.normalisation,
+        convolutions=_convolutions(config),
         downsampling=config.downsampling,
         deep_supervision=config.deep_supervision,
         skip_gate=skip_factory(config) if attention.skip else None,
-        encoder_attention=block_factory(attention.encoder, config) if attention.encoder else None,
-        decoder_attention=block_factory(attention.decoder, config) if attention.decoder else None,
+        encoder_attention=block_factory("encoder", config, grids),
+        decoder_attention=block_factory("decoder", config, grids),
         bottleneck_attention=(
-            token_factory(attention.bottleneck, coarsest) if attention.bottleneck else None
+            token_factory(attention.bottleneck, grids[-1]) if attention.bottleneck else None
         ),
         presence_head=(
             pooling_factory(attention.head, len(description.labels) - 1) if attention.head else None
@@ -101,6 +103,15 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
         label_classes=len(description.first_stage.classes) if description.first_stage else 0,
     )
     return _of_volumes(unet, description)
+
+
+def _convolutions(config: NetworkConfig) -> ConvolutionsFactory:
+    """What makes each level's convolutions."""
+    match config.block:
+        case ConvolutionBlockConfig():
+            return ConvolutionBlock
+        case MedNeXtBlockConfig(expansion=expansion, response_norm=response_norm):
+            return partial(MedNeXtLevel, expansion=expansion, response_norm=response_norm)
 
 
 def wrap_network(description: ModelDescription, module: nn.Module) -> SegmentationNetwork:

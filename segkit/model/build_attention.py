@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -14,7 +15,10 @@ from segkit.nn import gates, pooling
 from segkit.nn import self_attention as bottleneck
 from segkit.nn import spatial_attention as spatial
 from segkit.nn.blocks import Modulated
-from segkit.nn.unet import BlockFactory, GateFactory
+from segkit.nn.large_kernel import LargeKernelAttention
+from segkit.nn.paired_attention import PairedAttention
+from segkit.nn.transformer import transformer_stage
+from segkit.nn.unet import BlockFactory, GateFactory, LevelFactory
 
 LEAST_SQUEEZED = 4
 LEAST_CONVOLVED = 8
@@ -87,11 +91,38 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
     return make
 
 
-def block_factory(setting: settings.BlockAttentionConfig, config: NetworkConfig) -> BlockFactory:
-    """What makes the attention after each level's convolutions."""
-    dims = config.spatial_dims
+def block_factory(
+    place: Literal["encoder", "decoder"], config: NetworkConfig, grids: Sequence[Sequence[int]]
+) -> LevelFactory | None:
+    """What makes the attention after each level's convolutions, given a patch's grid at each.
 
-    def make(channels: int) -> nn.Module:
+    None if there is none at this place.
+    """
+    dims = config.spatial_dims
+    setting: settings.BlockAttentionConfig | None = getattr(config.attention, place)
+    if setting is None:
+        return None
+    levels = config.attention.block_levels(place, grids)
+
+    def make(channels: int, level: int) -> nn.Module:
+        if level not in levels:
+            return nn.Identity()
+        match setting:
+            case settings.LargeKernelAttentionConfig(layer_scale=scale):
+                return LargeKernelAttention(
+                    dims, channels, norm=config.normalisation, layer_scale=scale
+                )
+            case settings.PairedAttentionConfig(heads=heads, projected=projected):
+                return PairedAttention(
+                    channels,
+                    grid=grids[level],
+                    heads=heads,
+                    projected=projected,
+                    layer_scale=setting.layer_scale,
+                )
+        return modulation(setting, channels)
+
+    def modulation(setting: settings.BlockAttentionConfig, channels: int) -> nn.Module:
         # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
         most = max(channels // LEAST_SQUEEZED, 1)
         match setting:
@@ -149,12 +180,32 @@ def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int
                         f"{math.prod(window or ())} voxels of the coarsest level take too much "
                         f"memory; give it a window of {MOST_PAIRED} at most, or other positions"
                     )
+                heads = _heads(heads, 0, channels, head_channels)
+                if setting.shift:
+                    return bottleneck.shifted_pair(
+                        channels,
+                        heads=heads,
+                        head_channels=head_channels,
+                        positions=setting.positions,
+                        window=window or list(coarsest),
+                    )
                 return bottleneck.SelfAttention(
                     channels,
-                    heads=_heads(heads, 0, channels, head_channels),
+                    heads=heads,
                     head_channels=head_channels,
                     positions=setting.positions,
                     window=window,
+                )
+            case settings.TransformerConfig(heads=heads, head_channels=head_channels):
+                return transformer_stage(
+                    len(coarsest),
+                    channels,
+                    depth=setting.depth,
+                    heads=_heads(heads, 0, channels, head_channels),
+                    head_channels=head_channels,
+                    expansion=setting.expansion,
+                    layer_scale=setting.layer_scale,
+                    drop_path=setting.drop_path,
                 )
             case settings.AdditiveSelfAttentionConfig(width=width):
                 return bottleneck.AdditiveSelfAttention(channels, width=width)

@@ -51,6 +51,7 @@ def convolution(
     *,
     kernel: Sequence[int],
     stride: Sequence[int] | None = None,
+    groups: int = 1,
 ) -> nn.Conv2d | nn.Conv3d:
     """A convolution that keeps its grid up to the stride, with He-normal weights (He et al. 2015).
 
@@ -63,6 +64,7 @@ def convolution(
         kernel_size=tuple(kernel),
         stride=tuple(stride or (1,) * spatial_dims),
         padding=tuple(size // 2 for size in kernel),
+        groups=groups,
     )
     nn.init.kaiming_normal_(layer.weight, a=NEGATIVE_SLOPE)
     if layer.bias is not None:

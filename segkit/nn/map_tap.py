@@ -52,8 +52,11 @@ class MapTap(nn.Module):
             attends to: a gate that works on the next coarser grid has the stride to that grid.
         lowest, highest: what the map's values lie between.
         window: cells of the windows within which attention is paid, where it is not paid to all.
+        shift: cells along each axis by which the windows are moved towards the far end, if at all.
         mean: whether only the mean over channels is recorded, where a map has as many channels as
             the features.
+        magnitude: whether only the mean over channels of absolute values is recorded, if a map may
+            be negative.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class MapTap(nn.Module):
         lowest: float = 0.0,
         highest: float = 1.0,
         window: tuple[int, ...] | None = None,
+        shift: tuple[int, ...] | None = None,
         mean: bool = False,
+        magnitude: bool = False,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -72,7 +77,9 @@ class MapTap(nn.Module):
         self.lowest = lowest
         self.highest = highest
         self.window = window
+        self.shift = shift
         self.mean = mean
+        self.magnitude = magnitude
         self.info: MapInfo | None = None
         self.sink: dict[str, Tensor] | None = None
         self.edit: Edit | None = None
@@ -101,11 +108,36 @@ class MapTap(nn.Module):
         if self.sink is not None:
             assert self.info is not None, "the network places its taps when it is built"
             kept = attention_map.detach().float()
-            self.sink[self.info.key] = kept.mean(dim=1, keepdim=True) if self.mean else kept
+            if self.magnitude:
+                kept = kept.abs()
+            averaged = self.mean or self.magnitude
+            self.sink[self.info.key] = kept.mean(dim=1, keepdim=True) if averaged else kept
+
+
+class Stage(nn.Sequential):
+    """Blocks of attention one after another; each is a position of its own, 'bottleneck.0', …"""
+
+
+class PassThrough(nn.Module):
+    """The identity in the place of an attention block, whatever else the block is given."""
+
+    signal = "coarse"
+
+    def forward(self, features: Tensor, *others: object, **settings: object) -> Tensor:
+        """The features themselves."""
+        return features
+
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The skip itself."""
+        return skip
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:
     """Place every tap inside a module that attends to `features`."""
+    if isinstance(module, Stage):
+        for number, block in enumerate(module):
+            place_taps(block, f"{position}.{number}", level, features)
+        return
     for part in module.modules():
         if isinstance(part, MapTap):
             part.place(position, level, features)
@@ -130,8 +162,11 @@ def maps_of(network: nn.Module) -> dict[str, MapInfo]:
 
 
 def edited(network: nn.Module) -> bool:
-    """Whether any map or switch of a network is being edited."""
-    return any(tap.edit is not None for tap in taps(network).values())
+    """Whether any map or switch of a network is being edited, or a block is the identity."""
+    return any(
+        isinstance(module, PassThrough) or (isinstance(module, MapTap) and module.edit is not None)
+        for module in network.modules()
+    )
 
 
 @contextmanager

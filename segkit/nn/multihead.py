@@ -61,10 +61,12 @@ def gather_windows(
     num_queries: int,
     edit: Edit,
     inside: Bool[Tensor, "batch keys"] | None = None,
+    pairs: Bool[Tensor, "batch queries keys"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries channels"], Float[Tensor, "batch heads keys"]]:
     """Each query's mean of the values by edited weights, and what each key receives of them.
 
-    Rows of queries that are not `inside` are 0, and so are weights of such keys, whatever the edit.
+    Rows of queries that are not `inside` are 0, and so are weights of such keys and of what is not
+    among the `pairs`, whatever the edit.
     """
 
     def edited(first: int, last: int) -> Tensor:
@@ -74,6 +76,8 @@ def gather_windows(
         weights = edit(weights)
         if inside is not None:
             weights = weights * inside[:, None, None]
+        if pairs is not None:
+            weights = weights * pairs[:, None, first:last]
         with torch.autocast(value.device.type, enabled=False):
             taken.append(weights @ value.float())
         return weights
@@ -111,7 +115,8 @@ class MultiHeadAttention(nn.Module):
     Vaswani et al. (2017, arXiv:1706.03762, Eq. 1 and Sec. 3.2.2): heads of softmax(Q K^T / sqrt(d))
     V, concatenated, through W_o. Queries and values have biases; that of keys the softmax would not
     notice. W_o has none and starts at 0: without heads nothing is added, and attention that is
-    added to features starts as nothing.
+    added to features starts as nothing. With `inner_norm`, LayerNorm over all heads' channels comes
+    before W_o (Fang et al. 2023, arXiv:2303.11331).
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class MultiHeadAttention(nn.Module):
         out_channels: int,
         heads: int,
         head_channels: int,
+        inner_norm: bool = False,
     ) -> None:
         super().__init__()
         inner = heads * head_channels
@@ -130,6 +136,7 @@ class MultiHeadAttention(nn.Module):
         self.query = nn.Linear(query_channels, inner)
         self.key = nn.Linear(key_channels, inner, bias=False)
         self.value = nn.Linear(value_channels, inner)
+        self.inner_norm = nn.LayerNorm(inner) if inner_norm else nn.Identity()
         self.out = nn.Linear(inner, out_channels, bias=False)
         nn.init.zeros_(self.out.weight)
         self.branch = MapTap("branch")
@@ -144,6 +151,7 @@ class MultiHeadAttention(nn.Module):
         turn: Callable[[Tensor], Tensor] | None = None,
         bias: Float[Tensor, "#batch #heads #queries keys"] | None = None,
         inside: Bool[Tensor, "batch keys"] | None = None,
+        pairs: Bool[Tensor, "batch queries keys"] | None = None,
         samples: int | None = None,
     ) -> tuple[
         Float[Tensor, "batch queries out_channels"], Float[Tensor, "batch heads keys"] | None
@@ -151,52 +159,72 @@ class MultiHeadAttention(nn.Module):
         """What the queries take from the values, and what each key receives if `matrix` records.
 
         `turn` encodes positions in queries and keys, `bias` is added to the logits, and keys that
-        are not `inside` get no attention. The batch holds a whole number of windows of each of so
-        many samples.
+        are not `inside` get no attention, nor does what is not among the `pairs` of a query and a
+        key. The batch holds a whole number of windows of each of so many samples.
         """
         queries, keys = self._split(self.query(query)), self._split(self.key(key))
         values = self._split(self.value(value))
         if turn is not None:
             queries, keys = turn(queries), turn(keys)
-        if inside is not None:
-            shut = torch.zeros_like(inside, dtype=queries.dtype).masked_fill(~inside, -math.inf)
-            bias = shut[:, None, None] if bias is None else bias + shut[:, None, None]
+        attended = pairs if inside is None or pairs is not None else inside[:, None]
+        if attended is not None:
+            shut = torch.zeros_like(attended, dtype=queries.dtype)
+            shut = shut.masked_fill(~attended, -math.inf)[:, None]
+            bias = shut if bias is None else bias + shut
         rows = partial(softmax_rows, queries, keys, bias)
         share: Tensor | None = None
         if matrix.edit is not None:
-            taken, share = gather_windows(rows, values, queries.shape[2], matrix.edit, inside)
+            taken, share = gather_windows(
+                rows, values, queries.shape[2], matrix.edit, inside, pairs
+            )
         else:
             mask = None if bias is None else bias.to(queries.dtype)
             taken = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
             if matrix.sink is not None:
                 with torch.no_grad():
                     share = received(rows, keys, queries.shape[2], inside)
+        joined = self.inner_norm(taken.transpose(1, 2).flatten(2))
         if self.branch.edit is not None:
-            count = samples or len(taken)
-            switches = self.branch(taken.new_ones(count, self.heads))
-            switches = switches.repeat_interleave(len(taken) // count, dim=0)
-            taken = taken * switches[:, :, None, None].to(taken.dtype)
-        return self.out(taken.transpose(1, 2).flatten(2)), share
+            count = samples or len(joined)
+            switches = self.branch(joined.new_ones(count, self.heads))
+            switches = switches.repeat_interleave(len(joined) // count, dim=0)
+            switches = switches.repeat_interleave(joined.shape[2] // self.heads, dim=1)
+            joined = joined * switches[:, None].to(joined.dtype)
+        return self.out(joined), share
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-def windows_over(space: Sequence[int], window: Sequence[int] | None) -> "Windows":
-    """Windows of a size over a grid; one of the grid's own size where None."""
+def windows_over(
+    space: Sequence[int], window: Sequence[int] | None, shift: Sequence[int] | None = None
+) -> "Windows":
+    """Windows of a size over a grid; one of the grid's own size where None.
+
+    They are moved by `shift` cells, but not along an axis that one window covers.
+    """
     space = [int(size) for size in space]  # while torch traces, sizes are tensors
     sizes = tuple(window or space)
     counts = tuple(-(-size // width) for size, width in zip(space, sizes, strict=True))
-    return Windows(tuple(space), sizes, counts)
+    moved = shift or [0] * len(counts)
+    shifts = tuple(step if n > 1 else 0 for step, n in zip(moved, counts, strict=True))
+    return Windows(tuple(space), sizes, counts, shifts)
 
 
 class Windows(NamedTuple):
-    """A grid cut into windows of one size, the last ones filled up beyond the grid's far ends."""
+    """A grid cut into windows of one size, the last ones filled up beyond the grid's far ends.
+
+    Windows that are moved are those of Liu et al. (2021, arXiv:2103.14030, Fig. 4): the grid is
+    rolled, so that their number stays, and the last ones hold cells of both ends, which must not
+    attend to one another: see `pairs`.
+    """
 
     space: tuple[int, ...]
     window: tuple[int, ...]
     counts: tuple[int, ...]
     """Windows along each axis."""
+    shift: tuple[int, ...]
+    """Cells by which they are moved towards the far end of each axis."""
 
     @property
     def padded(self) -> tuple[int, ...]:
@@ -211,6 +239,7 @@ class Windows(NamedTuple):
         missing = [full - size for full, size in zip(self.padded, self.space, strict=True)]
         if any(missing):
             features = F.pad(features, [n for size in reversed(missing) for n in (0, size)])
+        features = self._rolled(features, -1)
         split = [n for pair in zip(self.counts, self.window, strict=True) for n in pair]
         parts = features.reshape(*features.shape[:2], *split)
         order = [0, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2), 1]
@@ -227,11 +256,41 @@ class Windows(NamedTuple):
         ]
         whole = parts.permute(0, 2 * dims + 1, *[axis + 1 for axis in pairs])
         features = whole.reshape(batch_size, tokens.shape[-1], *self.padded)
+        features = self._rolled(features, 1)
         return features[(slice(None), slice(None), *[slice(size) for size in self.space])]
 
     def inside(self, batch_size: int, device: torch.device) -> Bool[Tensor, "windows cells"] | None:
         """Which of the windows' cells lie on the grid; None where all do."""
         if self.padded == self.space:
             return None
-        grid = torch.ones(1, 1, *self.space, device=device)
-        return self.cut(grid)[..., 0].bool().repeat(batch_size, 1)
+        return self._inside(device).repeat(batch_size, 1)
+
+    def pairs(
+        self, batch_size: int, device: torch.device
+    ) -> Bool[Tensor, "windows cells cells"] | None:
+        """Which cells of a window attend to which; None if all on the grid do.
+
+        Cells beyond the grid attend to all on it, or their softmax would be of nothing.
+        """
+        if not any(self.shift):
+            return None
+        side = torch.zeros(1, 1, *self.padded, device=device)
+        for axis, step in enumerate(self.shift):
+            near = torch.arange(self.padded[axis], device=device) < step
+            others = [1] * (len(self.space) - axis - 1)
+            side = side + near.to(side.dtype).view(-1, *others) * 2**axis
+        whole = self._replace(space=self.padded)
+        sides = whole.cut(side)[..., 0]
+        inside = self._inside(device)
+        together = sides[:, :, None] == sides[:, None, :]
+        attended = (together | ~inside[:, :, None]) & inside[:, None, :]
+        return attended.repeat(batch_size, 1, 1)
+
+    def _inside(self, device: torch.device) -> Tensor:
+        return self.cut(torch.ones(1, 1, *self.space, device=device))[..., 0].bool()
+
+    def _rolled(self, features: Tensor, direction: int) -> Tensor:
+        if not any(self.shift):
+            return features
+        steps = [direction * step for step in self.shift]
+        return features.roll(steps, dims=list(range(2, 2 + len(steps))))

@@ -35,7 +35,9 @@ def sincos(
 
 
 def rotate(
-    tokens: Float[Tensor, "batch heads cells channels"], shape: Sequence[int]
+    tokens: Float[Tensor, "batch heads cells channels"],
+    shape: Sequence[int],
+    base: float = ROTARY_BASE,
 ) -> Float[Tensor, "batch heads cells channels"]:
     """Queries or keys turned by angles that grow with the cell's index.
 
@@ -44,7 +46,7 @@ def rotate(
     arXiv:2403.13298, Eq. 12). A product of a query and a key then depends on their offset alone.
     Pairs left over are not turned. Raises ValueError for fewer than two channels an axis.
     """
-    angles = _angles(shape, tokens.shape[-1] // (2 * len(shape)), ROTARY_BASE, tokens.device)
+    angles = _angles(shape, tokens.shape[-1] // (2 * len(shape)), base, tokens.device)
     angles = angles.flatten(1)
     half = angles.shape[1]
     cosine, sine = angles.cos().to(tokens.dtype), angles.sin().to(tokens.dtype)

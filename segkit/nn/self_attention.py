@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segkit.nn.blocks import Features
-from segkit.nn.map_tap import MapTap
+from segkit.nn.map_tap import MapTap, Stage
 from segkit.nn.multihead import (
     MultiHeadAttention,
     blocks,
@@ -21,7 +21,7 @@ from segkit.nn.multihead import (
     received,
     windows_over,
 )
-from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
+from segkit.nn.positions import ROTARY_BASE, PositionKind, RelativeBias, rotate, sincos
 
 
 class SelfAttention(nn.Module):
@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
 
     The attention half of a pre-norm transformer layer (Vaswani et al. 2017, arXiv:1706.03762;
     Xiong et al. 2020, arXiv:2002.04745), within windows where the map is large (Liu et al. 2021,
-    arXiv:2103.14030, without their shift, for which there would have to be a second layer).
+    arXiv:2103.14030). `shifted_pair` makes two of them, the second with shifted windows.
 
     Args:
         channels: of the features.
@@ -39,6 +39,9 @@ class SelfAttention(nn.Module):
             a learned bias for each offset, or turned queries and keys.
         window: cells along each axis among which attention is paid; all where None. Offsets of
             `relative` reach as far as the window, so it needs one.
+        shift: cells by which the windows are moved along each axis, if at all.
+        rotary_base: of the angles of turned queries and keys.
+        inner_norm: whether LayerNorm comes before W_o.
     """
 
     def __init__(
@@ -49,9 +52,14 @@ class SelfAttention(nn.Module):
         head_channels: int,
         positions: PositionKind = "none",
         window: Sequence[int] | None = None,
+        shift: Sequence[int] | None = None,
+        rotary_base: float = ROTARY_BASE,
+        inner_norm: bool = False,
     ) -> None:
         super().__init__()
         self.window = None if window is None else tuple(window)
+        self.shift = None if shift is None else tuple(shift)
+        self.rotary_base = rotary_base
         self.positions = positions
         self.norm = nn.LayerNorm(channels)
         self.attention = MultiHeadAttention(
@@ -61,17 +69,22 @@ class SelfAttention(nn.Module):
             out_channels=channels,
             heads=heads,
             head_channels=head_channels,
+            inner_norm=inner_norm,
         )
         self.bias: RelativeBias | None = None
         if positions == "relative":
             assert self.window is not None, "relative positions need a window"
             self.bias = RelativeBias(self.window, heads=heads)
-        self.matrix = MapTap("received", highest=math.inf, window=self.window)
+        self.matrix = MapTap("received", highest=math.inf, window=self.window, shift=self.shift)
 
     def forward(self, features: Features) -> Features:
         """The features with what their voxels take from one another."""
+        return features + self.taken(features).to(features.dtype)
+
+    def taken(self, features: Features) -> Features:
+        """What each voxel takes from the others, W_o heads(norm(x))."""
         batch_size, space = features.shape[0], features.shape[2:]
-        windows = windows_over(space, self.window)
+        windows = windows_over(space, self.window, self.shift)
         placed = self.norm(features.movedim(1, -1))
         if self.positions == "sincos":
             waves = sincos(space, features.shape[1], features.device)
@@ -83,14 +96,48 @@ class SelfAttention(nn.Module):
             tokens,
             tokens,
             matrix=self.matrix,
-            turn=partial(rotate, shape=windows.window) if self.positions == "rotary" else None,
+            turn=(
+                partial(rotate, shape=windows.window, base=self.rotary_base)
+                if self.positions == "rotary"
+                else None
+            ),
             bias=None if self.bias is None else self.bias()[None],
             inside=windows.inside(batch_size, features.device),
+            pairs=windows.pairs(batch_size, features.device),
             samples=batch_size,
         )
         if share is not None:
             self.matrix.record(windows.join(share.transpose(1, 2), batch_size))
-        return features + windows.join(taken, batch_size).to(features.dtype)
+        return windows.join(taken, batch_size)
+
+
+def shifted_pair(
+    channels: int,
+    *,
+    heads: int,
+    head_channels: int,
+    positions: PositionKind,
+    window: Sequence[int],
+) -> Stage:
+    """Attention within windows, then within windows moved by half their size.
+
+    Two consecutive layers of Liu et al. (2021, arXiv:2103.14030, Eq. 3), less their MLPs: what one
+    layer keeps apart meets in the next.
+    """
+    shifts = ([0] * len(window), [size // 2 for size in window])
+    return Stage(
+        *[
+            SelfAttention(
+                channels,
+                heads=heads,
+                head_channels=head_channels,
+                positions=positions,
+                window=window,
+                shift=shift,
+            )
+            for shift in shifts
+        ]
+    )
 
 
 class AdditiveSelfAttention(nn.Module):

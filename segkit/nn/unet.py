@@ -52,6 +52,26 @@ class GateFactory(Protocol):
 
 BlockFactory = Callable[[int], nn.Module]
 """Makes attention over features of so many channels, f(x) -> x."""
+LevelFactory = Callable[[int, int], nn.Module]
+"""The same, given the channels and the level; `nn.Identity` for a level without attention."""
+
+
+@runtime_checkable
+class ConvolutionsFactory(Protocol):
+    """Makes the convolutions of a level, such as `ConvolutionBlock`."""
+
+    def __call__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        /,
+        *,
+        widths: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int] | None = None,
+        norm: NormalisationKind = "instance",
+    ) -> nn.Module:
+        """Convolutions that give the last of the widths; the first has the stride."""
 
 
 class Supervised(NamedTuple):
@@ -105,6 +125,7 @@ class UNet(nn.Module):
         strides: per step down, the stride along each axis; 2 where not given.
         kernels: per level, the odd kernel size along each axis; 3 where not given.
         norm: normalisation after each convolution.
+        convolutions: makes the convolutions of each level, of the encoder and of the decoder.
         downsampling: by the first convolution of a level, or by max-pooling before it.
         upsampled_channels: whether a transposed convolution takes on the finer level's width
             ("level", as in 2D by Ronneberger) or keeps the coarser one's ("keep", as in 3D by
@@ -113,7 +134,8 @@ class UNet(nn.Module):
         deep_supervision: whether coarser decoder levels get logits of their own; the coarsest has
             none (nnU-Net gives it no weight).
         skip_gate: makes what a level's skip passes through.
-        encoder_attention, decoder_attention: make what follows a level's convolutions.
+        encoder_attention, decoder_attention: make what follows a level's convolutions, given their
+            channels and the level.
         bottleneck_attention: makes what follows the coarsest level.
         presence_head: makes, of the coarsest features' channels, what says for each class but the
             background whether the image holds any of it.
@@ -129,13 +151,14 @@ class UNet(nn.Module):
         strides: Sequence[Sequence[int]] | None = None,
         kernels: Sequence[Sequence[int]] | None = None,
         norm: NormalisationKind = "instance",
+        convolutions: ConvolutionsFactory = ConvolutionBlock,
         downsampling: Literal["stride", "pool"] = "stride",
         upsampled_channels: Literal["level", "keep"] = "level",
         upsampling_bias: bool = True,
         deep_supervision: bool = False,
         skip_gate: GateFactory | None = None,
-        encoder_attention: BlockFactory | None = None,
-        decoder_attention: BlockFactory | None = None,
+        encoder_attention: LevelFactory | None = None,
+        decoder_attention: LevelFactory | None = None,
         bottleneck_attention: BlockFactory | None = None,
         presence_head: BlockFactory | None = None,
         label_classes: int = 0,
@@ -156,7 +179,7 @@ class UNet(nn.Module):
         placements = []
         for level, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
             step = steps[level - 1] if level else None
-            block = ConvolutionBlock(
+            block = convolutions(
                 spatial_dims,
                 widths[level - 1] if level else in_channels + label_classes,
                 widths=pair,
@@ -164,7 +187,7 @@ class UNet(nn.Module):
                 stride=None if pooled else step,
                 norm=norm,
             )
-            attention = (encoder_attention or _identity)(pair[1])
+            attention = (encoder_attention or _identity)(pair[1], level)
             pool = MAX_POOL[spatial_dims](step) if pooled and step else nn.Identity()
             self.encoder.append(nn.Sequential(pool, block, attention))
             if step is not None:
@@ -197,14 +220,14 @@ class UNet(nn.Module):
                     deepest=level == num_skips - 1,
                 )
             )
-            block = ConvolutionBlock(
+            block = convolutions(
                 spatial_dims,
                 upsampled + width,
                 widths=(width, width),
                 kernel=sizes[level],
                 norm=norm,
             )
-            attention = (decoder_attention or _identity)(width)
+            attention = (decoder_attention or _identity)(width, level)
             self.decoder.append(Join(upsample, gate, block, attention))
             if gate is not None:
                 place_taps(gate, f"skip.{level}", level, placements[level])
@@ -290,7 +313,7 @@ class UNet(nn.Module):
         return decoded
 
 
-def _identity(channels: int) -> nn.Module:
+def _identity(channels: int, level: int = 0) -> nn.Module:
     """No attention, at features of so many channels."""
     return nn.Identity()
 

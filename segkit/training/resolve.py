@@ -7,14 +7,17 @@ code has by then: a null in it says that something is not used, and stands for n
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from segkit.config.attention import (
     CrossAttentionConfig,
+    LargeKernelAttentionConfig,
+    PairedAttentionConfig,
     SelfAttentionConfig,
+    TransformerConfig,
     UTransformerGateConfig,
 )
 from segkit.config.data import (
@@ -242,10 +245,18 @@ def _network(config: NetworkConfig, patch_size: Sequence[int]) -> NetworkConfig:
                 heads_that_fit(config.channels[level], skip.head_channels) for level in levels
             ]
         changes["skip"] = skip.model_copy(update=settled)
+    grids = config.level_grids(patch_size)
+    places: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+    for place in places:
+        block = getattr(attention, place)
+        if isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
+            levels = attention.block_levels(place, grids)
+            changes[place] = block.model_copy(update={"levels": levels})
+    if isinstance(bottleneck, TransformerConfig):
+        fitting = heads_that_fit(config.channels[-1], bottleneck.head_channels)
+        changes["bottleneck"] = bottleneck.model_copy(update={"heads": bottleneck.heads or fitting})
     if isinstance(bottleneck, SelfAttentionConfig):
-        coarsest = [
-            size // stride for size, stride in zip(patch_size, config.total_stride, strict=True)
-        ]
+        coarsest = grids[-1]
         # Other positions have no number for each voxel of a window: all of a patch is none.
         window = coarsest if bottleneck.positions == "relative" else None
         changes["bottleneck"] = bottleneck.model_copy(

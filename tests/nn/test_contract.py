@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segkit.nn.attention_blocks import as_identity, attention_blocks
 from segkit.nn.map_tap import Edit, editing, recording, taps
 from tests.networks import FAMILIES, SPACE, image_of, network_of
 
@@ -111,6 +112,19 @@ class Contract:
         assert not torch.equal(network(image_of(spatial_dims)), plain(image_of(spatial_dims)))
         with editing(network, edits):
             assert torch.equal(network(image_of(spatial_dims)), plain(image_of(spatial_dims)))
+
+    def test_attention_that_is_the_identity_leaves_the_plain_network(
+        self, spatial_dims: int
+    ) -> None:
+        network, plain = network_of(self.attention, spatial_dims), network_of({}, spatial_dims)
+        blocks = attention_blocks(network)
+        assert bool(blocks) == bool(set(self.attention) - {"head"})
+        image = image_of(spatial_dims)
+        before = network(image)
+        with as_identity(network, blocks):
+            plain.load_state_dict(network.state_dict(), strict=not network.presence)
+            assert torch.equal(network(image), plain(image))
+        assert torch.equal(network(image), before)
 
     def test_the_state_survives_a_round_trip(self, spatial_dims: int) -> None:
         network = network_of(self.attention, spatial_dims)
@@ -309,6 +323,30 @@ class TestAdditiveSelfAttention(Contract):
     undone_by: ClassVar = {"branch": switched_off}
 
 
+class TestTransformer(Contract):
+    attention: ClassVar = {
+        "bottleneck": {"kind": "transformer", "heads": 2, "head_channels": 12, "drop_path": 0.0}
+    }
+
+
+class TestLargeKernelAttention(Contract):
+    attention: ClassVar = {"encoder": "lka"}
+    undone_by: ClassVar = {"branch": switched_off}
+
+
+class TestLargeKernelAttentionOfSomeDecoderLevels(TestLargeKernelAttention):
+    attention: ClassVar = {"decoder": {"kind": "lka", "levels": [1]}}
+
+
+class TestPairedAttention(Contract):
+    attention: ClassVar = {"encoder": {"kind": "epa", "heads": 2, "projected": 5}}
+    undone_by: ClassVar = {"branch": switched_off}
+
+
+class TestPairedAttentionOfSomeDecoderLevels(TestPairedAttention):
+    attention: ClassVar = {"decoder": {"kind": "epa", "heads": 3, "levels": [0]}}
+
+
 class TestMeanPooling(Contract):
     attention: ClassVar = {"head": "mean"}
     has_maps: ClassVar = False
@@ -353,6 +391,22 @@ class TestWindowedSelfAttention(TestSelfAttention):
     @pytest.fixture(autouse=True)
     def windowed(self, spatial_dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
         bottleneck = {**TestSelfAttention.attention["bottleneck"], "window": [2] * spatial_dims}
+        monkeypatch.setattr(type(self), "attention", {"bottleneck": bottleneck})
+
+
+class TestShiftedWindows(TestSelfAttention):
+    """Windows of which the second attention's are moved, and that do not divide the map."""
+
+    attention: ClassVar = TestSelfAttention.attention
+
+    @pytest.fixture(autouse=True)
+    def windowed(self, spatial_dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        bottleneck = {
+            **TestSelfAttention.attention["bottleneck"],
+            "positions": "relative",
+            "window": [2] * spatial_dims,
+            "shift": True,
+        }
         monkeypatch.setattr(type(self), "attention", {"bottleneck": bottleneck})
 
 

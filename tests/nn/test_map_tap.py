@@ -81,8 +81,8 @@ def attentive_unet(
         strides=strides,
         downsampling=downsampling,
         skip_gate=grid_gates(spatial_dims),
-        encoder_attention=lambda channels: Modulated(SqueezeExcitation(channels)),
-        decoder_attention=lambda channels: convolutional_block_attention(
+        encoder_attention=lambda channels, level: Modulated(SqueezeExcitation(channels)),
+        decoder_attention=lambda channels, level: convolutional_block_attention(
             spatial_dims, channels, reduction=2, kernel_size=3
         ),
     ).eval()

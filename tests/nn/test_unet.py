@@ -176,7 +176,7 @@ def test_a_flat_3d_network_is_the_2d_network_on_a_volume_one_voxel_deep(
         strides=strides,
         kernels=kernels,
         skip_gate=gates(2, kind),
-        encoder_attention=lambda channels: Modulated(SqueezeExcitation(channels)),
+        encoder_attention=lambda channels, level: Modulated(SqueezeExcitation(channels)),
     )
     volume = UNet(
         3,
@@ -186,7 +186,7 @@ def test_a_flat_3d_network_is_the_2d_network_on_a_volume_one_voxel_deep(
         strides=[flattened(across, stride) for stride in strides],
         kernels=[flattened(across, kernel) for kernel in kernels],
         skip_gate=gates(3, kind),
-        encoder_attention=lambda channels: Modulated(SqueezeExcitation(channels)),
+        encoder_attention=lambda channels, level: Modulated(SqueezeExcitation(channels)),
     )
     names = volume.state_dict()
     weights = {
@@ -315,8 +315,8 @@ def test_every_parameter_learns_from_the_supervised_logits(
         norm=norm,
         deep_supervision=True,
         skip_gate=gates(2, kind, norm=norm),
-        encoder_attention=lambda channels: Modulated(SqueezeExcitation(channels)),
-        decoder_attention=lambda channels: convolutional_block_attention(
+        encoder_attention=lambda channels, level: Modulated(SqueezeExcitation(channels)),
+        decoder_attention=lambda channels, level: convolutional_block_attention(
             2, channels, reduction=4, kernel_size=3
         ),
     )
@@ -355,7 +355,7 @@ def test_a_state_dict_carries_the_whole_network() -> None:
             channels=(4, 6, 8),
             norm="batch",
             skip_gate=gates(2, "grid"),
-            encoder_attention=lambda channels: convolutional_block_attention(2, channels),
+            encoder_attention=lambda channels, level: convolutional_block_attention(2, channels),
         )
 
     trained, other = fresh(0), fresh(1)

@@ -57,13 +57,19 @@ class ReachWatcher:
     Args:
         cells: of the grid among which attention is paid.
         window: cells along each axis of the windows that the grid is cut into; None for one.
+        shift: cells by which the windows are moved; not at all if None.
         pitch_mm: between neighbouring cells along each axis.
     """
 
     def __init__(
-        self, cells: Sequence[int], *, window: Sequence[int] | None, pitch_mm: Sequence[float]
+        self,
+        cells: Sequence[int],
+        *,
+        window: Sequence[int] | None,
+        pitch_mm: Sequence[float],
+        shift: Sequence[int] | None = None,
     ) -> None:
-        self.boxes = list(boxes(cells, window or cells))
+        self.boxes = list(boxes(cells, window or cells, shift))
         self.pitch_mm = tuple(pitch_mm)
         shape = tuple(window or cells)
         self.positions = cells_of(shape).double() * torch.tensor(self.pitch_mm).double()
@@ -108,12 +114,19 @@ class ReachWatcher:
         ]
 
 
-def boxes(cells: Sequence[int], window: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The sizes of the windows that a grid is cut into; those at the far ends may be smaller."""
-    sizes = [
-        [min(width, size - first) for first in range(0, size, width)]
-        for size, width in zip(cells, window, strict=True)
-    ]
+def boxes(
+    cells: Sequence[int], window: Sequence[int], shift: Sequence[int] | None = None
+) -> Iterator[tuple[int, ...]]:
+    """The sizes of the windows that a grid is cut into; those at its ends may be smaller.
+
+    Windows that are moved begin with what is left before the first, but not along an axis that one
+    window covers.
+    """
+    sizes = []
+    for size, width, step in zip(cells, window, shift or [0] * len(window), strict=True):
+        moved = step if size > width else 0
+        cuts = [*([0] if moved else []), *range(moved, size, width), size]
+        sizes.append([last - first for first, last in itertools.pairwise(cuts)])
     return itertools.product(*sizes)
 
 
@@ -137,8 +150,8 @@ def watching(predictor: Predictor) -> Iterator[Mapping[str, ReachWatcher]]:
     """A watcher of each matrix of attention, by position, while the predictor runs."""
     network, description = predictor.model.network, predictor.model.description
     watchers = {
-        position: ReachWatcher(cells, window=tap_window, pitch_mm=pitch)
-        for position, (cells, tap_window, pitch) in _matrices(network, description).items()
+        position: ReachWatcher(cells, window=tap_window, shift=shift, pitch_mm=pitch)
+        for position, (cells, tap_window, shift, pitch) in _matrices(network, description).items()
     }
     edits: dict[str, Edit] = {f"{place}/received": watcher for place, watcher in watchers.items()}
     with editing(network, edits):
@@ -147,8 +160,11 @@ def watching(predictor: Predictor) -> Iterator[Mapping[str, ReachWatcher]]:
 
 def _matrices(
     network: torch.nn.Module, description: ModelDescription
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, tuple[float, ...]]]:
-    """Cells, window and pitch (mm) of each matrix of attention, by position."""
+) -> dict[
+    str,
+    tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None, tuple[float, ...]],
+]:
+    """Cells, window, its shift and pitch (mm) of each matrix of attention, by position."""
     spacing = list(description.spacing)
     if description.axis_across is not None:
         spacing.pop(description.axis_across)
@@ -161,5 +177,5 @@ def _matrices(
             round(size / step) for size, step in zip(description.patch_size, stride, strict=True)
         )
         pitch = tuple(mm * step for mm, step in zip(spacing, stride, strict=True))
-        found[tap.info.key.split("/")[0]] = (cells, tap.window, pitch)
+        found[tap.info.key.split("/")[0]] = (cells, tap.window, tap.shift, pitch)
     return found
