@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
+from segkit.nn.attention_blocks import count_parameters, multiply_adds
 
 PLAIN = "plain"
+MEDNEXT = "block: mednext"
 KINDS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "skip: additive_grid": {"skip": "additive_grid"},
@@ -36,12 +36,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "skip: u_transformer": {"skip": "u_transformer"},
     **{
         f"encoder: {kind}": {"encoder": kind}
-        for kind in ("se", "eca", "cbam", "bam", "scse", "spatial", "sse", "gc")
+        for kind in ("se", "eca", "cbam", "bam", "scse", "spatial", "sse", "gc", "lka", "epa")
     },
     "bottleneck: self_attention": {"bottleneck": "self_attention"},
+    "bottleneck: self_attention, shift": {
+        "bottleneck": {"kind": "self_attention", "window": [4, 4, 4], "shift": True}
+    },
     "bottleneck: additive_self": {"bottleneck": "additive_self"},
+    "bottleneck: transformer": {"bottleneck": "transformer"},
     "head: gated": {"head": "gated"},
     "head: learned_query": {"head": "learned_query"},
+    MEDNEXT: {},
 }
 
 
@@ -55,8 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     image = torch.randn(1, 1, *[options.size] * 3, device=device)
-    networks = {name: network(KINDS[name], options.size).to(device) for name in options.kinds}
-    plain = network(KINDS[PLAIN], options.size).to(device)
+    networks = {name: network(name, options.size).to(device) for name in options.kinds}
+    plain = network(PLAIN, options.size).to(device)
     console = Console()
     lines = [
         f"One image of {options.size}³ voxels, widths 16 to 128, {device.type}, "
@@ -65,47 +70,37 @@ def main() -> None:
         "| kind | parameters | multiply-adds | forward | forward and backward |",
         "|---|---:|---:|---:|---:|",
     ]
-    size, work = parameters(plain), multiply_adds(plain, image)
+    size, work = count_parameters(plain), multiply_adds(plain, image)
     for name, one in track(networks.items(), "measuring", console=console):
         forward = ratio(lambda n: n(image), plain, one, options.rounds, device)
         both = ratio(lambda n: train_once(n, image), plain, one, options.rounds, device)
         lines.append(
-            f"| {name} | {parameters(one):,} ({parameters(one) / size - 1:+.1%}) "
+            f"| {name} | {count_parameters(one):,} ({count_parameters(one) / size - 1:+.1%}) "
             f"| {multiply_adds(one, image) / 1e9:.2f} G "
             f"({multiply_adds(one, image) / work - 1:+.1%}) | {forward:.3f} | {both:.3f} |"
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def network(attention: dict[str, Any], size: int) -> nn.Module:
-    """A 3D U-Net with that attention, as a config would build it."""
+def network(name: str, size: int) -> nn.Module:
+    """A 3D U-Net of that kind, as a config would build it."""
     torch.manual_seed(0)
+    settings: dict[str, Any] = {"attention": KINDS[name]}
+    if name == MEDNEXT:
+        settings["block"] = "mednext"
     return build_network(
         ModelDescription(
             segkit="benchmark",
             run="benchmark",
             channels=["image"],
             labels={"background": 0, "one": 1, "two": 2},
-            network=validated(NetworkConfig, {"attention": attention}, "benchmark"),
+            network=validated(NetworkConfig, settings, "benchmark"),
             spacing=(1.0, 1.0, 1.0),
             normalisation=["zscore"],
             slices="axial",
             patch_size=[size] * 3,
         )
     )
-
-
-def parameters(network: nn.Module) -> int:
-    """How many numbers are learned."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def multiply_adds(network: nn.Module, image: Tensor) -> float:
-    """Of one forward pass, convolutions and matrix products; the fused kernel taken apart."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        network(image)
-    return float(counter.get_total_flops()) / 2
 
 
 def train_once(network: nn.Module, image: Tensor) -> None:

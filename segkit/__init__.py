@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     from segkit.io.pictures import write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
     from segkit.model.folder import Model, described_model, load_model, save_model
+    from segkit.nn.attention_blocks import (
+        AttentionShare,
+        as_identity,
+        attention_blocks,
+        attention_share,
+    )
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
     from segkit.training.fit import Run, fit, resume, train
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionMap",
+    "AttentionShare",
     "Comparison",
     "Config",
     "ConfigError",
@@ -76,6 +83,9 @@ __all__ = [
     "VolumeError",
     "WholeVolume",
     "WorkerError",
+    "as_identity",
+    "attention_blocks",
+    "attention_share",
     "check",
     "compare",
     "cross_validate",
@@ -131,6 +141,12 @@ _HOMES = {
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
+    "segkit.nn.attention_blocks": (
+        "AttentionShare",
+        "as_identity",
+        "attention_blocks",
+        "attention_share",
+    ),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),

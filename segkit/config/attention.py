@@ -256,18 +256,20 @@ SkipAttentionConfig = Annotated[
     ],
     BeforeValidator(kind_alone),
 ]
+ModulationConfig = (
+    SqueezeExcitationConfig
+    | EfficientChannelAttentionConfig
+    | ConvolutionalBlockAttentionConfig
+    | BottleneckAttentionConfig
+    | ConcurrentExcitationConfig
+    | PooledSpatialAttentionConfig
+    | SpatialExcitationConfig
+    | GlobalContextConfig
+)
+"""Attention that is the same at every level, whatever its grid."""
 BlockAttentionConfig = Annotated[
     Annotated[
-        SqueezeExcitationConfig
-        | EfficientChannelAttentionConfig
-        | ConvolutionalBlockAttentionConfig
-        | BottleneckAttentionConfig
-        | ConcurrentExcitationConfig
-        | PooledSpatialAttentionConfig
-        | SpatialExcitationConfig
-        | GlobalContextConfig
-        | LargeKernelAttentionConfig
-        | PairedAttentionConfig,
+        ModulationConfig | LargeKernelAttentionConfig | PairedAttentionConfig,
         Field(discriminator="kind"),
     ],
     BeforeValidator(kind_alone),

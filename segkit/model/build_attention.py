@@ -120,49 +120,52 @@ def block_factory(
                     projected=projected,
                     layer_scale=setting.layer_scale,
                 )
-        return modulation(setting, channels)
-
-    def modulation(setting: settings.BlockAttentionConfig, channels: int) -> nn.Module:
-        # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
-        most = max(channels // LEAST_SQUEEZED, 1)
-        match setting:
-            case settings.SqueezeExcitationConfig(reduction=reduction):
-                return Modulated(
-                    channel.SqueezeExcitation(channels, reduction=min(reduction, most))
-                )
-            case settings.EfficientChannelAttentionConfig():
-                return Modulated(channel.EfficientChannelAttention(channels))
-            case settings.ConvolutionalBlockAttentionConfig(reduction=reduction, kernel_size=size):
-                return spatial.convolutional_block_attention(
-                    dims, channels, reduction=min(reduction, most), kernel_size=size
-                )
-            case settings.BottleneckAttentionConfig(reduction=reduction, dilation=dilation):
-                return Modulated(
-                    spatial.BottleneckAttention(
-                        dims,
-                        channels,
-                        # Its convolutions are seven times slower over 4 channels than over 8.
-                        reduction=min(reduction, max(channels // LEAST_CONVOLVED, 1)),
-                        dilation=dilation,
-                        norm=config.normalisation,
-                    )
-                )
-            case settings.ConcurrentExcitationConfig(reduction=reduction, aggregation=aggregation):
-                return spatial.ConcurrentExcitation(
-                    dims, channels, reduction=min(reduction, most), aggregation=aggregation
-                )
-            case settings.PooledSpatialAttentionConfig(kernel_size=size):
-                return Modulated(spatial.PooledSpatialAttention(dims, kernel_size=size))
-            case settings.SpatialExcitationConfig():
-                return Modulated(spatial.SpatialExcitation(dims, channels))
-            case settings.GlobalContextConfig(fusion="add", reduction=reduction):
-                return channel.GlobalContext(dims, channels, reduction=min(reduction, most))
-            case settings.GlobalContextConfig(reduction=reduction):
-                return Modulated(
-                    channel.GlobalContextExcitation(dims, channels, reduction=min(reduction, most))
-                )
+            case _:
+                return _modulation(setting, config, channels)
 
     return make
+
+
+def _modulation(
+    setting: settings.ModulationConfig, config: NetworkConfig, channels: int
+) -> nn.Module:
+    dims = config.spatial_dims
+    # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
+    most = max(channels // LEAST_SQUEEZED, 1)
+    match setting:
+        case settings.SqueezeExcitationConfig(reduction=reduction):
+            return Modulated(channel.SqueezeExcitation(channels, reduction=min(reduction, most)))
+        case settings.EfficientChannelAttentionConfig():
+            return Modulated(channel.EfficientChannelAttention(channels))
+        case settings.ConvolutionalBlockAttentionConfig(reduction=reduction, kernel_size=size):
+            return spatial.convolutional_block_attention(
+                dims, channels, reduction=min(reduction, most), kernel_size=size
+            )
+        case settings.BottleneckAttentionConfig(reduction=reduction, dilation=dilation):
+            return Modulated(
+                spatial.BottleneckAttention(
+                    dims,
+                    channels,
+                    # Its convolutions are seven times slower over 4 channels than over 8.
+                    reduction=min(reduction, max(channels // LEAST_CONVOLVED, 1)),
+                    dilation=dilation,
+                    norm=config.normalisation,
+                )
+            )
+        case settings.ConcurrentExcitationConfig(reduction=reduction, aggregation=aggregation):
+            return spatial.ConcurrentExcitation(
+                dims, channels, reduction=min(reduction, most), aggregation=aggregation
+            )
+        case settings.PooledSpatialAttentionConfig(kernel_size=size):
+            return Modulated(spatial.PooledSpatialAttention(dims, kernel_size=size))
+        case settings.SpatialExcitationConfig():
+            return Modulated(spatial.SpatialExcitation(dims, channels))
+        case settings.GlobalContextConfig(fusion="add", reduction=reduction):
+            return channel.GlobalContext(dims, channels, reduction=min(reduction, most))
+        case settings.GlobalContextConfig(reduction=reduction):
+            return Modulated(
+                channel.GlobalContextExcitation(dims, channels, reduction=min(reduction, most))
+            )
 
 
 def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int]) -> BlockFactory:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkit.nn.map_tap import PassThrough, Stage
-from segkit.nn.unet import UNet
+from segkit.nn.unet import Join, UNet
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
 
 
 def _blocks_of(unet: UNet) -> Iterator[tuple[str, str]]:
-    for level, (_, _, attention) in enumerate(unet.encoder):  # type: ignore[misc]
+    for level, parts in enumerate(unet.encoder):
+        _, _, attention = parts.children()
         yield from _named(f"encoder.{level}", f"encoder.{level}.2", attention)
     yield from _named("bottleneck", "bottleneck", unet.bottleneck)
     for level, join in enumerate(unet.decoder):
+        assert isinstance(join, Join)
         if join.gate is not None:
             yield f"skip.{level}", f"decoder.{level}.gate"
         yield from _named(f"decoder.{level}", f"decoder.{level}.attention", join.attention)

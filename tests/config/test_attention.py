@@ -24,6 +24,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "spatial": {"kernel_size": 5},
     "sse": {},
     "gc": {"reduction": 4, "fusion": "scale"},
+    "lka": {"levels": [1, 2], "layer_scale": 0.5},
+    "epa": {"levels": [1, 2], "heads": 2, "projected": 8, "layer_scale": 0.25},
 }
 # Of every kind at every place, each option at another value than its default.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,9 +48,18 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "heads": 3,
             "head_channels": 8,
             "positions": "rotary",
-            "window": [2, 2, 1],
+            "window": [1, 2, 1],
+            "shift": True,
         },
         "additive_self": {"width": 7},
+        "transformer": {
+            "depth": 3,
+            "heads": 2,
+            "head_channels": 12,
+            "expansion": 2.0,
+            "layer_scale": 1.0,
+            "drop_path": 0.0,
+        },
     },
     "head": {
         "mean": {"weight": 0.5},
@@ -112,7 +123,11 @@ def test_a_kind_survives_being_written_out(
     tmp_path: Path, place: str, kind: str, default: bool
 ) -> None:
     options = {} if default else OPTIONS[place][kind]
-    config = config_of({place: {"kind": kind, **options}}, channels=[8, 16, 32, 64])
+    config = config_of(
+        {place: {"kind": kind, **options}},
+        channels=[8, 16, 32, 64],
+        strides=[[2, 2, 2], [2, 2, 2], [1, 1, 1]],
+    )
     (tmp_path / "written.yaml").write_text(dump_yaml(config))
     again = load_config(tmp_path / "written.yaml")
     assert again == config
@@ -133,9 +148,9 @@ def test_every_place_survives_being_written_out_beside_the_others(tmp_path: Path
 
 NOT_A_KIND = {
     "skip": "'additive_grid', 'additive_same_level', 'cross_attention', 'u_transformer'",
-    "encoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
-    "decoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc'",
-    "bottleneck": "'self_attention', 'additive_self'",
+    "encoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc', 'lka', 'epa'",
+    "decoder": "'se', 'eca', 'cbam', 'bam', 'scse', 'spatial', 'sse', 'gc', 'lka', 'epa'",
+    "bottleneck": "'self_attention', 'additive_self', 'transformer'",
     "head": "'mean', 'gated', 'learned_query'",
 }
 
@@ -210,6 +225,39 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
             {"kind": "self_attention", "positions": "rotary", "head_channels": 5},
             "positions: rotary needs 6 channels or more .*, found 5",
         ),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "positions": "none", "window": [4, 4, 8], "shift": True},
+            r"shift needs windows smaller than the coarsest level's \[4, 4, 4\] voxels .*, found "
+            r"\[4, 4, 8\]; give it another window or no shift",
+        ),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "shift": True},
+            r"shift needs windows smaller than .*, found \[4, 4, 4\]",
+        ),
+        (
+            "bottleneck",
+            {"kind": "self_attention", "window": [1, 1, 1], "shift": True},
+            r"shift needs windows .* of 2 or more along some axis, found \[1, 1, 1\]",
+        ),
+        (
+            "bottleneck",
+            {"kind": "transformer", "head_channels": 32},
+            "head_channels must be a multiple of 6, as pairs .* 3 axes, found 32",
+        ),
+        ("bottleneck", {"kind": "transformer", "depth": 0}, "depth is 0: it should be greater"),
+        ("bottleneck", {"kind": "transformer", "drop_path": 1}, "drop_path is 1: it should be les"),
+        ("bottleneck", {"kind": "transformer", "layer_scale": 0}, "layer_scale is 0: it should be"),
+        ("encoder", {"kind": "lka", "levels": [3]}, r"levels must lie in 0 … 2, found \[3\]"),
+        ("decoder", {"kind": "lka", "levels": [2]}, r"levels must lie in 0 … 1, found \[2\]"),
+        ("encoder", {"kind": "epa", "levels": []}, r"levels must lie in 0 … 2, found \[\]"),
+        (
+            "encoder",
+            {"kind": "epa", "heads": 3},
+            "epa shares channels out to 3 heads and to two halves, and level 0 has 8; give it",
+        ),
+        ("decoder", {"kind": "epa", "projected": 0}, "projected is 0: it should be greater"),
         ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),
         ("head", {"kind": "mean", "weight": 0}, "weight is 0: it should be greater than 0"),
         ("head", {"kind": "gated", "width": -1}, "width is -1: it should be greater than 0"),
@@ -218,7 +266,7 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
 def test_an_option_that_is_wrong_is_refused_by_its_name(
     place: str, options: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^settings: network\.attention\.{place}\.{reason}"):
+    with pytest.raises(ConfigError, match=rf"^settings: network\.attention\.{place}[.:] ?{reason}"):
         config_of({place: options})
 
 
@@ -265,6 +313,41 @@ def test_a_window_has_two_numbers_in_2d() -> None:
     with pytest.raises(ConfigError, match=r"bottleneck\.window must hold 2 numbers"):
         config_of({"bottleneck": setting}, spatial_dims=2)
     config_of({"bottleneck": {**setting, "window": [2, 2]}}, spatial_dims=2)
+
+
+def config_of_size(patch_size: list[int], **attention: Any) -> Config:
+    network = {"channels": [8, 16, 32], "attention": attention, "spatial_dims": len(patch_size)}
+    data = {"folder": "scans", "patch_size": patch_size}
+    return validated(Config, {"data": data, "network": network}, "settings")
+
+
+def test_paired_attention_needs_a_level_that_is_small_enough() -> None:
+    # Level 1 of 128 x 64 x 64 voxels has 64 x 32 x 32 = 65,536, level 2 8,192.
+    config_of_size([128, 64, 64], encoder="epa")
+    with pytest.raises(
+        ConfigError, match=r"encoder\.levels: .*, and level 1 has 65,536 in a patch"
+    ):
+        config_of_size([128, 64, 64], encoder={"kind": "epa", "levels": [1, 2]})
+    # A decoder has no level 2.
+    with pytest.raises(ConfigError, match=r"decoder: epa needs a level of at most 32,768 voxels"):
+        config_of_size([128, 64, 64], decoder="epa")
+
+
+def test_a_transformer_among_too_many_voxels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="among the 262,144 voxels of the coarsest level takes"):
+        config_of_size([2048, 2048], bottleneck="transformer")
+
+
+def test_by_default_large_kernels_sit_everywhere_and_paired_attention_where_it_can() -> None:
+    grids = [[128, 64, 64], [64, 32, 32], [32, 16, 16]]
+    for place, deepest in (("encoder", 2), ("decoder", 1)):
+        everywhere = AttentionConfig.model_validate({place: "lka"})
+        assert everywhere.block_levels(place, grids) == list(range(deepest + 1))
+        paired = AttentionConfig.model_validate({place: "epa"})
+        assert paired.block_levels(place, grids) == [2][: deepest - 1]
+        given = AttentionConfig.model_validate({place: {"kind": "lka", "levels": [1, 0, 1]}})
+        assert given.block_levels(place, grids) == [0, 1]
+    assert AttentionConfig().block_levels("encoder", grids) == []
 
 
 # At which skips

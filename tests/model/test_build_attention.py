@@ -20,8 +20,12 @@ from segkit.nn import gates, pooling
 from segkit.nn import self_attention as bottleneck
 from segkit.nn import spatial_attention as spatial
 from segkit.nn.blocks import Modulated
+from segkit.nn.large_kernel import LargeKernelAttention
+from segkit.nn.map_tap import Stage
 from segkit.nn.normalisation import GroupNormalisation, InstanceNormalisation
+from segkit.nn.paired_attention import PairedAttention
 from segkit.nn.slicewise import SlicewiseNetwork
+from segkit.nn.transformer import TransformerBlock
 from segkit.nn.unet import UNet
 from tests.config.test_attention import OPTIONS, every_kind
 
@@ -39,6 +43,9 @@ CLASSES: dict[str, type[nn.Module]] = {
     "gc": channel.GlobalContext,
     "self_attention": bottleneck.SelfAttention,
     "additive_self": bottleneck.AdditiveSelfAttention,
+    "transformer": Stage,
+    "lka": LargeKernelAttention,
+    "epa": PairedAttention,
     "mean": pooling.MeanPooling,
     "gated": pooling.GatedPooling,
     "learned_query": pooling.LearnedQueryPooling,
@@ -115,9 +122,12 @@ PLACES = {
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @every_kind
 def test_a_kind_sits_at_its_place_and_at_no_other(place: str, kind: str, spatial_dims: int) -> None:
-    found = attention_of(built({place: kind}, spatial_dims=spatial_dims, channels=[6, 6, 8, 8]))
-    finest = ["skip.0"] if kind == "additive_same_level" else []
-    assert sorted(found) == finest + PLACES[place]
+    found = attention_of(built({place: kind}, spatial_dims=spatial_dims, channels=[8, 8, 8, 8]))
+    expected = (["skip.0"] if kind == "additive_same_level" else []) + PLACES[place]
+    if kind == "epa" and spatial_dims == 3:
+        # 48 x 48 x 48 voxels are too many.
+        expected = expected[1:]
+    assert sorted(found) == expected
     for module in found.values():
         if kind == "cbam":
             assert isinstance(module, Modulated)
@@ -385,6 +395,53 @@ def test_attention_is_normalised_as_the_network_is(attention: dict[str, Any]) ->
         # The single channel of bam's last convolution has always a batch normalisation.
         own = {nn.BatchNorm2d} if "decoder" in attention else set()
         assert norms == ({kind} - {nn.Identity}) | own
+
+
+# Of today
+
+
+def test_shifted_windows_are_two_attentions() -> None:
+    setting = {"kind": "self_attention", "window": [4, 2], "shift": True, "head_channels": 4}
+    pair = built({"bottleneck": setting}).bottleneck
+    assert [layer.shift for layer in pair] == [(0, 0), (2, 1)]  # type: ignore[union-attr]
+    assert {layer.window for layer in pair} == {(4, 2)}  # type: ignore[union-attr]
+    assert {layer.attention.heads for layer in pair} == {5}  # type: ignore[union-attr]
+
+
+def test_a_transformer_has_the_depth_heads_and_widths_given() -> None:
+    options = {"depth": 3, "heads": 2, "head_channels": 8, "expansion": 1.5, "layer_scale": 0.5}
+    stage = built({"bottleneck": {"kind": "transformer", **options, "drop_path": 0.4}}).bottleneck
+    for number, block in enumerate(stage):  # type: ignore[arg-type]
+        assert type(block) is TransformerBlock
+        assert block.attention.attention.heads == 2
+        assert block.attention.attention.query.out_features == 16
+        assert block.perceptron.gate.out_features == 30
+        assert (block.perceptron_scale.weight == 0.5).all()
+        assert block.drop_path.rate == [0.0, 0.2, 0.4][number]
+
+
+def test_a_transformer_has_as_many_heads_as_there_is_room_for() -> None:
+    for width, heads in ((20, 1), (72, 2), (128, 3)):
+        stage = built({"bottleneck": "transformer"}, channels=[8, width]).bottleneck
+        assert {block.attention.attention.heads for block in stage} == {heads}  # type: ignore[union-attr]
+
+
+def test_paired_attention_has_a_weight_for_each_voxel_of_its_level() -> None:
+    setting = {"kind": "epa", "heads": 2, "projected": 7, "levels": [1, 3]}
+    found = attention_of(built({"encoder": setting}, patch_size=[32, 16]))
+    assert list(found) == ["encoder.1", "encoder.3"]
+    for name, cells, width in (("encoder.1", 16 * 8, 12), ("encoder.3", 4 * 2, 20)):
+        assert found[name].projection.weight.shape == (7, cells)
+        assert found[name].positions.shape == (1, cells, width)
+        assert found[name].heads == 2 and (found[name].scale.weight == 1e-6).all()
+
+
+def test_large_kernels_sit_at_the_levels_given() -> None:
+    setting = {"kind": "lka", "levels": [2], "layer_scale": 0.5}
+    found = attention_of(built({"encoder": setting, "decoder": {"kind": "lka", "levels": [0]}}))
+    assert list(found) == ["encoder.2", "decoder.0"]
+    assert (found["encoder.2"].scale.weight == 0.5).all()
+    assert (found["decoder.0"].scale.weight == 0.01).all()
 
 
 # Of tokens
