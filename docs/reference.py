@@ -29,7 +29,8 @@ API = {
         "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": (
-        "explain_volume judge_gates evaluate compare Explanation GateVerdict Evaluation Comparison"
+        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare "
+        "Explanation GateVerdict AttentionShare Evaluation Comparison"
     ),
     "Volumes": (
         "read_volume read_labels write_volume write_montage Volume Grid Orientation Placement"

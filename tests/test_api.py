@@ -17,6 +17,7 @@ from segkit.nn.map_tap import MapInfo
 # Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
 PUBLIC = [
     "AttentionMap",
+    "AttentionShare",
     "Comparison",
     "Config",
     "ConfigError",
@@ -44,6 +45,9 @@ PUBLIC = [
     "VolumeError",
     "WholeVolume",
     "WorkerError",
+    "as_identity",
+    "attention_blocks",
+    "attention_share",
     "check",
     "compare",
     "cross_validate",
