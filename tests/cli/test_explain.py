@@ -130,7 +130,7 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
     code, _, err = command(*words)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith("segkit: the model has no attention with heads; train one with")
+    assert err.startswith("segkit: expected a model with attention heads, but this one has none;")
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 
