@@ -4,8 +4,7 @@ Cells are ordered by a map. The image under the first cells is replaced, more of
 and the prediction is compared with that of the whole image (Samek et al. 2017, arXiv:1509.06321;
 Petsiuk et al. 2018, arXiv:1806.07421). The earlier the prediction changes, the better the order
 finds the image parts that the network uses. Compare a curve only with curves of other orders of the
-same
-cells: a single curve mostly shows how the network reacts to images unlike its training images.
+same cells; a single curve mostly shows how the network reacts to images unlike its training images.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
