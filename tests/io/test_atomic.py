@@ -50,7 +50,7 @@ def test_a_refusal_names_the_file_that_was_to_be_written(tmp_path: Path) -> None
 def test_the_traceback_of_another_process_becomes_one_line() -> None:
     text = "Caught OSError in DataLoader worker process 0.\nTraceback\n  File\nOSError: gone\n"
     assert sentence_of(OSError(text)) == (
-        "OSError: gone; look at the disk, and run the same command again"
+        "OSError: gone; check the disk and run the same command again"
     )
     assert sentence_of(OSError()).startswith("OSError; ")
 
