@@ -19,7 +19,7 @@ from segkit.io.atomic import (
     whole,
     write_text,
 )
-from segkit.system.signals import advising, handling
+from segkit.system.signals import advice_on_stop, handling_signals
 from segkit.training.csv_logger import MetricsFile
 
 
@@ -116,15 +116,15 @@ def test_a_table_is_whole_whenever_it_is_looked_at(tmp_path: Path) -> None:
 def test_signals_are_raised_with_the_advice_of_the_outermost(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for signum, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
-        with pytest.raises(Stopped) as stopped, handling():
+        with pytest.raises(Stopped) as stopped, handling_signals():
             signal.raise_signal(signum)
         assert str(stopped.value) == f"stopped by {name}; run the same command again to go on"
         assert stopped.value.signum == signum
         with (
             pytest.raises(Stopped, match=f"^stopped by {name}; outer$"),
-            advising("outer"),
-            advising("inner"),
-            handling(),
+            advice_on_stop("outer"),
+            advice_on_stop("inner"),
+            handling_signals(),
         ):
             signal.raise_signal(signum)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
