@@ -1,15 +1,16 @@
-"""Reading grade of the documentation: the years of school in English that a page asks of its reader.
+"""Reading grade of the documentation: the years of school that the English of a page asks for.
 
-    pip install textstat
-    python benchmarks/reading_grade.py                                  # README and docs
+    pip install 'textstat<0.7.5'          # newer ones first download a dictionary
+    python benchmarks/reading_grade.py    # README, CONTRIBUTING and docs
     python benchmarks/reading_grade.py docs/training.md --json OUT.json
 
-The grade is that of Flesch and Kincaid (1975), 0.39 words / sentences + 11.8 syllables / words - 15.59,
-as the library textstat computes it. It is an optional import: segkit itself does not need it.
+The grade is that of Flesch and Kincaid (1975), as the library textstat computes it:
+0.39 words / sentences + 11.8 syllables / words - 15.59. textstat is optional: segkit does not
+need it, and no extra installs it.
 
-Only prose counts. Code blocks, tables, headings, pictures, comments and HTML are left out, each item of a
-list ends a sentence, and code within a line (`--maps DIR`) counts as the one word "code", because nobody
-reads its syllables.
+Only prose counts. Code blocks, tables, headings, pictures, comments and HTML are left out. Each
+item of a list ends a sentence. Code within a line (`--maps DIR`) counts as the one word "code",
+because nobody reads its syllables.
 """
 
 import argparse
@@ -22,21 +23,21 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SENTENCE_END = re.compile(r"[.!?:]['\")*]*$")
+SENTENCE_END = re.compile(r"[.!?]['\")*]*$")
 
 
 def prose(text: str) -> str:
     """The sentences of a Markdown page, a paragraph or item of a list on each line."""
-    lines, in_heading = [], False
+    lines, left_out = [], False
     for token in MarkdownIt().enable("table").parse(text):
         if token.type in ("heading_open", "th_open", "td_open"):
-            in_heading = True
+            left_out = True
         elif token.type in ("heading_close", "th_close", "td_close"):
-            in_heading = False
-        elif token.type == "inline" and not in_heading:
+            left_out = False
+        elif token.type == "inline" and not left_out:
             line = " ".join(_words(token).split())
             if line:
-                lines.append(line if SENTENCE_END.search(line) else f"{line}.")
+                lines.append(line if SENTENCE_END.search(line) else f"{line.rstrip(':')}.")
     return "\n".join(lines)
 
 
