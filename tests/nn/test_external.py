@@ -212,9 +212,9 @@ def test_a_module_whose_state_cannot_be_saved_is_refused() -> None:
 
 
 def test_settings_of_a_u_net_beside_a_given_module_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"network\.channels is of a U-Net"):
+    with pytest.raises(ValueError, match=r"network\.channels is a setting of a U-Net"):
         NetworkConfig.model_validate({"given": {"multiple": [4, 4, 4]}, "channels": [4, 8]})
-    with pytest.raises(ValueError, match=r"network\.given\.multiple must hold 2 numbers"):
+    with pytest.raises(ValueError, match=r"network\.given\.multiple must have 2 numbers"):
         NetworkConfig.model_validate({"spatial_dims": 2, "given": {"multiple": [4, 4, 4]}})
     with pytest.raises(ConfigError, match=r"data\.patch_size .* must be multiples of \[32, 32, 32"):
         tree = small_config(Path("data")).model_dump(mode="json")
