@@ -92,7 +92,7 @@ def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> 
     scan = read_volume(finished.parents[1] / "data" / "imagesTr" / "case_0.nii.gz")
     for precision in (torch.float32, torch.float16):
         predictor = Predictor(model, engine="torch", device="cpu", precision=precision)
-        with pytest.raises(ModelError, match="small: the network.s output contains NaN"):
+        with pytest.raises(ModelError, match="small: the network's output contains NaN"):
             predictor(scan)
 
 
