@@ -142,7 +142,7 @@ def test_models_of_several_tasks_do_not_predict_together() -> None:
     three, four = (Model(description(classes=n, spacing=spacing), nearest_class(n)) for n in (3, 4))
     with pytest.raises(ModelError, match=r"same labels and channels, but test has the labels"):
         Predictor([three, four])
-    with pytest.raises(ModelError, match="expected a model"):
+    with pytest.raises(ModelError, match="expected at least one model"):
         Predictor([])
 
 

@@ -36,7 +36,7 @@ def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
     # The second batch alone goes to the host; from the fourth on, all do.
     assert counts == [(1, 0), (2, 1), (3, 1), (4, 2), (4, 3), (4, 4)]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert "sums over windows are kept on the host" in caplog.messages[0]
+    assert "sums over windows are kept in host memory" in caplog.messages[0]
     assert "the network runs on the CPU" in caplog.messages[1]
 
 
@@ -72,7 +72,7 @@ def test_sums_that_do_not_fit_on_the_device_are_kept_on_the_host(
 
     monkeypatch.setattr(windows.torch, "zeros", crowded)
     assert torch.equal(slid(), expected)
-    assert "kept on the host" in caplog.text
+    assert "kept in host memory" in caplog.text
 
 
 @pytest.mark.gpu
