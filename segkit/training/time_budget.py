@@ -212,14 +212,23 @@ class Deadline(Callback):
 
 
 def behind(budget: TimeBudget) -> str:
-    """That a run takes fewer steps than planned, and why."""
+    """The sentence that says why a run takes fewer steps than planned: its steps, or the rest."""
+    room = budget.seconds / budget.planned_steps
+    end = (
+        f"; {budget.expected_steps} of {budget.planned_steps} steps fit into the "
+        f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
+    )
+    if budget.per_step < SLOWER * room:
+        return (
+            f"a step takes {budget.per_step:.2g} s, about as planned, but all before it "
+            f"took {budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
+            f"validation takes {budget.validated * budget.per_case:.0f} s{end}"
+        )
     cores, load = num_cores(), os.getloadavg()[0]
     why = "the machine is slower than when it was planned"
     if load > cores + 1:
         why = f"other programs use the cores (load {load:.1f} on {cores})"
-    planned = budget.seconds / budget.planned_steps
     return (
-        f"a step takes {budget.per_step:.2g} s, planned {planned:.2g} s with all that comes "
-        f"beside it: {why}; {budget.expected_steps} of {budget.planned_steps} steps fit into the "
-        f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
+        f"a step takes {budget.per_step:.2g} s, planned {room:.2g} s with all that comes beside "
+        f"it: {why}{end}"
     )
