@@ -34,6 +34,8 @@ SHARE = 0.15
 """Of the minutes, the most that a race takes."""
 SHORTEST = 10.0
 """Seconds of a candidate's first training; if there is no time for them, there is no race."""
+SECONDS_TO_PLAN = 5.0
+"""About what the steps of the candidates take to be timed."""
 MARGIN = 0.02
 """Dice by which another plan must be better than the rule's: less is chance in so short a time."""
 SCORED, TRAINED = 3, 12
@@ -71,9 +73,18 @@ def plan_by_race(
 
     Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
     `held_out` names the cases that the race must not see, if the split is another than the plan's.
-    There is no race on a GPU, or if 15 % of the minutes are too short for one.
+    Planning and racing take 15 % of the minutes: if what is left of them after the dataset was
+    measured is too short for a race, or on a GPU, the plan is the rule's.
     """
-    runs = Path(runs)
+    runs, began = Path(runs), time.monotonic()
+    on_cpu = _no_card(device)
+
+    def left() -> float:
+        return SHARE * 60 * minutes - (time.monotonic() - began)
+
+    def in_time(names: list[str]) -> list[str]:
+        return starters(names, left() - SECONDS_TO_PLAN) if on_cpu else names[:1]
+
     cache = runs / ".cache" if cache is None else Path(cache)
     candidates = plan_candidates(
         folder,
@@ -87,11 +98,11 @@ def plan_by_race(
         preset=preset,
         runs=runs,
         track=track,
+        starters=in_time,
     )
     by_rule = next(iter(candidates))
-    names = starters(list(candidates), SHARE * 60 * minutes)
-    on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
-    if len(names) < 2 or not on_cpu:
+    names = starters(list(candidates), left())
+    if len(names) < 2:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
     config = candidates[by_rule].config
@@ -105,7 +116,7 @@ def plan_by_race(
         {name: candidates[name].config for name in names},
         replace(dataset, cases=(*cases[0], *cases[1])),
         [case.name for case in cases[1]],
-        seconds=SHARE * 60 * minutes,
+        seconds=left(),
         cache=cache,
         track=track,
     )

@@ -1,6 +1,7 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -228,11 +229,13 @@ def plan_candidates(
     preset: Preset = "auto",
     runs: Path = Path("runs"),
     track: Track = untracked,
+    starters: Callable[[list[str]], list[str]] = list,
 ) -> dict[str, Planned]:
     """Plans that may turn out best, by name, that of the rule first; arguments as `plan_dataset`.
 
     Beside the rule's there are a 2D plan, one at a coarser grid, and one that takes more steps of a
     narrower network, if they differ from it. There is only the rule's if its budget is not time.
+    Only those that `starters` leaves of their names are planned in full, which times their steps.
     """
     task = _task(
         source_of(folder, files, pictures),
@@ -258,7 +261,7 @@ def plan_candidates(
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    return {name: _planned_task(wanted[name]) for name in plans}
+    return {name: _planned_task(wanted[name]) for name in starters(list(plans))}
 
 
 def _differ(one: Plan, other: Plan) -> bool:

@@ -32,6 +32,8 @@ CPU = torch.device("cpu")
 CLIPPED = 12.0
 WARM_UP = 5
 REPEATS_ON_GPU = 20
+LONG_ENOUGH = 2.0
+"""Seconds of steps on a CPU, the first included, after which no more steps are timed."""
 
 
 def step_seconds(
@@ -51,7 +53,8 @@ def step_seconds(
         image, label: a batch as it is cut, on the device.
         vary: how a batch is varied; not at all if not given, and always so on a CPU, where the
             plan's share for other work has it.
-        repeats: steps that are timed after those that warm up.
+        repeats: steps that are timed on a CPU after the one that warms up; fewer, but at least
+            one, if steps are slow.
     """
     device = image.device
     order_for(network, device)
@@ -82,8 +85,8 @@ def step_seconds(
             optimiser.zero_grad()
 
     if device.type != "cuda":
-        seconds = []
-        for _ in range(repeats + 1):
+        seconds: list[float] = []
+        while len(seconds) < 2 or (len(seconds) <= repeats and sum(seconds) < LONG_ENOUGH):
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
