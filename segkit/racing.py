@@ -27,6 +27,7 @@ from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
 from segkit.system.progress import Track, untracked
+from segkit.training.final_scores import score
 from segkit.training.fit import train
 from segkit.training.split import split_of
 
@@ -36,6 +37,8 @@ SHORTEST = 10.0
 """Seconds of a candidate's first training; if there is no time for them, there is no race."""
 SECONDS_TO_PLAN = 5.0
 """About what the steps of the candidates take to be timed."""
+SHARE_OF_SCORING = 0.3
+"""Of a candidate's time."""
 MARGIN = 0.02
 """Dice by which another plan must be better than the rule's: less is chance in so short a time."""
 SCORED, TRAINED = 3, 12
@@ -114,8 +117,8 @@ def plan_by_race(
         return candidates[by_rule]
     rounds = _raced(
         {name: candidates[name].config for name in names},
-        replace(dataset, cases=(*cases[0], *cases[1])),
-        [case.name for case in cases[1]],
+        dataset,
+        cases,
         seconds=left(),
         cache=cache,
         track=track,
@@ -161,7 +164,7 @@ def _cases_of(
 def _raced(
     configs: Mapping[str, Config],
     dataset: Dataset,
-    scored: list[str],
+    cases: tuple[Sequence[CaseFiles], Sequence[CaseFiles]],
     *,
     seconds: float,
     cache: Path,
@@ -169,7 +172,7 @@ def _raced(
 ) -> list[list[Entry]]:
     """The rounds of a race that takes so many seconds; one that there is no time for is left out.
 
-    Race times include preparing; prepared cases stay in the cache for the run.
+    Race times include preparing and scoring; prepared cases stay in the cache for the run.
     """
     started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
     rounds: list[list[Entry]] = []
@@ -179,15 +182,35 @@ def _raced(
             break
         found: dict[str, Any] = {}
         for name in track(names, f"racing for {each:.0f} s each", len(names)):
-            config = shortened_for_race(configs[name], each, scored, cache)
-            with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
-                found[name] = train(config, runs=folder, dataset=dataset).summary
-        dice = dice_in_common({n: s["validation"]["dice_of_cases"] for n, s in found.items()})
-        rounds.append([Entry(name, each, found[name]["steps"], dice[name]) for name in names])
+            found[name] = _entry(configs[name], dataset, cases, each, cache)
+        dice = dice_in_common({name: of_cases for name, (of_cases, _) in found.items()})
+        rounds.append([Entry(name, each, found[name][1], dice[name]) for name in names])
         ordered = sorted(rounds[-1], key=lambda entry: -_or_least(entry.dice))
         names = [entry.candidate for entry in ordered[: math.ceil(len(ordered) / 2)]]
         each *= 2
     return rounds
+
+
+def _entry(
+    config: Config,
+    dataset: Dataset,
+    cases: tuple[Sequence[CaseFiles], Sequence[CaseFiles]],
+    seconds: float,
+    cache: Path,
+) -> tuple[dict[str, dict[str, float]], int]:
+    """One candidate's training for so many seconds: the Dice of cases, and the steps it took.
+
+    Windows do not overlap when it is scored: they cost an eighth of those that do, and more time is
+    left for training.
+    """
+    ends = time.monotonic() + seconds
+    short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
+    with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
+        run = train(short, runs=folder, dataset=replace(dataset, cases=tuple(cases[0])))
+        scores = score(
+            run.model, dataset, cases[1], untracked, until=ends, overlap=0.0, engine="torch"
+        )
+    return scores["dice_of_cases"], run.summary["steps"]
 
 
 @contextmanager
@@ -202,12 +225,12 @@ def _quiet() -> Iterator[None]:
         spoken.setLevel(level)
 
 
-def shortened_for_race(config: Config, seconds: float, scored: list[str], cache: Path) -> Config:
-    """The config of a candidate's short training: no validation but the final scores."""
+def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:
+    """The config of a candidate's short training, on all cases that it is given."""
     minutes = config.train.minutes
     assert minutes is not None, "only plans for a time race"
     steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
-    data = {"validation": scored, "fold": None, "first_stage": None, "cache": cache}
+    data = {"validation": [], "fold": None, "first_stage": None, "cache": cache}
     short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
     short |= {"pictures": 0, "validation_cases": None}
     return config.model_copy(

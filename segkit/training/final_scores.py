@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +16,7 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
+from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
@@ -31,10 +32,10 @@ def score(
     cases: Sequence[CaseFiles],
     track: Track,
     *,
-    device: str = "auto",
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
     until: float = math.inf,
+    **options: Unpack[PredictionOptions],
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
@@ -45,9 +46,9 @@ def score(
     Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
     `dice_of_cases_after`: all that a cross-validation must know to adopt one.
     `until` is the monotonic clock's time at which scoring should be over: at least one case is
-    scored, and then as many more as fit.
+    scored, and then as many more as fit. `options` are those of `Predictor`, such as `device`.
     """
-    predictor = Predictor(model, device=device)
+    predictor = Predictor(model, **options)
     labelling = dataset.labelling
     names = list(labelling.members)
     dice: dict[str, list[float]] = {}
