@@ -1,6 +1,6 @@
 """Whether probabilities are what they say: of all voxels given 70 %, are 70 % what was said?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import isnan, nan
@@ -110,8 +110,12 @@ class Calibration:
         case: str,
         probabilities: Float[ndarray, "*space outputs"],
         reference: Integer[ndarray, "*grid"],
+        unlabelled: Collection[str] = (),
     ) -> None:
         """Count a case's voxels, but those that the reference ignores.
+
+        If the case has `unlabelled` outputs, only its labelled ones count: what is background in
+        its reference may be any of the others.
 
         Raises ValueError if there are not as many probabilities as outputs.
         """
@@ -129,9 +133,12 @@ class Calibration:
                 found, truth = found[counted], truth[counted]
             within = np.stack([np.isin(truth, group) for group in self.members.values()], axis=1)
             asked = found.max(1) >= IN_QUESTION if self.are_regions else self._asked(found)
-            self._add_largest(found, within, asked)
+            if not unlabelled:
+                self._add_largest(found, within, asked)
             first = 0 if self.are_regions else 1
             for index, name in list(enumerate(self.members))[first:]:
+                if name in unlabelled:
+                    continue
                 seen = self.outputs.setdefault(name, Reliability())
                 seen.add(found[asked, index], within[asked, index])
             total += float(_entropy(found[asked], self.are_regions).sum())
