@@ -4,8 +4,9 @@ Nothing in this room imports torch, and no setting names a Python class. `segkit
 them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,18 +26,13 @@ MOST_FOR_SCORING = 0.25
 
 
 class AdamWConfig(Section):
-    """AdamW on a one-cycle schedule (Smith and Topin 2019): the learning rate rises, then falls."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
-    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The share of the steps over which the learning rate rises."""
-    rise_factor: Annotated[float, Field(ge=1)] = 25.0
-    """The highest learning rate over the first."""
-    fall_factor: Annotated[float, Field(ge=1)] = 1e4
-    """The first learning rate over the last."""
     highest_momentum: Decay = 0.95
-    """The decay of the mean gradient at the lowest learning rate."""
+    """The decay of the mean gradient at the lowest learning rate of a one-cycle schedule, and at
+    every learning rate of the others."""
     lowest_momentum: Decay = 0.85
-    """The decay of the mean gradient at the highest learning rate."""
+    """The decay of the mean gradient at the highest learning rate of a one-cycle schedule."""
     square_decay: Decay = 0.999
     """The decay of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -44,29 +40,114 @@ class AdamWConfig(Section):
 
 
 class SgdConfig(Section):
-    """Stochastic gradient descent on a polynomial schedule, as nnU-Net has it."""
+    """Stochastic gradient descent, with nnU-Net's values."""
 
     momentum: Decay = 0.99
     nesterov: bool = True
+    """Whether the gradient is taken a step ahead (Sutskever et al. 2013); it needs a momentum."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0; set nesterov to false")
+        return self
+
+
+class MuonConfig(Section):
+    """Muon (Jordan 2024) for kernels over more than one voxel; AdamW for all other weights."""
+
+    momentum: Decay = 0.95
+    nesterov: bool = True
+    iterations: Annotated[int, Field(ge=1, le=20)] = 5
+    """Of Newton and Schulz, which make a step's matrix orthogonal."""
+
+
+class OneCycleConfig(Section):
+    """The learning rate rises, then falls to almost nothing (Smith and Topin 2019)."""
+
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """The share of the steps over which the learning rate rises."""
+    rise_factor: Annotated[float, Field(ge=1)] = 25.0
+    """The highest learning rate over the first."""
+    fall_factor: Annotated[float, Field(ge=1)] = 1e4
+    """The first learning rate over the last."""
+
+
+class PolynomialConfig(Section):
+    """The learning rate falls from the first step on, as in nnU-Net."""
+
     power: Annotated[float, Field(gt=0)] = 0.9
     """The learning rate is the highest one times (1 - step / steps) to this power."""
+
+
+class CosineConfig(Section):
+    """The learning rate rises in a line, then falls as a cosine (Loshchilov and Hutter 2017)."""
+
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of the steps over which the learning rate rises."""
+    lowest: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The last learning rate over the highest."""
+
+
+OptimiserName = Literal["adamw", "sgd", "muon"]
+ScheduleName = Literal["one_cycle", "polynomial", "cosine"]
+SCHEDULE_OF: dict[OptimiserName, ScheduleName] = {
+    "adamw": "one_cycle",
+    "sgd": "polynomial",
+    "muon": "one_cycle",
+}
+"""The schedule of each optimiser, if none is given."""
+MOVED = {
+    ("adamw", "rise"): "one_cycle",
+    ("adamw", "rise_factor"): "one_cycle",
+    ("adamw", "fall_factor"): "one_cycle",
+    ("sgd", "power"): "polynomial",
+}
+"""Where settings of `train` are now that were elsewhere before schedules had their own sections."""
+
+
+def with_schedules(train: Any) -> Any:
+    """The tree of `train`, with settings of schedules where they are now; others stay."""
+    if not isinstance(train, Mapping):
+        return train
+    tree = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in train.items()
+    }
+    for (before, name), now in MOVED.items():
+        section = tree.get(before)
+        if isinstance(section, dict) and name in section:
+            value, target = section.pop(name), tree.setdefault(now, {})
+            if isinstance(target, dict):
+                target.setdefault(name, value)
+    return tree
 
 
 class TrainConfig(Section):
     """How the weights are found."""
 
     steps: Positive = 1000
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    """AdamW on a one-cycle schedule, or SGD with Nesterov momentum on a polynomial one."""
+    optimiser: OptimiserName = "adamw"
+    """AdamW, SGD with momentum, or Muon."""
     adamw: AdamWConfig = AdamWConfig()
-    """Used only if `optimiser` is adamw."""
+    """Used only if `optimiser` is adamw, or muon for weights that are no kernels."""
     sgd: SgdConfig = SgdConfig()
     """Used only if `optimiser` is sgd."""
+    muon: MuonConfig = MuonConfig()
+    """Used only if `optimiser` is muon."""
+    schedule: ScheduleName | None = None
+    """How the learning rate follows the steps; if not given, `polynomial` for SGD and `one_cycle`
+    for the others."""
+    one_cycle: OneCycleConfig = OneCycleConfig()
+    """Used only if `schedule` is one_cycle."""
+    polynomial: PolynomialConfig = PolynomialConfig()
+    """Used only if `schedule` is polynomial."""
+    cosine: CosineConfig = CosineConfig()
+    """Used only if `schedule` is cosine."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest of the schedule; 0.003 for AdamW and 0.01 for SGD where not given."""
+    """The highest of the schedule; if not given, 0.003 for AdamW and Muon, 0.01 for SGD."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """AdamW's decoupled decay (Loshchilov and Hutter 2019) or SGD's; 0.05 and 3e-5 where not given.
-    """
+    """AdamW's and Muon's decoupled decay (Loshchilov and Hutter 2019), 0.05 if not given, or SGD's,
+    3e-5."""
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
     """The largest norm of a step's gradient."""
     loss: LossConfig = LossConfig()
@@ -93,6 +174,11 @@ class TrainConfig(Section):
     start_from: Path | None = None
     """A run or model folder whose weights to begin with, wherever name and shape are the same."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedules_have_sections(cls, tree: Any) -> Any:
+        return with_schedules(tree)
 
 
 class TrainerConfig(Section):

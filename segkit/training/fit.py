@@ -48,6 +48,7 @@ from segkit.training.changed_settings import (
     check_changes,
     in_a_sentence,
     is_one_of,
+    settings_of,
 )
 from segkit.training.final_scores import score
 from segkit.training.going_on import GoingOn
@@ -70,6 +71,7 @@ from segkit.training.parts import (
 from segkit.training.resolve import on_this_machine
 from segkit.training.run_folder import (
     CONFIG,
+    LAST,
     SPLIT,
     begun_run,
     check_checkpoint,
@@ -258,9 +260,10 @@ def resume(
             sweep(folder)
         checkpoint = checkpoint_of(folder)
         record, steps_done = read_record(folder)
+        begun = settings_of(record, f"{folder / LAST}: its settings")
         finished = (folder / SUMMARY).is_file()
         if finished:
-            _check_more_to_do(folder, config, record, steps_done)
+            _check_more_to_do(folder, config, begun, steps_done)
         names = _split_of_run(folder, record)
         if parts is None:
             parts = make_parts(
@@ -277,7 +280,7 @@ def resume(
         now = config.model_dump(mode="json")
         # As it was asked for: cases that are gone are told, and are no change of a setting.
         now["data"]["validation"] = asked
-        found = list(changes(record.get("config", {}), now))
+        found = list(changes(begun, now))
         check_changes(str(folder / CONFIG), found, steps_done)
         anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
         if found:
@@ -286,7 +289,7 @@ def resume(
             )
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
-        check_checkpoint(folder, module)
+        check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
         noted = GoingOn(
             _record_of(parts, config, record, found, steps_done, names),
             every=steps_between(config),
@@ -314,10 +317,9 @@ def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
 
 
 def _check_more_to_do(
-    folder: Path, config: Config, record: Mapping[str, Any], steps_done: int
+    folder: Path, config: Config, before: Mapping[str, Any], steps_done: int
 ) -> None:
     """Raise ConfigError unless a finished run was given more to do."""
-    before = record.get("config", {})
     given = {
         "train.steps": config.train.steps > steps_done,
         "train.patience": config.train.patience != before.get("train", {}).get("patience"),
