@@ -92,7 +92,7 @@ def test_values_that_are_wrong_are_told_together(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which the dataset does not declare (it has 0 to 1)") == 5
     over_all = int(command == "check")  # that names the numbers once for all cases
-    assert err.count("labels hold numbers that nobody names: 3") == over_all
+    assert err.count("expected only numbers that data.labels declares, found 3") == over_all
     assert f"segkit: {5 + over_all} problems, as told above" in err
     # What was right is kept: the next round only has to do what was wrong.
     changed_label(data, 0, plus=-3)

@@ -170,7 +170,7 @@ def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
     before = (tmp_path / "out" / "b.nii.gz").read_bytes()
     code, out, err = run(*words, capsys=capsys)
     assert code == 2 and "left 1 of 2 volumes alone" in out
-    assert "b.nii.gz, which was replaced since" in err and "1 of 2 volumes failed" in err
+    assert "made from another version of b.nii.gz" in err and "1 of 2 volumes failed" in err
     assert (tmp_path / "out" / "b.nii.gz").read_bytes() == before
     code, _, _ = run(*words, "--overwrite", capsys=capsys)
     told = json.loads((tmp_path / "out" / "b.json").read_text())["provenance"]["inputs"]

@@ -287,7 +287,7 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(resolve, "half_pays", lambda: matrix_units)
+    monkeypatch.setattr(resolve, "bfloat16_is_fast", lambda: matrix_units)
     config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
