@@ -194,6 +194,12 @@ class TrainerConfig(Section):
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
     """DD:HH:MM:SS after which training ends, trained or not. The learning rate follows train.steps
     alone, so give it as many as fit; after twenty of them training says how many do."""
+    accumulate_grad_batches: Positive = 1
+    """Batches whose gradients are averaged into one step. Normalisation by batches, and
+    `train.batch_dice`, see each batch on its own."""
+    deterministic: bool | Literal["warn"] = False
+    """Whether only operations are used that give the same bits each time, which is slower on a GPU.
+    An operation that has no such form ends training, or with `warn` is used and told."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])
     """Where training is followed beside its folder, which always has metrics.csv, and TensorBoard's
     events where that is installed. They obey WANDB_MODE and MLFLOW_TRACKING_URI."""

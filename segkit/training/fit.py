@@ -81,7 +81,13 @@ from segkit.training.run_folder import (
     read_record,
 )
 from segkit.training.time_budget import Deadline, TimeBudget
-from segkit.training.trainer import guarded, looked_at, make_trainer, steps_between
+from segkit.training.trainer import (
+    determinism_as_before,
+    guarded,
+    looked_at,
+    make_trainer,
+    steps_between,
+)
 from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
@@ -187,6 +193,7 @@ def fit_beside(
     budget = _budget_of(parts, config, spent)
     module, first = _module_of(parts, config, budget), is_first_process()
     with ExitStack() as held:
+        held.enter_context(determinism_as_before())
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
         if first:
@@ -255,6 +262,7 @@ def resume(
         _check_replaced_alike(folder, config, parts)
         config = parts.config
     with ExitStack() as held:
+        held.enter_context(determinism_as_before())
         if is_first_process():
             _hold(held, folder)
             sweep(folder)
@@ -461,6 +469,7 @@ def _data_of(parts: TrainingParts, config: Config) -> SegmentationData:
         batch_size=config.data.batch_size,
         steps_per_epoch=steps_between(config),
         workers=config.data.workers,
+        batches_per_step=config.trainer.accumulate_grad_batches,
     )
 
 

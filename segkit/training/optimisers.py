@@ -23,7 +23,7 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
     rate, decay = config.learning_rate, config.weight_decay
     assert rate is not None and decay is not None
     sgd, adamw, muon = config.sgd, config.adamw, config.muon
-    moments = {
+    moments: dict[str, Any] = {
         "betas": (adamw.highest_momentum, adamw.square_decay),
         "eps": adamw.epsilon,
     }
