@@ -8,7 +8,7 @@ from torch import device, nn
 from segkit.config.model import ModelDescription
 from segkit.errors import ConfigError, ModelError
 from segkit.model.build_attention import block_factory, pooling_factory, skip_factory, token_factory
-from segkit.nn.external import Given
+from segkit.nn.external import ExternalNetwork
 from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
@@ -118,12 +118,14 @@ def wrap_network(description: ModelDescription, module: nn.Module) -> Segmentati
         )
     if description.first_stage is not None:
         raise ModelError("labels of a first stage are for U-Nets, found a module that was given")
-    network = Given(
+    network = ExternalNetwork(
         module, out_channels=len(description.labelling.outputs), multiple=given.multiple
     )
     return _of_volumes(network, description)
 
 
-def _of_volumes(network: UNet | Given, description: ModelDescription) -> SegmentationNetwork:
+def _of_volumes(
+    network: UNet | ExternalNetwork, description: ModelDescription
+) -> SegmentationNetwork:
     across = description.axis_across
     return network if across is None else SlicewiseNetwork(network, axis=across)
