@@ -3,9 +3,10 @@
     python benchmarks/tasks.py ROW --data FOLDER [--minutes 4] [--runs runs_tasks]
 
 ROW is a data set and a kind: `hippocampus/2d`, `sarcoma_ct/3d`, `brains/coarser`, `em2012/chosen`.
-Kind `chosen` races; the others are candidates of a race. The row goes into benchmarks/tasks.json. A row that is there is not measured again,
-and a training that was stopped is gone on with. All held-out cases are scored, after the minutes if
-they were too short for it. Brains are written by benchmarks/synthetic_brains.py.
+Kind `chosen` races; the others are candidates of a race. The row goes into benchmarks/tasks.json. A
+row that is there is not measured again, and a training that was stopped is gone on with. All
+held-out cases are scored, after the minutes if they were too short for it. Brains are written by
+benchmarks/synthetic_brains.py.
 
 The baseline is k-means on each image's raw intensities, with a cluster for each class and one for
 zeros, and each cluster given the class that is best over the training cases.
