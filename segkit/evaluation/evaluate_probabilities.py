@@ -51,9 +51,7 @@ def calibrate_pairs(
         found = found.onto(reference.grid, what=f"{path}:", whose=str(reference_path))
         data = found.data if found.data.ndim > reference.data.ndim else found.data[..., None]
         try:
-            calibration.add(
-                name, data, within(reference.data, labelling), unlabelled.get(name, ())
-            )
+            calibration.add(name, data, within(reference.data, labelling), unlabelled.get(name, ()))
         except ValueError as error:
             raise VolumeError(f"{path}: {error}") from None
     return calibration

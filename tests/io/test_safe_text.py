@@ -672,6 +672,6 @@ def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: 
     ],
 )
 def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+    with pytest.raises(ValueError) as refusal:
         parse_yaml(text)
     assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)
