@@ -96,7 +96,8 @@ WHAT_TO_DO = {
     "could not find expected ':'": "a line has no ':' behind its name; write NAME: VALUE",
     "unknown escape character": "a backslash stands within double quotes; use single quotes",
     "sequence entries are not allowed": "a list begins behind a name; begin it on the next line",
-    "could not determine a constructor": "a tag such as !!python asks for code; write a plain value",
+    "could not determine a constructor": "a tag such as !!python asks for code; write a plain "
+    "value",
     "found another document": "a second document begins with '---'; keep one document",
 }
 """By a part of PyYAML's words, what is wrong and what to do."""

@@ -225,8 +225,8 @@ def behind(budget: TimeBudget) -> str:
     if budget.per_step < SLOWER * room:
         return (
             f"a step takes {budget.per_step:.2g} s, about as planned, but all before it "
-            f"took {budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
-            f"validation takes {budget.validated * budget.per_case:.0f} s{end}"
+            f"took {budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s "
+            f"and a validation takes {budget.validated * budget.per_case:.0f} s{end}"
         )
     cores, load = num_cores(), os.getloadavg()[0]
     why = "the machine is slower than when it was planned"
