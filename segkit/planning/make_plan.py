@@ -352,7 +352,8 @@ def _planned_task(task: _Task) -> Planned:
         budget = f"{share} minutes of training on {where}"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {source.folder} ({size}) and {budget}.{task.why_slices}{_about_lengths(dataset)}"
+    heading = f"Planned for {source.folder} ({size}) and {budget}."
+    heading += task.why_slices + _about_lengths(dataset)
     if told := proposal(dataset, None):
         heading = f"{heading} {told}"
     name = _run_name(source.folder)
