@@ -34,8 +34,8 @@ from segkit.training.split import split_of
 SHARE = 0.15
 """Of the minutes, the most that a race takes."""
 SHORTEST = 30.0
-"""Seconds of a candidate's first training; if there is no time for them, there is no race. In less
-than half of that, 3D won on CT of sarcomas, where 2D is twice as good after 4 minutes."""
+"""Seconds of a candidate's first training; if there is no time for them, there is no race. Shorter
+races chose 3D for CT of sarcomas, for which 2D is twice as good after 4 minutes."""
 SECONDS_TO_PLAN = 5.0
 """About what the steps of the candidates take to be timed."""
 SHARE_OF_SCORING = 0.3
@@ -231,7 +231,7 @@ def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:
     minutes = config.train.minutes
     assert minutes is not None, "only plans for a time race"
     steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
-    data = {"validation": [], "fold": None, "first_stage": None, "cache": cache}
+    data: dict[str, Any] = {"validation": [], "fold": None, "first_stage": None, "cache": cache}
     short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
     short |= {"pictures": 0, "validation_cases": None}
     return config.model_copy(
