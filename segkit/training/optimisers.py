@@ -1,4 +1,4 @@
-"""Optimisers and their schedules, as factories, from the settings of training."""
+"""Optimisers and learning rate schedules, made from the settings of training."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,13 +11,13 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from segkit.config.training import TrainConfig
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""From the network's parameters to the optimiser that trains them."""
+"""Makes the optimiser from the network's parameters."""
 MakeSchedule = Callable[[Optimizer], LRScheduler]
-"""From the optimiser to the schedule of its learning rate, which advances at each step."""
+"""Makes the learning rate schedule of an optimiser; it advances at each step."""
 
 
 def make_optimiser(config: TrainConfig) -> MakeOptimiser:
-    """The optimiser of a resolved config."""
+    """A function that makes the optimiser of a resolved config from the network's parameters."""
     rate, decay = config.learning_rate, config.weight_decay
     assert rate is not None and decay is not None
     if config.optimiser == "sgd":
@@ -31,13 +31,13 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
 
 
 def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
-    """AdamW, on a GPU in one kernel for all weights."""
+    """AdamW; on a GPU it updates all weights in one kernel."""
     held = list(parameters)
     return AdamW(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
 
 def make_schedule(config: TrainConfig) -> MakeSchedule:
-    """The schedule of a resolved config."""
+    """A function that makes the schedule of a resolved config from the optimiser."""
     if config.optimiser == "sgd":
         return partial(PolynomialLR, total_iters=config.steps, power=config.sgd.power)
     assert config.learning_rate is not None

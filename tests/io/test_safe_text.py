@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_cut_off_is_refused(run_folder: Path) -> None:
             resume(run_folder)
     (run_folder / LAST).write_bytes(whole)
     (run_folder / "metrics.csv").write_text("step\nmany\n")
-    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be gone on with"):
+    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be read"):
         resume(run_folder)
 
 

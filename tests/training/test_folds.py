@@ -58,7 +58,7 @@ def test_nnunets_file_beside_the_dataset_is_what_a_fold_means(
     assert names(held_out) == ["p3_a", "p3_b"] and len(train) == 8
     assert f"fold 3 of {tmp_path / 'splits_final.json'}" in caplog.text
     split_of(dataset, config_with(tmp_path))
-    assert "is not used; data.fold and --folds hold out its folds" in caplog.text
+    assert "is not used, because only data.fold and --folds use its folds" in caplog.text
 
 
 def test_without_a_file_folds_are_nnunets(tmp_path: Path) -> None:
@@ -79,15 +79,15 @@ def test_own_folds_stand_in_a_file_or_in_the_config(tmp_path: Path) -> None:
         found = split_of(dataset, config_with(tmp_path, splits=splits, fold=1))
         assert [names(part) for part in found] == [["c"], ["a", "b", "d"]]
         assert names(split_of(dataset, config_with(tmp_path, splits=splits)).train) == ["a", "b"]
-    with pytest.raises(DatasetError, match=r"data\.fold is 2, and there are 2, numbered from 0"):
+    with pytest.raises(DatasetError, match=r"data\.fold is 2, but there are only 2 folds, numb"):
         split_of(dataset, config_with(tmp_path, splits=own, fold=2))
 
 
 @pytest.mark.parametrize(
     ("fold", "reason"),
     [
-        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 trains on and holds out b; name a case in"),
-        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, no cases of"),
+        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; name each"),
+        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, unknown in"),
         ({"train": ["a", "t"], "val": ["b"]}, "fold 0 names t, kept for the test by data.test"),
     ],
 )
@@ -109,7 +109,7 @@ def test_cases_that_a_split_leaves_out_are_told(
 ) -> None:
     own = [{"train": ["a"], "val": ["c"]}]
     split_of(dataset_with(tmp_path, list("abcd")), config_with(tmp_path, splits=own))
-    assert "fold 0 of data.splits: neither trains on nor holds out b, d" in caplog.text
+    assert "fold 0 of data.splits neither trains on nor holds out b, d" in caplog.text
 
 
 def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_groups_that_an_own_split_tears_apart_are_told(
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
     dataset = dataset_with(tmp_path, ["p0_a", "p0_b", "p1_a", "p1_b"])
     split_of(dataset, config_with(tmp_path, splits=own, group_by={"pattern": "(p[0-9])"}))
-    assert "tears groups of data.group_by apart: 1 groups, p0 (p0_a, p0_b)" in caplog.text
+    assert "splits groups of data.group_by: 1 groups, p0 (p0_a, p0_b)" in caplog.text
 
 
 def test_each_fold_has_its_share_of_every_stratum() -> None:

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused(data: Path, labelled: Any, reason: str) ->
 
 
 def test_synthesis_needs_whole_label_maps(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="draws images from whole label maps"):
+    with pytest.raises(ConfigError, match="needs complete label maps"):
         prepare(config_of(data, synthesis={}), runs=tmp_path / "runs")
 
 
