@@ -40,7 +40,7 @@ class Averaging(MovableAverage):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the weights of a new step to the average, which starts as a copy of the first ones."""
+        """Add the weights of a new step to the average, which starts as the first weights."""
         steps = self.updates
         if trainer.global_step <= steps:
             return
