@@ -155,7 +155,7 @@ def test_label_maps_alone_are_trained_on_by_synthesis(dataset: Path, tmp_path: P
     wrong = small_config(
         bare, data={"validation": ["case_3"], "synthesis": {"intensities": {"bal": [0, 1]}}}
     )
-    with pytest.raises(ConfigError, match="names 'bal'; the dataset has 'background', 'ball'"):
+    with pytest.raises(ConfigError, match="names 'bal', but the dataset has 'background', 'ball'"):
         train(wrong, runs=tmp_path)
 
 

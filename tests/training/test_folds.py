@@ -122,7 +122,7 @@ def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected folds without gaps, found \[0, 2\]"):
         split_of(dataset, config_with(tmp_path, **settings))
     (tmp_path / "cases.csv").write_text("id,fold\na,0\nz,1\n")
-    with pytest.raises(DatasetError, match="has rows of z, no cases of"):
+    with pytest.raises(DatasetError, match="rows name z, unknown in"):
         split_of(dataset, config_with(tmp_path, **settings))
 
 
@@ -150,7 +150,7 @@ def test_subjects_of_bids_are_found_in_names_and_in_paths(tmp_path: Path) -> Non
     dataset = Dataset(tmp_path, cases, ("MR",), {"background": 0, "organ": 1})
     folds = folds_of(dataset, config_with(tmp_path, group_by="subject", num_folds=3).data)
     assert sorted(folds.held_out) == [("0", "1"), ("2", "3"), ("4", "5")]
-    with pytest.raises(DatasetError, match="gives no group of a, b"):
+    with pytest.raises(DatasetError, match="gives no group for a, b"):
         folds_of(dataset_with(tmp_path, list("ab")), config_with(tmp_path, group_by="subject").data)
 
 
@@ -196,7 +196,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         assert dataset.test == ("case_1",)
         train, held_out = split_of(dataset, config)
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
-    with pytest.raises(DatasetError, match=r"data\.test names nobody, no case of"):
+    with pytest.raises(DatasetError, match=r"data\.test names nobody, unknown in"):
         dataset_of(config_with(folder, test=["nobody"]).data)
     with pytest.raises(DatasetError, match=r"data\.validation names case_1, which data"):
         split_of(dataset, config_with(folder, validation=["case_1"]))
