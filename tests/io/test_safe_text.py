@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected what was measured of case_2.*delete it")
+    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
 
 
 # Models
