@@ -278,13 +278,13 @@ def test_what_takes_too_long_is_thinned_out_then_narrowed_then_shrunk() -> None:
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (32, 2, (40, 56, 40))
     plan = in_time(2 * narrow(32) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (16, 2, (40, 56, 40))
-    assert "Narrowed from 32 to 16" in plan.reasons["channels"]
+    assert "Reduced from 32 to 16" in plan.reasons["channels"]
     plan = in_time(2 * narrow(8) * 1.001)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (40, 56, 40))
     plan = in_time(2 * narrow(8) * 0.999)
     # x is 40 / 35 of the median image, more than y and z.
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (32, 56, 40))
-    assert "Shrunk from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
+    assert "Reduced from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
 
 
 def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
