@@ -81,8 +81,9 @@ class SegmentationData(L.LightningDataModule):
     Args:
         patches: patches of the training cases.
         held_out: cases for validation.
-        batch_size: number of patches for each process and step.
+        batch_size: number of patches in a batch, for each process.
         steps_per_epoch: number of steps between two validations.
+        batches_per_step: number of batches whose gradients make one step.
         workers: number of processes that cut patches for each training process. `auto` is 0 if the
             CPU trains, and otherwise the number of the other cores, up to 12.
     """
@@ -95,6 +96,7 @@ class SegmentationData(L.LightningDataModule):
         batch_size: int,
         steps_per_epoch: int,
         workers: int | Literal["auto"],
+        batches_per_step: int = 1,
     ) -> None:
         super().__init__()
         self.patches = patches
@@ -102,6 +104,7 @@ class SegmentationData(L.LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.workers = workers
+        self.batches_per_step = batches_per_step
         self.resident = False
 
     def train_dataloader(self) -> Iterable[Patch]:
@@ -109,7 +112,7 @@ class SegmentationData(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         device = trainer.strategy.root_device
-        per_step = self.batch_size * trainer.world_size
+        per_step = self.batch_size * self.batches_per_step * trainer.world_size
         sampler = ConsecutiveSampler(
             per_step * self.steps_per_epoch,
             rank=trainer.global_rank,

@@ -78,14 +78,14 @@ def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
             counts.update(ready=1, started=1, processed=0, completed=0)
 
 
-def begin_epoch_at(checkpoint: dict[str, Any], every: int) -> None:
+def begin_epoch_at(checkpoint: dict[str, Any], every: int, batches_per_step: int = 1) -> None:
     """Set the counts of a checkpoint to its step within epochs of `every` steps.
 
-    Nothing changes if epochs have the same length as before.
+    Nothing changes if epochs have the same length as before. Lightning counts batches.
     """
-    step = int(checkpoint["global_step"])
+    every *= batches_per_step
     batches = checkpoint["loops"]["fit_loop"][_STEPS]
-    inside = step % every
+    inside = int(checkpoint["global_step"]) * batches_per_step % every
     there = batches["current"]["completed"] in (inside, inside or every)
     if there and batches["is_last_batch"] == (inside == 0):
         return

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
+from torch.optim import Optimizer
 
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
@@ -110,10 +111,15 @@ def checkpoint_of(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_checkpoint(folder: Path, module: nn.Module) -> None:
+def check_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> None:
     """Check that the last checkpoint of a run, if it has one, fits this module.
 
     Without this check, Lightning might use a wrong checkpoint, or end with a traceback.
+
+    Args:
+        folder: the folder of the run.
+        module: the module that is trained.
+        optimiser: the optimiser of its weights, as at the start of the run.
 
     Raises:
         ConfigError: the checkpoint is damaged or does not fit.
@@ -123,12 +129,14 @@ def check_checkpoint(folder: Path, module: nn.Module) -> None:
         return
     content = _read_checkpoint(path)
     expected = {name: value.shape for name, value in module.state_dict().items()}
-    weights = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    groups = [group["params"] for group in optimiser.param_groups]
+    weights = [parameter.shape for group in groups for parameter in group]
     try:
         fits = {name: value.shape for name, value in content["state_dict"].items()} == expected
-        for optimiser in content["optimizer_states"]:
-            fits &= sum(len(group["params"]) for group in optimiser["param_groups"]) == len(weights)
-            for number, moments in optimiser["state"].items():
+        for state in content["optimizer_states"]:
+            found = [len(group["params"]) for group in state["param_groups"]]
+            fits &= found == [len(group) for group in groups]
+            for number, moments in state["state"].items():
                 shapes = {value.shape for value in moments.values() if getattr(value, "ndim", 0)}
                 fits &= shapes <= {weights[number]}
     except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -55,8 +55,9 @@ class Interruption(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop between two steps, if asked to."""
-        self._stop_if_asked(trainer)
+        """Stop between two steps, if asked to; a step may have several batches."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset Lightning's counts of an interrupted validation."""

@@ -160,6 +160,7 @@ class Deadline(Callback):
         self.cases = cases
         self.patch_size = patch_size
         self.validation_started = 0.0
+        self.seen = -1
         self.warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +192,9 @@ class Deadline(Callback):
     ) -> None:
         """End the training if the time is over. All processes follow the first one."""
         budget, step = self.budget, trainer.global_step
+        if step == self.seen:  # a step may be made of several batches
+            return
+        self.seen = step
         rest = 0 if budget.finished else max(budget.expected_steps - budget.steps, 1)
         if trainer.world_size > 1:
             rest = trainer.strategy.broadcast(rest)

@@ -38,6 +38,8 @@ HARMLESS = (
 """Warnings of Lightning that are hidden during training, each with the reason."""
 
 
+NOT_DETERMINISTIC = " does not have a deterministic implementation"
+"""In what PyTorch says of an operation that it was told not to use."""
 LOGGED_ON_GPU = 50
 """Number of steps between two rows of metrics on a GPU."""
 
@@ -72,7 +74,8 @@ def make_trainer(
     metrics, looked = metrics_of(folder), looked_at(parts, config)
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"loggers"}),
+            **config.trainer.model_dump(exclude={"loggers", "deterministic"}),
+            deterministic=config.trainer.deterministic or None,
             max_steps=config.train.steps if config.train.minutes is None else UNLIMITED,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -83,7 +86,8 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, every),
-            benchmark=True,  # shapes never change, so cuDNN can search for the fastest kernels
+            # Shapes never change, so cuDNN can search for the fastest kernels.
+            benchmark=not config.trainer.deterministic,
             callbacks=[
                 *_callbacks(parts, config, folder, validated),
                 *callbacks,
@@ -112,12 +116,24 @@ def make_trainer(
 
 
 @contextmanager
+def determinism_as_before() -> Iterator[None]:
+    """Leave behind what PyTorch was told of deterministic operations before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
 def guarded(config: Config, device: torch.device) -> Iterator[None]:
-    """Hide harmless warnings, and turn two failures of a training into errors of one sentence.
+    """Hide harmless warnings, and turn known failures of a training into errors of one sentence.
 
     Raises:
         WorkerError: a process that loads patches was killed.
-        TrainingError: the device's memory is too small.
+        TrainingError: the device's memory is too small, or an operation must be deterministic but
+            has no deterministic form.
     """
     workers = config.data.workers
     count = workers_for(device) if workers == "auto" else workers
@@ -133,6 +149,14 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
                 f"of {voxels} voxels with network.channels {config.network.channels}; lower "
                 f"data.batch_size or data.patch_size, or make a smaller plan with segkit plan "
                 f"--memory"
+            ) from None
+        except RuntimeError as error:
+            operation, refused, _ = str(error).partition(NOT_DETERMINISTIC)
+            if not refused:
+                raise
+            raise TrainingError(
+                f"trainer.deterministic is true, and {operation} gives other bits each time on "
+                f"{device}; set trainer.deterministic to warn, or to false"
             ) from None
 
 

@@ -153,7 +153,7 @@ def test_a_model_of_a_given_module_names_it_where_it_is_missing(tmp_path: Path) 
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     told = json.loads((run.folder / "model" / "model.json").read_text())
     assert told["network"]["given"] == {"multiple": [4, 4, 4], "name": "monai UNet"}
-    with pytest.raises(ModelError, match=r"module of Python's \(monai UNet\), which no file holds"):
+    with pytest.raises(ModelError, match=r"Python module \(monai UNet\), which is not saved in"):
         load_model(run.folder)
     with pytest.raises(ModelError, match=r"its weights do not fit its model\.json"):
         load_model(run.folder, network=monai_unet(out_channels=3))
