@@ -76,10 +76,13 @@ Change = tuple[str, Any, Any]
 
 
 def settings_of(record: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings in a checkpoint's record, as this version has them; empty without a record.
+    """The settings in a checkpoint's record, with all settings of this version.
 
-    A setting that is newer than the checkpoint has its default, which is what was done before there
-    was such a setting. Raises ConfigError if the settings are not those of a config.
+    A setting that is newer than the checkpoint gets its default, because training worked this way
+    before the setting existed. Empty without a record.
+
+    Raises:
+        ConfigError: the record does not hold a valid config.
     """
     if "config" not in record:
         return {}

@@ -52,7 +52,7 @@ def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
 
 
 def _muon(parameters: Iterable[nn.Parameter], **settings: Any) -> MuonForKernels:
-    """Muon, with AdamW on a GPU in one kernel for all weights that are no kernels."""
+    """Muon; on a GPU, its AdamW updates all weights that are not kernels in one GPU kernel."""
     held = list(parameters)
     return MuonForKernels(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
@@ -86,11 +86,17 @@ def make_schedule(config: TrainConfig) -> MakeSchedule:
 
 
 def cosine_share(step: int, *, steps: int, warm_up: float, lowest: float) -> float:
-    """The learning rate of a step over the highest.
+    """The learning rate of a step divided by the highest learning rate.
 
-    It rises in a line over round(warm_up * steps) = w steps, the first of which has 1 / (w + 1) of
-    the highest, then falls by a cosine to `lowest` at the end (Loshchilov and Hutter 2017,
-    arXiv:1608.03983, eq. 5, without restarts).
+    It rises linearly over w = round(warm_up * steps) steps, from 1 / (w + 1) in the first, and then
+    falls as a cosine to `lowest` at the end (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5,
+    without restarts).
+
+    Args:
+        step: number of the step, from 0 on.
+        steps: number of all steps.
+        warm_up: the share of the steps over which the learning rate rises.
+        lowest: the last learning rate divided by the highest.
     """
     rising = round(warm_up * steps)
     if step < rising:

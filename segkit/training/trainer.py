@@ -39,7 +39,7 @@ HARMLESS = (
 
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"
-"""In what PyTorch says of an operation that it was told not to use."""
+"""This text is in PyTorch's error about an operation that is not deterministic."""
 LOGGED_ON_GPU = 50
 """Number of steps between two rows of metrics on a GPU."""
 
@@ -117,7 +117,7 @@ def make_trainer(
 
 @contextmanager
 def determinism_as_before() -> Iterator[None]:
-    """Leave behind what PyTorch was told of deterministic operations before."""
+    """Restore PyTorch's setting of deterministic operations after the block."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -155,8 +155,8 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
             if not refused:
                 raise
             raise TrainingError(
-                f"trainer.deterministic is true, and {operation} gives other bits each time on "
-                f"{device}; set trainer.deterministic to warn, or to false"
+                f"trainer.deterministic is true, but {operation} is not deterministic on {device}; "
+                f"set trainer.deterministic to warn or false"
             ) from None
 
 
