@@ -395,7 +395,7 @@ CASE_REFUSALS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "two labels a voxel": (
         two_labels_a_voxel,
         FIRST_LABEL,
-        r"expected one label per voxel, found \(3, 4, 5, 2\)",
+        r"expected one label per voxel, found shape \(3, 4, 5, 2\)",
     ),
     "NaN image": (
         image_holding(float("nan")),

@@ -135,9 +135,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a short order": (
         {"regions_class_order": [1, 2]},
-        r"must hold 3 different numbers, .* whole tumour, tumour core, enhancing, found \[1, 2\]",
+        r"must have 3 different numbers, .* whole tumour, tumour core, enhancing, found \[1, 2\]",
     ),
-    "an order with one twice": ({"regions_class_order": [1, 3, 3]}, "must hold 3 different"),
+    "an order with one twice": ({"regions_class_order": [1, 3, 3]}, "must have 3 different"),
     "a region written as another": (
         {"regions_class_order": [3, 1, 2]},
         "writes tumour core as 1, which is not one of its numbers 2, 3",
@@ -198,7 +198,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a channel more": (
         {"channel_names": {"0": "a", "1": "b", "2": "c"}},
-        r"anna_0002\.nii\.gz: no such file; anna\.nii\.gz needs 3, one per channel",
+        r"anna_0002\.nii\.gz: no such file; anna\.nii\.gz needs 3 images, one per channel",
     ),
 }
 

@@ -191,7 +191,7 @@ def test_columns_may_be_named_and_others_are_let_be(study: Path) -> None:
             "id,image,label\np,b.nii.gz,a.nii.gz\n",
             "row 2 has b.nii.gz in column image, which is not a file",
         ),
-        ("id,image,label\np,a.nii.gz\n", "row 2 names as label nothing"),
+        ("id,image,label\np,a.nii.gz\n", "row 2 has nothing in column label"),
         ("id,age,image,label\np,6,a.nii.gz,a.nii.gz\n", "or set data.files.images if age is not"),
         (
             "id,image,label\n../p,a.nii.gz,a.nii.gz\n",

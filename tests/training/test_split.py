@@ -103,6 +103,6 @@ def test_folds_are_those_of_scikit_learn(count: int) -> None:
 
 def test_fewer_cases_than_folds_are_refused() -> None:
     with pytest.raises(
-        DatasetError, match=r"5 folds need 5 cases or more, found 4; give data\.valid"
+        DatasetError, match=r"5 folds need 5 cases or more, found 4; set data\.valid"
     ):
         fold_of(dataset_of(4), 0)
