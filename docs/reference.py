@@ -100,8 +100,8 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "A config is a YAML file with the values that differ from these defaults. `KEY=VALUE` words "
-        "of `segkit train` and `segkit check` change it further, with dotted keys such as "
+        "A config is a YAML file with the values that differ from these defaults. `KEY=VALUE` "
+        "words of `segkit train` and `segkit check` change it further, with dotted keys such as "
         "`train.steps=500`. A name that is not a setting is refused.",
         "",
     ]
