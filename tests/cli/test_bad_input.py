@@ -152,7 +152,7 @@ def test_images_are_no_labels_to_evaluate(
     path = scan(tmp_path / "scan.nii.gz", np.arange(2000, dtype=np.int16).reshape(20, 10, 10))
     code, err = segkit("evaluate", path, path)
     assert code == 2
-    assert f"{path}: holds 2000 different numbers with the other files, more than labels" in err
+    assert f"{path}: expected at most 1000 labels, found 2000 different numbers" in err
 
 
 def test_a_prediction_on_another_grid_than_its_reference_is_refused(

@@ -55,7 +55,7 @@ def test_folds_that_are_none_are_refused(
     code, _, err = run("train", tmp_path / "c.yaml", "--folds", folds, capsys=capsys)
     assert code == 2
     assert err == (
-        f"segkit: --folds is {folds!r}; expected all, or numbers from 0 on such as 0,2\n"
+        f"segkit: --folds: expected all, or numbers from 0 such as 0,2; found {folds!r}\n"
     )
 
 
@@ -64,7 +64,10 @@ def test_a_run_has_no_folds_to_go_on_with(
 ) -> None:
     code, _, err = run("train", "--resume", finished, "--folds", "all", capsys=capsys)
     assert code == 2
-    assert err == f"segkit: {finished}: is one run, not a cross-validation; leave --folds out\n"
+    assert err == (
+        f"segkit: {finished}: --folds needs a cross-validation, found a single run; leave --folds "
+        "out\n"
+    )
 
 
 def test_a_large_dataset_is_planned_and_trained_in_two_stages(
@@ -77,7 +80,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--no-race", capsys=capsys)
     assert code == 0, err
-    assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
+    assert out.endswith("next: segkit train balls_low.yaml, then segkit train balls.yaml\n")
     code, _, err = run("check", "balls.yaml", capsys=capsys)
     assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
     (tmp_path / "balls.yaml").unlink()
@@ -94,7 +97,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
         low / "model" / "weights.safetensors"
     ).read_bytes()
     code, _, err = run(*words, "data.spacing=[1,1,1]", capsys=capsys)
-    assert code == 2 and "two stages cannot share data.spacing" in err
+    assert code == 2 and "expected a different data.spacing for each" in err
     code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
     assert code == 0 and not Path("runs/one_low").exists(), err
     assert not (Path("runs/one/model/first")).exists()
@@ -114,7 +117,7 @@ def test_what_was_planned_and_trained_as_json(
     words = ("train", "balls.yaml", "network.channels=[2,4]", "network.strides=null")
     words = (*words, "network.kernels=null", "network.attention.skip=null", "train.steps=1")
     code, _, err = run(*words, "--json", "--dry-run", capsys=capsys)
-    assert code == 2 and "--json tells of a finished run, and --dry-run leaves none" in err
+    assert code == 2 and "--json needs a finished run, but --dry-run makes none" in err
     code, out, err = run(*words, "--json", capsys=capsys)
     told = json.loads(out)
     assert (code, err) == (0, "") and told["folder"] == "runs/balls" and told["steps"] == 1

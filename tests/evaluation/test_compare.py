@@ -82,7 +82,7 @@ def test_in_strata_cases_are_drawn_from_their_own_group(tmp_path: Path) -> None:
     together = compare(a, b).differences[0]
     assert apart.low == apart.high == pytest.approx(apart.difference)
     assert together.low < together.difference < together.high
-    with pytest.raises(ConfigError, match="no stratum is given for case_5"):
+    with pytest.raises(ConfigError, match="no stratum for case_5"):
         compare(a, b, strata={name: "x" for name in list(strata)[:-1]})
 
 
@@ -132,23 +132,23 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(tmp_path: Path) -> Non
     other = summary(tmp_path / "o", {"zz": {"liver": 0.5}})
     kidney = summary(tmp_path / "k", {"case_0": {"kidney": 0.5}})
     for paths, told in [
-        ((a, other), "no case in common: case_0, case_1 beside zz"),
+        ((a, other), "no case in common: A has case_0, case_1, B has zz"),
         ((a, kidney), "scores of liver, .* of kidney"),
         ((a, tmp_path / "nowhere"), "no such file"),
     ]:
         with pytest.raises(ConfigError, match=told):
             compare(*paths)
-    with pytest.raises(ConfigError, match="'auc' is no metric; choose from dice"):
+    with pytest.raises(ConfigError, match="unknown metric 'auc'; choose from dice"):
         compare(a, a, metrics=["auc"])
-    with pytest.raises(ConfigError, match="has no nsd; write scores with"):
+    with pytest.raises(ConfigError, match="has no scores of nsd; write them with"):
         compare(a, a, metrics=["nsd"])
     (tmp_path / "list.json").write_text('{"cases": []}')
     (tmp_path / "half.json").write_text('{"cases": [')
-    for name, told in (("list", "holds no scores of cases"), ("half", "cannot be read as JSON")):
+    for name, told in (("list", "contains no scores of cases"), ("half", "cannot be read as JSON")):
         with pytest.raises(ConfigError, match=told):
             compare(a, tmp_path / f"{name}.json")
     (tmp_path / "table.csv").write_text("\ufeffcase,site\nx,1\nx,2\n")
-    with pytest.raises(ConfigError, match="names a case twice"):
+    with pytest.raises(ConfigError, match="has several lines for a case"):
         read_strata(tmp_path / "table.csv", "site")
     with pytest.raises(ConfigError, match="has no column 'age'"):
         read_strata(tmp_path / "table.csv", "age")

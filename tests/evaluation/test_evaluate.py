@@ -67,5 +67,7 @@ def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(
 
 def test_names_that_are_not_there_are_told(tmp_path: Path) -> None:
     assert labels_file(tmp_path, None) is None
-    with pytest.raises(segkit.VolumeError, match=r"other.json: no such file; check the path"):
+    with pytest.raises(
+        segkit.VolumeError, match=r"other.json: no such file or folder; check the path"
+    ):
         labels_file(tmp_path, tmp_path / "other.json")

@@ -57,17 +57,23 @@ def test_the_command_writes_the_figures_and_a_diagram(
     code, printed, err = run(
         "evaluate", predictions, references, "--probabilities", *told, capsys=capsys
     )
-    assert (code, err) == (0, "") and "ECE" in printed and "doubt and error" in printed
+    assert (
+        (code, err) == (0, "")
+        and "ECE" in printed
+        and "correlation of entropy and error" in printed
+    )
     assert set(json.loads(out.read_text())["calibration"]["outputs"]) == {"liver", "tumour"}
     assert diagram.read_text().startswith("<svg")
     code, _, err = run("evaluate", predictions, references, "--diagram", diagram, capsys=capsys)
-    assert code == 2 and "--diagram is of probabilities" in err
+    assert code == 2 and "--diagram needs --probabilities" in err
 
 
 def test_what_is_missing_or_of_other_classes_is_told(tmp_path: Path) -> None:
     predictions, references = cohort(tmp_path)
     (predictions / "case_1_prob.nii.gz").unlink()
-    with pytest.raises(VolumeError, match="has no case_1_prob beside it; predict with"):
+    with pytest.raises(
+        VolumeError, match="expected a file case_1_prob beside it, found none; predict"
+    ):
         evaluate(predictions, references, probabilities=True)
     two = Volume(np.zeros((*SHAPE, 2), np.float32), Grid(SHAPE, np.diag([1.0, 2.0, 3.0, 1.0])))
     write_volume(predictions / "case_1_prob.nii.gz", two)

@@ -147,7 +147,7 @@ def test_what_is_not_there_or_pairs_with_nothing_is_told(tmp_path: Path) -> None
     with pytest.raises(segkit.VolumeError, match="none: no such file or folder"):
         find_pairs(theirs, tmp_path / "none")
     mine = touched(tmp_path / "p", "b.nii")
-    with pytest.raises(segkit.VolumeError, match=r"holds b, and references are a0, a1, a2 and 6 m"):
+    with pytest.raises(segkit.VolumeError, match=r"\(a0, a1, a2 and 6 more\), found b; rename"):
         find_pairs(mine, theirs)
 
 
@@ -205,5 +205,5 @@ def test_missing_predictions_are_refused_left_out_or_taken_for_empty(tmp_path: P
     assert empty.cases[1].metrics["hd95_mm"] == pytest.approx(48**0.5)
     assert empty.cases[1].prediction_ml == 0 and empty.missing == ("b", "c")
     assert empty.made["inputs"][1]["prediction"] is None
-    with pytest.raises(segkit.ConfigError, match="missing is 'zero'; choose one of 'refuse'"):
+    with pytest.raises(segkit.ConfigError, match="value 'zero' of missing; choose one of 'refuse'"):
         segkit.evaluate(tmp_path / "p", tmp_path / "r", missing="zero")

@@ -134,7 +134,7 @@ def test_the_type_and_memory_order_of_the_labels_change_nothing(dtype: Any, orde
 def test_a_label_without_a_name_is_refused(stray: int) -> None:
     prediction, reference = (image.astype(np.int16) for image in two_slabs())
     reference[0, 0, 0] = stray
-    with pytest.raises(ValueError, match=rf"labels 0, 1, 7, got {stray} in the reference; name it"):
+    with pytest.raises(ValueError, match=rf"labels 0, 1, 7, got {stray} in the reference; add it"):
         score_case(prediction, reference, LABELS, (1.0, 1.0, 1.0), case="a")
 
 
