@@ -62,7 +62,7 @@ class Commands(TyperGroup):
         for word, following in itertools.pairwise(itertools.takewhile("--".__ne__, words)):
             if options.get(word) and following in options:
                 raise ConfigError(
-                    f"{word} needs a value, found {following}; give a value or leave {word} out"
+                    f"{word} needs a value, found {following}; give it a value or leave it out"
                 )
         return name, command, words
 

@@ -107,7 +107,7 @@ def test_an_option_is_never_taken_as_the_value_of_another(
     words: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(*words.split(), capsys=capsys)
-    assert (code, out, err) == (2, "", f"segkit: {sentence}; give it one or leave it out\n")
+    assert (code, out, err) == (2, "", f"segkit: {sentence}; give it a value or leave it out\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
