@@ -30,7 +30,7 @@ def test_evaluating_a_folder_against_itself_scores_one(
     assert len(content["cases"]) == 3
 
 
-def test_evaluating_refuses_what_does_not_pair(
+def test_evaluating_refuses_files_that_do_not_pair(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)
@@ -161,7 +161,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     assert "b.nii.gz: lies on another grid" in err, "with no case scored, the first reason is told"
 
 
-def test_a_fault_of_our_own_in_one_case_leaves_the_scores_of_the_others(
+def test_a_bug_in_one_case_leaves_the_scores_of_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, radius in (("a", 9), ("b", 5)):
@@ -183,7 +183,7 @@ def test_a_fault_of_our_own_in_one_case_leaves_the_scores_of_the_others(
 
 
 @pytest.mark.parametrize("folder", ["p", "r"])
-def test_two_files_of_one_case_are_told(
+def test_two_files_of_one_case_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
     for each in "pr":
@@ -193,7 +193,7 @@ def test_two_files_of_one_case_are_told(
     assert code == 2 and "a.nii.gz: is the same case as a.nii; remove or rename one" in err
 
 
-def test_what_has_no_partner_is_told_and_left_out(
+def test_files_without_a_partner_are_reported_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, names in (("p", "ac"), ("r", "ab")):

@@ -72,7 +72,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
     return lambda *words: run("explain", *words, "--device", "cpu", capsys=capsys)
 
 
-def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
+def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
@@ -134,7 +134,7 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 
-def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
+def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     (scans / "a.nii.gz").write_bytes(b"no volume")

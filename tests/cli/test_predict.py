@@ -91,7 +91,7 @@ def test_an_engine_is_chosen_by_name(
     assert code == 0 and nib.load(out).shape == (8, 8, 8), err
 
 
-def test_a_cohort_goes_on_past_a_bad_file_and_says_so_at_the_end(
+def test_a_bad_file_does_not_stop_a_cohort_and_is_reported_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     scans = tmp_path / "scans"
@@ -157,7 +157,7 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8\n"
 
 
-def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
+def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
 ) -> None:
     files = [Path(shutil.copy(scans / f"{name}.nii.gz", tmp_path)) for name in "ab"]
@@ -180,7 +180,7 @@ def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
     assert code == 0 and "skipped 1 of 1 volumes" in out
 
 
-def test_what_was_predicted_as_json(
+def test_predict_prints_its_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     scans, out = tmp_path / "scans", tmp_path / "out"

@@ -23,7 +23,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert err == f"segkit: {config}: train.stepps is not a setting (did you mean steps?)\n"
 
 
-def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
+def test_one_command_trains_folds_and_another_resumes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = small_dataset(tmp_path / "data", num_cases=5)
@@ -49,7 +49,7 @@ def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
 
 
 @pytest.mark.parametrize("folds", ["-1", "0,x", "", "every"])
-def test_folds_that_are_none_are_refused(
+def test_folds_that_are_not_numbers_are_refused(
     folds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run("train", tmp_path / "c.yaml", "--folds", folds, capsys=capsys)
@@ -59,7 +59,7 @@ def test_folds_that_are_none_are_refused(
     )
 
 
-def test_a_run_has_no_folds_to_go_on_with(
+def test_a_single_run_cannot_be_resumed_with_folds(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run("train", "--resume", finished, "--folds", "all", capsys=capsys)
@@ -103,7 +103,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     assert not (Path("runs/one/model/first")).exists()
 
 
-def test_what_was_planned_and_trained_as_json(
+def test_plan_and_train_print_their_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
