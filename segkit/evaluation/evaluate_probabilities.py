@@ -1,4 +1,4 @@
-"""Probabilities beside predictions, held against references: `segkit evaluate --probabilities`."""
+"""`segkit evaluate --probabilities`: compare predicted probabilities with references."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -21,24 +21,24 @@ def calibrate_pairs(
     unlabelled: Mapping[str, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> Calibration:
-    """How well probabilities hold what they say, over all cases that have a prediction.
+    """The calibration of probabilities, over all cases that have a prediction.
 
     Args:
-        pairs: of each case its name, its prediction and its reference.
-        labelling: what the probabilities are of, in their order.
+        pairs: name, prediction and reference of each case.
+        labelling: the classes or regions, in the order of the probabilities.
         rules: how labels in pictures are read.
-        unlabelled: by the name of a case, the classes that nobody labelled in it.
-        track: may show the progress over cases.
+        unlabelled: for the name of a case, the classes that nobody labelled in it.
+        track: reports the progress over cases.
 
     Raises:
-        ConfigError: nothing says what the probabilities are of.
-        VolumeError: a file of probabilities is missing, lies on another grid, or has not as many
-            probabilities as there are classes or regions.
+        ConfigError: if `labelling` is None.
+        VolumeError: if a file of probabilities is missing, lies on another grid, or has more or
+            fewer probabilities than there are classes or regions.
     """
     if labelling is None:
         raise ConfigError(
-            "probabilities need the names of labels, in their order; give a dataset, or a "
-            "dataset.json by --labels"
+            "probabilities need the names of labels in their order, but no file gives them; give a "
+            "dataset, or a dataset.json by --labels"
         )
     members = labelling.members
     if not labelling.regions:
@@ -58,9 +58,10 @@ def calibrate_pairs(
 
 
 def find_probabilities(prediction: Path) -> Path:
-    """The file of probabilities beside a prediction: `a_prob.nii.gz` beside `a_seg.nii.gz`.
+    """The file of probabilities beside a prediction, such as `a_prob.nii.gz` for `a_seg.nii.gz`.
 
-    Raises VolumeError if there is none.
+    Raises:
+        VolumeError: if there is none.
     """
     whole = stem_of(prediction)
     stem = whole.removesuffix("_seg")
@@ -70,6 +71,6 @@ def find_probabilities(prediction: Path) -> Path:
             if path.is_file():
                 return path
     raise VolumeError(
-        f"{prediction}: has no {stem}_prob beside it; predict with --probabilities, or evaluate "
-        f"without"
+        f"{prediction}: expected a file {stem}_prob beside it, found none; predict with "
+        f"--probabilities, or evaluate without"
     )

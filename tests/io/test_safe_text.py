@@ -83,7 +83,7 @@ def refused(told: tuple[int, str], reason: str) -> None:
     assert re.search(reason, err), err
     lines = err.splitlines()
     assert all(line.startswith("segkit: ") for line in lines), err
-    assert len(lines) == 1 or "problems, as told above" in lines[-1], err
+    assert len(lines) == 1 or "problems, listed above" in lines[-1], err
 
 
 def scan_at(path: Path, channels: int = 2) -> Path:

@@ -130,7 +130,7 @@ def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("segkit.training.time_budget.num_cores", lambda: 2)
     budget, _, _ = simulated(600.0, 3.6, 0.0)
     told = behind(budget)
-    assert "a step takes 3.6 s, planned 1.5 s" in told
+    assert "a step takes 3.6 s instead of the planned 1.5 s" in told
     assert "other programs use the cores (load 8.1 on 2)" in told
     assert "of 400 steps fit into the 10 minutes" in told
 
