@@ -371,8 +371,8 @@ def _write(
     written.append(sidecar_of(targets.labels))
     if failures:  # `finish` is not called, so that the next run writes the missing results
         more = f" (and {len(failures) - 1} more results)" if len(failures) > 1 else ""
-        error = f"{failures[0]}{more}; its labels are written: {targets.labels}"
-        return Outcome(source, tuple(written), error, prediction.presence)
+        reason = f"{failures[0]}{more}; its labels are written: {targets.labels}"
+        return Outcome(source, tuple(written), reason, prediction.presence)
     finish(targets.labels)
     return Outcome(source, tuple(written), presence=prediction.presence)
 
