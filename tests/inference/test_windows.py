@@ -318,7 +318,7 @@ def test_windows_start_where_worked_out_by_hand(
 
 
 def test_a_patch_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(AssertionError, match="patch 10 is no multiple of 4"):
+    with pytest.raises(AssertionError, match="patch 10 is not a multiple of 4"):
         window_starts(20, 10, 0.5, 4)
 
 
