@@ -30,7 +30,7 @@ from segkit.io.dicom import Series, choose_series, holds_series, list_series, re
 from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, trouble_with
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
@@ -109,7 +109,7 @@ def describe_series(folder: Path, uid: str | None) -> Understood:
     """
     found = list_series(folder)
     if uid is None and len(found) > 1:
-        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        lines = [f"{folder}: {len(found)} DICOM series; pass the UID of one as --series"]
         facts = {"series": [_series_facts(series) for series in found]}
         return Understood("series", "\n".join([*lines, *map(str, found)]), facts)
     chosen = choose_series(folder, uid)
@@ -350,7 +350,7 @@ def _classes_in_words(labelling: Labelling) -> str:
 def describe_volume(path: Path, volume: Volume) -> Understood:
     """Description of a volume: size, spacing, orientation, position, codes and intensities."""
     grid, data = volume.grid, volume.data
-    if trouble := trouble_with(data):
+    if trouble := value_problem(data):
         raise VolumeError(f"{path}: {trouble}")
     if volume.picture:
         return _describe_picture(path, volume, volume.picture)

@@ -23,7 +23,7 @@ from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
 from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, read_volume, trouble_with, write_volume
+from segkit.io.volume import Volume, read_volume, value_problem, write_volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.planning.make_plan import plan_dataset
 from segkit.system.progress import untracked
@@ -109,10 +109,10 @@ def test_values_that_are_no_numbers_become_0_and_others_stay(
 def test_an_image_without_any_number_stays_and_is_told_apart() -> None:
     values = np.full((3, 4, 5), np.nan, np.float32)
     assert nan_as_zero(values) is values
-    assert (trouble_with(values) or "").startswith("holds no voxel that is a number; make")
+    assert (value_problem(values) or "").startswith("holds only NaN or infinite values; make")
     both = np.stack([values, np.ones_like(values)], axis=3)
     assert nan_as_zero(both) is both
-    assert "no voxel that is a number in one of its channels" in (trouble_with(both) or "")
+    assert "only NaN or infinite values in one of its channels" in (value_problem(both) or "")
 
 
 def test_by_default_all_refuse_it_and_name_the_setting(strange: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_image_of_nan_alone_and_labels_of_nan_are_refused_all_the_same(strang
     read_case(dataset.cases[0], dataset)
     first, second = dataset.cases[:2]
     for case, path, rows, message in (
-        (first, first.images[0], slice(None), "holds no voxel that is a number"),
+        (first, first.images[0], slice(None), "holds only NaN or infinite values"),
         (second, second.label, slice(1), "holds label nan"),
     ):
         volume = read_volume(path)
@@ -195,7 +195,7 @@ def test_several_models_take_it_only_if_all_do(refusing: Model, lenient: Model) 
         with pytest.raises(VolumeError, match=ADVICE):
             Predictor(models, device="cpu", engine="torch")(strange)
     whole = Volume(np.full_like(strange.data, np.nan), strange.grid)
-    with pytest.raises(VolumeError, match="holds no voxel that is a number"):
+    with pytest.raises(VolumeError, match="holds only NaN or infinite values"):
         Predictor(lenient, device="cpu", engine="torch")(whole)
 
 

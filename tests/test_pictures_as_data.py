@@ -131,7 +131,7 @@ def test_a_colour_of_no_label_is_refused_in_a_sentence(tmp_path: Path) -> None:
         read(dataset(tmp_path, pictures={"label_colours": {"nucleus": "#ffffff"}}))
     with pytest.raises(ValueError, match="must be a colour such as '#ff0000'"):
         PicturesConfig(label_colours={"cell": "red"})
-    with pytest.raises(ValueError, match=r"must be a length such as"):
+    with pytest.raises(ValueError, match=r"expected a length such as"):
         PicturesConfig(pixel_size="4")
 
 

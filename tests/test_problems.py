@@ -200,7 +200,7 @@ def test_a_dataset_of_many_labels_is_refused_in_a_short_sentence(tmp_path: Path)
         ('{"background": 0, "": 1}', r"labels\.: found the name ''; give it one that can be read"),
         ('{"background": 0, " \\t": 1}', r"found the name ' \\t'; give it one"),
         ('{"0": "background", "1": ""}', r"labels\.1: found the name ''; give it one"),
-        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' is there twice in one place"),
+        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' occurs twice in one object"),
         ('{"background": 0, "a\\u001b[2J": 1}', r"holds characters that cannot be shown"),
     ],
 )
@@ -218,7 +218,7 @@ def test_names_of_labels_that_cannot_be_used_are_refused(
 def test_a_section_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = config_of(small_dataset(tmp_path / "data", num_cases=1))
     path.write_text(path.read_text() + "train: {steps: 9}\n")
-    with pytest.raises(ConfigError, match="'train' is there twice in the section from line 1 on"):
+    with pytest.raises(ConfigError, match="'train' occurs twice in the section that begins at"):
         load_config(path)
 
 

@@ -18,11 +18,11 @@ from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures, show
 from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
-    begin,
-    finish,
-    left_behind,
+    mark_finished,
+    mark_unfinished,
     refuse_existing,
-    sweep,
+    remove_leftovers,
+    unfinished_files,
     write_json,
     write_text,
 )
@@ -93,7 +93,7 @@ def explain_files(
     folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
-        sweep(place)
+        remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
@@ -118,7 +118,7 @@ def explain_files(
             made = made_by(predictor, asked, source.files)
             if path is not None:
                 made["reference"] = checksums([path])
-            begin(folder / PAGE, targets)
+            mark_unfinished(folder / PAGE, targets)
             written = explanation.write(place, made=made)
         except (SegkitError, OSError) as error:
             left_out.append(failure(source, error))
@@ -135,7 +135,7 @@ def explain_files(
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
         _write_cohort(folder, cases, worths, facts_of(predictor), left_out, made, conclude)
     if not torn:
-        finish(folder / PAGE)
+        mark_finished(folder / PAGE)
 
 
 def _write_cohort(
@@ -248,7 +248,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     for target in (*targets, *maps):
         if target.resolve() in files:
             raise VolumeError(f"{target}: is an input itself; name another --out")
-    left = left_behind(folder / PAGE)
+    left = unfinished_files(folder / PAGE)
     refuse_existing(targets, overwrite=overwrite, left=left)
     if not left:
         refuse_existing(maps, overwrite=overwrite)

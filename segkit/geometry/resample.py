@@ -62,7 +62,7 @@ def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Ten
     if order == 3 and (positions % 1 != 0).any():
         kind = torch.promote_types(values.dtype, torch.float32)
         return _weighted_sums(
-            values, cubic_weights(positions, size), positions, axis, SPLINE_RADIUS[kind]
+            values, spline_weights(positions, size), positions, axis, SPLINE_RADIUS[kind]
         )
     if (clamped % 1 != 0).any():
         return _weighted_sums(values, linear_weights(clamped, size), clamped, axis, 0)
@@ -132,7 +132,7 @@ def resample_labels(
     return winner
 
 
-def cubic_weights(
+def spline_weights(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
     """The weight of each of `size` voxels in the spline's value at each fractional index.
