@@ -81,7 +81,7 @@ def predict_command(
     from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.io.picture_summary import told_of_pictures
+    from segkit.io.picture_summary import picture_lines
     from segkit.model.folder import (
         load_model,
         model_folders,
@@ -113,7 +113,7 @@ def predict_command(
         say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
         say("no model was trained on mirror images: --tta changes nothing")
-    for line in told_of_pictures([source.files[0] for source in found], rules):
+    for line in picture_lines([source.files[0] for source in found], rules):
         say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0

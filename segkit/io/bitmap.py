@@ -79,11 +79,11 @@ def read_bitmap_header(path: Path) -> tuple[Raster, int | None]:
         channels - 1 if mode in ("LA", "PA", "RGBA") else None,
         suffix in JPEG_SUFFIXES,
     )
-    held = None
+    capacity = None
     if suffix == ".png":
         # A byte holds several pixels of fewer than 8 bits.
-        held = path.stat().st_size * MOST_DEFLATED * max(8 // depth, 1)
-    return raster, held
+        capacity = path.stat().st_size * MOST_DEFLATED * max(8 // depth, 1)
+    return raster, capacity
 
 
 def png_bytes_kind(values: ndarray) -> np.dtype:
@@ -156,10 +156,10 @@ def _pixels(path: Path, suffix: str) -> ndarray:
         return pillow_values(_decoded(lambda: PLUGINS[suffix](file)))
 
 
-def _decoded(give: Callable[[], Decoded]) -> Decoded:
+def _decoded(call: Callable[[], Decoded]) -> Decoded:
     """The result of a call to Pillow. Its errors for damaged files are raised as ValueError."""
     try:
-        return give()
+        return call()
     except (SyntaxError, struct.error, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"it is damaged: {error}") from None
 

@@ -8,7 +8,7 @@ from numpy import ndarray
 from segkit.geometry.grid import Grid
 from segkit.io.bitmap import BITMAP_SUFFIXES, read_bitmap_header, write_png
 from segkit.io.picture_rules import PictureFacts, PictureRules
-from segkit.io.raster import Raster, check_room, image_of, labels_of_picture
+from segkit.io.raster import Raster, check_claimed_size, image_of, labels_of_picture
 from segkit.io.tiff import TIFF_SUFFIXES, read_tiff_header, write_tiff
 from segkit.system.memory import free_memory
 
@@ -50,8 +50,8 @@ def read_picture(
         VolumeError: the picture is not supported, or does not fit into memory.
         ValueError: the file is damaged.
     """
-    raster, held = _raster(path, rules)
-    check_room(raster, held, free_memory())
+    raster, capacity = _raster(path, rules)
+    check_claimed_size(raster, capacity, free_memory())
     if as_labels:
         return labels_of_picture(raster, rules.colours), *raster.grid(rules)
     values = image_of(raster)

@@ -9,7 +9,7 @@ from segkit.io.picture_rules import PictureRules, size_in_words
 from segkit.io.volume import is_picture, read_picture_facts
 
 
-def told_of_pictures(files: Sequence[Path], rules: PictureRules) -> list[str]:
+def picture_lines(files: Sequence[Path], rules: PictureRules) -> list[str]:
     """Lines on the pixel sizes of pictures, their sources, and the notes on how they are read.
 
     Each line counts the pictures that it applies to. Files that are not pictures or cannot be read

@@ -140,19 +140,19 @@ def turned_by(orientation: int, columns: int, rows: int) -> ndarray:
     return affine
 
 
-def check_room(raster: Raster, held: int | None, free: int) -> None:
+def check_claimed_size(raster: Raster, capacity: int | None, free: int) -> None:
     """Raise VolumeError if a picture claims more bytes than its file or the free memory can hold.
 
     Args:
         raster: the header of the picture.
-        held: the most bytes of pixels that its file can hold, if known.
+        capacity: the most bytes of pixels that its file can hold, if known.
         free: free memory in bytes.
     """
     columns, rows, slices, _ = raster.size
     claim = f"its header claims {columns} x {rows} pixels" + f" in {slices} slices" * (slices > 1)
-    if held is not None and raster.num_bytes > held:
+    if capacity is not None and raster.num_bytes > capacity:
         raise VolumeError(
-            f"{claim}, {raster.num_bytes} bytes, but its file can only hold {held}; it is "
+            f"{claim}, {raster.num_bytes} bytes, but its file can only hold {capacity}; it is "
             f"incomplete or damaged, so get a new copy"
         )
     if 2 * raster.num_bytes > free:

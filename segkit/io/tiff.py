@@ -78,7 +78,7 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         palette = None
         if photometric == "PALETTE":
             palette = (np.asarray(page.colormap) >> 8).T.astype(np.uint8)
-        held = _held(series, path.stat().st_size)
+        capacity = _capacity(series, path.stat().st_size)
         compressed = int(page.compression) != 1
         orientation = int(page.tags.valueof(ORIENTATION_TAG, default=1))
 
@@ -103,7 +103,7 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         alpha,
         inverted_from=2 ** int(page.bitspersample) - 1 if inverted else None,
     )
-    return raster, held
+    return raster, capacity
 
 
 def write_tiff(
@@ -163,10 +163,10 @@ def write_tiff(
     )
 
 
-def _decoded(give: Callable[[], Decoded]) -> Decoded:
+def _decoded(call: Callable[[], Decoded]) -> Decoded:
     """The result of a call to tifffile. Its errors for damaged files are raised as ValueError."""
     try:
-        return give()
+        return call()
     except (MemoryError, OSError, VolumeError):
         raise
     except Exception as error:  # tifffile raises many types for damaged files
@@ -182,9 +182,9 @@ def _only_series(file: tifffile.TiffFile) -> tuple[Any, Any]:
     series = found[0]
     shapes = sorted({tuple(one.shape) for one in found})
     if len(found) > 1:
-        told = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
+        listed = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
         raise VolumeError(
-            f"expected one picture, found {len(found)} ({told}); save each as a separate file"
+            f"expected one picture, found {len(found)} ({listed}); save each as a separate file"
         )
     missing = [page for page in series.pages if page is None or page.parent is not file]
     if missing:
@@ -226,7 +226,7 @@ def _product(series: Any, letters: str) -> int:
     return int(np.prod([series.shape[series.axes.index(axis)] for axis in letters], dtype=object))
 
 
-def _held(series: Any, size: int) -> int | None:
+def _capacity(series: Any, size: int) -> int | None:
     """The most bytes of pixels that the file can hold. Raises ValueError if it is truncated."""
     for page in series.pages:
         if not page.dataoffsets or 0 in page.databytecounts:
@@ -280,8 +280,8 @@ def _pixel(
 ) -> tuple[tuple[float, float, float | None] | None, str]:
     """The pixel size in mm along columns, rows and slices, and its source as a phrase."""
     if file.ome_metadata and (found := PIXELS_OF_OME.search(file.ome_metadata)):
-        told = {key: html.unescape(value) for key, value in ATTRIBUTE.findall(found[1])}
-        sizes = [_ome_size(told, axis) for axis in "XYZ"]
+        attributes = {key: html.unescape(value) for key, value in ATTRIBUTE.findall(found[1])}
+        sizes = [_ome_size(attributes, axis) for axis in "XYZ"]
         if sizes[0] is not None and sizes[1] is not None:
             return (sizes[0], sizes[1], sizes[2]), "its OME metadata"
     about: dict[str, Any] = file.imagej_metadata or {}
@@ -306,10 +306,10 @@ def _pixel(
     return (*scale, float(across) * IN_LENGTHS[named] if known and across else None), source
 
 
-def _ome_size(told: dict[str, str], axis: str) -> float | None:
-    unit = told.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").lower()
+def _ome_size(attributes: dict[str, str], axis: str) -> float | None:
+    unit = attributes.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").lower()
     try:
-        size = float(told[f"PhysicalSize{axis}"]) * IN_LENGTHS[unit]
+        size = float(attributes[f"PhysicalSize{axis}"]) * IN_LENGTHS[unit]
     except (KeyError, ValueError):
         return None
     return size if size > 0 else None

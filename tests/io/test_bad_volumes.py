@@ -627,9 +627,7 @@ BIG = np.arange(24, dtype=">i2").tobytes()
     ],
     ids=["nrrd of a space", "nrrd of spacings", "mha", "mha of sizes"],
 )
-def test_big_endian_files_are_read_as_simpleitk_reads_them(
-    tmp_path: Path, build: Build
-) -> None:
+def test_big_endian_files_are_read_as_simpleitk_reads_them(tmp_path: Path, build: Build) -> None:
     path = build(tmp_path)
     image, volume = sitk.ReadImage(str(path)), read_volume(path)
     assert_array_equal(volume.data, sitk.GetArrayFromImage(image).transpose(2, 1, 0))
@@ -661,7 +659,7 @@ def test_labels_are_whole_numbers(tmp_path: Path, strange: float) -> None:
     ("value", "told"),
     [(0.5, "0.5"), (2.998, "2.998"), (1.0015, "1.0015"), (1e6 + 0.5, "1000000.5")],
 )
-def test_the_error_shows_all_digits_of_a_refused_label(tmp_path: Path, value: float, told: str) -> None:
+def test_an_error_shows_all_digits_of_a_label(tmp_path: Path, value: float, told: str) -> None:
     path = nifti(tmp_path / "label.nii", np.full(SHAPE, value))
     with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)}$"):
         read_labels(path)

@@ -68,7 +68,9 @@ def test_planes_pass_through_the_middle_of_the_reference_or_else_of_the_image() 
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 0.5, 4.0), (3.0, 1.0, 1.0)])
-def test_a_ball_is_drawn_as_a_circle_whatever_the_spacing(spacing: tuple[float, float, float]) -> None:
+def test_a_ball_is_a_circle_whatever_the_spacing(
+    spacing: tuple[float, float, float],
+) -> None:
     shape = tuple(round(48 / step) for step in spacing)
     label = ball(shape, spacing, 16.0)
     planes = planes_of(
