@@ -119,7 +119,9 @@ def list_series(folder: Path) -> list[Series]:
         _, _, slices = found.setdefault(_text(reader, SERIES), (*told, []))
         slices.append(_slice(file, reader))
     if not found:
-        raise VolumeError(f"{folder}: expected the DICOM files of a series, found none")
+        raise VolumeError(
+            f"{folder}: expected the DICOM files of a series, found none; check the path"
+        )
     return [
         Series(folder, uid, description, modality, tuple(slices))
         for uid, (description, modality, slices) in sorted(found.items())
@@ -142,7 +144,7 @@ def choose_series(folder: Path, uid: str | None = None) -> Series:
         raise VolumeError(
             f"{folder}: holds {len(found)} series; pass the UID of one as --series: {listing}"
         )
-    raise VolumeError(f"{folder}: expected the series {uid}, found only {listing}")
+    raise VolumeError(f"{folder}: expected the series {uid}, found only {listing}; check --series")
 
 
 def read_series(series: Series, *, working: float = 0) -> Volume:

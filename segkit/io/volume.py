@@ -263,8 +263,9 @@ def read_labels(
     """
     volume = read_label_values(path, rules=rules, working=BYTES_OF_LABEL + working)
     expected = f"{path}: expected whole numbers, one per voxel, as labels"
+    advice = "convert it, or pass another file"
     if volume.data.ndim != 3:
-        raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
+        raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel; {advice}")
     values = whole_numbers(volume.data, path)
     whole = np.empty(values.shape, np.int64, order="F")
     for z in range(values.shape[2]):
@@ -273,7 +274,7 @@ def read_labels(
             here[...] = found
         strange = found[here != found]
         if len(strange):
-            raise VolumeError(f"{expected}, found {in_full(strange[0])}")
+            raise VolumeError(f"{expected}, found {in_full(strange[0])}; {advice}")
     return volume.like(whole)
 
 
@@ -433,14 +434,18 @@ def _open(path: Path, read: Callable[[Path], Read]) -> Read:
     try:
         return read(path)
     except VolumeError as error:
-        raise VolumeError(f"{path}: {error}") from None
+        raise VolumeError(f"{path}: {_with_advice(str(error))}") from None
     except MemoryError:
         raise VolumeError(
             f"{path}: does not fit into memory; free some memory, or crop it"
         ) from None
     except (HeaderDataError, OSError, EOFError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise VolumeError(f"{path}: cannot be read as {suffix}: {reason}") from None
+        raise VolumeError(f"{path}: cannot be read as {suffix}: {_with_advice(reason)}") from None
+
+
+def _with_advice(reason: str) -> str:
+    return reason if ";" in reason else f"{reason}; repair or convert it, or get a new copy"
 
 
 def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float]]:

@@ -84,7 +84,10 @@ def test_damage_is_one_sentence_and_exit_code_2_whatever_the_command(
     code, err = segkit(*[word.format(**places) for word in words])
     assert code == 2
     *_, last = err.splitlines()
-    sentence = f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are incomplete"
+    sentence = (
+        f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are incomplete; repair or "
+        f"convert it, or get a new copy"
+    )
     assert last == sentence
     assert "Traceback" not in err
 

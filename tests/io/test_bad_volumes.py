@@ -661,7 +661,7 @@ def test_labels_are_whole_numbers(tmp_path: Path, strange: float) -> None:
 )
 def test_an_error_shows_all_digits_of_a_label(tmp_path: Path, value: float, told: str) -> None:
     path = nifti(tmp_path / "label.nii", np.full(SHAPE, value))
-    with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)}$"):
+    with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)};"):
         read_labels(path)
 
 
