@@ -20,7 +20,7 @@ def test_predicting_without_a_model_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run("predict", "x.nii.gz", capsys=capsys)
-    assert code == 2 and "no finished run under runs/" in err
+    assert code == 2 and "expected a finished run under runs/" in err
 
 
 def test_a_prediction_keeps_the_files_affine_codes_and_units(
