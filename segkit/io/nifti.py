@@ -147,7 +147,7 @@ def _checked_shape(header: Nifti1Header) -> tuple[int, ...]:
 
 
 def _check_placing(header: Nifti1Header, num_axes: int) -> None:
-    """Raise VolumeError for unknown codes, and for voxel sizes of 0 that would place the voxels."""
+    """Raise VolumeError for unknown codes, or for invalid voxel sizes if they place the voxels."""
     for form in ("sform", "qform"):
         code = int(header[f"{form}_code"])
         if code not in CODES:

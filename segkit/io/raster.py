@@ -119,7 +119,7 @@ def turned_by(orientation: int, columns: int, rows: int) -> ndarray:
 
     Raises VolumeError for an orientation that EXIF does not define.
     """
-    # The step on the screen, (right, down), of a step along the columns and along the rows.
+    # Steps on the screen, (right, down), of one step along the columns and one along the rows.
     steps = {
         1: ((1, 0), (0, 1)),
         2: ((-1, 0), (0, 1)),

@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def spare(self) -> int:
-        """Number of bytes after the voxels from which on a size in the header must be wrong."""
+        """If at least this many bytes follow the voxels, a size in the header is wrong."""
         return self.claimed // max(*self.space, self.channels or 1)
 
 
