@@ -224,7 +224,7 @@ def test_a_picture_without_a_pixel_size_is_refused_by_a_model_that_has_learned_o
     assert read_volume(scaled, rules=picture_rules_of(model(1).description)).unit == "pixel"
 
 
-def test_previews_and_pictures_beside_volumes_are_not_inputs(tmp_path: Path) -> None:
+def test_results_and_previews_beside_pictures_are_not_inputs(tmp_path: Path) -> None:
     for name in ("a.png", "a_seg.png", "a_preview.png", "b.png"):
         save(tmp_path / name, np.zeros((4, 4)))
     assert [one.name for one in find_inputs([tmp_path], 1)] == ["a", "b"]
