@@ -112,7 +112,7 @@ def test_check_says_sizes_notes_and_where_the_pixel_size_is_from(tmp_path: Path)
     text = str(check(dataset(tmp_path, pictures={"pixel_size": "4 nm"})))
     assert "size in pixels (columns, rows): 24 to 24" in text
     assert "pixel size in µm: 0.004 to 0.004" in text
-    assert "the settings give it (3 cases)" in text
+    assert "from the settings (3 cases)" in text
     one = save(tmp_path / "rgba.png", RNG.integers(256, size=(4, 5, 4)))
     told = check(one)
     assert "5 x 4 pixels of 1 x 1 pixels (its file does not tell a pixel size)" in told.text

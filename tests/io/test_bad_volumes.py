@@ -140,7 +140,7 @@ def flipped(place: int) -> Callable[[bytes], bytes]:
 NOISE = np.random.default_rng(0).normal(size=SHAPE)
 DIRECTIONS = "space directions: (1,0,0) (0,1,0) (0,0,1)"
 LPS = "space: left-posterior-superior"
-CUT_SHORT = "its compressed data are cut short"
+CUT_SHORT = "its compressed data are incomplete"
 REFUSED: dict[str, tuple[Build, str]] = {
     # Damage
     "gzip cut short": (changed("scan.nii.gz", lambda raw: raw[: len(raw) // 2], NOISE), CUT_SHORT),
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "rubbish after gzip": (
         changed("scan.nii.gz", lambda raw: raw + b"rubbish"),
-        "something else follows its compressed data",
+        "unknown data follow its compressed data",
     ),
     "gzipped nrrd cut short": (changed("scan.nrrd", lambda raw: raw[:-9], NOISE), CUT_SHORT),
     "gzipped nrrd with a wrong checksum": (
@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "nii of half a header": (
         changed("scan.nii", lambda raw: raw[:200]),
-        "expected b'n.1.x00' in its header, found b''|its header has 200 of 348 bytes",
+        "expected b'n.1.x00' in its header, found b''|its header has only 200 of 348 bytes",
     ),
     "nrrd of a header alone": (
         nrrd(body=b""),
@@ -199,22 +199,25 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "mha of half a header": (bytes_of("scan.mha", b"NDims = 3\n"), "has no end"),
     # What it is not
     "magic of nothing": (edit(MAGIC, "4s", b"abc\0"), r"expected b'n\+1\\x00' in its header"),
-    "magic of a pair": (edit(MAGIC, "4s", b"ni1\0"), "its voxels are in another file; put both"),
+    "magic of a pair": (
+        edit(MAGIC, "4s", b"ni1\0"),
+        "its voxels are in another file; convert both",
+    ),
     "no nii.gz but a nii": (
         lambda folder: nifti(folder / "scan.nii").rename(folder / "scan.nii.gz"),
-        "it is not compressed by gzip, in spite of its name",
+        "it is not compressed by gzip; rename it to .nii",
     ),
     "no nii but a nii.gz": (
         lambda folder: nifti(folder / "scan.nii.gz").rename(folder / "scan.nii"),
-        "it is compressed by gzip, in spite of its name",
+        "it is compressed by gzip; rename it to .nii.gz",
     ),
     "no mha but an nrrd": (
         lambda folder: nrrd()(folder).rename(folder / "scan.mha"),
-        "expected a known field in its header, found 'NRRD0004'",
+        "expected KEY = VALUE in its header, found 'NRRD0004'",
     ),
     "no nrrd but an mha": (
         lambda folder: mha()(folder).rename(folder / "scan.nrrd"),
-        "it does not begin as an NRRD header does",
+        "it does not begin with an NRRD header",
     ),
     "nrrd whose voxels are elsewhere": (
         nrrd("data file: /etc/passwd"),
@@ -228,7 +231,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         ),
         "expected ElementDataFile to be LOCAL, found /etc/passwd",
     ),
-    "nrrd with a field misspelt": (nrrd("spase: LPS"), "holds 'spase: LPS', which is not unders"),
+    "nrrd with a field misspelt": (nrrd("spase: LPS"), "field in its header, found 'spase: LPS'"),
     "nrrd in plain text": (nrrd(encoding="text"), "expected the encoding raw or gzip, found text"),
     "mha that says it twice": (mha("Offset = 1 2 3", "Origin = 3 2 1"), "gives Offset twice"),
     # Sizes that no file holds
@@ -239,7 +242,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "nii.gz of a little too much": (
         packed(edit(DIM, "4h", 3, 3, 4, 6)),
-        "its header claims 144 bytes of voxels, but the file holds 120",
+        "its header claims 144 bytes of voxels, but the file holds only 120",
     ),
     "nrrd that says it twice": (nrrd("sizes: 1"), "gives sizes twice"),
     "nrrd of 32000^3": (
@@ -517,7 +520,7 @@ def test_without_codes_voxel_sizes_place_the_voxels_around_the_centre(tmp_path: 
     path = edit(PIXDIM, "4f", 1, 2, 3, 4, codes=(0, 0))(tmp_path)
     expected = [[-2, 0, 0, 2], [0, 3, 0, -4.5], [0, 0, 4, -8], [0, 0, 0, 1]]
     assert_array_equal(read_grid(path).affine, expected)
-    assert "placed by its voxel sizes alone" in str(describe_volume(path, read_volume(path)))
+    assert "placed by its voxel sizes only" in str(describe_volume(path, read_volume(path)))
 
 
 def test_if_sform_and_qform_disagree_the_sform_is_used_and_reported(tmp_path: Path) -> None:

@@ -362,9 +362,9 @@ CMYK = np.zeros((4, 6, 4), np.uint8)
 REFUSED = {
     "cut.png": (cut_png, "cannot be read as .png: image file is truncated"),
     "cut.tif": (cut_tiff, "it is incomplete: 1000 bytes of pixels are missing"),
-    "bomb.png": (bomb, "it claims 60000 x 60000 pixels.*its file can hold"),
+    "bomb.png": (bomb, "its header claims 60000 x 60000 pixels.*its file can only hold"),
     "times.tif": (times, "found time points; set data.pictures.pages"),
-    "sizes.tif": (two_sizes, r"it holds 2 pictures \(2x6, 4x6\)"),
+    "sizes.tif": (two_sizes, r"expected one picture, found 2 \(2x6, 4x6\)"),
     "cmyk.jpg": (lambda path: save(path, CMYK, "CMYK"), "found the printing colours CMYK"),
     "cmyk.tif": (lambda path: save(path, CMYK, "CMYK"), "found the colours SEPARATED"),
     "text.png": (lambda path: path.write_text("no picture") and path, "cannot be read as .png"),

@@ -587,7 +587,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "infinite": (edit(SROW_X, "<f", float("inf")), "its affine holds NaN or infinite values"),
     "singular": (
         edit(SROW_X, "<12f", 1, 1, 0, 0, 2, 2, 0, 0, 0, 0, 3, 0),
-        "its affine is singular: two of its axes point one way",
+        "its affine is singular: its axes lie in one plane",
     ),
     "RGB": (holding(RGB), ONE_REAL),
     "complex": (holding(np.zeros(SHAPE, np.complex64)), f"{ONE_REAL} complex64"),

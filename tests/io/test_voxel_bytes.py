@@ -249,7 +249,7 @@ def test_a_data_file_may_lie_in_a_subfolder_or_behind_a_link_in_the_folder(tmp_p
         (lambda f: nhdr(f, GZIP, HERE), "its compressed data are damaged"),
         (
             lambda f: nhdr(f, GZIP, HERE, data=gzip.compress(BYTES)[:-1]),
-            "its compressed data are cut short",
+            "its compressed data are incomplete",
         ),
         (
             lambda f: nhdr(f, GZIP, "byte skip: 1", HERE, data=gzip.compress(BYTES)),
@@ -267,7 +267,7 @@ def test_a_data_file_may_lie_in_a_subfolder_or_behind_a_link_in_the_folder(tmp_p
         ),
         (
             lambda f: nhdr(f, RAW, HERE).rename(f / "scan.nrrd"),
-            "holds 'data file: scan.raw', which",
+            "field in its header, found 'data file: scan.raw'",
         ),
         (lambda f: mhd(f, HERE_MHD).rename(f / "scan.mha"), "expected ElementDataFile to be LOCAL"),
         (lambda f: nhdr(f, RAW), "its header has no end; it is incomplete"),
