@@ -148,40 +148,51 @@ def page(
     given = " ".join(f"--{name} {value}" for name, value in vars(sizes).items())
     parts = [
         "# Reliability",
-        "What becomes of segkit's jobs where they are killed, where the system refuses what they "
-        "need, and where there are very many of them. Made by\n\n"
+        "What happens to segkit's jobs if they are killed, if the system refuses what they need, "
+        "and "
+        "if there are very many of them. This command made the page:\n\n"
         "<!-- not run: takes minutes, and mounts disks -->\n"
         f"```sh\npython -m benchmarks.reliability {given}\n```",
         "## Faults",
-        "Each fault strikes a small job. A fault is survived if every file is whole or not there "
-        "right after it, results from before are untouched, no process is left behind, what the "
-        "job says is one sentence and its exit code not zero (but for `kill -9`, of which it says "
-        "nothing), and the same command, or `--resume`, then ends with the files, **byte for "
-        "byte**, of a job that nothing struck. Bytes lost are those of files that were there "
-        "before, of half-written files, and of files that are not as they would have been.",
+        "Each fault hits a small job. A fault is survived if all of this is true:\n\n"
+        "- right after it, every file is complete or absent, results from before are unchanged, "
+        "and "
+        "no process is left behind;\n"
+        "- the job says one sentence, and its exit code is not zero (`kill -9` leaves no time for "
+        "a "
+        "sentence);\n"
+        "- then the same command, or `--resume`, ends with the same files, **byte for byte**, as a "
+        "job without a fault.\n\n"
+        "Lost bytes are those of files that were there before, of half-written files, and of files "
+        "that differ from those of a job without a fault.",
         faults_table(trials) + failures(trials),
-        "`kill -9` comes at random: before a change to a file or folder, in the midst of writing "
-        "one, or at any time; every third job is killed again when it goes on. Training is "
-        "compared by its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, "
-        "which schedulers send before a time limit, come at any time of training or validation; "
-        f"the slowest of {sum(t.seconds > 0 for t in trials)} ended after {slowest:.1f} s. Two at "
-        "once start in one folder, from an empty cache.",
+        "`kill -9` comes at random: before a change to a file or folder, while one is being "
+        "written, "
+        "or at any time. Every third job is killed again when it continues. Training is compared "
+        "by "
+        "its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, which "
+        "schedulers send before a time limit, come at any time of training or validation; the "
+        f'slowest of {sum(t.seconds > 0 for t in trials)} jobs ended after {slowest:.1f} s. "Two '
+        "at "
+        'once" start in one folder, from an empty cache.',
         "## What is said",
         sentences(trials),
     ]
     if inputs is not None:
         parts += [
             "## Inputs",
-            "Headers and bodies of volumes that were changed at random. Each is accepted or "
-            "refused in one sentence.",
+            "Headers and bodies of volumes and pictures were changed at random. Each file is "
+            "accepted, "
+            "or refused in one sentence.",
             inputs_section(inputs),
         ]
     parts += [
         "## Many volumes",
-        "One process segments so many scans, with probabilities, or prepares so many cases in two "
-        "processes of its own. Growth is the median slope of resident memory over all pairs of "
-        "looks (Theil and Sen) once the first 40 % are done; the rest is what there is more of in "
-        "the end than before the first.",
+        "One process segments this number of scans, with probabilities, or prepares this number of "
+        "cases in two processes of its own. Growth is the median slope of resident memory over all "
+        "pairs of measurements (Theil and Sen) after the first 40 %. The other columns say how "
+        "many "
+        "more there are at the end than before the first volume.",
         load_table(loads),
         f"Linux, {num_cores()} cores, Python {platform.python_version()}, torch "
         f"{version('torch')}, segkit {version('segkit')}.",

@@ -1,9 +1,10 @@
-"""Which plan a dataset gets, by trying: candidates train for a little while, and the best stays.
+"""A race between plans: candidates train for a short time, and the best plan is chosen.
 
-Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates train for the
-same short time, the worse half stops, and the others train anew for twice as long, until one is
-left. Each is trained and scored as any run is, on the scans' own grids, and by cases that belong to
-the training part of the split: those that score the run later have no say.
+The race uses successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943). All candidates
+train for the same short time; the worse half is dropped; the others train again, for twice as long,
+until one is left. Each is trained and scored like any run, on the grids of the scans. The cases
+that score a race belong to the training part of the split, so the cases that later score the run
+do not influence the choice.
 
     candidates   4 ──12 s──▶ 2 ──24 s──▶ 1
 """
@@ -31,25 +32,27 @@ from segkit.training.fit import train
 from segkit.training.split import split_of
 
 SHARE = 0.15
-"""Of the minutes, the most that a race takes."""
+"""A race takes at most this share of the minutes."""
 SHORTEST = 10.0
-"""Seconds of a candidate's first training; if there is no time for them, there is no race."""
+"""Shortest time of a candidate's first training, in seconds; without this time, there is no race.
+"""
 MARGIN = 0.02
-"""Dice by which another plan must be better than the rule's: less is chance in so short a time."""
+"""Another plan must have a Dice higher by this margin than the plan of the rules. A smaller
+difference may be chance after such a short training."""
 SCORED, TRAINED = 3, 12
-"""Cases of the training part that score a race, and that it trains on, at most."""
+"""Largest numbers of training cases that score a race, and that it trains on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate in one round."""
+    """The result of one candidate in one round."""
 
     candidate: str
     seconds: float
-    """That it was given."""
+    """Training time of the candidate."""
     steps: int
     dice: float
-    """Mean over classes and cases that all candidates of the round have; NaN if it is undefined."""
+    """Mean Dice over classes and over the cases that all candidates scored; NaN if undefined."""
 
 
 def plan_by_race(
@@ -67,11 +70,13 @@ def plan_by_race(
     held_out: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Planned:
-    """The best of two to four plans, by a race; its table stands in the text as comments.
+    """The best of two to four plans, chosen by a race. The text has the results as comments.
 
-    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
-    `held_out` names the cases that the race must not see, if the split is another than the plan's.
-    There is no race on a GPU, or if 15 % of the minutes are too short for one.
+    One of the plans is that of `segkit.plan_dataset`, which also describes the other arguments and
+    the errors. There is no race on a GPU, or if 15 % of the minutes are too short for one.
+
+    Args:
+        held_out: names of cases that the race must not use, if the split is not the plan's.
     """
     runs = Path(runs)
     cache = runs / ".cache" if cache is None else Path(cache)
@@ -118,7 +123,7 @@ def _no_card(device: str) -> bool:
 
 
 def starters(names: Sequence[str], seconds: float) -> list[str]:
-    """As many candidates as there is time for: their shortest trainings, and the rounds after."""
+    """The first candidates, as many as there is time for, with all rounds of their race."""
     count = len(names)
     while count > 1 and seconds / shortest_trainings(count) < SHORTEST:
         count -= 1
@@ -126,7 +131,7 @@ def starters(names: Sequence[str], seconds: float) -> list[str]:
 
 
 def shortest_trainings(count: int) -> int:
-    """Shortest trainings that a race of so many takes: each round twice as long as the last."""
+    """The time of a race of `count` candidates, in units of the shortest training."""
     units, length = 0, 1
     while count > 1:
         units += count * length
@@ -137,7 +142,10 @@ def shortest_trainings(count: int) -> int:
 def _cases_of(
     dataset: Dataset, config: Config
 ) -> tuple[Sequence[CaseFiles], Sequence[CaseFiles]] | None:
-    """Cases of the training part that a race trains on, and others that score it."""
+    """Training cases of the split that a race trains on, and others that score it.
+
+    None if there are fewer than three.
+    """
     known = list(split_of(dataset, config).train)
     if len(known) < 3:
         return None
@@ -156,9 +164,9 @@ def _raced(
     cache: Path,
     track: Track,
 ) -> list[list[Entry]]:
-    """The rounds of a race that takes so many seconds; one that there is no time for is left out.
+    """The rounds of a race that takes about `seconds`; a round without time is left out.
 
-    Race times include preparing; prepared cases stay in the cache for the run.
+    The time includes preparing. Prepared cases remain in the cache for the run.
     """
     started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
     rounds: list[list[Entry]] = []
@@ -181,20 +189,20 @@ def _raced(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is said of a candidate's training: it has little time by intention."""
-    spoken = logging.getLogger("segkit.training")
-    level = spoken.level
-    spoken.setLevel(logging.ERROR)
+    """Hide warnings of a candidate's training, which is short on purpose."""
+    training_logger = logging.getLogger("segkit.training")
+    level = training_logger.level
+    training_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        spoken.setLevel(level)
+        training_logger.setLevel(level)
 
 
 def shortened_for_race(config: Config, seconds: float, scored: list[str], cache: Path) -> Config:
-    """The config of a candidate's short training: no validation but the final scores."""
+    """The config of a candidate's short training, without validations before the final scores."""
     minutes = config.train.minutes
-    assert minutes is not None, "only plans for a time race"
+    assert minutes is not None, "only plans for a time can race"
     steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
     data = {"validation": scored, "fold": None, "first_stage": None, "cache": cache}
     short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
@@ -211,7 +219,7 @@ def shortened_for_race(config: Config, seconds: float, scored: list[str], cache:
 def dice_in_common(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, float]:
-    """Each candidate's mean Dice over the cases that all of them had time to score."""
+    """The mean Dice of each candidate over the cases that all candidates had time to score."""
     common = sorted(set.intersection(*(set(cases) for cases in scores.values())))
     means: dict[str, float] = {}
     for name, cases in scores.items():
@@ -221,7 +229,7 @@ def dice_in_common(
 
 
 def best_of(entries: Sequence[Entry], by_rule: str) -> str:
-    """The candidate of the highest Dice; the rule's if it is in the round and hardly worse."""
+    """The candidate with the highest Dice, or `by_rule` if it is in the round and hardly worse."""
     dice = {entry.candidate: _or_least(entry.dice) for entry in entries}
     best = max(dice, key=lambda name: dice[name])
     return by_rule if dice.get(by_rule, -2.0) > dice[best] - MARGIN else best
@@ -232,22 +240,22 @@ def _or_least(dice: float) -> float:
 
 
 def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str:
-    """The race as lines of comments; nothing if there was none."""
+    """The results of the race as lines of YAML comments; empty if there was no race."""
     if not rounds:
         return ""
     lines = [
-        f"# Raced by mean Dice of {num_cases} training cases that the race held out (successive",
-        "# halving, Jamieson and Talwalkar 2016); the cases that score the run had no say:",
+        f"# Chosen by mean Dice of {num_cases} training cases that the race held out (successive",
+        "# halving, Jamieson and Talwalkar 2016). The held-out cases of the run were not used:",
     ]
     for name in [entry.candidate for entry in rounds[0]]:
-        told = [
+        results = [
             f"{entry.dice:.3f} in {entry.seconds:.0f} s, {entry.steps} steps"
             for entries in rounds
             for entry in entries
             if entry.candidate == name
         ]
         mark = "  <- planned" if name == chosen else ""
-        lines.append(f"#   {name:<14}" + "; ".join(told) + mark)
+        lines.append(f"#   {name:<14}" + "; ".join(results) + mark)
     return "\n".join(lines) + "\n"
 
 

@@ -61,7 +61,7 @@ def test_weights_that_ran_away_stop_training_at_the_step_and_name_its_cases(
     )
     with pytest.raises(
         TrainingError,
-        match=r"^the loss of step \d+ is (nan|inf), its patches are of case_\d, case_\d; look at",
+        match=r"^the loss of step \d+ is (nan|inf), with patches of case_\d, case_\d; check these",
     ):
         training.train(config, runs=tmp_path / "runs")
 

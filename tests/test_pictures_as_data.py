@@ -115,7 +115,7 @@ def test_check_says_sizes_notes_and_where_the_pixel_size_is_from(tmp_path: Path)
     assert "from the settings (3 cases)" in text
     one = save(tmp_path / "rgba.png", RNG.integers(256, size=(4, 5, 4)))
     told = check(one)
-    assert "5 x 4 pixels of 1 x 1 pixels (its file does not tell a pixel size)" in told.text
+    assert "5 x 4 pixels of 1 x 1 pixels (its file does not give a pixel size)" in told.text
     assert "its opacity (alpha) is left out" in told.facts["notes"]
 
 
@@ -127,7 +127,7 @@ def test_cases_with_and_without_a_pixel_size_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_colour_of_no_label_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="label_colours names nucleus, which is none of"):
+    with pytest.raises(DatasetError, match="label_colours names nucleus, which is not a label"):
         read(dataset(tmp_path, pictures={"label_colours": {"nucleus": "#ffffff"}}))
     with pytest.raises(ValueError, match="must be a colour such as '#ff0000'"):
         PicturesConfig(label_colours={"cell": "red"})

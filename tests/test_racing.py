@@ -91,7 +91,7 @@ def test_a_plan_that_was_raced_is_a_config_with_a_table(
 ) -> None:
     monkeypatch.setattr(racing, "SHORTEST", 2.0)
     planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=0.5)
-    assert "# Raced by mean Dice of 1 training cases" in planned.text
+    assert "# Chosen by mean Dice of 1 training cases" in planned.text
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)
     assert load_config(path) == planned.config

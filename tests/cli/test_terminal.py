@@ -115,7 +115,7 @@ def test_verbose_shows_what_is_logged(
     code, _, err = run("train", config, capsys=capsys)
     assert (code, err) == (0, "")
     code, _, err = run("train", config, "-v", capsys=capsys)
-    assert code == 0 and "segkit.training.fit: runs/run-2: 3 cases to train on, 1 held out\n" in err
+    assert code == 0 and "segkit.training.fit: runs/run-2: 3 training cases, 1 held out\n" in err
     assert "fit: Patches are mirrored along x; no label's name tells left from right.\n" in err
 
 

@@ -36,7 +36,7 @@ def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
         assert line in out, line
     assert "post-processing: " in out and "wrote runs/small\n" in out
     code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
-    assert code == 2 and "runs/small: is finished already" in err
+    assert code == 2 and "runs/small: the run is finished already" in err
     (tmp_path / "runs/small/fold_3/summary.json").unlink()
     code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
     assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out

@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_cut_off_is_refused(run_folder: Path) -> None:
             resume(run_folder)
     (run_folder / LAST).write_bytes(whole)
     (run_folder / "metrics.csv").write_text("step\nmany\n")
-    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be gone on with"):
+    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be read"):
         resume(run_folder)
 
 
@@ -215,7 +215,7 @@ def test_a_pickle_among_prepared_cases_runs_nothing(
     for content in pickles(canary, tmp_path / "dresses").values():
         (case / f"{name}.npy").write_bytes(content)
         told = run("train", "--resume", run_folder)
-        refused(told, f"{case.name}: expected a prepared case, found arrays that are damaged")
+        refused(told, f"{case.name}: expected a prepared case, found damaged or wrong arrays")
     assert not canary.exists()
 
 
@@ -236,7 +236,7 @@ def test_prepared_arrays_of_another_kind_are_refused(run_folder: Path, kind: str
     name, change = PREPARED[kind]
     (case,) = (run_folder.parent / ".cache").glob("case_1-*/")
     np.save(case / f"{name}.npy", change(np.load(case / f"{name}.npy")))
-    with pytest.raises(DatasetError, match="damaged or of another kind; delete the folder"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays; delete the folder"):
         resume(run_folder)
 
 
@@ -245,7 +245,7 @@ def test_a_prepared_array_that_claims_more_than_it_holds_is_refused(run_folder: 
     header = str({"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)}).ljust(117) + "\n"
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     (case / "classes.npy").write_bytes(content)
-    with pytest.raises(DatasetError, match="damaged or of another kind"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays"):
         resume(run_folder)
 
 
@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected what was measured of case_2.*delete it")
+    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
 
 
 # Models
@@ -468,7 +468,7 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
-        with pytest.raises(VolumeError, match=r"voxels there, which take .* check both spacings"):
+        with pytest.raises(VolumeError, match=r"voxels there, which need .* check both spacings"):
             prepared(spacing)
     monkeypatch.setattr(preprocess, "free_memory", lambda: 4 * 4 * 5 * 6)
     assert prepared(1.0) == (4, 5, 6)

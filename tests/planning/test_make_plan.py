@@ -153,7 +153,7 @@ def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = sliced(small_dataset(tmp_path / "slices", num_cases=5))
     planned = plan_dataset(folder, cache=tmp_path / "c", device="cpu")
     assert planned.config.network.spatial_dims == 2 and planned.config.data.slices == "coronal"
-    with pytest.raises(DatasetError, match="one voxel along y in every case; plan with 2"):
+    with pytest.raises(DatasetError, match="one voxel along y in every case; plan for 2"):
         plan_dataset(folder, cache=tmp_path / "c", device="cpu", spatial_dims=3)
 
 
@@ -242,7 +242,7 @@ def test_validations_take_a_tenth_of_the_time_and_everything_fits(
     cases = held_out if schedule.validation_cases is None else schedule.validation_cases
     looking = min(count, 10) * cases * per_case
     assert looking <= 6.001 * minutes or min(count, cases) <= 1
-    assert f"the rest holds {schedule.steps:,} steps" in schedule.why_steps
+    assert f"{schedule.steps:,} steps fit into the rest" in schedule.why_steps
     if schedule.steps > 20:
         assert schedule.steps * per_step + looking <= 60 * minutes * 1.15
     assert 1 <= schedule.validate_every <= schedule.steps

@@ -87,10 +87,10 @@ def test_lines_say_numbers_and_units(told: DryRun) -> None:
         "batches of 2",
         f"{told.parameters:,} parameters, channels 4, 8, 8",
         "100 steps of adamw, validated every 2; 32-true on cuda:0",
-        "1.25 GB of the GPU's memory at the peak",
+        "peak memory of the GPU 1.25 GB",
     ):
         assert words in text, words
-    assert "the process's peak" in "\n".join(replace(gpu, before=10**9).lines())
+    assert "peak memory of the process" in "\n".join(replace(gpu, before=10**9).lines())
     assert "not measured" in "\n".join(replace(gpu, peak=None).lines())
 
 
@@ -182,7 +182,7 @@ def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
     monkeypatch.setattr(SegmentationModule, "training_step", full)
-    with pytest.raises(TrainingError, match="memory holds no step of 2 patches of 16x16x16 voxels"):
+    with pytest.raises(TrainingError, match="too small for a step of 2 patches of 16x16x16 voxels"):
         dry_run(small_config(dataset))
 
 

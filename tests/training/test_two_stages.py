@@ -55,7 +55,7 @@ def test_stopped_in_its_first_stage_the_second_follows(
     assert second.folder == tmp_path / "small" and weights(second.folder).keys() == whole.keys()
     for key, value in weights(second.folder).items():
         assert torch.equal(value, whole[key]), key
-    with pytest.raises(ConfigError, match="small: is finished already"):
+    with pytest.raises(ConfigError, match="small: the run is finished already"):
         two_stages.resume_two_stages(tmp_path / "small_low")
 
 
