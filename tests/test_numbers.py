@@ -143,7 +143,7 @@ def test_an_undefined_dice_is_called_so(
     with pytest.raises(SystemExit, match="0"):
         main()
     assert (
-        "mean Dice of 1 held-out cases, each on its scan's grid: undefined (ball undefined)"
+        "mean Dice of 1 held-out cases, on the grids of their scans: undefined (ball undefined)"
         in capsys.readouterr().out
     )
 

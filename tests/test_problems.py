@@ -62,7 +62,7 @@ def test_forty_bad_cases_are_reported_in_one_run(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2
     lines = err.splitlines()
-    assert lines[-1] == "segkit: 40 problems, as told above; mend them all and run again"
+    assert lines[-1] == "segkit: 40 problems, listed above; correct them and run again"
     told = [line for line in lines if "case_" in line]
     for number in range(40):
         assert any(f"case_{number}.nii.gz" in line for line in told), number
@@ -79,7 +79,7 @@ def test_missing_files_are_reported_together(
         (data / "imagesTr" / f"case_{number}.nii.gz").unlink()
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which does not exist") == 3
-    assert "segkit: 3 problems, as told above" in err
+    assert "segkit: 3 problems, listed above" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,11 +93,11 @@ def test_wrong_values_are_reported_together(
     assert code == 2 and err.count("which the dataset does not declare (it has 0 to 1)") == 5
     over_all = int(command == "check")  # that names the numbers once for all cases
     assert err.count("expected only numbers that data.labels declares, found 3") == over_all
-    assert f"segkit: {5 + over_all} problems, as told above" in err
+    assert f"segkit: {5 + over_all} problems, listed above" in err
     # What was right is kept: the next round only has to do what was wrong.
     changed_label(data, 0, plus=-3)
     code, _, err = run(*words_of(command, data), capsys=capsys)
-    assert code == 2 and f"segkit: {4 + over_all} problems, as told above" in err
+    assert code == 2 and f"segkit: {4 + over_all} problems, listed above" in err
 
 
 def test_a_failure_is_json_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

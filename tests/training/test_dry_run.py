@@ -139,7 +139,7 @@ def test_a_run_to_resume_has_begun_already(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "--dry-run is for a CONFIG or DATASET" in capsys.readouterr().err
+    assert "--dry-run does not work with --resume" in capsys.readouterr().err
 
 
 def test_a_second_stage_is_rehearsed_with_the_labels_of_its_first(
@@ -174,7 +174,7 @@ def test_of_folds_the_first_is_rehearsed(
         main()
     out = capsys.readouterr().out
     assert stop.value.code in (None, 0)
-    assert "4 cases of" in out and "1 held out" in out and "so it is with every fold" in out
+    assert "4 cases of" in out and "1 held out" in out and "the same for every fold" in out
 
 
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
