@@ -146,7 +146,7 @@ def coarsest_axis(spacing: Spacing | list[float]) -> int:
 def median_shape(
     spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
 ) -> tuple[float, float, float]:
-    """The median of the cases' shapes at the target spacing, each rounded to whole voxels."""
+    """The median shape of the cases at the target spacing, each rounded to whole voxels."""
     resampled = [
         [max(round(s * n / t), 1) for s, n, t in zip(spacing, shape, target, strict=True)]
         for spacing, shape in zip(spacings, shapes, strict=True)
@@ -244,7 +244,7 @@ def widths(num_levels: int, *, spatial_dims: int, start: int = START_WIDTHS[0]) 
     return tuple(min(start * 2**level, MOST_CHANNELS[spatial_dims]) for level in range(num_levels))
 
 
-# What it costs
+# Costs
 
 
 def activations(

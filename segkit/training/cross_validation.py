@@ -322,7 +322,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; repair it") from None
 
 
 def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:

@@ -45,7 +45,7 @@ class MetricsFile(Logger):
 
     @property
     def save_dir(self) -> str:
-        """The run's folder."""
+        """The folder of the run."""
         return str(self.path.parent)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -41,6 +41,7 @@ from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.cascade import first_stage_of
+from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import (
     OF_SCHEDULE,
     Change,
@@ -312,8 +313,10 @@ def resume(
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
         check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
+        updated = _record_of(parts, config, record, found, steps_done, names)
+        warn_of_changed_files(folder, record.get("files", {}), updated["files"])
         noted = GoingOn(
-            _record_of(parts, config, record, found, steps_done, names),
+            updated,
             every=steps_between(config),
             anew=anew,
             patience=config.train.patience,
@@ -389,6 +392,7 @@ def _record_of(
         "config": config.model_dump(mode="json"),
         "split": {part: list(split[part]) for part in ("train", "held_out")},
         "changes": [*before.get("changes", []), *changed],
+        "files": states_of((*parts.split.train, *parts.split.held_out)),
     }
 
 

@@ -97,7 +97,7 @@ class SegmentationModule(L.LightningModule):
         if others:
             self.log("train/presence_loss", others[0], batch_size=len(label))
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
-        # Of a step of several batches, the mean of those so far.
+        # If a step has several batches, this is the mean of the batches so far.
         self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]
         self.log(
             "train/loss",
@@ -167,7 +167,7 @@ class SegmentationModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient's norm, which Lightning refuses to do for a fused optimiser."""
+        """Clip the norm of the gradient. Lightning refuses this for a fused optimiser."""
         if gradient_clip_val is not None and is_fused(optimizer):
             unscale(self.trainer, optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
@@ -241,6 +241,6 @@ class SegmentationModule(L.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        """The optimiser and its schedule, which advances each step."""
+        """The optimiser and its schedule, which advances at each step."""
         optimiser = self.optimiser(self.network.parameters())
         return [optimiser], [{"scheduler": self.schedule(optimiser), "interval": "step"}]

@@ -50,7 +50,7 @@ class TrainingProgress(Callback):
                 self._line(trainer, f"loss {loss:.3f}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Which validation begins, and how long is left."""
+        """Print the number of the validation and the time that is left."""
         self.last = time.monotonic()
         if self.task is None:
             return

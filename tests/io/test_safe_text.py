@@ -652,3 +652,26 @@ def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: 
         read_json(tmp_path / "dataset.json")
     with pytest.raises(DatasetError, match=rf"cannot be read as JSON: {re.escape(reason)}.*repair"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nsteps: 5: 6\n", "line 2: a second ': ' stands in one line"),
+        ("name: a\n steps: 5\n", "line 2: a second ': ' stands in one line, or the line is"),
+        ("data:\n\tfolder: scans\n", "line 2: a tab indents the line; indent with spaces"),
+        ("name: @a\n", "line 1: a value begins with a character that YAML keeps for itself"),
+        ("size: [1, 2\n", "line 2: a bracket that was opened is not closed"),
+        ("name: 'a\n", "line 2: a quotation mark is not closed; close it"),
+        ("- a\nname: b\n", "line 2: the line is indented unlike those beside it"),
+        ("folder: scans\nname\n", "line 3: a line has no ':' behind its name"),
+        ('folder: "C:\\scans"\n', "line 1: a backslash stands within double quotes"),
+        ("names: - a\n", "line 1: a list begins behind a name; begin it on the next line"),
+        ("name: !!python/object:os.system a\n", "line 1: a tag such as !!python asks for code"),
+        ("a: 1\n---\nb: 2\n", "line 2: a second document begins with '---'"),
+    ],
+)
+def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_yaml(text)
+    assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)

@@ -414,7 +414,7 @@ def test_every_plan_fits_its_network(
             slack = 0 if each is plan else 2
             assert_network_can_be_built(each, tuple(n + slack for n in seen))
             needed = each.batch_size * 3 * cost_of_patch(each, numbers) * 1000
-            if "time" in each.reasons and "nothing smaller" not in each.reasons["time"]:
+            if "time" in each.reasons and "no smaller plan" not in each.reasons["time"]:
                 assert needed <= minutes * 60 * 1e10 * (1 + 1e-9)
             each = each.low_resolution
 

@@ -283,7 +283,7 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
         (
             small_config(data, trainer={"devices": 2}),
             ConfigError,
-            "trainer.devices is 2, but --folds trains in one process",
+            "trainer.devices is 2 and trainer.num_nodes 1, but --folds trains in one",
         ),
     ]
     for config, kind, message in refusals:

@@ -60,7 +60,9 @@ def test_a_training_that_is_asked_to_stop_saves_that_step_and_ends_as_if_it_neve
         if look and variant == "nothing held out":
             continue
         runs = tmp_path / f"runs {number}"
-        with pytest.raises(Stopped, match=r"^stopped by Ctrl-C; segkit train --resume .*small go"):
+        with pytest.raises(
+            Stopped, match=r"^stopped by Ctrl-C; segkit train --resume .*small cont"
+        ):
             train(config, runs=runs, callbacks=[Ask(step, look=look)])
         folder = runs / "small"
         assert global_step(folder) == step
