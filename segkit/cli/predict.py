@@ -66,7 +66,7 @@ def predict_command(
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
-        Option(help="The program that runs the network; auto means OpenVINO on a CPU."),
+        Option(help="The inference engine; auto means OpenVINO on a CPU."),
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
