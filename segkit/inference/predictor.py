@@ -271,7 +271,7 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """The labels in segkit's numbers 0, 1, 2, …, whatever files hold. Raises as a call."""
+        """The labels in segkit's numbers 0, 1, 2, …. Raises the errors of a call."""
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property

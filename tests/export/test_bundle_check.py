@@ -13,7 +13,7 @@ from segkit.model.folder import Model
 from tests.bundles import model_for
 
 
-def test_a_check_of_a_bundle_compares_its_network_and_what_monai_makes_of_it(
+def test_a_check_of_a_bundle_compares_its_network_and_monais_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_for()

@@ -49,7 +49,7 @@ def test_monai_runs_a_bundle_to_the_labels_of_segkit_on_an_oblique_scan(
     assert (found.data == expected.data).mean() >= SAME_IN_BUNDLE
 
 
-def test_a_bundle_has_what_monai_asks_for_and_weights_that_run_nothing(tmp_path: Path) -> None:
+def test_a_bundle_has_the_keys_of_monai_and_weights_that_run_no_code(tmp_path: Path) -> None:
     model = model_for()
     export_bundle(model, tmp_path / "bundle")
     folder = tmp_path / "bundle"

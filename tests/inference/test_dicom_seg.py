@@ -180,7 +180,7 @@ def test_a_series_without_a_frame_of_reference_is_refused(tmp_path: Path) -> Non
         written(tmp_path, change=lost)
 
 
-def test_what_headers_do_not_allow_for_is_one_sentence(tmp_path: Path) -> None:
+def test_headers_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> None:
     def odd(number: int, one: Dataset) -> None:
         one.PatientSex = "X"
 
@@ -198,7 +198,7 @@ def test_labels_of_another_grid_are_refused(tmp_path: Path) -> None:
         write_dicom_segmentation(path, elsewhere, series, CLASSES, codes={}, algorithm="x")
 
 
-def test_without_highdicom_it_says_what_to_install(
+def test_without_highdicom_the_error_names_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     series, labels, path = written(tmp_path)

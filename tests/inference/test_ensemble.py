@@ -146,7 +146,7 @@ def test_models_of_several_tasks_do_not_predict_together() -> None:
         Predictor([])
 
 
-def test_models_that_see_a_volume_alike_share_its_image() -> None:
+def test_models_with_equal_preparation_share_an_image() -> None:
     models = [seeded(1), seeded(2), respaced(seeded(3), (2.0, 1.0, 1.0))]
     scored = seeded(4)
     told = scored.description.model_copy(update={"normalisation": [ZScoreConfig()]})
@@ -180,7 +180,7 @@ def rows_of(*lengths: int, alive: list[weakref.ref[Tensor]]) -> Iterator[tuple[i
 
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.data())
-def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
+def test_merged_rows_are_the_same_for_all_models_and_each_holds_one_slab(
     size: int, data: st.DataObject
 ) -> None:
     members, alive = [], []
@@ -203,7 +203,7 @@ def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
     assert reached == size
 
 
-def test_entropy_is_one_where_all_classes_are_alike_and_zero_where_one_is_sure() -> None:
+def test_entropy_is_1_for_equal_probabilities_and_0_for_a_certain_class() -> None:
     shares = torch.tensor([[0.25, 1.0, 0.5], [0.25, 0.0, 0.5], [0.25, 0.0, 0.0], [0.25, 0.0, 0.0]])
     assert_close(predictive_entropy(shares), torch.tensor([1.0, 0.0, math.log(2) / math.log(4)]))
 

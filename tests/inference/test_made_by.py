@@ -45,7 +45,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_every_volume_that_is_written_has_a_sidecar_that_says_what_made_it(tmp_path: Path) -> None:
+def test_every_written_volume_has_a_sidecar_with_its_provenance(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "in" / "scan.nii.gz")
     predictor, out = predictor_of(overlap=0.25), tmp_path / "out"
     (outcome,) = predict_files(
@@ -99,7 +99,7 @@ def scans_in(folder: Path) -> Path:
     return folder
 
 
-def test_a_cohort_is_gone_on_with_by_the_same_models_and_settings_alone(tmp_path: Path) -> None:
+def test_a_cohort_is_continued_only_with_the_same_models_and_settings(tmp_path: Path) -> None:
     inputs, out = find_inputs([scans_in(tmp_path / "in")], 2), tmp_path / "out"
     for outcome in predict_files(predictor_of(), inputs[:2], out=out):
         assert outcome.error is None
@@ -153,7 +153,7 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     assert second.error.endswith(f"is also the result of {paths[0]}; rename one input")
 
 
-def test_what_was_asked_is_part_of_what_made_it(tmp_path: Path) -> None:
+def test_models_and_settings_are_part_of_the_provenance(tmp_path: Path) -> None:
     predictor = predictor_of()
     sidecar = tmp_path / "a.json"
     made = made_by(predictor, models_and_settings(predictor), [])

@@ -91,7 +91,7 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
 
 
 @given(st.integers(1, 20), st.integers(1, 50), st.booleans())
-def test_where_logits_tie_the_lowest_class_wins(
+def test_if_logits_are_equal_the_lowest_class_wins(
     classes: int, at_once: int, classes_last: bool
 ) -> None:
     prepared = prepared_of(Grid((3, 4, 5), np.eye(4)), (1.0, 1.0, 1.0))
@@ -110,7 +110,7 @@ def test_without_mirrors_there_is_no_spread() -> None:
     assert_array_equal(rows.spread().numpy(), np.zeros((3, 4, 5)))
 
 
-def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
+def test_a_slab_is_freed_before_the_next_is_requested() -> None:
 
     prepared = prepared_of(Grid((3, 4, 12), np.eye(4)), (1.0, 1.0, 1.0))
     alive: list[weakref.ref[Tensor]] = []
@@ -129,7 +129,7 @@ def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
     assert len(alive) == 4
 
 
-def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
+def test_if_gpu_memory_is_full_rows_are_computed_on_the_host(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once it was, the device is asked no more; what comes out is the same."""

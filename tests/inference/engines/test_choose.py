@@ -37,7 +37,7 @@ def test_auto_is_openvino_converted_once_for_a_model_with_a_folder(
     assert len(conversions) == 1
 
 
-def test_auto_stays_in_pytorch_with_one_warning_where_a_conversion_fails(
+def test_auto_uses_pytorch_with_one_warning_if_a_conversion_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -75,7 +75,7 @@ def test_an_engine_that_is_not_installed_is_one_sentence(
         assert type(choose_engine("auto", saved(tmp_path), device="cpu")) is TorchEngine
 
 
-def test_an_engine_refuses_what_it_cannot_do() -> None:
+def test_an_engine_refuses_devices_and_precisions_that_it_does_not_support() -> None:
     model = model_of({}, 3)
     with pytest.raises(ModelError, match="openvino runs only on the CPU, found --device cuda"):
         choose_engine("openvino", model, device="cuda")
@@ -85,7 +85,7 @@ def test_an_engine_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_a_volume_is_segmented_alike_in_every_engine(name: EngineName, tmp_path: Path) -> None:
+def test_a_volume_has_the_same_labels_in_every_engine(name: EngineName, tmp_path: Path) -> None:
     model = saved(tmp_path)
     values = np.random.default_rng(0).standard_normal((18, 11, 9, 2)).astype(np.float32)
     volume = Volume(values, Grid((18, 11, 9), np.eye(4)))

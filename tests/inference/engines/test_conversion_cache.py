@@ -47,7 +47,7 @@ def test_a_conversion_holds_the_files_of_its_manifest_and_no_others(tmp_path: Pa
     assert find_cached("name", [tmp_path]) is None
 
 
-def test_an_artefact_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_cached_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise RuntimeError("planted")

@@ -19,7 +19,7 @@ from tests.engines import CPU, Planted, keys_of, windows_of
 from tests.models import model_of
 
 
-def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
+def test_out_of_memory_moves_first_the_sums_and_then_the_network_to_the_host(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
@@ -40,7 +40,7 @@ def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
     assert "the network runs on the CPU" in caplog.messages[1]
 
 
-def test_another_error_of_the_device_is_not_taken_for_want_of_memory() -> None:
+def test_another_error_of_the_device_does_not_count_as_out_of_memory() -> None:
     def fail(windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         raise RuntimeError("device-side assert")
 
@@ -76,7 +76,7 @@ def test_sums_that_do_not_fit_on_the_device_are_kept_on_the_host(
 
 
 @pytest.mark.gpu
-def test_a_gpu_whose_memory_runs_out_mid_scan_ends_where_it_would_have_ended() -> None:
+def test_labels_are_the_same_if_gpu_memory_runs_out_in_a_scan() -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     values = np.random.default_rng(0).standard_normal((34, 19, 21, 2)).astype(np.float32)
     volume = Volume(values, Grid((34, 19, 21), np.eye(4)))
