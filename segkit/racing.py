@@ -94,7 +94,7 @@ def plan_by_race(
         track=track,
     )
     by_rule = next(iter(candidates))
-    names = starters(list(candidates), SHARE * 60 * minutes)
+    names = affordable_candidates(list(candidates), SHARE * 60 * minutes)
     on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
     if len(names) < 2 or not on_cpu:
         return candidates[by_rule]
@@ -122,7 +122,7 @@ def _no_card(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
-def starters(names: Sequence[str], seconds: float) -> list[str]:
+def affordable_candidates(names: Sequence[str], seconds: float) -> list[str]:
     """The first candidates, as many as there is time for, with all rounds of their race."""
     count = len(names)
     while count > 1 and seconds / shortest_trainings(count) < SHORTEST:

@@ -13,7 +13,7 @@ from segkit.errors import ConfigError, Stopped
 from segkit.training.cross_validation import cross_validate
 from segkit.training.cross_validation import resume_folds as resume_folds
 from segkit.training.fit import resume, train
-from segkit.training.run_folder import claimed
+from segkit.training.run_folder import locked_folder
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import VARIANTS, rows, weights
 
@@ -132,7 +132,7 @@ def test_a_run_is_gone_on_with_by_one_process_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(config, runs=tmp_path, callbacks=[Ask(1)])
     with (
-        claimed(tmp_path / "small"),
+        locked_folder(tmp_path / "small"),
         pytest.raises(ConfigError, match="small: another process is training this run; wait until"),
     ):
         resume(tmp_path / "small")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 
 from segkit.training import time_limit as pace
 from segkit.training.fit import train
-from segkit.training.time_limit import MEASURED, UNCOUNTED, Pace
+from segkit.training.time_limit import MEASURED, UNCOUNTED, TimeLimitWarning
 from tests.small import small_config, small_dataset
 
 
@@ -34,7 +34,7 @@ def told(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace.time, "perf_counter", lambda: clock["now"])
         logger.addHandler(handler)
-        watching = Pace()
+        watching = TimeLimitWarning()
         for step in range(first, last + 1):
             # The first steps take longer, and are not counted.
             clock["now"] += seconds * (50 if step < first + UNCOUNTED else 1)
