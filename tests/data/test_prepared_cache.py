@@ -163,7 +163,7 @@ def test_z_scores_and_ct_windows_are_kept_in_half_precision(
         np.array([1e-9, 2e-9, 3e-9]),  # all would be 0
     ],
 )
-def test_where_half_precision_would_lose_variation_single_is_kept(image: ndarray) -> None:
+def test_single_precision_is_kept_if_half_would_lose_variation(image: ndarray) -> None:
     single = image.astype(np.float32).reshape(1, 3, 1, 1)
     both = np.concatenate([np.arange(3, dtype=np.float32).reshape(1, 3, 1, 1), single])
     for kept in (half_if_exact(single), half_if_exact(both)):

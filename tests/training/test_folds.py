@@ -154,7 +154,7 @@ def test_subjects_of_bids_are_found_in_names_and_in_paths(tmp_path: Path) -> Non
         folds_of(dataset_with(tmp_path, list("ab")), config_with(tmp_path, group_by="subject").data)
 
 
-def test_groups_that_an_own_split_tears_apart_are_told(
+def test_groups_that_your_own_split_divides_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]

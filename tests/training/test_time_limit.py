@@ -63,7 +63,7 @@ def test_a_resumed_run_counts_the_steps_it_has_behind_it() -> None:
 @pytest.mark.parametrize(
     ("steps", "max_time"), [(200, "00:00:02:00"), (1000, None), (100_000, "01:00:00:00")]
 )
-def test_nothing_is_told_where_all_steps_fit(steps: int, max_time: str | None) -> None:
+def test_nothing_is_reported_if_all_steps_fit(steps: int, max_time: str | None) -> None:
     assert told(steps=steps, max_time=max_time, seconds=0.5) == []
 
 
