@@ -12,8 +12,8 @@ from segkit.training.run_folder import locked_folder, new_run_folder
 HOLD = """
 import sys
 from pathlib import Path
-from segkit.training.run_folder import claimed
-with claimed(Path(sys.argv[1])):
+from segkit.training.run_folder import locked_folder
+with locked_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
