@@ -1,6 +1,6 @@
 """Calibration of probabilities: of all voxels with a probability of 70 %, are 70 % right?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import isnan, nan
@@ -117,6 +117,7 @@ class Calibration:
         case: str,
         probabilities: Float[ndarray, "*space outputs"],
         reference: Integer[ndarray, "*grid"],
+        unlabelled: Collection[str] = (),
     ) -> None:
         """Add the voxels of a case, except those that the reference ignores.
 
@@ -124,6 +125,8 @@ class Calibration:
             case: its name.
             probabilities: of each output, the outputs on the last axis.
             reference: the labels, of the same spatial shape.
+            unlabelled: outputs that nobody labelled in this case. Then only its labelled outputs
+                count: the background of the reference may be any of the others.
 
         Raises:
             ValueError: if there are more or fewer probabilities than outputs.
@@ -142,9 +145,12 @@ class Calibration:
                 found, truth = found[counted], truth[counted]
             within = np.stack([np.isin(truth, group) for group in self.members.values()], axis=1)
             asked = found.max(1) >= IN_QUESTION if self.are_regions else self._asked(found)
-            self._add_largest(found, within, asked)
+            if not unlabelled:
+                self._add_largest(found, within, asked)
             first = 0 if self.are_regions else 1
             for index, name in list(enumerate(self.members))[first:]:
+                if name in unlabelled:
+                    continue
                 seen = self.outputs.setdefault(name, Reliability())
                 seen.add(found[asked, index], within[asked, index])
             total += float(_entropy(found[asked], self.are_regions).sum())

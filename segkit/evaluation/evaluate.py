@@ -176,7 +176,9 @@ def evaluate(
     calibration = None
     if probabilities:
         scored = [pair for pair in pairs if pair[0] not in failures]
-        calibration = calibrate_pairs(scored, labelling, track=track)
+        calibration = calibrate_pairs(
+            scored, labelling, rules=rules, unlabelled=lacking, track=track
+        )
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
     return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration)

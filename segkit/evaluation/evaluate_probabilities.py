@@ -1,13 +1,15 @@
 """`segkit evaluate --probabilities`: compare predicted probabilities with references."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, VolumeError
 from segkit.evaluation.calibration import Calibration
-from segkit.io.volume import SUFFIXES, read_labels, read_volume, stem_of
+from segkit.io.picture_rules import PictureRules
+from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, read_labels, read_volume, stem_of
 from segkit.system.progress import Track, untracked
 
 
@@ -15,6 +17,8 @@ def calibrate_pairs(
     pairs: Iterable[tuple[str, Path | None, Path]],
     labelling: Labelling | None,
     *,
+    rules: PictureRules = AS_IT_SAYS,
+    unlabelled: Mapping[str, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> Calibration:
     """The calibration of probabilities, over all cases that have a prediction.
@@ -22,6 +26,8 @@ def calibrate_pairs(
     Args:
         pairs: name, prediction and reference of each case.
         labelling: the classes or regions, in the order of the probabilities.
+        rules: how labels in pictures are read.
+        unlabelled: for the name of a case, the classes that nobody labelled in it.
         track: reports the progress over cases.
 
     Raises:
@@ -40,12 +46,12 @@ def calibrate_pairs(
     calibration = Calibration(members, bool(labelling.regions), labelling.ignore)
     pairs = [(name, path, reference) for name, path, reference in pairs if path is not None]
     for name, prediction, reference_path in track(pairs, "calibration", len(pairs)):
-        path, reference = find_probabilities(prediction), read_labels(reference_path)
-        found = read_volume(path)
+        path, reference = find_probabilities(prediction), read_labels(reference_path, rules=rules)
+        found = read_volume(path, rules=rules if is_picture(path) else AS_IT_SAYS)
         found = found.onto(reference.grid, what=f"{path}:", whose=str(reference_path))
         data = found.data if found.data.ndim > reference.data.ndim else found.data[..., None]
         try:
-            calibration.add(name, data, within(reference.data, labelling))
+            calibration.add(name, data, within(reference.data, labelling), unlabelled.get(name, ()))
         except ValueError as error:
             raise VolumeError(f"{path}: {error}") from None
     return calibration

@@ -1,6 +1,8 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,6 +106,8 @@ class _Task:
     steps: Steps = PLANNED_STEPS
     coarse: bool = False
     """Whether the plan uses a coarser grid, at which a patch covers enough of an image."""
+    why_slices: str = ""
+    """Why volumes are planned in slices, if nobody asked for that."""
 
     def schedule(self) -> Schedule:
         """A schedule with a fixed number of steps."""
@@ -229,11 +233,13 @@ def plan_candidates(
     preset: Preset = "auto",
     runs: Path = Path("runs"),
     track: Track = untracked,
+    starters: Callable[[list[str]], list[str]] = list,
 ) -> dict[str, Planned]:
     """Candidate plans by name, for a race; the first is the plan of `plan_dataset`.
 
-    The others are a 2D plan, a plan on a coarser grid, and a plan with more steps of a narrower
-    network, if they differ from the first. If the budget is not time, there is only the first.
+    The others are a 2D plan (3D if the first is 2D), a plan on a coarser grid, and a plan with more
+    steps of a narrower network, if they differ from the first. If the budget is not time, there is
+    only the first. `starters` gets the names and gives those to plan in full, which takes seconds.
 
     Arguments and errors are those of `plan_dataset`.
     """
@@ -250,10 +256,12 @@ def plan_candidates(
     )
     wanted = {f"{task.spatial_dims}D": task}
     if task.timed:
-        if task.spatial_dims == 3:
-            if spatial_dims is None:
-                wanted["2D"] = replace(task, spatial_dims=2)
-            wanted["3D, coarser"] = replace(task, coarse=True)
+        volumes = not flat_axes(task.fingerprint.numbers())
+        if spatial_dims is None and volumes:
+            other = 5 - task.spatial_dims
+            wanted[f"{other}D"] = replace(task, spatial_dims=other, why_slices="")
+        if spatial_dims != 2 and volumes:
+            wanted["3D, coarser"] = replace(task, spatial_dims=3, coarse=True, why_slices="")
         narrow = replace(PLANNED_STEPS, for_width=MORE_STEPS * PLANNED_STEPS.for_width)
         wanted[f"{task.spatial_dims}D, narrower"] = replace(task, steps=narrow)
     plans: dict[str, Plan] = {}
@@ -261,7 +269,7 @@ def plan_candidates(
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    return {name: _planned_task(wanted[name]) for name in plans}
+    return {name: _planned_task(wanted[name]) for name in starters(list(plans))}
 
 
 def _differ(one: Plan, other: Plan) -> bool:
@@ -294,7 +302,7 @@ def _task(
     labelled = {number for case in measured.cases for number in case.classes}
     if warning := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
         logger.warning("%s", printable(warning))
-    return _Task(
+    task = _Task(
         source,
         dataset,
         measured,
@@ -308,6 +316,29 @@ def _task(
         figures=cache / SPEED,
         runs=runs,
     )
+    return task if spatial_dims else _in_slices_if_time_is_short(task)
+
+
+def _in_slices_if_time_is_short(task: _Task) -> _Task:
+    """The task in 2D, if time leaves a 3D patch that holds little of an image.
+
+    A patch that memory itself keeps so small is no reason: there nnU-Net has two stages.
+    """
+    if not task.timed or task.spatial_dims == 2:
+        return task
+    numbers = task.fingerprint.numbers()
+    plan = task.plan()
+    roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=task.gigabytes)
+    image = math.prod(rules.median_shape(numbers.spacings, numbers.shapes, plan.spacing))
+    patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
+    if not rules.needs_low_resolution(plan.patch_size, image) or 2 * patch > possible:
+        return task
+    why = (
+        f" Slices, as {task.minutes:g} minutes leave a 3D patch of "
+        f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / image:.2g} of the median "
+        f"image; more minutes or --dims 3 train in 3D."
+    )
+    return replace(task, spatial_dims=2, why_slices=why)
 
 
 def _planned_task(task: _Task) -> Planned:
@@ -324,7 +355,8 @@ def _planned_task(task: _Task) -> Planned:
         budget = f"{share} minutes of training on {machine}"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {source.folder} ({size}) and {budget}.{_about_lengths(dataset)}"
+    heading = f"Planned for {source.folder} ({size}) and {budget}."
+    heading += task.why_slices + _about_lengths(dataset)
     if advice := grouping_advice(dataset, None):
         heading = f"{heading} {advice}"
     name = _run_name(source.folder)

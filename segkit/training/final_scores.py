@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +16,7 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
+from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
@@ -31,10 +32,10 @@ def score(
     cases: Sequence[CaseFiles],
     track: Track,
     *,
-    device: str = "auto",
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
     until: float = math.inf,
+    **options: Unpack[PredictionOptions],
 ) -> dict[str, Any]:
     """Dice of held-out cases: per case, as mean per class, and as mean over classes.
 
@@ -46,13 +47,13 @@ def score(
         dataset: the dataset of the cases.
         cases: the held-out cases.
         track: shows the progress over cases.
-        device: where the network runs.
         first_labels: files with first-stage labels of each case. They come from the models that
             held the case out; models that were trained on it would do better than on a new case.
         operations: operations on predicted labels, by name. The Dice of every case after each
             operation is returned as `dice_of_cases_after`; a cross-validation selects by it.
         until: time of the monotonic clock at which scoring should end. At least one case is scored,
             and then as many as fit.
+        options: those of `Predictor`, such as `device`.
 
     Returns:
         The entry `validation` of the run's summary.
@@ -60,7 +61,7 @@ def score(
     Raises:
         DatasetError: a case cannot be read.
     """
-    predictor = Predictor(model, device=device)
+    predictor = Predictor(model, **options)
     labelling = dataset.labelling
     names = list(labelling.members)
     dice: dict[str, list[float]] = {}

@@ -29,7 +29,7 @@ from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
 from segkit.inference.postprocess import candidates
-from segkit.io.atomic import sweep, write_json, write_text
+from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
 from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
@@ -41,6 +41,7 @@ from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.cascade import first_stage_of
+from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import (
     OF_SCHEDULE,
     Change,
@@ -279,7 +280,7 @@ def resume(
         held.enter_context(determinism_as_before())
         if is_first_process():
             _hold(held, folder)
-            sweep(folder)
+            remove_leftovers(folder)
         checkpoint = checkpoint_of(folder)
         record, steps_done = read_record(folder)
         begun = settings_of(record, f"{folder / LAST}: its settings")
@@ -312,8 +313,10 @@ def resume(
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
         check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
+        updated = _record_of(parts, config, record, found, steps_done, names)
+        warn_of_changed_files(folder, record.get("files", {}), updated["files"])
         noted = ResumeState(
-            _record_of(parts, config, record, found, steps_done, names),
+            updated,
             every=steps_between(config),
             anew=anew,
             patience=config.train.patience,
@@ -389,6 +392,7 @@ def _record_of(
         "config": config.model_dump(mode="json"),
         "split": {part: list(split[part]) for part in ("train", "held_out")},
         "changes": [*before.get("changes", []), *changed],
+        "files": states_of((*parts.split.train, *parts.split.held_out)),
     }
 
 

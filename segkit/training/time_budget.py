@@ -217,14 +217,22 @@ class Deadline(Callback):
 
 def slower_than_planned(budget: TimeBudget) -> str:
     """A warning that a run does fewer steps than planned, with a likely reason."""
+    planned = budget.seconds / budget.planned_steps
+    end = (
+        f"{budget.expected_steps} of {budget.planned_steps} steps fit into the "
+        f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
+    )
+    if budget.per_step < SLOWER * planned:
+        return (
+            f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
+            f"{budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
+            f"validation takes {budget.validated * budget.per_case:.0f} s; {end}"
+        )
     cores, load = num_cores(), os.getloadavg()[0]
     reason = "the machine is slower than when the run was planned"
     if load > cores + 1:
         reason = f"other programs use the cores (load {load:.1f} on {cores})"
-    planned = budget.seconds / budget.planned_steps
     return (
         f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s (its share "
-        f"of all other work included): {reason}; {budget.expected_steps} of {budget.planned_steps} "
-        f"steps fit into the {budget.seconds / 60:g} minutes, and the learning rate follows the "
-        f"time"
+        f"of all other work included): {reason}; {end}"
     )

@@ -85,6 +85,18 @@ def test_ignored_voxels_do_not_count_and_no_voxels_give_nan() -> None:
     assert "no voxels" in reliability_diagram(none)
 
 
+def test_of_a_partly_labelled_case_only_what_is_labelled_counts() -> None:
+    # Nobody labelled class 2: at the second voxel it may well be right.
+    found = np.array([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75]]).reshape(2, 1, 1, 3)
+    calibration = classes()
+    second = list(calibration.members)[2]
+    calibration.add("a", found, np.array([1, 0]).reshape(2, 1, 1), unlabelled=[second])
+    assert calibration.largest.voxels == 0 and second not in calibration.outputs
+    first = calibration.outputs[list(calibration.members)[1]]
+    assert first.voxels == 2 and first.brier == pytest.approx(0.25**2 / 2)
+    assert calibration.log_loss == 0 and calibration.entropy_of_cases["a"] > 0
+
+
 def test_each_region_is_calibrated_separately() -> None:
     calibration = Calibration({"whole": (1, 2), "core": (2,)}, are_regions=True)
     found = np.array([[0.75, 0.25], [0.75, 0.25], [0.0, 0.0]]).reshape(3, 1, 1, 2)

@@ -147,6 +147,32 @@ def test_two_stages_share_the_minutes(
     assert entered == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("speed", "asked", "planned_dims"),
+    [(1e7, None, 2), (1e7, 3, 3), (1e13, None, 3)],
+    ids=["little time", "little time, but 3D is asked for", "much time"],
+)
+def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
+    speed: float,
+    asked: int | None,
+    planned_dims: int,
+    large: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: speed)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    planned = plan_dataset(
+        large, cache=tmp_path / "cache", device="cpu", minutes=4.0, spatial_dims=asked
+    )
+    assert planned.config.network.spatial_dims == planned_dims
+    told = " ".join(planned.text.replace("#", "").split())
+    assert ("Slices, as 4 minutes leave a 3D patch of" in told) == (planned_dims == 2)
+    if planned_dims == 2:
+        assert planned.low is None and planned.config.data.slices is not None
+
+
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)

@@ -1,7 +1,9 @@
 """A run that goes on keeps its split; settings that were changed are applied or refused by name."""
 
 import csv
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import yaml
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
+from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, DatasetError
+from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
 from segkit.training.fit import resume, train
 from segkit.training.parts import prepare
@@ -90,6 +94,38 @@ def test_a_case_that_is_gone_is_told_and_the_others_stay_where_they_were(
     assert done.summary["training_cases"] == len(before["train"]) - 1
     assert f"without the training cases {gone}, which are no longer in" in caplog.text
     assert sorted(done.summary["validation"]["dice_of_cases"]) == before["held_out"]
+
+
+@pytest.mark.slow
+def test_files_that_changed_under_their_names_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stopped(tmp_path)
+    changed = split_in(run)["train"][0]
+    label = tmp_path / "data" / "labelsTr" / f"{changed}.nii.gz"
+    content = gzip.decompress(label.read_bytes())
+    label.write_bytes(gzip.compress(content, 1))  # as a viewer saves it
+    resume(run)
+    told = [line for line in caplog.messages if "changed since" in line]
+    assert told == [
+        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); it "
+        f"goes on with the new files, but the weights also learned from the old ones"
+    ]
+
+
+def test_files_are_compared_by_name_size_and_time_wherever_the_dataset_lies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = read_dataset(small_dataset(tmp_path / "data"))
+    before = states_of(dataset.cases)
+    moved = shutil.copytree(tmp_path / "data", tmp_path / "moved")  # with the times of change
+    warn_of_changed_files(Path("run"), before, states_of(read_dataset(moved).cases))
+    warn_of_changed_files(Path("run"), {}, before)  # a checkpoint of an older version
+    assert not caplog.messages
+    image = read_dataset(moved).cases[0].images[0]
+    os.utime(image, ns=(0, 0))
+    warn_of_changed_files(Path("run"), before, states_of(read_dataset(moved).cases))
+    assert f"1 of {len(before)} cases changed" in caplog.text and "(case_0)" in caplog.text
 
 
 def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
