@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "scans" / "mine.txt").write_text("irreplaceable")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
         export_model(model, "monai-bundle", tmp_path / "scans")
-    with pytest.raises(ModelError, match="is no bundle, and is left alone"):
+    with pytest.raises(ModelError, match="expected a bundle to overwrite, found something else"):
         export_model(model, "monai-bundle", tmp_path / "scans", overwrite=True)
     assert content_of(tmp_path) == {"scans/mine.txt": b"irreplaceable"}
 

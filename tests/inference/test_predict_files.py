@@ -128,16 +128,16 @@ def test_an_empty_folder_and_a_strange_file_are_refused(tmp_path: Path) -> None:
 
 def test_a_result_lies_beside_its_input_or_where_it_was_asked_for() -> None:
     source = Input("scan", (Path("in/scan.nii.gz"),))
-    assert output_path(source, out=None, alone=True) == Path("in/scan_seg.nii.gz")
-    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.nii.gz")
-    assert output_path(source, out=Path("x.nii"), alone=True) == Path("x.nii")
+    assert output_path(source, out=None, single=True) == Path("in/scan_seg.nii.gz")
+    assert output_path(source, out=Path("out"), single=True) == Path("out/scan.nii.gz")
+    assert output_path(source, out=Path("x.nii"), single=True) == Path("x.nii")
     with pytest.raises(VolumeError, match="one file cannot hold several predictions"):
-        output_path(source, out=Path("x.nii"), alone=False)
+        output_path(source, out=Path("x.nii"), single=False)
 
 
 def test_a_result_keeps_its_inputs_format() -> None:
     source = Input("scan", (Path("scan.NRRD"),))
-    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.NRRD")
+    assert output_path(source, out=Path("out"), single=True) == Path("out/scan.NRRD")
 
 
 def predictor_of(head: MeanPoolingConfig | None) -> Predictor:
@@ -423,7 +423,7 @@ def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) ->
     )
     assert outcomes[0].written and outcomes[1].error is not None
     assert outcomes[1].error.endswith(
-        f"is the result of {folders[0] / 'a.nii.gz'} as well; rename one"
+        f"is also the result of {folders[0] / 'a.nii.gz'}; rename one input"
     )
 
 

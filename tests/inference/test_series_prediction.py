@@ -170,14 +170,14 @@ def test_a_preview_goes_through_the_labels(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_dicom_segmentation_is_of_a_series_alone(series: Path, tmp_path: Path) -> None:
     scan = Input("scan", (tmp_path / "scan.nii.gz",))
-    with pytest.raises(VolumeError, match="is no DICOM series, to which a DICOM segmentation must"):
-        output_path(scan, out=tmp_path / "x.dcm", alone=True)
-    with pytest.raises(VolumeError, match="is no DICOM series"):
-        output_path(scan, out=None, alone=True, as_dicom=True)
+    with pytest.raises(VolumeError, match="expected a DICOM series, to which a DICOM segmentation"):
+        output_path(scan, out=tmp_path / "x.dcm", single=True)
+    with pytest.raises(VolumeError, match="expected a DICOM series"):
+        output_path(scan, out=None, single=True, as_dicom=True)
     (source,) = find_inputs([series], 1)
     with pytest.raises(VolumeError, match=r"expected a name in \.dcm for a DICOM segmentation"):
-        output_path(source, out=tmp_path / "x.nii.gz", alone=True, as_dicom=True)
-    assert output_path(source, out=tmp_path, alone=False, as_dicom=True) == tmp_path / "thorax.dcm"
+        output_path(source, out=tmp_path / "x.nii.gz", single=True, as_dicom=True)
+    assert output_path(source, out=tmp_path, single=False, as_dicom=True) == tmp_path / "thorax.dcm"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_volume_is_called_alike_alone_and_in_its_folder(
     assert sorted(source.name for source in found) == names
     for source in found:
         assert find_inputs(source.files, 1) == [source]
-        assert output_path(source, out=tmp_path / "out", alone=True).name.startswith(source.name)
+        assert output_path(source, out=tmp_path / "out", single=True).name.startswith(source.name)
 
 
 def test_a_series_beside_volumes_is_refused_unless_it_is_named(

@@ -19,8 +19,8 @@ from segkit.data.preprocess import Prepared, prepare_image
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample
 from segkit.inference import source_rows
-from segkit.inference.engines.out_of_memory import SparingCouncil
-from segkit.inference.ensemble import consult
+from segkit.inference.engines.out_of_memory import RowCombiner
+from segkit.inference.ensemble import combine
 from segkit.inference.source_rows import SourceRows, pieces, to_source_rows
 from segkit.io.volume import Volume
 from tests.helpers import grids
@@ -136,7 +136,7 @@ def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
     prepared = prepared_of(Grid((5, 4, 6), np.eye(4)), (0.7, 1.0, 1.3))
     slab = torch.randn(3, *prepared.grid.shape, generator=torch.Generator().manual_seed(1))
     ((_, rows),) = to_source_rows([slab], prepared)
-    expected = consult([rows, rows], shares=True, uncertainty=True)
+    expected = combine([rows, rows], probabilities=True, uncertainty=True)
     tried: list[bool] = []
     on_host: set[int] = set()
 
@@ -154,13 +154,13 @@ def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
     assert torch.equal(rows.on_host().labels(), rows.labels())
     monkeypatch.setattr(source_rows, "resample", crowded)
     monkeypatch.setattr(SourceRows, "on_host", moved)
-    council = SparingCouncil(shares=True, uncertainty=True)
+    council = RowCombiner(probabilities=True, uncertainty=True)
     for _ in range(2):
         found = council([rows, rows])
         for name, value in vars(expected).items():
             assert torch.equal(getattr(found, name), value), name
     assert tried.count(False) == 1
-    assert caplog.messages == ["the device's memory ran out; labels are worked out on the host"]
+    assert caplog.messages == ["out of GPU memory; labels are computed in host memory"]
 
 
 def test_rows_before_a_slab_go_to_the_host_with_it() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
-from segkit.inference.engines.choose import EngineName, WillingEngine, choose_engine
+from segkit.inference.engines.choose import ConversionFallbackEngine, EngineName, choose_engine
 from segkit.inference.engines.converted import (
     ConversionError,
     ConvertedEngine,
@@ -29,7 +29,7 @@ def test_auto_is_openvino_converted_once_for_a_model_with_a_folder(
 ) -> None:
     model, batch = saved(tmp_path), windows_of(3)
     first = choose_engine("auto", model, device="cpu")
-    assert isinstance(first, WillingEngine) and isinstance(first.chosen, ConvertedEngine)
+    assert isinstance(first, ConversionFallbackEngine) and isinstance(first.chosen, ConvertedEngine)
     assert_agree(first, model, batch)
     # The next time it is there, and gives the same to the last bit.
     again = choose_engine("auto", load_model(tmp_path), device="cpu")
@@ -68,7 +68,7 @@ def test_an_engine_that_is_not_installed_is_one_sentence(
     name: EngineName, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    sentence = rf"{name} is not installed; pip install 'segkit\[{name}\]'"
+    sentence = rf"{name} is not installed; run pip install 'segkit\[{name}\]'"
     with pytest.raises(ModelError, match=sentence):
         choose_engine(name, model_of({}, 3))
     if name == "openvino":
@@ -77,7 +77,7 @@ def test_an_engine_that_is_not_installed_is_one_sentence(
 
 def test_an_engine_refuses_what_it_cannot_do() -> None:
     model = model_of({}, 3)
-    with pytest.raises(ModelError, match="openvino runs on the CPU, found --device cuda"):
+    with pytest.raises(ModelError, match="openvino runs only on the CPU, found --device cuda"):
         choose_engine("openvino", model, device="cuda")
     for name in ("openvino", "onnx"):
         with pytest.raises(ModelError, match=r"float32.*found torch\.float16"):
