@@ -1,9 +1,9 @@
-"""What each kind of attention costs beside the plain U-Net of the same widths.
+"""The cost of each kind of attention, relative to a plain U-Net of the same widths.
 
     python benchmarks/attention.py [--size 64] [--rounds 9] [--device cpu] [--kinds KIND …]
 
-In every round each network runs once after the plain one, and the two times are divided; the table
-gives the medians of these ratios. Multiply-adds are counted, not timed. It is printed as Markdown.
+In every round, each network and the plain U-Net run once, and the ratio of their times is taken.
+The Markdown table has the medians of these ratios. Multiply-adds are counted, not timed.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def network(name: str, size: int) -> nn.Module:
 
 
 def train_once(network: nn.Module, image: Tensor) -> None:
-    """One pass there and back, of all that is supervised."""
+    """One forward and backward pass through all supervised outputs."""
     levels, presence = network.supervised(image)  # type: ignore[operator]
     loss = torch.stack([level.mean() for level in levels]).sum()
     if presence is not None:
@@ -120,11 +120,11 @@ def ratio(
     rounds: int,
     device: torch.device,
 ) -> float:
-    """Median over rounds of the other's time over the plain one's, which run in turn."""
+    """Median over rounds of the ratio of times: other network / plain network."""
     ratios = []
     for number in range(rounds + 1):
         seconds = []
-        # In turn first and second, so that neither is always the one with a warm cache.
+        # The order alternates, so that the same network does not always find a warm cache.
         pair = [plain, other] if number % 2 else [other, plain]
         for network in pair:
             if device.type == "cuda":

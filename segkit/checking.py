@@ -1,4 +1,4 @@
-"""`segkit check`: what segkit understands of a config, a dataset or a volume."""
+"""`segkit check`: describe a config, a dataset or a volume as segkit reads it."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
-from segkit.data.case_groups import proposal
+from segkit.data.case_groups import grouping_advice
 from segkit.data.dataset import (
     CaseFiles,
     Dataset,
@@ -30,7 +30,7 @@ from segkit.io.dicom import Series, choose_series, holds_series, list_series, re
 from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, trouble_with
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
@@ -38,20 +38,20 @@ from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
 
 MOST_NUMBERS = 20
-"""Of those that nobody names; a sentence counts the others."""
+"""Most undeclared label numbers that are listed; the others are only counted."""
 MOST_SHOWN = 40
-"""Labels, cases or maps in a sentence."""
+"""Most labels, cases or maps that one line lists."""
 
 
 @dataclass(frozen=True)
 class Understood:
-    """What segkit makes of a config, a dataset, DICOM series or a volume."""
+    """The result of `check`: a description of a config, a dataset, DICOM series or a volume."""
 
     kind: Literal["config", "dataset", "series", "volume"]
     text: str
-    """In lines, for a reader."""
+    """The description for a reader, in lines."""
     facts: Mapping[str, Any]
-    """The same as plain dicts, lists and numbers, for a script; lengths are mm."""
+    """The description for a script, as plain dicts, lists and numbers; lengths are in mm."""
 
     def __str__(self) -> str:
         return self.text
@@ -65,21 +65,21 @@ def check(
     pixel_size: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Understood:
-    """What was understood of a config (.yaml), a dataset folder, DICOM series or a volume.
+    """Description of a config (.yaml), a dataset folder, DICOM series or a volume.
 
     Args:
-        path: the file or folder to look at.
-        overrides: changes of a config, such as "train.steps=500".
-        series: the UID of a series in a folder of DICOM files; if None, the only one, or a list of
-            those there.
-        pixel_size: of a picture, such as ["4 nm"]; wins over what its file says.
-        track: may show the progress over cases.
+        path: the file or folder to describe.
+        overrides: changes to a config, such as "train.steps=500".
+        series: the UID of a series in a folder of DICOM files. If None, the folder's only series is
+            described, or its several series are listed.
+        pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
+        track: shows the progress over cases.
 
     Returns:
-        A text for a reader, and the same as plain data.
+        The description, as text and as plain data.
 
     Raises:
-        SegkitError: saying what is wrong and where.
+        SegkitError: the config, the dataset or the file is wrong; the error names the place.
 
     Example:
         print(segkit.check("my_dataset"))
@@ -103,10 +103,13 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def describe_series(folder: Path, uid: str | None) -> Understood:
-    """The volume that a DICOM series makes, or of several, what there is to ask for by --series."""
+    """Description of a DICOM series as a volume.
+
+    If `uid` is None and the folder holds several series, the series are listed instead.
+    """
     found = list_series(folder)
     if uid is None and len(found) > 1:
-        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        lines = [f"{folder}: {len(found)} DICOM series; pass the UID of one as --series"]
         facts = {"series": [_series_facts(series) for series in found]}
         return Understood("series", "\n".join([*lines, *map(str, found)]), facts)
     chosen = choose_series(folder, uid)
@@ -125,32 +128,32 @@ def _series_facts(series: Series) -> dict[str, Any]:
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
-    """The config with every value that a training uses, and what network and dataset come to."""
+    """Description of a config: every value that training uses, the network and the dataset."""
     config = load_config(path, overrides)
     dataset = dataset_of(config.data)
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    settled = resolve(config, dataset, split, track=track)
-    description = described(describe(settled, dataset), first_stage)
+    resolved = resolve(config, dataset, split, track=track)
+    description = described(describe(resolved, dataset), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())
     text = (
-        f"{dump_yaml(settled)}"
-        f"# settled by the dataset, by this machine or by other settings: "
-        f"{_listing(_changes(config, settled)) or 'nothing'}\n"
+        f"{dump_yaml(resolved)}"
+        f"# values that come from the dataset, this machine or other settings: "
+        f"{_listing(_changes(config, resolved)) or 'none'}\n"
         f"# {len(train)} cases to train on, {len(held_out)} held out"
         f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
-        f"# {_told_apart(dataset.labelling)}\n"
+        f"# {_classes_in_words(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
         f"# network: {parameters:,} parameters; attention maps: "
         f"{_listing(maps) or 'none'}"
     )
     facts = {
-        "config": settled.model_dump(mode="json"),
-        "settled": _changes(config, settled),
+        "config": resolved.model_dump(mode="json"),
+        "settled": _changes(config, resolved),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
         "test_cases": list(dataset.test),
@@ -163,7 +166,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
 
 
 def _changes(before: BaseModel, after: BaseModel) -> list[str]:
-    """The dotted names of settings whose values differ."""
+    """Dotted names of the settings whose values differ."""
     found = []
     for name in type(after).model_fields:
         old, new = getattr(before, name), getattr(after, name)
@@ -175,58 +178,59 @@ def _changes(before: BaseModel, after: BaseModel) -> list[str]:
 
 
 def check_dataset(source: DatasetConfig, track: Track) -> Understood:
-    """Every case read and held against what is declared: sizes, spacings, voxels of each class.
+    """Description of a dataset: sizes, spacings and the voxels of each class, from every case.
 
-    Raises DatasetError or VolumeError with a sentence for every case that is wrong.
+    Each case is read and compared with the dataset's declaration. Raises DatasetError or
+    VolumeError with one sentence for each wrong case.
     """
     dataset, folder = dataset_of(source), source.folder
-    pictures_told = PicturesTold()
+    pictures = PictureSummary()
     shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
     seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    strange = NumbersFound()
+    undeclared = UndeclaredNumbers()
     for case in track(dataset.cases, "reading", len(dataset.cases)):
         image = None
         with problems.noted():
             image, label = read_case(case, dataset)
         if image is None or labelling.others is not None:
-            strange.add_label(case, dataset)
+            undeclared.add_label(case, dataset)
         if image is None:
             continue
-        pictures_told.add(case.name, image)
+        pictures.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
         orientations.add(orientation.code)
         turned = orientation.turn_grid(image.grid)
         shapes.append(turned.shape)
         spacings.append(turned.spacing)
         held = np.zeros(len(labelling.value_names), np.int64)
-        for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
+        for plane in np.moveaxis(label.data, 2, 0):  # bincount copies to eight bytes per voxel
             held += np.bincount(plane.ravel(), minlength=len(held))
         seen |= set(np.flatnonzero(held).tolist())
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
         voxels += counts
         present += counts > 0
-    if strange.voxels and labelling.others is None:
+    if undeclared.voxels and labelling.others is None:
         with problems.noted():
             raise DatasetError(
-                f"{folder}: labels hold numbers that nobody names: {strange}; name them in "
-                f"data.labels, or say there what others are"
+                f"{folder}: expected only numbers that data.labels declares, found {undeclared}; "
+                f"add them to data.labels, or set others there"
             )
     problems.refuse()
-    word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
-    told = proposal(dataset, None)
+    warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
+    proposed = grouping_advice(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
-        *([told] if told else []),
+        *([proposed] if proposed else []),
         f"channels: {', '.join(dataset.channels)}",
     ]
     total = sum(math.prod(shape) for shape in shapes)
-    if pictures_told.all:
-        lines += pictures_told.lines(shapes, spacings)
+    if pictures.all:
+        lines += pictures.lines(shapes, spacings)
     else:
         lines += [
             f"orientations: {', '.join(sorted(orientations))}",
@@ -234,41 +238,41 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             f"voxel size in mm: {_range(spacings, '.3g')}",
         ]
     shares = {
-        what: (int(cases), float(count / total))
-        for what, cases, count in zip(groups, present, voxels, strict=True)
+        name: (int(cases), float(count / total))
+        for name, cases, count in zip(groups, present, voxels, strict=True)
     }
-    lines += _lines_of_labels(dataset, shares, strange)
-    if word:
-        lines.append(f"careful: {word}")
+    lines += _lines_of_labels(dataset, shares, undeclared)
+    if warning:
+        lines.append(f"warning: {warning}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
         "orientations": sorted(orientations),
         "unit": dataset.unit,
-        "notes": pictures_told.notes(),
+        "notes": pictures.notes(),
         "shapes": shapes,
         "spacings_mm": spacings,
         "classes": [
-            {"name": what, "cases": int(cases), "voxels": int(count)}
-            for what, cases, count in zip(groups, present, voxels, strict=True)
+            {"name": name, "cases": int(cases), "voxels": int(count)}
+            for name, cases, count in zip(groups, present, voxels, strict=True)
         ],
         "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
         "other_numbers": [
-            {"number": number, "cases": strange.cases[number], "voxels": count}
-            for number, count in sorted(strange.voxels.items())
+            {"number": number, "cases": undeclared.cases[number], "voxels": count}
+            for number, count in sorted(undeclared.voxels.items())
         ],
     }
     return Understood("dataset", "\n".join(lines), facts)
 
 
 def _lines_of_labels(
-    dataset: Dataset, shares: Mapping[str, tuple[int, float]], strange: "NumbersFound"
+    dataset: Dataset, shares: Mapping[str, tuple[int, float]], undeclared: "UndeclaredNumbers"
 ) -> list[str]:
-    """In how many cases each class is and its share of voxels, and what is not as usual."""
+    """Lines on each class (its number of cases, its share of voxels), then on partial labels."""
     labelling = dataset.labelling
     lines = [
-        f"{what}: in {cases} cases, {share:.2%} of voxels"
-        for what, (cases, share) in shares.items()
+        f"{name}: in {cases} cases, {share:.2%} of voxels"
+        for name, (cases, share) in shares.items()
     ]
     lines += [
         f"case {name} has no labels of {_listing(names)}"
@@ -277,34 +281,38 @@ def _lines_of_labels(
     if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
         lines.append(f"{more} more cases are partly labelled")
     if labelling.others is not None:
-        taken = labelling.value_names[labelling.others]
-        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+        name = labelling.value_names[labelling.others]
+        lines.append(
+            f"other numbers, read as {name}: {undeclared if undeclared.voxels else 'none'}"
+        )
     return lines
 
 
 @dataclass(frozen=True)
-class NumbersFound:
-    """Numbers in label files, and of each its voxels and cases."""
+class UndeclaredNumbers:
+    """Undeclared numbers in label files, with the voxels and cases of each."""
 
     voxels: Counter[int] = field(default_factory=Counter)
     cases: Counter[int] = field(default_factory=Counter)
 
     def add_label(self, case: CaseFiles, dataset: Dataset) -> None:
-        """Add those of a case that no name stands for; none if its label cannot be read."""
+        """Add the undeclared numbers of a case; none if its label cannot be read."""
         try:
             label = read_case_label(case, dataset)
-        except SegkitError:  # told already, by what reads the whole case
+        except SegkitError:  # reading the whole case has reported it already
             return
         found = other_numbers(label.data, dataset.labelling)
         self.voxels.update(found)
         self.cases.update(found.keys())
 
     def __str__(self) -> str:
-        told = [
+        texts = [
             f"{number} ({self.voxels[number]:,} voxels in {_cases(self.cases[number])})"
             for number in sorted(self.voxels)
         ]
-        return ", ".join([*told[:MOST_NUMBERS], *[f"{len(told) - MOST_NUMBERS} more"]][: len(told)])
+        return ", ".join(
+            [*texts[:MOST_NUMBERS], *[f"{len(texts) - MOST_NUMBERS} more"]][: len(texts)]
+        )
 
 
 def _cases(count: int) -> str:
@@ -312,7 +320,7 @@ def _cases(count: int) -> str:
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
-    """The numbers of each class, region, and of what is ignored, by what to call it."""
+    """Label numbers of each class or region and of the ignored label, by their printed names."""
     groups: dict[str, tuple[int, ...]] = {}
     for name, number in labelling.numbers.items():
         if not labelling.regions:
@@ -320,16 +328,15 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
         elif name in labelling.regions:
             numbers = labelling.regions[name]
             listed = _listing(labelling.in_file(each) for each in numbers)
-            told = f"region {name} ({listed}, written as {labelling.in_file(number)})"
-            groups[told] = numbers
+            groups[f"region {name} ({listed}, written as {labelling.in_file(number)})"] = numbers
     if labelling.ignore is not None:
-        told = _in_files(labelling, labelling.ignore)
-        groups[" ".join(f"label {told} ignore, left out".split())] = (labelling.ignore,)
+        ignored = _in_files(labelling, labelling.ignore)
+        groups[" ".join(f"label {ignored} ignore, left out".split())] = (labelling.ignore,)
     return groups
 
 
 def _in_files(labelling: Labelling, number: int) -> str:
-    """The numbers in files that stand for a number of segkit's: "17, 53"."""
+    """The numbers in files that one of segkit's label numbers stands for, such as "17, 53"."""
     return _listing(labelling.in_files[number]) if labelling.in_files else str(number)
 
 
@@ -337,16 +344,16 @@ def _listing(items: Iterable[object]) -> str:
     return first_few(items, MOST_SHOWN)
 
 
-def _told_apart(labelling: Labelling) -> str:
+def _classes_in_words(labelling: Labelling) -> str:
     if labelling.regions:
         return f"regions: {_listing(labelling.regions)}"
     return f"labels: {_listing(labelling.numbers)}"
 
 
 def describe_volume(path: Path, volume: Volume) -> Understood:
-    """Size, spacing, orientation, position, codes and intensities of a volume."""
+    """Description of a volume: size, spacing, orientation, position, codes and intensities."""
     grid, data = volume.grid, volume.data
-    if trouble := trouble_with(data):
+    if trouble := value_problem(data):
         raise VolumeError(f"{path}: {trouble}")
     if volume.picture:
         return _describe_picture(path, volume, volume.picture)
@@ -376,7 +383,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
 
 
 def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Understood:
-    """Size, pixel size, values, and what of the file was left out or turned."""
+    """Description of a picture: size, pixel size, values, and the notes on how it was read."""
     data, shape = volume.data, volume.grid.shape
     channels = data.shape[3] if data.ndim == 4 else 1
     axes = 3 if shape[2] > 1 else 2
@@ -402,8 +409,8 @@ def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Unde
     return Understood("volume", "\n".join(lines), facts)
 
 
-class PicturesTold:
-    """What is to be said of the pictures of a dataset, each thing once."""
+class PictureSummary:
+    """Collects the facts and notes of a dataset's pictures; each note is listed once."""
 
     def __init__(self) -> None:
         self.facts: list[PictureFacts] = []
@@ -412,7 +419,7 @@ class PicturesTold:
         self.first_with: dict[str, str] = {}
 
     def add(self, case: str, image: Volume) -> None:
-        """Keep what is known of a case's image."""
+        """Add the facts of a case's image."""
         if image.picture is None:
             self.all = False
             return
@@ -421,7 +428,7 @@ class PicturesTold:
             self.first_with.setdefault(note, case)
 
     def notes(self) -> list[str]:
-        """What was left out or turned, with the number of cases and the first of them."""
+        """Each note, with the number of its cases and the first of them."""
         counts = Counter(note for facts in self.facts for note in facts.notes)
         return [
             f"{note} (in {count} of {len(self.facts)} cases, the first {self.first_with[note]})"
@@ -433,7 +440,7 @@ class PicturesTold:
         shapes: list[tuple[int, int, int]],
         spacings: list[tuple[float, float, float]],
     ) -> list[str]:
-        """Sizes, pixel sizes and notes, for a reader."""
+        """Lines on sizes, pixel sizes and notes."""
         unit = self.facts[0].unit
         axes = 3 if max(shape[2] for shape in shapes) > 1 else 2
         sources = Counter(facts.source for facts in self.facts)

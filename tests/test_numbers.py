@@ -61,7 +61,7 @@ def test_weights_that_ran_away_stop_training_at_the_step_and_name_its_cases(
     )
     with pytest.raises(
         TrainingError,
-        match=r"^the loss of step \d+ is (nan|inf), its patches are of case_\d, case_\d; look at",
+        match=r"^the loss of step \d+ is (nan|inf), with patches of case_\d, case_\d; check these",
     ):
         training.train(config, runs=tmp_path / "runs")
 
@@ -79,7 +79,10 @@ def test_what_overflows_float16_is_predicted_in_float32_and_said(
     assert "overflow" not in caplog.text
     half = Predictor(model, engine="torch", device="cpu", precision=torch.float16)
     assert np.array_equal(half(scan, maps=True).labels.data, exact)
-    assert "its outputs overflow float16; such windows are computed in float32" in caplog.text
+    assert (
+        "the network's outputs overflow float16; such windows are computed in float32"
+        in caplog.text
+    )
 
 
 def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> 
     scan = read_volume(finished.parents[1] / "data" / "imagesTr" / "case_0.nii.gz")
     for precision in (torch.float32, torch.float16):
         predictor = Predictor(model, engine="torch", device="cpu", precision=precision)
-        with pytest.raises(ModelError, match="network of small contains NaN or infinity"):
+        with pytest.raises(ModelError, match="small: the network's output contains NaN"):
             predictor(scan)
 
 
@@ -143,7 +146,7 @@ def test_an_undefined_dice_is_called_so(
     with pytest.raises(SystemExit, match="0"):
         main()
     assert (
-        "mean Dice of 1 held-out cases, each on its scan's grid: undefined (ball undefined)"
+        "mean Dice of 1 held-out cases, on the grids of their scans: undefined (ball undefined)"
         in capsys.readouterr().out
     )
 

@@ -1,4 +1,4 @@
-"""All that is wrong with a data set is told in one go, by each command, in words or as JSON."""
+"""Each command reports all problems of a dataset together, as text or as JSON."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def changed_label(data: Path, number: int, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_forty_bad_cases_are_one_round(
+def test_forty_bad_cases_are_reported_in_one_run(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=42, size=16)
@@ -62,7 +62,7 @@ def test_forty_bad_cases_are_one_round(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2
     lines = err.splitlines()
-    assert lines[-1] == "segkit: 40 problems, as told above; mend them all and run again"
+    assert lines[-1] == "segkit: 40 problems, listed above; correct them and run again"
     told = [line for line in lines if "case_" in line]
     for number in range(40):
         assert any(f"case_{number}.nii.gz" in line for line in told), number
@@ -71,7 +71,7 @@ def test_forty_bad_cases_are_one_round(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_that_are_not_there_are_told_together(
+def test_missing_files_are_reported_together(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=5)
@@ -79,11 +79,11 @@ def test_files_that_are_not_there_are_told_together(
         (data / "imagesTr" / f"case_{number}.nii.gz").unlink()
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which does not exist") == 3
-    assert "segkit: 3 problems, as told above" in err
+    assert "segkit: 3 problems, listed above" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_values_that_are_wrong_are_told_together(
+def test_wrong_values_are_reported_together(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=5)
@@ -92,12 +92,12 @@ def test_values_that_are_wrong_are_told_together(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which the dataset does not declare (it has 0 to 1)") == 5
     over_all = int(command == "check")  # that names the numbers once for all cases
-    assert err.count("labels hold numbers that nobody names: 3") == over_all
-    assert f"segkit: {5 + over_all} problems, as told above" in err
+    assert err.count("expected only numbers that data.labels declares, found 3") == over_all
+    assert f"segkit: {5 + over_all} problems, listed above" in err
     # What was right is kept: the next round only has to do what was wrong.
     changed_label(data, 0, plus=-3)
     code, _, err = run(*words_of(command, data), capsys=capsys)
-    assert code == 2 and f"segkit: {4 + over_all} problems, as told above" in err
+    assert code == 2 and f"segkit: {4 + over_all} problems, listed above" in err
 
 
 def test_a_failure_is_json_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +140,12 @@ def test_a_data_set_without_any_label_is_refused_before_anything_starts(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2
     assert "cases is labelled ball, cube" in err or "train on is labelled ball, cube" in err
-    assert "so that there is nothing to learn" in err
+    assert "so there is nothing to learn" in err
     assert not list(here.glob("runs/*/config.yaml"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_class_that_nobody_labelled_is_told(
+def test_an_unlabelled_class_is_reported(
     here: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -159,10 +159,10 @@ def test_a_class_that_nobody_labelled_is_told(
     words = words_of(command, data)
     code, out, err = run(*words, *(("--dry-run",) if command == "train" else ()), capsys=capsys)
     assert code == 0, err
-    assert "is labelled cube; nothing is learned of it" in out + err + caplog.text
+    assert "is labelled cube, so the network cannot learn it" in out + err + caplog.text
 
 
-def test_problems_are_raised_together_or_alone() -> None:
+def test_several_problems_are_raised_together_and_one_as_it_is() -> None:
     problems = Problems()
     problems.refuse()
     with problems.noted():
@@ -197,11 +197,11 @@ def test_a_dataset_of_many_labels_is_refused_in_a_short_sentence(tmp_path: Path)
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ('{"background": 0, "": 1}', r"labels\.: found the name ''; give it one that can be read"),
-        ('{"background": 0, " \\t": 1}', r"found the name ' \\t'; give it one"),
-        ('{"0": "background", "1": ""}', r"labels\.1: found the name ''; give it one"),
-        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' is there twice in one place"),
-        ('{"background": 0, "a\\u001b[2J": 1}', r"holds characters that cannot be shown"),
+        ('{"background": 0, "": 1}', r"labels\.: .* visible character, found ''; give another"),
+        ('{"background": 0, " \\t": 1}', r"a name must have a visible character, found ' \\t'"),
+        ('{"0": "background", "1": ""}', r"labels\.1: .* visible character, found ''; give"),
+        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' occurs twice in one object"),
+        ('{"background": 0, "a\\u001b[2J": 1}', r"a name must have only printable characters"),
     ],
 )
 def test_names_of_labels_that_cannot_be_used_are_refused(
@@ -215,10 +215,10 @@ def test_names_of_labels_that_cannot_be_used_are_refused(
     assert str(refusal.value).isprintable()
 
 
-def test_a_section_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_section_is_refused(tmp_path: Path) -> None:
     path = config_of(small_dataset(tmp_path / "data", num_cases=1))
     path.write_text(path.read_text() + "train: {steps: 9}\n")
-    with pytest.raises(ConfigError, match="'train' is there twice in the section from line 1 on"):
+    with pytest.raises(ConfigError, match="'train' occurs twice in the section that begins at"):
         load_config(path)
 
 

@@ -1,4 +1,4 @@
-"""The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
+"""The `segkit` command. Commands import large libraries only when they run; help stays fast."""
 
 import sys
 import traceback
@@ -29,11 +29,11 @@ from segkit.cli.terminal import (
 )
 from segkit.cli.train import train_command
 from segkit.errors import SegkitError, Stopped, sentence_of
-from segkit.system.signals import handling
+from segkit.system.signals import handling_signals
 
 app = typer.Typer(
     cls=Commands,
-    help="Segment medical images with attention U-Nets, and see where their gates look.",
+    help="Segment medical images with attention U-Nets, and inspect their attention maps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,8 +51,8 @@ def _version(shown: bool) -> None:
     names = {"cuda": "CUDA", "cudnn": "cuDNN"}
     for name, number in {**found, **installed_runtimes()}.items():
         print(f"{names.get(name, name)} {number or 'not installed'}")
-    if (told := slow_convolutions()) is not None:
-        print(told)
+    if (warning := slow_convolutions()) is not None:
+        print(warning)
     raise typer.Exit
 
 
@@ -64,7 +64,7 @@ def options(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Segment medical images with attention U-Nets, and see where their gates look."""
+    """Segment medical images with attention U-Nets, and inspect their attention maps."""
 
 
 app.command("demo")(demo_command)
@@ -80,13 +80,14 @@ app.command("export")(export_command)
 
 
 def main() -> NoReturn:
-    """Run the command; what a user can cause is one line on stderr and exit code 2.
+    """Run a command and exit.
 
-    Stopped by a signal, the exit code is the shell's for it: 130 for Ctrl-C, 143 for SIGTERM.
+    The exit code is 0 after success, and 2 with one line on stderr after an error that the user can
+    mend. If a signal stops the command, it is 130 for Ctrl-C and 143 for SIGTERM.
     """
     start()
     try:
-        with handling():
+        with handling_signals():
             app()
     except SegkitError as error:
         if is_verbose():

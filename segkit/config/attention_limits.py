@@ -27,7 +27,7 @@ def check_attention(
         levels = getattr(getattr(attention, place), "levels", None)
         if levels is not None and not (levels and max(levels) <= deepest):
             raise ValueError(
-                f"network.attention.{place}.levels must lie in 0 … {deepest}, found {levels}"
+                f"network.attention.{place}.levels must be from 0 to {deepest}, found {levels}"
             )
     _check_bottleneck(attention, channels, spatial_dims)
 
@@ -89,17 +89,19 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     deepest_skip = len(channels) - 2
     skip, levels = attention.skip, attention.skip_levels(len(channels))
     if max(levels, default=0) > deepest_skip:
-        raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
+        raise ValueError(
+            f"network.attention.skip.levels must be from 0 to {deepest_skip}, found {levels}"
+        )
     heads = getattr(skip, "heads", None)
     if isinstance(heads, list) and len(heads) != len(levels):
         raise ValueError(
-            f"network.attention.skip.heads must be a number or hold {len(levels)}, "
+            f"network.attention.skip.heads must be one number or a list of {len(levels)}, "
             f"one for each of the levels {levels}"
         )
     if skip is not None and skip.levels is None and not levels:
         raise ValueError(
-            "network.attention.skip leaves out level 0, which is the only skip of two "
-            "network.channels; give it levels: [0]"
+            "network.attention.skip leaves out level 0 by default, but a network of two "
+            "network.channels has no other skip; set levels: [0]"
         )
     placed: list[int] = []
     if isinstance(skip, CrossAttentionConfig):
@@ -110,7 +112,7 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     if narrowest < 2 * spatial_dims:
         raise ValueError(
             f"network.attention.skip needs network.channels of {2 * spatial_dims} or "
-            f"more to tell positions, found {narrowest}"
+            f"more to encode positions, found {narrowest}"
         )
 
 
@@ -126,21 +128,21 @@ def _check_bottleneck(
         )
     if not isinstance(bottleneck, SelfAttentionConfig):
         return
-    told_by = {"rotary": bottleneck.head_channels, "sincos": channels[-1]}
-    if told_by.get(bottleneck.positions, needed) < needed:
+    encoding = {"rotary": bottleneck.head_channels, "sincos": channels[-1]}
+    if encoding.get(bottleneck.positions, needed) < needed:
         raise ValueError(
             f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
             f"{needed} channels or more (of each head, for rotary), "
-            f"found {told_by[bottleneck.positions]}"
+            f"found {encoding[bottleneck.positions]}"
         )
     window = bottleneck.window
     if window is not None and len(window) != spatial_dims:
         raise ValueError(
-            f"network.attention.bottleneck.window must hold {spatial_dims} numbers, "
-            f"as network.spatial_dims is {spatial_dims}"
+            f"network.attention.bottleneck.window must have {spatial_dims} numbers, "
+            f"because network.spatial_dims is {spatial_dims}"
         )
     if math.prod(window or ()) > MOST_TOKENS:
         raise ValueError(
-            f"network.attention.bottleneck.window {window} holds more than {MOST_TOKENS:,} "
-            f"voxels; give it fewer"
+            f"network.attention.bottleneck.window {window} has more than {MOST_TOKENS:,} "
+            f"voxels; make it smaller"
         )

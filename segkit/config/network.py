@@ -1,4 +1,4 @@
-"""Settings of a network: a U-Net and the attention in it, or a module from elsewhere."""
+"""Settings of a network: a U-Net with its attention, or a module that Python code passes in."""
 
 import math
 from collections.abc import Sequence
@@ -14,19 +14,22 @@ from pydantic import (
 
 from segkit.config.attention import AttentionConfig
 from segkit.config.attention_limits import check_attention, check_attention_grids
-from segkit.config.base import Few, Positive, Section, Width, kind_alone
+from segkit.config.base import Few, Positive, Section, Width, section_of_kind
 
 MOST_VOXELS = 2**27
-"""Of a patch: 512 x 512 x 512."""
+"""The largest patch: 512 x 512 x 512."""
 
 
 class GivenModuleConfig(Section):
-    """A network that Python gives: `train(config, network=module)`. No file holds or names it."""
+    """A network that Python code passes in: `train(config, network=module)`.
+
+    No file contains the module, and no file names its class.
+    """
 
     multiple: Annotated[list[Positive], Field(min_length=2, max_length=3)]
-    """What the sizes of its input must be multiples of, along each axis."""
+    """Along each axis, the size of the input must be a multiple of this number."""
     name: str = ""
-    """A note for those who must find the module again, such as its class."""
+    """A note that helps to find the module again, such as the name of its class."""
 
 
 class ConvolutionBlockConfig(Section):
@@ -48,34 +51,34 @@ class MedNeXtBlockConfig(Section):
 
 LevelBlockConfig = Annotated[
     Annotated[ConvolutionBlockConfig | MedNeXtBlockConfig, Field(discriminator="kind")],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 
 
 class NetworkConfig(Section):
-    """A U-Net in two or three dimensions, and the attention in it."""
+    """A U-Net in two or three dimensions, with its attention."""
 
     spatial_dims: Literal[2, 3] = 3
     channels: list[Width] = Field([16, 32, 64, 128], min_length=2, max_length=16)
     """Feature channels of each level, finest first."""
     strides: list[list[Few]] | None = None
-    """Per step down, the stride along each axis; 2 everywhere where not given."""
+    """For each step down, the stride along each axis. Default: 2 everywhere."""
     kernels: list[list[Few]] | None = None
-    """Per level, the convolution size along each axis (odd); 3 everywhere where not given."""
+    """For each level, the odd size of convolutions along each axis. Default: 3 everywhere."""
     block: LevelBlockConfig = ConvolutionBlockConfig()
     """What each level of the encoder and of the decoder is made of."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
-    """A strided convolution, as nnU-Net, or max-pooling, as the first U-Nets."""
+    """A strided convolution, as in nnU-Net, or max-pooling, as in the first U-Nets."""
     deep_supervision: bool = True
     """Whether coarser decoder levels are trained against the label as well."""
     attention: AttentionConfig = AttentionConfig()
     given: GivenModuleConfig | None = None
-    """A module from elsewhere in the U-Net's stead, of which only spatial_dims is set beside it."""
+    """A module from Python that replaces the U-Net. Beside it only spatial_dims may be set."""
 
     @model_serializer(mode="wrap")
     def _without_a_unet(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All settings, but none of a U-Net beside a given module, which would refuse them."""
+        """All settings; with a given module, only those that it allows."""
         written: dict[str, Any] = write(self)
         if self.given is None:
             return written
@@ -118,18 +121,18 @@ class NetworkConfig(Section):
         ):
             if len(rows) != wanted or any(len(row) != self.spatial_dims for row in rows):
                 raise ValueError(
-                    f"network.{name} must hold {wanted} lists of {self.spatial_dims} numbers "
+                    f"network.{name} must have {wanted} lists of {self.spatial_dims} numbers "
                     f"for {len(self.channels)} levels"
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
-            raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
+            raise ValueError("network.kernels must be odd, so that convolutions keep the grid")
         check_attention(self.attention, channels=self.channels, spatial_dims=self.spatial_dims)
         return self
 
     def _given_alone(self, given: GivenModuleConfig) -> Self:
         if len(given.multiple) != self.spatial_dims:
             raise ValueError(
-                f"network.given.multiple must hold {self.spatial_dims} numbers, as "
+                f"network.given.multiple must have {self.spatial_dims} numbers, because "
                 f"network.spatial_dims is {self.spatial_dims}"
             )
         fields = type(self).model_fields.items()
@@ -140,8 +143,8 @@ class NetworkConfig(Section):
             and getattr(self, name) != setting.default
         ]:
             raise ValueError(
-                f"network.{others[0]} is of a U-Net, and network.given has a module in its stead; "
-                f"take one of them away"
+                f"network.{others[0]} is a setting of a U-Net, which network.given replaces; "
+                f"remove one of the two"
             )
         return self
 
@@ -151,7 +154,7 @@ class NetworkConfig(Section):
         if len(patch) != len(total):
             raise ValueError(
                 f"{name} {patch} must have {len(total)} numbers, "
-                f"as network.spatial_dims is {len(total)}"
+                f"because network.spatial_dims is {len(total)}"
             )
         if any(size % stride for size, stride in zip(patch, total, strict=True)):
             raise ValueError(
@@ -159,7 +162,7 @@ class NetworkConfig(Section):
             )
         if math.prod(patch) > MOST_VOXELS:
             raise ValueError(
-                f"{name} {patch} holds more than {MOST_VOXELS:,} voxels; make it smaller"
+                f"{name} {patch} has more than {MOST_VOXELS:,} voxels; make it smaller"
             )
         if self.given is None:
             check_attention_grids(

@@ -62,6 +62,15 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
     'bottleneck.0', 'bottleneck.1', … where several blocks follow one another. A presence head is
     none, for the segmentation does not pass through it. A network that holds none of segkit's
     U-Nets gives no names: name its modules yourself.
+
+    Args:
+        network: segkit's, or any other that may hold one of segkit's U-Nets.
+
+    Returns:
+        Names as in `network.named_modules()`, by position.
+
+    Raises:
+        Nothing.
     """
     found: dict[str, str] = {}
     for name, module in network.named_modules():

@@ -84,7 +84,10 @@ def test_damage_is_one_sentence_and_exit_code_2_whatever_the_command(
     code, err = segkit(*[word.format(**places) for word in words])
     assert code == 2
     *_, last = err.splitlines()
-    sentence = f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are cut short"
+    sentence = (
+        f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are incomplete; repair or "
+        f"convert it, or get a new copy"
+    )
     assert last == sentence
     assert "Traceback" not in err
 
@@ -92,11 +95,11 @@ def test_damage_is_one_sentence_and_exit_code_2_whatever_the_command(
 NOT_FINITE = NOISE.copy()
 NOT_FINITE[3, 3, 3] = np.nan
 REFUSED: dict[str, tuple[ndarray, float, str]] = {
-    "NaN": (NOT_FINITE, 1.0, "the volume holds voxels that are not numbers; repair it"),
+    "NaN": (NOT_FINITE, 1.0, "the volume holds 1 NaN or infinite values among"),
     "infinity": (
         np.where(np.isnan(NOT_FINITE), np.inf, NOT_FINITE),
         1.0,
-        "the volume holds voxels that are not numbers; repair it",
+        "the volume holds 1 NaN or infinite values among",
     ),
     "beyond single precision": (
         np.where(np.isnan(NOT_FINITE), 1e300, NOT_FINITE.astype(np.float64)),
@@ -114,7 +117,7 @@ REFUSED: dict[str, tuple[ndarray, float, str]] = {
 
 @pytest.mark.parametrize("command", ["predict", "explain"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_computed_with_is_refused_with_its_file(
+def test_values_that_cannot_be_computed_with_are_refused_with_their_file(
     name: str,
     command: str,
     tmp_path: Path,
@@ -146,13 +149,13 @@ def test_huge_voxels_among_the_training_cases_are_refused_by_name(
     )
 
 
-def test_images_are_no_labels_to_evaluate(
+def test_images_are_refused_as_labels(
     tmp_path: Path, segkit: Callable[..., tuple[int, str]]
 ) -> None:
     path = scan(tmp_path / "scan.nii.gz", np.arange(2000, dtype=np.int16).reshape(20, 10, 10))
     code, err = segkit("evaluate", path, path)
     assert code == 2
-    assert f"{path}: holds 2000 different numbers with the other files, more than labels" in err
+    assert f"{path}: expected at most 1000 labels, found 2000 different numbers" in err
 
 
 def test_a_prediction_on_another_grid_than_its_reference_is_refused(

@@ -50,14 +50,14 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert (verdict["map"], verdict["word"]) == ("skip.1/gate", "cannot tell")
     assert '</b>: <b class="cannot-tell">cannot tell</b>. Over 2 scans, ' in page
     # … and the terminal has them as a table, with the figures of the file.
-    table = said[said.index("What each map is worth over 2 scans") :]
+    table = said[said.index("Verdicts over 2 scans") :]
     (row,) = [line for line in table.splitlines() if "skip.1/gate" in line]
     for name, how in (("Dice lost without it", "+.3f"), ("AUROC", ".2f")):
         value = verdict["figures"][name]
         assert ("–" if value is None else format(value, how)) in row.split()
     # Without verdicts, nothing of the old ones stays beside the new pages.
     code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
-    assert code == 0 and "What each map is worth" not in said
+    assert code == 0 and "Verdicts over" not in said
     assert not list(out.rglob("ablation.csv"))
     assert "verdicts" not in json.loads((out / "cohort.json").read_text())
     assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
@@ -72,7 +72,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
     return lambda *words: run("explain", *words, "--device", "cpu", capsys=capsys)
 
 
-def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
+def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
@@ -87,7 +87,7 @@ def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
         heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
         for number, head in enumerate(heads):
             assert (
-                f"{name} bottleneck head {number}: reaches {head['distance_mm']:.1f} mm "
+                f"{name} bottleneck head {number}: mean distance {head['distance_mm']:.1f} mm "
                 f"({head['distance_over_uniform']:.2f} of uniform attention)"
             ) in said
     assert files_in(out) == expected
@@ -118,7 +118,7 @@ def test_heads_without_a_reference_are_one_line_and_exit_code_2(
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
     code, said, err = command(scans, "--out", tmp_path / "out", "--model", model, "--heads")
     assert (code, said) == (2, "")
-    assert err == "segkit: --heads compares Dice; give --reference, a label or a folder of them\n"
+    assert err == "segkit: --heads needs --reference; give a label file or a folder of labels\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -130,11 +130,11 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
     code, _, err = command(*words)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith("segkit: the model has no attention with heads; train one with")
+    assert err.startswith("segkit: expected a model with attention heads, but this one has none;")
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 
-def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
+def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     (scans / "a.nii.gz").write_bytes(b"no volume")
@@ -147,7 +147,7 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
     first, second, last = err.splitlines()
     assert first.startswith("segkit: ") and "a.nii.gz" in first
     assert str(scans / "c.nii.gz") in second and str(tmp_path / "labels" / "c.nii.gz") in second
-    assert last == "segkit: 2 of 3 volumes failed, as told above"
+    assert last == "segkit: 2 of 3 volumes failed; see the messages above"
     assert files_in(out) == files_of("b", "skip.1-gate", within="b/") | OVER_ALL
     assert {row["case"] for row in rows_of(out / "cohort.csv")} == {"b"}
     page = (out / "index.html").read_text()

@@ -75,7 +75,9 @@ SMALLEST = {"folder": "x", "patch_size": [8, 8, 8]}
 
 DEVICES = "trainer.devices is 1.5: it should be a whole number, text or a list"
 TIME = "trainer.max_time is '1h': it should be days:hours:minutes:seconds, such as 00:08:00:00"
-OPTIMISER = "train.optimiser is 'adam': it should be 'adamw' or 'sgd' (did you mean 'adamw'?)"
+OPTIMISER = (
+    "train.optimiser is 'adam': it should be 'adamw', 'sgd' or 'muon' (did you mean 'adamw'?)"
+)
 BATCH = "train.batch_size is not a setting (did you mean data.batch_size?)"
 LEVEL = "network.attention.skip.level is not a setting (did you mean levels?)"
 LONG = f"train.steps is '{'x' * 59} … (822 characters more) … {'x' * 19}': it should be a whole"
@@ -105,9 +107,9 @@ def test_a_refusal_says_what_was_expected_and_the_nearest(
     assert refused(Config, data=SMALLEST, **tree).startswith(f"c: {sentence}")
 
 
-def test_a_name_that_cannot_be_shown_is_told_with_its_place() -> None:
+def test_a_name_with_unprintable_characters_is_refused_with_its_key() -> None:
     sentence = refused(ModelDescription, labels={"a\x1b[2J": 0})
-    assert r"labels" in sentence and r"'a\x1b[2J' holds characters" in sentence
+    assert "labels" in sentence and r"found 'a\x1b[2J'; give another name" in sentence
 
 
 def test_many_wrong_settings_are_counted() -> None:

@@ -92,7 +92,7 @@ def test_consecutive_numbers_cost_no_copy() -> None:
     assert within(values, plain) is values and as_in_files(values, plain) is values
 
 
-def test_a_number_that_nobody_names_is_refused() -> None:
+def test_a_number_without_a_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"holds label 5, which .* \(it has 0, 17, 53, 255\)"):
         within(np.array([0, 5]), FREESURFER)
 
@@ -113,11 +113,14 @@ def test_what_is_written_is_what_was_read(numbers: list[int], kind: type) -> Non
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ({"background": 0, "a": 1, "b": [1, 2]}, "a and b overlap at 1, .* regions_class_order"),
-        ({"background": 0, "a": [1, "others"]}, "others must be background or ignore, found it"),
+        ({"background": 0, "a": 1, "b": [1, 2]}, "a and b overlap at 1; add regions_class_order"),
+        (
+            {"background": 0, "a": [1, "others"]},
+            "others must belong to background or ignore, found it",
+        ),
         ({"background": 0, "a": 70000}, "a needs a number from 0 to 65535"),
-        ({"a": 1, "b": 2}, "expected a label that is 0 or called background, found a, b"),
-        ({"background": 0, "ignore": 255}, "must name a class beside the background"),
+        ({"a": 1, "b": 2}, "expected a label with number 0 or name background, found a, b"),
+        ({"background": 0, "ignore": 255}, "must have a class in addition to the background"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(labels: Any, reason: str) -> None:
@@ -143,7 +146,7 @@ def test_labels_of_the_config_win_over_the_dataset_and_it_is_said(
     labels = {"background": [0, "others"], "ball": [17, 53]}
     caplog.set_level(logging.INFO, "segkit")
     dataset = dataset_of(DatasetConfig(folder=renumbered, labels=labels))
-    assert "labels are those of data.labels, not of dataset.json" in caplog.text
+    assert "labels come from data.labels instead of dataset.json" in caplog.text
     for case in dataset.cases:
         raw = read_labels(case.label).data
         assert_array_equal(read_case(case, dataset)[1].data, np.isin(raw, (17, 53)))
@@ -158,5 +161,5 @@ def test_check_counts_the_numbers_that_nobody_names(renumbered: Path) -> None:
     labels = ["data.labels={background: [0, others], ball: [17, 53]}"]
     told = check(renumbered, labels)
     assert "label 17, 53 ball: in 2 cases" in str(told)
-    assert "other numbers, taken as background: 9 (1 voxels in 1 case)" in str(told)
+    assert "other numbers, read as background: 9 (1 voxels in 1 case)" in str(told)
     assert told.facts["other_numbers"] == [{"number": 9, "cases": 1, "voxels": 1}]

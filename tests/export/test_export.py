@@ -49,7 +49,7 @@ def test_an_exported_model_agrees_on_a_volume_through_windows(form: Form, tmp_pa
     assert any(info.kind == "channel" for info in model.network.maps().values())
 
 
-def test_a_session_and_what_its_file_tells_are_enough_to_predict(tmp_path: Path) -> None:
+def test_an_onnx_session_and_the_files_metadata_are_enough_to_predict(tmp_path: Path) -> None:
     model, scan = saved(tmp_path / "model"), scan_of()
     export_onnx(model, tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(
@@ -105,7 +105,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
 ) -> None:
     model = model_of({}, 3)
     out = tmp_path / NAMES[form]
-    with pytest.raises(ModelError, match=rf"is written to a file \*\{out.suffix}"):
+    with pytest.raises(ModelError, match=rf"expected a name that ends in \{out.suffix}"):
         export_model(model, form, tmp_path / "network.pt")
     out.with_suffix(".bin" if form == "openvino" else out.suffix).write_text("mine")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
@@ -123,7 +123,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_half_written(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
 
 
-def test_the_command_writes_checks_and_says_how_far_off(tmp_path: Path) -> None:
+def test_the_command_writes_checks_and_prints_the_differences(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "model")
     out = tmp_path / "network.onnx"
     arguments = ["export", str(tmp_path / "run"), "--format", "onnx", "--out", str(out)]
@@ -148,7 +148,7 @@ def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
     arguments = ["--format", "onnx", "--out", str(tmp_path / "a.onnx")]
     many = CliRunner().invoke(app, ["export", str(tmp_path / "five"), *arguments])
     assert isinstance(many.exception, SegkitError)
-    assert "has 2 models; export one, such as" in str(many.exception)
+    assert "expected one model, found 2; export one, such as" in str(many.exception)
     off = Export((tmp_path / "a.onnx",), Agreement({LOGITS: 0.2}, 3.0, 0.98))
     monkeypatch.setattr("segkit.export.export.export_model", lambda *given, **options: off)
     told = CliRunner().invoke(app, ["export", str(tmp_path / "five" / "fold_0"), *arguments])

@@ -11,7 +11,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from segkit.geometry.grid import Grid
-from segkit.inference.made_by import asked_of, made_by
+from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import Input, find_inputs, read_input
@@ -45,7 +45,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_every_volume_that_is_written_has_a_sidecar_that_says_what_made_it(tmp_path: Path) -> None:
+def test_every_written_volume_has_a_sidecar_with_its_provenance(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "in" / "scan.nii.gz")
     predictor, out = predictor_of(overlap=0.25), tmp_path / "out"
     (outcome,) = predict_files(
@@ -99,7 +99,7 @@ def scans_in(folder: Path) -> Path:
     return folder
 
 
-def test_a_cohort_is_gone_on_with_by_the_same_models_and_settings_alone(tmp_path: Path) -> None:
+def test_a_cohort_is_continued_only_with_the_same_models_and_settings(tmp_path: Path) -> None:
     inputs, out = find_inputs([scans_in(tmp_path / "in")], 2), tmp_path / "out"
     for outcome in predict_files(predictor_of(), inputs[:2], out=out):
         assert outcome.error is None
@@ -108,7 +108,9 @@ def test_a_cohort_is_gone_on_with_by_the_same_models_and_settings_alone(tmp_path
         outcomes = list(predict_files(other, inputs[:2], out=out))
         assert [outcome.kept for outcome in outcomes] == [None, None]
         assert outcomes[0].error is not None
-        assert "a.nii.gz: is there already, and not by this model" in outcomes[0].error
+        assert (
+            "a.nii.gz: exists already, but a.json does not say that this model" in outcomes[0].error
+        )
         assert everything(out) == before
     outcomes = list(predict_files(predictor_of(), inputs, out=out))
     assert [bool(outcome.kept) for outcome in outcomes] == [True, True, False]
@@ -148,15 +150,15 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     inputs = [Input("scan", (path,)) for path in paths]
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
-    assert second.error.endswith(f"is the result of {paths[0]} as well; rename one")
+    assert second.error.endswith(f"is also the result of {paths[0]}; rename one input")
 
 
-def test_what_was_asked_is_part_of_what_made_it(tmp_path: Path) -> None:
+def test_models_and_settings_are_part_of_the_provenance(tmp_path: Path) -> None:
     predictor = predictor_of()
     sidecar = tmp_path / "a.json"
-    made = made_by(predictor, asked_of(predictor), [])
+    made = made_by(predictor, models_and_settings(predictor), [])
     sidecar.write_text(json.dumps({"provenance": made}))
-    check_asked(tmp_path / "a.nii", sidecar, asked_of(predictor))
+    check_asked(tmp_path / "a.nii", sidecar, models_and_settings(predictor))
 
 
 def channels_at(folder: Path, seed: int) -> Path:
@@ -186,8 +188,8 @@ def test_labels_of_a_scan_that_was_replaced_are_refused_and_kept(
     new.replace(scan)
     (refused,) = predict_files(predictor, inputs, out=out)
     assert refused.kept is None and refused.written == () and refused.error is not None
-    assert "x.nii.gz: is there already" in refused.error
-    assert "which was replaced since" in refused.error
+    assert "x.nii.gz: exists already" in refused.error
+    assert "says that it was made from another version of" in refused.error
     assert everything(out) == before
     (redone,) = predict_files(predictor, inputs, out=out, overwrite=True)
     assert redone.error is None
@@ -213,4 +215,6 @@ def test_a_result_beside_labels_that_is_of_another_scan_is_refused(tmp_path: Pat
     (anew,) = predict_files(predictor, inputs, out=out)
     assert anew.error is None
     (refused,) = predict_files(predictor, inputs, out=out, probabilities=True)
-    assert refused.error is not None and "x_prob.json was made of another x.nii.gz" in refused.error
+    assert refused.error is not None
+    expected = "x_prob.json says that it was made from another version of x.nii.gz"
+    assert expected in refused.error

@@ -1,4 +1,4 @@
-"""Nothing that is loaded runs, allocates without measure, or ends in more than one sentence."""
+"""No loaded file runs code or allocates without limit; bad files are refused in one sentence."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "it_ran"
 
 
-def test_the_canary_sings(canary: Path) -> None:
+def test_the_canary_detects_code_that_runs(canary: Path) -> None:
     pickle.loads(pickle.dumps(Malicious(canary)))
     assert canary.is_dir()
 
@@ -83,7 +83,7 @@ def refused(told: tuple[int, str], reason: str) -> None:
     assert re.search(reason, err), err
     lines = err.splitlines()
     assert all(line.startswith("segkit: ") for line in lines), err
-    assert len(lines) == 1 or "problems, as told above" in lines[-1], err
+    assert len(lines) == 1 or "problems, listed above" in lines[-1], err
 
 
 def scan_at(path: Path, channels: int = 2) -> Path:
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_cut_off_is_refused(run_folder: Path) -> None:
             resume(run_folder)
     (run_folder / LAST).write_bytes(whole)
     (run_folder / "metrics.csv").write_text("step\nmany\n")
-    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be gone on with"):
+    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be read"):
         resume(run_folder)
 
 
@@ -215,7 +215,7 @@ def test_a_pickle_among_prepared_cases_runs_nothing(
     for content in pickles(canary, tmp_path / "dresses").values():
         (case / f"{name}.npy").write_bytes(content)
         told = run("train", "--resume", run_folder)
-        refused(told, f"{case.name}: expected a prepared case, found arrays that are damaged")
+        refused(told, f"{case.name}: expected a prepared case, found damaged or wrong arrays")
     assert not canary.exists()
 
 
@@ -236,7 +236,7 @@ def test_prepared_arrays_of_another_kind_are_refused(run_folder: Path, kind: str
     name, change = PREPARED[kind]
     (case,) = (run_folder.parent / ".cache").glob("case_1-*/")
     np.save(case / f"{name}.npy", change(np.load(case / f"{name}.npy")))
-    with pytest.raises(DatasetError, match="damaged or of another kind; delete the folder"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays; delete the folder"):
         resume(run_folder)
 
 
@@ -245,7 +245,7 @@ def test_a_prepared_array_that_claims_more_than_it_holds_is_refused(run_folder: 
     header = str({"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)}).ljust(117) + "\n"
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     (case / "classes.npy").write_bytes(content)
-    with pytest.raises(DatasetError, match="damaged or of another kind"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays"):
         resume(run_folder)
 
 
@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected what was measured of case_2.*delete it")
+    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
 
 
 # Models
@@ -320,7 +320,7 @@ def must_not_be_called(*_: object) -> None:
     raise AssertionError("a network was made before its sizes were held against the weights")
 
 
-def test_no_place_of_a_description_can_hold_a_value_that_ends_in_a_traceback(
+def test_no_value_in_a_description_causes_a_traceback(
     tmp_path: Path,
 ) -> None:
     model = small_model()
@@ -409,7 +409,7 @@ def test_a_header_of_weights_that_claims_more_than_it_holds_is_refused(tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_weights_are_told_without_being_made_and_without_chance(
+def test_weights_are_described_without_allocation_or_random_numbers(
     family: str, spatial_dims: int
 ) -> None:
     description = family_description(family, spatial_dims)
@@ -438,7 +438,7 @@ def family_description(family: str, spatial_dims: int) -> ModelDescription:
 def test_weights_beyond_free_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     description = small_model().description
     monkeypatch.setattr(build, "free_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"weights take .* of memory, and 0.001 MB are free"):
+    with pytest.raises(ConfigError, match=r"weights need .* memory, but only 0.001 MB are free"):
         build_network(description)
 
 
@@ -450,9 +450,9 @@ def test_windows_beyond_free_memory_are_refused(
     (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
     monkeypatch.setattr(build, "free_memory", lambda: 8 * 10**9)
     told = run("predict", scan_at(tmp_path / "scan.nii.gz"), "--model", tmp_path / "model")
-    refused(told, "features of 512 x 512 x 512 voxels take 8.59 GB of memory or more")
+    refused(told, "features of 512 x 512 x 512 voxels need at least 8.59 GB of memory")
     config = small_config(stopped / "data", data={"patch_size": [256] * 3, "batch_size": 8})
-    with pytest.raises(ConfigError, match="8 x 256 x 256 x 256 voxels take"):
+    with pytest.raises(ConfigError, match="8 x 256 x 256 x 256 voxels need"):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -468,7 +468,7 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
-        with pytest.raises(VolumeError, match=r"voxels there, which take .* check both spacings"):
+        with pytest.raises(VolumeError, match=r"voxels there, which need .* check both spacings"):
             prepared(spacing)
     monkeypatch.setattr(preprocess, "free_memory", lambda: 4 * 4 * 5 * 6)
     assert prepared(1.0) == (4, 5, 6)
@@ -489,9 +489,9 @@ YAML: dict[str, tuple[str, str]] = {
             ["a: &a [x, x, x, x, x, x, x, x, x]"]
             + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")]
         ),
-        r"\*a refers to another place; write its value out",
+        r"\*a is an alias, which is not allowed; write its value out",
     ),
-    "itself": ("a: &a [*a]", r"\*a refers to another place"),
+    "itself": ("a: &a [*a]", r"\*a is an alias"),
     "depth": ("[" * 10**5, "nested too deeply"),
     "a number of many digits": (f"name: {'9' * 10**5}", "cannot be read as YAML"),
     "no text": ("\udcff", "cannot be read as YAML"),
@@ -500,7 +500,7 @@ YAML: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("kind", YAML)
 @pytest.mark.parametrize("command", ["train", "check"])
-def test_yaml_that_is_no_plain_data_is_refused(
+def test_yaml_that_is_not_plain_data_is_refused(
     tmp_path: Path, canary: Path, run: Run, kind: str, command: str
 ) -> None:
     text, reason = YAML[kind]
@@ -566,7 +566,7 @@ def test_json_of_another_kind_is_refused(
 ESCAPE = "\x1b]0;owned\x07"
 
 
-def test_no_name_reaches_a_terminal_that_would_obey_it(
+def test_control_characters_in_names_never_reach_a_terminal(
     tmp_path: Path, run: Run, stopped: Path
 ) -> None:
     save_model(tmp_path / "model", small_model())
@@ -591,7 +591,7 @@ def test_no_name_reaches_a_terminal_that_would_obey_it(
         assert told[1].removesuffix("\n").isprintable(), told
 
 
-def test_text_is_read_up_to_a_bearable_length(
+def test_text_beyond_a_size_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segkit.io.safe_text.MOST_BYTES", 2**20)
@@ -602,11 +602,11 @@ def test_text_is_read_up_to_a_bearable_length(
     with pytest.raises(ValueError, match="longer than 1 MiB"):
         read_text(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         read_text(tmp_path / "pipe")
 
 
-def test_labels_of_a_dataset_from_elsewhere_name_no_file_beyond_the_cache(tmp_path: Path) -> None:
+def test_labels_of_an_untrusted_dataset_name_no_file_outside_the_cache(tmp_path: Path) -> None:
     """A case is named by the last part of its label's path, whatever stands before it."""
     folder = small_dataset(tmp_path / "data")
     shutil.move(folder / "labelsTr", tmp_path / "elsewhere")
@@ -621,7 +621,7 @@ def test_labels_of_a_dataset_from_elsewhere_name_no_file_beyond_the_cache(tmp_pa
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(tmp_path: Path, encoding: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, encoding: str) -> None:
     folder = small_dataset(tmp_path / "data")
     content = (folder / "dataset.json").read_text()
     (folder / "dataset.json").write_text(content.replace("MRI", "Fläche"), encoding=encoding)
@@ -639,16 +639,39 @@ def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(tmp_path: Path, encoding
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"labels": {"0": "back', "it ends before it is complete, at line 1, column 18"),
-        ('{"labels":\n {"0": "x"},', "it ends before it is complete, at line 2, column 13"),
-        ("", "it ends before it is complete, at line 1, column 1"),
+        ('{"labels": {"0": "back', "it is incomplete and ends at line 1, column 18"),
+        ('{"labels":\n {"0": "x"},', "it is incomplete and ends at line 2, column 13"),
+        ("", "it is incomplete and ends at line 1, column 1"),
         ('{"a": 1,}', "line 1, column 9: "),
         ("{'a': 1}", "line 1, column 2: expecting property name enclosed in double quotes"),
     ],
 )
-def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: str) -> None:
+def test_the_error_for_half_a_file_names_the_place(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
         read_json(tmp_path / "dataset.json")
     with pytest.raises(DatasetError, match=rf"cannot be read as JSON: {re.escape(reason)}.*repair"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nsteps: 5: 6\n", "line 2: a second ': ' stands in one line"),
+        ("name: a\n steps: 5\n", "line 2: a second ': ' stands in one line, or the line is"),
+        ("data:\n\tfolder: scans\n", "line 2: a tab indents the line; indent with spaces"),
+        ("name: @a\n", "line 1: a value begins with a character that YAML keeps for itself"),
+        ("size: [1, 2\n", "line 2: a bracket that was opened is not closed"),
+        ("name: 'a\n", "line 2: a quotation mark is not closed; close it"),
+        ("- a\nname: b\n", "line 2: the line is indented unlike those beside it"),
+        ("folder: scans\nname\n", "line 3: a line has no ':' behind its name"),
+        ('folder: "C:\\scans"\n', "line 1: a backslash stands within double quotes"),
+        ("names: - a\n", "line 1: a list begins behind a name; begin it on the next line"),
+        ("name: !!python/object:os.system a\n", "line 1: a tag such as !!python asks for code"),
+        ("a: 1\n---\nb: 2\n", "line 2: a second document begins with '---'"),
+    ],
+)
+def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_yaml(text)
+    assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)

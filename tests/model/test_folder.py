@@ -69,7 +69,7 @@ def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
 
 
 def test_the_newest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no finished run under"):
+    with pytest.raises(ModelError, match="expected a finished run under"):
         newest_model(tmp_path)
     for name in ("b", "a"):
         save_model(tmp_path / name / "model", small_model())
@@ -111,7 +111,7 @@ def test_a_description_from_before_post_processing_loads_unchanged(tmp_path: Pat
     assert load_model(tmp_path).description == model.description
 
 
-def test_what_is_adopted_is_all_that_changes_in_a_model(tmp_path: Path) -> None:
+def test_adopting_changes_only_the_post_processing_of_a_model(tmp_path: Path) -> None:
     model = small_model()
     save_model(tmp_path, model)
     weights = (tmp_path / "weights.safetensors").read_bytes()

@@ -29,7 +29,7 @@ from segkit.nn.unet import UNet
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.final_scores import score
 from segkit.training.fit import Run, resume, train
-from segkit.training.two_stages import after
+from segkit.training.two_stages import second_stage_config
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -171,7 +171,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     save_model(
         tmp_path / "ct", described_model(channels=["CT", "PET"], normalisation=[ZScoreConfig()] * 2)
     )
-    with pytest.raises(ModelError, match="its classes are lung where ball are expected"):
+    with pytest.raises(ModelError, match="expected the classes ball, found lung"):
         first_models([tmp_path / "one", tmp_path / "lung"], known)
     # Alone, a first stage may know other classes than the second.
     (lung,) = first_models([tmp_path / "lung"], known)
@@ -184,7 +184,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
 
 
 def test_scans_that_are_drawn_have_no_first_stage(dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.synthesis draws images that are none"):
+    with pytest.raises(ConfigError, match=r"images that data\.synthesis draws"):
         small_config(dataset, data={"first_stage": ["runs/low"], "synthesis": {}})
 
 
@@ -198,10 +198,10 @@ def two_stages(model: Model) -> Model:
 def test_a_first_stage_of_a_first_stage_is_refused(dataset: Path, tmp_path: Path) -> None:
     second = two_stages(described_model())
     save_model(tmp_path / "two", second)
-    with pytest.raises(ModelError, match="two stages are the most"):
+    with pytest.raises(ModelError, match="allows only two stages"):
         first_models([tmp_path / "two"], read_dataset(dataset))
     save_model(tmp_path / "three", Model(second.description, second.network, (second,)))
-    with pytest.raises(ModelError, match=r"three/first/0: .* two stages are the most"):
+    with pytest.raises(ModelError, match=r"three/first/0: .* allows only two stages"):
         load_model(tmp_path / "three")
 
 
@@ -228,11 +228,11 @@ def test_a_saved_model_keeps_its_first_stage(tmp_path: Path) -> None:
             lambda folder: save_model(
                 folder / "first" / "0", described_model(labels={"background": 0, "lung": 1})
             ),
-            "its classes are lung where ball are expected",
+            "expected the classes ball, found lung",
         ),
         (
             lambda folder: save_model(folder / "first" / "0", described_model(channels=["CT"])),
-            "its channels are not those of",
+            "expected the channels of",
         ),
     ],
 )
@@ -259,7 +259,9 @@ def stages(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
     runs = tmp_path_factory.mktemp("stages") / "runs"
     held_out = {"validation": ["case_1"]}
     first = train(low_config(dataset, **held_out), runs=runs)
-    second = train(after(small_config(dataset, data=held_out), first.folder), runs=runs)
+    second = train(
+        second_stage_config(small_config(dataset, data=held_out), first.folder), runs=runs
+    )
     return Stages(runs, first, second)
 
 

@@ -155,7 +155,7 @@ def test_label_maps_alone_are_trained_on_by_synthesis(dataset: Path, tmp_path: P
     wrong = small_config(
         bare, data={"validation": ["case_3"], "synthesis": {"intensities": {"bal": [0, 1]}}}
     )
-    with pytest.raises(ConfigError, match="names 'bal'; the dataset has 'background', 'ball'"):
+    with pytest.raises(ConfigError, match="names 'bal', but the dataset has 'background', 'ball'"):
         train(wrong, runs=tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_fewer_held_out_cases_than_processes_are_refused(dataset: Path, tmp_path
         dataset, data={"validation": 0.25}, trainer={"devices": 4, "strategy": "ddp"}
     )
     with pytest.raises(
-        ConfigError, match=r"^\d held-out cases cannot be shared out to 4 processes"
+        ConfigError, match=r"^each of the 4 processes needs a held-out case, but there are only \d"
     ):
         train(config, runs=tmp_path)
     assert not (tmp_path / "small").exists()
@@ -273,7 +273,7 @@ def balls_told_by(head: MeanPoolingConfig | None, logit: float = 0.0) -> Model:
     return Model(description, network.eval())
 
 
-def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_path: Path) -> None:
+def test_presence_accuracy_is_the_share_of_cases_with_a_correct_answer(tmp_path: Path) -> None:
     folder = small_dataset(tmp_path)
     empty = folder / "labelsTr" / "case_2.nii.gz"
     label = read_volume(empty)
@@ -292,9 +292,7 @@ def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_p
 
 
 @pytest.mark.slow
-def test_the_summary_holds_presence_where_the_network_has_a_head(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_the_summary_has_presence_if_the_network_has_a_head(dataset: Path, tmp_path: Path) -> None:
     attention = {"head": {"kind": "gated", "width": 4, "weight": 3.0}}
     run = train(small_config(dataset, network={"attention": attention}), runs=tmp_path)
     (name,) = run.summary["validation"]["dice_of_cases"]

@@ -56,7 +56,7 @@ def averages(decay: float, weights: list[float]) -> float:
     return float(averaged)
 
 
-def test_the_average_of_weights_is_the_exponential_one_with_a_swift_start() -> None:
+def test_the_average_of_weights_is_exponential_with_a_fast_start() -> None:
     weights = np.random.default_rng(0).normal(size=40).tolist()
     module = nn.Linear(1, 1, bias=False)
     averaging, trainer = Averaging(0.5), SimpleNamespace(global_step=0)
@@ -102,7 +102,7 @@ def test_a_run_may_start_from_a_model_of_other_classes(tmp_path: Path) -> None:
     other.heads[0] = nn.Conv3d(head.in_channels, 5, kernel_size=1)
     own = {key: value.clone() for key, value in other.heads.state_dict().items()}
     told = start_from(other, first.folder)
-    assert told == f"{len(lent) - 2} of {len(lent)} weights are those of {first.folder}"
+    assert told == f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}"
     for key, value in other.state_dict().items():
         if key.startswith("heads.0"):
             assert torch.equal(value, own[key.removeprefix("heads.")])
@@ -196,7 +196,7 @@ def test_a_network_that_would_take_biases_alone_is_refused_and_leaves_no_run(
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data, train={"steps": 1}), runs=tmp_path / "first")
     sections = {"train": {"steps": 1, "start_from": str(first.folder)}, **sections}
-    message = r"small: none of its weights fits the network; give both the same network\.spatial_d"
+    message = r"small: none of its weights fits the network; use the same network\.spatial_d"
     with pytest.raises(ModelError, match=message):
         train(small_config(data, **sections), runs=tmp_path / "second")
     assert not (tmp_path / "second" / "small").exists()
@@ -222,7 +222,7 @@ def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 # When to end
 
 
-def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
+def test_training_ends_if_dice_no_longer_rises(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     settings = {"steps": 40, "validate_every": 1, "patience": 2, "learning_rate": 1e-12}
     run = train(small_config(data, train=settings), runs=tmp_path)
@@ -231,7 +231,7 @@ def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
+def test_a_loss_that_is_nan_stops_training_and_names_step_and_cases(
     steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from segkit.training import make_loss
@@ -246,20 +246,20 @@ def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
 
     monkeypatch.setattr(make_loss, "deep_dice_cross_entropy", astray)
     message = (
-        rf"^the loss of step {steps_before} is nan, its patches are of case_\d, case_\d; look at"
+        rf"^the loss of step {steps_before} is nan, with patches of case_\d, case_\d; check these"
     )
     with pytest.raises(TrainingError, match=message):
         train(small_config(data), runs=tmp_path)
     assert len(calls) == steps_before + 1
 
 
-def test_an_image_that_holds_what_is_no_number_never_reaches_training(tmp_path: Path) -> None:
+def test_an_image_with_nan_never_reaches_training(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     path = data / "imagesTr" / "case_1.nii.gz"
     image = read_volume(path)
     image.data[3, 3, 3] = np.inf
     write_volume(path, image)
-    with pytest.raises(DatasetError, match=r"case_1\.nii\.gz: holds voxels that are not numbers"):
+    with pytest.raises(DatasetError, match=r"case_1\.nii\.gz: holds .* NaN or infinite values"):
         train(small_config(data), runs=tmp_path)
 
 
@@ -287,7 +287,7 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(resolve, "half_pays", lambda: matrix_units)
+    monkeypatch.setattr(resolve, "bfloat16_is_fast", lambda: matrix_units)
     config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})

@@ -46,6 +46,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {},
     "sgd": {"train": {"optimiser": "sgd"}},
+    "muon, cosine": {"train": {"optimiser": "muon", "schedule": "cosine"}},
     "averaging": {"train": {"averaging": 0.9}},
     "hard gates": {
         "network": {"attention": {"skip": {"kind": "additive_grid", "coefficients": "hard"}}}
@@ -55,7 +56,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("muon, cosine",)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS],
+)
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     variant: str, stop: int, tmp_path: Path
@@ -94,11 +101,11 @@ def test_a_run_may_be_stopped_more_than_once(tmp_path: Path) -> None:
         assert torch.equal(weights(folder)[key], value), key
 
 
-def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     run = train(small_config(small_dataset(tmp_path / "data")), runs=tmp_path)
     with pytest.raises(
-        ConfigError, match=r"small: is finished already; its model is .*small.model"
+        ConfigError, match=r"small: the run is finished already, and its model is .*small.model"
     ):
         resume(run.folder)
-    with pytest.raises(ConfigError, match=r"nowhere: expected a run with its config.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere: expected a run with config.yaml"):
         resume(tmp_path / "nowhere")

@@ -46,7 +46,7 @@ FLOATS = st.floats(-1e6, 1e6, width=32) | st.just(float("nan")) | st.just(float(
 
 
 @given(arrays(np.float32, SHAPES, elements=FLOATS), affines(), st.booleans())
-def test_what_is_embedded_is_within_half_a_step_and_where_it_was(
+def test_embedded_values_are_within_half_a_step_and_keep_their_position(
     values: ndarray, affine: ndarray, fine: bool
 ) -> None:
     grid = grid_of(values, affine)
@@ -79,7 +79,7 @@ def test_a_constant_is_embedded_exactly() -> None:
 def test_labels_are_embedded_exactly_and_too_large_ones_refused() -> None:
     labels = np.array([[[0, 3, 65535]]])
     assert_array_equal(reread(embed_labels(labels, grid_of(labels))), labels)
-    with pytest.raises(VolumeError, match="up to 65535 and found 65536; renumber"):
+    with pytest.raises(VolumeError, match="up to 65535 for a page, found 65536; renumber"):
         embed_labels(labels + 1, grid_of(labels))
 
 

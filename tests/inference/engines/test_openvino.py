@@ -21,7 +21,7 @@ def test_openvino_leaves_the_classes_of_a_voxel_side_by_side(tmp_path: Path) -> 
     assert found[LOGITS].stride()[1] == 1
 
 
-def test_openvino_tells_nobody_that_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     OpenVino()
     assert sys.modules["openvino_telemetry"] is None
@@ -34,7 +34,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
         from pathlib import Path
         from segkit.errors import Stopped
         from segkit.inference.engines.choose import choose_engine
-        from segkit.system.signals import handling
+        from segkit.system.signals import handling_signals
         from tests.engines import windows_of
         from tests.models import saved
 
@@ -48,7 +48,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
         thread.start()
         thread.join()
         try:
-            with handling():
+            with handling_signals():
                 signal.raise_signal(signal.SIGINT)
         except Stopped as stopped:
             print("heard", stopped.signum)
@@ -58,7 +58,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
     assert (done.returncode, done.stdout) == (0, "heard 2\n"), done.stderr[-2000:]
 
 
-def test_openvino_computes_in_bfloat16_where_asked_and_the_cpu_can() -> None:
+def test_openvino_computes_in_bfloat16_if_requested_and_supported() -> None:
     model, batch = model_of({}, 3), windows_of(3)
     able = OpenVino().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in able:

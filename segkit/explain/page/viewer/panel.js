@@ -1,5 +1,5 @@
 "use strict";
-// The panel beside the planes: where the cross-hair is, and how scan and overlays are shown.
+// The panel beside the planes: the cross-hair's position, and the controls of scan and overlays.
 
 /** An element; strings among its children become text, never markup. */
 function make(tag, properties = {}, ...children) {
@@ -18,17 +18,17 @@ function swatch(colour) {
   return element;
 }
 
-/** A slider with its name and, beside it, what `tell` makes of its value. */
-function slider(name, { min, max, step, value }, tell, changed) {
-  const output = make("output", {}, tell(value));
+/** A slider with its name and its value, formatted by `format`. */
+function slider(name, { min, max, step, value }, format, changed) {
+  const output = make("output", {}, format(value));
   const input = make("input", { type: "range", min, max, step: step || "any" });
   input.value = value;
   input.addEventListener("input", () => {
-    output.textContent = tell(input.valueAsNumber);
+    output.textContent = format(input.valueAsNumber);
     changed(input.valueAsNumber);
   });
   const row = make("label", { className: "slider" }, make("span", {}, name), input, output);
-  return { row, input, set: (number) => { input.value = number; output.textContent = tell(number); } };
+  return { row, input, set: (number) => { input.value = number; output.textContent = format(number); } };
 }
 
 function checkbox(name, checked, changed) {
@@ -41,12 +41,12 @@ function percent(share) {
   return `${Math.round(100 * share)} %`;
 }
 
-/** Decimals that tell a hundredth of a millimetre, or of a smaller pixel. */
+/** Number of decimals for coordinates: two, or more if voxels are smaller than 0.1 units. */
 function decimals(view) {
   return Math.max(2, 1 - Math.floor(Math.log10(Math.min(...view.spacing))));
 }
 
-/** Where the cross-hair is, in mm and voxels, and what each volume has there. */
+/** The cross-hair's position in mm and voxels, and the value of each volume there. */
 function whereabouts(view, goTo) {
   const inputs = AXES.map((axis) => {
     const input = make("input", { type: "number", step: "any", "aria-label": `World ${axis} in ${view.unit}` });
@@ -74,7 +74,7 @@ function whereabouts(view, goTo) {
       const layer = view.layers[n - 1];
       value.dataset.value = numbers[n]; // with all its digits
       if (layer?.kind === "labels") value.textContent = layer.names.get(numbers[n]) || "–";
-      else value.textContent = told(numbers[n], layer ? finest(layer.volume) : view.scan.exact ? 1 : finest(view.scan));
+      else value.textContent = formatted(numbers[n], layer ? finest(layer.volume) : view.scan.exact ? 1 : finest(view.scan));
     });
     return `${AXES.map((axis, n) => `${axis} ${world[n].toFixed(decimals(view) - 1)}`).join(", ")} ${view.unit}; ` +
       rows.map(({ row }) => [...row.children].map((cell) => cell.textContent).join(" ")).join("; ");
@@ -82,21 +82,21 @@ function whereabouts(view, goTo) {
   return { element, show };
 }
 
-/** How the scan is shown. */
+/** The controls of the scan. */
 function scanCard(view, changed, chooseChannel) {
   const lowest = view.scan.low;
   const highest = view.scan.low + view.scan.spread;
   const [low, high] = view.window;
   const widest = Math.max(highest - lowest, high - low, 1e-9);
-  const tell = (number) => told(number, widest / 255);
+  const format = (number) => formatted(number, widest / 255);
   const apply = () => {
     const [centre, width] = [level.input.valueAsNumber, Math.max(span.input.valueAsNumber, widest / 1e4)];
     view.window = [centre - width / 2, centre + width / 2];
     changed();
   };
   const reach = { min: Math.min(lowest, low), max: Math.max(highest, high) };
-  const level = slider("Level", { ...reach, value: (low + high) / 2 }, tell, apply);
-  const span = slider("Window", { min: 0, max: widest, value: high - low }, tell, apply);
+  const level = slider("Level", { ...reach, value: (low + high) / 2 }, format, apply);
+  const span = slider("Window", { min: 0, max: widest, value: high - low }, format, apply);
   const parts = [level.row, span.row];
   if (view.channels.length > 1) {
     const choice = make("select", {}, ...view.channels.map((_, n) => make("option", { value: n }, `${n + 1}`)));
@@ -110,14 +110,14 @@ function scanCard(view, changed, chooseChannel) {
   return make("section", { className: "card" }, make("h2", {}, "Scan"), ...parts);
 }
 
-/** An overlay's switch and, while it is shown, how it is shown. */
+/** The controls of an overlay; only its checkbox while it is hidden. */
 function layerCard(layer, number, changed) {
   const toggle = checkbox(layer.name, layer.shown, (on) => { layer.shown = on; update(); changed(); });
   const controls = make("div", { className: "controls" },
     slider("Opacity", { min: 0, max: 1, step: 0.01, value: layer.opacity }, percent,
       (share) => { layer.opacity = share; changed(); }).row,
     ...(layer.kind === "labels" ? labelControls : mapControls)(layer, changed));
-  const digit = number <= 9 ? [make("kbd", { title: `Key ${number} switches it` }, `${number}`)] : [];
+  const digit = number <= 9 ? [make("kbd", { title: `Key ${number} shows or hides it` }, `${number}`)] : [];
   const element = make("section", { className: "card layer" },
     make("h3", {}, toggle, ...digit), controls);
   const update = () => {
@@ -144,7 +144,7 @@ function mapControls(layer, changed) {
   const bar = make("div", { className: "scale-bar", role: "img" });
   const own = [layer.low, layer.high];
   const step = (layer.high - layer.low) / 255;
-  const tell = (number) => told(number, step);
+  const format = (number) => formatted(number, step);
   const end = (number) => String(Number(number.toPrecision(3)));
   const ends = make("div", { className: "scale" });
   const paint = () => {
@@ -158,7 +158,7 @@ function mapControls(layer, changed) {
   choice.addEventListener("change", () => { layer.colourMap = choice.value; paint(); changed(); });
   paint();
   const pitch = layer.spacing.map((step) => Number(step.toPrecision(3))).join(" × ");
-  const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, tell, (number) => {
+  const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, format, (number) => {
     layer.threshold = number > layer.low ? number : -Infinity;
     changed();
   });
