@@ -18,10 +18,15 @@ def check_command(
 ) -> None:
     """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
     from segkit.checking import check
+    from segkit.io.series_rules import parse_series
     from segkit.system.progress import Tracker
 
     understood = check(
-        path, overrides or (), series=series, pixel_size=pixel_size, track=Tracker(console)
+        path,
+        overrides or (),
+        series=parse_series(series),
+        pixel_size=pixel_size,
+        track=Tracker(console),
     )
     say(understood.text)
     if json:

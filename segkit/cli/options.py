@@ -24,7 +24,13 @@ OverlapOption = Annotated[
     float, Option(min=0, max=0.9, help="Share of a window that neighbours share.")
 ]
 SeriesOption = Annotated[
-    str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
+    list[str] | None,
+    Option(
+        "--series",
+        metavar="UID|RULE",
+        help="Which DICOM series: a UID, or modality=CT, description=*thorax*, folder=*/CT, "
+        "slices=20..400; again for each condition.",
+    ),
 ]
 PixelSizeOption = Annotated[
     list[str] | None,

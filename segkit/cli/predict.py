@@ -82,6 +82,7 @@ def predict_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
     from segkit.io.picture_summary import told_of_pictures
+    from segkit.io.series_rules import parse_series
     from segkit.model.folder import (
         load_model,
         model_folders,
@@ -108,7 +109,9 @@ def predict_command(
     )
     description = predictor.model.description
     rules = picture_rules_of(description, pixel_size)
-    found = find_inputs(inputs, len(description.channels), series=series, rules=rules)
+    found = find_inputs(
+        inputs, len(description.channels), series=parse_series(series), rules=rules, but=out
+    )
     for folder in folders:
         say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from segkit.config.base import Name, Section
+from segkit.config.dicom import DicomConfig
 from segkit.config.pictures import PicturesConfig
 
 OTHERS = "others"
@@ -110,6 +111,9 @@ class DatasetConfig(Section):
     """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
     files: FilesConfig | None = None
     """Where the files of each case lie, in place of a dataset.json."""
+    dicom: DicomConfig | None = None
+    """Which DICOM series are images, and which structures labels, in place of a dataset.json; or
+    beside `files`, if these name DICOM folders, which structures are which class."""
     pictures: PicturesConfig | None = None
     """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
     nan: NanRule = "refuse"
@@ -135,3 +139,11 @@ class DatasetConfig(Section):
     test: ColumnConfig | list[str] | None = None
     """Cases that are never looked at, for a last test: their names, or a column in which they are
     marked by `test`, `yes`, `true` or `1`."""
+
+    @model_validator(mode="after")
+    def _images_are_named_once(self) -> Self:
+        if self.files is not None and self.dicom is not None and self.dicom.images:
+            raise ValueError(
+                "data.files and data.dicom.images both say which files are images; give one of them"
+            )
+        return self

@@ -12,7 +12,7 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.errors import DatasetError, Problems, first_few, printable
 from segkit.io.safe_text import read_text
-from segkit.io.volume import suffix_of
+from segkit.io.volume import check_readable, is_dicom_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
     for path in sorted(folder.glob(pattern.replace("[", "[[]"))):
         inside = path.relative_to(folder)
         match = expression.fullmatch(inside.as_posix())
-        if match is None or not path.is_file() or any(part[0] == "." for part in inside.parts):
+        hidden = any(part[0] == "." for part in inside.parts)
+        if match is None or hidden or not (path.is_file() or is_dicom_path(path)):
             continue
         name = "_".join(dict.fromkeys(match.groups()))
         if name in found:
@@ -83,7 +84,7 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
                 f"{folder}: {pattern} matches {found[name].relative_to(folder)} and {inside}, both "
                 f"as case {name!r}; make it match one file of a case"
             )
-        suffix_of(path)  # refuses what is no volume
+        check_readable(path)
         found[name] = path
     return found
 
@@ -128,13 +129,13 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
         named = [folder / row[column] for column in (*images.values(), label)]
         for column, file in zip((*images.values(), label), named, strict=True):
             with problems.noted():
-                if not row[column] or not file.is_file():
+                if not row[column] or not (file.is_file() or is_dicom_path(file)):
                     raise DatasetError(
                         f"{path}: row {number} names as {column} {row[column] or 'nothing'}, which "
                         f"is no file in {folder}; if {column} holds no files, give "
                         f"data.files.images"
                     )
-                suffix_of(file)
+                check_readable(file)
         cases.append((row[ID], tuple(named[:-1]), named[-1]))
     problems.refuse()
     return tuple(images), cases

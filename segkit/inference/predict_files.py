@@ -19,9 +19,8 @@ from segkit.inference.model_walk import TrackSlabs, untracked_slabs
 from segkit.inference.predictor import Prediction, Predictor
 from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, check_name, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -106,8 +105,7 @@ def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool 
     check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        beside = source.files[0].resolve() if source.is_series else source.files[0]
-        path = beside.parent / f"{source.name}_seg{suffix}"
+        path = source.folder / f"{source.name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not alone:
             raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
@@ -340,7 +338,7 @@ def _write(
         write_dicom_segmentation(
             targets.labels,
             labels,
-            choose_series(source.files[0], source.series),
+            series_of(source),
             description.labelling,
             codes=description.codes,
             algorithm=description.run,

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from segkit.io.structure_rules import StructureRules
+
 Rgb = tuple[int, int, int]
 Unit = Literal["mm", "µm", "pixel"]
 """Of lengths that are told to a reader; grids are in mm throughout."""
@@ -42,6 +44,8 @@ class PictureRules:
     """What the pages of a TIFF are; if None, what the file says, or slices."""
     colours: Mapping[Rgb, int] = field(default_factory=dict)
     """The number of each colour in label pictures."""
+    structures: StructureRules | None = field(default=None, repr=False)
+    """How structures of DICOM files become labels."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ files and returns wrong voxels for others (docs/volumes.md has the counts).
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +21,14 @@ from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
+from segkit.io.dicom import arranged, is_dicom, read_series, series_at
+from segkit.io.dicom_labels import paint_structures, structure_kind
 from segkit.io.disk_arrays import release
+from segkit.io.gridded import Volume as Volume
+from segkit.io.gridded import turn_onto as turn_onto
+from segkit.io.itk import simple_itk
 from segkit.io.metaimage import read_metaimage_header
 from segkit.io.nifti import millimetre_affine, read_nifti_header
 from segkit.io.nrrd import read_nrrd_header
@@ -35,8 +39,8 @@ from segkit.io.picture_files import (
     read_picture,
     write_picture,
 )
-from segkit.io.picture_rules import PictureFacts, PictureRules, Unit
-from segkit.io.raster import with_size_of
+from segkit.io.picture_rules import PictureFacts, PictureRules
+from segkit.io.structure_rules import StructureRules
 from segkit.io.tiff import TIFF_SUFFIXES
 from segkit.io.voxel_bytes import Layout, read_voxels
 
@@ -70,78 +74,6 @@ AS_IT_SAYS = PictureRules()
 """Pictures as their files say."""
 Read = TypeVar("Read")
 logger = logging.getLogger(__name__)
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """Voxel values and where they lie.
-
-    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
-    three axes. `header` is the NIfTI header it was read with, which keeps codes and units for
-    whatever is written on the same grid; `picture` is what is known of a picture beside its pixels.
-    """
-
-    data: ndarray
-    grid: Grid
-    header: Nifti1Header | None = None
-    picture: PictureFacts | None = None
-
-    def __post_init__(self) -> None:
-        if self.data.shape[:3] != self.grid.shape:
-            raise ValueError(f"data of shape {self.data.shape} on a grid of {self.grid.shape}")
-
-    def like(self, data: ndarray) -> "Volume":
-        """Other values on the same grid, with the same codes and units."""
-        return replace(self, data=data)
-
-    def on(self, grid: Grid, data: ndarray) -> "Volume":
-        """Values on another grid of the same world, such as a coarser one."""
-        return Volume(data, grid, self.header, self.picture)
-
-    def sized_as(self, other: "Volume") -> "Volume":
-        """The same pixels, at the pixel size of another picture if only that one's is known."""
-        grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
-        return replace(self, grid=grid, picture=facts)
-
-    @property
-    def unit(self) -> Unit:
-        """The unit that lengths on its grid, in mm, are told in: 'mm', 'µm', or 'pixel'."""
-        return self.picture.unit if self.picture else "mm"
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether it is a picture of one slice, which has an area and no volume."""
-        return self.picture is not None and self.grid.shape[2] == 1
-
-    def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
-        """The same voxels on a grid that holds them too, in the order that it has them in.
-
-        A file may store the axes of a scan in another order or direction than another, and their
-        headers may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
-
-        Args:
-            grid: of another volume.
-            what: this volume, for the error.
-            whose: the other volume, for the error.
-
-        Raises:
-            VolumeError: the grids hold different voxels; it says in what they differ.
-        """
-        return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
-
-
-def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
-    """The order and directions of one grid's axes in which it is the other; see `Volume.onto`.
-
-    Raises VolumeError if it is none.
-    """
-    turn = Orientation.between(one, other)
-    if difference := turn.turn_grid(one).difference_from(other):
-        raise VolumeError(
-            f"{what} lies on another grid than {whose}: {difference}; resample one onto the other"
-        )
-    return turn
 
 
 def suffix_of(path: Path) -> str:
@@ -192,15 +124,37 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path))]
 
 
+def has_volume_suffix(path: Path) -> bool:
+    """Whether a name is that of a volume in a file, and not of a DICOM file or a folder."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def case_name_of(path: Path) -> str:
+    """What a case is called by a file of it: without its suffix, if it is that of a volume."""
+    return stem_of(path) if has_volume_suffix(path) else path.name
+
+
+def check_readable(path: Path) -> None:
+    """Raise VolumeError if a path names neither a volume by its suffix nor DICOM by its content."""
+    if not is_dicom_path(path):
+        suffix_of(path)
+
+
+def is_dicom_path(path: Path) -> bool:
+    """Whether a path is a folder of DICOM images or a DICOM file, and no volume by its name."""
+    return (path.is_dir() or not has_volume_suffix(path)) and is_dicom(path)
+
+
 def read_volume(
     path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
 ) -> Volume:
-    """A volume with its grid, read from a file.
+    """A volume with its grid, read from a file, or from the files of a DICOM series.
 
     Args:
         path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
             file. A header in `.nhdr` or `.mhd` may name a data file of its own folder. Or a picture
-            (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`).
+            (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`). Or the folder of a DICOM series; if the
+            folder holds several, any file of the one that is meant.
         rules: what is known of a picture beside what its file says, such as its pixel size.
         working: bytes for each of (x, y, z) that the caller will need beside the voxels. A volume
             that does not fit into free memory with them is refused before anything is allocated.
@@ -219,7 +173,10 @@ def read_volume(
         >>> scan.data.shape, scan.grid.spacing
         ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(Path(path), partial(_read, rules=rules, working=working))
+    path = Path(path)
+    if is_dicom_path(path):
+        return read_series(series_at(path), working=working)
+    return _open(path, partial(_read, rules=rules, working=working))
 
 
 def read_label_values(
@@ -228,13 +185,31 @@ def read_label_values(
     """A label file as it is, whatever its values: of a picture, a number for each pixel.
 
     Args:
-        path: a file as `read_volume` takes it.
+        path: a file as `read_volume` takes it; or a DICOM structure set or segmentation, if the
+            rules say which structures are what, and which series they lie on.
         rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
         working: as for `read_volume`.
 
     Raises VolumeError as `read_volume` does, and for pictures that are no labels.
     """
-    return _open(Path(path), partial(_read, rules=rules, as_labels=True, working=working))
+    path = Path(path)
+    if is_dicom_path(path):
+        if structure_kind(path) is None:
+            return read_series(series_at(path), working=working)
+        structures, grid = _placed_structures(path, rules)
+        return Volume(paint_structures(path, grid, structures), grid)
+    return _open(path, partial(_read, rules=rules, as_labels=True, working=working))
+
+
+def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules, Grid]:
+    """How the structures of a file become labels, and the grid that they are painted on."""
+    structures = rules.structures
+    if structures is None or path not in structures.images:
+        raise VolumeError(
+            f"{path}: is a DICOM structure set or segmentation; say which structures are what, by "
+            f"data.dicom.structures of a dataset's YAML file, and name that file"
+        )
+    return structures, read_grid(structures.images[path])
 
 
 def read_labels(
@@ -314,9 +289,14 @@ def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
 
     Raises VolumeError as `read_volume` does, except for damage that only the voxels show.
     """
-    if is_picture(Path(path)):
+    path = Path(path)
+    if is_dicom_path(path):
+        if structure_kind(path) is not None:
+            return _placed_structures(path, rules)[1]
+        return arranged(series_at(path))[1]
+    if is_picture(path):
         return read_picture_facts(path, rules=rules)[0]
-    return _open(Path(path), lambda path: _grid(_layout(path)[1]))
+    return _open(path, lambda path: _grid(_layout(path)[1]))
 
 
 def read_picture_facts(
@@ -329,16 +309,23 @@ def read_picture_facts(
 
 def read_num_channels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
     """How many values each voxel has, from the header alone. Raises as `read_grid` does."""
-    if is_picture(Path(path)):
-        return _open(Path(path), partial(picture_channels, rules=rules))
-    return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
+    path = Path(path)
+    if is_dicom_path(path):
+        return 1
+    if is_picture(path):
+        return _open(path, partial(picture_channels, rules=rules))
+    return _open(path, lambda path: _layout(path)[1].channels or 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """The files that a volume is made of: its own, and the data file that its header names.
 
+    Of a DICOM series they are those of all slices.
+
     Raises VolumeError as `read_grid` does if the header has to be read.
     """
+    if is_dicom_path(path):
+        return (path,) if structure_kind(path) else series_at(path).files
     if not path.name.lower().endswith(tuple(ONE_FILE)):
         return (path,)
     beside = _open(path, lambda path: _layout(path)[1].file)
@@ -555,15 +542,6 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     if isinstance(header, Nifti2Header):
         return Nifti2Image(data, None, header)
     return Nifti1Image(data, None, header)
-
-
-def simple_itk() -> Any:
-    """The package SimpleITK."""
-    # Imported where it is called for: it takes 0.1 GiB, a third of all that segkit imports to
-    # segment a NIfTI file, which needs none of it.
-    import SimpleITK
-
-    return SimpleITK
 
 
 def _to_itk(volume: Volume) -> Any:

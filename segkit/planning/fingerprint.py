@@ -216,6 +216,7 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
 
 
 def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
+    structures = dataset.rules.structures
     content = {
         "format": FINGERPRINT_FORMAT,
         # What a case is checked against when it is read.
@@ -226,6 +227,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         "num_images": len(case.images),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
+        **({"structures": structures.told()} if structures else {}),
         "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -262,7 +262,7 @@ def cropped(number: int, one: Dataset) -> None:
         (moved, "is 5 mm away where others are 4 mm apart; complete the series"),
         (stacked, "the series holds several images of one place, so split it"),
         (turned, "its orientation .* in the same series; split the series"),
-        (framed, "holds 2 frames where a slice to a file is expected; convert it"),
+        (framed, "holds 2 frames and does not say where each of them lies; convert it"),
         (coloured, "expected grey values, found 3 colours"),
         (nowhere, "does not say where it lies"),
         (skewed, "its rows and columns must be at right angles"),
