@@ -56,6 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/api.md": python_api(),
         "changelog.md": page_of("CHANGELOG.md"),
         "contributing.md": page_of("CONTRIBUTING.md"),
+        "security.md": page_of("SECURITY.md"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))

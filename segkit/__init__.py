@@ -1,13 +1,14 @@
 """segkit: attention U-Nets for medical images, and gate maps on the patient's own voxel grid.
 
-All that a script needs is here by name, as few words as the command line has, and is loaded when
-it is first asked for: `import segkit` itself loads neither torch nor anything else that takes time.
+Every public function and class is an attribute of this module. Each is imported at its first use:
+`import segkit` itself is fast and does not load torch.
 
     run = segkit.train(segkit.load_config("my_dataset.yaml"))
     prediction = segkit.Predictor(run.model)(segkit.read_volume(Path("scan.nii.gz")), maps=True)
 
-Volumes are (x, y, z) or (x, y, z, channel) in the file's own order, world coordinates RAS+ in mm.
-Whatever a user can cause is a `SegkitError` of one sentence. Other modules may change unannounced.
+Volumes are (x, y, z) or (x, y, z, channel) in the file's axis order; world coordinates are RAS+ in
+mm. A mistake that a user can make raises a `SegkitError` of one sentence. The modules below are
+internal and may change without notice.
 """
 
 from importlib import import_module

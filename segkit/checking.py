@@ -1,4 +1,4 @@
-"""`segkit check`: what segkit understands of a config, a dataset or a volume."""
+"""`segkit check`: describe a config, a dataset or a volume as segkit reads it."""
 
 import math
 from collections import Counter
@@ -49,20 +49,20 @@ from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
 
 MOST_NUMBERS = 20
-"""Of those that nobody names; a sentence counts the others."""
+"""Most undeclared label numbers that are listed; the others are only counted."""
 MOST_SHOWN = 40
-"""Labels, cases or maps in a sentence."""
+"""Most labels, cases or maps that one line lists."""
 
 
 @dataclass(frozen=True)
 class Understood:
-    """What segkit makes of a config, a dataset, DICOM series or a volume."""
+    """The result of `check`: a description of a config, a dataset, DICOM series or a volume."""
 
     kind: Literal["config", "dataset", "series", "volume"]
     text: str
-    """In lines, for a reader."""
+    """The description for a reader, in lines."""
     facts: Mapping[str, Any]
-    """The same as plain dicts, lists and numbers, for a script; lengths are mm."""
+    """The description for a script, as plain dicts, lists and numbers; lengths are in mm."""
 
     def __str__(self) -> str:
         return self.text
@@ -76,21 +76,21 @@ def check(
     pixel_size: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Understood:
-    """What was understood of a config (.yaml), a dataset folder, DICOM series or a volume.
+    """Description of a config (.yaml), a dataset folder, DICOM series or a volume.
 
     Args:
-        path: the file or folder to look at.
-        overrides: changes of a config, such as "train.steps=500".
-        series: the UID of a series in a folder of DICOM files, or a rule for those in it to any
-            depth; if None, the only one, or a list of those there.
-        pixel_size: of a picture, such as ["4 nm"]; wins over what its file says.
-        track: may show the progress over cases.
+        path: the file or folder to describe.
+        overrides: changes to a config, such as "train.steps=500".
+        series: the UID of a DICOM series in the folder, or a rule for the series in the folder and
+            below it. If None, the folder's only series is described, or its several are listed.
+        pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
+        track: shows the progress over cases.
 
     Returns:
-        A text for a reader, and the same as plain data.
+        The description, as text and as plain data.
 
     Raises:
-        SegkitError: saying what is wrong and where.
+        SegkitError: the config, the dataset or the file is wrong; the error names the place.
 
     Example:
         print(segkit.check("my_dataset"))
@@ -140,7 +140,10 @@ def describe_tree(folder: Path, rule: SeriesRule) -> Understood:
 
 
 def describe_series(folder: Path, uid: str | None) -> Understood:
-    """The volume that a DICOM series makes, or of several, what there is to ask for by --series."""
+    """Description of a DICOM series as a volume.
+
+    If `uid` is None and the folder holds several series, the series are listed instead.
+    """
     found = list_series(folder)
     if uid is None and len(found) > 1:
         lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
@@ -162,7 +165,7 @@ def _series_facts(series: Series) -> dict[str, Any]:
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:
-    """The config with every value that a training uses, and what network and dataset come to."""
+    """Description of a config: every value that training uses, the network and the dataset."""
     config = load_config(path, overrides)
     dataset = dataset_of(config.data)
     split = train, held_out = split_of(dataset, config)
@@ -175,11 +178,11 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     maps = list(network.maps())
     text = (
         f"{dump_yaml(settled)}"
-        f"# settled by the dataset, by this machine or by other settings: "
-        f"{_listing(_changes(config, settled)) or 'nothing'}\n"
+        f"# values that come from the dataset, this machine or other settings: "
+        f"{_listing(_changes(config, settled)) or 'none'}\n"
         f"# {len(train)} cases to train on, {len(held_out)} held out"
         f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
-        f"# {_told_apart(dataset.labelling)}\n"
+        f"# {_classes_in_words(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
         f"{[setting.model_dump() for setting in description.normalisation]}\n"
         f"# network: {parameters:,} parameters; attention maps: "
@@ -200,7 +203,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
 
 
 def _changes(before: BaseModel, after: BaseModel) -> list[str]:
-    """The dotted names of settings whose values differ."""
+    """Dotted names of the settings whose values differ."""
     found = []
     for name in type(after).model_fields:
         old, new = getattr(before, name), getattr(after, name)
@@ -212,9 +215,10 @@ def _changes(before: BaseModel, after: BaseModel) -> list[str]:
 
 
 def check_dataset(source: DatasetConfig, track: Track) -> Understood:
-    """Every case read and held against what is declared: sizes, spacings, voxels of each class.
+    """Description of a dataset: sizes, spacings and the voxels of each class, from every case.
 
-    Raises DatasetError or VolumeError with a sentence for every case that is wrong.
+    Each case is read and compared with the dataset's declaration. Raises DatasetError or
+    VolumeError with one sentence for each wrong case.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures_told = PicturesTold()
@@ -240,7 +244,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
         shapes.append(turned.shape)
         spacings.append(turned.spacing)
         held = np.zeros(len(labelling.value_names), np.int64)
-        for plane in np.moveaxis(label.data, 2, 0):  # as it is counted in eight bytes a voxel
+        for plane in np.moveaxis(label.data, 2, 0):  # bincount copies to eight bytes per voxel
             held += np.bincount(plane.ravel(), minlength=len(held))
         seen |= set(np.flatnonzero(held).tolist())
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
@@ -249,8 +253,8 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     if strange.voxels and labelling.others is None:
         with problems.noted():
             raise DatasetError(
-                f"{folder}: labels hold numbers that nobody names: {strange}; name them in "
-                f"data.labels, or say there what others are"
+                f"{folder}: expected only numbers that data.labels declares, found {strange}; "
+                f"add them to data.labels, or set others there"
             )
     problems.refuse()
     word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
@@ -301,7 +305,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
 def _lines_of_labels(
     dataset: Dataset, shares: Mapping[str, tuple[int, float]], strange: "NumbersFound"
 ) -> list[str]:
-    """In how many cases each class is and its share of voxels, and what is not as usual."""
+    """Lines on each class (its number of cases, its share of voxels), then on partial labels."""
     labelling = dataset.labelling
     lines = [
         f"{what}: in {cases} cases, {share:.2%} of voxels"
@@ -315,22 +319,22 @@ def _lines_of_labels(
         lines.append(f"{more} more cases are partly labelled")
     if labelling.others is not None:
         taken = labelling.value_names[labelling.others]
-        lines.append(f"other numbers, taken as {taken}: {strange if strange.voxels else 'none'}")
+        lines.append(f"other numbers, read as {taken}: {strange if strange.voxels else 'none'}")
     return lines
 
 
 @dataclass(frozen=True)
 class NumbersFound:
-    """Numbers in label files, and of each its voxels and cases."""
+    """Undeclared numbers in label files, with the voxels and cases of each."""
 
     voxels: Counter[int] = field(default_factory=Counter)
     cases: Counter[int] = field(default_factory=Counter)
 
     def add_label(self, case: CaseFiles, dataset: Dataset) -> None:
-        """Add those of a case that no name stands for; none if its label cannot be read."""
+        """Add the undeclared numbers of a case; none if its label cannot be read."""
         try:
             label = read_case_label(case, dataset)
-        except SegkitError:  # told already, by what reads the whole case
+        except SegkitError:  # reading the whole case has reported it already
             return
         found = other_numbers(label.data, dataset.labelling)
         self.voxels.update(found)
@@ -349,7 +353,7 @@ def _cases(count: int) -> str:
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
-    """The numbers of each class, region, and of what is ignored, by what to call it."""
+    """Label numbers of each class or region and of the ignored label, by their printed names."""
     groups: dict[str, tuple[int, ...]] = {}
     for name, number in labelling.numbers.items():
         if not labelling.regions:
@@ -366,7 +370,7 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
 
 
 def _in_files(labelling: Labelling, number: int) -> str:
-    """The numbers in files that stand for a number of segkit's: "17, 53"."""
+    """The numbers in files that one of segkit's label numbers stands for, such as "17, 53"."""
     return _listing(labelling.in_files[number]) if labelling.in_files else str(number)
 
 
@@ -374,14 +378,14 @@ def _listing(items: Iterable[object]) -> str:
     return first_few(items, MOST_SHOWN)
 
 
-def _told_apart(labelling: Labelling) -> str:
+def _classes_in_words(labelling: Labelling) -> str:
     if labelling.regions:
         return f"regions: {_listing(labelling.regions)}"
     return f"labels: {_listing(labelling.numbers)}"
 
 
 def describe_volume(path: Path, volume: Volume) -> Understood:
-    """Size, spacing, orientation, position, codes and intensities of a volume."""
+    """Description of a volume: size, spacing, orientation, position, codes and intensities."""
     grid, data = volume.grid, volume.data
     if trouble := trouble_with(data):
         raise VolumeError(f"{path}: {trouble}")
@@ -413,7 +417,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
 
 
 def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Understood:
-    """Size, pixel size, values, and what of the file was left out or turned."""
+    """Description of a picture: size, pixel size, values, and the notes on how it was read."""
     data, shape = volume.data, volume.grid.shape
     channels = data.shape[3] if data.ndim == 4 else 1
     axes = 3 if shape[2] > 1 else 2
@@ -440,7 +444,7 @@ def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Unde
 
 
 class PicturesTold:
-    """What is to be said of the pictures of a dataset, each thing once."""
+    """Collects the facts and notes of a dataset's pictures; each note is listed once."""
 
     def __init__(self) -> None:
         self.facts: list[PictureFacts] = []
@@ -449,7 +453,7 @@ class PicturesTold:
         self.first_with: dict[str, str] = {}
 
     def add(self, case: str, image: Volume) -> None:
-        """Keep what is known of a case's image."""
+        """Add the facts of a case's image."""
         if image.picture is None:
             self.all = False
             return
@@ -458,7 +462,7 @@ class PicturesTold:
             self.first_with.setdefault(note, case)
 
     def notes(self) -> list[str]:
-        """What was left out or turned, with the number of cases and the first of them."""
+        """Each note, with the number of its cases and the first of them."""
         counts = Counter(note for facts in self.facts for note in facts.notes)
         return [
             f"{note} (in {count} of {len(self.facts)} cases, the first {self.first_with[note]})"
@@ -470,7 +474,7 @@ class PicturesTold:
         shapes: list[tuple[int, int, int]],
         spacings: list[tuple[float, float, float]],
     ) -> list[str]:
-        """Sizes, pixel sizes and notes, for a reader."""
+        """Lines on sizes, pixel sizes and notes."""
         unit = self.facts[0].unit
         axes = 3 if max(shape[2] for shape in shapes) > 1 else 2
         sources = Counter(facts.source for facts in self.facts)

@@ -1,15 +1,15 @@
-"""What can go wrong in a user's hands, each with the one sentence that the user reads.
+"""Errors that a user can cause. The text of each is the one sentence that the user reads.
 
     SegkitError
-    ├── ConfigError    a setting: unknown, of the wrong type, or at odds with another
-    ├── VolumeError    a file that is not the volume it should be
-    ├── DatasetError   a dataset folder whose parts do not fit together
-    ├── ModelError     a model folder that cannot be used
-    ├── TrainingError  training that went astray
-    └── WorkerError    a process that was killed at its work
+    ├── ConfigError    a setting is unknown, of the wrong type, or contradicts another
+    ├── VolumeError    a file is not the volume that was expected
+    ├── DatasetError   the parts of a dataset folder do not fit together
+    ├── ModelError     a model folder cannot be used
+    ├── TrainingError  training failed
+    └── WorkerError    a worker process was killed
 
-What the system refuses, an OSError, is told by `sentence_of`. `Stopped` is no error: somebody asked
-for the end. Anything else that is raised is our own bug and keeps its traceback.
+`sentence_of` turns an OSError into such a sentence. `Stopped` is not an error: the user or a
+scheduler asked the command to end. Any other exception is a bug of ours and keeps its traceback.
 """
 
 import errno
@@ -20,39 +20,39 @@ from contextlib import contextmanager
 ADVICE = {
     errno.ENOSPC: "free some space there and run the same command again",
     errno.EDQUOT: "free some of your quota there and run the same command again",
-    errno.EFBIG: "the limit of a file's size is reached; raise it and run the same command again",
-    errno.EROFS: "name a folder that can be written",
-    errno.EACCES: "look at its permissions, or name another",
-    errno.EPERM: "look at its permissions, or name another",
-    errno.ENOENT: "it was moved or deleted; run the same command again once it is back",
-    errno.EMFILE: "raise the limit of open files (ulimit -n) and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files and run the same command again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "check its permissions, or choose another",
+    errno.EPERM: "check its permissions, or choose another",
+    errno.ENOENT: "it was moved or deleted; put it back and run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
 }
-OTHERWISE = "look at the disk, and run the same command again"
+OTHERWISE = "check the disk and run the same command again"
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 MOST_CHARACTERS = 4000
-"""Of a sentence, which may quote a stranger's file."""
+"""Longest text of an error, which may quote an untrusted file."""
 MOST_SENTENCES = 5
-"""Of several problems in the text of one error; `problems` holds them all."""
+"""Most problems that the text of one error lists; `problems` holds all of them."""
 
 
 class SegkitError(Exception):
-    """One sentence: what was expected, what was found, what to do.
+    """A user's mistake, in one sentence that says what was expected, what was found, what to do.
 
-    It may quote a stranger's file: what a terminal would obey rather than show is spelt out, and
-    the middle of an endless sentence is left out.
+    The sentence may quote an untrusted file. So control characters are escaped (`printable`), and
+    the middle of a very long sentence is left out (`abridged`).
     """
 
     problems: tuple[str, ...] = ()
-    """A sentence for each of several problems that were found in one go; else none."""
+    """One sentence per problem if several were found together; empty otherwise."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(printable(abridged(sentence)))
 
 
 def printable(text: str) -> str:
-    """The text with each character spelt out that a terminal would obey rather than show.
+    """The text with control characters escaped, so that a terminal shows them and does not obey.
 
     Example:
         >>> printable("a\x1b[2Jb")
@@ -64,12 +64,12 @@ def printable(text: str) -> str:
 def _shown(character: str) -> str:
     if character.isprintable():
         return character
-    # A lone surrogate stands for a byte of a file's name that is no UTF-8.
+    # A lone surrogate stands for a byte of a file name that is not UTF-8.
     return character.encode("unicode_escape").decode("ascii")
 
 
 def abridged(text: str, most: int = MOST_CHARACTERS) -> str:
-    """The text; or its first and last parts, if it is longer than `most` characters."""
+    """The text, or only its beginning and end if it is longer than `most` characters."""
     if len(text) <= most:
         return text
     start, end = most * 3 // 4, most // 4
@@ -77,7 +77,7 @@ def abridged(text: str, most: int = MOST_CHARACTERS) -> str:
 
 
 def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") -> str:
-    """The first items in a row, and how many more there are.
+    """The first `most` items as text, and how many more there are.
 
     Example:
         >>> first_few(range(300_000), 3)
@@ -89,7 +89,7 @@ def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") ->
 
 
 class Problems:
-    """What is wrong with many files, told together once all were looked at.
+    """Collects the errors of many files and raises them together at the end.
 
     Example:
         problems = Problems()
@@ -104,14 +104,17 @@ class Problems:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note a SegkitError that is raised inside, and go on behind it."""
+        """Catch and record a SegkitError from the block; execution continues after the block."""
         try:
             yield
         except SegkitError as error:
             self.errors.append(error)
 
     def refuse(self) -> None:
-        """Raise what was noted, if anything: an only error as it is, or one that holds them all."""
+        """Raise the recorded errors, if there are any.
+
+        A single error is raised as it is. Several become one error whose `problems` lists them.
+        """
         if len(self.errors) == 1:
             raise self.errors[0]
         if not self.errors:
@@ -125,11 +128,11 @@ class Problems:
 
 
 class ConfigError(SegkitError):
-    """A setting is unknown, of the wrong type, or at odds with another."""
+    """A setting is unknown, of the wrong type, or contradicts another."""
 
 
 class VolumeError(SegkitError):
-    """A file is missing, unreadable, or not the volume it should be."""
+    """A file is missing, unreadable, or not the volume that was expected."""
 
 
 class DatasetError(SegkitError):
@@ -141,19 +144,19 @@ class ModelError(SegkitError):
 
 
 class TrainingError(SegkitError):
-    """Training went astray: the loss is no number."""
+    """Training failed, for example because the loss became NaN."""
 
 
 class WorkerError(SegkitError):
-    """A process that shared the work was killed."""
+    """A worker process was killed."""
 
 
 class Stopped(BaseException):
-    """A user's Ctrl-C, or the SIGTERM of a scheduler, with the one sentence that the user reads.
+    """A user pressed Ctrl-C, or a scheduler sent SIGTERM. The text is what the user reads.
 
     Args:
-        signum: the signal's number.
-        advice: how to go on.
+        signum: the number of the signal.
+        advice: how the user can continue.
     """
 
     def __init__(self, signum: int, advice: str = "run the same command again to go on") -> None:
@@ -162,9 +165,9 @@ class Stopped(BaseException):
 
 
 def sentence_of(error: OSError) -> str:
-    """What the system refused, where, and what to do: one line.
+    """One line: the file, the operating system's reason, and what to do.
 
-    Of an error that another process passed on, with its traceback as its text, the last line.
+    An error from a worker process has a traceback as its text. Only its last line is used.
     """
     if error.errno is None or error.strerror is None:
         lines = str(error).strip().splitlines() or [type(error).__name__]

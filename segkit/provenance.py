@@ -1,6 +1,6 @@
-"""What made a result, as a JSON file beside it tells.
+"""Provenance of a result, as written to the JSON file beside it.
 
-It names no time, no place and no machine, so that the same work leaves the same bytes.
+It contains no time, path or machine name, so that the same work writes the same bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,23 @@ from segkit.io.checksums import checksums
 from segkit.io.safe_text import read_json_object
 
 PROVENANCE = "provenance"
-"""Its key in a JSON file."""
+"""Key of the provenance in a JSON file."""
 LIBRARIES = ("segkit", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Those of Python, and of what the arithmetic and the files go through, and of `more`."""
+    """Versions of Python, of the libraries that compute and read files, and of `more` packages."""
     return {"python": python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
 
 
 def check_asked(labels: Path, sidecar: Path, asked: Mapping[str, Any]) -> None:
-    """Raise VolumeError unless the sidecar of labels says that the same was asked for them."""
+    """Raise VolumeError unless the sidecar file says that the labels were made with `asked`.
+
+    Args:
+        labels: the existing result, for the error.
+        sidecar: the JSON file beside it.
+        asked: the values that its provenance must hold, by key.
+    """
     try:
         told = read_json_object(sidecar)[PROVENANCE]
         same = all(told[key] == value for key, value in asked.items())
@@ -32,22 +38,30 @@ def check_asked(labels: Path, sidecar: Path, asked: Mapping[str, Any]) -> None:
         same = False
     if not same:
         raise VolumeError(
-            f"{labels}: is there already, and not by this model and these settings, as "
-            f"{sidecar.name} has it; pass --overwrite or name another --out"
+            f"{labels}: exists already, but {sidecar.name} does not say that this model and these "
+            f"settings made it; pass --overwrite or name another --out"
         )
 
 
 def check_made_of(labels: Path, sidecars: Iterable[Path], files: Iterable[Path]) -> None:
-    """Raise VolumeError unless each sidecar of labels says that it was made of these files.
+    """Raise VolumeError unless each sidecar file says that the labels were made from these files.
 
-    A file may have another name or folder since, but not another content. Raises VolumeError as
-    well for a file that cannot be read.
+    The files may have been renamed or moved, but their content must be the same. A file that
+    cannot be read raises VolumeError too.
+
+    Args:
+        labels: the existing result, for the error.
+        sidecars: the JSON files of the result.
+        files: the input files as they are now.
     """
     files = list(files)
     try:
         now = [each["sha256"] for each in checksums(files)]
     except OSError as error:
-        raise VolumeError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise VolumeError(
+            f"{error.filename}: cannot be read: {error.strerror}; check the file and its "
+            f"permissions"
+        ) from None
     for sidecar in sidecars:
         try:
             then = [each["sha256"] for each in read_json_object(sidecar)[PROVENANCE]["inputs"]]
@@ -55,7 +69,7 @@ def check_made_of(labels: Path, sidecars: Iterable[Path], files: Iterable[Path])
             then = None
         if then != now:
             raise VolumeError(
-                f"{labels}: is there already, but {sidecar.name} was made of another "
-                f"{first_few([file.name for file in files], 3)}, which was replaced since; move "
-                f"the result away, pass --overwrite or name another --out"
+                f"{labels}: exists already, but {sidecar.name} says that it was made from another "
+                f"version of {first_few([file.name for file in files], 3)}; move the result away, "
+                f"pass --overwrite or name another --out"
             )

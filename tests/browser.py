@@ -59,14 +59,16 @@ class Shown:
         return parse_qs(unescape(found[1]))
 
 
-def show(page: Path, folder: Path, view: list[tuple[str, str]] | None = None) -> Shown:
-    """Open a page at a view, with a browser that has never run before."""
+def show(
+    page: Path, folder: Path, view: list[tuple[str, str]] | None = None, query: str = ""
+) -> Shown:
+    """Open a page at a view or with a query, such as "?q=word", in a browser that is new."""
     from matplotlib.image import imread
 
     assert CHROMIUM is not None
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "page.png"
-    address = f"{page.as_uri()}#{urlencode(view or [])}"
+    address = f"{page.as_uri()}{query}#{urlencode(view or [])}"
     command = [CHROMIUM, *QUIET, f"--user-data-dir={folder / 'profile'}"]
     done = subprocess.run(
         [*command, "--dump-dom", f"--screenshot={picture}", address],

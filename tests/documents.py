@@ -86,6 +86,9 @@ def segkit_words(words: list[str]) -> list[str] | None:
 def parsed(words: list[str]) -> dict[str, Any]:
     """What a command understands of its words. Raises where an option or a setting is none."""
     group: Any = get_command(app)
+    if words[0].startswith("--"):
+        assert has_option("", words[0]), f"segkit has no option {words[0]}"
+        return {}
     command = group.get_command(None, words[0])
     assert command is not None, f"segkit {words[0]} is no command"
     try:
@@ -96,6 +99,22 @@ def parsed(words: list[str]) -> dict[str, Any]:
     if "overrides" in found:
         load_config(BASE, found["overrides"] or ())
     return found
+
+
+def named_options(page: Path) -> Iterator[tuple[str, str]]:
+    """Commands and options that sentences and tables name together: ("train", "--folds")."""
+    for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
+        for inside in token.children or ():
+            if inside.type == "code_inline" and inside.content.startswith("segkit "):
+                command, *rest = inside.content.removeprefix("segkit ").split(" ")
+                yield from ((command, word) for word in rest if word.startswith("--"))
+
+
+def has_option(command: str, option: str) -> bool:
+    """Whether a command of segkit, or segkit itself, has an option of this name."""
+    group: Any = get_command(app)
+    known = group.get_command(None, command) or group
+    return any(option in (*one.opts, *one.secondary_opts) for one in known.params)
 
 
 def is_slow(words: list[str]) -> bool:
@@ -113,7 +132,7 @@ def check_other_command(words: list[str]) -> None:
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), words
     elif program == "pytest":
-        paths = [word for word in rest if word.startswith("tests/")]
+        paths = [word.partition("::")[0] for word in rest if word.startswith("tests/")]
         assert all((ROOT / path).exists() for path in paths), words
     elif program == "pip":
         text = (ROOT / "pyproject.toml").read_text()

@@ -23,8 +23,10 @@ from tests.documents import (
     check_other_command,
     check_yaml,
     commands,
+    has_option,
     is_slow,
     merged,
+    named_options,
     parsed,
     segkit_words,
 )
@@ -117,6 +119,11 @@ def test_every_block_of_a_page_runs(page: Path, here: Path) -> None:
                         run_segkit(_before_shell(told))
 
 
+@each_page
+def test_options_that_a_sentence_or_a_table_names_exist(page: Path) -> None:
+    assert not [named for named in named_options(page) if not has_option(*named)]
+
+
 def _before_shell(words: list[str]) -> list[str]:
     """The words before a redirection, with a number where a variable stands."""
     end = words.index(">") if ">" in words else len(words)
@@ -170,6 +177,13 @@ def test_options_and_settings_that_are_none_are_found() -> None:
         check_other_command(["make", "coffee"])
     with pytest.raises(AssertionError):
         check_other_command(["pip", "install", "segkit[coffee]"])
+
+
+def test_options_in_a_sentence_and_in_a_table_are_found(tmp_path: Path) -> None:
+    text = "Use `segkit train --folds all`.\n\n| a |\n|---|\n| `segkit predict X --tea` |\n"
+    found = list(named_options(write_page(tmp_path, text)))
+    assert found == [("train", "--folds"), ("predict", "--tea")]
+    assert [has_option(*named) for named in found] == [True, False]
 
 
 def test_part_of_a_config_is_held_against_all_settings(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typer.main import get_command
 import segkit
 from segkit.cli.main import app
 from segkit.config.training import Config
+from tests.browser import CHROMIUM, show
 from tests.conftest import ROOT
 
 
@@ -78,6 +79,14 @@ def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
         assert not [one for one in seen.addresses if re.match(r"(https?:)?//", one)], page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\W{0,2}(https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_search_finds_pages_that_are_opened_from_disk(site: Path, tmp_path: Path) -> None:
+    shown = show(site / "index.html", tmp_path, query="?q=intersection-union")
+    assert re.search(r'search-result__meta">\s*[1-9]\d* matching document', shown.dom)
+    assert 'href="verdicts.html' in shown.dom.partition("md-search-result__list")[2]
+    assert shown.console == []
 
 
 def test_every_page_of_docs_is_in_the_site(site: Path) -> None:

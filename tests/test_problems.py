@@ -92,7 +92,7 @@ def test_values_that_are_wrong_are_told_together(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which the dataset does not declare (it has 0 to 1)") == 5
     over_all = int(command == "check")  # that names the numbers once for all cases
-    assert err.count("labels hold numbers that nobody names: 3") == over_all
+    assert err.count("expected only numbers that data.labels declares, found 3") == over_all
     assert f"segkit: {5 + over_all} problems, as told above" in err
     # What was right is kept: the next round only has to do what was wrong.
     changed_label(data, 0, plus=-3)
@@ -197,11 +197,11 @@ def test_a_dataset_of_many_labels_is_refused_in_a_short_sentence(tmp_path: Path)
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ('{"background": 0, "": 1}', r"labels\.: found the name ''; give it one that can be read"),
-        ('{"background": 0, " \\t": 1}', r"found the name ' \\t'; give it one"),
-        ('{"0": "background", "1": ""}', r"labels\.1: found the name ''; give it one"),
+        ('{"background": 0, "": 1}', r"labels\.: .* visible character, found ''; give another"),
+        ('{"background": 0, " \\t": 1}', r"a name must have a visible character, found ' \\t'"),
+        ('{"0": "background", "1": ""}', r"labels\.1: .* visible character, found ''; give"),
         ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' is there twice in one place"),
-        ('{"background": 0, "a\\u001b[2J": 1}', r"holds characters that cannot be shown"),
+        ('{"background": 0, "a\\u001b[2J": 1}', r"a name must have only printable characters"),
     ],
 )
 def test_names_of_labels_that_cannot_be_used_are_refused(

@@ -1,4 +1,4 @@
-"""What made a result is told beside it, and compared when it is asked for again."""
+"""The provenance of a result is written beside it and compared by the next run."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ def test_versions_are_those_of_python_and_of_the_libraries() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"provenance": 3}', '{"provenance": {}}'])
-def test_a_sidecar_that_says_nothing_is_none_of_this_model(tmp_path: Path, content: str) -> None:
+def test_a_sidecar_without_provenance_is_refused(tmp_path: Path, content: str) -> None:
     sidecar = tmp_path / "a.json"
     sidecar.write_text(content)
-    with pytest.raises(VolumeError, match=r"a\.nii: is there already, and not by this model"):
+    with pytest.raises(VolumeError, match=r"a\.nii: exists already, but a\.json does not say"):
         check_asked(tmp_path / "a.nii", sidecar, {"models": []})
 
 
@@ -40,5 +40,5 @@ def test_a_result_of_the_same_models_and_settings_is_accepted(tmp_path: Path) ->
     sidecar.write_text(json.dumps({"provenance": {**asked, "versions": {}}}))
     check_asked(tmp_path / "a.nii", sidecar, asked)
     for other in ({**asked, "settings": {"overlap": 0.25}}, {**asked, "tolerance_mm": 2.0}):
-        with pytest.raises(VolumeError, match="not by this model and these settings"):
+        with pytest.raises(VolumeError, match="not say that this model and these settings made it"):
             check_asked(tmp_path / "a.nii", sidecar, other)

@@ -151,7 +151,7 @@ def test_a_description_from_before_regions_is_one_of_classes() -> None:
 
 def test_a_description_whose_regions_have_no_number_is_refused() -> None:
     tree = description().model_dump(mode="json") | {"labels": {"background": 0, "whole": 1}}
-    with pytest.raises(ConfigError, match="regions holds 'core', for which labels has no number"):
+    with pytest.raises(ConfigError, match="regions has 'core', which has no number in labels"):
         validated(ModelDescription, tree, "model.json")
 
 

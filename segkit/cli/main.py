@@ -29,7 +29,7 @@ from segkit.cli.terminal import (
 )
 from segkit.cli.train import train_command
 from segkit.errors import SegkitError, Stopped, sentence_of
-from segkit.system.signals import handling
+from segkit.system.signals import handling_signals
 
 app = typer.Typer(
     cls=Commands,
@@ -86,7 +86,7 @@ def main() -> NoReturn:
     """
     start()
     try:
-        with handling():
+        with handling_signals():
             app()
     except SegkitError as error:
         if is_verbose():

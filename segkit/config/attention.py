@@ -1,7 +1,7 @@
-"""Settings of attention: which kind, at which place of the network.
+"""Settings of attention: its kind, at each place of the network.
 
-Each kind is one section, named by its `kind`; a kind alone takes the defaults. docs/attention.md
-compares them.
+Each kind is one section with its own settings. The name of a kind, in place of a section, selects
+its defaults. docs/attention.md compares the kinds.
 """
 
 from typing import Annotated, Literal, Self
@@ -15,183 +15,193 @@ Heads = Width | Annotated[list[Width], Field(min_length=1)]
 
 
 class AdditiveGridGateConfig(Section):
-    """Oktay et al. 2018 as their code runs it: the map is computed on the coarser signal's grid."""
+    """Additive gate of Oktay et al. (2018), as in their code.
+
+    The map is computed on the grid of the coarser signal.
+    """
 
     kind: Literal["additive_grid"] = "additive_grid"
     levels: Levels | None = None
-    """Levels that are gated; all but the finest, 0, where not given."""
+    """Levels with a gate. Default: all except the finest, 0."""
     coefficients: Literal["sigmoid", "softmax", "mean_flow", "hard"] = "sigmoid"
-    """Each voxel on its own; a share of all voxels, by softmax or by height above the lowest; or
-    open and shut alone, learned through noise that vanishes in prediction. Shares depend on all of
-    a window."""
+    """How scores become a map. `sigmoid` treats each voxel on its own. `softmax` gives each voxel a
+    share of the window's total, and `mean_flow` a share by its height above the lowest score; both
+    depend on the whole window. `hard` is open or shut, trained with noise that prediction leaves
+    out."""
     gates: Few = 1
-    """Gates side by side at each level, for tasks of several classes."""
+    """Number of parallel gates at each level, for tasks with several classes."""
     initial_bias: float = 3.0
-    """Of `sigmoid` and `hard` gates, the bias of the last convolution: they start at sigmoid(3) =
-    0.95, nearly open."""
+    """Bias of the last convolution in `sigmoid` and `hard` gates. At 3 they start nearly open:
+    sigmoid(3) = 0.95."""
     output_transform: bool = False
-    """Whether a 1x1 convolution and a normalisation follow the product, as in their code. Several
-    gates always have them."""
+    """Whether a 1x1 convolution and a normalisation follow the product, as in the authors' code.
+    With several gates they always do."""
 
 
 class AdditiveSameLevelGateConfig(Section):
-    """The variant on the skip's own grid, with the signal brought up first (MONAI's is one)."""
+    """Additive gate on the grid of the skip; the signal is upsampled first, as in MONAI."""
 
     kind: Literal["additive_same_level"] = "additive_same_level"
     levels: Levels | None = None
-    """Levels that are gated; all of them where not given."""
+    """Levels with a gate. Default: all."""
     coefficients: Literal["sigmoid", "softmax", "mean_flow", "hard"] = "sigmoid"
-    """As for `additive_grid`."""
+    """The same choices as for `additive_grid`."""
     initial_bias: float = 3.0
-    """Of `sigmoid` and `hard` gates, the bias of the last convolution: they start at sigmoid(3) =
-    0.95, nearly open."""
+    """Bias of the last convolution in `sigmoid` and `hard` gates. At 3 they start nearly open:
+    sigmoid(3) = 0.95."""
 
 
 class CrossAttentionConfig(Section):
-    """Vaswani et al. 2017: the decoder's queries take from the skip, and the skip gains it."""
+    """Cross-attention of Vaswani et al. (2017), from the decoder to the skip.
+
+    The decoder gives the queries, and the result is added to the skip.
+    """
 
     kind: Literal["cross_attention"] = "cross_attention"
     levels: Levels | None = None
-    """Levels with attention; all but the finest, 0, where not given (its cost grows with the
-    square of the number of voxels)."""
+    """Levels with attention. Default: all except the finest, 0, because the cost grows with the
+    square of the number of voxels."""
     heads: Heads | None = None
-    """Heads of every level, or a list, one number per level with attention, the finest first. Where
-    not given, as many as the level's channels have room for."""
+    """Number of heads at every level, or a list with a number for each level with attention, finest
+    first. Default: the level's channels divided by head_channels."""
     head_channels: Width = 32
-    """The width of each head."""
+    """Number of channels of each head."""
 
 
 class UTransformerGateConfig(Section):
-    """Petit et al. 2021: cross-attention whose result gates the skip."""
+    """Gate of U-Transformer (Petit et al. 2021): cross-attention whose result gates the skip."""
 
     kind: Literal["u_transformer"] = "u_transformer"
     levels: Levels | None = None
-    """Levels that are gated; all but the finest, 0, where not given."""
+    """Levels with a gate. Default: all except the finest, 0."""
     heads: Heads | None = None
-    """As for `cross_attention`."""
+    """The same as for `cross_attention`."""
     head_channels: Width = 32
-    """The width of each head."""
+    """Number of channels of each head."""
     initial_bias: float = 3.0
-    """The gates start near sigmoid(3) = 0.95, nearly open."""
+    """At 3 the gates start nearly open: sigmoid(3) = 0.95."""
 
 
 class SqueezeExcitationConfig(Section):
-    """Channel attention of Hu et al. 2018."""
+    """Squeeze-and-excitation, the channel attention of Hu et al. (2018)."""
 
     kind: Literal["se"] = "se"
     reduction: Positive = 2
-    """Channels are squeezed by this factor, but to no fewer than 4. The paper has 16 in its
-    classifiers, Roy et al. 2 in segmentation."""
+    """The hidden layer has the channels divided by this factor, and at least 4. The paper uses 16
+    for classification; Roy et al. use 2 for segmentation."""
 
 
 class EfficientChannelAttentionConfig(Section):
-    """ECA of Wang et al. 2020: a small convolution along the channels."""
+    """ECA of Wang et al. (2020): channel attention by a small convolution along the channels."""
 
     kind: Literal["eca"] = "eca"
 
 
 class ConvolutionalBlockAttentionConfig(Section):
-    """CBAM of Woo et al. 2018: channel attention, then spatial attention."""
+    """CBAM of Woo et al. (2018): channel attention, then spatial attention."""
 
     kind: Literal["cbam"] = "cbam"
     reduction: Positive = 16
-    """Channels are squeezed by this factor, but to no fewer than 4."""
+    """The hidden layer has the channels divided by this factor, and at least 4."""
     kernel_size: Few = 7
-    """Size of the spatial convolution along each axis, odd."""
+    """Odd size of the spatial convolution along each axis."""
 
 
 class BottleneckAttentionConfig(Section):
-    """BAM of Park et al. 2018: channel and spatial attention, summed; it strengthens alone."""
+    """BAM of Park et al. (2018): the sum of channel and spatial attention.
+
+    It can strengthen features but not weaken them.
+    """
 
     kind: Literal["bam"] = "bam"
     reduction: Positive = 16
-    """Channels are squeezed by this factor, but to no fewer than 8."""
+    """The hidden layer has the channels divided by this factor, and at least 8."""
     dilation: Few = 4
-    """Spacing of the spatial convolutions' cells."""
+    """Dilation of the spatial convolutions."""
 
 
 class ConcurrentExcitationConfig(Section):
-    """scSE of Roy et al. 2018: `se` and `sse` side by side."""
+    """scSE of Roy et al. (2018): `se` and `sse` in parallel."""
 
     kind: Literal["scse"] = "scse"
     reduction: Positive = 2
-    """Channels are squeezed by this factor, but to no fewer than 4."""
+    """The hidden layer has the channels divided by this factor, and at least 4."""
     aggregation: Literal["max", "add", "concat"] = "max"
-    """How the two are joined."""
+    """How the two results are combined."""
 
 
 class PooledSpatialAttentionConfig(Section):
-    """The spatial half of CBAM alone."""
+    """The spatial attention of CBAM, without its channel attention."""
 
     kind: Literal["spatial"] = "spatial"
     kernel_size: Few = 7
-    """Size of the convolution along each axis, odd."""
+    """Odd size of the convolution along each axis."""
 
 
 class SpatialExcitationConfig(Section):
-    """sSE of Roy et al. 2018: a 1x1 convolution and a sigmoid."""
+    """sSE of Roy et al. (2018): spatial attention by a 1x1 convolution and a sigmoid."""
 
     kind: Literal["sse"] = "sse"
 
 
 class GlobalContextConfig(Section):
-    """Cao et al. 2019: a context pooled by attention tells the channels what the image holds."""
+    """Global context of Cao et al. (2019), pooled by attention and given back to all voxels."""
 
     kind: Literal["gc"] = "gc"
     reduction: Positive = 16
-    """Channels are squeezed by this factor, but to no fewer than 4."""
+    """The hidden layer has the channels divided by this factor, and at least 4."""
     fusion: Literal["add", "scale"] = "add"
-    """Whether the context is added to the features, or scales their channels as `se` does."""
+    """`add` adds the context to the features; `scale` scales their channels, as `se` does."""
 
 
 class SelfAttentionConfig(Section):
-    """Multi-head self-attention of Vaswani et al. 2017 among the coarsest level's voxels."""
+    """Multi-head self-attention (Vaswani et al. 2017) among the voxels of the coarsest level."""
 
     kind: Literal["self_attention"] = "self_attention"
     heads: Width | None = None
-    """As many as the level's channels have room for where not given."""
+    """Number of heads. Default: the level's channels divided by head_channels."""
     head_channels: Width = 32
-    """The width of each head."""
+    """Number of channels of each head."""
     positions: Literal["none", "sincos", "relative", "rotary"] = "relative"
-    """What the attention knows of them: nothing, sines and cosines (Vaswani), a learned bias per
-    offset (Swin), or queries and keys turned along each axis (RoPE)."""
+    """How positions are encoded: not at all, by sines and cosines (Vaswani), by a learned bias for
+    each offset (Swin), or by rotation of queries and keys along each axis (RoPE)."""
     window: Annotated[list[Width], Field(min_length=2, max_length=3)] | None = None
-    """Voxels of the coarsest level along each axis among which attention is paid; all of a patch's
-    where not given."""
+    """Size of the attention window along each axis, in voxels of the coarsest level. Default: the
+    whole patch."""
 
 
 class AdditiveSelfAttentionConfig(Section):
-    """Additive self-attention (Bahdanau et al. 2015) among the coarsest level's voxels."""
+    """Additive self-attention (Bahdanau et al. 2015) among the voxels of the coarsest level."""
 
     kind: Literal["additive_self"] = "additive_self"
     width: Width = 32
-    """Of the hidden layer that compares two voxels."""
+    """Width of the hidden layer that compares two voxels."""
 
 
 class MeanPoolingConfig(Section):
-    """Presence of each class from the mean of the coarsest features."""
+    """A presence head: it predicts from the mean of the coarsest features which classes appear."""
 
     kind: Literal["mean"] = "mean"
     weight: Annotated[float, Field(gt=0)] = 0.1
-    """Of presence in the loss, beside 1 for the segmentation."""
+    """Weight of the presence loss; the segmentation loss has weight 1."""
 
 
 class GatedPoolingConfig(Section):
-    """Presence of each class from a mean weighted by gated attention (Ilse et al. 2018)."""
+    """A presence head that pools the features by gated attention (Ilse et al. 2018)."""
 
     kind: Literal["gated"] = "gated"
     width: Width = 128
-    """Of its two hidden layers."""
+    """Width of its two hidden layers."""
     weight: Annotated[float, Field(gt=0)] = 0.1
-    """Of presence in the loss, beside 1 for the segmentation."""
+    """Weight of the presence loss; the segmentation loss has weight 1."""
 
 
 class LearnedQueryPoolingConfig(Section):
-    """Presence of each class from where a query learned for it looks (Lee et al. 2019)."""
+    """A presence head that pools the features by a learned query per class (Lee et al. 2019)."""
 
     kind: Literal["learned_query"] = "learned_query"
     weight: Annotated[float, Field(gt=0)] = 0.1
-    """Of presence in the loss, beside 1 for the segmentation."""
+    """Weight of the presence loss; the segmentation loss has weight 1."""
 
 
 SkipAttentionConfig = Annotated[
@@ -232,18 +242,19 @@ PoolingConfig = Annotated[
 
 
 class AttentionConfig(Section):
-    """Which attention sits where; none anywhere is the plain U-Net."""
+    """The attention at each place of the U-Net. Without any, it is a plain U-Net."""
 
     skip: SkipAttentionConfig | None = None
-    """What a skip passes through before it joins the decoder."""
+    """Attention on each skip before it joins the decoder."""
     encoder: BlockAttentionConfig | None = None
-    """What follows each encoder level's convolutions."""
+    """Attention after the convolutions of each encoder level."""
     decoder: BlockAttentionConfig | None = None
-    """What follows each decoder level's convolutions."""
+    """Attention after the convolutions of each decoder level."""
     bottleneck: TokenAttentionConfig | None = None
-    """What follows the coarsest level."""
+    """Attention after the coarsest level."""
     head: PoolingConfig | None = None
-    """What says of a whole image which classes it holds, trained beside the segmentation."""
+    """A head that predicts which classes a whole image contains, trained beside the segmentation.
+    """
 
     @model_validator(mode="after")
     def _kernels_are_odd(self) -> Self:
@@ -251,11 +262,13 @@ class AttentionConfig(Section):
             block = getattr(self, name)
             kernel_size = getattr(block, "kernel_size", 1)
             if kernel_size % 2 == 0:
-                raise ValueError(f"network.attention.{name}.kernel_size must be odd")
+                raise ValueError(
+                    f"network.attention.{name}.kernel_size must be odd, found {kernel_size}"
+                )
         return self
 
     def skip_levels(self, num_levels: int) -> list[int]:
-        """The levels of the skips that attention sits at, of a network of so many levels."""
+        """The levels of the skips with attention, in a network of `num_levels` levels."""
         if self.skip is None:
             return []
         if self.skip.levels is not None:

@@ -1,4 +1,4 @@
-"""What every group of settings is made of."""
+"""The base class of all groups of settings, and types that several of them share."""
 
 from typing import Annotated, Any
 
@@ -7,19 +7,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 def _printable(text: str) -> str:
     if not text.strip():
-        raise ValueError(f"found the name {text!r}; give it one that can be read")
+        raise ValueError(f"a name must have a visible character, found {text!r}; give another name")
     if not text.isprintable():
-        raise ValueError(f"{text!r} holds characters that cannot be shown; choose another name")
+        raise ValueError(
+            f"a name must have only printable characters, found {text!r}; give another name"
+        )
     return text
 
 
 Name = Annotated[str, AfterValidator(_printable)]
-"""Of a class or channel: it is shown on terminals, which obey what they cannot show."""
+"""Name of a class or channel. Only printable characters: a terminal would execute others."""
 Positive = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
-"""Of a layer. Beyond this, as beyond the others' limits, a number is a mistake or an attack."""
+"""Width of a layer. A number above such a limit is a mistake or an attack."""
 Few = Annotated[int, Field(gt=0, le=64)]
-"""Of strides, kernels and what stands side by side."""
+"""A small number: a stride, a kernel size, or a count of parallel parts."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Millimetres = Annotated[float, Field(gt=0, le=1e3)]
 
@@ -33,5 +35,5 @@ class Section(BaseModel):
 
 
 def kind_alone(value: Any) -> Any:
-    """`skip: additive_grid` means `skip: {kind: additive_grid}`."""
+    """A section from the name of its kind: `skip: additive_grid` means `{kind: additive_grid}`."""
     return {"kind": value} if isinstance(value, str) else value

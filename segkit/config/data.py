@@ -1,4 +1,4 @@
-"""Settings of the data: volumes, the one form they are brought to, and how patches are drawn."""
+"""Settings of the data: volumes, their preprocessing, and how patches are drawn from them."""
 
 import math
 import re
@@ -15,24 +15,24 @@ from segkit.config.sides import names_of_sides
 DrawWeight = Annotated[float, Field(ge=0, le=1e6)]
 MOST_IN_BATCH = 2**31
 MOST_NAMES = 4
-"""Of labels that tell left from right; a sentence counts the others."""
+"""A sentence names at most so many labels that tell left from right; it counts the others."""
 WorldAxis = Literal["x", "y", "z"]
 WORLD_AXES: dict[WorldAxis, int] = {"x": 0, "y": 1, "z": 2}
 
 
 class ZScoreConfig(Section):
-    """Each image minus its mean, over its standard deviation."""
+    """Each image minus its mean, divided by its standard deviation."""
 
     kind: Literal["zscore"] = "zscore"
     nonzero: bool = False
-    """Whether mean and deviation are those of voxels other than 0 alone (skull-stripped heads)."""
+    """Whether mean and deviation leave out voxels that are 0, as in skull-stripped heads."""
 
 
 class CtWindowConfig(Section):
-    """Intensities clipped to a window in HU, minus a mean, over a standard deviation.
+    """Intensities clipped to a window in HU, minus a mean, divided by a standard deviation.
 
-    Whatever is not given is read off the foreground of the training cases: percentiles 0.5 and
-    99.5, mean and standard deviation.
+    Values that are not given are measured in the foreground of the training cases: percentiles 0.5
+    and 99.5, mean and standard deviation.
     """
 
     kind: Literal["ct"] = "ct"
@@ -60,20 +60,24 @@ class SynthesisConfig(Section):
     """Train on images drawn from the label maps instead of on the scans (Billot et al. 2023)."""
 
     intensities: dict[str, tuple[float, float]] | None = None
-    """Per label name, the range its mean intensity is drawn from; wholly random where not given."""
+    """The range from which the mean intensity of a label is drawn, by the label's name. A label
+    without a range gets a mean from the whole range of intensities."""
     deformation: Annotated[float, Field(ge=0)] = 2.0
     """Standard deviation, in voxels, of the smooth displacement at points 16 voxels apart."""
 
 
 class FoldConfig(Section):
-    """Names of cases that a fold trains on and holds out, as in nnU-Net's splits_final.json."""
+    """Names of the cases that a fold trains on and of those that it holds out.
+
+    The form is that of nnU-Net's splits_final.json.
+    """
 
     train: Annotated[list[str], Field(min_length=1)]
     val: list[str]
 
 
 class PatternConfig(Section):
-    """A regular expression with one group, searched for in the name of a case."""
+    """A regular expression with one group, which is searched for in the name of a case."""
 
     pattern: str
 
@@ -83,7 +87,7 @@ class PatternConfig(Section):
             groups = re.compile(self.pattern).groups
         except re.error as error:
             raise ValueError(
-                f"pattern {self.pattern!r} is no regular expression: {error}"
+                f"pattern {self.pattern!r} is not a regular expression: {error}"
             ) from None
         if groups != 1:
             raise ValueError(
@@ -94,30 +98,31 @@ class PatternConfig(Section):
 
 
 class DataConfig(DatasetConfig):
-    """Which volumes, how they are brought to one form, and how patches are drawn from them."""
+    """The volumes of a dataset, their preprocessing, and how patches are drawn from them."""
 
     validation: Share | list[str] = 0.2
-    """The share of cases held out, chosen by the seed, or a list of their names."""
+    """The share of cases that is held out, drawn by the seed, or a list of their names."""
     fold: Annotated[int, Field(ge=0)] | None = None
-    """A fold, from 0 on, held out instead: of `splits`; or of the splits_final.json beside the
-    dataset.json; or of `num_folds` that are drawn, as nnU-Net draws its five."""
+    """Number of a fold, from 0 on, that is held out instead of `validation`. The folds come from
+    `splits`; or from a splits_final.json beside the dataset.json; or `num_folds` folds are drawn,
+    as nnU-Net draws its five."""
     num_folds: Annotated[int, Field(ge=2)] = 5
-    """How many folds are drawn."""
+    """Number of folds that are drawn."""
     splits: ColumnConfig | list[FoldConfig] | Path | None = None
-    """Folds of your own: a list of `{train: [...], val: [...]}` with names of cases; a JSON or YAML
-    file of it, from `folder` on; or a column of the table of cases with the number of the fold that
-    holds a case out, `test`, or nothing for cases that all folds train on."""
+    """Your own folds: a list of `{train: [...], val: [...]}` with names of cases; a JSON or YAML
+    file with such a list, relative to `folder`; or a column of the table of cases. The column holds
+    the number of the fold that holds a case out, `test`, or nothing if all folds train on it."""
     group_by: Literal["subject"] | ColumnConfig | PatternConfig | None = None
-    """Cases that stay together, such as those of a patient: `{column: NAME}` of the table of cases;
-    `{pattern: REGEX}`, whose group in a case's name names the patient; or `subject`, the `sub-…` of
-    BIDS in its name or its files' path."""
+    """Cases of one group, such as one patient, are never split between training and validation. The
+    group is `{column: NAME}` of the table of cases; or `{pattern: REGEX}`, whose parentheses match
+    the patient in a case's name; or `subject`, the `sub-…` of BIDS in the case's name or paths."""
     stratify_by: Literal["classes"] | ColumnConfig | None = None
-    """What is shared out evenly: the values of a column, or which classes a case's label holds."""
+    """A property that all folds share evenly: the values of a column, or the classes in a label."""
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
-    """Voxel size in mm along right-left, back-front and foot-head; the cases' median by default."""
+    """Voxel size in mm along right-left, back-front and foot-head. Default: the cases' median."""
     interpolation: Literal["linear", "cubic"] = "cubic"
-    """How images are brought to that spacing: by cubic splines, as nnU-Net, or linearly. Between
-    slices over three times as far apart as their pixels, the nearest is taken instead."""
+    """How images are resampled to that spacing: by cubic splines, as in nnU-Net, or linearly. If
+    slices are more than three times as far apart as pixels, the nearest slice is taken instead."""
     normalisation: (
         Annotated[
             Annotated[NormalisationConfig, Tag("one")]
@@ -126,47 +131,54 @@ class DataConfig(DatasetConfig):
         ]
         | None
     ) = None
-    """Of every channel, or a list, one for each; `ct` for channels named CT and `zscore` for others
-    where not given."""
+    """Normalisation of all channels, or a list with one for each channel. Default: `ct` for
+    channels named CT, and `zscore` for others."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
     """The plane that a 2D network sees."""
     patch_size: Annotated[list[Positive], Field(min_length=2, max_length=3)]
-    """In voxels of the network's spacing, one number per axis of the network."""
+    """Size in voxels of the network's spacing, one number for each axis of the network."""
     batch_size: Positive = 2
     foreground_share: Share = 0.33
     """The share of patches that are centred on a voxel of a class drawn at random."""
     draw_cases: ColumnConfig | dict[str, DrawWeight] | None = None
-    """How often patches are drawn from each case: a weight by its name, or a column of the table of
-    cases; 1 if not given, 0 for never. Cases are drawn evenly by default."""
+    """How often patches are drawn from each case: a weight by the case's name, or a column of the
+    table of cases. The weight is 1 if not given; 0 means never. Default: all cases equally often.
+    """
     draw_classes: dict[str, DrawWeight] = Field({})
-    """How often patches on the foreground are centred on each class: a weight by its name, 1 if not
-    given. With any, the class is drawn among those of all cases and then a case that holds it, so
-    that a class of few cases is drawn as often as others; by default the case is drawn first."""
+    """How often foreground patches are centred on each class: a weight by the class's name, 1 if
+    not given. If any weight is given, a class of the dataset is drawn first and then a case that
+    holds it, so that a class of few cases is drawn as often as others. By default the case is drawn
+    first, and then one of its classes."""
     augment: bool = True
-    """Whether patches are turned, scaled and mirrored, and their intensities varied."""
+    """Whether patches are rotated, scaled and mirrored, and their intensities varied."""
     elastic: bool = False
-    """Whether a fifth of the patches is also bent, smoothly, by 2 mm or so (not in nnU-Net)."""
+    """Whether a fifth of the patches is also deformed smoothly, by about 2 mm (not in nnU-Net)."""
     mirror: list[WorldAxis] | None = None
     """World axes along which patches may be mirrored: x runs from left to right, y from back to
-    front, z from foot to head. Where not given, x alone, or none where labels tell left from right
-    by their names (`LeftLung`, `kidney_r`, `rein gauche`, `LV` beside `RV`). (nnU-Net mirrors along
-    all three; what has a front and a top is learned far faster without.)"""
+    front, z from foot to head. Default: only x, or none if names of labels tell left from right
+    (`LeftLung`, `kidney_r`, `rein gauche`, `LV` beside `RV`). (nnU-Net mirrors along all three.
+    Anatomy with a front and a top is learned far faster without y and z.)"""
     synthesis: SynthesisConfig | None = None
+    """If given, training draws images from the label maps instead of using the scans."""
     first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
-    """Runs or model folders, of lower resolution say, whose labels the network is given beside the
-    image. Labels of a case come from the runs that held it out, or else from all of them. A model
-    does better on cases that it was trained on than on new ones, so that the five folds of a
-    cross-validation (`data.fold`) teach a second stage best how far to trust a first."""
+    """Runs or model folders, for example of lower resolution. The network receives their labels
+    beside the image. The labels of a case come from the runs that held it out, or from all runs if
+    none did. A model does better on cases that it was trained on than on new ones. So the folds of
+    a cross-validation (`data.fold`) best teach a second stage how far to trust the first."""
     workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
-    """Processes that cut patches. `auto` is none on a CPU, and none on a GPU with room for all
-    cases, which are then cut there; else the other cores, up to 12."""
+    """Number of processes that cut patches. `auto` means 0 on a CPU; 0 on a GPU with memory for all
+    cases, which then cuts the patches itself; and otherwise the other CPU cores, up to 12."""
     cache: Path | None = None
-    """Where prepared cases are kept; the folder `.cache` beside the runs by default."""
+    """Folder for prepared cases. Default: the folder `.cache` beside the runs."""
 
     def mirrored(self, labels: Sequence[str]) -> list[WorldAxis]:
         """The world axes along which training mirrors patches of a dataset with these labels.
 
-        By default it is x, or none if the names of labels tell left from right.
+        By default they are x, or none if names of labels tell left from right.
+
+        Example:
+            >>> config.data.mirrored(["background", "liver"])
+            ['x']
         """
         if not self.augment and self.synthesis is None:
             return []
@@ -175,7 +187,7 @@ class DataConfig(DatasetConfig):
         return [] if names_of_sides(labels) else ["x"]
 
     def mirrored_because(self, labels: Sequence[str]) -> str:
-        """What training mirrors, and which names tell left from right, as a sentence."""
+        """A sentence about the mirrored axes and the names that tell left from right."""
         axes, sides = self.mirrored(labels), names_of_sides(labels)
         patches = (
             f"Patches are mirrored along {_listed(axes)}" if axes else "Patches are not mirrored"
@@ -191,14 +203,14 @@ class DataConfig(DatasetConfig):
     def _parts_go_together(self) -> Self:
         if self.first_stage and self.synthesis:
             raise ValueError(
-                "data.first_stage labels scans, and data.synthesis draws images that are none; "
-                "take one of them"
+                "data.first_stage cannot label the images that data.synthesis draws; remove one of "
+                "the two settings"
             )
         if self.elastic and not self.augment and self.synthesis is None:
-            raise ValueError("data.elastic is part of data.augment, which is false; set it to true")
+            raise ValueError("data.elastic needs data.augment, which is false; set it to true")
         if self.batch_size * math.prod(self.patch_size) > MOST_IN_BATCH:
             raise ValueError(
-                f"data.batch_size {self.batch_size} of data.patch_size {self.patch_size} comes to "
-                f"more than {MOST_IN_BATCH:,} voxels; make either smaller"
+                f"data.batch_size {self.batch_size} with data.patch_size {self.patch_size} has "
+                f"more than {MOST_IN_BATCH:,} voxels; make one of them smaller"
             )
         return self

@@ -1,4 +1,4 @@
-"""Where the files of a dataset without a dataset.json lie, and what its labels are called."""
+"""Settings of a dataset: the files of each case, and the names and numbers of its labels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +11,17 @@ from segkit.config.dicom import DicomConfig
 from segkit.config.pictures import PicturesConfig
 
 OTHERS = "others"
-"""Stands for all numbers in label files that no name has."""
+"""This word stands for all numbers in label files that belong to no name."""
 NumberInFiles = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 
 def _by_name(value: Any) -> Any:
-    """`{0: background, 17: hippocampus, 53: hippocampus}` as names with lists of numbers."""
+    """Lists of numbers by name, from either form.
+
+    `{0: background, 17: hippocampus, 53: hippocampus}` becomes
+    `{background: [0], hippocampus: [17, 53]}`.
+    """
     if not isinstance(value, Mapping):
         return value
     by_number = value and all(isinstance(name, str) and name != OTHERS for name in value.values())
@@ -35,7 +39,7 @@ LabelsConfig = Annotated[
     dict[Name, Annotated[list[NumberInFiles | Literal["others"]], Field(min_length=1)]],
     BeforeValidator(_by_name),
 ]
-"""The numbers in label files of each name, or a name for each number."""
+"""Label names with their numbers in files, or numbers in files with their names."""
 
 
 class CodeConfig(Section):
@@ -47,7 +51,7 @@ class CodeConfig(Section):
 
 
 class LabelCodeConfig(CodeConfig):
-    """The concept that a label stands for, and the kind of thing that it is."""
+    """The concept that a label stands for, and its category, such as an anatomical structure."""
 
     category: CodeConfig = CodeConfig(
         scheme="SCT", value="123037004", meaning="Anatomical Structure"
@@ -57,23 +61,24 @@ class LabelCodeConfig(CodeConfig):
 class FilesConfig(Section):
     """The files of each case, by patterns or by a table, and the names of labels.
 
-    In patterns `*` stands for any characters but a slash, `?` for one of them, and `**` for folders
-    to any depth. What the wildcards matched, said once each, names the case; its files are those
-    whose patterns matched the same.
+    In patterns `*` matches any characters except a slash, `?` matches one such character, and `**`
+    matches folders to any depth. The texts that the wildcards match, each taken once, name the
+    case. Files whose wildcards match the same texts belong to the same case.
     """
 
     images: dict[Name, str] = Field({})
-    """By the name of each channel, the pattern of its files, or with a table their column."""
+    """The file pattern of each channel, by the channel's name; with a table, the column."""
     label: str = ""
-    """The pattern of the labels, or with a table their column."""
+    """The file pattern of the labels; with a table, the column."""
     table: Path | None = None
-    """A CSV file instead of patterns: the columns `id`, `label`, and `image` or one per channel."""
+    """A CSV file instead of patterns, with columns `id`, `label`, and `image` or one per channel.
+    """
     labels: LabelsConfig = Field({})
-    """Names and numbers, as in `data.labels`, which may stand in their place."""
+    """Names and numbers of labels, in the form of `data.labels`, which can be given instead."""
     regions_class_order: list[int] | None = None
-    """The number that each region is written as."""
+    """The number that each region is written as, in the order of the regions."""
     codes: dict[str, LabelCodeConfig] = Field({})
-    """Of labels by name, the concept of a terminology that DICOM segmentations give."""
+    """The terminology concept of each label, by the label's name, for DICOM segmentations."""
 
     @model_validator(mode="after")
     def _patterns_are_given(self) -> Self:
@@ -81,8 +86,8 @@ class FilesConfig(Section):
             return self
         if not self.images or not self.label:
             raise ValueError(
-                "data.files needs patterns: images, one for each channel by its name, and label; "
-                "or a table"
+                "data.files needs images (a pattern for each channel) and label (a pattern), or a "
+                "table; give one or the other"
             )
         for pattern in (*self.images.values(), self.label):
             *folders, name = pattern.split("/")
@@ -90,7 +95,7 @@ class FilesConfig(Section):
             if wrong or not {"*", "?"} & set(pattern) or Path(pattern).is_absolute():
                 raise ValueError(
                     f"data.files: {pattern!r} must be a pattern such as sub-*/**/*_T1w.nii.gz, "
-                    f"from data.folder on, whose wildcards name the case"
+                    f"relative to data.folder, whose wildcards name the case"
                 )
         return self
 
@@ -105,40 +110,44 @@ NanRule = Literal["refuse", "background"]
 
 
 class DatasetConfig(Section):
-    """Which volumes, and nothing of how to train on them: what can be checked and planned for."""
+    """Settings of a dataset, without any of training: enough to check it and to plan for it."""
 
     folder: Path
-    """A folder with a dataset.json, in the Decathlon's form or nnU-Net's, or any with `files`."""
+    """A folder with a dataset.json in the form of the Decathlon or of nnU-Net, or any folder if
+    `files` is given."""
     files: FilesConfig | None = None
-    """Where the files of each case lie, in place of a dataset.json."""
+    """The files of each case, instead of a dataset.json."""
     dicom: DicomConfig | None = None
-    """Which DICOM series are images, and which structures labels, in place of a dataset.json; or
-    beside `files`, if these name DICOM folders, which structures are which class."""
+    """DICOM series that are the images and structures that are the labels, instead of a
+    dataset.json. With `files` that name DICOM folders, only the structures of each class."""
     pictures: PicturesConfig | None = None
-    """What PNG, TIFF, JPEG and BMP files do not say themselves; it wins over a dataset.json."""
+    """Information that PNG, TIFF, JPEG and BMP files lack. It overrides a dataset.json."""
     nan: NanRule = "refuse"
-    """What is done with an image that holds NaN or infinite values. `background` takes them as 0
-    before anything else is done, so that they lie outside the body: for scans that are NaN outside
-    a mask. The model keeps the rule. An image without any number is refused all the same."""
+    """How to treat an image that contains NaN or infinite values. `background` replaces them by 0
+    before anything else, so that they lie outside the body; use it for scans that are NaN outside a
+    mask. The model keeps the rule. An image with no finite value is refused in either case."""
     labels: LabelsConfig | None = None
-    """Names of classes and their numbers in label files, in place of those of dataset.json. Any
-    whole numbers, several of one class too: `{background: 0, hippocampus: [17, 53], ignore: 255}`,
-    or `{0: background, 17: hippocampus, 53: hippocampus}`. Results are written in the same numbers,
-    0 to 65535; of several, the first. `ignore` names voxels that nobody labelled. `others` stands
-    for all numbers that no name has: `background: [0, others]` or `ignore: others`. The background
-    is the class of that name, or else that of 0."""
+    """Names of classes and their numbers in label files, instead of those of dataset.json. Any
+    whole numbers are allowed, and several for one class:
+    `{background: 0, hippocampus: [17, 53], ignore: 255}`, or
+    `{0: background, 17: hippocampus, 53: hippocampus}`. Results are written with the same numbers,
+    0 to 65535, and with the first one if a class has several. `ignore` names voxels that nobody
+    labelled. `others` stands for all numbers that belong to no name: `background: [0, others]` or
+    `ignore: others`. The background is the class of that name, or the class of 0 if there is none.
+    """
     regions_class_order: list[int] | None = None
-    """With `labels` that overlap, the number that each region is written as, as in nnU-Net."""
+    """If `labels` overlap, the number that each region is written as, as in nnU-Net."""
     case_table: Path | None = None
-    """A CSV file, from `folder` on, with what is known of each case: a column `id` with its name,
-    and any others that settings name as `{column: NAME}`. By default the table of `files`."""
+    """A CSV file, relative to `folder`, with properties of each case: a column `id` with the case's
+    name, and the columns that settings name as `{column: NAME}`. Default: the table of `files`."""
     labelled: ColumnConfig | dict[str, list[str]] | None = None
-    """If some cases lack labels of some classes: by the name of a case the classes or regions that
-    it has labels of, or a column that lists them (`liver; spleen`), or `all`. What else is
-    background in such a case may be any of the others. Cases that are not named have all."""
+    """The classes or regions that are labelled in each case, for datasets in which some cases lack
+    some labels: a list by the case's name, or a column with a list (`liver; spleen`) or `all`. In
+    such a case, background voxels may belong to any of the other classes. Cases that are not named
+    are labelled completely."""
     test: ColumnConfig | list[str] | None = None
-    """Cases that are never looked at, for a last test: their names, or a column in which they are
-    marked by `test`, `yes`, `true` or `1`."""
+    """Cases that are kept for a last test and never used before: their names, or a column that
+    marks them by `test`, `yes`, `true` or `1`."""
 
     @model_validator(mode="after")
     def _images_are_named_once(self) -> Self:

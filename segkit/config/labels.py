@@ -1,4 +1,4 @@
-"""What is told apart in a label map, how it stands in files, and what is left out."""
+"""The classes or regions of a label map, their numbers in files, and voxels without a label."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,36 +11,36 @@ class Labelling:
         classes    {"background": 0, "kidney": 1, "tumour": 2}      an output each, the largest wins
         regions    {"whole": (1, 2), "tumour": (2,)}                an output each, yes or no
 
-    Regions are written one after the other, each by its own number, later over earlier, so that
-    those that lie within others come last; what is in none is background.
+    Regions are written one after the other, each with its own number. A later region overwrites an
+    earlier one, so a region inside another must come later. Voxels of no region are background.
 
-    Within segkit numbers are 0 (background), 1, 2, … without gaps. Files may hold any others:
-    `in_files` tells which. `segkit.data.label_numbers` translates.
+    In memory the numbers are 0 (background), 1, 2, … without gaps. Files may have other numbers,
+    which `in_files` lists; `segkit.data.label_numbers` translates between the two.
     """
 
     numbers: Mapping[str, int]
-    """Names and the number of each, the background first: 0."""
+    """The number of each name; the background, 0, is first."""
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """In the order they are written, the numbers that belong to each; or none."""
+    """The numbers that belong to each region, in the order of writing; empty for classes."""
     ignore: int | None = None
-    """The number of voxels that nobody labelled, the highest; or none."""
+    """The number of voxels that nobody labelled, which is the highest; None if there is none."""
     in_files: tuple[tuple[int, ...], ...] = ()
-    """For each number 0, 1, …, the numbers in label files that mean it, the one that is written
-    first; empty if files hold the numbers themselves."""
+    """For each number 0, 1, …, the numbers in label files that mean it. The first of them is the
+    one that is written. Empty if files have the same numbers as memory."""
     others: int | None = None
-    """The number that stands for all numbers in files that `in_files` does not hold: the
-    background's or `ignore`; None if there must be no others."""
+    """The number for all numbers in files that `in_files` does not list: the background's or
+    `ignore`. None if files must not have any others."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of a network's outputs: all classes, or all regions without the background."""
+        """Names of the network's outputs: all classes, or all regions without the background."""
         return tuple(self.regions or self.numbers)
 
     @property
     def members(self) -> dict[str, tuple[int, ...]]:
-        """The numbers that belong to each class or region, the background left out.
+        """The numbers that belong to each class or region, without the background.
 
-        This is what is scored.
+        Evaluation scores these classes or regions.
         """
         if self.regions:
             return dict(self.regions)
@@ -52,7 +52,7 @@ class Labelling:
         return tuple(self.numbers[name] for name in self.regions) if self.regions else None
 
     def absent(self, present: Collection[int]) -> tuple[str, ...]:
-        """The classes or regions of which no number is among those that label files hold."""
+        """Classes or regions of which no number is in `present`, the numbers in label files."""
         return tuple(
             name for name, numbers in self.members.items() if not set(numbers) & set(present)
         )
@@ -61,7 +61,7 @@ class Labelling:
     def value_names(self) -> tuple[str, ...]:
         """A name for each number 0, 1, ….
 
-        A number that no class or region is written as goes by the number in files: "2".
+        If no class or region is written as a number, its name is the number in files, such as "2".
         """
         names = {number: name for name, number in self.numbers.items()}
         if self.ignore is not None:
@@ -70,10 +70,10 @@ class Labelling:
         return tuple(names.get(number, str(self.in_file(number))) for number in range(highest + 1))
 
     def in_file(self, number: int) -> int:
-        """The number in files that stands for a number of segkit's."""
+        """The number that is written to files for a number in memory."""
         return self.in_files[number][0] if self.in_files else number
 
     @property
     def numbers_in_files(self) -> dict[str, int]:
-        """Names of classes or regions and the number that each is written as."""
+        """The number in files of each class or region, by name."""
         return {name: self.in_file(number) for name, number in self.numbers.items()}

@@ -1,7 +1,7 @@
-"""Settings from a YAML file and `KEY=VALUE` words, and the sentence that refuses a wrong one.
+"""Reading of settings from a YAML file and from `KEY=VALUE` overrides.
 
-A YAML file states what differs from the defaults in `segkit.config`; trailing `KEY=VALUE` words
-change it further. The file holds plain values: nothing in it can run.
+A YAML file states only the settings that differ from the defaults in `segkit.config`; the overrides
+change it further. The file holds plain values and cannot run code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,22 +22,26 @@ ConfigClass = TypeVar("ConfigClass", bound=BaseModel)
 
 
 class DatasetFileConfig(Section):
-    """A YAML file that names a dataset, and nothing of how to train on it."""
+    """A YAML file that describes a dataset and has no training settings."""
 
     data: DatasetConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The settings in a YAML file, with dotted `key=value` overrides, checked as a whole.
-
-        config = segkit.load_config("my_dataset.yaml", ["train.steps=500"])
+    """Checked settings from a YAML file, with dotted `key=value` overrides.
 
     Args:
-        path: the file. A relative `data.folder` in it counts from the working directory.
-        overrides: changes such as `train.steps=500`, whose values are YAML.
+        path: the YAML file. A relative `data.folder` in it is relative to the working directory.
+        overrides: changes such as `train.steps=500`; their values are YAML.
+
+    Returns:
+        The settings, with defaults for those that are not given.
 
     Raises:
-        ConfigError: the file cannot be read, or holds a wrong setting; one sentence names its key.
+        ConfigError: the file cannot be read, or a setting is wrong; one sentence names its key.
+
+    Example:
+        >>> config = segkit.load_config("my_dataset.yaml", ["train.steps=500"])
     """
     tree = read_yaml(Path(path))
     _apply_all(tree, overrides)
@@ -45,10 +49,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | None:
-    """The dataset that a path names: a folder, or YAML that says only which files and labels.
+    """The dataset that a path names, or None if the path is a config for training.
 
-    Of `key=value` overrides those count that change a dataset, such as `data.labels`. None for a
-    file that says more, which is a config to train by. Raises ConfigError.
+    Args:
+        path: a folder, or a YAML file that has only dataset settings, such as files and labels.
+        overrides: `key=value` changes; those that do not change a dataset setting are ignored.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is wrong.
     """
     own = set(DatasetConfig.model_fields)
     tree = {"data": {"folder": str(path)}} if path.is_dir() else read_yaml(path)
@@ -64,14 +72,22 @@ def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | Non
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
-    """A config with dotted `key=value` overrides. Raises ConfigError as `load_config` does."""
+    """A copy of a config, changed by dotted `key=value` overrides.
+
+    Raises:
+        ConfigError: an override is wrong; one sentence names its key.
+    """
     tree = config.model_dump(mode="json", exclude_unset=True)
     _apply_all(tree, overrides)
     return validated(Config, tree, source="settings")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file. Raises ConfigError where it holds anything else."""
+    """The sections of a YAML file, by name.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or does not hold sections.
+    """
     try:
         tree = parse_yaml(read_text(path))
     except FileNotFoundError:
@@ -80,12 +96,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'data:', found {type(tree).__name__}")
+        found = type(tree).__name__
+        raise ConfigError(
+            f"{path}: expected sections such as 'data:', found {found}; check the file"
+        )
     return tree
 
 
 def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) -> ConfigClass:
-    """The settings in `tree`, checked. Raises ConfigError, naming each wrong key and the source."""
+    """The checked settings of `tree`.
+
+    Args:
+        model: the class of the settings.
+        tree: the sections, as read from YAML.
+        source: file name, or another origin of the settings, for the error.
+
+    Raises:
+        ConfigError: settings are wrong; the sentence names the source and each wrong key.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -93,12 +121,15 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The whole config as YAML, defaults and all."""
+    """All settings of a config as YAML text, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _apply_all(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply overrides in order; who asks for `train.steps` wants these, however long they take."""
+    """Apply overrides to `tree`, in order.
+
+    An override of `train.steps` without one of `train.minutes` removes the limit of time.
+    """
     for override in overrides:
         _apply(tree, override)
     keys = {override.partition("=")[0].strip() for override in overrides}
@@ -123,7 +154,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if below is None:
             below = tree[section] = {}
         if not isinstance(below, dict):
-            where = ".".join(sections[: depth + 1])
-            raise ConfigError(f"cannot set {key}: {where} is a value, not a section")
+            above = ".".join(sections[: depth + 1])
+            raise ConfigError(f"cannot set {key}: {above} is a value, not a section; set {above}")
         tree = below
     tree[name] = value

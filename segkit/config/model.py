@@ -18,97 +18,104 @@ from segkit.config.training import Config
 from segkit.io.picture_rules import PictureRules
 
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""The axis of a volume across each plane."""
+"""The axis of a volume that is perpendicular to each plane."""
 
 
 class FirstStageConfig(Section):
-    """Models whose labels a network is given beside the image."""
+    """The first-stage models whose labels the network receives beside the image."""
 
     models: Positive
-    """How many there are; they lie in `first/0`, `first/1`, … of the model folder."""
+    """Number of models. They lie in `first/0`, `first/1`, … of the model folder."""
     classes: Annotated[list[str], Field(min_length=1)]
-    """Names of their labels 1, 2, …; the network makes a channel of 0 and 1 of each."""
+    """Names of their labels 1, 2, …; the network turns each into a channel of 0 and 1."""
 
 
 class PostprocessingConfig(Section):
-    """What is done to predicted labels, adopted by cross-validation alone; nothing by default."""
+    """Changes to predicted labels. Default: none; only cross-validation selects any."""
 
     largest_foreground: bool = False
-    """Whether of all that is not background only the largest component stays."""
+    """Whether only the largest connected component of the foreground is kept."""
     largest_of: tuple[Positive, ...] = ()
-    """The numbers of the labels of which, after that, only the largest component stays."""
+    """Numbers of labels of which, after that, only the largest connected component is kept."""
 
 
 LabelNumber = Annotated[int, Field(ge=0, lt=2**16)]
 
 
 class ModelDescription(Section):
-    """All that prediction needs beside the weights; the content of `model.json`."""
+    """All information that prediction needs beside the weights; the content of `model.json`."""
 
     format: Literal[1] = 1
     segkit: str
-    """The version that wrote it."""
+    """The version of segkit that wrote the file."""
     run: Name
     channels: list[Name]
     """Names of the input's channels, in order."""
     labels: Annotated[dict[Name, LabelNumber], Field(min_length=2)]
-    """Names of the classes or regions and their numbers, 0 the background."""
+    """The number of each class or region, by name; the background is 0."""
     regions: dict[str, Annotated[list[LabelNumber], Field(min_length=1)]] = Field({})
-    """In the order they are written, the numbers of each region; classes if none."""
+    """The numbers of each region, in the order of writing; empty for classes."""
     ignore: LabelNumber | None = None
     """The number of voxels that nobody labelled."""
     in_files: list[list[NumberInFiles]] = Field([])
-    """For each number 0, 1, …, those in label files that mean it, the one that is written first;
-    none if files hold the numbers themselves."""
+    """For each number 0, 1, …, the numbers in label files that mean it. The first of them is the
+    one that is written. Empty if files have the same numbers as the model."""
     others: LabelNumber | None = None
-    """The number that stands for all in label files that `in_files` does not hold, if any."""
+    """The number for all numbers in label files that `in_files` does not list, if any."""
     codes: dict[str, LabelCodeConfig] = Field({})
-    """Of labels by name, the concept of a terminology that DICOM segmentations give."""
+    """The terminology concept of each label, by the label's name, for DICOM segmentations."""
     pictures: PicturesConfig | None = None
-    """How pictures are read, beside what their files say."""
+    """Information about pictures that their files lack."""
     nan: NanRule = "refuse"
-    """What is done with images that hold NaN or infinite values; `background` takes them as 0."""
+    """How to treat an image that contains NaN or infinite values; `background` sets them to 0."""
     unit: Literal["mm", "µm", "pixel"] = "mm"
-    """The unit that lengths are told in; 'pixel' if it was trained on pictures of unknown scale."""
+    """Unit of lengths in output; 'pixel' if the model was trained on pictures of unknown scale."""
     network: NetworkConfig
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     interpolation: Literal["linear", "cubic"] = "linear"
-    """Linear in models from before there was another."""
+    """Default: linear, for models from before this setting existed."""
     normalisation: list[NormalisationConfig]
-    """One per channel."""
+    """The normalisation of each channel, in order."""
     slices: Literal["sagittal", "coronal", "axial"]
     patch_size: list[Positive]
     mirror: list[WorldAxis] = Field([])
-    """World axes along which it was trained on mirror images as well."""
+    """World axes along which training patches were mirrored."""
     first_stage: FirstStageConfig | None = None
-    """Whose labels, where there is one, are one more channel of the input behind the image's."""
+    """Models whose labels are one more channel of the input, after the image's channels."""
     postprocessing: PostprocessingConfig = PostprocessingConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if unknown := [name for name in self.regions if name not in self.labels]:
-            raise ValueError(f"regions holds {unknown[0]!r}, for which labels has no number")
+            raise ValueError(
+                f"regions has {unknown[0]!r}, which has no number in labels; add it there"
+            )
         numbers = list(self.labels.values())
         if not self.regions and numbers != list(range(len(numbers))):
             raise ValueError(f"labels must be numbered 0, 1, 2, … in order, found {numbers}")
         named = list(self.labels)
         if self.regions and (numbers[0] != 0 or named[1:] != list(self.regions)):
-            raise ValueError(f"labels must be the background, 0, and the regions, found {named}")
+            raise ValueError(
+                f"labels must be the background, with number 0, and then the regions, found {named}"
+            )
         if self.in_files:
             highest = max(*numbers, self.ignore or 0, *itertools.chain(*self.regions.values()))
             empty = [place for place, group in enumerate(self.in_files) if not group]
             if len(self.in_files) != highest + 1 or set(empty) - {self.ignore}:
                 raise ValueError(
-                    f"in_files must hold numbers for each of 0 to {highest}, found {self.in_files}"
+                    f"in_files must have numbers for each of 0 to {highest}, found {self.in_files}"
                 )
             if bad := [n for n in numbers if not 0 <= self.in_files[n][0] < 2**16]:
-                raise ValueError(f"in_files must write {bad[0]} as a number from 0 to 65535")
+                raise ValueError(
+                    f"in_files must write {bad[0]} as a number from 0 to 65535, found "
+                    f"{self.in_files[bad[0]][0]}"
+                )
         self.network.check_patch(self.patch_size, "patch_size")
         return self
 
     @property
     def labelling(self) -> Labelling:
-        """What the model tells apart."""
+        """The model's classes or regions and their numbers."""
         regions = {name: tuple(numbers) for name, numbers in self.regions.items()}
         in_files = tuple(tuple(group) for group in self.in_files)
         return Labelling(self.labels, regions, self.ignore, in_files, self.others)
@@ -117,10 +124,11 @@ class ModelDescription(Section):
         """How pictures are read for the model.
 
         Args:
-            pixel_size: wins over what files say, as in `PicturesConfig`.
+            pixel_size: lengths such as `0.5 µm`, or `pixel`, that override those in files; None
+                keeps those in files. `PicturesConfig.pixel_size` describes the form.
 
         Raises:
-            ValueError: it is no length.
+            ValueError: `pixel_size` is not a length.
         """
         rules = PictureRules() if self.pictures is None else self.pictures.rules(self.labelling)
         sizes = list(pixel_size) if pixel_size else [PIXEL] if self.unit == PIXEL else None
@@ -131,12 +139,12 @@ class ModelDescription(Section):
 
     @property
     def axis_across(self) -> int | None:
-        """The axis of a volume across the planes of a 2D network; None for a network in 3D."""
+        """The axis perpendicular to the slices that a 2D network sees; None for a 3D network."""
         return ACROSS[self.slices] if self.network.spatial_dims == 2 else None
 
     @property
     def volume_patch(self) -> tuple[int, int, int]:
-        """The patch in voxels of a volume: one voxel thick across the planes of a 2D network."""
+        """The patch size in voxels of a volume. For a 2D network, it is one slice thick."""
         patch = list(self.patch_size)
         if self.axis_across is not None:
             patch.insert(self.axis_across, 1)
@@ -145,19 +153,19 @@ class ModelDescription(Section):
 
     @property
     def channels_in(self) -> int:
-        """Channels of the network's input: the labels of a first stage are one more."""
+        """Number of channels of the network's input; the labels of a first stage add one."""
         return len(self.channels) + (self.first_stage is not None)
 
     @property
     def interpolation_order(self) -> Literal[1, 3]:
-        """The order of the splines by which images are resampled."""
+        """The order of the splines that resample images."""
         return 3 if self.interpolation == "cubic" else 1
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:
-        """The axes of a volume along which the model was trained on mirror images as well.
+        """The axes of a volume along which training patches were mirrored.
 
-        Across the planes of a 2D network there is nothing to mirror.
+        The axis perpendicular to the slices of a 2D network is left out.
         """
         axes = (WORLD_AXES[name] for name in self.mirror)
         return tuple(axis for axis in axes if axis != self.axis_across)

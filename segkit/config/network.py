@@ -1,4 +1,4 @@
-"""Settings of a network: a U-Net and the attention in it, or a module from elsewhere."""
+"""Settings of a network: a U-Net with its attention, or a module that Python code passes in."""
 
 import math
 from collections.abc import Sequence
@@ -15,43 +15,46 @@ from segkit.config.attention import (
 from segkit.config.base import Few, Positive, Section, Width
 
 MOST_VOXELS = 2**27
-"""Of a patch: 512 x 512 x 512."""
+"""The largest patch: 512 x 512 x 512."""
 
 MOST_TOKENS = 2**16
-"""Of a window of attention."""
+"""The largest number of voxels in a window of attention."""
 
 
 class GivenModuleConfig(Section):
-    """A network that Python gives: `train(config, network=module)`. No file holds or names it."""
+    """A network that Python code passes in: `train(config, network=module)`.
+
+    No file contains the module, and no file names its class.
+    """
 
     multiple: Annotated[list[Positive], Field(min_length=2, max_length=3)]
-    """What the sizes of its input must be multiples of, along each axis."""
+    """Along each axis, the size of the input must be a multiple of this number."""
     name: str = ""
-    """A note for those who must find the module again, such as its class."""
+    """A note that helps to find the module again, such as the name of its class."""
 
 
 class NetworkConfig(Section):
-    """A U-Net in two or three dimensions, and the attention in it."""
+    """A U-Net in two or three dimensions, with its attention."""
 
     spatial_dims: Literal[2, 3] = 3
     channels: list[Width] = Field([16, 32, 64, 128], min_length=2, max_length=16)
     """Feature channels of each level, finest first."""
     strides: list[list[Few]] | None = None
-    """Per step down, the stride along each axis; 2 everywhere where not given."""
+    """For each step down, the stride along each axis. Default: 2 everywhere."""
     kernels: list[list[Few]] | None = None
-    """Per level, the convolution size along each axis (odd); 3 everywhere where not given."""
+    """For each level, the odd size of convolutions along each axis. Default: 3 everywhere."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
-    """A strided convolution, as nnU-Net, or max-pooling, as the first U-Nets."""
+    """A strided convolution, as in nnU-Net, or max-pooling, as in the first U-Nets."""
     deep_supervision: bool = True
     """Whether coarser decoder levels are trained against the label as well."""
     attention: AttentionConfig = AttentionConfig()
     given: GivenModuleConfig | None = None
-    """A module from elsewhere in the U-Net's stead, of which only spatial_dims is set beside it."""
+    """A module from Python that replaces the U-Net. Beside it only spatial_dims may be set."""
 
     @model_serializer(mode="wrap")
     def _without_a_unet(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All settings, but none of a U-Net beside a given module, which would refuse them."""
+        """All settings; with a given module, only those that it allows."""
         written: dict[str, Any] = write(self)
         if self.given is None:
             return written
@@ -87,18 +90,18 @@ class NetworkConfig(Section):
         ):
             if len(rows) != wanted or any(len(row) != self.spatial_dims for row in rows):
                 raise ValueError(
-                    f"network.{name} must hold {wanted} lists of {self.spatial_dims} numbers "
+                    f"network.{name} must have {wanted} lists of {self.spatial_dims} numbers "
                     f"for {len(self.channels)} levels"
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
-            raise ValueError("network.kernels must be odd, so that a convolution keeps its grid")
+            raise ValueError("network.kernels must be odd, so that convolutions keep the grid")
         self._attention_fits()
         return self
 
     def _given_alone(self, given: GivenModuleConfig) -> Self:
         if len(given.multiple) != self.spatial_dims:
             raise ValueError(
-                f"network.given.multiple must hold {self.spatial_dims} numbers, as "
+                f"network.given.multiple must have {self.spatial_dims} numbers, because "
                 f"network.spatial_dims is {self.spatial_dims}"
             )
         fields = type(self).model_fields.items()
@@ -109,8 +112,8 @@ class NetworkConfig(Section):
             and getattr(self, name) != setting.default
         ]:
             raise ValueError(
-                f"network.{others[0]} is of a U-Net, and network.given has a module in its stead; "
-                f"take one of them away"
+                f"network.{others[0]} is a setting of a U-Net, which network.given replaces; "
+                f"remove one of the two"
             )
         return self
 
@@ -118,18 +121,20 @@ class NetworkConfig(Section):
         deepest_skip = len(self.channels) - 2
         levels = self.attention.skip_levels(len(self.channels))
         if max(levels, default=0) > deepest_skip:
-            raise ValueError(f"network.attention.skip.levels must lie in 0 … {deepest_skip}")
+            raise ValueError(
+                f"network.attention.skip.levels must be from 0 to {deepest_skip}, found {levels}"
+            )
         heads = getattr(self.attention.skip, "heads", None)
         if isinstance(heads, list) and len(heads) != len(levels):
             raise ValueError(
-                f"network.attention.skip.heads must be a number or hold {len(levels)}, "
+                f"network.attention.skip.heads must be one number or a list of {len(levels)}, "
                 f"one for each of the levels {levels}"
             )
         skip = self.attention.skip
         if skip is not None and skip.levels is None and not levels:
             raise ValueError(
-                "network.attention.skip leaves out level 0, which is the only skip of two "
-                "network.channels; give it levels: [0]"
+                "network.attention.skip leaves out level 0 by default, but a network of two "
+                "network.channels has no other skip; set levels: [0]"
             )
         placed: list[int] = []
         if isinstance(skip, CrossAttentionConfig):
@@ -140,27 +145,27 @@ class NetworkConfig(Section):
         if narrowest < 2 * self.spatial_dims:
             raise ValueError(
                 f"network.attention.skip needs network.channels of {2 * self.spatial_dims} or "
-                f"more to tell positions, found {narrowest}"
+                f"more to encode positions, found {narrowest}"
             )
         bottleneck = self.attention.bottleneck
         if isinstance(bottleneck, SelfAttentionConfig):
-            told_by = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}
-            if told_by.get(bottleneck.positions, 2 * self.spatial_dims) < 2 * self.spatial_dims:
+            encoding = {"rotary": bottleneck.head_channels, "sincos": self.channels[-1]}
+            if encoding.get(bottleneck.positions, 2 * self.spatial_dims) < 2 * self.spatial_dims:
                 raise ValueError(
                     f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
                     f"{2 * self.spatial_dims} channels or more (of each head, for rotary), "
-                    f"found {told_by[bottleneck.positions]}"
+                    f"found {encoding[bottleneck.positions]}"
                 )
         window = getattr(bottleneck, "window", None)
         if window is not None and len(window) != self.spatial_dims:
             raise ValueError(
-                f"network.attention.bottleneck.window must hold {self.spatial_dims} numbers, "
-                f"as network.spatial_dims is {self.spatial_dims}"
+                f"network.attention.bottleneck.window must have {self.spatial_dims} numbers, "
+                f"because network.spatial_dims is {self.spatial_dims}"
             )
         if math.prod(window or ()) > MOST_TOKENS:
             raise ValueError(
-                f"network.attention.bottleneck.window {window} holds more than {MOST_TOKENS:,} "
-                f"voxels; give it fewer"
+                f"network.attention.bottleneck.window {window} has more than {MOST_TOKENS:,} "
+                f"voxels; make it smaller"
             )
 
     def check_patch(self, patch: Sequence[int], name: str) -> None:
@@ -177,5 +182,5 @@ class NetworkConfig(Section):
             )
         if math.prod(patch) > MOST_VOXELS:
             raise ValueError(
-                f"{name} {patch} holds more than {MOST_VOXELS:,} voxels; make it smaller"
+                f"{name} {patch} has more than {MOST_VOXELS:,} voxels; make it smaller"
             )

@@ -24,12 +24,12 @@ def _checked_sizes(sizes: list[str]) -> list[str]:
         if size != PIXEL:
             length_mm(size)
     if PIXEL in sizes and len(sizes) > 1:
-        raise ValueError(f"'{PIXEL}' must stand alone: no file's pixel size then counts")
+        raise ValueError(f"'{PIXEL}' must be the only value, found {sizes}; remove the others")
     return sizes
 
 
 def _colours(value: Any) -> Any:
-    """One colour or several, as '#rrggbb' each."""
+    """A list of '#rrggbb', from one colour or several."""
     is_one = isinstance(value, str) or (
         isinstance(value, Sequence) and all(isinstance(part, int) for part in value)
     )
@@ -58,48 +58,62 @@ PixelSize = Annotated[
 
 
 class PicturesConfig(Section):
-    """What PNG, TIFF, JPEG and BMP files do not say themselves."""
+    """Information that PNG, TIFF, JPEG and BMP files lack."""
 
     pixel_size: PixelSize | None = None
-    """The size of a pixel, such as `4 nm` or `0.5 µm`, or a list of it along x, y and, of a stack,
-    z; `pixel` measures in pixels. By default what each file says, or pixels if it says nothing."""
+    """The size of a pixel, such as `4 nm` or `0.5 µm`, or a list with the size along x, y and, for
+    a stack, z. `pixel` means that lengths are measured in pixels. Default: the size in each file,
+    or pixels if the file has none."""
     pages: Literal["slices", "channels"] | None = None
-    """What the pages of a TIFF are; by default what the file says, or slices."""
+    """The meaning of the pages of a TIFF. Default: as stated in the file, or else slices."""
     label_colours: dict[Name, Colours] = Field({})
-    """The colour of each label in label pictures, or several, such as `{cell: '#ff0000'}`, by the
-    label's name or number; predictions are written in them. By default grey values, and the indices
-    of a palette, are the numbers of labels."""
+    """One or several colours of each label in label pictures, by the label's name or number, such
+    as `{cell: '#ff0000'}`. Predictions are written in the same colours. By default grey values or
+    palette indices are the numbers of labels."""
 
     def rules(self, labelling: Labelling) -> PictureRules:
-        """How pictures are read. Raises ValueError for a colour of an unknown label."""
+        """The rules for reading pictures.
+
+        Raises:
+            ValueError: a colour is given to an unknown label, or to two labels.
+        """
         places = range(len(labelling.value_names))
-        told = labelling.in_files or [(place,) for place in places]
-        numbers = {str(number): number for group in told for number in group}
+        in_files = labelling.in_files or [(place,) for place in places]
+        numbers = {str(number): number for group in in_files for number in group}
         numbers |= labelling.numbers_in_files
-        if labelling.ignore is not None and told[labelling.ignore]:
-            numbers["ignore"] = told[labelling.ignore][0]
+        if labelling.ignore is not None and in_files[labelling.ignore]:
+            numbers["ignore"] = in_files[labelling.ignore][0]
         return self.with_numbers(numbers)
 
     def with_numbers(self, numbers: Mapping[str, int]) -> PictureRules:
-        """The same, by the number of each label's name."""
+        """The rules for reading pictures, given the number of each label by name.
+
+        Raises:
+            ValueError: a colour is given to an unknown label, or to two labels.
+        """
         colours: dict[Rgb, int] = {}
         for name, listed in self.label_colours.items():
             if name not in numbers:
                 raise ValueError(
-                    f"pictures.label_colours names {name}, which is none of the labels "
+                    f"pictures.label_colours names {name}, which is not a label; choose from "
                     f"{', '.join(numbers)}"
                 )
             for colour in listed:
                 red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
                 if (red, green, blue) in colours:
-                    raise ValueError(f"pictures.label_colours gives {colour} to two labels")
+                    raise ValueError(
+                        f"pictures.label_colours gives {colour} to two labels; change one of them"
+                    )
                 colours[red, green, blue] = numbers[name]
         pixel_mm, in_pixels = pixel_mm_of(self.pixel_size)
         return PictureRules(pixel_mm, in_pixels, self.pages, colours)
 
 
 def pixel_mm_of(sizes: Sequence[str] | None) -> tuple[tuple[float, ...] | None, bool]:
-    """The size in mm along each axis, and whether lengths are pixels."""
+    """The pixel size in mm along each axis, and whether lengths are measured in pixels.
+
+    The size is None if files state it themselves, or if lengths are measured in pixels.
+    """
     if sizes is None:
         return None, False
     if list(sizes) == [PIXEL]:

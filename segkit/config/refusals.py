@@ -1,6 +1,6 @@
-"""Sentences that refuse wrong settings: the key, what was found, what was expected.
+"""Error messages about wrong settings: the key, the value found, and the value expected.
 
-Pydantic finds what is wrong; none of its words reach a user.
+Pydantic finds the errors; users see only sentences that this module writes.
 """
 
 import difflib
@@ -14,14 +14,14 @@ from pydantic_core import ErrorDetails
 from segkit.errors import abridged, first_few
 
 MOST_KEYS = 10
-"""Of wrong settings; the others are counted."""
+"""A message lists at most so many wrong settings and counts the others."""
 MOST_OF_A_VALUE = 80
-"""Characters of a value that a sentence shows."""
+"""A message shows at most so many characters of a value."""
 PATTERNS = {
     r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '_', '-' and '.', as a folder may have",
     r"^\d+:\d\d:\d\d:\d\d$": "days:hours:minutes:seconds, such as 00:08:00:00",
 }
-"""What the patterns of settings stand for."""
+"""The meaning of the regular expressions that settings must match."""
 
 WHOLE = "a whole number"
 NUMBER = "a number"
@@ -44,31 +44,31 @@ EXPECTED: dict[str, Expected] = {
     "finite_number": "a finite number",
     "path_type": "a path",
     "none_required": "null",
-    "literal_error": lambda told: str(told["expected"]),
-    "enum": lambda told: str(told["expected"]),
-    "greater_than": lambda told: f"greater than {told['gt']:g}",
-    "greater_than_equal": lambda told: f"greater than or equal to {told['ge']:g}",
-    "less_than": lambda told: f"less than {told['lt']:g}",
-    "less_than_equal": lambda told: f"less than or equal to {told['le']:g}",
-    "multiple_of": lambda told: f"a multiple of {told['multiple_of']:g}",
-    "too_short": lambda told: f"a list of {told['min_length']} or more",
-    "too_long": lambda told: f"a list of at most {told['max_length']}",
-    "string_too_short": lambda told: f"text of {told['min_length']} or more characters",
-    "string_too_long": lambda told: f"text of at most {told['max_length']} characters",
-    "string_pattern_mismatch": lambda told: PATTERNS.get(
-        told["pattern"], f"text of the form {told['pattern']}"
+    "literal_error": lambda context: str(context["expected"]),
+    "enum": lambda context: str(context["expected"]),
+    "greater_than": lambda context: f"greater than {context['gt']:g}",
+    "greater_than_equal": lambda context: f"greater than or equal to {context['ge']:g}",
+    "less_than": lambda context: f"less than {context['lt']:g}",
+    "less_than_equal": lambda context: f"less than or equal to {context['le']:g}",
+    "multiple_of": lambda context: f"a multiple of {context['multiple_of']:g}",
+    "too_short": lambda context: f"a list of {context['min_length']} or more",
+    "too_long": lambda context: f"a list of at most {context['max_length']}",
+    "string_too_short": lambda context: f"text of {context['min_length']} or more characters",
+    "string_too_long": lambda context: f"text of at most {context['max_length']} characters",
+    "string_pattern_mismatch": lambda context: PATTERNS.get(
+        context["pattern"], f"text of the form {context['pattern']}"
     ),
 }
-"""What a setting should be, by pydantic's name for what is wrong with it."""
+"""The expected value in words, for each of pydantic's types of error."""
 
 
 def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
-    """Why values are refused: a sentence for each wrong key, the first ten.
+    """An error message with a sentence for each of the first ten wrong keys.
 
     Args:
-        error: of making the model.
-        tree: the values that it was to be made from.
-        model: whose names of settings are known, for the nearest to a misspelt one.
+        error: pydantic's error.
+        tree: the values that were checked.
+        model: the class of the settings; its names serve to suggest one for a misspelt key.
 
     Example:
         train.steps is 'many': it should be a whole number; train.lr is not a setting
@@ -80,7 +80,7 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
             kind = "invalid_key"
         key = _key(problem["loc"], tree, kind)
         by_key[key].append({**problem, "type": kind} if kind != problem["type"] else problem)
-    # If a list is wrong in one place, it is no matter that other types would do instead of a list.
+    # If an item of a list is wrong, do not also report that another type could replace the list.
     above = {key.rsplit(".", depth)[0] for key in by_key for depth in range(1, key.count(".") + 1)}
     shown = {
         key: problems
@@ -93,9 +93,9 @@ def refusal(error: ValidationError, tree: Any, model: type[BaseModel]) -> str:
 
 
 def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
-    """The dotted key of a problem: what the user wrote, without what pydantic puts between.
+    """The dotted key of a problem, as the user wrote it.
 
-    Pydantic's location also names the kind or the type of a union that it tried.
+    Pydantic's location also names the member of a union that it tried; this is left out.
     """
     parts: list[str] = []
     for part in location:
@@ -111,20 +111,20 @@ def _key(location: Sequence[str | int], tree: Any, problem: str) -> str:
 
 def _sentence(key: str, problems: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
     first = next((each for each in problems if each["type"] not in EXPECTED), problems[0])
-    told = first.get("ctx", {})
+    context = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
             return f"{key} is not a setting{_nearest(key, model)}"
         case "invalid_key":
-            return f"{key} is not a setting; names of settings are text, so put it in quotes"
+            return f"{key} is not a setting, because names of settings are text; put it in quotes"
         case "missing":
             return f"{key} is missing; give it a value"
         case "union_tag_invalid":
-            return f"{key}.kind is {told['tag']!r}; choose {told['expected_tags']}"
+            return f"{key}.kind is {context['tag']!r}; choose {context['expected_tags']}"
         case "union_tag_not_found":
             return f"{key}.kind is missing; name one"
         case "value_error" | "assertion_error":
-            reason = str(told["error"])
+            reason = str(context["error"])
             name = key.split(".")[-1]
             return reason if not key or (name and name in reason) else f"{key}: {reason}"
     expected = dict.fromkeys(
@@ -143,14 +143,14 @@ def _or(words: Sequence[str]) -> str:
 
 
 def _choice(problem: ErrorDetails) -> str:
-    """The nearest of the choices, for a misspelt one."""
+    """A hint that names the most similar choice, or an empty text if none is similar."""
     choices = problem.get("ctx", {})["expected"].replace(" or ", ", ").split(", ")
     near = difflib.get_close_matches(repr(problem["input"]), choices, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:
-    """The setting that a misspelt or misplaced one may be: of its own section, or of another."""
+    """A hint that names a similar setting of the same section, or the same name in another."""
     *section, name = key.split(".")
     known = {path for path in _paths(model) if path[-1] != name or path[:-1] != tuple(section)}
     elsewhere = [path for path in known if path[-1] == name]
@@ -162,7 +162,7 @@ def _nearest(key: str, model: type[BaseModel]) -> str:
 
 
 def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The dotted names of all settings, each as its parts; those of all kinds of a section."""
+    """The parts of the dotted names of all settings, for every kind of each section."""
     for name, field in model.model_fields.items():
         yield (*above, name)
         for section in set(_models(field.annotation)):

@@ -1,4 +1,4 @@
-"""Which names of labels tell left from right, in any usual way of writing."""
+"""Search for names of labels that tell left from right."""
 
 import re
 import unicodedata
@@ -18,21 +18,22 @@ WORDS = (
     *[("levy", "pravy"), ("левый", "правый"), ("левая", "правая"), ("левое", "правое")],
     *[("左", "右")],
 )
-"""Words that tell a side by themselves; also glued to another word, as in `leftlung`."""
+"""Words that mean a side, also if they are joined to another word, as in `leftlung`."""
 MARKS = (("l", "r"), ("lt", "rt"), ("lh", "rh"))
-"""Abbreviations that tell a side by themselves if they stand alone, and else in a pair."""
+"""Abbreviations that mean a side if they are a separate part of a name, or one of a pair."""
 PAIRED = (
     *MARKS,
     *[("li", "re"), ("izq", "der"), ("sin", "dex"), ("sin", "dext"), ("sin", "dx"), ("sx", "dx")],
     *[("sn", "dx"), ("sin", "dxt")],
 )
-"""Abbreviations that tell a side if another name differs only in them."""
+"""Abbreviations that mean a side if another label's name differs only in them."""
 LETTERS = (("g", "d"), ("i", "d"), ("e", "d"))
-"""Gauche and droite, izquierdo and derecho, esquerdo and direito: likewise, if they stand alone."""
+"""Letters that mean a side if they are a separate part of a name and another label differs only in
+them: gauche and droite, izquierdo and derecho, esquerdo and direito."""
 SHORTEST_NEIGHBOUR = 3
-"""The letters that a word is glued to are at least so many: `cleft` and `bright` are no sides."""
+"""A word of a side may be joined only to at least so many letters: not `cleft`, not `bright`."""
 TOKEN = re.compile(r"[A-Z]+(?![a-z]{2})\d*|[A-Z]?[a-z]+\d*|\d+|[^\W\d_]+\d*")
-"""A part of a name: a word or an abbreviation, with the number that follows it: `L1` is no `L`."""
+"""A part of a name: a word or an abbreviation with the number after it, so that `L1` is not `L`."""
 PLAIN = str.maketrans(
     {"ø": "o", "Ø": "O", "æ": "ae", "Æ": "Ae", "ß": "ss", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D"}
 )
@@ -41,15 +42,19 @@ PLAIN = str.maketrans(
 def names_of_sides(labels: Sequence[str]) -> list[str]:
     """The labels whose names tell left from right.
 
-    A name tells a side by a word for it (`LeftLung`, `rein gauche`), by a mark that stands alone
-    (`Hippocampus L`, `ctx-lh-cuneus`), or if another label differs only in the side (`kidneyL` and
-    `kidneyR`, `LV` and `RV`). Numbered vertebrae (`L1`) tell none.
+    A name tells a side if it has a word for it (`LeftLung`, `rein gauche`), if it has a separate
+    abbreviation (`Hippocampus L`, `ctx-lh-cuneus`), or if another label differs only in the side
+    (`kidneyL` and `kidneyR`, `LV` and `RV`). Numbered vertebrae (`L1`) do not tell a side.
+
+    Example:
+        >>> names_of_sides(["kidneyL", "kidneyR", "liver"])
+        ['kidneyL', 'kidneyR']
     """
     tokens = {label: _tokens(label) for label in labels}
     spelt = defaultdict(list)
     for label, parts in tokens.items():
         spelt["_".join(parts)].append(label)
-    found = {label for label, parts in tokens.items() if _tells_alone(parts, spelt)}
+    found = {label for label, parts in tokens.items() if _tells_a_side(parts, spelt)}
     for name in list(spelt):
         for other in _mirrored(name, spelt):
             found |= {*spelt[name], *spelt[other]}
@@ -57,7 +62,7 @@ def names_of_sides(labels: Sequence[str]) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """Without accents."""
+    """The name without accents."""
     apart = unicodedata.normalize("NFKD", name.translate(PLAIN))
     return "".join(letter for letter in apart if not unicodedata.combining(letter))
 
@@ -70,7 +75,7 @@ SIDES = frozenset(_plain(word) for pair in WORDS for word in pair)
 LONG = tuple(word for word in SIDES if len(word) > 3)
 
 
-def _tells_alone(tokens: tuple[str, ...], spelt: Mapping[str, object]) -> bool:
+def _tells_a_side(tokens: tuple[str, ...], spelt: Mapping[str, object]) -> bool:
     for place, token in enumerate(tokens):
         if token.rstrip("0123456789") in SIDES or "左" in token or "右" in token:
             return True
@@ -89,9 +94,9 @@ def _tells_alone(tokens: tuple[str, ...], spelt: Mapping[str, object]) -> bool:
 
 
 def _others(around: tuple[str, str], spelt: Mapping[str, object]) -> set[str]:
-    """The single letters that stand at one place of names that are otherwise alike.
+    """The single letters at one place of names that are otherwise equal.
 
-    With `zone a`, `zone b`, …, `zone l` they count rather than tell a side.
+    In `zone a`, `zone b`, …, `zone l` such letters are numbering and do not mean a side.
     """
     before, after = (part.strip("_") for part in around)
     start, end = before and f"{before}_", after and f"_{after}"
@@ -100,7 +105,7 @@ def _others(around: tuple[str, str], spelt: Mapping[str, object]) -> set[str]:
 
 
 def _mirrored(name: str, spelt: Mapping[str, object]) -> Iterator[str]:
-    """Other names that say right where this one says left."""
+    """Other names that have right in the place of left in this one."""
     for left, right in (*WORDS, *PAIRED, *LETTERS):
         for match in re.finditer(re.escape(left), name):
             before, after = name[: match.start()], name[match.end() :]

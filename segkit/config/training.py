@@ -1,7 +1,7 @@
-"""Settings of one training run: data, network, optimiser and what is handed to Lightning.
+"""Settings of one training run: data, network, optimiser and options of Lightning.
 
-Nothing in this room imports torch, and no setting names a Python class. `segkit.config.load` reads
-them.
+No module in this folder imports torch, and no setting names a Python class. `segkit.config.load`
+reads settings from YAML.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ from segkit.config.loss import LossConfig
 from segkit.config.network import NetworkConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""The share of a running mean that a step keeps."""
+"""The share of a running mean that each step keeps."""
 
 
 LEAST_STEPS = 20
-"""A run by the clock takes so many steps even if preparing took all of its time."""
+"""A run with `train.minutes` takes at least this many steps, even if no time is left for them."""
 MOST_FOR_SCORING = 0.25
-"""The largest share of `minutes` that the final scores take: beyond it, fewer cases are scored."""
+"""The final scores take at most this share of `minutes`; fewer cases are scored if necessary."""
 
 
 class AdamWConfig(Section):
@@ -30,26 +30,26 @@ class AdamWConfig(Section):
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """The share of the steps over which the learning rate rises."""
     rise_factor: Annotated[float, Field(ge=1)] = 25.0
-    """The highest learning rate over the first."""
+    """The highest learning rate divided by the first."""
     fall_factor: Annotated[float, Field(ge=1)] = 1e4
-    """The first learning rate over the last."""
+    """The first learning rate divided by the last."""
     highest_momentum: Decay = 0.95
-    """The decay of the mean gradient at the lowest learning rate."""
+    """The decay of the mean gradient while the learning rate is lowest."""
     lowest_momentum: Decay = 0.85
-    """The decay of the mean gradient at the highest learning rate."""
+    """The decay of the mean gradient while the learning rate is highest."""
     square_decay: Decay = 0.999
     """The decay of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the mean squared gradient."""
+    """This small number is added to the root of the mean squared gradient."""
 
 
 class SgdConfig(Section):
-    """Stochastic gradient descent on a polynomial schedule, as nnU-Net has it."""
+    """Stochastic gradient descent on a polynomial schedule, as in nnU-Net."""
 
     momentum: Decay = 0.99
     nesterov: bool = True
     power: Annotated[float, Field(gt=0)] = 0.9
-    """The learning rate is the highest one times (1 - step / steps) to this power."""
+    """The learning rate is the highest one times (1 - step / steps), raised to this power."""
 
 
 class TrainConfig(Section):
@@ -63,58 +63,61 @@ class TrainConfig(Section):
     sgd: SgdConfig = SgdConfig()
     """Used only if `optimiser` is sgd."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest of the schedule; 0.003 for AdamW and 0.01 for SGD where not given."""
+    """The highest learning rate of the schedule. Default: 0.003 for AdamW and 0.01 for SGD."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """AdamW's decoupled decay (Loshchilov and Hutter 2019) or SGD's; 0.05 and 3e-5 where not given.
-    """
+    """Decoupled weight decay for AdamW (Loshchilov and Hutter 2019), L2 penalty for SGD. Default:
+    0.05 for AdamW and 3e-5 for SGD."""
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
-    """The largest norm of a step's gradient."""
+    """The largest norm of a gradient; a longer one is scaled down to it."""
     loss: LossConfig = LossConfig()
     batch_dice: bool = False
-    """Whether the Dice loss, and any other of overlap, pools the whole batch or averages over its
-    samples."""
+    """If true, the Dice loss and other overlap losses pool all samples of a batch; if false, they
+    average over the samples."""
     validate_every: Positive = 200
-    """Steps between validations on whole volumes, each with a checkpoint to resume from."""
+    """Steps between validations on whole volumes. Each validation also writes a checkpoint from
+    which training can resume."""
     validation_cases: Positive | None = None
-    """Held-out cases, the first by name, that are looked at at each validation; all where not
-    given. The final scores are those of all."""
+    """Number of held-out cases, the first by name, that each validation uses. Default: all. The
+    final scores always use all held-out cases."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall time of the whole run, from preparing the cases to the final scores; no limit where not
-    given. The learning rate then follows the time and not the steps: `steps` are those that the
-    schedule was planned for, and the run takes as many as fit. So it cannot be repeated bit for
-    bit."""
+    """Wall time of the whole run, from preparing the cases to the final scores. Default: no limit.
+    With a limit, the learning rate follows the time instead of the steps: the schedule was planned
+    for `steps`, and the run takes as many steps as fit. Such a run cannot be repeated bit for bit.
+    """
     pictures: Annotated[int, Field(ge=0)] = 3
-    """Held-out cases whose slices are drawn at each validation, where Pillow is installed."""
+    """Number of held-out cases whose slices are drawn at each validation, if Pillow is installed.
+    """
     patience: Positive | None = None
-    """Validations without a better Dice after which training ends; never where not given."""
+    """Training ends after this many validations without a better Dice. Default: never."""
     averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay, such as 0.999, of a running average of the weights, which is then validated and saved
-    in their stead; none where not given."""
+    """Decay, such as 0.999, of a running average of the weights. The averaged weights are then
+    validated and saved instead of the last ones. Default: no average."""
     start_from: Path | None = None
-    """A run or model folder whose weights to begin with, wherever name and shape are the same."""
+    """A run or model folder. Training starts from its weights, for each weight that has the same
+    name and shape in the new network."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class TrainerConfig(Section):
-    """What is handed to Lightning."""
+    """Options that are passed to Lightning's Trainer."""
 
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     precision: str | int = "auto"
-    """`auto` is bf16-mixed or 16-mixed on a GPU; on a CPU bf16-mixed where it has matrix units for
-    that (AMX), else 32-true."""
+    """`auto` means bf16-mixed or 16-mixed on a GPU. On a CPU it means bf16-mixed if the CPU has
+    matrix units for it (AMX), and 32-true if not."""
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
-    """DD:HH:MM:SS after which training ends, trained or not. The learning rate follows train.steps
-    alone, so give it as many as fit; after twenty of them training says how many do."""
+    """Training ends after this time (DD:HH:MM:SS), finished or not. The learning rate follows only
+    train.steps, so choose as many steps as fit. After twenty steps training reports how many do."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])
-    """Where training is followed beside its folder, which always has metrics.csv, and TensorBoard's
-    events where that is installed. They obey WANDB_MODE and MLFLOW_TRACKING_URI."""
+    """Services that also record the training; they obey WANDB_MODE and MLFLOW_TRACKING_URI. The
+    run's folder always holds metrics.csv, and TensorBoard events if TensorBoard is installed."""
 
 
 class Config(Section):
-    """One training run, whole."""
+    """All settings of one training run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The run is written to `runs/<name>`."""
@@ -123,8 +126,8 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     trainer: TrainerConfig = TrainerConfig()
     replaced: list[str] = Field([])
-    """Parts of training that were replaced from Python, in the config of a run. Only Python can
-    train by such a config, given the same parts."""
+    """Parts of training that were replaced from Python. segkit writes this into the config of a
+    run. Such a config can be trained only from Python, with the same parts."""
 
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:
@@ -135,6 +138,6 @@ class Config(Section):
         if normalised and set(coarsest) == {1}:
             raise ValueError(
                 f"data.patch_size {patch} leaves one voxel at the coarsest level, which instance "
-                f"normalisation cannot normalise; double an axis or take fewer network.channels"
+                f"normalisation cannot normalise; double an axis or use fewer network.channels"
             )
         return self

@@ -25,7 +25,7 @@ from segkit.io.atomic import write_json
 from segkit.io.pictures import Panel, write_montage
 from segkit.io.volume import Volume, write_volume
 from segkit.system.progress import Track, untracked
-from segkit.system.signals import advising
+from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 
 TISSUES = {"background": 0, "other": 1, "grey matter": 2, "white matter": 3}
@@ -67,7 +67,7 @@ def run_demo(
     scan, reference = load_template()
     dataset = out / "dataset"
     write_dataset(dataset, scan, reference)
-    with advising("segkit demo --overwrite begins anew"):
+    with advice_on_stop("segkit demo --overwrite begins anew"):
         run = train(
             demo_config(dataset, contrast=contrast, steps=steps),
             runs=out / "runs",

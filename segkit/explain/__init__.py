@@ -1,1 +1,1 @@
-"""Attention maps on the patient's own grid, and what they mean."""
+"""Explanations of a segmentation: attention maps in the patient's space, measures and verdicts."""

@@ -1,4 +1,4 @@
-"""Tables, plots and verdicts as plain data, for a page, a notebook or a file."""
+"""Tables, plots and verdicts as plain data. A page, a notebook or a file shows them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ Cell = str | float | int | None
 
 
 def rounded(value: Cell) -> Cell:
-    """A cell for a reader: four decimals; None for NaN."""
+    """The value of a table cell with four decimals; None if it is NaN."""
     if not isinstance(value, float):
         return value
     return None if math.isnan(value) else round(value, 4)
@@ -16,7 +16,7 @@ def rounded(value: Cell) -> Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of figures; None is shown as a dash."""
+    """Rows of values; None is shown as a dash."""
 
     title: str
     columns: Sequence[str]
@@ -26,7 +26,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot through points (x, y)."""
+    """One line of a plot, through the points (x, y)."""
 
     name: str
     x: Sequence[float]
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A plot of lines that share their axes, such as Dice over the share of voxels deleted."""
+    """A plot of lines on shared axes, such as Dice against the share of deleted voxels."""
 
     title: str
     x_label: str
@@ -46,7 +46,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure, its interval if it has one, and what chance alone would give."""
+    """One bar: a value, its interval if it has one, and the value expected by chance."""
 
     name: str
     value: float
@@ -54,27 +54,28 @@ class Bar:
     high: float | None = None
     chance: float | None = None
     beside: bool = False
-    """Whether it stands there for the sake of the bar above, to compare with."""
+    """Whether the bar is a baseline for the bar above it."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A plot of figures side by side."""
+    """A bar plot."""
 
     title: str
     label: str
-    """What the figures are, and their unit."""
+    """Name and unit of the values."""
     bars: Sequence[Bar]
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a map is worth, in a word, a sentence, and the numbers that decided it."""
+    """A verdict on a map: a word, a sentence, and the numbers behind them."""
 
     map: str
-    """The name of its layer."""
+    """The name of the map's layer on the page."""
     verdict: str
-    """The word."""
+    """The word, such as 'informative'."""
     reason: str
+    """The sentence."""
     numbers: Mapping[str, Cell] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""`segkit explain`: what a model attends to, measured, and what its heads are worth."""
+"""The work of `segkit explain`: write maps, measures, verdicts and a page for each volume."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,15 +40,16 @@ Conclude = Callable[[Sequence[Verdict]], None]
 
 @dataclass(frozen=True)
 class Explained:
-    """What was written of one volume, or why nothing was."""
+    """The files written for one volume, or the reason why none was written."""
 
     name: str
     written: tuple[Path, ...] = ()
     reach: dict[str, list[HeadReach]] = field(default_factory=dict)
-    """How far each head reached in it, by position."""
+    """Attention distance of each head in this volume, by position in the network."""
     verdicts: tuple[Verdict, ...] = ()
-    """The best of each map, by this volume only."""
+    """The best verdict on each map, from this volume only."""
     error: str | None = None
+    """The reason as one sentence; None if the files were written."""
 
 
 def explain_files(
@@ -63,32 +64,35 @@ def explain_files(
     conclude: Conclude = lambda verdicts: None,
     track: Track = untracked,
 ) -> Iterator[Explained]:
-    """Write each volume's labels, maps, measures and page; of several, each in its own folder.
+    """Write labels, maps, measures and a page for each volume, and yield a result for each.
 
-    `NAME_seg`, the maps of `write_maps` with how far heads reach, `measures.json`, `measures.csv`
-    and `index.html`. Over several, `cohort.csv` has the rows of all and `index.html` sums them up.
-    With verdicts, `ablation.csv` has a row for each map that is taken out and each class, and over
-    several volumes `cohort.json` has the verdicts over all.
+    The files of a volume are its labels (`NAME_seg`), the maps of `write_maps` with the attention
+    distances of heads, `measures.json`, `measures.csv` and `index.html`. A single volume is written
+    to `folder` itself. If there are several, each has its own folder in it; `cohort.csv` then has
+    the rows of all volumes, `cohort.json` describes them and `index.html` summarises them.
+    With verdicts, `ablation.csv` has a row for each ablated map and class, and `cohort.json` also
+    has the verdicts over all volumes.
 
-    One bad volume does not stop the others, and is left out of the figures over all. If results may
-    be overwritten, files of earlier results that the new ones do not have are removed.
+    A volume that fails does not stop the others. It is left out of the summary. If results may be
+    overwritten, old files that have no new counterpart are removed.
 
     Args:
-        predictor: of the model.
+        predictor: runs the model.
         inputs: the volumes.
-        folder: where to write.
-        references: the label of the only volume; or a folder of labels, or a dataset, which pair
-            with the volumes as `find_pairs` has it; the model's own labels stand in if None.
-        tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
-            at it.
-        verdicts: whether to ask if each gate matters, which takes minutes a volume.
-        overwrite: whether files that exist may be replaced.
-        conclude: takes the verdicts over several volumes.
-        track: may show the progress.
+        folder: where the files are written.
+        references: the label file of the only volume, a folder of labels, or a dataset. Files of a
+            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            own labels replace the reference.
+        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
+            counts as pointing at it.
+        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        overwrite: whether existing files may be replaced.
+        conclude: is called with the verdicts over several volumes.
+        track: reports the progress.
 
     Raises:
-        VolumeError: if a file exists already, is an input, or a volume has no reference.
-        ModelError: if verdicts are asked for and the model has no gates.
+        VolumeError: if an output file exists or is also an input, or a volume has no reference.
+        ModelError: if verdicts are wanted and the model has no gates.
     """
     folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
@@ -99,7 +103,7 @@ def explain_files(
     worths: list[Worth] = []
     sources: list[Input] = []
     left_out: list[str] = []
-    torn = False  # whether some of a volume's files were left without the others
+    incomplete = False  # whether writing failed after some of a volume's files
     asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
@@ -122,7 +126,7 @@ def explain_files(
             written = explanation.write(place, made=made)
         except (SegkitError, OSError) as error:
             left_out.append(failure(source, error))
-            torn |= isinstance(error, OSError)
+            incomplete |= isinstance(error, OSError)
             yield Explained(source.name, error=left_out[-1])
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
@@ -134,7 +138,7 @@ def explain_files(
     if len(inputs) > 1 and cases:
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
         _write_cohort(folder, cases, worths, facts_of(predictor), left_out, made, conclude)
-    if not torn:
+    if not incomplete:
         finish(folder / PAGE)
 
 
@@ -147,7 +151,7 @@ def _write_cohort(
     made: Mapping[str, Any],
     conclude: Conclude,
 ) -> None:
-    """Write what several volumes say together, and remove what earlier ones said beyond it."""
+    """Write the files that summarise several volumes; remove outdated ones."""
     if left_out:
         facts["scans left out"] = "; ".join(left_out)
     write_text(folder / COHORT, rows_as_csv(row for case in cases for row in case.rows()))
@@ -168,7 +172,7 @@ def _write_cohort(
 
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
-    """Where the files of one volume go: the folder itself if it is the only one."""
+    """The folder for the files of one volume: `folder` itself if there is only one volume."""
     return folder if len(inputs) == 1 else folder / source.name
 
 
@@ -181,7 +185,23 @@ def explain_heads(
     overwrite: bool = False,
     track: Track = untracked,
 ) -> list[PositionFigures]:
-    """Study the heads on volumes with references, and write `heads.csv` and `heads.json`."""
+    """Study the attention heads on volumes with references; write `heads.csv` and `heads.json`.
+
+    Args:
+        predictor: runs the model.
+        inputs: the volumes.
+        references: their labels, as in `explain_files`.
+        folder: where the two files are written.
+        overwrite: whether existing files may be replaced.
+        track: reports the progress.
+
+    Returns:
+        The figures of each position in the network that has heads.
+
+    Raises:
+        VolumeError: if a file exists, or a reference is missing or does not fit its volume.
+        ModelError: if the model has no attention heads.
+    """
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
@@ -219,15 +239,16 @@ def explain_heads(
 
 
 def remove_heads(folder: Path) -> None:
-    """Remove what an earlier study of heads wrote, which the results to come will not be of."""
+    """Remove the files of an earlier study of heads, which would not belong to the new results."""
     _remove((folder / each for each in HEADS), but=())
 
 
 def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
-    """What `explain_files` would write, but for the maps.
+    """The files that `explain_files` would write, except the maps.
 
-    Raises VolumeError where some of it is there already, unless a run that was stopped left it, or
-    is an input, or where two volumes of one name would share their files.
+    Raises:
+        VolumeError: if one of them is also an input, if one exists and was not left by an
+            interrupted run, or if two volumes have the same name.
     """
     files = {file.resolve() for source in inputs for file in source.files}
     names: set[str] = set()
@@ -237,7 +258,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
         check_name(source.name, source.files[0])
         if source.name in names:
             raise VolumeError(
-                f"{source.files[0]}: another volume is called {source.name} too; rename one"
+                f"{source.files[0]}: another volume is also called {source.name}; rename one"
             )
         names.add(source.name)
         place = case_folder(source, inputs, folder)
@@ -247,7 +268,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
         targets += _of_cohort(folder)
     for target in (*targets, *maps):
         if target.resolve() in files:
-            raise VolumeError(f"{target}: is an input itself; name another --out")
+            raise VolumeError(f"{target}: this output file is also an input; give another --out")
     left = left_behind(folder / PAGE)
     refuse_existing(targets, overwrite=overwrite, left=left)
     if not left:
@@ -256,7 +277,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
 
 
 def _of_volume(name: str, folder: Path) -> list[Path]:
-    """What may be written of one volume, but for maps."""
+    """All files that may be written for one volume, except maps."""
     return [
         *(folder / f"{name}{ending}" for ending in ENDINGS),
         *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
@@ -264,7 +285,7 @@ def _of_volume(name: str, folder: Path) -> list[Path]:
 
 
 def _maps_of(name: str, folder: Path) -> list[Path]:
-    """The maps that are there of one volume; a model sets their names."""
+    """The existing map files of one volume. Their names depend on the model."""
     return [
         *folder.glob(f"{name}_map-*.nii.gz"),
         *folder.glob(f"{name}_map-*.tif"),
@@ -283,21 +304,22 @@ def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:
 
 
 def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
-    """The reference of each input, by its name: the file itself, or by the rule of `find_pairs`.
+    """The reference file of each input, by the input's name.
 
     Args:
-        inputs: the volumes, which are no references if they lie among these.
-        references: the label of the only volume; or a folder of labels, or a dataset.
+        inputs: the volumes. If some lie among the references, they are not taken for references.
+        references: the label file of the only volume, or a folder of labels or a dataset, whose
+            files are paired with the inputs as in `find_pairs`.
 
     Raises:
-        VolumeError: one has no reference, or references cannot be told apart.
+        VolumeError: if an input has no reference or more than one.
     """
     known = references_in(references)
     if references.is_file() and known.source is None:
         if len(inputs) > 1:
             raise VolumeError(
-                f"{references}: one reference cannot be that of {len(inputs)} volumes; name a "
-                f"folder"
+                f"{references}: expected a reference for each of {len(inputs)} volumes, but this "
+                f"is a single file; give a folder of references"
             )
         return {source.name: references for source in inputs}
     scans = {file.resolve() for source in inputs for file in source.files}
@@ -307,5 +329,8 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path
     found = {named[scan]: label for _, scan, label in pairing.pairs}
     for source in inputs:
         if source.name not in found:
-            raise VolumeError(f"{references}: holds no volume called {source.name}")
+            raise VolumeError(
+                f"{references}: contains no reference called {source.name}; add it or leave out "
+                f"this volume"
+            )
     return found

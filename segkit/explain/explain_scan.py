@@ -1,9 +1,9 @@
-"""What a model attends to in one scan, as an object: maps, measures, and ways to look at them.
+"""Explain the segmentation of one scan: an object with maps, measures, verdicts and a page.
 
 explanation = explain_volume(Predictor.load("runs/mine"), read_volume(path), reference)
 explanation.maps["skip.1/gate"].volume.data      # the map on its own grid
-explanation.measures                              # dataclasses, a figure each
-explanation                                       # in a notebook, pictures and a table
+explanation.measures                              # a list of dataclasses, one for each measure
+explanation                                       # in a notebook: pictures and tables
 """
 
 import base64
@@ -30,7 +30,7 @@ from segkit.explain.measures.measure_maps import (
     TOLERANCE_MM,
     Measure,
     measure_maps,
-    members,
+    measured_structures,
 )
 from segkit.explain.page.page import Layer, Page, write_page
 from segkit.explain.page.parts import (
@@ -58,58 +58,63 @@ TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
 ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json", "_seg.png", "_seg.tif")
-"""Of the names of files that begin with the scan's."""
+"""Endings of the files whose names begin with the name of the scan."""
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a model makes of a scan, and what its maps are worth there."""
+    """The segmentation of a scan, the attention maps behind it, and measures of the maps."""
 
     name: str
     scan: Volume
     labels: Volume
-    """The model's."""
+    """The predicted labels."""
     reference: Volume | None
     maps: dict[str, AttentionMap]
-    """By key; the fused map with them, where there are several gates."""
+    """Each map by its key. If there are several gates, also their mean, 'fused/gate'."""
     measures: list[Measure]
-    """Against the reference, or the model's own labels where there is none."""
+    """Compared with the reference, or with the predicted labels if there is no reference."""
     tolerance_mm: float
     dice: dict[str, float]
-    """Of each structure with the reference; NaN where neither holds it, nothing without one."""
+    """Dice of each structure with the reference; NaN if neither contains the structure. Empty if
+    there is no reference."""
     reach: dict[str, list[HeadReach]]
-    """How far each head of attention reaches, by position."""
+    """Attention distance and entropy of each head, by position in the network."""
     worth: Worth | None
-    """What its gates are worth, with verdicts; None if these were not asked for."""
+    """Verdicts on the gates and their evidence; None if verdicts were not wanted."""
     label_names: dict[int, str]
-    """By the number in files."""
+    """Name of each label, by its number in files."""
     facts: dict[str, str] = field(default_factory=dict)
-    """Which model and which settings made it."""
+    """The model and the settings, in words."""
     labelling: Labelling = field(default_factory=lambda: Labelling({}))
-    """What the model tells apart, and the numbers of it in files."""
+    """The model's classes or regions, and their numbers in files."""
 
     @property
     def against(self) -> str:
-        """What the measures compare with: 'reference' or 'prediction'."""
+        """The labels that the maps are compared with: 'reference' or 'prediction'."""
         return "prediction" if self.reference is None else "reference"
 
     @property
     def verdicts(self) -> tuple[GateVerdict, ...]:
-        """On each gate, channel and structure; none if they were not asked for."""
+        """The verdict on each gate, channel and structure; empty if none were wanted."""
         return self.worth.verdicts if self.worth else ()
 
     def on_scan(self, key: str) -> Volume:
-        """A map that has a place, resampled linearly to the scan's voxels."""
+        """A map resampled linearly to the scan's voxels.
+
+        Args:
+            key: of a map with a spatial grid, such as 'skip.1/gate'.
+        """
         return map_on_source(self.maps[key], self.scan)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The measures as a table: a row for each map, what is measured, and structure."""
+        """The measures as a table: a row for each map, baseline and structure."""
         return measure_rows(self.name, self.measures, self.dice)
 
     def page(self) -> Page:
-        """Everything as one page for `segkit.explain.page.page.write_page`."""
+        """The content of the HTML page, for `segkit.explain.page.page.write_page`."""
         return Page(
-            f"What the model attends to: {self.name}",
+            f"Attention maps: {self.name}",
             self.scan,
             self._layers(),
             tables=[*self._tables(), *(self.worth.tables if self.worth else ())],
@@ -122,13 +127,15 @@ class Explanation:
     def write(
         self, folder: str | Path, *, made: Mapping[str, Any] | None = None
     ) -> tuple[Path, ...]:
-        """Write labels, maps, measures and page, as `segkit explain` does, and return the files.
-
-        The labels come first.
+        """Write labels, maps, measures and the page, as `segkit explain` does.
 
         Args:
-            folder: where to; it is made if it is missing, and files in it are replaced.
-            made: what made the explanation, told in each JSON file.
+            folder: where the files are written. It is created if it is missing; existing files are
+                replaced.
+            made: provenance (model, inputs, settings) for each JSON file.
+
+        Returns:
+            The files, the labels first.
         """
         folder = Path(folder)
         provenance = {} if made is None else {PROVENANCE: made}
@@ -159,9 +166,10 @@ class Explanation:
         return (labels, sidecar, *maps, *(folder / name for name in names))
 
     def to_niivue(self) -> Any:
-        """The scan with its labels and maps in a NiiVue widget.
+        """A NiiVue widget that shows the scan with its labels and maps in a notebook.
 
-        Raises SegkitError where ipyniivue is not installed.
+        Raises:
+            SegkitError: if ipyniivue is not installed.
         """
         try:
             import ipyniivue
@@ -195,7 +203,7 @@ class Explanation:
         )
 
     def _shown(self, labels: Volume) -> tuple[Volume, dict[int, str]]:
-        """Labels for pictures, in which 0 is the background, and their names."""
+        """Labels for display, with 0 as background, and their names."""
         own = self.labelling.numbers
         names = {own.get(name, number): name for number, name in self.label_names.items()}
         return volume_within(labels, self.labelling), names
@@ -210,11 +218,11 @@ class Explanation:
         return layers
 
     def _repr_html_(self) -> str:
-        """Pictures, if Pillow is installed, and a table of what the maps pick out."""
+        """Tables of measures, below pictures if Pillow is installed."""
         parts = [f"<h3>{html.escape(self.name)}</h3>"]
         if find_spec("PIL") is not None:
             picture = base64.b64encode(self._montage()).decode()
-            parts.append(f'<img alt="middle planes" src="data:image/png;base64,{picture}">')
+            parts.append(f'<img alt="middle slices" src="data:image/png;base64,{picture}">')
         for table in self._tables():
             rows = [table.columns, *table.rows]
             cells = "".join(
@@ -260,30 +268,30 @@ def explain_volume(
     earlier: Sequence[CaseEvidence] = (),
     track: Track = untracked,
 ) -> Explanation:
-    """What a model attends to in a scan, measured against labels: a reference, or its own.
+    """Segment a scan, record the attention maps, and compare them with labels.
 
     Args:
-        predictor: of the model. Cells of windows that it skips are NaN and are not measured.
+        predictor: runs the model. Map cells of windows that it skips are NaN and are not measured.
         volume: the scan.
-        reference: its labels on the same grid, its axes stored in any order; the model's own labels
-            stand in if None.
-        name: what to call the scan on the page and in files.
-        tolerance_mm: how far (mm) a map's highest value may lie from a structure and still point
-            at it.
-        verdicts: whether to ask if each gate matters, which takes minutes. One scan gives evidence
-            but hardly a word; `judge_gates` takes several.
-        untrained: for verdicts on a network of your own, from a seed to an untrained network of its
-            form.
-        earlier: for verdicts, the evidence of other scans (`Explanation.worth.evidence`), whose
-            mean map deletion is compared with.
-        track: may show the progress.
+        reference: labels on the scan's grid; its axes may be stored in another order. If None, the
+            maps are compared with the predicted labels.
+        name: name of the scan on the page and in files.
+        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
+            counts as pointing at it.
+        verdicts: whether to judge if each gate matters. This takes minutes. One scan gives
+            evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
+        untrained: only for verdicts on your own network: a function from a seed to an untrained
+            network with the same architecture.
+        earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
+            mean map is one of the comparators for deletion.
+        track: reports the progress.
 
     Returns:
-        Labels, maps and measures of the scan; `write` makes files of them.
+        Labels, maps and measures of the scan. Its method `write` writes them to files.
 
     Raises:
         VolumeError: if the reference lies on another grid, or the volume does not fit the model.
-        ModelError: if verdicts are asked for and the model has no gates.
+        ModelError: if verdicts are wanted and the model has no gates.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -321,12 +329,12 @@ def explain_volume(
     dice: dict[str, float] = {}
     if reference is not None:
         found, right = (within(each.data, labelling) for each in (prediction.labels, reference))
-        told = np.ones(volume.grid.shape, bool)
+        labelled = np.ones(volume.grid.shape, bool)
         if labelling.ignore is not None:
-            told = right != labelling.ignore
+            labelled = right != labelling.ignore
         dice = {
-            structure: _dice(found[told], right[told], numbers)
-            for structure, numbers in members(labelling).items()
+            structure: _dice(found[labelled], right[labelled], numbers)
+            for structure, numbers in measured_structures(labelling).items()
         }
     worth = None
     if verdicts:
@@ -359,7 +367,7 @@ def explain_volume(
 
 
 def facts_of(predictor: Predictor) -> dict[str, str]:
-    """Which model and which settings a predictor works with, in words."""
+    """The model and the settings of a predictor, in words."""
     description = predictor.model.description
     patch, overlap, _ = predictor.layout
     network = description.network
@@ -375,7 +383,7 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
         "image channels": ", ".join(description.channels),
         "spacing": " × ".join(f"{mm:g}" for mm in description.spacing) + " mm",
         "windows": " × ".join(map(str, patch)) + f" voxels, overlap {max(overlap):g}",
-        "measured": "on each map's own grid; a cell lies in a structure if half of it does",
+        "measured": "on each map's own grid; a cell is in a structure if at least half of it is",
         "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
         f"torch {torch.__version__}, numpy {np.__version__}",
     }

@@ -1,4 +1,4 @@
-"""Where voxels lie in the patient: grids, their orientation, and the grids that layers make.
+"""Positions of voxels in the patient: grids, their orientation, and the grids of feature maps.
 
 World coordinates are RAS+ millimetres (x to the patient's right, y to the front, z to the head).
 The centre of voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
@@ -15,21 +15,21 @@ from numpy import ndarray
 
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 ANISOTROPY = 3.0
-"""An axis that is more than this many times coarser than the finest is resampled apart."""
+"""An axis that is more than this many times coarser than the finest is resampled separately."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From the world of DICOM and ITK, whose x and y run the other way, and back."""
 SAME_STEP = 0.01
-"""From a voxel to the next, two grids that agree differ by at most this share of a voxel."""
+"""Largest difference, in voxels, between the steps of two grids that agree."""
 SAME_PLACE = 0.1
-"""Over the whole volume, they differ by at most this share of a voxel."""
+"""Largest distance, in voxels, between corresponding voxels of two grids that agree."""
 
 
 def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | None:
-    """The axis whose slices lie so far apart that the nearest is taken, or None.
+    """The axis with slices so far apart that the nearest slice is taken, or None.
 
-    It is the axis along which the scan's spacing, or else the target's, is more than 3 times as
-    coarse as along the finest (nnU-Net, "resampling"). If two axes are coarsest, up to the rounding
-    of a header, there is none. Spacings are in mm.
+    It is the axis along which the current spacing, or else the target spacing, is more than 3 times
+    as coarse as along the finest axis (nnU-Net, "resampling"). If two axes are equally coarse, up
+    to the rounding of a header, the answer is None. Spacings are in mm.
     """
     for spacing in (current, target):
         if max(spacing) / min(spacing) > ANISOTROPY:
@@ -39,9 +39,9 @@ def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | No
 
 
 def are_sheared(directions: Float[ndarray, "axis world"]) -> bool:
-    """Whether axes, given as unit vectors, do not stand at right angles to each other.
+    """Whether the axes, given as unit vectors, are not at right angles to each other.
 
-    Headers round: axes count as orthogonal up to a cosine of 1e-4 (0.006 degrees).
+    Headers round numbers, so axes count as orthogonal up to a cosine of 1e-4 (0.006 degrees).
     """
     cosines = directions @ directions.T
     return bool(np.abs(cosines - np.diag(np.diag(cosines))).max() > 1e-4)
@@ -50,7 +50,12 @@ def are_sheared(directions: Float[ndarray, "axis world"]) -> bool:
 def ml_of_voxel(
     spacing: Sequence[float], directions: Float[ndarray, "axis world"] | None = None
 ) -> float:
-    """Volume in ml of a voxel of three axes: steps in mm along unit vectors, or at right angles."""
+    """Volume of a voxel in ml.
+
+    Args:
+        spacing: length of the voxel along each of its three axes, in mm.
+        directions: unit vectors of the axes; at right angles if None.
+    """
     volume = prod(float(step) for step in spacing) / 1000
     if directions is not None and are_sheared(directions):
         volume *= abs(float(np.linalg.det(directions)))
@@ -58,14 +63,14 @@ def ml_of_voxel(
 
 
 def rounded_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
-    """A spacing in mm to 6 decimals, or to 6 digits of what is under 0.1 mm."""
+    """The spacing in mm, rounded to 6 decimals, or to 6 significant digits if below 0.1 mm."""
     x, y, z = (round(float(s), 6 if s >= 0.1 else 5 - floor(log10(s))) for s in spacing)
     return x, y, z
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A block of voxels in the world: a shape, and the affine that places voxel centres in mm."""
+    """A block of voxels: its shape, and the affine from voxel indices to world coordinates (mm)."""
 
     shape: tuple[int, int, int]
     affine: Float[ndarray, "4 4"]
@@ -78,32 +83,32 @@ class Grid:
 
     @property
     def directions(self) -> Float[ndarray, "axis world"]:
-        """Unit vector along each array axis."""
+        """Unit vector along each array axis, in world coordinates."""
         return self.affine[:3, :3].T / np.linalg.norm(self.affine[:3, :3], axis=0)[:, None]
 
     @property
     def voxel_ml(self) -> float:
-        """Volume of a voxel in ml: the affine's determinant."""
+        """Volume of a voxel in ml."""
         return ml_of_voxel(self.spacing, self.directions)
 
     def world(self, index: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
-        """World coordinates (mm) of voxel indices, which may be fractions."""
+        """World coordinates (mm) of voxel indices, which may be fractional."""
         return index @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def index(self, world: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
-        """Voxel indices, as fractions, of world coordinates (mm)."""
+        """Fractional voxel indices of world coordinates (mm)."""
         return (world - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
     def centres(self) -> Float[ndarray, "x y z 3"]:
-        """World coordinates (mm) of every voxel centre."""
+        """World coordinates (mm) of the centre of every voxel."""
         axes = [np.arange(size, dtype=float) for size in self.shape]
         return self.world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1))
 
     def positions_of(self, other: "Grid") -> tuple[ndarray, ndarray, ndarray]:
-        """The centres of `other`'s cells along each axis of this grid, as fractional indices.
+        """Fractional indices on this grid of the voxel centres of `other`, for each axis.
 
-        The grids' axes run alike (one was made from the other by placing, cropping or respacing).
-        Indices are rounded to 1e-9, so that equal grids give whole numbers.
+        The axes of both grids must be parallel: one grid was made from the other by placing,
+        cropping or respacing. Indices are rounded to 1e-9, so that equal grids give whole numbers.
         """
         step = np.linalg.inv(self.affine) @ other.affine
         assert np.abs(step[:3, :3] - np.diag(np.diag(step)[:3])).max() < 1e-4, "axes differ"
@@ -114,12 +119,13 @@ class Grid:
         return x, y, z
 
     def agrees_with(self, other: "Grid", *, tolerance: float | None = None) -> bool:
-        """Whether both grids have one shape and hold the same voxels in the same order.
+        """Whether both grids have the same shape and the same voxels in the same order.
 
-        Headers round: a spacing of 0.703125 mm may be written as 0.7031, which comes to 2 % of a
-        voxel over 512 of them. So each voxel may lie up to a tenth of a voxel (along each axis)
-        from its namesake, and the step to the next voxel may differ by 1 % of a voxel. With a
-        `tolerance`, no corner may lie further off than so many mm along x, y or z instead.
+        Headers round numbers: a spacing of 0.703125 mm may be written as 0.7031, which shifts the
+        last of 512 voxels by 2 % of a voxel. So each voxel may lie up to a tenth of a voxel (along
+        each axis) from its counterpart, and the steps between voxels may differ by 1 % of a voxel.
+        If a `tolerance` is given, no corner may lie further apart than so many mm along x, y or z
+        instead.
         """
         if tolerance is None:
             return not self.difference_from(other)
@@ -128,10 +134,10 @@ class Grid:
         return self.shape == other.shape and bool(apart <= tolerance)
 
     def difference_from(self, other: "Grid") -> str:
-        """In what this grid differs from another and by how much, or '' if they agree.
+        """The differences between this grid and another, as part of a sentence; '' if they agree.
 
-        It is part of a sentence, such as 'its first voxel lies 2 mm off, so that voxels lie up to 1
-        voxel apart'. The axes of both should run alike (`Orientation.between`).
+        An example is 'its first voxel lies 2 mm off, so that voxels lie up to 1 voxel apart'. The
+        axes of both grids should run in the same directions (`Orientation.between`).
         """
         own, its = np.array(self.spacing), np.array(other.spacing)
         ends, corners = np.array(other.shape) - 1.0, _corners(other.shape)
@@ -141,18 +147,18 @@ class Grid:
         per_voxel = [np.linalg.inv(grid.affine[:3, :3]) for grid in (self, other)]
 
         def voxels(apart: Float[ndarray, "*points 3"]) -> float:
-            """The longest of distances in the world, in voxels of either grid along their axes."""
+            """The largest of these world distances, in voxels of either grid along its axes."""
             return max(float(np.abs(apart @ each.T).max()) for each in per_voxel)
 
         apart = voxels(corners @ step.T + shift)
-        # An axis of one voxel has no next one.
+        # An axis of one voxel has no step to a next voxel.
         steps = voxels((step * (ends > 0)).T)
         if self.shape == other.shape and steps <= SAME_STEP and apart <= SAME_PLACE:
             return ""
         said = []
         if self.shape != other.shape:
             said.append(f"its shape is {_sizes(self.shape)}, not {_sizes(other.shape)}")
-        # Three parts add up to `apart`, and two to `steps`, so that one at least is told.
+        # Three parts add up to `apart`, and two to `steps`, so at least one of them is reported.
         told = SAME_STEP / 3
         if (np.abs(own / its - 1) * ends).max() > told:
             sizes = _told_apart(self.spacing, other.spacing)
@@ -170,7 +176,13 @@ class Grid:
     def placed(
         self, shape: Sequence[int], stride: Sequence[float], offset: Sequence[float]
     ) -> "Grid":
-        """The grid of `shape` whose cell j has its centre at this one's `stride * j + offset`."""
+        """The grid of this shape whose voxel j has its centre at index `stride * j + offset` here.
+
+        Args:
+            shape: number of voxels along each axis.
+            stride: distance between its voxels, in voxels of this grid, along each axis.
+            offset: index of its first voxel on this grid, along each axis.
+        """
         step = np.eye(4)
         step[:3, :3] = np.diag(stride)
         step[:3, 3] = offset
@@ -178,10 +190,10 @@ class Grid:
         return Grid((x, y, z), self.affine @ step)
 
     def with_spacing(self, spacing: Sequence[float]) -> "Grid":
-        """The grid of this field of view at another spacing (mm).
+        """A grid with the same field of view and another spacing (mm).
 
-        The outer edges stay, up to the rounding of the new shape to whole voxels. Both ends share
-        that rounding: the two grids have the same centre.
+        The outer edges stay in place, except that the new shape is rounded to whole voxels. The
+        rounding is shared by both ends, so the two grids have the same centre.
         """
         old = np.array(self.shape)
         stride = np.array(spacing) / self.spacing
@@ -199,7 +211,7 @@ def _sizes(sizes: Sequence[float], digits: int = 9) -> str:
 
 
 def _told_apart(one: Sequence[float], other: Sequence[float]) -> tuple[str, str]:
-    """Two sizes in as many digits as tell them apart, 3 at least."""
+    """Two sizes as text, with as many digits as are needed to tell them apart, but at least 3."""
     for digits in range(3, 17):
         texts = _sizes(one, digits), _sizes(other, digits)
         if texts[0] != texts[1]:
@@ -209,10 +221,10 @@ def _told_apart(one: Sequence[float], other: Sequence[float]) -> tuple[str, str]
 
 @dataclass(frozen=True)
 class Orientation:
-    """How an array's axes run through the patient, and how to turn them to RAS+ and back.
+    """The directions of an array's axes in the patient, and the turn to RAS+ order and back.
 
-    `order[i]` is the array axis that runs along world axis i; `flip[i]` says that it runs the
-    other way. Turning is a view: no voxel is copied or interpolated.
+    `order[i]` is the array axis that runs along world axis i; `flip[i]` is true if it runs in the
+    opposite direction. Turning gives a view: no voxel is copied or interpolated.
     """
 
     order: tuple[int, int, int]
@@ -220,10 +232,10 @@ class Orientation:
 
     @classmethod
     def of(cls, affine: Float[ndarray, "4 4"]) -> Self:
-        """The orientation closest to `affine`: each array axis takes the world axis nearest to it.
+        """The orientation closest to `affine`: each array axis gets the world axis nearest to it.
 
-        If two axes are nearest to the same world axis, the permutation with the largest sum of
-        absolute direction cosines decides.
+        If two array axes are nearest to the same world axis, the permutation with the largest sum
+        of absolute direction cosines is taken.
         """
         directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
@@ -236,14 +248,14 @@ class Orientation:
 
     @classmethod
     def between(cls, grid: Grid, other: Grid) -> Self:
-        """How an array on a grid is turned so that its axes run as those of another grid do."""
+        """The orientation that turns arrays on `grid` into the axis directions of `other`."""
         directions = np.eye(4)
         directions[:3, :3] = other.affine[:3, :3] / other.spacing
         return cls.of(np.linalg.inv(directions) @ grid.affine)
 
     @property
     def code(self) -> str:
-        """Three letters, such as 'LPS': where each array axis points, in the array's own order."""
+        """Three letters, such as 'LPS': the direction of each array axis, in the array's order."""
         letters = [""] * 3
         for world, axis in enumerate(self.order):
             letters[axis] = AXIS_LETTERS[world][not self.flip[world]]
@@ -254,7 +266,7 @@ class Orientation:
         return tuple(axis for axis in range(3) if self.flip[axis])
 
     def turn_grid(self, grid: Grid) -> Grid:
-        """The same voxels in RAS+ order: the world coordinate of every voxel stays."""
+        """The grid of the turned array: every voxel keeps its world coordinates."""
         turn = np.zeros((4, 4))
         turn[3, 3] = 1
         for world, axis in enumerate(self.order):
@@ -277,10 +289,10 @@ class Orientation:
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of a feature map's cells: cell j has its centre at `stride * j + offset`.
+    """Position of a feature map: its voxel j has its centre at `stride * j + offset`.
 
-    Both are in voxels of the network's input, one entry per axis. `through` composes layers from
-    the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
+    Both are in voxels of the network's input, with one entry per axis. `through` composes layers
+    from the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
     """
 
     stride: tuple[float, ...]
@@ -298,7 +310,7 @@ class Placement:
         padding: Sequence[int],
         dilation: Sequence[int] | None = None,
     ) -> "Placement":
-        """The placement behind a layer with this kernel, stride, padding and dilation per axis."""
+        """The placement of a layer's output, for a kernel, stride, padding, dilation per axis."""
         dilation = dilation or (1,) * len(kernel)
         local = [d * (k - 1) / 2 - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
         return Placement(

@@ -1,8 +1,8 @@
-"""Values on one grid, read at the cell centres of another whose axes run alike.
+"""Resampling of values from one grid to another with parallel axes.
 
 Such grids differ by a stride and an offset per axis, so resampling is separable: one axis after the
 other, on any device. Each axis has an order: 0 takes the nearest voxel; 1 is linear; 3 is the
-interpolating cubic B-spline (Unser 1999, doi:10.1109/79.799930). The latter two are products with a
+interpolating cubic B-spline (Unser 1999, doi:10.1109/79.799930). Orders 1 and 3 are products with a
 banded matrix, which a CPU computes many times faster than a gather. Beyond either end the outermost
 voxel is repeated.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 
 Order = Literal[0, 1, 3]
 
-# The spline through a 1 among zeros: at whole distance k its B-spline's coefficient is √3 · POLE^k.
+# The spline through a 1 among zeros has the B-spline coefficients √3 · POLE^|k| at knot k.
 POLE = math.sqrt(3) - 2
-REACH = {torch.float32: 14, torch.float64: 28}
-"""Voxels beyond which a spline's share of a voxel is less than the type can tell."""
+SPLINE_RADIUS = {torch.float32: 14, torch.float64: 28}
+"""Distance in voxels beyond which a spline's weight is below the precision of the type."""
 BLOCK = 64
-"""Samples that share one band of voxels, a product of matrices each."""
+"""Samples that one matrix product computes from one band of voxels."""
 
 
 def nearest(positions: Float[ndarray, " samples"]) -> Float[ndarray, " samples"]:
@@ -38,14 +38,20 @@ def sample_axis(
     axis: int,
     order: Order = 1,
 ) -> Float[Tensor, "..."]:
-    """Values at fractional indices along one axis; at whole indices the voxels themselves.
+    """Values at fractional indices along one axis; whole indices give the voxels unchanged.
 
-    Linear values lie between their neighbours; cubic ones may overshoot at an edge. The result has
-    the memory order of `values`; it is a view of them if the indices are consecutive and whole.
+    Linear values lie between their neighbours; cubic values may overshoot at an edge. The result
+    has the memory order of `values`. It is a view of them if the indices are whole and consecutive.
+
+    Args:
+        values: an array of any shape.
+        positions: fractional indices along the axis.
+        axis: the axis to resample.
+        order: 0 for the nearest voxel, 1 for linear, 3 for the cubic spline.
     """
-    lie = sorted(range(values.ndim), key=values.stride, reverse=True)
-    sampled = _sampled(values.permute(lie), positions, lie.index(axis), order)
-    return sampled.permute([lie.index(dimension) for dimension in range(values.ndim)])
+    memory_order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    sampled = _sampled(values.permute(memory_order), positions, memory_order.index(axis), order)
+    return sampled.permute([memory_order.index(dimension) for dimension in range(values.ndim)])
 
 
 def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Tensor:
@@ -55,9 +61,11 @@ def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Ten
     clamped = np.clip(positions, 0, size - 1)
     if order == 3 and (positions % 1 != 0).any():
         kind = torch.promote_types(values.dtype, torch.float32)
-        return _by_shares(values, cubic_shares(positions, size), positions, axis, REACH[kind])
+        return _weighted_sums(
+            values, cubic_weights(positions, size), positions, axis, SPLINE_RADIUS[kind]
+        )
     if (clamped % 1 != 0).any():
-        return _by_shares(values, linear_shares(clamped, size), clamped, axis, 0)
+        return _weighted_sums(values, linear_weights(clamped, size), clamped, axis, 0)
     indices = clamped.astype(int)
     if len(indices) > 0 and (np.diff(indices) == 1).all():
         return values.narrow(axis, int(indices[0]), len(indices))
@@ -69,9 +77,9 @@ def resample(
     positions: Sequence[Float[ndarray, " _"]],
     orders: Sequence[Order] = (1, 1, 1),
 ) -> Float[Tensor, "channel new_x new_y new_z"]:
-    """Values at the grid of fractional indices `positions` (one vector per axis).
+    """Values at the grid of fractional indices `positions`, with one vector per axis.
 
-    The axis that shrinks most goes first, so that the others have less to do.
+    The axis that shrinks most is resampled first, which leaves less work for the others.
     """
     ratios = [
         len(samples) / size for samples, size in zip(positions, values.shape[1:], strict=True)
@@ -84,22 +92,22 @@ def resample(
 def resample_known(
     values: Float[Tensor, "channel x y z"], positions: Sequence[Float[ndarray, " _"]]
 ) -> Float[Tensor, "channel new_x new_y new_z"]:
-    """`resample` of values of which some are NaN: linear between the others.
+    """Linear `resample` of values that may contain NaN.
 
-    The result is NaN where the nearest value is. Elsewhere a NaN among the neighbours is left out,
-    and the others' shares make up for it.
+    The result is NaN if the nearest value is NaN. Otherwise NaN neighbours are ignored and the
+    weights of the others are scaled to sum to 1.
     """
     known = ~values.isnan()
     if bool(known.all()):
         return resample(values, positions)
     total = resample(values.nan_to_num(0.0), positions)
-    share = resample(known.to(values.dtype), positions)
+    weight = resample(known.to(values.dtype), positions)
     there = resample(known.to(values.dtype), positions, (0, 0, 0)) > 0
-    return torch.where(there, total / share, torch.nan)
+    return torch.where(there, total / weight, torch.nan)
 
 
 SELDOM_KNOWN = (torch.uint16, torch.uint32, torch.uint64)
-"""Types of labels that few of PyTorch's operations take."""
+"""Label types that few PyTorch operations support."""
 
 
 def resample_labels(
@@ -107,9 +115,10 @@ def resample_labels(
     positions: Sequence[Float[ndarray, " _"]],
     orders: Sequence[Literal[0, 1]] = (1, 1, 1),
 ) -> Integer[Tensor, "new_x new_y new_z"]:
-    """The label with the largest share at each position; the lowest where shares tie.
+    """The label with the largest weight at each position; the lowest label if weights tie.
 
-    Shares are linear along an axis of order 1; along one of order 0 the nearest voxel has it all.
+    Along an axis of order 1 the weights are linear; along an axis of order 0 the nearest voxel has
+    the whole weight.
     """
     if labels.dtype in SELDOM_KNOWN:
         return resample_labels(labels.long(), positions, orders).to(labels.dtype)
@@ -117,60 +126,60 @@ def resample_labels(
     winner = torch.zeros(shape, dtype=labels.dtype, device=labels.device)
     best = torch.zeros(shape, device=labels.device)
     for label in torch.unique(labels).tolist():
-        share = resample((labels == label)[None].float(), positions, orders)[0]
-        winner = torch.where(share > best, torch.tensor(label, dtype=labels.dtype), winner)
-        best = torch.maximum(best, share)
+        weight = resample((labels == label)[None].float(), positions, orders)[0]
+        winner = torch.where(weight > best, torch.tensor(label, dtype=labels.dtype), winner)
+        best = torch.maximum(best, weight)
     return winner
 
 
-def cubic_shares(
+def cubic_weights(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
     """The weight of each of `size` voxels in the spline's value at each fractional index.
 
-    Rows sum to 1. Weights of voxels beyond an end go to the outermost voxel. The values are those
-    of scipy's order 3 with the mode `nearest`, and so of nnU-Net's resizing.
+    Rows sum to 1. The weights of voxels beyond an end are added to the outermost voxel. The results
+    equal scipy's order 3 with mode `nearest`, which nnU-Net's resampling uses.
     """
-    reach = REACH[torch.float64]
-    places = np.clip(positions, -reach, size - 1 + reach)
-    beyond = 2 * reach
-    shares = _spline_of_one(places[:, None] - np.arange(-beyond, size + beyond))
-    inside = shares[:, beyond : beyond + size].copy()
-    inside[:, 0] += shares[:, :beyond].sum(axis=1)
-    inside[:, -1] += shares[:, beyond + size :].sum(axis=1)
+    radius = SPLINE_RADIUS[torch.float64]
+    places = np.clip(positions, -radius, size - 1 + radius)
+    beyond = 2 * radius
+    weights = _spline_of_one(places[:, None] - np.arange(-beyond, size + beyond))
+    inside = weights[:, beyond : beyond + size].copy()
+    inside[:, 0] += weights[:, :beyond].sum(axis=1)
+    inside[:, -1] += weights[:, beyond + size :].sum(axis=1)
     return inside
 
 
-def linear_shares(
+def linear_weights(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
     """The weight of each of `size` voxels in the linear value at each fractional index."""
     lower = np.floor(positions).astype(int)
-    shares = np.zeros((len(positions), size))
+    weights = np.zeros((len(positions), size))
     samples = np.arange(len(positions))
-    shares[samples, np.minimum(lower + 1, size - 1)] = positions - lower
-    shares[samples, lower] = 1 - (positions - lower)
-    return shares
+    weights[samples, np.minimum(lower + 1, size - 1)] = positions - lower
+    weights[samples, lower] = 1 - (positions - lower)
+    return weights
 
 
-def _by_shares(
-    values: Tensor, shares: ndarray, positions: ndarray, axis: int, reach: int
+def _weighted_sums(
+    values: Tensor, weights: ndarray, positions: ndarray, axis: int, radius: int
 ) -> Tensor:
-    """Sums of voxels by their shares, which are 0 further than `reach` beyond the neighbours."""
+    """Weighted sums of voxels; weights are 0 further than `radius` beyond the two neighbours."""
     size, shape = values.shape[axis], values.shape
-    # Single precision at least: half would lose what the shares of opposite signs leave.
+    # At least single precision: in half precision, weights of opposite signs would cancel badly.
     kind = torch.promote_types(values.dtype, torch.float32)
-    weights = torch.from_numpy(shares).to(kind).to(values.device)
+    matrix = torch.from_numpy(weights).to(kind).to(values.device)
     rows = values.to(kind).reshape(math.prod(shape[:axis]), size, math.prod(shape[axis + 1 :]))
     sampled = rows.new_empty(rows.shape[0], len(positions), rows.shape[2])
     with torch.autocast(values.device.type, enabled=False):
         for first in range(0, len(positions), BLOCK):
             block = slice(first, first + BLOCK)
-            low = math.floor(positions[block].min()) - reach
-            high = math.ceil(positions[block].max()) + reach + 1
-            # Far beyond an end the band still holds the outermost voxel.
+            low = math.floor(positions[block].min()) - radius
+            high = math.ceil(positions[block].max()) + radius + 1
+            # Far beyond an end the band still contains the outermost voxel.
             band = slice(min(max(low, 0), size - 1), min(max(high, 1), size))
-            part = weights[block, band]
+            part = matrix[block, band]
             if rows.shape[2] == 1:
                 sampled[:, block, 0] = rows[:, band, 0] @ part.T
             else:
@@ -179,7 +188,7 @@ def _by_shares(
 
 
 def _spline_of_one(distance: ndarray) -> ndarray:
-    """The cubic spline through a 1 at 0 and zeros at all other whole numbers, at a distance."""
+    """Value at a distance of the cubic spline that is 1 at 0 and 0 at other whole numbers."""
     centre = np.floor(distance)
     powers = math.sqrt(3) * POLE ** np.arange(np.abs(centre).max() + 3)
     total = np.zeros_like(distance)
@@ -190,7 +199,7 @@ def _spline_of_one(distance: ndarray) -> ndarray:
 
 
 def _b_spline(distance: ndarray) -> ndarray:
-    """The cubic B-spline at a distance from its middle, 0 or more, in voxels."""
+    """Value of the cubic B-spline at a non-negative distance (voxels) from its centre."""
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = np.clip(2 - distance, 0, None) ** 3 / 6
     return np.where(distance < 1, near, far)

@@ -1,1 +1,1 @@
-"""Models: networks built from a description, and their folders on disk."""
+"""Models: networks built from a description, and model folders on disk."""

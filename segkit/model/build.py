@@ -1,4 +1,4 @@
-"""Networks from a model's description; settings become networks only here."""
+"""Build networks from model descriptions. No other module turns settings into networks."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import device, nn
 from segkit.config.model import ModelDescription
 from segkit.errors import ConfigError, ModelError
 from segkit.model.build_attention import block_factory, pooling_factory, skip_factory, token_factory
-from segkit.nn.external import Given
+from segkit.nn.external import ExternalNetwork
 from segkit.nn.network import SegmentationNetwork, unet_of
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
@@ -16,29 +16,32 @@ from segkit.system.memory import free_memory, in_words
 
 BYTES_PER_NUMBER = 4
 FEATURES_HELD = 4
-"""Feature maps of each channel at once: the skip, the one from below, and the two side by side."""
+"""Feature maps of each channel in memory at once: the skip, the upsampled features, and the two
+concatenated."""
 
 
 def build_network(description: ModelDescription) -> SegmentationNetwork:
-    """The network of a model's description, with fresh weights; it takes volumes.
+    """The network of a model's description, with new weights. It takes volumes.
 
-    Raises ConfigError if its weights would take more memory than is free, and ModelError if it is a
-    module from Python, which no file holds.
+    Raises:
+        ConfigError: its weights need more memory than is free.
+        ModelError: the network is a Python module of the user (`network.given`).
     """
     count = sum(math.prod(shape) for shape in weight_shapes(description).values())
     free = free_memory()
     if count * BYTES_PER_NUMBER > free:
         raise ConfigError(
-            f"network: {count:,} weights take {in_words(count * BYTES_PER_NUMBER)} of memory, and "
-            f"{in_words(free)} are free; take fewer network.channels"
+            f"network: {count:,} weights need {in_words(count * BYTES_PER_NUMBER)} of memory, but "
+            f"only {in_words(free)} are free; use fewer network.channels"
         )
     return _network(description)
 
 
 def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
-    """Raise ConfigError if the features of a window would take more memory than is free.
+    """Raise ConfigError if the features of a window need more memory than is free.
 
-    Only those of the finest level are counted, at the join with its skip: every U-Net holds them.
+    This counts only the features where the decoder joins the skip of the finest level, which every
+    U-Net holds in memory.
     """
     if description.network.given is not None:
         return
@@ -48,21 +51,23 @@ def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> N
     if needed > free:
         size = " x ".join(map(str, patch_size))
         raise ConfigError(
-            f"patch_size: the features of {size} voxels take {in_words(needed)} of memory or more, "
-            f"and {in_words(free)} are free; this model needs a larger machine"
+            f"patch_size: the features of {size} voxels need at least {in_words(needed)} of "
+            f"memory, but only {in_words(free)} are free; use a machine with more memory"
         )
 
 
 def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight of the network, without making any.
+    """Name and shape of every weight of the network, computed without allocating memory.
 
-    Raises ConfigError if there can be no such network.
+    Raises:
+        ConfigError: the settings do not describe a possible network.
     """
     try:
         with device("meta"):
             unet = unet_of(_network(description))
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"network: cannot be built: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"network: cannot be built from these settings: {reason}") from None
     return {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
 
 
@@ -70,9 +75,9 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
     config = description.network
     if config.given is not None:
         raise ModelError(
-            f"{description.run}: its network is a module of Python's "
-            f"({config.given.name or 'unnamed'}), which no file holds; give it from Python: "
-            f"train(config, network=module), load_model(path, network=module)"
+            f"{description.run}: its network is a Python module "
+            f"({config.given.name or 'unnamed'}), which is not saved in files; pass it from "
+            f"Python: train(config, network=module) or load_model(path, network=module)"
         )
     attention = config.attention
     coarsest = [
@@ -104,26 +109,36 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
 
 
 def wrap_network(description: ModelDescription, module: nn.Module) -> SegmentationNetwork:
-    """A module that gives logits, as a network that takes volumes.
+    """A network that takes volumes, from any module that computes logits.
 
-    `network.given` of the description must say what the sizes of its input are multiples of.
-    Raises ModelError if the description is that of a U-Net, or if the module's state cannot be
-    saved.
+    Args:
+        description: its `network.given.multiple` says of which numbers the sizes of the module's
+            input must be multiples.
+        module: maps images to logits.
+
+    Raises:
+        ModelError: the description is that of a U-Net or has a first stage, or the module's state
+            cannot be saved.
     """
     given = description.network.given
     if given is None:
         raise ModelError(
-            f"{description.run}: is described as a U-Net, and a module was given; set "
-            f"network.given.multiple to what the sizes of its input must be multiples of"
+            f"{description.run}: is described as a U-Net, but a module was passed; set "
+            f"network.given.multiple to the numbers of which its input sizes must be multiples"
         )
     if description.first_stage is not None:
-        raise ModelError("labels of a first stage are for U-Nets, found a module that was given")
-    network = Given(
+        raise ModelError(
+            f"{description.run}: only a U-Net can use the labels of a first stage, found a Python "
+            f"module; describe it without a first stage"
+        )
+    network = ExternalNetwork(
         module, out_channels=len(description.labelling.outputs), multiple=given.multiple
     )
     return _of_volumes(network, description)
 
 
-def _of_volumes(network: UNet | Given, description: ModelDescription) -> SegmentationNetwork:
+def _of_volumes(
+    network: UNet | ExternalNetwork, description: ModelDescription
+) -> SegmentationNetwork:
     across = description.axis_across
     return network if across is None else SlicewiseNetwork(network, axis=across)

@@ -1,4 +1,4 @@
-"""Settings of attention become modules."""
+"""Build attention modules from their settings."""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +19,12 @@ from segkit.nn.unet import BlockFactory, GateFactory
 LEAST_SQUEEZED = 4
 LEAST_CONVOLVED = 8
 MOST_PAIRED = 4096
-"""Cells of a window, of whose pairs each has a bias: four heads of so many take 268 MB."""
+"""Largest number of cells in a window whose pairs each have a bias: with four heads, these biases
+take 268 MB."""
 
 
 def skip_factory(config: NetworkConfig) -> GateFactory:
-    """What makes the attention of each skip."""
+    """Function that makes the attention of each skip."""
     setting = config.attention.skip
     levels = config.attention.skip_levels(len(config.channels))
 
@@ -88,11 +89,12 @@ def skip_factory(config: NetworkConfig) -> GateFactory:
 
 
 def block_factory(setting: settings.BlockAttentionConfig, config: NetworkConfig) -> BlockFactory:
-    """What makes the attention after each level's convolutions."""
+    """Function that makes the attention after each level's convolutions."""
     dims = config.spatial_dims
 
     def make(channels: int) -> nn.Module:
-        # The papers' networks are wide; a ReLU of one or two channels is often shut for good.
+        # The networks of the papers have many channels. If a ReLU has only one or two channels, it
+        # often outputs 0 for every input, and never learns.
         most = max(channels // LEAST_SQUEEZED, 1)
         match setting:
             case settings.SqueezeExcitationConfig(reduction=reduction):
@@ -110,7 +112,7 @@ def block_factory(setting: settings.BlockAttentionConfig, config: NetworkConfig)
                     spatial.BottleneckAttention(
                         dims,
                         channels,
-                        # Its convolutions are seven times slower over 4 channels than over 8.
+                        # Its convolutions take seven times longer with 4 channels than with 8.
                         reduction=min(reduction, max(channels // LEAST_CONVOLVED, 1)),
                         dilation=dilation,
                         norm=config.normalisation,
@@ -135,7 +137,7 @@ def block_factory(setting: settings.BlockAttentionConfig, config: NetworkConfig)
 
 
 def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int]) -> BlockFactory:
-    """What makes the bottleneck's attention, given the coarsest grid of a patch."""
+    """Function that makes the attention at the bottleneck; `coarsest` is the grid there."""
 
     def make(channels: int) -> nn.Module:
         match setting:
@@ -146,8 +148,8 @@ def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int
                 if setting.positions == "relative" and math.prod(window or ()) > MOST_PAIRED:
                     raise ConfigError(
                         f"network.attention.bottleneck: relative positions among "
-                        f"{math.prod(window or ())} voxels of the coarsest level take too much "
-                        f"memory; give it a window of {MOST_PAIRED} at most, or other positions"
+                        f"{math.prod(window or ())} voxels of the coarsest level need too much "
+                        f"memory; set a window of at most {MOST_PAIRED} voxels, or other positions"
                     )
                 return bottleneck.SelfAttention(
                     channels,
@@ -163,7 +165,7 @@ def token_factory(setting: settings.TokenAttentionConfig, coarsest: Sequence[int
 
 
 def pooling_factory(setting: settings.PoolingConfig, num_classes: int) -> BlockFactory:
-    """What makes the head that tells the presence of so many classes."""
+    """Function that makes the presence head for a number of classes."""
 
     def make(channels: int) -> nn.Module:
         match setting:
@@ -184,5 +186,5 @@ def _heads(given: int | list[int] | None, position: int, channels: int, head_cha
 
 
 def heads_that_fit(channels: int, head_channels: int) -> int:
-    """As many heads as so many channels have room for, one at least."""
+    """Number of heads that fit into the channels, at least 1."""
     return max(channels // head_channels, 1)

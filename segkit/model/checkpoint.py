@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint of a run: those that scored best so far, or the last."""
+"""Read the weights in a checkpoint of a run: the best so far, or the last."""
 
 import pickle
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from segkit.errors import ModelError
 Checkpoint = Literal["best", "last"]
 BEST = "best.ckpt"
 UNREADABLE = (
-    pickle.UnpicklingError,  # what is no plain data, among others
+    pickle.UnpicklingError,  # such as for anything but plain data
     RuntimeError,
     OSError,
     EOFError,
@@ -23,44 +23,48 @@ UNREADABLE = (
     KeyError,
     TypeError,
 )
-"""What torch raises for a file that is no checkpoint."""
+"""Errors that PyTorch raises for a file that is not a checkpoint."""
 PREFIX = "network."
-"""Of the names of the network's weights in a checkpoint."""
+"""Prefix of the names of the network's weights in a checkpoint."""
 
 
 def checkpoint_path(folder: Path, checkpoint: str) -> Path:
-    """The checkpoint beside a run's model folder.
+    """The checkpoint file beside a run's model folder.
 
-    Raises ModelError if there is none, or if the word is neither `best` nor `last`.
+    Raises:
+        ModelError: there is no such file, or `checkpoint` is neither `best` nor `last`.
     """
     if checkpoint not in get_args(Checkpoint):
-        raise ModelError(f"checkpoint is {checkpoint!r}; choose one of 'best', 'last'")
+        raise ModelError(f"checkpoint: expected 'best' or 'last', found {checkpoint!r}; use one")
     path = folder.parent / f"{checkpoint}.ckpt"
     if not path.is_file():
         raise ModelError(
-            f"{folder.parent}: has no {path.name}; name a run that has validated once, or leave "
-            f"the checkpoint out"
+            f"{folder.parent}: expected {path.name}, found none; name a run that has validated at "
+            f"least once, or do not ask for a checkpoint"
         )
     return path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds: plain data and tensors only, so that it can run no code.
+    """The content of a checkpoint: only plain data and tensors, so that it cannot run code.
 
-    Raises ModelError if the file is no checkpoint of a training.
+    Raises:
+        ModelError: the file is not a checkpoint of a training.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not content["state_dict"].keys() or int(content["global_step"]) < 0:
-            raise ValueError("it holds no weights")
+            raise ValueError("it contains no weights")
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: cannot be read as a checkpoint: {reason}") from None
+        raise ModelError(
+            f"{path}: cannot be read as a checkpoint: {reason}; use a checkpoint of segkit train"
+        ) from None
     return dict(content)
 
 
 def weights_of_network(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The network's weights in a checkpoint, by name; with `train.averaging` their average."""
+    """The network's weights in a checkpoint, by name; their average with `train.averaging`."""
     return {
         name.removeprefix(PREFIX): value
         for name, value in content["state_dict"].items()

@@ -1,9 +1,9 @@
-"""A model folder: `model.json` describes the model, `weights.safetensors` holds its weights.
+"""Model folders: `model.json` describes a model, `weights.safetensors` holds its weights.
 
-The models of a first stage, whose labels the network takes beside the image, lie in `first/0`,
-`first/1` and so on. A run's model folder has no weights before its training ends; until then, and
-after it, the run's checkpoints have some. No file of a model folder can run code. The weights of a
-module from Python (`network.given`) are its own state; load it with the same module.
+If a network also takes the labels of a first stage, the models of that stage lie in `first/0`,
+`first/1` and so on. The model folder of a run has no weights before training ends; the checkpoints
+of the run have weights earlier. No file of a model folder can run code. If the network is a Python
+module (`network.given`), only its weights are saved; to load them, pass the same module.
 """
 
 import hashlib
@@ -34,14 +34,18 @@ FIRST = "first"
 SUMMARY = "summary.json"
 """The file of a finished run, or of a finished cross-validation, beside its models."""
 FOLD = "fold_"
-"""The name of a fold's run in the folder of a cross-validation begins so."""
+"""Prefix of the name of each fold's run in the folder of a cross-validation."""
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
-"""Names of weights in the blocks of a U-Net."""
+"""Names of the weights in the blocks of a U-Net."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network, and all else that a prediction needs."""
+    """A network, and all other data that prediction needs.
+
+    model = segkit.load_model("runs/my_run")
+    prediction = segkit.Predictor(model)(scan)
+    """
 
     description: ModelDescription
     """Channels, labels, spacing, normalisation and architecture, as in `model.json`."""
@@ -50,7 +54,7 @@ class Model:
     first: "tuple[Model, ...]" = ()
     """The models of the first stage, if the description has one."""
     folder: Path | None = None
-    """The folder that it was read from; None if its weights come from elsewhere."""
+    """The folder from which the model was read; None if its weights do not come from a folder."""
 
 
 def save_model(folder: str | Path, model: Model) -> None:
@@ -59,8 +63,8 @@ def save_model(folder: str | Path, model: Model) -> None:
         segkit.save_model("my_model", model)
 
     Args:
-        folder: to write to; it is made if it is not there.
-        model: with the models of its first stage, if any.
+        folder: the folder to write to; it is created if it does not exist.
+        model: the model, with the models of its first stage, if it has one.
 
     Raises:
         ModelError: the weights cannot be written.
@@ -88,16 +92,17 @@ def save_description(folder: Path, description: ModelDescription) -> None:
 
 
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
-    """A model of any module that gives logits, for `Predictor` and for export.
+    """A model from any PyTorch module that computes logits, for `Predictor` and for export.
 
         model = segkit.described_model(description, module)
         labels = segkit.Predictor(model)(scan).labels
 
     Args:
-        description: how the module was trained; its `network.given.multiple` says what the sizes of
-            the module's input must be multiples of.
-        module: gives logits (batch, class or region, *space) of images (batch, channel, *space), in
-            RAS+ order at the description's spacing; *space is (x, y, z), or a plane of it.
+        description: how the module was trained. Its `network.given.multiple` says of which numbers
+            the sizes of the module's input must be multiples.
+        module: maps images (batch, channel, *space), in RAS+ order at the description's spacing, to
+            logits (batch, class or region, *space). *space is (x, y, z), or two of these axes for a
+            2D model.
 
     Returns:
         The model, in evaluation mode.
@@ -112,15 +117,15 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
 def picture_rules_of(
     description: ModelDescription, pixel_size: Sequence[str] | None = None
 ) -> PictureRules:
-    """How pictures are read for a model.
+    """The rules by which pictures are read for a model.
 
     Args:
-        description: of the model.
-        pixel_size: wins over what files say, such as ["4 nm"].
+        description: description of the model.
+        pixel_size: pixel size, such as ["4 nm"], which is used instead of the one in the files.
 
     Raises:
-        ModelError: the description names colours of labels that it does not have, or the size is
-            no length.
+        ModelError: the description has colours of labels that do not exist, or the pixel size is
+            not a length.
     """
     try:
         return description.picture_rules(pixel_size)
@@ -136,27 +141,34 @@ def load_model(
         model = segkit.load_model("runs/my_run")
 
     Args:
-        path: a model folder, or the folder of a run; of a cross-validation its first fold is read.
-        network: the module that the model was trained with, if it came from Python; it gets the
-            weights.
-        checkpoint: `best` or `last`, to take the weights from that checkpoint of a run, which may
-            still be training; if not given, they are those that the run ended with.
+        path: a model folder, the folder of a run, or that of a cross-validation, from which the
+            first fold is read.
+        network: the module with which the model was trained, if it came from Python. The weights
+            are loaded into it.
+        checkpoint: `best` or `last`: take the weights from this checkpoint of a run, which may
+            still be training. If not given, take the weights at the end of the run.
+
+    Returns:
+        The model, with the models of its first stage, if it has one.
 
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
-            does not fit it.
+            does not fit the model.
     """
     folder = model_folders(Path(path), checkpoint)[0]
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
         inside = folder / FIRST / str(number)
-        # Looked at before it is loaded: a first stage of a first stage ends here.
-        told = load_description(inside)
-        if told.channels != description.channels:
-            raise ModelError(f"{inside}: its channels are not those of {folder}")
-        check_first_stage(inside, told, stage.classes if stage else ())
-        first.append(_with_weights(inside, told, ()))
+        # Checked before the weights are read: a first stage must not have a first stage itself.
+        first_description = load_description(inside)
+        if first_description.channels != description.channels:
+            raise ModelError(
+                f"{inside}: expected the channels of {folder}, {', '.join(description.channels)}, "
+                f"found {', '.join(first_description.channels)}; train both with the same channels"
+            )
+        check_first_stage(inside, first_description, stage.classes if stage else ())
+        first.append(_with_weights(inside, first_description, ()))
     if checkpoint is None:
         return _with_weights(folder, description, tuple(first), network)
     source = checkpoint_path(folder, checkpoint)
@@ -171,22 +183,26 @@ def load_model(
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:
-    """Raise ModelError unless the model has these classes and no first stage of its own."""
+    """Raise ModelError unless a model has these classes and no first stage itself."""
     if first.first_stage is not None:
         raise ModelError(
-            f"{source}: takes the labels of a first stage itself, and two stages are the most; "
-            f"name a model that takes an image alone"
+            f"{source}: uses the labels of a first stage itself, but segkit allows only two "
+            f"stages; name a model that takes only an image"
         )
     own = list(first.labels)[1:]
     if own != list(classes):
         raise ModelError(
-            f"{source}: its classes are {', '.join(own)} where {', '.join(classes)} are expected; "
-            f"models of one first stage share their labels"
+            f"{source}: expected the classes {', '.join(classes)}, found {', '.join(own)}; use "
+            f"models with the same labels in one first stage"
         )
 
 
 def load_description(folder: Path) -> ModelDescription:
-    """The description in a model folder. Raises ModelError if it cannot be read."""
+    """The description in a model folder.
+
+    Raises:
+        ModelError: it cannot be read, or is incomplete.
+    """
     source = folder / DESCRIPTION
     try:
         description = validated(ModelDescription, read_json_object(source), str(source))
@@ -200,7 +216,10 @@ def load_description(folder: Path) -> ModelDescription:
             f"found {len(description.normalisation)}"
         )
     if any(None in setting.model_dump().values() for setting in description.normalisation):
-        raise ModelError(f"{source}: its CT window lacks numbers; was it made by segkit train?")
+        raise ModelError(
+            f"{source}: expected numbers for every CT window, found null; use a model that segkit "
+            f"train has written"
+        )
     return description
 
 
@@ -216,8 +235,8 @@ def _with_weights(
         advice = f"; the run has not ended, so ask for its checkpoint: {' or '.join(begun)}"
         raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none{advice if begun else ''}")
     try:
-        # Compared with the file's header before anything is allocated, so that neither network nor
-        # weights can be larger than the file.
+        # Names and shapes are compared with the header of the file before memory is allocated, so
+        # that neither the network nor the weights can be larger than the file.
         if module is None:
             _check_fit(_shapes_in(source), weight_shapes(description))
             network = build_network(description)
@@ -228,21 +247,21 @@ def _with_weights(
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
-    # A module from Python may lie on a GPU.
+    # The user's module may be on a GPU.
     model.network.cpu().eval()
     return model
 
 
 def _finite(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights. Raises ValueError if one is no number."""
+    """The same weights. Raises ValueError if one is NaN or infinite."""
     for name, value in weights.items():
         if not value.isfinite().all():
-            raise ValueError(f"{name} holds values that are not numbers")
+            raise ValueError(f"{name} contains NaN or infinity")
     return weights
 
 
 def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
-    """The name and shape of each tensor in a weights file, by its header."""
+    """Name and shape of each tensor in a weights file, read from its header."""
     with safe_open(source, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -250,18 +269,18 @@ def _shapes_in(source: Path) -> dict[str, tuple[int, ...]]:
 def _check_fit(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise ValueError for the first tensor that is missing, unknown, or of another shape."""
+    """Raise ValueError for the first tensor that is missing, unknown, or has another shape."""
     for name in [*expected, *found]:
         if name not in found:
             raise ValueError(f"{name} is missing")
         if name not in expected:
-            raise ValueError(f"{name} is no weight of the network")
+            raise ValueError(f"the network has no weight {name}")
         if found[name] != expected[name]:
-            raise ValueError(f"{name} is {found[name]} where {expected[name]} is expected")
+            raise ValueError(f"{name}: expected the shape {expected[name]}, found {found[name]}")
 
 
 def checksums_of(model: Model) -> dict[str, str]:
-    """The SHA-256 of each file of a model: as it is on disk, or as `save_model` would write it."""
+    """SHA-256 of each file of a model, on disk or as `save_model` would write it."""
     if model.folder is not None:
         files = [model.folder / name for name in (DESCRIPTION, WEIGHTS)]
         return {file.name: checksum(file) for file in files}
@@ -273,18 +292,27 @@ def checksums_of(model: Model) -> dict[str, str]:
 
 
 def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
-    """Write the post-processing of predicted labels into the description of a model folder."""
+    """Write the post-processing of labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
     save_description(folder, description)
 
 
 def start_from(network: SegmentationNetwork, path: Path) -> str:
-    """Copy the weights of a model whose name and shape a network has too; say how many they are.
+    """Copy weights of a model into a network, for each name and shape that both have.
 
-    A model of other classes or channels lends all but its first or last layers.
+    If the model has other classes or channels, all but its last or first layers are copied.
 
-    Raises ModelError if there is no model, if there are several, or if no convolution of its blocks
-    fits: a network of another kind or width would take only biases, which teach nothing.
+    Args:
+        network: the network; it changes in place.
+        path: a model folder, or the folder of a run.
+
+    Returns:
+        A sentence that says how many weights were copied.
+
+    Raises:
+        ModelError: there is no model or more than one, or no convolution in the blocks of the
+            U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
+            these are useless.)
     """
     folders = model_folders(path)
     if len(folders) > 1:
@@ -292,30 +320,38 @@ def start_from(network: SegmentationNetwork, path: Path) -> str:
             f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
             f"{folders[0].parent}"
         )
-    lent = _weights(load_model(path))
+    given = _weights(load_model(path))
     own = weights_of(network).state_dict()
     fitting = {
-        key: value for key, value in lent.items() if key in own and own[key].shape == value.shape
+        key: value for key, value in given.items() if key in own and own[key].shape == value.shape
     }
     if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
         raise ModelError(
-            f"{path}: none of its weights fits the network; give both the same "
-            f"network.spatial_dims, channels, strides and kernels"
+            f"{path}: none of its weights fits the network; use the same network.spatial_dims, "
+            f"channels, strides and kernels for both"
         )
     weights_of(network).load_state_dict(fitting, strict=False)
-    return f"{len(fitting)} of {len(own)} weights are those of {path}"
+    return f"{len(fitting)} of {len(own)} weights were copied from {path}"
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the model: the only one of `model_folders`, or the first fold's."""
+    """The first folder of `model_folders`."""
     return model_folders(path)[0]
 
 
 def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]:
-    """The folders of the models at a path. Raises ModelError if there is none.
+    """The model folders at a path.
 
-    It is `path` itself, `path/model` of a run, or one for each fold of a cross-validation that is
-    finished, or that has the `checkpoint` that is asked for.
+    Args:
+        path: a model folder, the folder of a run, or that of a cross-validation.
+        checkpoint: `best` or `last` if weights of a checkpoint are wanted.
+
+    Returns:
+        `path` itself, `path/model` of a run, or one folder for each fold that is finished, or that
+        has the checkpoint.
+
+    Raises:
+        ModelError: there is no model folder.
     """
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
@@ -328,15 +364,17 @@ def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]
     ]
     if not folds:
         raise ModelError(
-            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither"
+            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither; name "
+            f"another path"
         )
     return tuple(description.parent for description in folds)
 
 
 def newest_model(runs: Path) -> Path:
-    """The model folder of the run, or the folder of the cross-validation, that finished last.
+    """The run that finished last: its model folder, or the folder of the cross-validation.
 
-    Raises ModelError if there is none.
+    Raises:
+        ModelError: no run has finished.
     """
     finished = [
         summary
@@ -345,13 +383,17 @@ def newest_model(runs: Path) -> Path:
         or any(summary.parent.glob(f"{FOLD}*/model/{WEIGHTS}"))
     ]
     if not finished:
-        raise ModelError(f"no finished run under {runs}/; train one, or name one with --model")
+        raise ModelError(
+            f"expected a finished run under {runs}/, found none; train one, or name a model with "
+            f"--model"
+        )
     folder = max(finished, key=lambda path: path.stat().st_mtime).parent
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _savable(model: Model) -> dict[str, torch.Tensor]:
-    # Copied: safetensors refuses weights that share memory, as those of a given module may.
+    # Copied, because safetensors refuses weights that share memory, and a user's module may have
+    # such weights.
     return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in _weights(model).items()

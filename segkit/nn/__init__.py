@@ -1,1 +1,1 @@
-"""Networks: tensors in, tensors out. Nothing here knows of files, settings or millimetres."""
+"""Networks: tensors in, tensors out. This room uses no files, no settings and no millimetres."""

@@ -1,4 +1,4 @@
-"""The layers that every network here is made of, in two or three dimensions by table."""
+"""Layers that all networks of segkit use; tables give the 2D or the 3D version of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from segkit.nn.normalisation import (
 )
 
 Features: TypeAlias = Float[Tensor, "batch channel *space"]
-"""Features on a grid of two or three dimensions."""
+"""Features on a 2D or 3D grid. A cell is one element of such a grid."""
 NormalisationKind = Literal["instance", "batch", "group", "none"]
 
 CONV: dict[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -31,14 +31,15 @@ NEGATIVE_SLOPE = 0.01
 
 
 def normalisation(kind: NormalisationKind, spatial_dims: int, channels: int) -> nn.Module:
-    """A normalisation layer; instance and group normalisation suit small batches."""
+    """A normalisation layer. Instance and group normalisation work well with small batches."""
     match kind:
         case "instance":
             return InstanceNormalisation(channels)
         case "batch":
             return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims](channels)
         case "group":
-            # Up to eight groups, of four channels at least, or it would be instance normalisation.
+            # At most 8 groups, of at least 4 channels each: one channel a group would be instance
+            # normalisation.
             return GroupNormalisation(math.gcd(8, max(channels // 4, 1), channels), channels)
         case "none":
             return nn.Identity()
@@ -52,10 +53,10 @@ def convolution(
     kernel: Sequence[int],
     stride: Sequence[int] | None = None,
 ) -> nn.Conv2d | nn.Conv3d:
-    """A convolution that keeps its grid up to the stride, with He-normal weights (He et al. 2015).
+    """A padded convolution with He-normal weights (He et al. 2015).
 
-    The kernel is odd along every axis, so that cell j of the output has its centre at input cell
-    `stride * j`.
+    The kernel size must be odd along every axis. Then the output has the size of the input divided
+    by the stride, and the centre of output cell j lies at input cell `stride * j`.
     """
     layer = CONV[spatial_dims](
         in_channels,
@@ -71,7 +72,10 @@ def convolution(
 
 
 class ConvolutionBlock(nn.Module):
-    """Convolutions, each followed by a normalisation and a leaky ReLU; the first may stride."""
+    """Convolutions, each followed by a normalisation and a leaky ReLU.
+
+    Only the first convolution uses `stride`.
+    """
 
     def __init__(
         self,
@@ -105,19 +109,22 @@ class ConvolutionBlock(nn.Module):
 
 
 class Modulated(nn.Module):
-    """Features multiplied by one attention map after another; each map sees the product so far."""
+    """Features multiplied by one attention map after another.
+
+    Each map is computed from the product with the maps before it.
+    """
 
     def __init__(self, *attention_maps: nn.Module) -> None:
         super().__init__()
         self.attention_maps = nn.ModuleList(attention_maps)
 
     def forward(self, features: Features) -> Features:
-        """The features, let through as far as the maps say."""
+        """The features, multiplied by every map."""
         for attention_map in self.attention_maps:
             features = features * attention_map(features)
         return features
 
 
 def sigmoid_in_float32(logits: Tensor) -> Tensor:
-    """The sigmoid, computed in float32 because it saturates early in half precision."""
+    """The sigmoid, computed in float32. In half precision it reaches 0 and 1 too early."""
     return torch.sigmoid(logits.float())

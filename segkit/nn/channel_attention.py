@@ -1,6 +1,7 @@
-"""Attention over the channels of a block's own features, f(x): which of them count.
+"""Channel attention: f(x) weights the channels of a block's features x.
 
-Each module returns its map and `Modulated` multiplies, but for `GlobalContext`, which adds.
+Each module returns its map, and `Modulated` multiplies the features by it. Only `GlobalContext` is
+different: it returns features, to which it has added a vector.
 """
 
 import math
@@ -14,7 +15,7 @@ from segkit.nn.map_tap import MapTap
 
 
 class Excitation(nn.Module):
-    """Two linear layers with a ReLU between them, through fewer channels."""
+    """Two linear layers with a ReLU between them. The hidden layer has fewer channels."""
 
     def __init__(self, channels: int, *, reduction: int) -> None:
         super().__init__()
@@ -29,10 +30,10 @@ class Excitation(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Map of how much each channel counts: sigmoid(W2 relu(W1 mean(x))).
+    """Map with a weight for each channel: sigmoid(W2 relu(W1 mean(x))).
 
-    Hu et al. (2018, arXiv:1709.01507, Eq. 2-3). The reduction is 2, as Roy et al. (2018) use in
-    segmentation networks, where channels are few, instead of 16.
+    Hu et al. (2018, arXiv:1709.01507, Eq. 2-3). They reduce the channels by 16. We reduce them by
+    2, like Roy et al. (2018), because segmentation networks have few channels.
     """
 
     def __init__(self, channels: int, *, reduction: int = 2) -> None:
@@ -41,15 +42,15 @@ class SqueezeExcitation(nn.Module):
         self.tap = MapTap("channel")
 
     def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
-        """The map in (0, 1), one cell per channel."""
+        """The map in (0, 1), one value for each channel."""
         logits = self.excitation(features.flatten(2).mean(dim=2))
         return _per_channel(self.tap, logits, features)
 
 
 class PooledChannelAttention(nn.Module):
-    """Map of how much each channel counts: sigmoid(MLP(mean(x)) + MLP(max(x))), the MLP shared.
+    """Map with a weight for each channel: sigmoid(MLP(mean(x)) + MLP(max(x))), with one MLP.
 
-    The channel half of CBAM, Woo et al. (2018, arXiv:1807.06521, Eq. 2).
+    This is the channel attention of CBAM, Woo et al. (2018, arXiv:1807.06521, Eq. 2).
     """
 
     def __init__(self, channels: int, *, reduction: int = 16) -> None:
@@ -58,18 +59,18 @@ class PooledChannelAttention(nn.Module):
         self.tap = MapTap("channel")
 
     def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
-        """The map in (0, 1), one cell per channel."""
+        """The map in (0, 1), one value for each channel."""
         voxels = features.flatten(2)
         logits = self.excitation(voxels.mean(dim=2)) + self.excitation(voxels.amax(dim=2))
         return _per_channel(self.tap, logits, features)
 
 
 class EfficientChannelAttention(nn.Module):
-    """Map of how much each channel counts: sigmoid of a convolution along the channels' means.
+    """Map with a weight for each channel: the sigmoid of a convolution over the channels' means.
 
-    ECA, Wang et al. (2020, arXiv:1910.03151, Eq. 5-9). The convolution has no bias and a size that
-    grows with the number of channels C: the whole part of (log2(C) + 1) / 2, and 1 more where that
-    is even.
+    ECA, Wang et al. (2020, arXiv:1910.03151, Eq. 5-9). The convolution has no bias. Its kernel
+    grows with the number of channels C: its size is (log2(C) + 1) / 2 without the fraction, plus 1
+    if that number is even.
     """
 
     def __init__(self, channels: int) -> None:
@@ -80,15 +81,16 @@ class EfficientChannelAttention(nn.Module):
         self.tap = MapTap("channel")
 
     def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
-        """The map in (0, 1), one cell per channel."""
+        """The map in (0, 1), one value for each channel."""
         means = features.flatten(2).mean(dim=2)
         return _per_channel(self.tap, self.convolution(means[:, None])[:, 0], features)
 
 
 class ContextPooling(nn.Module):
-    """The mean of all voxels' features, weighted by attention: softmax over voxels of w x.
+    """Mean of the features over all voxels, weighted by attention: the softmax of w x over voxels.
 
-    The context of Cao et al. (2019, arXiv:1904.11492, Eq. 3). With w = 0 it is the plain mean.
+    This is the context of Cao et al. (2019, arXiv:1904.11492, Eq. 3). If w is 0, it is the plain
+    mean.
     """
 
     def __init__(self, spatial_dims: int, channels: int) -> None:
@@ -98,19 +100,19 @@ class ContextPooling(nn.Module):
         self.tap = MapTap("pool")
 
     def forward(self, features: Features) -> Float[Tensor, "batch channel"]:
-        """One value per channel."""
+        """One value for each channel."""
         logits = self.logits(features)
         shares = self.tap(logits.float().flatten(2).softmax(dim=2).view(logits.shape))
-        # A share of very many voxels is too small for half precision.
+        # If there are very many voxels, the share of each is too small for half precision.
         with torch.autocast(features.device.type, enabled=False):
             context = torch.einsum("bcn,bon->bc", features.flatten(2).float(), shares.flatten(2))
         return context.to(features.dtype)
 
 
 class GlobalContextExcitation(nn.Module):
-    """Squeeze-and-excitation of the attention-pooled context instead of the mean.
+    """Map of squeeze-and-excitation, computed from `ContextPooling` instead of the plain mean.
 
-    The "scale" fusion of Cao et al. (2019, Table 4e); see `GlobalContext` for their default.
+    This is the "scale" fusion of Cao et al. (2019, Table 4e). `GlobalContext` is their default.
     """
 
     def __init__(self, spatial_dims: int, channels: int, *, reduction: int = 16) -> None:
@@ -120,15 +122,15 @@ class GlobalContextExcitation(nn.Module):
         self.tap = MapTap("channel")
 
     def forward(self, features: Features) -> Float[Tensor, "batch channel *ones"]:
-        """The map in (0, 1), one cell per channel."""
+        """The map in (0, 1), one value for each channel."""
         return _per_channel(self.tap, self.excitation(self.context(features)), features)
 
 
 class GlobalContext(nn.Module):
-    """Features plus a vector made of their attention-pooled context: x + W2 relu(norm(W1 context)).
+    """Features plus a vector computed from `ContextPooling`: x + W2 relu(norm(W1 context)).
 
-    Global context block of Cao et al. (2019, Eq. 4 and Fig. 4d), the normalisation over channels.
-    W2 starts at 0, so that the block starts as the identity, as in their code.
+    Global context block of Cao et al. (2019, Eq. 4 and Fig. 4d). The normalisation is over
+    channels. W2 starts at 0, so that the block starts as the identity, as in their code.
     """
 
     def __init__(self, spatial_dims: int, channels: int, *, reduction: int = 16) -> None:
@@ -136,7 +138,7 @@ class GlobalContext(nn.Module):
         squeezed = max(channels // reduction, 1)
         self.context = ContextPooling(spatial_dims, channels)
         self.squeeze = nn.Linear(channels, squeezed)
-        # The layer normalisation of a single value would be 0 whatever the value.
+        # The layer normalisation of a single value is always 0.
         self.norm = nn.LayerNorm(squeezed) if squeezed > 1 else nn.Identity()
         self.expand = nn.Linear(squeezed, channels)
         nn.init.zeros_(self.expand.weight)
@@ -144,7 +146,7 @@ class GlobalContext(nn.Module):
         self.branch = MapTap("branch")
 
     def forward(self, features: Features) -> Features:
-        """The features, each channel shifted by what the context says."""
+        """The features, with a number added to each channel that depends on the context."""
         context = self.context(features)
         shift = self.expand(torch.relu(self.norm(self.squeeze(context))))
         if self.branch.edit is not None:

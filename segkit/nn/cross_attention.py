@@ -1,4 +1,4 @@
-"""Multi-head attention at the skips, between the decoder's signal and the skip."""
+"""Multi-head attention at the skips, between the decoder's signal and the skip's features."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ from segkit.nn.positions import sincos
 
 
 class AttentionToSkip(nn.Module):
-    """What attention between the decoder's signal and the skip is made of, on the signal's grid.
+    """Base class of attention between the decoder's signal and the skip, on the signal's grid.
 
-    The skip comes down to the coarser signal by a convolution whose kernel equals its stride; both
-    are normalised over channels; what queries take is interpolated linearly to the skip's grid.
+    A convolution whose kernel equals its stride brings the skip down to the coarser grid of the
+    signal. Both are normalised over channels. The result of the attention is interpolated linearly
+    to the skip's grid.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
@@ -53,7 +54,7 @@ class AttentionToSkip(nn.Module):
         self.mode = LINEAR_MODE[spatial_dims]
 
     def _take(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """What the queries take from the skip, as features on the signal's grid."""
+        """The result of the attention, as features on the signal's grid."""
         cells = signal.shape[2:]
         query = _placed(_tokens(signal, self.norm_signal), cells)
         value = _tokens(self.from_skip(skip), self.norm_skip)
@@ -69,13 +70,13 @@ class AttentionToSkip(nn.Module):
 
 
 class CrossAttention(AttentionToSkip):
-    """What the decoder asks of the skip: queries from the signal, keys and values from the skip.
+    """Cross-attention: queries from the decoder's signal, keys and values from the skip.
 
-    Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.2.3, where the decoder
-    attends to the encoder) on the coarser signal's grid: the skip comes down to it by a convolution
-    whose kernel equals its stride (as Wang et al. 2021, arXiv:2102.12122, Eq. 3 reduce keys and
-    values). What the queries take is interpolated linearly to the skip's grid and added to the
-    skip; at first it is 0. Sines and cosines tell both sides where they lie.
+    Multi-head attention from the decoder to the encoder (Vaswani et al. 2017, arXiv:1706.03762,
+    Sec. 3.2.3), on the coarser grid of the signal. A convolution whose kernel equals its stride
+    brings the skip down to that grid, as Wang et al. (2021, arXiv:2102.12122, Eq. 3) reduce keys
+    and values. The result is interpolated linearly to the skip's grid and added to the skip. It is
+    0 when training starts. Sines and cosines of the positions are added to queries and keys.
     """
 
     def forward(
@@ -83,26 +84,26 @@ class CrossAttention(AttentionToSkip):
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *coarse"],
     ) -> Float[Tensor, "batch skip_channel *space"]:
-        """What to add to the skip."""
+        """The features that `let_through` adds to the skip."""
         return self._on_skip(self._take(skip, signal), skip)
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """The skip with what the decoder asked for."""
+        """The skip plus the result of the attention."""
         return skip + self(skip, signal).to(skip.dtype)
 
 
 class UTransformerGate(AttentionToSkip):
     """Map of how much of each skip channel and voxel to let through, made by attention.
 
-    Multi-head cross-attention of U-Transformer, Petit et al. (2021, arXiv:2103.06104, Sec. 2.2):
-    queries and keys are of the coarser signal, values of the skip, which comes down to the signal's
-    grid; a 1x1 convolution (here the attention's own W_o), a normalisation and a sigmoid make the
-    gate, which is interpolated to the skip's grid. Sines and cosines tell queries and keys where
-    they lie.
+    Multi-head cross-attention of U-Transformer, Petit et al. (2021, arXiv:2103.06104, Sec. 2.2).
+    Queries and keys come from the coarser signal; values come from the skip, brought down to the
+    signal's grid. A 1x1 convolution (here the attention's own W_o), a normalisation and a sigmoid
+    make the gate, which is interpolated to the skip's grid. Sines and cosines of the positions are
+    added to queries and keys.
 
-    We depart from it in three places. The gate starts open: the bias before the sigmoid starts at
-    `initial_bias`. Both sides are first normalised over channels. The skip comes down by a
-    convolution whose kernel equals its stride.
+    We differ from the paper in three points. The gate starts open: the bias before the sigmoid
+    starts at `initial_bias`. Skip and signal are first normalised over channels. A convolution
+    whose kernel equals its stride brings the skip down.
     """
 
     keys_of: Literal["skip", "signal"] = "signal"
@@ -127,10 +128,10 @@ class UTransformerGate(AttentionToSkip):
             heads=heads,
             head_channels=head_channels,
         )
-        # Not 0 as where attention is added: the normalisation would have nothing to work on.
+        # Not 0, as it is for attention that is added: a constant cannot be normalised.
         nn.init.xavier_uniform_(self.attention.out.weight)
         self.norm = normalisation(norm, spatial_dims, skip_channels)
-        # The normalisation's own bias where there is one: two would be one too many.
+        # If there is a normalisation, its own bias is used; a second bias would do the same.
         self.bias = (
             nn.Parameter(torch.full((skip_channels,), initial_bias)) if norm == "none" else None
         )
@@ -143,7 +144,7 @@ class UTransformerGate(AttentionToSkip):
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *coarse"],
     ) -> Float[Tensor, "batch skip_channel *space"]:
-        """The map in (0, 1) on the skip's grid; recorded as its mean over channels."""
+        """The map in (0, 1) on the skip's grid. The tap records its mean over channels."""
         logits = self.norm(self._take(skip, signal))
         if self.bias is not None:
             logits = logits + self.bias.view(-1, *[1] * (logits.ndim - 2))

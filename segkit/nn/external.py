@@ -1,4 +1,4 @@
-"""A network that somebody else made, in the form that training and prediction ask for."""
+"""A network of the user's own, in the form that training and prediction need."""
 
 from collections.abc import Sequence
 
@@ -12,82 +12,89 @@ from segkit.nn.map_tap import MapInfo, maps_of
 from segkit.nn.unet import Supervised
 
 
-class Given(nn.Module):
-    """Logits of every class at every voxel, from any module that gives them.
+class ExternalNetwork(nn.Module):
+    """Logits of every class at every voxel, from any PyTorch module that computes them.
 
-    There is no deep supervision and no presence head. Of attention there are the maps of whatever
-    segkit's own gates the module may hold, if it has placed them (`place_taps`).
+    Such a network has no deep supervision and no presence head. It has attention maps only if the
+    module contains attention of segkit and has called `place_taps` on it.
 
     Args:
-        module: from (batch, channel, cells …) to logits (batch, out_channel, cells …).
-        out_channels: what it must give.
-        multiple: what the sizes of its input must be multiples of, along each axis.
+        module: maps (batch, channel, *space) to logits (batch, out_channel, *space).
+        out_channels: the number of channels that the logits must have.
+        multiple: along each axis, the size of the input must be a multiple of this.
+
+    Raises:
+        ModelError: the module's state holds anything but tensors.
     """
 
     def __init__(self, module: nn.Module, *, out_channels: int, multiple: Sequence[int]) -> None:
         super().__init__()
         if odd := [name for name, part in module.state_dict().items() if not _is_tensor(part)]:
             raise ModelError(
-                f"{type(module).__name__} keeps {odd[0]} in its state, which is no tensor and "
-                f"cannot be saved; give a module whose state is tensors alone"
+                f"{type(module).__name__} keeps {odd[0]} in its state, which is not a tensor and "
+                f"cannot be saved; pass a module whose state holds only tensors"
             )
         self.module = module
         self.out_channels = out_channels
         self.total_stride = tuple(multiple)
 
     def maps(self) -> dict[str, MapInfo]:
-        """What each attention map is and where it lies, by key; most modules have none."""
+        """Kind and position of each attention map, by key; most modules have no maps."""
         return maps_of(self)
 
     def forward(
         self, image: Float[Tensor, "batch in_channel *space"]
     ) -> Float[Tensor, "batch out_channel *space"]:
-        """Logits on the image's grid. Raises ModelError where the module gives something else."""
+        """Logits on the image's grid. Raises ModelError if the module returns anything else."""
         logits = self.module(image)
         if not _is_tensor(logits):
             raise ModelError(
-                f"{type(self.module).__name__} gives a {type(logits).__name__}, expected a tensor "
-                f"of logits; give a module that returns those of its finest level alone"
+                f"expected a tensor of logits from {type(self.module).__name__}, found a "
+                f"{type(logits).__name__}; pass a module that returns only the logits of its "
+                f"finest level"
             )
         # While torch traces, sizes are tensors.
         found = tuple(int(size) for size in logits.shape[1:])
         expected = (self.out_channels, *(int(size) for size in image.shape[2:]))
         if found != expected:
             raise ModelError(
-                f"{type(self.module).__name__} makes {found} of a window of "
-                f"{tuple(int(size) for size in image.shape[1:])}, expected logits {expected}: one "
-                f"channel for each class on the window's own grid; give a module that makes these"
+                f"expected logits {expected} from {type(self.module).__name__} for a window of "
+                f"{tuple(int(size) for size in image.shape[1:])}, found {found}; pass a module "
+                f"that returns one channel for each class, on the window's own grid"
             )
         checked: Tensor = logits
         return checked
 
     def classified(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """There is no presence head: raises ValueError."""
-        raise ValueError("the network has no presence head")
+        """Raises ValueError, because there is no presence head."""
+        raise ValueError("the network has no presence head; use a U-Net that has one")
 
     def supervised(self, image: Float[Tensor, "batch in_channel *space"]) -> Supervised:
-        """What is trained: the logits."""
+        """The outputs that are trained: only the logits."""
         return Supervised((self(image),), None)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """Where features lie that are known of: the input's own."""
+        """Position of the input's grid, the only one that is known."""
         return (Placement.identity(len(self.total_stride)),)
 
     @property
     def presence(self) -> nn.Module | None:
-        """None."""
+        """None, because there is no presence head."""
         return None
 
 
 def try_out(network: nn.Module, image: Tensor) -> None:
-    """Raise ModelError where a module that was given makes no logits of an image.
+    """Run a network once, and raise ModelError if it does not compute logits of the image.
 
-    The module stays as it is, running means of its normalisation included.
+    Args:
+        network: a network; it does not change, and neither do the running means of its
+            normalisation.
+        image: an input (batch, channel, *space).
     """
     modes = {part: part.training for part in network.modules()}
     network.eval()
-    with torch.no_grad():  # not inference_mode: a module may keep what it makes
+    with torch.no_grad():  # not inference_mode: a module may keep tensors that it computes
         network(image)
     for part, mode in modes.items():
         part.training = mode

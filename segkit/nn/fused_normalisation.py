@@ -1,13 +1,15 @@
-"""Instance normalisation and leaky ReLU in one, on a GPU, in the order that the features have.
+"""Instance normalisation and leaky ReLU in one GPU kernel, for features in either memory order.
 
-PyTorch normalises features with channels last by copying them to the other order and back. The
-kernels here read and write either order. Forward reads the features twice and writes once; backward
-reads features and gradient twice and writes once. Statistics and sums are float32. Nothing is added
-atomically, so that the same input gives the same output, bit for bit.
+If features are stored channels last, PyTorch copies them to the other order and back to normalise
+them. The kernels here read and write both orders. The forward pass reads the features twice and
+writes once; the backward pass reads features and gradient twice and writes once. Statistics and
+sums are float32. No sum uses atomic additions, so that the same input gives the same output, bit
+for bit.
 
-Forward and backward are two kernels each. The first cuts the space of an image into blocks and sums
-over each block; the second merges the sums of the blocks, always in the same order, and then writes
-its own block. Needs triton; only `segkit.nn.normalisation` imports this module, if triton is there.
+Forward and backward have two kernels each. The first cuts the space of an image into blocks and
+sums over each block. The second merges the sums of the blocks, always in the same order, and then
+writes its own block. This module needs triton; only `segkit.nn.normalisation` imports it, and only
+if triton is installed.
 """
 
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-call"
@@ -26,18 +28,19 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from segkit.nn.normalisation import CHANNELS_LAST
 
 TILE = 2048
-"""Numbers that a program has in its registers at once."""
+"""Number of values that a program holds in registers at once."""
 NUMBERS_PER_THREAD = 8
-"""Of a tile; in half precision one read of 16 bytes. No kernel then needs over 64 registers."""
+"""Values of a tile for each thread: one read of 16 bytes in half precision, and no kernel needs
+more than 64 registers."""
 PROGRAMS_PER_PROCESSOR = 4
-"""Programs of a launch, for each of the GPU's multiprocessors: so many of 256 threads fit."""
+"""Programs of a launch for each multiprocessor of the GPU; four of 256 threads fit on one."""
 WIDTHS = (64, 32, 16)
-"""Channels of a tile of features with channels last; the first that divides their number."""
+"""Channels in a tile, if features are channels last: the first that divides their number."""
 
 NOT_SPECIALISED = ("tiles", "num_blocks")
-"""Numbers that a kernel is not compiled anew for."""
+"""Arguments whose values do not make triton compile a kernel again."""
 
-# Whatever checks types at run time must leave the kernels alone: triton reads their source.
+# Checkers of types at run time must not wrap the kernels, because triton reads their source.
 
 
 @triton.jit
@@ -50,9 +53,11 @@ def _place(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """Where a program's block lies: its corner, its first tile's cells, and the step to the next.
+    """Position of a program's block: its corner, the offsets of the values in a tile, and the step
+    from tile to tile.
 
-    A block is `tiles` tiles of cells by channels; `left` cells of the image follow its corner.
+    A block has `tiles` tiles of cells by channels. `left` is the number of cells from its corner to
+    the end of the image.
     """
     first = tl.program_id(0) * tiles * BLOCK_SPACE
     channel = tl.program_id(1) * BLOCK_CHANNELS
@@ -85,10 +90,11 @@ def _moments(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """Of a block and each channel, the mean and the sum of squared distances from it.
+    """For each channel of a block, the mean and the sum of squared distances from the mean.
 
-    Sums are taken about the mean of the block's first tile. So they lose no digits if the mean is
-    large, and at most as many as the number of tiles has if the first tile is unlike the others.
+    The mean of the first tile is subtracted before the sums. So no digits are lost if the mean is
+    large. If the first tile differs from the others, at most as many digits are lost as the number
+    of tiles has.
     """
     corner, cells, step, rows, left, channel, known = _place(
         space, channels, tiles, LAST, BLOCK_SPACE, BLOCK_CHANNELS
@@ -100,7 +106,7 @@ def _moments(
     values = tl.where(inside, values - about[None, :], 0.0)
     sums = values
     squares = values * values
-    # Each thread then waits for two reads at once; one would leave the memory idle.
+    # Unrolled, so that each thread has several reads under way; one would leave the memory idle.
     for tile in tl.range(1, tiles, loop_unroll_factor=4):
         inside = (rows < left - tile * BLOCK_SPACE)[:, None] & known[None, :]
         values = tl.load(start + tile * step + cells, mask=inside, other=0.0).to(tl.float32)
@@ -134,7 +140,7 @@ def _normalised(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """Merge the moments of the blocks (Chan et al. 1979), then normalise a block."""
+    """Merge the statistics of all blocks (Chan et al. 1979), then normalise a block."""
     corner, cells, step, rows, left, channel, known = _place(
         space, channels, tiles, LAST, BLOCK_SPACE, BLOCK_CHANNELS
     )
@@ -166,7 +172,8 @@ def _normalised(
         tl.store(kept + channels, inverse, mask=known)
     scale = inverse * tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    # From the end: the first kernel read that last, and the cache still holds it.
+    # From the last tile to the first: the first kernel read the last tile last, so the cache still
+    # holds it.
     for done in range(tiles):
         tile = tiles - 1 - done
         inside = (rows < left - tile * BLOCK_SPACE)[:, None] & known[None, :]
@@ -195,7 +202,7 @@ def _gradient_sums(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """Of a block and each channel, the sum of the gradient g, and of g times the normalised x."""
+    """For each channel of a block, the sum of the gradient g and of g times the normalised x."""
     corner, cells, step, rows, left, channel, known = _place(
         space, channels, tiles, LAST, BLOCK_SPACE, BLOCK_CHANNELS
     )
@@ -235,7 +242,7 @@ def _merged_sums(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """The two sums over all blocks of an image."""
+    """The two sums of `_gradient_sums`, over all blocks of an image."""
     sums = tl.zeros([BLOCK_SPACE, BLOCK_CHANNELS], tl.float32)
     products = tl.zeros([BLOCK_SPACE, BLOCK_CHANNELS], tl.float32)
     part = parts + image * num_blocks * 2 * channels + channel
@@ -269,11 +276,11 @@ def _gradients(
     BLOCK_SPACE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
-    """Merge the sums of the blocks, then write the gradient of a block.
+    """Merge the sums of all blocks, then write the gradient of a block.
 
     With n cells, normalised features y and inverse deviation r, the gradient at x is
-    w·r·(g - Σg/n - y·Σ(g·y)/n). The first program of a channel adds the sums of all images: Σ(g·y)
-    is the gradient of its weight and Σg that of its bias.
+    w·r·(g - Σg/n - y·Σ(g·y)/n). The first program of a channel also adds the sums of all images:
+    Σ(g·y) is the gradient of the channel's weight, and Σg is that of its bias.
     """
     corner, cells, step, rows, left, channel, known = _place(
         space, channels, tiles, LAST, BLOCK_SPACE, BLOCK_CHANNELS
@@ -325,31 +332,31 @@ def _gradients(
 
 
 class Launch(NamedTuple):
-    """How many programs run a kernel, and on how much each."""
+    """Number of programs that run a kernel, and the size of the block of each."""
 
     grid: tuple[int, int, int]
-    """Blocks of an image's space, tiles of channels, images."""
+    """Number of blocks in an image's space, of tiles of channels, and of images."""
     space: int
     channels: int
     tiles: int
-    """Tiles in a block, along space."""
+    """Number of tiles in a block, along space."""
     settings: dict[str, Any]
-    """What a kernel is compiled for."""
+    """Compile-time arguments of the kernels."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Space, channels, tiles in a block, blocks: what every kernel is told."""
+        """Arguments of every kernel: space, channels, tiles in a block, number of blocks."""
         return self.space, self.channels, self.tiles, self.grid[0]
 
 
 @lru_cache(maxsize=1024)
 def launch(shape: tuple[int, ...], last: bool, processors: int) -> Launch:
-    """As many programs as fill the GPU, if the features are large enough, and no more.
+    """The launch of a kernel, with as many programs as fill the GPU if the features are large.
 
     Args:
-        shape: of the features (batch, channel, *space).
-        last: whether they have channels last.
-        processors: the GPU's multiprocessors.
+        shape: shape of the features, (batch, channel, *space).
+        last: True if they are stored channels last.
+        processors: number of the GPU's multiprocessors.
     """
     batch, channels, *sizes = shape
     space = math.prod(sizes)
@@ -385,7 +392,7 @@ def _processors(device: torch.device) -> int:
 
 
 class _NormaliseAndActivate(torch.autograd.Function):
-    """Leaky ReLU of the instance normalisation. It has no second gradient."""
+    """Leaky ReLU of the instance normalisation. There is no second derivative."""
 
     @staticmethod
     def forward(
@@ -466,14 +473,14 @@ def normalise_and_leak(
     eps: float,
     slope: float,
 ) -> Float[Tensor, "batch channel *space"]:
-    """Leaky ReLU of the instance normalisation of features, in their data type and order.
+    """Leaky ReLU of the instance normalisation of features, in their data type and memory order.
 
     Args:
-        features: float32, float16 or bfloat16, contiguous or with channels last; any other order is
-            made contiguous. More than one cell of space.
+        features: float32, float16 or bfloat16, with more than one cell; contiguous or channels
+            last. Features in any other order are copied to be contiguous.
         weight, bias: scale and offset of each channel.
-        eps: is added to the variance.
-        slope: of the leaky ReLU below zero; with 1 this is the normalisation only.
+        eps: number that is added to the variance.
+        slope: slope of the leaky ReLU below zero; 1 gives only the normalisation.
     """
     output: Tensor = _NormaliseAndActivate.apply(features, weight, bias, eps, slope)
     return output

@@ -1,7 +1,8 @@
-"""Attention gates at the skips, f(skip, signal): how much of each skip voxel to let through.
+"""Attention gates at the skips: f(skip, signal) is how much of each skip voxel to let through.
 
-A gate returns its map; the network multiplies, `skip * gate(skip, signal)`, and then applies the
-gate's `output_transform`, which is the identity unless asked for.
+A gate returns its map. The network multiplies, `skip * gate(skip, signal)`, and then applies the
+gate's `output_transform`, which is the identity by default. "Open" means a map of 1, "shut" a map
+of 0.
 """
 
 import math
@@ -30,17 +31,17 @@ CoefficientKind = Literal["sigmoid", "softmax", "mean_flow", "hard"]
 HIGHEST_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 0.5
 LARGEST_GRID_SHARE = 1000.0
-"""Times the mean, above which a share is cut, so that half precision does not overflow."""
+"""Largest value of a map whose mean is 1; larger values would overflow in half precision."""
 
 
 class Gate(nn.Module):
-    """What every gate has beside its map: which signal steers it, and what follows the product."""
+    """Base class of gates: the signal that steers the map, and the layer after the product."""
 
     signal: Literal["coarse", "upsampled"]
     output_transform: nn.Module
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """The gated skip; one copy of it after another where there are several maps."""
+        """The skip times the map. Several maps give several gated copies, one after another."""
         attention_map = self(skip, signal)
         if attention_map.shape[1] == 1:
             gated = skip * attention_map
@@ -51,12 +52,13 @@ class Gate(nn.Module):
 
 
 class HardGate(nn.Module):
-    """Open or shut, 1 or 0, drawn with probability sigmoid(logit) while training.
+    """Values 1 (open) or 0 (shut). In training, 1 is drawn with probability sigmoid(logit).
 
     The binary Concrete distribution of Maddison et al. (2017, arXiv:1611.00712, Appendix B) and
-    Jang et al. (2017, arXiv:1611.01144, Sec. 2.2), straight through: with logistic noise L the
-    value is 1 where logit + L > 0, and the gradient is that of sigmoid((logit + L) / temperature).
-    While evaluating there is no noise: 1 where logit > 0. `anneal` lowers the temperature.
+    Jang et al. (2017, arXiv:1611.01144, Sec. 2.2) with a straight-through gradient. With logistic
+    noise L, the value is 1 if logit + L > 0, and the gradient is that of
+    sigmoid((logit + L) / temperature). In evaluation there is no noise: the value is 1 if
+    logit > 0. `anneal` lowers the temperature.
     """
 
     temperature: Tensor
@@ -68,10 +70,10 @@ class HardGate(nn.Module):
     def forward(
         self, logits: Float[Tensor, "batch channel *cells"]
     ) -> Float[Tensor, "batch channel *cells"]:
-        """The gate, each value 0 or 1."""
+        """The gate. Each value is 0 or 1."""
         if not self.training:
             return (logits > 0).to(logits.dtype)
-        # Away from 0 and 1, whose logits are infinite.
+        # The logits of 0 and 1 are infinite.
         uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
         relaxed = torch.sigmoid((logits + torch.logit(uniform)) / self.temperature)
         return (relaxed > 0.5).to(logits.dtype) + (relaxed - relaxed.detach())
@@ -80,7 +82,9 @@ class HardGate(nn.Module):
 def anneal(network: nn.Module, progress: float) -> None:
     """Lower the temperature of every hard gate of a network, linearly from 1 to 0.5.
 
-    `progress` is the share of training that is done.
+    Args:
+        network: any module; without a `HardGate` nothing changes.
+        progress: share of the training that is done, in [0, 1].
     """
     temperature = HIGHEST_TEMPERATURE + progress * (LOWEST_TEMPERATURE - HIGHEST_TEMPERATURE)
     for module in network.modules():
@@ -89,23 +93,24 @@ def anneal(network: nn.Module, progress: float) -> None:
 
 
 class Coefficients(nn.Module):
-    """The last 1x1 convolution of an additive gate, and what makes maps of its logits.
+    """Maps of an additive gate: its last 1x1 convolution, and a function of the logits.
 
     Kinds:
-        sigmoid: each voxel on its own, in (0, 1) (Oktay et al. 2018).
+        sigmoid: of each voxel, in (0, 1) (Oktay et al. 2018).
         softmax: over all voxels (Schlemper et al. 2019, arXiv:1808.08114, Sec. 3.2).
-        mean_flow: logits less their minimum, over their sum (their released code).
+        mean_flow: logits minus their minimum, divided by their sum (the code of Schlemper et al.).
         hard: `HardGate`.
 
-    In Schlemper's pooled classifiers the second and third sum to 1. At a skip that would all but
-    shut it, so here their mean is 1: flat logits let everything through. Neither notices a number
-    added to all logits, and `mean_flow` no factor either, so `initial_bias` opens the others alone,
-    a softmax starts near 1, and mean flow starts anywhere.
+    In the pooled classifiers of Schlemper et al., softmax and mean_flow sum to 1. That would almost
+    shut a skip, so here their mean is 1: equal logits let everything through. A constant that is
+    added to all logits changes neither of them, and a factor does not change mean_flow. So only
+    sigmoid and hard use `initial_bias`; a softmax starts near 1, and mean_flow can start with any
+    values.
 
-    Logits are never normalised: instance normalisation would fix the mean of their one channel, and
-    batch normalisation cancels the bias. Weights start at N(0, 0.01^2), so that a sigmoid starts at
-    sigmoid(initial_bias) everywhere. All is computed in float32, under autocast too. Several gates
-    (`num_gates`) share nothing: each sees its own part of the channels.
+    Logits are never normalised: instance normalisation would fix the mean of their only channel,
+    and batch normalisation would cancel the bias. Weights start at N(0, 0.01^2), so that a sigmoid
+    starts near sigmoid(initial_bias) everywhere. Everything is computed in float32, also under
+    autocast. Several gates (`num_gates`) share no weights: each uses its own part of the channels.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class Coefficients(nn.Module):
                     return shares.clamp(max=LARGEST_GRID_SHARE).view(logits.shape)
                 case "mean_flow":
                     cells = logits.flatten(2)
-                    # The small number lets everything through where all logits are the same.
+                    # If all logits are equal, the small number lets everything through.
                     risen = cells - cells.amin(dim=2, keepdim=True) + 1e-6
                     shares = risen / risen.mean(dim=2, keepdim=True)
                     return shares.clamp(max=LARGEST_GRID_SHARE).view(logits.shape)
@@ -167,21 +172,21 @@ class Coefficients(nn.Module):
 class AdditiveGridGate(Gate):
     """Map of how much of each skip voxel to let through, computed on the coarser signal's grid.
 
-    Additive gate of Oktay et al. (2018, arXiv:1804.03999, Eq. 1-2) as their published CT network
-    runs it: the skip goes through a convolution whose kernel equals its stride, down to the grid of
-    the signal, which is the decoder's output one level below; the map is interpolated linearly back
-    to the skip's grid. At the deepest skip the signal is the bottleneck, first through a 1x1
-    convolution, a normalisation and an activation.
+    Additive gate of Oktay et al. (2018, arXiv:1804.03999, Eq. 1-2), as in their published CT
+    network. The signal is the decoder's output one level below. A convolution whose kernel equals
+    its stride brings the skip down to the grid of the signal, and the map is interpolated linearly
+    back to the skip's grid. At the deepest skip the signal is the bottleneck, which first passes a
+    1x1 convolution, a normalisation and an activation.
 
-    We depart from their code in three places. The gate starts open (`initial_bias`), as the paper
-    says and the code does not. The stride is the level's own, so it may be anisotropic. The 1x1
-    convolution and normalisation after the product, which are in the code and not in the paper, are
-    off unless `output_transform` is set.
+    We differ from their code in three points. The gate starts open (`initial_bias`), as in the
+    paper. The stride is that of the level, so it may be anisotropic. The 1x1 convolution and the
+    normalisation after the product, which the paper does not mention, are used only if
+    `output_transform` is set.
 
-    With several gates (`num_gates`) each has weights of its own (they share what prepares the
-    deepest signal), and what they let through is always brought back to the skip's channels by a
-    1x1 convolution, a normalisation and an activation: the multi-dimensional coefficients that the
-    paper proposes for several classes (Sec. 2.2), as the code's `_multi_att` networks run them.
+    Several gates (`num_gates`) are the multi-dimensional coefficients that the paper proposes for
+    several classes (Sec. 2.2), as in the `_multi_att` networks of the code. Each gate has its own
+    weights; only the layers that prepare the deepest signal are shared. A 1x1 convolution, a
+    normalisation and an activation always bring the gated copies back to the skip's channels.
     """
 
     signal: Literal["coarse", "upsampled"] = "coarse"
@@ -230,7 +235,7 @@ class AdditiveGridGate(Gate):
             )
         else:
             self.output_transform = nn.Identity()
-        # A hard gate stays hard: each voxel has the gate of its cell.
+        # A hard gate stays hard: each voxel takes the value of its cell.
         self.mode = "nearest" if coefficients == "hard" else LINEAR_MODE[spatial_dims]
 
     def forward(
@@ -238,10 +243,10 @@ class AdditiveGridGate(Gate):
         skip: Float[Tensor, "batch skip_channel *space"],
         signal: Float[Tensor, "batch signal_channel *coarse"],
     ) -> Float[Tensor, "batch gates *space"]:
-        """The maps on the skip's grid. The skip is a whole number of strides in size."""
+        """The maps on the skip's grid. The skip's size must be a multiple of the stride."""
         query = self.from_signal(self.prepare_signal(signal))
         coarse = self.tap(self.coefficients(F.relu(self.from_skip(skip) + query)))
-        # Cell centres stay where they are, and a convex combination keeps to the map's range.
+        # Cell centres do not move, and values stay within the map's range.
         align = None if self.mode == "nearest" else False
         fine = F.interpolate(coarse, size=skip.shape[2:], mode=self.mode, align_corners=align)
         return fine.to(skip.dtype)
@@ -250,10 +255,10 @@ class AdditiveGridGate(Gate):
 class AdditiveSameLevelGate(Gate):
     """Map of how much of each skip voxel to let through, computed on the skip's own grid.
 
-    The widespread variant of Oktay et al. (2018): the signal first comes up to the skip's grid,
-    and both go through a 1x1 convolution and a normalisation to half the skip's channels. MONAI's
-    attention block is the same but for a batch normalisation on the map itself, which we leave out
-    (see `Coefficients`).
+    The common variant of Oktay et al. (2018): the signal is first brought up to the skip's grid,
+    and a 1x1 convolution and a normalisation bring both to half the skip's channels. MONAI's
+    attention block is the same, except that it normalises the map itself over the batch, which we
+    do not (see `Coefficients`).
     """
 
     signal: Literal["coarse", "upsampled"] = "upsampled"

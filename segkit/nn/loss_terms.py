@@ -1,7 +1,7 @@
-"""Terms that a loss can be made of: of voxels, of overlap, of distance, of centre lines.
+"""Terms of a loss: cross-entropy, overlap, distance to the surface, centre lines.
 
-All look at a batch by way of `Judged`: probabilities beside what is right, with ignored voxels left
-out of both. Each gives a scalar that is smallest if the two agree.
+Each term is a function from `LossInputs` (probabilities and targets, without ignored voxels) to a
+scalar, which is smallest if probabilities and targets agree.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,44 +14,45 @@ from jaxtyping import Float
 from torch import Tensor
 
 SMOOTH = 1e-5
-"""Added to an overlap and to its total, so that a class in neither has an overlap of 1."""
+"""Added to an overlap and to its total. So a class that is absent from both has an overlap of 1."""
 LEAST = 1e-7
-"""Below this a base of a power counts as this, as roots have no gradient at 0."""
+"""Smallest base of a power: roots have no finite gradient at 0."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A batch's probabilities beside what is right, over classes or over regions.
+class LossInputs:
+    """Probabilities and targets of a batch; each output is a class or a region.
 
     Classes exclude each other and the first is the background; regions may overlap.
     """
 
     probabilities: Float[Tensor, "batch outputs *space"]
-    """0 where a voxel does not count."""
+    """0 at an ignored voxel."""
     target: Float[Tensor, "batch outputs *space"]
-    """1 if the voxel belongs to the class or region; 0 where it does not count."""
+    """1 if the voxel belongs to the class or region; 0 at an ignored voxel."""
     cross_entropy: Float[Tensor, "batch decisions *space"]
-    """-log of the probability of what is right: one decision a voxel for classes, one of each
-    region for regions."""
+    """-log of the probability of the true answer: one for each voxel with classes, one for each
+    voxel and region with regions."""
     weight: Float[Tensor, "batch decisions *space"]
-    """Of each decision: the weight of its class or region, 0 where a voxel does not count."""
+    """Weight of each value of `cross_entropy`: that of its class or region, 0 at an ignored
+    voxel."""
     weights: tuple[float, ...]
-    """Of each output."""
+    """Weight of each output."""
     first: int
-    """The first output that is no background: 1 of classes, 0 of regions."""
+    """First output that is not the background: 1 with classes, 0 with regions."""
     spacing: tuple[float, ...]
-    """Of the voxels, in mm."""
+    """Spacing of the voxels, in mm."""
     pool_batch: bool
-    """Whether sums for an overlap go over the whole batch, or over each sample."""
+    """Compute an overlap over the whole batch instead of over each sample."""
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes that an overlap is summed over."""
+        """The axes over which an overlap is summed."""
         space = tuple(range(2, self.probabilities.ndim))
         return (0, *space) if self.pool_batch else space
 
     def mean(self, scores: Float[Tensor, "*samples structures"]) -> Float[Tensor, ""]:
-        """The mean over samples and over outputs, which hold no background, by their weights."""
+        """Weighted mean of scores over samples and over outputs without the background."""
         weights = self.weights[self.first :]
         return (scores * constants(weights, scores.device)).sum(-1).mean() / sum(weights)
 
@@ -63,118 +64,127 @@ class Judged:
 
 @lru_cache(maxsize=64)
 def constants(values: tuple[float, ...], device: torch.device) -> Float[Tensor, " values"]:
-    """Numbers on a device, which are brought there once, so that no step waits for them."""
+    """Numbers as a tensor on a device. They are copied once, so that no training step waits."""
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-def dice(judged: Judged) -> Float[Tensor, ""]:
-    """One minus soft Dice, 2 sum(p t) / (sum p + sum t) (Drozdzal et al. 2016)."""
-    return tversky(judged, 0.5, 0.5)
+def dice(inputs: LossInputs) -> Float[Tensor, ""]:
+    """One minus soft Dice: 1 - 2 sum(p t) / (sum p + sum t) (Drozdzal et al. 2016)."""
+    return tversky(inputs, 0.5, 0.5)
 
 
-def tversky(judged: Judged, false_positives: float, false_negatives: float) -> Float[Tensor, ""]:
+def tversky(
+    inputs: LossInputs, false_positives: float, false_negatives: float
+) -> Float[Tensor, ""]:
     """One minus Tversky's index (Salehi et al. 2017, arXiv:1706.05721, equation 3).
 
-    Both weights 0.5 make it Dice. A larger weight of false negatives finds more, at the price of
-    false alarms.
+    Args:
+        inputs: probabilities and targets.
+        false_positives, false_negatives: their weights. With 0.5 and 0.5 this is Dice. A larger
+            weight of false negatives finds more of a structure, but gives more false positives.
     """
-    return judged.mean(1 - _tversky_index(judged, false_positives, false_negatives))
+    return inputs.mean(1 - _tversky_index(inputs, false_positives, false_negatives))
 
 
 def focal_tversky(
-    judged: Judged, false_positives: float, false_negatives: float, gamma: float
+    inputs: LossInputs, false_positives: float, false_negatives: float, gamma: float
 ) -> Float[Tensor, ""]:
     """(1 - Tversky's index) to the power 1 / gamma (Abraham and Khan 2019, arXiv:1810.07842).
 
-    Classes are averaged where the paper adds.
+    We average over classes; the paper adds them.
     """
-    index = _tversky_index(judged, false_positives, false_negatives)
-    return judged.mean((1 - index).clamp(min=LEAST) ** (1 / gamma))
+    index = _tversky_index(inputs, false_positives, false_negatives)
+    return inputs.mean((1 - index).clamp(min=LEAST) ** (1 / gamma))
 
 
 def _tversky_index(
-    judged: Judged, false_positives: float, false_negatives: float
+    inputs: LossInputs, false_positives: float, false_negatives: float
 ) -> Float[Tensor, "*samples structures"]:
-    (found, target), axes = judged.structures, judged.axes
+    (found, target), axes = inputs.structures, inputs.axes
     right = (found * target).sum(axes)
     alarms, missed = found.sum(axes) - right, target.sum(axes) - right
     smooth = SMOOTH / 2
     return (right + smooth) / (right + false_positives * alarms + false_negatives * missed + smooth)
 
 
-def generalised_dice(judged: Judged) -> Float[Tensor, ""]:
+def generalised_dice(inputs: LossInputs) -> Float[Tensor, ""]:
     """One minus generalised Dice (Sudre et al. 2017, arXiv:1707.03237, section 2.1).
 
-    Classes, the background among them, are weighted by one over their squared volume. A class that
-    a sample lacks has the largest weight of those that the sample holds, as its own is infinite.
-    The weights of classes that were asked for multiply these.
+    The weight of each class, the background included, is one over its squared volume, times its
+    weight in `LossInputs`. For a class that is absent from a sample this would be infinite; it gets
+    the largest weight of the classes in the sample.
     """
-    found, target, axes = judged.probabilities, judged.target, judged.axes
+    found, target, axes = inputs.probabilities, inputs.target, inputs.axes
     volume = target.sum(axes)
     weight = torch.where(volume > 0, volume.clamp(min=1) ** -2, 0)
     largest = weight.amax(-1, keepdim=True)
     weight = torch.where(volume > 0, weight, torch.where(largest > 0, largest, 1))
-    weight = weight * constants(judged.weights, weight.device)
+    weight = weight * constants(inputs.weights, weight.device)
     overlap = (weight * (found * target).sum(axes)).sum(-1)
     total = (weight * (found.sum(axes) + volume)).sum(-1)
     return (1 - (2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
 
 
-def cross_entropy(judged: Judged) -> Float[Tensor, ""]:
-    """The mean over voxels by their classes' weights, as torch's; over regions too if there are."""
-    return _weighted(judged.cross_entropy, judged.weight)
+def cross_entropy(inputs: LossInputs) -> Float[Tensor, ""]:
+    """Mean cross-entropy over voxels (and regions), weighted by class like PyTorch's."""
+    return _weighted(inputs.cross_entropy, inputs.weight)
 
 
-def focal(judged: Judged, gamma: float) -> Float[Tensor, ""]:
+def focal(inputs: LossInputs, gamma: float) -> Float[Tensor, ""]:
     """Cross-entropy times (1 - p) to the power gamma (Lin et al. 2017, arXiv:1708.02002, eq. 4).
 
-    p is the probability of what is right. The mean is over voxels, where the paper divides by the
-    number of objects.
+    p is the probability of the true class. We average over voxels; the paper divides by the number
+    of objects.
     """
-    each = judged.cross_entropy
+    each = inputs.cross_entropy
     missed = (-torch.expm1(-each)).clamp(min=LEAST)
-    return _weighted(missed**gamma * each, judged.weight)
+    return _weighted(missed**gamma * each, inputs.weight)
 
 
-def top_k(judged: Judged, share: float) -> Float[Tensor, ""]:
-    """The mean of the largest cross-entropies, so large a share of all (Wu et al. 2016,
-    arXiv:1605.06885).
+def top_k(inputs: LossInputs, share: float) -> Float[Tensor, ""]:
+    """Mean of the largest cross-entropies (Wu et al. 2016, arXiv:1605.06885).
 
-    At least one counts. Voxels that are left out are not among all.
+    Args:
+        inputs: probabilities and targets.
+        share: share of the voxels that count, in (0, 1]; at least one voxel counts. Ignored voxels
+            are not part of the total.
     """
-    each = torch.where(judged.weight > 0, judged.cross_entropy * judged.weight, 0).flatten()
-    counted = (judged.weight > 0).sum()
+    each = torch.where(inputs.weight > 0, inputs.cross_entropy * inputs.weight, 0).flatten()
+    counted = (inputs.weight > 0).sum()
     ordered = each.sort(descending=True).values
     number = (share * counted).ceil().clamp(min=1)
     kept = torch.arange(len(ordered), device=each.device) < number
     return (ordered * kept).sum() / number
 
 
-def boundary(judged: Judged, reach: int) -> Float[Tensor, ""]:
-    """The mean of probabilities times the signed distance from the true surface (Kervadec et al.
-    2019, arXiv:1812.07032, equation 5).
+def boundary(inputs: LossInputs, reach: int) -> Float[Tensor, ""]:
+    """Mean of the probabilities times the signed distance from the true surface.
 
-    The distance is negative within, and is measured up to `reach` voxels along each axis, beyond
-    which it counts as that far; it is in units of the smallest spacing times `reach`, so that it
-    lies in -1 to 1. In the paper it goes on without a limit, in voxels.
+    Kervadec et al. (2019, arXiv:1812.07032, equation 5). The distance is negative inside the
+    structure. It is divided by `reach` times the smallest spacing and limited to [-1, 1]. In the
+    paper it has no limit and is in voxels.
+
+    Args:
+        inputs: probabilities and targets.
+        reach: largest distance along an axis, in voxels.
     """
-    found, target = judged.structures
+    found, target = inputs.structures
     with torch.no_grad():
-        inside = distance_from(target == 0, judged.spacing, reach)
-        outside = distance_from(target == 1, judged.spacing, reach)
-        signed = (outside - inside) / (reach * min(judged.spacing))
-    return judged.mean((found * signed).flatten(2).mean(-1))
+        inside = distance_from(target == 0, inputs.spacing, reach)
+        outside = distance_from(target == 1, inputs.spacing, reach)
+        signed = (outside - inside) / (reach * min(inputs.spacing))
+    return inputs.mean((found * signed).flatten(2).mean(-1))
 
 
 def distance_from(
     seeds: Tensor, spacing: Sequence[float], reach: int
 ) -> Float[Tensor, "batch outputs *space"]:
-    """Each voxel's distance from the nearest seed, in the unit of the spacing.
+    """Distance of each voxel from the nearest seed, in the unit of the spacing.
 
-    It is exact up to `reach` voxels along each axis; a distance beyond `reach` times the smallest
-    spacing counts as that. One axis after the other, squared distances along it are added and the
-    least is kept (Felzenszwalb and Huttenlocher 2012, section 2.1, by brute force over a short
-    reach, which no device waits for).
+    The largest value is `reach` times the smallest spacing; up to that, distances are exact. For
+    one axis after the other, the squared distance along the axis is added and the minimum is kept
+    (Felzenszwalb and Huttenlocher 2012, section 2.1). We try every shift of at most `reach` voxels,
+    so that a GPU need not wait for the host.
     """
     most = reach * min(spacing)
     squared = torch.where(seeds, 0.0, most**2)
@@ -196,25 +206,30 @@ def distance_from(
     return squared.sqrt()
 
 
-def centre_line(judged: Judged, iterations: int) -> Float[Tensor, ""]:
+def centre_line(inputs: LossInputs, iterations: int) -> Float[Tensor, ""]:
     """One minus soft clDice, for vessels and other tubes (Shit et al. 2021, arXiv:2003.07311).
 
-    Its harmonic mean is of how much of the found centre line lies in the true structure, and how
-    much of the true centre line was found (equation 3); centre lines are those of `thinned`.
+    clDice is the harmonic mean of two shares (equation 3): the part of the predicted centre line
+    that lies in the true structure, and the part of the true centre line that lies in the predicted
+    structure. `thinned` computes the centre lines.
+
+    Args:
+        inputs: probabilities and targets.
+        iterations: number of steps of `thinned`.
     """
-    (found, target), axes = judged.structures, judged.axes
+    (found, target), axes = inputs.structures, inputs.axes
     thin_found, thin_target = thinned(found, iterations), thinned(target, iterations)
     precision = ((thin_found * target).sum(axes) + SMOOTH) / (thin_found.sum(axes) + SMOOTH)
     sensitivity = ((thin_target * found).sum(axes) + SMOOTH) / (thin_target.sum(axes) + SMOOTH)
-    return judged.mean(1 - 2 * precision * sensitivity / (precision + sensitivity))
+    return inputs.mean(1 - 2 * precision * sensitivity / (precision + sensitivity))
 
 
 def thinned(
     structures: Float[Tensor, "batch outputs *space"], iterations: int
 ) -> Float[Tensor, "batch outputs *space"]:
-    """Soft centre lines (Shit et al. 2021, algorithm 1).
+    """Soft centre lines of structures (Shit et al. 2021, algorithm 1).
 
-    As many iterations as the largest structure's radius in voxels thin it whole.
+    Use as many iterations as the radius of the largest structure has voxels.
     """
     line = F.relu(structures - _opened(structures))
     for _ in range(iterations):
@@ -225,7 +240,7 @@ def thinned(
 
 
 def _eroded(structures: Tensor) -> Tensor:
-    """The least over each voxel and its neighbours along the axes."""
+    """Minimum over each voxel and its direct neighbours along the axes."""
     pool = _pool(structures)
     dims = structures.ndim - 2
     least = structures
@@ -237,7 +252,7 @@ def _eroded(structures: Tensor) -> Tensor:
 
 
 def _opened(structures: Tensor) -> Tensor:
-    """Eroded, then the largest over each voxel and all its neighbours."""
+    """Erosion, then the maximum over each voxel and all its neighbours."""
     return _pool(structures)(_eroded(structures), 3, 1, 1)
 
 
@@ -246,6 +261,6 @@ def _pool(structures: Tensor) -> Callable[..., Tensor]:
 
 
 def _weighted(values: Tensor, weight: Tensor) -> Tensor:
-    """Their mean by weight; 0 if no voxel counts."""
+    """Weighted mean of values; 0 if all weights are 0."""
     total = weight.sum()
     return (values * weight).sum() / torch.where(total > 0, total, 1)

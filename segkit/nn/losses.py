@@ -1,7 +1,7 @@
-"""Losses over one level or over every supervised one, always in float32.
+"""Losses of one level or of all supervised levels, in float32.
 
-Dice and cross-entropy are the default; `SummedLoss` adds any terms of `segkit.nn.loss_terms`.
-Voxels whose label is `ignore` count in none: a loss is what it would be without them.
+Dice plus cross-entropy is the default. `SummedLoss` adds any terms of `segkit.nn.loss_terms`. No
+loss counts voxels whose label is `ignore`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from segkit.nn.loss_terms import SMOOTH, Judged, constants
+from segkit.nn.loss_terms import SMOOTH, LossInputs, constants
 
-Term = Callable[[Judged], Tensor]
-"""From probabilities beside what is right to a scalar."""
+Term = Callable[[LossInputs], Tensor]
+"""A term of a loss: a function from probabilities and targets to a scalar."""
 
 
 def soft_dice(
@@ -27,15 +27,20 @@ def soft_dice(
 ) -> Float[Tensor, ""]:
     """Mean soft Dice over foreground classes: 2 sum(p t) / (sum p + sum t).
 
-    Milletari et al. (2016, arXiv:1606.04797) with the sums, not the sums of squares, in the
-    denominator (Drozdzal et al. 2016). Classes are averaged, and samples too unless `pool_batch`
-    takes the sums over the whole batch.
+    Milletari et al. (2016, arXiv:1606.04797), but with sums instead of sums of squares in the
+    denominator (Drozdzal et al. 2016).
+
+    Args:
+        probabilities: of each class, the background first.
+        target: 1 if the voxel belongs to the class, else 0.
+        pool_batch: take the sums over the whole batch, instead of averaging the Dice of each
+            sample.
     """
     return _dice(probabilities, target, pool_batch=pool_batch)[..., 1:].mean()
 
 
 def _dice(probabilities: Tensor, target: Tensor, *, pool_batch: bool) -> Tensor:
-    """Of each class, and of each sample unless `pool_batch`."""
+    """Soft Dice of each class, (classes) if `pool_batch`, else (batch, classes)."""
     axes = tuple(axis for axis in range(probabilities.ndim) if axis != 1 and (axis or pool_batch))
     overlap = (probabilities * target).sum(axes)
     total = probabilities.sum(axes) + target.sum(axes)
@@ -75,10 +80,10 @@ def dice_binary_cross_entropy(
     pool_batch: bool,
     ignore: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy of each region, plus one minus its soft Dice, in equal parts (nnU-Net).
+    """Binary cross-entropy plus one minus soft Dice, in equal parts (nnU-Net).
 
-    `regions` are the labels in each; both terms are means over regions, which may overlap. (With
-    ignored voxels nnU-Net takes the sum of the cross-entropy over regions.)
+    Both terms are means over regions, which may overlap. `regions` lists the labels of each. (If
+    there are ignored voxels, nnU-Net adds the cross-entropies of the regions instead.)
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
@@ -98,7 +103,7 @@ def dice_binary_cross_entropy(
 
 
 def within_group(label: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Where the label is one of the numbers."""
+    """True at each voxel whose label is one of the numbers."""
     found = label == numbers[0]
     for number in numbers[1:]:
         found = found | (label == number)
@@ -106,7 +111,7 @@ def within_group(label: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def level_weights(num_levels: int) -> list[float]:
-    """Weights of deep supervision: each level half the next finer one's, together 1 (nnU-Net)."""
+    """Weights of deep supervision (nnU-Net): each is half that of the finer level; the sum is 1."""
     raw = [0.5**level for level in range(num_levels)]
     return [weight / sum(raw) for weight in raw]
 
@@ -118,9 +123,9 @@ def deep_dice_cross_entropy(
     pool_batch: bool,
     ignore: int | None = None,
 ) -> Float[Tensor, ""]:
-    """`dice_cross_entropy` of every level's logits, finest first, weighted by `level_weights`.
+    """Sum of `dice_cross_entropy` over levels, the finest first, weighted by `level_weights`.
 
-    The label comes down to each level by nearest neighbour.
+    The label is resampled to the grid of each level by nearest neighbour.
     """
     loss = partial(dice_cross_entropy, pool_batch=pool_batch, ignore=ignore)
     return _deep(lambda level, truth, _: loss(level, truth), logits, label)
@@ -134,53 +139,55 @@ def deep_dice_binary_cross_entropy(
     pool_batch: bool,
     ignore: int | None = None,
 ) -> Float[Tensor, ""]:
-    """`dice_binary_cross_entropy` of every level, as `deep_dice_cross_entropy` has it."""
+    """Sum of `dice_binary_cross_entropy` over levels, weighted as in `deep_dice_cross_entropy`."""
     loss = partial(dice_binary_cross_entropy, regions=regions, pool_batch=pool_batch, ignore=ignore)
     return _deep(lambda level, truth, _: loss(level, truth), logits, label)
 
 
 @dataclass(frozen=True)
 class SummedLoss:
-    """A weighted sum of terms over every supervised level.
+    """A loss that is a weighted sum of terms, over every supervised level.
 
-        SummedLoss(((1.0, dice), (1.0, partial(focal, gamma=2.0))), weights=(1.0, 1.0, 3.0))
+        loss = SummedLoss(((1.0, dice), (1.0, partial(focal, gamma=2.0))), weights=(1.0, 1.0, 3.0))
+        loss([logits], label)
 
-    Calling it with logits (batch, output, cells …) of each supervised level, finest first, and a
-    label (batch, voxels …) gives a scalar.
+    It is called with the logits (batch, output, *space) of each supervised level, the finest first,
+    and with a label (batch, *space). It returns a scalar.
     """
 
     terms: tuple[tuple[float, Term], ...]
-    """Each with its weight in the sum."""
+    """Pairs of a weight and a term."""
     weights: tuple[float, ...]
-    """Of each output: class, the background first, or region."""
+    """Weight of each output: of each class, the background first, or of each region."""
     regions: tuple[tuple[int, ...], ...] = ()
-    """The labels in each region, or none, for classes 0, 1, …."""
+    """The labels in each region; empty if the outputs are classes 0, 1, …."""
     spacing: tuple[float, ...] | None = None
-    """Of the label's voxels, in mm, for distances; 1 along each axis if not given."""
+    """Spacing of the label's voxels in mm, for distances; 1 along each axis if not given."""
     levels: tuple[float, ...] | None = None
-    """The weight of each supervised level, finest first; `level_weights` if not given."""
+    """Weight of each supervised level, the finest first; `level_weights` if not given."""
     pool_batch: bool = False
-    """Whether an overlap takes its sums over the whole batch."""
+    """Compute an overlap over the whole batch instead of over each sample."""
     ignore: int | None = None
+    """Voxels with this label do not count."""
 
     def __call__(
         self, logits: Sequence[Tensor], label: Integer[Tensor, "batch *space"]
     ) -> Float[Tensor, ""]:
-        """The sum, in float32."""
+        """The weighted sum, in float32."""
         return _deep(self._of_level, logits, label, self.levels)
 
     def _of_level(self, logits: Tensor, label: Tensor, stride: tuple[float, ...]) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
-            judged = self.judge(logits.float(), label, stride)
-            return torch.stack([weight * term(judged) for weight, term in self.terms]).sum()
+            inputs = self.inputs(logits.float(), label, stride)
+            return torch.stack([weight * term(inputs) for weight, term in self.terms]).sum()
 
-    def judge(
+    def inputs(
         self,
         logits: Float[Tensor, "batch outputs *space"],
         label: Integer[Tensor, "batch *space"],
         stride: tuple[float, ...],
-    ) -> Judged:
-        """Probabilities beside what is right, at a level whose cells are `stride` voxels wide."""
+    ) -> LossInputs:
+        """Probabilities and targets of a level whose cells are `stride` voxels wide."""
         counted = torch.ones_like(label) if self.ignore is None else label != self.ignore
         shown = counted[:, None].to(logits.dtype)
         weights = constants(self.weights, logits.device)
@@ -198,7 +205,7 @@ class SummedLoss:
             probabilities = log_probabilities.exp()
             weight = shown * weights[classes][:, None]
         spacing = self.spacing or (1.0,) * len(stride)
-        return Judged(
+        return LossInputs(
             probabilities=probabilities * shown,
             target=target * shown,
             cross_entropy=each,
@@ -216,7 +223,7 @@ def _deep(
     label: Tensor,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Over levels, the weighted sum of losses, each given its cells' size in voxels too."""
+    """Weighted sum over levels of loss(logits, label, size of a cell in voxels)."""
     weights = weights or level_weights(len(logits))
     losses = []
     for weight, level in zip(weights, logits, strict=True):
@@ -227,7 +234,7 @@ def _deep(
 
 
 def shrunk(label: Tensor, space: Sequence[int]) -> Tensor:
-    """Each coarse cell's label: that of the voxel at (or first past) its centre."""
+    """The label on a coarser grid: that of the voxel at each cell's centre, or first after it."""
     for axis, cells in enumerate(space, start=1):
         size = label.shape[axis]
         if cells != size:
@@ -245,10 +252,14 @@ def presence_cross_entropy(
     regions: Sequence[Sequence[int]] = (),
     ignore: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy of whether each image holds any voxel of each class but the background.
+    """Binary cross-entropy of the presence of each class in each image.
 
-    `logits` begin with class 1; with `regions`, they are of each region. What is not seen in an
-    image with ignored voxels may lie among these, and does not count.
+    Args:
+        logits: of each class, beginning with class 1; with `regions`, of each region.
+        label: an image has a class if any voxel has its label.
+        regions: the labels in each region.
+        ignore: ignored voxels might belong to any class. So in an image with such voxels, only
+            classes that are present count.
     """
     with torch.autocast(logits.device.type, enabled=False):
         voxels = label.flatten(1)

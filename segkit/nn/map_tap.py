@@ -1,9 +1,9 @@
-"""The one seam through which every attention map passes.
+"""Taps: every attention map passes one, so that it can be recorded or changed there.
 
-Each attention module sends its map through a `MapTap` that has no parameters: `sink` records the
-map, `edit` replaces it, and with both unset the tap returns what it was given. Recording, gate
-ablation and export use nothing else. Forward hooks would not do: one that is added after
-`torch.compile` never fires.
+Each attention module sends its map through a `MapTap`, which has no parameters. If `sink` is set,
+the tap records the map there; if `edit` is set, the tap replaces the map by `edit(map)`. Otherwise
+it returns the map unchanged. Recording, ablation of gates and export use only taps. Forward hooks
+would not work: PyTorch ignores a hook that is added after `torch.compile`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,43 +17,47 @@ from torch import Tensor, nn
 from segkit.geometry.grid import Placement
 
 MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
-"""What a tap carries:
+"""Kinds of values that pass a tap:
 
-- gate: how much of each skip voxel to let through; spatial: the same for a block's own features.
-- channel: how much each channel counts.
-- pool: the share that each voxel has in a weighted mean.
-- received: of a matrix of attention, what each voxel receives, as a multiple of its fair share.
-- branch: a switch per head of attention that is added, 1 unless edited. It is no map.
+- gate: how much of each skip voxel to let through.
+- spatial: the same for the voxels of a block's own features.
+- channel: a weight for each channel.
+- pool: the weight of each voxel in a weighted mean; they sum to 1.
+- received: the attention that each voxel receives from all queries; 1 is an equal share.
+- branch: a switch for each head of attention that is added to features. It is 1 unless edited, and
+  is not a map.
 """
 Edit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class MapInfo:
-    """What a recorded map is and where its cells lie."""
+    """Kind, level, position and range of a recorded map."""
 
     key: str
-    """Position and name, such as 'skip.2/gate'."""
+    """Position in the network and kind, such as 'skip.2/gate'."""
     kind: MapKind
     level: int
     placement: Placement | None
-    """In voxels of the network's input; None for a vector over channels, which lies nowhere."""
+    """Position of the cells, in voxels of the network's input. None for a map over channels, which
+    has no position."""
     lowest: float
     highest: float
-    """Infinite for maps whose mean is 1."""
+    """Infinite if the map's mean is 1."""
 
 
 class MapTap(nn.Module):
-    """Returns the map it is given, recorded into `sink` and changed by `edit` where these are set.
+    """Returns its input, a map. `edit` changes the map and `sink` records it, if these are set.
 
     Args:
-        kind: of the map.
-        stride: the step between the map's cells in cells of the feature map that its module
-            attends to: a gate that works on the next coarser grid has the stride to that grid.
-        lowest, highest: what the map's values lie between.
-        window: cells of the windows within which attention is paid, where it is not paid to all.
-        mean: whether only the mean over channels is recorded, where a map has as many channels as
-            the features.
+        kind: kind of the map.
+        stride: the step between the map's cells, in cells of the features that its module attends
+            to; 1 if not given. A gate that works on the next coarser grid has the stride to that
+            grid.
+        lowest, highest: limits of the map's values.
+        window: size in cells of the windows within which attention is computed; None if it is
+            computed over the whole grid.
+        mean: record only the mean over channels, for a map with as many channels as the features.
     """
 
     def __init__(
@@ -78,7 +82,13 @@ class MapTap(nn.Module):
         self.edit: Edit | None = None
 
     def place(self, position: str, level: int, features: Placement) -> None:
-        """Name the map after its position, and place it given where the features lie."""
+        """Set the map's key and placement.
+
+        Args:
+            position: of the module in the network, such as "skip.2".
+            level: of the features; 0 is the finest.
+            features: placement of the features that the module attends to.
+        """
         placement = None
         if self.kind not in ("channel", "branch"):
             step = self.stride or (1,) * len(features.stride)
@@ -90,14 +100,14 @@ class MapTap(nn.Module):
     def forward(
         self, attention_map: Float[Tensor, "batch channel *cells"]
     ) -> Float[Tensor, "batch channel *cells"]:
-        """The map, which the caller multiplies with."""
+        """The map, by which the caller multiplies."""
         if self.edit is not None:
             attention_map = self.edit(attention_map)
         self.record(attention_map)
         return attention_map
 
     def record(self, attention_map: Float[Tensor, "batch channel *cells"]) -> None:
-        """Put a map into the sink, if there is one."""
+        """Record a map, if there is a sink."""
         if self.sink is not None:
             assert self.info is not None, "the network places its taps when it is built"
             kept = attention_map.detach().float()
@@ -105,14 +115,14 @@ class MapTap(nn.Module):
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:
-    """Place every tap inside a module that attends to `features`."""
+    """Set key and placement of every tap in a module that attends to `features`."""
     for part in module.modules():
         if isinstance(part, MapTap):
             part.place(position, level, features)
 
 
 def taps(network: nn.Module) -> dict[str, MapTap]:
-    """Every placed tap of a network by its key, switches included."""
+    """All placed taps of a network by key, those of kind `branch` included."""
     return {
         module.info.key: module
         for module in network.modules()
@@ -121,7 +131,7 @@ def taps(network: nn.Module) -> dict[str, MapTap]:
 
 
 def maps_of(network: nn.Module) -> dict[str, MapInfo]:
-    """What each attention map of a network is and where it lies, by key."""
+    """Kind and position of each attention map of a network, by key."""
     return {
         key: tap.info
         for key, tap in taps(network).items()
@@ -130,7 +140,7 @@ def maps_of(network: nn.Module) -> dict[str, MapInfo]:
 
 
 def edited(network: nn.Module) -> bool:
-    """Whether any map or switch of a network is being edited."""
+    """True if any tap of a network has an `edit`."""
     return any(tap.edit is not None for tap in taps(network).values())
 
 
@@ -138,11 +148,21 @@ def edited(network: nn.Module) -> bool:
 def recording(
     network: nn.Module, keys: Collection[str] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that holds the maps of the latest forward pass, by key, in float32.
+    """Record the maps of each forward pass.
 
-    Maps of these keys alone, where some are given: others cost nothing then.
-    Recording changes no bit of the output. Nested recordings each get their own dictionary; the
-    outer one resumes when the inner one ends.
+        with recording(network) as maps:
+            network(image)
+        gate = maps["skip.0/gate"]
+
+    Recording changes no bit of the output. Nested recordings each have their own dictionary; the
+    outer one continues when the inner one ends.
+
+    Args:
+        network: the network, or a module with placed taps.
+        keys: the maps to record; all if not given. Maps that are not recorded cost no time.
+
+    Yields:
+        The maps of the latest forward pass by key, (batch, channel, *cells) in float32.
     """
     sink: dict[str, Tensor] = {}
     before = {
@@ -161,13 +181,17 @@ def recording(
 
 @contextmanager
 def editing(network: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Within it, the map of each key in `edits` is replaced by what its function makes of it.
+    """Within this context, replace the map of each key in `edits` by its function of the map.
 
-    Raises KeyError for a key that the network does not have.
+        with editing(network, {"skip.0/gate": torch.ones_like}):
+            logits = network(image)
+
+    Raises:
+        KeyError: the network has no map of such a key.
     """
     known = taps(network)
     if unknown := sorted(set(edits) - set(known)):
-        raise KeyError(f"no map {unknown}; this network has {sorted(known)}")
+        raise KeyError(f"expected keys of {sorted(known)}, found {unknown}; remove these edits")
     before = {key: known[key].edit for key in edits}
     for key, edit in edits.items():
         known[key].edit = edit

@@ -1,8 +1,8 @@
-"""Attention between tokens: every query takes a weighted mean of all values.
+"""Attention between tokens: the output of each query is a weighted mean of all values.
 
-The matrix of weights has a row for each query and is not kept: it is made a few rows at a time,
-and only where somebody looks (`rows`) or edits. Otherwise torch's fused kernel runs, which has no
-matrix unless there is a bias for each pair.
+The matrix of weights has a row for each query. It is too large to keep, so it is computed a few
+rows at a time, and only if a tap records or edits it. Otherwise PyTorch's fused kernel runs, which
+builds no matrix unless there is a bias for each pair of tokens.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from segkit.nn.map_tap import Edit, MapTap
 
 LARGEST_BLOCK = 2**24
-"""Weights that are held at once, where a matrix is made row by row."""
+"""Largest number of weights in memory at once, if a matrix is computed a few rows at a time."""
 
 ScoreRows = Callable[[int, int], Tensor]
-"""Weights (batch, heads, queries, keys) of the queries from one number to another."""
+"""A function of (first, last): weights (batch, heads, queries, keys) of these queries."""
 
 
 def softmax_rows(
@@ -31,7 +31,7 @@ def softmax_rows(
     first: int,
     last: int,
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """Weights softmax(q k^T / sqrt(channels) + bias) of some queries, in float32."""
+    """Weights softmax(q k^T / sqrt(channels) + bias) of queries first to last - 1, in float32."""
     with torch.autocast(query.device.type, enabled=False):
         logits = query[:, :, first:last].float() @ key.float().transpose(-2, -1)
         logits = logits / math.sqrt(query.shape[-1])
@@ -41,16 +41,16 @@ def softmax_rows(
 
 
 def blocks(num_queries: int, numbers_per_query: int) -> Iterator[tuple[int, int]]:
-    """The first and last query of each block of rows that is held at once."""
+    """Blocks of queries, (first, last + 1), whose weights fit into memory at once."""
     step = max(LARGEST_BLOCK // numbers_per_query, 1)
     for first in range(0, num_queries, step):
         yield first, min(first + step, num_queries)
 
 
 def numbers_in(sizes: torch.Size) -> int:
-    """The product of sizes; without the first, the batch, while a network is exported for any.
+    """The product of sizes; without the batch if a network is exported for any batch size.
 
-    Such a graph has its blocks of rows for good, and none may depend on the batch.
+    The blocks of rows are fixed in an exported graph, so they must not depend on the batch.
     """
     return math.prod(sizes[1:] if isinstance(sizes[0], torch.SymInt) else sizes)
 
@@ -62,9 +62,15 @@ def gather_windows(
     edit: Edit,
     inside: Bool[Tensor, "batch keys"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries channels"], Float[Tensor, "batch heads keys"]]:
-    """Each query's mean of the values by edited weights, and what each key receives of them.
+    """Weighted mean of the values for each query, and the attention that each key receives.
 
-    Rows of queries that are not `inside` are 0, and so are weights of such keys, whatever the edit.
+    Args:
+        rows: computes the weights before they are edited.
+        value: values of the keys.
+        num_queries: number of queries.
+        edit: function that changes the weights.
+        inside: True for each cell on the grid, if queries and keys are the same cells. The edit
+            sees weights of 0 for other queries, and other keys have weights of 0 after the edit.
     """
 
     def edited(first: int, last: int) -> Tensor:
@@ -89,11 +95,11 @@ def received(
     num_queries: int,
     inside: Bool[Tensor, "batch keys"] | None = None,
 ) -> Float[Tensor, "batch heads keys"]:
-    """What each key gets of all queries' attention: 1 where it gets its fair share.
+    """Attention that each key receives from all queries; 1 is an equal share.
 
-    With `inside`, queries and keys are the same cells, and only those inside count.
+    With `inside`, queries and keys are the same cells, and only cells that are inside count.
     """
-    # Not begun with zeros: ONNX's exporter would fix the length of the batch by their shape.
+    # The sum does not start from zeros: ONNX's exporter would take the batch size from their shape.
     total: Tensor | None = None
     for first, last in blocks(num_queries, numbers_in(key.shape[:3])):
         weights = rows(first, last).detach()
@@ -106,12 +112,13 @@ def received(
 
 
 class MultiHeadAttention(nn.Module):
-    """Every query's weighted mean of the values, several times over, each head by its own weights.
+    """Multi-head attention: each head computes a weighted mean of the values for every query.
 
-    Vaswani et al. (2017, arXiv:1706.03762, Eq. 1 and Sec. 3.2.2): heads of softmax(Q K^T / sqrt(d))
-    V, concatenated, through W_o. Queries and values have biases; that of keys the softmax would not
-    notice. W_o has none and starts at 0: without heads nothing is added, and attention that is
-    added to features starts as nothing.
+    Vaswani et al. (2017, arXiv:1706.03762, Eq. 1 and Sec. 3.2.2): the heads
+    softmax(Q K^T / sqrt(d)) V are concatenated and multiplied by W_o. Queries and values have
+    biases; a bias of keys would not change the softmax. W_o has no bias and starts at 0. So
+    attention that is added to features adds nothing when training starts, and nothing if all heads
+    are switched off.
     """
 
     def __init__(
@@ -148,11 +155,17 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[
         Float[Tensor, "batch queries out_channels"], Float[Tensor, "batch heads keys"] | None
     ]:
-        """What the queries take from the values, and what each key receives if `matrix` records.
+        """The result of the attention, and the attention that each key receives.
 
-        `turn` encodes positions in queries and keys, `bias` is added to the logits, and keys that
-        are not `inside` get no attention. The batch holds a whole number of windows of each of so
-        many samples.
+        Args:
+            query, key, value: tokens.
+            matrix: tap that may record or edit the weights. The second result is None if it does
+                neither.
+            turn: function that encodes positions in queries and keys; none if not given.
+            bias: added to the logits.
+            inside: keys that are False get no attention.
+            samples: number of samples in the batch, which holds equally many windows of each; the
+                batch size if not given.
         """
         queries, keys = self._split(self.query(query)), self._split(self.key(key))
         values = self._split(self.value(value))
@@ -183,7 +196,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def windows_over(space: Sequence[int], window: Sequence[int] | None) -> "Windows":
-    """Windows of a size over a grid; one of the grid's own size where None."""
+    """Windows of a size over a grid; if `window` is None, one window that holds the whole grid."""
     space = [int(size) for size in space]  # while torch traces, sizes are tensors
     sizes = tuple(window or space)
     counts = tuple(-(-size // width) for size, width in zip(space, sizes, strict=True))
@@ -191,22 +204,22 @@ def windows_over(space: Sequence[int], window: Sequence[int] | None) -> "Windows
 
 
 class Windows(NamedTuple):
-    """A grid cut into windows of one size, the last ones filled up beyond the grid's far ends."""
+    """A grid cut into windows of one size, and padded at the end of each axis to fill the last."""
 
     space: tuple[int, ...]
     window: tuple[int, ...]
     counts: tuple[int, ...]
-    """Windows along each axis."""
+    """Number of windows along each axis."""
 
     @property
     def padded(self) -> tuple[int, ...]:
-        """The grid, filled up."""
+        """Size of the padded grid."""
         return tuple(n * width for n, width in zip(self.counts, self.window, strict=True))
 
     def cut(
         self, features: Float[Tensor, "batch channel *space"]
     ) -> Float[Tensor, "windows cells channel"]:
-        """The windows' cells as tokens, all windows of a sample beside one another."""
+        """The cells of each window as tokens. The windows of a sample follow one another."""
         dims = len(self.space)
         missing = [full - size for full, size in zip(self.padded, self.space, strict=True)]
         if any(missing):
@@ -219,7 +232,7 @@ class Windows(NamedTuple):
     def join(
         self, tokens: Float[Tensor, "windows cells channel"], batch_size: int
     ) -> Float[Tensor, "batch channel *space"]:
-        """Tokens back on the grid; the inverse of `cut`."""
+        """Tokens put back on the grid, the inverse of `cut`."""
         dims = len(self.space)
         parts = tokens.reshape(batch_size, *self.counts, *self.window, tokens.shape[-1])
         pairs = [
@@ -230,7 +243,7 @@ class Windows(NamedTuple):
         return features[(slice(None), slice(None), *[slice(size) for size in self.space])]
 
     def inside(self, batch_size: int, device: torch.device) -> Bool[Tensor, "windows cells"] | None:
-        """Which of the windows' cells lie on the grid; None where all do."""
+        """True for each cell of a window that lies on the grid; None if all do."""
         if self.padded == self.space:
             return None
         grid = torch.ones(1, 1, *self.space, device=device)

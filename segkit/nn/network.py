@@ -1,20 +1,20 @@
-"""What all networks are: those that take volumes, whatever is inside them."""
+"""The type of all networks that take volumes."""
 
 from torch import nn
 
-from segkit.nn.external import Given
+from segkit.nn.external import ExternalNetwork
 from segkit.nn.slicewise import SlicewiseNetwork
 from segkit.nn.unet import UNet
 
-SegmentationNetwork = UNet | Given | SlicewiseNetwork
+SegmentationNetwork = UNet | ExternalNetwork | SlicewiseNetwork
 
 
-def unet_of(network: SegmentationNetwork) -> UNet | Given:
-    """The U-Net itself, which is what has weights, or what was given in its stead."""
+def unet_of(network: SegmentationNetwork) -> UNet | ExternalNetwork:
+    """The U-Net, or the user's own network, without the wrapper that feeds it slices."""
     return network.network if isinstance(network, SlicewiseNetwork) else network
 
 
 def weights_of(network: SegmentationNetwork) -> nn.Module:
-    """The module whose state is kept in files: the U-Net, or the very module that was given."""
+    """The module whose state is saved: the U-Net, or the user's own module."""
     inner = unet_of(network)
-    return inner.module if isinstance(inner, Given) else inner
+    return inner.module if isinstance(inner, ExternalNetwork) else inner

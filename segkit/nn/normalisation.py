@@ -1,7 +1,8 @@
-"""Instance and group normalisation that keep channels last, the order a CPU convolves fastest in.
+"""Instance and group normalisation that keep features in channels-last order.
 
-Of PyTorch's own (2.13) the one copies such features to another order and back, which can take
-longer than the convolution before it, and the other's backward takes 30 times its forward.
+CPUs convolve fastest in this order. PyTorch's own normalisations (2.13) are slow with it: instance
+normalisation copies the features to another order and back, which can take longer than the
+convolution before it, and the backward pass of group normalisation takes 30 times its forward.
 
 On a GPU, `fuse_normalisation` lets instance normalisation and the leaky ReLU after it run in one
 kernel, if triton is installed.
@@ -19,25 +20,25 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of a tensor's axes, its memory format with the channel beside the next channel."""
+"""Memory format that stores the channels of a voxel side by side, by a tensor's number of axes."""
 FUSED_DEVICE = "cuda"
 FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Where, and in which data types, normalisation and activation can be one kernel."""
+"""Device and data types for which one kernel can do normalisation and activation."""
 
 
 def channels_last(network: nn.Module) -> None:
-    """Order a network's weights so; a layer's weights decide for what passes through it."""
+    """Store a network's weights channels last. Features take the order of a layer's weights."""
     for weight in network.parameters():
         if weight.ndim in CHANNELS_LAST:
             weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
 
 
 def order_for(network: nn.Module, device: torch.device) -> None:
-    """Put a network's weights into the order, and its normalisations into the kernels, that are
-    fastest in training on a device.
+    """Choose the order of weights and the kernels of normalisation that train fastest on a device.
 
-    Channels last on a CPU, and on a GPU if all normalisation is fused. Else PyTorch's own
-    normalisation copies such features to the other order and back, which costs more than is won.
+    Weights are stored channels last on a CPU, and on a GPU if all normalisation can be fused.
+    Otherwise PyTorch's own normalisation would copy the features to the other order and back, which
+    costs more time than channels last saves.
     """
     if device.type == "cpu" or (device.type == FUSED_DEVICE and fuse_normalisation(network)):
         channels_last(network)
@@ -46,10 +47,12 @@ def order_for(network: nn.Module, device: torch.device) -> None:
 def fuse_normalisation(network: nn.Module) -> bool:
     """Let each instance normalisation of a network run in one kernel with the leaky ReLU after it.
 
-    True if all normalisation is of that kind and triton is installed. This has an effect only on a
-    GPU, in float32, float16 or bfloat16, if the network is neither compiled nor exported. Elsewhere
-    the network computes what it did before, bit for bit. Weights, their names and their order in
-    memory stay.
+    This has an effect only on a GPU, in float32, float16 or bfloat16, if the network is neither
+    compiled nor exported. Otherwise the outputs of the network stay the same, bit for bit. Weights,
+    their names and their order in memory do not change.
+
+    Returns:
+        True if the network has instance normalisation and no other, and triton is installed.
     """
     others = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     normalisations = [
@@ -65,7 +68,7 @@ def fuse_normalisation(network: nn.Module) -> bool:
 
 @cache
 def _normalise_and_leak() -> Callable[..., Tensor] | None:
-    """The function of that name for GPUs, or None if triton is not installed."""
+    """`normalise_and_leak`, or None if triton is not installed."""
     if find_spec("triton") is None:
         return None
     from segkit.nn.fused_normalisation import normalise_and_leak
@@ -74,7 +77,7 @@ def _normalise_and_leak() -> Callable[..., Tensor] | None:
 
 
 def normalise_and_activate(norm: nn.Module, activation: nn.Module, features: Tensor) -> Tensor:
-    """The activation of the normalised features; in one kernel if the normalisation is fused."""
+    """The activation of the normalised features, in one kernel if the normalisation is fused."""
     if isinstance(norm, InstanceNormalisation) and isinstance(activation, nn.LeakyReLU):
         output = norm.normalised_and_leaked(features, activation.negative_slope)
         if output is not None:
@@ -86,9 +89,10 @@ def normalise_and_activate(norm: nn.Module, activation: nn.Module, features: Ten
 class _Normalise(torch.autograd.Function):
     """Group normalisation of features with channels last.
 
-    Forward is PyTorch's. Backward is its closed form: with n features in a group, of mean m and
-    inverse deviation r, the gradient at x is r·w·g + k·x - (r/n)·Σ w·g - k·m, where
-    k = -(r²/n)·Σ w·g·r·(x - m), and both sums are over the group. It has no gradient itself.
+    The forward pass is PyTorch's. The backward pass is the closed form of its gradient: with n
+    features in a group, their mean m and inverse deviation r, the gradient at x is
+    r·w·g + k·x - (r/n)·Σ w·g - k·m with k = -(r²/n)·Σ w·g·r·(x - m). Both sums are over the group.
+    There is no second derivative.
     """
 
     @staticmethod
@@ -96,7 +100,7 @@ class _Normalise(torch.autograd.Function):
         ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
         batch, channels, *space = features.shape
-        # Of an axis of one cell the stride says nothing, and PyTorch asks for the usual one.
+        # The stride along an axis of one cell can be anything, but PyTorch needs the usual one.
         rows = features.movedim(1, -1).reshape(-1).view(batch, *space, channels)
         features = rows.movedim(-1, 1)
         output: Tensor
@@ -115,22 +119,22 @@ class _Normalise(torch.autograd.Function):
         width = space[-1] * channels
 
         def in_rows(cells: Tensor) -> Tensor:
-            """Along the last axis, whose cells lie side by side: long rows are done at once."""
+            """(batch, row, width), with rows along the last axis, which are contiguous and long."""
             return cells.movedim(1, -1).reshape(batch, -1, width)
 
         def at_rows(values: Tensor) -> Tensor:
             return values.to(features.dtype).repeat(1, space[-1]).unsqueeze(1)
 
         def summed(rows: Tensor) -> Tensor:
-            """From rows to (batch, channel)."""
+            """Sum of rows over space, (batch, channel)."""
             return rows.sum(1).view(batch, -1, channels).sum(1, dtype=kind)
 
         def of_channels(values: Tensor) -> Tensor:
-            """From (batch, group) to (batch, channel)."""
+            """Values (batch, group), repeated for each channel: (batch, channel)."""
             return values.to(kind).repeat_interleave(channels // values.shape[1], dim=1)
 
         def of_groups(values: Tensor) -> Tensor:
-            """The sum over a group, at each of its channels."""
+            """Sum over each group, repeated for each of its channels."""
             return of_channels(values.unflatten(1, (groups, -1)).sum(2))
 
         groups = mean.numel() // batch
@@ -149,7 +153,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _is_plain_call(features: Tensor) -> bool:
-    """Whether features that have a deviation are computed now, not traced for later."""
+    """True if the features have more than one cell and the network is run, not traced."""
     return (
         math.prod(features.shape[2:]) > 1
         and not torch.compiler.is_compiling()
@@ -159,7 +163,7 @@ def _is_plain_call(features: Tensor) -> bool:
 
 
 def _has_channels_last(features: Tensor) -> bool:
-    """Whether it is such features, on a CPU, and more than a network being traced."""
+    """True if the features lie on a CPU, channels last, and the network is run, not traced."""
     return (
         features.device.type == "cpu"
         and _is_plain_call(features)
@@ -173,7 +177,8 @@ class GroupNormalisation(nn.GroupNorm):
     def forward(
         self, features: Float[Tensor, "batch channel *space"]
     ) -> Float[Tensor, "batch channel *space"]:
-        """Each group of channels of each image with mean 0 and deviation 1, scaled and moved."""
+        """The features with mean 0 and deviation 1 in each group of channels of each image, then
+        scaled and shifted."""
         if not _has_channels_last(features):
             return self.in_any_order(features)
         output: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
@@ -182,7 +187,7 @@ class GroupNormalisation(nn.GroupNorm):
         return output
 
     def in_any_order(self, features: Tensor) -> Tensor:
-        """The same by PyTorch alone."""
+        """The same by PyTorch's own function, for features in any order."""
         return super().forward(features)
 
 
@@ -190,7 +195,7 @@ class InstanceNormalisation(GroupNormalisation):
     """Instance normalisation (Ulyanov et al. 2016, arXiv:1607.08022): each channel is a group."""
 
     fused = False
-    """Whether a GPU normalises and activates at once: see `fuse_normalisation`."""
+    """True if a GPU may normalise and activate in one kernel; see `fuse_normalisation`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
@@ -198,12 +203,13 @@ class InstanceNormalisation(GroupNormalisation):
     def forward(
         self, features: Float[Tensor, "batch channel *space"]
     ) -> Float[Tensor, "batch channel *space"]:
-        """Each channel of each image with mean 0 and deviation 1, scaled and moved."""
+        """The features with mean 0 and deviation 1 in each channel of each image, then scaled and
+        shifted."""
         output = self.normalised_and_leaked(features, 1.0)
         return super().forward(features) if output is None else output
 
     def normalised_and_leaked(self, features: Tensor, slope: float) -> Tensor | None:
-        """Normalisation and leaky ReLU of that slope in one, or None if this cannot be done."""
+        """Normalisation and leaky ReLU of a slope in one kernel, or None if this is impossible."""
         if (
             not self.fused
             or features.device.type != FUSED_DEVICE
@@ -218,5 +224,5 @@ class InstanceNormalisation(GroupNormalisation):
         return function(features, self.weight, self.bias, eps=self.eps, slope=slope)
 
     def in_any_order(self, features: Tensor) -> Tensor:
-        """By the layer of that name, which exported models and runtimes know."""
+        """The same by PyTorch's instance normalisation, which exporters and runtimes know."""
         return F.instance_norm(features, weight=self.weight, bias=self.bias, eps=self.eps)

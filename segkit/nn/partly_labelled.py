@@ -1,15 +1,17 @@
-"""Losses of cases in which only some classes are labelled: what nobody labelled may be anything.
+"""Losses of cases in which only some classes are labelled.
 
-Marginal loss of Shi et al. (2021, arXiv:2007.03868, Sec. 3.1): where a case has no labels of some
-classes, these and its background are one class, whose probability is the sum of theirs. It is had
-here for any loss, by the logits that the loss is given:
+Marginal loss of Shi et al. (2021, arXiv:2007.03868, Sec. 3.1): the background of such a case may
+hold any class that is not labelled. So the background and the unlabelled classes count as one
+class, whose probability is the sum of theirs. Here this works with any loss, because only the
+logits change that the loss gets:
 
     background, unlabelled u, labelled c      z = (1, 2, 0)
-    what the loss sees                        z = (log(e^1 + e^2), -10000, 0)
+    logits that the loss gets                 z = (log(e^1 + e^2), -10000, 0)
 
-In a softmax, u then has probability 0, and is right: neither term of it has a gradient. Each of the
-other classes keeps the weight that it has in a case with all labels. A region that nobody labelled
-is given the logit that makes it right, so that it has no gradient either.
+After a softmax, u has probability 0. As no voxel has the label u, this is correct, so that neither
+Dice nor cross-entropy has a gradient for u. The other classes keep the weights that they have in a
+case with all labels. The logit of an unlabelled region is replaced by the correct one, so that it
+has no gradient either.
 """
 
 from collections.abc import Sequence
@@ -28,19 +30,19 @@ NEVER = -1e4
 
 @dataclass(frozen=True)
 class PartlyLabelled:
-    """Which outputs nobody labelled in each sample of a batch, by its labels themselves.
+    """The outputs that are not labelled in each sample of a batch, read from the labels themselves.
 
-    A case whose unlabelled outputs are set number k has `k * num_labels` added to all its labels:
-    a patch carries what is known of it through any augmentation.
+    If the unlabelled outputs of a case are set number k, then `k * num_labels` has been added to
+    all its labels. So a patch keeps this information through any augmentation.
     """
 
     num_labels: int
-    """Numbers that labels have in a case with all labels, `ignore` among them."""
+    """Number of different labels in a case with all labels, `ignore` included."""
     unlabelled: tuple[tuple[int, ...], ...]
-    """The outputs of each set, that of number 0 empty."""
+    """The outputs in each set; set 0 is empty."""
     num_outputs: int
     regions: tuple[tuple[int, ...], ...] = ()
-    """The labels in each region, or none, for classes 0, 1, …."""
+    """The labels in each region; empty if the outputs are classes 0, 1, …."""
 
     def known(
         self,
@@ -48,12 +50,15 @@ class PartlyLabelled:
         presence: Tensor | None,
         label: Integer[Tensor, "batch *space"],
     ) -> tuple[tuple[Tensor, ...], Tensor | None, Integer[Tensor, "batch *space"]]:
-        """Logits and labels that any loss may be given.
+        """Logits and labels for any loss; unlabelled outputs have no gradient.
 
         Args:
-            levels: logits (batch, output, cells …) of each supervised level, finest first.
-            presence: logits (batch, output) of each class but the background or of each region.
-            label: with the sets added.
+            levels: logits (batch, output, *space) of each supervised level, the finest first.
+            presence: logits (batch, output) of each class but the background, or of each region.
+            label: labels to which `k * num_labels` has been added.
+
+        Returns:
+            The changed `levels` and `presence`, and the labels without the added numbers.
         """
         label = label.long()
         sets = label.div(self.num_labels, rounding_mode="floor").flatten(1).amax(1)
@@ -61,7 +66,7 @@ class PartlyLabelled:
         hidden = _table(self.unlabelled, self.num_outputs, label.device)[sets]
         if self.regions:
             return self._known_regions(levels, presence, label, hidden)
-        # Labels of a class that is said to have none are background.
+        # If a class counts as unlabelled, voxels with its label become background.
         beyond = hidden.new_zeros(len(hidden), self.num_labels - self.num_outputs)
         by_label = torch.cat([hidden, beyond], dim=1)
         label = label.masked_fill(by_label.gather(1, label.flatten(1)).view_as(label), 0)
@@ -91,9 +96,9 @@ class PartlyLabelled:
 def merged_with_background(
     logits: Float[Tensor, "batch classes *space"], hidden: Bool[Tensor, "batch classes"]
 ) -> Float[Tensor, "batch classes *space"]:
-    """Logits in which hidden classes have lent their probability to the background, class 0.
+    """Logits that add the probability of hidden classes to that of the background, class 0.
 
-    Where none is hidden they are the logits themselves, bit for bit.
+    If no class is hidden, they equal the input bit for bit.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
@@ -105,7 +110,7 @@ def merged_with_background(
 
 
 def _certain(inside: Tensor) -> Tensor:
-    """Logits of what is certainly so."""
+    """Logits that give True probability 1 and False probability 0."""
     return torch.where(inside, -NEVER, NEVER)
 
 
@@ -113,7 +118,7 @@ def _certain(inside: Tensor) -> Tensor:
 def _table(
     unlabelled: tuple[tuple[int, ...], ...], num_outputs: int, device: torch.device
 ) -> Bool[Tensor, "sets outputs"]:
-    """Which outputs each set hides; brought to a device once, so that no step waits for it."""
+    """True for each output that a set hides. It is copied once, so that no training step waits."""
     table = torch.tensor(
         [[output in group for output in range(num_outputs)] for group in unlabelled]
     )

@@ -1,4 +1,4 @@
-"""Where a token lies, told to attention that would otherwise not know: three ways."""
+"""Three ways to encode the positions of tokens, which attention cannot know otherwise."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ ROTARY_BASE = 100.0
 def cells_of(
     shape: Sequence[int], device: torch.device | None = None
 ) -> Integer[Tensor, "cells axes"]:
-    """The index of every cell of a grid, the last axis running fastest."""
+    """Index of every cell of a grid; the last axis changes fastest."""
     axes = [torch.arange(size, device=device) for size in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
@@ -24,10 +24,13 @@ def cells_of(
 def sincos(
     shape: Sequence[int], channels: int, device: torch.device | None = None
 ) -> Float[Tensor, "cells channels"]:
-    """Sines and cosines of each cell's index, an equal share of the channels for each axis.
+    """Sines and cosines of each cell's index; each axis has the same number of channels.
 
-    Vaswani et al. (2017, arXiv:1706.03762, Sec. 3.5) along each axis; channels that cannot be
-    shared out evenly stay 0. Raises ValueError for fewer than two channels an axis.
+    Vaswani et al. (2017, arXiv:1706.03762, Sec. 3.5) along each axis. Channels that are left over
+    stay 0.
+
+    Raises:
+        ValueError: there are fewer than two channels for each axis.
     """
     angles = _angles(shape, channels // (2 * len(shape)), SINCOS_BASE, device)
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
@@ -37,12 +40,15 @@ def sincos(
 def rotate(
     tokens: Float[Tensor, "batch heads cells channels"], shape: Sequence[int]
 ) -> Float[Tensor, "batch heads cells channels"]:
-    """Queries or keys turned by angles that grow with the cell's index.
+    """Queries or keys, rotated by angles that grow with the cell's index.
 
-    Rotary embedding of Su et al. (2021, arXiv:2104.09864, Eq. 34), axial: pairs of channels are
-    shared out evenly among the axes, with the base of 100 that suits small grids (Heo et al. 2024,
-    arXiv:2403.13298, Eq. 12). A product of a query and a key then depends on their offset alone.
-    Pairs left over are not turned. Raises ValueError for fewer than two channels an axis.
+    Axial rotary embedding: Su et al. (2021, arXiv:2104.09864, Eq. 34) for each axis. The axes have
+    the same number of pairs of channels; pairs that are left over are not rotated. The base is 100,
+    for small grids (Heo et al. 2024, arXiv:2403.13298, Eq. 12). The product of a query and a key
+    then depends on positions only by the offset between the two.
+
+    Raises:
+        ValueError: there are fewer than two channels for each axis.
     """
     angles = _angles(shape, tokens.shape[-1] // (2 * len(shape)), ROTARY_BASE, tokens.device)
     angles = angles.flatten(1)
@@ -53,10 +59,10 @@ def rotate(
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each head and each offset between two cells of a window.
+    """A learned bias for each head and each offset between two cells of a window.
 
-    Liu et al. (2021, arXiv:2103.14030, Sec. 3.2): a table of prod(2 w - 1) offsets. What it gives
-    is a number for each pair of cells, so windows should be small.
+    Liu et al. (2021, arXiv:2103.14030, Sec. 3.2): a table of prod(2 w - 1) offsets. The output has
+    a number for each pair of cells, so windows should be small.
     """
 
     def __init__(self, window: Sequence[int], *, heads: int) -> None:
@@ -66,7 +72,7 @@ class RelativeBias(nn.Module):
         self.window = tuple(window)
 
     def forward(self) -> Float[Tensor, "heads cells cells"]:
-        """What to add to the logits of each pair of cells."""
+        """The bias of the logit of each pair of cells."""
         cells = cells_of(self.window, self.table.device)
         index = torch.zeros(len(cells), len(cells), dtype=torch.long, device=cells.device)
         for axis, size in enumerate(self.window):
@@ -80,8 +86,8 @@ def _angles(
 ) -> Float[Tensor, "cells axes frequencies"]:
     if per_axis == 0:
         raise ValueError(
-            f"positions along {len(shape)} axes need at least {2 * len(shape)} channels; "
-            f"widen the level or the heads"
+            f"positions along {len(shape)} axes need at least {2 * len(shape)} channels; use more "
+            f"channels at this level or in each head"
         )
     exponents = torch.arange(per_axis, device=device, dtype=torch.float32) / per_axis
     frequencies = torch.pow(base, -exponents)

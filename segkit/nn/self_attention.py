@@ -1,6 +1,7 @@
-"""Attention among all voxels of the coarsest level, f(x): features plus what each takes from all.
+"""Self-attention among the voxels of the coarsest level.
 
-Both kinds are residual and start as the identity. `received` shows what each voxel receives.
+Both kinds add their result to the features and start as the identity. Their map, `received`, is
+the attention that each voxel receives from all others.
 """
 
 import math
@@ -27,18 +28,19 @@ from segkit.nn.positions import PositionKind, RelativeBias, rotate, sincos
 class SelfAttention(nn.Module):
     """Features plus multi-head attention among them: x + W_o heads(norm(x)).
 
-    The attention half of a pre-norm transformer layer (Vaswani et al. 2017, arXiv:1706.03762;
-    Xiong et al. 2020, arXiv:2002.04745), within windows where the map is large (Liu et al. 2021,
-    arXiv:2103.14030, without their shift, for which there would have to be a second layer).
+    The attention part of a pre-norm transformer layer (Vaswani et al. 2017, arXiv:1706.03762;
+    Xiong et al. 2020, arXiv:2002.04745). With a window it is the attention of Liu et al. (2021,
+    arXiv:2103.14030), but without shifted windows, which need a second layer.
 
     Args:
-        channels: of the features.
-        heads: attentions side by side.
-        head_channels: width of each.
-        positions: what the attention knows of them: nothing, sines and cosines added to the tokens,
-            a learned bias for each offset, or turned queries and keys.
-        window: cells along each axis among which attention is paid; all where None. Offsets of
-            `relative` reach as far as the window, so it needs one.
+        channels: number of channels of the features.
+        heads: number of heads.
+        head_channels: number of channels of each head.
+        positions: how positions are encoded: not at all (`none`), by sines and cosines added to the
+            tokens (`sincos`), by a learned bias for each offset (`relative`), or by rotating
+            queries and keys (`rotary`).
+        window: size of the windows in cells; each cell attends only to cells of its own window. If
+            None, each cell attends to the whole grid. `relative` needs a window.
     """
 
     def __init__(
@@ -69,14 +71,14 @@ class SelfAttention(nn.Module):
         self.matrix = MapTap("received", highest=math.inf, window=self.window)
 
     def forward(self, features: Features) -> Features:
-        """The features with what their voxels take from one another."""
+        """The features plus the result of the attention."""
         batch_size, space = features.shape[0], features.shape[2:]
         windows = windows_over(space, self.window)
         placed = self.norm(features.movedim(1, -1))
         if self.positions == "sincos":
             waves = sincos(space, features.shape[1], features.device)
             placed = placed + waves.view(*space, -1).to(placed.dtype)
-        # The axis is counted from the front because ONNX's exporter cannot count from the back.
+        # The axis is counted from the front because ONNX's exporter accepts no negative axis here.
         tokens = windows.cut(placed.movedim(placed.ndim - 1, 1))
         taken, share = self.attention(
             tokens,
@@ -96,10 +98,11 @@ class SelfAttention(nn.Module):
 class AdditiveSelfAttention(nn.Module):
     """Features plus one head of additive attention among them.
 
-    Weights softmax_j v^T tanh(W_q q_i + W_k k_j + b) of Bahdanau et al. (2015, arXiv:1409.0473,
-    Sec. A.1.2), of each voxel's normalised features to all. All pairs times the width must be
-    computed, so queries come in blocks, which training computes again on its way back rather than
-    keep. v = 0 is the plain mean.
+    The weights are softmax_j v^T tanh(W_q q_i + W_k k_j + b) (Bahdanau et al. 2015,
+    arXiv:1409.0473, Sec. A.1.2), where q_i and k_j are the normalised features of two voxels. If v
+    is 0, the result is the plain mean. Memory grows with the number of pairs times the width, so
+    queries are computed in blocks. Training does not keep the blocks; the backward pass computes
+    them again.
     """
 
     def __init__(self, channels: int, *, width: int) -> None:
@@ -115,7 +118,7 @@ class AdditiveSelfAttention(nn.Module):
         self.matrix = MapTap("received", highest=math.inf)
 
     def forward(self, features: Features) -> Features:
-        """The features with what their voxels take from one another."""
+        """The features plus the result of the attention."""
         space = features.shape[2:]
         tokens = self.norm(features.flatten(2).transpose(1, 2))
         query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
@@ -141,7 +144,7 @@ class AdditiveSelfAttention(nn.Module):
         return self._weights(query[:, first:last], key)[:, None]
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
-        """Rows of weights, float32; made of so few queries at a time that their sums fit."""
+        """Rows of weights in float32, computed from a few queries at a time to save memory."""
         parts = [
             self.energy(torch.tanh(query[:, first:last, None] + key[:, None]))[..., 0]
             for first, last in blocks(query.shape[1], numbers_in(key.shape))

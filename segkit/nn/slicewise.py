@@ -1,4 +1,4 @@
-"""A 2D network that takes volumes: each slice on its own, all slices of a patch as one batch."""
+"""A 2D network that takes volumes. All slices of a patch form one batch."""
 
 from dataclasses import replace
 
@@ -6,18 +6,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
-from segkit.nn.external import Given
+from segkit.nn.external import ExternalNetwork
 from segkit.nn.map_tap import MapInfo
 from segkit.nn.unet import Supervised, UNet
 
 
 class SlicewiseNetwork(nn.Module):
-    """Logits of every class at every voxel, from a network that sees one plane at a time.
+    """Logits of every class at every voxel, from a 2D network that sees one slice at a time.
 
-    `axis` is the spatial axis across the planes (0, 1 or 2).
+    Args:
+        network: a 2D network.
+        axis: the spatial axis across the slices (0, 1 or 2).
     """
 
-    def __init__(self, network: UNet | Given, *, axis: int) -> None:
+    def __init__(self, network: UNet | ExternalNetwork, *, axis: int) -> None:
         super().__init__()
         self.network = network
         self.axis = axis
@@ -26,7 +28,7 @@ class SlicewiseNetwork(nn.Module):
         self.total_stride = tuple(stride)
 
     def maps(self) -> dict[str, MapInfo]:
-        """The network's maps; across the planes, cells are voxels."""
+        """The network's maps by key. Across the slices, each cell is one voxel."""
         return {
             key: replace(info, placement=info.placement and self._in_volume(info.placement))
             for key, info in self.network.maps().items()
@@ -34,38 +36,40 @@ class SlicewiseNetwork(nn.Module):
 
     def forward(self, image: Float[Tensor, "batch in_channel x y z"]) -> Tensor:
         """Logits on the image's grid."""
-        return self.stack(self.network(self.planes(image)), image.shape[0])
+        return self.stack_slices(self.network(self.split_slices(image)), image.shape[0])
 
     def classified(
         self, image: Float[Tensor, "batch in_channel x y z"]
     ) -> tuple[Float[Tensor, "batch out_channel x y z"], Float[Tensor, "batch classes"]]:
-        """Logits, and logits of each class's presence: what any plane holds, the volume holds."""
-        logits, presence = self.network.classified(self.planes(image))
-        return self.stack(logits, image.shape[0]), self._any_plane(presence, image.shape[0])
+        """Logits, and logits of each class's presence, the maximum over slices."""
+        logits, presence = self.network.classified(self.split_slices(image))
+        batch_size = image.shape[0]
+        return self.stack_slices(logits, batch_size), self._any_slice(presence, batch_size)
 
     def supervised(self, image: Float[Tensor, "batch in_channel x y z"]) -> Supervised:
-        """What is trained, of volumes."""
-        levels, presence = self.network.supervised(self.planes(image))
+        """The outputs that are trained, for volumes."""
+        levels, presence = self.network.supervised(self.split_slices(image))
         return Supervised(
-            tuple(self.stack(level, image.shape[0]) for level in levels),
-            None if presence is None else self._any_plane(presence, image.shape[0]),
+            tuple(self.stack_slices(level, image.shape[0]) for level in levels),
+            None if presence is None else self._any_slice(presence, image.shape[0]),
         )
 
-    def planes(self, image: Float[Tensor, "batch channel x y z"]) -> Tensor:
-        """All planes of a batch of volumes, one after another: (planes, channel, rows, columns)."""
+    def split_slices(self, image: Float[Tensor, "batch channel x y z"]) -> Tensor:
+        """All slices of a batch of volumes, one after another: (slices, channel, rows, columns)."""
         return image.movedim(self.axis + 2, 1).flatten(0, 1)
 
-    def stack(
-        self, planes: Float[Tensor, "planes channel *cells"], batch_size: int
+    def stack_slices(
+        self, slices: Float[Tensor, "slices channel *cells"], batch_size: int
     ) -> Float[Tensor, "batch channel ..."]:
-        """Outputs of the planes of each of `batch_size` volumes, put back beside one another."""
-        # Not `unflatten`, and above no `len`: while torch traces, the batch must stay a variable.
-        volumes = planes.reshape(batch_size, -1, *planes.shape[1:])
+        """Outputs of all slices of `batch_size` volumes, put together as volumes again."""
+        # Neither `unflatten` here nor `len` above: while torch traces, the batch must stay a
+        # variable.
+        volumes = slices.reshape(batch_size, -1, *slices.shape[1:])
         return volumes.movedim(1, self.axis + 2)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """Where the features of each level lie; across the planes, cells are voxels."""
+        """Position of the features of each level. Across the slices, each cell is one voxel."""
         return tuple(self._in_volume(placement) for placement in self.network.placements)
 
     @property
@@ -73,7 +77,7 @@ class SlicewiseNetwork(nn.Module):
         """The network's presence head, if it has one."""
         return self.network.presence
 
-    def _any_plane(self, presence: Tensor, batch_size: int) -> Tensor:
+    def _any_slice(self, presence: Tensor, batch_size: int) -> Tensor:
         return presence.reshape(batch_size, -1, presence.shape[1]).amax(dim=1)
 
     def _in_volume(self, placement: Placement) -> Placement:

@@ -1,7 +1,7 @@
-"""Attention over the voxels of a block's own features, f(x): which of them count.
+"""Spatial attention: f(x) weights the voxels of a block's features x.
 
-Each module returns its map and `Modulated` multiplies; `BottleneckAttention` and
-`ConcurrentExcitation` join it with attention over channels.
+Each module returns its map, and `Modulated` multiplies the features by it. `BottleneckAttention`
+and `ConcurrentExcitation` combine it with channel attention; the latter returns features.
 """
 
 from typing import Literal
@@ -25,10 +25,11 @@ from segkit.nn.map_tap import MapTap
 
 
 class PooledSpatialAttention(nn.Module):
-    """Map of how much each voxel counts: sigmoid(norm(conv([max over channels; mean]))).
+    """Map with a weight for each voxel: sigmoid(norm(conv([max over channels; mean]))).
 
-    The spatial half of CBAM, Woo et al. (2018, arXiv:1807.06521, Eq. 3), in the order of channels
-    and with the batch normalisation of their code, for which the paper has neither word nor symbol.
+    This is the spatial attention of CBAM, Woo et al. (2018, arXiv:1807.06521, Eq. 3). The order of
+    the two channels and the batch normalisation are those of their code; the paper does not mention
+    the normalisation.
     """
 
     def __init__(self, spatial_dims: int, *, kernel_size: int = 7) -> None:
@@ -40,7 +41,7 @@ class PooledSpatialAttention(nn.Module):
         self.tap = MapTap("spatial")
 
     def forward(self, features: Features) -> Float[Tensor, "batch 1 *space"]:
-        """The map in (0, 1), one cell per voxel."""
+        """The map in (0, 1), one value for each voxel."""
         pooled = [features.amax(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
         logits = self.norm(self.convolution(torch.cat(pooled, dim=1)))
         attention_map: Tensor = self.tap(sigmoid_in_float32(logits))
@@ -48,7 +49,7 @@ class PooledSpatialAttention(nn.Module):
 
 
 class SpatialExcitation(nn.Module):
-    """Map of how much each voxel counts: the sigmoid of a 1x1 convolution.
+    """Map with a weight for each voxel: the sigmoid of a 1x1 convolution.
 
     sSE, Roy et al. (2018, arXiv:1803.02579, Sec. 2.2).
     """
@@ -59,7 +60,7 @@ class SpatialExcitation(nn.Module):
         self.tap = MapTap("spatial")
 
     def forward(self, features: Features) -> Float[Tensor, "batch 1 *space"]:
-        """The map in (0, 1), one cell per voxel."""
+        """The map in (0, 1), one value for each voxel."""
         attention_map: Tensor = self.tap(sigmoid_in_float32(self.convolution(features)))
         return attention_map.to(features.dtype)
 
@@ -67,7 +68,7 @@ class SpatialExcitation(nn.Module):
 def convolutional_block_attention(
     spatial_dims: int, channels: int, *, reduction: int = 16, kernel_size: int = 7
 ) -> Modulated:
-    """CBAM, Woo et al. (2018, Eq. 1): the channel map, then the spatial map of the product."""
+    """CBAM, Woo et al. (2018, Eq. 1): channel attention, then spatial attention."""
     return Modulated(
         PooledChannelAttention(channels, reduction=reduction),
         PooledSpatialAttention(spatial_dims, kernel_size=kernel_size),
@@ -75,13 +76,13 @@ def convolutional_block_attention(
 
 
 class BottleneckAttention(nn.Module):
-    """Map of how much each channel counts at each voxel: 1 + sigmoid(M_c + M_s), in (1, 2).
+    """Map with a weight for each channel and voxel: 1 + sigmoid(M_c + M_s), in (1, 2).
 
-    BAM, Park et al. (2018, arXiv:1807.06514, Eq. 1-4): M_c is an MLP of the channels' means, M_s a
-    1x1 convolution to C/r channels, two 3x3 ones of dilation 4, and a 1x1 one to a single channel
-    with batch normalisation. The sum is the paper's (the released code multiplies). M_c is not
-    normalised: a batch of one vector has no statistics. The convolutions before the last are
-    followed by the network's kind of normalisation and by leaky ReLU.
+    BAM, Park et al. (2018, arXiv:1807.06514, Eq. 1-4). M_c is an MLP of the channels' means. M_s is
+    a 1x1 convolution to C/r channels, two 3x3 convolutions of dilation 4, and a 1x1 convolution to
+    one channel with batch normalisation. M_c and M_s are added, as in the paper; the released code
+    multiplies them. M_c is not normalised, because a batch of one vector has no statistics. Each
+    convolution but the last is followed by the network's kind of normalisation and a leaky ReLU.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class BottleneckAttention(nn.Module):
         self.tap = MapTap("spatial", lowest=1.0, highest=2.0, mean=True)
 
     def forward(self, features: Features) -> Features:
-        """The map in (1, 2), one cell per channel and voxel; recorded as its mean over channels."""
+        """The map in (1, 2), for each channel and voxel. The tap records its mean over channels."""
         by_channel = self.excitation(features.flatten(2).mean(dim=2))
         by_voxel = self.spatial(features)
         logits = by_channel.view(*by_channel.shape, *[1] * (features.ndim - 2)) + by_voxel
@@ -123,11 +124,11 @@ class BottleneckAttention(nn.Module):
 
 
 class ConcurrentExcitation(nn.Module):
-    """Features let through by a channel map and by a spatial map, side by side.
+    """Features times a channel map, combined with features times a spatial map.
 
-    scSE, Roy et al. (2018, Sec. 2.3, and 2019, arXiv:1808.08127, Sec. III-D): the two products are
-    joined by their larger value at each voxel, their sum, or a concatenation, which a 1x1
-    convolution brings back to as many channels.
+    scSE, Roy et al. (2018, Sec. 2.3, and 2019, arXiv:1808.08127, Sec. III-D). The two products are
+    combined by their maximum, by their sum (`aggregation="add"`), or by a concatenation, which a
+    1x1 convolution brings back to the same number of channels (`"concat"`).
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class ConcurrentExcitation(nn.Module):
         )
 
     def forward(self, features: Features) -> Features:
-        """The features, let through as far as the two maps say."""
+        """The combined products."""
         by_channel = features * self.channel(features)
         by_voxel = features * self.spatial(features)
         match self.aggregation:

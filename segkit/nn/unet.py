@@ -1,4 +1,4 @@
-"""The U-Net, in two and three dimensions, with attention where it is asked for.
+"""The U-Net, in two and three dimensions, with or without attention.
 
     image ─▶ encoder.0 ────────────── skip.0 ──▶ decoder.0 ─▶ heads.0 ─▶ logits
                 │ stride                            ▲ transposed convolution
@@ -25,17 +25,21 @@ from segkit.nn.map_tap import MapInfo, maps_of, place_taps
 
 
 class SkipAttention(Protocol):
-    """What a skip passes through before it joins the decoder, steered by the decoder's signal."""
+    """Attention of a skip: it changes the skip's features before they join the decoder.
+
+    `signal` says which features of the decoder steer it: those of the coarser level, or the same
+    features upsampled to the skip's grid.
+    """
 
     signal: Literal["coarse", "upsampled"]
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """The skip as it joins the decoder."""
+        """The features that join the decoder, in place of the skip's own."""
 
 
 @runtime_checkable
 class GateFactory(Protocol):
-    """Makes the gate of one level, or None where the level's skip stands open."""
+    """Function that makes the gate of one level, or None if the level has no gate."""
 
     def __call__(
         self,
@@ -47,25 +51,26 @@ class GateFactory(Protocol):
         stride: Sequence[int],
         deepest: bool,
     ) -> nn.Module | None:
-        """The gate, which says by its attribute `signal` which features it is steered by."""
+        """The gate of a level. Its attribute `signal` says which features steer it."""
 
 
 BlockFactory = Callable[[int], nn.Module]
-"""Makes attention over features of so many channels, f(x) -> x."""
+"""Function from a number of channels to a module f(x) -> x, attention over such features."""
 
 
 class Supervised(NamedTuple):
-    """What a network gives in training."""
+    """The outputs of a network in training."""
 
     levels: tuple[Tensor, ...]
-    """Logits (batch, classes, cells …) of every supervised level, finest first; the first are those
-    of prediction."""
+    """Logits (batch, classes, *space) of every supervised level, the finest first. Prediction uses
+    only the first."""
     presence: Tensor | None
-    """Logits (batch, classes but the background) of each class's presence in the image."""
+    """Logits (batch, classes without the background) of each class's presence in the image; None
+    without a presence head."""
 
 
 class Join(nn.Module):
-    """One step up: bring the coarse features to the skip's grid, gate the skip, convolve both."""
+    """One decoder level: upsample the coarse features, gate the skip, and convolve both."""
 
     def __init__(
         self, upsample: nn.Module, gate: nn.Module | None, block: nn.Module, attention: nn.Module
@@ -81,7 +86,7 @@ class Join(nn.Module):
         skip: Float[Tensor, "batch skip_channel *space"],
         coarse: Float[Tensor, "batch coarse_channel *coarse"],
     ) -> Float[Tensor, "batch out_channel *space"]:
-        """The decoder's features on the skip's grid."""
+        """The features of the decoder on the skip's grid."""
         upsampled = self.upsample(coarse)
         if self.gate is not None:
             gate = cast(SkipAttention, self.gate)
@@ -94,29 +99,33 @@ class Join(nn.Module):
 class UNet(nn.Module):
     """Logits of every class at every voxel.
 
+        network = UNet(3, 1, out_channels=3, channels=(32, 64, 128))
+        logits = network(torch.zeros(1, 1, 64, 64, 64))  # (1, 3, 64, 64, 64)
+
     Args:
         spatial_dims: 2 or 3.
-        in_channels: image channels.
-        label_classes: foreground classes of the labels, if any, that stand in one more channel
-            behind the image's; they enter as one channel of 0 and 1 for each.
-        out_channels: classes, background included.
-        channels: features of each level, finest first; a pair gives the widths of the encoder's
-            two convolutions, a number is both.
-        strides: per step down, the stride along each axis; 2 where not given.
-        kernels: per level, the odd kernel size along each axis; 3 where not given.
+        in_channels: number of image channels.
+        label_classes: number of foreground classes of an additional label channel, which follows
+            the image channels; it is spread over one channel of 0 and 1 for each class.
+        out_channels: number of classes, the background included.
+        channels: number of features at each level, the finest first. A pair sets the widths of the
+            two convolutions of the encoder; a number sets both.
+        strides: stride along each axis, for each step to the next coarser level; 2 if not given.
+        kernels: kernel size along each axis, for each level; odd; 3 if not given.
         norm: normalisation after each convolution.
-        downsampling: by the first convolution of a level, or by max-pooling before it.
-        upsampled_channels: whether a transposed convolution takes on the finer level's width
-            ("level", as in 2D by Ronneberger) or keeps the coarser one's ("keep", as in 3D by
-            Çiçek).
-        upsampling_bias: whether transposed convolutions have a bias.
-        deep_supervision: whether coarser decoder levels get logits of their own; the coarsest has
-            none (nnU-Net gives it no weight).
-        skip_gate: makes what a level's skip passes through.
-        encoder_attention, decoder_attention: make what follows a level's convolutions.
-        bottleneck_attention: makes what follows the coarsest level.
-        presence_head: makes, of the coarsest features' channels, what says for each class but the
-            background whether the image holds any of it.
+        downsampling: by the first convolution of a level ("stride"), or by max-pooling before it
+            ("pool").
+        upsampled_channels: number of channels after a transposed convolution: that of the finer
+            level ("level", as in 2D by Ronneberger), or that of the coarser level ("keep", as in 3D
+            by Çiçek).
+        upsampling_bias: True if transposed convolutions have a bias.
+        deep_supervision: True if coarser decoder levels have their own logits. The coarsest level
+            has none (nnU-Net gives it no weight).
+        skip_gate: makes the attention of each skip.
+        encoder_attention, decoder_attention: make the attention after a level's convolutions.
+        bottleneck_attention: makes the attention after the coarsest level.
+        presence_head: makes the layer that computes, from the coarsest features, the logits of the
+            presence of each class but the background.
     """
 
     def __init__(
@@ -173,7 +182,7 @@ class UNet(nn.Module):
             placements.append(placement)
             place_taps(attention, f"encoder.{level}", level, placement)
         self.placements = tuple(placements)
-        """Where the features of each level lie, encoder's and decoder's alike."""
+        """Position of the features of each level, the same in encoder and decoder."""
 
         self.bottleneck = (bottleneck_attention or _identity)(widths[-1])
         place_taps(self.bottleneck, "bottleneck", num_skips, placement)
@@ -219,7 +228,7 @@ class UNet(nn.Module):
             place_taps(self.presence, "head", num_skips, placement)
 
     def maps(self) -> dict[str, MapInfo]:
-        """What each attention map of this network is and where it lies, by key."""
+        """Kind and position of each attention map of this network, by key."""
         return maps_of(self)
 
     def forward(
@@ -227,20 +236,22 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "batch out_channel *space"]:
         """Logits on the image's grid.
 
-        Raises ValueError where the image's size is no multiple of the total stride.
+        Raises:
+            ValueError: the image's size is not a multiple of the total stride.
         """
         skips = self._encode(image)
         if self.presence is not None:
-            self.presence(skips[-1])  # for its maps
+            self.presence(skips[-1])  # its tap may record a map
         logits: Tensor = self.heads[0](self._decode(skips)[0])
         return logits
 
     def classified(
         self, image: Float[Tensor, "batch in_channel *space"]
     ) -> tuple[Float[Tensor, "batch out_channel *space"], Float[Tensor, "batch classes"]]:
-        """Logits of `forward`, and logits of each class's presence but the background's.
+        """Logits of `forward`, and logits of the presence of each class but the background.
 
-        Raises ValueError where the network has no presence head.
+        Raises:
+            ValueError: the network has no presence head.
         """
         if self.presence is None:
             raise ValueError("the network has no presence head; build it with one")
@@ -250,15 +261,16 @@ class UNet(nn.Module):
     def features(
         self, image: Float[Tensor, "batch in_channel *space"]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Features of the encoder and of the decoder, each level's, finest first.
+        """Features of each encoder level and of each decoder level, the finest first.
 
-        The encoder's coarsest are the bottleneck's; `heads[0]` makes logits of the decoder's first.
+        The last features of the encoder are those after the bottleneck. `heads[0]` computes the
+        logits from the first features of the decoder.
         """
         skips = self._encode(image)
         return skips, self._decode(skips)
 
     def supervised(self, image: Float[Tensor, "batch in_channel *space"]) -> Supervised:
-        """What is trained: logits of every supervised level, and of each class's presence."""
+        """The outputs that are trained: logits of every supervised level and of presence."""
         skips = self._encode(image)
         features = self._decode(skips)
         levels = tuple(head(level) for head, level in zip(self.heads, features, strict=False))
@@ -291,22 +303,22 @@ class UNet(nn.Module):
 
 
 def _identity(channels: int) -> nn.Module:
-    """No attention, at features of so many channels."""
+    """The identity, in place of attention."""
     return nn.Identity()
 
 
 def _half(size: Sequence[int]) -> list[int]:
-    """The padding of a convolution that keeps its grid."""
+    """Padding with which a convolution of odd kernel size keeps the grid."""
     return [length // 2 for length in size]
 
 
 def spread_labels(
     image: Float[Tensor, "batch channel *space"], num_classes: int
 ) -> Float[Tensor, "batch wider *space"]:
-    """The image with the labels of its last channel spread over `num_classes` channels.
+    """The image, with its last channel, labels, replaced by one channel for each class.
 
-    Each is 1 where the label is its own, of 1, 2, …, and 0 elsewhere. Spread here, patch by patch,
-    a volume's labels take up one channel wherever else they are kept.
+    The channel of class k (1, 2, …) is 1 at voxels with label k and 0 elsewhere. The network does
+    this itself, so that a volume's labels take up only one channel in memory and in files.
     """
     numbers = torch.arange(1, num_classes + 1, device=image.device, dtype=image.dtype)
     is_class = image[:, -1:] == numbers.view(-1, *[1] * (image.ndim - 2))

@@ -1,1 +1,1 @@
-"""The machine: resources, speed, processes, signals, progress."""
+"""The machine: memory, devices, processes, signals and progress displays."""

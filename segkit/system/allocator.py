@@ -1,8 +1,8 @@
-"""Memory that a training frees stays with the process, so that the next step finds it again.
+"""A setting of the C library that keeps freed memory in the process for the next training step.
 
-By default glibc hands every freed array of more than some 32 MB back to the system, which clears
-its pages anew for the next step. The small steps of a CPU spend up to a third of their time on
-that (2 AVX2 cores, batches of 2 patches of 32 x 40 x 32: 0.104 s a window before, 0.082 s after).
+By default glibc returns every freed array of more than some 32 MB to the system, which has to clear
+its pages again for the next step. Small steps on a CPU spend up to a third of their time on this (2
+AVX2 cores, batches of 2 patches of 32 x 40 x 32: 0.104 s per window before, 0.082 s after).
 """
 
 import ctypes
@@ -11,20 +11,20 @@ import sys
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
 MMAP_THRESHOLD = -3
-"""Numbers of glibc's `malloc.h`."""
+"""Numbers of the options in glibc's `malloc.h`."""
 KEPT = 2**31 - 1
-"""Bytes that are free at the end of the heap and yet are not handed back."""
+"""Free bytes at the end of the heap that are not returned to the system."""
 LARGEST = 2**30
-"""Bytes of the largest array that is taken from the heap."""
+"""Size in bytes of the largest array that is allocated on the heap."""
 GROWN_AT_ONCE = 2**26
-"""Bytes by which the heap grows."""
+"""Bytes by which the heap grows at a time."""
 
 
 def keep_freed_memory() -> bool:
-    """Have the process keep the memory that it frees; whether its C library can do so.
+    """Make this process keep the memory that it frees, and return whether its C library can.
 
-    Results stay the same, bit for bit. The setting holds for the whole process, so that commands
-    choose it and functions do not.
+    Results stay the same, bit for bit. The setting holds for the whole process, so only commands
+    call this function.
     """
     if not sys.platform.startswith("linux"):
         return False

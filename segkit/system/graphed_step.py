@@ -1,9 +1,10 @@
-"""A training step recorded once as a CUDA graph and replayed: the host launches one thing, not 600.
+"""A training step that is recorded once as a CUDA graph and then replayed with a single launch.
 
-A step of a small network is bound by the host, which takes longer to launch kernels than the GPU to
-run them. Shapes never change in training, so the forward pass, the loss and the backward pass of
-every step are the same kernels on the same memory (CUDA graphs, https://docs.nvidia.com/cuda/,
-"Programming guide", chapter 4.2; PyTorch's notes on CUDA semantics, "Whole-network capture").
+A step of a small network launches some 600 kernels, which takes the host longer than the GPU needs
+to run them. Shapes never change during training, so the forward pass, the loss and the backward
+pass of every step are the same kernels on the same memory (CUDA graphs,
+https://docs.nvidia.com/cuda/, "Programming guide", chapter 4.2; PyTorch's notes on CUDA semantics,
+"Whole-network capture").
 """
 
 import logging
@@ -15,28 +16,31 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 LossesOfBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""From image and label to the loss, whose gradient is taken, and values to be logged beside it."""
+"""A function of image and label that returns the loss to differentiate, then values to log."""
 
 _WARM_UP = 3
-"""Steps before the recording, in which libraries choose their kernels and allocate."""
+"""Steps before the recording, during which libraries choose kernels and allocate memory."""
 _TOLERANCE = 0.05
-"""Of loss and gradient norm, between a recorded step and the same step itself: kernels that add in
-another order differ by less, even in half precision."""
+"""Largest relative difference in loss and gradient norm between a replayed step and the same step
+run normally. Another order of summation makes a smaller difference, even in half precision."""
 
 
 class GraphedStep:
-    """Forward, loss and backward of one fixed shape on a CUDA device, replayed from a graph.
+    """Forward pass, loss and backward pass for one fixed shape on a CUDA device, as a graph.
 
-    After a call the parameters' gradients are those of that batch: they are overwritten, never
-    added to, and must be neither deleted nor replaced between calls. What is recorded is replayed
-    once and held against the step itself; RuntimeError if they differ.
+    A call sets the gradients of the parameters to those of the batch: it overwrites them and never
+    adds to them. They must not be deleted or replaced between calls.
 
     Args:
-        loss: gives the loss of a batch first, then other scalars; runs no code that waits for the
-            device.
-        parameters: whose gradients are wanted.
-        image: of the shape and type of every batch to come, on the device.
-        label: likewise.
+        loss: returns the loss of a batch first, then other scalars. It must not run code that waits
+            for the device.
+        parameters: the parameters that need gradients.
+        image: a batch on the device, with the shape and type of every later batch.
+        label: its labels, likewise.
+
+    Raises:
+        RuntimeError: the step cannot be recorded, or one replay of the recording gives other values
+            than the step itself.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class GraphedStep:
                 value.backward()
         torch.cuda.current_stream().wait_stream(stream)
         expected = torch.stack([value.detach().float(), _gradient_norm(parameters)])
-        # Made anew inside the graph's own memory, where each replay writes them.
+        # The recording allocates gradients in the graph's memory; each replay writes them there.
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -64,7 +68,8 @@ class GraphedStep:
         found = torch.stack([self.values[0].float(), _gradient_norm(parameters)])
         if not torch.allclose(found, expected, rtol=_TOLERANCE):
             raise RuntimeError(
-                f"its replay gives loss and gradient norm {found.tolist()} for {expected.tolist()}"
+                f"expected loss and gradient norm {expected.tolist()}, the replay gives "
+                f"{found.tolist()}"
             )
 
     def fits(self, image: Tensor, label: Tensor) -> bool:
@@ -74,14 +79,14 @@ class GraphedStep:
             for given, kept in ((image, self.image), (label, self.label))
         )
 
-    def make_room(self) -> None:
-        """Set the gradients to 0 in their place, for a step that is not replayed."""
+    def zero_gradients(self) -> None:
+        """Set the gradients to 0 in place, before a step that is not replayed."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        """The loss of a batch and the other values, on the device; sets the gradients."""
+        """Loss of a batch and the other values, on the device. The call sets the gradients."""
         self.image.copy_(image)
         self.label.copy_(label)
         self.graph.replay()
@@ -91,24 +96,24 @@ class GraphedStep:
 def record_step(
     network: nn.Module, losses: LossesOfBatch, image: Tensor, label: Tensor
 ) -> GraphedStep | None:
-    """The step of a network, recorded in the precision that is on; None if it cannot be recorded.
+    """Recording of a network's step in the active precision, or None if it cannot be recorded.
 
-    The network's buffers, such as running means, are as they were before.
+    The recording leaves the network's buffers, such as running means, unchanged.
     """
     kind, half = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
 
     def in_precision(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        # A copy of the weights in half precision that was kept from elsewhere would never change.
+        # A cached half-precision copy of the weights would not follow the optimiser's updates.
         with torch.autocast("cuda", dtype=kind, enabled=half, cache_enabled=False):
             return losses(image, label)
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        # What is drawn here must not move what the step itself will draw.
+        # Random numbers drawn here must not change those of the real steps.
         with torch.random.fork_rng([image.device]), torch.autocast("cuda", enabled=False):
             return GraphedStep(in_precision, list(network.parameters()), image, label)
     except torch.OutOfMemoryError:
-        reason = "the memory does not hold it beside what is held already"
+        reason = "not enough GPU memory is free"
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
     finally:
@@ -116,7 +121,7 @@ def record_step(
             buffer.copy_(buffers[name])
     _forget_gradients(list(network.parameters()))
     torch.cuda.empty_cache()
-    logger.warning("steps are launched one by one, as none could be recorded: %s", reason)
+    logger.warning("could not record a step as a CUDA graph, so steps run without it: %s", reason)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The place of this process among several that torchrun or SLURM launched."""
+"""The number of this process among several that torchrun or SLURM launched."""
 
 from dataclasses import dataclass
 
@@ -10,30 +10,31 @@ from segkit.errors import SegkitError
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """One process among several."""
+    """The number of one process among several."""
 
     number: int
-    """From 1 on."""
+    """Number of the process, from 1 to `count`."""
     count: int
+    """Number of processes."""
     local: int
-    """Its number on its machine, from 0: the number of its device."""
+    """Number of the process on its machine, from 0; it uses the device of this number."""
 
 
 def place_of_process() -> ProcessPlace:
-    """This process's place, as Lightning reads it from the launcher's variables.
+    """The number of this process, from the environment variables of its launcher.
 
-    Raises SegkitError if neither launched it.
+    Raises SegkitError if neither torchrun nor SLURM launched the process.
     """
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():
             try:
                 environment = kind()
-            except RuntimeError as error:  # of a job that was asked for in a way it cannot be told
+            except RuntimeError as error:  # Lightning cannot use the options of this SLURM job
                 raise SegkitError(f"--shard auto: {' '.join(str(error).split())}") from None
             return ProcessPlace(
                 environment.global_rank() + 1, environment.world_size(), environment.local_rank()
             )
     raise SegkitError(
-        "--shard auto: expected a process that torchrun or srun has launched, found none; "
-        "give --shard I/N"
+        "--shard auto: expected a process that torchrun or srun launched, found neither; "
+        "pass --shard I/N"
     )

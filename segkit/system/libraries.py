@@ -1,9 +1,9 @@
-"""Versions of PyTorch and of what it computes with on a GPU, and whether they go well together.
+"""Versions of PyTorch and its GPU libraries, and a warning if they are slow together.
 
-PyTorch 2.9 computes 3D convolutions in half precision without cuDNN unless this is 9.15 or newer,
-as some before give wrong numbers for large outputs (pytorch/pytorch issues 166122 and 166643). A
-step then takes several times as long and as much memory. PyTorch 2.9 installs an older one; 2.10
-and later install 9.15 or newer, unless another is put in its place.
+PyTorch 2.9 and later compute 3D convolutions in half precision without cuDNN unless it is version
+9.15 or newer, because some older versions give wrong numbers for large outputs (pytorch/pytorch
+issues 166122 and 166643). A step then takes several times as long and as much memory. PyTorch 2.9
+installs an older cuDNN; 2.10 and later install 9.15 or newer, unless the user replaces it.
 """
 
 import logging
@@ -14,14 +14,15 @@ import torch
 logger = logging.getLogger(__name__)
 
 GUARDED_SINCE = (2, 9)
-"""The version of PyTorch since when it does without a cuDNN that is older than SOUND_CUDNN."""
+"""First version of PyTorch that avoids a cuDNN older than SOUND_CUDNN."""
 SOUND_CUDNN = (9, 15)
+"""First version of cuDNN that computes 3D convolutions in half precision correctly."""
 RUNTIMES = ("lightning", "openvino", "onnx", "onnxruntime", "onnxscript", "triton")
-"""Packages that train a network or run it."""
+"""Packages that train or run a network."""
 
 
 def torch_libraries() -> dict[str, str | None]:
-    """Versions of PyTorch, and of the CUDA and cuDNN that it would use: None if it has none.
+    """Versions of PyTorch and of its CUDA and cuDNN, which are None in a build without CUDA.
 
     Example:
         torch_libraries()  # {"torch": "2.14.1+cu130", "cuda": "13.0", "cudnn": "9.20.0"}
@@ -35,7 +36,7 @@ def torch_libraries() -> dict[str, str | None]:
 
 
 def training_environment(device: torch.device) -> dict[str, str | None]:
-    """The kind of device and its libraries; warns if they make a training on it slow."""
+    """The device type and the versions of its libraries; logs a warning if they are slow."""
     told: dict[str, str | None] = {"device": device.type, **torch_libraries()}
     if device.type == "cuda" and (slow := slow_convolutions()) is not None:
         logger.warning("%s", slow)
@@ -44,7 +45,7 @@ def training_environment(device: torch.device) -> dict[str, str | None]:
 
 
 def installed_runtimes() -> dict[str, str | None]:
-    """Versions of the packages that train a network or run it: None if one is not installed."""
+    """Versions of the packages that train or run a network; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for name in RUNTIMES:
         try:
@@ -55,7 +56,7 @@ def installed_runtimes() -> dict[str, str | None]:
 
 
 def slow_convolutions() -> str | None:
-    """One sentence if 3D convolutions on a GPU are slow with these libraries, else None."""
+    """A warning of one sentence if these libraries make 3D convolutions slow on a GPU, or None."""
     cudnn = _cudnn()
     own = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if cudnn is None or own < GUARDED_SINCE or cudnn[:2] >= SOUND_CUDNN:
@@ -70,7 +71,7 @@ def slow_convolutions() -> str | None:
 
 
 def _cudnn() -> tuple[int, int, int] | None:
-    """cuDNN's version, as three numbers; None for a PyTorch without CUDA."""
+    """cuDNN's version as three numbers; None if PyTorch was built without CUDA."""
     if torch.version.cuda is None:
         return None
     number = torch.backends.cudnn.version()

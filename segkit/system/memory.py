@@ -1,4 +1,4 @@
-"""Memory that this process may take, and what is refused because it would take more."""
+"""Memory that this process may use."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ MEMORY_LIMITS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that new processes may take: Linux's "available", within the container's limit.
+    """Bytes that may still be allocated: Linux's "available" memory, within the container's limit.
 
-    Without Linux: half of the memory that is built in, or 4 GiB if the system does not tell it.
+    On other systems it is half of the machine's memory, or 4 GiB if the size is unknown.
     """
     try:
         lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
@@ -23,7 +23,7 @@ def free_memory() -> int:
         limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
         lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
         (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):  # not in a container, or its limit is "max"
         return free
     return min(free, max(limit - int(held), 0))
 
@@ -35,5 +35,5 @@ def _half_of_what_is_built_in() -> int:
 
 
 def in_words(count: float) -> str:
-    """Bytes as MB or GB (10⁶ and 10⁹)."""
+    """A number of bytes as text, in MB (10⁶) or GB (10⁹)."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

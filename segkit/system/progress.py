@@ -16,17 +16,17 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Takes items, the name of the work and how many items there are; gives the items one by one."""
+"""A function of items, the name of the work and the number of items; it yields the items."""
 SECONDS_BETWEEN_LINES = 15.0
 
 
 def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    """The items, without showing progress: the default wherever progress can be shown."""
+    """The items, without a progress display; the default value of `track` parameters."""
     return items
 
 
 def bars(console: Console) -> Progress:
-    """A live display of bars; it shows nothing if the console is no terminal."""
+    """A live display of progress bars; it shows nothing if the console is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -40,13 +40,13 @@ def bars(console: Console) -> Progress:
 
 
 class Tracker:
-    """Shows progress over any iterable, by name and count."""
+    """Shows progress over any iterable, with the name of the work and the number of items."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def __call__(self, items: Iterable[Item], what: str, count: int) -> Iterator[Item]:
-        """The items, as they are."""
+        """Yield the items unchanged."""
         with bars(self.console) as display:
             task = display.add_task(what, total=count)
             last = time.monotonic()
@@ -63,8 +63,8 @@ class Tracker:
 class CohortProgress:
     """Shows progress over several volumes, slab by slab, and the time left for all of them.
 
-    Use it as a context: `track` shows the slabs of one volume, `done` counts a volume, even if it
-    failed.
+    It is a context manager. `track` shows progress over the slabs of one volume; call `done` after
+    each volume, even if it failed.
     """
 
     def __init__(self, console: Console, what: str, count: int) -> None:
@@ -86,16 +86,16 @@ class CohortProgress:
         self.display.stop()
 
     def track(self, slabs: Iterable[Item], count: int) -> Iterator[Item]:
-        """The slabs of one volume, as they are."""
+        """Yield the slabs of one volume unchanged."""
         before = round(self.share)
         self.first = self.first or (time.monotonic(), self.share)
         for number, slab in enumerate(slabs, start=1):
             yield slab
-            del slab  # or it would live on beside the next
+            del slab  # free its memory before the next slab is made
             self._show(before + number / count)
 
     def done(self) -> None:
-        """Count a volume; one that was there already takes no time."""
+        """Count a finished volume; one whose result existed already takes no time."""
         self.told += 1
         self._show(max(self.told, self.share))
 

@@ -18,48 +18,49 @@ STATUS = Path("/proc/self/status")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a CUDA device if there is one, else the CPU."""
+    """The device of this name; `auto` is a CUDA device if there is one, otherwise the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
 
 
-def half_pays() -> bool:
-    """Whether this CPU is faster in bfloat16: only if its cores have matrix units for it.
+def bfloat16_is_fast() -> bool:
+    """Whether this CPU is faster in bfloat16, that is, whether its cores have matrix units for it.
 
-    With them (Intel's AMX) a step takes half the time of single precision; without them, 40 times.
+    With matrix units (Intel's AMX), a step takes half the time of single precision; without them,
+    it takes 40 times as long.
     """
-    # Not every version of torch tells; then single precision is the safe answer.
+    # Some versions of torch do not report capabilities; single precision is then the safe answer.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
 def precision_of(device: torch.device) -> torch.dtype:
-    """The data type that a device trains and predicts fastest in, as far as it is known."""
+    """The data type in which a device probably trains and predicts fastest."""
     if device.type == "cuda":
         half = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if half else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and half_pays() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and bfloat16_is_fast() else torch.float32
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Bytes of a GPU's memory, or of the host's, that this process may take."""
+    """Free bytes of a GPU's memory, or of the host's memory for a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
 
 
 def peak_of_process() -> int | None:
-    """The most bytes that this process has held; None if the system does not tell.
+    """Peak memory of this process in bytes, or None if the system does not report it.
 
-    On Linux it comes from the process's status: getrusage counts the parent it was forked from.
+    On Linux the peak is read from /proc, because getrusage includes the parent process.
     """
     if STATUS.exists():
         lines = STATUS.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, with which a user or a scheduler stops a command, raised as `Stopped`."""
+"""Ctrl-C and SIGTERM, which stop a command, raised as the exception `Stopped`."""
 
 import signal
 import threading
@@ -13,15 +13,15 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
-    """Raise Stopped."""
+    """Signal handler that raises Stopped."""
     raise Stopped(signum)
 
 
 @contextmanager
-def handling(handler: Handler = stop) -> Iterator[None]:
-    """Call the handler for both signals within the block; afterwards the earlier handlers are back.
+def handling_signals(handler: Handler = stop) -> Iterator[None]:
+    """Use the handler for SIGINT and SIGTERM within the block, then restore the earlier handlers.
 
-    Python handles signals only in its main thread; in another thread this changes nothing.
+    Python handles signals only in its main thread, so in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -31,13 +31,13 @@ def handling(handler: Handler = stop) -> Iterator[None]:
         yield
     finally:
         for number, previous in before.items():
-            # None stands for a handler that was not set from Python; it cannot be set again.
+            # None means that the handler was not set from Python; it cannot be restored.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 @contextmanager
-def advising(advice: str) -> Iterator[None]:
-    """Add to a Stopped from the block how to go on."""
+def advice_on_stop(advice: str) -> Iterator[None]:
+    """Replace the advice of a Stopped that is raised in the block."""
     try:
         yield
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""Work on many cases in several processes, with the results in order."""
+"""Work on many cases in several processes; results come in the order of the cases."""
 
 import multiprocessing
 import os
@@ -22,17 +22,24 @@ Result = TypeVar("Result")
 def in_processes(
     function: Callable[[Argument], Result], items: Sequence[Argument], num_processes: int
 ) -> Iterator[Result]:
-    """The function's result for each item, in order; 0 or 1 processes mean this one.
+    """The function's result for each item, in order; 0 or 1 processes run it in this process.
 
-    Function, items and results must pickle. Torch works in one thread, so that the bits of a result
-    do not depend on the number of processes or cores. Raises what the function raises, and
-    WorkerError if a process was killed.
+    Torch uses one thread, so that no bit of a result depends on the number of processes or cores.
+
+    Args:
+        function: the work for one item; it must be picklable.
+        items: picklable arguments.
+        num_processes: the number of worker processes.
+
+    Raises:
+        Exception: the function's own.
+        WorkerError: a process was killed.
     """
     work = partial(_in_one_thread, function)
     if num_processes <= 1:
         yield from map(work, items)
         return
-    # A fresh process each: a forked one would inherit threads and locks that torch holds.
+    # Spawned, because a forked process would inherit torch's threads and locks.
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(
@@ -41,14 +48,14 @@ def in_processes(
             yield from executor.map(work, items)
     except BrokenProcessPool:
         raise WorkerError(
-            f"one of {num_processes} processes that read cases was killed, as happens where memory "
-            "runs out; free some and run again, which goes on where this ended (a script that "
-            "calls segkit must do so under `if __name__ == '__main__':`)"
+            f"one of {num_processes} processes that read cases was killed, probably because memory "
+            "ran out; free some memory and run again, which continues from here (a script must "
+            "call segkit under `if __name__ == '__main__':`)"
         ) from None
 
 
 def attempted(function: Callable[[Argument], Result], item: Argument) -> Result | SegkitError:
-    """The function's result for an item, or the error that it raises, for `in_processes`."""
+    """The function's result for an item, or the SegkitError that it raises."""
     try:
         return function(item)
     except SegkitError as error:
@@ -56,9 +63,9 @@ def attempted(function: Callable[[Argument], Result], item: Argument) -> Result 
 
 
 def end_with_parent(*_: object) -> None:
-    """Make this process end with its parent, even if the parent is killed.
+    """Make this process end when its parent ends, even if the parent is killed.
 
-    A terminal sends Ctrl-C to all of them; only the parent reacts to it.
+    A terminal sends Ctrl-C to all processes; this one ignores it and leaves it to the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -73,17 +80,17 @@ def end_with_parent(*_: object) -> None:
 
 @contextmanager
 def loading(workers: int) -> Iterator[None]:
-    """Raise WorkerError if one of so many processes that load patches is killed."""
+    """Raise WorkerError if one of the `workers` processes that load patches is killed."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # One that dies while it hands a batch over is a connection that was lost.
+        # If a process dies while it sends a batch, the connection is lost.
         lost = workers > 0 and not isinstance(error, RuntimeError)
         if not lost and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
-            f"one of {workers} processes that load patches was killed, as happens where memory "
-            "runs out; free some, or lower data.workers in the run's config.yaml, and --resume it"
+            f"one of {workers} processes that load patches was killed, probably because memory ran "
+            "out; free some memory or lower data.workers in the run's config.yaml, and --resume it"
         ) from None
 
 

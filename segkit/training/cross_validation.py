@@ -33,7 +33,7 @@ from segkit.io.safe_text import read_json_object
 from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
-from segkit.system.signals import advising
+from segkit.system.signals import advice_on_stop
 from segkit.training.fit import resume, train
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import read_split, told
@@ -134,7 +134,7 @@ def cross_validate(
     record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        with claimed(folder), advising(_how_to_go_on(folder)):
+        with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
             return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
@@ -164,7 +164,7 @@ def resume_folds(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
         raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
-    with claimed(folder), advising(_how_to_go_on(folder)):
+    with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 

@@ -22,7 +22,7 @@ from segkit.data.preprocess import median_spacing
 from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import peak_of_process
-from segkit.system.signals import advising
+from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.resolve import check_images, check_precision, precision
 from segkit.training.split import split_of
@@ -148,7 +148,10 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
         [grid_of_case(case, dataset) for case in train_cases]
     )
     watch = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, advising("nothing is left of it"):
+    with (
+        tempfile.TemporaryDirectory(prefix="segkit-") as folder,
+        advice_on_stop("nothing is left of it"),
+    ):
         run = train(
             shortened(config, spacing, Path(folder) / "cache"),
             runs=Path(folder),

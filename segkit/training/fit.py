@@ -39,7 +39,7 @@ from segkit.nn.normalisation import order_for
 from segkit.provenance import versions
 from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
-from segkit.system.signals import advising
+from segkit.system.signals import advice_on_stop
 from segkit.training.cascade import first_stage_of
 from segkit.training.changed_settings import (
     OF_SCHEDULE,
@@ -367,7 +367,7 @@ def _record_of(
 def _hold(held: ExitStack, folder: Path) -> None:
     """Keep the run's folder for this process until `held` is closed."""
     held.enter_context(claimed(folder))
-    held.enter_context(advising(f"segkit train --resume {folder} goes on from there"))
+    held.enter_context(advice_on_stop(f"segkit train --resume {folder} goes on from there"))
 
 
 def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) -> None:

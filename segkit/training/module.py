@@ -140,7 +140,7 @@ class SegmentationModule(L.LightningModule):
         if self.graphed is None:
             return ()
         if not self.graphed.fits(image, label):
-            self.graphed.make_room()
+            self.graphed.zero_gradients()
             return ()
         return self.graphed(image, label)
 

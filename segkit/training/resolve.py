@@ -33,7 +33,7 @@ from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError, Problems
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import half_pays
+from segkit.system.resources import bfloat16_is_fast
 from segkit.training.split import Split, split_of
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def precision(config: Config) -> str | int:
     if asked != "auto":
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "bf16-mixed" if half_pays() else "32-true"
+        return "bf16-mixed" if bfloat16_is_fast() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 

@@ -19,7 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from segkit.errors import Stopped
-from segkit.system.signals import handling
+from segkit.system.signals import handling_signals
 from segkit.training.lightning_private import (
     forget_validation,
     set_last_step,
@@ -50,7 +50,7 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen, from here on: Lightning has set up its own handlers by now."""
-        self.handlers.enter_context(handling(self._ask))
+        self.handlers.enter_context(handling_signals(self._ask))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -50,14 +50,14 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert (verdict["map"], verdict["word"]) == ("skip.1/gate", "cannot tell")
     assert '</b>: <b class="cannot-tell">cannot tell</b>. Over 2 scans, ' in page
     # … and the terminal has them as a table, with the figures of the file.
-    table = said[said.index("What each map is worth over 2 scans") :]
+    table = said[said.index("Verdicts over 2 scans") :]
     (row,) = [line for line in table.splitlines() if "skip.1/gate" in line]
     for name, how in (("Dice lost without it", "+.3f"), ("AUROC", ".2f")):
         value = verdict["figures"][name]
         assert ("–" if value is None else format(value, how)) in row.split()
     # Without verdicts, nothing of the old ones stays beside the new pages.
     code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
-    assert code == 0 and "What each map is worth" not in said
+    assert code == 0 and "Verdicts over" not in said
     assert not list(out.rglob("ablation.csv"))
     assert "verdicts" not in json.loads((out / "cohort.json").read_text())
     assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
@@ -130,7 +130,7 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     words = (scans, "--out", tmp_path / "out", "--model", model, "--heads", "--reference", labels)
     code, _, err = command(*words)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith("segkit: the model has no attention with heads; train one with")
+    assert err.startswith("segkit: expected a model with attention heads, but this one has none;")
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 

@@ -20,7 +20,7 @@ def test_predicting_without_a_model_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run("predict", "x.nii.gz", capsys=capsys)
-    assert code == 2 and "no finished run under runs/" in err
+    assert code == 2 and "expected a finished run under runs/" in err
 
 
 def test_a_prediction_keeps_the_files_affine_codes_and_units(
@@ -170,7 +170,7 @@ def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
     before = (tmp_path / "out" / "b.nii.gz").read_bytes()
     code, out, err = run(*words, capsys=capsys)
     assert code == 2 and "left 1 of 2 volumes alone" in out
-    assert "b.nii.gz, which was replaced since" in err and "1 of 2 volumes failed" in err
+    assert "made from another version of b.nii.gz" in err and "1 of 2 volumes failed" in err
     assert (tmp_path / "out" / "b.nii.gz").read_bytes() == before
     code, _, _ = run(*words, "--overwrite", capsys=capsys)
     told = json.loads((tmp_path / "out" / "b.json").read_text())["provenance"]["inputs"]

@@ -176,26 +176,26 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
             {"kind": "gc", "fusion": "mul"},
             "fusion is 'mul': it should be 'add' or 'scal",
         ),
-        ("skip", {"kind": "additive_grid", "levels": [2]}, "levels must lie in 0 … 1"),
-        ("skip", {"kind": "additive_same_level", "levels": [0, 7]}, "levels must lie in 0 … 1"),
-        ("skip", {"kind": "cross_attention", "levels": [2]}, "levels must lie in 0 … 1"),
+        ("skip", {"kind": "additive_grid", "levels": [2]}, "levels must be from 0 to 1"),
+        ("skip", {"kind": "additive_same_level", "levels": [0, 7]}, "levels must be from 0 to 1"),
+        ("skip", {"kind": "cross_attention", "levels": [2]}, "levels must be from 0 to 1"),
         ("skip", {"kind": "u_transformer", "levels": [-1]}, r"levels\.0 is -1: it should be grea"),
         ("skip", {"kind": "additive_grid", "gates": 0}, "gates is 0: it should be greater than 0"),
         ("skip", {"kind": "additive_grid", "coefficients": "tanh"}, "coefficients is 'tanh': it s"),
         (
             "skip",
             {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
-            r"heads must be a number or hold 2, one for each of the levels \[0, 1\]",
+            r"heads must be one number or a list of 2, one for each of the levels \[0, 1\]",
         ),
         (
             "skip",
             {"kind": "u_transformer", "heads": [1, 2]},
-            r"heads must be a number or hold 1, one for each of the levels \[1\]",
+            r"heads must be one number or a list of 1, one for each of the levels \[1\]",
         ),
         (
             "bottleneck",
             {"kind": "self_attention", "window": [2, 2]},
-            r"window must hold 3 numbers, as network\.spatial_dims is 3",
+            r"window must have 3 numbers, because network\.spatial_dims is 3",
         ),
         (
             "bottleneck",
@@ -244,7 +244,7 @@ def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: in
     for narrow, reason in (
         (sincos, rf"bottleneck\.positions: sincos needs {fewest} channels or more"),
         (rotary, rf"bottleneck\.positions: rotary needs {fewest} channels or more"),
-        (skip, rf"skip needs network\.channels of {fewest} or more to tell positions"),
+        (skip, rf"skip needs network\.channels of {fewest} or more to encode positions"),
     ):
         assert narrow(fewest).network.spatial_dims == spatial_dims
         with pytest.raises(
@@ -262,7 +262,7 @@ def test_attention_that_tells_no_positions_may_be_narrow() -> None:
 
 def test_a_window_has_two_numbers_in_2d() -> None:
     setting = {"kind": "self_attention", "window": [2, 2, 2]}
-    with pytest.raises(ConfigError, match=r"bottleneck\.window must hold 2 numbers"):
+    with pytest.raises(ConfigError, match=r"bottleneck\.window must have 2 numbers"):
         config_of({"bottleneck": setting}, spatial_dims=2)
     config_of({"bottleneck": {**setting, "window": [2, 2]}}, spatial_dims=2)
 

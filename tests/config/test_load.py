@@ -211,10 +211,10 @@ REFUSED_VALUES = [
         "data.patch_size=[32, 32]",
         r"data\.patch_size \[32, 32\] must have 3 numbers, as network\.spatial_dims is 3",
     ),
-    ("network.strides=[[2, 2]]", r"network\.strides must hold 3 lists of 3 numbers for 4 levels"),
+    ("network.strides=[[2, 2]]", r"network\.strides must have 3 lists of 3 numbers for 4 levels"),
     (
         "network.kernels=[[3, 3, 3], [3, 3, 3], [3, 3, 3]]",
-        r"network\.kernels must hold 4 lists of 3 numbers for 4 levels",
+        r"network\.kernels must have 4 lists of 3 numbers for 4 levels",
     ),
     (
         "network.kernels=[[2, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]",
@@ -231,7 +231,7 @@ REFUSED_VALUES = [
     ),
     (
         "network.attention.skip={kind: additive_grid, levels: [3]}",
-        r"network\.attention\.skip\.levels must lie in 0 … 2",
+        r"network\.attention\.skip\.levels must be from 0 to 2",
     ),
     ("data.normalisation=minmax", r"data\.normalisation\.kind is 'minmax'; choose 'zscore', 'ct'"),
 ]
@@ -298,7 +298,7 @@ def test_a_setting_that_has_no_default_must_be_given(path: Path) -> None:
         ("name: 2024-99-99\n", "cannot be read as YAML: month must be in 1..12"),
         (
             "1: 2\n" + SMALLEST,
-            "1 is not a setting; names of settings are text, so put it in quotes",
+            "1 is not a setting, because names of settings are text; put it in quotes",
         ),
         (b"\xff\xfe\x00", "cannot be read as YAML: "),
     ],
@@ -407,7 +407,7 @@ def test_attention_that_knows_positions_needs_channels_for_them(
 
 @pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
 def test_attention_that_would_sit_nowhere_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"only skip of two network.channels; give it levels"):
+    with pytest.raises(ConfigError, match=r"two network.channels has no other skip; set levels"):
         validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")
 
 

@@ -158,5 +158,5 @@ def test_check_counts_the_numbers_that_nobody_names(renumbered: Path) -> None:
     labels = ["data.labels={background: [0, others], ball: [17, 53]}"]
     told = check(renumbered, labels)
     assert "label 17, 53 ball: in 2 cases" in str(told)
-    assert "other numbers, taken as background: 9 (1 voxels in 1 case)" in str(told)
+    assert "other numbers, read as background: 9 (1 voxels in 1 case)" in str(told)
     assert told.facts["other_numbers"] == [{"number": 9, "cases": 1, "voxels": 1}]

@@ -220,7 +220,9 @@ def test_a_reference_is_the_file_itself_or_its_namesake_in_a_folder(tmp_path: Pa
         "y": tmp_path / "y.nrrd",
     }
     assert find_references([z], tmp_path / "x_1.nii.gz") == {"z": tmp_path / "x_1.nii.gz"}
-    with pytest.raises(VolumeError, match=r"holds no volume called z$"):
+    with pytest.raises(
+        VolumeError, match=r"contains no reference called z; add it or leave out this volume$"
+    ):
         find_references([y, z], tmp_path)
     with pytest.raises(VolumeError, match=r"nowhere: no such file or folder; check the path$"):
         find_references([x], tmp_path / "nowhere")
@@ -262,7 +264,7 @@ def test_two_references_of_one_scan_are_refused(tmp_path: Path) -> None:
 
 def test_a_study_of_a_model_without_heads_writes_nothing(scans: Path, tmp_path: Path) -> None:
     predictor, labels = predictor_of(skip=AdditiveGridGateConfig()), scans.parent / "labels"
-    with pytest.raises(ModelError, match="no attention with heads"):
+    with pytest.raises(ModelError, match="expected a model with attention heads"):
         explain_heads(predictor, find_inputs([scans], 1), labels, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -297,7 +299,7 @@ def test_an_input_is_never_written_over(scans: Path) -> None:
     inside.write_bytes((scans / "a.nii.gz").read_bytes())
     both = [scans / "a.nii.gz", inside]
     predictor = predictor_of(bottleneck=self_attention(2))
-    with pytest.raises(VolumeError, match=r"a_seg\.nii\.gz: is an input itself"):
+    with pytest.raises(VolumeError, match=r"a_seg\.nii\.gz: this output file is also an input"):
         list(explain_files(predictor, find_inputs(both, 1), scans, overwrite=True))
     assert inside.read_bytes() == both[0].read_bytes()
 
@@ -307,7 +309,7 @@ def test_volumes_of_one_name_are_refused(scans: Path, tmp_path: Path) -> None:
     other.parent.mkdir()
     other.write_bytes((scans / "a.nii.gz").read_bytes())
     inputs = find_inputs([scans / "a.nii.gz", other], 1)
-    with pytest.raises(VolumeError, match=r"other/a\.nii\.gz: another volume is called a too"):
+    with pytest.raises(VolumeError, match=r"other/a\.nii\.gz: another volume is also called a;"):
         list(explain_files(predictor_of(skip=AdditiveGridGateConfig()), inputs, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -361,7 +363,7 @@ def nan_of(value: float | None) -> float:
 
 def test_one_reference_is_not_that_of_several_volumes(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(bottleneck=self_attention(2))
-    message = r"a\.nii\.gz: one reference cannot be that of 2 volumes; name a folder$"
+    message = r"a\.nii\.gz: expected a reference for each of 2 volumes, but this is a single file"
     with pytest.raises(VolumeError, match=message):
         explain_heads(predictor, find_inputs([scans], 1), scans / "a.nii.gz", tmp_path / "out")
 

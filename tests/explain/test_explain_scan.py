@@ -135,7 +135,7 @@ def test_a_browser_shows_the_page_without_complaint(explained: Explanation, tmp_
     write_page(tmp_path / "index.html", explained.page())
     shown = show(tmp_path / "index.html", tmp_path / "run")
     assert 'data-ready="yes"' in shown.dom and shown.console == []
-    assert "Where the maps are high" in shown.dom
+    assert "Localisation" in shown.dom
 
 
 def test_a_notebook_shows_pictures_and_tables(explained: Explanation) -> None:

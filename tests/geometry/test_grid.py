@@ -69,7 +69,7 @@ def test_spacing_is_the_distance_between_neighbours(spacing: tuple[float, float,
 
 @pytest.mark.parity
 @pytest.mark.parametrize("code", ORIENTATIONS)
-def test_orientation_is_nibabels_for_every_orientation(code: str) -> None:
+def test_the_code_equals_nibabels_for_every_orientation(code: str) -> None:
     for rotation in ((0.0, 0.0, 0.0), (0.2, -0.3, 0.25)):
         affine = affine_of(code, rotation=rotation)
         orientation = Orientation.of(affine)
@@ -81,11 +81,11 @@ def test_orientation_is_nibabels_for_every_orientation(code: str) -> None:
 
 @pytest.mark.parity
 @given(affines())
-def test_orientation_is_nibabels_for_oblique_grids(affine: ndarray) -> None:
+def test_the_code_equals_nibabels_for_oblique_grids(affine: ndarray) -> None:
     assert Orientation.of(affine).code == "".join(nib.aff2axcodes(affine))
 
 
-def test_two_axes_nearest_to_the_same_world_axis_share_out_with_the_largest_sum() -> None:
+def test_axes_near_the_same_world_axis_take_the_order_with_the_largest_sum() -> None:
     # Both are nearest to x: 0.80 + 0.66 (the second along x) is more than 0.75 + 0.60, however far
     # apart the voxels are along the first.
     affine = np.eye(4)
@@ -169,12 +169,12 @@ def test_positions_of_the_same_grid_are_whole_numbers(grid: Grid) -> None:
         assert_array_equal(positions, np.arange(size))
 
 
-def test_positions_between_grids_whose_axes_differ_are_a_broken_invariant() -> None:
+def test_positions_between_grids_whose_axes_differ_fail_an_assertion() -> None:
     with pytest.raises(AssertionError, match="axes differ"):
         Grid((2, 2, 2), affine_of("RAS")).positions_of(Grid((2, 2, 2), affine_of("ARS")))
 
 
-def test_a_placed_grid_has_its_cells_at_stride_times_cell_plus_offset() -> None:
+def test_voxel_j_of_a_placed_grid_lies_at_stride_times_j_plus_offset() -> None:
     grid = Grid((8, 8, 8), affine_of("PIR"))
     placed = grid.placed((2, 3, 4), (4, 2, 1), (1.5, 0.5, 0.0))
     cells = np.stack(np.indices((2, 3, 4)), axis=-1)
@@ -204,7 +204,7 @@ def test_grids_agree_until_a_step_is_a_hundredth_of_a_voxel_off(
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SLA"])
 @pytest.mark.parametrize("rotation", [(0.0, 0.0, 0.0), (0.2, -0.3, 0.25)])
-def test_headers_that_differ_by_rounding_are_of_one_grid(
+def test_grids_that_differ_by_the_rounding_of_headers_agree(
     code: str, rotation: tuple[float, float, float]
 ) -> None:
     shape, spacing = (512, 512, 400), (0.703125, 0.703125, 1.25)
@@ -219,7 +219,7 @@ def test_headers_that_differ_by_rounding_are_of_one_grid(
         assert Grid(shape, other).difference_from(exact) == ""
 
 
-def test_slices_are_held_against_their_own_distance() -> None:
+def test_a_shift_is_measured_in_the_spacing_of_its_own_axis() -> None:
     thick = Grid((4, 4, 30), np.diag([0.5, 0.5, 5.0, 1.0]))
     for axis, moved in ((0, "0.06"), (2, "0.6")):
         affine = thick.affine.copy()
@@ -278,13 +278,13 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_says_in_what_and_by_how_much(name: str) -> None:
+def test_a_difference_names_what_differs_and_by_how_much(name: str) -> None:
     shape, affine, said = DIFFERENCES[name]
     assert Grid(shape, affine).difference_from(Grid((11, 21, 30), changed())) == said
 
 
 @given(affines(), affines())
-def test_grids_that_disagree_always_say_in_what(one: ndarray, other: ndarray) -> None:
+def test_grids_that_disagree_always_name_a_difference(one: ndarray, other: ndarray) -> None:
     first = Grid((5, 6, 7), one)
     # Somewhere on the way from one to the other they stop to agree, by whatever is left by then.
     for share in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5):
@@ -318,7 +318,7 @@ def test_grids_of_different_shapes_do_not_agree() -> None:
 
 
 @given(st.lists(layers(), min_size=1, max_size=3))
-def test_a_cell_lies_where_the_places_it_averages_have_their_mean(stack: list[Layer]) -> None:
+def test_a_feature_voxel_lies_at_the_mean_position_of_its_inputs(stack: list[Layer]) -> None:
     # The deepest stack sees 118 places at once.
     field = torch.arange(160, dtype=torch.float64)[None, None]
     whole = torch.ones_like(field)
@@ -337,7 +337,7 @@ def test_a_cell_lies_where_the_places_it_averages_have_their_mean(stack: list[La
 
 
 @given(layers())
-def test_a_max_pools_cell_lies_midway_between_the_ends_of_its_window(layer: Layer) -> None:
+def test_a_max_pooled_voxel_lies_in_the_middle_of_its_window(layer: Layer) -> None:
     kernel, stride, padding, dilation = layer
     places = torch.arange(24.0)[None]
     highest = F.max_pool1d(places, kernel, stride, padding, dilation)[0].numpy()
@@ -359,7 +359,7 @@ def test_a_max_pools_cell_lies_midway_between_the_ends_of_its_window(layer: Laye
         ((4, 1, 2), (2, 3, 2), (1, 0, 1), (1, 1, 2)),
     ],
 )
-def test_a_feature_maps_grid_tells_where_in_the_world_its_cells_look(
+def test_a_feature_maps_grid_gives_the_world_position_of_each_voxel(
     kernel: tuple[int, int, int],
     stride: tuple[int, int, int],
     padding: tuple[int, int, int],
@@ -379,7 +379,7 @@ def test_a_feature_maps_grid_tells_where_in_the_world_its_cells_look(
     assert_allclose(through[0][:, unpadded].T, placed.centres()[unpadded], atol=1e-8)
 
 
-def test_an_input_lies_on_itself_and_dilation_is_one_unless_given() -> None:
+def test_the_inputs_placement_is_the_identity_and_dilation_is_1_by_default() -> None:
     identity = Placement.identity(3)
     assert identity == Placement((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     assert identity.through((3, 3, 3), (1, 1, 1), (1, 1, 1)) == identity
@@ -388,7 +388,7 @@ def test_an_input_lies_on_itself_and_dilation_is_one_unless_given() -> None:
     assert given_dilation == Placement((2.0, 2.0, 2.0), (0.0, 0.5, 0.0))
 
 
-def test_slices_are_resampled_apart_where_one_axis_alone_is_coarse() -> None:
+def test_slices_are_resampled_separately_if_only_one_axis_is_coarse() -> None:
     fine = (1.0, 1.0, 1.0)
     assert separate_axis((1.0, 1.0, 3.1), fine) == 2
     assert separate_axis(fine, (3.1, 1.0, 1.0)) == 0

@@ -13,7 +13,7 @@ from segkit.geometry.grid import Grid
 from segkit.geometry.resample import (
     BLOCK,
     Order,
-    cubic_shares,
+    cubic_weights,
     nearest,
     resample,
     resample_known,
@@ -107,7 +107,7 @@ def test_axes_can_be_read_one_at_a_time_in_any_order(
 @pytest.mark.parity
 @pytest.mark.parametrize("order", [0, 1, 3])
 @given(images(), st.data())
-def test_values_are_scipys(order: Order, image: Tensor, data: st.DataObject) -> None:
+def test_values_equal_those_of_scipy(order: Order, image: Tensor, data: st.DataObject) -> None:
     positions = data.draw(positions_in(image.shape[1:], beyond=6))
     points = np.stack(np.meshgrid(*positions, indexing="ij"))
     single = resample(image.float(), positions, (order,) * 3).double()
@@ -121,7 +121,7 @@ def test_values_are_scipys(order: Order, image: Tensor, data: st.DataObject) -> 
 
 
 @given(st.data())
-def test_linear_fields_are_kept_inside(data: st.DataObject) -> None:
+def test_linear_fields_stay_linear_inside_the_grid(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     positions = data.draw(positions_in(shape, beyond=0))
     field = linear_field(np.stack(np.indices(shape), axis=-1))
@@ -137,14 +137,16 @@ def test_values_stay_between_the_least_and_the_greatest(image: Tensor, data: st.
 
 
 @given(images(), st.data())
-def test_beyond_the_ends_the_outermost_values_go_on(image: Tensor, data: st.DataObject) -> None:
+def test_beyond_the_ends_the_outermost_values_are_repeated(
+    image: Tensor, data: st.DataObject
+) -> None:
     positions = data.draw(positions_in(image.shape[1:], beyond=4))
     clamped = [np.clip(p, 0, n - 1) for p, n in zip(positions, image.shape[1:], strict=True)]
     assert torch.equal(resample(image, positions), resample(image, clamped))
 
 
 @given(grids(smallest=2), SPACINGS)
-def test_a_field_of_world_coordinates_becomes_the_new_grids_own(
+def test_resampling_world_coordinates_gives_those_of_the_new_grid(
     grid: Grid, spacing: tuple[float, float, float]
 ) -> None:
     respaced = grid.with_spacing(spacing)
@@ -165,7 +167,7 @@ def test_most_of_a_respaced_grid_lies_inside() -> None:
 
 @settings(max_examples=50)
 @given(images(), st.data())
-def test_the_nearest_voxel_is_taken_whole(image: Tensor, data: st.DataObject) -> None:
+def test_order_0_takes_the_nearest_voxel(image: Tensor, data: st.DataObject) -> None:
     positions = data.draw(positions_in(image.shape[1:], beyond=3))
     picked = [
         np.array([min(range(n), key=lambda voxel: abs(voxel - place)) for place in samples])
@@ -175,7 +177,7 @@ def test_the_nearest_voxel_is_taken_whole(image: Tensor, data: st.DataObject) ->
 
 
 @KNOWN
-def test_values_that_are_not_known_are_left_out_and_stay_so_where_they_are_nearest(
+def test_nan_values_are_ignored_unless_they_are_nearest(
     unknown: list[int], expected: list[float]
 ) -> None:
     """Of the ramp 0, 1, 2, 3 read at every half: nearest of two alike is the lower."""
@@ -209,14 +211,14 @@ def test_voxels_in_a_row_are_not_copied() -> None:
     assert cut.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
 
 
-def test_of_two_voxels_as_near_the_lower_is_taken() -> None:
+def test_the_lower_of_two_equally_near_voxels_is_taken() -> None:
     assert nearest(np.array([-0.5, 0.5, 1.5, 2.4999, 2.5001])).tolist() == [-1, 0, 1, 2, 3]
 
 
 # Cubic
 
 
-def test_cubic_polynomials_are_kept_away_from_the_ends() -> None:
+def test_cubic_polynomials_are_exact_away_from_the_ends() -> None:
     """What the constant beyond an end disturbs fades by √3 - 2 a voxel: by 1e-12 within 20."""
     size = 70
     positions = np.random.default_rng(0).uniform(25, size - 26, 3 * BLOCK)
@@ -232,14 +234,14 @@ def test_cubic_polynomials_are_kept_away_from_the_ends() -> None:
 
 
 @given(st.integers(1, 40), st.floats(-30, 70))
-def test_shares_of_a_spline_sum_to_one(size: int, place: float) -> None:
-    assert_allclose(cubic_shares(np.array([place]), size).sum(), 1, atol=1e-13)
+def test_spline_weights_sum_to_one(size: int, place: float) -> None:
+    assert_allclose(cubic_weights(np.array([place]), size).sum(), 1, atol=1e-13)
 
 
-def test_far_beyond_an_end_its_voxel_has_it_all() -> None:
-    shares = cubic_shares(np.array([-1e6, -40.5, 50.5, 1e6]), 9)
-    assert_allclose(shares[:2], np.eye(9)[[0, 0]], atol=1e-13)
-    assert_allclose(shares[2:], np.eye(9)[[8, 8]], atol=1e-13)
+def test_far_beyond_an_end_the_outermost_voxel_has_all_the_weight() -> None:
+    weights = cubic_weights(np.array([-1e6, -40.5, 50.5, 1e6]), 9)
+    assert_allclose(weights[:2], np.eye(9)[[0, 0]], atol=1e-13)
+    assert_allclose(weights[2:], np.eye(9)[[8, 8]], atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -269,7 +271,7 @@ def test_no_label_is_invented(labels: Tensor, data: st.DataObject) -> None:
 
 
 @given(label_maps(), st.data())
-def test_the_label_with_the_largest_trilinear_share_wins(
+def test_the_label_with_the_largest_trilinear_weight_wins(
     labels: Tensor, data: st.DataObject
 ) -> None:
     positions = data.draw(positions_in(labels.shape, beyond=1))

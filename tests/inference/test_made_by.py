@@ -108,7 +108,9 @@ def test_a_cohort_is_gone_on_with_by_the_same_models_and_settings_alone(tmp_path
         outcomes = list(predict_files(other, inputs[:2], out=out))
         assert [outcome.kept for outcome in outcomes] == [None, None]
         assert outcomes[0].error is not None
-        assert "a.nii.gz: is there already, and not by this model" in outcomes[0].error
+        assert (
+            "a.nii.gz: exists already, but a.json does not say that this model" in outcomes[0].error
+        )
         assert everything(out) == before
     outcomes = list(predict_files(predictor_of(), inputs, out=out))
     assert [bool(outcome.kept) for outcome in outcomes] == [True, True, False]
@@ -186,8 +188,8 @@ def test_labels_of_a_scan_that_was_replaced_are_refused_and_kept(
     new.replace(scan)
     (refused,) = predict_files(predictor, inputs, out=out)
     assert refused.kept is None and refused.written == () and refused.error is not None
-    assert "x.nii.gz: is there already" in refused.error
-    assert "which was replaced since" in refused.error
+    assert "x.nii.gz: exists already" in refused.error
+    assert "says that it was made from another version of" in refused.error
     assert everything(out) == before
     (redone,) = predict_files(predictor, inputs, out=out, overwrite=True)
     assert redone.error is None
@@ -213,4 +215,6 @@ def test_a_result_beside_labels_that_is_of_another_scan_is_refused(tmp_path: Pat
     (anew,) = predict_files(predictor, inputs, out=out)
     assert anew.error is None
     (refused,) = predict_files(predictor, inputs, out=out, probabilities=True)
-    assert refused.error is not None and "x_prob.json was made of another x.nii.gz" in refused.error
+    assert refused.error is not None
+    expected = "x_prob.json says that it was made from another version of x.nii.gz"
+    assert expected in refused.error

@@ -459,7 +459,7 @@ def test_outcomes_keep_the_order_of_inputs_and_failures_stop_none(
     assert [bool(outcome.written) for outcome in outcomes] == [True, False, True, False, True]
     assert outcomes[1].error is not None and "b.nii.gz: cannot be read" in outcomes[1].error
     assert outcomes[3].error is not None and outcomes[3].error.endswith(
-        "d.nii.gz: cannot write its result: No space left on device; look at the disk, and run the "
+        "d.nii.gz: cannot write its result: No space left on device; check the disk and run the "
         "same command again"
     )
 

@@ -19,7 +19,7 @@ from segkit.io.atomic import (
     whole,
     write_text,
 )
-from segkit.system.signals import advising, handling
+from segkit.system.signals import advice_on_stop, handling_signals
 from segkit.training.csv_logger import MetricsFile
 
 
@@ -50,7 +50,7 @@ def test_a_refusal_names_the_file_that_was_to_be_written(tmp_path: Path) -> None
 def test_the_traceback_of_another_process_becomes_one_line() -> None:
     text = "Caught OSError in DataLoader worker process 0.\nTraceback\n  File\nOSError: gone\n"
     assert sentence_of(OSError(text)) == (
-        "OSError: gone; look at the disk, and run the same command again"
+        "OSError: gone; check the disk and run the same command again"
     )
     assert sentence_of(OSError()).startswith("OSError; ")
 
@@ -116,15 +116,15 @@ def test_a_table_is_whole_whenever_it_is_looked_at(tmp_path: Path) -> None:
 def test_signals_are_raised_with_the_advice_of_the_outermost(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for signum, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
-        with pytest.raises(Stopped) as stopped, handling():
+        with pytest.raises(Stopped) as stopped, handling_signals():
             signal.raise_signal(signum)
         assert str(stopped.value) == f"stopped by {name}; run the same command again to go on"
         assert stopped.value.signum == signum
         with (
             pytest.raises(Stopped, match=f"^stopped by {name}; outer$"),
-            advising("outer"),
-            advising("inner"),
-            handling(),
+            advice_on_stop("outer"),
+            advice_on_stop("inner"),
+            handling_signals(),
         ):
             signal.raise_signal(signum)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

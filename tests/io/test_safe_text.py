@@ -438,7 +438,7 @@ def family_description(family: str, spatial_dims: int) -> ModelDescription:
 def test_weights_beyond_free_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     description = small_model().description
     monkeypatch.setattr(build, "free_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"weights take .* of memory, and 0.001 MB are free"):
+    with pytest.raises(ConfigError, match=r"weights need .* memory, but only 0.001 MB are free"):
         build_network(description)
 
 
@@ -450,9 +450,9 @@ def test_windows_beyond_free_memory_are_refused(
     (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
     monkeypatch.setattr(build, "free_memory", lambda: 8 * 10**9)
     told = run("predict", scan_at(tmp_path / "scan.nii.gz"), "--model", tmp_path / "model")
-    refused(told, "features of 512 x 512 x 512 voxels take 8.59 GB of memory or more")
+    refused(told, "features of 512 x 512 x 512 voxels need at least 8.59 GB of memory")
     config = small_config(stopped / "data", data={"patch_size": [256] * 3, "batch_size": 8})
-    with pytest.raises(ConfigError, match="8 x 256 x 256 x 256 voxels take"):
+    with pytest.raises(ConfigError, match="8 x 256 x 256 x 256 voxels need"):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -305,7 +305,7 @@ def test_a_u_transformer_has_the_bias_given_for_every_channel() -> None:
 
 def test_relative_positions_among_too_many_voxels_are_refused() -> None:
     relative = {"kind": "self_attention", "positions": "relative"}
-    with pytest.raises(ConfigError, match="take too much memory; give it a window of 4096 at most"):
+    with pytest.raises(ConfigError, match="need too much memory; set a window of at most 4096"):
         token_factory(validated(SelfAttentionConfig, relative, "c"), (17, 16, 16))(8)
     token_factory(
         validated(SelfAttentionConfig, {**relative, "window": [4, 4, 4]}, "c"), (17, 16, 16)

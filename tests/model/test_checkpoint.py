@@ -96,7 +96,7 @@ def test_the_checkpoints_of_a_run_that_still_trains_can_be_used(
     assert len(weights(folder, checkpoint="best")) == len(weights(folder, checkpoint="last"))
     with pytest.raises(ModelError, match="has not ended, so ask for its checkpoint: best or last"):
         load_model(folder)
-    with pytest.raises(ModelError, match="no finished run"):
+    with pytest.raises(ModelError, match="expected a finished run"):
         newest_model(tmp_path)
     scan = Volume(np.zeros((16, 16, 16), np.float32), Grid((16, 16, 16), np.eye(4)))
     assert Predictor.load(folder, checkpoint="last")(scan).labels.data.shape == (16, 16, 16)
@@ -106,7 +106,7 @@ def test_the_description_is_there_before_the_first_step(dataset: Path, tmp_path:
     with pytest.raises(StoppedError):
         trained(dataset, tmp_path, Scripted(), [StopAfter(1)], steps=4, validate_every=4)
     assert (tmp_path / "small" / "model" / "model.json").is_file()
-    with pytest.raises(ModelError, match=r"has no best.ckpt; name a run that has validated once"):
+    with pytest.raises(ModelError, match=r"expected best.ckpt, found none; name a run that has"):
         load_model(tmp_path / "small", checkpoint="best")
 
 
@@ -141,7 +141,7 @@ def test_the_commands_take_a_checkpoint(
 
 def test_a_checkpoint_of_another_network_or_name_is_refused(dataset: Path, tmp_path: Path) -> None:
     folder = trained(dataset, tmp_path, Scripted(0.9, 0.1), steps=2).folder
-    with pytest.raises(ModelError, match="choose one of 'best', 'last'"):
+    with pytest.raises(ModelError, match="expected 'best' or 'last', found 'middle'"):
         load_model(folder, checkpoint="middle")
     content = torch.load(folder / "best.ckpt", weights_only=True)
     name = next(name for name in content["state_dict"] if name.endswith("weight"))

@@ -69,7 +69,7 @@ def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
 
 
 def test_the_newest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no finished run under"):
+    with pytest.raises(ModelError, match="expected a finished run under"):
         newest_model(tmp_path)
     for name in ("b", "a"):
         save_model(tmp_path / name / "model", small_model())

@@ -153,7 +153,7 @@ def test_a_model_of_a_given_module_names_it_where_it_is_missing(tmp_path: Path) 
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     told = json.loads((run.folder / "model" / "model.json").read_text())
     assert told["network"]["given"] == {"multiple": [4, 4, 4], "name": "monai UNet"}
-    with pytest.raises(ModelError, match=r"module of Python's \(monai UNet\), which no file holds"):
+    with pytest.raises(ModelError, match=r"Python module \(monai UNet\), which is not saved in"):
         load_model(run.folder)
     with pytest.raises(ModelError, match=r"its weights do not fit its model\.json"):
         load_model(run.folder, network=monai_unet(out_channels=3))
@@ -185,9 +185,9 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (torch.zeros(1, 3, 16, 16, 16), r"\(3, 16, 16, 16\) of a window of \(1, 16, 16, 16\)"),
+        (torch.zeros(1, 3, 16, 16, 16), r"window of \(1, 16, 16, 16\), found \(3, 16, 16, 16\)"),
         (torch.zeros(1, 2, 8, 8, 8), r"expected logits \(2, 16, 16, 16\)"),
-        ([torch.zeros(1, 2, 16, 16, 16)], "Fixed gives a list, expected a tensor of logits"),
+        ([torch.zeros(1, 2, 16, 16, 16)], "expected a tensor of logits from Fixed, found a list"),
     ],
 )
 def test_a_module_that_gives_no_logits_is_refused_and_leaves_no_run(
@@ -200,21 +200,21 @@ def test_a_module_that_gives_no_logits_is_refused_and_leaves_no_run(
 
 
 class Stateful(nn.Conv3d):
-    """Keeps something that is no tensor."""
+    """Keeps something that is not a tensor."""
 
     def get_extra_state(self) -> Sequence[str]:
         return ["history"]
 
 
 def test_a_module_whose_state_cannot_be_saved_is_refused() -> None:
-    with pytest.raises(ModelError, match="keeps _extra_state in its state, which is no tensor"):
+    with pytest.raises(ModelError, match="keeps _extra_state in its state, which is not a tensor"):
         wrap_network(description_of(), Stateful(1, 2, 3, padding=1))
 
 
 def test_settings_of_a_u_net_beside_a_given_module_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"network\.channels is of a U-Net"):
+    with pytest.raises(ValueError, match=r"network\.channels is a setting of a U-Net"):
         NetworkConfig.model_validate({"given": {"multiple": [4, 4, 4]}, "channels": [4, 8]})
-    with pytest.raises(ValueError, match=r"network\.given\.multiple must hold 2 numbers"):
+    with pytest.raises(ValueError, match=r"network\.given\.multiple must have 2 numbers"):
         NetworkConfig.model_validate({"spatial_dims": 2, "given": {"multiple": [4, 4, 4]}})
     with pytest.raises(ConfigError, match=r"data\.patch_size .* must be multiples of \[32, 32, 32"):
         tree = small_config(Path("data")).model_dump(mode="json")

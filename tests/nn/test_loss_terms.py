@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.nn import loss_terms
-from segkit.nn.loss_terms import Judged, distance_from, thinned
+from segkit.nn.loss_terms import LossInputs, distance_from, thinned
 from segkit.nn.losses import (
     SummedLoss,
     deep_dice_binary_cross_entropy,
@@ -250,6 +250,8 @@ def test_a_tube_is_thinned_to_its_axis_and_its_ends() -> None:
 
 def test_what_is_judged_lies_where_the_label_says() -> None:
     logits, label = example(VOLUME)
-    judged: Judged = alone("dice", spacing=(1.0, 2.0, 3.0)).judge(logits, label, (2.0, 1.0, 1.0))
-    assert torch.equal(judged.target.argmax(1), label) and judged.spacing == (2.0, 2.0, 3.0)
-    assert_close(judged.probabilities.sum(1), torch.ones(label.shape))
+    inputs: LossInputs = alone("dice", spacing=(1.0, 2.0, 3.0)).inputs(
+        logits, label, (2.0, 1.0, 1.0)
+    )
+    assert torch.equal(inputs.target.argmax(1), label) and inputs.spacing == (2.0, 2.0, 3.0)
+    assert_close(inputs.probabilities.sum(1), torch.ones(label.shape))

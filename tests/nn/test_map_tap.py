@@ -199,7 +199,7 @@ def test_the_maps_of_planes_have_a_cell_per_voxel_across_them(axis: int) -> None
     assert logits.shape == (2, 2, *space)
     with recording(network) as maps:
         network(image)
-    volume_map = network.stack(maps["skip.1/gate"], 2)
+    volume_map = network.stack_slices(maps["skip.1/gate"], 2)
     for sample in range(2):
         for index in range(5):
             with recording(plane) as alone:
@@ -285,7 +285,7 @@ def test_an_unknown_key_is_refused_with_those_that_are_known() -> None:
     network = attentive_unet()
     known = ", ".join(f"'{key}'" for key in sorted(KEYS))
     with (
-        pytest.raises(KeyError, match=rf"no map \['skip.9/gate'\]; this network has \[{known}\]"),
+        pytest.raises(KeyError, match=rf"expected keys of \[{known}\], found \['skip.9/gate'\]"),
         editing(network, {"skip.1/gate": torch.ones_like, "skip.9/gate": torch.ones_like}),
     ):
         raise AssertionError("the block must not run")
@@ -298,7 +298,7 @@ def test_a_network_without_attention_has_no_maps() -> None:
         network(image_of(1, 1, 8, 8))
     assert network.maps() == maps == {}
     with (
-        pytest.raises(KeyError, match=r"no map \['skip.1/gate'\]; this network has \[\]"),
+        pytest.raises(KeyError, match=r"expected keys of \[\], found \['skip.1/gate'\]"),
         editing(network, {"skip.1/gate": torch.ones_like}),
     ):
         raise AssertionError("the block must not run")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from segkit.nn.external import Given
+from segkit.nn.external import ExternalNetwork
 from segkit.nn.network import unet_of, weights_of
 from segkit.nn.slicewise import SlicewiseNetwork
 from tests.networks import network_of
@@ -17,7 +17,7 @@ def test_the_u_net_of_planes_is_found_and_has_the_weights() -> None:
 
 def test_the_weights_of_a_module_that_was_given_are_the_modules_own() -> None:
     module = nn.Conv2d(1, 2, kernel_size=1)
-    given = Given(module, out_channels=2, multiple=(1, 1))
+    given = ExternalNetwork(module, out_channels=2, multiple=(1, 1))
     assert unet_of(SlicewiseNetwork(given, axis=2)) is given
     assert weights_of(SlicewiseNetwork(given, axis=2)) is module
     assert list(weights_of(given).state_dict()) == ["weight", "bias"]

@@ -22,7 +22,7 @@ def test_each_plane_is_segmented_on_its_own(axis: int) -> None:
 def test_planes_put_back_are_the_volume(axis: int) -> None:
     network = SlicewiseNetwork(network_of({}, 2), axis=axis)
     volume = torch.randn(2, 3, 4, 5, 6)
-    assert torch.equal(network.stack(network.planes(volume), 2), volume)
+    assert torch.equal(network.stack_slices(network.split_slices(volume), 2), volume)
 
 
 def test_across_the_planes_a_cell_is_a_voxel() -> None:

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where its C library can be told so."""
+"""Freed memory stays with the process if its C library supports it."""
 
 import subprocess
 import sys
@@ -32,6 +32,6 @@ def faults(kept: str) -> int:
     return int(done.stdout)
 
 
-def test_an_array_finds_the_pages_of_the_one_before() -> None:
+def test_a_new_array_reuses_the_pages_of_a_freed_one() -> None:
     # 64 MB are some 16,000 pages, which are cleared each time unless they are kept.
     assert faults("kept") < 1000

@@ -1,5 +1,5 @@
-"""A recording is trusted only if its replay gives what the step itself gives. CUDA is played here;
-tests/test_gpu.py has the real one."""
+"""A recording is kept only if its replay gives the same values as the step itself. CUDA is mocked
+here; tests/test_gpu.py uses a real GPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def recorded(network: nn.Module) -> GraphedStep | None:
     return record_step(network, losses, torch.randn(4, 1, 9), torch.randn(4, 1, 7))
 
 
-def test_a_step_whose_replay_is_the_step_is_kept_and_leaves_buffers_as_they_were(
+def test_a_step_is_kept_if_its_replay_is_equal_and_buffers_stay_unchanged(
     network: nn.Module,
 ) -> None:
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -75,21 +75,21 @@ def test_a_step_whose_replay_is_the_step_is_kept_and_leaves_buffers_as_they_were
         assert torch.equal(buffer, before[name])
 
 
-def test_a_replay_with_other_gradients_is_not_trusted_and_leaves_none(
+def test_a_replay_with_other_gradients_is_rejected_and_leaves_no_gradients(
     network: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
     Graph.factor = 3.0
     assert recorded(network) is None
-    assert "its replay gives loss and gradient norm" in caplog.text
+    assert "expected loss and gradient norm" in caplog.text
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_a_step_that_is_not_replayed_finds_gradients_of_zero_in_their_place(
+def test_zero_gradients_keeps_the_tensors_of_the_gradients(
     network: nn.Module,
 ) -> None:
     step = recorded(network)
     assert step is not None
     places = [parameter.grad for parameter in network.parameters()]
-    step.make_room()
+    step.zero_gradients()
     for place, parameter in zip(places, network.parameters(), strict=True):
         assert parameter.grad is place and place is not None and not place.any()

@@ -1,4 +1,4 @@
-"""A process knows its place among those that were launched with it."""
+"""A process knows its number among those that were launched with it."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from segkit.errors import SegkitError
 from segkit.system.launcher import ProcessPlace, place_of_process
 
 
-def test_a_process_that_nothing_launched_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SegkitError, match="give --shard I/N"):
+    with pytest.raises(SegkitError, match="pass --shard I/N"):
         place_of_process()
 
 

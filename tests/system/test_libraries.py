@@ -1,4 +1,4 @@
-"""Which PyTorch and cuDNN there are, and whether 3D convolutions are slow with them."""
+"""Versions of PyTorch and cuDNN, and whether 3D convolutions are slow with them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Free memory is told as the system and the container have it."""
+"""Free memory respects the limits of the system and of the container."""
 
 import os
 from pathlib import Path

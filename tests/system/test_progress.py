@@ -1,4 +1,4 @@
-"""What a cohort's progress says: how far it is, and how long the rest takes."""
+"""The progress of a cohort shows its share and an estimate of the time left."""
 
 import io
 
@@ -9,7 +9,7 @@ from segkit.system import progress
 from segkit.system.progress import CohortProgress
 
 
-def test_a_cohort_tells_its_share_and_the_time_left_by_what_took_time(
+def test_a_cohort_estimates_the_time_left_from_volumes_that_took_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = 0.0
@@ -31,7 +31,7 @@ def test_a_cohort_tells_its_share_and_the_time_left_by_what_took_time(
     assert lines[0] == "segmenting: 2.5 of 4 volumes, about 1 min left"
 
 
-def test_volumes_that_fail_or_are_there_are_counted_without_any_slab() -> None:
+def test_volumes_that_failed_or_existed_count_without_slabs() -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
     with CohortProgress(console, "segmenting", 3) as shown:
         for count in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Cores, memory and devices are told as the system has them."""
+"""Cores, memory and devices are those of the system."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segkit.system import resources as machine
-from segkit.system.resources import choose_device, half_pays, num_cores
+from segkit.system.resources import bfloat16_is_fast, choose_device, num_cores
 
 
 def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(not machine.STATUS.exists(), reason="only Linux forks with that memory")
-def test_the_peak_is_of_the_process_alone_and_not_of_what_it_was_forked_from() -> None:
+def test_the_peak_excludes_the_parent_process() -> None:
     told = (
         "b'1' * 100_000_000; from segkit.system.resources import peak_of_process as f; print(f())"
     )
@@ -46,4 +46,4 @@ def test_half_precision_pays_only_with_matrix_units(
     capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert half_pays() == capabilities.get("amx_bf16", False)
+    assert bfloat16_is_fast() == capabilities.get("amx_bf16", False)

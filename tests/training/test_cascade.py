@@ -171,7 +171,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     save_model(
         tmp_path / "ct", described_model(channels=["CT", "PET"], normalisation=[ZScoreConfig()] * 2)
     )
-    with pytest.raises(ModelError, match="its classes are lung where ball are expected"):
+    with pytest.raises(ModelError, match="expected the classes ball, found lung"):
         first_models([tmp_path / "one", tmp_path / "lung"], known)
     # Alone, a first stage may know other classes than the second.
     (lung,) = first_models([tmp_path / "lung"], known)
@@ -198,10 +198,10 @@ def two_stages(model: Model) -> Model:
 def test_a_first_stage_of_a_first_stage_is_refused(dataset: Path, tmp_path: Path) -> None:
     second = two_stages(described_model())
     save_model(tmp_path / "two", second)
-    with pytest.raises(ModelError, match="two stages are the most"):
+    with pytest.raises(ModelError, match="allows only two stages"):
         first_models([tmp_path / "two"], read_dataset(dataset))
     save_model(tmp_path / "three", Model(second.description, second.network, (second,)))
-    with pytest.raises(ModelError, match=r"three/first/0: .* two stages are the most"):
+    with pytest.raises(ModelError, match=r"three/first/0: .* allows only two stages"):
         load_model(tmp_path / "three")
 
 
@@ -228,11 +228,11 @@ def test_a_saved_model_keeps_its_first_stage(tmp_path: Path) -> None:
             lambda folder: save_model(
                 folder / "first" / "0", described_model(labels={"background": 0, "lung": 1})
             ),
-            "its classes are lung where ball are expected",
+            "expected the classes ball, found lung",
         ),
         (
             lambda folder: save_model(folder / "first" / "0", described_model(channels=["CT"])),
-            "its channels are not those of",
+            "expected the channels of",
         ),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_run_may_start_from_a_model_of_other_classes(tmp_path: Path) -> None:
     other.heads[0] = nn.Conv3d(head.in_channels, 5, kernel_size=1)
     own = {key: value.clone() for key, value in other.heads.state_dict().items()}
     told = start_from(other, first.folder)
-    assert told == f"{len(lent) - 2} of {len(lent)} weights are those of {first.folder}"
+    assert told == f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}"
     for key, value in other.state_dict().items():
         if key.startswith("heads.0"):
             assert torch.equal(value, own[key.removeprefix("heads.")])
@@ -196,7 +196,7 @@ def test_a_network_that_would_take_biases_alone_is_refused_and_leaves_no_run(
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data, train={"steps": 1}), runs=tmp_path / "first")
     sections = {"train": {"steps": 1, "start_from": str(first.folder)}, **sections}
-    message = r"small: none of its weights fits the network; give both the same network\.spatial_d"
+    message = r"small: none of its weights fits the network; use the same network\.spatial_d"
     with pytest.raises(ModelError, match=message):
         train(small_config(data, **sections), runs=tmp_path / "second")
     assert not (tmp_path / "second" / "small").exists()
@@ -287,7 +287,7 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(resolve, "half_pays", lambda: matrix_units)
+    monkeypatch.setattr(resolve, "bfloat16_is_fast", lambda: matrix_units)
     config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})

@@ -1,1 +1,1 @@
-"""How far attention heads reach and what they are worth."""
+"""Attention heads: the distance over which they attend, and their effect on Dice."""

@@ -1,7 +1,7 @@
-"""How far attention reaches, in millimetres, and how widely it spreads: figures per head.
+"""Reach of attention heads: mean attention distance (mm) and entropy of each head.
 
-Rows of the matrix of attention are watched as they are made, a block at a time, so that no matrix
-is ever whole and the figures are exact.
+The rows of an attention matrix are observed block by block while the network computes them. The
+whole matrix is never in memory, and the results are exact.
 """
 
 import itertools
@@ -22,21 +22,22 @@ from segkit.nn.positions import cells_of
 
 @dataclass(frozen=True)
 class HeadReach:
-    """Of one head, beside what attention to all alike would have."""
+    """Mean attention distance and entropy of one head, and both for uniform attention."""
 
     distance_mm: float
     uniform_distance_mm: float
+    """The distance if a head attended equally to all cells."""
     entropy: float
     """In nats."""
     uniform_entropy: float
 
     @property
     def distance_ratio(self) -> float:
-        """Distance over that of uniform attention: 1 tells nothing near from far."""
+        """Distance divided by that of uniform attention; 1 means no preference for near cells."""
         return self.distance_mm / self.uniform_distance_mm if self.uniform_distance_mm else 1.0
 
     def figures(self) -> dict[str, float]:
-        """For a file."""
+        """The values for a JSON file."""
         return {
             "distance_mm": self.distance_mm,
             "distance_over_uniform": self.distance_ratio,
@@ -48,16 +49,16 @@ class HeadReach:
 
 
 class ReachWatcher:
-    """Looks at rows of attention as they pass, and lets them pass unchanged.
+    """Observes attention rows, and returns them unchanged.
 
-    Mean attention distance of Dosovitskiy et al. (2021, arXiv:2010.11929, Sec. D.7): the distance
-    between a query's and a key's centres, weighted by attention, a cell's own distance of 0
-    included; averaged over queries, windows and images.
+    It computes the mean attention distance of Dosovitskiy et al. (2021, arXiv:2010.11929, Sec.
+    D.7): the distance between the centres of query and key, weighted by attention. The distance 0
+    of a cell to itself is included. The mean is over queries, windows and images.
 
     Args:
-        cells: of the grid among which attention is paid.
-        window: cells along each axis of the windows that the grid is cut into; None for one.
-        pitch_mm: between neighbouring cells along each axis.
+        cells: size of the grid on which attention is computed.
+        window: size of the attention windows that the grid is cut into; None if there is one.
+        pitch_mm: distance (mm) between neighbouring cells along each axis.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ReachWatcher:
     def __call__(
         self, rows: Float[Tensor, "batch heads queries keys"]
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """The rows themselves."""
+        """The rows, unchanged."""
         seen = rows.detach().double()
         first, last = self.next_query, self.next_query + rows.shape[2]
         self.next_query = last % len(self.positions)
@@ -83,7 +84,7 @@ class ReachWatcher:
         apart = torch.cdist(positions[first:last], positions)
         distance = torch.einsum("bhqk,qk->h", seen, apart)
         entropy = -torch.special.xlogy(seen, seen).sum(dim=(0, 2, 3))
-        queries = seen.sum(dim=(0, 2, 3))  # each row sums to 1, one beyond the grid to 0
+        queries = seen.sum(dim=(0, 2, 3))  # a row sums to 1, or to 0 if it lies beyond the grid
         if self.distance is None or self.entropy is None or self.queries is None:
             self.distance, self.entropy, self.queries = distance, entropy, queries
         else:
@@ -92,7 +93,7 @@ class ReachWatcher:
         return rows
 
     def result(self) -> list[HeadReach]:
-        """The figures of each head, over all that was seen."""
+        """Distance and entropy of each head, over all observed rows."""
         assert self.distance is not None and self.entropy is not None and self.queries is not None
         counts = [math.prod(box) for box in self.boxes]
         total = sum(counts)
@@ -109,7 +110,7 @@ class ReachWatcher:
 
 
 def boxes(cells: Sequence[int], window: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The sizes of the windows that a grid is cut into; those at the far ends may be smaller."""
+    """The sizes of the windows that a grid is cut into. The last along an axis may be smaller."""
     sizes = [
         [min(width, size - first) for first in range(0, size, width)]
         for size, width in zip(cells, window, strict=True)
@@ -118,9 +119,9 @@ def boxes(cells: Sequence[int], window: Sequence[int]) -> Iterator[tuple[int, ..
 
 
 def uniform_distance(cells: Sequence[int], pitch_mm: Sequence[float]) -> float:
-    """Mean distance (mm) of all pairs of a grid's cells, a cell with itself included.
+    """Mean distance (mm) of all pairs of cells of a grid, including each cell with itself.
 
-    By offset: n - |o| pairs of cells lie o apart along an axis of n. For one axis this is
+    Along an axis of n cells, n - |o| pairs have the offset o. For one axis the mean is
     pitch (n^2 - 1) / (3 n).
     """
     squares = torch.zeros((), dtype=torch.float64)
@@ -134,7 +135,7 @@ def uniform_distance(cells: Sequence[int], pitch_mm: Sequence[float]) -> float:
 
 @contextmanager
 def watching(predictor: Predictor) -> Iterator[Mapping[str, ReachWatcher]]:
-    """A watcher of each matrix of attention, by position, while the predictor runs."""
+    """Observe each attention matrix while the predictor runs; the watchers, by position."""
     network, description = predictor.model.network, predictor.model.description
     watchers = {
         position: ReachWatcher(cells, window=tap_window, pitch_mm=pitch)
@@ -148,7 +149,7 @@ def watching(predictor: Predictor) -> Iterator[Mapping[str, ReachWatcher]]:
 def _matrices(
     network: torch.nn.Module, description: ModelDescription
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, tuple[float, ...]]]:
-    """Cells, window and pitch (mm) of each matrix of attention, by position."""
+    """Grid size, window size and pitch (mm) of each attention matrix, by position."""
     spacing = list(description.spacing)
     if description.axis_across is not None:
         spacing.pop(description.axis_across)

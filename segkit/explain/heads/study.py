@@ -1,6 +1,6 @@
-"""Are several heads of attention better than one here? Measured on cases with references.
+"""Test on cases with references whether several attention heads are better than one.
 
-Each head is masked through its tap, so nothing is trained again.
+Heads are masked through their map taps (`segkit.nn.map_tap`). Nothing is trained again.
 """
 
 import itertools
@@ -36,7 +36,7 @@ MultiHeaded = SelfAttention | CrossAttention | UTransformerGate
 
 @dataclass(frozen=True, eq=False)
 class ScoredVolume:
-    """A volume and the labels that are right for it."""
+    """A volume and its reference, in memory."""
 
     name: str
     volume: Volume
@@ -45,14 +45,15 @@ class ScoredVolume:
 
 @dataclass(frozen=True)
 class CaseOnDisk:
-    """A volume and its reference, read each time that they are looked at."""
+    """A volume and its reference, read from disk at each access."""
 
     source: Input
     path: Path
+    """The file of the reference."""
 
     @property
     def name(self) -> str:
-        """The volume's."""
+        """The name of the volume."""
         return self.source.name
 
     @property
@@ -62,7 +63,7 @@ class CaseOnDisk:
 
     @property
     def reference(self) -> Volume:
-        """Its labels."""
+        """The reference labels."""
         return read_labels(self.path, rules=self.source.rules)
 
 
@@ -71,60 +72,60 @@ LabelledCase = ScoredVolume | CaseOnDisk
 
 @dataclass(frozen=True)
 class HeadFigures:
-    """What one head does, over cases."""
+    """Importance of one head, and Dice with and without it."""
 
     head: int
     importance: float
-    """Michel et al. (2019): mean over windows of |dLoss / dSwitch|; of each position, the squares
-    of all heads' sum to 1, or are 0 where none does anything."""
+    """Mean over windows of |dLoss / dSwitch| (Michel et al. 2019), normalised so that the squares
+    of all heads of a position sum to 1. It is 0 for all heads if none has an effect."""
     dice_without: list[float]
-    """Mean Dice over classes of each case, this head alone masked."""
+    """Mean Dice over classes of each case, with only this head masked."""
     dice_alone: list[float]
-    """… and all others masked."""
+    """Mean Dice over classes of each case, with all other heads masked."""
 
 
 @dataclass(frozen=True)
 class PositionFigures:
-    """What the heads of one position do, over cases."""
+    """Importance of the heads at one position of the network, and Dice with some masked."""
 
     position: str
     heads: list[HeadFigures]
     dice: list[float]
-    """Mean Dice over classes of each case, nothing masked."""
+    """Mean Dice over classes of each case, with no head masked."""
     dice_without_any: list[float]
-    """… and all of the position's heads masked."""
+    """Mean Dice over classes of each case, with all heads of this position masked."""
     least_first: list[float]
-    """Mean over cases when 0, 1, 2, … heads are masked, the least important first."""
+    """Mean Dice over cases with 0, 1, 2, … heads masked, the least important first."""
     most_first: list[float]
-    """… the most important first."""
+    """Mean Dice over cases with 0, 1, 2, … heads masked, the most important first."""
 
     @property
     def best_alone(self) -> HeadFigures:
-        """The head that does best on its own."""
+        """The head with the highest Dice when all others are masked."""
         return max(self.heads, key=lambda head: _mean(head.dice_alone))
 
     @property
     def gain(self) -> list[float]:
-        """Per case, Dice with all heads less Dice with the best one alone."""
+        """Dice with all heads minus Dice with only the best one, for each case."""
         return [a - b for a, b in zip(self.dice, self.best_alone.dice_alone, strict=True)]
 
     @property
     def won_and_lost(self) -> tuple[int, int]:
-        """Cases in which all heads do better than the best one alone, and worse."""
+        """Numbers of cases in which all heads are better, and worse, than only the best one."""
         return sum(gain > 0 for gain in self.gain), sum(gain < 0 for gain in self.gain)
 
     @property
     def p_value(self) -> float:
-        """Two-sided sign test of the gain: how likely so lopsided a count is by chance."""
+        """P value of a two-sided sign test of the gain."""
         won, lost = self.won_and_lost
         tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
         return min(1.0, 2 * tail / 2 ** (won + lost))
 
     def answer(self) -> str:
-        """One sentence: are the heads better than one here?
+        """One sentence that says whether the heads are better than one.
 
-        They are, or are not, where a sign test over cases says so at 0.05; else the cases cannot
-        tell. The best head is chosen on the same cases, which speaks for one head.
+        The answer is yes or no if a sign test over cases has p < 0.05; otherwise the cases cannot
+        tell. The best head is chosen on the same cases, which favours a single head.
         """
         num, best = len(self.heads), self.best_alone
         if num == 1:
@@ -140,14 +141,14 @@ class PositionFigures:
             verdict = "better than one" if won > lost else "no better than one"
         return (
             f"{self.position}: {num} heads, {verdict}: Dice {_mean(self.dice):.4f} with all, "
-            f"{_mean(best.dice_alone):.4f} with head {best.head} alone, "
-            f"{_mean(self.dice_without_any):.4f} with none; all do better than it in "
-            f"{won} of {len(self.gain)} cases and worse in {lost} (p = {self.p_value:.3g})"
+            f"{_mean(best.dice_alone):.4f} with only head {best.head}, "
+            f"{_mean(self.dice_without_any):.4f} with none; all are better than head {best.head} "
+            f"in {won} of {len(self.gain)} cases and worse in {lost} (p = {self.p_value:.3g})"
         )
 
 
 def multi_headed(network: nn.Module) -> dict[str, MultiHeaded]:
-    """The modules of a network that have heads, by position such as 'skip.1'."""
+    """The network's modules with attention heads, by position such as 'skip.1'."""
     return {
         module.matrix.info.key.split("/")[0]: module
         for module in network.modules()
@@ -156,7 +157,7 @@ def multi_headed(network: nn.Module) -> dict[str, MultiHeaded]:
 
 
 def masking(position: str, kept: Iterable[int]) -> dict[str, Edit]:
-    """The edit that leaves only some heads of a position."""
+    """The edit that masks all heads of a position except those in `kept`."""
     indices = sorted(kept)
 
     def mask(switches: Float[Tensor, "batch heads"]) -> Float[Tensor, "batch heads"]:
@@ -168,7 +169,7 @@ def masking(position: str, kept: Iterable[int]) -> dict[str, Edit]:
 
 
 def head_table(figures: Sequence[PositionFigures]) -> list[dict[str, Any]]:
-    """A row per head: importance, and mean Dice with all heads, without it and with it alone."""
+    """A row for each head: importance, mean Dice with all heads, without it and with only it."""
     return [
         {
             "position": position.position,
@@ -189,16 +190,26 @@ def study_heads(
     *,
     track: Track = untracked,
 ) -> list[PositionFigures]:
-    """Importance of every head, and Dice without it, with it alone, and in order of importance.
+    """Importance of every head, and Dice with heads masked.
 
-    Raises ModelError where the model has no heads, and VolumeError for a reference that does not
-    fit its volume or holds nothing.
+    Dice is measured without each head, with only this head, and with heads masked one after the
+    other in the order of importance.
+
+    Args:
+        predictor: runs the model.
+        cases: volumes with references.
+        track: reports the progress.
+
+    Raises:
+        ModelError: if the model has no attention heads.
+        VolumeError: if a reference does not fit its volume or contains only background.
     """
     modules = multi_headed(predictor.model.network)
     if not modules:
         raise ModelError(
-            "the model has no attention with heads; train one with network.attention.bottleneck="
-            "self_attention or network.attention.skip=cross_attention or u_transformer"
+            "expected a model with attention heads, but this one has none; train one with "
+            "network.attention.bottleneck=self_attention or network.attention.skip=cross_attention "
+            "or u_transformer"
         )
     labelling = predictor.model.description.labelling
     for case in cases:
@@ -218,7 +229,7 @@ def study_heads(
 
 
 def _subsets(rank: Sequence[int]) -> set[frozenset[int]]:
-    """Which heads are kept together: all, none, all but one, one, and the two orders."""
+    """The sets of heads to keep: all, none, all but one, one, and those of both masking orders."""
     everyone = frozenset(rank)
     return {
         *(everyone - {head} for head in rank),
@@ -264,10 +275,9 @@ def head_importance(
 ) -> dict[str, list[float]]:
     """Importance of every head, by position: mean over windows of |dLoss / dSwitch|.
 
-    Michel et al. (2019, arXiv:1905.10650, Eq. 2 and Sec. 4.1): the switch multiplies the head's
-    output before W_o, the absolute value is taken of each window's own derivative, and each
-    position's importances are divided by their Euclidean norm. The loss is that of training on the
-    finest level.
+    Michel et al. (2019, arXiv:1905.10650, Eq. 2 and Sec. 4.1): the switch multiplies the output of
+    the head before W_o. The absolute value is taken for each window, and the importances of each
+    position are divided by their Euclidean norm. The loss is the training loss on the finest level.
     """
     network, device = predictor.model.network, next(predictor.model.network.parameters()).device
     labelling = predictor.model.description.labelling
@@ -317,7 +327,7 @@ def head_importance(
 
 
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
-    """Mean Dice over the classes that a case's reference or prediction holds, on its own grid."""
+    """Mean Dice of a case, over the classes that its reference or prediction contains."""
     labelling = predictor.model.description.labelling
     case = on_one_grid(case, labelling)
     found = predictor.numbers_of(case.volume)
@@ -325,9 +335,9 @@ def case_dice(predictor: Predictor, case: LabelledCase) -> float:
 
 
 def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Overlap:
-    """Overlap of every class or region of two label volumes, in the labelling's order.
+    """Overlap of every class or region of two label volumes, in the order of the labelling.
 
-    Both hold the numbers 0, 1, 2, … of the labelling, whatever files hold.
+    Both volumes contain the labelling's own numbers 0, 1, 2, …, not the numbers in files.
     """
     labels = [torch.from_numpy(volume.data.astype("int64")) for volume in (found, reference)]
     matrix = confusion_matrix(labels[0], labels[1], len(labelling.value_names))
@@ -335,9 +345,10 @@ def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Over
 
 
 def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
-    """The case in memory, its reference on its volume's grid in the labelling's own numbers.
+    """The case in memory, with its reference on the volume's grid in the labelling's own numbers.
 
-    Raises VolumeError if it has another grid, or numbers in files that no name stands for.
+    Raises:
+        VolumeError: if the reference has another grid or a label number without a name.
     """
     volume = case.volume
     what = f"{case.name}: its reference"
@@ -349,17 +360,19 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
 
 
 def check_case(case: LabelledCase, labelling: Labelling) -> None:
-    """Raise VolumeError for a reference that does not fit its volume or holds nothing."""
+    """Raise VolumeError if a reference does not fit its volume or contains only background."""
     num_labels = len(labelling.value_names)
     reference = on_one_grid(case, labelling).reference
     lowest, highest = int(reference.data.min()), int(reference.data.max())
     if lowest < 0 or highest >= num_labels:
         raise VolumeError(
-            f"{case.name}: its reference must hold the model's labels 0 … {num_labels - 1}, "
-            f"found {lowest} … {highest}"
+            f"{case.name}: expected a reference with the model's labels 0 … {num_labels - 1}, "
+            f"found {lowest} … {highest}; use labels of the same classes"
         )
     if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
-        raise VolumeError(f"{case.name}: its reference holds background alone; leave the case out")
+        raise VolumeError(
+            f"{case.name}: its reference contains only background; leave the case out"
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,1 +1,1 @@
-"""How well a map picks out each structure."""
+"""Measures of how well a map localises each structure."""

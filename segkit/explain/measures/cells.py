@@ -1,7 +1,8 @@
-"""A scan and its labels on a map's own grid: the mean over what each cell covers.
+"""A scan and its labels on a map's own grid.
 
-Measuring there asks of each cell once what it knows. On the scan's voxels the same few values,
-interpolated, would count hundreds of times.
+A cell is one element of a map; it covers many voxels of the scan. Each cell takes the mean of the
+voxels that it covers. Measuring on this grid counts each map value once. On the scan's voxels, each
+value would be interpolated and counted hundreds of times.
 """
 
 from collections.abc import Mapping
@@ -15,17 +16,17 @@ from segkit.io.volume import Volume
 
 
 class Cells:
-    """The cells of a map over the part of a scan that the network saw.
+    """The cells of a map, over the part of a scan that the network processed.
 
     Args:
-        grid: of the map; its axes run as those of `seen`.
-        seen: the part of the scan, in RAS+ order.
+        grid: the map's grid, with its axes in the order of `seen`.
+        seen: grid of the processed part of the scan, in RAS+ order.
     """
 
     def __init__(self, grid: Grid, seen: Grid) -> None:
         self.grid = grid
         self.shares: list[Float[ndarray, "cells voxels"]] = []
-        """Along each axis, how much of a cell each voxel covers; the rows sum to 1."""
+        """For each axis, the share of each cell that each voxel covers; each row sums to 1."""
         within: list[Bool[ndarray, " cells"]] = []
         for positions, count, pitch, step in zip(
             seen.positions_of(grid), seen.shape, grid.spacing, seen.spacing, strict=True
@@ -41,17 +42,23 @@ class Cells:
         self.counted: Bool[ndarray, "x y z"] = (
             x[:, None, None] & y[None, :, None] & z[None, None, :]
         )
-        """Those whose centre lies in the scan; others saw what it was padded with."""
+        """Whether the centre of each cell lies in the scan; the other cells cover padding."""
 
     def mean(self, values: Float[ndarray, "x y z"]) -> Float[ndarray, "cells_x cells_y cells_z"]:
-        """The mean of the voxels that each cell covers, each by how much of it."""
-        for share in self.shares:  # each pass takes the first axis and gives back the last
+        """The mean of the voxels that each cell covers, weighted by the covered share."""
+        for share in self.shares:  # each pass consumes the first axis and appends a new last axis
             values = np.tensordot(values, share.astype(np.float32), axes=(0, 1))
         return values
 
 
 def seen_part(values: ndarray, grid: Grid, seen: Grid) -> ndarray:
-    """What lies in the part that the network saw of an array (x, y, z, …) on a scan's grid."""
+    """The part of an array (x, y, z, …) on a scan's grid that the network processed, in RAS+ order.
+
+    Args:
+        values: the array.
+        grid: the scan's grid.
+        seen: grid of the processed part.
+    """
     orientation = Orientation.of(grid.affine)
     first = orientation.turn_grid(grid).index(seen.affine[:3, 3]).round().astype(int)
     box = tuple(slice(low, low + size) for low, size in zip(first, seen.shape, strict=True))
@@ -59,10 +66,10 @@ def seen_part(values: ndarray, grid: Grid, seen: Grid) -> ndarray:
 
 
 def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndarray]:
-    """What a map must tell more than: intensity and its gradient, by name, on the seen part.
+    """The baselines that a map is compared with: intensity and its gradient, by name.
 
-    Raw values, and the length of their gradient per mm. Of several channels each has its own,
-    named after it.
+    They hold raw intensities and gradient magnitudes per mm, on the part that the network
+    processed. If the scan has several channels, each has its own two baselines, named after it.
     """
     parts = seen_part(scan.data.reshape(*scan.grid.shape, -1), scan.grid, seen)
     found: dict[str, ndarray] = {}
@@ -77,7 +84,7 @@ def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndar
 def gradient_length(
     values: Float[ndarray, "x y z"], spacing: tuple[float, float, float]
 ) -> Float[ndarray, "x y z"]:
-    """The length of the gradient per mm, by central differences; an axis of one voxel has none."""
+    """Gradient magnitude per mm, by central differences. Axes with one voxel are left out."""
     squares = np.zeros_like(values)
     for axis, step in enumerate(spacing):
         if values.shape[axis] > 1:

@@ -1,4 +1,4 @@
-"""The maps of all levels as one."""
+"""The mean of the gate maps of all levels."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +14,10 @@ FUSED = "fused/gate"
 
 
 def with_fused(maps: Mapping[str, AttentionMap]) -> dict[str, AttentionMap]:
-    """The maps, and behind them the mean of all gates where there are several.
+    """The maps and, if there are several gates, their mean as the last entry, `FUSED`.
 
-    It lies on the finest gate's grid, to which the others are resampled linearly; each gate counts
-    alike, its channels as their mean.
+    The mean lies on the grid of the finest gate; the other gates are resampled to it linearly. All
+    gates have the same weight. A gate with several channels enters with their mean.
     """
     gates = [one for one in maps.values() if one.info.kind == "gate" and one.volume is not None]
     if len(gates) < 2:
@@ -26,7 +26,7 @@ def with_fused(maps: Mapping[str, AttentionMap]) -> dict[str, AttentionMap]:
 
 
 def scalar(placed: Volume) -> Volume:
-    """A map with one value a cell: the mean of its channels where it has several."""
+    """A map with one value for each cell: the mean of its channels if it has several."""
     return placed if placed.data.ndim == 3 else placed.like(placed.data.mean(axis=3))
 
 

@@ -1,4 +1,4 @@
-"""Every map of a scan measured against its labels, beside the scan's own intensity and gradient."""
+"""Compare every map of a scan with labels, and compare intensity and gradient as baselines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +16,28 @@ from segkit.inference.attention_maps import AttentionMap
 from segkit.io.volume import Volume
 
 TOLERANCE_MM = 5.0
-"""How far the highest value may lie from a structure and still point at it."""
+"""Largest distance from a structure at which the highest value still counts as pointing at it."""
 HALF = 0.5 - 1e-6
-"""The share of a cell from which on it lies inside; a half but for rounding."""
+"""A cell lies inside a structure if at least this share of it does: half, minus rounding error."""
 FOREGROUND = "foreground"
-"""All structures together, where there are several."""
+"""Name of all structures together, if there are several."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a map."""
+    """One measure of a map or of a baseline on the same cells."""
 
     map: str
+    """The map's key."""
     of: str
-    """'map', or what is measured in its stead on the same cells: 'intensity', 'gradient'."""
+    """'map', or the name of a baseline: 'intensity' or 'gradient'."""
     structure: str
-    """Empty for what needs none."""
+    """Empty for measures without a structure, such as entropy."""
     name: str
+    """Name of the measure, such as 'auroc'."""
     value: float
     chance: float | None
+    """The value expected by chance, if there is one."""
 
 
 def measure_maps(
@@ -46,13 +49,23 @@ def measure_maps(
     channels: Sequence[str],
     tolerance_mm: float = TOLERANCE_MM,
 ) -> list[Measure]:
-    """Measures of each map that has a place, on its own grid.
+    """Measures of each map that has a spatial grid, on the cells of this grid.
 
-    A cell lies in a structure if at least half of it does. Cells that hold voxels nobody labelled
-    do not count, nor do those that were not computed. Intensity and gradient are averaged over each
-    cell and measured as the map is, so that a map can be seen to tell more than they do; for
-    shares, their lowest value counts as 0.
-    Raises VolumeError for labels on another grid than the scan's.
+    A cell lies in a structure if at least half of it does. Cells with unlabelled voxels and cells
+    that were not computed are left out. Intensity and gradient are averaged over each cell and
+    measured in the same way, so that a reader sees if a map shows more than these baselines. Their
+    lowest value is subtracted first, because energy needs values of 0 or more.
+
+    Args:
+        maps: the scan's maps, by key.
+        scan: the scan.
+        labels: a reference or predicted labels.
+        labelling: the classes or regions of the labels.
+        channels: names of the scan's channels.
+        tolerance_mm: largest distance (mm) from a structure that still counts as pointing at it.
+
+    Raises:
+        VolumeError: if the labels lie on another grid than the scan.
     """
     labels = labels.onto(scan.grid, what="the reference", whose="the scan")
     labels = volume_within(labels, labelling)
@@ -61,17 +74,20 @@ def measure_maps(
         return []
     seen = next(iter(placed.values())).seen
     baselines = pictures(scan, seen, list(channels))
-    told = seen_part(labels.data, scan.grid, seen)
-    inside = {name: np.isin(told, numbers) for name, numbers in members(labelling).items()}
-    unlabelled = None if labelling.ignore is None else told == labelling.ignore
+    numbers_seen = seen_part(labels.data, scan.grid, seen)
+    inside = {
+        name: np.isin(numbers_seen, numbers)
+        for name, numbers in measured_structures(labelling).items()
+    }
+    unlabelled = None if labelling.ignore is None else numbers_seen == labelling.ignore
     measured = []
     for key, one in placed.items():
         measured += _measure(key, one, baselines, inside, unlabelled, tolerance_mm)
     return measured
 
 
-def members(labelling: Labelling) -> dict[str, tuple[int, ...]]:
-    """The numbers in labels of each structure that is measured, all together last."""
+def measured_structures(labelling: Labelling) -> dict[str, tuple[int, ...]]:
+    """The label numbers of each structure. If there are several, all together come last."""
     found = labelling.members
     if len(found) > 1:
         found[FOREGROUND] = tuple(sorted({number for some in found.values() for number in some}))

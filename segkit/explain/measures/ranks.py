@@ -1,4 +1,4 @@
-"""What ranks alone can tell: do two maps agree, do cases agree, and are many tests too many?"""
+"""Rank statistics: correlation of maps, signed-rank tests over cases, and Simes' test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from numpy import ndarray
 from scipy import stats
 
 MOST_EXACT = 50
-"""Cases up to which all signs are counted; beyond, the normal approximation serves."""
+"""The largest number of cases for which the test is exact. Above it, it is approximated."""
 LAST_DIGITS = 2.0**-18
-"""Of a map's largest value: what sums over windows may be off by, and no cell is higher for it."""
+"""Rounding error of blended windows, relative to the largest value of a map."""
 
 
-def settled(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
-    """A map rounded to 2^-18 of its largest size, before its cells are ranked.
+def without_rounding_noise(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
+    """A map rounded to multiples of 2^-18 of its largest absolute value, for ranking.
 
-    Windows are blended in float32, so that a map of one value comes out with last digits that
-    depend on where a cell lies in its window; they would rank the middle of the image first. For
-    the same reason a map whose largest value is too small for float32 is 0.
+    Windows are blended in float32. In a constant map, the last digits therefore depend on the
+    position of a cell in its window, and ranks would put the middle of the image first. For the
+    same reason, a map whose largest absolute value is too small for float32 becomes 0.
     """
     largest = float(np.abs(values).max(initial=0))
     if largest < np.finfo(np.float32).tiny:
@@ -32,23 +32,23 @@ def settled(values: Float[ndarray, "*cells"]) -> Float[ndarray, "*cells"]:
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A map's values with their ranks, found once for everything that goes by rank."""
+    """A map's values and their ranks, which several measures share."""
 
     values: Float[ndarray, "*cells"]
     ranks: Float[ndarray, " cells"]
-    """From 1 on, in the order of memory. Equal values share their mean rank; so do values that
-    differ by less than blending windows in float32 may be off by (`settled`)."""
+    """Ranks from 1, in memory order. Equal values share their mean rank. Values that differ only
+    by rounding noise count as equal (`without_rounding_noise`)."""
 
     @classmethod
     def of(cls, values: Float[ndarray, "*cells"]) -> Self:
         """The values with their ranks."""
-        return cls(values, stats.rankdata(settled(values), axis=None))
+        return cls(values, stats.rankdata(without_rounding_noise(values), axis=None))
 
 
 def spearman(first: Ranked, second: Ranked) -> float:
     """Spearman's rank correlation of two maps on one grid, from -1 to 1.
 
-    NaN if either map is constant, as it has no ranks.
+    NaN if either map is constant.
     """
     if np.ptp(first.ranks) == 0 or np.ptp(second.ranks) == 0:
         return float("nan")
@@ -57,11 +57,11 @@ def spearman(first: Ranked, second: Ranked) -> float:
 
 
 def rise_p(changes: Sequence[float]) -> float:
-    """One-sided p of Wilcoxon's signed-rank test (1945, doi:10.2307/3001968) that changes lie above
-    0.
+    """One-sided p value of Wilcoxon's signed-rank test (1945, doi:10.2307/3001968).
 
-    Changes of 0 are left out; 1 where all are 0. Of n others it is no less than 2^-n. All signs are
-    counted up to 50 changes, ties included; beyond, the normal approximation serves.
+    The alternative is that changes are greater than 0. Changes of 0 are left out; p is 1 if all are
+    0. For n other changes, p is at least 2^-n. The test is exact for up to 50 changes, also with
+    ties; for more, it uses the normal approximation.
     """
     counted = np.asarray([change for change in changes if change != 0], float)
     if not counted.size:
@@ -77,7 +77,7 @@ def rise_p(changes: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1024)
 def _tail(doubled: tuple[int, ...]) -> Float[ndarray, " sums"]:
-    """By each sum, the chance that as much or more comes from ranks of random signs."""
+    """For each rank sum, the probability of this sum or more if the signs are random."""
     chances = np.zeros(sum(doubled) + 1)
     chances[0] = 1.0
     for rank in doubled:
@@ -87,9 +87,10 @@ def _tail(doubled: tuple[int, ...]) -> Float[ndarray, " sums"]:
 
 
 def simes(p_values: Sequence[float]) -> float:
-    """The p value of all hypotheses holding together (Simes 1986, doi:10.1093/biomet/73.3.751).
+    """The p value of the hypothesis that all null hypotheses hold.
 
-    The least of m p / k over the k-th smallest p of m. It holds for tests that go together.
+    Simes (1986, doi:10.1093/biomet/73.3.751): the minimum of m p(k) / k, where p(k) is the k-th
+    smallest of m p values. It is valid for positively dependent tests.
     """
     count = len(p_values)
     return min(count * p / place for place, p in enumerate(sorted(p_values), start=1))

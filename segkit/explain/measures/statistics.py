@@ -1,8 +1,8 @@
-"""What a map's values say of a structure and of themselves: arithmetic on cells, chance beside it.
+"""Measures of a map: how well it localises a structure, and how its values are distributed.
 
-All functions take the cells that count as one flat axis, and `inside`, which of them lie in the
-structure; p is the structure's share of the cells. A figure is NaN where it is undefined: of a
-structure that no cell or every cell lies in, or of ranks that are all alike.
+All functions take the counted cells as one flat axis. `inside` tells for each cell whether it lies
+in the structure; p is the share of cells inside. A measure is NaN if it is undefined, for example
+AUROC if no cell or every cell lies inside.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from scipy.ndimage import distance_transform_edt
 from segkit.explain.measures.ranks import Ranked
 
 NEAR_AN_END = 0.02
-"""Within how much of an end of its range a map's value counts as saturated, for a range of 1."""
+"""A value counts as saturated if it is this close to an end of the map's range."""
 CellValues = Float[ndarray, " cells"]
 Inside = Bool[ndarray, " cells"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure by name, its value, and what chance would give; None where there is no chance."""
+    """Name and value of a measure, and the value expected by chance (None if there is none)."""
 
     name: str
     value: float
@@ -30,10 +30,15 @@ class Figure:
 
 
 def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
-    """How well the highest values pick out a structure; `near` are the cells close enough to it.
+    """Measures of how well the highest values localise a structure.
 
     energy and enrichment (EBPG, Wang et al. 2020, arXiv:1910.01279), pointing (Zhang et al. 2018,
     doi:10.1007/s11263-017-1059-x), auroc and iou.
+
+    Args:
+        ranked: the map's values with their ranks.
+        inside: the cells in the structure.
+        near: the cells within the tolerance of the structure, for the pointing game.
     """
     share = float(inside.mean())
     values = ranked.values
@@ -49,7 +54,7 @@ def localisation(ranked: Ranked, inside: Inside, near: Inside) -> list[Figure]:
 
 
 def distribution(values: CellValues, lowest: float, highest: float) -> list[Figure]:
-    """How widely a map's values spread, and how many stand at an end of the map's range."""
+    """Entropy of a map's values, and the shares of cells at either end of the map's range."""
     low, high = saturation(values, lowest, highest)
     return [
         Figure("entropy", normalised_entropy(values), 1.0),
@@ -59,9 +64,9 @@ def distribution(values: CellValues, lowest: float, highest: float) -> list[Figu
 
 
 def energy_inside(values: CellValues, inside: Inside) -> float:
-    """Σ values inside / Σ values, which must be 0 or more; p where all are 0, as of any constant.
+    """Σ values inside / Σ values. All values must be 0 or more.
 
-    NaN where no cell lies inside.
+    It is p if the map is constant, also if all values are 0. NaN if no cell lies inside.
     """
     if not inside.any():
         return float("nan")
@@ -72,14 +77,14 @@ def energy_inside(values: CellValues, inside: Inside) -> float:
 
 
 def pointing(ranked: Ranked, near: Inside) -> float:
-    """The share of the cells with the highest value that lie near enough: 0 or 1 but for ties."""
+    """The share of highest-valued cells that lie near the structure: 0 or 1, except for ties."""
     return float(near[ranked.ranks == ranked.ranks.max()].mean())
 
 
 def near_structure(
     inside: Bool[ndarray, "x y z"], spacing: tuple[float, float, float], tolerance_mm: float
 ) -> Bool[ndarray, "x y z"]:
-    """The cells whose centre is within a tolerance (mm) of the centre of a cell inside."""
+    """The cells whose centre lies within a tolerance (mm) of the centre of a cell inside."""
     if not inside.any():
         return np.zeros_like(inside)
     distance: ndarray = distance_transform_edt(~inside, sampling=spacing)
@@ -87,9 +92,9 @@ def near_structure(
 
 
 def auroc(ranked: Ranked, inside: Inside) -> float:
-    """The chance that a cell inside has a higher value than one outside, a tie counting half.
+    """The probability that a cell inside has a higher value than a cell outside. Ties count half.
 
-    Mann and Whitney's U by mid-ranks; 0.5 for a constant.
+    It follows from the Mann-Whitney U statistic with mid-ranks; 0.5 for a constant map.
     """
     within = int(inside.sum())
     beyond = len(inside) - within
@@ -100,10 +105,11 @@ def auroc(ranked: Ranked, inside: Inside) -> float:
 
 
 def iou_at_prevalence(ranked: Ranked, inside: Inside) -> float:
-    """Intersection over union of the structure and as many cells of the highest values.
+    """Intersection over union of the structure and equally many cells with the highest values.
 
-    Of equal values at the cut, so many are taken at random: the intersection is its expectation,
-    whatever order cells have in the array. p / (2 - p) for a constant, and by chance about that.
+    If several cells share the lowest selected value, a random choice among them is assumed and the
+    intersection is its expected value. The result does not depend on the order of cells. It is
+    p / (2 - p) for a constant map, and about that by chance.
     """
     count = int(inside.sum())
     if count == 0:
@@ -115,7 +121,10 @@ def iou_at_prevalence(ranked: Ranked, inside: Inside) -> float:
 
 
 def normalised_entropy(values: CellValues) -> float:
-    """Entropy of values over their sum, over log N: 1 if all are alike, 0 if all but one are 0."""
+    """Entropy of values / Σ values, divided by log N.
+
+    It is 1 if all values are equal, and 0 if all but one are 0.
+    """
     if len(values) < 2:
         return float("nan")
     total = values.sum(dtype=np.float64)
@@ -128,7 +137,7 @@ def normalised_entropy(values: CellValues) -> float:
 def saturation(values: CellValues, lowest: float, highest: float) -> tuple[float, float]:
     """The shares of cells at the lower and at the upper end of the map's range.
 
-    NaN at an end that is infinite.
+    NaN for an end that is infinite.
     """
     low = np.mean(values <= lowest + NEAR_AN_END) if np.isfinite(lowest) else np.nan
     high = np.mean(values >= highest - NEAR_AN_END) if np.isfinite(highest) else np.nan

@@ -1,1 +1,1 @@
-"""The offline page of an explanation."""
+"""The HTML page of an explanation, which works offline."""

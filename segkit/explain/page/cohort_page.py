@@ -1,4 +1,4 @@
-"""A page over several scans: their measures summed up, and a link to the page of each."""
+"""A page that summarises the measures of several scans and links to the page of each."""
 
 import html
 import math
@@ -17,23 +17,26 @@ from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What is kept of a scan for the files over all."""
+    """The name, measures and Dice of one scan, for the files that summarise all scans."""
 
     name: str
     measures: Sequence[Measure]
     dice: Mapping[str, float]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The measures as a table."""
+        """The measures as rows of a table."""
         return measure_rows(self.name, self.measures, self.dice)
 
 
 def cohort_text(
     cases: Sequence[CaseFigures], facts: Mapping[str, str], verdicts: Sequence[Verdict] = ()
 ) -> str:
-    """The page as HTML: plain tables that run nothing and fetch nothing.
+    """The page as HTML: plain tables, without scripts and without access to the network.
 
-    `verdicts` are of all scans together.
+    Args:
+        cases: the measures of each scan.
+        facts: the model and the settings, in words.
+        verdicts: on the maps, from all scans together.
     """
     style = (VIEWER / "cohort.css").read_text(encoding="utf-8")
     title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
@@ -42,38 +45,38 @@ def cohort_text(
         f'<meta http-equiv="Content-Security-Policy" content="{policy(style)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-        "<p>Mean ± standard deviation over scans, and how many have a figure where not all do. "
-        "Chance stands in brackets. Rows of intensity and gradient say what the scan itself tells "
-        "on the cells of the map.</p>",
+        "<p>Mean ± standard deviation over scans; the value expected by chance is in brackets. If "
+        "not all scans have a value, their number follows. Rows of intensity and gradient are "
+        "baselines: the same measures of the scan itself, on the cells of the map.</p>",
         *_verdicts(verdicts),
         *_measure_tables(cases),
         "<h2>Scans</h2>",
         _case_table(cases),
         "<h2>How this was made</h2>",
         _table(
-            ["what", "value"],
+            ["setting", "value"],
             [[_text(key), _text(value)] for key, value in facts.items()],
             kind="facts",
         ),
-        "<footer>Research software and no medical device.</footer>\n</body>\n</html>\n",
+        "<footer>Research software, not a medical device.</footer>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
-    told = [
+    cards = [
         f'<div class="card"><p><b>{_text(one.map)}</b>: <b class="{_text(style)}">'
         f"{_text(one.verdict)}</b>. {_text(one.reason)}</p></div>"
         for one in verdicts
         for style in [one.verdict.replace(" ", "-")]
     ]
-    return ["<h2>What each map is worth over all scans</h2>", *told] if told else []
+    return ["<h2>Verdicts over all scans</h2>", *cards] if cards else []
 
 
 def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:
     grouped = [by_row(case.measures) for case in cases]
     places = list(dict.fromkeys(place for group in grouped for place in group))
-    told = []
+    parts = []
     for structure in dict.fromkeys(structure for _, _, structure in places):
         names = LOCALISATION if structure else DISTRIBUTION
         rows = []
@@ -85,9 +88,9 @@ def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:
                 for name in names
             ]
             rows.append([_text(place[0]), _text(place[1]), *map(_summary, found)])
-        told.append(f"<h2>{_text(structure or 'How the values lie')}</h2>")
-        told.append(_table(["map", "of", *(TITLES[name] for name in names)], rows))
-    return told
+        parts.append(f"<h2>{_text(structure or 'Distribution of values')}</h2>")
+        parts.append(_table(["map", "values of", *(TITLES[name] for name in names)], rows))
+    return parts
 
 
 def _case_table(cases: Sequence[CaseFigures]) -> str:

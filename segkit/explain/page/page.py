@@ -1,8 +1,7 @@
-"""One HTML file that shows a scan with its overlays and what was measured, offline, anywhere.
+"""One HTML file that shows a scan with overlays and measures. It works offline in any browser.
 
-A page holds its volumes, its figures, and the viewer of `viewer/`: plain JavaScript that the
-browser runs from disk. Its Content-Security-Policy lets nothing in and nothing out, and whatever
-names it is given are shown as text.
+A page contains its volumes, its figures and the viewer (`viewer/`), which is plain JavaScript. Its
+Content-Security-Policy forbids all access to the network, and all names are shown as plain text.
 """
 
 import base64
@@ -32,40 +31,43 @@ from segkit.io.volume import Volume
 VIEWER = files("segkit.explain.page") / "viewer"
 SCRIPTS = ("theme.js", "volumes.js", "planes.js", "panel.js", "figures.js", "viewer.js")
 FINE_CELLS = 2**21
-"""Maps of no more cells are kept in two bytes each, larger ones in one."""
+"""Maps with more cells than this take one byte for each cell instead of two."""
 SPANNED = (1, 99)
-"""Percentiles of a map that its colours span at first."""
+"""The percentiles of a map that its colours span at first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """An overlay: labels, of which 0 is not drawn, or a map, on any grid of the scan's world.
+    """An overlay: labels or a map, on any grid in the scan's world coordinates.
 
-    A map may keep its own coarse grid: the viewer reads it linearly at each voxel of the scan, and
-    draws nothing beyond the outer edges of its cells, or where it is no number.
+    Label 0 is not drawn. A map may keep its own coarse grid: the viewer interpolates it linearly at
+    each voxel of the scan. It draws nothing outside the map's cells or if a value is NaN.
     """
 
     name: str
     kind: Literal["labels", "map"]
     values: ndarray
-    """(x, y, z)."""
+    """Values (x, y, z)."""
     grid: Grid
     low: float | None = None
-    """The least that a map can say; its lowest value if None …"""
+    """Lower end of the map's possible range; the map's lowest value if None."""
     high: float | None = None
-    """… and the most. Colours span these or, at first, what its values span."""
+    """Upper end of the map's possible range; the map's highest value if None."""
     label_names: Mapping[int, str] = field(default_factory=dict)
     quantity: str = ""
-    """What a map's values are, such as 'share let through'."""
+    """The quantity of a map's values, such as 'share let through'."""
 
     def __post_init__(self) -> None:
         if self.values.shape != self.grid.shape:
-            raise ValueError(f"layer {self.name} of {self.values.shape} on {self.grid.shape}")
+            raise ValueError(
+                f"layer {self.name}: expected values of the grid's shape {self.grid.shape}, found "
+                f"{self.values.shape}; give the grid of the values"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """All that a page shows."""
+    """The content of a page."""
 
     title: str
     scan: Volume
@@ -76,13 +78,14 @@ class Page:
     bars: Sequence[Bars] = ()
     verdicts: Sequence[Verdict] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
-    """Which model and which settings made it."""
+    """The model and the settings, in words."""
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write a page, whole or not at all.
+    """Write a page as one HTML file, completely or not at all.
 
-    Raises VolumeError for labels past 65535.
+    Raises:
+        VolumeError: if a label is above 65535.
     """
     write_text(path, page_text(page))
 
@@ -124,18 +127,18 @@ def page_text(page: Page) -> str:
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
     template = (VIEWER / "page.html").read_text(encoding="utf-8")
-    # In one pass, so that nothing within a part is taken for the name of another.
+    # In one pass, so that a name in braces inside a part is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
 def _told_in(unit: Unit, grid: Grid) -> Grid:
-    """A grid whose world is in the unit that the page tells lengths in, not in mm."""
+    """A grid whose world coordinates are in the page's unit of length instead of mm."""
     scale = 1 / MM_OF[unit]
     return Grid(grid.shape, np.diag([scale, scale, scale, 1.0]) @ grid.affine)
 
 
 def _scan(scan: Volume) -> tuple[list[Embedded], dict[str, Any]]:
-    """Each channel's volume, and what the viewer needs to know of all."""
+    """The encoded volume of each channel, and the scan's description for the viewer."""
     channels = np.moveaxis(scan.data.reshape(*scan.grid.shape, -1), -1, 0)
     volumes = [embed(channel, scan.grid) for channel in channels]
     grid = volumes[0].grid
@@ -179,9 +182,9 @@ def _layer(layer: Layer, scan_grid: Grid, *, counted: bool) -> tuple[Embedded, d
 
 
 def _labels(layer: Layer, *, counted: bool) -> list[dict[str, Any]]:
-    """Name, colour and amount of each label but 0, of those named and those found.
+    """Name, colour and amount of each label except 0, if it has a name or occurs in the layer.
 
-    The amount is in ml, or of pictures the number of their pixels.
+    The amount is a volume in ml; for pictures it is the number of pixels.
     """
     counts = np.bincount(layer.values.ravel().astype(np.int64))
     each = 1.0 if counted else abs(float(np.linalg.det(layer.grid.affine[:3, :3]))) / 1000
@@ -199,7 +202,7 @@ def _labels(layer: Layer, *, counted: bool) -> list[dict[str, Any]]:
 
 
 def _window(values: ndarray) -> tuple[float, float]:
-    """What is black and what is white at first: percentiles 0.5 and 99.5 of what is not 0."""
+    """The values shown as black and white at first: percentiles 0.5 and 99.5, without zeros."""
     shown = values[np.isfinite(values) & (values != 0)]
     if not shown.size:
         return 0.0, 1.0
@@ -208,13 +211,13 @@ def _window(values: ndarray) -> tuple[float, float]:
 
 
 def _obliqueness(grid: Grid) -> float:
-    """The largest angle (degrees) between an axis of the array and the patient's nearest to it."""
+    """The largest angle (degrees) between an array axis and its nearest patient axis."""
     cosines = np.abs(np.diag(grid.affine)[:3]) / grid.spacing
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
 
 def policy(style: str, scripts: Sequence[str] = ()) -> str:
-    """A Content-Security-Policy that runs these scripts and this style and fetches nothing."""
+    """A Content-Security-Policy that allows only these scripts and this style, and no requests."""
     allowed = f"script-src {' '.join(map(_digest, scripts))}; " if scripts else ""
     return (
         f"default-src 'none'; {allowed}style-src {_digest(style)}; "
@@ -228,12 +231,12 @@ def _digest(text: str) -> str:
 
 
 def _inert_json(content: Any) -> str:
-    """JSON in which no tag can begin, so that no name can end the element that holds it."""
+    """JSON without '<', so that a name cannot close the HTML element around it."""
     return json.dumps(_plain(content), allow_nan=False).replace("<", "\\u003c")
 
 
 def _plain(value: Any) -> Any:
-    """The same of Python's own types; what is no finite number becomes null."""
+    """The same value in Python's own types; numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, str | bool):

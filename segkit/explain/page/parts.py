@@ -1,4 +1,4 @@
-"""Measures as tables: rows for files, and parts of a page."""
+"""Measures as rows for CSV files, and as tables, plots and layers of a page."""
 
 import csv
 import io
@@ -33,11 +33,11 @@ PAGE_COLUMNS = [
     for what in ("value", "chance")
     if what == "value" or name in ("energy", "pointing", "iou")
 ]
-"""What a table of the page shows of each structure; other chances are the same for all maps."""
+"""Columns of a structure's table: measures, with chance if it differs between maps."""
 QUANTITIES = {
     "gate": "share let through",
     "spatial": "share let through",
-    "received": "attention received, 1 is a fair share",
+    "received": "attention received, 1 is the average",
     "pool": "share of the mean",
 }
 Grouped = dict[tuple[str, str, str], dict[str, Measure]]
@@ -46,10 +46,15 @@ Grouped = dict[tuple[str, str, str], dict[str, Measure]]
 def measure_rows(
     case: str, measures: Sequence[Measure], dice: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A row for each map, what is measured of it, and structure: each value with its chance.
+    """A row for each map, baseline and structure, with each measure and its value by chance.
 
-    Rows of no map say how well the segmentation agrees with its reference. All rows have the same
-    columns; what does not apply is left empty.
+    Rows without a map contain the Dice of the segmentation. All rows have the same columns; values
+    that do not apply are empty.
+
+    Args:
+        case: name of the scan.
+        measures: of the scan's maps.
+        dice: of each structure with the reference.
     """
     columns = ["case", "map", "of", "structure", "dice"]
     for one in measures:
@@ -72,7 +77,7 @@ def measure_rows(
 
 
 def rows_as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows of any columns as the text of a CSV file, columns in the order they are first met."""
+    """The text of a CSV file with all columns of the rows, in the order of first appearance."""
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
@@ -83,7 +88,7 @@ def rows_as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def by_row(measures: Iterable[Measure]) -> Grouped:
-    """Measures by name, of each map, what is measured of it, and structure."""
+    """Measures by name, grouped by map, 'map' or baseline, and structure."""
     grouped: Grouped = {}
     for one in measures:
         grouped.setdefault((one.map, one.of, one.structure), {})[one.name] = one
@@ -91,7 +96,7 @@ def by_row(measures: Iterable[Measure]) -> Grouped:
 
 
 def map_layers(maps: Mapping[str, AttentionMap]) -> list[Layer]:
-    """Each map that has a place, on its own grid; channels as their mean."""
+    """A layer for each map with a spatial grid. A map with several channels shows their mean."""
     layers = []
     for key, one in maps.items():
         if one.volume is None:
@@ -115,7 +120,14 @@ def map_layers(maps: Mapping[str, AttentionMap]) -> list[Layer]:
 def measure_tables(
     measures: Sequence[Measure], dice: Mapping[str, float], *, against: str, tolerance_mm: float
 ) -> list[Table]:
-    """What a page tells of the measures; `against` is 'reference' or 'prediction'."""
+    """The tables of measures on a page.
+
+    Args:
+        measures: of the scan's maps.
+        dice: of each structure with the reference.
+        against: the labels that maps are compared with: 'reference' or 'prediction'.
+        tolerance_mm: the tolerance of pointing.
+    """
     grouped = by_row(measures)
     tables = []
     if dice:
@@ -134,20 +146,20 @@ def measure_tables(
         ]
         tables.append(
             Table(
-                f"Where the maps are high: {structure}",
+                f"Localisation: {structure}",
                 [
-                    *("map", "of"),
+                    *("map", "values of"),
                     *(
                         TITLES[name] if what == "value" else "by chance"
                         for name, what in PAGE_COLUMNS
                     ),
                 ],
                 rows,
-                note=f"Against the {against}, on each map's own grid; a cell is inside if half of "
-                f"it is. Chance is 1 for enrichment and 0.5 for AUROC; pointing allows "
-                f"{tolerance_mm:g} mm. Rows of intensity and gradient say what the scan itself "
-                "tells on the same cells: a map that does no better adds nothing to them. For "
-                "either, an AUROC near 0 tells as much as one near 1.",
+                note=f"Compared with the {against}, on each map's own grid; a cell is inside if at "
+                f"least half of it is. By chance, enrichment is 1 and AUROC 0.5. Pointing allows "
+                f"{tolerance_mm:g} mm. Rows of intensity and gradient are baselines on the same "
+                "cells: a map that is no better adds nothing to them. An AUROC near 0 is as "
+                "informative as one near 1; low values then show the structure.",
             )
         )
     if whole := _whole_table(grouped):
@@ -161,21 +173,22 @@ def _whole_table(grouped: Grouped) -> Table | None:
         return None
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     return Table(
-        "How the maps' values lie",
+        "Distribution of the maps' values",
         ["map", *(_title(name) for name in names)],
         [
             [key, *(rounded(figures[name].value if name in figures else None) for name in names)]
             for key, figures in rows.items()
         ],
-        note="Entropy is 1 for a map that is the same everywhere and 0 for one of a single cell. "
-        "The ends are within 0.02 of the least and most that a map can say. ρ is Spearman's "
-        "correlation over cells. Disagreement is the standard deviation between the windows that "
-        "overlap at a cell; there is none where one window holds the scan.",
+        note="Entropy is 1 for a constant map and 0 if only one cell is not 0. 'At the low end' "
+        "and 'at the high end' are the shares of cells within 0.02 of the ends of the map's "
+        "possible range. ρ is Spearman's correlation over cells. Disagreement is the standard "
+        "deviation between the windows that overlap at a cell; there is none if one window covers "
+        "the scan.",
     )
 
 
 def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
-    """AUROC of each map beside that of intensity and gradient, one plot for each structure."""
+    """A plot for each structure: AUROC of each map, with intensity and gradient as baselines."""
     plots: dict[str, list[Bar]] = {}
     for one in measures:
         if one.name != "auroc" or math.isnan(one.value):
@@ -188,15 +201,16 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
             f"AUROC: {structure}",
             "AUROC",
             bars,
-            note="That a cell inside has a higher value than one outside. Each map beside the "
-            "scan's own intensity and gradient on the same cells.",
+            note="AUROC is the probability that a cell inside has a higher value than a cell "
+            "outside. Below each map are its baselines, the scan's intensity and gradient on the "
+            "same cells.",
         )
         for structure, bars in plots.items()
     ]
 
 
 def label_layer(name: str, labels: Volume, names: Mapping[int, str]) -> Layer:
-    """Labels as a layer of a page."""
+    """A layer of a page that shows labels."""
     return Layer(name, "labels", labels.data, labels.grid, label_names=names)
 
 

@@ -13,15 +13,19 @@ COLUMNS = {
     "more": ("AUROC: more than the best comparator", "+.2f"),
     "|ρ|": ("|ρ| with untrained networks", ".2f"),
 }
-"""The heads of columns, the numbers that are shown, and how."""
+"""For each column heading, the number that is shown and its format."""
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """A row for each of one map or more: the word, and the chief numbers behind it."""
+    """A table with a row for each verdict: the verdict and its main numbers.
+
+    Args:
+        verdicts: at least one.
+    """
     table = Table(
-        title=f"What each map is worth over {verdicts[0].numbers['scans']} scans",
-        caption="Dice lost: with the map evened out. More: by how much its AUROC exceeds the best "
-        "of what it is compared with. |ρ|: with untrained networks.",
+        title=f"Verdicts over {verdicts[0].numbers['scans']} scans",
+        caption="Dice lost: if the map is replaced by its mean. More: gain of AUROC over the best "
+        "comparator. |ρ|: rank correlation with untrained networks.",
         box=SIMPLE_HEAD,
     )
     for column in ("map", "verdict", "structure"):

@@ -1,1 +1,1 @@
-"""Experiments on gates, and the rule that gives each a word."""
+"""Experiments on gates, and the rule that derives verdicts from them."""

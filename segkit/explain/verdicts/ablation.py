@@ -1,10 +1,10 @@
-"""What becomes of the segmentation when a gate is opened, evened out, shuffled or turned over.
+"""Ablation: how Dice changes if a gate map is opened, averaged, permuted or inverted.
 
-Each map is edited through its tap, so nothing is trained again. Evening out (`mean`) is the fair
-operation: the features keep their scale on average and lose only *where* the map is high. `open`
-also changes their scale, on which the layers behind were trained, so that it may hurt, or help,
-whatever the map says; `permuted` keeps all values and loses their places; `inverted` looks where
-the map does not.
+Each map is edited through its map tap (`segkit.nn.map_tap`). Nothing is trained again. `mean` is
+the fair ablation: the features keep their mean scale, and only the location of high values is lost.
+`open` also changes the scale on which later layers were trained, so that Dice may fall or rise for
+this reason. `permuted` keeps all values, but at random cells. `inverted` exchanges high and low
+values.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,58 +23,64 @@ from segkit.nn.map_tap import Edit, MapInfo, editing
 from segkit.system.progress import Track, untracked
 
 AblationKind = Literal["open", "mean", "permuted", "inverted"]
-"""What a map is replaced with, in each window:
+"""The replacement of a map, in each window:
 
 - open: 1 everywhere.
-- mean: its own mean over cells.
-- permuted: its own cells, shuffled.
-- inverted: lowest + highest - map, of what its values may be, or where that has no end of what they
-  are in the window.
+- mean: the map's mean over cells.
+- permuted: the map's cells in random order.
+- inverted: lowest + highest - map, with the ends of the map's range. If the range is infinite, with
+  the lowest and highest value in the window.
 """
 OPERATIONS: tuple[AblationKind, ...] = get_args(AblationKind)
 ABLATED = ("gate", "spatial")
-"""Kinds of maps that features are multiplied with, cell by cell."""
+"""Kinds of maps that are multiplied with features, cell by cell."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What one operation on one map does to one class of one case."""
+    """Dice of one class of one case, before and after one operation on one map."""
 
     case: str
     map: str
     operation: AblationKind
     label: str | None
-    """The class or region; None for the mean over those that the reference holds."""
+    """The class or region; None for the mean over those that the reference contains."""
     against: Literal["reference", "prediction"]
-    """What Dice is taken with: a reference, or where there is none the unedited prediction."""
+    """The labels that Dice compares with: a reference, or without one the unedited prediction."""
     dice_before: float
-    """Of the unedited prediction; 1 against itself."""
+    """Dice of the unedited prediction; 1 if compared with itself."""
     dice: float
+    """Dice with the edited map."""
     change: float
-    """dice - dice_before: below 0 where the operation hurts."""
+    """dice - dice_before; it is below 0 if the operation hurts."""
 
 
 def ablated_maps(predictor: Predictor) -> dict[str, MapInfo]:
-    """The maps that can be ablated, by key: gates and spatial maps of the first model."""
+    """The maps that can be ablated, by key: gates and spatial maps of the (first) model."""
     infos = predictor.model.network.maps()
     return {key: info for key, info in infos.items() if info.kind in ABLATED}
 
 
 def check_gates(predictor: Predictor) -> tuple[str, ...]:
-    """The keys of the maps that can be taken out. Raises ModelError where there is none."""
+    """The keys of the maps that can be ablated.
+
+    Raises:
+        ModelError: if there is none.
+    """
     keys = tuple(ablated_maps(predictor))
     if not keys:
         raise ModelError(
-            "verdicts are of gates and spatial maps, and the model has none; train one with "
-            "network.attention.skip=additive_grid"
+            "verdicts need a model with gates or spatial maps, but this one has none; train one "
+            "with network.attention.skip=additive_grid"
         )
     return keys
 
 
 def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> Edit:
-    """The edit that replaces a map; each has a random order of its own, drawn from `seed`.
+    """The edit that replaces a map.
 
-    Where several maps share a tap, as of several gates, their cells are shuffled together.
+    Random orders are drawn from `seed`, a new one for each window. If several maps share a tap, as
+    those of several gates do, their cells are permuted together.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,7 +90,7 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
         shuffled = [values[:, order] for values, order in zip(cells, orders, strict=True)]
         return torch.stack(shuffled).view_as(attention_map)
 
-    def turn_over(attention_map: Tensor) -> Tensor:
+    def invert(attention_map: Tensor) -> Tensor:
         if info.highest < torch.inf:
             return info.lowest + info.highest - attention_map
         cells = tuple(range(2, attention_map.ndim))
@@ -95,29 +101,29 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
         case "open":
             return torch.ones_like
         case "mean":
-            return even_out
+            return replace_by_mean
         case "permuted":
             return shuffle
         case "inverted":
-            return turn_over
+            return invert
 
 
-def even_out(attention_map: Tensor) -> Tensor:
-    """A map of which every cell holds the mean over cells, channel by channel and window."""
+def replace_by_mean(attention_map: Tensor) -> Tensor:
+    """A constant map: each cell holds the mean over cells, for each channel and window."""
     cells = tuple(range(2, attention_map.ndim))
     return attention_map.mean(dim=cells, keepdim=True).expand_as(attention_map)
 
 
-def even_out_channels(channels: Collection[int] | None) -> Edit:
-    """The edit that evens out some channels of a map, all if None, and leaves the others."""
+def replace_channels_by_mean(channels: Collection[int] | None) -> Edit:
+    """The edit that replaces some channels of a map by their means; all channels if None."""
     if channels is None:
-        return even_out
+        return replace_by_mean
 
     def edit(attention_map: Tensor) -> Tensor:
         chosen = torch.zeros(attention_map.shape[1], dtype=torch.bool)
         chosen[list(channels)] = True
-        kept = chosen.to(attention_map.device).view(1, -1, *[1] * (attention_map.ndim - 2))
-        return torch.where(kept, even_out(attention_map), attention_map)
+        edited = chosen.to(attention_map.device).view(1, -1, *[1] * (attention_map.ndim - 2))
+        return torch.where(edited, replace_by_mean(attention_map), attention_map)
 
     return edit
 
@@ -133,14 +139,28 @@ def ablate(
     seed: int = 0,
     track: Track = untracked,
 ) -> list[Ablation]:
-    """A row per map, operation and class that the reference holds, and one for their mean.
+    """Dice before and after each operation on each map.
 
-    Without a reference the unedited prediction is it: how much the map matters to the network,
-    whether or not it is right. There are no rows where that holds background alone. Of several
-    models the first alone is edited, and the labels are those of all. Takes a prediction per map
-    and operation, and one.
+    Without a reference, Dice compares with the unedited prediction. It then says how much the map
+    matters to the network, not whether the network is right. If this prediction contains only
+    background, there are no rows. In an ensemble, only the first model is edited; the labels are
+    those of the ensemble. The volume is segmented once, and once more for each map and operation.
 
-    Raises VolumeError for a reference that does not fit its volume or holds nothing.
+    Args:
+        predictor: runs the model.
+        volume: the scan.
+        reference: its labels, or None.
+        case: name of the scan in the rows.
+        keys: the maps; all gates and spatial maps if None.
+        operations: the operations on each map.
+        seed: of the random orders.
+        track: reports the progress.
+
+    Returns:
+        A row for each map, operation and class that the reference contains, and one for their mean.
+
+    Raises:
+        VolumeError: if the reference does not fit the volume or contains only background.
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
@@ -170,7 +190,7 @@ def ablate(
 
 
 def class_dice(found: Volume, reference: Volume, labelling: Labelling) -> dict[str, float]:
-    """Dice of every class or region that the reference holds."""
+    """Dice of every class or region that the reference contains."""
     overlap = overlap_with(found, reference, labelling)
     held = (overlap.true_positive + overlap.false_negative > 0).tolist()
     scores = zip(labelling.members, overlap.dice.tolist(), held, strict=True)

@@ -1,13 +1,13 @@
-"""What a gate must show more than: maps of the same cells that need no training.
+"""Comparators: maps on a gate's cells that need no training. A gate must show more than these.
 
-- intensity of each channel, as it is, smoothed by Gaussians of half a cell to eight cells, and
-  averaged over boxes;
-- the gradient's length, as it is and of the smoothed intensity;
+- the intensity of each channel: unchanged, smoothed with Gaussians of half a cell to eight cells,
+  and averaged over boxes;
+- the gradient magnitude of the intensity, unchanged and smoothed;
 - the same gate of several untrained networks (`untrained`);
-- the mean map of other scans, cell by cell of the body's box (`mean_map`).
+- the mean map of other scans, cell by cell of the processed part of each scan (`mean_map`).
 
-Each counts in both directions, high values first and low values first, because turning a map over
-needs no training either.
+Each comparator is used in both directions, with high values first and with low values first,
+because inverting a map needs no training either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,20 @@ from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample_known
 
 SMOOTHING_WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
-"""Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. They stand so close
-that no width between two of them sees a structure much better than both."""
+"""Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. The steps are so
+small that no width between two of them localises a structure much better than both."""
 BOX_WIDTHS = (2, 3, 5, 7)
-"""Cells along each axis of means over boxes."""
+"""Sizes, in cells along each axis, of the boxes that the intensity is averaged over."""
 EDGE_WIDTHS = (1.0, 2.0, 4.0)
-"""… of the intensity whose gradient is taken."""
+"""Standard deviations, in cells, of the Gaussians before the gradient."""
 DELETED_WIDTHS = (1.0, 4.0)
-"""… that deletion is asked about: each takes passes over the volume."""
+"""Standard deviations, in cells, of the smoothed intensities for deletion. They are few, because
+each needs several passes over the volume."""
 MOST_CELLS = 2**17
-"""Cells inside, and outside, by which an AUROC is found; of more, so many are drawn."""
+"""Largest number of cells inside, and outside, for an AUROC. If there are more, a random sample of
+this size is used."""
 BOX_CELLS = 32
-"""Cells along an axis that are kept of a map, to compare it with those of other scans."""
+"""Largest number of cells kept along each axis of a map, to compare it with other scans."""
 
 CellValues3d = Float[ndarray, "x y z"]
 
@@ -44,13 +46,13 @@ CellValues3d = Float[ndarray, "x y z"]
 def image_comparators(
     pictures: Mapping[str, CellValues3d], cells: Cells, grid: Grid
 ) -> dict[str, CellValues3d]:
-    """By name, what the scan itself tells on a map's cells.
+    """The comparators that come from the scan's intensity, on a map's cells, by name.
 
     Args:
-        pictures: intensity and gradient on the voxels that the network saw, from
+        pictures: intensity and gradient on the voxels that the network processed, from
             `segkit.explain.measures.cells.pictures`.
-        cells: of the map.
-        grid: of the map.
+        cells: the map's cells.
+        grid: the map's grid.
     """
     finest = (
         min(pitch for pitch, size in zip(grid.spacing, grid.shape, strict=True) if size > 1)
@@ -76,7 +78,11 @@ def image_comparators(
 
 
 def deleted_comparators(names: Sequence[str]) -> list[str]:
-    """Of the names of image comparators, those whose order the image is deleted in."""
+    """The image comparators that are also used for deletion.
+
+    Args:
+        names: of all image comparators.
+    """
     smoothed = [f"smoothed over {width:g} cells" for width in DELETED_WIDTHS]
     return [
         name
@@ -96,12 +102,12 @@ def _smoothed(values: CellValues3d, width: float, finest: float, grid: Grid) -> 
 
 
 class Sides:
-    """Cells inside and outside a structure, by which maps of one grid are compared.
+    """The cells inside and outside a structure, for the AUROC of maps on one grid.
 
     Args:
-        inside: which cells lie in the structure.
-        counted: which cells count.
-        seed: of the draw where there are more than `MOST_CELLS` on a side.
+        inside: the cells in the structure.
+        counted: the cells that count.
+        seed: of the random sample, if a side has more than `MOST_CELLS` cells.
     """
 
     def __init__(
@@ -118,18 +124,18 @@ class Sides:
 
     @property
     def both(self) -> bool:
-        """Whether there are cells on either side."""
+        """Whether there are cells both inside and outside."""
         return self.within.size > 0 and self.beyond.size > 0
 
     def auroc(self, values: CellValues3d) -> float:
-        """That of a map; NaN if a side holds no cell."""
+        """The AUROC of a map; NaN if there is no cell inside or none outside."""
         if not self.both:
             return float("nan")
         return auroc(Ranked.of(values.ravel()[self.cells].astype(np.float64)), self.labels)
 
 
 def boxed(values: ndarray) -> ndarray:
-    """At most `BOX_CELLS` cells along each axis of an array on a map's grid, evenly spread."""
+    """An array on a map's grid, thinned to at most `BOX_CELLS` cells along each axis."""
     for axis, size in enumerate(values.shape):
         count = min(size, BOX_CELLS)
         chosen = ((np.arange(count) + 0.5) * size / count).astype(int)
@@ -138,9 +144,14 @@ def boxed(values: ndarray) -> ndarray:
 
 
 def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValues3d:
-    """The mean of maps that were boxed, on a grid of this shape over the same box.
+    """The mean of thinned maps of other scans, resampled to a grid of the given shape.
 
-    Cells that are NaN in one map are left out of the mean there; NaN where all are.
+    The maps are aligned by the ends of their axes. NaN cells are left out of the mean; the mean is
+    NaN if a cell is NaN in all maps.
+
+    Args:
+        others: maps from `boxed`.
+        shape: of the result.
     """
     total, count = np.zeros(shape), np.zeros(shape)
     for values in others:

@@ -1,10 +1,10 @@
-"""Does the segmentation rest on the image where a map is high? Deletion curves.
+"""Deletion curves: does the segmentation depend on the image where a map is high?
 
-The image under the first cells of an order is replaced, more and more of it, and the prediction is
-compared with that of the whole image (Samek et al. 2017, arXiv:1509.06321; Petsiuk et al. 2018,
-arXiv:1806.07421). The sooner the prediction falls, the more the order points at what matters to the
-network. A curve says something only beside those of other orders of the same cells: how fast a
-network breaks on images that it never saw says more about the network than about any map.
+Cells are ordered by a map. The image under the first cells is replaced, more of it in each step,
+and the prediction is compared with that of the whole image (Samek et al. 2017, arXiv:1509.06321;
+Petsiuk et al. 2018, arXiv:1806.07421). The earlier the prediction changes, the better the order
+finds the image parts that the network uses. Compare a curve only with curves of other orders of the
+same cells; a single curve mostly shows how the network reacts to images unlike its training images.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from segkit.explain.measures.measure_maps import FOREGROUND
-from segkit.explain.measures.ranks import settled
+from segkit.explain.measures.ranks import without_rounding_noise
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import nearest
 from segkit.inference.engines.torch_eager import LOGITS
@@ -28,40 +28,40 @@ from segkit.inference.source_rows import WALK_AXIS
 from segkit.inference.windows import Slab, WindowPlace, stream
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
-"""Of the cells that are replaced."""
+"""Shares of cells that are replaced."""
 
 Score = Callable[[Float[Tensor, "channel x y z"]], Mapping[str, float]]
-"""From an image to how well the prediction of each structure holds."""
+"""A function from an image to a score of each structure's prediction."""
 
 
 @dataclass(frozen=True)
 class DeletionCurve:
-    """How the prediction of a structure holds while the image is deleted in one order."""
+    """Score of a structure's prediction while the image is deleted in one order."""
 
     structure: str
     fractions: tuple[float, ...]
-    """Of the cells that are deleted."""
+    """Shares of cells that are deleted."""
     scores: tuple[float, ...]
-    """Soft Dice with the unperturbed prediction at each fraction."""
+    """Soft Dice with the prediction of the whole image, for each share."""
 
     @property
     def area(self) -> float:
-        """Under the scores, by trapezoids: the lower, the sooner the prediction falls."""
+        """Area under the curve, by trapezoids. It is low if the prediction changes early."""
         return float(trapezoid(self.scores, self.fractions))
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Which voxels of an image lie under each cell of a map: those it is the nearest cell of."""
+    """The voxels of an image under each cell of a map. A voxel belongs to its nearest cell."""
 
     shape: tuple[int, int, int]
-    """Of the map."""
+    """Shape of the map."""
     cells: tuple[ndarray, ndarray, ndarray]
-    """Along each axis, the cell of each voxel."""
+    """For each axis, the cell index of each voxel index."""
 
     @classmethod
     def of(cls, cells: Grid, image: Grid) -> Self:
-        """The blocks of a map's grid in an image's."""
+        """The blocks of a map's grid `cells` in the grid `image`."""
         x, y, z = (
             nearest(positions).clip(0, size - 1).astype(int)
             for positions, size in zip(cells.positions_of(image), cells.shape, strict=True)
@@ -76,19 +76,23 @@ class Blocks:
 
 
 def cell_order(values: Float[ndarray, "x y z"], *, seed: int = 0) -> Integer[ndarray, " cells"]:
-    """Flat numbers of a map's known cells, the highest first; those of one value in random order.
+    """Flat indices of a map's cells, the highest value first, without NaN cells.
 
-    So a constant map has a random order, and not that of memory, which would sweep the image.
-    Values that differ in their last digits only are the same. Cells that are NaN have no place.
+    Cells of equal value are in random order. A constant map therefore has a random order; memory
+    order would delete the image from one side to the other. Values that differ only by rounding
+    noise count as equal.
     """
     flat = values.ravel()
     known = np.flatnonzero(np.isfinite(flat))
     draws = np.random.default_rng(seed).random(known.size)
-    return known[np.lexsort((draws, -settled(flat[known])))]
+    return known[np.lexsort((draws, -without_rounding_noise(flat[known])))]
 
 
 def mean_of_channels(image: Float[Tensor, "channel x y z"], num_channels: int) -> Tensor:
-    """An image of which the first channels hold their means; those of a first stage stay."""
+    """An image whose first `num_channels` channels are replaced by their means.
+
+    The other channels, which come from a first stage, are kept.
+    """
     replacement = image.clone()
     for channel in replacement[:num_channels]:
         channel.fill_(channel.mean())
@@ -104,7 +108,16 @@ def deletion_curves(
     *,
     fractions: Sequence[float] = FRACTIONS,
 ) -> list[DeletionCurve]:
-    """The curve of each structure that is scored, the first cells of an order replaced first."""
+    """The deletion curve of each structure.
+
+    Args:
+        image: the image as the network receives it.
+        replacement: the values of deleted voxels.
+        blocks: the voxels under each cell.
+        order: flat indices of cells, the first to delete first.
+        score: scores the prediction of an image.
+        fractions: shares of cells to delete.
+    """
     found: dict[str, list[float]] = {}
     for fraction in fractions:
         deleted = blocks.first(order, round(fraction * len(order)))
@@ -114,18 +127,19 @@ def deletion_curves(
 
 
 class SoftDiceToFirst:
-    """Soft Dice of what a network makes of an image with what it made of the first one.
+    """Soft Dice between the prediction of an image and that of the original image.
 
-    2 Σ p q / (Σ p² + Σ q²) over the voxels of the network's grid, of a structure's probabilities p
-    and, unperturbed, q (Milletari et al. 2016, arXiv:1606.04797, Eq. 3): 1 for the image itself. Of
-    the structures that are predicted somewhere, and of several their mean as FOREGROUND. It is the
-    first model's, and without mirror images.
+    2 Σ p q / (Σ p² + Σ q²) over the voxels of the network's grid, with a structure's probabilities
+    p for the image and q for the original (Milletari et al. 2016, arXiv:1606.04797, Eq. 3). It is 1
+    for the original itself. Only structures that are predicted in the original have a score; if the
+    model has several structures, their mean is FOREGROUND. Only the first model of an ensemble is
+    used, without mirroring.
 
     Args:
-        predictor: of the model.
-        image: the first one, as the network sees it.
+        predictor: runs the model.
+        image: the original image, as the network receives it.
         structures: names of classes or regions.
-        skip: windows that the network is not asked about.
+        skip: windows that the network does not process.
     """
 
     def __init__(
@@ -151,7 +165,7 @@ class SoftDiceToFirst:
                 winners = shares.argmax(dim=0)
                 held = [bool((winners == output).any()) for output in outputs]
             found |= torch.tensor(held)
-            # Half precision holds a probability to a thousandth, in half the memory.
+            # Half precision keeps a probability to a thousandth, in half the memory.
             self.expected.append(shares[outputs].half().cpu())
         self.structures = [name for name, there in zip(structures, found, strict=True) if there]
         self.outputs = [output for output, there in zip(outputs, found, strict=True) if there]
@@ -159,7 +173,7 @@ class SoftDiceToFirst:
         self.several = len(structures) > 1
 
     def __call__(self, image: Float[Tensor, "channel x y z"]) -> dict[str, float]:
-        """How far an image's probabilities of each structure agree with the first one's."""
+        """Soft Dice of each structure between an image and the original."""
         both = torch.zeros(len(self.outputs), dtype=torch.float64)
         size = torch.zeros(len(self.outputs), dtype=torch.float64)
         for slab, held in zip(self._walk(image), self.expected, strict=True):

@@ -1,12 +1,13 @@
-"""What one scan tells of each gate channel: everything that the rule asks, and no word yet.
+"""Evidence: the measurements on one scan that the verdict rule uses.
 
-The evidence of a scan is found once; the rule then looks at any number of scans together. Of each
-channel of each gate and each structure:
+The evidence of a scan is measured once; the rule then judges any number of scans together. For each
+channel of each gate and for each structure, it contains:
 
-- drops: how far Dice falls if the channel is evened out, with all others as they are, and, if there
-  are others, with all others evened out as well (two gates may stand in for each other);
-- aurocs: of the channel and of each comparator on the same cells;
-- areas: under the curve of deletion in the order of the channel, either way, and of comparators;
+- drops: how far Dice falls if the channel is replaced by its mean, with all other channels
+  unchanged and, if there are others, with all others replaced too (two gates may substitute for
+  each other);
+- aurocs: AUROC of the channel and of each comparator on the same cells;
+- areas: area under the deletion curve, for the channel in both orders and for comparators;
 - correlations: |ρ| with the same channel of untrained networks.
 """
 
@@ -21,9 +22,9 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, pictures, seen_part
-from segkit.explain.measures.measure_maps import FOREGROUND, HALF, members
+from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
 from segkit.explain.measures.ranks import Ranked, spearman
-from segkit.explain.verdicts.ablation import ablated_maps, class_dice, even_out_channels
+from segkit.explain.verdicts.ablation import ablated_maps, class_dice, replace_channels_by_mean
 from segkit.explain.verdicts.comparators import (
     CellValues3d,
     Sides,
@@ -50,37 +51,38 @@ from segkit.nn.map_tap import Edit, editing
 from segkit.system.progress import Track, untracked
 
 GateChannel = tuple[str, int]
-"""A map's key and a channel of it: what gets a word."""
+"""A map's key and one of its channels. Each has its own verdict."""
 HIGH_FIRST = "highest first"
 LOW_FIRST = "lowest first"
-"""The orders of a channel's own cells."""
+"""The two deletion orders of a channel's own cells."""
 EARLIER = "mean map of earlier scans"
 UNTRAINED = "untrained network"
-"""What the names of comparators from untrained networks begin with."""
+"""Prefix of the names of comparators from untrained networks."""
 DELETED_DRAWS = 2
-"""Untrained networks in whose order the image is deleted."""
+"""Number of untrained networks that are comparators for deletion."""
 
 
 @dataclass(frozen=True)
 class ChannelEvidence:
-    """What a scan tells of one channel of a gate; a structure that is missing was not measured."""
+    """Evidence of one scan on one channel of a gate. Structures without measurement are missing."""
 
     drops: Mapping[str, tuple[float, ...]]
-    """By structure, the fall of Dice without the channel, and then with all others gone as well."""
+    """For each structure, the fall of Dice if the channel is replaced by its mean; then, if there
+    are other channels, the same with all others replaced too."""
     aurocs: Mapping[str, Mapping[str, float]]
-    """By structure, of each comparator; that of the channel as 'map'."""
+    """For each structure, the AUROC of the channel ('map') and of each comparator."""
     curves: Mapping[str, Sequence[DeletionCurve]]
-    """By order, the deletion curve of each structure; a comparator's order begins with the end that
-    points at the predicted structures."""
+    """For each order, the deletion curve of each structure. The order of a comparator begins with
+    its high or low values, whichever localise the predicted structures better."""
     correlations: tuple[float, ...]
-    """|ρ| with each untrained network's; NaN if either is constant."""
+    """|ρ| with the channel of each untrained network; NaN if either map is constant."""
     box: CellValues3d
-    """Its cells over the body's box, few of them; NaN where they do not count."""
+    """The channel, thinned by `boxed`; NaN for cells that do not count."""
     inside: Mapping[str, ndarray]
-    """By structure, which of these lie in it."""
+    """For each structure, whether each cell of `box` lies in it."""
 
     def areas(self, structure: str) -> dict[str, float]:
-        """By order, the area under the deletion curve of a structure."""
+        """The area under the deletion curve of a structure, by order."""
         return {
             order: curve.area
             for order, curves in self.curves.items()
@@ -91,13 +93,13 @@ class ChannelEvidence:
 
 @dataclass(frozen=True)
 class CaseEvidence:
-    """What a scan tells of all gates."""
+    """Evidence of one scan on all gates."""
 
     case: str
     against: Literal["reference", "prediction"]
-    """What Dice and structures are of; of a prediction, no word follows."""
+    """The labels that the maps are compared with. Without a reference there is no verdict."""
     channels: Mapping[GateChannel, ChannelEvidence] = field(default_factory=dict)
-    """In the order of the network's maps."""
+    """The evidence on each channel, in the order of the network's maps."""
 
 
 def gather_evidence(
@@ -115,24 +117,25 @@ def gather_evidence(
 ) -> CaseEvidence:
     """The evidence of one scan.
 
-    Takes a prediction for each channel (about two if there are several), a pass over the volume for
-    each untrained network, and four for each order in which the image is deleted: about ten orders
-    for a gate.
+    The scan is segmented once for each channel (about twice if there are several), the network
+    processes it once for each untrained network and four times for each deletion order. A gate has
+    about ten deletion orders.
 
     Args:
-        predictor: the first of its models is edited and asked.
+        predictor: runs the model. In an ensemble, only the first model is edited and tested.
         volume: the scan.
-        reference: its labels on the scan's grid; the prediction stands in if None.
-        maps: the predictor's, by key.
-        labels: the predictor's.
-        case: what to call the scan.
-        earlier: evidence of other scans, whose mean map deletion is compared with.
-        seed: of untrained networks and of the order of ties.
-        untrained: makes an untrained network from a seed; built of the model's description if None.
-        track: may show the progress.
+        reference: labels on the scan's grid; if None, the predicted labels are used.
+        maps: the maps that the predictor returned for the scan, by key.
+        labels: the labels that the predictor returned.
+        case: name of the scan.
+        earlier: evidence of other scans. Their mean map is a comparator for deletion.
+        seed: of the untrained networks and the random order of equal values.
+        untrained: makes an untrained network from a seed. If None, networks are built from the
+            model's description.
+        track: reports the progress.
 
     Raises:
-        VolumeError: if the reference lies on another grid, or holds labels that the model does not
+        VolumeError: if the reference lies on another grid, or has labels that the model does not
             know.
     """
     labelling = predictor.model.description.labelling
@@ -143,7 +146,7 @@ def gather_evidence(
             check_case(given, labelling)
     labels = volume_within(labels, labelling)
     keys = [key for key in ablated_maps(predictor) if maps[key].volume is not None]
-    structures = members(labelling)
+    structures = measured_structures(labelling)
     truth = labels if reference is None else reference
     shared = _Shared(predictor, volume, truth, labels, structures, seed)
     drops = dice_drops(predictor, volume, truth, labels, maps, keys, track=track)
@@ -160,7 +163,7 @@ def gather_evidence(
 
 
 def channels_of(attention_map: AttentionMap) -> list[CellValues3d]:
-    """The channels of a map that has a place, each (x, y, z)."""
+    """The channels of a map with a spatial grid, each (x, y, z)."""
     assert attention_map.volume is not None
     data = attention_map.volume.data
     return list(np.moveaxis(data.reshape(*data.shape[:3], -1), -1, 0))
@@ -176,7 +179,7 @@ def dice_drops(
     *,
     track: Track = untracked,
 ) -> dict[GateChannel, dict[str, tuple[float, ...]]]:
-    """How far Dice of each structure falls without each channel; see `ChannelEvidence.drops`."""
+    """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`."""
     labelling = predictor.model.description.labelling
     counts = {key: len(channels_of(maps[key])) for key in keys}
     units = [(key, channel) for key in keys for channel in range(counts[key])]
@@ -184,13 +187,13 @@ def dice_drops(
     def dice(found: Volume) -> dict[str, float]:
         return with_foreground(class_dice(found, truth, labelling), labelling)
 
-    def without(gone: Collection[GateChannel]) -> dict[str, float]:
+    def without(removed: Collection[GateChannel]) -> dict[str, float]:
         edits: dict[str, Edit] = {}
         for key in keys:
-            channels = [channel for one, channel in gone if one == key]
+            channels = [channel for one, channel in removed if one == key]
             if channels:
-                # A map of one recorded channel may stand for the mean of many.
-                edits[key] = even_out_channels(channels if counts[key] > 1 else None)
+                # A single recorded channel may be the mean of many channels in the network.
+                edits[key] = replace_channels_by_mean(channels if counts[key] > 1 else None)
         with editing(predictor.model.network, edits):
             return dice(predictor.numbers_of(volume))
 
@@ -203,7 +206,8 @@ def dice_drops(
     if len(units) > 1:
         trials.append(tuple(units))
     scores = {
-        frozenset(gone): without(gone) for gone in track(trials, "ablating maps", len(trials))
+        frozenset(removed): without(removed)
+        for removed in track(trials, "ablating maps", len(trials))
     }
     found: dict[GateChannel, dict[str, tuple[float, ...]]] = {}
     for unit in units:
@@ -217,20 +221,20 @@ def dice_drops(
 
 
 def holds_foreground(labels: Volume, labelling: Labelling) -> bool:
-    """Whether labels hold any structure."""
-    numbers = {number for some in members(labelling).values() for number in some}
+    """Whether labels contain any structure."""
+    numbers = {number for some in measured_structures(labelling).values() for number in some}
     return bool(np.isin(labels.data, list(numbers)).any())
 
 
 def with_foreground(scores: Mapping[str, float], labelling: Labelling) -> dict[str, float]:
-    """Scores of structures, and of several their mean as that of all together."""
+    """Scores of structures; if there are several, also their mean as FOREGROUND."""
     if len(labelling.members) < 2 or not scores:
         return dict(scores)
     return {**scores, FOREGROUND: sum(scores.values()) / len(scores)}
 
 
 class _Shared:
-    """What all maps of a scan are measured with."""
+    """The data of a scan that all its maps share."""
 
     def __init__(
         self,
@@ -247,12 +251,14 @@ class _Shared:
         self.image, self.grid, self.seen = prepared.image, prepared.grid, prepared.source
         self.seed = seed
         self.pictures = pictures(volume, self.seen, list(described.channels))
-        told = seen_part(truth.data, volume.grid, self.seen)
-        said = seen_part(labels.data, volume.grid, self.seen)
-        self.structures = {name: np.isin(told, numbers) for name, numbers in structures.items()}
-        self.predicted = np.isin(said, [one for numbers in structures.values() for one in numbers])
+        true = seen_part(truth.data, volume.grid, self.seen)
+        predicted = seen_part(labels.data, volume.grid, self.seen)
+        self.structures = {name: np.isin(true, numbers) for name, numbers in structures.items()}
+        self.predicted = np.isin(
+            predicted, [one for numbers in structures.values() for one in numbers]
+        )
         ignore = described.labelling.ignore
-        self.unlabelled = None if ignore is None else told == ignore
+        self.unlabelled = None if ignore is None else true == ignore
         skip: Collection[tuple[int, ...]] = ()
         if predictor.members[0].skip_empty:
             skip = empty_windows(volume, prepared, predictor.members[0].layout)
@@ -263,7 +269,7 @@ class _Shared:
 
 
 class _MapGrid:
-    """What the channels of a map are measured with."""
+    """The data on a map's grid that all its channels share."""
 
     def __init__(self, one: AttentionMap, shared: _Shared) -> None:
         assert one.volume is not None
@@ -290,7 +296,14 @@ class _MapGrid:
         earlier: Sequence[CellValues3d],
         drops: Mapping[str, tuple[float, ...]],
     ) -> ChannelEvidence:
-        """Of a channel, given the same of untrained networks and boxes of it in earlier scans."""
+        """The evidence on a channel.
+
+        Args:
+            values: the channel.
+            untrained: the same channel of untrained networks.
+            earlier: the same channel in other scans, thinned by `boxed`.
+            drops: the falls of Dice without the channel, by structure.
+        """
         counted = self.counted & np.isfinite(values)
         draws = {f"{UNTRAINED} {number}": one for number, one in enumerate(untrained)}
         aurocs = {}
@@ -331,7 +344,7 @@ class _MapGrid:
             orders[name] = one if not sides.auroc(np.nan_to_num(one)) < 0.5 else -one
         found: dict[str, Sequence[DeletionCurve]] = {}
         for name, one in orders.items():
-            # The scan's own orders are the same for all channels that know the same cells.
+            # Orders from the intensity are the same for all channels with the same known cells.
             memory = (name, known.tobytes())
             curves = self.known.get(memory) if name in self.images else None
             if curves is None:
@@ -342,7 +355,7 @@ class _MapGrid:
         return found
 
     def _deleted(self, values: CellValues3d) -> list[DeletionCurve]:
-        """Curves in the order of a map; both ends are the same for every order."""
+        """Deletion curves in the order of a map. Their first and last points fit every order."""
         shared = self.shared
         order = cell_order(values, seed=shared.seed)
         curves = deletion_curves(

@@ -1,4 +1,4 @@
-"""Verdicts on a model's gates over several scans, from Python."""
+"""Verdicts on a model's gates over several scans."""
 
 from collections.abc import Iterable
 
@@ -19,27 +19,27 @@ def judge_gates(
     untrained: MakeUntrained | None = None,
     track: Track = untracked,
 ) -> list[GateVerdict]:
-    """A word for each gate channel and structure of a model, over scans with references.
+    """A verdict on each gate channel and structure of a model, over scans with references.
 
-    docs/verdicts.md says by which rule. One to five scans cannot decide: ask of a dozen. It takes
-    minutes a scan.
+    docs/verdicts.md states the rule. One to five scans are too few for a verdict; use about twelve.
+    Each scan takes minutes.
 
     Args:
-        predictor: of the model; the first of several is edited and asked.
-        cases: pairs of a scan and its labels on the same grid (None if there are none); they may
-            come one after the other from disk. Pairs without labels count only if none has labels,
-            and then no verdict has a word.
-        seed: of untrained networks and of the order of ties.
-        untrained: from a seed to an untrained network of the model's form; built of the model's
-            description if None.
-        track: may show the progress.
+        predictor: runs the model. In an ensemble, only the first model is edited and tested.
+        cases: pairs of a scan and its reference labels on the same grid, or None without a
+            reference. An iterator may read them from disk one by one. Pairs without a reference are
+            used only if no pair has one; then `word` is None in every verdict.
+        seed: of the untrained networks and the random order of equal values.
+        untrained: a function from a seed to an untrained network with the model's architecture. If
+            None, networks are built from the model's description.
+        track: reports the progress.
 
     Returns:
-        A verdict for each gate, channel and structure; of each gate the best word comes first.
+        A verdict for each gate, channel and structure. The best verdict on each gate comes first.
 
     Raises:
         ModelError: if the model has no gates.
-        VolumeError: if labels lie on another grid than their scan, or hold labels that the model
+        VolumeError: if a reference lies on another grid than its scan, or has labels that the model
             does not know.
 
     Example:

@@ -1,16 +1,17 @@
-"""The rule that gives each gate channel and structure a word, from the evidence of scans.
+"""The rule that derives a verdict on each gate channel and structure from the evidence of scans.
 
 docs/verdicts.md states the rule and its error rates. In short, with p values over scans:
 
-- informative: the network needs the channel, it shows more than every comparator, and it was
-  learned;
-- redundant: it shows more, and there is evidence that the network does without it;
-- uninformative: there is evidence that it shows no more than something it is compared with;
-- cannot tell: all else.
+- informative: the network needs the channel, the channel shows the structure better than every
+  comparator, and this was learned in training;
+- redundant: the channel shows more than every comparator, and there is evidence that the network
+  does not need it;
+- uninformative: there is evidence that the channel shows no more than some comparator;
+- cannot tell: all other cases.
 
-A channel may show a structure by its high values ("lets it through") or by its low ones ("shuts it
-out"). Holm's method corrects for having looked at all channels, structures and directions of a map.
-Without references there is no word.
+A channel may show a structure by high values ("lets it through") or by low values ("shuts it out").
+Holm's method corrects for the number of tested channels, structures and directions of a map.
+Without references there is no verdict.
 """
 
 import math
@@ -40,33 +41,33 @@ Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 SIGNIFICANT = 0.05
 DICE_MARGIN = 0.01
-"""A fall of Dice that matters: in a scan, and on average over scans."""
+"""Smallest fall of Dice that matters, in one scan and on average over scans."""
 MATTERING_SHARE = 1 / 3
-"""A network does without a gate if that matters in less than this share of scans."""
+"""A gate counts as not needed if its removal matters in less than this share of scans."""
 AUROC_MARGIN = 0.02
 ERROR_MARGIN = 0.25
-"""By how much a map's AUROC must exceed a comparator's: by 0.02, or, if that is less, by a quarter
-of what the comparator lacks to 1."""
+"""A map's AUROC must exceed that of a comparator by 0.02, or by a quarter of the comparator's
+distance to 1 if that is less."""
 LEAST_MARGIN = 1e-4
-"""… and the least by which a map must exceed it not to count as showing no more."""
+"""Smallest margin of AUROC in the test for showing no more."""
 AREA_MARGIN = 0.02
-"""By how much less area must be left under deletion."""
+"""The area under a map's deletion curve must be smaller than a comparator's by this much."""
 ROUTE_SHARES = {"localisation": 0.8, "deletion": 0.2}
-"""Shares of the permitted error that go to each way of looking."""
+"""Shares of the permitted error for the two kinds of evidence."""
 SAME_MAP = 0.9
-"""|ρ| with an untrained network's map from which a map counts as the same."""
+"""A map counts as equal to an untrained network's if |ρ| is at least this."""
 MEAN_MAP = "mean map of the other scans"
 POWER = 0.8
-"""The chance of a word that the number of further scans is reckoned for."""
+"""Probability of a verdict for which the number of further scans is estimated."""
 MOST_FURTHER = 200
-"""More scans than these are not reckoned with."""
+"""Largest number of further scans that is reported."""
 Values = Sequence[float]
 Pairs = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """What one channel of a gate is worth for one structure.
+    """A verdict: does one channel of a gate matter for one structure?
 
     Example:
         for verdict in segkit.judge_gates(predictor, cases):
@@ -78,23 +79,27 @@ class GateVerdict:
     channel: int
     structure: str
     word: VerdictWord | None
-    """None if the scans have no references."""
+    """The verdict; None if the scans have no references."""
     direction: Direction
-    """Whether its high values or its low ones show the structure better."""
+    """Whether the structure is shown better by high values ('lets through') or by low values."""
     reason: str
-    """One sentence with the figures that decide."""
+    """One sentence with the deciding figures."""
     figures: Mapping[str, float | str | None] = field(default_factory=dict)
-    """The figures behind it, means over scans; NaN for what was not measured."""
+    """The figures behind the verdict, as means over scans; NaN if not measured."""
 
     @property
     def claim(self) -> str:
-        """Such as 'lets the liver through'."""
+        """What the channel does with the structure, such as 'lets liver through'."""
         verb, particle = self.direction.split()
         return f"{verb} {self.structure} {particle}"
 
 
 def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
-    """A verdict for each channel and structure, by map; of each map the best word comes first."""
+    """A verdict on each channel and structure, map by map. The best on each map comes first.
+
+    Args:
+        cases: evidence of scans. Scans without a reference are used only if none has one.
+    """
     labelled = [one for one in cases if one.against == "reference"]
     measured = labelled or list(cases)
     keys = dict.fromkeys(key for one in measured for key, _ in one.channels)
@@ -115,7 +120,7 @@ def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
 
 
 def best_of_maps(verdicts: Iterable[GateVerdict]) -> list[GateVerdict]:
-    """The first verdict of each map, which `judge_evidence` gives the best word."""
+    """The best verdict on each map: the first one in the order of `judge_evidence`."""
     first: dict[str, GateVerdict] = {}
     for verdict in verdicts:
         first.setdefault(verdict.map, verdict)
@@ -124,7 +129,7 @@ def best_of_maps(verdicts: Iterable[GateVerdict]) -> list[GateVerdict]:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A comparator by name, and by how much more than it a map shows in each scan."""
+    """A comparator, and a map's gain over it in each scan with the required margin."""
 
     name: str
     gains: tuple[float, ...]
@@ -149,7 +154,7 @@ class _Compared:
 
 
 class _Hypothesis:
-    """That a channel shows a structure in one direction, with all that scans say of it."""
+    """The hypothesis that a channel shows a structure in one direction, with its evidence."""
 
     def __init__(
         self,
@@ -169,27 +174,31 @@ class _Hypothesis:
 
     @property
     def cases(self) -> int:
-        """Scans that have the structure."""
+        """Number of scans that have the structure."""
         return max(len(self.drops), *(len(one.gains) for one in self.places), 0)
 
     @property
     def contexts(self) -> list[Values]:
-        """Falls of Dice, with the other channels as they are, and with them gone."""
+        """Falls of Dice with the other channels unchanged, and with them replaced too."""
         return [list(column) for column in zip(*self.drops, strict=True)]
 
     @property
     def strength(self) -> float:
-        """Mean AUROC, turned over if the channel shuts the structure out."""
+        """Mean AUROC of the channel; 1 - AUROC if it shuts the structure out."""
         found = _aurocs(self.evidence, self.structure, "map")
         return float(np.mean([_turned(one, self.direction) for one in found])) if found else np.nan
 
     def need_p(self) -> float:
-        """Of a network that does not need the channel."""
+        """P value of the null hypothesis that the network does not need the channel."""
         found = [rise_p(falls) if np.mean(falls) >= DICE_MARGIN else 1.0 for falls in self.contexts]
         return min(1.0, len(found) * min(found)) if found else 1.0
 
     def without_p(self) -> float:
-        """Of a network that does not do without it: TOST, and a share of scans."""
+        """P value of the null hypothesis that the network needs the channel.
+
+        Two one-sided tests (TOST) of the mean fall, and a test of the share of scans in which the
+        fall matters.
+        """
         found = []
         for falls in self.contexts:
             mattering = sum(fall > DICE_MARGIN for fall in falls)
@@ -201,7 +210,10 @@ class _Hypothesis:
         return max(found, default=1.0)
 
     def more_p(self) -> float:
-        """Of a channel that shows no more than some comparator, in either way of looking."""
+        """P value of the null hypothesis that the channel shows no more than some comparator.
+
+        It is the smaller one of localisation and deletion, corrected for the choice.
+        """
         found = [
             max(rise_p(one.beyond) for one in route) / ROUTE_SHARES[way]
             for way, route, mean_map_of in (
@@ -218,12 +230,16 @@ class _Hypothesis:
         return any(one.name == MEAN_MAP for one in self.places)
 
     def no_more_p(self) -> float:
-        """Of a channel that shows more than every comparator in some way of looking."""
+        """P value of the null hypothesis that the channel shows more than every comparator, either
+        by localisation or by deletion."""
         found = [simes([rise_p(one.short) for one in route]) for route in self.routes]
         return max(found, default=1.0)
 
     def learned_p(self) -> float:
-        """Of a map that is as an untrained network's: by |ρ|, and by how much it shows."""
+        """P value of the null hypothesis that the map is like that of an untrained network.
+
+        It is the larger one of two tests: of |ρ|, and of how well the structure is shown.
+        """
         draws = self._draws()
         if draws.size < 2 or _mean_limit(draws, upper=True) >= SAME_MAP:
             return 1.0
@@ -231,21 +247,21 @@ class _Hypothesis:
         return max(rise_p([SAME_MAP - one for one in over_cases]), self._outlier_p())
 
     def same_p(self) -> float:
-        """Of a map that is not the same as an untrained network's."""
+        """P value of the null hypothesis that the map differs from untrained networks' maps."""
         draws = self._draws()
         if draws.size < 2 or _mean_limit(draws, upper=False) < SAME_MAP:
             return 1.0
         return rise_p([one - SAME_MAP for one in _row_means(self.correlations)])
 
     def _draws(self) -> np.ndarray:
-        """|ρ| with each untrained network, mean over scans."""
+        """|ρ| with each untrained network, as a mean over scans."""
         return _row_means(self.correlations.T) if self.correlations.ndim == 2 else np.array([])
 
     def _outlier_p(self) -> float:
-        """Of an untrained network that shows the structure as well, either way.
+        """P value of the null hypothesis that untrained networks show the structure equally well.
 
-        By Student's t for one more of a normal sample: the channel's |AUROC - 0.5| and those of the
-        untrained networks, each the mean over scans.
+        Student's t test of one new value against a normal sample: |AUROC - 0.5| of the channel and
+        of the untrained networks, each as a mean over scans.
         """
         names = sorted(
             {name for one in self.evidence for name in one.aurocs.get(self.structure, {})}
@@ -266,13 +282,13 @@ class _Hypothesis:
 
 
 def _judge_map(found: Sequence[_Hypothesis], *, has_references: bool) -> list[GateVerdict]:
-    """The verdicts on one map, corrected for all that was looked at, the best word first."""
+    """The verdicts on one map, corrected for multiple testing, the best one first."""
     more = [one.more_p() for one in found]
     informative = holm(
         [max(p, one.need_p(), one.learned_p()) for p, one in zip(more, found, strict=True)]
     )
     redundant = holm([max(p, one.without_p()) for p, one in zip(more, found, strict=True)])
-    told: list[tuple[tuple[float, ...], GateVerdict]] = []
+    ranked: list[tuple[tuple[float, ...], GateVerdict]] = []
     for place in range(0, len(found), len(DIRECTIONS)):
         both = range(place, place + len(DIRECTIONS))
         chosen = min(
@@ -295,12 +311,12 @@ def _judge_map(found: Sequence[_Hypothesis], *, has_references: bool) -> list[Ga
         }
         verdict = _verdict(found[chosen], word if has_references else None, p_values, len(found))
         rank = ("informative", "redundant", "cannot tell", "uninformative").index(word)
-        told.append(((rank, min(p_values.values()), -_or(found[chosen].strength, 0)), verdict))
-    return [verdict for _, verdict in sorted(told, key=lambda pair: pair[0])]
+        ranked.append(((rank, min(p_values.values()), -_or(found[chosen].strength, 0)), verdict))
+    return [verdict for _, verdict in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def _verdict(
-    of: _Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], looked_at: int
+    of: _Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], num_tested: int
 ) -> GateVerdict:
     falls = of.contexts[0] if of.contexts else []
     low, high = _interval(falls)
@@ -324,14 +340,14 @@ def _verdict(
         "most": float(np.max(draws)) if draws.size else np.nan,
         **{f"p, {name}": p for name, p in p_values.items()},
     }
-    further = _further(of, looked_at) if word == "cannot tell" else None
+    further = _further(of, num_tested) if word == "cannot tell" else None
     figures["further scans"] = further
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
     return replace(verdict, reason=_reason(verdict, of))
 
 
 def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
-    """One sentence: the word in full, what the network loses, and what the channel shows."""
+    """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = f"{of.cases} scan{'s' * (of.cases != 1)}"
     clauses = []
@@ -342,52 +358,52 @@ def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
         span = f" (95 % interval {low:+.3f} to {high:+.3f})" if math.isfinite(low) else ""
         mattering = sum(one > DICE_MARGIN for one in of.contexts[0])
         clauses.append(
-            f"Dice falls by {fall:.3f}{span} with it evened out, by more than {DICE_MARGIN:g} in "
-            f"{mattering} of {len(of.contexts[0])}"
+            f"Dice falls by {fall:.3f}{span} if the map is replaced by its mean, by more than "
+            f"{DICE_MARGIN:g} in {mattering} of {len(of.contexts[0])}"
         )
     beside = _number(figures["Dice lost with the others gone"])
     if math.isfinite(beside):
-        clauses.append(f"by {beside:.3f} with all other gates evened out as well")
+        clauses.append(f"by {beside:.3f} if all other gates are replaced too")
     if of.places:
         gain = _number(figures["AUROC: more than the best comparator"])
         clauses.append(
-            f"AUROC {_number(figures['AUROC']):.2f}, {gain:+.3f} beside "
+            f"AUROC {_number(figures['AUROC']):.2f}, {gain:+.3f} compared with "
             f"{figures['AUROC: best comparator']}"
         )
     if of.deletions:
         gain = _number(figures["deletion: more than the best comparator"])
-        clauses.append(f"deletion {gain:+.3f} beside {figures['deletion: best comparator']}")
+        clauses.append(f"deletion {gain:+.3f} compared with {figures['deletion: best comparator']}")
     if math.isfinite(rho := _number(figures["|ρ| with untrained networks"])):
         clauses.append(f"|ρ| {rho:.2f} with untrained networks")
     if not of.has_mean_map:
-        clauses.append("not compared with other scans' mean map, as there is none")
+        clauses.append("not compared with the mean map of other scans, because there is none")
     return f"Over {scans}, {_said(verdict)}: {'; '.join(clauses) or 'nothing was measured'}."
 
 
 def _said(verdict: GateVerdict) -> str:
     match verdict.word:
         case "informative":
-            return f"it {verdict.claim}, the network needs it, and it was learned"
+            return f"the gate {verdict.claim}, the network needs it, and it was learned"
         case "redundant":
-            return f"it {verdict.claim}, and the network does without it"
+            return f"the gate {verdict.claim}, but the network does not need it"
         case "uninformative":
-            return f"it shows no more of {verdict.structure} than what it is compared with"
+            return f"the gate shows {verdict.structure} no better than what it is compared with"
         case None:
-            return "there is no word without a reference"
+            return "there is no verdict without a reference"
     further = verdict.figures["further scans"]
     if isinstance(further, int):
-        return f"the evidence cannot tell; about {further} more like these may"
-    return f"the evidence cannot tell, and {MOST_FURTHER} more like these would not"
+        return f"the evidence cannot tell; about {further} more scans like these may be enough"
+    return f"the evidence cannot tell, and {MOST_FURTHER} more scans like these are not enough"
 
 
-def _further(of: _Hypothesis, looked_at: int) -> int | None:
-    """About how many further scans would give a word, if they are as these; None if too many.
+def _further(of: _Hypothesis, num_tested: int) -> int | None:
+    """Estimated number of further scans for a verdict if they are like these; None if too many.
 
-    For a word, each test that it needs must reach 0.05 with a chance of 0.8, by the normal
-    approximation of the signed-rank test with the mean and deviation found here.
+    Each test of a verdict must reach p = 0.05 with probability 0.8. The estimate uses the normal
+    approximation of the signed-rank test, with the mean and deviation of these scans.
     """
-    # For all that was looked at, and by two ways of looking.
-    strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / looked_at
+    # Corrected for the number of tests, and for the choice of localisation or deletion.
+    strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
     shows = [
         max((_needed(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
     ]
@@ -411,7 +427,7 @@ def _further(of: _Hypothesis, looked_at: int) -> int | None:
 
 
 def _needed(values: Values, significance: float) -> float:
-    """Scans after which a signed-rank test is likely to say that such values are above 0."""
+    """Number of scans after which a signed-rank test probably finds such values above 0."""
     least = math.ceil(-math.log2(significance))
     if len(values) < 2:
         return least if len(values) and values[0] > 0 else math.inf
@@ -419,17 +435,17 @@ def _needed(values: Values, significance: float) -> float:
     if mean <= 0:
         return math.inf
     quantiles = stats.norm.isf(significance) + stats.norm.ppf(POWER)
-    # The signed-rank test keeps 3 / π of the t-test's power.
+    # The efficiency of the signed-rank test is 3 / π of that of the t-test.
     return max(least, math.ceil((quantiles * deviation / mean) ** 2 * math.pi / 3))
 
 
 def _structures(evidence: Sequence[ChannelEvidence]) -> list[str]:
-    """Those that some scan has, in the order of the labelling."""
+    """The structures that some scan has, in the order of the labelling."""
     return list(dict.fromkeys(name for one in evidence for name in [*one.aurocs, *one.drops]))
 
 
 def _auroc_pairs(evidence: Sequence[ChannelEvidence], structure: str) -> Pairs:
-    """By comparator, the channel's AUROC and its own in each scan that has the structure."""
+    """AUROC of the channel and of each comparator, in each scan that has the structure."""
     pairs: Pairs = {}
     for one in evidence:
         scores = one.aurocs.get(structure, {})
@@ -441,7 +457,7 @@ def _auroc_pairs(evidence: Sequence[ChannelEvidence], structure: str) -> Pairs:
 
 
 def _localised(pairs: Pairs, direction: Direction) -> list[_Compared]:
-    """By how much the channel's AUROC exceeds each comparator's, of either direction."""
+    """The gains of the channel's AUROC over each comparator in both directions."""
     compared = []
     for name, found in pairs.items():
         for turned in (False, True):
@@ -450,16 +466,16 @@ def _localised(pairs: Pairs, direction: Direction) -> list[_Compared]:
                 _turned(own, direction) - one for (own, _), one in zip(found, scores, strict=True)
             ]
             margins = [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
-            told = name + " turned over" * turned
             if found:
-                compared.append(_Compared(told, tuple(gains), tuple(margins)))
+                shown_name = name + ", inverted" * turned
+                compared.append(_Compared(shown_name, tuple(gains), tuple(margins)))
     return compared
 
 
 def _with_mean_maps(
     evidence: Sequence[ChannelEvidence], structure: str
 ) -> list[tuple[float, float]]:
-    """AUROC of the channel in each scan beside that of its mean over the others."""
+    """AUROC of the channel in each scan, and AUROC of its mean map over the other scans."""
     found = []
     boxes = [one.box for one in evidence]
     for number, one in enumerate(evidence):
@@ -478,7 +494,7 @@ def _with_mean_maps(
 def _deleted(
     evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
 ) -> list[_Compared]:
-    """By how much less area deletion in the channel's order leaves than in each comparator's."""
+    """The gains of the channel's deletion order over each comparator's order, in area."""
     own = HIGH_FIRST if direction == DIRECTIONS[0] else LOW_FIRST
     gains: dict[str, list[float]] = {}
     for one in evidence:
@@ -501,19 +517,19 @@ def _turned(score: float, direction: Direction) -> float:
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
-    """The mean of each row's numbers; rows without any are left out."""
+    """The mean of the finite numbers in each row; rows without any are left out."""
     rows = [row[np.isfinite(row)] for row in np.atleast_2d(values)]
     return np.array([row.mean() for row in rows if row.size])
 
 
 def _mean_limit(values: np.ndarray, *, upper: bool) -> float:
-    """The end of the one-sided 95 % interval of a mean, by Student's t."""
+    """The upper or lower end of the one-sided 95 % interval of a mean, by Student's t."""
     half = float(stats.t.isf(SIGNIFICANT, len(values) - 1) * stats.sem(values))
     return float(np.mean(values)) + (half if upper else -half)
 
 
 def _interval(values: Values) -> tuple[float, float]:
-    """The 95 % interval of a mean by Student's t; NaN of fewer than two."""
+    """The 95 % interval of a mean, by Student's t; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan, math.nan
     half = float(stats.t.isf(0.025, len(values) - 1) * stats.sem(values))

@@ -1,6 +1,6 @@
-"""Do the gates of a scan matter? The evidence of a scan, its verdicts, and how they are told.
+"""Verdicts on the gates of one scan, with evidence, ablations, tables and plots.
 
-Over several scans the evidence of all is judged together.
+The evidence of several scans can be judged together (`cohort_figures`).
 """
 
 import math
@@ -32,16 +32,17 @@ ABLATIONS = "ablation.csv"
 
 @dataclass(frozen=True)
 class Worth:
-    """What the gates of a scan are worth, with the evidence, to be judged with other scans'."""
+    """Verdicts on the gates of a scan, and the evidence that can be judged with other scans."""
 
     evidence: CaseEvidence
     verdicts: tuple[GateVerdict, ...] = ()
-    """On each gate, channel and structure, by this scan only; of a gate the best word first."""
+    """A verdict on each gate, channel and structure from this scan only, best first for each
+    gate."""
     ablations: Sequence[Ablation] = ()
     tables: tuple[Table, ...] = ()
     curves: tuple[Curve, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """Verdicts and evidence as plain lists, dicts and numbers, as `measures.json` has them."""
+    """Verdicts and evidence as plain lists, dicts and numbers, for `measures.json`."""
 
 
 def study_gates(
@@ -57,19 +58,20 @@ def study_gates(
     untrained: MakeUntrained | None = None,
     track: Track = untracked,
 ) -> Worth:
-    """What the gates of a scan are worth.
+    """Evidence, ablations and verdicts for the gates of a scan.
 
     Args:
-        predictor: the model's; `maps` and `labels` are what it says of the scan.
+        predictor: runs the model.
         volume: the scan.
         reference: its labels, or None.
-        maps: the scan's, by key.
-        labels: the predicted ones.
-        case: what to call the scan.
-        earlier: evidence of other scans, to compare deletion with their mean map.
+        maps: the maps that the predictor returned for the scan, by key.
+        labels: the labels that the predictor returned.
+        case: name of the scan.
+        earlier: evidence of other scans. Their mean map is a comparator for deletion.
         seed: of random orders and weights.
-        untrained: makes an untrained network from a seed; built of the model's description if None.
-        track: may show the progress.
+        untrained: makes an untrained network from a seed. If None, networks are built from the
+            model's description.
+        track: reports the progress.
 
     Raises:
         ModelError: if the model has no gates.
@@ -89,14 +91,14 @@ def study_gates(
         track=track,
     )
     ablations: list[Ablation] = []
-    told = predictor.model.description.labelling
-    if reference is None or holds_foreground(volume_within(reference, told), told):
+    labelling = predictor.model.description.labelling
+    if reference is None or holds_foreground(volume_within(reference, labelling), labelling):
         ablations = ablate(predictor, volume, reference, case=case, seed=seed, track=track)
     return worth_of(evidence, ablations)
 
 
 def worth_of(evidence: CaseEvidence, ablations: Sequence[Ablation] = ()) -> Worth:
-    """The evidence of a scan with its verdicts, as parts of a page and as plain data."""
+    """The verdicts that follow from the evidence of one scan, with tables, plots and plain data."""
     verdicts = judge_evidence([evidence])
     return Worth(
         evidence,
@@ -113,11 +115,11 @@ def worth_of(evidence: CaseEvidence, ablations: Sequence[Ablation] = ()) -> Wort
 
 
 def shown_verdicts(verdicts: Sequence[GateVerdict]) -> list[Verdict]:
-    """The best verdict of each map, as a page and a terminal show it."""
+    """The best verdict on each map, for a page or a terminal."""
     return [
         Verdict(
             one.map,
-            one.word or "no word",
+            one.word or "no verdict",
             f"Channel {one.channel}: {one.reason}" if _several(verdicts, one) else one.reason,
             {"structure": one.structure, **{name: _cell(it) for name, it in one.figures.items()}},
         )
@@ -126,7 +128,7 @@ def shown_verdicts(verdicts: Sequence[GateVerdict]) -> list[Verdict]:
 
 
 def cohort_figures(scans: Sequence[CaseEvidence]) -> tuple[list[GateVerdict], dict[str, Any]]:
-    """The verdicts over several scans, and all behind them as plain JSON."""
+    """The verdicts over several scans; and verdicts and evidence as plain data for JSON."""
     verdicts = judge_evidence(scans)
     return verdicts, {
         "verdicts": [vars(one) for one in verdicts],
@@ -135,7 +137,7 @@ def cohort_figures(scans: Sequence[CaseEvidence]) -> tuple[list[GateVerdict], di
 
 
 def evidence_as_json(evidence: CaseEvidence) -> dict[str, Any]:
-    """What a scan tells, as plain data, without the cells of maps."""
+    """The evidence of a scan as plain data for JSON, without the maps themselves."""
     return {
         "case": evidence.case,
         "against": evidence.against,
@@ -171,41 +173,44 @@ def _tables(
     tables = [
         Table(
             "Each gate channel and structure",
-            ["map", "channel", "structure", "word", "direction", *_FIGURES],
+            ["map", "channel", "structure", "verdict", "direction", *_FIGURES],
             [
                 [
                     one.map,
                     one.channel,
                     one.structure,
-                    one.word or "no word",
+                    one.word or "no verdict",
                     one.direction,
                     *(rounded(one.figures[name]) for name in _FIGURES),
                 ]
                 for one in verdicts
             ],
-            note="By this scan only: one scan cannot give a word but 'cannot tell'. Comparators "
-            "are intensity and gradient, as they are and smoothed, and untrained networks.",
+            note="From this scan only. One scan is too few for a verdict other than 'cannot tell'. "
+            "Comparators are intensity and gradient, unchanged and smoothed, and untrained "
+            "networks.",
         ),
         Table(
             "Dice without each map",
-            ["map", "replaced by", "Dice", "without", "change"],
+            ["map", "replaced by", "Dice before", "Dice after", "change"],
             [
                 [row.map, row.operation, *map(rounded, (row.dice_before, row.dice, row.change))]
                 for row in means
             ],
-            note=f"With the {evidence.against}, mean over the classes it holds. Mean is the fair "
-            "one: the map keeps its scale and loses only where it is high.",
+            note=f"Dice with the {evidence.against}, mean over the classes that it contains. "
+            "'mean' is the fair replacement: the map keeps its scale, and only the location of its "
+            "high values is lost.",
         ),
         Table(
-            "Each map beside untrained networks",
+            "Each map compared with untrained networks",
             ["map", "channel", "untrained network", "|ρ| with the trained map"],
             [
                 [key, channel, draw, rounded(value)]
                 for (key, channel), one in evidence.channels.items()
                 for draw, value in enumerate(one.correlations)
             ],
-            note="Spearman's correlation over cells, without its sign. A map near 1 shows the "
-            "image and the form of the network, and nothing learned; a constant one has no ranks.",
+            note="Absolute value of Spearman's correlation over cells. A value near 1 means that "
+            "the map comes from the image and the architecture, not from training. A constant map "
+            "has no correlation.",
         ),
     ]
     return [table for table in tables if table.rows]
@@ -222,7 +227,7 @@ _FIGURES = (
 
 
 def _curves(evidence: CaseEvidence) -> list[Curve]:
-    """Deletion of each channel, both ways, beside intensity and an untrained network."""
+    """Deletion curves of each channel in both orders, of intensity and an untrained network."""
     found = []
     for (key, channel), one in evidence.channels.items():
         orders = [
@@ -241,8 +246,8 @@ def _curves(evidence: CaseEvidence) -> list[Curve]:
                 "share of cells deleted",
                 "agreement",
                 lines,
-                note="Agreement is soft Dice with what is predicted of the whole image. Area under "
-                f"each line, the lower the sooner the prediction falls: {areas}.",
+                note="Agreement is soft Dice with the prediction for the whole image. The area "
+                f"under a line is small if the prediction changes early: {areas}.",
             )
         )
     return found

@@ -1,8 +1,9 @@
-"""Maps of networks that learned nothing, to compare a trained network's maps with.
+"""Maps of untrained networks, to compare a trained network's maps with.
 
-A gate that shows no more than the same gate with random weights shows the image and the form of the
-network (Adebayo et al. 2018, arXiv:1810.03292). One draw of random weights is an accident, so that
-several are taken, and only the size of a rank correlation counts: its sign is an accident too.
+If a gate shows no more than the same gate with random weights, its map comes from the image and the
+architecture, not from training (Adebayo et al. 2018, arXiv:1810.03292). Random weights vary, so
+several draws are made. The sign of a rank correlation with random weights is arbitrary, so only its
+absolute value counts.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,13 +23,13 @@ from segkit.model.build import build_network
 from segkit.nn.network import SegmentationNetwork
 
 UNTRAINED_DRAWS = 8
-"""Untrained networks that a gate is compared with."""
+"""Number of untrained networks that a gate is compared with."""
 MakeUntrained = Callable[[int], SegmentationNetwork]
-"""From a seed to an untrained network of the model's form."""
+"""A function from a seed to an untrained network with the model's architecture."""
 
 
 def untrained_network(description: ModelDescription, seed: int) -> SegmentationNetwork:
-    """A network with fresh weights drawn from `seed`; torch's own generator stays as it was."""
+    """A network with random weights drawn from `seed`. Torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build_network(description).eval()
@@ -43,14 +44,21 @@ def untrained_maps(
     make: MakeUntrained | None = None,
     draws: int = UNTRAINED_DRAWS,
 ) -> Iterator[dict[str, Float[ndarray, "map x y z"]]]:
-    """The maps of an image by untrained networks, a draw of weights after the other.
+    """The maps of an image from several untrained networks, one network after the other.
 
-    They lie on the grids of the trained network's maps, in the windows of the first model and
-    without mirror images. `make` builds a network from a seed, by default from the model's
-    description; seeds are `seed`, `seed + 1`, …
+    They lie on the grids of the trained network's maps. The windows are those of the first model of
+    the predictor, without mirroring.
+
+    Args:
+        predictor: runs the trained model.
+        image: the image as the network receives it.
+        keys: of the maps.
+        seed: of the first network; the others have `seed + 1`, `seed + 2`, …
+        make: makes a network from a seed. If None, it is built from the model's description.
+        draws: the number of networks.
 
     Raises:
-        ModelError: if a network that was made lacks one of the maps.
+        ModelError: if a network from `make` lacks one of the maps.
     """
     member = predictor.members[0]
     make = make or partial(untrained_network, member.model.description)
@@ -59,14 +67,14 @@ def untrained_maps(
         network = make(seed + draw)
         if missing := sorted(set(keys) - set(network.maps())):
             raise ModelError(
-                f"untrained({seed + draw}) gave a network without the maps {', '.join(missing)}; "
-                f"return a network of the model's form"
+                f"untrained({seed + draw}) returned a network without the maps "
+                f"{', '.join(missing)}; return one with the model's architecture"
             )
         engine = TorchEngine(network, device=device)
 
-        def look(windows: Tensor, engine: TorchEngine = engine) -> dict[str, Tensor]:
+        def record(windows: Tensor, engine: TorchEngine = engine) -> dict[str, Tensor]:
             outputs = engine(windows, keys)
             return {key: outputs[key] for key in keys}
 
-        found = slide(image, look, member.layout, batch_size=member.batch_size)
+        found = slide(image, record, member.layout, batch_size=member.batch_size)
         yield {key: values.cpu().numpy() for key, values in found.items()}

@@ -57,7 +57,7 @@ def run(
             continue
         cells = recorded[key]
         if isinstance(network, SlicewiseNetwork):
-            cells = network.stack(cells, windows.shape[0])
+            cells = network.stack_slices(cells, windows.shape[0])
         outputs[key] = cells
     return outputs
 

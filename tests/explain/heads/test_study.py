@@ -388,26 +388,26 @@ def test_the_sign_test_counts_who_wins(gains: list[float], expected: float) -> N
         ),
         (
             figures_of([0.25, 0.25]),
-            "bottleneck: 2 heads, 2 cases cannot tell: Dice 0.7500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 2 of 2 cases and worse in 0 "
+            "bottleneck: 2 heads, 2 cases cannot tell: Dice 0.7500 with all, 0.5000 with only "
+            "head 1, 0.2500 with none; all are better than head 1 in 2 of 2 cases and worse in 0 "
             "(p = 0.5)",
         ),
         (
             figures_of([-0.25], heads=3),
-            "bottleneck: 3 heads, 1 case cannot tell: Dice 0.2500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 0 of 1 cases and worse in 1 "
+            "bottleneck: 3 heads, 1 case cannot tell: Dice 0.2500 with all, 0.5000 with only "
+            "head 1, 0.2500 with none; all are better than head 1 in 0 of 1 cases and worse in 1 "
             "(p = 1)",
         ),
         (
             figures_of([0.25] * 6),
-            "bottleneck: 2 heads, better than one: Dice 0.7500 with all, 0.5000 with head 1 "
-            "alone, 0.2500 with none; all do better than it in 6 of 6 cases and worse in 0 "
+            "bottleneck: 2 heads, better than one: Dice 0.7500 with all, 0.5000 with only "
+            "head 1, 0.2500 with none; all are better than head 1 in 6 of 6 cases and worse in 0 "
             "(p = 0.0312)",
         ),
         (
             figures_of([-0.25] * 6, best=0),
-            "bottleneck: 2 heads, no better than one: Dice 0.2500 with all, 0.5000 with head 0 "
-            "alone, 0.2500 with none; all do better than it in 0 of 6 cases and worse in 6 "
+            "bottleneck: 2 heads, no better than one: Dice 0.2500 with all, 0.5000 with only "
+            "head 0, 0.2500 with none; all are better than head 0 in 0 of 6 cases and worse in 6 "
             "(p = 0.0312)",
         ),
     ],
@@ -439,7 +439,9 @@ def test_the_table_has_a_row_per_head_with_means_over_cases() -> None:
 )
 def test_a_model_without_heads_has_none_to_study(attention: dict[str, Any]) -> None:
     predictor = Predictor(attending_model(**attention), device="cpu")
-    with pytest.raises(ModelError, match="the model has no attention with heads; train one with"):
+    with pytest.raises(
+        ModelError, match="expected a model with attention heads, but this one has none"
+    ):
         study_heads(predictor, [noise_case(*PATCH)])
 
 
@@ -457,8 +459,12 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
             "^case 1: its reference lies on another grid than the volume: its first voxel lies 2 "
             "mm off, so that voxels lie up to 2 voxels apart; resample one onto the other$",
         ),
-        (empty, "^case 1: its reference holds background alone; leave the case out$"),
-        (beyond, r"^case 1: its reference must hold the model's labels 0 … 2, found 3 … 3$"),
+        (empty, "^case 1: its reference contains only background; leave the case out$"),
+        (
+            beyond,
+            r"^case 1: expected a reference with the model's labels 0 … 2, found 3 … 3; use labels "
+            "of the same classes$",
+        ),
     ):
         with pytest.raises(VolumeError, match=message):
             study_heads(

@@ -127,7 +127,7 @@ def test_colours_span_what_a_map_holds_beside_what_it_can_hold() -> None:
 
 
 def test_a_layer_must_fit_its_grid() -> None:
-    with pytest.raises(ValueError, match=r"layer gate of \(1, 1, 1\) on \(2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\), found \(1, 1, 1\)"):
         Layer("gate", "map", np.zeros((1, 1, 1)), Grid((2, 2, 2), np.eye(4)))
 
 

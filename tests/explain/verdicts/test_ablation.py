@@ -19,9 +19,9 @@ from segkit.explain.verdicts.ablation import (
     ablated_maps,
     check_gates,
     class_dice,
-    even_out,
-    even_out_channels,
     operation_edit,
+    replace_by_mean,
+    replace_channels_by_mean,
 )
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
@@ -156,7 +156,7 @@ def test_without_a_reference_the_prediction_is_it() -> None:
 def test_a_reference_that_does_not_fit_is_refused() -> None:
     case = planted_case()
     empty = case.reference.like(np.zeros_like(case.reference.data))
-    with pytest.raises(VolumeError, match="x: its reference holds background alone"):
+    with pytest.raises(VolumeError, match="x: its reference contains only background"):
         ablate(planted("mask"), case.volume, empty, case="x")
 
 
@@ -172,14 +172,16 @@ def test_dice_is_that_of_classes_the_reference_holds() -> None:
 
 def test_channels_of_a_map_can_be_evened_out_one_by_one() -> None:
     values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = even_out_channels([1])(values)
+    found = replace_channels_by_mean([1])(values)
     assert torch.equal(found[:, 0], values[:, 0])
-    assert torch.equal(found[:, 1], even_out(values)[:, 1])
-    assert torch.equal(even_out_channels([0, 1])(values), even_out(values))
-    assert torch.equal(even_out_channels(None)(values), even_out(values))
+    assert torch.equal(found[:, 1], replace_by_mean(values)[:, 1])
+    assert torch.equal(replace_channels_by_mean([0, 1])(values), replace_by_mean(values))
+    assert torch.equal(replace_channels_by_mean(None)(values), replace_by_mean(values))
 
 
 def test_a_model_without_gates_is_refused() -> None:
     predictor = Predictor(attending_model(bottleneck=self_attention(2)), device="cpu")
-    with pytest.raises(ModelError, match=r"^verdicts are of gates and spatial maps.* train one"):
+    with pytest.raises(
+        ModelError, match=r"^verdicts need a model with gates or spatial maps.* train one"
+    ):
         check_gates(predictor)

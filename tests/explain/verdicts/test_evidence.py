@@ -109,7 +109,7 @@ def test_gates_that_stand_in_for_each_other_are_missed_once_both_are_gone() -> N
 def test_a_reference_that_does_not_fit_is_refused() -> None:
     predictor, case = planted("mask"), moved_case(0)
     wrong = case.reference.like(np.where(case.reference.data, 7, 1).astype(np.uint8))
-    with pytest.raises(VolumeError, match=r"case 0: its reference must hold the model's labels"):
+    with pytest.raises(VolumeError, match=r"case 0: expected a reference with the model's labels"):
         judge_gates(predictor, [(case.volume, wrong)], untrained=untrained_planted)
     grid = case.reference.grid.placed((8, 8, 8), (1,) * 3, (1,) * 3)
     elsewhere = Volume(case.reference.data, grid)

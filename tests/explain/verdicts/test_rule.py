@@ -75,7 +75,7 @@ def judged(found: list[CaseEvidence]) -> GateVerdict:
 def test_a_gate_that_is_needed_shows_more_and_was_learned_is_informative(count: int) -> None:
     verdict = judged(scans(count))
     assert (verdict.word, verdict.direction) == ("informative", "lets through")
-    assert verdict.claim == "lets a through" and "it lets a through" in verdict.reason
+    assert verdict.claim == "lets a through" and "the gate lets a through" in verdict.reason
     assert verdict.figures["scans"] == count
     assert verdict.figures["AUROC: best comparator"] == "intensity"
     assert verdict.figures["AUROC: more than the best comparator"] == pytest.approx(0.25)
@@ -101,7 +101,7 @@ def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: fl
 def test_without_a_reference_there_are_figures_and_no_word() -> None:
     verdict = judged(scans(12, against="prediction"))
     assert verdict.word is None and verdict.figures["AUROC"] == pytest.approx(0.95)
-    assert "no word without a reference" in verdict.reason
+    assert "no verdict without a reference" in verdict.reason
     # Scans without a reference do not count beside those that have one.
     mixed = [*scans(3), *scans(9, against="prediction")]
     assert judged(mixed).figures["scans"] == 3
@@ -151,7 +151,7 @@ def test_a_gate_that_shows_what_intensity_shows_is_uninformative_needed_or_not(
 ) -> None:
     verdict = judged(scans(12, lambda i: channel(auroc, drop, seed=i)))
     assert verdict.word == "uninformative"
-    assert "shows no more of a" in verdict.reason
+    assert "shows a no better than" in verdict.reason
 
 
 def test_the_margin_shrinks_with_what_a_comparator_lacks_to_one() -> None:
@@ -173,7 +173,7 @@ def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_other_sc
     verdict = judged(scans(12, same))
     assert verdict.word != "informative"
     assert verdict.figures["AUROC: best comparator"] == "mean map of the other scans"
-    assert "as there is none" in judged(scans(1)).reason
+    assert "because there is none" in judged(scans(1)).reason
 
 
 def test_a_map_that_an_untrained_network_gives_as_well_is_not_informative() -> None:
@@ -215,7 +215,7 @@ def test_two_channels_that_stand_in_for_each_other_are_needed() -> None:
         ("informative", 0, "lets through"),
         ("informative", 1, "shuts out"),
     ]
-    assert "by 0.600 with all other gates evened out" in verdicts[0].reason
+    assert "by 0.600 if all other gates are replaced" in verdicts[0].reason
 
 
 def test_each_structure_has_a_word_and_the_best_comes_first() -> None:

@@ -88,7 +88,7 @@ def test_without_a_reference_there_is_no_word() -> None:
     found = studied("mask", labelled=False)
     assert [verdict.word for verdict in found.verdicts] == [None]
     assert worth_of(found).evidence.against == "prediction"
-    assert [verdict.verdict for verdict in found.page().verdicts] == ["no word"]
+    assert [verdict.verdict for verdict in found.page().verdicts] == ["no verdict"]
 
 
 def test_a_reference_without_a_structure_costs_the_ablation_and_no_more() -> None:

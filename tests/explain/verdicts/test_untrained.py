@@ -103,5 +103,5 @@ def test_networks_of_ones_own_are_made_from_consecutive_seeds() -> None:
     assert len(list(untrained_maps(predictor, image, [KEY], seed=5, make=make))) == 8
     assert seeds == list(range(5, 13))
     told = attending_model().description
-    with pytest.raises(ModelError, match=r"^untrained\(0\) gave a network without the maps"):
+    with pytest.raises(ModelError, match=r"^untrained\(0\) returned a network without the maps"):
         next(untrained_maps(predictor, image, [KEY], seed=0, make=partial(untrained_network, told)))

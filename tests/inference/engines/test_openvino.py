@@ -34,7 +34,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
         from pathlib import Path
         from segkit.errors import Stopped
         from segkit.inference.engines.choose import choose_engine
-        from segkit.system.signals import handling
+        from segkit.system.signals import handling_signals
         from tests.engines import windows_of
         from tests.models import saved
 
@@ -48,7 +48,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
         thread.start()
         thread.join()
         try:
-            with handling():
+            with handling_signals():
                 signal.raise_signal(signal.SIGINT)
         except Stopped as stopped:
             print("heard", stopped.signum)

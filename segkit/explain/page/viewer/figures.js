@@ -1,9 +1,9 @@
 "use strict";
-// Verdicts, plots and tables: what was measured.
+// Verdicts, plots and tables of the measures.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 560; // of a plot, in its own units
-const NARROW = 6; // columns that a table has at most to share its row with another
+const WIDTH = 560; // width of a plot, in its own units
+const NARROW = 6; // a table with more columns takes the full width of the page
 
 function figure3(value) {
   if (value === null || value === undefined) return "–";
@@ -19,7 +19,7 @@ function svg(tag, attributes = {}, text = null) {
   return element;
 }
 
-/** Text about a point, centred on it unless told otherwise. */
+/** Text at a point, centred by default. */
 function words(text, x, y, more = {}) {
   return svg("text", { x, y, "text-anchor": "middle", ...more }, text);
 }
@@ -44,7 +44,7 @@ function plotFrame({ title, note }, drawing) {
   return make("figure", { className: "card plot" }, ...parts);
 }
 
-/** Bars side by side, whiskers over intervals, a mark at what chance gives. */
+/** A bar plot with whiskers for intervals and marks for chance. */
 function barPlot(plot) {
   const left = 150, right = 56, row = 30, top = 8;
   const all = finite(plot.bars.flatMap(({ value, low, high, chance }) => [value, low, high, chance]));
@@ -94,7 +94,7 @@ function barPlot(plot) {
   return plotFrame(plot, make("div", {}, ...parts));
 }
 
-/** Lines that share their axes. */
+/** A plot of lines on shared axes. */
 function curvePlot(plot) {
   const left = 56, right = 12, top = 10, bottom = 250;
   const xs = ticks(...extent(plot.lines.flatMap((line) => line.x)));
@@ -134,7 +134,7 @@ function extent(numbers) {
   return known.length ? [Math.min(...known), Math.max(...known)] : [0, 1];
 }
 
-/** A table that a click on a column's head sorts. */
+/** A table that is sorted by a click on a column heading. */
 function sortableTable({ title, columns, rows, note }) {
   const body = make("tbody");
   const numeric = columns.map((_, n) => rows.some((row) => typeof row[n] === "number"));
@@ -161,7 +161,7 @@ function sortableTable({ title, columns, rows, note }) {
   return make("div", { className: columns.length > NARROW ? "card wide" : "card" }, ...parts);
 }
 
-/** Numbers by size, words by the alphabet, what is missing first. */
+/** Order of table cells: missing values first, numbers by size, words by the alphabet. */
 function compare(first, second) {
   if (first === second) return 0;
   if (first === null || second === null) return first === null ? -1 : 1;
@@ -169,7 +169,7 @@ function compare(first, second) {
   return String(first).localeCompare(String(second));
 }
 
-/** A map's verdict; `look`, where the map is among the layers, shows it alone. */
+/** The card of a verdict. `look` shows only its map; it is missing if the map is not among the layers. */
 function verdictCard({ map, verdict, reason, numbers }, look) {
   const parts = [
     make("h3", {},

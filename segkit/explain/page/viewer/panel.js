@@ -1,5 +1,5 @@
 "use strict";
-// The panel beside the planes: where the cross-hair is, and how scan and overlays are shown.
+// The panel beside the planes: the cross-hair's position, and the controls of scan and overlays.
 
 /** An element; strings among its children become text, never markup. */
 function make(tag, properties = {}, ...children) {
@@ -18,7 +18,7 @@ function swatch(colour) {
   return element;
 }
 
-/** A slider with its name and, beside it, what `tell` makes of its value. */
+/** A slider with its name and its value, formatted by `tell`. */
 function slider(name, { min, max, step, value }, tell, changed) {
   const output = make("output", {}, tell(value));
   const input = make("input", { type: "range", min, max, step: step || "any" });
@@ -41,12 +41,12 @@ function percent(share) {
   return `${Math.round(100 * share)} %`;
 }
 
-/** Decimals that tell a hundredth of a millimetre, or of a smaller pixel. */
+/** Number of decimals for coordinates: two, or more if voxels are smaller than 0.1 units. */
 function decimals(view) {
   return Math.max(2, 1 - Math.floor(Math.log10(Math.min(...view.spacing))));
 }
 
-/** Where the cross-hair is, in mm and voxels, and what each volume has there. */
+/** The cross-hair's position in mm and voxels, and the value of each volume there. */
 function whereabouts(view, goTo) {
   const inputs = AXES.map((axis) => {
     const input = make("input", { type: "number", step: "any", "aria-label": `World ${axis} in ${view.unit}` });
@@ -82,7 +82,7 @@ function whereabouts(view, goTo) {
   return { element, show };
 }
 
-/** How the scan is shown. */
+/** The controls of the scan. */
 function scanCard(view, changed, chooseChannel) {
   const lowest = view.scan.low;
   const highest = view.scan.low + view.scan.spread;
@@ -110,14 +110,14 @@ function scanCard(view, changed, chooseChannel) {
   return make("section", { className: "card" }, make("h2", {}, "Scan"), ...parts);
 }
 
-/** An overlay's switch and, while it is shown, how it is shown. */
+/** The controls of an overlay; only its checkbox while it is hidden. */
 function layerCard(layer, number, changed) {
   const toggle = checkbox(layer.name, layer.shown, (on) => { layer.shown = on; update(); changed(); });
   const controls = make("div", { className: "controls" },
     slider("Opacity", { min: 0, max: 1, step: 0.01, value: layer.opacity }, percent,
       (share) => { layer.opacity = share; changed(); }).row,
     ...(layer.kind === "labels" ? labelControls : mapControls)(layer, changed));
-  const digit = number <= 9 ? [make("kbd", { title: `Key ${number} switches it` }, `${number}`)] : [];
+  const digit = number <= 9 ? [make("kbd", { title: `Key ${number} shows or hides it` }, `${number}`)] : [];
   const element = make("section", { className: "card layer" },
     make("h3", {}, toggle, ...digit), controls);
   const update = () => {

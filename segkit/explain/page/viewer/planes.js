@@ -1,5 +1,5 @@
 "use strict";
-// The three planes: which way they lie, what is painted on them, and how one moves through them.
+// The three planes: their orientation, drawing, and movement through the scan.
 
 const PLANES = [
   { name: "Coronal", across: 0, up: 2, through: 1 },
@@ -11,7 +11,7 @@ const AXES = ["x", "y", "z"];
 const NOTCH = 50; // pixels of scrolling
 const SIDES = { L: "left", R: "right", P: "back", A: "front", I: "feet", S: "head" };
 
-/** What a colour map spans, in equal steps, low to high. */
+/** The colours of each colour map in equal steps, low to high. */
 const COLOUR_MAPS = {
   inferno: ["#000004", "#280b54", "#65156e", "#9f2a63", "#d44842", "#f57d15", "#fac12a", "#fcffa4"],
   viridis: ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"],
@@ -42,18 +42,18 @@ function lookup(name) {
   return table;
 }
 
-/** The planes worth showing of a scan: an image of one slice has but the one it lies in. */
+/** The planes to show: all three, or only one if the scan has a single slice. */
 function planesOf(volume) {
   const shown = PLANES.filter((plane) => volume.shape[plane.across] > 1 && volume.shape[plane.up] > 1);
   return shown.length ? shown : PLANES;
 }
 
-/** Columns run to the patient's left and back as radiologists have it, or to right and front. */
+/** The column of an index. Columns run to the patient's left and back in the radiological view, else to right and front. */
 function column(index, size, radiological) {
   return radiological ? size - 1 - index : index;
 }
 
-/** Letters at the edges of a plane; a picture has no sides of a patient. */
+/** The letters at the edges of a plane; empty for a picture, which shows no patient. */
 function edgeLetters(plane, { radiological, picture }) {
   if (picture) return { left: "", right: "", top: "", bottom: "" };
   const [low, high] = LETTERS[plane.across];
@@ -61,7 +61,7 @@ function edgeLetters(plane, { radiological, picture }) {
   return { left: radiological ? high : low, right: radiological ? low : high, top, bottom };
 }
 
-/** Scan and layers of a slice, one pixel a voxel, as ImageData. */
+/** A slice of the scan with its layers as ImageData, one pixel for each voxel. */
 function painted(plane, view) {
   const { scan, at, radiological } = view;
   const width = scan.shape[plane.across], height = scan.shape[plane.up];
@@ -85,13 +85,13 @@ function paintScan(pixels, plane, { scan, at, radiological, window: [low, high] 
       place[plane.up] = u;
       const value = (voxelAt(scan, place[0], place[1], place[2]) - low) * gain;
       const pixel = 4 * ((height - 1 - u) * width + column(a, width, radiological));
-      pixels[pixel] = pixels[pixel + 1] = pixels[pixel + 2] = value; // clamped, and 0 for no number
+      pixels[pixel] = pixels[pixel + 1] = pixels[pixel + 2] = value; // clamped; NaN becomes 0
       pixels[pixel + 3] = 255;
     }
   }
 }
 
-/** A layer's values at the slice's voxel centres, wherever its own cells lie. */
+/** A layer's values at the voxel centres of the slice, read from the layer's own grid. */
 function sampled(layer, plane, at, width, height) {
   const start = [...at];
   start[plane.across] = start[plane.up] = 0;
@@ -120,7 +120,7 @@ function paintMap(pixels, values, layer, width, height, radiological) {
   for (let u = 0, n = 0; u < height; u++) {
     for (let a = 0; a < width; a++, n++) {
       const value = values[n];
-      if (!(value >= layer.threshold)) continue; // no number is drawn neither
+      if (!(value >= layer.threshold)) continue; // also skips NaN
       const level = Math.min(Math.max((value - layer.low) * gain, 0), 255);
       const share = layer.fade ? (layer.opacity * level) / 255 : layer.opacity;
       const entry = 3 * Math.round(level);
@@ -142,7 +142,7 @@ function paintLabels(pixels, values, layer, width, height, radiological) {
   }
 }
 
-/** Stroke the edges of voxels at which a label ends, each label in its colour. */
+/** Draw the outlines of labels along voxel edges, each label in its colour. */
 function strokeOutlines(context, plane, view, layer, width, height) {
   const values = sampled(layer, plane, view.at, width, height);
   const paths = new Map(layer.labels.map(({ number }) => [number, new Path2D()]));
@@ -174,7 +174,7 @@ function strokeOutlines(context, plane, view, layer, width, height) {
   context.globalAlpha = 1;
 }
 
-/** Show a slice on a plane's canvas, outlines and the cross-hair over it. */
+/** Draw a slice with outlines and the cross-hair on a plane's canvas. */
 function draw(plane, view) {
   const { canvas, voxels } = plane;
   const image = painted(plane, view);
@@ -206,7 +206,7 @@ function draw(plane, view) {
   context.stroke();
 }
 
-/** Give every plane one scale, pixels to the millimetre, so that they line up. */
+/** Give all planes the same scale in pixels per millimetre, so that they line up. */
 function layOut(planes, container, view) {
   const { shape } = view.scan;
   const mm = shape.map((size, axis) => size * view.spacing[axis]);
@@ -226,7 +226,7 @@ function layOut(planes, container, view) {
   }
 }
 
-/** Mouse, wheel and keys on a plane; `move` is told the axis and the new index. */
+/** Handle mouse, wheel and keys on a plane. `move` takes pairs of axis and new index. */
 function listen(plane, view, move) {
   const { canvas } = plane;
   let turned = 0;

@@ -1,10 +1,10 @@
 "use strict";
-// The page as a whole: unpack, build, and keep what is shown in step with what is chosen.
+// The whole page: decode the volumes, build the controls, and redraw after each change.
 //
-// The fragment of the address sets the view: at=X,Y,Z in mm, or in the unit of a picture; overlay=NAME, given once or more, shows
-// these and no others, off=NAME hides one; orientation=radiological|neurological; theme=light|dark.
+// The fragment of the URL sets the view: at=X,Y,Z in mm, or in the unit of a picture; overlay=NAME, once or more, shows
+// only these overlays, off=NAME hides one; orientation=radiological|neurological; theme=light|dark.
 
-const FLAT = 1e-3; // of a map's range, what its values must span for the colours to be stretched
+const FLAT = 1e-3; // colours are stretched only if a map's values span more than this share of its range
 
 const byId = (id) => document.getElementById(id);
 
@@ -99,7 +99,7 @@ async function start() {
   page.dataset.ready = "yes";
 }
 
-/** What is shown at first: the first map under outlines of labels, where these have their middle. */
+/** The view at first: the first map and outlines of labels, at the centre of the labels. */
 function firstView(content, volumes) {
   const { scan } = content;
   const view = {
@@ -125,7 +125,7 @@ function firstView(content, volumes) {
     if (layer.kind === "map") {
       const whole = [layer.low, layer.high];
       const [low, high] = layer.spans;
-      // A map that hardly varies is drawn as it is, flat.
+      // A nearly constant map keeps the colours of its full range.
       const stretched = high - low > FLAT * (layer.high - layer.low);
       return {
         ...described, shown: nth === 0, opacity: 0.6, colourMap: "inferno", threshold: -Infinity, fade: true,
@@ -149,7 +149,7 @@ function setChannel(view, channel) {
   view.window = view.windows[channel];
 }
 
-/** The voxel of the scan nearest to the centre of all labels, else its middle. */
+/** The voxel of the scan nearest to the centre of the labels; the middle voxel if there are none. */
 function middle(view) {
   const { shape } = view.scan;
   const half = shape.map((size) => Math.floor(size / 2));
@@ -174,7 +174,8 @@ function buildPlane(plane, view) {
   const slices = view.scan.shape[plane.through];
   const title = view.flat ? "Picture" : view.picture && plane.name === "Axial" ? "Page" : plane.name;
   const canvas = make("canvas", { tabIndex: 0, role: "application", id: plane.name.toLowerCase() });
-  canvas.setAttribute("aria-label", `${plane.name} plane: arrows move the cross-hair, Page Up and Page Down the slice`);
+  canvas.setAttribute("aria-label",
+    `${plane.name} plane: arrow keys move the cross-hair, Page Up and Page Down change the slice`);
   canvas.setAttribute("aria-describedby", "spoken");
   const letters = {};
   for (const edge of ["left", "right", "top", "bottom"]) letters[edge] = make("span", { className: `edge ${edge}` });
@@ -212,7 +213,7 @@ function fillSections(content, view, showAlone) {
   byId("facts").append(make("div", { className: "card" }, definitions(facts)));
 }
 
-/** What the page itself must say of its volumes. */
+/** Facts about the volumes on the page. */
 function aboutScan({ scan, layers }, view) {
   const axes = scan.flat ? 2 : 3;
   const spacing = scan.file_spacing.slice(0, axes).map((step) => Number(step.toPrecision(4))).join(" × ");
@@ -221,26 +222,26 @@ function aboutScan({ scan, layers }, view) {
     ? `${size} pixels of ${spacing} ${scan.unit}`
     : `${size} voxels of ${spacing} mm, stored ${scan.orientation}` };
   if (scan.oblique > 0.5) {
-    facts.Planes = `the scan's own, up to ${scan.oblique.toFixed(1)}° off the patient's axes; ` +
+    facts.Planes = `along the scan's own axes, up to ${scan.oblique.toFixed(1)}° from the patient's axes; ` +
       "world coordinates are exact";
   }
   if (scan.every.some((step) => step > 1)) {
     facts.Shown = `one voxel of every ${scan.every.join(" × ")} along the file's axes, to keep this page small`;
   }
-  facts["Values shown"] = `the scan's ${precision(view.scan)}, at the centre of the voxel under the cross-hair`;
+  facts["Values shown"] = `of the scan, at the centre of the voxel under the cross-hair (${precision(view.scan)})`;
   if (layers.some((layer) => layer.kind === "map")) {
-    facts["Values shown"] += "; maps are interpolated linearly between their own cells";
+    facts["Values shown"] += "; maps are interpolated linearly between the centres of their cells";
   }
   return facts;
 }
 
 function help() {
   return make("p", { className: "note" },
-    "Click or drag to move the cross-hair; wheel, Page Up and Page Down change the slice; arrows move by a voxel, " +
-    "with Shift by ten; 1 to 9 switch overlays.");
+    "Click or drag to move the cross-hair. The mouse wheel, Page Up and Page Down change the slice. Arrow keys move " +
+    "by one voxel, with Shift by ten. Keys 1 to 9 show or hide overlays.");
 }
 
-/** The address of this view. */
+/** The URL fragment of the current view. */
 function fragment(view) {
   const wanted = new URLSearchParams();
   wanted.set("at", through(view.affine, view.at).map((length) => length.toFixed(decimals(view))).join(","));
@@ -254,7 +255,7 @@ byId("theme").addEventListener("click", () => setTheme(page.dataset.theme === "d
 start().catch((error) => {
   byId("trouble").hidden = false;
   byId("trouble").textContent = "DecompressionStream" in window
-    ? `This page could not be shown: ${error.message}`
-    : "This browser is too old to unpack the page's volumes; Chrome 80, Firefox 113 or Safari 16.4 and later can.";
+    ? `This page cannot be shown: ${error.message}`
+    : "This browser is too old for this page; use Chrome 80, Firefox 113, Safari 16.4 or later.";
   console.error(error);
 });

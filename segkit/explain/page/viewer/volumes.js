@@ -1,9 +1,9 @@
 "use strict";
-// Volumes: unpacking what the page carries, and reading values at places in the patient.
+// Volumes: decode the volumes of the page, and read values at positions.
 
-const NEARLY = 1e-6; // voxels: what arithmetic may lose
+const NEARLY = 1e-6; // tolerance for rounding errors, in voxels
 
-/** The volume whose text is in element `volume-NUMBER`; `described` says how to read it. */
+/** The volume in the element `volume-NUMBER`; `described` has the numbers that decode it. */
 async function unpack(number, described) {
   const text = atob(document.getElementById(`volume-${number}`).textContent);
   const packed = new Uint8Array(text.length);
@@ -22,17 +22,17 @@ async function unpack(number, described) {
   return { ...described, codes, nx, ny, nz, spread: described.step * highest, exact: described.step === 1 };
 }
 
-/** How finely values are told: in some five thousandths of their spread. */
+/** The step with which values are displayed: 1/5000 of their range. */
 function finest(volume) {
   return volume.spread / 5000;
 }
 
-/** How well values are kept, in words. */
+/** The precision of a volume's values, in words. */
 function precision({ exact, step }) {
-  return exact || step === 0 ? "values exact" : `values to ±${(step / 2).toPrecision(1)}`;
+  return exact || step === 0 ? "exact values" : `values within ±${(step / 2).toPrecision(1)}`;
 }
 
-/** The value of a code; not a number where the volume has none. */
+/** The value of a code; NaN if the value is missing. */
 function decode(volume, code) {
   return code === volume.missing ? NaN : volume.low + volume.step * code;
 }
@@ -42,7 +42,7 @@ function voxelAt(volume, i, j, k) {
   return decode(volume, volume.codes[i + volume.nx * (j + volume.ny * k)]);
 }
 
-/** An index, whole if nearly so, moved onto the outermost centres if between them and the edge. */
+/** An index, rounded if nearly whole, and clamped to the outermost voxel centres. */
 function within(index, size) {
   const whole = Math.round(index);
   const snapped = Math.abs(index - whole) < NEARLY ? whole : index;
@@ -55,7 +55,7 @@ function inside(volume, x, y, z) {
     x <= volume.nx - 1 + edge && y <= volume.ny - 1 + edge && z <= volume.nz - 1 + edge;
 }
 
-/** The label at a fractional index, that of the nearest voxel; 0 outside. */
+/** The label at a fractional index: that of the nearest voxel, or 0 outside. */
 function labelAt(volume, x, y, z) {
   if (!inside(volume, x, y, z)) return 0;
   const i = Math.round(within(x, volume.nx));
@@ -64,7 +64,7 @@ function labelAt(volume, x, y, z) {
   return volume.codes[i + volume.nx * (j + volume.ny * k)];
 }
 
-/** The value at a fractional index, linear between centres, constant from there to the edge. */
+/** The value at a fractional index: linear between voxel centres, constant beyond the outermost ones, NaN outside. */
 function valueAt(volume, x, y, z) {
   if (!inside(volume, x, y, z)) return NaN;
   x = within(x, volume.nx);
@@ -86,7 +86,7 @@ function through(affine, [x, y, z]) {
   return affine.map((row) => row[0] * x + row[1] * y + row[2] * z + row[3]);
 }
 
-/** A value with the digits that a step of its quantisation leaves it. */
+/** A value as text, with as many digits as its quantisation step allows. */
 function told(value, step) {
   if (!Number.isFinite(value)) return "–";
   if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(2);
