@@ -218,11 +218,10 @@ def _resumed(
 
 def _tell_of_pictures(settings: "Config") -> None:
     """Say what pixel size was taken, if the dataset is one of pictures."""
-    from segkit.data.dataset import read_dataset
+    from segkit.data.dataset import dataset_of
     from segkit.io.picture_summary import told_of_pictures
 
-    data = settings.data
-    dataset = read_dataset(data.folder, data.files, data.pictures)
+    dataset = dataset_of(settings.data)
     first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
     for line in told_of_pictures(first, dataset.rules):
         say(line)

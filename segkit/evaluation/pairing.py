@@ -24,7 +24,14 @@ from segkit.config.load import dataset_in, load_config
 from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.errors import VolumeError, first_few
 from segkit.io.picture_rules import PictureRules
-from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, stem_of, volumes_among
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    SUFFIXES,
+    case_name_of,
+    is_picture,
+    stem_of,
+    volumes_among,
+)
 
 LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
@@ -313,7 +320,7 @@ def _of_case(case: CaseFiles, folder: Path) -> NamedVolume:
 
 def _parts(path: Path, folder: Path) -> Parts:
     inside = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return tuple(map(_normal, (*inside.parts[:-1], stem_of(path))))
+    return tuple(map(_normal, (*inside.parts[:-1], case_name_of(path))))
 
 
 def _normal(name: str) -> str:
