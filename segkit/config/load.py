@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from segkit.config.base import Section
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.refusals import refusal
-from segkit.config.training import Config
+from segkit.config.training import Config, with_schedules
 from segkit.errors import ConfigError
 from segkit.io.safe_text import parse_yaml, read_text
 
@@ -117,7 +117,9 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {refusal(error, tree, model)}") from None
+        # Named as they are called now, also in a file that calls them as they were called before.
+        now = {**tree, "train": with_schedules(tree["train"])} if "train" in tree else tree
+        raise ConfigError(f"{source}: {refusal(error, now, model)}") from None
 
 
 def dump_yaml(config: BaseModel) -> str:

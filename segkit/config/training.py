@@ -4,8 +4,9 @@ No module in this folder imports torch, and no setting names a Python class. `se
 reads settings from YAML.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,18 +26,13 @@ MOST_FOR_SCORING = 0.25
 
 
 class AdamWConfig(Section):
-    """AdamW on a one-cycle schedule (Smith and Topin 2019): the learning rate rises, then falls."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
-    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The share of the steps over which the learning rate rises."""
-    rise_factor: Annotated[float, Field(ge=1)] = 25.0
-    """The highest learning rate divided by the first."""
-    fall_factor: Annotated[float, Field(ge=1)] = 1e4
-    """The first learning rate divided by the last."""
     highest_momentum: Decay = 0.95
-    """The decay of the mean gradient while the learning rate is lowest."""
+    """The decay of the mean gradient while the learning rate of a one-cycle schedule is lowest, and
+    always in other schedules."""
     lowest_momentum: Decay = 0.85
-    """The decay of the mean gradient while the learning rate is highest."""
+    """The decay of the mean gradient while the learning rate of a one-cycle schedule is highest."""
     square_decay: Decay = 0.999
     """The decay of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -44,29 +40,115 @@ class AdamWConfig(Section):
 
 
 class SgdConfig(Section):
-    """Stochastic gradient descent on a polynomial schedule, as in nnU-Net."""
+    """Stochastic gradient descent. The defaults are those of nnU-Net."""
 
     momentum: Decay = 0.99
     nesterov: bool = True
+    """Whether the gradient is taken a step ahead (Sutskever et al. 2013); it needs a momentum."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0; set nesterov to false")
+        return self
+
+
+class MuonConfig(Section):
+    """Muon (Jordan 2024) for kernels over more than one voxel; AdamW for all other weights."""
+
+    momentum: Decay = 0.95
+    nesterov: bool = True
+    iterations: Annotated[int, Field(ge=1, le=20)] = 5
+    """Of Newton and Schulz, which make a step's matrix orthogonal."""
+
+
+class OneCycleConfig(Section):
+    """The learning rate rises, then falls to almost nothing (Smith and Topin 2019)."""
+
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """The share of the steps over which the learning rate rises."""
+    rise_factor: Annotated[float, Field(ge=1)] = 25.0
+    """The highest learning rate divided by the first."""
+    fall_factor: Annotated[float, Field(ge=1)] = 1e4
+    """The first learning rate divided by the last."""
+
+
+class PolynomialConfig(Section):
+    """The learning rate falls from the first step on, as in nnU-Net."""
+
     power: Annotated[float, Field(gt=0)] = 0.9
     """The learning rate is the highest one times (1 - step / steps), raised to this power."""
+
+
+class CosineConfig(Section):
+    """The learning rate rises in a line, then falls as a cosine (Loshchilov and Hutter 2017)."""
+
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of the steps over which the learning rate rises."""
+    lowest: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The last learning rate divided by the highest."""
+
+
+OptimiserName = Literal["adamw", "sgd", "muon"]
+ScheduleName = Literal["one_cycle", "polynomial", "cosine"]
+SCHEDULE_OF: dict[OptimiserName, ScheduleName] = {
+    "adamw": "one_cycle",
+    "sgd": "polynomial",
+    "muon": "one_cycle",
+}
+"""The schedule of each optimiser, if none is given."""
+MOVED = {
+    ("adamw", "rise"): "one_cycle",
+    ("adamw", "rise_factor"): "one_cycle",
+    ("adamw", "fall_factor"): "one_cycle",
+    ("sgd", "power"): "polynomial",
+}
+"""Where settings of `train` are now that were elsewhere before schedules had their own sections."""
+
+
+def with_schedules(train: Any) -> Any:
+    """The tree of `train`, with settings of schedules where they are now; others stay."""
+    if not isinstance(train, Mapping):
+        return train
+    tree = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in train.items()
+    }
+    for (before, name), now in MOVED.items():
+        section = tree.get(before)
+        if isinstance(section, dict) and name in section:
+            value, target = section.pop(name), tree.setdefault(now, {})
+            if isinstance(target, dict):
+                target.setdefault(name, value)
+    return tree
 
 
 class TrainConfig(Section):
     """How the weights are found."""
 
     steps: Positive = 1000
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    """AdamW on a one-cycle schedule, or SGD with Nesterov momentum on a polynomial one."""
+    optimiser: OptimiserName = "adamw"
+    """AdamW, SGD with momentum, or Muon."""
     adamw: AdamWConfig = AdamWConfig()
-    """Used only if `optimiser` is adamw."""
+    """Used only if `optimiser` is adamw, or muon for weights that are no kernels."""
     sgd: SgdConfig = SgdConfig()
     """Used only if `optimiser` is sgd."""
+    muon: MuonConfig = MuonConfig()
+    """Used only if `optimiser` is muon."""
+    schedule: ScheduleName | None = None
+    """How the learning rate follows the steps; if not given, `polynomial` for SGD and `one_cycle`
+    for the others."""
+    one_cycle: OneCycleConfig = OneCycleConfig()
+    """Used only if `schedule` is one_cycle."""
+    polynomial: PolynomialConfig = PolynomialConfig()
+    """Used only if `schedule` is polynomial."""
+    cosine: CosineConfig = CosineConfig()
+    """Used only if `schedule` is cosine."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest learning rate of the schedule. Default: 0.003 for AdamW and 0.01 for SGD."""
+    """The highest learning rate of the schedule. Default: 0.003 for AdamW and Muon, 0.01 for SGD.
+    """
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Decoupled weight decay for AdamW (Loshchilov and Hutter 2019), L2 penalty for SGD. Default:
-    0.05 for AdamW and 3e-5 for SGD."""
+    """Decoupled weight decay for AdamW and Muon (Loshchilov and Hutter 2019), L2 penalty for SGD.
+    Default: 0.05 for AdamW and Muon, 3e-5 for SGD."""
     gradient_clip: Annotated[float, Field(gt=0)] = 12.0
     """The largest norm of a gradient; a longer one is scaled down to it."""
     loss: LossConfig = LossConfig()
@@ -97,6 +179,11 @@ class TrainConfig(Section):
     name and shape in the new network."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _schedules_have_sections(cls, tree: Any) -> Any:
+        return with_schedules(tree)
+
 
 class TrainerConfig(Section):
     """Options that are passed to Lightning's Trainer."""
@@ -111,6 +198,12 @@ class TrainerConfig(Section):
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None
     """Training ends after this time (DD:HH:MM:SS), finished or not. The learning rate follows only
     train.steps, so choose as many steps as fit. After twenty steps training reports how many do."""
+    accumulate_grad_batches: Positive = 1
+    """Number of batches whose gradients are averaged into one step. Batch normalisation and
+    `train.batch_dice` work on each batch separately."""
+    deterministic: bool | Literal["warn"] = False
+    """If true, PyTorch uses only deterministic operations, which are slower on a GPU, and training
+    ends at an operation that has none. With `warn` it uses that operation and warns."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])
     """Services that also record the training; they obey WANDB_MODE and MLFLOW_TRACKING_URI. The
     run's folder always holds metrics.csv, and TensorBoard events if TensorBoard is installed."""

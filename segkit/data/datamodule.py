@@ -80,8 +80,9 @@ class SegmentationData(L.LightningDataModule):
     Args:
         patches: of the training cases.
         held_out: cases to validate on.
-        batch_size: patches for each process and step.
+        batch_size: patches of a batch, for each process.
         steps_per_epoch: steps between two validations.
+        batches_per_step: batches whose gradients make one step.
         workers: processes that cut patches for one that trains; `auto` is none where the CPU
             trains, and otherwise as many as there are cores beside the one that trains, up to 12.
     """
@@ -94,6 +95,7 @@ class SegmentationData(L.LightningDataModule):
         batch_size: int,
         steps_per_epoch: int,
         workers: int | Literal["auto"],
+        batches_per_step: int = 1,
     ) -> None:
         super().__init__()
         self.patches = patches
@@ -101,6 +103,7 @@ class SegmentationData(L.LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.workers = workers
+        self.batches_per_step = batches_per_step
         self.resident = False
 
     def train_dataloader(self) -> Iterable[Patch]:
@@ -108,7 +111,7 @@ class SegmentationData(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         device = trainer.strategy.root_device
-        per_step = self.batch_size * trainer.world_size
+        per_step = self.batch_size * self.batches_per_step * trainer.world_size
         sampler = ConsecutiveSampler(
             per_step * self.steps_per_epoch,
             rank=trainer.global_rank,

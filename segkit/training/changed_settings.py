@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from segkit.config.load import validated
+from segkit.config.training import SCHEDULE_OF, Config
 from segkit.errors import ConfigError
 
 REFUSED = {
@@ -38,6 +40,11 @@ APPLIED = {
     "train.steps",
     "train.adamw",
     "train.sgd",
+    "train.muon",
+    "train.schedule",
+    "train.one_cycle",
+    "train.polynomial",
+    "train.cosine",
     "train.learning_rate",
     "train.weight_decay",
     "train.gradient_clip",
@@ -54,6 +61,11 @@ OF_SCHEDULE = (
     "train.steps",
     "train.adamw",
     "train.sgd",
+    "train.muon",
+    "train.schedule",
+    "train.one_cycle",
+    "train.polynomial",
+    "train.cosine",
     "train.learning_rate",
     "train.weight_decay",
 )
@@ -61,6 +73,20 @@ OF_SCHEDULE = (
 
 Change = tuple[str, Any, Any]
 """A setting's key, its value until now, and its value from here on."""
+
+
+def settings_of(record: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings in a checkpoint's record, as this version has them; empty without a record.
+
+    A setting that is newer than the checkpoint has its default, which is what was done before there
+    was such a setting. Raises ConfigError if the settings are not those of a config.
+    """
+    if "config" not in record:
+        return {}
+    config = validated(Config, record["config"], source)
+    schedule = config.train.schedule or SCHEDULE_OF[config.train.optimiser]
+    train = config.train.model_copy(update={"schedule": schedule})
+    return config.model_copy(update={"train": train}).model_dump(mode="json")
 
 
 def changes(begun: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[Change]:

@@ -122,10 +122,12 @@ class Stopwatch(Callback):
         batch_idx: int,
     ) -> None:
         """Note the time of a step, including the cutting of its patches, and the peak."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         wait_for_device(self.device)
         now = time.perf_counter()
         self.seconds, self.started = now - self.started, now
-        self.loss = float(outputs["loss"])
+        self.loss = float(trainer.callback_metrics["train/loss"])
         self.cut_size = tuple(batch["label"].shape[1:])
         self.peak = (
             torch.cuda.max_memory_allocated(self.device)

@@ -48,6 +48,7 @@ from segkit.training.changed_settings import (
     check_changes,
     in_a_sentence,
     is_one_of,
+    settings_of,
 )
 from segkit.training.final_scores import score
 from segkit.training.going_on import GoingOn
@@ -70,6 +71,7 @@ from segkit.training.parts import (
 from segkit.training.resolve import on_this_machine
 from segkit.training.run_folder import (
     CONFIG,
+    LAST,
     SPLIT,
     begun_run,
     check_checkpoint,
@@ -79,7 +81,13 @@ from segkit.training.run_folder import (
     read_record,
 )
 from segkit.training.time_budget import Deadline, TimeBudget
-from segkit.training.trainer import guarded, looked_at, make_trainer, steps_between
+from segkit.training.trainer import (
+    determinism_as_before,
+    guarded,
+    looked_at,
+    make_trainer,
+    steps_between,
+)
 from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
@@ -185,6 +193,7 @@ def fit_beside(
     budget = _budget_of(parts, config, spent)
     module, first = _module_of(parts, config, budget), is_first_process()
     with ExitStack() as held:
+        held.enter_context(determinism_as_before())
         # Other processes write nothing; Lightning tells them where checkpoints lie.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
         if first:
@@ -253,14 +262,16 @@ def resume(
         _check_replaced_alike(folder, config, parts)
         config = parts.config
     with ExitStack() as held:
+        held.enter_context(determinism_as_before())
         if is_first_process():
             _hold(held, folder)
             sweep(folder)
         checkpoint = checkpoint_of(folder)
         record, steps_done = read_record(folder)
+        begun = settings_of(record, f"{folder / LAST}: its settings")
         finished = (folder / SUMMARY).is_file()
         if finished:
-            _check_more_to_do(folder, config, record, steps_done)
+            _check_more_to_do(folder, config, begun, steps_done)
         names = _split_of_run(folder, record)
         if parts is None:
             parts = make_parts(
@@ -277,7 +288,7 @@ def resume(
         now = config.model_dump(mode="json")
         # As it was asked for: cases that are gone are told, and are no change of a setting.
         now["data"]["validation"] = asked
-        found = list(changes(record.get("config", {}), now))
+        found = list(changes(begun, now))
         check_changes(str(folder / CONFIG), found, steps_done)
         anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
         if found:
@@ -286,7 +297,7 @@ def resume(
             )
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
-        check_checkpoint(folder, module)
+        check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
         noted = GoingOn(
             _record_of(parts, config, record, found, steps_done, names),
             every=steps_between(config),
@@ -314,10 +325,9 @@ def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
 
 
 def _check_more_to_do(
-    folder: Path, config: Config, record: Mapping[str, Any], steps_done: int
+    folder: Path, config: Config, before: Mapping[str, Any], steps_done: int
 ) -> None:
     """Raise ConfigError unless a finished run was given more to do."""
-    before = record.get("config", {})
     given = {
         "train.steps": config.train.steps > steps_done,
         "train.patience": config.train.patience != before.get("train", {}).get("patience"),
@@ -459,6 +469,7 @@ def _data_of(parts: TrainingParts, config: Config) -> SegmentationData:
         batch_size=config.data.batch_size,
         steps_per_epoch=steps_between(config),
         workers=config.data.workers,
+        batches_per_step=config.trainer.accumulate_grad_batches,
     )
 
 

@@ -60,7 +60,7 @@ class GoingOn(Callback):
                 state["patience"] = self.patience
                 if self.finished:
                     state["wait_count"] = 0
-        begin_epoch_at(checkpoint, self.every)
+        begin_epoch_at(checkpoint, self.every, trainer.accumulate_grad_batches)
         made: Any = pl_module.configure_optimizers()
         _remake(checkpoint, made[0][0], made[1][0]["scheduler"], anew=self.anew)
 

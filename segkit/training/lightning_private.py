@@ -78,14 +78,14 @@ def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
             counts.update(ready=1, started=1, processed=0, completed=0)
 
 
-def begin_epoch_at(checkpoint: dict[str, Any], every: int) -> None:
+def begin_epoch_at(checkpoint: dict[str, Any], every: int, batches_per_step: int = 1) -> None:
     """Put the counts of a checkpoint where its step lies in epochs of so many steps.
 
-    They lie there already if epochs are as long as they were.
+    They lie there already if epochs are as long as they were. Lightning counts batches.
     """
-    step = int(checkpoint["global_step"])
+    every *= batches_per_step
     batches = checkpoint["loops"]["fit_loop"][_STEPS]
-    inside = step % every
+    inside = int(checkpoint["global_step"]) * batches_per_step % every
     there = batches["current"]["completed"] in (inside, inside or every)
     if there and batches["is_last_batch"] == (inside == 0):
         return

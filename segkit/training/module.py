@@ -88,26 +88,34 @@ class SegmentationModule(L.LightningModule):
         self.budget = budget
         self.graphed: GraphedStep | None = None
         self.losses = LossWatch()
+        self.losses_of_step: list[Tensor] = []
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
         """The loss of one batch, varied anew."""
-        image, label = self._varied(batch)
+        place = batch_index % self.trainer.accumulate_grad_batches
+        image, label = self._varied(batch, place)
         loss, *others = self._graphed(image, label) or self._losses(image, label)
         if others:
             self.log("train/presence_loss", others[0], batch_size=len(label))
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
+        # Of a step of several batches, the mean of those so far.
+        self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]
         self.log(
             "train/loss",
-            loss,
+            torch.stack(self.losses_of_step).mean() if place else loss,
             prog_bar=True,
             batch_size=len(label),
             sync_dist=self.trainer.world_size > 1,
         )
         return loss
 
-    def _varied(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """A batch as it is trained on; the seed, the step and the process decide how it varies."""
-        entropy = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+    def _varied(self, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor]:
+        """A batch as it is trained on.
+
+        The seed, the step, the process and the batch's place in the step decide how it varies.
+        """
+        drawn_by = [self.seed, self.global_step, self.global_rank, *([place] if place else [])]
+        entropy = np.random.SeedSequence(drawn_by)
         seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
         generator = Generator().manual_seed(seeds[0])
         torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates

@@ -1,14 +1,16 @@
 """Optimisers and their schedules, as factories, from the settings of training."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 
-from segkit.config.training import TrainConfig
+from segkit.config.training import SCHEDULE_OF, TrainConfig
+from segkit.training.muon import MuonForKernels
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
 """From the network's parameters to the optimiser that trains them."""
@@ -20,14 +22,27 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
     """The optimiser of a resolved config."""
     rate, decay = config.learning_rate, config.weight_decay
     assert rate is not None and decay is not None
-    if config.optimiser == "sgd":
-        sgd = config.sgd
-        return partial(
-            SGD, lr=rate, weight_decay=decay, momentum=sgd.momentum, nesterov=sgd.nesterov
-        )
-    adamw = config.adamw
-    betas = (adamw.highest_momentum, adamw.square_decay)
-    return partial(_adamw, lr=rate, weight_decay=decay, betas=betas, eps=adamw.epsilon)
+    sgd, adamw, muon = config.sgd, config.adamw, config.muon
+    moments: dict[str, Any] = {
+        "betas": (adamw.highest_momentum, adamw.square_decay),
+        "eps": adamw.epsilon,
+    }
+    match config.optimiser:
+        case "sgd":
+            settings: dict[str, Any] = {"momentum": sgd.momentum, "nesterov": sgd.nesterov}
+            return partial(SGD, lr=rate, weight_decay=decay, **settings)
+        case "muon":
+            settings = {"momentum": muon.momentum, "nesterov": muon.nesterov}
+            return partial(
+                _muon,
+                lr=rate,
+                weight_decay=decay,
+                iterations=muon.iterations,
+                **settings,
+                **moments,
+            )
+        case "adamw":
+            return partial(_adamw, lr=rate, weight_decay=decay, **moments)
 
 
 def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
@@ -36,18 +51,49 @@ def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
     return AdamW(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
 
+def _muon(parameters: Iterable[nn.Parameter], **settings: Any) -> MuonForKernels:
+    """Muon, with AdamW on a GPU in one kernel for all weights that are no kernels."""
+    held = list(parameters)
+    return MuonForKernels(held, **settings, fused=all(each.is_cuda for each in held) or None)
+
+
 def make_schedule(config: TrainConfig) -> MakeSchedule:
     """The schedule of a resolved config."""
-    if config.optimiser == "sgd":
-        return partial(PolynomialLR, total_iters=config.steps, power=config.sgd.power)
     assert config.learning_rate is not None
-    return partial(
-        OneCycleLR,
-        max_lr=config.learning_rate,
-        total_steps=config.steps + 1,
-        pct_start=config.adamw.rise,
-        div_factor=config.adamw.rise_factor,
-        final_div_factor=config.adamw.fall_factor,
-        base_momentum=config.adamw.lowest_momentum,
-        max_momentum=config.adamw.highest_momentum,
-    )
+    match config.schedule or SCHEDULE_OF[config.optimiser]:
+        case "polynomial":
+            power = config.polynomial.power
+            return partial(PolynomialLR, total_iters=config.steps, power=power)
+        case "cosine":
+            cosine = config.cosine
+            share = partial(
+                cosine_share, steps=config.steps, warm_up=cosine.warm_up, lowest=cosine.lowest
+            )
+            return partial(LambdaLR, lr_lambda=share)
+        case "one_cycle":
+            one_cycle, adamw = config.one_cycle, config.adamw
+            return partial(
+                OneCycleLR,
+                max_lr=config.learning_rate,
+                total_steps=config.steps + 1,
+                pct_start=one_cycle.rise,
+                div_factor=one_cycle.rise_factor,
+                final_div_factor=one_cycle.fall_factor,
+                cycle_momentum=config.optimiser == "adamw",
+                base_momentum=adamw.lowest_momentum,
+                max_momentum=adamw.highest_momentum,
+            )
+
+
+def cosine_share(step: int, *, steps: int, warm_up: float, lowest: float) -> float:
+    """The learning rate of a step over the highest.
+
+    It rises in a line over round(warm_up * steps) = w steps, the first of which has 1 / (w + 1) of
+    the highest, then falls by a cosine to `lowest` at the end (Loshchilov and Hutter 2017,
+    arXiv:1608.03983, eq. 5, without restarts).
+    """
+    rising = round(warm_up * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    gone = min((step - rising) / max(steps - rising, 1), 1.0)
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * gone)) / 2

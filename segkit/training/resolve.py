@@ -26,7 +26,7 @@ from segkit.config.data import (
 )
 from segkit.config.model import ModelDescription, description_of
 from segkit.config.network import NetworkConfig
-from segkit.config.training import Config, TrainConfig, TrainerConfig
+from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConfig
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
@@ -38,8 +38,8 @@ from segkit.training.split import Split, split_of
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2}
-WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5}
+LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2, "muon": 3e-3}
+WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5, "muon": 0.05}
 TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
 """Names, of Lightning's, that training works in; the short ones are mixed, or single precision."""
 ANY_INTENSITY = (0.0, 1.0)
@@ -270,6 +270,7 @@ def _train(config: TrainConfig) -> TrainConfig:
         update={
             "learning_rate": config.learning_rate or LEARNING_RATE[config.optimiser],
             "weight_decay": WEIGHT_DECAY[config.optimiser] if decay is None else decay,
+            "schedule": config.schedule or SCHEDULE_OF[config.optimiser],
         }
     )
 

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
+from torch.optim import Optimizer
 
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
@@ -101,22 +102,29 @@ def checkpoint_of(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_checkpoint(folder: Path, module: nn.Module) -> None:
+def check_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> None:
     """Raise ConfigError unless the last checkpoint of a run, if it has one, is of this module.
 
     Lightning would go on with whatever it finds, or end in a traceback.
+
+    Args:
+        folder: of the run.
+        module: that is trained.
+        optimiser: of its weights, as the run begins with it.
     """
     path = checkpoint_of(folder)
     if path is None:
         return
     content = _read_checkpoint(path)
     expected = {name: value.shape for name, value in module.state_dict().items()}
-    weights = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    groups = [group["params"] for group in optimiser.param_groups]
+    weights = [parameter.shape for group in groups for parameter in group]
     try:
         fits = {name: value.shape for name, value in content["state_dict"].items()} == expected
-        for optimiser in content["optimizer_states"]:
-            fits &= sum(len(group["params"]) for group in optimiser["param_groups"]) == len(weights)
-            for number, moments in optimiser["state"].items():
+        for state in content["optimizer_states"]:
+            found = [len(group["params"]) for group in state["param_groups"]]
+            fits &= found == [len(group) for group in groups]
+            for number, moments in state["state"].items():
                 shapes = {value.shape for value in moments.values() if getattr(value, "ndim", 0)}
                 fits &= shapes <= {weights[number]}
     except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -55,8 +55,9 @@ class Interruption(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps, stop if asked to."""
-        self._stop_if_asked(trainer)
+        """Between two steps, stop if asked to; a step may be made of several batches."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what a validation that was broken off has left in Lightning's counts."""

@@ -160,6 +160,7 @@ class Deadline(Callback):
         self.cases = cases
         self.patch_size = patch_size
         self.looked = 0.0
+        self.seen = -1
         self.told = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +192,9 @@ class Deadline(Callback):
     ) -> None:
         """End here if the time is over; every process of several obeys the first."""
         budget, step = self.budget, trainer.global_step
+        if step == self.seen:  # a step may be made of several batches
+            return
+        self.seen = step
         rest = 0 if budget.finished else max(budget.expected_steps - budget.steps, 1)
         if trainer.world_size > 1:
             rest = trainer.strategy.broadcast(rest)

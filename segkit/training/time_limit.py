@@ -25,6 +25,7 @@ class Pace(Callback):
 
     def __init__(self) -> None:
         self.first: int | None = None
+        self.seen = -1
         self.started = 0.0
 
     def on_train_batch_end(
@@ -41,6 +42,9 @@ class Pace(Callback):
         if remaining is None or not trainer.is_global_zero:
             return
         step = trainer.global_step
+        if step == self.seen:  # a step may be made of several batches
+            return
+        self.seen = step
         if self.first is None:
             self.first = step
         if step == self.first + UNCOUNTED:

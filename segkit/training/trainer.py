@@ -37,6 +37,8 @@ HARMLESS = (
 )
 
 
+NOT_DETERMINISTIC = " does not have a deterministic implementation"
+"""In what PyTorch says of an operation that it was told not to use."""
 LOGGED_ON_GPU = 50
 """Steps between two lines of metrics on a GPU."""
 
@@ -64,7 +66,8 @@ def make_trainer(
     metrics, looked = metrics_of(folder), looked_at(parts, config)
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"loggers"}),
+            **config.trainer.model_dump(exclude={"loggers", "deterministic"}),
+            deterministic=config.trainer.deterministic or None,
             max_steps=config.train.steps if config.train.minutes is None else UNLIMITED,
             max_epochs=-1,
             gradient_clip_val=config.train.gradient_clip,
@@ -75,7 +78,8 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, every),
-            benchmark=True,  # shapes never change, so that the fastest kernels are worth finding
+            # Shapes never change, so that the fastest kernels are worth finding.
+            benchmark=not config.trainer.deterministic,
             callbacks=[
                 *_callbacks(parts, config, folder, validated),
                 *callbacks,
@@ -102,11 +106,22 @@ def make_trainer(
 
 
 @contextmanager
+def determinism_as_before() -> Iterator[None]:
+    """Leave behind what PyTorch was told of deterministic operations before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
 def guarded(config: Config, device: torch.device) -> Iterator[None]:
     """Hide warnings that mean nothing here, and tell in a sentence what ends a training.
 
     Raises WorkerError if a loader's process is killed, and TrainingError if the device's memory
-    runs out.
+    runs out or an operation has no deterministic form and must have one.
     """
     workers = config.data.workers
     count = workers_for(device) if workers == "auto" else workers
@@ -121,6 +136,14 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
                 f"{device}: its memory holds no step of {config.data.batch_size} patches of "
                 f"{voxels} voxels with network.channels {config.network.channels}; lower "
                 f"data.batch_size or data.patch_size, or plan for less with segkit plan --memory"
+            ) from None
+        except RuntimeError as error:
+            operation, refused, _ = str(error).partition(NOT_DETERMINISTIC)
+            if not refused:
+                raise
+            raise TrainingError(
+                f"trainer.deterministic is true, and {operation} gives other bits each time on "
+                f"{device}; set trainer.deterministic to warn, or to false"
             ) from None
 
 

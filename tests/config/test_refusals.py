@@ -75,7 +75,9 @@ SMALLEST = {"folder": "x", "patch_size": [8, 8, 8]}
 
 DEVICES = "trainer.devices is 1.5: it should be a whole number, text or a list"
 TIME = "trainer.max_time is '1h': it should be days:hours:minutes:seconds, such as 00:08:00:00"
-OPTIMISER = "train.optimiser is 'adam': it should be 'adamw' or 'sgd' (did you mean 'adamw'?)"
+OPTIMISER = (
+    "train.optimiser is 'adam': it should be 'adamw', 'sgd' or 'muon' (did you mean 'adamw'?)"
+)
 BATCH = "train.batch_size is not a setting (did you mean data.batch_size?)"
 LEVEL = "network.attention.skip.level is not a setting (did you mean levels?)"
 LONG = f"train.steps is '{'x' * 59} … (822 characters more) … {'x' * 19}': it should be a whole"

@@ -162,6 +162,37 @@ def test_another_learning_rate_counts_from_the_next_step(optimiser: str, tmp_pat
     assert rates[0] == pytest.approx(rates[1])
 
 
+def test_another_schedule_counts_from_the_next_step(kept: Path, tmp_path: Path) -> None:
+    """Cosine with 0.2 of 6 steps to rise (1): step 6, the end, has the lowest share, 0.5."""
+    run = Path(shutil.copytree(kept, tmp_path / "small"))
+    words = ["train.schedule=cosine", "train.cosine={warm_up: 0.2, lowest: 0.5}"]
+    done = resume(run, overrides=words)
+    (group,) = checkpoint(done.folder)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0.5 * 3e-3) and group["betas"][0] == 0.95
+    changed = [each["setting"] for each in done.summary["changed_settings"]]
+    assert changed == ["train.schedule", "train.cosine.warm_up", "train.cosine.lowest"]
+
+
+def test_a_run_from_before_schedules_had_sections_goes_on_with_nothing_changed(
+    kept: Path, tmp_path: Path
+) -> None:
+    def as_before(tree: dict[str, Any]) -> None:
+        train = tree["train"]
+        train["adamw"] |= train.pop("one_cycle")
+        train["sgd"] |= train.pop("polynomial")
+        for name in ("muon", "schedule", "cosine"):
+            del train[name]
+
+    run = Path(shutil.copytree(kept, tmp_path / "small"))
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    as_before(tree)
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    content = checkpoint(run)
+    as_before(content["segkit"]["config"])
+    torch.save(content, run / "last.ckpt")
+    assert "changed_settings" not in resume(run).summary
+
+
 @pytest.mark.parametrize(
     "word",
     [

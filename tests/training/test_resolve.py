@@ -125,7 +125,9 @@ def test_a_runs_config_holds_every_value_that_is_a_number(name: str, runs: Path)
     assert isinstance(tree["data"]["validation"], list) or tree["data"]["fold"] is not None
     assert tree["trainer"]["accelerator"] != "auto" and tree["trainer"]["precision"] != "auto"
     assert tree["train"]["weight_decay"] in (0.05, 3e-5)
-    assert tree["train"]["sgd"]["momentum"] == 0.99 and tree["train"]["adamw"]["rise"] == 0.3
+    assert tree["train"]["sgd"]["momentum"] == 0.99 and tree["train"]["one_cycle"]["rise"] == 0.3
+    own = {"adamw": "one_cycle", "sgd": "polynomial", "muon": "one_cycle"}
+    assert tree["train"]["schedule"] == own[tree["train"]["optimiser"]]
 
 
 def test_values_are_those_that_were_used(runs: Path) -> None:

@@ -46,6 +46,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {},
     "sgd": {"train": {"optimiser": "sgd"}},
+    "muon, cosine": {"train": {"optimiser": "muon", "schedule": "cosine"}},
     "averaging": {"train": {"averaging": 0.9}},
     "hard gates": {
         "network": {"attention": {"skip": {"kind": "additive_grid", "coefficients": "hard"}}}
@@ -55,7 +56,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("muon, cosine",)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS],
+)
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     variant: str, stop: int, tmp_path: Path
