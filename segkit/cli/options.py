@@ -8,7 +8,11 @@ from typer import Argument, Option
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
-    list[Path], Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders of them.")
+    list[Path],
+    Argument(
+        metavar="INPUT...",
+        help="Volumes, DICOM series, folders of them, or a dataset: YAML, a table, BIDS.",
+    ),
 ]
 MODEL = "A run or model folder; else the newest run."
 ModelFolder = Annotated[Path | None, Option(envvar="SEGKIT_MODEL", help=MODEL)]

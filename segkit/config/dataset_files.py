@@ -69,7 +69,7 @@ class FilesConfig(Section):
     images: dict[Name, str] = Field({})
     """The file pattern of each channel, by the channel's name; with a table, the column."""
     label: str = ""
-    """The file pattern of the labels; with a table, the column."""
+    """The file pattern of the labels; with a table, the column. Only to predict, none is needed."""
     table: Path | None = None
     """A CSV file instead of patterns, with columns `id`, `label`, and `image` or one per channel.
     """
@@ -84,12 +84,12 @@ class FilesConfig(Section):
     def _patterns_are_given(self) -> Self:
         if self.table is not None:
             return self
-        if not self.images or not self.label:
+        if not self.images:
             raise ValueError(
                 "data.files needs images (a pattern for each channel) and label (a pattern), or a "
                 "table; give one or the other"
             )
-        for pattern in (*self.images.values(), self.label):
+        for pattern in (*self.images.values(), *([self.label] if self.label else [])):
             *folders, name = pattern.split("/")
             wrong = "**" in name or any("**" in part and part != "**" for part in folders)
             if wrong or not {"*", "?"} & set(pattern) or Path(pattern).is_absolute():

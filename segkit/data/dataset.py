@@ -14,6 +14,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeCon
 from segkit.config.dicom import DicomConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
+from segkit.data.bids import is_bids, list_bids
 from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
 from segkit.data.dicom_cases import check_structures, list_dicom_files, structure_rules
@@ -135,6 +136,8 @@ def read_dataset(
         file = list_dicom_files(folder, dicom, given)
     elif files is not None:
         file = list_files(folder, files, given)
+    elif is_bids(folder) and not (folder / "dataset.json").exists():
+        file = list_bids(folder, given)
     else:
         file = read_dataset_file(folder, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)

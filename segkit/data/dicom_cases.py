@@ -27,7 +27,7 @@ from segkit.io.volume import is_dicom_path
 
 logger = logging.getLogger(__name__)
 
-MOST_SHOWN = 5
+MOST_SERIES = 5
 """Series, names or cases in a sentence."""
 
 
@@ -257,7 +257,7 @@ def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFil
         file for file in labels if not file.series and file.frames_of_reference & worlds
     ]
     if len(found) > 1:
-        listing = first_few([str(file.path) for file in found], MOST_SHOWN)
+        listing = first_few([str(file.path) for file in found], MOST_SERIES)
         raise DatasetError(
             f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one by "
             f"data.dicom.label"
@@ -270,4 +270,4 @@ def _inside(folder: Path, root: Path) -> str:
 
 
 def _told(series: Sequence[Series]) -> str:
-    return first_few([str(one) for one in series], MOST_SHOWN, between="; ") or "no series"
+    return first_few([str(one) for one in series], MOST_SERIES, between="; ") or "no series"

@@ -101,8 +101,9 @@ def evaluate(
     Args:
         predictions: a segmentation, or a folder of them, with its subfolders.
         references: its reference, or a folder of them; or a dataset, by its folder or its YAML
-            file. Files pair by name: the same path, or the same name, or the same name without
-            words such as `_seg` at its end (docs/evaluation.md has the whole rule).
+            file, or by a table with the columns `id` and `label`. Files pair by name: the same
+            path, or the same name, or the same name without words such as `_seg` at its end
+            (docs/evaluation.md has the whole rule).
         labels: what gives labels and regions names: a dataset.json or its folder, a config, a run
             or a model folder; if not given, that of the dataset, or the dataset.json beside the
             references or one folder above, if there is one.
@@ -143,6 +144,7 @@ def evaluate(
         source = labels_file(references, labels)
         labelling = None if source is None else labelling_in(source)
         rules = AS_IT_SAYS if source is None else picture_rules_in(source)
+        rules = replace(rules, structures=known.rules.structures)
     rules = with_pixel_size(rules, pixel_size)
     tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
     rows, failures = score_pairs(

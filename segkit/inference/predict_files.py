@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
+from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
 from segkit.inference.made_by import asked_of, made_by
@@ -34,6 +35,8 @@ from segkit.io.volume import (
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
+ResultLayout = Literal["flat", "bids"]
+"""Names of results after the inputs, or as BIDS derivatives."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def predict_files(
     statistics: bool = False,
     preview: bool = False,
     as_dicom: bool = False,
+    layout: ResultLayout = "flat",
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: TrackSlabs = untracked_slabs,
@@ -163,6 +167,7 @@ def predict_files(
         statistics: whether to write those of `label_statistics`.
         preview: whether to write a picture of three planes.
         as_dicom: whether labels are written as DICOM segmentations.
+        layout: `flat` for files named after the inputs, `bids` for BIDS derivatives in `out`.
         overwrite: whether results that are there may be replaced.
         shard: (I, N): every N-th input is segmented, from the I-th on.
         track: as for `Predictor`.
@@ -179,13 +184,21 @@ def predict_files(
     if as_dicom or (out and _is_dicom(out)):
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
 
+    if layout == "bids" and as_dicom:
+        raise VolumeError("BIDS derivatives are NIfTI files; ask for them or for --dicom-seg")
+
     def targets_of(source: Input) -> Targets:
-        labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
-        stem, suffix = _beside(source, labels)
-        suffix = numbers_suffix(suffix)
+        prob = "prob"
+        if layout == "bids":
+            labels, prob = bids_path(source, out), "probseg"
+            stem, suffix = bids_stem(labels), ".nii.gz"
+        else:
+            labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
+            stem, suffix = _beside(source, labels)
+            suffix = numbers_suffix(suffix)
         return Targets(
             labels,
-            labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,
+            labels.with_name(f"{stem}_{prob}{suffix}") if probabilities else None,
             labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
@@ -198,6 +211,9 @@ def predict_files(
     files = {file.resolve() for source in inputs for file in source.files}
     asked = asked_of(predictor)
     number, count = shard
+    if layout == "bids" and out is not None:
+        models = [member.model.description for member in predictor.members]
+        write_bids_root(out, models[0].labelling, models=[each.run for each in models])
 
     def read(
         source: Input, told: Targets | Outcome
@@ -226,6 +242,7 @@ def predict_files(
         except (SegkitError, OSError) as error:
             return _failed(source, error)
         made = {PROVENANCE: made_by(predictor, _asked_for(source, asked), source.files)}
+        made |= told_of_sources(source) if layout == "bids" else {}
         description = predictor.model.description
         work = partial(_write, source, told, prediction, image, description, made)
         return writer.submit(_guarded, source, work)

@@ -30,7 +30,7 @@ FINER = 15
 """Pixels that a voxel's edge is divided into when a contour is filled; an odd number, so that one
 of them lies at the voxel's centre."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-MOST_NAMES = 20
+MOST_STRUCTURES = 20
 """Structures in a sentence."""
 
 TOLD_BY_FILE = (
@@ -150,7 +150,7 @@ def absent_structure(
     more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
     return (
         f"{path}: expected a structure called {patterns} for {first}{more}, found "
-        f"{first_few(names, MOST_NAMES) or 'none'}; name it in data.dicom.structures, or say by "
+        f"{first_few(names, MOST_STRUCTURES) or 'none'}; name it in data.dicom.structures, or say by "
         f"data.dicom.absent what a case without it is"
     )
 
