@@ -150,8 +150,8 @@ def absent_structure(
     more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
     return (
         f"{path}: expected a structure called {patterns} for {first}{more}, found "
-        f"{first_few(names, MOST_STRUCTURES) or 'none'}; name it in data.dicom.structures, or say by "
-        f"data.dicom.absent what a case without it is"
+        f"{first_few(names, MOST_STRUCTURES) or 'none'}; name it in data.dicom.structures, or say "
+        f"by data.dicom.absent what a case without it is"
     )
 
 
@@ -250,7 +250,7 @@ def _segmented(
             if belongs is None:  # a map of labels
                 inside = stored == segment
             else:
-                inside = 2 * stored >= int(header.get("MaximumFractionalValue") or 1)
+                inside = 2 * stored.astype(int) >= int(header.get("MaximumFractionalValue") or 1)
             if inside.any():
                 _stamp(path, name, inside, _frame_affine(own, shared), grid, labels, number)
     except (ValueError, AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:

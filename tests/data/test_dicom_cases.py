@@ -213,7 +213,7 @@ def test_predictions_are_scored_against_structures(cohort: Path, tmp_path: Path)
 def test_check_tells_what_a_tree_of_dicom_files_holds(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run("check", cohort, "--json", capsys=capsys)
+    code, out, err = run("check", cohort, capsys=capsys)
     assert (code, err) == (0, "")
     assert "6 DICOM series in 3 folders" in out
     assert "3 series: CT, thorax, 6 to 6 slices" in out
