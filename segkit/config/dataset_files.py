@@ -84,7 +84,8 @@ class FilesConfig(Section):
     def _patterns_are_given(self) -> Self:
         if self.table is not None:
             return self
-        if not self.images:
+        label_is_empty = "label" in self.model_fields_set and not self.label
+        if not self.images or label_is_empty:
             raise ValueError(
                 "data.files needs images (a pattern for each channel) and label (a pattern), or a "
                 "table; give one or the other"
