@@ -11,11 +11,17 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
+    """The rows of a table, by column, and its columns.
+
+    The separator is a comma, a semicolon or a tab.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     between = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter=between, restval="", restkey=""
@@ -23,5 +29,5 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         rows = [{key: value for key, value in row.items() if key} for row in reader]
     except csv.Error as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     return rows, [column for column in reader.fieldnames or []]
