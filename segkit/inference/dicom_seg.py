@@ -65,7 +65,7 @@ def write_dicom_segmentation(
         raise VolumeError(f"{series.folder}: is no longer the series that was segmented; try again")
     frames = segments(labels.data, labelling)
     if slices[0].frame is not None:  # an enhanced file, whose frames have an order of their own
-        frames = frames[np.argsort([one.frame for one in slices])]
+        frames = frames[np.argsort([one.frame or 0 for one in slices])]
     sources = [_source(path) for path in dict.fromkeys(one.path for one in slices)]
     if slices[0].frame is not None and len(sources) > 1:
         raise VolumeError(

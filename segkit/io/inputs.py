@@ -124,9 +124,9 @@ def find_inputs(
             alone.append(_of_one_file(path))
             inputs[path, ""] = alone[-1]
             continue
-        files = _volumes_in(path, but) if of_folder else [path]
-        unlike = len({stem_of(file) for file in files}) == len(files)
-        for file in files:
+        volumes = _volumes_in(path, but) if of_folder else [path]
+        unlike = len({stem_of(file) for file in volumes}) == len(volumes)
+        for file in volumes:
             name, suffix = stem_of(file), suffix_of(file)
             if not unlike:
                 name = "_".join((*file.relative_to(path).parent.parts, name))
