@@ -229,11 +229,11 @@ def _resumed(
 def _say_picture_facts(settings: "Config") -> None:
     """Print the pixel size if the dataset contains pictures."""
     from segkit.data.dataset import dataset_of
-    from segkit.io.picture_summary import told_of_pictures
+    from segkit.io.picture_summary import picture_lines
 
     dataset = dataset_of(settings.data)
     first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
-    for line in told_of_pictures(first, dataset.rules):
+    for line in picture_lines(first, dataset.rules):
         say(line)
 
 

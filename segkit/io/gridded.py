@@ -13,11 +13,11 @@ from segkit.io.raster import with_size_of
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Voxel values and where they lie.
+    """Voxel values and their grid.
 
     `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
-    three axes. `header` is the NIfTI header it was read with, which keeps codes and units for
-    whatever is written on the same grid; `picture` is what is known of a picture beside its pixels.
+    three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
+    get its codes and units. `picture` holds the facts about a picture, such as its unit.
     """
 
     data: ndarray
@@ -27,52 +27,54 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.data.shape[:3] != self.grid.shape:
-            raise ValueError(f"data of shape {self.data.shape} on a grid of {self.grid.shape}")
+            raise ValueError(
+                f"expected data of the grid's shape {self.grid.shape}, found {self.data.shape}"
+            )
 
     def like(self, data: ndarray) -> "Volume":
-        """Other values on the same grid, with the same codes and units."""
+        """A volume of other values on the same grid, with the same codes and units."""
         return replace(self, data=data)
 
     def on(self, grid: Grid, data: ndarray) -> "Volume":
-        """Values on another grid of the same world, such as a coarser one."""
+        """A volume of values on another grid in the same world, such as a coarser one."""
         return Volume(data, grid, self.header, self.picture)
 
     def sized_as(self, other: "Volume") -> "Volume":
-        """The same pixels, at the pixel size of another picture if only that one's is known."""
+        """The same volume; it takes the pixel size of another picture if only that is known."""
         grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
         return replace(self, grid=grid, picture=facts)
 
     @property
     def unit(self) -> Unit:
-        """The unit that lengths on its grid, in mm, are told in: 'mm', 'µm', or 'pixel'."""
+        """The unit in which its lengths are printed: 'mm', 'µm' or 'pixel'."""
         return self.picture.unit if self.picture else "mm"
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is a picture of one slice, which has an area and no volume."""
+        """Whether it is a picture of one slice, which has an area instead of a volume."""
         return self.picture is not None and self.grid.shape[2] == 1
 
     def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
-        """The same voxels on a grid that holds them too, in the order that it has them in.
+        """The same voxels in the axis order of another grid that has the same voxels.
 
-        A file may store the axes of a scan in another order or direction than another, and their
-        headers may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
+        Two files may store the axes of a scan in different orders or directions, and their headers
+        may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
 
         Args:
-            grid: of another volume.
-            what: this volume, for the error.
-            whose: the other volume, for the error.
+            grid: grid of the other volume.
+            what: name of this volume, for the error.
+            whose: name of the other volume, for the error.
 
         Raises:
-            VolumeError: the grids hold different voxels; it says in what they differ.
+            VolumeError: the grids have different voxels; the error names the differences.
         """
         return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
 
 
 def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
-    """The order and directions of one grid's axes in which it is the other; see `Volume.onto`.
+    """The orientation that turns one grid into the other; see `Volume.onto`.
 
-    Raises VolumeError if it is none.
+    Raises VolumeError if the grids have different voxels.
     """
     turn = Orientation.between(one, other)
     if difference := turn.turn_grid(one).difference_from(other):

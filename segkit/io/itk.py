@@ -4,9 +4,8 @@ from typing import Any
 
 
 def simple_itk() -> Any:
-    """The package SimpleITK."""
-    # Imported where it is called for: it takes 0.1 GiB, a third of all that segkit imports to
-    # segment a NIfTI file, which needs none of it.
+    """The package SimpleITK, imported at its first use."""
+    # It takes 0.1 GiB, a third of all imports for a NIfTI file, which does not need it.
     import SimpleITK
 
     return SimpleITK

@@ -125,7 +125,7 @@ def test_the_page_shows_every_map_and_verdict(explained: Explanation) -> None:
         if one.name == "auroc" and np.isfinite(one.value):
             bar = next(bars[f"AUROC: {one.structure}"])
             assert (bar.value, bar.chance) == (one.value, 0.5)
-            assert (bar.name, bar.beside) == (
+            assert (bar.name, bar.baseline) == (
                 (one.map, False) if one.of == "map" else (one.of, True)
             )
 
