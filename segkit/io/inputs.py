@@ -256,7 +256,7 @@ def _of_one_file(path: Path) -> Input:
     if not path.is_file():
         raise VolumeError(f"{path}: no such file; check the path")
     if not is_only_image(path) and not (holds_frames(path) and len(series_at(path).files) == 1):
-        raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
+        raise VolumeError(f"{path}: is one file of a DICOM series; pass the folder of the series")
     is_named = path.name.lower().endswith(DICOM_SUFFIX)
     return Input(path.name[: -len(DICOM_SUFFIX)] if is_named else path.name, (path,))
 
