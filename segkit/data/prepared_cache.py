@@ -31,7 +31,7 @@ from segkit.data.normalise import Normaliser
 from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
-from segkit.io.atomic import PARTIAL, naming, sweep
+from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
 from segkit.io.volume import is_picture, read_volume
 from segkit.system.memory import free_memory
@@ -162,7 +162,7 @@ def store_cases(
             [case for case, *_ in pending], dataset, spacing, len(normalisers)
         )
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    remove_leftovers(folder)
     # Each folder is filled in here and then renamed, so that it is complete or does not exist. If
     # the process ends early, or is killed, the unfinished ones are removed.
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:

@@ -17,7 +17,14 @@ from segkit.inference.made_by import asked_of, made_by
 from segkit.inference.map_files import write_maps
 from segkit.inference.model_walk import TrackSlabs, untracked_slabs
 from segkit.inference.predictor import Prediction, Predictor
-from segkit.io.atomic import begin, finish, left_behind, refuse_existing, sweep, write_json
+from segkit.io.atomic import (
+    mark_finished,
+    mark_unfinished,
+    refuse_existing,
+    remove_leftovers,
+    unfinished_files,
+    write_json,
+)
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
@@ -268,7 +275,7 @@ def _planned(
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
     for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
-        sweep(folder)
+        remove_leftovers(folder)
     return planned
 
 
@@ -282,7 +289,7 @@ def _checked(
     overwrite: bool,
 ) -> Targets | Outcome:
     """The targets; or the outcome, if results are there already or must not be written."""
-    stopped = targets.labels.absolute() in left_behind(targets.labels)
+    stopped = targets.labels.absolute() in unfinished_files(targets.labels)
     kept = source.of_folder or targets.labels != out
     there = kept and not (overwrite or stopped) and all(path.exists() for path in targets.all)
     try:
@@ -313,7 +320,7 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
         if path.resolve() in inputs:
             which = "the" if path in source.files else "an"
             raise VolumeError(f"{path}: is {which} input itself; name another --out")
-    left = left_behind(targets.labels)
+    left = unfinished_files(targets.labels)
     if not source.of_folder:
         refuse_existing(targets.all, overwrite=overwrite, left=left)
     elif targets.labels.absolute() in left:
@@ -330,7 +337,7 @@ def _write(
     description: ModelDescription,
     made: Mapping[str, Any],
 ) -> Outcome:
-    begin(targets.labels, targets.all)
+    mark_unfinished(targets.labels, targets.all)
     labels = prediction.labels
     # The labels come first, so that nothing else that fails costs them.
     write_json(
@@ -359,7 +366,7 @@ def _write(
         more = f" (and {len(failures) - 1} more results)" if len(failures) > 1 else ""
         said = f"{failures[0]}{more}; its labels are written: {targets.labels}"
         return Outcome(source, tuple(written), said, prediction.presence)
-    finish(targets.labels)
+    mark_finished(targets.labels)
     return Outcome(source, tuple(written), presence=prediction.presence)
 
 

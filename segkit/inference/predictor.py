@@ -43,7 +43,7 @@ from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
 from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, trouble_with
+from segkit.io.volume import Volume, value_problem
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
 
@@ -343,7 +343,7 @@ class Predictor:
                 f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
                 f"has {found}; give it the volumes it was trained on"
             )
-        if trouble := trouble_with(volume.data):
+        if trouble := value_problem(volume.data):
             raise VolumeError(f"the volume {trouble}")
         unit = self.model.description.unit
         if volume.picture and volume.picture.sized != (unit != "pixel"):

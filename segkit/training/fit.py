@@ -29,7 +29,7 @@ from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
 from segkit.inference.postprocess import candidates
-from segkit.io.atomic import sweep, write_json, write_text
+from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
 from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
@@ -280,7 +280,7 @@ def resume(
         held.enter_context(determinism_as_before())
         if is_first_process():
             _hold(held, folder)
-            sweep(folder)
+            remove_leftovers(folder)
         checkpoint = checkpoint_of(folder)
         record, steps_done = read_record(folder)
         begun = settings_of(record, f"{folder / LAST}: its settings")

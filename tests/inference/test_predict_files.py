@@ -371,9 +371,7 @@ def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
 def test_a_name_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     source = Input(name, (noise_at(tmp_path / "scan.nii.gz"),))
     (outcome,) = predict_files(predictor_of(None), [source], out=tmp_path / "out" / "labels")
-    assert (
-        outcome.error is not None and "expected a name that results can be called" in outcome.error
-    )
+    assert outcome.error is not None and "expected a name that can be a file name" in outcome.error
     assert names_in(tmp_path) == ["scan.nii.gz"]
 
 

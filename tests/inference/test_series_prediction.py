@@ -209,13 +209,13 @@ def test_of_several_series_in_a_folder_one_is_segmented(
         path.rename(series / f"other{number}")
     words = ("--model", model, "--device", "cpu", "--out", tmp_path / "x.nii.gz")
     code, _, err = run("predict", series, *words, capsys=capsys)
-    assert code == 2 and err.startswith(f"segkit: {series}: holds 2 series, give the UID of one")
+    assert code == 2 and err.startswith(f"segkit: {series}: holds 2 series; pass the UID of one")
     assert err.count("\n") == 1 and uid in err
     code, _, err = run("predict", series, *words, "--series", uid, capsys=capsys)
     assert (code, err) == (0, "")
     assert read_volume(tmp_path / "x.nii.gz").grid.shape == SHAPE
     code, out, _ = run("check", series, capsys=capsys)
-    assert code == 0 and "2 DICOM series; give the UID of one as --series" in out and uid in out
+    assert code == 0 and "2 DICOM series; pass the UID of one as --series" in out and uid in out
     code, out, _ = run("check", series, "--series", uid, capsys=capsys)
     assert code == 0 and f"DICOM series {uid} (thorax, CT, 7 slices)" in out
     assert "9 x 8 x 7 voxels of 1 x 1.1 x 2 mm" in out and "axes run to LPS" in out
@@ -243,7 +243,7 @@ def test_a_folder_of_series_is_a_cohort(model: Path, series: Path, tmp_path: Pat
 def test_a_single_dicom_file_is_no_volume(series: Path) -> None:
     one = series / "one.dcm"
     one.touch()
-    with pytest.raises(VolumeError, match="is one file of a DICOM series; name the folder"):
+    with pytest.raises(VolumeError, match="is one file of a DICOM series; pass the folder"):
         find_inputs([one], 1)
 
 

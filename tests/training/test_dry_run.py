@@ -81,7 +81,7 @@ def test_lines_say_numbers_and_units(told: DryRun) -> None:
     gpu = replace(told, peak=1_250_000_000, before=0, device="cuda:0")
     text = "\n".join(gpu.lines())
     for words in (
-        "4 cases of",
+        "4 training cases of",
         "1 held out; labels background, ball",
         "spacing 1 x 1 x 1 mm; patches of 16 x 16 x 16 voxels, cut as 20 x 20 x 20",
         "batches of 2",
@@ -174,7 +174,7 @@ def test_of_folds_the_first_is_rehearsed(
         main()
     out = capsys.readouterr().out
     assert stop.value.code in (None, 0)
-    assert "4 cases of" in out and "1 held out" in out and "the same for every fold" in out
+    assert "4 training cases of" in out and "1 held out" in out and "the same for every fold" in out
 
 
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

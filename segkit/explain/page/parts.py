@@ -28,10 +28,10 @@ TITLES = {
     "disagreement_p95": "disagreement, 95th percentile",
 }
 PAGE_COLUMNS = [
-    (name, what)
+    (name, part)
     for name in LOCALISATION
-    for what in ("value", "chance")
-    if what == "value" or name in ("energy", "pointing", "iou")
+    for part in ("value", "chance")
+    if part == "value" or name in ("energy", "pointing", "iou")
 ]
 """Columns of a structure's table: measures, with chance if it differs between maps."""
 QUANTITIES = {
@@ -142,7 +142,7 @@ def measure_tables(
         )
     for structure in dict.fromkeys(structure for _, _, structure in grouped if structure):
         rows = [
-            [key, of, *(rounded(getattr(figures[name], what)) for name, what in PAGE_COLUMNS)]
+            [key, of, *(rounded(getattr(figures[name], part)) for name, part in PAGE_COLUMNS)]
             for (key, of, place), figures in grouped.items()
             if place == structure
         ]
@@ -152,8 +152,8 @@ def measure_tables(
                 [
                     *("map", "values of"),
                     *(
-                        TITLES[name] if what == "value" else "by chance"
-                        for name, what in PAGE_COLUMNS
+                        TITLES[name] if part == "value" else "by chance"
+                        for name, part in PAGE_COLUMNS
                     ),
                 ],
                 rows,
@@ -200,10 +200,14 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
         if one.name != "auroc" or math.isnan(one.value):
             continue
         of_map = one.of == "map"
+<<<<<<< HEAD
         name = one.map if of_map else one.of
         if one.value < 0.5:
             name = f"{name} {LOW}"
         bar = Bar(name, abs(one.value - 0.5), beside=not of_map)
+=======
+        bar = Bar(one.map if of_map else one.of, one.value, chance=one.chance, baseline=not of_map)
+>>>>>>> main
         plots.setdefault(one.structure, []).append(bar)
     return [
         Bars(

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from segkit.io.atomic import PARTIAL, sweep, write_json
+from segkit.io.atomic import PARTIAL, remove_leftovers, write_json
 from segkit.io.checksums import checksum
 from segkit.io.safe_text import read_json_object
 
@@ -57,7 +57,7 @@ def user_cache() -> Path:
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    sweep(target.parent)
+    remove_leftovers(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
     partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
     try:
