@@ -200,14 +200,10 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
         if one.name != "auroc" or math.isnan(one.value):
             continue
         of_map = one.of == "map"
-<<<<<<< HEAD
         name = one.map if of_map else one.of
         if one.value < 0.5:
             name = f"{name} {LOW}"
-        bar = Bar(name, abs(one.value - 0.5), beside=not of_map)
-=======
-        bar = Bar(one.map if of_map else one.of, one.value, chance=one.chance, baseline=not of_map)
->>>>>>> main
+        bar = Bar(name, abs(one.value - 0.5), baseline=not of_map)
         plots.setdefault(one.structure, []).append(bar)
     return [
         Bars(
