@@ -211,8 +211,8 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
             "|AUROC - 0.5|: 0 by chance, 0.5 at most",
             bars,
             note="AUROC is the probability that a cell inside has a higher value than a cell "
-            "outside. '↓' means that it is below 0.5: low values show the structure. Below each map "
-            "are its baselines, the scan's intensity and gradient on the same cells.",
+            "outside. '↓' means that it is below 0.5: low values show the structure. Below each "
+            "map are its baselines, the scan's intensity and gradient on the same cells.",
         )
         for structure, bars in plots.items()
     ]
