@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
-from segkit.data.case_groups import proposal
+from segkit.data.case_groups import grouping_advice
 from segkit.data.dataset import (
     CaseFiles,
     Dataset,
@@ -221,7 +221,7 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             )
     problems.refuse()
     warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
-    proposed = proposal(dataset, None)
+    proposed = grouping_advice(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),

@@ -15,7 +15,7 @@ from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
 from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures, shown_verdicts
-from segkit.inference.made_by import asked_of, made_by
+from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
     mark_finished,
@@ -104,7 +104,7 @@ def explain_files(
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
-    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
+    asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -215,7 +215,7 @@ def explain_heads(
             PROVENANCE: {
                 **made_by(
                     predictor,
-                    asked_of(predictor),
+                    models_and_settings(predictor),
                     (file for source in inputs for file in source.files),
                 ),
                 "reference": checksums(paths.values()),

@@ -37,10 +37,10 @@ from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import resume, train
 from segkit.training.folds import folds_of
-from segkit.training.kept_split import read_split, told
+from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
-from segkit.training.resolve import with_whole_paths
-from segkit.training.run_folder import SPLIT, claimed, new_run_folder
+from segkit.training.resolve import with_absolute_paths
+from segkit.training.run_folder import SPLIT, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,11 @@ def cross_validate(
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)
-    config = with_whole_paths(config.model_copy(update={"data": data}))
+    config = with_absolute_paths(config.model_copy(update={"data": data}))
     record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
+        with locked_folder(folder), advice_on_stop(_how_to_go_on(folder)):
             return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
@@ -186,7 +186,7 @@ def resume_folds(
             f"{folder}: the cross-validation is finished already; name more --folds, or read its "
             f"{SUMMARY}"
         )
-    with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
+    with locked_folder(folder), advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
@@ -247,14 +247,14 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {told(gone)}, which {dataset.folder} no longer "
-            f"contains; put the cases back, or start a new cross-validation"
+            f"{folder}: its folds were drawn with {case_names(gone)}, which {dataset.folder} no "
+            f"longer contains; put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(
             "%s: new cases are left out, because the folds were drawn without them: %s",
             folder,
-            told(sorted(here - known)),
+            case_names(sorted(here - known)),
         )
     return replace(dataset, cases=tuple(case for case in dataset.cases if case.name in known))
 

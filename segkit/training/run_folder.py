@@ -71,7 +71,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
     raise ConfigError(f"{runs}/{name}: a million runs have this name; choose another")
 
 
-def begun_run(folder: Path) -> Path:
+def existing_run(folder: Path) -> Path:
     """The folder, if it is the folder of a run. Raises ConfigError if it is not."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: expected a run with {CONFIG}, found none; check the path")
@@ -79,7 +79,7 @@ def begun_run(folder: Path) -> Path:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Lock a folder for this process, until the block or the process ends.
 
     On a file system without locks, nothing is locked.
