@@ -21,6 +21,7 @@ REFUSED = {
     "train.averaging": "the average belongs to all steps",
     "train.minutes": "the time was planned for the whole run",
     "train.start_from": "the run has its own weights by now",
+    "train.other_channels": "the run has its own weights by now",
     "train.seed": "it has drawn the steps before",
     "replaced": "replace the same parts",
 }
@@ -48,6 +49,7 @@ APPLIED = {
     "train.learning_rate",
     "train.weight_decay",
     "train.gradient_clip",
+    "train.freeze",
     "train.loss",
     "train.batch_dice",
     "train.validate_every",

@@ -52,6 +52,8 @@ class DryRun:
     """Bytes of the process's peak before the first step; 0 on a GPU."""
     seconds: float
     loss: float
+    notes: tuple[str, ...] = ()
+    """Of weights that are another model's, and of those that are frozen."""
 
     @property
     def fitting(self) -> int | None:
@@ -89,6 +91,7 @@ class DryRun:
             f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
             f"{schedule.steps} steps would take {total}, validations aside",
         ]
+        told += self.notes
         if self.fitting is not None and self.fitting < schedule.steps:
             told.append(too_slow(self.seconds, self.fitting, schedule.steps))
         return told
@@ -174,6 +177,9 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
         before=watch.before,
         seconds=watch.seconds,
         loss=watch.loss,
+        notes=tuple(
+            run.summary[name]["told"] for name in ("start_from", "freeze") if name in run.summary
+        ),
     )
 
 

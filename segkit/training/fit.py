@@ -51,6 +51,7 @@ from segkit.training.changed_settings import (
     settings_of,
 )
 from segkit.training.final_scores import score
+from segkit.training.freezing import Freezing
 from segkit.training.going_on import GoingOn
 from segkit.training.kept_split import (
     SplitNames,
@@ -367,10 +368,12 @@ def _record_of(
         {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
     ]
     split = names or _names_of(parts)
+    begun_from = parts.taken_over.as_json() if parts.taken_over else before.get("start_from")
     return {
         "config": config.model_dump(mode="json"),
         "split": {part: list(split[part]) for part in ("train", "held_out")},
         "changes": [*before.get("changes", []), *changed],
+        **({"start_from": begun_from} if begun_from else {}),
     }
 
 
@@ -437,8 +440,11 @@ def _module_of(
 ) -> SegmentationModule:
     settings = config.network
     head = None if settings.given else settings.attention.head
+    network, patterns = _network_of(parts), config.train.freeze
+    freezing = Freezing(weights_of(network), patterns) if patterns else None
+    notes = [each.told for each in (parts.taken_over, freezing) if each is not None]
     return SegmentationModule(
-        _network_of(parts),
+        network,
         loss=parts.loss,
         optimiser=parts.optimiser,
         schedule=parts.schedule,
@@ -453,6 +459,8 @@ def _module_of(
         # What is not segkit's own may do what a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),
         budget=budget,
+        freezing=freezing,
+        notes=notes,
     )
 
 
@@ -528,8 +536,13 @@ def _trained(
         "versions": versions("lightning"),
         "environment": environment,
     }
-    if changed := _changed_on_the_way(trainer):
-        summary["changed_settings"] = changed
+    record = _record_in(trainer)
+    if record["changes"]:
+        summary["changed_settings"] = record["changes"]
+    if "start_from" in record:
+        summary["start_from"] = record["start_from"]
+    if module.freezing is not None:
+        summary["freeze"] = module.freezing.as_json()
     if budget is not None:
         summary["minutes"] = {
             "given": config.train.minutes,
@@ -542,10 +555,10 @@ def _trained(
     return Run(folder, summary, model)
 
 
-def _changed_on_the_way(trainer: L.Trainer) -> list[dict[str, Any]]:
-    """Settings that were changed when the run was gone on with."""
+def _record_in(trainer: L.Trainer) -> Mapping[str, Any]:
+    """What the checkpoints of a training say of it."""
     noted = next(each for each in trainer.callbacks if isinstance(each, GoingOn))  # type: ignore[attr-defined]
-    return list(noted.record["changes"])
+    return noted.record
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:
