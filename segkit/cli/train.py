@@ -104,9 +104,11 @@ def train_command(
         if dry_run:
             return _rehearse(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # in all processes of a run but the first
+    if not result.summary:  # in all processes of a run but the first, and of folds but the last
+        if json and wanted:
+            say_json({"folder": str(result.folder), "finished": False})
         return
-    _tell(result)
+    tell_of_run(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
@@ -184,7 +186,7 @@ def _trained(
             low,
             settings,
             runs=runs,
-            tell=_tell,
+            tell=tell_of_run,
             callbacks=callbacks,
             track=track,
             spent=time.monotonic() - started,
@@ -213,7 +215,7 @@ def _resumed(
         return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
     if folds:
         raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
-    return resume_two_stages(run, overrides, tell=_tell, callbacks=callbacks, track=track)
+    return resume_two_stages(run, overrides, tell=tell_of_run, callbacks=callbacks, track=track)
 
 
 def _tell_of_pictures(settings: "Config") -> None:
@@ -237,7 +239,7 @@ def _shown() -> tuple[list["Callback"], "Tracker"]:
     return [TrainingProgress(console)], Tracker(console)
 
 
-def _tell(result: "Run | CrossValidation") -> None:
+def tell_of_run(result: "Run | CrossValidation") -> None:
     """Say what became of a run, or of several folds."""
     from segkit.training.cross_validation import CrossValidation
 
@@ -255,6 +257,9 @@ def _tell(result: "Run | CrossValidation") -> None:
             f"mean Dice of {scores['cases']} held-out cases, each on its scan's grid: "
             f"{mean} ({classes})"
         )
+    for name in ("temperature", "start_from", "freeze"):
+        if name in summary:
+            say(summary[name]["told"])
     say(f"wrote {result.folder}")
 
 

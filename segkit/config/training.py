@@ -186,6 +186,12 @@ class TrainConfig(Section):
     """Weights that are not trained, by patterns of their names such as `encoder.*`, and the step
     from which on they are; null if never. A list of patterns means never. The last pattern that
     fits a weight counts."""
+    keep_held_out: Literal["nothing", "labels", "probabilities"] = "nothing"
+    """Predictions of held-out cases by the final weights that the run keeps in its folder
+    `held_out`: labels, or labels and probabilities."""
+    calibrate: bool = False
+    """If true, one temperature for all probabilities is fitted on the held-out cases at the end
+    (Guo et al. 2017) and kept with the model. Labels do not change."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @field_validator("freeze", mode="before")

@@ -57,6 +57,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             PRESENCE: list(labelling.members) if model.network.presence is not None else [],
         },
         "decision": "largest logit" if labelling.written is None else "each logit above 0",
+        "temperature": description.temperature,
         "labels": labelling.numbers_in_files,
         # In the order in which they are written, later over earlier.
         "regions": {name: labelling.numbers_in_files[name] for name in labelling.regions},

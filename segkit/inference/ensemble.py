@@ -56,13 +56,20 @@ def merge(
                 known[number] = next(member, None)
 
 
-def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -> MergedRows:
+def consult(
+    members: Sequence[SourceRows],
+    *,
+    shares: bool,
+    uncertainty: bool,
+    temperature: float | None = None,
+) -> MergedRows:
     """The verdict of one or several members on the rows that they all have.
 
     Args:
         members: the same rows of the volume.
         shares: whether probabilities are asked for.
         uncertainty: whether entropy and variance are.
+        temperature: of the mean probabilities; labels and variance do not depend on it.
     """
     alone = len(members) == 1
     if alone and not shares and not uncertainty:
@@ -75,14 +82,32 @@ def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -
         labels = members[0].labels()
     else:
         labels = labels_of(moments.mean if written is None else moments.mean - 0.5, written)
-    probabilities = moments.mean if shares else None
+    mean = moments.mean
+    if temperature is not None:
+        mean = at_temperature(mean, temperature, regions=written is not None)
+    probabilities = mean if shares else None
     if not uncertainty:
         return MergedRows(labels, probabilities)
     variance = moments.variance
     for rows in members:
         variance = variance + rows.spread() / len(members)
     uncertain = predictive_entropy if written is None else region_entropy
-    return MergedRows(labels, probabilities, uncertain(moments.mean), variance)
+    return MergedRows(labels, probabilities, uncertain(mean), variance)
+
+
+def at_temperature(
+    probabilities: Float[Tensor, "classes x y rows"], temperature: float, *, regions: bool
+) -> Float[Tensor, "classes x y rows"]:
+    """Probabilities as if the logits had been divided by a temperature (Guo et al. 2017).
+
+    The largest stays the largest, and of regions what is above 0.5 stays above it.
+    """
+    smallest = torch.finfo(probabilities.dtype).tiny
+    if regions:
+        return (
+            probabilities.logit(eps=torch.finfo(probabilities.dtype).eps) / temperature
+        ).sigmoid()
+    return (probabilities.clamp(min=smallest).log() / temperature).softmax(dim=0)
 
 
 class Moments:

@@ -56,6 +56,8 @@ APPLIED = {
     "train.validation_cases",
     "train.pictures",
     "train.patience",
+    "train.keep_held_out",
+    "train.calibrate",
     "trainer",
 }
 """Settings that count from the next step on; a setting that is in neither list is refused."""

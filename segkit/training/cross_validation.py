@@ -39,12 +39,14 @@ from segkit.training.folds import folds_of
 from segkit.training.kept_split import read_split, told
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_whole_paths
-from segkit.training.run_folder import SPLIT, claimed, new_run_folder
+from segkit.training.run_folder import SPLIT, claimed, claimed_if_free, new_run_folder
 from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 
 RECORD = "cross_validation.json"
+SECONDS_FOR_ANOTHER = 60.0
+"""To wait for a process that writes what all folds share."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 """By case, then by class; none where a class is in neither prediction nor reference."""
@@ -52,7 +54,10 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A finished cross-validation: its folder, and what `summary.json` holds."""
+    """A cross-validation: its folder, and what `summary.json` holds.
+
+    The summary is empty if another process still trains folds of it; the last to end pools all.
+    """
 
     folder: Path
     summary: Mapping[str, Any]
@@ -134,7 +139,7 @@ def cross_validate(
     record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
+        with advice_on_stop(_how_to_go_on(folder)):
             return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
@@ -152,10 +157,10 @@ def resume_folds(
 ) -> CrossValidation:
     """Go on with what is missing of a cross-validation, and with more folds if they are named.
 
-    Raises ConfigError where nothing is missing, and whatever `cross_validate` raises.
+    Several processes may do so at once: each fold is trained by one of them, and the last to end
+    pools all. Raises ConfigError if nothing is missing, and whatever `cross_validate` raises.
     """
-    source = folder / RECORD
-    record = validated(Record, _read(source), str(source))
+    record = _record_of(folder)
     if folds == "all":
         data = record.config.data
         folds = range(len(folds_of(dataset_of(data), data)))
@@ -164,7 +169,7 @@ def resume_folds(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
         raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
-    with claimed(folder), advice_on_stop(_how_to_go_on(folder)):
+    with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
@@ -181,22 +186,42 @@ def _go_on(
     callbacks: Sequence[Callback],
     track: Track,
 ) -> CrossValidation:
-    (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
-    write_json(folder / RECORD, record.model_dump(mode="json"))
+    with claimed(folder, wait=SECONDS_FOR_ANOTHER):
+        (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
+        known = _record_of(folder).folds if (folder / RECORD).is_file() else []
+        record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
+        write_json(folder / RECORD, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
-        run = _fold(folder, fold)
-        if (run / SUMMARY).is_file():
-            continue
-        say(f"fold {fold}, {number} of {len(record.folds)}")
-        if run.exists():
-            resume(run, callbacks=callbacks, track=track)
-        else:
-            data = record.config.data.model_copy(update={"fold": fold})
-            config = record.config.model_copy(update={"name": run.name, "data": data})
-            dataset = _as_begun(folder, record)
-            train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
-    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
-    models = [_fold(folder, fold) / "model" for fold in record.folds]
+        with claimed_if_free(folder / f".{FOLD}{fold}.lock") as mine:
+            run = _fold(folder, fold)
+            if not mine or (run / SUMMARY).is_file():
+                continue
+            say(f"fold {fold}, {number} of {len(record.folds)}")
+            if run.exists():
+                resume(run, callbacks=callbacks, track=track)
+            else:
+                data = record.config.data.model_copy(update={"fold": fold})
+                config = record.config.model_copy(update={"name": run.name, "data": data})
+                dataset = _as_begun(folder, record)
+                train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
+    with claimed(folder, wait=SECONDS_FOR_ANOTHER):
+        # Another process may have begun more of them meanwhile; the last to end pools all.
+        folds = _record_of(folder).folds
+        missing = [fold for fold in folds if not (_fold(folder, fold) / SUMMARY).is_file()]
+        if missing:
+            say(
+                f"{folder}: not finished yet: {', '.join(f'fold {fold}' for fold in missing)}; "
+                f"the process that trains it pools all folds when it ends, or "
+                f"{_how_to_go_on(folder)}"
+            )
+            return CrossValidation(folder, {})
+        return write_pooled(folder, folds)
+
+
+def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
+    """Pool the finished folds of a folder; its models adopt what all of them favour."""
+    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
+    models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
     labels = load_description(models[0]).labels
     adopted = PostprocessingConfig(
@@ -207,6 +232,11 @@ def _go_on(
         adopt(model, adopted)
     write_json(folder / SUMMARY, summary)
     return CrossValidation(folder, summary)
+
+
+def _record_of(folder: Path) -> Record:
+    """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
+    return validated(Record, _read(folder / RECORD), str(folder / RECORD))
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:

@@ -16,11 +16,14 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
+from segkit.evaluation.temperature import HeldOutVoxels
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
+from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import read_volume
 from segkit.model.folder import Model
 from segkit.system.progress import Track
+from segkit.training.held_out_files import HeldOutFiles
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ def score(
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
     until: float = math.inf,
+    files: HeldOutFiles | None = None,
+    voxels: HeldOutVoxels | None = None,
 ) -> dict[str, Any]:
     """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
 
@@ -44,6 +49,8 @@ def score(
     that held the case out, where the whole first stage would do better than on a new case.
     Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
     `dice_of_cases_after`: all that a cross-validation must know to adopt one.
+    `files` keeps predictions, if it is given, and `voxels` draws some with their probabilities, of
+    cases that are labelled whole.
     `until` is the monotonic clock's time at which scoring should be over: at least one case is
     scored, and then as many more as fit.
     """
@@ -70,7 +77,18 @@ def score(
         if first_labels:
             stage = model.first[0].description.labelling
             first = volume_as_in_files(read_volume(first_labels[case.name]), stage)
-        prediction = predictor(image, first_labels=first)
+        drawn = voxels if voxels is not None and not unlabelled else None
+        prediction = predictor(
+            image,
+            first_labels=first,
+            probabilities=drawn is not None or (files is not None and files.probabilities),
+            allocate=files.allocate if files is not None else in_memory,
+        )
+        if files is not None:
+            files.write(case, prediction)
+        if drawn is not None and prediction.probabilities is not None:
+            shares = prediction.probabilities.data
+            drawn.add(shares if shares.ndim == 4 else shares[..., None], label.data)
         found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
             told_right.append(
@@ -95,8 +113,8 @@ def score(
 
     more: dict[str, Any] = {}
     if told_right:
-        shares = class_means(np.array(told_right, np.float64)).tolist()
-        more["presence_accuracy"] = dict(zip(names, shares, strict=True))
+        right = class_means(np.array(told_right, np.float64)).tolist()
+        more["presence_accuracy"] = dict(zip(names, right, strict=True))
     if len(dice) < len(cases):
         more["held_out"] = [case.name for case in cases]
     if after:

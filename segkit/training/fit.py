@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
+from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import sweep, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
@@ -53,6 +54,7 @@ from segkit.training.changed_settings import (
 from segkit.training.final_scores import score
 from segkit.training.freezing import Freezing
 from segkit.training.going_on import GoingOn
+from segkit.training.held_out_files import HeldOutFiles
 from segkit.training.kept_split import (
     SplitNames,
     check_not_moved,
@@ -523,6 +525,11 @@ def _trained(
     save_model(folder / "model", model)
     budget = module.budget
     until = math.inf if budget is None else budget.until
+    scores, temperature = _scores(parts, config, model, trainer, track, until)
+    if temperature is not None:
+        told = parts.description.model_copy(update={"temperature": temperature.value})
+        model = replace(model, description=told)
+        save_description(folder / "model", told)
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -531,7 +538,7 @@ def _trained(
         "seed": config.train.seed,
         "training_cases": len(split.train),
         "weights": {"of": "last" if step is None else "best", "step": step or trainer.global_step},
-        "validation": _scores(parts, config, model, trainer, track, until),
+        "validation": scores,
         **first_stage_of(parts.first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
         "environment": environment,
@@ -550,6 +557,8 @@ def _trained(
             "planned_steps": config.train.steps,
             "seconds_per_step": round(budget.per_step, 4),
         }
+    if temperature is not None:
+        summary["temperature"] = temperature.as_json()
     write_json(folder / SUMMARY, summary)
     network.to("cpu")
     return Run(folder, summary, model)
@@ -583,15 +592,29 @@ def _scores(
     trainer: L.Trainer,
     track: Track,
     until: float,
-) -> dict[str, Any]:
-    """What the run's weights score on the held-out cases, and the best score during training."""
+) -> tuple[dict[str, Any], Temperature | None]:
+    """What the run's weights score on the held-out cases, and the best score during training.
+
+    With `train.calibrate` also the temperature of their probabilities.
+    """
     # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
     # overlap, so that what is left of one is not its own affair.
     adopts = config.data.fold is not None and not parts.dataset.regions
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
     highest = best.best_model_score
-    return {
+    assert best.dirpath is not None
+    labelling, keep = model.description.labelling, config.train.keep_held_out
+    voxels = None
+    if config.train.calibrate:
+        background = {} if labelling.regions else {next(iter(labelling.numbers)): (0,)}
+        voxels = HeldOutVoxels(
+            {**background, **labelling.members},
+            bool(labelling.regions),
+            len(parts.split.held_out),
+            labelling.ignore,
+        )
+    scores = {
         "note": "Dice of whole held-out volumes, on their own grids, by the weights of model/",
         **score(
             model,
@@ -603,8 +626,16 @@ def _scores(
             operations=candidates(list(model.description.labels.values())[1:]) if adopts else {},
             # A fold's cases are all needed by the cross-validation.
             until=until if config.data.fold is None else math.inf,
+            files=None if keep == "nothing" else HeldOutFiles(Path(best.dirpath), keep),
+            voxels=voxels,
         ),
         f"best_mean_{parts.validation.measure}_during_training": (
             None if highest is None else float(highest)
         ),
     }
+    temperature = voxels.fit() if voxels is not None else None
+    if temperature is None and voxels is not None:
+        logger.warning(
+            "train.calibrate: no held-out case is labelled whole; no temperature is kept"
+        )
+    return scores, temperature

@@ -25,7 +25,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layers() -> nn.ModuleDict:
-    return nn.ModuleDict({"encoder": nn.Linear(2, 3), "decoder": nn.Linear(3, 2)})
+    return nn.ModuleDict(
+        {
+            "encoder": nn.Linear(2, 3),
+            "decoder": nn.Linear(3, 2),
+            "head": nn.Linear(2, 2, bias=False),
+        }
+    )
 
 
 def trained(freezing: Freezing, network: nn.Module) -> set[str]:
@@ -35,13 +41,14 @@ def trained(freezing: Freezing, network: nn.Module) -> set[str]:
 def test_weights_are_frozen_by_their_names_until_their_step() -> None:
     network = layers()
     freezing = Freezing(network, {"encoder.*": None, "*.bias": 3, "decoder.weight": 5})
-    assert trained(freezing, network) == set() and freezing.unfreezes
+    trainable = {"head.weight"}
+    assert trained(freezing, network) == trainable and freezing.unfreezes
     assert not freezing.set_step(2)
-    assert freezing.set_step(3) and trained(freezing, network) == {"encoder.bias", "decoder.bias"}
-    assert freezing.set_step(5)
-    assert trained(freezing, network) == {"encoder.bias", "decoder.bias", "decoder.weight"}
+    trainable |= {"encoder.bias", "decoder.bias"}
+    assert freezing.set_step(3) and trained(freezing, network) == trainable
+    assert freezing.set_step(5) and trained(freezing, network) == {*trainable, "decoder.weight"}
     assert freezing.told == (
-        "4 of 4 weights (17 of 17 numbers) are frozen: encoder.* to the end, *.bias until step 3, "
+        "4 of 5 weights (17 of 21 numbers) are frozen: encoder.* to the end, *.bias until step 3, "
         "decoder.weight until step 5"
     )
 

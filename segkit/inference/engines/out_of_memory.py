@@ -63,8 +63,12 @@ class SparingCouncil:
     the first time on that it does not fit, rows are taken to the host before.
     """
 
-    def __init__(self, *, shares: bool, uncertainty: bool) -> None:
-        self.consult = partial(consult, shares=shares, uncertainty=uncertainty)
+    def __init__(
+        self, *, shares: bool, uncertainty: bool, temperature: float | None = None
+    ) -> None:
+        self.consult = partial(
+            consult, shares=shares, uncertainty=uncertainty, temperature=temperature
+        )
         self.on_host = False
 
     def __call__(self, members: Sequence[SourceRows]) -> MergedRows:
