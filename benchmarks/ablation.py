@@ -1,13 +1,14 @@
-"""Dice on held-out hippocampi with each kind of attention and without, after equally many steps.
+"""Dice on held-out hippocampi for each kind of attention and without attention.
 
     python benchmarks/ablation.py DATASET [--steps 200] [--seeds 0 1 2] [--results FOLDER]
                                           [--arms ARM …]
     python benchmarks/ablation.py --results FOLDER --table
 
-Every arm is trained from each seed on the same 160 cases and scored on the same 40, with the same
-network beside its attention. An arm that adds more than 2 % of parameters is held against a plain
-U-Net widened to match, any other against the plain U-Net. Finished runs are kept in the results'
-folder and not done again, so the study may be stopped and resumed; `--table` prints what there is.
+An arm is a U-Net with one kind of attention. Each arm is trained with each seed on the same 160
+cases for the same number of steps, and scored on the same 40 cases. An arm with more than 2 % of
+extra parameters is compared with a plain U-Net of the same size, other arms with the plain U-Net.
+Results are stored in FOLDER, so the study can be stopped and resumed. `--table` prints the results
+so far.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from segkit.training.split import split
 
 WIDTHS = [8, 16, 32, 64]
 MATCHED = [8, 16, 33, 65]
-"""As WIDTHS, with 4 % more parameters."""
+"""Like WIDTHS, with 4 % more parameters."""
 PLAIN = "plain"
 WIDER = "plain, widened"
 ARMS: dict[str, dict[str, Any]] = {
@@ -52,18 +53,18 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Train what is missing, then print the table."""
+    """Train the missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("ablation"))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     console = Console()
     if not options.table:
-        # Seeds are the outer loop, so that every arm is there early.
+        # The outer loop is over seeds, so that early results include every arm.
         runs = [(arm, seed) for seed in options.seeds for arm in options.arms]
         missing = [run for run in runs if not result_of(options.results, *run).exists()]
         for arm, seed in track(missing, "training", console=console):
@@ -75,12 +76,12 @@ def main() -> None:
 
 
 def result_of(folder: Path, arm: str, seed: int) -> Path:
-    """The file of one run."""
+    """The result file of one run."""
     return folder / f"{arm.replace(': ', '-').replace(', ', '-')}_{seed}.json"
 
 
 def run_arm(arm: str, seed: int, dataset: Path, steps: int, results: Path) -> dict[str, Any]:
-    """Train one arm from one seed and score it."""
+    """Train one arm with one seed and score it."""
     _, held_out = split(read_dataset(dataset), 0.2, 0)
     config = validated(
         Config,
@@ -114,7 +115,7 @@ def run_arm(arm: str, seed: int, dataset: Path, steps: int, results: Path) -> di
 
 
 def table(folder: Path, seeds: list[int]) -> str:
-    """Mean and standard deviation over seeds of each arm, in Markdown."""
+    """A Markdown table with the mean and standard deviation of each arm over seeds."""
     scores: dict[str, list[float]] = {}
     parameters: dict[str, int] = {}
     steps = set()
@@ -129,7 +130,7 @@ def table(folder: Path, seeds: list[int]) -> str:
     lines = [
         f"Mean Dice of 40 held-out hippocampi after {', '.join(map(str, sorted(steps)))} steps.",
         "",
-        "| arm | parameters | Dice, mean ± sd | of each seed | against | difference | gain |",
+        "| arm | parameters | Dice, mean ± sd | each seed | compared with | difference | better |",
         "|---|---:|---:|---|---|---:|---:|",
     ]
     for arm, dice in scores.items():

@@ -1,9 +1,9 @@
-"""Dice on held-out cases after so many minutes of a CPU, by `segkit plan` and `segkit train`.
+"""Dice on held-out cases after a number of minutes on a CPU, with `segkit plan` and `segkit train`.
 
     python benchmarks/accuracy.py DATASET [--minutes 60] [--folds 0 1 2 3 4] [KEY=VALUE …]
 
-The clock of a fold runs from the first look at the dataset to the last held-out case's score:
-measuring and planning, preparing, training, validations. One plan, one run of each fold.
+The time of a fold includes everything: measuring, planning, preparing, training and scoring the
+held-out cases. There is one plan, and one run for each fold.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
         )
         planning = time.perf_counter() - started
         console.print(planned.text, highlight=False, markup=False)
-        console.print(f"measured and planned in {planning:.1f} s, which each fold is charged with")
+        console.print(f"measuring and planning took {planning:.1f} s, counted in each fold")
         table: Table | None = None
         means = []
         for fold in options.folds:
@@ -62,10 +62,10 @@ def main() -> None:
             scores = summary["validation"]
             if table is None:
                 table = Table(
-                    title=f"{options.dataset.name}, {options.minutes:g} minutes asked for, "
+                    title=f"{options.dataset.name}, planned for {options.minutes:g} minutes, "
                     f"{summary['parameters']:,} parameters, {summary['steps']:,} steps"
                 )
-                columns = ("minutes", "of training", "cases", *scores["dice"], "mean Dice")
+                columns = ("minutes", "in training", "cases", *scores["dice"], "mean Dice")
                 for name in ("fold", *columns):
                     table.add_column(name, justify="right")
             means.append(scores["mean_dice"])

@@ -1,9 +1,9 @@
-"""What each kind of attention costs beside the plain U-Net of the same widths.
+"""The cost of each kind of attention, relative to a plain U-Net of the same widths.
 
     python benchmarks/attention.py [--size 64] [--rounds 9] [--device cpu] [--kinds KIND …]
 
-In every round each network runs once after the plain one, and the two times are divided; the table
-gives the medians of these ratios. Multiply-adds are counted, not timed. It is printed as Markdown.
+In every round, each network and the plain U-Net run once, and the ratio of their times is taken.
+The Markdown table has the medians of these ratios. Multiply-adds are counted, not timed.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def network(attention: dict[str, Any], size: int) -> nn.Module:
-    """A 3D U-Net with that attention, as a config would build it."""
+    """A 3D U-Net with this attention, built as from a config."""
     torch.manual_seed(0)
     return build_network(
         ModelDescription(
@@ -96,12 +96,15 @@ def network(attention: dict[str, Any], size: int) -> nn.Module:
 
 
 def parameters(network: nn.Module) -> int:
-    """How many numbers are learned."""
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def multiply_adds(network: nn.Module, image: Tensor) -> float:
-    """Of one forward pass, convolutions and matrix products; the fused kernel taken apart."""
+    """Multiply-adds of convolutions and matrix products in one forward pass.
+
+    Fused attention is replaced by matrix products, so that its work is counted.
+    """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
         network(image)
@@ -109,7 +112,7 @@ def multiply_adds(network: nn.Module, image: Tensor) -> float:
 
 
 def train_once(network: nn.Module, image: Tensor) -> None:
-    """One pass there and back, of all that is supervised."""
+    """One forward and backward pass through all supervised outputs."""
     levels, presence = network.supervised(image)  # type: ignore[operator]
     loss = torch.stack([level.mean() for level in levels]).sum()
     if presence is not None:
@@ -125,11 +128,11 @@ def ratio(
     rounds: int,
     device: torch.device,
 ) -> float:
-    """Median over rounds of the other's time over the plain one's, which run in turn."""
+    """Median over rounds of the ratio of times: other network / plain network."""
     ratios = []
     for number in range(rounds + 1):
         seconds = []
-        # In turn first and second, so that neither is always the one with a warm cache.
+        # The order alternates, so that the same network does not always find a warm cache.
         pair = [plain, other] if number % 2 else [other, plain]
         for network in pair:
             if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Seconds of training and Dice on the real scan of `segkit demo`, over seeds and contrasts.
+"""Training time and Dice of `segkit demo` on the real scan, for several seeds and contrasts.
 
 python benchmarks/demo.py [--seeds 3] [--contrasts t1 random]
 """
@@ -15,12 +15,12 @@ from segkit.training.fit import train
 
 
 def main() -> None:
-    """Train each and print one table."""
+    """Train with each contrast and seed, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contrasts", nargs="+", default=["t1"], choices=["t1", "random"])
     options = parser.parse_args()
-    table = Table(title="segkit demo: trained on synthesis, scored on the real T1 scan")
+    table = Table(title="segkit demo: trained on synthetic scans, scored on the real T1 scan")
     for heading in ("contrast", "seed", "steps", "seconds", "grey", "white", "mean Dice"):
         table.add_column(heading, justify="right")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""What the attention maps of a trained run are worth on the cases that it held out.
+"""Measures and verdicts for the attention maps of a trained run, on its held-out cases.
 
     python benchmarks/explain.py RUN DATASET [--cases 12] [--device cpu]
 
-A row for each map and structure, in Markdown: the measures of docs/explain.md, means over cases,
-each with its chance, and beside what the scan's own intensity and gradient tell on the same cells;
-and the verdict of docs/verdicts.md with the figures that decided it. Then the seconds that it all
-takes for one case: maps, measures, ablation, deletion, untrained networks, and the files with the
-page. Cases are those of DATASET that RUN's config holds out, the first by name.
+The Markdown table has a row for each map and structure. It contains the measures of docs/explain.md
+as means over cases, their values by chance, the same measures of the scan's intensity and gradient,
+and the verdict of docs/verdicts.md with its figures. Below is the time for one case: maps,
+measures, ablation, deletion, untrained networks, and writing files and page. The cases are the
+first, by name, that RUN's config holds out of DATASET.
 """
 
 import argparse
@@ -41,13 +41,13 @@ COLUMNS = (
         "of intensity, gradient",
     ),
     *("pointing (chance)", "IoU (chance)", "entropy", "at the high end", "windows disagree by"),
-    *("Dice lost without it", "AUROC beside the best comparator", "deletion beside the best"),
+    *("Dice lost without it", "AUROC: gain over comparators", "deletion: gain over comparators"),
     *("|ρ|", "verdict"),
 )
 
 
 def main() -> None:
-    """Explain each case, then print the table."""
+    """Explain each case and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("dataset", type=Path)
@@ -84,9 +84,9 @@ def main() -> None:
         for structure, value in explanation.dice.items():
             dice.setdefault(structure, []).append(value)
     verdicts = judge_evidence(evidence)
-    told = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in dice.items())
+    means = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in dice.items())
     lines = [
-        f"{len(cases)} held-out cases of {options.dataset.name}, {options.run.name}: Dice {told}.",
+        f"{len(cases)} held-out cases of {options.dataset.name}, {options.run.name}: Dice {means}.",
         "",
         *table(measures, verdicts),
         "",
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def table(measures: Sequence[Measure], verdicts: Sequence[GateVerdict]) -> list[str]:
-    """The rows, chance first."""
+    """The lines of the table. The first row has the values by chance."""
     rows = [["chance", "", "0.5", "", "1", *[""] * 3, "1", *[""] * 7]]
     structures = list(dict.fromkeys(one.structure for one in measures if one.structure))
     for key in dict.fromkeys(one.map for one in measures):
@@ -114,12 +114,12 @@ def table(measures: Sequence[Measure], verdicts: Sequence[GateVerdict]) -> list[
                 row.append(
                     f"{mean(one.value for one in found)} ({mean(one.chance for one in found)})"
                 )
-            # How the values lie is of the whole map and stands in its first row.
-            lie = [
+            # Entropy, saturation and disagreement are for the whole map; they are in its first row.
+            whole = [
                 mean(one.value for one in of_map if one.name == name)
                 for name in ("entropy", "saturated_high", "disagreement")
             ]
-            row += lie if structure == structures[0] else [""] * 3
+            row += whole if structure == structures[0] else [""] * 3
             judged = [one for one in verdicts if (one.map, one.structure) == (key, structure)]
             rows.append([*row, *(worth(judged[0]) if judged else ["–"] * 5)])
     lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
@@ -127,7 +127,7 @@ def table(measures: Sequence[Measure], verdicts: Sequence[GateVerdict]) -> list[
 
 
 def baselines(measures: Sequence[Measure], name: str) -> str:
-    """A measure of each thing that the scan itself shows, channel by channel."""
+    """A measure of each baseline: intensity and gradient of each channel."""
     others = dict.fromkeys(one.of for one in measures if one.of != "map")
     return ", ".join(
         mean(one.value for one in measures if (one.name, one.of) == (name, other))
@@ -136,7 +136,7 @@ def baselines(measures: Sequence[Measure], name: str) -> str:
 
 
 def worth(verdict: GateVerdict) -> list[str]:
-    """A verdict with what decided it."""
+    """A verdict with its figures."""
     names = (
         "Dice lost without it",
         "AUROC: more than the best comparator",
@@ -144,12 +144,12 @@ def worth(verdict: GateVerdict) -> list[str]:
         "|ρ| with untrained networks",
     )
     found = [verdict.figures[name] for name in names]
-    told = [f"{one:+.4f}" if isinstance(one, float) and np.isfinite(one) else "–" for one in found]
-    return [*told, f"{verdict.word}: {verdict.claim}"]
+    cells = [f"{one:+.4f}" if isinstance(one, float) and np.isfinite(one) else "–" for one in found]
+    return [*cells, f"{verdict.word}: {verdict.claim}"]
 
 
 def mean(values: Iterable[float | None]) -> str:
-    """Of those that are numbers."""
+    """The mean of the finite values, as text."""
     known = [value for value in values if value is not None and np.isfinite(value)]
     return f"{statistics.mean(known):.3f}" if known else "–"
 

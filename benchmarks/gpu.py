@@ -1,11 +1,11 @@
-"""What segkit makes of a GPU: steps of training, how busy the card is, accuracy, prediction.
+"""segkit on a GPU: time of training steps, GPU utilisation, accuracy, and prediction.
 
     python benchmarks/gpu.py [DATASET] [--template T1.nii.gz] [--only step accuracy predict tests]
 
-DATASET is the hippocampus set in the Decathlon's layout, for `accuracy`: a plan for 100 s and its
-training on fold 0 of nnU-Net's five. The rest needs no data. Each part is a process of its own and
-cannot stop the next. All of it takes about 8 minutes; MONAI and nnU-Net stand beside segkit if they
-are installed (`benchmarks/peers/nnunet_training.py`).
+DATASET is the Decathlon's hippocampus dataset, for `accuracy`: it plans for 100 s and trains on
+fold 0 of nnU-Net's five folds. The other parts need no data. Each part runs in its own process, and
+its failure does not stop the next. All parts take about 8 minutes. If MONAI and nnU-Net are
+installed, they are measured too (`benchmarks/peers/nnunet_training.py`).
 """
 
 import argparse
@@ -40,7 +40,7 @@ CASES = {"small": (10, (36, 50, 36)), "large": (4, (180, 220, 180))}
 
 
 class StepClock(Callback):
-    """When each step was over on the host, and how long validations took."""
+    """Records when each step ends on the host."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -49,14 +49,14 @@ class StepClock(Callback):
         self.ends.append(time.perf_counter())
 
     def per_step(self) -> float:
-        """Milliseconds of a step in the second half of the run, when all is warm."""
+        """Milliseconds per step in the second half of the run, after warm-up."""
         torch.cuda.synchronize()
         late = self.ends[len(self.ends) // 2 :]
         return (late[-1] - late[0]) / (len(late) - 1) * 1e3
 
 
 def write_dataset(folder: Path, count: int, shape: Sequence[int]) -> None:
-    """Cases of noise with two blocks as labels, in the Decathlon's layout."""
+    """Write cases of noise with two labelled blocks, in the Decathlon's layout."""
     random = np.random.default_rng(0)
     grid = segkit.Grid(tuple(shape), np.eye(4))
     names = []
@@ -79,7 +79,7 @@ def write_dataset(folder: Path, count: int, shape: Sequence[int]) -> None:
 
 
 def step(size: str) -> None:
-    """Milliseconds of a training step of `segkit train`, with every default."""
+    """Print the milliseconds per step of `segkit train` with default settings."""
     setting = SIZES[size]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -111,16 +111,16 @@ def step(size: str) -> None:
         clock = StepClock()
         started = time.perf_counter()
         segkit.train(segkit.load_config(config), runs=folder / "runs", callbacks=[clock])
-        told = {
+        figures = {
             "ms": round(clock.per_step(), 2),
-            "seconds in all": round(time.perf_counter() - started, 1),
+            "seconds in total": round(time.perf_counter() - started, 1),
             "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         }
-    print(json.dumps({"step": size, **told}))
+    print(json.dumps({"step": size, **figures}))
 
 
 def accuracy(dataset: Path) -> None:
-    """Fold 0 of hippocampus after a plan for 100 s, and how busy the card was in training."""
+    """Print the Dice of hippocampus fold 0 after a plan for 100 s, and the GPU utilisation."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = folder / "hippocampus.yaml"
@@ -162,7 +162,7 @@ def _segkit(*words: str, cwd: Path) -> None:
 
 
 def main() -> None:
-    """Run every part in a process of its own and print its figures."""
+    """Run every part in its own process and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", nargs="?", type=Path)
     parser.add_argument("--template", type=Path)

@@ -1,13 +1,14 @@
-"""What the fused normalisation brings on a GPU: errors, microseconds of a layer, steps of training.
+"""The fused normalisation on a GPU: errors, time of a layer, and time of a training step.
 
     python benchmarks/gpu_kernels.py                 about a minute on one GPU
-    python benchmarks/gpu_kernels.py --compile       torch.compile as well: minutes more
-    python benchmarks/gpu_kernels.py --sweep         other sizes of tiles and launches
-    python benchmarks/gpu_kernels.py --tiny          on a CPU, without the kernel: tries the script
+    python benchmarks/gpu_kernels.py --compile       also torch.compile; takes minutes more
+    python benchmarks/gpu_kernels.py --sweep         also other sizes of tiles and launches
+    python benchmarks/gpu_kernels.py --tiny          on a CPU, without the kernel: tests this script
 
-Each line stands alone and is printed at once. Layers are in bfloat16. GB/s count what must move:
-forward reads twice and writes once, backward reads two tensors twice and writes once. "host" is the
-time that the host needs to launch it. Medians; `spread` is between the quartiles.
+Each line is complete and is printed at once. Layers use bfloat16. GB/s count the necessary memory
+traffic: forward reads the input twice and writes once, backward reads two tensors twice and writes
+once. "host" is the time in which the host launches the work. Times are medians; the number after ±
+is the distance between the quartiles.
 """
 
 import argparse
@@ -39,9 +40,9 @@ PARITY: dict[torch.dtype, list[tuple[int, ...]]] = {
     torch.float16: [(2, 3, 33, 47)],
     torch.bfloat16: [(2, 32, 40, 56, 40), (7, 256, 5, 7, 5), (2, 3, 33, 47)],
 }
-"""Few, for each kind of shape and type is compiled anew."""
+"""Shapes for the comparison with float64. They are few, because each kind compiles a new kernel."""
 CONFIGURATIONS = [(2048, 8, 4), (2048, 8, 8), (4096, 16, 2), (4096, 16, 4), (1024, 8, 8)]
-"""Of the sweep: numbers in a tile, numbers in a thread, programs for each multiprocessor."""
+"""For the sweep: numbers per tile, numbers per thread, programs per multiprocessor."""
 
 STARTED = time.perf_counter()
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,7 +58,7 @@ def synchronise() -> None:
 
 
 def host_times(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of calls until they are enqueued; on a CPU, until they are done."""
+    """Milliseconds of calls until they are enqueued; on a CPU, until they end."""
     times = []
     for _ in range(max(7, min(30, int(seconds / first_time(function))))):
         started = time.perf_counter()
@@ -67,7 +68,7 @@ def host_times(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def first_time(function: Callable[[], Any]) -> float:
-    """Seconds of one call after three that warm up."""
+    """Seconds of one call, after three calls for warm-up."""
     for _ in range(3):
         function()
     synchronise()
@@ -78,13 +79,13 @@ def first_time(function: Callable[[], Any]) -> float:
 
 
 def summary(gpu: list[float], host: list[float]) -> tuple[float, float, float]:
-    """Median of the GPU's times and distance of their quartiles; median of the host's times."""
+    """Median and interquartile distance of the GPU's times, and median of the host's times."""
     low, middle, high = statistics.quantiles(gpu, n=4)
     return middle, high - low, statistics.median(host)
 
 
 def time_layer(function: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
-    """Milliseconds that the GPU is busy with a call, its input not in the cache; see `summary`."""
+    """Milliseconds of GPU work for a call with a cold cache; see `summary`."""
     if not torch.cuda.is_available():
         host = host_times(function, seconds)
         return summary(host, host)
@@ -93,7 +94,7 @@ def time_layer(function: Callable[[], Any], seconds: float) -> tuple[float, floa
     host, events = [], []
     for _ in range(count):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The GPU is kept waiting, so that the host has enqueued the call before it begins.
+        # The GPU waits, so that the host has enqueued the whole call before it starts.
         torch.cuda._sleep(2_000_000)
         flush.zero_()
         start.record()
@@ -107,7 +108,7 @@ def time_layer(function: Callable[[], Any], seconds: float) -> tuple[float, floa
 
 
 def time_step(function: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
-    """Milliseconds from the end of a call to the end of the next, whoever waits; see `summary`."""
+    """Milliseconds from the end of a call to the end of the next; see `summary`."""
     if not torch.cuda.is_available():
         host = host_times(function, seconds)
         return summary(host, host)
@@ -144,7 +145,7 @@ def ordered(features: Tensor, last: bool) -> Tensor:
 
 
 def parity(layer: Layer, device: str) -> None:
-    """The worst relative error of each result, by the norm, against float64."""
+    """Print the largest relative error (by norm) of each result, compared with float64."""
     for dtype, shapes in PARITY.items():
         worst = [0.0] * 4
         same = True
@@ -155,7 +156,7 @@ def parity(layer: Layer, device: str) -> None:
             exact = [value.double().contiguous().requires_grad_() for value in (weight, bias)]
             exact.insert(0, features.double().contiguous().requires_grad_())
             before = F.instance_norm(exact[0], weight=exact[1], bias=exact[2], eps=EPS)
-            # Rounding may not decide on which side of zero a cell is.
+            # Cells near zero are left out, because rounding may change their sign.
             gradient = torch.randn(shape, device=device).to(dtype)
             gradient = torch.where(before.abs() < 1e-4, 0, gradient)
             truth = F.leaky_relu(before, SLOPE)
@@ -174,7 +175,7 @@ def parity(layer: Layer, device: str) -> None:
         good = max(worst[:2]) < limit and max(worst[2:]) < 5e-6 and same
         say(
             f"parity {str(dtype)[6:]:9s} output {worst[0]:.1e} input {worst[1]:.1e} weight "
-            f"{worst[2]:.1e} bias {worst[3]:.1e}, twice the same: {same}: "
+            f"{worst[2]:.1e} bias {worst[3]:.1e}, repeatable: {same}: "
             f"{'right' if good else 'WRONG'}"
         )
 
@@ -222,7 +223,7 @@ def one_layer(
 
 
 def sweep(device: str, layer: Layer, networks: dict[str, Any], seconds: float) -> None:
-    """Each configuration on the finest levels and on one in the middle."""
+    """Measure each configuration on the finest level and on a middle level."""
     from segkit.nn import fused_normalisation
 
     kept = (
@@ -273,7 +274,11 @@ def sweep(device: str, layer: Layer, networks: dict[str, Any], seconds: float) -
 def steps(
     networks: dict[str, Any], device: str, fused: Layer | None, seconds: float, compiled: bool
 ) -> None:
-    """In one process cuDNN keeps the first algorithm that it used for a shape, benchmark or not."""
+    """Measure training steps of each variant.
+
+    Use a new process to change cudnn.benchmark: in one process, cuDNN keeps the first algorithm of
+    each shape.
+    """
     for name, setting in networks.items():
         for last in (False, True):
             kinds = ["eager"] if fused is None else ["eager", "fused"]
@@ -339,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for flag in ("--compile", "--sweep", "--tiny"):
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--benchmark", action="store_true", help="only steps, by cudnn.benchmark")
+    parser.add_argument("--benchmark", action="store_true", help="only steps, with cudnn.benchmark")
     flags = parser.parse_args()
     device = "cpu" if flags.tiny else "cuda"
     networks, seconds = (TINY_NETWORKS, 0.01) if flags.tiny else (NETWORKS, 0.05)
@@ -355,7 +360,7 @@ def main() -> None:
         parity(fused, device)
     say("steps: forward, loss and backward under bfloat16 autocast; milliseconds (host), loss, GB")
     steps(networks, device, fused, 10 * seconds, compiled=False)
-    say("steps again, in a process of their own with its own clock")
+    say("steps with cudnn.benchmark, in a new process with its own clock")
     subprocess.run([sys.executable, __file__, "--benchmark", *sys.argv[1:]], check=True)
     layers(networks, device, fused, seconds)
     if flags.sweep and fused is not None:

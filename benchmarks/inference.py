@@ -1,22 +1,24 @@
-"""Prediction from file to file: segkit and its peers, on the same weights, windows and machine.
+"""Time and memory of prediction from file to file: segkit, MONAI and nnU-Net.
+
+All use the same weights, windows and machine.
 
     pip install monai nnunetv2==2.8.1 "segkit[demo,openvino,onnx]"    # in one environment
     python benchmarks/inference.py brain body classes60 classes10 maps size large [--rounds 3]
         [--device cuda] [--template T1.nii.gz]
 
-brain      nilearn's 1 mm T1 without a black background: 36 windows of 96³ at 1.2 mm, 3 classes
-body       the same with one, to whose body segkit and nnU-Net cut it
+brain      nilearn's 1 mm T1 without black background: 36 windows of 96³ at 1.2 mm, 3 classes
+body       the same with black background, which segkit and nnU-Net crop
 classes60  60 classes, 256x256x200 voxels of 1x1x1.5 mm at 1.5 mm; classes10 the same with 10
-maps       segkit on `brain` with attention maps and without
-size       segkit on `body` once and stacked twice and four times as deep
+maps       segkit on `brain` with and without attention maps
+size       segkit on `body`, and on 2 and 4 copies stacked in depth
 large      segkit on 512x512x300 voxels and 60 classes
 
-On a GPU each contender takes the volume twice, and the second time is told, when the device is
-warm; MONAI is measured by its defaults and at its best (bfloat16, four windows at once). Without
-nilearn, `--template` names a 1 mm T1 volume.
+On a GPU each program segments the volume twice, and the second time counts, because the device is
+then warm. MONAI is measured with its defaults and with its fastest settings (bfloat16, four windows
+at once). Without nilearn, `--template` gives a 1 mm T1 volume.
 
-Contenders take turns, each in a process of its own; medians over rounds, and ratios of medians. Of
-segkit the first run, which converts the network, is told apart from those that find it converted.
+Programs run in turn, each in its own process. The table has medians over rounds and ratios of
+medians. The first run of segkit, which converts the network, is reported separately.
 """
 
 import argparse
@@ -50,7 +52,7 @@ def load_template(file: Path | None) -> nib.Nifti1Image:
 
 
 def brain(folder: Path, template: nib.Nifti1Image, *, background: bool, depth: int = 1) -> Path:
-    """The T1 template as int16, its background 0 or 1, stacked on itself so many times."""
+    """A file of the T1 template as int16, with background 0 or 1, and copies stacked in depth."""
     values = np.asarray(template.dataobj, dtype=np.float32)
     values = np.round(values * (1000 / values.max()))
     values[values < 10] = 0 if background else 1
@@ -61,7 +63,7 @@ def brain(folder: Path, template: nib.Nifti1Image, *, background: bool, depth: i
 
 
 def smooth(folder: Path, shape: Sequence[int]) -> Path:
-    """Smooth noise as int16, in voxels of 1x1x1.5 mm."""
+    """A file of smooth noise as int16, in voxels of 1x1x1.5 mm."""
     random = np.random.default_rng(0)
     coarse = random.normal(500, 200, [max(size // 8, 2) for size in shape]).astype(np.float32)
     values = zoom(coarse, np.array(shape) / coarse.shape, order=1).astype(np.int16)
@@ -71,7 +73,7 @@ def smooth(folder: Path, shape: Sequence[int]) -> Path:
 
 
 def run(contender: str, case: str, source: Path, target: Path, **settings: str) -> Figures:
-    """The figures of one process."""
+    """Time and memory of one process."""
     settings["model"] = str(target.parent / f"model-{case}")
     words = [contender, case, str(source), str(target), *(f"{k}={v}" for k, v in settings.items())]
     done = subprocess.run(
@@ -84,7 +86,7 @@ def run(contender: str, case: str, source: Path, target: Path, **settings: str) 
 def rounds(
     runs: Mapping[str, Sequence[Any]], count: int, console: Console
 ) -> dict[str, list[Figures]]:
-    """Each run so many times, in turns."""
+    """The figures of each run, repeated `count` times in turn."""
     found: dict[str, list[Figures]] = {name: [] for name in runs}
     for number in range(count):
         for name, (contender, case, source, target, settings) in runs.items():
@@ -96,7 +98,7 @@ def rounds(
 
 
 def agreement(first: Path, second: Path) -> float:
-    """The share of voxels that two segmentations label alike."""
+    """The share of voxels with the same label in two segmentations."""
     a, b = (np.asarray(nib.load(path).dataobj).squeeze() for path in (first, second))
     return float((a == b).mean())
 
@@ -107,7 +109,7 @@ def show(
     console: Console,
     same: Mapping[str, float] | None = None,
 ) -> None:
-    """One table; ratios are to the first row."""
+    """Print a table with ratios to the first row."""
     table = Table(title=title)
     table.add_column("")
     for column in ("seconds", "ratio", "windows", "in the engine", "GiB", "same labels"):
@@ -133,7 +135,7 @@ def show(
 def compared(
     case: str, source: Path, folder: Path, count: int, console: Console, device: str
 ) -> None:
-    """segkit, as it is and by PyTorch alone, and the case's peers."""
+    """Compare segkit, segkit with PyTorch only, and the other programs for this case."""
     on_gpu = {"device": device, "repeat": "2"} if device != "cpu" else {}
     contenders: dict[str, tuple[str, dict[str, str]]] = {"segkit": ("segkit", {})}
     if not on_gpu:
@@ -149,7 +151,7 @@ def compared(
     }
     if not on_gpu:
         first = run("segkit", case, source, targets["segkit"])
-        console.print(f"segkit, the first time: {first['seconds']:.1f} s", highlight=False)
+        console.print(f"segkit, first run: {first['seconds']:.1f} s", highlight=False)
     found = rounds(runs, count, console)
     same = {name: agreement(targets["segkit"], path) for name, path in targets.items()}
     show(f"{case}, {source.name}", found, console, same)

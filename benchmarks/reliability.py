@@ -1,12 +1,12 @@
-"""What segkit does where jobs are killed, disks fill and inputs are bad: docs/reliability.md.
+"""Test segkit with killed jobs, full disks and bad inputs, and write docs/reliability.md.
 
-    python -m benchmarks.reliability            # all of it, from the root of the repository
+    python -m benchmarks.reliability            # all tests, from the root of the repository
     python -m benchmarks.reliability --kills 3 --asks 2 --scans 100 --cases 50 --inputs 300
 
-Faults strike small jobs, each a process of its own (`benchmarks/faults`). What a fault costs is
-counted in bytes: of files that were there before, of half-written ones under final names, and of
-results that the job, once it has been gone on with, does not have as the job that nothing struck.
-Linux alone; a full disk and a read-only folder are mounted where this is root.
+Faults hit small jobs, each in its own process (`benchmarks/faults`). The loss is counted in bytes:
+of files that were there before, of half-written files under final names, and of files that differ
+from those of a job without a fault after the job was resumed. It runs only on Linux; as root it
+mounts a full disk and a read-only folder.
 """
 
 import argparse
@@ -37,12 +37,12 @@ from segkit.system.resources import num_cores
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 MOST_MB = 1.0
-"""Of growth per 100 volumes; more is a leak."""
+"""Largest growth of memory per 100 volumes in MB; more is a leak."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each is tried."""
+    """The number of trials of each kind, and the seed."""
 
     kills: int
     asks: int
@@ -53,7 +53,7 @@ class Sizes:
 
 
 def trials_of(bench: Bench, sizes: Sizes) -> Iterator[tuple[str, int, Iterable[Trial]]]:
-    """What is tried, how often, and the trials."""
+    """The name, number and trials of each kind of fault."""
     training, predicting = jobs.training(bench), jobs.predicting(bench)
     explaining, planning = jobs.explaining(bench), jobs.planning(bench)
     for job in (training, predicting, jobs.preprocessing(bench), explaining, planning):
@@ -81,7 +81,7 @@ def trials_of(bench: Bench, sizes: Sizes) -> Iterator[tuple[str, int, Iterable[T
 
 
 def faults_table(trials: Sequence[Trial]) -> str:
-    """A row for each job and kind of fault."""
+    """A Markdown table with a row for each kind of fault and job."""
     lines = [
         "| fault | job | tried | survived | bytes lost |",
         "|---|---|--:|--:|--:|",
@@ -96,20 +96,20 @@ def faults_table(trials: Sequence[Trial]) -> str:
 
 
 def sentences(trials: Sequence[Trial]) -> str:
-    """What is said where a job ends before it is done, once for each kind of fault and job."""
+    """A Markdown table with one message of each kind of fault and job that ended early."""
     lines = ["| fault | job | what it says |", "|---|---|---|"]
     for (fault, job), group in _grouped(trials).items():
-        told = next((trial.told for trial in group if trial.told), None)
-        if told is not None:
-            lines.append(f"| {fault} | {job} | `{told}` |")
+        sentence = next((trial.told for trial in group if trial.told), None)
+        if sentence is not None:
+            lines.append(f"| {fault} | {job} | `{sentence}` |")
     return "\n".join(lines)
 
 
 def failures(trials: Sequence[Trial]) -> str:
-    """What was not survived, one by one; nothing where all was."""
+    """A list of the faults that were not survived; empty if there are none."""
     lines = [
         f"- {trial.fault}, {trial.job} {trial.where}: {trial.lost} bytes lost; "
-        f"{'; '.join(trial.problems) or 'nothing was said'}"
+        f"{'; '.join(trial.problems) or 'no message'}"
         for trial in trials
         if not trial.survived
     ]
@@ -117,7 +117,7 @@ def failures(trials: Sequence[Trial]) -> str:
 
 
 def load_table(loads: Sequence[Load]) -> str:
-    """A row for each job that many volumes went through."""
+    """A Markdown table of memory growth, with a row for each job on many volumes."""
     lines = [
         "| job | volumes | growth of memory, MB per 100 | files left open | threads | processes "
         "| shared memory |",
@@ -131,7 +131,7 @@ def load_table(loads: Sequence[Load]) -> str:
 
 
 def inputs_section(counts: Mapping[str, int]) -> str:
-    """What became of inputs that were made wrong on purpose, by outcome."""
+    """A Markdown table of the outcomes of inputs that were damaged on purpose."""
     lines = ["| outcome | inputs |", "|---|--:|"]
     lines += [f"| {outcome} | {count} |" for outcome, count in counts.items()]
     return "\n".join([*lines, f"| **all** | **{sum(counts.values())}** |"])
@@ -148,40 +148,51 @@ def page(
     given = " ".join(f"--{name} {value}" for name, value in vars(sizes).items())
     parts = [
         "# Reliability",
-        "What becomes of segkit's jobs where they are killed, where the system refuses what they "
-        "need, and where there are very many of them. Made by\n\n"
+        "What happens to segkit's jobs if they are killed, if the system refuses what they need, "
+        "and "
+        "if there are very many of them. This command made the page:\n\n"
         "<!-- not run: takes minutes, and mounts disks -->\n"
         f"```sh\npython -m benchmarks.reliability {given}\n```",
         "## Faults",
-        "Each fault strikes a small job. A fault is survived if every file is whole or not there "
-        "right after it, results from before are untouched, no process is left behind, what the "
-        "job says is one sentence and its exit code not zero (but for `kill -9`, of which it says "
-        "nothing), and the same command, or `--resume`, then ends with the files, **byte for "
-        "byte**, of a job that nothing struck. Bytes lost are those of files that were there "
-        "before, of half-written files, and of files that are not as they would have been.",
+        "Each fault hits a small job. A fault is survived if all of this is true:\n\n"
+        "- right after it, every file is complete or absent, results from before are unchanged, "
+        "and "
+        "no process is left behind;\n"
+        "- the job says one sentence, and its exit code is not zero (`kill -9` leaves no time for "
+        "a "
+        "sentence);\n"
+        "- then the same command, or `--resume`, ends with the same files, **byte for byte**, as a "
+        "job without a fault.\n\n"
+        "Lost bytes are those of files that were there before, of half-written files, and of files "
+        "that differ from those of a job without a fault.",
         faults_table(trials) + failures(trials),
-        "`kill -9` comes at random: before a change to a file or folder, in the midst of writing "
-        "one, or at any time; every third job is killed again when it goes on. Training is "
-        "compared by its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, "
-        "which schedulers send before a time limit, come at any time of training or validation; "
-        f"the slowest of {sum(t.seconds > 0 for t in trials)} ended after {slowest:.1f} s. Two at "
-        "once start in one folder, from an empty cache.",
+        "`kill -9` comes at random: before a change to a file or folder, while one is being "
+        "written, "
+        "or at any time. Every third job is killed again when it continues. Training is compared "
+        "by "
+        "its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, which "
+        "schedulers send before a time limit, come at any time of training or validation; the "
+        f'slowest of {sum(t.seconds > 0 for t in trials)} jobs ended after {slowest:.1f} s. "Two '
+        "at "
+        'once" start in one folder, from an empty cache.',
         "## What is said",
         sentences(trials),
     ]
     if inputs is not None:
         parts += [
             "## Inputs",
-            "Headers and bodies of volumes that were changed at random. Each is accepted or "
-            "refused in one sentence.",
+            "Headers and bodies of volumes and pictures were changed at random. Each file is "
+            "accepted, "
+            "or refused in one sentence.",
             inputs_section(inputs),
         ]
     parts += [
         "## Many volumes",
-        "One process segments so many scans, with probabilities, or prepares so many cases in two "
-        "processes of its own. Growth is the median slope of resident memory over all pairs of "
-        "looks (Theil and Sen) once the first 40 % are done; the rest is what there is more of in "
-        "the end than before the first.",
+        "One process segments this number of scans, with probabilities, or prepares this number of "
+        "cases in two processes of its own. Growth is the median slope of resident memory over all "
+        "pairs of measurements (Theil and Sen) after the first 40 %. The other columns say how "
+        "many "
+        "more there are at the end than before the first volume.",
         load_table(loads),
         f"Linux, {num_cores()} cores, Python {platform.python_version()}, torch "
         f"{version('torch')}, segkit {version('segkit')}.",
@@ -190,10 +201,7 @@ def page(
 
 
 def fuzzed(count: int, seed: int) -> Mapping[str, int] | None:
-    """Outcomes of so many inputs that were made wrong, and how often each came.
-
-    None where there is no `benchmarks.faults.fuzz` with its `fuzz(count, seed)`.
-    """
+    """The number of damaged inputs with each outcome; None without `benchmarks.faults.fuzz`."""
     if find_spec("benchmarks.faults.fuzz") is None:
         return None
     outcomes: Mapping[str, int] = import_module("benchmarks.faults.fuzz").fuzz(count, seed)
@@ -210,7 +218,7 @@ def _grouped(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
 def run(
     sizes: Sizes, console: Console, fuzz: Callable[[int, int], Mapping[str, int] | None]
 ) -> str:
-    """Try all of it and write the page."""
+    """Run all trials and return the page."""
     track = Tracker(console)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="segkit-") as temporary:
@@ -228,21 +236,23 @@ def run(
             with console.status(f"{name}, {count} volumes"):
                 loads.append(measure(name, bench.model, count))
             console.print(f"{name}: {loads[-1].slope:+.2f} MB per 100 volumes", highlight=False)
-    with console.status(f"{sizes.inputs} inputs made wrong"):
+    with console.status(f"{sizes.inputs} damaged inputs"):
         inputs = fuzz(sizes.inputs, sizes.seed)
     return page(trials, loads, inputs, sizes)
 
 
 def main() -> None:
-    """Run it by the options and write the page."""
+    """Run the trials and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="of each of five jobs")
-    parser.add_argument("--asks", type=int, default=10, help="of a training; and two at once")
-    parser.add_argument("--scans", type=int, default=1000, help="through predict")
-    parser.add_argument("--cases", type=int, default=500, help="through preprocessing")
-    parser.add_argument("--inputs", type=int, default=10_000, help="made wrong at random")
+    parser.add_argument("--kills", type=int, default=20, help="of each of the five jobs")
+    parser.add_argument(
+        "--asks", type=int, default=10, help="stops of a training; also for two at once"
+    )
+    parser.add_argument("--scans", type=int, default=1000, help="scans for predict")
+    parser.add_argument("--cases", type=int, default=500, help="cases for preprocessing")
+    parser.add_argument("--inputs", type=int, default=10_000, help="inputs damaged at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()

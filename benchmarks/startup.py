@@ -1,4 +1,4 @@
-"""Seconds that `segkit --help` takes, as a user waits for it: median and range of whole processes.
+"""Time of `segkit --help`: median and range over whole processes.
 
 python benchmarks/startup.py
 """
@@ -10,10 +10,10 @@ import time
 
 
 def main() -> None:
-    """Run it eleven times and print one line."""
+    """Run the command eleven times and print one line."""
     command = shutil.which("segkit")
     if command is None:
-        raise SystemExit("segkit is not on the PATH; activate its environment")
+        raise SystemExit("expected the command segkit on the PATH; activate its environment")
     seconds = []
     for _ in range(11):
         started = time.perf_counter()

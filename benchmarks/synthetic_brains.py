@@ -1,9 +1,10 @@
-"""A dataset of synthetic brains, for the benchmarks that take a DATASET: no download, no patient.
+"""Write a dataset of synthetic brains for benchmarks. It needs no download and no patients.
 
     python benchmarks/synthetic_brains.py FOLDER [--cases 40]
 
-Each case is the tissue map of nilearn's 2 mm template, deformed anew, and a scan drawn from it with
-the contrast of a T1 (see segkit/data/synthesis.py): background, other, grey and white matter.
+Each case is a random deformation of the tissue map of nilearn's 2 mm template, and a synthetic scan
+of it with T1 contrast (segkit/data/synthesis.py). The labels are background, other, grey matter and
+white matter.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from segkit.io.volume import write_volume
 
 
 def main() -> None:
-    """Draw and write."""
+    """Write the dataset."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", type=int, default=40)
@@ -35,7 +36,7 @@ def main() -> None:
         image = synthesise(label, num_labels=len(TISSUES), intensities=ranges, generator=generator)[
             0, 0
         ]
-        # As a scanner would give it: whole numbers, nothing around the head.
+        # Like the output of a scanner: whole numbers, and 0 around the head.
         brain = label[0] > 0
         scan = torch.where(brain, (image - image[brain].min()) * 200 + 1, 0.0)
         name = f"brain_{number:03d}.nii.gz"

@@ -1,14 +1,15 @@
-"""Plan, train, predict and score one data set in one kind, beside a baseline without training.
+"""Plan, train, predict and score on one dataset, and compare with a baseline without training.
 
     python benchmarks/tasks.py ROW --data FOLDER [--minutes 4] [--runs runs_tasks]
 
-ROW is a data set and a kind: `hippocampus/2d`, `sarcoma_ct/3d`, `brains/chosen`, `em2012/2d`. Kind
-`chosen` races. The row goes into benchmarks/tasks.json. A row that is there is not measured again,
-and a training that was stopped is gone on with. All held-out cases are scored, after the minutes if
-they were too short for it. Brains are written by benchmarks/synthetic_brains.py.
+ROW is a dataset and a kind of network: `hippocampus/2d`, `sarcoma_ct/3d`, `brains/coarser`,
+`em2012/chosen`. For the kind `chosen`, segkit tries several plans and takes the best; the other
+kinds are plans that it tries. The row is added to benchmarks/tasks.json. An existing row is not
+measured again, and a stopped training is resumed. All held-out cases are scored, even if this takes
+longer than the given minutes. benchmarks/synthetic_brains.py writes the brains.
 
-The baseline is k-means on each image's raw intensities, with a cluster for each class and one for
-zeros, and each cluster given the class that is best over the training cases.
+The baseline is k-means on the raw intensities of each image, with one cluster for zeros and one for
+each class. Each cluster gets the class that is best over the training cases.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from segkit.inference.postprocess import class_means
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.model.folder import SUMMARY, load_model
-from segkit.planning.make_plan import plan_dataset
+from segkit.planning.make_plan import plan_candidates
 from segkit.racing import plan_by_race
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
@@ -40,7 +41,9 @@ from segkit.training.split import Split, split
 
 TABLE = Path(__file__).with_suffix(".json")
 HELD_OUT = {"sarcoma_ct": 0.25, "em2012": [f"em_{number}" for number in range(24, 30)]}
-"""By data set, the share of cases or the cases that score; a fifth where it is not named."""
+"""For each dataset, the held-out cases or their share; the default is a fifth."""
+KINDS = {"2d": "2D", "3d": "3D", "coarser": "3D, coarser"}
+"""For each kind of row, the name of the plan in a race of `segkit plan`."""
 BASELINE_CASES = 20
 MOST_MAPPINGS = 5000
 
@@ -48,18 +51,18 @@ MOST_MAPPINGS = 5000
 def main() -> None:
     """Measure a row and add it to the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("row", help="DATASET/2d, DATASET/3d or DATASET/chosen")
+    parser.add_argument("row", help="DATASET/2d, /3d, /coarser, or /chosen")
     parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--data", type=Path, required=True, help="folder of data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of datasets")
     parser.add_argument("--runs", type=Path, default=Path("runs_tasks"))
     options = parser.parse_args()
     name, _, kind = options.row.partition("/")
-    if kind not in ("2d", "3d", "chosen"):
-        parser.error(f"expected DATASET/2d, DATASET/3d or DATASET/chosen, found {options.row}")
+    if kind not in (*KINDS, "chosen"):
+        parser.error(f"expected DATASET and one of {', '.join(KINDS)}, chosen; got {options.row}")
     key = f"{options.row}/{options.minutes:g} min"
     rows = read_json_object(TABLE) if TABLE.is_file() else {}
     if key in rows:
-        print(f"{key}: measured already: {rows[key]}")
+        print(f"{key}: already measured: {rows[key]}")
         return
     keep_freed_memory()
     dataset = read_dataset(options.data / name)
@@ -74,7 +77,7 @@ def main() -> None:
 def measured(
     dataset: Dataset, parts: Split, kind: str, minutes: float, runs: Path
 ) -> dict[str, Any]:
-    """Plan, train, predict and score; a run that was begun is gone on with."""
+    """Plan, train, predict and score. An existing run is resumed."""
     name = f"{dataset.folder.name}_{kind}_{minutes:g}"
     folder, track = runs / name, Tracker(Console())
     held_out = [case.name for case in parts.held_out]
@@ -89,9 +92,16 @@ def measured(
                 dataset.folder, minutes=minutes, runs=runs, held_out=held_out, track=track
             )
         else:
-            planned = plan_dataset(
-                dataset.folder, spatial_dims=int(kind[0]), minutes=minutes, runs=runs, track=track
-            )
+            dims = int(kind[0]) if kind[0] in "23" else None
+            planned = plan_candidates(
+                dataset.folder,
+                cache=runs / ".cache",
+                spatial_dims=dims,
+                minutes=minutes,
+                runs=runs,
+                track=track,
+                starters=lambda names: [name for name in names if name == KINDS[kind]],
+            )[KINDS[kind]]
         print(planned.text)
         config = planned.config.model_copy(
             update={
@@ -134,7 +144,7 @@ def baseline(dataset: Dataset, parts: Split) -> float:
 
 
 def _dice_of_table(table: np.ndarray, mapping: tuple[int, ...], numbers: list[int]) -> float:
-    """Mean Dice of the classes but the background, if clusters are given these classes."""
+    """Mean Dice without background, if each cluster gets the class in `mapping`."""
     dice = []
     for place, number in enumerate(numbers[1:], start=1):
         given = [cluster for cluster, chosen in enumerate(mapping) if chosen == number]
@@ -144,7 +154,7 @@ def _dice_of_table(table: np.ndarray, mapping: tuple[int, ...], numbers: list[in
 
 
 def clustered(case: CaseFiles, dataset: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters of a case's first channel, 0 for zeros and then by intensity, and its labels."""
+    """Clusters of a case's first channel (0 for zeros, then by intensity), and its labels."""
     image, label = read_case(case, dataset)
     values = np.asarray(image.data[..., 0], float)
     inside = values[values != 0]

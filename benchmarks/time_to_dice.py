@@ -1,12 +1,12 @@
-"""Seconds of training until held-out hippocampi reach a Dice: segkit and nnU-Net on one machine.
+"""Training time until held-out hippocampi reach a Dice: segkit and nnU-Net on one machine.
 
     python -m venv /tmp/nnunet && /tmp/nnunet/bin/pip install torch==2.13.0 nnunetv2==2.8.1
     python benchmarks/time_to_dice.py DATASET --nnunet /tmp/nnunet/bin/python
 
-One after the other, segkit first: each plans for itself (segkit for so many minutes), prepares, and
-trains on nnU-Net's fold 0; the same cases are held out. The clocks count training alone, not
-preparation, which has a row of its own, nor the looks at held-out cases. nnU-Net is stopped after a
-limit: what it did not reach took it longer than that.
+segkit runs first, then nnU-Net. Each makes its own plan (segkit for a given number of minutes),
+prepares the data, and trains on nnU-Net's fold 0 with the same held-out cases. Only training time
+counts; preparation has its own row, and validation is left out. nnU-Net is stopped after a limit; a
+Dice that it did not reach is reported as "over" this time.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PEER = Path(__file__).parent / "peers" / "nnunet_training.py"
 
 
 class Stopwatch(Callback):
-    """Dice of held-out cases against seconds of training, validations not counted."""
+    """Records Dice of held-out cases and training time without validation."""
 
     def __init__(self) -> None:
         self.seconds, self.resumed = 0.0, 0.0
@@ -53,7 +53,7 @@ class Stopwatch(Callback):
 def segkit_looks(
     dataset: Path, minutes: float, every: int, console: Console
 ) -> tuple[float, list[tuple[float, int, float]]]:
-    """Seconds of planning and preparing, and what segkit's training reached when."""
+    """Seconds of planning and preparation, and segkit's (seconds, steps, Dice) at validations."""
     clock = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -77,7 +77,7 @@ def segkit_looks(
 def nnunet_looks(
     python: Path, dataset: Path, seconds: float, every: float
 ) -> tuple[float, list[tuple[float, int, float]]]:
-    """The same of nnU-Net, run by the interpreter that has it."""
+    """The same for nnU-Net, run by the Python interpreter that has it."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.jsonl")
         command = [python, PEER, dataset, results, "--seconds", seconds, "--every", every]
@@ -88,7 +88,7 @@ def nnunet_looks(
 
 
 def reached(looks: list[tuple[float, int, float]], target: float) -> float | None:
-    """Seconds until the first look at or above the target."""
+    """Seconds until the first validation with at least the target Dice."""
     return next((seconds for seconds, _, dice in looks if dice >= target), None)
 
 
@@ -98,9 +98,9 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--nnunet", type=Path, help="an interpreter that has nnunetv2")
     parser.add_argument("--minutes", type=float, default=5, help="segkit's plan")
-    parser.add_argument("--every", type=int, default=50, help="segkit's steps between looks")
+    parser.add_argument("--every", type=int, default=50, help="segkit's validation interval, steps")
     parser.add_argument("--limit", type=float, default=1500, help="nnU-Net's seconds of training")
-    parser.add_argument("--look", type=float, default=60, help="nnU-Net's seconds between looks")
+    parser.add_argument("--look", type=float, default=60, help="nnU-Net's validation interval, s")
     options = parser.parse_args()
     console = Console(width=120)
     prepared, looks = segkit_looks(options.dataset, options.minutes, options.every, console)

@@ -1,10 +1,11 @@
-"""How much of a training step is the network's, and images per second against a bare loop.
+"""Time of a training step of `segkit train`, compared with a bare training loop.
 
     python benchmarks/training.py DATASET [KEY=VALUE …]
 
-The bare loop runs the same network, loss, gradient clipping and optimiser on one batch that never
-changes, in the same precision, before and after a run of `segkit train`; what the run takes longer
-is reading, cutting, augmenting, averaging of weights, logging and Lightning. Medians of steps.
+The bare loop uses the same network, loss, gradient clipping, optimiser and precision, but always
+the same batch. It runs before and after `segkit train`. The additional time of `segkit train` is
+reading, patches, augmentation, weight averaging, logging and Lightning. Times are medians over
+steps.
 """
 
 import itertools
@@ -34,7 +35,7 @@ WARM_UP = 8
 
 
 class StepClock(Callback):
-    """Seconds from the end of one step to the end of the next."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -52,7 +53,7 @@ class StepClock(Callback):
 
 
 def bare_loop(config: Config, network: UNet) -> float:
-    """Seconds of a step on a batch that never changes."""
+    """Median seconds per step of the bare loop."""
     size = (config.data.batch_size, 1, *config.data.patch_size)
     image = torch.randn(size)
     label = torch.randint(0, network.heads[0].out_channels, (size[0], *size[2:]))
@@ -96,14 +97,14 @@ def main() -> None:
         after = bare_loop(config, network)
     bare, whole = (before + after) / 2, clock.median()
     table = Table(title=f"{CONFIG.stem}, {torch.get_num_threads()} threads, medians of steps")
-    for column in ("loop", "seconds a step", "images a second"):
+    for column in ("loop", "seconds per step", "images per second"):
         table.add_column(column, justify="left" if column == "loop" else "right")
     for name, seconds in (("bare", bare), ("segkit train", whole)):
         table.add_row(name, f"{seconds:.3f}", f"{config.data.batch_size / seconds:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"not the network's: {1 - bare / whole:.1%} of a step", highlight=False)
-    console.print(f"bare before and after: {before:.3f} and {after:.3f} s", highlight=False)
+    console.print(f"outside the network: {1 - bare / whole:.1%} of a step", highlight=False)
+    console.print(f"bare loop before and after: {before:.3f} and {after:.3f} s", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""How often the rule of docs/verdicts.md is right about gates whose worth is known.
+"""Error rates of the rule in docs/verdicts.md, on gates with a known verdict.
 
     python benchmarks/verdicts.py OUT.json [--only NAME …] [--dims 2 3] [--seeds 20] [--table]
 
-A gallery of planted gates, in 2D and 3D: each is a small network that segments by its gate or
-beside it, on images of a structure that moves. The rule judges 1, 3, 8, 12 and 20 scans, nested, of
-20 seeds. The evidence of a scan is found once. Gates without random weights share a pool of
-scans, of which each seed draws 20, so that seeds are not independent; gates with random weights
-have scans of their own for each seed.
-Deletion is compared with the mean map of up to eight earlier scans of the pool.
+The gallery has small networks in 2D and 3D with planted gates: gates whose weights are set by hand.
+A network uses its gate for the segmentation or ignores it. The images show a structure at random
+places. For each of 20 seeds, the rule judges 1, 3, 8, 12 and 20 scans, each set within the next.
+The evidence of a scan is measured once. Gates without random weights share a pool of scans, from
+which each seed draws 20; so their seeds are not independent. Gates with random weights have new
+scans for each seed. The mean map for deletion is that of up to eight earlier scans of the pool.
 
-Results are written gate by gate: run the command again to go on after a stop. `--table` prints what
-is in OUT.json as Markdown.
+Results are written gate by gate. Run the command again to continue after a stop. `--table` prints
+the content of OUT.json as Markdown.
 """
 
 import argparse
@@ -52,29 +52,29 @@ PATCHES = {2: (24, 24, 1), 3: (16, 16, 16)}
 AS_IT_IS = CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 Segment = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""From an image and its gates on the image's grid to foreground logits, a channel each."""
+"""A function from an image and its gates, on the image's grid, to the logits of each structure."""
 MakeCase = Callable[[np.random.Generator, tuple[int, ...]], tuple[list[ndarray], ndarray]]
-"""Channels of an image, and its labels."""
+"""A function from a generator and a shape to the channels of an image, and its labels."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How a planted gate is computed: a convolution, and a sigmoid of it or of its size."""
+    """Definition of a planted gate: the sigmoid of a convolution, or of its magnitude."""
 
     plant: Callable[[nn.Module], None] | None
-    """Writes the weights; None leaves them random."""
+    """Sets the weights; None leaves them random."""
     kernel: int = 2
     stride: int = 2
     maps: int = 1
     edges: bool = False
-    """Whether it is the size of several convolutions, as of a gradient."""
+    """Whether the gate is the magnitude of several convolutions, such as a gradient."""
     placed: bool = False
-    """Whether it is a value for each cell of the window instead, whatever the image."""
+    """Whether the gate has a fixed value for each cell of the window, for every image."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A network and its images, and which words are right for its gate."""
+    """A network with its images, and the correct verdicts on its gate."""
 
     name: str
     gates: Sequence[Gate]
@@ -84,16 +84,16 @@ class Planted:
     right: tuple[str, ...]
     useful: bool = False
     target: int = 0
-    """The gate that is judged."""
+    """Index of the gate that is judged."""
     structure: str = "one"
     classes: int = 1
     random: bool = False
-    """Whether the gate is another one for each seed."""
+    """Whether each seed has a different gate."""
     directions: tuple[str, ...] = field(default=("lets through",))
 
 
 class PlantedNet(UNet):
-    """The network of a planted gate; untrained, its gates have random weights."""
+    """The network of a planted gate. If it is untrained, its gates have random weights."""
 
     def __init__(self, planted: Planted, dims: int, *, trained: bool) -> None:
         super().__init__(dims, planted.channels, out_channels=planted.classes + 1, channels=(2, 2))
@@ -131,7 +131,7 @@ class PlantedNet(UNet):
 
 
 class Position(nn.Module):
-    """A value for each cell of a window, whatever the image shows."""
+    """A fixed value for each cell of a window, for every image."""
 
     def __init__(self, patch: Sequence[int], stride: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Position(nn.Module):
 
 
 def of_channels(*weights: float, bias: float) -> Callable[[nn.Module], None]:
-    """A gate by the mean of each channel over a cell, times its weight."""
+    """Weights of a gate that is a weighted sum of the channels' means over a cell."""
 
     def plant(look: nn.Module) -> None:
         assert isinstance(look, nn.Conv2d | nn.Conv3d)
@@ -161,14 +161,14 @@ def of_channels(*weights: float, bias: float) -> Callable[[nn.Module], None]:
 
 
 def pair(look: nn.Module) -> None:
-    """Two gates of which the second is 1 less the first."""
+    """Weights of two gates; the second is 1 minus the first."""
     assert isinstance(look, nn.Conv2d | nn.Conv3d) and look.bias is not None
     of_channels(20.0, -20.0, bias=-10.0)(look)
     look.weight[1], look.bias[1] = -look.weight[0], -look.bias[0]
 
 
 def blur(sigma: float) -> Callable[[nn.Module], None]:
-    """A Gaussian of the image."""
+    """Weights of a Gaussian filter of the image."""
 
     def plant(look: nn.Module) -> None:
         assert isinstance(look, nn.Conv2d | nn.Conv3d) and look.bias is not None
@@ -184,7 +184,7 @@ def blur(sigma: float) -> Callable[[nn.Module], None]:
 
 
 def slopes(look: nn.Module) -> None:
-    """Central differences along each axis."""
+    """Weights of central differences along each axis."""
     assert isinstance(look, nn.Conv2d | nn.Conv3d) and look.bias is not None
     look.weight.zero_()
     look.bias.zero_()
@@ -197,7 +197,7 @@ def slopes(look: nn.Module) -> None:
 
 
 def middle(look: nn.Module) -> None:
-    """High in the middle of the window."""
+    """Values that are high in the middle of the window."""
     assert isinstance(look, Position)
     axes = [torch.linspace(-1, 1, size) for size in look.values.shape]
     squares = sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij"))
@@ -208,7 +208,7 @@ def middle(look: nn.Module) -> None:
 
 
 def block(random: np.random.Generator, shape: tuple[int, ...], spread: int = 99) -> ndarray:
-    """A block of whole cells of 4 voxels somewhere in the image, through all planes of 2D."""
+    """A block of whole cells of 4 voxels at a random place; in 2D it extends through all slices."""
     inside = np.zeros(shape, bool)
     dims = 3 if shape[2] > 4 else 2
     low = []
@@ -225,50 +225,50 @@ def block(random: np.random.Generator, shape: tuple[int, ...], spread: int = 99)
 def hidden(
     random: np.random.Generator, inside: ndarray, noise: float = 0.05
 ) -> tuple[ndarray, ndarray]:
-    """Two channels whose difference is the structure, under noise that they share."""
+    """Two channels with the same strong noise, whose difference shows the structure."""
     shared = random.normal(0, 2, inside.shape)
     return inside + shared + random.normal(0, noise, inside.shape), shared
 
 
 def hidden_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """A structure that only a difference shows, and a channel of noise."""
+    """A structure in the difference of two channels, and a channel of noise."""
     inside = block(random, shape)
     return [*hidden(random, inside, 0.25), random.normal(0, 1, shape)], inside
 
 
 def blurred_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """The same under more noise, so that Dice is not 1."""
+    """The same with more noise, so that Dice is below 1."""
     inside = block(random, shape)
     return [*hidden(random, inside, 0.5), random.normal(0, 1, shape)], inside
 
 
 def middling_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """The same, and the structure is never far from the middle."""
+    """A structure in the difference of two channels, never far from the middle."""
     inside = block(random, shape, spread=3)
     return [*hidden(random, inside, 0.5)], inside
 
 
 def seen_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """One channel that shows the structure under noise."""
+    """One channel with the structure and noise."""
     inside = block(random, shape)
     return [inside + random.normal(0, 0.4, shape)], inside
 
 
 def two_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Two structures, each hidden in two channels."""
+    """Two structures, each in the difference of two channels."""
     first = block(random, shape)
     second = block(random, shape) & ~first
     return [*hidden(random, first), *hidden(random, second)], first + 2 * second
 
 
 def twice_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """One structure hidden twice."""
+    """One structure in the differences of two pairs of channels."""
     inside = block(random, shape)
     return [*hidden(random, inside), *hidden(random, inside)], inside
 
 
 def half_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """One structure that is hidden twice in half of the scans, and once in the others."""
+    """One structure in two pairs of channels in half of the scans, and in one pair in the rest."""
     inside = block(random, shape)
     again = inside if random.random() < 0.5 else np.zeros_like(inside)
     return [*hidden(random, inside), *hidden(random, again)], inside
@@ -278,62 +278,62 @@ def half_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 
 def by_gate(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the gate only."""
+    """Segment with the gate only."""
     return 10 * (gates[0] - 0.5)
 
 
 def by_low_gate(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the gate's low values."""
+    """Segment with the gate's low values."""
     return 10 * (0.5 - gates[0])
 
 
 def by_pair(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the difference of two gates."""
+    """Segment with the difference of two gates."""
     return 10 * (gates[0][:, :1] - gates[0][:, 1:])
 
 
 def by_second(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the second gate."""
+    """Segment with the second gate."""
     return 10 * (gates[1] - 0.5)
 
 
 def difference(image: Tensor, first: int = 0) -> Tensor:
-    """What the difference of two channels shows of the structure, from -0.5 to 0.5."""
+    """The difference of two channels, which is 0.5 in the structure and -0.5 elsewhere."""
     return image[:, first : first + 1] - image[:, first + 1 : first + 2] - 0.5
 
 
 def beside(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the image; the gate changes no label."""
+    """Segment with the image; the gate changes no label."""
     return 10 * difference(image) * (1 + gates[0])
 
 
 def jittered(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the image, and the gate shifts the threshold a little."""
+    """Segment with the image; the gate shifts the threshold slightly."""
     return 10 * difference(image) + 3 * (gates[0] - 0.5)
 
 
 def of_two(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """One structure by the gate, the other by the image."""
+    """Segment one structure with the gate, the other with the image."""
     return torch.cat([10 * (gates[0] - 0.5), 10 * difference(image, 2)], dim=1)
 
 
 def by_either(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the gate, or by what two other channels show."""
+    """Segment with the gate or two other channels, whichever is higher."""
     return 10 * torch.maximum(gates[0] - 0.5, difference(image, 2))
 
 
 def without(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By other channels, so surely that the gate changes no label."""
+    """Segment with other channels; their logits are so high that the gate changes no label."""
     return 10 * difference(image, 2) + 2 * (gates[0] - 0.5)
 
 
 def damped(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """By the image where the gate is high."""
+    """Segment with the image multiplied by the gate."""
     return 10 * (difference(image) + 0.5) * gates[0] - 3
 
 
 def above(threshold: float) -> Segment:
-    """By the gate, above a threshold."""
+    """Segment with the gate above a threshold."""
     return lambda image, gates: 10 * (gates[0] - threshold)
 
 
@@ -426,7 +426,7 @@ GALLERY = [
 
 
 def predictor_of(planted: Planted, dims: int, seed: int) -> Predictor:
-    """Of the planted network."""
+    """A predictor with the planted network."""
     names = ["background", "one", "two"][: planted.classes + 1]
     described = ModelDescription(
         segkit="benchmark",
@@ -445,7 +445,7 @@ def predictor_of(planted: Planted, dims: int, seed: int) -> Predictor:
 
 @lru_cache(maxsize=64)
 def network_of(name: str, dims: int, seed: int, *, trained: bool) -> SegmentationNetwork:
-    """The planted network, or one of its form with random gates."""
+    """The planted network, or the same architecture with random gates."""
     (planted,) = [one for one in GALLERY if one.name == name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -454,7 +454,7 @@ def network_of(name: str, dims: int, seed: int, *, trained: bool) -> Segmentatio
 
 
 def evidence_of(planted: Planted, dims: int, count: int, seed: int) -> list[CaseEvidence]:
-    """Of so many scans, by the network that a seed gives."""
+    """The evidence of `count` scans with the network of a seed."""
     predictor = predictor_of(planted, dims, 1000 + seed)
     found: list[CaseEvidence] = []
     for number in range(count):
@@ -482,7 +482,7 @@ def evidence_of(planted: Planted, dims: int, count: int, seed: int) -> list[Case
 
 
 def word_of(planted: Planted, verdicts: Sequence[GateVerdict]) -> str:
-    """The word of the gate, and whether it is of the wrong structure or direction."""
+    """The verdict on the gate; marked if it is for the wrong structure or direction."""
     verdict = next(one for one in verdicts if one.map == f"skip.{planted.target}/gate")
     word = str(verdict.word)
     right = verdict.structure in (planted.structure, "foreground")
@@ -492,7 +492,7 @@ def word_of(planted: Planted, verdicts: Sequence[GateVerdict]) -> str:
 
 
 def judged(planted: Planted, dims: int, seeds: int) -> dict[str, dict[str, int]]:
-    """By number of scans, how many seeds gave each word."""
+    """For each number of scans, the number of seeds with each verdict."""
     most = max(COUNTS)
     words: dict[int, Counter[str]] = {count: Counter() for count in COUNTS}
     pool = [] if planted.random else evidence_of(planted, dims, POOL, 0)
@@ -506,7 +506,7 @@ def judged(planted: Planted, dims: int, seeds: int) -> dict[str, dict[str, int]]
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Markdown: in how many of all seeds the word was right, and how often 'informative'."""
+    """A Markdown table with the number of seeds for each verdict."""
     columns = ["gate", "dims", "right", *(f"{count} scans" for count in COUNTS)]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for planted in GALLERY:
@@ -527,14 +527,14 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def short(word: str) -> str:
-    """A letter for each word of a cell."""
+    """A letter for each verdict."""
     return {"informative": "I", "redundant": "R", "uninformative": "U", "cannot tell": "?"}.get(
         word, word
     )
 
 
 def main() -> None:
-    """Judge the gallery, gate by gate, and write each as it is done."""
+    """Judge the gallery gate by gate, and write each result at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", default=[one.name for one in GALLERY])
@@ -555,7 +555,7 @@ def main() -> None:
             started = time.perf_counter()
             words = judged(planted, dims, options.seeds)
             seconds = round(time.perf_counter() - started, 1)
-            # Another run may have written meanwhile.
+            # Another run may have written results in the meantime.
             results = json.loads(options.out.read_text()) if options.out.exists() else {}
             results[name] = {"words": words, "seeds": options.seeds, "seconds": seconds}
             write_json(options.out, results)

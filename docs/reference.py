@@ -73,10 +73,11 @@ def command_line() -> str:
     group: Any = get_command(app)
     lines = ["# Command line", "", group.help, ""]
     lines += [
-        "Exit code 0 is success, 2 one sentence on stderr about what to do. Every command takes "
-        "`--quiet` and `--verbose`, before its name or after it. Colours and bars appear on a "
-        "terminal alone, and no colour where `NO_COLOR` is set. `segkit --install-completion` lets "
-        "the shell complete commands and options.",
+        "Exit code 0 is success. Exit code 2 is a mistake that you can correct, with one sentence "
+        "on stderr. Every command takes `--quiet` and `--verbose`, before its name or after it. "
+        "Colours and progress bars appear only on a terminal, and there are no colours if "
+        "`NO_COLOR` is set. `segkit --install-completion` lets the shell complete commands and "
+        "options.",
         "",
     ]
     for name in group.commands:
@@ -99,9 +100,9 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "A config is a YAML file that says what differs from these defaults; `KEY=VALUE` words of "
-        "`segkit train` and `segkit check` change it further, by dotted keys such as "
-        "`train.steps=500`. A name that is no setting is refused.",
+        "A config is a YAML file with the values that differ from these defaults. `KEY=VALUE` "
+        "words of `segkit train` and `segkit check` change it further, with dotted keys such as "
+        "`train.steps=500`. A name that is not a setting is refused.",
         "",
     ]
     return "\n".join([*lines, *_section("", schema, schema["$defs"], set())])

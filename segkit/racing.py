@@ -1,9 +1,10 @@
-"""Which plan a dataset gets, by trying: candidates train for a little while, and the best stays.
+"""A race between plans: candidates train for a short time, and the best plan is chosen.
 
-Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates train for the
-same short time, the worse half stops, and the others train anew for twice as long, until one is
-left. Each is trained and scored as any run is, on the scans' own grids, and by cases that belong to
-the training part of the split: those that score the run later have no say.
+The race uses successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943). All candidates
+train for the same short time; the worse half is dropped; the others train again, for twice as long,
+until one is left. Each is trained and scored like any run, on the grids of the scans. The cases
+that score a race belong to the training part of the split, so the cases that later score the run
+do not influence the choice.
 
     candidates   4 ──12 s──▶ 2 ──24 s──▶ 1
 """
@@ -27,29 +28,36 @@ from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
 from segkit.system.progress import Track, untracked
+from segkit.training.final_scores import score
 from segkit.training.fit import train
 from segkit.training.split import split_of
 
 SHARE = 0.15
-"""Of the minutes, the most that a race takes."""
-SHORTEST = 10.0
-"""Seconds of a candidate's first training; if there is no time for them, there is no race."""
+"""Planning and a race take at most this share of the minutes."""
+SHORTEST = 30.0
+"""Shortest time of a candidate's first training, in seconds; without this time, there is no race.
+Shorter races chose 3D for sarcoma CT, for which 2D is twice as good after 4 minutes."""
+SECONDS_TO_PLAN = 5.0
+"""About the time that timing the steps of the candidates takes."""
+SHARE_OF_SCORING = 0.3
+"""Share of a candidate's time for scoring."""
 MARGIN = 0.02
-"""Dice by which another plan must be better than the rule's: less is chance in so short a time."""
+"""Another plan must have a Dice higher by this margin than the plan of the rules. A smaller
+difference may be chance after such a short training."""
 SCORED, TRAINED = 3, 12
-"""Cases of the training part that score a race, and that it trains on, at most."""
+"""Largest numbers of training cases that score a race, and that it trains on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate in one round."""
+    """The result of one candidate in one round."""
 
     candidate: str
     seconds: float
-    """That it was given."""
+    """Training time of the candidate."""
     steps: int
     dice: float
-    """Mean over classes and cases that all candidates of the round have; NaN if it is undefined."""
+    """Mean Dice over classes and over the cases that all candidates scored; NaN if undefined."""
 
 
 def plan_by_race(
@@ -67,13 +75,24 @@ def plan_by_race(
     held_out: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Planned:
-    """The best of two to four plans, by a race; its table stands in the text as comments.
+    """The best of two to four plans, chosen by a race. The text has the results as comments.
 
-    Arguments, and what is raised, as for `segkit.plan_dataset`, whose plan is one of them;
-    `held_out` names the cases that the race must not see, if the split is another than the plan's.
-    There is no race on a GPU, or if 15 % of the minutes are too short for one.
+    One of the plans is that of `segkit.plan_dataset`, which also describes the other arguments and
+    the errors. Planning and racing take 15 % of the minutes. There is no race on a GPU, or if the
+    time that is left after the dataset was measured is too short for one.
+
+    Args:
+        held_out: names of cases that the race must not use, if the split is not the plan's.
     """
-    runs = Path(runs)
+    runs, began = Path(runs), time.monotonic()
+    on_cpu = _no_card(device)
+
+    def left() -> float:
+        return SHARE * 60 * minutes - (time.monotonic() - began)
+
+    def in_time(names: list[str]) -> list[str]:
+        return starters(names, left() - SECONDS_TO_PLAN) if on_cpu else names[:1]
+
     cache = runs / ".cache" if cache is None else Path(cache)
     candidates = plan_candidates(
         folder,
@@ -87,11 +106,11 @@ def plan_by_race(
         preset=preset,
         runs=runs,
         track=track,
+        starters=in_time,
     )
     by_rule = next(iter(candidates))
-    names = starters(list(candidates), SHARE * 60 * minutes)
-    on_cpu = candidates[by_rule].config.trainer.accelerator in ("auto", "cpu") and _no_card(device)
-    if len(names) < 2 or not on_cpu:
+    names = starters(list(candidates), left())
+    if len(names) < 2:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
     config = candidates[by_rule].config
@@ -103,9 +122,9 @@ def plan_by_race(
         return candidates[by_rule]
     rounds = _raced(
         {name: candidates[name].config for name in names},
-        replace(dataset, cases=(*cases[0], *cases[1])),
-        [case.name for case in cases[1]],
-        seconds=SHARE * 60 * minutes,
+        dataset,
+        cases,
+        seconds=left(),
         cache=cache,
         track=track,
     )
@@ -118,7 +137,7 @@ def _no_card(device: str) -> bool:
 
 
 def starters(names: Sequence[str], seconds: float) -> list[str]:
-    """As many candidates as there is time for: their shortest trainings, and the rounds after."""
+    """The first candidates, as many as there is time for, with all rounds of their race."""
     count = len(names)
     while count > 1 and seconds / shortest_trainings(count) < SHORTEST:
         count -= 1
@@ -126,7 +145,7 @@ def starters(names: Sequence[str], seconds: float) -> list[str]:
 
 
 def shortest_trainings(count: int) -> int:
-    """Shortest trainings that a race of so many takes: each round twice as long as the last."""
+    """The time of a race of `count` candidates, in units of the shortest training."""
     units, length = 0, 1
     while count > 1:
         units += count * length
@@ -137,7 +156,10 @@ def shortest_trainings(count: int) -> int:
 def _cases_of(
     dataset: Dataset, config: Config
 ) -> tuple[Sequence[CaseFiles], Sequence[CaseFiles]] | None:
-    """Cases of the training part that a race trains on, and others that score it."""
+    """Training cases of the split that a race trains on, and others that score it.
+
+    None if there are fewer than three.
+    """
     known = list(split_of(dataset, config).train)
     if len(known) < 3:
         return None
@@ -150,15 +172,15 @@ def _cases_of(
 def _raced(
     configs: Mapping[str, Config],
     dataset: Dataset,
-    scored: list[str],
+    cases: tuple[Sequence[CaseFiles], Sequence[CaseFiles]],
     *,
     seconds: float,
     cache: Path,
     track: Track,
 ) -> list[list[Entry]]:
-    """The rounds of a race that takes so many seconds; one that there is no time for is left out.
+    """The rounds of a race that takes about `seconds`; a round without time is left out.
 
-    Race times include preparing; prepared cases stay in the cache for the run.
+    The time includes preparing and scoring. Prepared cases remain in the cache for the run.
     """
     started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
     rounds: list[list[Entry]] = []
@@ -168,35 +190,55 @@ def _raced(
             break
         found: dict[str, Any] = {}
         for name in track(names, f"racing for {each:.0f} s each", len(names)):
-            config = shortened_for_race(configs[name], each, scored, cache)
-            with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
-                found[name] = train(config, runs=folder, dataset=dataset).summary
-        dice = dice_in_common({n: s["validation"]["dice_of_cases"] for n, s in found.items()})
-        rounds.append([Entry(name, each, found[name]["steps"], dice[name]) for name in names])
+            found[name] = _entry(configs[name], dataset, cases, each, cache)
+        dice = dice_in_common({name: of_cases for name, (of_cases, _) in found.items()})
+        rounds.append([Entry(name, each, found[name][1], dice[name]) for name in names])
         ordered = sorted(rounds[-1], key=lambda entry: -_or_least(entry.dice))
         names = [entry.candidate for entry in ordered[: math.ceil(len(ordered) / 2)]]
         each *= 2
     return rounds
 
 
+def _entry(
+    config: Config,
+    dataset: Dataset,
+    cases: tuple[Sequence[CaseFiles], Sequence[CaseFiles]],
+    seconds: float,
+    cache: Path,
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Train and score one candidate in `seconds`: the Dice of each case, and the steps it did.
+
+    Windows do not overlap here: in 3D they cost an eighth of those that do, which leaves more time
+    for training.
+    """
+    ends = time.monotonic() + seconds
+    short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
+    with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
+        run = train(short, runs=folder, dataset=replace(dataset, cases=tuple(cases[0])))
+        scores = score(
+            run.model, dataset, cases[1], untracked, until=ends, overlap=0.0, engine="torch"
+        )
+    return scores["dice_of_cases"], run.summary["steps"]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is said of a candidate's training: it has little time by intention."""
-    spoken = logging.getLogger("segkit.training")
-    level = spoken.level
-    spoken.setLevel(logging.ERROR)
+    """Hide warnings of a candidate's training, which is short on purpose."""
+    training_logger = logging.getLogger("segkit.training")
+    level = training_logger.level
+    training_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        spoken.setLevel(level)
+        training_logger.setLevel(level)
 
 
-def shortened_for_race(config: Config, seconds: float, scored: list[str], cache: Path) -> Config:
-    """The config of a candidate's short training: no validation but the final scores."""
+def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:
+    """The config of a candidate's short training, on all cases that it gets."""
     minutes = config.train.minutes
-    assert minutes is not None, "only plans for a time race"
+    assert minutes is not None, "only plans for a time can race"
     steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
-    data = {"validation": scored, "fold": None, "first_stage": None, "cache": cache}
+    data: dict[str, Any] = {"validation": [], "fold": None, "first_stage": None, "cache": cache}
     short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
     short |= {"pictures": 0, "validation_cases": None}
     return config.model_copy(
@@ -211,7 +253,7 @@ def shortened_for_race(config: Config, seconds: float, scored: list[str], cache:
 def dice_in_common(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, float]:
-    """Each candidate's mean Dice over the cases that all of them had time to score."""
+    """The mean Dice of each candidate over the cases that all candidates had time to score."""
     common = sorted(set.intersection(*(set(cases) for cases in scores.values())))
     means: dict[str, float] = {}
     for name, cases in scores.items():
@@ -221,7 +263,7 @@ def dice_in_common(
 
 
 def best_of(entries: Sequence[Entry], by_rule: str) -> str:
-    """The candidate of the highest Dice; the rule's if it is in the round and hardly worse."""
+    """The candidate with the highest Dice, or `by_rule` if it is in the round and hardly worse."""
     dice = {entry.candidate: _or_least(entry.dice) for entry in entries}
     best = max(dice, key=lambda name: dice[name])
     return by_rule if dice.get(by_rule, -2.0) > dice[best] - MARGIN else best
@@ -232,22 +274,22 @@ def _or_least(dice: float) -> float:
 
 
 def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str:
-    """The race as lines of comments; nothing if there was none."""
+    """The results of the race as lines of YAML comments; empty if there was no race."""
     if not rounds:
         return ""
     lines = [
-        f"# Raced by mean Dice of {num_cases} training cases that the race held out (successive",
-        "# halving, Jamieson and Talwalkar 2016); the cases that score the run had no say:",
+        f"# Chosen by mean Dice of {num_cases} training cases that the race held out (successive",
+        "# halving, Jamieson and Talwalkar 2016). The held-out cases of the run were not used:",
     ]
     for name in [entry.candidate for entry in rounds[0]]:
-        told = [
+        results = [
             f"{entry.dice:.3f} in {entry.seconds:.0f} s, {entry.steps} steps"
             for entries in rounds
             for entry in entries
             if entry.candidate == name
         ]
         mark = "  <- planned" if name == chosen else ""
-        lines.append(f"#   {name:<14}" + "; ".join(told) + mark)
+        lines.append(f"#   {name:<14}" + "; ".join(results) + mark)
     return "\n".join(lines) + "\n"
 
 

@@ -70,7 +70,7 @@ def test_killed_at_many_points_a_job_is_finished_by_the_next_run(
 def test_asked_to_stop_a_training_says_so_in_one_sentence_and_loses_no_step(bench: Bench) -> None:
     (trial,) = all_survive(ask_and_finish(bench, jobs.training(bench), 1, seed=1), 1)
     assert trial.told == (
-        "segkit: stopped by Ctrl-C; segkit train --resume runs/small goes on from there"
+        "segkit: stopped by Ctrl-C; segkit train --resume runs/small continues from there"
     )
 
 

@@ -61,7 +61,7 @@ def test_weights_that_ran_away_stop_training_at_the_step_and_name_its_cases(
     )
     with pytest.raises(
         TrainingError,
-        match=r"^the loss of step \d+ is (nan|inf), its patches are of case_\d, case_\d; look at",
+        match=r"^the loss of step \d+ is (nan|inf), with patches of case_\d, case_\d; check these",
     ):
         training.train(config, runs=tmp_path / "runs")
 
@@ -143,7 +143,7 @@ def test_an_undefined_dice_is_called_so(
     with pytest.raises(SystemExit, match="0"):
         main()
     assert (
-        "mean Dice of 1 held-out cases, each on its scan's grid: undefined (ball undefined)"
+        "mean Dice of 1 held-out cases, on the grids of their scans: undefined (ball undefined)"
         in capsys.readouterr().out
     )
 

@@ -62,7 +62,7 @@ def test_forty_bad_cases_are_one_round(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2
     lines = err.splitlines()
-    assert lines[-1] == "segkit: 40 problems, as told above; mend them all and run again"
+    assert lines[-1] == "segkit: 40 problems, listed above; correct them and run again"
     told = [line for line in lines if "case_" in line]
     for number in range(40):
         assert any(f"case_{number}.nii.gz" in line for line in told), number
@@ -79,7 +79,7 @@ def test_files_that_are_not_there_are_told_together(
         (data / "imagesTr" / f"case_{number}.nii.gz").unlink()
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2 and err.count("which does not exist") == 3
-    assert "segkit: 3 problems, as told above" in err
+    assert "segkit: 3 problems, listed above" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,11 +93,11 @@ def test_values_that_are_wrong_are_told_together(
     assert code == 2 and err.count("which the dataset does not declare (it has 0 to 1)") == 5
     over_all = int(command == "check")  # that names the numbers once for all cases
     assert err.count("expected only numbers that data.labels declares, found 3") == over_all
-    assert f"segkit: {5 + over_all} problems, as told above" in err
+    assert f"segkit: {5 + over_all} problems, listed above" in err
     # What was right is kept: the next round only has to do what was wrong.
     changed_label(data, 0, plus=-3)
     code, _, err = run(*words_of(command, data), capsys=capsys)
-    assert code == 2 and f"segkit: {4 + over_all} problems, as told above" in err
+    assert code == 2 and f"segkit: {4 + over_all} problems, listed above" in err
 
 
 def test_a_failure_is_json_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_a_data_set_without_any_label_is_refused_before_anything_starts(
     code, _, err = run(*words_of(command, data), capsys=capsys)
     assert code == 2
     assert "cases is labelled ball, cube" in err or "train on is labelled ball, cube" in err
-    assert "so that there is nothing to learn" in err
+    assert "so there is nothing to learn" in err
     assert not list(here.glob("runs/*/config.yaml"))
 
 
@@ -159,7 +159,7 @@ def test_a_class_that_nobody_labelled_is_told(
     words = words_of(command, data)
     code, out, err = run(*words, *(("--dry-run",) if command == "train" else ()), capsys=capsys)
     assert code == 0, err
-    assert "is labelled cube; nothing is learned of it" in out + err + caplog.text
+    assert "is labelled cube, so the network cannot learn it" in out + err + caplog.text
 
 
 def test_problems_are_raised_together_or_alone() -> None:

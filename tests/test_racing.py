@@ -29,7 +29,7 @@ def test_each_round_trains_the_better_half_twice_as_long() -> None:
     assert [shortest_trainings(count) for count in (1, 2, 3, 4)] == [0, 2, 7, 8]
 
 
-@pytest.mark.parametrize(("minutes", "count"), [(1, 1), (4, 2), (10, 4), (60, 4)])
+@pytest.mark.parametrize(("minutes", "count"), [(4, 1), (10, 2), (60, 4)])
 def test_as_many_start_as_there_is_time_for(minutes: float, count: int) -> None:
     assert len(starters(["a", "b", "c", "d"], racing.SHARE * 60 * minutes)) == count
 
@@ -81,8 +81,18 @@ def test_a_race_never_sees_the_cases_that_score_the_run(dataset: Path, tmp_path:
     trained, scored = ({case.name for case in part} for part in cases)
     held_out = {case.name for case in split_of(known, planned.config).held_out}
     assert trained and scored and not trained & scored and not (trained | scored) & held_out
-    short = shortened_for_race(planned.config, 12.0, sorted(scored), tmp_path)
-    assert short.data.validation == sorted(scored) and short.train.minutes == 0.2
+    short = shortened_for_race(planned.config, 12.0, tmp_path)
+    assert short.data.validation == [] and short.train.minutes == 0.2
+
+
+def test_there_is_no_race_once_planning_has_taken_its_share_of_the_time(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, *[20.0] * 100])  # 15 % of 4 minutes are 36 s, of which planning took 20
+    monkeypatch.setattr(racing.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(racing, "train", None)
+    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=4)
+    assert planned.plan.spatial_dims == 3 and "Raced" not in planned.text
 
 
 @pytest.mark.slow
@@ -90,8 +100,9 @@ def test_a_plan_that_was_raced_is_a_config_with_a_table(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(racing, "SHORTEST", 2.0)
+    monkeypatch.setattr(racing, "SHARE", 0.9)
     planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=0.5)
-    assert "# Raced by mean Dice of 1 training cases" in planned.text
+    assert "# Chosen by mean Dice of 1 training cases" in planned.text
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)
     assert load_config(path) == planned.config

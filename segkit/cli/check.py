@@ -1,4 +1,4 @@
-"""`segkit check`: what segkit understands, or what is wrong."""
+"""`segkit check`: describe a config, a dataset or a volume, or report its errors."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,15 @@ from segkit.cli.terminal import JsonOption, console, say, say_json
 
 
 def check_command(
-    path: Annotated[Path, Argument(metavar="CONFIG|DATASET|VOLUME", help="What to look at.")],
+    path: Annotated[
+        Path, Argument(metavar="CONFIG|DATASET|VOLUME", help="The file or folder to check.")
+    ],
     overrides: Overrides = None,
     json: JsonOption = False,
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
 ) -> None:
-    """Say what segkit understands of a config, a dataset or a volume, or what is wrong with it."""
+    """Check a config, a dataset or a volume: show how segkit reads it, or report its errors."""
     from segkit.checking import check
     from segkit.system.progress import Tracker
 

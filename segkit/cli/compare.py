@@ -1,4 +1,4 @@
-"""`segkit compare`: two models on the same cases."""
+"""`segkit compare`: compare two models on the same cases."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,24 +8,24 @@ from typer import Argument, Option
 from segkit.cli.options import Overwrite
 from segkit.cli.terminal import JsonOption, console, say, say_json
 
-SCORES = "Scores that segkit evaluate --out wrote, or the folder of a run or a cross-validation."
+SCORES = "Scores from segkit evaluate --out, or the folder of a run or cross-validation."
 
 
 def compare_command(
     a: Annotated[Path, Argument(help=SCORES)],
-    b: Annotated[Path, Argument(help="The other one.")],
+    b: Annotated[Path, Argument(help="Scores to compare with A, in either form.")],
     metric: Annotated[
         list[str] | None, Option(help="dice, iou, hd95_mm, assd_mm or nsd; may be repeated.")
     ] = None,
     strata: Annotated[
         tuple[Path, str] | None,
-        Option(metavar="FILE COLUMN", help="A CSV file and its column with each case's group."),
+        Option(metavar="FILE COLUMN", help="A CSV file, and its column with the group of a case."),
     ] = None,
-    out: Annotated[Path | None, Option(help="A JSON file for every figure.")] = None,
+    out: Annotated[Path | None, Option(help="Write all results to this JSON file.")] = None,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say whether B is better than A: differences per class, with interval and test."""
+    """Test if B is better than A: differences for each class, with intervals and p values."""
     from segkit.errors import first_few
     from segkit.evaluation.compare import compare, read_strata, to_comparison_table
     from segkit.io.atomic import refuse_existing, write_json
@@ -39,6 +39,6 @@ def compare_command(
     console.print(to_comparison_table(comparison))
     for name, left_out in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         if left_out:
-            say(f"left out, as only {name} has scores of them: {first_few(left_out)}")
+            say(f"cases left out, because only {name} has scores: {first_few(left_out)}")
     if json:
         say_json(comparison.to_json())

@@ -1,4 +1,4 @@
-"""`segkit demo`: from synthesised scans to the gate maps of a real one."""
+"""`segkit demo`: train on synthetic scans, and segment a real scan."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,15 +10,15 @@ from segkit.cli.terminal import console, hush, say
 
 
 def demo_command(
-    out: Annotated[Path, Option(help="A folder for what it writes.")] = Path("segkit_demo"),
+    out: Annotated[Path, Option(help="The folder for all results.")] = Path("segkit_demo"),
     contrast: Annotated[
         Literal["t1", "random"],
-        Option(help="Training contrasts: drawn about those of a T1 scan, or wholly random."),
+        Option(help="Contrasts of training scans: similar to a T1 scan, or random."),
     ] = "t1",
     steps: Annotated[int, Option(min=1, help="Training steps.")] = 300,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train on synthesised scans, segment a real one, and write its gate maps; a few minutes."""
+    """Train on synthetic scans, segment a real scan and write its gate maps, in a few minutes."""
     from segkit.demo.demo import run_demo
     from segkit.system.progress import Tracker
     from segkit.training.progress_bar import TrainingProgress

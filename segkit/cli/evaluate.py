@@ -1,4 +1,4 @@
-"""`segkit evaluate`: segmentations scored against references."""
+"""`segkit evaluate`: score segmentations against references."""
 
 from math import isnan
 from pathlib import Path
@@ -11,43 +11,51 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 
 
 def evaluate_command(
-    predictions: Annotated[Path, Argument(help="A segmentation, or a folder of them.")],
+    predictions: Annotated[Path, Argument(help="A segmentation, or a folder of segmentations.")],
     references: Annotated[
         Path,
         Argument(
-            metavar="REFERENCES|DATASET", help="Its reference, a folder of them, or a dataset."
+            metavar="REFERENCES|DATASET",
+            help="The reference, a folder of references, or a dataset.",
         ),
     ],
-    out: Annotated[Path | None, Option(help="A JSON file for every score.")] = None,
+    out: Annotated[Path | None, Option(help="Write all scores to this JSON file.")] = None,
     labels: Annotated[
         Path | None,
-        Option(help="A dataset.json, config, run or model with label names; else the nearest."),
+        Option(
+            help="A dataset.json, config, run or model with label names. The default is the "
+            "dataset, or a dataset.json beside the references."
+        ),
     ] = None,
     tolerance: Annotated[
         str | None,
         Option(
             metavar="LENGTH",
-            help="Of the normalised surface Dice: 1.5 (mm), '0.5 µm' or '2 pixels'; 1 mm, and of "
-            "pictures 2 pixels if not given.",
+            help="Tolerance of the normalised surface Dice, such as 1.5 (mm), '0.5 µm' or "
+            "'2 pixels'. The default is 1 mm, and 2 pixels for pictures.",
         ),
     ] = None,
     pixel_size: PixelSizeOption = None,
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
-        Option(help="References without a prediction: refuse, skip them, or score as empty."),
+        Option(
+            help="For references without a prediction: stop with an error (refuse), skip them, or "
+            "score an empty prediction."
+        ),
     ] = "refuse",
     probabilities: Annotated[
-        bool, Option(help="Hold NAME_prob beside each prediction against its reference too.")
+        bool, Option(help="Also evaluate the calibration of NAME_prob beside each prediction.")
     ] = False,
     diagram: Annotated[
-        Path | None, Option(help="An SVG file for the reliability diagram (--probabilities).")
+        Path | None,
+        Option(help="Write the reliability diagram to this SVG file (with --probabilities)."),
     ] = None,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD, volumes.
+    """Score segmentations against references: Dice, IoU, HD95, ASSD, NSD and volumes.
 
-    Files pair by name; endings such as _seg, _pred and _0000 may differ.
+    Files are paired by name; final words such as _seg, _pred and _0000 may differ.
     """
     from segkit.errors import ConfigError, first_few
     from segkit.evaluation.calibration import reliability_diagram, to_calibration_table
@@ -57,7 +65,7 @@ def evaluate_command(
     from segkit.system.progress import Tracker
 
     if diagram is not None and not probabilities:
-        raise ConfigError("--diagram is of probabilities; give --probabilities as well")
+        raise ConfigError("--diagram needs --probabilities; give both")
     refuse_existing([path for path in (out, diagram) if path is not None], overwrite=overwrite)
     scores = evaluate(
         predictions,
@@ -76,14 +84,14 @@ def evaluate_command(
         console.print(to_calibration_table(scores.calibration))
         correlation = scores.calibration.correlation(scores.dice_of_cases)
         if not isnan(correlation):
-            say(f"doubt and error of cases: Spearman's correlation {correlation:.2f}")
+            say(f"Spearman's correlation of entropy and error over cases: {correlation:.2f}")
         if diagram is not None:
             write_text(diagram, reliability_diagram(scores.calibration))
     if scores.missing:
-        what = "left out" if missing == "skip" else "scored as empty"
-        say(f"{what}, without a prediction: {first_few(scores.missing)}")
+        treated = "left out" if missing == "skip" else "scored as empty"
+        say(f"{treated}, because there is no prediction: {first_few(scores.missing)}")
     if scores.extra:
-        say(f"left out, without a reference: {first_few(scores.extra)}")
+        say(f"left out, because there is no reference: {first_few(scores.extra)}")
     if json:
         say_json(scores.to_json())
     for failure in scores.failures.values():

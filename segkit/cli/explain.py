@@ -1,4 +1,4 @@
-"""`segkit explain`: what a model attends to, and what its maps and heads are worth."""
+"""`segkit explain`: write attention maps, measures, verdicts and a page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 def explain_command(
     inputs: Inputs,
-    out: Annotated[Path, Option(help="A folder for maps and tables.")],
+    out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
     model: ModelFolder = None,
     reference: Annotated[
         Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
     ] = None,
     heads: Annotated[
-        bool, Option("--heads", help="Say whether several heads of attention beat one here.")
+        bool, Option("--heads", help="Test if several attention heads are better than one.")
     ] = False,
     verdicts: Annotated[
-        bool, Option("--verdicts", help="Say whether each gate matters; minutes a scan.")
+        bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
     ] = False,
     tolerance: Annotated[
-        float, Option(min=0, help="How far off a map may point at a structure, in mm.")
+        float,
+        Option(min=0, help="Largest distance in mm at which a map still points at a structure."),
     ] = 5.0,
     series: SeriesOption = None,
     checkpoint: CheckpointOption = None,
@@ -46,11 +47,11 @@ def explain_command(
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, what they pick out beside chance, and a page that shows them.
+    """Write attention maps, how well they localise structures, and a page that shows them.
 
-    With a reference, measures compare with it, else with the model's own labels. Several volumes
-    get a folder each, a table over all, and a page that sums them up; one that cannot be read does
-    not stop the others.
+    Maps are compared with the reference, or with the predicted labels if there is none. If there
+    are several volumes, each has its own folder, and a table and a page summarise all. A volume
+    that fails does not stop the others.
     """
     import torch
 
@@ -69,7 +70,7 @@ def explain_command(
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
-        raise VolumeError("--heads compares Dice; give --reference, a label or a folder of them")
+        raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
     folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
@@ -77,7 +78,7 @@ def explain_command(
     say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     for line in told_of_pictures([source.files[0] for source in found], rules):
         say(line)
-    # In single precision on a GPU too: it is values of maps that are measured.
+    # In float32 also on a GPU, because the values of maps are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
@@ -119,14 +120,14 @@ def explain_command(
 
 
 def _tell(explained: "Explained") -> None:
-    """Say what was written and found of one volume."""
+    """Print the files and results of one volume."""
     say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
     for position, reach in explained.reach.items():
         for number, head in enumerate(reach):
             say(
-                f"{explained.name} {position} head {number}: reaches {head.distance_mm:.1f} mm "
-                f"({head.distance_ratio:.2f} of uniform attention), "
-                f"entropy {head.entropy:.2f} of {head.uniform_entropy:.2f}"
+                f"{explained.name} {position} head {number}: mean distance "
+                f"{head.distance_mm:.1f} mm ({head.distance_ratio:.2f} of uniform attention), "
+                f"entropy {head.entropy:.2f} (uniform: {head.uniform_entropy:.2f})"
             )
     for verdict in explained.verdicts:
         say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

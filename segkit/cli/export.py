@@ -1,4 +1,4 @@
-"""`segkit export`: a model for another program."""
+"""`segkit export`: write a model for another program."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,15 +14,18 @@ def export_command(
     model: Annotated[Path, Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
     form: Annotated[
         Literal["onnx", "openvino", "pt2", "monai-bundle"],
-        Option("--format", help="What other programs read."),
+        Option("--format", help="The file format."),
     ],
     out: Annotated[
-        Path, Option(help="A file .onnx, .xml (with .bin beside it) or .pt2, or a folder.")
+        Path,
+        Option(help="The file to write (.onnx, .pt2, or .xml with a .bin beside it), or a folder."),
     ],
     check: Annotated[
-        bool, Option("--check", help="Run it, and say how far it is from PyTorch.")
+        bool, Option("--check", help="Run the exported model and compare it with PyTorch.")
     ] = False,
-    scan: Annotated[Path | None, Option(help="To check it on; noise where not given.")] = None,
+    scan: Annotated[
+        Path | None, Option(help="A scan for --check; random noise by default.")
+    ] = None,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,
     json: JsonOption = False,
@@ -35,7 +38,9 @@ def export_command(
 
     folder, *more = model_folders(model, checkpoint)
     if more:
-        raise SegkitError(f"{model}: has {1 + len(more)} models; export one, such as {folder}")
+        raise SegkitError(
+            f"{model}: expected one model, found {1 + len(more)}; export one, such as {folder}"
+        )
     loaded = load_model(folder, checkpoint=checkpoint)
     description = loaded.description
     rules = picture_rules_of(description)
@@ -57,5 +62,6 @@ def export_command(
         say_json(exported.content())
     if not exported.holds:
         raise SegkitError(
-            f"{out}: differs from PyTorch by more than rounding; do not use it, and tell its makers"
+            f"{out}: differs from PyTorch by more than rounding errors; do not use it, and report "
+            f"this to the developers of segkit"
         )

@@ -1,4 +1,4 @@
-"""The `segkit` command. Each command imports what it needs when it runs, so that help is quick."""
+"""The `segkit` command. Commands import large libraries only when they run; help stays fast."""
 
 import sys
 import traceback
@@ -52,8 +52,8 @@ def _version(shown: bool) -> None:
     names = {"cuda": "CUDA", "cudnn": "cuDNN"}
     for name, number in {**found, **installed_runtimes()}.items():
         print(f"{names.get(name, name)} {number or 'not installed'}")
-    if (told := slow_convolutions()) is not None:
-        print(told)
+    if (warning := slow_convolutions()) is not None:
+        print(warning)
     raise typer.Exit
 
 
@@ -82,9 +82,10 @@ app.command("export")(export_command)
 
 
 def main() -> NoReturn:
-    """Run the command; what a user can cause is one line on stderr and exit code 2.
+    """Run a command and exit.
 
-    Stopped by a signal, the exit code is the shell's for it: 130 for Ctrl-C, 143 for SIGTERM.
+    The exit code is 0 after success, and 2 with one line on stderr after an error that the user can
+    mend. If a signal stops the command, it is 130 for Ctrl-C and 143 for SIGTERM.
     """
     start()
     try:

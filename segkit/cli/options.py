@@ -1,37 +1,45 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="e.g. train.steps=500")]
+Overrides = Annotated[
+    list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as train.steps=500.")
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
-    list[Path], Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders of them.")
+    list[Path],
+    Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders that contain them."),
 ]
-MODEL = "A run or model folder; else the newest run."
+MODEL = "The folder of a run or model. The default is the newest run."
 ModelFolder = Annotated[Path | None, Option(envvar="SEGKIT_MODEL", help=MODEL)]
 ModelFolders = Annotated[
     list[Path] | None,
-    Option("--model", envvar="SEGKIT_MODEL", help=f"{MODEL} Several are averaged."),
+    Option("--model", envvar="SEGKIT_MODEL", help=f"{MODEL} Several models are averaged."),
 ]
 CheckpointOption = Annotated[
     Literal["best", "last"] | None,
-    Option(help="Weights of a checkpoint, also of a run that still trains; else the run's own."),
+    Option(
+        help="Use the weights of this checkpoint, also while the run is still training. The "
+        "default is the model of the finished run."
+    ),
 ]
 OverlapOption = Annotated[
-    float, Option(min=0, max=0.9, help="Share of a window that neighbours share.")
+    float, Option(min=0, max=0.9, help="Overlap of neighbouring windows, as a share of their size.")
 ]
 SeriesOption = Annotated[
-    str | None, Option(metavar="UID", help="Which DICOM series, where a folder holds several.")
+    str | None,
+    Option(metavar="UID", help="The DICOM series to read if a folder contains several."),
 ]
 PixelSizeOption = Annotated[
     list[str] | None,
     Option(
         "--pixel-size",
         metavar="LENGTH",
-        help="Of pictures, such as '4 nm'; again for rows, and for slices; 'pixel' for none.",
+        help="Pixel size of pictures, such as '4 nm'. Repeat it if the size of rows and slices "
+        "differs; 'pixel' means unknown.",
     ),
 ]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]

@@ -1,4 +1,4 @@
-"""`segkit plan`: a config that suits a dataset."""
+"""`segkit plan`: write a config for a dataset."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,33 +13,43 @@ from segkit.system.allocator import keep_freed_memory
 
 def plan_command(
     dataset: Annotated[
-        Path, Argument(help="A folder with a dataset.json, or YAML with data.files.")
+        Path, Argument(help="A folder with a dataset.json, or a YAML file with data.files.")
     ],
     out: Annotated[
-        Path | None, Option(help="The config to write; NAME.yaml where not given.")
+        Path | None, Option(help="The config to write. The default is NAME.yaml.")
     ] = None,
     memory: Annotated[
         float | None,
-        Option(min=0.5, help="GB to plan for; what a GPU has free where not given, or 8."),
+        Option(
+            min=0.5,
+            help="Memory in GB to plan for. The default is the free memory of the GPU, or 8.",
+        ),
     ] = None,
-    minutes: Annotated[float, Option(min=0.1, help="Of training to plan for.")] = 20.0,
+    minutes: Annotated[
+        float, Option(min=0.1, help="Duration of training in minutes to plan for.")
+    ] = 20.0,
     dims: Annotated[
         int | None,
-        Option(min=2, max=3, help="2 for slices, 3 for volumes; what the cases are by default."),
+        Option(min=2, max=3, help="2 for slices, 3 for volumes. The default follows the cases."),
     ] = None,
     preset: Annotated[
         Literal["auto", "nnunet"],
-        Option(help="nnunet: its own plan and schedule, wherever it runs."),
+        Option(help="auto fits the machine and time; nnunet is nnU-Net's own plan and schedule."),
     ] = "auto",
     device: Device = "auto",
-    runs: Annotated[Path, Option(help="The folder whose cache keeps measurements.")] = Path("runs"),
+    runs: Annotated[Path, Option(help="The folder whose cache stores measurements.")] = Path(
+        "runs"
+    ),
     no_race: Annotated[
-        bool, Option("--no-race", help="Plan by the rule, without trying candidates.")
+        bool, Option("--no-race", help="Plan by rules only, without trying candidates.")
     ] = False,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a dataset and write a config, or two in turn, that says why each value was chosen."""
+    """Measure a dataset and write a config that gives a reason for each value.
+
+    If two stages are better, it writes a config for each.
+    """
     from segkit.config.load import dataset_in
     from segkit.io.atomic import refuse_existing, write_text
     from segkit.planning.make_plan import plan_dataset
@@ -49,10 +59,13 @@ def plan_command(
     keep_freed_memory()
     source = dataset_in(dataset)
     if source is None:
-        raise ConfigError(f"{dataset}: says how to train already; plan from data.files alone")
+        raise ConfigError(
+            f"{dataset}: expected a dataset (a YAML file with only data.files), found a config; "
+            f"train with it, or remove its other settings"
+        )
     target = out or Path(f"{source.folder.resolve().name}.yaml")
     refuse_existing([target], overwrite=overwrite)
-    hush()  # Lightning has set up its logging as it was imported
+    hush()  # Lightning set up its logging when it was imported
     make = plan_dataset if no_race else plan_by_race
     planned = make(
         source,
@@ -74,7 +87,7 @@ def plan_command(
         write_text(file, stage.text)
         say(stage.text.rstrip())
         say(f"wrote {file}")
-    say("next: " + ", and then ".join(f"segkit train {file}" for file, _ in stages))
+    say("next: " + ", then ".join(f"segkit train {file}" for file, _ in stages))
     if json:
         files = [
             {"file": str(file), "config": stage.config.model_dump(mode="json")}

@@ -17,11 +17,11 @@ def pool_command(
     json: JsonOption = False,
 ) -> None:
     """Put folds that were trained apart, on several machines or GPUs, together as one."""
-    from segkit.cli.train import tell_of_run
+    from segkit.cli.train import say_result
     from segkit.training.pool import pool
 
     result = pool(folders, out)
     say(f"folds {', '.join(result.summary['folds'])} together")
-    tell_of_run(result)
+    say_result(result)
     if json:
         say_json({"folder": str(result.folder), **result.summary})

@@ -1,4 +1,4 @@
-"""`segkit predict`: labels of volumes."""
+"""`segkit predict`: segment volumes."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,21 +21,23 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 def predict_command(
     inputs: Inputs,
     models: ModelFolders = None,
-    out: Annotated[Path | None, Option(help="A file or a folder for the labels.")] = None,
+    out: Annotated[Path | None, Option(help="The file or folder for the labels.")] = None,
     maps: Annotated[
-        Path | None, Option(help="A folder for every attention map, made in the same pass.")
+        Path | None, Option(help="Also write all attention maps, to this folder.")
     ] = None,
     probabilities: Annotated[
-        bool, Option("--probabilities", help="Write each class's probability as well.")
+        bool, Option("--probabilities", help="Also write the probability of each class.")
     ] = False,
     uncertainty: Annotated[
-        bool, Option("--uncertainty", help="Write entropy, and variance of models and mirrors.")
+        bool,
+        Option("--uncertainty", help="Also write entropy, and variance over models and mirrors."),
     ] = False,
     statistics: Annotated[
-        bool, Option("--statistics", help="Write voxels, ml, mean and sd of each class as JSON.")
+        bool,
+        Option("--statistics", help="Also write voxels, ml, mean and sd of each class as JSON."),
     ] = False,
     preview: Annotated[
-        bool, Option("--preview", help="Write a PNG of middle planes, labels over them.")
+        bool, Option("--preview", help="Also write a PNG of the middle slices with labels.")
     ] = False,
     dicom_seg: Annotated[
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
@@ -43,38 +45,40 @@ def predict_command(
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
     tta: Annotated[
-        bool, Option("--tta", help="Average over mirror images, as the model was trained on.")
+        bool, Option("--tta", help="Average over the mirror images that training used.")
     ] = False,
     checkpoint: CheckpointOption = None,
     device: Device = "auto",
     overlap: OverlapOption = 0.5,
     batch: Annotated[
-        int | None, Option(min=1, help="Windows per call of the network; 1, and 4 on a GPU.")
+        int | None,
+        Option(min=1, help="Windows per call of the network. The default is 1, and 4 on a GPU."),
     ] = None,
     all_windows: Annotated[
-        bool, Option("--all-windows", help="Ask the network even where all is 0.")
+        bool, Option("--all-windows", help="Do not skip windows in which all voxels are 0.")
     ] = False,
     shard: Annotated[
         str,
         Option(
-            metavar="I/N", help="The I-th of N jobs that share the volumes; auto under torchrun."
+            metavar="I/N",
+            help="Process the I-th of N shares of the volumes; auto if torchrun starts the jobs.",
         ),
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
-        Option(help="What runs the network; auto is OpenVINO on a CPU."),
+        Option(help="The program that runs the network; auto means OpenVINO on a CPU."),
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option(help="Of the network's arithmetic; float32 on a CPU, float16 on a GPU."),
+        Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
     ] = None,
     json: JsonOption = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Segment volumes; without --out the labels go beside each input, as NAME_seg.
+    """Segment volumes. Without --out, labels are written beside each input as NAME_seg.
 
-    Volumes that have their results are left alone: a stopped job goes on where it was. Results of
-    another model, or of a scan that was replaced since, are kept and told as failures.
+    Volumes with complete results are skipped, so that a stopped job can continue. Existing results
+    of another model, or of an older version of a scan, are not replaced and count as failures.
     """
     import torch
 
@@ -112,7 +116,7 @@ def predict_command(
     for folder in folders:
         say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
-        say("no model was trained on mirror images: --tta changes nothing")
+        say("--tta has no effect, because no model was trained on mirror images")
     for line in told_of_pictures([source.files[0] for source in found], rules):
         say(line)
     mine = len(range(number - 1, len(found), count))
@@ -142,22 +146,20 @@ def predict_command(
                 say(f"wrote {outcome.written[0]}{more}")
                 if outcome.presence is not None:
                     shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
-                    say(f"probability that it holds: {shares}")
+                    say(f"probability that the image contains: {shares}")
             if outcome.error is not None:
                 failures.append(outcome.error)
                 if len(found) > 1:
                     complain(outcome.error)
     if kept:
-        say(
-            f"left {kept} of {mine} volumes alone, whose results are there; --overwrite redoes them"
-        )
+        say(f"skipped {kept} of {mine} volumes that have results; --overwrite segments them again")
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)
 
 
 def _share(shard: str, device: str) -> tuple[int, int, str]:
-    """Which of how many shares of the volumes this process takes, and the device to work on."""
+    """The number of this process's share of the volumes, the number of shares, and the device."""
     import torch
 
     from segkit.io.inputs import parse_shard

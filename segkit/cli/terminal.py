@@ -1,7 +1,7 @@
-"""How the command line speaks: news on stdout, one sentence on stderr, JSON where a script reads.
+"""Output of the command line: messages on stdout, errors as one sentence on stderr, and JSON.
 
-Colours and bars appear on a terminal alone, and no colour where the variable NO_COLOR is set: Rich
-sees to both. `--quiet` and `--verbose` may stand before a command or after it.
+Colours and progress bars appear only on a terminal, and no colours if the variable NO_COLOR is set
+(both by Rich). `--quiet` and `--verbose` may be given before or after a command.
 """
 
 import itertools
@@ -22,17 +22,17 @@ from segkit.io.atomic import json_text
 console = Console()
 
 QUIET_LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "nibabel.global")
-"""Loggers of others that speak unasked."""
+"""Loggers of other libraries that `hush` silences."""
 MOST_PROBLEMS = 200
-"""Lines of one command about what is wrong."""
+"""Largest number of problems that one command prints."""
 OURS = logging.getLogger("segkit")
 
 
 class Commands(TyperGroup):
-    """Commands that each take the options of `EVERYWHERE`, which their group declares."""
+    """A group of commands that all accept the options in `EVERYWHERE`."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None."""
+        """The command with this name, or None."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             known = {option.name for option in command.params}
@@ -41,13 +41,16 @@ class Commands(TyperGroup):
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Name, command and its words. Raises ConfigError where an option lacks its value.
+        """The name, the command and its arguments.
 
-        Left to itself the parser would take the option that follows as the value: `--maps --tta`
-        would write to a folder called --tta.
+        By default the parser would take the next option as a value: `--maps --tta` would write to a
+        folder called --tta.
+
+        Raises:
+            ConfigError: if an option has no value.
         """
         name, command, words = super().resolve_command(ctx, args)
-        # While a shell completes a line, ends of it are missing.
+        # While a shell completes a line, the line is not complete.
         if command is None or ctx.resilient_parsing:
             return name, command, words
         options = {
@@ -59,14 +62,14 @@ class Commands(TyperGroup):
         for word, following in itertools.pairwise(itertools.takewhile("--".__ne__, words)):
             if options.get(word) and following in options:
                 raise ConfigError(
-                    f"{word} needs a value, found {following}; give it one or leave it out"
+                    f"{word} needs a value, found {following}; give it a value or leave it out"
                 )
         return name, command, words
 
 
 @dataclass
 class Answer:
-    """Whether a script waits for JSON: each command prints one answer, if it fails too."""
+    """Whether a script expects JSON. Each command then prints one object, even if it fails."""
 
     expected: bool = False
 
@@ -75,7 +78,7 @@ answer = Answer()
 
 
 def start() -> None:
-    """Speak as usual: a process may run several commands, and none inherits another's options."""
+    """Reset the output, because a process may run several commands with different options."""
     console.quiet = False
     answer.expected = False
     OURS.setLevel(logging.NOTSET)
@@ -97,7 +100,7 @@ def _explain_more(asked: bool) -> None:
 
 
 def is_verbose() -> bool:
-    """Whether more was asked for."""
+    """Whether --verbose was given."""
     return OURS.level == logging.INFO
 
 
@@ -106,7 +109,7 @@ Quiet = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="Say nothing but errors, and JSON where asked.",
+        help="Print only errors, and JSON with --json.",
         callback=_quieten,
         expose_value=False,
         is_eager=True,
@@ -117,7 +120,7 @@ Verbose = Annotated[
     typer.Option(
         "--verbose",
         "-v",
-        help="Say on stderr what happens inside.",
+        help="Print details of the work to stderr.",
         callback=_explain_more,
         expose_value=False,
         is_eager=True,
@@ -140,50 +143,59 @@ EVERYWHERE = ("quiet", "verbose")
 
 
 def say(text: str) -> None:
-    """Lines of news. Names of files cannot make the terminal do anything."""
+    """Print lines. Control characters, for example in file names, are shown as text."""
     lines = "\n".join(map(printable, text.split("\n")))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_json(content: Mapping[str, Any]) -> None:
-    """The result, for a script."""
+    """Print the result as JSON."""
     sys.stdout.write(json_text(content))
     answer.expected = False
 
 
 def say_failure(sentence: str, problems: Sequence[str] = ()) -> None:
-    """Why there is no result, for a script that waits for one."""
+    """Print an error as JSON if a script expects JSON."""
     if answer.expected:
         say_json({"error": sentence, "problems": [*problems] or [sentence]})
 
 
 def complain(sentence: str) -> None:
-    """Why a command stops, or what it leaves out."""
+    """Print one sentence on stderr: an error, or something that was left out."""
     print(f"segkit: {printable(abridged(sentence))}", file=sys.stderr)
 
 
 def complain_of(error: SegkitError) -> None:
-    """Why a command stops: the error, or a line for each of its problems, and how many they are."""
+    """Print an error on stderr, or a line for each of its problems and their number."""
     for problem in error.problems[:MOST_PROBLEMS]:
         complain(problem)
     count = len(error.problems)
     if count > MOST_PROBLEMS:
-        complain(f"and {count - MOST_PROBLEMS:,} more problems, which --json lists in segkit check")
+        complain(f"and {count - MOST_PROBLEMS:,} more problems; segkit check --json lists them all")
     complain(
-        f"{count:,} problems, as told above; mend them all and run again" if count else str(error)
+        f"{count:,} problems, listed above; correct them and run again" if count else str(error)
     )
 
 
 def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
-    """Raise SegkitError if any of `count` volumes failed: its own sentence for a volume alone."""
+    """Raise SegkitError if any of `count` volumes failed.
+
+    Args:
+        failures: the error of each volume that failed.
+        count: the number of volumes.
+        alone: whether there is only one volume, whose own error is raised.
+    """
     if failures and alone:
         raise SegkitError(failures[0])
     if failures:
-        raise SegkitError(f"{len(failures)} of {count} volumes failed, as told above")
+        raise SegkitError(f"{len(failures)} of {count} volumes failed; see the messages above")
 
 
 def hush() -> None:
-    """Leave the terminal to segkit, once lightning has set up its own logging."""
+    """Silence warnings and logs of other libraries, except with --verbose.
+
+    Call it after lightning is imported, because the import sets up logging.
+    """
     if is_verbose():
         return
     for name in QUIET_LIBRARIES:

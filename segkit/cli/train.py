@@ -1,4 +1,4 @@
-"""`segkit train`: a network from a config, a dataset, or a run that was stopped."""
+"""`segkit train`: train a network from a config or a dataset, or resume a run."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from segkit.errors import ConfigError, Stopped, first_few
 from segkit.system.allocator import keep_freed_memory
 
 MOST_PICTURES = 200
-"""Whose headers are looked at before training."""
+"""Largest number of pictures whose headers are read before training."""
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from segkit.training.fit import Run
 
 MINUTES = 20.0
-"""For a dataset, if nothing else is asked for."""
+"""Default duration for a dataset."""
 
 
-def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
-    """The command; if several processes train, the first alone says that they were stopped."""
+def _only_first_reports(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; if several processes train, only the first reports that they were stopped."""
 
     @wraps(command)
     def run(**given: Any) -> None:
@@ -47,48 +47,55 @@ def _first_tells(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@_first_tells
+@_only_first_reports
 def train_command(
     config: Annotated[
         Path | None,
         Argument(
             metavar="CONFIG|DATASET",
-            help="YAML, e.g. configs/attention_unet_3d.yaml, or a dataset, which is planned first.",
+            help="A YAML file such as configs/attention_unet_3d.yaml, or a dataset, which is "
+            "planned first.",
         ),
     ] = None,
     overrides: Overrides = None,
-    runs: Annotated[Path, Option(help="The folder that runs are written to.")] = Path("runs"),
+    runs: Annotated[Path, Option(help="The folder for runs.")] = Path("runs"),
     resume: Annotated[
-        Path | None, Option(metavar="RUN", help="Go on with a run, with KEY=VALUE changed.")
+        Path | None,
+        Option(metavar="RUN", help="Continue this run, with changed settings if given."),
     ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what it will be and take, by a step; leave no run.")
+        bool,
+        Option("--dry-run", help="Run one step, show time and memory of the training, and stop."),
     ] = False,
     folds: Annotated[
         str | None,
-        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or those named."),
+        Option(metavar="all|0,2,…", help="Cross-validate with all folds or the given ones."),
     ] = None,
     minutes: Annotated[
         float | None,
-        Option(min=0.1, help="Wall time for a DATASET, planning and scoring included; 20."),
+        Option(
+            min=0.1,
+            help="Total minutes for a DATASET, including planning and scoring. The default is 20.",
+        ),
     ] = None,
     no_race: Annotated[
-        bool, Option("--no-race", help="Plan a DATASET by the rule, without trying candidates.")
+        bool,
+        Option("--no-race", help="Plan a DATASET by rules only, without trying candidates."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train the network that CONFIG describes, on the dataset that it names, or plan it first."""
+    """Train the network of a CONFIG. For a DATASET, plan the config first."""
     if resume is not None and config is not None and "=" in str(config):
         # The first word after --resume RUN is a setting.
         config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
-        raise ConfigError("expected a CONFIG to train, or --resume RUN to go on with; give one")
+        raise ConfigError("expected either a CONFIG to train or --resume RUN; give one of them")
     if dry_run and resume is not None:
-        raise ConfigError("--dry-run is for a CONFIG or DATASET, not for a run to --resume")
+        raise ConfigError("--dry-run does not work with --resume; give a CONFIG or DATASET")
     if dry_run and json:
-        raise ConfigError("--json tells of a finished run, and --dry-run leaves none; drop one")
+        raise ConfigError("--json needs a finished run, but --dry-run makes none; leave one out")
     if minutes is not None and (config is None or dataset_in(config) is None):
-        raise ConfigError("--minutes is for a DATASET to plan; a CONFIG has train.minutes=5")
+        raise ConfigError("--minutes is only for a DATASET; for a CONFIG set train.minutes=5")
     started = time.monotonic()
     wanted = _folds(folds)
     keep_freed_memory()
@@ -100,15 +107,15 @@ def train_command(
         settings, low = _settings(
             config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
         )
-        _tell_of_pictures(settings)
+        _say_picture_facts(settings)
         if dry_run:
-            return _rehearse(settings, low, wanted)
+            return _dry_run(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # in all processes of a run but the first, and of folds but the last
+    if not result.summary:  # only the first process of a run, and the last of folds, has a summary
         if json and wanted:
             say_json({"folder": str(result.folder), "finished": False})
         return
-    tell_of_run(result)
+    say_result(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
@@ -117,7 +124,7 @@ def train_command(
 def _settings(
     config: Path, overrides: Sequence[str], runs: Path, minutes: float, race: bool
 ) -> tuple["Config", "Config | None"]:
-    """What to train, and the first stage if a dataset is planned in two."""
+    """The config to train, and that of the first stage if a dataset is planned in two stages."""
     from segkit.config.load import changed, load_config
 
     dataset = dataset_in(config, overrides)
@@ -129,7 +136,7 @@ def _settings(
 
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
-    hush()  # Lightning has set up its logging as it was imported
+    hush()  # Lightning set up its logging when it was imported
     make = plan_by_race if race else plan_dataset
     planned = make(
         dataset,
@@ -144,21 +151,22 @@ def _settings(
         low = changed(planned.low.config, [*overrides, f"name={settings.name}_low"])
         if low.data.spacing == settings.data.spacing:
             raise ConfigError(
-                f"{config}: two stages cannot share data.spacing; write their configs first: "
-                f"segkit plan {config}; or train one with data.first_stage=null"
+                f"{config}: expected a different data.spacing for each of the two planned stages, "
+                f"found one for both; write their configs with segkit plan {config}, or train one "
+                f"stage with data.first_stage=null"
             )
         say(planned.low.text.rstrip())
     if settings.trainer.devices != 1 or settings.trainer.num_nodes != 1:
         raise ConfigError(
-            f"{config}: several processes must train by one plan; "
-            f"write it first: segkit plan {config}"
+            f"{config}: expected a config, because several processes train, found a dataset; "
+            f"write the config first with segkit plan {config}"
         )
     say(planned.text.rstrip())
     return settings, low
 
 
 def _races(overrides: Sequence[str], no_race: bool) -> bool:
-    """Whether plans race: not if steps are asked for, which are no time to share."""
+    """Whether candidate plans are tried: not if train.steps is set, because then no time is set."""
     return not no_race and not any(word.startswith("train.steps=") for word in overrides)
 
 
@@ -170,7 +178,7 @@ def _trained(
     runs: Path,
     started: float,
 ) -> "Run | CrossValidation":
-    """A new run, in one stage or two, or a new cross-validation."""
+    """Train a new run, in one stage or two, or a new cross-validation."""
     from segkit.training.cross_validation import cross_validate
     from segkit.training.fit import train
     from segkit.training.two_stages import train_two_stages
@@ -179,14 +187,14 @@ def _trained(
     if low is not None:
         if folds:
             raise ConfigError(
-                f"{config}: is planned in two stages, and --folds trains one; write the plan first "
-                f"and give each stage its folds: segkit plan {config}"
+                f"{config}: is planned in two stages, but --folds works with one; write the "
+                f"configs with segkit plan {config}, and train each with --folds"
             )
         return train_two_stages(
             low,
             settings,
             runs=runs,
-            tell=tell_of_run,
+            tell=say_result,
             callbacks=callbacks,
             track=track,
             spent=time.monotonic() - started,
@@ -201,7 +209,7 @@ def _trained(
 def _resumed(
     run: Path, folds: tuple[int, ...] | Literal["all"], overrides: Sequence[str]
 ) -> "Run | CrossValidation":
-    """A run or a cross-validation that was stopped, or that is given more to do."""
+    """Resume a run or a cross-validation that was stopped or has new settings."""
     from segkit.training.cross_validation import is_cross_validation, resume_folds
     from segkit.training.two_stages import resume_two_stages
 
@@ -209,17 +217,19 @@ def _resumed(
     if is_cross_validation(run):
         if overrides:
             raise ConfigError(
-                f"{run}: is a cross-validation, whose folds share their settings, found "
-                f"{overrides[0]}; resume it without, or one of its folds with it"
+                f"{run}: a cross-validation resumes without new settings, found {overrides[0]}; "
+                f"leave it out, or resume one of the folds with it"
             )
         return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
     if folds:
-        raise ConfigError(f"{run}: is one run, not a cross-validation; leave --folds out")
-    return resume_two_stages(run, overrides, tell=tell_of_run, callbacks=callbacks, track=track)
+        raise ConfigError(
+            f"{run}: --folds needs a cross-validation, found a single run; leave --folds out"
+        )
+    return resume_two_stages(run, overrides, tell=say_result, callbacks=callbacks, track=track)
 
 
-def _tell_of_pictures(settings: "Config") -> None:
-    """Say what pixel size was taken, if the dataset is one of pictures."""
+def _say_picture_facts(settings: "Config") -> None:
+    """Print the pixel size if the dataset contains pictures."""
     from segkit.data.dataset import read_dataset
     from segkit.io.picture_summary import told_of_pictures
 
@@ -231,16 +241,16 @@ def _tell_of_pictures(settings: "Config") -> None:
 
 
 def _shown() -> tuple[list["Callback"], "Tracker"]:
-    """What shows the progress of training, and of the work around it."""
+    """The displays of progress in training and in other work."""
     from segkit.system.progress import Tracker
     from segkit.training.progress_bar import TrainingProgress
 
-    hush()  # Lightning has set up its logging as it was imported
+    hush()  # Lightning set up its logging when it was imported
     return [TrainingProgress(console)], Tracker(console)
 
 
-def tell_of_run(result: "Run | CrossValidation") -> None:
-    """Say what became of a run, or of several folds."""
+def say_result(result: "Run | CrossValidation") -> None:
+    """Print the result of a run or a cross-validation."""
     from segkit.training.cross_validation import CrossValidation
 
     if isinstance(result, CrossValidation):
@@ -248,13 +258,13 @@ def tell_of_run(result: "Run | CrossValidation") -> None:
     summary = result.summary
     say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     if (limit := summary.get("minutes")) is not None:
-        say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, from preparing to scoring")
+        say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, with preparation and scoring")
     scores = summary["validation"]
     if scores["cases"]:
         classes = first_few([f"{name} {_dice(dice)}" for name, dice in scores["dice"].items()], 20)
         mean = _dice(scores["mean_dice"])
         say(
-            f"mean Dice of {scores['cases']} held-out cases, each on its scan's grid: "
+            f"mean Dice of {scores['cases']} held-out cases, on the grids of their scans: "
             f"{mean} ({classes})"
         )
     for name in ("temperature", "start_from", "freeze"):
@@ -264,26 +274,26 @@ def tell_of_run(result: "Run | CrossValidation") -> None:
 
 
 def _dice(dice: float) -> str:
-    """Three digits; or a word, where a class is in neither references nor predictions."""
+    """A Dice with three digits; 'undefined' if the class is in no reference and prediction."""
     return "undefined" if math.isnan(dice) else f"{dice:.3f}"
 
 
 def _folds(text: str | None) -> tuple[int, ...] | Literal["all"]:
-    """The numbers of folds that were named; none if nothing was."""
+    """The folds in the option --folds; empty if it is not given."""
     if text is None:
         return ()
     if text == "all":
         return "all"
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and len(word) < 7 for word in words):
-        raise ConfigError(f"--folds is {text!r}; expected all, or numbers from 0 on such as 0,2")
+        raise ConfigError(f"--folds: expected all, or numbers from 0 such as 0,2; found {text!r}")
     return tuple(int(word) for word in words)
 
 
-def _rehearse(
+def _dry_run(
     settings: "Config", low: "Config | None", folds: tuple[int, ...] | Literal["all"]
 ) -> None:
-    """Say what a training will be and take, in one stage or in the first of two."""
+    """Print the network, time and memory of a training with one stage, or of the first of two."""
     from segkit.system.progress import Tracker
     from segkit.training.dry_run import dry_run
 
@@ -295,6 +305,10 @@ def _rehearse(
     for line in dry_run(stage, track=Tracker(console)).lines():
         say(line)
     if len(folds) > 1:
-        say("so it is with every fold" if folds == "all" else f"so it is with {len(folds)} folds")
+        say(
+            "the same for every fold"
+            if folds == "all"
+            else f"the same for each of {len(folds)} folds"
+        )
     if low is not None:
-        say(f"{settings.name}, the second stage, can be tried once {low.name} is trained")
+        say(f"the second stage, {settings.name}, needs the trained first stage, {low.name}")

@@ -27,7 +27,7 @@ Millimetres = Annotated[float, Field(gt=0, le=1e3)]
 
 
 class Section(BaseModel):
-    """A group of settings that refuses names it does not know."""
+    """The base class of a group of settings. It refuses unknown names and cannot be changed."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

@@ -57,7 +57,7 @@ def _one_or_each(value: Any) -> str:
 
 
 class SynthesisConfig(Section):
-    """Train on images drawn from the label maps instead of on the scans (Billot et al. 2023)."""
+    """Training on images drawn from label maps instead of scans (Billot et al. 2023)."""
 
     intensities: dict[str, tuple[float, float]] | None = None
     """The range from which the mean intensity of a label is drawn, by the label's name. A label
@@ -134,7 +134,7 @@ class DataConfig(DatasetConfig):
     """Normalisation of all channels, or a list with one for each channel. Default: `ct` for
     channels named CT, and `zscore` for others."""
     slices: Literal["sagittal", "coronal", "axial"] = "axial"
-    """The plane that a 2D network sees."""
+    """The orientation of the slices that a 2D network sees."""
     patch_size: Annotated[list[Positive], Field(min_length=2, max_length=3)]
     """Size in voxels of the network's spacing, one number for each axis of the network."""
     batch_size: Positive = 2

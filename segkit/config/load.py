@@ -117,7 +117,7 @@ def validated(model: type[ConfigClass], tree: Mapping[str, Any], source: str) ->
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        # Named as they are called now, also in a file that calls them as they were called before.
+        # The message uses the current names of settings, also if the file uses older names.
         now = {**tree, "train": with_schedules(tree["train"])} if "train" in tree else tree
         raise ConfigError(f"{source}: {refusal(error, now, model)}") from None
 

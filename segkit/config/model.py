@@ -192,14 +192,14 @@ def description_of(
     Args:
         config: the settings of its training.
         channels: names of the dataset's channels.
-        labelling: what the dataset tells apart.
-        codes: of labels by name, the concept of a terminology.
-        pictures: how the dataset's pictures are read.
-        nan: what is done with images that hold NaN or infinite values.
-        unit: the unit that lengths in the dataset are told in.
-        spacing: in mm along x, y and z.
-        normalisation: of each channel.
-        first_stage: whose labels the network is given beside the image, if any.
+        labelling: classes or regions of the dataset, with their numbers.
+        codes: terminology concept of each label, by the label's name.
+        pictures: information about pictures that their files lack.
+        nan: how to treat images that contain NaN or infinite values.
+        unit: unit of lengths in output.
+        spacing: spacing in mm along x, y and z.
+        normalisation: the normalisation of each channel.
+        first_stage: the models whose labels the network receives beside the image, if any.
     """
     return ModelDescription(
         format=1,

@@ -174,7 +174,7 @@ class NetworkConfig(Section):
         if len(patch) != len(total):
             raise ValueError(
                 f"{name} {patch} must have {len(total)} numbers, "
-                f"as network.spatial_dims is {len(total)}"
+                f"because network.spatial_dims is {len(total)}"
             )
         if any(size % stride for size, stride in zip(patch, total, strict=True)):
             raise ValueError(

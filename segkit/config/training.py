@@ -44,7 +44,7 @@ class SgdConfig(Section):
 
     momentum: Decay = 0.99
     nesterov: bool = True
-    """Whether the gradient is taken a step ahead (Sutskever et al. 2013); it needs a momentum."""
+    """Whether the momentum is Nesterov's (Sutskever et al. 2013); it needs a momentum above 0."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
@@ -59,7 +59,7 @@ class MuonConfig(Section):
     momentum: Decay = 0.95
     nesterov: bool = True
     iterations: Annotated[int, Field(ge=1, le=20)] = 5
-    """Of Newton and Schulz, which make a step's matrix orthogonal."""
+    """Number of iterations of Newton and Schulz, which make the matrix of a step orthogonal."""
 
 
 class OneCycleConfig(Section):
@@ -81,7 +81,7 @@ class PolynomialConfig(Section):
 
 
 class CosineConfig(Section):
-    """The learning rate rises in a line, then falls as a cosine (Loshchilov and Hutter 2017)."""
+    """The learning rate rises linearly, then falls as a cosine (Loshchilov and Hutter 2017)."""
 
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of the steps over which the learning rate rises."""
@@ -104,11 +104,11 @@ MOVED = {
     ("adamw", "fall_factor"): "one_cycle",
     ("sgd", "power"): "polynomial",
 }
-"""Where settings of `train` are now that were elsewhere before schedules had their own sections."""
+"""The new section of settings that were in `adamw` and `sgd` before schedules had sections."""
 
 
 def with_schedules(train: Any) -> Any:
-    """The tree of `train`, with settings of schedules where they are now; others stay."""
+    """The tree of `train`, with old settings of schedules moved to their new sections."""
     if not isinstance(train, Mapping):
         return train
     tree = {
@@ -124,20 +124,20 @@ def with_schedules(train: Any) -> Any:
 
 
 class TrainConfig(Section):
-    """How the weights are found."""
+    """Settings of training: optimiser, schedule, loss and validation."""
 
     steps: Positive = 1000
     optimiser: OptimiserName = "adamw"
     """AdamW, SGD with momentum, or Muon."""
     adamw: AdamWConfig = AdamWConfig()
-    """Used only if `optimiser` is adamw, or muon for weights that are no kernels."""
+    """Used only if `optimiser` is adamw, or muon (for weights that are not kernels)."""
     sgd: SgdConfig = SgdConfig()
     """Used only if `optimiser` is sgd."""
     muon: MuonConfig = MuonConfig()
     """Used only if `optimiser` is muon."""
     schedule: ScheduleName | None = None
-    """How the learning rate follows the steps; if not given, `polynomial` for SGD and `one_cycle`
-    for the others."""
+    """The schedule of the learning rate. Default: `polynomial` for SGD and `one_cycle` for others.
+    """
     one_cycle: OneCycleConfig = OneCycleConfig()
     """Used only if `schedule` is one_cycle."""
     polynomial: PolynomialConfig = PolynomialConfig()

@@ -1,1 +1,1 @@
-"""From a dataset folder to batches: cases, one prepared form, patches, augmentation, synthesis."""
+"""From a dataset folder to batches: cases, preprocessing, patches, augmentation and synthesis."""

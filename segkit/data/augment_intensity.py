@@ -1,7 +1,7 @@
-"""Intensities of a batch of patches varied, on the training device.
+"""Random changes of the intensities of a batch of patches, on the training device.
 
-Kinds, order, ranges and probabilities are nnU-Net's (Isensee et al. 2021). What is not drawn for a
-sample costs it nothing.
+Kinds, order, ranges and probabilities are nnU-Net's (Isensee et al. 2021). A change that is not
+drawn for a sample takes no time.
 """
 
 import math
@@ -18,20 +18,20 @@ from segkit.nn.blocks import LINEAR_MODE
 
 Range = tuple[float, float]
 IntensityRows = Float[Tensor, "row *space"]
-"""Channels of samples, one below the other."""
+"""The channels of all samples of a batch, as rows."""
 
 
 @dataclass(frozen=True)
 class IntensityVariation:
-    """How far intensities are varied.
+    """Random changes of intensities, with the probability and the range of each.
 
-    Whether is drawn for each sample, or for each of its channels as well where there is a channel
-    probability; how far, for each channel.
+    A change is drawn for each sample. If it has a channel probability, it is also drawn for each
+    channel. Its strength is drawn for each channel.
     """
 
     noise_probability: float = 0.1
     noise_variance: Range = (0.0, 0.1)
-    """The same in all channels of a sample; the noise is not."""
+    """Drawn once for all channels of a sample; the noise itself differs between channels."""
     blur_probability: float = 0.2
     blur_channel_probability: float = 0.5
     blur_sigma: Range = (0.5, 1.0)
@@ -44,7 +44,7 @@ class IntensityVariation:
     low_resolution_channel_probability: float = 0.5
     low_resolution_zoom: Range = (0.5, 1.0)
     low_resolution_spared_axes: tuple[int, ...] = ()
-    """Axes that are coarse already."""
+    """Axes whose resolution is not lowered, because it is low already."""
     inverted_gamma_probability: float = 0.1
     gamma_probability: float = 0.3
     gamma: Range = (0.7, 1.5)
@@ -107,9 +107,9 @@ class IntensityVariation:
 
 
 def generator_on(device: torch.device, generator: Generator) -> Generator:
-    """A generator for numbers of every voxel: on the device itself, which then waits for no copy.
+    """A generator on the device, for random numbers of every voxel, so that none need be copied.
 
-    On a CPU it is the given generator. Elsewhere the given generator, of the CPU, draws its seed.
+    On a CPU it is the given generator. On another device, the given generator draws its seed.
     """
     if device.type == "cpu":
         return generator
@@ -118,7 +118,12 @@ def generator_on(device: torch.device, generator: Generator) -> Generator:
 
 
 def gaussian_taps(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:
-    """A Gaussian of each sigma (voxels) at whole distances up to `reach`, summing to 1."""
+    """Weights of a Gaussian at the distances -reach … reach, whose sum is 1, for each sigma.
+
+    Args:
+        sigmas: standard deviations, in voxels.
+        reach: the largest distance, in voxels.
+    """
     distance = torch.arange(-reach, reach + 1, dtype=sigmas.dtype)
     weights = torch.exp(-0.5 * (distance / sigmas[..., None]) ** 2)
     return weights / weights.sum(-1, keepdim=True)
@@ -127,10 +132,15 @@ def gaussian_taps(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor
 def blur(
     rows: Float[Tensor, "row *space"], sigmas: Float[Tensor, "row axis"], *, reach: int = 3
 ) -> Float[Tensor, "row *space"]:
-    """Each row under a Gaussian of its own along each axis; its outermost voxels go on for ever.
+    """Each row, blurred by its own Gaussian along each axis. Outermost voxels are repeated outside.
 
-    Weighted sums of the image shifted: for kernels that differ between rows, torch's grouped
+    The blur is a weighted sum of shifted images. If kernels differ between rows, torch's grouped
     convolution takes ten times as long on a CPU.
+
+    Args:
+        rows: images.
+        sigmas: standard deviation for each row and axis, in voxels.
+        reach: half the width of the kernel, in voxels.
     """
     weights = gaussian_taps(sigmas, reach).to(rows.device, non_blocking=True)
     for axis, size in enumerate(rows.shape[1:]):
@@ -151,7 +161,7 @@ def blur(
 def stretch_contrast(
     rows: Float[Tensor, "row *space"], factors: Float[Tensor, " row"]
 ) -> Float[Tensor, "row *space"]:
-    """Each row's distance from its mean multiplied, and clipped to the range that it had."""
+    """Each row with its distance from its mean multiplied by a factor, clipped to its old range."""
     flat = rows.flatten(1)
     mean = flat.mean(1, keepdim=True)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
@@ -165,9 +175,14 @@ def lower_resolution(
     *,
     spared_axes: Sequence[int] = (),
 ) -> Float[Tensor, "row *space"]:
-    """Each row as if scanned with fewer voxels, `zooms` times as many along every axis but some.
+    """Each row as if scanned at a lower resolution.
 
-    Picked by nearest neighbour, and interpolated linearly between those that were picked.
+    Voxels are picked by nearest neighbour, and the row is interpolated linearly between them.
+
+    Args:
+        rows: images.
+        zooms: for each row, the number of voxels along an axis is multiplied by this factor.
+        spared_axes: axes that keep their resolution.
     """
     space = rows.shape[1:]
     lowered = []
@@ -184,14 +199,14 @@ def lower_resolution(
 def bend(
     rows: Float[Tensor, "row *space"], exponents: Float[Tensor, " row"]
 ) -> Float[Tensor, "row *space"]:
-    """Each row's range to the power of its exponent; its mean and deviation stay."""
+    """Each row after a gamma curve over its range; its mean and deviation are kept."""
     flat = rows.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    # Of the curve, only the shape counts: mean and deviation are set below.
+    # Only the shape of the curve counts; mean and deviation are restored below.
     bent = ((flat - low) / (high - low).clamp(min=1e-7)) ** _each(exponents, flat)
     bent = bent - bent.mean(1, keepdim=True)
     mean = flat.mean(1, keepdim=True)
-    # By hand: torch.std takes ten times as long on a CPU, and vector_norm rounds badly there.
+    # On a CPU, torch.std takes ten times as long, and vector_norm rounds badly.
     std = (flat - mean).square().mean(1, keepdim=True).sqrt()
     bent_std = bent.square().mean(1, keepdim=True).sqrt()
     return (bent * (std / bent_std.clamp(min=1e-7)) + mean).view(rows.shape)
@@ -203,7 +218,7 @@ def _uniform(limits: Range, count: int, generator: Generator) -> Float[Tensor, "
 
 
 def _about_one(limits: Range, count: int, generator: Generator) -> Float[Tensor, " count"]:
-    """Below 1 as often as above, evenly on either side, as nnU-Net draws factors and exponents."""
+    """Factors that are below 1 as often as above, uniform on each side, as in nnU-Net."""
     low, high = limits
     if not low < 1 < high:
         return _uniform(limits, count, generator)
@@ -213,5 +228,5 @@ def _about_one(limits: Range, count: int, generator: Generator) -> Float[Tensor,
 
 
 def _each(values: Float[Tensor, " row"], rows: Tensor) -> Tensor:
-    """One value for each row, on the rows' device, ready to be multiplied with them."""
+    """One value for each row, on the device of the rows, in a shape that broadcasts with them."""
     return values.to(rows.device, non_blocking=True).view(-1, *[1] * (rows.ndim - 1))

@@ -1,8 +1,8 @@
-"""Labels of a first stage made worse at random, so that a second learns not to trust them blindly.
+"""Random errors in the labels of a first stage, so that a second stage does not trust them blindly.
 
-Kinds and probabilities are those of nnU-Net's cascade (Isensee et al. 2021). All of it runs on the
-labels' device, which nothing waits for; what is not drawn costs nothing. A voxel keeps one label:
-were each class's channel changed by itself, the network would be told of two at once.
+Kinds and probabilities are those of nnU-Net's cascade (Isensee et al. 2021). Everything runs on the
+device of the labels without waiting for it; a change that is not drawn takes no time. A voxel
+always has exactly one label, which would not hold if the channel of each class were changed alone.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,23 @@ Mask = Bool[Tensor, "*space"]
 
 @dataclass(frozen=True)
 class LabelCorruption:
-    """How often, and how much, labels are made worse."""
+    """Random errors in labels, with the probability and the size of each kind."""
 
     reshaping_probability: float = 0.4
-    """Of each class of each sample: grown, shrunk, opened or closed."""
+    """Probability that a class of a sample is dilated, eroded, opened or closed."""
     radii: tuple[int, int] = (1, 8)
-    """Of the ball that does so, in voxels."""
+    """Smallest and largest radius of the ball for this, in voxels."""
     removal_probability: float = 0.2
-    """Of each sample: that each class loses one of its small parts."""
+    """Probability that each class of a sample loses one of its small components."""
     largest_removed: float = 0.15
-    """Of the patch, the share that a small part stays below."""
+    """A small component has less than this share of the patch."""
 
     def __call__(
         self, labels: Integer[Tensor, "batch *space"], num_classes: int, generator: Generator
     ) -> Integer[Tensor, "batch *space"]:
-        """Labels 0 … `num_classes`, changed at random.
+        """Labels from 0 to `num_classes` with random errors.
 
-        What a class gains, others lose; what it loses is background.
+        A class that grows overwrites others; voxels that it loses become background.
         """
         samples = len(labels)
         reshaped = torch.rand(samples, num_classes, generator=generator)
@@ -62,11 +62,11 @@ class LabelCorruption:
 
 
 def dilate(mask: Mask, radius: int) -> Mask:
-    """All voxels that a ball of `radius` voxels about a voxel of the mask reaches.
+    """The mask, dilated by a ball of `radius` voxels.
 
-    The ball is made of steps to the neighbours across a face and, every second time, to those
-    across a corner as well, which are a few operations each: it is exact along the axes, and
-    reaches up to a fifth too far elsewhere.
+    The ball is approximated by steps to the neighbours across faces and, in every second step, also
+    across edges and corners. It is exact along the axes; in other directions the radius is up to a
+    fifth too large.
     """
     for step in range(radius):
         if step % 2:
@@ -81,31 +81,36 @@ def dilate(mask: Mask, radius: int) -> Mask:
 
 
 def erode(mask: Mask, radius: int) -> Mask:
-    """The voxels about which the ball lies in the mask, wherever it lies in the image."""
+    """The mask, eroded by the ball of `dilate`. Voxels outside the image do not erode it."""
     return ~dilate(~mask, radius)
 
 
 def opened(mask: Mask, radius: int) -> Mask:
-    """The mask without what is narrower than the ball."""
+    """The mask without parts that are narrower than the ball."""
     return dilate(erode(mask, radius), radius)
 
 
 def closed(mask: Mask, radius: int) -> Mask:
-    """The mask with what is narrower than the ball between its parts."""
+    """The mask with gaps filled that are narrower than the ball."""
     return erode(dilate(mask, radius), radius)
 
 
 def small_part(mask: Mask, draw: float, *, largest: float) -> Mask:
-    """One connected component, across faces, of less than the share `largest` of the image.
+    """One small connected component of a mask, as a mask; empty if there is none.
 
-    `draw` in [0, 1) picks it, each as likely as the next; nothing where there is none.
+    Voxels are connected across faces.
+
+    Args:
+        mask: the mask.
+        draw: a random number in [0, 1) that picks one of the small components.
+        largest: a component is small if it has less than this share of the image.
     """
     if mask.device.type == "cpu":
         found, _ = ndimage.label(mask.numpy())
         roots = torch.from_numpy(found).flatten().long()
     else:
         roots = components(mask)
-    # Numbers of voxels by component, in the order of their first voxels; 0 is no component.
+    # Size of each component, indexed by 1 + its first voxel; index 0 is outside the mask.
     sizes = torch.zeros(mask.numel() + 1, dtype=torch.long, device=mask.device)
     sizes.scatter_add_(0, roots, torch.ones_like(roots))
     sizes[0] = 0
@@ -117,12 +122,13 @@ def small_part(mask: Mask, draw: float, *, largest: float) -> Mask:
 
 
 def components(mask: Mask, rounds: int = 16) -> Integer[Tensor, " voxels"]:
-    """For each voxel, 1 + the index of the first voxel of its component across faces; else 0.
+    """For each voxel, 1 + the index of the first voxel of its component; 0 outside the mask.
 
-    Every voxel takes the lowest number of its neighbours and of the voxel that this names, so that
-    paths halve in each round (after FastSV, Zhang et al. 2020, arXiv:1910.05971). A fixed number of
-    rounds, as the host would have to wait to know whether another is needed: components that wind
-    more than that allows come in several parts.
+    Voxels are connected across faces. In each round, every voxel takes the lowest number among its
+    neighbours and the voxels that these numbers point to, so that paths halve (after FastSV, Zhang
+    et al. 2020, arXiv:1910.05971). The number of rounds is fixed, because the CPU would have to
+    wait for the device to learn whether another round is needed. A component with a very winding
+    shape may therefore be split into several.
     """
     none = mask.numel()
     at = torch.arange(none, device=mask.device).view(mask.shape)
@@ -136,7 +142,7 @@ def components(mask: Mask, rounds: int = 16) -> Integer[Tensor, " voxels"]:
             torch.minimum(low, ahead, out=low)
             low = lowest.narrow(axis, 1, inner)
             torch.minimum(low, behind, out=low)
-        # What a voxel is known by so far may itself be known by less.
+        # The voxel that a number points to may itself have a lower number by now.
         table = torch.cat([lowest.flatten(), lowest.new_full((1,), none)])
         table.scatter_reduce_(0, number.flatten(), lowest.flatten(), "amin")
         number = torch.where(mask, table[table[lowest]], none)
@@ -144,12 +150,12 @@ def components(mask: Mask, rounds: int = 16) -> Integer[Tensor, " voxels"]:
 
 
 def _known_empty(mask: Mask) -> bool:
-    """Whether a mask is empty, on a CPU; a GPU would have to be waited for, and is not asked."""
+    """Whether a mask on a CPU is empty. For a GPU always False, because asking it means waiting."""
     return mask.device.type == "cpu" and not bool(mask.any())
 
 
 def _beside(mask: Mask, axis: int) -> Mask:
-    """The mask, and each voxel before or behind one of it along an axis."""
+    """The mask, grown by one voxel in both directions along an axis."""
     inner = mask.shape[axis] - 1
     grown = mask.clone()
     grown.narrow(axis, 1, inner).logical_or_(mask.narrow(axis, 0, inner))

@@ -1,6 +1,7 @@
-"""Places of a batch of patches varied, on the training device, image and label together.
+"""Random rotation, scaling, deformation and mirroring of patches, on the training device.
 
-Ranges and probabilities are nnU-Net's (Isensee et al. 2021) for rotation, scale and mirroring.
+Image and label are transformed together. Ranges and probabilities of rotation, scaling and
+mirroring are nnU-Net's (Isensee et al. 2021).
 """
 
 import math
@@ -14,34 +15,37 @@ from torch import Generator, Tensor
 
 Batch = tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]
 Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
-"""From a batch of images and labels to other ones."""
+"""A function that augments a batch of images and labels with a generator."""
 LARGEST_ANGLE = math.pi / 6
-"""Radians either way about each axis in 3D; a plane is turned by up to half a turn."""
+"""Largest angle about each axis in 3D, in radians; in 2D it is half a turn."""
 LARGEST_ANGLE_OF_AN_OBLONG = math.pi / 12
+"""Largest angle of an oblong image in 2D, in radians."""
 OBLONG = 1.5
-"""From this ratio of its sides on, an image in 2D is turned by little."""
+"""An image in 2D is oblong if the ratio of its sides is larger than this."""
 FLAT = 3
-"""From this ratio of its sides on, a patch in 3D is turned like a stack of slices."""
+"""A patch in 3D is rotated like a stack of slices if the ratio of its sides is larger than this."""
 
 
 @dataclass(frozen=True)
 class SpatialVariation:
-    """How far patches are turned, scaled, bent and mirrored.
+    """Random rotation, scaling, elastic deformation and mirroring, with their ranges.
 
-    Turned and bent in millimetres: where voxels are anisotropic, a sphere stays a sphere, which is
-    not so in nnU-Net, which turns in voxels. Bending is no part of nnU-Net's, and off.
+    Patches are rotated and deformed in millimetres, so that a sphere stays a sphere even if voxels
+    are anisotropic; nnU-Net rotates in voxels. Elastic deformation is off by default, as in
+    nnU-Net.
     """
 
     patch_size: tuple[int, ...]
     mirror_axes: tuple[int, ...]
     spacing: tuple[float, ...] | None = None
-    """In mm along each axis; None: 1 along all."""
+    """Voxel size in mm along each axis. Default: 1 along all axes."""
     rotation_probability: float = 0.2
     angles: tuple[float, float] | None = None
-    """Radians, in each plane that is turned; None: as far as the patch's shape allows."""
+    """Smallest and largest angle in each plane of rotation, in radians. Default: by the shape of
+    the patch."""
     scale_probability: float = 0.2
     scales: tuple[float, float] = (0.7, 1.4)
-    """Above 1 magnifies."""
+    """Smallest and largest scale; above 1 magnifies."""
     elastic_probability: float = 0.0
     elastic_amplitude: float = 2.0
     """Standard deviation of the displacement along each axis at the control points, in mm."""
@@ -51,10 +55,11 @@ class SpatialVariation:
 
     @property
     def moving_axes(self) -> tuple[int, ...]:
-        """Along which voxels are turned, scaled and bent; mirrored they are along any.
+        """The axes along which patches are rotated, scaled and deformed. (Mirroring uses any axis.)
 
-        Not along an axis of one voxel: a slice stays in its plane. Nor along the coarsest axis of a
-        patch in 3D that has over three times as many voxels along another: its slices stay apart.
+        An axis of one voxel is left out, so that a slice stays in its plane. The coarsest axis of a
+        3D patch is left out if another axis has more than three times as many voxels, so that
+        slices are not mixed.
         """
         axes = [axis for axis, size in enumerate(self.patch_size) if size > 1]
         if len(axes) == 3:
@@ -66,10 +71,11 @@ class SpatialVariation:
 
     @property
     def margin(self) -> tuple[int, ...]:
-        """What to cut beyond either end of a patch, so that turning seldom looks further.
+        """Number of voxels to cut in addition at each end of a patch, which rotation needs.
 
-        An eighth of the patch along the axes that move, and twice the amplitude where patches are
-        bent; as much at either end, or else a patch that is not turned would lie half a voxel off.
+        Along moving axes it is an eighth of the patch, plus twice the amplitude of deformation.
+        Then rotated patches seldom look outside the cut. It is the same at both ends; otherwise a
+        patch that is not rotated would be shifted by half a voxel.
         """
         moving = self.moving_axes
         bent = 2 * self.elastic_amplitude if self.elastic_probability > 0 else 0.0
@@ -80,7 +86,7 @@ class SpatialVariation:
 
     @property
     def cut_size(self) -> tuple[int, ...]:
-        """A patch and its margins."""
+        """Size of a patch with its margins."""
         return tuple(
             size + 2 * beyond for size, beyond in zip(self.patch_size, self.margin, strict=True)
         )
@@ -91,11 +97,11 @@ class SpatialVariation:
         label: Integer[Tensor, "batch *cut"],
         generator: Generator,
     ) -> Batch:
-        """A patch out of the middle of each cut, seen through a random transform.
+        """Patches from the middle of each cut, after a random transform.
 
-        Intensities are interpolated linearly, labels by nearest neighbour, both at the same places;
-        beyond the cut lie its outermost voxels. What is not turned, scaled or bent is cut and
-        flipped, bit for bit.
+        Intensities are interpolated linearly and labels by nearest neighbour, at the same
+        positions. Outside the cut, its outermost voxels are repeated. A patch that is not rotated,
+        scaled or deformed is only cut and flipped, bit for bit.
         """
         transforms = self._transforms(len(image), generator)
         bent = torch.rand(len(image), generator=generator) < self.elastic_probability
@@ -142,7 +148,10 @@ class SpatialVariation:
         return -largest, largest
 
     def _transforms(self, batch_size: int, generator: Generator) -> Float[Tensor, "batch n n"]:
-        """From voxels of the patch to voxels of the cut, each about its middle; not mirrored."""
+        """Matrices from voxels of the patch to voxels of the cut, relative to their centres.
+
+        Mirroring is not included.
+        """
         num_axes = len(self.patch_size)
         moving = self.moving_axes
         planes = [(a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]]
@@ -163,7 +172,7 @@ class SpatialVariation:
     def _displacement(
         self, bent: Bool[Tensor, " row"], generator: Generator, device: torch.device
     ) -> Float[Tensor, "row n *patch"]:
-        """In voxels; smooth through normal numbers at control points; zero where not `bent`."""
+        """Smooth random displacements in voxels; 0 for patches that are not `bent`."""
         weights = [
             cubic_weights(size, self.elastic_spacing / spacing)
             for size, spacing in zip(self.patch_size, self._spacing, strict=True)
@@ -186,18 +195,19 @@ class SpatialVariation:
             beyond = extent - size
             if beyond < 0 or beyond % 2 == 1:
                 raise ValueError(
-                    f"a cut of {tuple(cut)} has no patch of {self.patch_size} in its middle; "
-                    f"cut {self.cut_size}"
+                    f"expected a cut of {self.cut_size} for patches of {self.patch_size}, found "
+                    f"{tuple(cut)}; cut patches with this margin"
                 )
             region.append(slice(beyond // 2, beyond // 2 + size))
         return tuple(region)
 
 
 def cubic_weights(size: int, step: float) -> Float[Tensor, "size point"]:
-    """What each of the control points, `step` voxels apart, is worth at each voxel of an axis.
+    """Weights of control points, `step` voxels apart, at each voxel of an axis.
 
-    Keys's cubic convolution (1981, IEEE TASSP 29) with a = -1/2: it goes through the points, bends
-    without a kink, and leaves straight lines straight. One point lies at the axis's middle.
+    This is the cubic convolution of Keys (1981, IEEE TASSP 29) with a = -1/2. It passes through the
+    points, has a continuous slope, and keeps straight lines straight. One point lies in the middle
+    of the axis.
     """
     half = (size - 1) / 2 / step
     middle = math.ceil(half) + 1
@@ -215,9 +225,13 @@ def _places(
     displacement: Float[Tensor, "row n *patch"] | None,
     device: torch.device,
 ) -> list[Tensor]:
-    """Where each voxel of the patch is read, along each axis, in voxels from the cut's middle.
+    """The position at which each voxel of the patch is read, in voxels from the middle of the cut.
 
-    Sums and not a matrix product: on a GPU that may run in TF32, which is off by part of a voxel.
+    These are sums instead of a matrix product, because a product may run in TF32 on a GPU, with
+    errors of a fraction of a voxel.
+
+    Returns:
+        For each axis, a tensor (row, *patch).
     """
     num_axes = len(patch_size)
     matrices = transforms.float().to(device, non_blocking=True)
@@ -244,12 +258,12 @@ def _resample(
     places: Sequence[Tensor],
 ) -> Batch:
     cut = label.shape[1:]
-    # A stack of one slice is read as a slice, which takes torch a tenth of the time.
+    # A stack of one slice is sampled in 2D, which takes torch a tenth of the time.
     thin = [axis for axis, place in enumerate(places) if cut[axis] == place.shape[axis + 1] == 1]
     thin = thin if len(thin) == len(cut) - 2 else []
     wide = [axis for axis in range(len(cut)) if axis not in thin]
-    # In grid_sample's units the outer edges lie at -1 and 1, and axes run backwards. Each goes to
-    # its place at once: torch.stack would take as long as the sampling.
+    # In grid_sample, the outer edges are -1 and 1, and the last axis comes first. The positions are
+    # written into one tensor, because torch.stack would take as long as the sampling.
     flat = [place.squeeze([axis + 1 for axis in thin]) for place in places]
     grid = torch.empty(*flat[0].shape, len(wide), device=image.device)
     for number, axis in enumerate(reversed(wide)):
@@ -271,7 +285,7 @@ def _resample(
 
 
 def _mirror(patches: Tensor, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
-    """Each patch flipped along axes of its own; patches that share them, together."""
+    """Each patch, flipped along its own axes; patches with the same axes are flipped together."""
     members: dict[tuple[int, ...], list[int]] = {}
     for number, axes in enumerate(mirrored):
         members.setdefault(axes, []).append(number)

@@ -1,4 +1,4 @@
-"""Which cases belong together, and what of them is shared out evenly."""
+"""Groups of cases that stay together in a split, and strata that all parts share evenly."""
 
 import re
 from collections import defaultdict
@@ -12,16 +12,17 @@ from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, first_few
 
 SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)")
-"""A subject of BIDS, in a name or a path."""
+"""The subject of BIDS in a name or a path."""
 ALIKE = r"^(.+?)[ _-](?:ses|visit|time|tp|scan|v|t)?-?[A-Za-z]?[0-9]{0,8}$"
-"""Names that differ in what looks like a visit behind a separator."""
+"""Matches names that end with a separator and something like the number of a visit."""
 MOST_VISITS = 20
 
 
 def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None:
-    """Numbers of the cases that stay together, by their group; None if a config asks for none.
+    """Numbers of the cases in each group, by the group's name; None without `data.group_by`.
 
-    Raises DatasetError for a case of no group.
+    Raises:
+        DatasetError: a case has no group.
     """
     if data.group_by is None:
         return None
@@ -31,9 +32,9 @@ def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None
         found = {name: match[1] for name in names if (match := pattern.search(name))}
         wanted = f"data.group_by: pattern {data.group_by.pattern!r}"
     elif data.group_by == "subject":
-        told = {case.name: subject_of(case, dataset) for case in dataset.cases}
-        found = {name: subject for name, subject in told.items() if subject}
-        wanted = "data.group_by: subject, sub-… in a name or a path,"
+        subjects = {case.name: subject_of(case, dataset) for case in dataset.cases}
+        found = {name: subject for name, subject in subjects.items() if subject}
+        wanted = "data.group_by: subject (sub-… in a name or a path)"
     else:
         column = data.group_by.column
         every = [*names, *dataset.test]
@@ -41,7 +42,9 @@ def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None
         wanted = f"{table_of(data)}: column {column}"
     groups: dict[str, list[int]] = defaultdict(list)
     if lacking := [name for name in names if not found.get(name)]:
-        raise DatasetError(f"{wanted} gives no group of {first_few(lacking, NAMES_SHOWN)}")
+        raise DatasetError(
+            f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one"
+        )
     for number, name in enumerate(names):
         groups[found[name]].append(number)
     return dict(groups)
@@ -57,7 +60,11 @@ def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
 
 
 def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
-    """What each case holds of each stratum, (case, stratum): 0 or 1. Raises DatasetError."""
+    """Whether each case belongs to each stratum: an array (case, stratum) of 0 and 1.
+
+    Raises:
+        DatasetError: a column does not fit the dataset, or a label cannot be read.
+    """
     if data.stratify_by is None:
         return np.zeros((len(dataset.cases), 0))
     if data.stratify_by == "classes":
@@ -76,7 +83,7 @@ def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
 
 
 def look_alike(dataset: Dataset) -> str | None:
-    """The setting that would group cases whose names look as if patients had several; or None."""
+    """A value of `data.group_by`, if names look as if patients had several cases; else None."""
     subjects = [subject_of(case, dataset) for case in dataset.cases]
     if all(subjects):
         several = len(set(subjects)) < len(subjects)
@@ -92,7 +99,7 @@ def look_alike(dataset: Dataset) -> str | None:
 
 
 def proposal(dataset: Dataset, data: DataConfig | None) -> str | None:
-    """A sentence that proposes to group cases whose names look alike, unless a config does."""
+    """Advice to group cases whose names look alike; None if there are none or a config does it."""
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None
     setting = look_alike(dataset)
@@ -100,13 +107,13 @@ def proposal(dataset: Dataset, data: DataConfig | None) -> str | None:
         return None
     return (
         f"Names look as if patients had several cases ({dataset.cases[0].name}, "
-        f"{dataset.cases[1].name}, …): data.group_by={setting} keeps those of a patient together, "
-        f"so that none is held out that another trains on."
+        f"{dataset.cases[1].name}, …): set data.group_by={setting} to keep the cases of a patient "
+        f"together, so that no patient is both trained on and held out."
     )
 
 
 def torn(groups: Mapping[str, Sequence[int]], names: Sequence[str], *parts: Sequence[str]) -> str:
-    """The groups that have cases in several parts, for a sentence; empty if there is none."""
+    """The number and names of groups with cases in several parts, as text; empty if none."""
     inside = [set(part) for part in parts]
     found = [
         f"{group} ({', '.join(names[number] for number in numbers[:3])})"

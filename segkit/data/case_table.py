@@ -1,4 +1,4 @@
-"""What a table says of each case, and the cases that are kept for a last test."""
+"""The table of cases, and the cases that are kept for a last test."""
 
 import logging
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from segkit.errors import DatasetError, first_few
 logger = logging.getLogger(__name__)
 
 YES_WORDS = frozenset({"test", "yes", "true", "1"})
-"""Of cases for the test, in a column."""
+"""Values that mark test cases in a column."""
 NAMES_SHOWN = 5
 
 
@@ -22,28 +22,31 @@ def table_of(data: DatasetConfig) -> Path | None:
 
 
 def column_of(data: DatasetConfig, column: str, names: list[str], setting: str) -> dict[str, str]:
-    """What a column of the table of cases says of each case that has a row, by its name.
+    """The values in a column of the table of cases, by the name of the case.
+
+    Cases without a row are left out, with a warning.
 
     Args:
-        data: names the table.
-        column: of the table.
-        names: of the dataset's cases.
-        setting: that asks for the column, for errors.
+        data: settings of the dataset, which name the table.
+        column: name of the column.
+        names: names of the dataset's cases.
+        setting: the setting that names the column, for messages.
 
     Raises:
-        DatasetError: there is no table or no such column, or a row is of no case or not the only
-            one of its case.
+        DatasetError: there is no table or no such column, a row names an unknown case, or a case
+            has several rows.
     """
     path = table_of(data)
     if path is None:
         raise DatasetError(
-            f"{setting} names the column {column}, and there is no table; give data.case_table"
+            f"{setting} names the column {column}, but there is no table; set data.case_table"
         )
     rows, columns = read_csv(path)
     for needed in (ID, column):
         if needed not in columns:
             raise DatasetError(
-                f"{path}: expected a column {needed}, found {', '.join(columns) or 'none'}"
+                f"{path}: expected a column {needed}, found {', '.join(columns) or 'none'}; add it "
+                f"or correct the name"
             )
     found: dict[str, str] = {}
     for row in rows:
@@ -52,12 +55,12 @@ def column_of(data: DatasetConfig, column: str, names: list[str], setting: str) 
         found[row[ID]] = row[column].strip()
     if unknown := sorted(found.keys() - set(names)):
         raise DatasetError(
-            f"{path}: has rows of {first_few(unknown, NAMES_SHOWN)}, no cases of {data.folder}; "
-            f"correct the column {ID} or remove them"
+            f"{path}: rows name {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
+            f"correct the column {ID} or remove the rows"
         )
     if lacking := [name for name in names if name not in found]:
         logger.warning(
-            "%s: has no row of %s; column %s says nothing of them",
+            "%s: no row for %s; column %s has no value for them",
             path,
             first_few(lacking, NAMES_SHOWN),
             column,
@@ -66,7 +69,11 @@ def column_of(data: DatasetConfig, column: str, names: list[str], setting: str) 
 
 
 def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
-    """Names of the cases that are kept for a last test. Raises DatasetError."""
+    """Names of the cases that are kept for a last test.
+
+    Raises:
+        DatasetError: `data.test` names unknown cases, no case, or all cases.
+    """
     if data.test is None:
         return frozenset()
     if isinstance(data.test, ColumnConfig):
@@ -74,15 +81,18 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
         kept = frozenset(name for name, value in column.items() if value.lower() in YES_WORDS)
         if not kept:
             raise DatasetError(
-                f"{table_of(data)}: column {data.test.column} marks no case for the test by "
-                f"{', '.join(sorted(YES_WORDS))}; correct it or leave data.test out"
+                f"{table_of(data)}: column {data.test.column} marks no test case by "
+                f"{', '.join(sorted(YES_WORDS))}; correct it or remove data.test"
             )
     else:
         kept = frozenset(data.test)
         if unknown := sorted(kept - set(names)):
             raise DatasetError(
-                f"data.test names {first_few(unknown, NAMES_SHOWN)}, no case of {data.folder}"
+                f"data.test names {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
+                f"correct the name"
             )
     if len(kept) == len(names):
-        raise DatasetError(f"{data.folder}: data.test keeps every case; none is left to train on")
+        raise DatasetError(
+            f"{data.folder}: data.test has every case, so none is left to train on; remove some"
+        )
     return kept

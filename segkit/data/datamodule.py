@@ -1,4 +1,4 @@
-"""Batches for Lightning: numbered patches to train on, whole prepared cases to validate on."""
+"""Batches for Lightning: numbered patches for training, whole prepared cases for validation."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -19,13 +19,13 @@ MOST_WORKERS = 12
 
 
 class WholeCases(TorchDataset[Patch]):
-    """Held-out cases, whole: `image` (channel, x, y, z), as stored, and `label` (x, y, z)."""
+    """Whole held-out cases: `image` (channel, x, y, z) in its stored type, `label` (x, y, z)."""
 
     def __init__(self, cases: Sequence[StoredCase]) -> None:
         self.cases = cases
 
     def __len__(self) -> int:
-        """How many cases there are."""
+        """Number of cases."""
         return len(self.cases)
 
     def __getitem__(self, index: int) -> Patch:
@@ -38,13 +38,14 @@ class WholeCases(TorchDataset[Patch]):
 
 
 class ConsecutiveSampler(Sampler[int]):
-    """The numbers of one epoch's items, each process of several taking every n-th one.
+    """The numbers of the items of one epoch, in order. Of n processes, each takes every n-th item.
 
     Args:
-        per_epoch: how many items an epoch has.
-        rank: the number of this process.
-        num_processes: how many there are.
-        done: how many items all processes have had by now; those that are left of the epoch follow.
+        per_epoch: number of items in an epoch.
+        rank: number of this process.
+        num_processes: number of all processes.
+        done: returns the number of items that all processes have used so far; the iterator gives
+            the remaining items of the epoch.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class ConsecutiveSampler(Sampler[int]):
         self.done = done
 
     def __len__(self) -> int:
-        """How many items a whole epoch gives this process."""
+        """Number of items of this process in a whole epoch."""
         return len(range(self.rank, self.per_epoch, self.num_processes))
 
     def __iter__(self) -> Iterator[int]:
@@ -72,19 +73,19 @@ class ConsecutiveSampler(Sampler[int]):
 
 
 class SegmentationData(L.LightningDataModule):
-    """Patches of the training cases, and the held-out cases whole.
+    """Patches of the training cases, and whole held-out cases.
 
-    On a GPU with room for all cases they lie there, and patches are cut there; else processes cut
-    them. The same seed gives the same patches either way.
+    If a GPU has memory for all cases, they are loaded to the GPU, which cuts the patches. If not,
+    processes on the CPU cut them. The same seed gives the same patches in both ways.
 
     Args:
-        patches: of the training cases.
-        held_out: cases to validate on.
-        batch_size: patches of a batch, for each process.
-        steps_per_epoch: steps between two validations.
-        batches_per_step: batches whose gradients make one step.
-        workers: processes that cut patches for one that trains; `auto` is none where the CPU
-            trains, and otherwise as many as there are cores beside the one that trains, up to 12.
+        patches: patches of the training cases.
+        held_out: cases for validation.
+        batch_size: number of patches in a batch, for each process.
+        steps_per_epoch: number of steps between two validations.
+        batches_per_step: number of batches whose gradients make one step.
+        workers: number of processes that cut patches for each training process. `auto` is 0 if the
+            CPU trains, and otherwise the number of the other cores, up to 12.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class SegmentationData(L.LightningDataModule):
             per_step * self.steps_per_epoch,
             rank=trainer.global_rank,
             num_processes=trainer.world_size,
-            # Steps tell the place, also in the midst of an epoch, where a run may be resumed.
+            # The number of steps gives the place in an epoch, also in a resumed run.
             done=lambda: trainer.global_step * per_step,
         )
         self.resident = fits([*self.patches.cases, *self.held_out], device)
@@ -137,7 +138,7 @@ class SegmentationData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> Iterable[Patch]:
-        """One held-out case at a time, shared out over the processes."""
+        """One held-out case at a time, distributed over the processes."""
         trainer = self.trainer
         assert trainer is not None
         sampler = ConsecutiveSampler(
@@ -149,5 +150,5 @@ class SegmentationData(L.LightningDataModule):
 
 
 def workers_for(device: torch.device) -> int:
-    """Processes that cut patches, if nobody says how many: only CUDA leaves cores to spare."""
+    """Number of processes that cut patches by default; 0 unless the device is a CUDA GPU."""
     return 0 if device.type != "cuda" else min(num_cores() - 1, MOST_WORKERS)

@@ -1,4 +1,4 @@
-"""What a dataset folder holds: volumes, and a dataset.json or a config that speaks of them."""
+"""Datasets: folders of volumes, described by a dataset.json or a config."""
 
 import logging
 import math
@@ -48,9 +48,9 @@ ARE_WHOLE = "; labels are whole numbers, so resample them by nearest neighbour"
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """One subject: the files of its channels, and its label.
+    """One case: the files of its channels, and its label.
 
-    A case without images is a label map to synthesise images from.
+    A case without images is a label map from which images are synthesised.
     """
 
     name: str
@@ -60,52 +60,52 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Cases in the order of their names, and what their channels and labels mean."""
+    """Cases in the order of their names, and the meaning of their channels and labels."""
 
     folder: Path
     cases: tuple[CaseFiles, ...]
     channels: tuple[str, ...]
     labels: dict[str, int]
-    """Names of classes or regions and the numbers they are written as, the background first."""
+    """The number of each class or region, by name; the background is first."""
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """The numbers in label files of each region, in the order they are written; classes if none."""
+    """The numbers of each region, in the order of writing; empty for classes."""
     ignore: int | None = None
     """The number of voxels that nobody labelled."""
     in_files: tuple[tuple[int, ...], ...] = ()
-    """For each number 0, 1, …, those in label files that mean it; empty if they are the same."""
+    """For each number 0, 1, …, the numbers in label files that mean it; empty if equal."""
     others: int | None = None
-    """The number that stands for all in label files that no name has, if there may be any."""
+    """The number for all numbers in label files that belong to no name, if these are allowed."""
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
-    """Of labels by name, the concept of a terminology, where it is given."""
+    """The terminology concept of each label, by the label's name, if given."""
     pictures: PicturesConfig | None = None
-    """What pictures do not say themselves."""
+    """Information about pictures that their files lack."""
     rules: PictureRules = AS_IT_SAYS
-    """How pictures are read, by that."""
+    """The rules for reading pictures, made from `pictures`."""
     unit: Unit = "mm"
-    """The unit that lengths are told in; 'pixel' if pictures do not say how large their pixels are.
-    Either all cases are in pixels, or none."""
+    """Unit of lengths in output; 'pixel' if pictures do not state the size of their pixels. Either
+    all cases are in pixels, or none."""
 
     test: tuple[str, ...] = ()
-    """Names of cases that are kept for a last test; they are not among the others."""
+    """Names of cases that are kept for a last test; `cases` does not contain them."""
 
     unlabelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of partly labelled cases by name, the classes or regions that they have no labels of."""
+    """The classes or regions that nobody labelled in a partly labelled case, by its name."""
 
     nan: NanRule = "refuse"
-    """What `read_case` does with images that hold NaN or infinite values."""
+    """How `read_case` treats images that contain NaN or infinite values."""
 
     @property
     def unlabelled_sets(self) -> tuple[tuple[str, ...], ...]:
-        """The classes that some cases have no labels of, each set once, the first of them empty."""
+        """The different sets of classes that are unlabelled in some case; the first is empty."""
         return ((), *sorted({names for names in self.unlabelled.values() if names}))
 
     @property
     def labelling(self) -> Labelling:
-        """What is told apart."""
+        """The classes or regions and their numbers."""
         return Labelling(self.labels, self.regions, self.ignore, self.in_files, self.others)
 
     def foreground(self, label: ndarray) -> ndarray:
-        """Which voxels belong to a class or region: neither background nor ignored."""
+        """A mask of the voxels that are neither background nor ignored."""
         inside: ndarray = label > 0
         return inside if self.ignore is None else inside & (label != self.ignore)
 
@@ -116,15 +116,20 @@ def read_dataset(
     pictures: PicturesConfig | None = None,
     given: Labelling | None = None,
 ) -> Dataset:
-    """What `folder/dataset.json` says, as `read_dataset_file` has it, or `files` in its stead.
+    """The dataset in a folder, with its cases in the order of their names.
 
-    `given` stands in place of the labels there.
+    If one channel name, such as photo, stands for a picture of several channels, the channels are
+    called photo red, photo green and photo blue.
 
-    Pictures are read by `pictures`, or by what the dataset.json says of them. A picture of several
-    channels that has one name, such as photo, makes the channels photo red, photo green and photo
-    blue.
+    Args:
+        folder: the folder of the dataset.
+        files: settings of the files, instead of `folder/dataset.json`.
+        pictures: information that pictures lack, instead of that in the dataset.json.
+        given: classes and numbers, instead of those in the dataset.json or in `files`.
 
-    Cases are in order. Raises DatasetError or VolumeError, in one sentence.
+    Raises:
+        DatasetError: the dataset is wrong or incomplete.
+        VolumeError: a file is not a volume.
     """
     file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
@@ -133,29 +138,29 @@ def read_dataset(
         with problems.noted():
             if count > 1:
                 raise DatasetError(
-                    f"{folder}/dataset.json: case {name} is listed twice in training"
+                    f"{folder}/dataset.json: case {name} is listed twice in training; remove one"
                 )
     for case in cases:
         with problems.noted():
             if not is_file_name(case.name):
                 raise DatasetError(
-                    f"{case.label}: expected a name that files of the case can have, found "
-                    f"{case.name!r}; rename it"
+                    f"{case.label}: the name of the case, {case.name!r}, cannot be the name of a "
+                    f"file; rename the label"
                 )
     problems.refuse()
-    told = file.labelling
+    labelling = file.labelling
     pictures = pictures or file.pictures
-    rules = picture_rules(str(folder), pictures, told)
+    rules = picture_rules(str(folder), pictures, labelling)
     channels, unit = _of_pictures(cases, file.channels, rules)
     return Dataset(
         folder,
         tuple(cases),
         channels,
-        dict(told.numbers),
-        dict(told.regions),
-        told.ignore,
-        told.in_files,
-        told.others,
+        dict(labelling.numbers),
+        dict(labelling.regions),
+        labelling.ignore,
+        labelling.in_files,
+        labelling.others,
         file.codes,
         pictures,
         rules,
@@ -164,9 +169,15 @@ def read_dataset(
 
 
 def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
-    """The dataset that a config names, without cases that are kept for a last test unless asked.
+    """The dataset that a config names.
 
-    Raises DatasetError or VolumeError, in one sentence.
+    Args:
+        data: settings of the dataset.
+        with_test: whether cases that are kept for a last test are included.
+
+    Raises:
+        DatasetError: the dataset is wrong or incomplete.
+        VolumeError: a file is not a volume.
     """
     dataset = _labelled(data)
     names = [case.name for case in dataset.cases]
@@ -175,7 +186,7 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     dataset = replace(dataset, unlabelled=unlabelled, nan=data.nan)
     if not kept or with_test:
         return dataset
-    logger.info("%s: %d cases are kept for a test, and not looked at", data.folder, len(kept))
+    logger.info("%s: %d cases are kept for a test and not used", data.folder, len(kept))
     left = tuple(case for case in dataset.cases if case.name not in kept)
     return replace(dataset, cases=left, test=tuple(sorted(kept)))
 
@@ -185,14 +196,14 @@ def _labelled(data: DatasetConfig) -> Dataset:
         return read_dataset(data.folder, data.files, data.pictures)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
     source = "dataset.json" if data.files is None else "data.files"
-    logger.info("%s: labels are those of data.labels, not of %s", data.folder, source)
+    logger.info("%s: labels come from data.labels instead of %s", data.folder, source)
     return read_dataset(data.folder, data.files, data.pictures, labelling)
 
 
 def _of_pictures(
     cases: Sequence[CaseFiles], channels: tuple[str, ...], rules: PictureRules
 ) -> tuple[tuple[str, ...], Unit]:
-    """The names of all channels, and the unit of lengths, by the first case's files."""
+    """The names of all channels and the unit of lengths, from the files of the first case."""
     if not cases:
         return channels, "mm"
     images, label = cases[0].images, cases[0].label
@@ -211,7 +222,7 @@ def _of_pictures(
 
 
 def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:
-    """The grid of a case, from a header: its label's, or of a picture its image's."""
+    """The grid of a case, from the header of its label, or of its image if this is a picture."""
     if case.images and is_picture(case.images[0]):
         return read_grid(case.images[0], rules=dataset.rules)
     return read_grid(case.label, rules=dataset.rules)
@@ -220,9 +231,11 @@ def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:
 def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     """The image (x, y, z, channel) and the label (x, y, z) of a case, on one grid.
 
-    The image of a case without one is zero throughout.
+    If a case has no image, all values of the image are 0.
 
-    Raises DatasetError where they do not fit each other or the dataset.
+    Raises:
+        DatasetError: image and label do not fit each other or the dataset.
+        VolumeError: a file cannot be read.
     """
     label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     if not case.images:
@@ -246,23 +259,23 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
 
 def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
-    """The label of a case as its file has it, in whole numbers. Raises DatasetError."""
+    """The label of a case with the numbers in its file. Raises DatasetError."""
     label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     return label.like(_whole(case, label, dataset))
 
 
 def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
-    """Look at the headers of all cases, which takes a moment, before their voxels are read.
+    """Check the headers of all cases, which is fast, before their voxels are read.
 
     Raises:
-        DatasetError, VolumeError: all that is wrong, with a sentence for each case in `problems`: a
-            file is missing or is no volume, channels are too few or too many, or files of a case
-            lie on different grids.
+        DatasetError, VolumeError: a file is missing or is not a volume, the number of channels is
+            wrong, or the files of a case lie on different grids. `problems` has a sentence for each
+            such case.
     """
     problems = Problems()
     for case in cases:
         if any(map(is_picture, (*case.images, case.label))):
-            continue  # whose voxels are its header, nearly
+            continue  # reading the header of a picture takes as long as reading its voxels
         with problems.noted():
             grids = {path: read_grid(path) for path in (*case.images, case.label)}
             for path in (*case.images[1:], case.label) if case.images else ():
@@ -274,26 +287,26 @@ def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
 
 
 def unlabelled(dataset: Dataset, present: Collection[int], cases: str) -> str | None:
-    """A sentence about classes that no case holds, or None if each is in some case.
+    """A warning about classes that are in no case; None if each class is in some case.
 
     Args:
-        dataset: its folder and its labels.
-        present: the numbers that the cases' label files hold.
-        cases: whose they are, in words: "any of 4 cases".
+        dataset: the dataset, with its folder and its labels.
+        present: the numbers that appear in the labels of the cases.
+        cases: the cases in words, such as "any of 4 cases".
 
     Raises:
-        DatasetError: no case holds any class.
+        DatasetError: no case has a voxel of any class.
     """
     absent = dataset.labelling.absent(present)
     if not absent:
         return None
-    what = f"{dataset.folder}: no voxel in {cases} is labelled {first_few(absent)}"
+    fact = f"{dataset.folder}: no voxel in {cases} is labelled {first_few(absent)}"
     if len(absent) == len(dataset.labelling.members):
         raise DatasetError(
-            f"{what}, so that there is nothing to learn; label some, or look whether "
-            f"the right files are named"
+            f"{fact}, so there is nothing to learn; label some voxels, or check whether the right "
+            f"files are named"
         )
-    return f"{what}; nothing is learned of {'it' if len(absent) == 1 else 'them'}"
+    return f"{fact}, so the network cannot learn {'it' if len(absent) == 1 else 'them'}"
 
 
 def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
@@ -301,14 +314,14 @@ def _check_unit(case: CaseFiles, image: Volume, dataset: Dataset) -> None:
         other = dataset.cases[0].images[0] if dataset.cases else "the first case's"
         has = ("no pixel size", f"a pixel size ({image.picture.source})")
         raise DatasetError(
-            f"{case.images[0]}: has {has[image.picture.sized]}, and {other} has "
-            f"{('none', 'one')[dataset.unit != 'pixel']}; give one for all as "
-            f"data.pictures.pixel_size, or 'pixel'"
+            f"{case.images[0]}: has {has[image.picture.sized]}, but {other} has "
+            f"{('none', 'one')[dataset.unit != 'pixel']}; set data.pictures.pixel_size to one size "
+            f"for all cases, or to 'pixel'"
         )
 
 
 def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
-    """The label in segkit's numbers 0, 1, 2, …."""
+    """The label with the numbers 0, 1, 2, …."""
     values, labelling = _whole(case, label, dataset), dataset.labelling
     try:
         numbers = within(values, labelling)
@@ -319,7 +332,10 @@ def _checked_label(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
 
 def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
     if label.data.size != math.prod(label.grid.shape):
-        raise DatasetError(f"{case.label}: expected one label per voxel, found {label.data.shape}")
+        raise DatasetError(
+            f"{case.label}: expected one label per voxel, found shape {label.data.shape}; use a "
+            f"file with one channel"
+        )
     values = whole_numbers(label.data, case.label)
     if values.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
@@ -337,7 +353,7 @@ def _whole(case: CaseFiles, label: Volume, dataset: Dataset) -> ndarray:
 def _miscounted(case: CaseFiles, dataset: Dataset, found: int) -> DatasetError:
     return DatasetError(
         f"{case.images[0]}: expected {len(dataset.channels)} channels "
-        f"({first_few(dataset.channels)}), found {found}"
+        f"({first_few(dataset.channels)}), found {found}; correct the files or the channel names"
     )
 
 

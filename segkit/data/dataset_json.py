@@ -1,4 +1,4 @@
-"""The content of a dataset.json, in the Medical Segmentation Decathlon's form or nnU-Net v2's."""
+"""The content of a dataset.json, as in the Medical Segmentation Decathlon or in nnU-Net v2."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, is_picture, stem_of
 
 MOST_NAMED = 20
-"""Labels in a sentence."""
+"""A sentence lists at most so many labels."""
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
 NamedFiles = tuple[str, tuple[Path, ...], Path]
-"""A case's name, its images and its label."""
+"""The name of a case, its images and its label."""
 
 
 class _Training(BaseModel):
@@ -40,7 +40,7 @@ class _Labels(BaseModel):
 
 
 class _DatasetFile(_Labels):
-    """The keys that segkit reads; a file may have others."""
+    """The keys that segkit reads. The file may have others."""
 
     modality: dict[str, Name] | None = None
     channel_names: dict[str, Name] | None = None
@@ -60,35 +60,44 @@ class DatasetJson:
     labelling: Labelling
     files: tuple[NamedFiles, ...]
     codes: dict[str, LabelCodeConfig] = field(default_factory=dict)
-    """By a label's name its concept in a terminology, if it is given."""
+    """The terminology concept of each label, by the label's name, if given."""
     pictures: PicturesConfig | None = None
-    """What pictures do not say themselves, if it is given."""
+    """Information about pictures that their files lack, if given."""
 
 
 def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJson:
-    """Read `folder/dataset.json`, and check that every file that it names is there.
+    """Read `folder/dataset.json`, and check that all files that it names exist.
 
-    `channel_names` (or `modality`) names the channels. `labels` gives each number a name, as in the
-    Decathlon, or each name a number, or a list of numbers that mean it; with `regions_class_order`
-    lists are regions, as in nnU-Net. Regions are written in the order of `labels`, each as its
-    number in `regions_class_order`. The label `ignore` is of voxels that nobody labelled. `given`
-    is taken in place of all that. `training` lists images (one file, or one for each channel) and
-    labels, or only labels, to synthesise images from. Without it, cases are `labelsTr/CASE` and
-    `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the ending `file_ending`.
-    If these are pictures, `CASE_0000` may hold all channels. `codes`, a key of segkit's own, gives
-    labels a concept of a terminology, and `pictures` says what pictures do not say themselves.
+    - `channel_names` (or `modality`) names the channels.
+    - `labels` gives each number a name, as in the Decathlon, or each name a number or a list of
+      numbers. With `regions_class_order`, lists are regions, as in nnU-Net: regions are written in
+      the order of `labels`, each as its number in `regions_class_order`. The label `ignore` marks
+      voxels that nobody labelled.
+    - `training` lists images (one file, or one for each channel) and labels, or only labels from
+      which images are synthesised. Without it, the cases are `labelsTr/CASE` and
+      `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the suffix `file_ending`.
+      A picture `CASE_0000` may contain all channels.
+    - `codes` (only in segkit) gives labels a terminology concept, and `pictures` (only in segkit)
+      has information that picture files lack.
 
-    Raises DatasetError.
+    Args:
+        folder: the folder of the dataset.json.
+        given: classes and numbers, instead of `labels` and `regions_class_order`.
+
+    Raises:
+        DatasetError: the file is wrong, or a file that it names does not exist.
     """
     path = folder / "dataset.json"
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     if not path.exists():
-        raise DatasetError(f"{folder}: expected a dataset.json in it, found none")
+        raise DatasetError(
+            f"{folder}: expected a dataset.json in it, found none; add one, or set data.files"
+        )
     file = _read(path, _DatasetFile)
     names = file.modality if file.channel_names is None else file.channel_names
     if names is None:
-        raise DatasetError(f"{path}: expected channel_names (or modality), found neither")
+        raise DatasetError(f"{path}: expected channel_names (or modality), found neither; add one")
     channels = tuple(names[key] for key in sorted(names, key=_number))
     problems = Problems()
     with problems.noted():
@@ -107,12 +116,12 @@ def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJs
 
 
 def read_labelling(path: Path) -> Labelling:
-    """The labelling in a dataset.json. Raises DatasetError."""
+    """The classes or regions in a dataset.json. Raises DatasetError."""
     return _labelling_of_file(path, _read(path, _Labels))
 
 
 def read_picture_rules(path: Path) -> PictureRules:
-    """What the dataset.json says of pictures. Raises DatasetError."""
+    """The rules for reading pictures in a dataset.json. Raises DatasetError."""
     file = _read(path, _Labels)
     return picture_rules(str(path), file.pictures, _labelling_of_file(path, file))
 
@@ -120,7 +129,7 @@ def read_picture_rules(path: Path) -> PictureRules:
 def picture_rules(
     source: str, pictures: PicturesConfig | None, labelling: Labelling
 ) -> PictureRules:
-    """How pictures are read, by settings that `source` holds. Raises DatasetError."""
+    """The rules for reading pictures, from settings in `source`. Raises DatasetError."""
     try:
         return PictureRules() if pictures is None else pictures.rules(labelling)
     except ValueError as error:
@@ -133,9 +142,16 @@ def labelling_of(
     regions_class_order: Sequence[int] | None,
     codes: Mapping[str, LabelCodeConfig],
 ) -> Labelling:
-    """The labelling that names with their numbers in files come to; errors name their `source`.
+    """The classes or regions that are described by names and their numbers in files.
 
-    Raises DatasetError.
+    Args:
+        source: file or setting with the names, for messages.
+        labels: numbers in files, by name.
+        regions_class_order: the number that each region is written as; None for classes.
+        codes: terminology concepts, by name.
+
+    Raises:
+        DatasetError: names and numbers do not fit together, or `codes` has an unknown name.
     """
     groups = {name: tuple(dict.fromkeys(numbers)) for name, numbers in labels.items()}
     labelling = labelling_from(source, groups, regions_class_order)
@@ -147,8 +163,8 @@ def labelling_of(
 def _unknown_codes(source: str, codes: Mapping[str, Any], labelling: Labelling) -> DatasetError:
     unknown = next(name for name in codes if name not in labelling.members)
     return DatasetError(
-        f"{source}: codes names {unknown}, which is none of the labels "
-        f"{_listing(labelling.members)}"
+        f"{source}: codes names {unknown}, which is not one of the labels "
+        f"{_listing(labelling.members)}; correct the name"
     )
 
 
@@ -157,12 +173,10 @@ def _read(path: Path, kind: type[Content]) -> Content:
         content = read_json(path)
     except OSError as error:
         raise DatasetError(
-            f"{path}: cannot be read: {(error.strerror or str(error)).lower()}"
+            f"{path}: cannot be read: {(error.strerror or str(error)).lower()}; check the file"
         ) from None
     except ValueError as error:
-        raise DatasetError(
-            f"{path}: cannot be read as JSON: {error}; complete or repair it"
-        ) from None
+        raise DatasetError(f"{path}: cannot be read as JSON: {error}; repair the file") from None
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -171,18 +185,21 @@ def _read(path: Path, kind: type[Content]) -> Content:
 
 def _labelling_of_file(path: Path, file: _Labels) -> Labelling:
     if not file.labels:
-        raise DatasetError(f"{path}: expected labels, names and numbers of classes, found none")
+        raise DatasetError(
+            f"{path}: expected labels (names and numbers of classes), found none; add them"
+        )
     return labelling_from(str(path), _groups(str(path), file.labels), file.regions_class_order)
 
 
 def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tuple[int, ...]]:
-    """The numbers of each name, in either form."""
+    """The numbers of each name, from either form of `labels`."""
     decathlon = {key: name for key, name in labels.items() if isinstance(name, str)}
     if len(decathlon) == len(labels):
         numbers = [int(key) for key in labels if WHOLE_NUMBER.fullmatch(key)]
         if len(set(numbers)) != len(labels):
             raise DatasetError(
-                f"{path}: labels must have whole numbers that differ, found {list(labels)}"
+                f"{path}: labels must have different whole numbers, found {list(labels)}; correct "
+                f"them"
             )
         groups: dict[str, tuple[int, ...]] = {}
         for number, name in zip(numbers, decathlon.values(), strict=True):
@@ -192,7 +209,7 @@ def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tu
     for name, listed in labels.items():
         if isinstance(listed, str) or listed == []:
             raise DatasetError(
-                f"{path}: labels.{name} must be a number or a list of them, found {listed!r}"
+                f"{path}: labels.{name} must be a number or a list of numbers, found {listed!r}"
             )
         group = [listed] if isinstance(listed, int) else listed
         groups[name] = tuple(dict.fromkeys(group))
@@ -208,7 +225,10 @@ def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
         for path in (*paths, label):
             with problems.noted():
                 if not path.is_file():
-                    raise DatasetError(f"{folder}/dataset.json: names {path}, which does not exist")
+                    raise DatasetError(
+                        f"{folder}/dataset.json: names {path}, which does not exist; add the file "
+                        f"or correct its name"
+                    )
         with problems.noted():
             found.append((stem_of(label), paths, label))
     problems.refuse()
@@ -216,10 +236,12 @@ def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
 
 
 def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:
-    """Every `labelsTr/CASE` and its `imagesTr/CASE_0000`, `_0001`, …, as nnU-Net has them."""
+    """All cases in nnU-Net's folders: `labelsTr/CASE` with `imagesTr/CASE_0000`, `_0001`, …."""
     path, ending = folder / "dataset.json", file.file_ending
     if ending is None:
-        raise DatasetError(f"{path}: expected a list training, or file_ending, found neither")
+        raise DatasetError(
+            f"{path}: expected training (a list) or file_ending, found neither; add one"
+        )
     if ending not in SUFFIXES:
         raise DatasetError(
             f"{path}: file_ending must be one of {_listing(SUFFIXES)}, found {ending}"
@@ -230,11 +252,13 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
         if not label.name.startswith(".")
     )
     if not labels:
-        raise DatasetError(f"{folder}/labelsTr: expected labels CASE{ending} in it, found none")
+        raise DatasetError(
+            f"{folder}/labelsTr: expected labels CASE{ending} in it, found none; check file_ending"
+        )
     if file.num_training not in (None, len(labels)):
         raise DatasetError(
-            f"{path}: numTraining is {file.num_training}, found {len(labels)} labels in "
-            f"{folder}/labelsTr; correct the one or complete the other"
+            f"{path}: numTraining is {file.num_training}, but {folder}/labelsTr has {len(labels)} "
+            f"labels; correct the number or add the missing files"
         )
     found, problems = [], Problems()
     for label in labels:
@@ -248,7 +272,8 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             with problems.noted():
                 if not image.is_file():
                     raise DatasetError(
-                        f"{image}: no such file; {label.name} needs {num_channels}, one per channel"
+                        f"{image}: no such file; {label.name} needs {num_channels} images, one per "
+                        f"channel"
                     )
         found.append((stem_of(label), images, label))
     problems.refuse()

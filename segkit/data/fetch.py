@@ -1,7 +1,7 @@
-"""`segkit fetch`: public datasets by name, downloaded by MONAI and held against its checksums.
+"""`segkit fetch`: download of public datasets by name.
 
-They are those of the Medical Segmentation Decathlon (Antonelli et al. 2022), from the copies that
-MONAI keeps. What comes is unpacked by `segkit.io.archives`, whole or not at all.
+They are the datasets of the Medical Segmentation Decathlon (Antonelli et al. 2022). MONAI downloads
+them and compares their checksums. `segkit.io.archives` unpacks each completely or not at all.
 """
 
 import logging
@@ -19,19 +19,19 @@ from segkit.errors import DatasetError, SegkitError
 from segkit.io.archives import unpack
 
 SECONDS = 60.0
-"""After which a server that says nothing is given up."""
+"""The download ends if a server sends nothing for so many seconds."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an archive lies, and the MD5 that it has."""
+    """The address of an archive, and its MD5 checksum."""
 
     url: str
     md5: str
 
 
 def decathlon() -> dict[str, Source]:
-    """The tasks of the Decathlon by name. Raises SegkitError where MONAI is not installed."""
+    """The tasks of the Decathlon, by name. Raises SegkitError if MONAI is not installed."""
     try:
         from monai.apps.datasets import DecathlonDataset
     except ImportError:
@@ -43,18 +43,31 @@ def decathlon() -> dict[str, Source]:
 
 
 def named(name: str, sources: Mapping[str, Source]) -> str:
-    """The whole name: of `Task04_Hippocampus`, `task04` and `hippocampus` say enough."""
+    """The full name of a dataset; `task04` or `hippocampus` stand for `Task04_Hippocampus`.
+
+    Raises:
+        DatasetError: there is no such dataset.
+    """
     for known in sources:
         if name.lower() in (known.lower(), *known.lower().split("_")):
             return known
-    raise DatasetError(f"{name}: is no dataset to fetch; name one of {', '.join(sources)}")
+    raise DatasetError(f"{name}: is not a dataset to fetch; name one of {', '.join(sources)}")
 
 
 def fetch_dataset(name: str, source: Source, folder: Path) -> Path:
-    """Download a dataset into `folder/NAME`, which appears whole or not at all, and return that.
+    """Download a dataset to `folder/NAME`, completely or not at all.
 
-    Raises DatasetError where it is there already, cannot be had, is not what was published, or
-    holds no dataset of that name.
+    Args:
+        name: full name of the dataset.
+        source: address and checksum of its archive.
+        folder: the folder in which the dataset's folder is made.
+
+    Returns:
+        The folder of the dataset.
+
+    Raises:
+        DatasetError: the folder exists already, the download fails, the checksum is wrong, or the
+            archive does not contain this dataset.
     """
     target = folder / name
     if target.exists():
@@ -66,7 +79,9 @@ def fetch_dataset(name: str, source: Source, folder: Path) -> Path:
         inside = Path(beside) / "unpacked"
         unpack(archive, inside)
         if not (inside / name / "dataset.json").is_file():
-            raise DatasetError(f"{source.url}: expected {name}/dataset.json in it, found none")
+            raise DatasetError(
+                f"{source.url}: expected {name}/dataset.json in it, found none; fetch another"
+            )
         (inside / name).replace(target)
     return target
 
@@ -86,18 +101,19 @@ def _download(source: Source, archive: Path) -> None:
                 progress=sys.stderr.isatty() and find_spec("tqdm") is not None,
             )
     except HashCheckError:
-        reason = f"what came is not what was published, whose MD5 is {source.md5}"
+        reason = f"the file differs from the published one, whose MD5 is {source.md5}"
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-    if not archive.is_file():  # MONAI passes over files that it may not write
+    if not archive.is_file():  # MONAI ignores files that it cannot write
         raise DatasetError(
-            f"{source.url}: cannot be fetched: {reason}; check the network and the disk, try again"
+            f"{source.url}: cannot be fetched: {reason}; check the network and the disk, then try "
+            f"again"
         )
 
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """No connection made within waits for ever."""
+    """Limit the time that connections made inside this block wait for a server."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS)
     try:

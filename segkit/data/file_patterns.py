@@ -1,4 +1,4 @@
-"""The files of every case in a folder without a dataset.json, found by patterns or in a table."""
+"""The files of each case in a folder without a dataset.json, found by patterns or in a table."""
 
 import csv
 import io
@@ -23,13 +23,19 @@ MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
 def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None) -> DatasetJson:
-    """Channels, labelling and cases of a folder, by the patterns or the table of a config.
+    """Channels, labels and cases of a folder, by the patterns or the table of a config.
 
-    `given` is taken in place of the labels in `files`. Raises DatasetError, or VolumeError for a
-    file that is no volume.
+    Args:
+        folder: the folder of the dataset.
+        files: the patterns or the table.
+        given: classes and numbers, instead of those in `files`.
+
+    Raises:
+        DatasetError: files are missing, or patterns, table or labels are wrong.
+        VolumeError: a file is not a volume.
     """
     if given is None and not files.labels:
-        raise DatasetError("data.files: expected names of labels; give data.labels")
+        raise DatasetError("data.files: expected names of labels, found none; set data.labels")
     labelling = given or labelling_of(
         "data.files", files.labels, files.regions_class_order, files.codes
     )
@@ -40,35 +46,39 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
 
 
 def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
-    """Every case with a label; images of cases without one are left out, with a warning."""
+    """All cases that have a label. Images without a label are left out, with a warning."""
     labels = matched(folder, files.label)
     images = [matched(folder, pattern) for pattern in files.images.values()]
     for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
         if not found:
-            raise DatasetError(f"{folder}: no file in it matches {pattern}; see data.files")
+            raise DatasetError(f"{folder}: no file matches {pattern}; correct data.files")
     problems = Problems()
     for pattern, found in zip(files.images.values(), images, strict=True):
         for name in sorted(labels.keys() - found.keys()):
             with problems.noted():
                 raise DatasetError(
-                    f"{labels[name]}: is the label of case {name!r}, of which {pattern} "
-                    f"matches no image (it matches {_some(found)}); wildcards must match alike"
+                    f"{labels[name]}: is the label of case {name!r}, but {pattern} matches no "
+                    f"image of this case (it matches {_some(found)}); the wildcards of both "
+                    f"patterns must match the same texts"
                 )
     problems.refuse()
     if bare := sorted(set[str]().union(*images) - labels.keys()):
-        left_out = printable(f"{folder}: left out, as they have no label: {first_few(bare)}")
+        left_out = printable(f"{folder}: left out because they have no label: {first_few(bare)}")
         logger.warning("%s", left_out)
     cases = [(name, tuple(found[name] for found in images), labels[name]) for name in labels]
     return tuple(files.images), cases
 
 
 def matched(folder: Path, pattern: str) -> dict[str, Path]:
-    """The files in a folder that match a pattern, by the text that its wildcards matched.
+    """The files in a folder that match a pattern, by the texts that its wildcards match.
 
         sub-*/ses-*/sub-*_T1w.nii.gz  on  sub-01/ses-b/sub-01_T1w.nii.gz  ──▶  "01_b"
 
-    Equal texts count once; hidden files are left out. Raises DatasetError if two files would have
-    one name, and VolumeError if one is no volume.
+    Equal texts are taken once. Hidden files are left out.
+
+    Raises:
+        DatasetError: two files would have the same name.
+        VolumeError: a file is not a volume.
     """
     expression = re.compile(_expression(pattern))
     found: dict[str, Path] = {}
@@ -81,9 +91,9 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
         if name in found:
             raise DatasetError(
                 f"{folder}: {pattern} matches {found[name].relative_to(folder)} and {inside}, both "
-                f"as case {name!r}; make it match one file of a case"
+                f"as case {name!r}; change it to match only one file of each case"
             )
-        suffix_of(path)  # refuses what is no volume
+        suffix_of(path)  # raises VolumeError if this is not a volume
         found[name] = path
     return found
 
@@ -97,7 +107,7 @@ def _expression(pattern: str) -> str:
 
 
 def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
-    """The case in each row of a CSV file; its paths start from the folder."""
+    """The case in each row of a CSV file, whose paths are relative to the folder."""
     assert files.table is not None
     path = folder / files.table
     rows, columns = read_csv(path)
@@ -108,10 +118,11 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
     for column in (ID, label, *(images.values() or [IMAGE])):
         if column not in columns:
             raise DatasetError(
-                f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}"
+                f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}; add it "
+                f"or correct the name"
             )
     if not rows:
-        raise DatasetError(f"{path}: expected a row for each case, found none")
+        raise DatasetError(f"{path}: expected a row for each case, found none; add rows")
     problems = Problems()
     for name, count in Counter(row[ID] for row in rows).items():
         with problems.noted():
@@ -122,17 +133,17 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
         with problems.noted():
             if not NAME.fullmatch(row[ID]):
                 raise DatasetError(
-                    f"{path}: row {number} has the id {row[ID]!r}; expected a name that a file may "
-                    f"have"
+                    f"{path}: row {number} has the id {row[ID]!r}, which cannot be the name of a "
+                    f"file; change it"
                 )
         named = [folder / row[column] for column in (*images.values(), label)]
         for column, file in zip((*images.values(), label), named, strict=True):
             with problems.noted():
                 if not row[column] or not file.is_file():
                     raise DatasetError(
-                        f"{path}: row {number} names as {column} {row[column] or 'nothing'}, which "
-                        f"is no file in {folder}; if {column} holds no files, give "
-                        f"data.files.images"
+                        f"{path}: row {number} has {row[column] or 'nothing'} in column {column}, "
+                        f"which is not a file in {folder}; correct it, or set data.files.images if "
+                        f"{column} is not a column of files"
                     )
                 suffix_of(file)
         cases.append((row[ID], tuple(named[:-1]), named[-1]))
@@ -141,11 +152,17 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
 
 
 def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a table by column; its separator is a comma, a semicolon or a tab."""
+    """The rows of a table, by column, and its columns.
+
+    The separator is a comma, a semicolon or a tab.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     between = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter=between, restval="", restkey=""
@@ -153,7 +170,7 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         rows = [{key: value for key, value in row.items() if key} for row in reader]
     except csv.Error as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}") from None
+        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     return rows, [column for column in reader.fieldnames or []]
 
 

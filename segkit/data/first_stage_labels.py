@@ -1,7 +1,7 @@
-"""A first stage's labels of an image, as its last channel.
+"""The labels of a first stage, as the last channel of an image.
 
-They stay whole numbers from the file to the network, which spreads them over one channel for each
-class. So they take one channel in memory and on disk, whatever the number of classes.
+They are whole numbers in one channel on disk and in memory. Only the network turns them into one
+channel for each class.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,22 +18,30 @@ from segkit.io.volume import Volume
 
 
 def with_labels(prepared: Prepared, labels: Volume) -> Prepared:
-    """The image with the labels of its volume as one more channel, on its grid.
+    """The prepared image with labels of its volume as one more channel, on its grid.
 
-    Raises VolumeError if the labels lie on another grid than the volume.
+    Args:
+        prepared: the prepared image.
+        labels: labels on the grid of the original volume.
+
+    Raises:
+        VolumeError: the labels lie on another grid than the volume.
     """
     turned = prepared.orientation.turn_grid(labels.grid)
     holds = all(span.stop <= size for span, size in zip(prepared.box, turned.shape, strict=True))
     if not (holds and cropped(turned, prepared.box).agrees_with(prepared.source)):
-        raise VolumeError("the first stage's labels lie on another grid than the volume")
+        raise VolumeError(
+            "the first stage's labels lie on another grid than the volume; give labels of this "
+            "volume"
+        )
     channel = prepare_label(labels, prepared)
     return replace(prepared, image=torch.cat([prepared.image, channel[None].to(prepared.image)]))
 
 
 def majority(labels: Sequence[Volume]) -> Volume:
-    """The label that most of several segmentations of a volume give each voxel.
+    """The most frequent label of each voxel among several segmentations of a volume.
 
-    If labels tie, the label of the first segmentation counts.
+    If there is a tie, the first segmentation with one of these labels decides.
     """
     best, winner = np.zeros(labels[0].data.shape, np.uint8), labels[0].data.copy()
     for own in labels:
@@ -46,17 +54,26 @@ def majority(labels: Sequence[Volume]) -> Volume:
 
 
 def out_of_fold(name: str, held_out: Sequence[Collection[str]]) -> list[int]:
-    """Numbers of the models that held a case out of their training; all of them if none did."""
+    """Numbers of the models that held a case out of their training; all models if none did.
+
+    Args:
+        name: the name of the case.
+        held_out: for each model, the names of the cases that it held out.
+
+    Example:
+        >>> out_of_fold("a", [{"a"}, {"b"}])
+        [0]
+    """
     unseen = [number for number, names in enumerate(held_out) if name in names]
     return unseen or list(range(len(held_out)))
 
 
 @dataclass(frozen=True)
 class VariationWithLabels:
-    """Varies a batch whose last channel holds a first stage's labels.
+    """Augmentation of a batch whose last channel holds the labels of a first stage.
 
-    They are turned and mirrored with the reference, by nearest neighbour, and corrupted in places.
-    Intensities are varied only in the other channels.
+    These labels are rotated and mirrored together with the reference, by nearest neighbour, and
+    some are corrupted. Intensities are varied only in the other channels.
     """
 
     num_classes: int
@@ -70,8 +87,8 @@ class VariationWithLabels:
         label: Integer[Tensor, "batch *cut"],
         generator: Generator,
     ) -> tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]:
-        """The batch that is trained on."""
-        # Both labels in one number, so that both are read at the same places.
+        """The augmented batch."""
+        # Both labels are combined in one number, so that they are sampled at the same positions.
         base = self.num_classes + 1
         both = label.int() * base + image[:, -1].int()
         seen, both = self.spatial(image[:, :-1], both, generator)

@@ -1,9 +1,9 @@
-"""From the numbers in label files, which may be any, to 0, 1, 2, …, and back.
+"""Translation between any numbers in label files and the numbers 0, 1, 2, … in memory.
 
-    in files   0  17  53  255          what `Labelling.in_files` says: ((0,), (17, 53), (255,))
-    within     0   1   1    2          a network's outputs are counted in these
+    in files   0  17  53  255          `Labelling.in_files` is ((0,), (17, 53), (255,))
+    within     0   1   1    2          the numbers of the network's outputs
 
-Only classes that files do not number 0, 1, 2, … themselves cost a copy.
+If files use 0, 1, 2, … themselves, nothing is copied.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,20 @@ from segkit.io.volume import Volume, in_full
 
 MOST_TOLD = 5
 WIDEST_TABLE = 2**17
-"""Numbers of files that span at most so many are looked up in one table."""
+"""If the numbers in a file lie within so many, one table translates them."""
 
 
 def within(values: Integer[ndarray, "*space"], labelling: Labelling) -> Integer[ndarray, "*space"]:
-    """The numbers 0, 1, 2, … of segkit for the whole numbers in a label file.
+    """The numbers 0, 1, 2, … for the whole numbers in a label file.
 
-    The array itself if files hold the same numbers. Raises ValueError for numbers that nobody
-    names, unless the labelling says what others are.
+    If both are the same, the array itself is returned.
+
+    Args:
+        values: numbers as in the file.
+        labelling: the classes or regions and their numbers.
+
+    Raises:
+        ValueError: a number belongs to no name, and the labelling has no `others`.
     """
     if labelling.others is None and (strange := other_numbers(values, labelling)):
         raise ValueError(strange_numbers(strange, labelling))
@@ -53,9 +59,10 @@ def within(values: Integer[ndarray, "*space"], labelling: Labelling) -> Integer[
 def as_in_files(
     numbers: Integer[ndarray, "*space"], labelling: Labelling
 ) -> Integer[ndarray, "*space"]:
-    """The numbers that are written to files for segkit's 0, 1, 2, …; the reverse of `within`.
+    """The numbers that are written to files for 0, 1, 2, …; the reverse of `within`.
 
-    Of several numbers that mean one class, the first. The array itself if they are the same.
+    If several numbers mean one class, the first is written. If the numbers in files are 0, 1, 2, …
+    too, the array itself is returned.
     """
     if not labelling.in_files:
         return numbers
@@ -67,12 +74,12 @@ def as_in_files(
     kind = np.min_scalar_type(max(written[place] for place in writable))
     table = np.array([number if place in writable else 0 for place, number in enumerate(written)])
     found: ndarray = table.astype(kind)[numbers]
-    # An index in C's order gives its result so; a volume's first axis runs fastest.
+    # Indexing returns an array in C order; in volumes, the first axis runs fastest.
     return np.asfortranarray(found) if numbers.flags.f_contiguous else found
 
 
 def volume_within(labels: Volume, labelling: Labelling) -> Volume:
-    """A label volume with `within`'s numbers."""
+    """A label volume with the numbers 0, 1, 2, …, as `within` gives them."""
     return labels.like(within(labels.data, labelling)) if labelling.in_files else labels
 
 
@@ -82,7 +89,7 @@ def volume_as_in_files(labels: Volume, labelling: Labelling) -> Volume:
 
 
 def other_numbers(values: Shaped[ndarray, "*space"], labelling: Labelling) -> dict[int, int]:
-    """Numbers in a label file that no name stands for, and the voxels of each."""
+    """Numbers in a label file that belong to no name, each with its count of voxels."""
     present, counts = np.unique(values, return_counts=True)
     known = _table(labelling)
     pairs = zip(present.tolist(), counts.tolist(), strict=True)
@@ -90,17 +97,18 @@ def other_numbers(values: Shaped[ndarray, "*space"], labelling: Labelling) -> di
 
 
 def strange_numbers(found: Mapping[int, int], labelling: Labelling) -> str:
-    """That a file holds numbers that nobody names, as a sentence without its file."""
-    told = [in_full(number) for number in list(found)[:MOST_TOLD]]
+    """An error message about numbers that belong to no name, without the name of the file."""
+    numbers = [in_full(number) for number in list(found)[:MOST_TOLD]]
     more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
     return (
-        f"holds label {', '.join(told)}{more}, which the dataset does not declare (it has "
-        f"{declared(labelling)}); name it in data.labels, or say there what others are"
+        f"holds label {', '.join(numbers)}{more}, which the dataset does not declare (it has "
+        f"{declared(labelling)}); name it in data.labels, or add others to a class or to ignore "
+        f"there"
     )
 
 
 def declared(labelling: Labelling) -> str:
-    """The numbers in files that a name stands for: "0 to 2", or "0, 17, 53"."""
+    """The numbers in files that belong to a name, as text: "0 to 2", or "0, 17, 53"."""
     numbers = sorted(_table(labelling))
     if len(numbers) == numbers[-1] - numbers[0] + 1:
         return f"{numbers[0]} to {numbers[-1]}"
@@ -108,7 +116,7 @@ def declared(labelling: Labelling) -> str:
 
 
 def _table(labelling: Labelling) -> dict[int, int]:
-    """By the number in files, the number within."""
+    """The number in memory for each number in files."""
     if not labelling.in_files:
         return {number: number for number in range(len(labelling.value_names))}
     return {number: place for place, group in enumerate(labelling.in_files) for number in group}

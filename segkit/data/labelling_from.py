@@ -1,4 +1,4 @@
-"""From names and their numbers in label files to what is told apart."""
+"""Classes or regions, made from names and their numbers in label files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,23 +11,23 @@ IGNORE = "ignore"
 """The name of voxels that nobody labelled."""
 BACKGROUND = "background"
 LARGEST_WRITTEN = 2**16 - 1
-"""Numbers from 0 to this are written to label files."""
+"""The largest number that is written to label files."""
 
 Groups = Mapping[str, Sequence[int | str]]
-"""By name, its numbers in label files; `OTHERS` stands for all that no name has."""
+"""Numbers in label files, by name; `OTHERS` stands for all numbers that belong to no name."""
 
 
 def labelling_from(source: str, groups: Groups, order: Sequence[int] | None) -> Labelling:
-    """What names with their numbers in label files come to.
+    """The classes or regions that are described by names and their numbers in label files.
 
-    Groups are regions if there is an `order`, the number that each of them is written as, and if
-    one of them has several numbers; else several numbers mean one class. The background is the
-    class of that name, or else that of number 0. Classes follow by the number they are written as.
+    The names are regions if there is an `order` and one of them has several numbers. Otherwise,
+    they are classes, and several numbers mean the same class. The background is the class of that
+    name, or else the class of number 0. Other classes are sorted by the number that is written.
 
     Args:
-        source: where the names stand, for errors.
-        groups: by name, its numbers.
-        order: nnU-Net's regions_class_order.
+        source: file or setting with the names, for messages.
+        groups: numbers in label files, by name.
+        order: the number that each region is written as (nnU-Net's regions_class_order).
 
     Raises:
         DatasetError: names and numbers do not fit together.
@@ -43,7 +43,8 @@ def labelling_from(source: str, groups: Groups, order: Sequence[int] | None) -> 
     left_out = tuple(number for number in ignored if isinstance(number, int))
     if len(named) < 2:
         raise DatasetError(
-            f"{source}: labels must name a class beside the background, found {_listing(named)}"
+            f"{source}: labels must have a class in addition to the background, found "
+            f"{_listing(named)}; add one"
         )
     regions = order is not None and any(
         len(numbers) > 1 for name, numbers in named.items() if name != background
@@ -90,30 +91,31 @@ def _background(source: str, groups: Mapping[str, Sequence[int | str]]) -> str:
         if 0 in numbers:
             return name
     raise DatasetError(
-        f"{source}: expected a label that is 0 or called {BACKGROUND}, found "
-        f"{_listing(groups)}; name what is no structure"
+        f"{source}: expected a label with number 0 or name {BACKGROUND}, found "
+        f"{_listing(groups)}; add the background"
     )
 
 
 def _others(
     source: str, groups: Groups, ignored: Sequence[int | str], background: str
 ) -> str | None:
-    """The name that stands for all numbers that no name has, if there is one."""
+    """The name that has `others` among its numbers, if there is one."""
     found = [name for name, numbers in {**groups, IGNORE: ignored}.items() if OTHERS in numbers]
     if len(found) > 1 or (found and found[0] not in (background, IGNORE)):
         raise DatasetError(
-            f"{source}: {OTHERS} must be {background} or {IGNORE}, found it in {_listing(found)}"
+            f"{source}: {OTHERS} must belong to {background} or {IGNORE}, found it in "
+            f"{_listing(found)}; move it there"
         )
     return found[0] if found else None
 
 
 def _written_first(source: str, name: str, group: Sequence[int]) -> tuple[int, ...]:
-    """The numbers, that which is written first."""
+    """The numbers, beginning with the one that is written."""
     for number in group:
         if 0 <= number <= LARGEST_WRITTEN:
             return (number, *(other for other in group if other != number))
     raise DatasetError(
-        f"{source}: {name} needs a number from 0 to {LARGEST_WRITTEN} that it is written as, found "
+        f"{source}: {name} needs a number from 0 to {LARGEST_WRITTEN} to be written as, found "
         f"{_listing(group) or 'none'}; add one to its list"
     )
 
@@ -126,7 +128,7 @@ def _check_shared(
     *,
     regions: bool,
 ) -> None:
-    """Raise DatasetError if a number has two names that are not both regions."""
+    """Raise DatasetError if a number belongs to two names that are not both regions."""
     owners: dict[int, str] = {}
     for name, numbers in {**named, IGNORE: ignored}.items():
         for number in numbers:
@@ -136,10 +138,10 @@ def _check_shared(
             if not {name, other} & {background, IGNORE} and any(
                 len(named[each]) > 1 for each in (name, other)
             ):
-                told = _listing(each for each in named if each != background)
+                regions_named = _listing(each for each in named if each != background)
                 raise DatasetError(
-                    f"{source}: {other} and {name} overlap at {number}, and such regions need "
-                    f"regions_class_order, the number that each of {told} is written as, found none"
+                    f"{source}: {other} and {name} overlap at {number}; add regions_class_order, "
+                    f"with the number that each of {regions_named} is written as"
                 )
             raise DatasetError(
                 f"{source}: {other} and {name} share the number {number}; give each its own"
@@ -152,22 +154,22 @@ def _check_regions(
     regions = {name: group for name, group in named.items() if name != background}
     if len(order) != len(regions) or len(set(order)) != len(order):
         raise DatasetError(
-            f"{source}: regions_class_order must hold {len(regions)} different numbers, one for "
+            f"{source}: regions_class_order must have {len(regions)} different numbers, one for "
             f"each of {_listing(regions)}, found {list(order)}"
         )
     for (name, group), number in zip(regions.items(), order, strict=True):
         if number not in group:
             raise DatasetError(
-                f"{source}: regions_class_order writes {name} as {number}, which is none of its "
-                f"numbers {_listing(group)}"
+                f"{source}: regions_class_order writes {name} as {number}, which is not one of its "
+                f"numbers {_listing(group)}; choose one of them"
             )
     names = list(regions)
     for place, name in enumerate(names):
         for later in names[place + 1 :]:
             if set(regions[name]) < set(regions[later]):
                 raise DatasetError(
-                    f"{source}: {later} would be written over all of {name}, which lies within it; "
-                    f"name {name} after {later} in labels"
+                    f"{source}: {later} would overwrite all of {name}, which lies inside it; put "
+                    f"{name} after {later} in labels"
                 )
 
 

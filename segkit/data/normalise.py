@@ -1,4 +1,4 @@
-"""Intensities brought to one scale: by the image's own statistics, or by a window in HU."""
+"""Normalisation of intensities: by the statistics of each image, or by a window in HU."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ from segkit.config.data import CtWindowConfig, NormalisationConfig, ZScoreConfig
 
 Normaliser = Callable[[Tensor], Tensor]
 _PLANES_AT_ONCE = 8
-"""Planes of an image of which a copy in double precision is held at a time."""
+"""Number of planes of which there is a copy in double precision at the same time."""
 
 
 def build_normalisers(settings: Sequence[NormalisationConfig]) -> list[Normaliser]:
-    """A function for each channel; CT windows must be complete."""
+    """A normalisation function for each channel. All values of CT windows must be given."""
     return [_normaliser(setting) for setting in settings]
 
 
@@ -30,11 +30,11 @@ def _normaliser(setting: NormalisationConfig) -> Normaliser:
 
 
 def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*space"]:
-    """The image minus its mean over its standard deviation; a constant image becomes 0.
+    """The image minus its mean, divided by its standard deviation; a constant image becomes 0.
 
-    With `nonzero`, the statistics come from the voxels other than 0. All voxels are shifted alike,
-    so that a background of 0 stays the darkest (nnU-Net sets it to 0, the value of the average
-    tissue).
+    With `nonzero`, mean and deviation come only from voxels that are not 0, but all voxels are
+    normalised. So a background of 0 stays darker than tissue. (nnU-Net sets the background to 0,
+    which is the value of average tissue.)
     """
     count, mean = 0, 0.0
     for values in _counted(image, nonzero):
@@ -49,7 +49,7 @@ def zscore(image: Float[Tensor, "*space"], *, nonzero: bool) -> Float[Tensor, "*
 
 
 def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
-    """The values, or those other than 0, in double precision, a few planes at a time."""
+    """The values, or only those that are not 0, in double precision, a few planes at a time."""
     for planes in image.split(_PLANES_AT_ONCE):
         yield (planes[planes != 0] if nonzero else planes).double()
 
@@ -57,7 +57,7 @@ def _counted(image: Tensor, nonzero: bool) -> Iterator[Tensor]:
 def ct_window(
     image: Float[Tensor, "*space"], *, lower: float, upper: float, mean: float, std: float
 ) -> Float[Tensor, "*space"]:
-    """Intensities in HU clipped to [lower, upper], minus a mean, over a standard deviation."""
+    """Intensities in HU clipped to [lower, upper], minus mean, divided by standard deviation."""
     return (image.clamp(lower, upper) - mean) / std
 
 

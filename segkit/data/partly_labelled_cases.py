@@ -1,4 +1,4 @@
-"""Which classes each case has labels of, by a table or by the config."""
+"""The classes that are labelled in each case, from a table or the config."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,45 @@ ALL = "all"
 def unlabelled_of(
     data: DatasetConfig, names: Sequence[str], classes: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """For each case that lacks labels of some classes or regions, those that it lacks.
+    """The classes or regions that nobody labelled in a case, by the case's name.
 
     Args:
-        data: says by `labelled` what is labelled; a case that it does not name has all labels.
-        names: of the dataset's cases.
-        classes: names of its classes but the background, or of its regions.
+        data: settings whose `labelled` lists the labelled classes; cases that it does not name are
+            labelled completely.
+        names: names of the dataset's cases.
+        classes: names of the classes without the background, or of the regions.
+
+    Returns:
+        Only cases that lack labels of some classes.
 
     Raises:
-        DatasetError: a case or a class has another name, or a case has no labels at all.
+        DatasetError: the name of a case or a class is unknown, or a case has no labels.
     """
     if data.labelled is None:
         return {}
     if isinstance(data.labelled, ColumnConfig):
         source = f"{table_of(data)}: column {data.labelled.column}"
         column = column_of(data, data.labelled.column, list(names), "data.labelled")
-        told: Mapping[str, Sequence[str]] = {
+        by_case: Mapping[str, Sequence[str]] = {
             name: _listed(value, classes) for name, value in column.items()
         }
     else:
-        source, told = "data.labelled", data.labelled
-        if unknown := sorted(told.keys() - set(names)):
+        source, by_case = "data.labelled", data.labelled
+        if unknown := sorted(by_case.keys() - set(names)):
             raise DatasetError(
-                f"{source}: names {first_few(unknown, NAMES_SHOWN)}, no case of {data.folder}"
+                f"{source}: names {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
+                f"correct the name"
             )
     found: dict[str, tuple[str, ...]] = {}
-    for name, labelled in told.items():
+    for name, labelled in by_case.items():
         if unknown := [each for each in labelled if each not in (*classes, ALL)]:
             raise DatasetError(
-                f"{source}: says {unknown[0]!r} of {name}, which is none of the classes "
+                f"{source}: has {unknown[0]!r} for {name}, which is not one of the classes "
                 f"{', '.join(classes)}; name some of these, or {ALL}"
             )
         if not labelled:
             raise DatasetError(
-                f"{source}: says nothing of {name}; name the classes that it has labels of, "
+                f"{source}: has no classes for {name}; name the classes that are labelled in it, "
                 f"or {ALL}"
             )
         lacking = tuple(each for each in classes if each not in labelled)
@@ -56,7 +61,7 @@ def unlabelled_of(
 
 
 def _listed(value: str, classes: Sequence[str]) -> list[str]:
-    """Names in a cell, apart by a semicolon, a comma or a bar."""
+    """The names in a cell of a table, separated by semicolons, commas or bars."""
     if value in classes:
         return [value]
     return [name.strip() for name in re.split(r"[;,|]", value) if name.strip()]

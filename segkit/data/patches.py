@@ -1,7 +1,7 @@
-"""Patches drawn from stored cases, each by its number alone.
+"""Patches of stored cases, each drawn only by its number.
 
-Patch i of a run depends on the seed and on i, and on nothing that came before it: the order of
-workers does not matter, and a run that is resumed goes on with the patch it would have drawn.
+Patch i of a run depends only on the seed and on i, not on earlier patches. So the order of workers
+does not matter, and a resumed run continues with the same patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,21 +22,21 @@ Patch = dict[str, Any]
 PatchSampler = Callable[
     [Sequence[StoredCase], int, np.random.Generator], tuple[StoredCase, Sequence[int]]
 ]
-"""Where a patch is cut: from all cases, the patch's number and a generator that belongs to this
-patch alone, the case and the voxel (x, y, z) at the patch's centre.
+"""A function that draws the place of a patch, from all cases, the number of the patch and a
+generator that only this patch uses. It returns a case and the voxel (x, y, z) at the centre.
 
-Part of the patch must lie in the volume. With `data.workers` a sampler is pickled, so that it must
-be a function or a class of a module.
+Part of the patch must lie in the volume. With `data.workers` the sampler is pickled, so it must be
+a function or class at the top level of a module.
 """
 
 
 @dataclass(frozen=True)
 class ForegroundSampler:
-    """Draws cases evenly, and centres a share of their patches on the foreground.
+    """Draws cases evenly, and centres a share of the patches on the foreground.
 
-    For that share a class is drawn evenly among those of the case, and then one of its voxels
-    (Isensee et al. 2021). The other patches lie anywhere in the volume, or hold all of it if it is
-    smaller; in a case with ignored voxels they are centred on one that is not ignored.
+    For foreground patches, a class of the case is drawn evenly, and then one of its voxels (Isensee
+    et al. 2021). Other patches lie anywhere in the volume, or contain all of it if it is smaller.
+    In a case with ignored voxels, their centre is a voxel that is not ignored.
     """
 
     patch_size: tuple[int, ...]
@@ -45,7 +45,7 @@ class ForegroundSampler:
     def __call__(
         self, cases: Sequence[StoredCase], index: int, random: np.random.Generator
     ) -> tuple[StoredCase, Sequence[int]]:
-        """The case, and the voxel at the patch's centre."""
+        """A case and the voxel at the centre of the patch."""
         case = cases[int(random.integers(len(cases)))]
         return _centred(case, random, self.patch_size, self.foreground_share)
 
@@ -53,7 +53,7 @@ class ForegroundSampler:
 def _centred(
     case: StoredCase, random: np.random.Generator, patch_size: Sequence[int], share: float
 ) -> tuple[StoredCase, Sequence[int]]:
-    """A case and the centre of a patch in it: on its foreground in this share, or anywhere."""
+    """A case and the centre of a patch: with probability `share` on its foreground, or anywhere."""
     wants_foreground = random.random() < share
     centre: Sequence[int] = [
         _anywhere(random, size, patch) + patch // 2
@@ -78,35 +78,36 @@ def _anywhere(random: np.random.Generator, size: int, patch: int) -> int:
 class WeightedSampler:
     """Draws cases by weights, and centres a share of the patches on classes by weights.
 
-    Without groups the case is drawn first, and then a class evenly among its own, as
-    `ForegroundSampler` does. With groups, a patch on the foreground draws a group by its weight
-    among those that some case holds, then a case that holds it by the cases' weights, then one of
-    the group's labels in the case, evenly, and one of its voxels.
+    Without groups, a case is drawn first and then one of its classes, evenly, as in
+    `ForegroundSampler`. With groups, a foreground patch draws a group by its weight, among the
+    groups that are in some case. Then it draws a case with this group, by the weights of cases;
+    then a label of the group in this case, evenly; and then one of the label's voxels.
 
-    So of N patches N * share * w / sum(w) are expected on a group, whether one case holds it or
-    all.
+    So N * share * w / sum(w) of N patches are expected on a group, no matter how many cases have
+    it.
     """
 
     patch_size: tuple[int, ...]
     foreground_share: float
     case_weights: tuple[float, ...]
-    """Of each case, in order; some are above 0."""
+    """The weight of each case, in order; at least one is above 0."""
     groups: tuple[tuple[int, ...], ...] = ()
-    """The labels of each class or region; or none."""
+    """The labels of each class or region; may be empty."""
     group_weights: tuple[float, ...] = ()
+    """The weight of each group, in order."""
     holders: tuple[tuple[int, ...], ...] = ()
-    """Numbers of the cases that hold each group and have a weight above 0."""
+    """For each group, numbers of the cases that contain it and have a weight above 0."""
 
     def __call__(
         self, cases: Sequence[StoredCase], index: int, random: np.random.Generator
     ) -> tuple[StoredCase, Sequence[int]]:
-        """The case, and the voxel at the patch's centre."""
+        """A case and the voxel at the centre of the patch."""
         wants_foreground = random.random() < self.foreground_share
         held = [number for number, holders in enumerate(self.holders) if holders]
         weights = [self.group_weights[number] for number in held]
         if not (wants_foreground and sum(weights) > 0):
             case = cases[_drawn(self.case_weights, random)]
-            # Of patches on the foreground, those of a case's own classes; else none.
+            # Without groups, a foreground patch is centred on a class of the case.
             share = float(wants_foreground and not self.groups)
             return _centred(case, random, self.patch_size, share)
         group = held[_drawn(weights, random)]
@@ -119,7 +120,7 @@ class WeightedSampler:
 
 
 def _drawn(weights: Sequence[float], random: np.random.Generator) -> int:
-    """A number drawn by weights."""
+    """The index of a weight, drawn with a probability proportional to the weight."""
     ends = np.cumsum(weights)
     return int(np.searchsorted(ends, random.random() * ends[-1], side="right"))
 
@@ -127,11 +128,17 @@ def _drawn(weights: Sequence[float], random: np.random.Generator) -> int:
 class PatchDataset(TorchDataset[Patch]):
     """Patch number i of a run: `name` of its case, `image` (channel, *cut), `label` (*cut).
 
-    Images are float16 if all cases are stored so, else float32. No case's array is kept.
+    Images are float16 if all cases are stored in float16, and otherwise float32. The arrays of
+    cases are not kept in memory. The number of patches has no limit; the loader decides how many
+    are drawn.
 
-    The `sampler` says where each patch lies. It is cut with a `margin` (voxels) beyond either end,
-    for the augmentation to turn it in. Beyond the volume stand its outermost voxels again. There is
-    no last patch: the loader decides how many are drawn.
+    Args:
+        cases: the prepared cases.
+        patch_size: size of a patch, in voxels.
+        margin: number of voxels that are cut in addition at each end, for rotation. Outside the
+            volume, its outermost voxels are repeated.
+        sampler: draws the place of each patch.
+        seed: seed of all patches.
     """
 
     def __init__(
@@ -154,14 +161,14 @@ class PatchDataset(TorchDataset[Patch]):
 
     @cached_property
     def image_type(self) -> torch.dtype:
-        """Of all patches, so that a batch of several cases has one."""
+        """The type of all images. It is the same for all cases, because they share batches."""
         half = all(case.image.dtype == np.float16 for case in self.cases)
         return torch.float16 if half else torch.float32
 
     def place(
         self, index: int, cases: Sequence[StoredCase] | None = None
     ) -> tuple[StoredCase, list[int]]:
-        """The case of patch number `index`, and the first voxel of its cut; of these very cases."""
+        """The case of patch number `index`, out of `cases`, and the first voxel of its cut."""
         random = np.random.default_rng([self.seed, index])
         case, centre = self.sampler(self.cases if cases is None else cases, index, random)
         return case, [int(c) - size // 2 for c, size in zip(centre, self.cut_size, strict=True)]
@@ -177,14 +184,19 @@ class PatchDataset(TorchDataset[Patch]):
 
 
 def indexable(labels: ndarray) -> ndarray:
-    """Labels in a type that PyTorch can gather: of its unsigned types only the smallest is one."""
+    """Labels in a type that PyTorch can gather: uint8 is kept, others become int32."""
     return labels if labels.dtype.itemsize == 1 else labels.astype(np.int32)
 
 
 def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:
-    """A copy of the block of the last three axes that begins at `start`.
+    """A copy of a block of the last three axes.
 
-    Beyond the array the block repeats the array's outermost voxels; some of it lies within.
+    Outside the array, its outermost voxels are repeated.
+
+    Args:
+        array: an array whose last axes are x, y and z.
+        start: index of the first voxel; may be negative.
+        size: size of the block. A part of it must lie inside the array.
     """
     inside: list[slice] = []
     beyond: list[tuple[int, int]] = []

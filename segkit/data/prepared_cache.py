@@ -1,14 +1,14 @@
-"""Prepared cases on disk: training holds one batch in memory, however many cases there are.
+"""Prepared cases on disk, so that training needs memory for only one batch.
 
-Each case is a folder of four arrays. They are mapped each time that they are read:
+Each case is a folder of four arrays, which are memory-mapped at each access:
 
     image.npy    channel x y z, float16 if that is enough (see `half_where_enough`), else float32
     label.npy    x y z, the smallest unsigned type
     voxels.npy   positions to centre patches on, one class after the other
-    classes.npy  the label of each class, and where its positions begin and end
+    classes.npy  the label of each class, and the first and last index of its positions
 
-The folder's name holds a digest of everything that the arrays depend on, so that a changed setting
-or file never meets an old array.
+The name of the folder contains a digest of everything that the arrays depend on. So an array is
+never used with a changed setting or file.
 """
 
 import hashlib
@@ -41,16 +41,16 @@ from segkit.system.workers import attempted, in_processes
 CACHE_FORMAT = 3
 POSITIONS_PER_CLASS = 10_000
 VOXELS_PER_PROCESS = 20_000_000
-"""Voxels that are prepared, roughly, in the time that another process takes to start."""
+"""About so many voxels are prepared in the time that another process needs to start."""
 BYTES_PER_VOXEL = 40
-"""The most memory that preparing a case takes, for each voxel and channel."""
+"""Peak memory of preparing a case, for each voxel and channel."""
 HALF_NOISE = 2.0**-8
-"""The rounding of half precision may be this share of a channel's standard deviation."""
+"""The largest rounding error of half precision, as a share of a channel's standard deviation."""
 
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A prepared case; its arrays are mapped from their files at each access."""
+    """A prepared case. Its arrays are memory-mapped from their files at each access."""
 
     name: str
     folder: Path
@@ -67,10 +67,10 @@ class StoredCase:
 
     @property
     def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
-        """For each label that is present, voxels of it (all, or 10,000 drawn evenly).
+        """Voxels of each label in the case: all, or 10,000 at even distances in the list.
 
-        The background and ignored voxels have none. But if a case has ignored voxels, all other
-        voxels stand under 0.
+        Background and ignored voxels are left out. But if a case has ignored voxels, all other
+        voxels are listed under 0.
         """
         voxels = _mapped(self.folder / "voxels.npy")
         classes = _mapped(self.folder / "classes.npy").tolist()
@@ -78,11 +78,11 @@ class StoredCase:
 
     @property
     def labels(self) -> set[int]:
-        """The labels that are present, but for the background."""
+        """The labels in the case, without the background."""
         return set(_mapped(self.folder / "classes.npy")[:, 0].tolist()) - {0}
 
     def check(self, num_channels: int) -> None:
-        """Raise DatasetError unless the arrays are what `write_arrays` makes."""
+        """Raise DatasetError unless the arrays have the form that `write_arrays` gives them."""
         image, label, voxels, classes = (
             _mapped(self.folder / f"{name}.npy") for name in ("image", "label", "voxels", "classes")
         )
@@ -114,23 +114,28 @@ def store_cases(
     track: Callable[[Iterable[CaseFiles]], Iterable[CaseFiles]] = iter,
     num_processes: int | None = None,
 ) -> tuple[StoredCase, ...]:
-    """Prepare each case that is not in `folder` yet, in as many processes as that is worth.
+    """Prepare each case that is not in `folder` yet, in several processes if this is faster.
 
     Args:
-        cases: of the dataset.
-        dataset: its channels and labels.
-        folder: of the cache.
-        spacing: in mm along x, y and z.
-        normalisers: one for each channel; for several processes they must pickle.
-        order: of the interpolation, 1 or 3.
-        settings: a value for JSON that names the normalisers; it is part of the digest.
-        first_labels: by the name of a case, the file with a first stage's labels, which become the
-            last channel of its image.
-        track: shows progress.
-        num_processes: by default as many as cores, memory and the work allow.
+        cases: cases of the dataset.
+        dataset: the dataset, with its channels and labels.
+        folder: folder of the cache.
+        spacing: target spacing in mm along x, y and z.
+        normalisers: one function for each channel; several processes need functions that pickle.
+        order: order of the interpolation of images.
+        settings: JSON value that describes the normalisers; it is part of the digest.
+        first_labels: file with first-stage labels of each case, by the case's name. The labels
+            become the last channel of the image.
+        track: shows the progress over cases.
+        num_processes: number of processes. Default: as many as cores, memory and work allow.
 
-    Raises DatasetError or VolumeError as `read_case` does, for all cases together once the others
-    are stored, and WorkerError if a process was killed. Cases that are stored by then stay.
+    Returns:
+        The stored cases, in the order of `cases`.
+
+    Raises:
+        DatasetError, VolumeError: cases cannot be read. The error is raised after all other cases
+            are stored, and `problems` lists all such cases.
+        WorkerError: a process was killed. Cases that are stored already are kept.
     """
     described = replace(dataset, cases=())
     firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
@@ -158,8 +163,8 @@ def store_cases(
         )
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    # Folders appear whole: they are filled in here and then renamed. Whatever ends this, a killed
-    # process included, takes with it what was not finished.
+    # Each folder is filled in here and then renamed, so that it is complete or does not exist. If
+    # the process ends early, or is killed, the unfinished ones are removed.
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
         store = partial(
             _store,
@@ -187,9 +192,14 @@ def write_arrays(
     ignore: int | None = None,
     marked: Callable[[ndarray], ndarray] = lambda label: label,
 ) -> None:
-    """Fill a new folder with the arrays of a case; `ignore` is the label of ignored voxels.
+    """Write the arrays of a case into a new folder.
 
-    The label is stored as `marked` makes it.
+    Args:
+        folder: the new folder.
+        image: normalised intensities.
+        label: labels on the same grid.
+        ignore: the label of ignored voxels.
+        marked: a function that changes the label before it is stored.
     """
     folder.mkdir()
     np.save(folder / "image.npy", half_where_enough(image))
@@ -203,9 +213,9 @@ def write_arrays(
 
 
 def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
-    """A label with the set of the case's unlabelled classes added, as `PartlyLabelled` has it.
+    """A label that also encodes the case's unlabelled classes, as `PartlyLabelled` needs it.
 
-    All cases of a dataset have one type, so that they fit into one batch.
+    The labels of all cases of a dataset have the same type, because they share batches.
     """
     sets = dataset.unlabelled_sets
     if len(sets) == 1:
@@ -216,11 +226,11 @@ def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
 
 
 def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
-    """The image in half precision if that is exact enough, else the image itself.
+    """The image in half precision if this is exact enough, else the image itself.
 
-    A half-precision value is off by at most 2^-11 of itself (below 2^-14, by 2^-25). That is enough
-    if all values stay finite and the root mean square of the rounding is at most 1/256 of each
-    channel's standard deviation. Z-scores and CT windows meet this.
+    The error of a half-precision value is at most 2^-11 of the value (below 2^-14: at most 2^-25).
+    This is exact enough if all values stay finite and the root mean square of the errors is at most
+    1/256 of each channel's standard deviation. Z-scores and CT windows usually meet this.
     """
     with np.errstate(over="ignore"):
         half = image.astype(np.float16)
@@ -239,10 +249,10 @@ def _as_stored(
     results: Iterator[SegkitError | None],
     problems: Problems,
 ) -> Iterator[CaseFiles]:
-    """Each case as soon as it is stored, or what is wrong with it is noted."""
+    """Each case, as soon as it is stored or its error is added to `problems`."""
     for case in cases:
         error = next(results) if case.name in pending else None
-        if isinstance(error, TooLargeError):  # as others will be, by the same spacing
+        if isinstance(error, TooLargeError):  # other cases would fail for the same spacing
             raise DatasetError(str(error))
         with problems.noted():
             if error is not None:
@@ -253,7 +263,7 @@ def _as_stored(
 def _processes(
     cases: Sequence[CaseFiles], dataset: Dataset, spacing: Sequence[float], num_channels: int
 ) -> int:
-    """How many processes are worth their start and fit into memory."""
+    """The number of processes that fit into memory and save more time than they need to start."""
     if len(cases) < 2 or num_cores() < 2:
         return 1
     sizes = []
@@ -277,7 +287,7 @@ def _store(
 ) -> None:
     case, first, target = task
     volume, label_volume = read_case(case, dataset)
-    # A case without an image has its background in its label; its own image stays blank.
+    # Without an image, the label decides which part of the volume is background.
     labels = label_volume.data[..., None].repeat(len(normalisers), axis=3)
     body = volume if case.images else volume.like(labels)
     try:
@@ -306,7 +316,7 @@ def _mapped(path: Path) -> ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path.parent) from error
-    if not isinstance(array, ndarray):  # but a zip of several
+    if not isinstance(array, ndarray):  # a zip file of several arrays
         array.close()
         raise _damaged(path.parent)
     return array
@@ -314,8 +324,8 @@ def _mapped(path: Path) -> ndarray:
 
 def _damaged(folder: Path) -> DatasetError:
     return DatasetError(
-        f"{folder}: expected a prepared case, found arrays that are damaged or of another kind; "
-        f"delete the folder, and it is prepared again"
+        f"{folder}: expected a prepared case, found damaged or wrong arrays; delete the folder to "
+        f"have the case prepared again"
     )
 
 

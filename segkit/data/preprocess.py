@@ -1,7 +1,7 @@
-"""One form for every volume: the body's box, RAS+ axes, the network's spacing, normalised values.
+"""Preprocessing of a volume: crop to the body, RAS+ axes, normalisation, the network's spacing.
 
-Training and prediction both call `prepare_image`. The grid of its result says exactly where the
-result lies, so that predictions find their way back to the scan.
+Training and prediction both call `prepare_image`. The grid of its result gives the exact position
+of the result in the scan, so that predictions can be mapped back.
 """
 
 import math
@@ -28,28 +28,29 @@ BYTES_PER_VALUE = 4
 
 
 class TooLargeError(VolumeError):
-    """A volume takes more memory at a network's spacing than there is."""
+    """A volume does not fit into free memory at the network's spacing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An image as the network sees it, (channel, x, y, z) in RAS+ order, and where it lies."""
+    """A prepared image, (channel, x, y, z) in RAS+ order, and its position in the volume."""
 
     image: Float[Tensor, "channel x y z"]
     grid: Grid
+    """The grid of the prepared image."""
     source: Grid
-    """The box of the volume that it was made from, turned to RAS+ but at its own spacing."""
+    """The part of the volume that the image was made from, in RAS+ order, at its own spacing."""
     box: Box
-    """The box, in voxels of the turned volume."""
+    """This part as a box of voxels of the volume in RAS+ order."""
     orientation: Orientation
     """The directions of the volume's own axes."""
     orders: tuple[Order, Order, Order]
     """The order of resampling along each axis; 0 along the axis of separate slices."""
 
     def positions_of_source(self) -> tuple[ndarray, ndarray, ndarray]:
-        """The source's cell centres on the grid, as fractional indices along each axis.
+        """The centres of the source's voxels as fractional indices of the grid, along each axis.
 
-        Along an axis that was resampled by the nearest slice they are the whole indices of slices.
+        Along an axis that was resampled by the nearest slice, they are whole indices of slices.
         """
         x, y, z = (
             positions if order else nearest(positions)
@@ -68,19 +69,24 @@ def prepare_image(
     order: Literal[1, 3] = 1,
     device: torch.device | None = None,
 ) -> Prepared:
-    """Turn to RAS+, cut the body's box, normalise each channel, and resample to `spacing`, mm.
+    """Prepare a volume: RAS+ order, crop to the body, normalisation, and resampling.
 
-    The box holds every voxel that is not 0 (nnU-Net): a background of zeros would only mislead
-    normalisation, that of the image and those inside a network.
+    The volume is cropped to the smallest box around all voxels that are not 0, as in nnU-Net,
+    because a background of zeros would disturb normalisation, of the image and inside a network.
 
-    Resampling is linear or, with order 3, cubic. A cubic spline that overshoots an edge is clipped
-    to the channel's own range, as in skimage's `resize`, which nnU-Net calls. Along an axis of
-    slices far apart (`separate_axis`) each voxel comes from the nearest slice: nothing is invented
-    between slices.
+    Cubic splines can overshoot at edges, so the result is clipped to the range of the channel, as
+    in skimage's `resize`, which nnU-Net uses. Along an axis of slices that are far apart
+    (`separate_axis`), each voxel comes from the nearest slice.
 
-    Normalised and resampled on a `device`, where the image then lies; by default on the CPU.
+    Args:
+        volume: the volume.
+        spacing: target spacing in mm along x, y and z.
+        normalisers: one function for each channel.
+        order: order of the interpolation: 1 is linear, 3 is cubic.
+        device: the device that normalises and resamples, and then holds the image. Default: CPU.
 
-    Raises VolumeError before anything is allocated, if the image would not fit into free memory.
+    Raises:
+        VolumeError: the result would not fit into free memory; nothing is allocated then.
     """
     orientation = Orientation.of(volume.grid.affine)
     turned = orientation.turn(volume.data.reshape(*volume.grid.shape, -1))
@@ -93,9 +99,9 @@ def prepare_image(
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
     image = torch.empty(len(normalisers), *grid.shape, device=device)
-    # One channel after the other, so that one at a time is held at the volume's own spacing.
+    # One channel after the other, so that only one is in memory at the volume's own spacing.
     for channel, normalise in enumerate(normalisers):
-        # A copy, as torch takes no reversed view.
+        # A copy, because torch cannot take a reversed view.
         values = torch.from_numpy(np.array(turned[..., channel], np.float32, order="C"))
         values = normalise(values.to(image.device))
         image[channel] = resample(values[None], positions, (x, y, z))[0]
@@ -105,7 +111,7 @@ def prepare_image(
 
 
 def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> None:
-    # In floating point, as an absurd spacing makes numbers that no integer holds.
+    # In floating point, because an absurd spacing gives numbers too large for integers.
     with np.errstate(over="ignore"):
         shape = (np.array(source.shape) * (source.spacing / np.array(spacing))).tolist()
     needed, free = BYTES_PER_VALUE * num_channels * math.prod(shape), free_memory()
@@ -113,20 +119,25 @@ def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> 
         size = " x ".join(f"{length:.3g}" for length in shape)
         raise TooLargeError(
             f"expected a volume that fits into memory at the network's spacing of "
-            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which take "
-            f"{needed / 1e9:.3g} GB where {free / 1e9:.3g} GB are free; check both spacings"
+            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which need "
+            f"{needed / 1e9:.3g} GB while {free / 1e9:.3g} GB are free; check both spacings"
         )
 
 
 def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:
-    """The order along each axis: 0 along the axis of separate slices, if there is one."""
+    """The order of interpolation along each axis: 0 along the axis of separate slices, if any."""
     apart = separate_axis(source.spacing, grid.spacing)
     x, y, z = (NEAREST if axis == apart else order for axis in range(3))
     return x, y, z
 
 
 def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]:
-    """A label turned, cut and resampled as its image was, but linearly instead of cubically."""
+    """A label, oriented, cropped and resampled like its image, but linearly instead of cubically.
+
+    Args:
+        label: the label on the grid of the original volume.
+        prepared: the prepared image.
+    """
     turned = prepared.orientation.turn(label.data)[prepared.box]
     return resample_labels(
         torch.from_numpy(np.array(turned, order="C")),
@@ -136,7 +147,7 @@ def prepare_label(label: Volume, prepared: Prepared) -> Integer[Tensor, "x y z"]
 
 
 def body_box(values: Shaped[ndarray, "x y z channel"]) -> Box:
-    """The smallest box that holds every voxel with a channel that is not 0, or else everything."""
+    """The smallest box around all voxels that are not 0 in every channel; all if there are none."""
     sizes = values.shape[:3]
     held = [np.zeros(size, bool) for size in sizes]
     for number, plane in enumerate(np.moveaxis(values, 2, 0)):
@@ -159,7 +170,7 @@ def cropped(grid: Grid, box: Box) -> Grid:
 
 
 def median_spacing(grids: Sequence[Grid]) -> tuple[float, float, float]:
-    """The median voxel size (mm) of grids along right-left, back-front and foot-head."""
+    """The median voxel size of grids, in mm along right-left, back-front and foot-head."""
     turned = [Orientation.of(grid.affine).turn_grid(grid).spacing for grid in grids]
     x, y, z = np.median(np.array(turned), axis=0)
     return rounded_spacing((x, y, z))

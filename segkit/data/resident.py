@@ -1,7 +1,7 @@
-"""Prepared cases that lie on the training device whole, and patches that are cut there.
+"""Prepared cases that are completely in the memory of the training device, which cuts patches.
 
-A patch of the device is the patch that `PatchDataset` cuts on the host, number for number: the same
-draws place it, and the same voxels are copied. Nothing but its place goes to the device.
+The patches are exactly those that `PatchDataset` cuts on the CPU: the same random numbers place
+them, and the same voxels are copied. Only the place of a patch is sent to the device.
 """
 
 import math
@@ -21,58 +21,58 @@ from segkit.data.prepared_cache import StoredCase
 from segkit.system.resources import free_memory_of
 
 SHARE_OF_MEMORY = 0.4
-"""Of the device's free memory, what cases may take; the rest is for the network and its step."""
+"""Cases may use this share of the device's free memory; the rest is for the training step."""
 
 
 class OpenedCase(StoredCase):
-    """A stored case whose arrays stay mapped, as samplers look at it for every patch."""
+    """A stored case whose arrays stay mapped, because samplers use it for every patch."""
 
     @cached_property
     def image(self) -> ndarray:
-        """As `StoredCase.image`."""
+        """The array of `StoredCase.image`."""
         return super().image
 
     @cached_property
     def label(self) -> ndarray:
-        """As `StoredCase.label`."""
+        """The array of `StoredCase.label`."""
         return super().label
 
     @cached_property
     def positions(self) -> dict[int, Integer[ndarray, "voxels 3"]]:
-        """As `StoredCase.positions`."""
+        """The arrays of `StoredCase.positions`."""
         return super().positions
 
 
 def bytes_of(cases: Sequence[StoredCase]) -> int:
-    """What the images and labels of cases take in memory, in the types they are stored in."""
+    """Bytes of the images and labels of cases, in their stored types."""
     return sum(case.image.nbytes + case.label.nbytes for case in cases)
 
 
 def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
-    """Whether cases should lie on a device whole: on a GPU of which they take a small share."""
+    """Whether all cases should be loaded to the device: only to a GPU with enough free memory."""
     if device.type != "cuda":
         return False
     return bytes_of(cases) <= SHARE_OF_MEMORY * free_memory_of(device)
 
 
 def on_device(array: ndarray, device: torch.device) -> Tensor:
-    """An array on a device, in its own type."""
+    """The array as a tensor on a device, in the same type."""
     return torch.from_numpy(np.array(array)).to(device)
 
 
 class ResidentPatches:
-    """The patches of a data set, cut on a device where all of its cases lie.
+    """The patches of a `PatchDataset`, cut on a device that holds all cases.
 
     Args:
-        patches: whose patches these are.
-        device: where they are cut.
+        patches: the dataset of patches.
+        device: the device.
     """
 
     def __init__(self, patches: PatchDataset, device: torch.device) -> None:
         self.patches = patches
         self.device = device
         self.cases = [OpenedCase(case.name, case.folder) for case in patches.cases]
-        # All voxels of all cases stand in one row, so that one index cuts a whole batch.
+        # The voxels of all cases are in one row, so that one index operation cuts a whole batch.
         kind = patches.image_type
         self.images = torch.cat(
             [on_device(case.image, device).flatten(1).to(kind) for case in self.cases], dim=1
@@ -87,7 +87,7 @@ class ResidentPatches:
         }
 
     def batch(self, numbers: Sequence[int]) -> Patch:
-        """The patches of these numbers, as the host's loader puts them into one batch."""
+        """The patches with these numbers as one batch, in the form of PyTorch's loader."""
         names, rows = [], []
         for number in numbers:
             case, start = self.patches.place(number, self.cases)
@@ -95,7 +95,7 @@ class ResidentPatches:
             rows.append([self.first_voxels[case.folder], *start, *case.label.shape])
         table = torch.tensor(rows)
         if self.device.type == "cuda":
-            table = table.pin_memory()  # else the copy would be waited for
+            table = table.pin_memory()  # otherwise the CPU would wait for the copy
         index = self._voxels(table.to(self.device, non_blocking=True))
         return {
             "name": names,
@@ -104,7 +104,7 @@ class ResidentPatches:
         }
 
     def _voxels(self, table: Integer[Tensor, "batch 7"]) -> Integer[Tensor, "batch x y z"]:
-        """Where each voxel of each patch stands in the row; beyond a case, its outermost voxel."""
+        """The index in the row of each voxel of each patch; outside a case, its outermost voxel."""
         first, starts, shapes = table[:, 0], table[:, 1:4], table[:, 4:7]
         index = torch.zeros((len(table), 1, 1, 1), dtype=torch.long, device=table.device)
         for axis, count in enumerate(self.patches.cut_size):
@@ -118,15 +118,15 @@ class ResidentPatches:
 
 
 class ResidentLoader:
-    """Batches of the numbers that a sampler gives, cut on the device: a loader without workers."""
+    """A loader without workers: it cuts batches on the device, by the numbers of a sampler."""
 
     def __init__(self, patches: ResidentPatches, sampler: Sampler[int], batch_size: int) -> None:
         self.patches = patches
-        self.numbers = sampler  # Lightning takes what has a `sampler` for a DataLoader
+        self.numbers = sampler  # with the name `sampler`, Lightning would expect a DataLoader
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches in a whole epoch."""
         return math.ceil(len(self.numbers) / self.batch_size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Patch]:
@@ -142,10 +142,10 @@ class ResidentLoader:
 
 
 class ResidentCases:
-    """Held-out cases whole, on a device: `image` (channel, x, y, z), as stored, and `label`."""
+    """Whole held-out cases on a device: `image` (channel, x, y, z) in its stored type, `label`."""
 
     def __init__(self, cases: Sequence[StoredCase], sampler: Sampler[int], device: torch.device):
-        self.numbers = sampler  # Lightning takes what has a `sampler` for a DataLoader
+        self.numbers = sampler  # with the name `sampler`, Lightning would expect a DataLoader
         self.held: list[dict[str, Tensor]] = [
             {
                 "image": on_device(case.image, device),
@@ -155,9 +155,9 @@ class ResidentCases:
         ]
 
     def __len__(self) -> int:
-        """How many cases this process validates on."""
+        """Number of cases that this process validates on."""
         return len(self.numbers)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Each case."""
+        """The cases, in order."""
         return (self.held[number] for number in self.numbers)

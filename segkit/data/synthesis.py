@@ -1,9 +1,9 @@
-"""Scans that never were, drawn from label maps, so that a network learns anatomy and not contrast.
+"""Synthetic scans, drawn from label maps, so that a network learns anatomy instead of contrast.
 
-After SynthSeg (Billot et al. 2023, Medical Image Analysis 86, arXiv:2107.09559): the map is
-deformed smoothly; each label is given an intensity at random and a texture; then come blur, a bias
-field, noise and gamma. All of it runs in batches on the labels' device, in 2D and in 3D. A few
-numbers are drawn by a generator on the CPU; a number for every voxel is drawn on the device.
+The method is SynthSeg (Billot et al. 2023, Medical Image Analysis 86, arXiv:2107.09559). The map is
+deformed smoothly; each label gets a random intensity and texture; then follow blur, a bias field,
+noise and gamma. All steps run in batches on the device of the labels, in 2D and 3D. A generator on
+the CPU draws single numbers; the device draws numbers for every voxel.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,10 @@ def smooth_field(
     generator: Generator,
     device: torch.device | None = None,
 ) -> Float[Tensor, "batch channel *space"]:
-    """Standard normal numbers at control points about 16 voxels apart, interpolated linearly."""
+    """A smooth random field: normal numbers at points about 16 voxels apart, interpolated linearly.
+
+    The numbers have mean 0 and standard deviation 1 at the control points.
+    """
     points = [max(round(size / CONTROL_SPACING) + 1, 2) if size > 1 else 1 for size in space]
     coarse = torch.randn(batch_size, channels, *points, generator=generator)
     return F.interpolate(
@@ -42,10 +45,14 @@ def smooth_field(
 def deform(
     labels: Integer[Tensor, "batch *space"], *, amplitude: float, generator: Generator
 ) -> Integer[Tensor, "batch *space"]:
-    """Labels read at smoothly displaced places, by nearest neighbour.
+    """Labels, deformed by a smooth random displacement, by nearest neighbour.
 
-    `amplitude` is the displacement's standard deviation at the control points, in voxels. Axes of
-    one voxel stay. What is read beyond the edge is the edge's label.
+    Axes of one voxel are not deformed. Outside the map, its outermost labels are repeated.
+
+    Args:
+        labels: label maps.
+        amplitude: standard deviation of the displacement at the control points, in voxels.
+        generator: a generator on the CPU.
     """
     space, device = labels.shape[1:], labels.device
     displacement = amplitude * smooth_field(
@@ -54,7 +61,7 @@ def deform(
     for axis, size in enumerate(space):
         if size == 1:
             displacement[:, axis] = 0
-        # grid_sample counts in half axes, last axis first.
+        # In grid_sample, an axis has length 2, and the last axis comes first.
         displacement[:, axis] /= size / 2
     offset = displacement.flip(1).movedim(1, -1)
     identity = torch.eye(len(space), len(space) + 1, device=device).expand(len(labels), -1, -1)
@@ -76,12 +83,18 @@ def synthesise(
     intensities: Sequence[tuple[float, float]] | None,
     generator: Generator,
 ) -> Float[Tensor, "batch 1 *space"]:
-    """An image for each label map, normalised over its non-zero voxels.
+    """A synthetic image for each label map, normalised over its non-zero voxels.
 
-    `intensities[label]` is the range that a label's mean is drawn from; [0, 1] for every label
-    where None, for any contrast whatever. A label whose mean is 0 has neither texture nor noise, as
-    the background of a scan without its skull; mean and deviation are taken over the others, as the
-    normalisation `zscore` with `nonzero` does to a real scan.
+    A label whose mean is 0 has neither texture nor noise, like the background of a skull-stripped
+    scan. Mean and deviation are taken over the other voxels, as in the normalisation `zscore` with
+    `nonzero`.
+
+    Args:
+        labels: label maps.
+        num_labels: number of labels.
+        intensities: the range from which the mean intensity of each label is drawn. None means
+            [0, 1] for all labels, so that contrasts are completely random.
+        generator: a generator on the CPU.
     """
     batch, *space = labels.shape
     device = labels.device

@@ -1,4 +1,4 @@
-"""The variation of patches in training, made from the settings of the data."""
+"""The augmentation of patches in training, made from the settings of the data."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,8 @@ from segkit.errors import ConfigError
 ELASTIC_PROBABILITY = 0.2
 CONTROL_POINTS_MM = 24.0
 BENDING = 1 / 12
-"""The amplitude of bending, as a share of the distance of its control points; nothing folds."""
+"""Amplitude of the elastic deformation, as a share of the distance between control points. It is
+small enough that nothing folds over."""
 
 
 def build_variation(
@@ -26,22 +27,24 @@ def build_variation(
     labels: Sequence[str],
     first_classes: int = 0,
 ) -> tuple[Vary, tuple[int, ...]]:
-    """The function that varies a batch, and the voxels to cut beyond either end of each patch.
+    """The function that augments a batch, and the margin that patches need for it, in voxels.
 
-    With `data.synthesis` images are drawn from labels that were turned and deformed, and their
+    With `data.synthesis`, images are drawn from labels that were rotated and deformed, and their
     intensities are not varied further.
 
     Args:
         config: the settings of the data.
-        patch_size: in voxels along x, y and z.
-        spacing: in mm along x, y and z.
-        labels: a name for each number that label maps hold.
-        first_classes: the number of classes in a first stage's labels, which are the last channel.
+        patch_size: size of a patch in voxels along x, y and z.
+        spacing: spacing in mm along x, y and z.
+        labels: a name for each number in label maps.
+        first_classes: number of classes of a first stage, whose labels are the last channel; 0
+            without a first stage.
 
-    Raises ConfigError if `data.synthesis` names a label that the dataset does not have.
+    Raises:
+        ConfigError: `data.synthesis` names an unknown label.
     """
     mirror_axes = tuple(WORLD_AXES[name] for name in config.mirrored(labels))
-    # A patch has two control points at least along its longest side, or it would only be shifted.
+    # Along its longest side, a patch has at least two control points; with one it would only move.
     sides = zip(patch_size, spacing, strict=True)
     longest = max(size * step for size, step in sides if size > 1)
     apart = min(CONTROL_POINTS_MM, longest / 2)
@@ -81,13 +84,13 @@ def build_variation(
 def _synthesiser(
     settings: SynthesisConfig, labels: Sequence[str]
 ) -> Callable[[Tensor, Generator], tuple[Tensor, Tensor]]:
-    """Deforms a label map, and draws an image for it."""
+    """A function that deforms label maps and draws an image for each."""
     intensities = None
     if settings.intensities is not None:
         if unknown := sorted(set(settings.intensities) - set(labels)):
             raise ConfigError(
-                f"data.synthesis.intensities names {unknown[0]!r}; "
-                f"the dataset has {', '.join(map(repr, labels))}"
+                f"data.synthesis.intensities names {unknown[0]!r}, but the dataset has "
+                f"{', '.join(map(repr, labels))}; correct the name"
             )
         intensities = [settings.intensities.get(name, (0.0, 1.0)) for name in labels]
 

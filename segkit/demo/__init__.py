@@ -1,1 +1,1 @@
-"""`segkit demo`: an embedded task, trained, segmented and explained in minutes."""
+"""`segkit demo`: train, segment and write attention maps in minutes, without any data."""

@@ -1,8 +1,8 @@
-"""`segkit demo`: the whole road in a few minutes, offline, on a real scan.
+"""`segkit demo`: train and segment a real scan in a few minutes, offline.
 
-nilearn's package holds the ICBM 2009a template (Fonov et al. 2011): an average T1 scan of 152
-people without its skull, and maps of grey and white matter. The network is trained on scans that
-are synthesised from the tissue map, and then segments the T1, whose intensities it has never seen.
+The package nilearn contains the ICBM 2009a template (Fonov et al. 2011): an average T1 scan of 152
+people without skull, and maps of grey and white matter. The network trains on scans that are
+synthesised from the tissue map. It then segments the T1 scan, whose intensities it has never seen.
 """
 
 import shutil
@@ -33,14 +33,15 @@ SCORED = ("grey matter", "white matter")
 RESOLUTION_MM = 2
 DEMO_STEPS = 300
 BRAIN_THRESHOLD = 0.02
-"""Of the scan's range 0 to 1: nilearn's interpolation leaves ripples below it outside the brain."""
+"""Lowest intensity of brain, on the scan's scale 0 to 1. Interpolation in nilearn leaves small
+values outside the brain."""
 T1_INTENSITIES = {
     "background": [0.0, 0.0],
     "other": [0.1, 0.4],
     "grey matter": [0.5, 0.7],
     "white matter": [0.75, 1.0],
 }
-"""Prior ranges of a T1 scan's mean intensities: fluid dark, grey in the middle, white bright."""
+"""Ranges of the mean intensities of tissues in a T1 scan: fluid dark, white matter bright."""
 
 
 def run_demo(
@@ -53,21 +54,34 @@ def run_demo(
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """Train, segment, map, and write everything into `out`; the content of its summary.json.
+    """Train, segment the real scan, and write results and maps.
 
-    Raises SegkitError where the extra `demo` is not installed or `out` is in use.
+    Args:
+        out: the folder for all results.
+        contrast: contrasts of the training scans: similar to a T1 scan, or random.
+        steps: training steps.
+        overwrite: whether an earlier demo in `out` may be replaced.
+        say: prints a line.
+        callbacks: of Lightning, for training.
+        track: reports the progress.
+
+    Returns:
+        The content of `out/summary.json`.
+
+    Raises:
+        SegkitError: if the extra `demo` is not installed or `out` contains other files.
     """
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise SegkitError(f"{out}: exists already; pass --overwrite or name another --out")
         if not (out / "summary.json").exists() and not (out / "dataset" / "dataset.json").exists():
-            raise SegkitError(f"{out}: holds other files than a demo's; name another --out")
+            raise SegkitError(f"{out}: contains files that are not from a demo; name another --out")
         shutil.rmtree(out)
     say("A U-Net with attention gates learns grey and white matter from synthesised scans.")
     scan, reference = load_template()
     dataset = out / "dataset"
     write_dataset(dataset, scan, reference)
-    with advice_on_stop("segkit demo --overwrite begins anew"):
+    with advice_on_stop("segkit demo --overwrite starts again"):
         run = train(
             demo_config(dataset, contrast=contrast, steps=steps),
             runs=out / "runs",
@@ -96,10 +110,10 @@ def run_demo(
         "steps": run.summary["steps"],
         "parameters": run.summary["parameters"],
         "contrast": contrast,
-        "seen_in_training": "the template's tissue map, turned, scaled, mirrored and deformed, "
-        "with intensities drawn at random "
-        + ("about those of a T1 scan" if contrast == "t1" else "for each tissue"),
-        "not_seen_in_training": "the real T1 scan; its anatomy, however, is that of the tissue map",
+        "seen_in_training": "the template's tissue map, rotated, scaled, mirrored and deformed, "
+        "with random intensities "
+        + ("similar to those of a T1 scan" if contrast == "t1" else "for each tissue"),
+        "not_seen_in_training": "the real T1 scan; but its anatomy is that of the tissue map",
         "versions": run.summary["versions"],
     }
     write_json(out / "summary.json", summary)
@@ -108,12 +122,16 @@ def run_demo(
 
 
 def load_template() -> tuple[Volume, Volume]:
-    """The T1 scan and its tissue map on one 2 mm grid, from the files in nilearn's package.
+    """The T1 scan and its tissue map on one 2 mm grid, from files in the package nilearn.
 
-    A voxel of the brain is grey or white matter where that map is the largest of grey, white and
-    what is left of 1; fluid and all else are 'other'.
+    A brain voxel gets the tissue with the largest share: grey matter, white matter, or 'other' (the
+    rest to 1, mostly fluid).
 
-    Raises SegkitError if nilearn is not installed.
+    Returns:
+        The scan and the tissue labels.
+
+    Raises:
+        SegkitError: if nilearn is not installed.
     """
     try:
         from nilearn import datasets
@@ -122,7 +140,7 @@ def load_template() -> tuple[Volume, Volume]:
             "the demo needs nilearn and matplotlib; run pip install 'segkit[demo]'"
         ) from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nilearn's, about its own defaults
+        warnings.simplefilter("ignore")  # nilearn warns about its own defaults
         images = [
             load(resolution=RESOLUTION_MM)
             for load in (
@@ -141,9 +159,15 @@ def load_template() -> tuple[Volume, Volume]:
 
 
 def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
-    """Write two cases: the tissue map, to train on, and the real scan with it, held out.
+    """Write a dataset of two cases: the tissue map for training, and the held-out real scan.
 
-    Raises OSError if the folder cannot be written.
+    Args:
+        folder: where the dataset is written.
+        scan: the real scan.
+        reference: the tissue labels on the same grid.
+
+    Raises:
+        OSError: if the folder cannot be written.
     """
     write_volume(folder / "labelsTr" / "tissue_map.nii.gz", reference)
     write_volume(folder / "labelsTr" / "real_t1.nii.gz", reference)
@@ -163,7 +187,17 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
 def demo_config(
     dataset: Path, *, contrast: Literal["t1", "random"], steps: int = DEMO_STEPS, seed: int = 0
 ) -> Config:
-    """The config of the demo's training. Raises ConfigError if a setting does not fit."""
+    """The config of the demo's training.
+
+    Args:
+        dataset: a folder from `write_dataset`.
+        contrast: contrasts of the training scans: similar to a T1 scan, or random.
+        steps: training steps.
+        seed: of all random numbers.
+
+    Raises:
+        ConfigError: if a setting is not valid.
+    """
     tree = {
         "name": "demo",
         "data": {
@@ -187,7 +221,7 @@ def demo_config(
 
 
 def panels(scan: Volume, reference: Volume, prediction: Prediction) -> list[Panel]:
-    """What the montage shows, over the scan: nothing, the reference, the prediction, each gate."""
+    """The panels of the montage: the scan, its reference, the prediction, and each gate map."""
     shown: list[Panel] = [
         ("real T1 scan", None, "labels"),
         ("reference", reference.data, "labels"),
@@ -201,7 +235,7 @@ def panels(scan: Volume, reference: Volume, prediction: Prediction) -> list[Pane
 
 
 def report(out: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Say the score, what it is worth, and what to do next."""
+    """Print the score, its limits, and next steps."""
     dice = summary["dice"]
     scores = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
     say("")
@@ -211,7 +245,10 @@ def report(out: Path, summary: dict[str, Any], say: Callable[[str], None]) -> No
     )
     say(f"Seen in training: {summary['seen_in_training']}.")
     say(f"Not seen: {summary['not_seen_in_training']}.")
-    say("So this shows that contrast is learned from synthesis, not that new patients are solved.")
+    say(
+        "This shows that a network can learn a new contrast from synthetic scans. It does not show "
+        "that it can segment new patients."
+    )
     say("")
     say(f"Look at        {out / 'montage.png'}  and the gate maps in {out / 'maps'}/")
     say(

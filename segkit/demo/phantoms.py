@@ -1,8 +1,8 @@
-"""Scans that look like hippocampi, drawn anew: a dataset to try things on, with no patient in it.
+"""Synthetic scans with a structure like the hippocampus: a dataset without patients, for trials.
 
-A bent tube, thick in front and thin behind, lies in white matter below a ventricle and beside a
-cortex that is as grey as it is; so intensity alone does not find it. Every case is bent anew and
-scanned with contrasts of its own (segkit.data.synthesis).
+A bent tube, thick in front and thin behind, lies in white matter, below a ventricle and beside
+cortex of the same intensity. A network therefore needs more than intensity to find it. Every case
+has its own random deformation and contrast (segkit.data.synthesis).
 """
 
 from pathlib import Path
@@ -21,19 +21,27 @@ from segkit.io.volume import Volume, write_volume
 PHANTOM_LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 SHAPE = (24, 32, 24)
 SPACING = 1.5
-"""mm; the box is 36 × 48 × 36 mm."""
-# Tissues: white matter 0, fluid 1, cortex 2, and the structure's two parts, as grey as the cortex.
+"""Voxel size in mm; the image is 36 × 48 × 36 mm."""
+# Tissues: white matter 0, fluid 1, cortex 2, and the two parts of the structure, like cortex.
 WHITE, FLUID, CORTEX, ANTERIOR, POSTERIOR = range(5)
 INTENSITIES = [(0.75, 0.85), (0.15, 0.25), (0.5, 0.55), (0.5, 0.55), (0.5, 0.55)]
 PHANTOM_BENDING = 1.2
-"""Voxels, standard deviation of the displacement at points 16 voxels apart."""
+"""Standard deviation, in voxels, of the displacement at points 16 voxels apart."""
 
 
 def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
-    """Write a dataset: scans, labels and dataset.json, the same of the same seed.
+    """Write a dataset with scans, labels and dataset.json.
 
-    Labels are the Decathlon's of Task04: the anterior 40 % of the tube's length, and the rest.
-    Raises OSError if the folder cannot be written.
+    The labels are those of the Decathlon's Task04: 'anterior' (here 40 % of the tube's length) and
+    'posterior' (the rest).
+
+    Args:
+        folder: where the dataset is written.
+        num_cases: number of cases.
+        seed: of all random numbers; the same seed gives the same files.
+
+    Raises:
+        OSError: if the folder cannot be written.
     """
     generator = Generator().manual_seed(seed)
     origin = -SPACING * (np.array(SHAPE) - 1) / 2
@@ -47,7 +55,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
         image = synthesise(
             bent, num_labels=len(INTENSITIES), intensities=INTENSITIES, generator=generator
         )
-        # As a scanner would give it: whole numbers from 0 on.
+        # Like the output of a scanner: whole numbers from 0.
         scan = ((image[0, 0] - image.min()) * 200).round().to(torch.int16)
         label = torch.where(bent[0] >= ANTERIOR, bent[0] - CORTEX, 0).to(torch.uint8)
         name = f"hippocampus_{number:03d}.nii.gz"
@@ -65,13 +73,17 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
 
 
 def tissues(grid: Grid) -> Integer[ndarray, "x y z"]:
-    """The tissue of every voxel of a grid whose world (mm) has its origin in the middle."""
+    """The tissue of every voxel.
+
+    Args:
+        grid: its world coordinates (mm) have their origin in the middle of the image.
+    """
     x, y, z = np.moveaxis(grid.centres(), -1, 0)
     found = np.full(grid.shape, WHITE, np.int64)
-    # The cortex: a folded sheet at the outer side. The ventricle: a tube above.
+    # Cortex: a folded sheet at the outer side. Ventricle: a tube above the structure.
     found[x > 11 + 2 * np.sin(y / 4) + np.cos(z / 3)] = CORTEX
     found[np.hypot(x + 2, z - 9 - y / 12) < 3] = FLUID
-    # The structure: from front (y = 19) to back (y = -19), arched up and inwards behind.
+    # Structure: from front (y = 19) to back (y = -19), curved upwards and inwards at the back.
     along = np.clip((19 - y) / 38, 0, 1)
     centre_x, centre_z = 2 - 7 * along**2, -6 + 9 * along**2
     radius = 6 - 3 * along

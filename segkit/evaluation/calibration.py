@@ -1,6 +1,6 @@
-"""Whether probabilities are what they say: of all voxels given 70 %, are 70 % what was said?"""
+"""Calibration of probabilities: of all voxels with a probability of 70 %, are 70 % right?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import isnan, nan
@@ -18,27 +18,28 @@ from segkit.io.atomic import without_nan
 
 NUM_BINS = 15
 IN_QUESTION = 0.01
-"""A voxel is in question if anything but the background has at least this probability."""
+"""A voxel is in question if it is a structure with at least this probability."""
 SMALLEST = 1e-7
-"""A probability below this counts as this in a logarithm."""
+"""Smallest probability in a logarithm; lower ones are replaced by it."""
 FEWEST_CASES = 3
-"""From which a correlation over cases is given."""
+"""Smallest number of cases for a correlation."""
 
 
 @dataclass
 class Reliability:
-    """Voxels by the probability that they were given, and how many of them were right."""
+    """Histogram of predicted probabilities, with the number of correct voxels in each bin."""
 
     count: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    """Number of voxels in each bin."""
     probability: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
-    """The sum in each bin."""
+    """Sum of the probabilities in each bin."""
     right: Float64[ndarray, " bins"] = field(default_factory=lambda: np.zeros(NUM_BINS))
-    """How many in each bin were right."""
+    """Number of correct voxels in each bin."""
     squares: float = 0.0
     """The sum of squared differences between probability and outcome, 0 or 1."""
 
     def add(self, probability: Float[ndarray, " voxels"], right: Bool[ndarray, " voxels"]) -> None:
-        """Count more voxels."""
+        """Add voxels: their probabilities, and whether each is correct."""
         bins = np.minimum((probability * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         self.count += np.bincount(bins, minlength=NUM_BINS)
         self.probability += np.bincount(bins, probability, minlength=NUM_BINS)
@@ -47,31 +48,35 @@ class Reliability:
 
     @property
     def voxels(self) -> int:
-        """How many were counted."""
+        """Number of voxels."""
         return int(self.count.sum())
 
     @property
     def ece(self) -> float:
         """The expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
-        The mean over voxels of |share that is right - mean probability| of their bin; NaN of none.
+        |share of correct voxels - mean probability| of each bin, as a mean over voxels. NaN if
+        there are no voxels.
         """
         gaps = np.abs(self.right - self.probability).sum()
         return float(gaps / self.count.sum()) if self.voxels else nan
 
     @property
     def brier(self) -> float:
-        """The mean squared difference between probability and outcome (Brier 1950); NaN of none."""
+        """The mean squared difference between probability and outcome (Brier 1950).
+
+        NaN if there are no voxels.
+        """
         return self.squares / self.voxels if self.voxels else nan
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, and the bins for a diagram: a share is None where a bin is empty."""
+        """All figures, and the bins for a diagram. The shares of an empty bin are None."""
         filled = self.count > 0
         shares = [
             np.divide(total, self.count, out=np.full(NUM_BINS, nan), where=filled).tolist()
             for total in (self.probability, self.right)
         ]
-        told: dict[str, Any] = {
+        content: dict[str, Any] = {
             "voxels": self.voxels,
             "ece": self.ece,
             "brier": self.brier,
@@ -81,44 +86,55 @@ class Reliability:
                 "share_right": shares[1],
             },
         }
-        plain: dict[str, Any] = without_nan(told)
+        plain: dict[str, Any] = without_nan(content)
         return plain
 
 
 @dataclass
 class Calibration:
-    """Probabilities of a cohort beside what is true, filled case by case by `add`."""
+    """Probabilities of a cohort compared with references. `add` adds one case."""
 
     members: Mapping[str, Sequence[int]]
-    """The numbers in references that each output stands for, in the order of the outputs; the
-    background first if they are classes."""
+    """The reference numbers of each output, in the order of the outputs. If the outputs are
+    classes, the background comes first."""
     are_regions: bool
+    """Whether the outputs are regions, which may overlap, instead of classes."""
     ignore: int | None = None
+    """Reference number of voxels that are left out."""
     largest: Reliability = field(default_factory=Reliability)
-    """Of the class with the largest probability, at all voxels; regions have none."""
+    """Reliability of the class with the largest probability, at all voxels; empty for regions."""
     in_question: Reliability = field(default_factory=Reliability)
-    """The same at voxels that are in question: what the background has less than 99 % of."""
+    """The same only at voxels in question: the background has at most 99 % there."""
     outputs: dict[str, Reliability] = field(default_factory=dict)
-    """Of each output but the background, at voxels that are in question."""
+    """Reliability of each output except the background, at voxels in question."""
     log_loss: float = 0.0
-    """The sum of -log p of what is true, over all voxels."""
+    """Sum over all voxels of -log p of the true class."""
     entropy_of_cases: dict[str, float] = field(default_factory=dict)
-    """By case, the mean entropy over voxels that are in question, of 1; NaN without any."""
+    """Mean entropy of each case over its voxels in question, from 0 to 1; NaN if it has none."""
 
     def add(
         self,
         case: str,
         probabilities: Float[ndarray, "*space outputs"],
         reference: Integer[ndarray, "*grid"],
+        unlabelled: Collection[str] = (),
     ) -> None:
-        """Count a case's voxels, but those that the reference ignores.
+        """Add the voxels of a case, except those that the reference ignores.
 
-        Raises ValueError if there are not as many probabilities as outputs.
+        Args:
+            case: its name.
+            probabilities: of each output, the outputs on the last axis.
+            reference: the labels, of the same spatial shape.
+            unlabelled: outputs that nobody labelled in this case. Then only its labelled outputs
+                count: the background of the reference may be any of the others.
+
+        Raises:
+            ValueError: if there are more or fewer probabilities than outputs.
         """
         if probabilities.shape[-1] != len(self.members):
             raise ValueError(
                 f"expected {len(self.members)} probabilities ({', '.join(self.members)}), got "
-                f"{probabilities.shape[-1]}; score what the same classes were predicted for"
+                f"{probabilities.shape[-1]}; evaluate predictions of the same classes"
             )
         total, voxels = 0.0, 0
         for plane in range(reference.shape[-1]):
@@ -129,9 +145,12 @@ class Calibration:
                 found, truth = found[counted], truth[counted]
             within = np.stack([np.isin(truth, group) for group in self.members.values()], axis=1)
             asked = found.max(1) >= IN_QUESTION if self.are_regions else self._asked(found)
-            self._add_largest(found, within, asked)
+            if not unlabelled:
+                self._add_largest(found, within, asked)
             first = 0 if self.are_regions else 1
             for index, name in list(enumerate(self.members))[first:]:
+                if name in unlabelled:
+                    continue
                 seen = self.outputs.setdefault(name, Reliability())
                 seen.add(found[asked, index], within[asked, index])
             total += float(_entropy(found[asked], self.are_regions).sum())
@@ -161,19 +180,20 @@ class Calibration:
         self.log_loss -= float(np.log(np.maximum(true, SMALLEST)).sum())
 
     def correlation(self, dice_of_cases: Mapping[str, float]) -> float:
-        """Spearman's, over cases, of mean entropy with 1 - Dice: 1 if doubt tells the worse cases.
+        """Spearman's correlation over cases between mean entropy and 1 - Dice.
 
-        NaN with fewer than three cases, or if either is the same in all.
+        It is 1 if entropy ranks the cases exactly by their error. NaN for fewer than three cases,
+        or if entropy or Dice is the same in all.
         """
         pairs = [
-            (doubt, 1 - dice_of_cases[case])
-            for case, doubt in self.entropy_of_cases.items()
-            if case in dice_of_cases and not isnan(doubt) and not isnan(dice_of_cases[case])
+            (entropy, 1 - dice_of_cases[case])
+            for case, entropy in self.entropy_of_cases.items()
+            if case in dice_of_cases and not isnan(entropy) and not isnan(dice_of_cases[case])
         ]
-        doubts, errors = np.array(pairs).reshape(-1, 2).T
-        if len(pairs) < FEWEST_CASES or np.ptp(doubts) == 0 or np.ptp(errors) == 0:
+        entropies, errors = np.array(pairs).reshape(-1, 2).T
+        if len(pairs) < FEWEST_CASES or np.ptp(entropies) == 0 or np.ptp(errors) == 0:
             return nan
-        return float(spearmanr(doubts, errors).statistic)
+        return float(spearmanr(entropies, errors).statistic)
 
     def to_json(self, dice_of_cases: Mapping[str, float]) -> dict[str, Any]:
         """All figures as plain dicts; NaN becomes None."""
@@ -183,20 +203,20 @@ class Calibration:
             "all_voxels": {**self.largest.to_json(), "log_loss": mean},
             "in_question": self.in_question.to_json(),
         }
-        told = {
+        content = {
             **({} if self.are_regions else whole),
             "outputs": {name: each.to_json() for name, each in self.outputs.items()},
             "entropy_of_cases": self.entropy_of_cases,
             "spearman_of_entropy_and_error": self.correlation(dice_of_cases),
         }
-        plain: dict[str, Any] = without_nan(told)
+        plain: dict[str, Any] = without_nan(content)
         return plain
 
 
 def _entropy(
     found: Float64[ndarray, "voxels outputs"], are_regions: bool
 ) -> Float64[ndarray, " voxels"]:
-    """Of each voxel, over that of equal chances; of regions, the mean over them."""
+    """Entropy of each voxel, divided by its maximum; for regions, the mean over them."""
     if are_regions:
         both = np.stack([found, 1 - found], axis=2)
         each: ndarray = _entropy(both.reshape(-1, 2), False).reshape(found.shape).mean(1)
@@ -213,11 +233,12 @@ def to_calibration_table(calibration: Calibration) -> Table:
         pad_edge=False,
         title="probabilities",
         caption=(
-            "ECE: mean gap between a probability and how often it holds. Brier: mean squared "
-            f"error. In question: the background has less than {1 - IN_QUESTION:.0%}."
+            "ECE: mean difference between probability and share of correct voxels. Brier: mean "
+            "squared error. In question: voxels at which the background has at most "
+            f"{1 - IN_QUESTION:.0%}."
         ),
     )
-    table.add_column("of", overflow="fold")
+    table.add_column("class", overflow="fold")
     for heading in ("voxels", "ECE", "Brier"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = {f"{name}, in question": each for name, each in calibration.outputs.items()}
@@ -234,15 +255,16 @@ def to_calibration_table(calibration: Calibration) -> Table:
 
 
 def reliability_diagram(calibration: Calibration) -> str:
-    """An SVG picture: the share that is right over the probability that was given, by output.
+    """An SVG diagram of the share of correct voxels against the predicted probability.
 
-    Points on the diagonal are calibrated; below it, more was promised than held.
+    It has a line for each output. Points on the diagonal are calibrated; below it, the
+    probabilities are too high.
     """
     side, edge = 320, 44
     curves: dict[str, Reliability] = dict(calibration.outputs)
     if not calibration.are_regions:
         curves = {"largest probability": calibration.in_question, **curves}
-    # Okabe and Ito (2008): colours that colour-blind readers tell apart.
+    # Okabe and Ito (2008): colours that colour-blind readers can distinguish.
     colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     styles = ("none", "7 3", "2 2")
     height = side + 2 * edge + 18 * len(curves)
@@ -253,9 +275,9 @@ def reliability_diagram(calibration: Calibration) -> str:
         f'<path d="M{edge} {edge}V{edge + side}H{edge + side}" fill="none" stroke="black"/>',
         f'<path d="M{edge} {edge + side}L{edge + side} {edge}" stroke="#999"/>',
         f'<text x="{edge + side / 2}" y="{edge + side + 34}" text-anchor="middle">'
-        f"probability that was given</text>",
+        f"predicted probability</text>",
         f'<text transform="translate(12 {edge + side / 2}) rotate(-90)" text-anchor="middle">'
-        f"share that is right</text>",
+        f"share of correct voxels</text>",
     ]
     for tick in (0, 0.5, 1):
         x, y = edge + tick * side, edge + side - tick * side

@@ -1,4 +1,4 @@
-"""`segkit compare`: two models, or two cross-validations, on the same cases."""
+"""`segkit compare`: compare two models, or two cross-validations, on the same cases."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -23,53 +23,56 @@ from segkit.io.safe_text import read_json_object
 SUMMARY_FILE = "summary.json"
 SMALLER_IS_BETTER = ("hd95_mm", "assd_mm")
 MOST_SIGNS = 1 << 14
-"""Up to so many ways to give the signs, all are tried; beyond it, so many at random."""
+"""The test tries all sign patterns if there are at most this many, else this many at random."""
 
 ScoresOfCases: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""By case, then class, then metric; NaN where a score is undefined."""
+"""Scores by case, then class, then metric; NaN if a score is undefined."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a metric of one class differs between A and B, over the cases in which both have it."""
+    """The difference of a metric between A and B for one class, over cases with both scores."""
 
     name: str
-    """Of the class; `overall` is the mean over the classes of each case."""
+    """Name of the class; `overall` is the mean over the classes of each case."""
     metric: str
     cases: int
-    """In which both scores are defined."""
+    """Number of cases in which both scores are defined."""
     only_a: int
-    """Cases in which only A has a score: B found nothing where there is nothing, and A did not.
-    (The Dice of a class that is in neither image is undefined.)"""
+    """Number of cases in which only A has a score. The reference is then empty: A predicted the
+    class and B correctly did not. (Dice of a class in neither image is undefined.)"""
     only_b: int
+    """Number of cases in which only B has a score."""
     mean_a: float
     mean_b: float
     difference: float
-    """The mean over cases of B minus A; NaN without such a case."""
+    """Mean over cases of B - A; NaN if there is no case."""
     low: float
     high: float
-    """The bootstrap interval (95 %) of that mean."""
+    """95 % bootstrap interval of this mean."""
     p: float
-    """Of a two-sided test in which the signs of the differences are exchanged."""
+    """P value of a two-sided test that exchanges the signs of the differences."""
     p_holm: float
-    """The same, corrected for the number of classes that are looked at (Holm 1979)."""
+    """The p value corrected for the number of classes (Holm 1979)."""
     better: int
-    """Cases in which B is the better one."""
+    """Number of cases in which B is better."""
     worse: int
+    """Number of cases in which B is worse."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of B from A in each class and metric, and what was compared."""
+    """Differences between A and B for each class and metric."""
 
     differences: tuple[Difference, ...]
     a: str
     b: str
     num_cases: int
-    """That both have scores of."""
+    """Number of cases that have scores in both."""
     only_in_a: tuple[str, ...]
-    """Cases that B has no scores of, which are left out."""
+    """Cases that have scores only in A. They are left out."""
     only_in_b: tuple[str, ...]
+    """Cases that have scores only in B. They are left out."""
     num_resamples: int
     seed: int
 
@@ -77,8 +80,8 @@ class Comparison:
         """The same as plain dicts, lists and numbers; NaN becomes None."""
         fields = asdict(self)
         differences = fields.pop("differences")
-        told: dict[str, Any] = without_nan({**fields, "differences": differences})
-        return told
+        content: dict[str, Any] = without_nan({**fields, "differences": differences})
+        return content
 
 
 def compare(
@@ -90,43 +93,43 @@ def compare(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Whether B is better than A, case by case.
+    """Compare the scores of B with those of A in a paired test over cases.
 
-    Example:
-        comparison = segkit.compare("scores_of_a.json", "scores_of_b.json", metrics=["dice", "nsd"])
-        comparison.differences[-1].difference
-
-    Differences are those of the same case, which leaves out that some cases are harder than others.
-    The interval is the percentile bootstrap over cases (Efron 1979). The test exchanges the signs
-    of the differences, in all ways where these are few (Fisher 1935, section 21): it asks for no
-    distribution. With fewer than six cases no p is below 0.05.
+    The differences are taken within each case, so that hard and easy cases do not add noise. The
+    interval is the percentile bootstrap over cases (Efron 1979). The test exchanges the signs of
+    the differences (Fisher 1935, section 21) and assumes no distribution; it tries all sign
+    patterns if there are few. With fewer than six cases, p is never below 0.05.
 
     Args:
-        a: scores that `segkit evaluate --out` wrote, or the folder of a run or a
-            cross-validation, which has the Dice of the cases that it held out.
-        b: the same of the other.
-        metrics: names as in such files: dice, iou, hd95_mm, assd_mm, nsd.
-        strata: by case, the group that it belongs to, such as a hospital. Resamples hold as many
-            cases of each group as there are.
-        num_resamples: of the bootstrap.
-        seed: of all that is drawn.
+        a: scores written by `segkit evaluate --out`, or the folder of a run or cross-validation,
+            which contains the Dice of its held-out cases.
+        b: the scores to compare with A, in either form.
+        metrics: dice, iou, hd95_mm, assd_mm or nsd.
+        strata: the group of each case, such as its hospital. Each bootstrap resample has as many
+            cases of each group as the data.
+        num_resamples: number of bootstrap resamples.
+        seed: of all random numbers.
 
     Returns:
         A difference for each class and metric, and for the mean over classes.
 
     Raises:
-        ConfigError: a file holds no scores, no case is in both, their classes differ, a metric is
+        ConfigError: if a file has no scores, no case is in both, the classes differ, a metric is
             unknown, or a case has no stratum.
+
+    Example:
+        comparison = segkit.compare("scores_of_a.json", "scores_of_b.json", metrics=["dice", "nsd"])
+        comparison.differences[-1].difference
     """
     for metric in metrics:
         if metric not in METRICS:
-            raise ConfigError(f"{metric!r} is no metric; choose from {', '.join(METRICS)}")
+            raise ConfigError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
     first, second = read_scores(Path(a)), read_scores(Path(b))
     names = sorted(first.keys() & second.keys())
     if not names:
         raise ConfigError(
-            f"{a} and {b} have no case in common: {first_few(sorted(first), 3)} beside "
-            f"{first_few(sorted(second), 3)}; score both on the same cases"
+            f"{a} and {b} have no case in common: A has {first_few(sorted(first), 3)}, B has "
+            f"{first_few(sorted(second), 3)}; evaluate both on the same cases"
         )
     groups = _groups(names, strata)
     classes = _classes(first, second, names, a, b)
@@ -136,7 +139,7 @@ def compare(
         if np.isnan(table_a).all() or np.isnan(table_b).all():
             without = a if np.isnan(table_a).all() else b
             raise ConfigError(
-                f"{without}: has no {metric}; write scores with segkit evaluate --out FILE"
+                f"{without}: has no scores of {metric}; write them with segkit evaluate --out FILE"
             )
         smaller = metric in SMALLER_IS_BETTER
         columns = [*table_a.T, _mean_over(table_a)], [*table_b.T, _mean_over(table_b)]
@@ -162,15 +165,19 @@ def compare(
 
 
 def read_scores(path: Path) -> ScoresOfCases:
-    """Scores of each case: of `segkit evaluate --out`, a run or a cross-validation.
+    """Scores of each case.
 
-    Raises ConfigError if there are none.
+    Args:
+        path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
+
+    Raises:
+        ConfigError: if there are no scores.
     """
     source = path / SUMMARY_FILE if path.is_dir() else path
     if not source.is_file():
         raise ConfigError(
-            f"{source}: no such file; name scores that segkit evaluate --out wrote, or the folder "
-            f"of a finished run or cross-validation"
+            f"{source}: no such file; give a file from segkit evaluate --out, or the folder of a "
+            f"finished run or cross-validation"
         )
     try:
         content = read_json_object(source)
@@ -190,16 +197,21 @@ def read_scores(path: Path) -> ScoresOfCases:
         found = {}
     if not found:
         raise ConfigError(
-            f"{source}: holds no scores of cases; name scores that segkit evaluate --out wrote, or "
-            f"the folder of a run that held cases out"
+            f"{source}: contains no scores of cases; give a file from segkit evaluate --out, or "
+            f"the folder of a run with held-out cases"
         )
     return found
 
 
 def read_strata(path: Path, column: str) -> dict[str, str]:
-    """The group of each case, from a CSV file with a column `case`.
+    """The group of each case, from a CSV file.
 
-    Raises ConfigError if it lacks a column or names a case twice.
+    Args:
+        path: the file. It has a heading line and a column `case`.
+        column: heading of the column with the groups.
+
+    Raises:
+        ConfigError: if a column is missing or a case has two lines.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -208,17 +220,20 @@ def read_strata(path: Path, column: str) -> dict[str, str]:
         raise ConfigError(f"{path}: cannot be read as a table: {error}") from None
     for needed in ("case", column):
         if not rows or needed not in rows[0]:
-            raise ConfigError(f"{path}: has no column {needed!r}; its first line names columns")
+            raise ConfigError(
+                f"{path}: has no column {needed!r}; its first line must name the columns"
+            )
     found = {row["case"]: row[column] for row in rows}
     if len(found) != len(rows):
-        raise ConfigError(f"{path}: names a case twice; give each case one line")
+        raise ConfigError(f"{path}: has several lines for a case; give each case one line")
     return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrected p-values (Holm 1979): the smallest times their number, the next times one less, ….
+    """P values corrected for multiple testing (Holm 1979).
 
-    None falls below one before it. NaN stays NaN, and is not counted.
+    The smallest of n values is multiplied by n, the next by n - 1, and so on. No result is smaller
+    than that of a smaller p. NaN stays NaN and does not count.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -237,18 +252,18 @@ def _number(value: Any) -> float:
 
 
 def _groups(names: Sequence[str], strata: Mapping[str, str] | None) -> Integer[ndarray, " cases"]:
-    """The number of each case's group."""
+    """The group of each case, as a number."""
     if strata is None:
         return np.zeros(len(names), dtype=np.int64)
     if missing := [name for name in names if name not in strata]:
-        raise ConfigError(f"no stratum is given for {first_few(missing, 3)}; give one to each case")
+        raise ConfigError(f"no stratum for {first_few(missing, 3)}; give one for each case")
     return np.unique([strata[name] for name in names], return_inverse=True)[1]
 
 
 def _classes(
     first: ScoresOfCases, second: ScoresOfCases, names: Sequence[str], a: str | Path, b: str | Path
 ) -> list[str]:
-    """In their order in A."""
+    """The classes, in their order in A."""
     of_a = list(dict.fromkeys(name for case in names for name in first[case]))
     of_b = list(dict.fromkeys(name for case in names for name in second[case]))
     if set(of_a) != set(of_b):
@@ -269,7 +284,7 @@ def _table(
 
 
 def _mean_over(table: Float64[ndarray, "cases classes"]) -> Float64[ndarray, " cases"]:
-    """Of the classes that a case has scores of."""
+    """The mean score of each case, over the classes with a score."""
     counted = (~np.isnan(table)).sum(1)
     return np.divide(
         np.nansum(table, 1), counted, out=np.full(len(table), np.nan), where=counted > 0
@@ -316,20 +331,20 @@ def _interval(
     num_resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The middle 95 % of the means of resamples, drawn within each group."""
+    """The middle 95 % of the means of bootstrap resamples, drawn within each group."""
     if not len(change):
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)
     totals = np.zeros(num_resamples)
     for group in np.unique(groups):
-        members = change[groups == group]
-        totals += members[random.integers(len(members), size=(num_resamples, len(members)))].sum(1)
+        inside = change[groups == group]
+        totals += inside[random.integers(len(inside), size=(num_resamples, len(inside)))].sum(1)
     low, high = np.percentile(totals / len(change), [2.5, 97.5])
     return float(low), float(high)
 
 
 def _p_value(change: Float64[ndarray, " cases"], seed: int) -> float:
-    """How often the mean is as far from 0 if the sign of each difference is drawn; NaN of none."""
+    """Probability of a mean at least this far from 0 if the signs are random; NaN without cases."""
     if not len(change):
         return float("nan")
     if not change.any():
@@ -352,10 +367,10 @@ def to_comparison_table(comparison: Comparison) -> Table:
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
-        title=f"B against A, {comparison.num_cases} cases",
+        title=f"B compared with A, {comparison.num_cases} cases",
         caption=(
-            "B - A: mean over cases. 95 %: bootstrap interval. p: exchanged signs, corrected for "
-            "the number of classes (Holm). Cases in which only one has a score are left out."
+            "B - A: mean over cases. 95 %: bootstrap interval. p: sign permutation test, corrected "
+            "for the number of classes (Holm). Cases in which only one has a score are left out."
         ),
     )
     table.add_column("class", overflow="fold")

@@ -1,4 +1,4 @@
-"""`segkit evaluate`: predictions against references, case by case."""
+"""`segkit evaluate`: compare predictions with references, case by case."""
 
 import logging
 import re
@@ -28,16 +28,17 @@ from segkit.system.progress import Track, untracked
 logger = logging.getLogger(__name__)
 
 Missing: TypeAlias = Literal["refuse", "skip", "empty"]
-"""What to do with references without a prediction."""
+"""How to treat references without a prediction: refuse to score, skip them, or score as empty."""
 MOST_MISSING = 10
-"""Of cases in a sentence."""
+"""Largest number of missing cases that a message names."""
 TOLERANCE_OF_VOLUMES = 1.0
 PIXELS_OF_TOLERANCE = 2.0
-"""The tolerance of volumes, in mm, and of pictures, in pixels, if none is given."""
+"""The default tolerance: in mm for volumes, in pixels for pictures."""
 PLAIN_NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
 MOST_LABELS = 1000
-"""Of files without a dataset.json: beyond it they are images, and scoring them would take days."""
+"""Largest number of different labels in files without a dataset.json. Files with more are images;
+scoring them would take days."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,24 @@ class Evaluation:
     """Scores of each class in each case, and their summary over cases."""
 
     cases: Sequence[CaseScores]
-    """One for each class and case: `metrics` by name ('dice', 'iou', 'hd95_mm', 'assd_mm', 'nsd'),
-    volumes in ml, and counts of voxels."""
+    """Scores of each class and case: `metrics` by name ('dice', 'iou', 'hd95_mm', 'assd_mm',
+    'nsd'), volumes in ml, and counts of voxels."""
     summary: Summary
-    """`classes` and `overall`, each with a mean, a median and a 95 % interval of each metric."""
+    """`classes` and `overall`, each with the mean, median and 95 % interval of each metric."""
     made: Mapping[str, Any]
-    """The files, the settings and the versions that the scores come from."""
+    """Provenance of the scores: files, settings and versions."""
     failures: Mapping[str, str]
-    """Why a case has no scores, by its name: a sentence."""
+    """The cases that could not be scored, each with the reason as one sentence."""
     missing: tuple[str, ...] = ()
-    """The names of cases without a prediction."""
+    """Names of cases without a prediction."""
     extra: tuple[str, ...] = ()
-    """The paths of predictions without a reference."""
+    """Paths of predictions without a reference."""
     calibration: Calibration | None = None
-    """Of the probabilities beside the predictions, if these were asked for."""
+    """Calibration of the probabilities beside the predictions, if wanted."""
 
     @property
     def dice_of_cases(self) -> dict[str, float]:
-        """By case, the mean Dice of the classes that have one; NaN if none has."""
+        """Mean Dice of each case, over its classes with a defined Dice; NaN if there is none."""
         found: dict[str, list[float]] = {}
         for row in self.cases:
             found.setdefault(row.case, []).append(row.metrics["dice"])
@@ -74,10 +75,10 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
-        told: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
+        more: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
         if self.calibration is not None:
-            told["calibration"] = self.calibration.to_json(self.dice_of_cases)
-        return {**scores, "failures": dict(self.failures), **told, PROVENANCE: dict(self.made)}
+            more["calibration"] = self.calibration.to_json(self.dice_of_cases)
+        return {**scores, "failures": dict(self.failures), **more, PROVENANCE: dict(self.made)}
 
 
 def evaluate(
@@ -92,45 +93,46 @@ def evaluate(
     probabilities: bool = False,
     track: Track = untracked,
 ) -> Evaluation:
-    """Dice, IoU, HD95 and ASSD in mm, NSD and volumes in ml of segmentations.
+    """Score segmentations: Dice, IoU, HD95 and ASSD in mm, NSD, and volumes in ml.
+
+    Args:
+        predictions: a segmentation, or a folder of segmentations with its subfolders.
+        references: the reference, a folder of references, or a dataset (its folder or YAML file).
+            Files are paired by name: the same path, or the same name, or the same name without
+            final words such as `_seg` (the whole rule is in docs/evaluation.md).
+        labels: file with the names of labels and regions: a dataset.json or its folder, a config, a
+            run or a model folder. If None, the dataset is used, or a dataset.json beside the
+            references or one folder above.
+        tolerance_mm: largest distance in mm at which two surfaces agree, for the normalised surface
+            Dice. The default is 1 mm, and 2 pixels for pictures.
+        tolerance: the tolerance as a length with its unit, such as '0.5 µm' or '2 pixels'.
+        pixel_size: pixel size of pictures, such as '4 nm'. It overrides that of files and dataset.
+        missing: how to treat references without a prediction: 'refuse' raises an error, 'skip'
+            leaves them out, 'empty' scores them as empty predictions, with Dice 0 for each class
+            that they contain.
+        probabilities: whether to evaluate the calibration of the probabilities beside the
+            predictions (`NAME_prob`).
+        track: reports the progress over cases.
+
+    Returns:
+        The scores. A score is NaN if its class is in neither image, or if a config says that the
+        class is not labelled in the case. Cases that cannot be scored are in `failures`; the others
+        are scored.
+
+    Raises:
+        VolumeError: if files cannot be paired, or no pair can be scored.
+        ConfigError: if a YAML file is not valid, or an option has an unknown value.
+        DatasetError: if the dataset or the dataset.json is not valid.
 
     Example:
         evaluation = segkit.evaluate("predictions", "references")
         evaluation.summary.overall.metrics["dice"].mean
-
-    Args:
-        predictions: a segmentation, or a folder of them, with its subfolders.
-        references: its reference, or a folder of them; or a dataset, by its folder or its YAML
-            file. Files pair by name: the same path, or the same name, or the same name without
-            words such as `_seg` at its end (docs/evaluation.md has the whole rule).
-        labels: what gives labels and regions names: a dataset.json or its folder, a config, a run
-            or a model folder; if not given, that of the dataset, or the dataset.json beside the
-            references or one folder above, if there is one.
-        tolerance_mm: distance in mm within which two surfaces agree, for the normalised surface
-            Dice; by default 1 mm, and of pictures 2 pixels.
-        tolerance: the same as a length with its unit, such as '0.5 µm' or '2 pixels'.
-        pixel_size: of pictures, such as '4 nm'; wins over what files and the dataset say.
-        missing: what to do with references without a prediction: `refuse` to score; `skip` them,
-            so that no score stands for them; or take each for an `empty` prediction, Dice 0 for
-            each class that it holds.
-        probabilities: whether to hold the probabilities beside predictions (`NAME_prob`) against
-            the references too.
-        track: may show the progress over cases.
-
-    Returns:
-        The scores; a score is NaN if its class is in neither image, or if a config says that nobody
-        labelled it in the case. A case that cannot be scored
-        is told in `failures`, and the others are scored.
-
-    Raises:
-        VolumeError: files do not pair, or no pair can be scored.
-        ConfigError: a YAML file cannot be understood.
-        DatasetError: the dataset, or the dataset.json, cannot be understood.
     """
     predictions, references = Path(predictions), Path(references)
     if missing not in get_args(Missing):
         raise ConfigError(
-            f"missing is {missing!r}; choose one of {', '.join(map(repr, get_args(Missing)))}"
+            f"unknown value {missing!r} of missing; choose one of "
+            f"{', '.join(map(repr, get_args(Missing)))}"
         )
     known = references_in(references, but=predictions)
     pairing = pair_with(predictions, known, references)
@@ -153,7 +155,9 @@ def evaluate(
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
     if not rows:
-        raise VolumeError(f"{references}: holds only background; there is nothing to score")
+        raise VolumeError(
+            f"{references}: expected labels to score, found only background; check the references"
+        )
     made = {
         "tolerance_mm": tolerance_mm,
         "missing": missing,
@@ -172,7 +176,9 @@ def evaluate(
     calibration = None
     if probabilities:
         scored = [pair for pair in pairs if pair[0] not in failures]
-        calibration = calibrate_pairs(scored, labelling, track=track)
+        calibration = calibrate_pairs(
+            scored, labelling, rules=rules, unlabelled=lacking, track=track
+        )
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
     return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration)
@@ -183,14 +189,14 @@ def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> No
         return
     names = first_few([name for name, _ in pairing.missing], MOST_MISSING)
     raise VolumeError(
-        f"{predictions}: lacks a prediction for {len(pairing.missing)} of "
+        f"{predictions}: contains no prediction for {len(pairing.missing)} of "
         f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "
         f"them, or pass --missing skip (leave them out) or --missing empty (Dice 0)"
     )
 
 
 def _unscored(row: CaseScores) -> CaseScores:
-    """Scores of a class that nobody labelled in the case: none."""
+    """The row without scores, for a class that is not labelled in the case."""
     return replace(row, metrics=dict.fromkeys(row.metrics, float("nan")))
 
 
@@ -202,30 +208,39 @@ def score_pairs(
     rules: PictureRules = AS_IT_SAYS,
     track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
-    """Scores of every case and class or region; or else of all labels that occur anywhere.
+    """Scores of every case and class or region.
 
-    A case without a prediction is scored as if nothing had been found in it. A case that fails has
-    no scores, and does not stop the others: the second dictionary says why, by the case's name.
+    Args:
+        pairs: name, prediction and reference of each case. If the prediction is None, an empty one
+            is scored.
+        labelling: the classes or regions. If None, all labels that occur in any file are scored.
+        tolerance_mm: the tolerance of the normalised surface Dice.
+        rules: how pictures are read.
+        track: reports the progress over cases.
+
+    Returns:
+        The scores, and the reason for each case that failed, by its name. A failure does not stop
+        the other cases.
     """
     pairs = list(pairs)
     failures: dict[str, str] = {}
     if labelling is None:
         present: set[int] = set()
         for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
-            with _told(failures, name, prediction or reference):
+            with _failure_recorded(failures, name, prediction or reference):
                 present = _with_labels_of(prediction, reference, rules, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
     for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
-            with _told(failures, name, prediction or reference):
+            with _failure_recorded(failures, name, prediction or reference):
                 rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, rules)
     return rows, failures
 
 
 @contextmanager
-def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
-    """Keeps what goes wrong with a case as a sentence that names its file."""
+def _failure_recorded(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
+    """Record an error of a case in `failures`, as one sentence that names its file."""
     try:
         yield
     except SegkitError as error:
@@ -233,7 +248,7 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
     except OSError as error:
         failures[name] = f"{path}: {sentence_of(error)}"
     except Exception as error:
-        # Our own fault rather than the file's; no reason to lose the scores of all other cases.
+        # This is a bug of segkit, but the scores of the other cases must not be lost.
         logger.info("%s", path, exc_info=True)
         reason = " ".join(str(error).split())
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
@@ -242,12 +257,18 @@ def _told(failures: dict[str, str], name: str, path: Path) -> Iterator[None]:
 def tolerance_of(
     tolerance: str | float | None, pair: Sequence[Path | None], rules: PictureRules
 ) -> float:
-    """A tolerance in mm; if it is in pixels, by the first prediction and reference.
+    """A tolerance in mm.
 
-    Raises VolumeError for what is no length, and for mm where pixels have no size.
+    Args:
+        tolerance: a number in mm, or a length with its unit; if None, the default.
+        pair: the first prediction and reference, whose pixel size converts pixels to mm.
+        rules: how pictures are read.
+
+    Raises:
+        VolumeError: if the tolerance is not a length, or is in mm and the pixels have no size.
     """
     pictures = [read_picture_facts(path, rules=rules) for path in pair if path and is_picture(path)]
-    # Either file may tell the pixel size of both.
+    # Both files have the same pixel size, but only one of them may state it.
     picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
     pixel = max(picture[0].spacing[:2]) if picture else None
     if tolerance is None:
@@ -257,7 +278,7 @@ def tolerance_of(
     try:
         if in_pixels:
             if pixel is None:
-                raise ValueError("pixels are those of pictures; give it in mm")
+                raise ValueError("only pictures have a tolerance in pixels; give it in mm")
             return float(in_pixels[1]) * pixel
         length = float(text) if PLAIN_NUMBER.fullmatch(text) else length_mm(text)
     except ValueError as error:
@@ -265,13 +286,17 @@ def tolerance_of(
     if picture and not picture[1].sized:
         raise VolumeError(
             f"tolerance {text!r}: pictures without a pixel size are measured in pixels; give it as "
-            f"'2 pixels', or give --pixel-size"
+            f"'2 pixels', or set --pixel-size"
         )
     return length
 
 
 def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None) -> PictureRules:
-    """The rules with another pixel size, if one is given. Raises VolumeError for no length."""
+    """The rules, with another pixel size if one is given.
+
+    Raises:
+        VolumeError: if the pixel size is not a length.
+    """
     if pixel_size is None:
         return rules
     sizes = [pixel_size] if isinstance(pixel_size, str) else list(pixel_size)
@@ -283,7 +308,7 @@ def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None)
 
 
 def _read_prediction(path: Path, rules: PictureRules) -> Volume:
-    """Labels in the colours of a picture's rules, or else as numbers."""
+    """A prediction's labels; those of a picture may be colours or numbers."""
     try:
         return read_labels(path, rules=rules)
     except VolumeError:
@@ -312,13 +337,13 @@ def _read_pair(
 def _with_labels_of(
     prediction: Path | None, reference: Path, rules: PictureRules, present: set[int]
 ) -> set[int]:
-    """The labels that occur in other cases and in this one."""
+    """The labels in `present` and those of this case."""
     for volume in _read_pair(prediction, reference, rules):
         present = present | set(np.unique(volume.data).tolist())
     if len(present) > MOST_LABELS:
         raise VolumeError(
-            f"{reference}: holds {len(present)} different numbers with the other files, more "
-            f"than labels would be; give segmentations, or name their labels by --labels"
+            f"{reference}: expected at most {MOST_LABELS} labels, found {len(present)} different "
+            f"numbers in this and other files; give segmentations, or name the labels by --labels"
         )
     return present
 
@@ -335,7 +360,7 @@ def _score_pair(
     grid = reference.grid
     shape: tuple[int, ...] = grid.shape
     axes = 3
-    if reference.is_flat:  # an area, without a volume
+    if reference.is_flat:  # it has an area and no volume
         shape, axes = shape[:2], 2
     try:
         found, right = (

@@ -1,4 +1,4 @@
-"""Which file says what labels are called, and what it says: a dataset, a config or a model."""
+"""Names of labels and regions, from the file of a dataset, a config or a model."""
 
 from pathlib import Path
 
@@ -17,10 +17,15 @@ from segkit.model.folder import DESCRIPTION, load_description
 
 
 def labels_file(references: Path, labels: str | Path | None) -> Path | None:
-    """The file that says what is told apart: the one given, or a dataset.json beside or above.
+    """The file that names the labels; None if there is none.
 
-    Of a folder it is its dataset.json, or the description of its model. Raises VolumeError where
-    the one given is not there.
+    Args:
+        references: a file or folder of references.
+        labels: the wanted file, or a folder with a dataset.json or a model. If None, a dataset.json
+            beside the references or one folder above is used.
+
+    Raises:
+        VolumeError: if `labels` does not exist or is not such a file or folder.
     """
     folder = references if references.is_dir() else references.parent
     candidates = [folder / "dataset.json", folder.parent / "dataset.json"]
@@ -33,7 +38,7 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
         if path.is_file():
             return path
     if labels and not Path(labels).exists():
-        raise VolumeError(f"{labels}: no such file; check the path")
+        raise VolumeError(f"{labels}: no such file or folder; check the path")
     if labels:
         raise VolumeError(
             f"{labels}: expected a dataset.json, a config, a run or a model folder; check the path"
@@ -42,9 +47,12 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
 
 
 def labelling_in(path: Path) -> Labelling:
-    """What a dataset.json, a config or a model's description tells apart.
+    """The classes or regions in a dataset.json, a config or the description of a model.
 
-    Raises DatasetError, ConfigError or ModelError if it cannot be understood.
+    Raises:
+        DatasetError: if a dataset.json is not valid.
+        ConfigError: if a config is not valid.
+        ModelError: if the description of a model is not valid.
     """
     if path.name == DESCRIPTION:
         return load_description(path.parent).labelling
@@ -60,7 +68,7 @@ def labelling_in(path: Path) -> Labelling:
 
 
 def picture_rules_in(path: Path) -> PictureRules:
-    """How pictures are read, by the same file. Raises as `labelling_in` does."""
+    """The rules for reading pictures in such a file. It raises the errors of `labelling_in`."""
     if path.name == DESCRIPTION:
         return picture_rules(str(path), load_description(path.parent).pictures, labelling_in(path))
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -69,8 +77,8 @@ def picture_rules_in(path: Path) -> PictureRules:
 
 
 def _dataset_in(path: Path) -> DatasetConfig:
-    """What the section `data` of a config says of a dataset. Raises ConfigError."""
+    """The settings of the dataset in the section `data` of a config."""
     data = read_yaml(path).get("data")
-    told = data if isinstance(data, dict) else {}
-    own = {name: told[name] for name in DatasetConfig.model_fields if name in told}
+    settings = data if isinstance(data, dict) else {}
+    own = {name: settings[name] for name in DatasetConfig.model_fields if name in settings}
     return validated(DatasetFileConfig, {"data": own}, str(path)).data

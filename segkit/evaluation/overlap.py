@@ -1,4 +1,4 @@
-"""Overlap of two label maps, all of it derived from one confusion matrix."""
+"""Overlap of two label maps, derived from their confusion matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,23 @@ def confusion_matrix(
 ) -> Int64[Tensor, "reference prediction"]:
     """Number of voxels of each (reference label, prediction label) pair, on the labels' device.
 
-    Any shape will do, a batch included; both must have the same. Matrices add: the sum over
-    patches is the matrix of the whole, whereas a mean of their Dice is not the Dice of the whole.
+    Matrices of patches can be added: their sum is the matrix of the whole volume. (The mean of the
+    patches' Dice is not the Dice of the whole volume.)
 
-    Labels outside [0, num_classes) are an error on every device, at no extra cost: they all fall
-    into one bin past the last cell, so the counts come out one longer, and that length is known
-    to the host anyway, because `torch.bincount` waits for it.
+    Args:
+        prediction: labels of any shape, also of a batch.
+        reference: labels of the same shape.
+        num_classes: the labels are 0 … num_classes - 1.
+
+    Raises:
+        ValueError: if the shapes differ or a label is out of range. This check costs nothing on a
+            GPU: such labels fall into one extra bin, and the host knows the number of bins because
+            `torch.bincount` waits for it.
     """
     if prediction.shape != reference.shape:
         raise ValueError(
-            f"expected prediction and reference of one shape, got {tuple(prediction.shape)} and "
-            f"{tuple(reference.shape)}; resample the prediction to the reference's grid"
+            f"expected prediction and reference of the same shape, got {tuple(prediction.shape)} "
+            f"and {tuple(reference.shape)}; resample the prediction to the reference's grid"
         )
     column, row = prediction.flatten().long(), reference.flatten().long()
     inside = (column >= 0) & (column < num_classes) & (row >= 0) & (row < num_classes)
@@ -41,7 +47,7 @@ def confusion_matrix(
 
 
 def mean_of_defined(scores: Float64[ndarray, " scores"]) -> float:
-    """The mean of those that are defined; not a number where none is."""
+    """The mean of the scores that are not NaN; NaN if all are."""
     defined = scores[~np.isnan(scores)]
     return float(defined.mean()) if len(defined) else float("nan")
 
@@ -52,7 +58,7 @@ def _span(labels: Int64[Tensor, "voxel"]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """Voxels each class has right, too many and too few, and the scores they give."""
+    """True positive, false positive and false negative voxels of each class, and their scores."""
 
     true_positive: Int64[Tensor, "*classes"]
     false_positive: Int64[Tensor, "*classes"]
@@ -62,7 +68,11 @@ class Overlap:
     def from_confusion(
         cls, confusion: Int64[Tensor, "*batch num_classes num_classes"]
     ) -> "Overlap":
-        """Overlap of every class of a matrix with reference labels as rows, or of a stack."""
+        """Overlap of every class.
+
+        Args:
+            confusion: a matrix with reference labels as rows, or a batch of such matrices.
+        """
         true_positive = confusion.diagonal(dim1=-2, dim2=-1)
         return cls(
             true_positive=true_positive,
@@ -78,9 +88,12 @@ class Overlap:
         *,
         ignore: int | None = None,
     ) -> "Overlap":
-        """Overlap of groups of labels, each taken as one; they may share labels.
+        """Overlap of groups of labels, each group as one structure.
 
-        Of voxels whose reference label is `ignore`, none counts.
+        Args:
+            confusion: a matrix with reference labels as rows.
+            groups: the labels of each group; a label may be in several groups.
+            ignore: voxels with this reference label do not count.
         """
         counted = confusion.clone()
         if ignore is not None:
@@ -104,21 +117,22 @@ class Overlap:
         num_labels: int,
         ignore: int | None = None,
     ) -> "Overlap":
-        """Overlap of groups of labels in two label maps that hold 0 … `num_labels` - 1."""
+        """Overlap of groups of labels in two label maps with the labels 0 … `num_labels` - 1."""
         found, right = (torch.from_numpy(each.astype(np.int64)) for each in (prediction, reference))
         return cls.of_groups(confusion_matrix(found, right, num_labels), groups, ignore=ignore)
 
     @property
     def dice(self) -> Float64[Tensor, "*classes"]:
-        """2 TP / (2 TP + FP + FN), of Dice (1945, doi:10.2307/1932409).
+        """2 TP / (2 TP + FP + FN) (Dice 1945, doi:10.2307/1932409).
 
-        0 where a class is in one of the two only; NaN, that is undefined, where it is in neither.
+        It is 0 if a class is only in one of the two label maps. It is NaN (undefined) if the class
+        is in neither.
         """
         double = 2 * self.true_positive
         return double.double() / (double + self.false_positive + self.false_negative).double()
 
     @property
     def iou(self) -> Float64[Tensor, "*classes"]:
-        """TP / (TP + FP + FN), of Jaccard (1912); 0 and NaN as for Dice."""
+        """TP / (TP + FP + FN) (Jaccard 1912); 0 and NaN as for Dice."""
         union = self.true_positive + self.false_positive + self.false_negative
         return self.true_positive.double() / union.double()

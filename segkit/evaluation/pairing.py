@@ -1,14 +1,15 @@
-"""Which prediction belongs to which reference, by their names.
+"""Pair each prediction with its reference by name.
 
-One rule, tried in this order; a file that has found its partner takes no other:
+Two files are a pair if they have, tried in this order:
 
     1  the same path in the two folders        sub-01/a.nii.gz   sub-01/a.mha
     2  the same name and last folders          x/sub-01/a        sub-01/a
-    3  the same name, in whatever folder       fold_0/a          a
-    4  the same name without words at its end  a_seg, a_0000     a-label
+    3  the same name, in any folder            fold_0/a          a
+    4  the same name without final words       a_seg, a_0000     a-label
 
-A file that is called only by such a word, or as all others are, has the name of its folder:
-`sub-01/seg.nii.gz`. Files that this cannot tell apart are refused; nothing is guessed.
+Each file is in one pair at most. If a name is only such a word, or all files have the same name,
+the name of the folder is used instead: `sub-01/seg.nii.gz`. Ambiguous files are an error; segkit
+does not guess.
 """
 
 import os
@@ -30,64 +31,65 @@ LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
     *("gt", "truth", "groundtruth", "ref", "reference", "manual", "0000"),
 )
-"""Words for labels at the end of names of files, and the number of a first channel."""
+"""Final words of file names that mean 'label', and the number of a first channel."""
 ENDING = re.compile(rf"(?<=.)[ _.-]({'|'.join(LABEL_WORDS)})$", re.IGNORECASE)
 BESIDE = re.compile(r"_(prob|entropy|variance|preview)$|_map-")
-"""In names of volumes that lie beside predictions and are none."""
+"""Names of volumes that segkit writes beside predictions and that are not predictions."""
 
 Parts = tuple[str, ...]
-"""A path without its suffix: folders, then the name."""
+"""A path without suffix: the folders, then the name."""
 
 
 @dataclass(frozen=True)
 class NamedVolume:
-    """A volume of labels, and the names that it may be paired by."""
+    """A volume of labels, and the names by which it may be paired."""
 
     path: Path
     case: str
+    """Name of its case in results and messages."""
     names: tuple[Parts, ...]
 
 
 @dataclass(frozen=True)
 class References:
-    """Volumes of true labels, and what their numbers mean if a dataset says so."""
+    """Reference volumes, with the names of their labels if a dataset gives them."""
 
     volumes: tuple[NamedVolume, ...]
     labelling: Labelling | None = None
     source: Path | None = None
-    """The file that says what they mean."""
+    """The file that names the labels."""
     rules: PictureRules = AS_IT_SAYS
-    """How they are read, if they are pictures."""
+    """How pictures are read."""
     unlabelled: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
-    """By the file of partly labelled cases, the classes that they have no labels of."""
+    """The classes that are not labelled in a partly labelled case, by its file."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """References with their predictions, and files without a partner."""
+    """Pairs of prediction and reference, and files without a partner."""
 
     pairs: tuple[tuple[str, Path, Path], ...]
-    """The name of each case, its prediction and its reference."""
+    """Name, prediction and reference of each case."""
     missing: tuple[tuple[str, Path], ...] = ()
-    """The names of cases without a prediction, and their references."""
+    """Name and reference of each case without a prediction."""
     extra: tuple[Path, ...] = ()
     """Predictions without a reference."""
 
 
 def find_pairs(predictions: Path, references: Path) -> Pairing:
-    """Name, prediction and reference of each case, by the rule of this module.
+    """Pair predictions with references by the rule of this module.
 
-    Two files are a pair, whatever their names. A file pairs with its reference in a folder.
+    If both paths are files, they are a pair, whatever their names.
 
     Args:
-        predictions: a segmentation, or a folder of them with its subfolders. Hidden files are left
-            out.
-        references: the same of references; or a dataset, by its folder, or by a YAML file.
+        predictions: a segmentation, or a folder of segmentations with its subfolders. Hidden files
+            are left out.
+        references: a reference, a folder of references, or a dataset (its folder or YAML file).
 
     Raises:
-        VolumeError: nothing pairs, or files cannot be told apart.
-        ConfigError: a YAML file cannot be understood.
-        DatasetError: a dataset cannot be understood.
+        VolumeError: if there is no pair, or files are ambiguous.
+        ConfigError: if a YAML file is not valid.
+        DatasetError: if a dataset is not valid.
     """
     return pair_with(predictions, references_in(references, but=predictions), references)
 
@@ -96,11 +98,14 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     """The references in a file, a folder or a dataset.
 
     Args:
-        path: a volume; a folder of volumes; a dataset folder with a dataset.json; or a YAML file
-            with `data.folder`, and maybe `data.files`.
-        but: a folder inside that holds predictions.
+        path: a volume, a folder of volumes, a dataset folder with a dataset.json, or a YAML file
+            with `data.folder` and optionally `data.files`.
+        but: a folder of predictions inside `path`, which is left out.
 
-    Raises as `find_pairs` does.
+    Raises:
+        VolumeError: if the path does not exist.
+        ConfigError: if a YAML file is not valid.
+        DatasetError: if a dataset is not valid.
     """
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
         named = dataset_in(path) or load_config(path).data
@@ -124,7 +129,13 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
 
 
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:
-    """As `find_pairs`, with references that are known; errors name them by `where`."""
+    """Pair predictions with given references, as `find_pairs` does.
+
+    Args:
+        predictions: a segmentation, or a folder of segmentations.
+        references: from `references_in`.
+        where: the path of the references, for messages.
+    """
     if not predictions.exists():
         raise VolumeError(f"{predictions}: no such file or folder; check the path")
     if predictions.is_file() and where.is_file() and references.source is None:
@@ -134,20 +145,26 @@ def pair_with(predictions: Path, references: References, where: Path) -> Pairing
     pairing = pair_by_name(found, references.volumes)
     if not pairing.pairs:
         raise VolumeError(
-            f"{predictions}: holds no volume named as one in {where}; it holds "
-            f"{first_few([volume.case for volume in found], 3) or 'none'}, and references are "
-            f"{first_few([volume.case for volume in references.volumes], 3) or 'none'}"
+            f"{predictions}: expected volumes named like those in {where} "
+            f"({first_few([volume.case for volume in references.volumes], 3) or 'none'}), found "
+            f"{first_few([volume.case for volume in found], 3) or 'none'}; rename the files"
         )
-    # Of one prediction that is named, nobody asks for the other references.
+    # If the user gave a single prediction, the other references are not missing.
     return pairing if predictions.is_dir() else Pairing(pairing.pairs)
 
 
 def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
-    """The volume at a path, or those in a folder and in the folders below it, by rising path.
+    """The volume at a path, or all volumes in a folder and its subfolders, sorted by path.
 
-    Hidden files and folders (`.x`, `._x.nii.gz`) are left out, and the folder `but`, if it lies
-    inside, and pictures beside volumes that are none. Raises OSError for a folder that cannot
-    be listed.
+    Hidden files and folders (`.x`, `._x.nii.gz`) are left out. If a folder contains pictures and
+    other volumes, the pictures are left out.
+
+    Args:
+        path: a file or a folder.
+        but: a folder inside `path` that is left out.
+
+    Raises:
+        OSError: if a folder cannot be listed.
     """
     if path.is_file():
         return [called(path, stem_of(path))]
@@ -164,17 +181,21 @@ def volumes_in(path: Path, *, but: Path | None = None) -> list[NamedVolume]:
 
 
 def called(path: Path, name: str) -> NamedVolume:
-    """A volume that has one name, whatever folder it lies in."""
+    """A volume with a single name, which does not depend on its folder."""
     return NamedVolume(path, name, ((_normal(name),),))
 
 
 def pair_by_name(predictions: Sequence[NamedVolume], references: Sequence[NamedVolume]) -> Pairing:
-    """Partners by the rule of this module. Raises VolumeError where it is unclear."""
+    """Pair volumes by the rule of this module.
+
+    Raises:
+        VolumeError: if several volumes may belong to the same case.
+    """
     mine, theirs = _Side(predictions), _Side(references)
     partner: dict[int, int] = {}
-    """By the place of a reference, that of its prediction."""
+    """For the index of each reference, the index of its prediction."""
     loose: set[int] = set()
-    """References that found their partner by their name, whatever the folder."""
+    """References that were paired by name only, without their folder."""
     deepest = max((len(name) for side in (mine, theirs) for name in side.all_names), default=1)
     for bare in (False, True):
         rounds: list[int | None] = [None, *range(deepest, 0, -1)]  # None: the whole path
@@ -205,13 +226,13 @@ def pair_by_name(predictions: Sequence[NamedVolume], references: Sequence[NamedV
 
 
 class _Side:
-    """All predictions, or all references, with their names in each form."""
+    """All predictions, or all references, with their names."""
 
     def __init__(self, volumes: Sequence[NamedVolume]) -> None:
         self.volumes = volumes
         self.names = [volume.names for volume in volumes]
         self.all_names = [name for names in self.names for name in names]
-        # Names at one place, such as those of all labels or of all first channels, are of a kind.
+        # The names at one index are of the same kind, such as those of labels or of first channels.
         kinds: dict[int, list[str]] = defaultdict(list)
         for names in self.names:
             for kind, name in enumerate(names):
@@ -219,13 +240,19 @@ class _Side:
         self.shared = {kind: Counter(stems) for kind, stems in kinds.items()}
 
     def keys(self, place: int, bare: bool, depth: int | None) -> set[Parts]:
-        """What a volume is called by its last `depth` parts, or by its whole path if None."""
+        """The names of a volume: their last `depth` parts, or the whole path if None.
+
+        Args:
+            place: index of the volume.
+            bare: whether final words are removed.
+            depth: number of parts.
+        """
         found = set()
         for kind, name in enumerate(self.names[place]):
             for parts in self._without_words(kind, name) if bare else (name,):
                 if depth is None or len(parts) >= depth:
                     found.add(parts if depth is None else parts[-depth:])
-        if depth == 1 and not bare:  # a name of many, or of none, is no name of a case
+        if depth == 1 and not bare:  # a shared name, or a mere label word, does not name a case
             found -= {
                 name[-1:]
                 for kind, name in enumerate(self.names[place])
@@ -246,7 +273,7 @@ class _Side:
 def _matches(
     mine: _Side, theirs: _Side, bare: bool, depth: int | None, partner: Mapping[int, int]
 ) -> list[tuple[int, int]]:
-    """Predictions and references without a partner that fit each other and no other volume."""
+    """Pairs of prediction and reference that match each other and no other volume."""
     by_key: dict[Parts, set[int]] = defaultdict(set)
     for place in range(len(mine.volumes)):
         for key in mine.keys(place, bare, depth):
@@ -269,7 +296,7 @@ def _matches(
 
 
 def _check_clear(mine: _Side, theirs: _Side, partner: Mapping[int, int], loose: set[int]) -> None:
-    """Raise VolumeError if a volume without a partner might be that of a case with one."""
+    """Raise VolumeError if a volume without a partner may belong to a case that has a pair."""
     used = set(partner.values())
     places: dict[Parts, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for number, side in enumerate((mine, theirs)):
@@ -284,27 +311,29 @@ def _check_clear(mine: _Side, theirs: _Side, partner: Mapping[int, int], loose: 
         if not founds or not references or not (left or bare):
             continue
         if paired and not loose.intersection(paired):
-            continue  # whole paths tell the cases apart
+            continue  # whole paths distinguish the cases
         if len(founds) > 1 and left:
-            troubles[_told("predictions", key, [mine.volumes[each] for each in founds])] = None
+            several = [mine.volumes[each] for each in founds]
+            troubles[_ambiguous("predictions", key, several)] = None
         elif len(references) > 1:
             several = [theirs.volumes[each] for each in references]
-            troubles[_told("references", key, several)] = None
+            troubles[_ambiguous("references", key, several)] = None
     if troubles:
         raise VolumeError(first_few(list(troubles), 3, between="; "))
 
 
-def _told(what: str, key: Parts, volumes: Sequence[NamedVolume]) -> str:
+def _ambiguous(what: str, key: Parts, volumes: Sequence[NamedVolume]) -> str:
+    """The message for several volumes that may belong to the same case."""
     first, *_, last = sorted(volumes, key=lambda volume: str(volume.path))
     same = first.path.parent == last.path.parent
     return (
-        f"{last.path}: is the same case as {first.path.name if same else first.path}; move one "
-        f"away, as {len(volumes)} {what} are called {'/'.join(key)}"
+        f"{last.path}: is the same case as {first.path.name if same else first.path}; remove or "
+        f"rename one, because {len(volumes)} {what} are called {'/'.join(key)}"
     )
 
 
 def _of_case(case: CaseFiles, folder: Path) -> NamedVolume:
-    """A case's label: it is called by the case, by its own file and by the files of its images."""
+    """The label of a case. Its names are those of the case, of its own file and of its images."""
     files = [case.label, *case.images]
     return NamedVolume(
         case.label, case.name, ((_normal(case.name),), *(_parts(file, folder) for file in files))
@@ -317,7 +346,7 @@ def _parts(path: Path, folder: Path) -> Parts:
 
 
 def _normal(name: str) -> str:
-    """One form of a name: systems write an é as one character or as two."""
+    """A name in Unicode's NFC form, because some systems write é as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -328,7 +357,7 @@ def _without_endings(stem: str) -> str:
 
 
 def _at_top(folder: Path) -> bool:
-    """Whether a folder holds volumes itself; pictures beside `labelsTr` are illustrations."""
+    """Whether a folder itself contains volumes. Pictures beside `labelsTr` do not count."""
     found = volumes_among(path for path in folder.iterdir() if not path.name.startswith("."))
     return bool(found) and not (is_picture(found[0]) and (folder / "labelsTr").is_dir())
 

@@ -1,4 +1,4 @@
-"""Scores of every case and class, their summary over cases, and the table that shows it."""
+"""Scores of every case and class, their summary over cases, and its table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +29,7 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
 @dataclass(frozen=True, eq=False)
 class ClassPair:
-    """One class in a prediction and in its reference: all that a metric may look at."""
+    """Overlap and surface distances of one class, which all metrics are computed from."""
 
     overlap: Overlap
     distances: SurfaceDistances
@@ -38,12 +38,12 @@ class ClassPair:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of a class: its heading in tables, its number format, and the score itself."""
+    """A metric: its heading in tables, its number format, and its function."""
 
     heading: str
     form: str
     of: Callable[[ClassPair], float]
-    """NaN if it is undefined."""
+    """The function that computes the score; NaN if it is undefined."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -57,9 +57,9 @@ METRICS: Mapping[str, Metric] = {
         "NSD", ".3f", lambda pair: normalised_surface_dice(pair.distances, pair.tolerance_mm)
     ),
 }
-"""The metrics by their names in JSON, in the order shown. A new one needs only an entry here."""
+"""The metrics by their names in JSON, in the order of tables. A new metric is one more entry."""
 ENDING_OF: Mapping[Unit, str] = {"mm": "_mm", "µm": "_um", "pixel": "_px"}
-"""Of the names of lengths in JSON, by the unit that they are told in."""
+"""The ending of names of lengths in JSON, by their unit."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,21 @@ class CaseScores:
     label: int
     name: str
     metrics: Mapping[str, float]
-    """Each of `METRICS` by its name; NaN if the class is in neither image. Lengths are mm; in
-    pictures of unknown scale, a pixel counts as one."""
+    """The score of each of `METRICS`; NaN if the class is in neither image. Lengths are in mm. In
+    pictures of unknown scale, one pixel counts as 1 mm."""
     tolerance_mm: float
     prediction_ml: float
-    """NaN in a 2D image, which has no volume; as `reference_ml`."""
+    """Volume; NaN in a 2D image."""
     reference_ml: float
+    """Volume; NaN in a 2D image."""
     tp: int
     fp: int
     fn: int
     unit: Unit = "mm"
-    """The unit that lengths are told in."""
+    """The unit of lengths in tables and JSON."""
 
     def to_json(self) -> Json:
-        """The same as one flat dict, with lengths in the unit; NaN becomes None."""
+        """The scores as one flat dict, with lengths in `unit`; NaN becomes None."""
         fields = {key: value for key, value in vars(self).items() if key != "metrics"}
         return _without_nan(_in_unit({**fields, **self.metrics}, self.unit))
 
@@ -102,7 +103,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """Statistic of each of `METRICS`. `label` is None for the overall."""
+    """The statistic of each of `METRICS` for one class, or overall (`label` is None)."""
 
     label: int | None
     name: str
@@ -111,7 +112,7 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the scores come to, per class and overall, and the settings that this depends on."""
+    """Statistics of each class and overall, and the settings behind them."""
 
     classes: tuple[ClassSummary, ...]
     overall: ClassSummary
@@ -120,7 +121,7 @@ class Summary:
     num_resamples: int
     seed: int
     unit: Unit = "mm"
-    """The unit that lengths are told in."""
+    """The unit of lengths in tables and JSON."""
 
 
 def score_case(
@@ -136,15 +137,23 @@ def score_case(
     ignore: int | None = None,
     unit: Unit = "mm",
 ) -> list[CaseScores]:
-    """Scores of each labelled class, by rising label; spacing is mm, one per axis.
+    """Scores of each class of one case, sorted by label.
 
-    `directions` are the unit vectors along the axes; without them they are at right angles. `unit`
-    is the one that lengths are told in.
+    Args:
+        prediction: label map in 2D or 3D. 0 is background, which is not scored.
+        reference: label map of the same shape.
+        labels: name of each label.
+        spacing: voxel size in mm along each axis.
+        case: name of the case.
+        tolerance_mm: tolerance of the normalised surface Dice.
+        directions: unit vectors along the axes; if None, the axes are at right angles.
+        regions: for labels that are regions, the values that belong to them.
+        ignore: reference value of voxels that count as background in both images.
+        unit: unit of lengths in tables and JSON.
 
-    A label that `regions` has stands for all the values given there. 0 is background: it may be in
-    the images and in `labels`, and is not scored. Voxels where the reference is `ignore` are in
-    neither image. Any other value that nothing lists is an error, or a whole structure would go
-    unscored unnoticed.
+    Raises:
+        ValueError: if an image contains a value that is not listed. Otherwise a whole structure
+            could be left out unnoticed.
     """
     members = {label: regions.get(label, (label,)) for label in sorted(labels) if label != 0}
     known = {0, *labels, *(value for values in members.values() for value in values)}
@@ -178,7 +187,7 @@ def _check_listed(volume: Shaped[np.ndarray, "*space"], labels: set[int], role: 
     found = ", ".join(str(value) for value in np.unique(volume[~listed])[:5].tolist())
     raise ValueError(
         f"expected the labels 0, {', '.join(map(str, sorted(labels - {0})))}, got {found} in "
-        f"the {role}; name it among the labels or correct the file"
+        f"the {role}; add it to the labels or correct the file"
     )
 
 
@@ -207,17 +216,25 @@ def _score_class(
 
 
 def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: int = 0) -> Summary:
-    """Mean, median and bootstrap interval of each metric, per class and overall.
+    """Mean, median and bootstrap interval of each metric, for each class and overall.
 
-    The overall mean is the mean over classes of the class means, and the overall median that of
-    the class medians, so every class weighs the same however often it is defined. Undefined scores
-    are left out and counted. The order of the rows does not matter.
+    The overall mean is the mean over classes of the class means, and the overall median is the mean
+    of the class medians. All classes therefore have the same weight, however often their scores are
+    defined. Undefined scores are left out and counted. The order of the rows does not matter.
 
-    The interval holds the middle 95 % of the means of resamples drawn, with replacement, from the
-    cases in which the score is defined: the percentile bootstrap of Efron (1979,
-    doi:10.1214/aos/1176344552). For the overall, whole cases are drawn, since the classes of one
-    case go together; a class that a resample happens not to contain is left out of that resample's
-    mean. Every statistic starts anew from the seed, so its interval depends on its scores alone.
+    The interval is the percentile bootstrap of Efron (1979, doi:10.1214/aos/1176344552): the middle
+    95 % of the means of resamples, drawn with replacement from the cases in which the score is
+    defined. For the overall interval, whole cases are drawn, because the classes of a case belong
+    together. If a resample does not contain a class, the class is left out of its mean. Every
+    statistic uses the same seed, so its interval depends only on its scores.
+
+    Args:
+        rows: one for each class and case.
+        num_resamples: number of bootstrap resamples.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: if a row is missing or double, or tolerances or units differ.
     """
     classes = sorted({(row.label, row.name) for row in rows})
     num_cases = len({row.case for row in rows})
@@ -225,16 +242,19 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     if not num_distinct == len(rows) == len(classes) * num_cases > 0:
         raise ValueError(
             f"expected one row for each of {len(classes)} classes in each of {num_cases} cases, "
-            f"got {len(rows)}; score every case once, under its own name, with the same labels"
+            f"got {len(rows)}; score every case once, with its own name and the same labels"
         )
     tolerances = sorted({row.tolerance_mm for row in rows})
     if len(tolerances) > 1:
         raise ValueError(
-            f"expected scores at one tolerance, got {tolerances} mm; score all cases with the same"
+            f"expected scores with one tolerance, got {tolerances} mm; score all cases with the "
+            f"same tolerance"
         )
     units = {row.unit for row in rows}
     if "pixel" in units and len(units) > 1:
-        raise ValueError("expected all cases in pixels, or none; give all one pixel size")
+        raise ValueError(
+            "expected all cases in pixels or none, got some of each; set one pixel size for all"
+        )
     ordered = sorted(rows, key=lambda row: (row.label, row.case))
     scores = {
         key: np.array([float(row.metrics[key]) for row in ordered]).reshape(-1, num_cases)
@@ -289,7 +309,7 @@ def _resampled_means(
     scores = scores[:, ~np.isnan(scores).all(axis=0)]
     num_cases = scores.shape[1]
     drawn = np.random.default_rng(seed).integers(num_cases, size=(num_resamples, num_cases))
-    # Row r counts how often resample r drew each case: one bincount, each row in its own range.
+    # Row r counts how often resample r drew each case; one bincount serves all rows.
     ranges = num_cases * np.arange(num_resamples)[:, None]
     weights = np.bincount((drawn + ranges).ravel(), minlength=num_resamples * num_cases)
     weights = weights.reshape(num_resamples, num_cases)
@@ -300,7 +320,7 @@ def _resampled_means(
 
 
 def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
-    """Everything as plain dicts, lists and numbers, ready for `json.dump`; NaN becomes None."""
+    """Scores and summary as plain dicts, lists and numbers for JSON; NaN becomes None."""
     return {
         "num_cases": summary.num_cases,
         "unit": summary.unit,
@@ -317,11 +337,11 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
 
 
 def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
-    told = {
-        _name_in(metric, unit): _without_nan(asdict(_told(metric, value, unit)))
+    statistics = {
+        _name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
         for metric, value in of_class.metrics.items()
     }
-    return {"label": of_class.label, "name": of_class.name, **told}
+    return {"label": of_class.label, "name": of_class.name, **statistics}
 
 
 def _is_length(name: str) -> bool:
@@ -333,7 +353,7 @@ def _name_in(name: str, unit: Unit) -> str:
 
 
 def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
-    """The same fields, with those in mm in another unit and under its name."""
+    """The fields with lengths converted from mm to another unit, and named after it."""
     return {
         _name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
         for name, value in fields.items()
@@ -341,15 +361,15 @@ def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
 
 
 def _metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
-    """A metric as tables show it: a length in the unit, and in 3 digits if these are µm."""
+    """A metric with the heading and number format for lengths in this unit."""
     if not _is_length(name):
         return metric
     heading = metric.heading.replace("mm", WORD_OF[unit])
     return replace(metric, heading=heading, form=".3g" if unit == "µm" else metric.form)
 
 
-def _told(name: str, value: Statistic, unit: Unit) -> Statistic:
-    """A statistic of a metric, in the unit if it is a length."""
+def _statistic_in(name: str, value: Statistic, unit: Unit) -> Statistic:
+    """A statistic of a metric, converted to this unit if it is a length."""
     if not _is_length(name):
         return value
     lengths = (value.mean, value.median, value.low, value.high)
@@ -365,7 +385,7 @@ def _without_nan(fields: Mapping[str, str | int | float]) -> Json:
 
 
 def to_table(summary: Summary) -> Table:
-    """The summary as a table for the terminal: one section per class, the overall last."""
+    """The summary as a table for the terminal: a section for each class, the overall last."""
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
@@ -373,7 +393,7 @@ def to_table(summary: Summary) -> Table:
         caption=(
             "95 %: bootstrap interval of the mean over cases. "
             f"NSD: within {length_in_words(summary.tolerance_mm, summary.unit)}. "
-            "Undefined: in neither image, left out. Overall: mean over classes."
+            "Undefined: the class is in neither image; left out. Overall: mean over classes."
         ),
     )
     table.add_column("class", overflow="fold")
@@ -384,12 +404,12 @@ def to_table(summary: Summary) -> Table:
         lines = [
             _line(
                 _metric_in(metric, key, summary.unit),
-                _told(key, of_class.metrics[key], summary.unit),
+                _statistic_in(key, of_class.metrics[key], summary.unit),
             )
             for key, metric in METRICS.items()
         ]
         columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
-        # Text, since a name may hold what Rich would take for markup: [left].
+        # Text, because Rich would read a name such as [left] as markup.
         table.add_row(Text(of_class.name), *columns, end_section=True)
     return table
 

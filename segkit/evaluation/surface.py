@@ -1,15 +1,15 @@
-"""Distances in mm between the surfaces of two masks, and the three scores drawn from them.
+"""Distances in mm between the surfaces of two masks, and three scores from them.
 
-The surface of a mask is its voxels with a face neighbour outside it: the mask minus its erosion.
-Voxels beyond the image count as outside, so a mask cut off by the image's edge has a surface there.
-Only axes longer than 1 count: the surface of a 2D image, or of a single slice, is its outline.
-Distances run from voxel centre to voxel centre in the world, also if the axes are not at right
-angles, and every surface voxel weighs the same.
-Nikolov et al. (below) place the surface between the voxels and weigh its elements by area instead;
-that tells apart surfaces nearer than a voxel, and differs from ours by about half a voxel.
+The surface of a mask is the set of its voxels that have a face neighbour outside the mask: the mask
+minus its erosion. Voxels beyond the image count as outside, so a mask that the image cuts off has a
+surface there. Axes of one voxel do not count: the surface of a 2D image, or of a single slice, is
+its outline. Distances are between voxel centres in world coordinates, also if the axes are not at
+right angles. Every surface voxel has the same weight.
+Nikolov et al. (below) instead place the surface between voxels and weight its elements by area.
+This can distinguish surfaces less than a voxel apart, and differs from ours by about half a voxel.
 
-A class in neither image leaves all three scores undefined (NaN). A class in one of them only is
-never skipped, or missing an organ would improve the mean: both distances are then the image's
+If a class is in neither image, all three scores are undefined (NaN). If it is only in one, the case
+is never skipped, because a missed organ would then improve the mean: both distances are the image's
 diagonal, which no real distance reaches, and the normalised surface Dice is 0.
 """
 
@@ -27,19 +27,19 @@ from segkit.geometry.grid import are_sheared
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
-    """Distances in mm from each surface voxel of one mask to the nearest one of the other.
+    """Distances in mm from each surface voxel of one mask to the nearest of the other mask.
 
-    They are infinite if the other mask is empty. `diagonal` is the longest of the whole image, in
-    mm, along its axes longer than 1.
+    They are infinite if the other mask is empty.
     """
 
     to_reference: Float64[np.ndarray, "prediction_surface"]
     to_prediction: Float64[np.ndarray, "reference_surface"]
     diagonal: float
+    """Longest diagonal of the image in mm, without axes of one voxel."""
 
     @property
     def num_empty(self) -> int:
-        """How many of the two masks are empty."""
+        """Number of empty masks, 0 to 2."""
         return int(self.to_reference.size == 0) + int(self.to_prediction.size == 0)
 
 
@@ -53,20 +53,20 @@ def surface_distances(
 
     Args:
         prediction_mask: a mask in 2D or 3D.
-        reference_mask: the other, of the same shape.
-        spacing: the step along each axis, in mm.
-        directions: the unit vector along each axis; axes at right angles if not given.
+        reference_mask: a mask of the same shape.
+        spacing: voxel size along each axis, in mm.
+        directions: unit vector along each axis; if None, the axes are at right angles.
 
     Returns:
-        The distances between their surfaces, along axes longer than 1.
+        The distances between the surfaces of the masks, without axes of one voxel.
 
     Raises:
-        TypeError: a mask is not of bool.
-        ValueError: shapes, spacing or directions do not fit together.
+        TypeError: if a mask is not boolean.
+        ValueError: if shapes, spacing or directions do not fit together.
 
-    Work is confined to the box around both masks. Surfaces are sparse, so their nearest voxels
-    come from a k-d tree: as exact as a distance transform, several times faster, and no slower
-    when one stray voxel in a far corner stretches that box to the whole image.
+    Only the box around both masks is searched. Surfaces are sparse, so the nearest voxels come from
+    a k-d tree. It is as exact as a distance transform and several times faster, also if one stray
+    voxel in a corner extends the box to the whole image.
     """
     _check(prediction_mask, reference_mask, spacing, directions)
     axes = [axis for axis, size in enumerate(prediction_mask.shape) if size > 1] or [0]
@@ -92,9 +92,9 @@ def surface_distances(
 def hausdorff95(distances: SurfaceDistances) -> float:
     """95 % Hausdorff distance in mm: the larger of the two directed 95th percentiles.
 
-    Huttenlocher et al. (1993, doi:10.1109/34.232073) with the 95th percentile (interpolated
-    linearly) for the maximum, as MONAI has it. MedPy takes one percentile of both directions
-    pooled, which forgives more where only one of the masks has a part far from the other.
+    Huttenlocher et al. (1993, doi:10.1109/34.232073), with the 95th percentile (interpolated
+    linearly) instead of the maximum, as in MONAI. MedPy pools both directions and takes one
+    percentile; this is more lenient if only one mask has a part far from the other.
     """
     if distances.num_empty == 2:
         return float("nan")
@@ -107,8 +107,8 @@ def hausdorff95(distances: SurfaceDistances) -> float:
 def average_symmetric_surface_distance(distances: SurfaceDistances) -> float:
     """Mean distance in mm over the voxels of both surfaces, pooled.
 
-    Heimann et al. (2009, doi:10.1109/TMI.2009.2013851). The larger surface weighs more; averaging
-    the two directed means instead would weigh the surfaces alike.
+    Heimann et al. (2009, doi:10.1109/TMI.2009.2013851). The larger surface has more weight; a mean
+    of the two directed means would give both the same weight.
     """
     if distances.num_empty == 2:
         return float("nan")
@@ -118,11 +118,11 @@ def average_symmetric_surface_distance(distances: SurfaceDistances) -> float:
 
 
 def normalised_surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
-    """Share of the voxels of both surfaces within tolerance, in mm, of the other surface.
+    """Share of surface voxels of both masks that lie within a tolerance (mm) of the other surface.
 
-    Nikolov et al. (2018, arXiv:1809.04430), with voxels counted in place of areas, as in Seidlitz
-    et al. (2022, arXiv:2111.05408). A distance equal to the tolerance is within it; one part in a
-    million is allowed for rounding, since 3 * 0.7 mm comes out a hair under or over 2.1 mm.
+    Nikolov et al. (2018, arXiv:1809.04430), but with counts of voxels instead of areas, as in
+    Seidlitz et al. (2022, arXiv:2111.05408). A distance equal to the tolerance is within it. A
+    relative error of 1e-6 is allowed for rounding, because 3 * 0.7 mm is not exactly 2.1 mm.
     """
     if not (np.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"expected a finite tolerance of 0 mm or more, got {tolerance}; set one")
@@ -145,7 +145,7 @@ def _check(
         )
     if prediction_mask.shape != reference_mask.shape:
         raise ValueError(
-            f"expected masks of one shape, got {prediction_mask.shape} and "
+            f"expected masks of the same shape, got {prediction_mask.shape} and "
             f"{reference_mask.shape}; resample the prediction to the reference's grid"
         )
     if len(spacing) != prediction_mask.ndim or not all(0 < step < np.inf for step in spacing):
@@ -161,9 +161,9 @@ def _check(
 
 
 def _bounding_box(mask: Bool[np.ndarray, "*space"]) -> tuple[slice, ...]:
-    """Smallest box around the mask; an empty one around an empty mask.
+    """Smallest box around the mask; empty for an empty mask.
 
-    It has no margin: erosion takes what lies beyond the box for background, and it is.
+    It needs no margin: erosion treats everything outside the box as background, which is correct.
     """
     box = []
     for axis in range(mask.ndim):
@@ -181,9 +181,9 @@ def _surface(mask: Bool[np.ndarray, "*space"]) -> Int64[np.ndarray, "voxel axis"
 def _nearest(
     sources: Float64[np.ndarray, "source axis"], targets: Float64[np.ndarray, "target axis"]
 ) -> Float64[np.ndarray, "source"]:
-    """Distance from each source to the nearest target, infinite where there is none."""
+    """Distance from each source to the nearest target; infinite if there is no target."""
     if len(targets) == 0 or len(sources) == 0:
         return np.full(len(sources), np.inf)
-    # Built once and queried once, a tree of plain midpoint splits and fuller leaves is fastest.
+    # For a tree that is queried only once, midpoint splits and large leaves are fastest.
     tree = KDTree(targets, leafsize=32, balanced_tree=False, compact_nodes=False)
     return np.asarray(tree.query(sources)[0])

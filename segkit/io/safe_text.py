@@ -76,8 +76,39 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _PlainLoader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_in_a_sentence(error)) from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+
+
+WHAT_TO_DO = {
+    "mapping values are not allowed": "a second ': ' stands in one line, or the line is indented "
+    "further than the one above; put the value into quotes, or correct the indentation",
+    "'\\t'": "a tab indents the line; indent with spaces",
+    "cannot start any token": "a value begins with a character that YAML keeps for itself; put the "
+    "value into quotes",
+    "expected ',' or": "a bracket that was opened is not closed; close it, or put a comma between "
+    "its values",
+    "unexpected end of stream": "a quotation mark is not closed; close it",
+    "expected <block end>": "the line is indented unlike those beside it; indent lines of one "
+    "section alike",
+    "could not find expected ':'": "a line has no ':' behind its name; write NAME: VALUE",
+    "unknown escape character": "a backslash stands within double quotes; use single quotes",
+    "sequence entries are not allowed": "a list begins behind a name; begin it on the next line",
+    "could not determine a constructor": "a tag such as !!python asks for code; write a plain "
+    "value",
+    "found another document": "a second document begins with '---'; keep one document",
+}
+"""By a part of PyYAML's words, what is wrong and what to do."""
+
+
+def _in_a_sentence(error: yaml.MarkedYAMLError) -> str:
+    """Where YAML is wrong, and what to do; the words of PyYAML if they are not known here."""
+    problem = " ".join(str(error.problem or error.context).split())
+    found = next((told for part, told in WHAT_TO_DO.items() if part in problem), problem)
+    mark = error.problem_mark or error.context_mark
+    return found if mark is None else f"line {mark.line + 1}: {found}"
 
 
 class _PlainLoader(yaml.SafeLoader):

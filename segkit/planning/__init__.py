@@ -1,1 +1,1 @@
-"""From a dataset to a training plan for this machine."""
+"""Planning: from a dataset to the config of a training on this machine."""

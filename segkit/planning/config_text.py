@@ -1,4 +1,4 @@
-"""A plan as the config of a training, with the reason beside each value."""
+"""The config of a planned training as text, with the reason for each value as a comment."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,23 @@ from segkit.config.dataset_files import DatasetConfig
 from segkit.planning.plan import Plan
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
-"""By section and key, a value and the reason for it; a value of None is left out."""
+"""For each section and key, the value and its reason. Values of None are not written."""
 
 AVERAGING = 0.999
 WIDTH = 98
 
 
 class Schedule(NamedTuple):
-    """How long a training takes and how often it is validated."""
+    """The length of a training and its validations."""
 
     steps: int
     why_steps: str
+    """The reason for the number of steps."""
     validate_every: int
     validation_cases: int | None = None
-    """None looks at all that are held out."""
+    """Number of cases in each validation; None means all held-out cases."""
     minutes: float | None = None
-    """None if the steps are fixed."""
+    """Wall time of the run; None if the number of steps is fixed."""
 
 
 def sections_of(
@@ -43,16 +44,16 @@ def sections_of(
     """The sections of the config.
 
     Args:
-        plan: of the dataset.
-        source: what is said of the dataset.
+        plan: the plan of the dataset.
+        source: settings of the dataset.
         schedule: steps, validations and minutes.
-        own_schedule: whether the schedule is nnU-Net's own, without attention.
+        own_schedule: whether plan and schedule are nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
-        accelerator: 'cpu' or 'gpu'; None leaves it to the training.
-        first_stage: the run whose labels go beside the image, if there are two stages.
+        accelerator: 'cpu' or 'gpu'; None leaves the choice to the training.
+        first_stage: the run of the first stage, if there are two stages.
     """
     why = plan.reasons
-    told = source.model_dump(mode="json", exclude_unset=True, exclude={"folder"})
+    given = source.model_dump(mode="json", exclude_unset=True, exclude={"folder"})
     nonzero = {channel.kind for channel in plan.normalisation} == {"zscore nonzero"}
     shallow: Any = {"kind": "additive_grid", "levels": [0]}
     mirroring = DataConfig(
@@ -65,10 +66,10 @@ def sections_of(
         "data": {
             "folder": (str(source.folder), ""),
             "spacing": (list(plan.spacing), why["spacing"]),
-            "interpolation": ("cubic", f"As nnU-Net. {why['separate_z']}"),
+            "interpolation": ("cubic", f"As in nnU-Net. {why['separate_z']}"),
             "patch_size": (list(plan.patch_size), why["patch_size"]),
             "batch_size": (plan.batch_size, why["batch_size"]),
-            **{name: (value, "") for name, value in told.items()},
+            **{name: (value, "") for name, value in given.items()},
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (
                 {"kind": "zscore", "nonzero": True} if nonzero else None,
@@ -77,10 +78,11 @@ def sections_of(
             "mirror": (mirroring.mirrored(labels), mirroring.mirrored_because(labels)),
             "first_stage": (
                 first_stage and [str(first_stage)],
-                f"{why['low_resolution']} The labels that it finds there go beside the image; "
-                "without this line there is one stage. They are better on cases that the first "
-                "stage was trained on than on new ones: five runs of it, with data.fold=0 to 4, "
-                "all named here, give each case labels of a model that never saw it.",
+                f"{why['low_resolution']} The network receives the labels of the first stage "
+                "beside the image; without this line there is only one stage. These labels are "
+                "better on cases that the first stage was trained on than on new cases. Five runs "
+                "of the first stage, with data.fold=0 to 4 and all named here, give each case "
+                "labels of a model that was not trained on it.",
             ),
         },
         "network": {
@@ -88,22 +90,22 @@ def sections_of(
             "channels": (list(plan.channels), why["channels"]),
             "strides": ([list(step) for step in plan.strides], why["strides"]),
             "kernels": ([list(size) for size in plan.kernels], why["kernels"]),
-            "attention": ({}, "As nnU-Net, without any.")
+            "attention": ({}, "None, as in nnU-Net.")
             if own_schedule
-            else (gates, "Gates at the skips; see docs/attention.md for the others, or none."),
+            else (gates, "Gates at the skips; docs/attention.md describes other kinds."),
         },
         "train": {
             "steps": (schedule.steps, schedule.why_steps),
             "minutes": (
                 schedule.minutes,
                 "Wall time from preparing the cases to the final scores. The learning rate follows "
-                "the time, so that it is down when that is over; null trains exactly the steps.",
+                "the time and reaches its end with it; null trains exactly the given steps.",
             ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
             "optimiser": ("sgd" if own_schedule else "adamw", ""),
             "averaging": (
                 None if own_schedule else AVERAGING,
-                "A running average of the weights scores better than the last of them.",
+                "A running average of the weights scores better than the last weights.",
             ),
             "validate_every": (
                 schedule.validate_every,
@@ -111,8 +113,8 @@ def sections_of(
             ),
             "validation_cases": (
                 schedule.validation_cases,
-                "Validations take a tenth of the time at most, so that they look at so many of the "
-                "held-out cases; the final scores are those of all.",
+                "Validations take at most a tenth of the time, so they use only so many of the "
+                "held-out cases; the final scores use all.",
             ),
         },
         "trainer": {"accelerator": (accelerator, "")},
@@ -120,12 +122,12 @@ def sections_of(
 
 
 def values_of(name: str, sections: Sections) -> dict[str, Any]:
-    """The config's tree, without the reasons."""
-    told = {
+    """The values of the config, without the reasons."""
+    tree = {
         section: {key: value for key, (value, _) in rows.items() if value is not None}
         for section, rows in sections.items()
     }
-    return {"name": name, **{section: values for section, values in told.items() if values}}
+    return {"name": name, **{section: values for section, values in tree.items() if values}}
 
 
 def text_of(name: str, sections: Sections, heading: str) -> str:
@@ -146,6 +148,6 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _yaml(key: str, value: Any) -> str:
-    """One setting on one line."""
+    """One setting as a line of YAML."""
     flow = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
     return f"{key}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}"

@@ -1,13 +1,14 @@
 """The fingerprint of a dataset: sizes, spacings, classes and intensities of its cases.
 
-A plan is made from it, as in nnU-Net (Isensee et al. 2021). Each case is measured once. Its
-measurement is a small file, named by the case and by a digest of its files' paths, sizes and times:
-interrupted work goes on where it stopped, and a changed file is measured again.
+A plan is made from it, as in nnU-Net (Isensee et al. 2021). Each case is measured once, and its
+measurement is stored in a small file. The name of the file has a digest of the paths, sizes and
+times of the case's files. So interrupted work continues later, and a changed file is measured
+again.
 
-Intensities are those of the foreground, and each case counts alike, however large its foreground.
-nnU-Net draws values at random; here a case keeps its mean, variance and range, and 4,000 values in
-order, evenly spaced by rank, if it has more. So no result depends on chance or order: means and
-deviations are exact, percentiles to one part in 8,000 of each case.
+Intensities are measured in the foreground, and all cases have the same weight, no matter how large
+their foreground is. nnU-Net draws values at random. Here each case keeps its mean, variance and
+range, and at most 4,000 sorted values, evenly spaced by rank. So results do not depend on chance or
+order. Means and deviations are exact; percentiles are exact to 1/8,000 of the values of each case.
 """
 
 import hashlib
@@ -41,14 +42,14 @@ VALUES_PER_CASE = 4_000
 
 @dataclass(frozen=True)
 class Sample:
-    """One channel's foreground intensities in one case."""
+    """The foreground intensities of one channel in one case."""
 
     mean: float
     variance: float
     minimum: float
     maximum: float
     values: Annotated[tuple[float, ...], Field(min_length=1, max_length=VALUES_PER_CASE)]
-    """In ascending order, at most 4,000."""
+    """At most 4,000 values, in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class CaseSize:
 
     name: str
     spacing: tuple[float, float, float]
-    """mm along x, y and z (RAS+)."""
+    """Voxel size in mm along x, y and z (RAS+)."""
     shape: tuple[int, int, int]
-    """Voxels of the body's box along x, y and z."""
+    """Size of the body's box in voxels along x, y and z."""
     box_share: float
     """The share of the volume's voxels that lie in the body's box."""
     classes: tuple[int, ...]
-    """Labels that are present, without the background."""
+    """The labels in the case, without the background."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Measurement:
 
     size: CaseSize
     samples: tuple[Sample | None, ...]
-    """One for each channel; None without image or foreground."""
+    """A sample for each channel; None if the case has no image or no foreground."""
 
 
 MEASUREMENT = TypeAdapter(Measurement)
@@ -85,10 +86,11 @@ class Fingerprint:
     channels: tuple[str, ...]
     labels: dict[str, int]
     num_outputs: int
-    """Outputs of a network: one for each class, or for each region."""
+    """Number of outputs of a network: one for each class, or for each region."""
     cases: tuple[CaseSize, ...]
+    """The size of each case, and its classes."""
     intensities: tuple[Intensities | None, ...]
-    """Of the foreground of all cases, for each channel; None if no case has any."""
+    """Foreground intensities of all cases, for each channel; None if no case has foreground."""
 
     def numbers(self) -> Numbers:
         """The numbers that a plan is made from."""
@@ -109,16 +111,17 @@ def fingerprint(
     workers: int,
     track: Track = untracked,
 ) -> Fingerprint:
-    """Measure each case that is not in the cache yet, and put all measurements together.
+    """Measure each case that is not in the cache yet, and combine all measurements.
 
     Args:
-        dataset: whose cases are measured.
+        dataset: the dataset to measure.
         cache: the folder with the measurements.
-        workers: processes; 0 or 1 mean this one.
-        track: shows progress.
+        workers: number of processes; 0 or 1 means this process only.
+        track: shows the progress over cases.
 
-    Raises DatasetError or VolumeError as `read_case` does, for all cases together, and WorkerError
-    if a process was killed.
+    Raises:
+        DatasetError, VolumeError: cases cannot be read; `problems` lists all of them.
+        WorkerError: a process was killed.
     """
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
@@ -150,11 +153,11 @@ def fingerprint(
 
 
 def _measured(case: CaseFiles, dataset: Dataset, cache: Path) -> Measurement:
-    path = _path(case, dataset, cache)  # before the files are read, so as to be none the newer
+    path = _path(case, dataset, cache)  # before reading, so that it has the time of the old file
     image, label = read_case(case, dataset)
     orientation = Orientation.of(image.grid.affine)
     labels = orientation.turn(label.data)
-    # A case without an image has its background in its label, as when it is prepared.
+    # Without an image, the label decides which part is background, as in preprocessing.
     values = orientation.turn(image.data) if case.images else labels[..., None]
     box = body_box(values)
     foreground = dataset.foreground(labels)
@@ -188,16 +191,16 @@ def _sample(values: Shaped[ndarray, " voxels"]) -> Sample | None:
 
 
 def _ranks(count: int) -> ndarray:
-    """The middle rank of each of 4,000 equal shares of `count` values in order."""
+    """The middle rank of each of 4,000 equal parts of `count` sorted values."""
     return ((np.arange(VALUES_PER_CASE) + 0.5) / VALUES_PER_CASE * count).astype(int)
 
 
 def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
-    """The statistics of all cases' values together, each case counting alike."""
+    """The statistics of the values of all cases, with the same weight for each case."""
     found = [sample for sample in samples if sample is not None]
     if not found:
         return None
-    # A case with fewer values gives each of them as often as it takes to weigh as much.
+    # If a case has fewer values, they are repeated, so that all cases have the same weight.
     values: Float[ndarray, " values"] = np.concatenate(
         [np.array(sample.values)[_ranks(len(sample.values))] for sample in found]
     )
@@ -218,7 +221,7 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
 def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
     content = {
         "format": FINGERPRINT_FORMAT,
-        # What a case is checked against when it is read.
+        # A case is checked against these settings when it is read.
         "channels": dataset.channels,
         "labels": dataset.labels,
         "regions": dataset.regions,
@@ -239,7 +242,7 @@ def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:
         found = None
     if found is None or found.size.name != case.name or len(found.samples) != num_channels:
         raise DatasetError(
-            f"{path}: expected what was measured of {case.name}, found something else; delete it, "
-            f"and it is measured again"
+            f"{path}: expected the measurement of {case.name}, found something else; delete the "
+            f"file to have the case measured again"
         )
     return found

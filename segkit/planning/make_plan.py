@@ -1,6 +1,8 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,25 +44,25 @@ logger = logging.getLogger(__name__)
 Preset = Literal["auto", "nnunet"]
 
 PLANNED_STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
-"""What a CPU's time goes to; docs/planning.md says what was measured."""
+"""Numbers of steps that must fit into the time; docs/planning.md describes the measurements."""
 SHARE_OF_PREPARING = 0.05
-"""Of the time; a run measures what it really takes."""
+"""This share of the time is reserved for preparing; a run measures the real time."""
 SHARE_OF_VALIDATION = 0.1
-"""The most of the time that validations take."""
+"""Validations take at most this share of the time."""
 MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3
-"""If there is no time for three, each looks at fewer cases."""
+"""If there is no time for three validations, each uses fewer cases."""
 GPU_STEPS = 20_000
-"""For a card that this machine has not, whose speed is not known."""
+"""Number of steps for a GPU that this machine does not have, whose speed is unknown."""
 DEFAULT_MEMORY = 8e9
 SPEED = "speed.json"
-"""The file in the cache with what was timed on this processor, so that a plan can be repeated."""
+"""The file in the cache with measurements of this processor, so that a plan can be repeated."""
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
-"""Parts of a description that decide how long a step takes, beside the size of its batch."""
+"""Parts of a description that, with the batch size, decide how long a step takes."""
 NNUNET_STEPS = 250_000
 MORE_STEPS = 3
-"""A candidate of a race is made narrower until so many times the steps fit."""
+"""The narrower candidate of a race must allow so many times the steps."""
 CASES_PER_PROCESS = 300
-"""Small cases that are measured in the time that another process takes to start."""
+"""About so many small cases are measured in the time that another process needs to start."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Planned:
     """A planned training: its config, and the reasons for it."""
 
     config: Config
-    """For `segkit.train`."""
+    """The config, for `segkit.train`."""
     text: str
     """The config as YAML, with a comment on each value."""
     fingerprint: Fingerprint
@@ -76,44 +78,46 @@ class Planned:
     plan: Plan
     """Patch, batch and network, by nnU-Net's rules."""
     low: "Planned | None" = None
-    """The stage to train before this one, at low resolution; only if images are large."""
+    """The first stage at low resolution, to be trained before this one; only for large images."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """The dataset that is planned for, and the budget."""
+    """The dataset to plan for, and the budget."""
 
     source: DatasetConfig
     dataset: Dataset
     fingerprint: Fingerprint
     device: torch.device
     accelerator: str | None
-    """Of the training: 'cpu' or 'gpu', if it was asked for."""
+    """Accelerator of the training: 'cpu' or 'gpu', if the user chose one."""
     own_schedule: bool
     """Whether plan and schedule are nnU-Net's own."""
     timed: bool
-    """Whether the budget is time, not memory."""
+    """Whether the budget is time instead of memory."""
     spatial_dims: int
     gigabytes: float
     minutes: float
-    """Of one stage; they count only if the budget is time."""
+    """Minutes of one stage; used only if the budget is time."""
     figures: Path
-    """The file with what was timed on this processor."""
+    """The file with measurements of this processor."""
     runs: Path
-    """The folder in which a second stage will find the first."""
+    """The folder in which a second stage will find the run of the first."""
     steps: Steps = PLANNED_STEPS
     coarse: bool = False
-    """Whether a coarser grid is taken, at which a patch holds enough of an image."""
+    """Whether the plan uses a coarser grid, at which a patch covers enough of an image."""
+    why_slices: str = ""
+    """Why volumes are planned in slices, if nobody asked for that."""
 
     def schedule(self) -> Schedule:
-        """Steps that do not follow from a time."""
-        steps, why = GPU_STEPS, "An hour or so of a GPU's."
+        """A schedule with a fixed number of steps."""
+        steps, why = GPU_STEPS, "About an hour on a GPU."
         if self.own_schedule:
-            steps, why = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250."
+            steps, why = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250 steps."
         return Schedule(steps, why, validate_every=steps // MOST_VALIDATIONS)
 
     def plan(self) -> Plan:
-        """The largest plan within the budget; that of a coarser grid if it is asked for."""
+        """The largest plan within the budget, on a coarser grid if `coarse` is set."""
         numbers = self.fingerprint.numbers()
         if not self.timed:
             return plan_for_memory(
@@ -161,33 +165,34 @@ def plan_dataset(
 ) -> Planned:
     """Measure a dataset and plan its training, in two stages if images are large.
 
-        planned = segkit.plan_dataset("my_dataset", minutes=60)
-        run = segkit.train(planned.config)
-
     Args:
-        folder: the dataset's, with a dataset.json in it unless there are `files`; or all that the
-            section `data` of a config says of a dataset.
+        folder: the folder of the dataset, with a dataset.json unless `files` is given; or the
+            dataset settings of a config's section `data`.
         files: patterns or a table that name the files of each case.
-        cache: the folder that keeps measurements of cases; `.cache` in `runs` by default.
-        device: 'auto', 'cpu' or 'cuda'. If this machine has no such card, the plan is for
-            `gigabytes` by nnU-Net's rules, and not for a time.
-        spatial_dims: 3 for volumes, 2 for slices; by default 2 only if every case is one slice.
-        pictures: what pictures do not say themselves, such as their pixel size.
-        gigabytes: 10⁹ bytes of the device's memory; by default what a GPU has free, or 8.
-        minutes: of training on this machine; two stages share them.
+        pictures: information that pictures lack, such as their pixel size.
+        cache: the folder for measurements of cases. Default: `.cache` in `runs`.
+        device: 'auto', 'cpu' or 'cuda'. If this machine has no CUDA GPU, a plan for 'cuda' is a
+            plan for `gigabytes` by nnU-Net's rules, not for a time.
+        spatial_dims: 3 for volumes, 2 for slices. Default: 2 only if each case is one slice.
+        gigabytes: memory of the device, in 10⁹ bytes. Default: the free memory of the GPU, or 8.
+        minutes: time for training on this machine; two stages share it.
         preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
-        runs: the folder in which a second stage will find the first.
-        track: shows progress.
+        runs: the folder of runs, in which a second stage will find the first.
+        track: shows the progress over cases.
 
     Returns:
-        The config, its text and its reasons. If there are two stages it is the second, and `low`
-        holds the first.
+        The config, its text and its reasons. If there are two stages, this is the second stage, and
+        `low` is the first.
 
     Raises:
         DatasetError: the dataset's files do not fit together, or its cases have fewer axes than
             the plan.
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
+
+    Example:
+        >>> planned = segkit.plan_dataset("my_dataset", minutes=60)
+        >>> run = segkit.train(planned.config)
     """
     return _planned_task(
         _task(
@@ -209,7 +214,7 @@ def source_of(
     files: FilesConfig | None,
     pictures: PicturesConfig | None,
 ) -> DatasetConfig:
-    """All that is said of a dataset, by its parts or as it is."""
+    """The settings of a dataset: `folder` itself if it is settings, or made from the arguments."""
     if isinstance(folder, DatasetConfig):
         return folder
     return DatasetConfig(folder=Path(folder), files=files, pictures=pictures)
@@ -228,11 +233,15 @@ def plan_candidates(
     preset: Preset = "auto",
     runs: Path = Path("runs"),
     track: Track = untracked,
+    starters: Callable[[list[str]], list[str]] = list,
 ) -> dict[str, Planned]:
-    """Plans that may turn out best, by name, that of the rule first; arguments as `plan_dataset`.
+    """Candidate plans by name, for a race; the first is the plan of `plan_dataset`.
 
-    Beside the rule's there are a 2D plan, one at a coarser grid, and one that takes more steps of a
-    narrower network, if they differ from it. There is only the rule's if its budget is not time.
+    The others are a 2D plan (3D if the first is 2D), a plan on a coarser grid, and a plan with more
+    steps of a narrower network, if they differ from the first. If the budget is not time, there is
+    only the first. `starters` gets the names and gives those to plan in full, which takes seconds.
+
+    Arguments and errors are those of `plan_dataset`.
     """
     task = _task(
         source_of(folder, files, pictures),
@@ -247,10 +256,12 @@ def plan_candidates(
     )
     wanted = {f"{task.spatial_dims}D": task}
     if task.timed:
-        if task.spatial_dims == 3:
-            if spatial_dims is None:
-                wanted["2D"] = replace(task, spatial_dims=2)
-            wanted["3D, coarser"] = replace(task, coarse=True)
+        volumes = not flat_axes(task.fingerprint.numbers())
+        if spatial_dims is None and volumes:
+            other = 5 - task.spatial_dims
+            wanted[f"{other}D"] = replace(task, spatial_dims=other, why_slices="")
+        if spatial_dims != 2 and volumes:
+            wanted["3D, coarser"] = replace(task, spatial_dims=3, coarse=True, why_slices="")
         narrow = replace(PLANNED_STEPS, for_width=MORE_STEPS * PLANNED_STEPS.for_width)
         wanted[f"{task.spatial_dims}D, narrower"] = replace(task, steps=narrow)
     plans: dict[str, Plan] = {}
@@ -258,7 +269,7 @@ def plan_candidates(
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    return {name: _planned_task(wanted[name]) for name in plans}
+    return {name: _planned_task(wanted[name]) for name in starters(list(plans))}
 
 
 def _differ(one: Plan, other: Plan) -> bool:
@@ -278,7 +289,7 @@ def _task(
     runs: Path,
     track: Track,
 ) -> _Task:
-    """The dataset, measured, and the budget."""
+    """Measure the dataset and find out the budget."""
     dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
@@ -289,9 +300,9 @@ def _task(
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     labelled = {number for case in measured.cases for number in case.classes}
-    if word := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
-        logger.warning("%s", printable(word))
-    return _Task(
+    if warning := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+        logger.warning("%s", printable(warning))
+    task = _Task(
         source,
         dataset,
         measured,
@@ -305,10 +316,33 @@ def _task(
         figures=cache / SPEED,
         runs=runs,
     )
+    return task if spatial_dims else _in_slices_if_time_is_short(task)
+
+
+def _in_slices_if_time_is_short(task: _Task) -> _Task:
+    """The task in 2D, if time leaves a 3D patch that holds little of an image.
+
+    A patch that memory itself keeps so small is no reason: there nnU-Net has two stages.
+    """
+    if not task.timed or task.spatial_dims == 2:
+        return task
+    numbers = task.fingerprint.numbers()
+    plan = task.plan()
+    roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=task.gigabytes)
+    image = math.prod(rules.median_shape(numbers.spacings, numbers.shapes, plan.spacing))
+    patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
+    if not rules.needs_low_resolution(plan.patch_size, image) or 2 * patch > possible:
+        return task
+    why = (
+        f" Slices, as {task.minutes:g} minutes leave a 3D patch of "
+        f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / image:.2g} of the median "
+        f"image; more minutes or --dims 3 train in 3D."
+    )
+    return replace(task, spatial_dims=2, why_slices=why)
 
 
 def _planned_task(task: _Task) -> Planned:
-    """The config, or those of two stages."""
+    """The planned config, or the configs of two stages."""
     minutes, source = task.minutes, task.source
     plan, share = task.plan(), f"{minutes:g}"
     if task.timed and plan.low_resolution is not None:
@@ -317,27 +351,28 @@ def _planned_task(task: _Task) -> Planned:
     budget = f"{task.gigabytes:g} GB of memory"
     if task.timed:
         on_cpu = task.device.type == "cpu"
-        where = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(task.device)
-        budget = f"{share} minutes of training on {where}"
+        machine = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(task.device)
+        budget = f"{share} minutes of training on {machine}"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
-    heading = f"Planned for {source.folder} ({size}) and {budget}.{_about_lengths(dataset)}"
-    if told := proposal(dataset, None):
-        heading = f"{heading} {told}"
+    heading = f"Planned for {source.folder} ({size}) and {budget}."
+    heading += task.why_slices + _about_lengths(dataset)
+    if advice := proposal(dataset, None):
+        heading = f"{heading} {advice}"
     name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
     first = f"{name}_low"
-    before = f"{heading} The first of two stages: train it before {name}."
+    before = f"{heading} This is the first of two stages: train it before {name}."
     low = _planned(task, plan.low_resolution, first, before)
-    after = f"{heading} The second of two stages: train {first} before."
+    after = f"{heading} This is the second of two stages: train {first} first."
     return replace(_planned(task, plan, name, after, task.runs / first), low=low)
 
 
 def _planned(
     task: _Task, plan: Plan, name: str, heading: str, first: Path | None = None
 ) -> Planned:
-    """One stage; `first` is the run of the stage before it."""
+    """The planned config of one stage; `first` is the run of the stage before it, if any."""
     written = partial(_sections, task, plan, first=first)
     schedule = task.schedule()
     if task.timed:
@@ -365,7 +400,7 @@ def _sections(
 
 
 def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> Schedule:
-    """Validations that take a tenth of the time at most, and the steps that the rest holds."""
+    """A schedule with validations of at most a tenth of the time, and steps in the rest."""
     description = _described(task, config, with_labels=with_labels)
     step = {
         "what": "step",
@@ -406,29 +441,30 @@ def schedule_within(
     held_out: int,
     precision: torch.dtype = torch.float32,
 ) -> Schedule:
-    """Validations and steps of a run of so many minutes: the one place that counts them.
+    """Validations and steps that fit into the time of a run.
 
     Args:
-        minutes: of the whole run.
-        seconds_per_step: of training.
-        seconds_per_case: of a validation, and of the final scores.
-        held_out: cases.
-        precision: that training computes in.
+        minutes: time of the whole run.
+        seconds_per_step: time of a training step.
+        seconds_per_case: time of a case in validations and in the final scores.
+        held_out: number of held-out cases.
+        precision: precision of the training.
     """
     total = 60 * minutes
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
-    looking = count * cases * seconds_per_case
+    validating = count * cases * seconds_per_case
     scoring = min(held_out * seconds_per_case, MOST_FOR_SCORING * total)
     preparing = SHARE_OF_PREPARING * total
-    steps = max(int((total - looking - scoring - preparing) / seconds_per_step), LEAST_STEPS)
-    told = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
+    steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
+    name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
     why = (
-        f"A step takes {seconds_per_step:.3g} s here, in {told}. Of {minutes:g} minutes, "
-        f"{preparing:.0f} s are kept for preparing, {looking:.0f} s for {count} validations of "
-        f"{cases} cases and {scoring:.0f} s for the final scores; the rest holds {steps:,} steps."
+        f"A step takes {seconds_per_step:.3g} s here, in {name}. Of {minutes:g} minutes, "
+        f"{preparing:.0f} s are reserved for preparing, {validating:.0f} s for {count} validations "
+        f"of {cases} cases and {scoring:.0f} s for the final scores; {steps:,} steps fit into the "
+        f"rest."
     )
     if steps == LEAST_STEPS:
-        why += " That is the least of a run, which may take longer."
+        why += " This is the smallest number of steps, so the run may take longer."
     return Schedule(
         steps,
         why,
@@ -439,7 +475,7 @@ def schedule_within(
 
 
 def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, int]:
-    """How many validations there are in the time, and of how many cases."""
+    """The number of validations that fit into the time, and the number of cases in each."""
     whole = held_out * per_case
     if not whole or MOST_VALIDATIONS * whole <= seconds:
         return MOST_VALIDATIONS, held_out
@@ -450,9 +486,9 @@ def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, i
 
 
 def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescription:
-    """The model of a config; `with_labels` if a first stage's come beside the image."""
+    """The description of a config's model; `with_labels` if it receives first-stage labels."""
     dataset, spacing = task.dataset, config.data.spacing
-    assert spacing is not None, "a plan has one"
+    assert spacing is not None, "a plan has a spacing"
     classes = list(dataset.labelling.value_names[1:])
     return description_of(
         config,
@@ -468,7 +504,7 @@ def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescri
 
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
-    """Seconds that a network takes for a window as it is validated, two at once."""
+    """Seconds that a network takes for a window in a validation, which runs two at once."""
     network = build_network(description).to(device)
     order_for(network, device)
     windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
@@ -478,7 +514,7 @@ def seconds_of_windows(description: ModelDescription, device: torch.device) -> f
 def seconds_of_step(
     config: Config, description: ModelDescription, device: torch.device = CPU
 ) -> float:
-    """Seconds of a training step of a config's network on a device of this machine."""
+    """Seconds of a training step with a config's network on a device of this machine."""
     batch, patch = config.data.batch_size, description.volume_patch
     network = build_network(description).to(device)
     vary: Vary | None = None
@@ -499,17 +535,17 @@ def seconds_of_step(
 
 
 def _about_lengths(dataset: Dataset) -> str:
-    """A sentence on the pixel size of pictures, which the spacing is by; nothing of volumes."""
+    """A sentence about the pixel size of pictures and the unit of spacing; empty for volumes."""
     case = dataset.cases[0]
     if not is_picture(case.label):
         return ""
     facts = read_picture_facts((*case.images, case.label)[0], rules=dataset.rules)[1]
     if facts.sized:
-        return f" Pixel sizes are in mm here; {facts.source}."
-    return f" Lengths are pixels, and a pixel counts as 1 mm: {facts.source}."
+        return f" Pixel sizes here are in mm; {facts.source}."
+    return f" Lengths are in pixels, and a pixel counts as 1 mm: {facts.source}."
 
 
 def _run_name(folder: Path) -> str:
-    """The folder's name, in the letters that a run's may have."""
+    """The name of the folder, with only characters that the name of a run may have."""
     name = folder.resolve().name
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"

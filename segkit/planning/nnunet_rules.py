@@ -1,12 +1,12 @@
 """nnU-Net's rules for spacing, patch, network and batch.
 
-Isensee et al. (2021, doi:10.1038/s41592-020-01008-z), as in version 2; each function names its
-rule. They differ from nnU-Net's in three points:
+The rules are those of Isensee et al. (2021, doi:10.1038/s41592-020-01008-z), as in version 2. Each
+function names its rule. There are three differences from nnU-Net:
 
 - Axes keep the order x, y, z (RAS+); nnU-Net has z, y, x, with the coarsest axis first.
 - A network has at least one step down; an image too small for that gets a patch larger than itself.
-- A patch that must shrink loses voxels at every try, so that shrinking ends; nnU-Net's patch may
-  grow if an axis that is no longer pooled lets another be pooled.
+- A patch that is made smaller loses voxels at every try, so that this ends; nnU-Net's patch may
+  grow if one axis is no longer pooled and another is pooled instead.
 
 Spacing is in mm; patches, shapes, strides and kernels are in voxels.
 """
@@ -23,14 +23,14 @@ from segkit.geometry.grid import ANISOTROPY
 Spacing = tuple[float, ...]
 Size = tuple[int, ...]
 Lengths = tuple[int | float, ...]
-"""A size, which may be a half: the median of an even number of cases."""
+"""A size. It may have halves, as the median of an even number of cases."""
 
 SMALLEST_EDGE = 4
-"""An axis keeps at least so many cells when it is pooled."""
+"""An axis keeps at least so many voxels when it is pooled."""
 START_WIDTHS = (32, 16, 8)
 MOST_CHANNELS = {2: 512, 3: 320}
 INITIAL_VOXELS = {2: 2048**2, 3: 256**3}
-# What nnU-Net allows for 8 GB: activations of a patch, and patches in a batch.
+# nnU-Net's limits for 8 GB: activations of a patch, and patches in a batch.
 REFERENCE_ACTIVATIONS = {2: 85e6, 3: 560e6}
 REFERENCE_BATCH = {2: 12, 3: 2}
 REFERENCE_GIGABYTES = 8.0
@@ -38,7 +38,7 @@ SMALLEST_BATCH = 2
 LARGEST_SHARE = 0.05
 """The share of the dataset's voxels that one batch may hold."""
 LEAST_COVERED = 0.25
-"""The share of the median image that a patch must hold; else there is a plan at low resolution."""
+"""If a patch covers less than this share of the median image, a low-resolution stage is added."""
 SLICE_PLANES: tuple[Literal["sagittal", "coronal", "axial"], ...] = ("sagittal", "coronal", "axial")
 
 
@@ -59,22 +59,25 @@ class Intensities:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers that decide a dataset's plan; spacings, shapes and shares are of each case."""
+    """The measurements of a dataset that decide its plan."""
 
     spacings: tuple[tuple[float, float, float], ...]
+    """Voxel size of each case, in mm."""
     shapes: tuple[tuple[int, int, int], ...]
-    """Of the body's boxes."""
+    """Size of the body's box of each case, in voxels."""
     box_shares: tuple[float, ...]
     """The share of each volume that lies in the body's box."""
     channels: tuple[str, ...]
+    """Names of the channels."""
     intensities: tuple[Intensities | None, ...]
+    """Foreground intensities of each channel; None if there is no foreground."""
     num_classes: int
-    """Outputs of the network; the background is one of them, unless there are regions."""
+    """Number of outputs of the network. Without regions, this includes the background."""
 
 
 @dataclass(frozen=True)
 class ChannelNormalisation:
-    """The normalisation of one channel; only `ct` has numbers."""
+    """The normalisation of one channel; only `ct` has values."""
 
     kind: Literal["zscore", "zscore nonzero", "ct"]
     lower: float | None = None
@@ -92,14 +95,14 @@ class Topology(NamedTuple):
 
     @property
     def divisor(self) -> Size:
-        """The patch is a multiple of this."""
+        """The patch is a multiple of this number, along each axis."""
         ones = (1,) * len(self.patch_size)
         return tuple(math.prod(steps) for steps in zip(ones, *self.strides, strict=True))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The data that patch and network are fitted to, along the network's axes."""
+    """The properties of the data that decide patch and network, along the network's axes."""
 
     spacing: Spacing
     median: Lengths
@@ -108,7 +111,7 @@ class Setting:
     in_channels: int
     num_classes: int
     last_to_yield: int | None = None
-    """The axis to shorten last if axes tie: the coarsest, which nnU-Net puts first."""
+    """If several axes could be shortened, this is the last: the coarsest, as in nnU-Net."""
 
 
 # The grid
@@ -117,11 +120,11 @@ class Setting:
 def target_spacing(
     spacings: Sequence[Spacing], shapes: Sequence[Size]
 ) -> tuple[float, float, float]:
-    """The spacing that all cases are brought to: the median along each axis ("target spacing").
+    """The spacing to which all cases are resampled ("target spacing"): the median along each axis.
 
-    An axis more than 3 times coarser than the others, with less than a third of their voxels, takes
-    the 10th percentile of its spacings instead, so that fewer cases lose slices. It stays the
-    coarsest.
+    If an axis is more than 3 times coarser than the others, with less than a third of their voxels,
+    it takes the 10th percentile of its spacings, so that fewer cases lose slices. It remains the
+    coarsest axis.
     """
     target = np.median(np.array(spacings, float), axis=0).tolist()
     sizes = np.median(np.array(shapes, float), axis=0).tolist()
@@ -136,14 +139,14 @@ def target_spacing(
 
 
 def coarsest_axis(spacing: Spacing | list[float]) -> int:
-    """The axis that nnU-Net puts first: the coarsest, the last of those that tie."""
+    """The coarsest axis, which nnU-Net puts first. If several are equal, it is the last of them."""
     return max(range(len(spacing)), key=lambda axis: (spacing[axis], axis))
 
 
 def median_shape(
     spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
 ) -> tuple[float, float, float]:
-    """The median of the cases' shapes at the target spacing, each rounded to whole voxels."""
+    """The median shape of the cases at the target spacing, each rounded to whole voxels."""
     resampled = [
         [max(round(s * n / t), 1) for s, n, t in zip(spacing, shape, target, strict=True)]
         for spacing, shape in zip(spacings, shapes, strict=True)
@@ -156,9 +159,9 @@ def median_shape(
 
 
 def initial_patch(spacing: Spacing, median: Lengths) -> Lengths:
-    """A patch as long along each axis in mm, of 256³ voxels (2D: 2048²), cut to the median shape.
+    """A patch of 256³ voxels (2D: 2048²) with equal sides in mm, limited to the median shape.
 
-    nnU-Net's "initial patch size"; it is too large on purpose.
+    This is nnU-Net's "initial patch size". It is too large on purpose and is made smaller later.
     """
     num_axes = len(spacing)
     edge = (INITIAL_VOXELS[num_axes] * math.prod(spacing)) ** (1 / num_axes)
@@ -168,10 +171,11 @@ def initial_patch(spacing: Spacing, median: Lengths) -> Lengths:
 def topology(spacing: Spacing, patch: Lengths) -> Topology:
     """The steps down that a patch allows, and the patch padded to a multiple of them ("topology").
 
-    An axis is pooled by 2 while it keeps 4 cells and is less than twice as coarse as the finest
-    axis that may be pooled; a single axis needs 12 cells. A level's kernel is 1 along an axis until
-    that is less than twice as coarse as the finest, and 3 from then on; at the coarsest level it is
-    3. So a coarse axis waits until the others have caught up with it.
+    An axis is pooled by 2 as long as it keeps 4 voxels and is less than twice as coarse as the
+    finest axis that can be pooled. If only one axis can be pooled, it needs 12 voxels. The kernel
+    along an axis is 1 until the axis is less than twice as coarse as the finest, and 3 from then
+    on; at the coarsest level it is 3. So a coarse axis is pooled only after the finer axes have
+    become as coarse.
     """
     num_axes = len(spacing)
     spacings, sizes = list(spacing), list(patch)
@@ -207,12 +211,12 @@ def _pooled(spacings: Sequence[float], sizes: Sequence[int | float]) -> list[int
 
 
 def shrinking(setting: Setting, first: Topology) -> Iterator[Topology]:
-    """The topology, and ever smaller ones, down to the smallest ("shrink to budget").
+    """The topology, then smaller and smaller ones ("shrink to budget").
 
     Each step shortens the axis that is longest in relation to the median image, by as little as a
-    network of the smaller size allows: 256, pooled 6 times, loses 32, not 64. Axes that tie give
-    way in the order x, y, z, the coarsest last. No axis that can be pooled is shortened so far that
-    it cannot.
+    network of the smaller size allows: 256, pooled 6 times, loses 32, not 64. If several axes are
+    equal, they are shortened in the order x, y, z, with the coarsest last. An axis that can be
+    pooled remains so.
     """
     candidate: Topology | None = first
     while candidate is not None:
@@ -236,20 +240,21 @@ def _smaller(setting: Setting, current: Topology) -> Topology | None:
 
 
 def widths(num_levels: int, *, spatial_dims: int, start: int = START_WIDTHS[0]) -> tuple[int, ...]:
-    """Channels of each level: doubled at every step, up to 320 in 3D and 512 in 2D."""
+    """Channels of each level: doubled at each step down, at most 320 in 3D and 512 in 2D."""
     return tuple(min(start * 2**level, MOST_CHANNELS[spatial_dims]) for level in range(num_levels))
 
 
-# What it costs
+# Costs
 
 
 def activations(
     *, channels: Sequence[int], strides: Sequence[Size], patch_size: Size, num_classes: int
 ) -> int:
-    """Numbers that the layers of a U-Net put out for one patch (nnU-Net's "memory estimate").
+    """Number of values in the outputs of a U-Net's layers for one patch ("memory estimate").
 
-    Each level has two convolutions on the way down, and a transposed convolution and two more on
-    the way up; then comes the head. As in nnU-Net, heads of deep supervision are not counted.
+    Each level has two convolutions in the encoder, and a transposed convolution and two more
+    convolutions in the decoder; then follows the head. As in nnU-Net, heads of deep supervision are
+    not counted.
     """
     voxels = _voxels(patch_size, strides)
     down = sum(2 * width * count for width, count in zip(channels, voxels, strict=True))
@@ -267,29 +272,29 @@ def multiply_adds(
     num_classes: int,
     deep_supervision: bool = True,
 ) -> int:
-    """Multiply-adds of a forward pass of `UNet` for one patch.
+    """Number of multiply-adds in a forward pass of `UNet` for one patch.
 
-    Only convolutions count: normalisation and activation are small beside them. A training step
-    takes three times as many.
+    Only convolutions are counted, because normalisation and activation cost little in comparison. A
+    training step takes three times as many.
     """
     voxels = _voxels(patch_size, strides)
-    reaches = [math.prod(kernel) for kernel in kernels]
+    kernel_voxels = [math.prod(kernel) for kernel in kernels]
     num_skips = len(strides)
     total = 0
     for level, width in enumerate(channels):
         entering = channels[level - 1] if level else in_channels
-        total += voxels[level] * reaches[level] * width * (entering + width)
+        total += voxels[level] * kernel_voxels[level] * width * (entering + width)
     for level in range(num_skips):
         width, coarse = channels[level], channels[level + 1]
-        # The stride is the kernel of a transposed convolution: each voxel is made of one cell.
-        total += voxels[level] * width * (coarse + reaches[level] * (2 * width + width))
+        # The kernel of the transposed convolution equals its stride: an output has one input.
+        total += voxels[level] * width * (coarse + kernel_voxels[level] * (2 * width + width))
     for level in range(max(num_skips - 1, 1) if deep_supervision else 1):
         total += voxels[level] * channels[level] * num_classes
     return total
 
 
 def _voxels(patch_size: Size, strides: Sequence[Size]) -> list[int]:
-    """Cells of each level."""
+    """Number of voxels of each level."""
     sizes = [patch_size]
     for step in strides:
         sizes.append(tuple(n // stride for n, stride in zip(sizes[-1], step, strict=True)))
@@ -297,7 +302,7 @@ def _voxels(patch_size: Size, strides: Sequence[Size]) -> list[int]:
 
 
 def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: float) -> int:
-    """The patches within the budget: at most 5 % of the dataset's voxels, at least 2 ("batch")."""
+    """The largest batch in the budget: at most 5 % of the dataset's voxels, at least 2 patches."""
     covered = round(dataset_voxels * LARGEST_SHARE / math.prod(patch_size))
     return max(min(round(budget / cost), covered), SMALLEST_BATCH)
 
@@ -306,12 +311,12 @@ def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: fl
 
 
 def needs_low_resolution(patch_size: Size, median_voxels: int | float) -> bool:
-    """Whether a patch holds less than 25 % of an image's voxels ("low resolution")."""
+    """Whether a patch covers less than 25 % of an image's voxels ("low resolution")."""
     return math.prod(patch_size) < LEAST_COVERED * median_voxels
 
 
 def coarser(spacing: Spacing) -> Spacing:
-    """A spacing 3 % coarser: along axes over twice as fine as the coarsest, or else along all."""
+    """A spacing that is 3 % coarser along axes over twice as fine as the coarsest, or along all."""
     finer = [max(spacing) / s > 2 for s in spacing]
     return tuple(
         s * 1.03 if f or not any(finer) else s for s, f in zip(spacing, finer, strict=True)
@@ -321,9 +326,10 @@ def coarser(spacing: Spacing) -> Spacing:
 def normalisations(numbers: Numbers) -> tuple[ChannelNormalisation, ...]:
     """The normalisation of each channel ("intensity normalisation").
 
-    A channel named CT is clipped to percentiles 0.5 and 99.5 of the foreground, and scaled by the
-    foreground's mean and deviation. Any other is scaled by the mean and deviation of each image, or
-    of its voxels other than 0 if the median case's box holds less than 75 % of the volume.
+    A channel named CT is clipped to percentiles 0.5 and 99.5 of the foreground, and normalised by
+    the foreground's mean and deviation. Other channels are normalised by the mean and deviation of
+    each image. If the body's box has less than 75 % of the volume in the median case, voxels that
+    are 0 are left out of them.
     """
     nonzero = float(np.median(numbers.box_shares)) < 0.75
     return tuple(

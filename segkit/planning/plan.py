@@ -1,7 +1,7 @@
-"""A plan for a dataset, within a budget of memory or of time, and the reason for each value.
+"""A plan for a dataset within a budget of memory or time, with the reason for each value.
 
-The budget of memory is nnU-Net's (see `nnunet_rules`); that of time is for training without an
-accelerator. A 2D plan has a spacing across its planes as well: that of the 3D plan.
+The budget of memory is nnU-Net's (see `nnunet_rules`). The budget of time is for training on this
+machine. A 2D plan also has a spacing across its slices, which is that of the 3D plan.
 """
 
 import math
@@ -26,24 +26,30 @@ from segkit.planning.nnunet_rules import (
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train on a dataset, and why."""
+    """The values of a plan: grid, patch, batch and network, with the reason for each."""
 
     spatial_dims: int
     spacing: tuple[float, float, float]
+    """Voxel size in mm along x, y and z (RAS+)."""
     slices: Literal["sagittal", "coronal", "axial"]
-    """The planes of a 2D network: those across the coarsest axis."""
+    """The slices that a 2D network sees; usually perpendicular to the coarsest axis."""
     patch_size: Size
+    """Size of a patch in voxels, along the axes of the network."""
     batch_size: int
     channels: tuple[int, ...]
-    """Widths of the levels, finest first."""
+    """Number of channels of each level, finest first."""
     strides: tuple[Size, ...]
-    """Of each step down."""
+    """Strides of each step down."""
     kernels: tuple[Size, ...]
-    """Of each level."""
+    """Kernel sizes of each level."""
     normalisation: tuple[ChannelNormalisation, ...]
+    """The normalisation of each channel."""
     batch_dice: bool
+    """Whether the Dice loss pools the whole batch."""
     separate_z: bool
+    """Whether one axis is resampled separately, by the nearest slice."""
     low_resolution: "Plan | None"
+    """The plan of a first stage at low resolution; None if one stage is enough."""
     reasons: dict[str, str]
     """A sentence for each value."""
 
@@ -58,7 +64,16 @@ class Fit(NamedTuple):
 
 
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
-    """nnU-Net's plan: the largest patch, and then the largest batch, that the memory allows."""
+    """nnU-Net's plan: the largest patch that the memory allows, and then the largest batch.
+
+    Args:
+        numbers: measurements of the dataset.
+        spatial_dims: 2 or 3.
+        gigabytes: memory of the device, in 10⁹ bytes.
+
+    Raises:
+        DatasetError: the cases have fewer axes than the plan.
+    """
 
     def fit(setting: Setting) -> Fit:
         return _fit_memory(setting, gigabytes)
@@ -68,14 +83,14 @@ def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8
 
 @dataclass(frozen=True)
 class Steps:
-    """How many training steps are wanted before the time goes into something else."""
+    """The numbers of training steps that must fit into the time, before a part is made smaller."""
 
     for_batch: int
-    """The batch is made smaller until so many steps fit."""
+    """The batch is made smaller until this number of steps fits."""
     for_width: int
-    """The network is made narrower until so many steps fit."""
+    """The network is made narrower until this number of steps fits."""
     for_patch: int
-    """The patch is made smaller until so many steps fit."""
+    """The patch is made smaller until this number of steps fits."""
 
 
 def plan_for_time(
@@ -89,11 +104,21 @@ def plan_for_time(
 ) -> Plan:
     """The plan for the memory, made smaller until enough training steps fit into the minutes.
 
-    First the batch is made smaller, then the network narrower, then the patch smaller; `steps` says
-    how many steps each must allow. If even the smallest plan takes longer, it is the result, and
-    its reasons say so. Only the convolutions of training count, not preparation, validation or
-    augmentation. Whether there are two stages follows from the patch that memory allows, as in
-    nnU-Net, and not from the one that is left by time.
+    First the batch is made smaller, then the network narrower, then the patch smaller. If even the
+    smallest plan takes longer, it is the result, and its reasons say so. Only the convolutions of
+    training are counted, not preparation, validation or augmentation. The patch that memory allows
+    decides whether there are two stages, as in nnU-Net, not the patch that time allows.
+
+    Args:
+        numbers: measurements of the dataset.
+        spatial_dims: 2 or 3.
+        minutes: time for training steps.
+        steps: the numbers of steps that must fit.
+        multiply_adds_per_second: speed of the device in training.
+        gigabytes: memory of the device, in 10⁹ bytes.
+
+    Raises:
+        DatasetError: the cases have fewer axes than the plan.
     """
     fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
     return _plan(numbers, spatial_dims, fit, fit_memory)
@@ -107,10 +132,13 @@ def coarse_plan_for_time(
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
 ) -> Plan | None:
-    """The plan in one stage at the first coarser spacing whose patch holds a quarter of an image.
+    """A 3D plan of one stage at a coarser spacing, at which a patch covers a quarter of an image.
 
-    The patch is the one that time allows. None if it holds as much at full resolution, or if the
-    coarser grid would save under half of the voxels. Arguments as for `plan_for_time`.
+    The patch is the one that the time allows. The arguments are those of `plan_for_time`.
+
+    Returns:
+        None if a patch covers a quarter at full resolution already, or if the coarser grid would
+        save less than half of the voxels, or if the cases are single slices.
     """
     fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
     if len(flat_axes(numbers)):
@@ -123,7 +151,7 @@ def coarse_plan_for_time(
 def _fits(
     total: float, steps: Steps, gigabytes: float
 ) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
-    """The fit for a total of multiply-adds, and that for the memory."""
+    """The fit for a total of multiply-adds, and the fit for the memory."""
     return (
         lambda setting: _fit_time(setting, gigabytes, total, steps),
         lambda setting: _fit_memory(setting, gigabytes),
@@ -131,25 +159,26 @@ def _fits(
 
 
 def flat_axes(numbers: Numbers) -> list[int]:
-    """Axes along which every case has one voxel; with one, the task is 2D in the plane across it.
+    """Axes along which all cases have only one voxel. If there is one, the task is 2D.
 
-    Raises DatasetError if the cases have no plane.
+    Raises:
+        DatasetError: there are two or three such axes.
     """
     flat = [axis for axis in range(3) if all(shape[axis] == 1 for shape in numbers.shapes)]
     if len(flat) > 1:
         axes = " and ".join("xyz"[axis] for axis in flat)
         raise DatasetError(
-            f"expected planes or volumes, found cases of one voxel along {axes}; a network that "
-            f"segments lines does not exist here"
+            f"expected slices or volumes, found cases of one voxel along {axes}, which no network "
+            f"here can segment; use images of two or three dimensions"
         )
     return flat
 
 
 def across(numbers: Numbers) -> int:
-    """The axis across the planes that a 2D network sees.
+    """The axis perpendicular to the slices that a 2D network sees.
 
-    That of one voxel in every case, whatever spacing its header claims; else that of the fewest
-    voxels if a median image has no 2 along it; else the coarsest.
+    It is the axis with one voxel in all cases, if there is one. Otherwise, if the median image has
+    less than 2 voxels along an axis, it is the axis with the fewest voxels; if not, the coarsest.
     """
     if flat := flat_axes(numbers):
         return flat[0]
@@ -178,27 +207,27 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
     patch = candidate.patch_size
     covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
     verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
-    shrunk = "" if candidate == first else f", shrunk from {_size(first.patch_size)}"
+    shrunk = "" if candidate == first else f", reduced from {_size(first.patch_size)}"
     reasons = {
         "patch_size": f"The median image is {_size(setting.median)}, padded to multiples of "
-        f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches make "
+        f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
         f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
         "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
-        f"voxels are {covered:.4g}, and a batch is {rules.SMALLEST_BATCH} at least.",
+        f"voxels are {covered:.4g} patches, and a batch has at least {rules.SMALLEST_BATCH}.",
         "channels": f"{channels[0]} at the finest of {len(channels)} levels, doubled at each step, "
-        f"and {rules.MOST_CHANNELS[num_axes]} at most.",
+        f"and at most {rules.MOST_CHANNELS[num_axes]}.",
     }
     batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
     return Fit(candidate, channels, batch, reasons)
 
 
 def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """The fit for a total of so many multiply-adds."""
+    """The fit for a total number of multiply-adds."""
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
-        """Multiply-adds of one patch in a training step: forward once and backward twice."""
+        """Multiply-adds of one patch in a training step; backward takes twice those of forward."""
         return 3 * rules.multiply_adds(
             channels=channels,
             strides=candidate.strides,
@@ -226,32 +255,32 @@ def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) ->
     needed = batch * cost(chosen, channels)
     budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
     if needed > total / steps.for_patch:
-        budget += ", more than the time has room for, but there is nothing smaller"
+        budget += ", which is more than the time allows, but there is no smaller plan"
     patch = _size(chosen.patch_size)
     reasons = dict(start.reasons)
     if channels != start.channels:
         reasons["channels"] = (
-            f"Narrowed from {start.channels[0]} to {channels[0]}, for more steps: {budget}."
+            f"Reduced from {start.channels[0]} to {channels[0]}, for more steps: {budget}."
         )
     if batch != start.batch_size:
         reasons["batch_size"] = (
-            f"Made smaller, from {start.batch_size} to {batch}: that gives time for more steps."
+            f"Reduced from {start.batch_size} to {batch}, which gives time for more steps."
         )
     if chosen != start.topology:
         whole = _size(start.topology.patch_size)
-        reasons["patch_size"] = f"Shrunk from {whole} to {patch}, for more steps: {budget}."
+        reasons["patch_size"] = f"Reduced from {whole} to {patch}, for more steps: {budget}."
     return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})
 
 
 def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, float], Setting]:
-    """The spacing that all cases are brought to, and what patch and network are fitted to there."""
+    """The target spacing of all cases, and the setting to which patch and network are fitted."""
     spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
     shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
     left_out = across(numbers) if spatial_dims == 2 else None
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
         spacing=tuple(spacing[axis] for axis in axes),
-        # A plane of one line is padded, so that the patch of a 2D network is always a plane.
+        # A slice of one line is padded, so that the patch of a 2D network is always a slice.
         median=tuple(max(shape[axis], 4 - spatial_dims) for axis in axes),
         dataset_voxels=math.prod(shape) * len(numbers.shapes),
         in_channels=len(numbers.channels),
@@ -269,12 +298,12 @@ def _plan(
     if spatial_dims == 3 and (flat := flat_axes(numbers)):
         raise DatasetError(
             f"expected volumes for a plan of 3 dimensions, found one voxel along "
-            f"{'xyz'[flat[0]]} in every case; plan with 2"
+            f"{'xyz'[flat[0]]} in every case; plan for 2 dimensions"
         )
     spacing, setting = _target(numbers, spatial_dims)
     coarsest = rules.coarsest_axis(spacing)
     fitted = fit(setting)
-    low, why_low = None, "A 2D network sees planes at one resolution."
+    low, why_low = None, "A 2D network sees slices at one resolution."
     if spatial_dims == 3:
         low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
@@ -282,17 +311,17 @@ def _plan(
     why_spacing = f"{_size(median)} mm is the median of {len(numbers.spacings)} cases"
     if spacing != median:
         why_spacing += (
-            f"; along {'xyz'[coarsest]}, over {ANISOTROPY:g} times as coarse and of under a third "
-            f"of the voxels, the 10th percentile is taken, {spacing[coarsest]:.4g} mm"
+            f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
+            f"voxels, so it takes the 10th percentile, {spacing[coarsest]:.4g} mm"
         )
     reasons = {
         "spacing": f"{why_spacing}.",
         "slices": _why_slices(numbers, spacing),
         "low_resolution": why_low,
         "batch_dice": (
-            "A patch holds little of an image, so that Dice is steadier over the whole batch."
+            "A patch covers little of an image, so the Dice of a whole batch is more stable."
             if pooled
-            else "A patch holds enough of an image for a Dice of its own."
+            else "A patch covers enough of an image for its own Dice."
         ),
     }
     return _assembled(numbers, spacing, fitted, pooled, low, reasons)
@@ -314,15 +343,18 @@ def _low_resolution(
     holds: Callable[[Setting], Fit],
     fit: Callable[[Setting], Fit],
 ) -> tuple[Plan | None, str]:
-    """The plan at the first coarser spacing whose patch holds enough of the median image.
+    """The plan at the first coarser spacing whose patch covers enough of the median image.
 
-    The patch of `fitted`, and of `holds` at coarser spacings, decides which spacing that is; `fit`
+    The patches of `fitted` and, at coarser spacings, of `holds` decide about this spacing; `fit`
     makes the plan there.
+
+    Returns:
+        The plan, or None if none is needed, and the reason.
     """
     whole = voxels = math.prod(full.median)
     setting = full
     share = math.prod(fitted.topology.patch_size) / whole
-    seen = f"The patch holds {share:.3g} of the median image's voxels"
+    seen = f"The patch covers {share:.3g} of the median image's voxels"
     spacing, coarse = full.spacing, fitted
     while rules.needs_low_resolution(coarse.topology.patch_size, voxels):
         spacing = rules.coarser(spacing)
@@ -336,19 +368,19 @@ def _low_resolution(
         )
         coarse = holds(setting)
     if coarse is fitted:
-        return None, f"{seen}, and {rules.LEAST_COVERED:g} would do."
-    enough = f"at {_size(spacing)} mm it holds enough"
+        return None, f"{seen}, and {rules.LEAST_COVERED:g} is enough."
+    enough = f"at {_size(spacing)} mm it covers enough"
     if whole / voxels < 2:
-        return None, f"{seen}, but {enough}, which would save under half of them."
+        return None, f"{seen}; {enough}, but that would save less than half of the voxels."
     reasons = {
         "spacing": f"{seen} at {_size(full.spacing)} mm; {enough}.",
-        "slices": f"They are those of {_size(full.spacing)} mm.",
-        "low_resolution": "This plan is that of low resolution.",
-        "batch_dice": "A patch holds enough of an image for a Dice of its own.",
+        "slices": f"The same as at {_size(full.spacing)} mm.",
+        "low_resolution": "This is the plan for low resolution.",
+        "batch_dice": "A patch covers enough of an image for its own Dice.",
     }
     x, y, z = spacing
     low = _assembled(numbers, (x, y, z), fit(setting), False, None, reasons)
-    return low, f"{seen}, under {rules.LEAST_COVERED:g}; {enough}."
+    return low, f"{seen}, less than {rules.LEAST_COVERED:g}; {enough}."
 
 
 def _assembled(
@@ -379,14 +411,14 @@ def _assembled(
         low_resolution=low_resolution,
         reasons={
             "strides": f"Each of {len(chosen.strides)} strides halves the axes that keep "
-            f"{rules.SMALLEST_EDGE} cells and are under twice as coarse as the finest.",
+            f"{rules.SMALLEST_EDGE} voxels and are less than twice as coarse as the finest.",
             "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
-            f"coarse as the finest, along which they do not look.",
-            "normalisation": f"Channels are {', '.join(numbers.channels)}, and the body's box "
-            f"holds {share:.3g} of the volume in the median (zeros are left out under 0.75).",
+            f"coarse as the finest; along it, their kernel is 1.",
+            "normalisation": f"Channels are {', '.join(numbers.channels)}, and the median share of "
+            f"the volume inside the body's box is {share:.3g} (under 0.75, zeros are left out).",
             "separate_z": f"The coarsest spacing is {ratios[0]:.3g} times the finest in the median "
-            f"case and {ratios[1]:.3g} times in the target; one axis alone over {ANISOTROPY:g} "
-            f"times would be resampled apart, by the nearest slice.",
+            f"case and {ratios[1]:.3g} times in the target; a single axis of over {ANISOTROPY:g} "
+            f"times would be resampled separately, by the nearest slice.",
             **fitted.reasons,
             **reasons,
         },

@@ -1,8 +1,7 @@
-"""How fast this machine's processor trains; plans for a time depend on it."""
+"""Measurement of this machine's speed in training, on which plans for a time depend."""
 
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,8 @@ CPU = torch.device("cpu")
 CLIPPED = 12.0
 WARM_UP = 5
 REPEATS_ON_GPU = 20
+LONG_ENOUGH = 2.0
+"""Seconds of steps on a CPU, the first included, after which no more steps are timed."""
 
 
 def step_seconds(
@@ -42,16 +43,18 @@ def step_seconds(
     vary: Vary | None = None,
     repeats: int = 5,
 ) -> float:
-    """Seconds of a training step as training runs it on this device: the median of some.
+    """Seconds of a training step on this device, as training runs it.
 
-    On a GPU the step is recorded and replayed, and the device is waited for after all steps.
+    On a CPU this is the fastest of some steps. On a GPU the step is recorded and replayed, and this
+    is the mean of all steps.
 
     Args:
-        network: that is trained, on the device, in the order that is fastest there.
-        image, label: a batch as it is cut, on the device.
-        vary: how a batch is varied; not at all if not given, and always so on a CPU, where the
-            plan's share for other work has it.
-        repeats: steps that are timed after those that warm up.
+        network: the network, on the device; its memory order is set to the fastest one.
+        image: images of a batch as it is cut, on the device.
+        label: labels of the batch, on the device.
+        vary: the augmentation; none by default.
+        repeats: number of steps that are timed on a CPU after one step to warm up; fewer, but at
+            least two, if steps are slow. The fastest counts, as others may have waited for a core.
     """
     device = image.device
     order_for(network, device)
@@ -82,12 +85,12 @@ def step_seconds(
             optimiser.zero_grad()
 
     if device.type != "cuda":
-        seconds = []
-        for _ in range(repeats + 1):
+        seconds: list[float] = []
+        while len(seconds) < 3 or (len(seconds) <= repeats and sum(seconds) < LONG_ENOUGH):
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:])
+        return min(seconds[1:])
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize(device)
@@ -104,10 +107,16 @@ def measured_once(
     measure: Callable[[], float],
     device: torch.device = CPU,
 ) -> float:
-    """A figure of this processor, measured once and kept in a JSON file, so that plans agree.
+    """A measured value, stored in a JSON file, so that later plans use the same value.
 
-    It is known by what it is a figure of, by the processor, by torch and by its threads; that of a
-    GPU by the card and by cuDNN as well.
+    A stored value is used again only if the measurement, the processor, torch and its number of
+    threads are the same; on a GPU also the card and cuDNN.
+
+    Args:
+        file: the JSON file.
+        figure: JSON values that describe the measurement.
+        measure: makes the measurement.
+        device: the device that is measured.
     """
     about = {
         "figure": figure,
@@ -131,7 +140,7 @@ def measured_once(
 
 
 def _processor() -> str:
-    """The processor's name, or else its kind."""
+    """The processor's name, or its architecture if the name is unknown."""
     try:
         lines = PROCESSORS.read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
@@ -140,9 +149,9 @@ def _processor() -> str:
 
 
 def multiply_adds_per_second(device: torch.device = CPU) -> float:
-    """Multiply-adds per second of a U-Net's training steps on a device, in its fastest precision.
+    """Multiply-adds per second in training steps of a U-Net on a device, in its fastest precision.
 
-    The network is small on a CPU, and on a GPU large enough to fill it.
+    The network is small on a CPU, and large enough to use the whole device on a GPU.
     """
     channels, size = (CHANNELS, PATCH) if device.type == "cpu" else (CHANNELS_ON_GPU, PATCH_ON_GPU)
     steps: Sequence[tuple[int, int, int]] = ((2, 2, 2),) * (len(channels) - 1)

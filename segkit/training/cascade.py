@@ -1,7 +1,7 @@
-"""The first of two stages: its models, and the labels that they give the cases of the second.
+"""The first stage of a cascade: its models, and the labels that they predict for the second stage.
 
-nnU-Net's cascade (Isensee et al. 2021): a network at low resolution sees where things are, and one
-at full resolution, given its labels, sees how exactly they run.
+In nnU-Net's cascade (Isensee et al. 2021) a network at low resolution finds the structures, and a
+network at full resolution receives these labels and finds the exact borders.
 """
 
 import hashlib
@@ -37,22 +37,27 @@ SegmentVolume = Callable[[Volume], Volume]
 
 @dataclass(frozen=True, eq=False)
 class FirstModel:
-    """A model of a first stage, and what is known of how it was trained."""
+    """A model of a first stage, and the cases that were held out of its training."""
 
     folder: Path
-    """The model's."""
+    """The model's folder."""
     model: Model
     held_out: frozenset[str]
-    """Cases that its run scored it on, and did not train it on."""
+    """Cases that its run used only for scoring, not for training."""
     digest: str
-    """Of its description and weights."""
+    """SHA-256 of the model's description and weights."""
 
 
 def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, ...]:
-    """The models of runs or model folders, as the first stage of a model of the dataset.
+    """The first-stage models in runs or model folders.
 
-    Raises ModelError where there is none, where one takes other channels or a first stage itself,
-    or where their labels differ.
+    Args:
+        paths: runs or model folders.
+        dataset: the dataset that the second stage is trained on.
+
+    Raises:
+        ModelError: a folder has no model, a model takes other channels or needs a first stage
+            itself, or the models have different labels.
     """
     found: list[FirstModel] = []
     for path in paths:
@@ -60,8 +65,8 @@ def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, .
         description = load_description(folder)
         if tuple(description.channels) != dataset.channels:
             raise ModelError(
-                f"{folder}: takes the channels {', '.join(description.channels)}, and "
-                f"{dataset.folder} has {', '.join(dataset.channels)}; name a model of these"
+                f"{folder}: the model takes the channels {', '.join(description.channels)}, but "
+                f"{dataset.folder} has {', '.join(dataset.channels)}; name one of these"
             )
         labels = found[0].model.description.labels if found else description.labels
         check_first_stage(folder, description, list(labels)[1:])
@@ -75,7 +80,7 @@ def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, .
 
 
 def held_out_of(folder: Path) -> frozenset[str]:
-    """Names of the cases that the run of a model held out, by its summary; none without one."""
+    """Names of the cases that a model's run held out; none if the run has no summary."""
     path = folder.parent / SUMMARY
     try:
         scores = read_json_object(path)["validation"]
@@ -84,13 +89,13 @@ def held_out_of(folder: Path) -> frozenset[str]:
         return frozenset()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path}: expected the cases that the run held out, cannot read them: {error!r}; "
-            f"move the model folder away from it to do without"
+            f"{path}: cannot read the cases that the run held out: {error!r}; repair the file, or "
+            f"move the model folder elsewhere to use the model without them"
         ) from None
 
 
 def described(description: ModelDescription, models: Sequence[FirstModel]) -> ModelDescription:
-    """The description of a model that takes the labels of these, if there are any."""
+    """The description of a model that also receives the labels of these models, if any."""
     if not models:
         return description
     classes = list(models[0].model.description.labels)[1:]
@@ -108,12 +113,24 @@ def label_cases(
     segmenter: Callable[[FirstModel, str], SegmentVolume] | None = None,
     track: Track = untracked,
 ) -> Mapping[str, Path] | None:
-    """For each case the file with its first-stage labels, on its own grid; None without models.
+    """The file with first-stage labels of each case, by the case's name.
 
-    A case is labelled by the models that held it out of their training, or by all where none did;
-    of several, the majority decides. Files lie in `cache`, their names digests of the models and
-    the images, so that a first stage that was trained anew meets no labels of the old one.
-    `segmenter(model, device)` makes what labels a volume.
+    A case is labelled by the models that held it out of training, or by all models if none did. If
+    there are several, each voxel gets the label of the majority. Names of files contain digests of
+    the models and the images, so labels of a model that was trained again are never mixed up with
+    old ones.
+
+    Args:
+        cases: the cases to label.
+        dataset: the dataset of these cases.
+        models: the models of the first stage.
+        cache: the folder in which the files are written.
+        device: where the models run.
+        segmenter: makes a function that labels a volume, from a model and a device.
+        track: shows the progress over cases.
+
+    Returns:
+        A label file on the grid of the case, for each case; None if there are no models.
     """
     if not models:
         return None
@@ -141,7 +158,7 @@ def label_cases(
 def first_stage_of(
     models: Sequence[FirstModel], train_cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles]
 ) -> dict[str, Any]:
-    """For the summary: the models, and how many cases one of them held out of its training."""
+    """For the summary: the models, and how many cases at least one of them held out."""
     if not models:
         return {}
     unseen = frozenset[str]().union(*(first.held_out for first in models))
@@ -155,7 +172,7 @@ def first_stage_of(
 
 
 def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
-    # Whether a conversion lies in the cache must not decide what is trained on.
+    # Always PyTorch: labels for training must not depend on whether a converted model is cached.
     options: PredictionOptions = {"device": device, "engine": "torch"}
     if device == "cpu":
         options["batch_size"] = WINDOWS_IN_TRAINING

@@ -1,4 +1,4 @@
-"""Which settings of a run may be others when it goes on, and which are refused."""
+"""Settings that may change when a run is resumed, and settings that may not."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,21 +11,21 @@ REFUSED = {
     "name": "a run keeps its name",
     "data.validation": "a run keeps its split",
     "data.fold": "a run keeps its split",
-    "data.spacing": "the weights belong to it",
-    "data.interpolation": "the weights belong to it",
-    "data.normalisation": "the weights belong to it",
-    "data.slices": "the weights belong to it",
-    "data.first_stage": "the weights belong to it",
-    "network": "the weights belong to it",
-    "train.optimiser": "the other optimiser knows nothing of the steps before",
-    "train.averaging": "the average belongs to all steps",
+    "data.spacing": "the weights were trained with it",
+    "data.interpolation": "the weights were trained with it",
+    "data.normalisation": "the weights were trained with it",
+    "data.slices": "the weights were trained with it",
+    "data.first_stage": "the weights were trained with it",
+    "network": "the weights were trained with it",
+    "train.optimiser": "another optimiser has no state of the earlier steps",
+    "train.averaging": "the average covers all steps",
     "train.minutes": "the time was planned for the whole run",
-    "train.start_from": "the run has its own weights by now",
-    "train.other_channels": "the run has its own weights by now",
-    "train.seed": "it has drawn the steps before",
-    "replaced": "replace the same parts",
+    "train.start_from": "the run has its own weights now",
+    "train.other_channels": "the run has its own weights now",
+    "train.seed": "the earlier steps used it",
+    "replaced": "the same parts must be replaced",
 }
-"""Settings that a run keeps to its end, and why."""
+"""Settings that must not change during a run, and the reason."""
 APPLIED = {
     "data.folder",
     "data.files",
@@ -60,7 +60,7 @@ APPLIED = {
     "train.calibrate",
     "trainer",
 }
-"""Settings that count from the next step on; a setting that is in neither list is refused."""
+"""Settings that may change, from the next step on. A setting in neither list must not change."""
 OF_SCHEDULE = (
     "train.steps",
     "train.adamw",
@@ -73,17 +73,20 @@ OF_SCHEDULE = (
     "train.learning_rate",
     "train.weight_decay",
 )
-"""Settings that optimiser and schedule are made of."""
+"""Settings that define the optimiser and the schedule."""
 
 Change = tuple[str, Any, Any]
-"""A setting's key, its value until now, and its value from here on."""
+"""The key of a setting, its old value, and its new value."""
 
 
 def settings_of(record: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings in a checkpoint's record, as this version has them; empty without a record.
+    """The settings in a checkpoint's record, with all settings of this version.
 
-    A setting that is newer than the checkpoint has its default, which is what was done before there
-    was such a setting. Raises ConfigError if the settings are not those of a config.
+    A setting that is newer than the checkpoint gets its default, because training worked this way
+    before the setting existed. Empty without a record.
+
+    Raises:
+        ConfigError: the record does not hold a valid config.
     """
     if "config" not in record:
         return {}
@@ -94,7 +97,15 @@ def settings_of(record: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def changes(begun: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[Change]:
-    """The settings of a checkpoint's config that are others now; those it does not have are not."""
+    """The settings whose values differ between a checkpoint's config and the config of now.
+
+    Settings that the checkpoint lacks, because they are newer, are left out.
+
+    Args:
+        begun: the config in the checkpoint.
+        now: the config of the resumed run.
+        above: the dotted key of these sections, with a dot at its end.
+    """
     for key, before in begun.items():
         if key not in now:
             continue
@@ -106,13 +117,17 @@ def changes(begun: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -
 
 
 def is_one_of(key: str, names: Any) -> bool:
-    """Whether a setting, or a section that it is in, is named."""
+    """Whether `names` contains a setting or a section that it belongs to."""
     parts = key.split(".")
     return any(".".join(parts[:count]) in names for count in range(1, len(parts) + 1))
 
 
 def check_changes(source: str, found: list[Change], steps_done: int) -> None:
-    """Raise ConfigError for the first change that a run cannot take."""
+    """Check that a run allows these changes.
+
+    Raises:
+        ConfigError: a setting that must not change was changed, or no step is left.
+    """
     for key, before, after in found:
         if not is_one_of(key, APPLIED):
             reason = next(
@@ -120,17 +135,18 @@ def check_changes(source: str, found: list[Change], steps_done: int) -> None:
                 "a run keeps it",
             )
             raise ConfigError(
-                f"{source}: {key} was {_short(before)} until now and is {_short(after)}: {reason}; "
-                f"set it back, or train a new run, with train.start_from to begin with its weights"
+                f"{source}: {key} was changed from {_short(before)} to {_short(after)}, but "
+                f"{reason}; change it back, or train a new run, with train.start_from to begin "
+                f"with these weights"
             )
         if key == "train.steps" and after <= steps_done:
             raise ConfigError(
-                f"{source}: has done {steps_done} steps, and train.steps is {after}; give it more"
+                f"{source}: train.steps is {after}, but {steps_done} steps are done; set it higher"
             )
 
 
 def in_a_sentence(found: list[Change]) -> str:
-    """The changes in words."""
+    """The changes in one line, such as `train.steps 500 -> 1000`."""
     return ", ".join(f"{key} {_short(before)} -> {_short(after)}" for key, before, after in found)
 
 

@@ -1,9 +1,10 @@
-"""`segkit train --folds`: nnU-Net's folds in turn, and what all of them say together.
+"""`segkit train --folds`: cross-validation, fold by fold, and a summary of all folds.
 
 runs/<name>/cross_validation.json   fold_0/ … fold_4/   summary.json
 
-Each fold is a run of its own. Every case is held out by one of them, so that together they tell the
-Dice of cases that were not trained on, and by it whether to keep largest components alone.
+Each fold is a run of its own. Each case is held out by one fold. So the folds together give the
+Dice of all cases by models that were not trained on them. This Dice decides whether predictions
+keep only the largest components.
 """
 
 import logging
@@ -49,36 +50,36 @@ SECONDS_FOR_ANOTHER = 60.0
 """To wait for a process that writes what all folds share."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
-"""By case, then by class; none where a class is in neither prediction nor reference."""
+"""Dice by case, then by class; None if a class is in neither prediction nor reference."""
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validation: its folder, and what `summary.json` holds.
-
-    The summary is empty if another process still trains folds of it; the last to end pools all.
-    """
+    """A cross-validation."""
 
     folder: Path
+    """The folder of the cross-validation, with a run for each fold."""
     summary: Mapping[str, Any]
+    """The content of `summary.json`. It is empty while another process trains folds; the last that
+    finishes pools them."""
 
     def post_processing(self) -> str:
-        """A sentence on what is adopted, and its Dice."""
+        """A sentence about the selected post-processing and its Dice."""
         adopted = self.summary["postprocessing"]
         parts = ["the whole foreground"] if adopted["largest_foreground"] else []
         parts += adopted["largest_of"]
         if not parts:
-            return "post-processing: none, as keeping largest components alone raises no Dice"
+            return "post-processing: none; keeping only largest components does not raise the Dice"
         dice = adopted["adopted"]["mean_dice"]
         return f"post-processing: largest component of {', '.join(parts)}; mean Dice {dice:.3f}"
 
 
 class Record(Section):
-    """What a cross-validation goes on by after a stop; the content of `cross_validation.json`."""
+    """The state from which a stopped cross-validation resumes: `cross_validation.json`."""
 
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     config: Config
-    """Of each fold, but for its name and `data.fold`."""
+    """The config of all folds, except for `name` and `data.fold`."""
 
 
 def cross_validate(
@@ -90,40 +91,44 @@ def cross_validate(
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> CrossValidation:
-    """Train folds in turn, and write the folder of a new cross-validation.
+    """Train several folds, one after the other, in the folder of a new cross-validation.
 
-        result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), range(5))
-
-    All folds share one spacing: the config's, or the median of all cases.
+    All folds use the same spacing: the config's, or the median of all cases.
 
     Args:
-        config: of each fold; it names no fold itself.
-        folds: numbers from 0 on, or all of them.
-        runs: the folder that the cross-validation's folder is made in.
-        say: takes a line before each fold.
-        callbacks: of Lightning, called during each training.
+        config: the config of all folds; `data.fold` must not be set.
+        folds: numbers of the folds, from 0 on, or "all".
+        runs: the folder in which the folder of the cross-validation is made.
+        say: receives a line of text before each fold.
+        callbacks: Lightning callbacks that are called during each training.
         track: shows the progress over cases.
 
     Returns:
-        The folder and what all folds say together.
+        The folder and the summary of all folds.
 
     Raises:
         ConfigError: the config names a fold or several processes, or does not fit the dataset.
-        DatasetError: there are fewer cases than folds; and all that `train` raises.
+        DatasetError: there are fewer cases than folds.
+        SegkitError: a training fails, as `train` describes.
+
+    Example:
+        >>> result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), range(5))
     """
     runs = Path(runs)
     refuse_replaced(config)
     if config.data.fold is not None:
         raise ConfigError(
-            f"data.fold is {config.data.fold}, but --folds names the folds to train; give one"
+            f"data.fold is {config.data.fold}, but --folds names the folds to train; give only one "
+            f"of the two"
         )
     devices = config.trainer.devices
     if config.trainer.num_nodes != 1 or not (
         devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
     ):
         raise ConfigError(
-            f"trainer.devices is {devices}, but --folds trains in one process; set it to 1, or "
-            f"train each fold as a run of its own by data.fold"
+            f"trainer.devices is {devices} and trainer.num_nodes {config.trainer.num_nodes}, but "
+            f"--folds trains in one process; set both to 1, or train each fold as a run of its own "
+            f"with data.fold"
         )
     dataset = dataset_of(config.data)
     known = folds_of(dataset, config.data)
@@ -155,10 +160,24 @@ def resume_folds(
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> CrossValidation:
-    """Go on with what is missing of a cross-validation, and with more folds if they are named.
+    """Train the missing part of a cross-validation, and more folds if they are named.
 
-    Several processes may do so at once: each fold is trained by one of them, and the last to end
-    pools all. Raises ConfigError if nothing is missing, and whatever `cross_validate` raises.
+    Several processes may do so at once: each fold is trained by one of them, and the last that
+    finishes pools all folds.
+
+    Args:
+        folder: the folder of the cross-validation.
+        folds: numbers of folds to train as well, or "all".
+        say: receives a line of text before each fold.
+        callbacks: Lightning callbacks that are called during each training.
+        track: shows the progress over cases.
+
+    Returns:
+        The folder and the summary of all folds.
+
+    Raises:
+        ConfigError: nothing is missing.
+        SegkitError: a training fails, as `train` describes.
     """
     record = _record_of(folder)
     if folds == "all":
@@ -168,13 +187,16 @@ def resume_folds(
     if (folder / SUMMARY).is_file() and all(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
-        raise ConfigError(f"{folder}: is finished already; name more --folds or see its {SUMMARY}")
+        raise ConfigError(
+            f"{folder}: the cross-validation is finished already; name more --folds, or read its "
+            f"{SUMMARY}"
+        )
     with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
 def is_cross_validation(folder: Path) -> bool:
-    """Whether a folder is a cross-validation's, finished or not."""
+    """Whether a folder holds a cross-validation, finished or not."""
     return (folder / RECORD).is_file()
 
 
@@ -240,10 +262,12 @@ def _record_of(folder: Path) -> Record:
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:
-    """The dataset that the first folds were drawn from; None if no fold was begun.
+    """The dataset from which the first folds were drawn; None if no fold has started.
 
-    Cases that came later are left out, so that no case is held out twice. Raises ConfigError if one
-    of them is gone, without which the folds would be others.
+    Cases that were added later are left out, so that no case is held out twice.
+
+    Raises:
+        ConfigError: a case is gone; the folds would differ without it.
     """
     begun = [names for path in folder.glob(f"{FOLD}*/{SPLIT}") if (names := read_split(path))]
     if not begun:
@@ -253,12 +277,12 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {told(gone)}, no longer in {dataset.folder}; put "
-            f"the cases back, or begin a new cross-validation"
+            f"{folder}: its folds were drawn with {told(gone)}, which {dataset.folder} no longer "
+            f"contains; put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(
-            "%s: new cases are left out, as its folds were drawn without them: %s",
+            "%s: new cases are left out, because the folds were drawn without them: %s",
             folder,
             told(sorted(here - known)),
         )
@@ -266,10 +290,11 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
 
 
 def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the summaries of folds say together; their cases are pooled.
+    """The summary of a cross-validation, from the summaries of its folds; their cases are pooled.
 
-    Under `validation` the Dice of labels as predicted, as a run's summary has it; under
-    `postprocessing` what is adopted, and the evidence; regions, which overlap, have none.
+    `validation` holds the Dice before post-processing, in the form of a run's summary.
+    `postprocessing` holds the selected operations and their effect on the Dice. Regions have no
+    post-processing, because they overlap.
     """
     scores = {fold: summary["validation"] for fold, summary in folds.items()}
     first = next(iter(scores.values()))
@@ -291,7 +316,7 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
             sum(summary["seconds_of_training"] for summary in folds.values()), 1
         ),
         "validation": {
-            "note": "every case by the fold that held it out, before post-processing",
+            "note": "each case scored by the fold that held it out, before post-processing",
             "cases": len(raw),
             **_means(raw, classes),
             "dice_of_cases": dice_of_cases,
@@ -305,7 +330,7 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
             for fold, summary in folds.items()
         },
         "postprocessing": {
-            "note": "adopted where it raises the Dice of the cases above (Isensee et al. 2021)",
+            "note": "selected if it raises the Dice of the cases above (Isensee et al. 2021)",
             "largest_foreground": decision.largest_foreground,
             "largest_of": [classes[column] for column in decision.largest_of],
             "adopted": _means(decision.dice(raw, after) if after else raw, classes),
@@ -316,7 +341,7 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
 
 
 def _how_to_go_on(folder: Path) -> str:
-    return f"segkit train --resume {folder} goes on from there"
+    return f"segkit train --resume {folder} continues from there"
 
 
 def _fold(folder: Path, fold: int) -> Path:
@@ -327,7 +352,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; repair it") from None
 
 
 def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:
@@ -335,7 +360,7 @@ def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:
 
 
 def _table(cases: DiceOfCases, classes: Sequence[str]) -> Float64[ndarray, "case classes"]:
-    """JSON's null is not a number."""
+    """Dice as an array; null in JSON becomes NaN."""
     return np.array([[dice[name] for name in classes] for dice in cases.values()], np.float64)
 
 

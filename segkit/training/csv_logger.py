@@ -1,4 +1,8 @@
-"""metrics.csv of a run, whole at every moment: written anew now and then, and with a checkpoint."""
+"""metrics.csv of a run.
+
+The whole file is replaced every few seconds and before each checkpoint, so it is complete at any
+moment.
+"""
 
 import csv
 import io
@@ -16,11 +20,11 @@ SECONDS_BETWEEN_WRITES = 5.0
 
 
 class MetricsFile(Logger):
-    """Rows of numbers by step, in a table that opens anywhere.
+    """A logger that writes metrics to a CSV file, one row per logging call.
 
     Args:
-        path: of the table.
-        rows: those that are there already.
+        path: the CSV file.
+        rows: the rows that the file has already.
     """
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -31,29 +35,29 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """It has none."""
+        """Empty: the file needs no name from Lightning."""
         return ""
 
     @property
     def version(self) -> str:
-        """It has none."""
+        """Empty: the file needs no version from Lightning."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run's folder."""
+        """The folder of the run."""
         return str(self.path.parent)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml has them."""
+        """Do nothing: config.yaml holds the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One row more."""
+        """Add one row."""
         self.rows.append({**metrics, "step": len(self.rows) if step is None else step})
 
     def save(self) -> None:
-        """Write the table, as Lightning asks after each row, unless that was done just now."""
+        """Write the table, unless it was written a few seconds ago. Lightning calls this often."""
         if time.monotonic() - self.written_at > SECONDS_BETWEEN_WRITES:
             self.write()
 

@@ -1,4 +1,4 @@
-"""Groups of cases dealt out to parts, each with its share of every stratum."""
+"""Distribution of groups of cases to parts, so that each part gets its share of every stratum."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,21 +11,21 @@ def deal(
     shares: Sequence[float],
     random: np.random.RandomState,
 ) -> list[list[int]]:
-    """The cases of each part, so that no group is torn and each stratum is shared out.
+    """The cases of each part. No group is split, and every part gets its share of each stratum.
 
-    The groups go in order, those with the largest share of a stratum first, each to the part whose
-    strata then lie closest to their shares: the part for which the sum over strata of the squared
-    distance, over the part's share, grows least. (Greedy, as scikit-learn's StratifiedGroupKFold,
-    which takes groups by the spread of their counts.)
+    Groups are assigned one after the other, those with the largest share of a stratum first. Each
+    group goes to the part whose distance to its shares then grows least. The distance is the sum
+    over strata of the squared difference, divided by the part's share. (This is greedy, like
+    scikit-learn's StratifiedGroupKFold, which orders groups by the spread of their counts.)
 
     Args:
-        groups: numbers of cases by what keeps them together.
-        strata: (case, stratum), how much of a stratum a case holds.
-        shares: of each part; together 1.
-        random: shuffles groups that are alike.
+        groups: numbers of the cases of each group, by the group's name.
+        strata: array (case, stratum) with the amount of each stratum in each case.
+        shares: the share of each part; their sum is 1.
+        random: shuffles groups of equal size.
 
     Returns:
-        Numbers of the cases of each part, in order.
+        Sorted numbers of the cases of each part.
     """
     whole = np.ones((len(strata), 1))
     counted = np.concatenate([whole, strata], axis=1).astype(np.float64)
@@ -42,7 +42,7 @@ def deal(
         after = (filled + held[group] - aims) ** 2
         growth = ((after - before) / aims).sum(axis=1)
         empty = [number for number, part in enumerate(parts) if not part]
-        if len(empty) >= len(order) - place:  # each part gets one
+        if len(empty) >= len(order) - place:  # each part gets at least one group
             growth[[number for number in range(len(parts)) if number not in empty]] = np.inf
         chosen = int(growth.argmin())
         filled[chosen] += held[group]

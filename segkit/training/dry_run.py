@@ -1,7 +1,7 @@
-"""`segkit train --dry-run`: what a training will be and take, measured on two of its steps.
+"""`segkit train --dry-run`: a description of a training, with time and memory of one step.
 
-They are real steps on the device, with the whole config, but on two cases. They write to a folder
-that is removed afterwards. The first step wakes the libraries; the second is measured.
+Two real steps run on the device, with the whole config, but on two cases. They write to a folder
+that is removed afterwards. The first step initialises the libraries; the second is measured.
 """
 
 import tempfile
@@ -35,29 +35,30 @@ CASES = 2
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a training will be, and what its steps take."""
+    """A description of a training, with the measured time and memory of a step."""
 
     config: Config
     description: ModelDescription
     cut_size: tuple[int, ...]
-    """Voxels of a patch as it is cut, with the margins that it is turned in."""
+    """Size in voxels of a patch as it is cut, with the margins that its rotation needs."""
     training_cases: int
     held_out: int
     parameters: int
     precision: str
     device: str
     peak: int | None
-    """Bytes of the GPU's memory, or of the process on a CPU; None if the system does not tell."""
+    """Peak memory in bytes: of the GPU, or of the process on a CPU. None if it is unknown."""
     before: int
-    """Bytes of the process's peak before the first step; 0 on a GPU."""
+    """Peak memory of the process before the first step, in bytes; 0 on a GPU."""
     seconds: float
+    """Time of one step, in seconds."""
     loss: float
     notes: tuple[str, ...] = ()
     """Of weights that are another model's, and of those that are frozen."""
 
     @property
     def fitting(self) -> int | None:
-        """Steps that fit into `trainer.max_time` without validations; None if it is not set."""
+        """Number of steps that fit into `trainer.max_time` without validations; None if not set."""
         if self.config.trainer.max_time is None:
             return None
         limit = Timer(duration=self.config.trainer.max_time).time_remaining()
@@ -65,22 +66,22 @@ class DryRun:
         return max(int(limit / self.seconds), 1)
 
     def lines(self) -> list[str]:
-        """Everything in words, a line for each part."""
+        """The description as lines of text."""
         data, schedule = self.config.data, self.config.train
         patch = self.description.volume_patch
-        cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} to be turned"
+        cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} for rotation"
         every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
         total = timedelta(seconds=round(self.seconds * schedule.steps))
         measured = "the peak is not measured on this system"
         if self.peak is not None and self.before:
             measured = (
-                f"the process's peak {in_words(self.peak)}, of which {in_words(self.before)} "
-                f"before the first step"
+                f"peak memory of the process {in_words(self.peak)}, of which "
+                f"{in_words(self.before)} before the first step"
             )
         elif self.peak is not None:
-            measured = f"{in_words(self.peak)} of the GPU's memory at the peak"
-        told = [
-            f"{self.config.name}: {self.training_cases} cases of {data.folder} to train on, "
+            measured = f"peak memory of the GPU {in_words(self.peak)}"
+        lines = [
+            f"{self.config.name}: {self.training_cases} training cases of {data.folder}, "
             f"{self.held_out} held out; labels {', '.join(self.description.labels)}",
             f"spacing {_size(self.description.spacing)} mm; patches of {_size(patch)} voxels{cut}; "
             f"batches of {data.batch_size}",
@@ -89,16 +90,16 @@ class DryRun:
             f"{schedule.steps} steps of {schedule.optimiser}, {every}; {self.precision} on "
             f"{self.device}",
             f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
-            f"{schedule.steps} steps would take {total}, validations aside",
+            f"{schedule.steps} steps would take {total}, without validations",
         ]
-        told += self.notes
+        lines += self.notes
         if self.fitting is not None and self.fitting < schedule.steps:
-            told.append(too_slow(self.seconds, self.fitting, schedule.steps))
-        return told
+            lines.append(too_slow(self.seconds, self.fitting, schedule.steps))
+        return lines
 
 
 class Stopwatch(Callback):
-    """Times the last step, and reads the peak of memory after it."""
+    """A callback that measures the time of the last step and the peak memory after it."""
 
     def __init__(self) -> None:
         self.started = self.seconds = 0.0
@@ -109,7 +110,7 @@ class Stopwatch(Callback):
         self.cut_size: tuple[int, ...] = ()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the memory before the first step."""
+        """Record the memory before the first step."""
         self.device = pl_module.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -124,7 +125,7 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Note the time of a step, including the cutting of its patches, and the peak."""
+        """Record the time of a step, including the cutting of its patches, and the peak memory."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         wait_for_device(self.device)
@@ -140,9 +141,18 @@ class Stopwatch(Callback):
 
 
 def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
-    """Train for two steps on two cases, measure them, and leave no files.
+    """Train two steps on two cases, measure them, and leave no files.
 
-    Raises SegkitError as training does, and TrainingError if the GPU's memory is too small.
+    Args:
+        config: the config of the training.
+        track: shows the progress over cases.
+
+    Returns:
+        The description of the training and the measurements.
+
+    Raises:
+        TrainingError: the GPU's memory is too small.
+        SegkitError: the training is refused, as `train` describes.
     """
     check_installed(config.trainer.loggers)
     check_precision(config)
@@ -184,7 +194,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
-    """The config with only the measured steps, and without all that would follow them."""
+    """The config reduced to the measured steps, without validation, pictures or time limits."""
     few: dict[str, Any] = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS}
     few |= {"patience": None, "minutes": None}
     data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache, "workers": 0}

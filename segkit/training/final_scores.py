@@ -1,4 +1,4 @@
-"""Dice of whole held-out cases on their own grids: what a run says of itself."""
+"""Final scores of a run: Dice of whole held-out cases on their own grids."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Integer
@@ -17,6 +17,7 @@ from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
 from segkit.evaluation.temperature import HeldOutVoxels
+from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.disk_arrays import in_memory
@@ -34,39 +35,52 @@ def score(
     cases: Sequence[CaseFiles],
     track: Track,
     *,
-    device: str = "auto",
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
     until: float = math.inf,
     files: HeldOutFiles | None = None,
     voxels: HeldOutVoxels | None = None,
+    **options: Unpack[PredictionOptions],
 ) -> dict[str, Any]:
-    """Mean Dice over held-out cases, per class and over classes, each case on its own grid.
+    """Dice of held-out cases: per case, as mean per class, and as mean over classes.
 
-    Or of regions, as they come out of the labels that are written. Ignored voxels do not count. Of
-    a partly labelled case only what is labelled does; the rest is NaN.
-    `first_labels` are files with the labels that a first stage gives each case: those of its models
-    that held the case out, where the whole first stage would do better than on a new case.
-    Of each of the `operations` on predicted labels, by name, the Dice of every case after it, as
-    `dice_of_cases_after`: all that a cross-validation must know to adopt one.
-    `files` keeps predictions, if it is given, and `voxels` draws some with their probabilities, of
-    cases that are labelled whole.
-    `until` is the monotonic clock's time at which scoring should be over: at least one case is
-    scored, and then as many more as fit.
+    Each case is scored on its own grid. Regions are scored as they are in the labels that are
+    written. Ignored voxels do not count. Classes that nobody labelled in a case are NaN.
+
+    Args:
+        model: the trained model.
+        dataset: the dataset of the cases.
+        cases: the held-out cases.
+        track: shows the progress over cases.
+        first_labels: files with first-stage labels of each case. They come from the models that
+            held the case out; models that were trained on it would do better than on a new case.
+        operations: operations on predicted labels, by name. The Dice of every case after each
+            operation is returned as `dice_of_cases_after`; a cross-validation selects by it.
+        until: time of the monotonic clock at which scoring should end. At least one case is scored,
+            and then as many as fit.
+        files: writes the predictions, if given.
+        voxels: receives voxels with their probabilities, from cases that are labelled completely.
+        options: those of `Predictor`, such as `device`.
+
+    Returns:
+        The entry `validation` of the run's summary.
+
+    Raises:
+        DatasetError: a case cannot be read.
     """
-    predictor = Predictor(model, device=device)
+    predictor = Predictor(model, **options)
     labelling = dataset.labelling
     names = list(labelling.members)
     dice: dict[str, list[float]] = {}
     after: dict[str, dict[str, list[float]]] = {name: {} for name in operations}
-    told_right: list[list[float]] = []
+    presence_correct: list[list[float]] = []
     started = time.monotonic()
     for case in track(cases, "scoring", len(cases)):
         now = time.monotonic()
         if dice and now + (now - started) / len(dice) > until:
             logger.warning(
-                "%d of %d held-out cases are scored: the time is over; segkit predict and segkit "
-                "evaluate score the others",
+                "%d of %d held-out cases were scored before the time was over; use segkit predict "
+                "and segkit evaluate to score the others",
                 len(dice),
                 len(cases),
             )
@@ -91,7 +105,7 @@ def score(
             drawn.add(shares if shares.ndim == 4 else shares[..., None], label.data)
         found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
-            told_right.append(
+            presence_correct.append(
                 [
                     np.nan
                     if name in unlabelled
@@ -108,22 +122,22 @@ def score(
     table = np.array(list(dice.values())).reshape(len(dice), len(names))
     means = class_means(table)
 
-    def told_by_name(rows: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    def by_class_name(rows: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
         return {case: dict(zip(names, row, strict=True)) for case, row in rows.items()}
 
     more: dict[str, Any] = {}
-    if told_right:
-        right = class_means(np.array(told_right, np.float64)).tolist()
-        more["presence_accuracy"] = dict(zip(names, right, strict=True))
+    if presence_correct:
+        shares = class_means(np.array(presence_correct, np.float64)).tolist()
+        more["presence_accuracy"] = dict(zip(names, shares, strict=True))
     if len(dice) < len(cases):
         more["held_out"] = [case.name for case in cases]
     if after:
-        more["dice_of_cases_after"] = {name: told_by_name(rows) for name, rows in after.items()}
+        more["dice_of_cases_after"] = {name: by_class_name(rows) for name, rows in after.items()}
     return {
         "cases": len(dice),
         "dice": dict(zip(names, means.tolist(), strict=True)),
         "mean_dice": mean_of_defined(means),
-        "dice_of_cases": told_by_name(dice),
+        "dice_of_cases": by_class_name(dice),
         **more,
     }
 
@@ -133,9 +147,10 @@ def dice_of(
     reference: Integer[ndarray, "*space"],
     labelling: Labelling,
 ) -> list[float]:
-    """The Dice of each class but the background, or of each region; NaN of one that is in neither.
+    """The Dice of each class except the background, or of each region.
 
-    Voxels that the reference ignores do not count.
+    It is NaN for a class that is in neither prediction nor reference. Voxels that the reference
+    ignores do not count.
     """
     overlap = Overlap.of_labels(
         prediction,

@@ -1,7 +1,7 @@
-"""From the parts of a training to a finished run, and from a stopped run to the same.
+"""Training of a run from its parts, and resuming of a stopped run.
 
-Patches, augmentation and noise depend on the seed and the step alone, so that a run that goes on
-from its last checkpoint ends with the weights of one that was never stopped.
+Patches, augmentation and noise depend only on the seed and the step. So a run that is resumed from
+its last checkpoint ends with the same weights as a run that was never stopped.
 """
 
 import copy
@@ -42,6 +42,7 @@ from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.cascade import first_stage_of
+from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import (
     OF_SCHEDULE,
     Change,
@@ -96,15 +97,15 @@ from segkit.training.weight_average import Averaging
 logger = logging.getLogger(__name__)
 
 RECORDED = {"network", "loss", "presence_loss"}
-"""Parts that a recorded step holds."""
+"""Parts that a recorded CUDA step contains."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, what `summary.json` holds, and its model.
+    """A finished run: its folder, the content of `summary.json`, and its model.
 
-    If several processes train, only the first writes the folder and scores the model; in the others
-    `summary` is empty.
+    If several processes train, only the first one writes the folder and scores the model; in the
+    others `summary` is empty.
     """
 
     folder: Path
@@ -122,29 +123,30 @@ def train(
     network: nn.Module | None = None,
     spent: float = 0.0,
 ) -> Run:
-    """Train the network that the config describes: `fit(prepare(config))`.
-
-        run = segkit.train(segkit.load_config("my_dataset.yaml"))
+    """Train the network that a config describes: `fit(prepare(config))`.
 
     Args:
-        config: of the training.
-        runs: the folder that the run's folder is made in.
-        callbacks: of Lightning, called during training.
+        config: the config of the training.
+        runs: the folder in which the run's folder is made.
+        callbacks: Lightning callbacks that are called during training.
         track: shows the progress over cases.
-        dataset: taken instead of the one that the config names.
-        network: any module from (batch, channel, cells …) to logits (batch, output, cells …),
-            trained in place of a U-Net if the config has `network.given`.
-        spent: seconds of `train.minutes` that went by before, such as those of planning.
+        dataset: a dataset that replaces the one in the config.
+        network: any module from (batch, channel, *space) to logits (batch, output, *space). It is
+            trained instead of a U-Net; the config must have `network.given`.
+        spent: seconds of `train.minutes` that are used already, for example by planning.
 
     Returns:
         The finished run, as `fit` returns it.
 
     Raises:
-        ConfigError: the config does not fit the dataset or this machine, or was trained with parts
-            replaced from Python.
+        ConfigError: the config does not fit the dataset or this machine, or it was trained with
+            parts that were replaced from Python.
         DatasetError: a case cannot be read or used.
         ModelError: the network or a model that the config names cannot be used.
-        TrainingError: the loss is no number.
+        TrainingError: the loss is NaN or infinite, or the device's memory is too small.
+
+    Example:
+        >>> run = segkit.train(segkit.load_config("my_dataset.yaml"))
     """
     refuse_replaced(config)
     parts = prepare(config, runs=runs, dataset=dataset, network=network, track=track)
@@ -158,25 +160,26 @@ def fit(
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> Run:
-    """Train by these parts, and write a new run's folder.
-
-        parts = segkit.prepare(config)
-        run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
+    """Train with these parts, and write the folder of a new run.
 
     Args:
-        parts: of the training, as `prepare` makes them, or some of them replaced.
-        runs: the folder that the run's folder is made in.
-        callbacks: of Lightning, called during training.
+        parts: the parts of the training, as `prepare` makes them; some may be replaced.
+        runs: the folder in which the run's folder is made.
+        callbacks: Lightning callbacks that are called during training.
         track: shows the progress over cases.
 
     Returns:
-        The finished run. If several processes train, each returns with the same folder and the same
-        weights, and the first one alone has a summary.
+        The finished run. If several processes train, all of them return the same folder and the
+        same weights, and only the first one has a summary.
 
     Raises:
         ConfigError: the parts do not fit one another or this machine; no folder is left then.
-        ModelError: a network that was replaced is not that of the description.
-        TrainingError: the loss is no number.
+        ModelError: a replaced network does not fit the description.
+        TrainingError: the loss is NaN or infinite, or the device's memory is too small.
+
+    Example:
+        >>> parts = segkit.prepare(config)
+        >>> run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
     """
     return fit_beside({}, parts, runs=Path(runs), callbacks=callbacks, track=track)
 
@@ -190,14 +193,23 @@ def fit_beside(
     track: Track = untracked,
     spent: float = 0.0,
 ) -> Run:
-    """As `fit`, with these texts, by file name, in the run's folder from its beginning on."""
+    """Train as `fit` does, in a run's folder that contains more files from its beginning.
+
+    Args:
+        files: the text of each file, by its name.
+        parts: the parts of the training.
+        runs: the folder in which the run's folder is made.
+        callbacks: Lightning callbacks that are called during training.
+        track: shows the progress over cases.
+        spent: seconds of `train.minutes` that are used already.
+    """
     check_replaced(parts)
     config = parts.config.model_copy(update={"replaced": parts.replaced})
     budget = _budget_of(parts, config, spent)
     module, first = _module_of(parts, config, budget), is_first_process()
     with ExitStack() as held:
         held.enter_context(determinism_as_before())
-        # Other processes write nothing; Lightning tells them where checkpoints lie.
+        # Only the first process writes; Lightning sends the folder of checkpoints to the others.
         folder = new_run_folder(runs, config.name) if first else runs / config.name
         if first:
             _hold(held, folder)
@@ -214,7 +226,7 @@ def fit_beside(
         except Stopped:
             raise
         except SegkitError:
-            # What is refused before its first step leaves nothing.
+            # A run that fails before its first step leaves no folder.
             if first and not module.steps_begun:
                 shutil.rmtree(folder)
             raise
@@ -229,31 +241,34 @@ def resume(
     track: Track = untracked,
     network: nn.Module | None = None,
 ) -> Run:
-    """Go on with a run from its last checkpoint, as if it never had been stopped.
+    """Continue a run from its last checkpoint, as if it had never been stopped.
 
-        run = segkit.resume("runs/my_dataset")
-        run = segkit.resume("runs/my_dataset", overrides=["train.steps=2000"])
-
-    The run keeps its split by the names in split.json; cases that are new are left out. Settings
-    that were changed in config.yaml, in `overrides` or in `parts` count from here on, or are
-    refused. With other `train.steps`, the learning rate at each step is that of a run of that
-    length.
+    The run keeps its split by the names in split.json; new cases are left out. Settings that were
+    changed in config.yaml, in `overrides` or in `parts` apply from this step on, if a run may
+    change them. If `train.steps` was changed, the learning rate at each step is that of a run with
+    this number of steps.
 
     Args:
-        run: the run's folder. A finished run goes on if it is given more steps.
-        parts: those that the run was trained by, if some were replaced: `prepare` makes the others
-            from the run's own config.yaml.
-        overrides: changes of settings such as `train.steps=2000`; none with `parts`.
-        callbacks: of Lightning, called during training.
+        run: the run's folder. A finished run continues only if it is given more steps.
+        parts: the parts of the run, if some were replaced; `prepare` makes the others from the
+            run's config.yaml.
+        overrides: changes of settings such as `train.steps=2000`; not together with `parts`.
+        callbacks: Lightning callbacks that are called during training.
         track: shows the progress over cases.
-        network: the module of a run that trains one; its weights become the checkpoint's.
+        network: the module of a run that trains a module from Python; it receives the weights of
+            the checkpoint.
 
     Returns:
         The finished run, as `fit` returns it.
 
     Raises:
-        ConfigError: there is no run to go on with, another process trains in it, its parts are
-            others, or a setting was changed that it must keep; and all that `train` raises.
+        ConfigError: the folder has no run that can be resumed, another process trains in it, other
+            parts are replaced, or a setting was changed that must stay.
+        SegkitError: the training fails, as `train` describes.
+
+    Example:
+        >>> run = segkit.resume("runs/my_dataset")
+        >>> run = segkit.resume("runs/my_dataset", overrides=["train.steps=2000"])
     """
     folder = begun_run(Path(run))
     config = load_config(folder / CONFIG, overrides)
@@ -289,20 +304,22 @@ def resume(
             parts = with_kept_split(parts, names, folder)
         config = parts.config.model_copy(update={"replaced": parts.replaced})
         now = config.model_dump(mode="json")
-        # As it was asked for: cases that are gone are told, and are no change of a setting.
+        # The value as the user gave it: a missing case is not a change of this setting.
         now["data"]["validation"] = asked
         found = list(changes(begun, now))
         check_changes(str(folder / CONFIG), found, steps_done)
         anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
         if found:
             logger.info(
-                "%s: goes on from step %d with %s", folder, steps_done, in_a_sentence(found)
+                "%s: continues from step %d with %s", folder, steps_done, in_a_sentence(found)
             )
         budget = _budget_of(parts, config)
         module = _module_of(parts, config, budget)
         check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
+        updated = _record_of(parts, config, record, found, steps_done, names)
+        warn_of_changed_files(folder, record.get("files", {}), updated["files"])
         noted = GoingOn(
-            _record_of(parts, config, record, found, steps_done, names),
+            updated,
             every=steps_between(config),
             anew=anew,
             patience=config.train.patience,
@@ -318,7 +335,11 @@ def resume(
 
 
 def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
-    """The names in split.json, which no edit may move from one side to the other."""
+    """The names in split.json, or in the checkpoint if there is no such file.
+
+    Raises:
+        ConfigError: an edit of split.json moved a case from one part to the other.
+    """
     names, begun = read_split(folder / SPLIT), record.get("split")
     if names is None:
         return begun
@@ -330,7 +351,7 @@ def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
 def _check_more_to_do(
     folder: Path, config: Config, before: Mapping[str, Any], steps_done: int
 ) -> None:
-    """Raise ConfigError unless a finished run was given more to do."""
+    """Raise ConfigError unless a finished run was given more steps."""
     given = {
         "train.steps": config.train.steps > steps_done,
         "train.patience": config.train.patience != before.get("train", {}).get("patience"),
@@ -345,11 +366,11 @@ def _check_more_to_do(
     )
     if not more or not steps_done or config.train.minutes is not None:
         raise ConfigError(
-            f"{folder}: is finished already; its model is {folder / 'model'}; to go on, give it "
+            f"{folder}: the run is finished already, and its model is {folder / 'model'}; to train "
             f"more than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
             if config.train.minutes is None
-            else f"{folder}: is finished already; its model is {folder / 'model'}; its time was "
-            f"train.minutes, so begin a new run with train.start_from={folder}"
+            else f"{folder}: the run is finished already, and its model is {folder / 'model'}; "
+            f"because train.minutes limited it, start a new run with train.start_from={folder}"
         )
 
 
@@ -365,7 +386,7 @@ def _record_of(
     step: int = 0,
     names: SplitNames | None = None,
 ) -> dict[str, Any]:
-    """What checkpoints say of a run: its settings, its split, and what was changed on the way."""
+    """The record of a run for its checkpoints: settings, split, and settings that were changed."""
     changed = [
         {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
     ]
@@ -375,32 +396,33 @@ def _record_of(
         "config": config.model_dump(mode="json"),
         "split": {part: list(split[part]) for part in ("train", "held_out")},
         "changes": [*before.get("changes", []), *changed],
+        "files": states_of((*parts.split.train, *parts.split.held_out)),
         **({"start_from": begun_from} if begun_from else {}),
     }
 
 
 def _hold(held: ExitStack, folder: Path) -> None:
-    """Keep the run's folder for this process until `held` is closed."""
+    """Lock the run's folder for this process until `held` is closed."""
     held.enter_context(claimed(folder))
-    held.enter_context(advice_on_stop(f"segkit train --resume {folder} goes on from there"))
+    held.enter_context(advice_on_stop(f"segkit train --resume {folder} continues from there"))
 
 
 def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) -> None:
-    """Raise ConfigError unless the parts were replaced that the run's were."""
+    """Raise ConfigError unless the same parts are replaced as in the run."""
     if parts.replaced != config.replaced:
-        told = [", ".join(names) or "none" for names in (config.replaced, parts.replaced)]
+        names = [", ".join(part) or "none" for part in (config.replaced, parts.replaced)]
         raise ConfigError(
-            f"{folder}: was trained with these parts replaced: {told[0]}; found these: {told[1]}; "
+            f"{folder}: expected the parts that the run replaced ({names[0]}), found {names[1]}; "
             f"replace the same ones"
         )
 
 
 def _network_of(parts: TrainingParts) -> SegmentationNetwork:
-    """The network to train. Raises ModelError if a replaced one is not that of the description."""
+    """The network to train. Raises ModelError if a replaced one does not fit the description."""
     network, description = parts.network, parts.description
     if "network" not in parts.replaced:
         assert isinstance(network, SegmentationNetwork)
-        # So that the same parts can be fitted again, from the same weights.
+        # A copy, so that the same parts can be trained again from the same weights.
         return network if description.network.given else copy.deepcopy(network)
     if not isinstance(network, SegmentationNetwork):
         network = wrap_network(description, network).cpu()
@@ -411,14 +433,14 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
         weight_shapes(description)
     ):
         raise ModelError(
-            f"{description.run}: parts.network has other weights than the network that its config "
-            f"describes; change the config, or set network.given to train any module"
+            f"{description.run}: the weights of parts.network do not fit the network of the "
+            f"config; change the config, or set network.given to train any module"
         )
     return network
 
 
 def _budget_of(parts: TrainingParts, config: Config, spent: float = 0.0) -> TimeBudget | None:
-    """The run's time, of which preparing has taken some, if it is limited."""
+    """The run's time budget, of which preparing has used a part; None if the time has no limit."""
     if config.train.minutes is None:
         return None
     return TimeBudget(
@@ -458,7 +480,7 @@ def _module_of(
         presence_loss=parts.presence_loss,
         partly=parts.partly,
         presence_weight=head.weight if head else 0.0,
-        # What is not segkit's own may do what a recording would not repeat.
+        # Code from outside segkit may do things that a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),
         budget=budget,
         freezing=freezing,
@@ -492,17 +514,15 @@ def _trained(
     checkpoint: Path | None,
     track: Track,
 ) -> Run:
-    """Train, from a checkpoint if there is one, and write what comes out into the run's folder."""
+    """Train, from a checkpoint if there is one, and write the results into the run's folder."""
     split, network = parts.split, module.network
-    logger.info(
-        "%s: %d cases to train on, %d held out", folder, len(split.train), len(split.held_out)
-    )
+    logger.info("%s: %d training cases, %d held out", folder, len(split.train), len(split.held_out))
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
     if config.network.given is None:
         order_for(network, trainer.strategy.root_device)
     first_stage = tuple(stage.model for stage in parts.first_stage)
     if is_first_process():
-        # So that checkpoints can be used before the end.
+        # Written now, so that checkpoints can be used before the end.
         save_firsts(folder / "model", first_stage)
         save_description(folder / "model", parts.description)
     environment = training_environment(trainer.strategy.root_device)
@@ -565,15 +585,15 @@ def _trained(
 
 
 def _record_in(trainer: L.Trainer) -> Mapping[str, Any]:
-    """What the checkpoints of a training say of it."""
+    """The record that checkpoints of a training contain."""
     noted = next(each for each in trainer.callbacks if isinstance(each, GoingOn))  # type: ignore[attr-defined]
     return noted.record
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:
-    """If training ends by patience, put the weights that scored best back; their step, or None.
+    """Load the weights with the best score, if `train.patience` is set; their step, or None.
 
-    The last weights are those of as many validations without anything better.
+    With patience, training ends only after several validations that were not better.
     """
     path = Path(best.dirpath or "") / BEST
     if config.train.patience is None or best.best_model_score is None or not path.is_file():
@@ -581,7 +601,7 @@ def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwo
     content = read_checkpoint(path)
     network.load_state_dict(weights_of_network(content))
     step = int(content["global_step"])
-    logger.info("kept the weights of step %d, which scored best", step)
+    logger.info("kept the weights of step %d, which had the best score", step)
     return step
 
 
@@ -593,12 +613,12 @@ def _scores(
     track: Track,
     until: float,
 ) -> tuple[dict[str, Any], Temperature | None]:
-    """What the run's weights score on the held-out cases, and the best score during training.
+    """The scores of the run on its held-out cases, and the best score during training.
 
-    With `train.calibrate` also the temperature of their probabilities.
+    With `train.calibrate`, also the temperature of its probabilities.
     """
-    # A fold is a piece of a cross-validation, which may adopt what a single run never does. Regions
-    # overlap, so that what is left of one is not its own affair.
+    # Only a cross-validation selects post-processing, so only a fold measures it. Regions overlap:
+    # removing a component of one would change others.
     adopts = config.data.fold is not None and not parts.dataset.regions
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
@@ -615,7 +635,7 @@ def _scores(
             labelling.ignore,
         )
     scores = {
-        "note": "Dice of whole held-out volumes, on their own grids, by the weights of model/",
+        "note": "Dice of whole held-out volumes on their own grids, by the weights in model/",
         **score(
             model,
             parts.dataset,
@@ -624,7 +644,7 @@ def _scores(
             device=str(trainer.strategy.root_device),
             first_labels=parts.first_labels,
             operations=candidates(list(model.description.labels.values())[1:]) if adopts else {},
-            # A fold's cases are all needed by the cross-validation.
+            # A cross-validation needs all cases of a fold.
             until=until if config.data.fold is None else math.inf,
             files=None if keep == "nothing" else HeldOutFiles(Path(best.dirpath), keep),
             voxels=voxels,

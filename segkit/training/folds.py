@@ -1,4 +1,4 @@
-"""The folds of a cross-validation: a file's, a column's, or those that are drawn."""
+"""The folds of a cross-validation, from a file, from a column of a table, or drawn."""
 
 import logging
 import re
@@ -25,9 +25,9 @@ from segkit.training.deal import deal
 logger = logging.getLogger(__name__)
 
 SPLITS_FILE = "splits_final.json"
-"""nnU-Net's, beside a dataset.json."""
+"""nnU-Net's file of folds, beside a dataset.json."""
 FIRST_SEED = 12345
-"""Of nnU-Net's folds."""
+"""The seed that nnU-Net draws folds with."""
 
 
 class FoldListConfig(Section):
@@ -43,21 +43,23 @@ class Folds:
     train: tuple[tuple[str, ...], ...]
     held_out: tuple[tuple[str, ...], ...]
     source: str
-    """Where they are from, in words."""
+    """The origin of the folds, for messages."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of folds."""
         return len(self.train)
 
 
 def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
     """The folds that a config asks for.
 
-    They are those of `data.splits`; or else of a splits_final.json beside the dataset.json, unless
-    cases are grouped or shared out by the config; or else as many as `data.num_folds` that are
-    drawn, without groups and strata as nnU-Net draws its five.
+    They come from `data.splits` if it is given. If not, they come from a splits_final.json beside
+    the dataset.json, unless `data.group_by` or `data.stratify_by` is given. Otherwise
+    `data.num_folds` folds are drawn; without groups and strata, as nnU-Net draws its five.
 
-    Raises DatasetError or ConfigError if a file or a column does not fit the dataset.
+    Raises:
+        DatasetError: a file or a column does not fit the dataset.
+        ConfigError: a setting does not fit the dataset.
     """
     names = [case.name for case in dataset.cases]
     beside = data.folder / SPLITS_FILE
@@ -72,17 +74,19 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
         folds = _checked(dataset, _read(beside), str(beside))
     else:
         if beside.is_file():
-            logger.warning("%s: is not used, as data.group_by or stratify_by draws folds", beside)
+            logger.warning(
+                "%s is not used, because data.group_by or data.stratify_by draws new folds", beside
+            )
         return drawn(dataset, data)
     for number, (train, held_out) in enumerate(zip(folds.train, folds.held_out, strict=True)):
-        told = f"fold {number} of {folds.source}"
+        name = f"fold {number} of {folds.source}"
         if left := sorted(set(names) - {*train, *held_out}):
             logger.warning(
-                "%s: neither trains on nor holds out %s", told, first_few(left, NAMES_SHOWN)
+                "%s neither trains on nor holds out %s", name, first_few(left, NAMES_SHOWN)
             )
         groups = groups_of(dataset, data)
         if groups and (apart := torn(groups, names, train, held_out)):
-            logger.warning("%s: tears groups of data.group_by apart: %s", told, apart)
+            logger.warning("%s splits groups of data.group_by: %s", name, apart)
     counts = Counter(name for held_out in folds.held_out for name in held_out)
     if several := sorted(name for name, count in counts.items() if count > 1):
         logger.warning(
@@ -94,10 +98,14 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
 
 
 def drawn(dataset: Dataset, data: DataConfig) -> Folds:
-    """Folds that are drawn; each holds out about as many cases, or groups by their cases.
+    """Drawn folds, which hold out about equally many cases.
 
-    Without groups and strata they are nnU-Net's: cases in the order of their names are shuffled by
-    NumPy's first generator and cut into folds, the first ones larger by one (scikit-learn's KFold).
+    Without groups and strata they are the same as nnU-Net's: cases in the order of their names are
+    shuffled by NumPy's legacy generator and cut into folds, of which the first ones may be larger
+    by one (scikit-learn's KFold). With groups, no group is split.
+
+    Raises:
+        DatasetError: there are fewer cases or groups than folds.
     """
     count, names = data.num_folds, [case.name for case in dataset.cases]
     groups = groups_of(dataset, data)
@@ -105,7 +113,7 @@ def drawn(dataset: Dataset, data: DataConfig) -> Folds:
         if len(names) < count:
             raise DatasetError(
                 f"{dataset.folder}: {count} folds need {count} cases or more, found "
-                f"{len(names)}; give data.validation instead of data.fold, or fewer data.num_folds"
+                f"{len(names)}; set data.validation instead of data.fold, or lower data.num_folds"
             )
         order = np.arange(len(names))
         np.random.RandomState(FIRST_SEED).shuffle(order)
@@ -116,7 +124,7 @@ def drawn(dataset: Dataset, data: DataConfig) -> Folds:
         if len(groups) < count:
             raise DatasetError(
                 f"{dataset.folder}: {count} folds need {count} groups or more, found "
-                f"{len(groups)}; set data.num_folds to fewer"
+                f"{len(groups)}; lower data.num_folds"
             )
         random = np.random.RandomState(FIRST_SEED)
         parts = deal(groups, strata_of(dataset, data), [1 / count] * count, random)
@@ -137,11 +145,13 @@ def _read(path: Path) -> list[FoldConfig]:
         raise DatasetError(f"{path}: no such file; check data.splits") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DatasetError(f"{path}: cannot be read as a list of folds: {reason}") from None
+        raise DatasetError(
+            f"{path}: cannot be read as a list of folds: {reason}; correct the file"
+        ) from None
     if not isinstance(content, list):
         raise DatasetError(
             f"{path}: expected a list of folds such as {{train: [a, b], val: [c]}}, found "
-            f"{type(content).__name__}"
+            f"{type(content).__name__}; correct the file"
         )
     try:
         return validated(FoldListConfig, {"folds": content}, str(path)).folds
@@ -155,19 +165,19 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
         both = sorted(set(fold.train) & set(fold.val))
         if both:
             raise DatasetError(
-                f"{source}: fold {number} trains on and holds out "
-                f"{first_few(both, NAMES_SHOWN)}; name a case in one of the two"
+                f"{source}: fold {number} has {first_few(both, NAMES_SHOWN)} in both train and "
+                f"val; name each case in one of them"
             )
         given = {*fold.train, *fold.val}
         if kept := sorted(given & set(dataset.test)):
             raise DatasetError(
                 f"{source}: fold {number} names {first_few(kept, NAMES_SHOWN)}, kept for the test "
-                f"by data.test; name them in one of the two"
+                f"by data.test; remove them from one of the two"
             )
         if unknown := sorted(given - names):
             raise DatasetError(
-                f"{source}: fold {number} names {first_few(unknown, NAMES_SHOWN)}, no cases of "
-                f"{dataset.folder}, which has {first_few(sorted(names), 3)}"
+                f"{source}: fold {number} names {first_few(unknown, NAMES_SHOWN)}, unknown in "
+                f"{dataset.folder}; use its names, such as {first_few(sorted(names), 3)}"
             )
     return Folds(
         tuple(tuple(sorted(set(fold.train))) for fold in folds),
@@ -177,7 +187,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
 
 
 def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
-    """Folds by a column: the number of the fold that holds a case out, or nothing."""
+    """Folds from a column, which holds the number of the fold that holds a case out, or nothing."""
     names = [case.name for case in dataset.cases]
     found = column_of(data, column, [*names, *dataset.test], "data.splits")
     source = f"{table_of(data)}: column {column}"
@@ -191,18 +201,22 @@ def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
         elif re.fullmatch("[0-9]{1,6}", value):
             numbers[name] = int(value)
         else:
-            more = "; data.test keeps such cases" if value.lower() in YES_WORDS else ""
+            hint = "; name test cases in data.test" if value.lower() in YES_WORDS else ""
             raise DatasetError(
-                f"{source}: says {value!r} of {name}; expected the number of the fold that holds "
-                f"it out, val, train or nothing{more}"
+                f"{source}: expected the number of the fold that holds {name} out, val, train or "
+                f"nothing, found {value!r}{hint}"
             )
     present = sorted(set(numbers.values()))
     if not present or present[0] not in (0, 1):
-        raise DatasetError(f"{source}: expected folds 0, 1, 2, …, found {present or 'none'}")
+        raise DatasetError(
+            f"{source}: expected folds 0, 1, 2, …, found {present or 'none'}; correct the numbers"
+        )
     if present != list(range(present[0], present[0] + len(present))):
-        raise DatasetError(f"{source}: expected folds without gaps, found {present}")
+        raise DatasetError(
+            f"{source}: expected folds without gaps, found {present}; correct the numbers"
+        )
     if present[0] == 1:
-        logger.info("%s: folds 1 to %d are folds 0 to %d", source, present[-1], present[-1] - 1)
+        logger.info("%s: folds 1 to %d become folds 0 to %d", source, present[-1], present[-1] - 1)
     held_out = [tuple(name for name in names if numbers.get(name) == fold) for fold in present]
     train = [tuple(name for name in names if name not in set(part)) for part in held_out]
     return Folds(tuple(train), tuple(held_out), source)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, and how a run that goes on takes up other settings."""
+"""The record of a run in its checkpoints, and changed settings in a resumed run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +14,18 @@ from segkit.training.run_folder import RECORD_KEY
 
 
 class GoingOn(Callback):
-    """Writes settings and split into each checkpoint, and changes one that is loaded.
+    """A callback that writes settings and split into checkpoints, and adapts a loaded checkpoint.
 
-    Optimiser and schedule are those of the new settings: at step s, the learning rate is that of
-    step s of a run that had them from its beginning. Moments, counts and the best score stay.
+    After loading, optimiser and schedule have the new settings: at step s, the learning rate is
+    that of a run that had these settings from its beginning. Moments, counts and the best score are
+    kept.
 
     Args:
-        record: what each checkpoint holds under `segkit`: `config` and `split`, plain data.
-        every: steps between two validations.
-        anew: whether optimiser and schedule are made anew by the settings.
-        patience: of early stopping, if any.
-        finished: whether the run had ended before; its patience then begins anew.
+        record: plain data that each checkpoint holds under `segkit`: `config`, `split`, `changes`.
+        every: number of steps between two validations.
+        anew: whether optimiser and schedule are made again from the settings.
+        patience: patience of early stopping, if any.
+        finished: whether the run had ended before; if so, early stopping counts from 0 again.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class GoingOn(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write what made the run so far."""
+        """Write the record of the run into the checkpoint."""
         checkpoint[RECORD_KEY] = self.record
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring a checkpoint to the settings and the folder of now."""
+        """Change a loaded checkpoint to the current settings and the current folder."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if state and isinstance(callback, ModelCheckpoint) and callback.dirpath:
@@ -66,7 +67,7 @@ class GoingOn(Callback):
 
 
 def _move(state: dict[str, Any], folder: str) -> None:
-    """Have the state of a ModelCheckpoint name this folder, if the run was moved."""
+    """Change the paths in the state of a ModelCheckpoint to this folder, if the run was moved."""
     before = state.get("dirpath")
     if not before or before == folder:
         return
@@ -83,12 +84,12 @@ def _move(state: dict[str, Any], folder: str) -> None:
 def _remake(
     checkpoint: dict[str, Any], optimiser: Optimizer, schedule: LRScheduler, *, anew: bool
 ) -> None:
-    """Give a checkpoint the optimiser's settings of now, and a schedule that is as far as it was.
+    """Give a checkpoint the optimiser's current settings, and a schedule at the same step.
 
-    What says how a step is computed (one kernel or many) is the device's in any case.
+    Settings for the computation of a step (one kernel or many) always come from this device.
     """
     if anew:
-        optimiser.step()  # without gradients nothing moves; a schedule wants it before its own
+        optimiser.step()  # changes nothing without gradients, but a schedule expects it first
         for _ in range(int(checkpoint["lr_schedulers"][0].get("last_epoch", 0))):
             schedule.step()
         checkpoint["lr_schedulers"] = [schedule.state_dict()]

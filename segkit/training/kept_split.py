@@ -1,7 +1,7 @@
-"""The split that a run keeps: its cases by name, whatever becomes of the dataset meanwhile.
+"""The split that a run keeps by the names of its cases, even if the dataset changes.
 
-Nothing that was trained on is ever held out, and nothing that was held out is ever trained on. So a
-case that is new in the dataset is left out of a run that goes on.
+A case that was trained on is never held out, and a case that was held out is never trained on. A
+case that is new in the dataset is left out of a resumed run.
 """
 
 import logging
@@ -19,13 +19,17 @@ from segkit.training.split import Split
 logger = logging.getLogger(__name__)
 
 MOST_CASES_TOLD = 5
-"""Names of cases in a sentence; the others are counted."""
+"""A sentence names at most so many cases and counts the others."""
 SplitNames = Mapping[str, Sequence[str]]
-"""The names of cases under `train` and under `held_out`."""
+"""Names of cases, under the keys `train` and `held_out`."""
 
 
 def read_split(path: Path) -> SplitNames | None:
-    """What a split.json says; None if it is not there. Raises ConfigError if it is damaged."""
+    """The names in a split.json; None if the file does not exist.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     try:
         content = read_json_object(path)
     except FileNotFoundError:
@@ -40,49 +44,59 @@ def read_split(path: Path) -> SplitNames | None:
     named = [name for names in found.values() for name in names]
     if len(found) < 2 or len(set(named)) != len(named):
         raise ConfigError(
-            f"{path}: expected two lists of names, train and held_out, without a name twice; "
+            f"{path}: expected two lists of names, train and held_out, with each name only once; "
             f"restore the file"
         )
     return found
 
 
 def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
-    """Raise ConfigError if split.json moves a case that the run has trained on, or held out."""
+    """Check that split.json moves no case from one part to the other.
+
+    Raises:
+        ConfigError: a case that was trained on is held out now, or the reverse.
+    """
     for part, other, done in (
         ("held_out", "train", "trained on"),
         ("train", "held_out", "held out"),
     ):
         if moved := sorted(set(now[part]) & set(begun[other])):
             raise ConfigError(
-                f"{path}: puts {told(moved)} under {part}, which the run has {done} until now; "
-                f"put it back, or begin a new run"
+                f"{path}: {part} has {told(moved)}, which the run has {done} so far; move it back, "
+                f"or start a new run"
             )
 
 
 def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
-    """The cases of a dataset as a run splits them, with a warning of those that are new or gone.
+    """The cases of a dataset in the split of a run, with a warning about new or missing cases.
 
-    Raises DatasetError if no case is left to train on, or none of those that were held out.
+    Args:
+        dataset: the dataset as it is now.
+        names: the names of the run's split.
+        source: the run's folder, for messages.
+
+    Raises:
+        DatasetError: all training cases or all held-out cases are missing.
     """
     here = {case.name: case for case in dataset.cases}
     known = {*names["train"], *names["held_out"]}
     if new := [name for name in here if name not in known]:
         logger.warning(
-            "%s: has new cases, %s; the run keeps its split and leaves them out", source, told(new)
+            "%s: the run keeps its split and leaves out new cases: %s", source, told(new)
         )
-    for part, what in (("train", "to train on"), ("held_out", "held out")):
+    for part, kind in (("train", "training"), ("held_out", "held-out")):
         gone = [name for name in names[part] if name not in here]
         if gone and len(gone) == len(names[part]):
             raise DatasetError(
-                f"{dataset.folder}: none of the {len(gone)} cases {what} of {source} is there; "
-                f"check data.folder, or begin a new run"
+                f"{dataset.folder}: none of the {len(gone)} {kind} cases of {source} is there; "
+                f"check data.folder, or start a new run"
             )
         if gone:
             logger.warning(
-                "%s: %s, %s, no longer in %s; the run goes on without",
+                "%s: the run continues without the %s cases %s, which are no longer in %s",
                 source,
+                kind,
                 told(gone),
-                what,
                 dataset.folder,
             )
 
@@ -93,16 +107,23 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
 
 
 def with_kept_split(parts: TrainingParts, names: SplitNames, source: Path) -> TrainingParts:
-    """The parts with the cases where the run has them, also those that were replaced.
+    """The parts, with training and held-out cases in the split of the run.
 
-    Raises ConfigError if cases were replaced and one of them is held out.
+    Args:
+        parts: the parts of the training.
+        names: the names of the run's split.
+        source: the run's folder, for messages.
+
+    Raises:
+        ConfigError: `parts.cases` was replaced, and the run holds one of these cases out.
     """
     split = kept_split(parts.dataset, names, source)
     if "cases" in parts.replaced:
         wrong = sorted({case.name for case in parts.cases} & set(names["held_out"]))
         if wrong:
             raise ConfigError(
-                f"{source}: holds out {told(wrong)}, which parts.cases would train on; leave it out"
+                f"{source}: the run holds out {told(wrong)}, but parts.cases would train on it; "
+                f"remove it from parts.cases"
             )
         cases = tuple(parts.cases)
         stored = {case.name: case for case in parts.validation.cases}
@@ -118,6 +139,6 @@ def with_kept_split(parts: TrainingParts, names: SplitNames, source: Path) -> Tr
 
 
 def told(names: Sequence[str]) -> str:
-    """The names of cases, the first few of them."""
+    """The first few names of cases in words, with the number of the others."""
     more = len(names) - MOST_CASES_TOLD
     return ", ".join(names[:MOST_CASES_TOLD]) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
-"""All that segkit touches of Lightning (2.6) that Lightning does not promise to keep.
+"""All uses of Lightning's private attributes (Lightning 2.6).
 
-Lightning's counts of a training are off in three places, and no callback can set them otherwise.
-The tests of this module say which attribute is gone if another version of Lightning lacks one.
+Lightning's counts of steps are wrong in three places, and no public interface can correct them. If
+another version of Lightning lacks an attribute, the tests of this module name it.
 """
 
 from typing import Any
@@ -20,55 +20,55 @@ _COUNTS = ("ready", "started", "processed", "completed")
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes, also before there is a trainer to ask."""
+    """Whether this is the process that writes files. It works before there is a trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def log_by_true_step(trainer: L.Trainer) -> None:
-    """Log by the true step: Lightning's own count is off in a resumed run."""
+    """Log by the true step: in a resumed run, Lightning's own count is wrong."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def can_record(trainer: L.Trainer) -> bool:
-    """Whether a step's gradients may be set without Lightning: one process, and nothing scaled."""
+    """Whether gradients may be set without Lightning: one process and no scaling of the loss."""
     plugin = trainer.precision_plugin
     scaled = getattr(plugin, "scaler", None) is not None
     return trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and not scaled
 
 
 def is_fused(optimiser: Optimizer) -> bool:
-    """Whether an optimiser updates all weights in one kernel, which Lightning clips no norm for."""
+    """Whether an optimiser updates all weights in one kernel; Lightning clips no norm for it."""
     return bool(getattr(optimiser, "_step_supports_amp_scaling", False))
 
 
 def unscale(trainer: L.Trainer, optimiser: Optimizer) -> None:
-    """Take the scale of half precision off the gradients, if there is one."""
+    """Divide the gradients by the loss scale of half precision, if there is one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None:
         scaler.unscale_(optimiser)
 
 
 def forget_validation(trainer: L.Trainer) -> None:
-    """Forget what a validation that was broken off has left in Lightning's counts."""
+    """Reset Lightning's counts of an interrupted validation."""
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
 
 
 def set_last_step(trainer: L.Trainer, steps: int) -> None:
-    """Have the loop of a training that began end after so many steps."""
+    """Make a running training end after this number of steps."""
     trainer.fit_loop.epoch_loop.max_steps = steps
 
 
 def validation_is_broken_off(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written while a case was looked at."""
-    looked = checkpoint["loops"]["fit_loop"][_VALIDATION]["current"]
-    return bool(looked["processed"] < looked["started"])
+    """Whether a checkpoint was written in the middle of a validation."""
+    counts = checkpoint["loops"]["fit_loop"][_VALIDATION]["current"]
+    return bool(counts["processed"] < counts["started"])
 
 
 def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
-    """Put right the counts of a checkpoint that was written between two steps.
+    """Correct the counts of a checkpoint that was written between two steps.
 
-    A batch counts if its step is done. A validation that was begun counts as one at its first case,
-    where Lightning begins it anew.
+    A batch counts only if its step is done. A validation that had started counts as being at its
+    first case, so that Lightning starts it again.
     """
     loop = checkpoint["loops"]["fit_loop"]
     for counts in (loop[_STEPS]["total"], loop[_STEPS]["current"]):
@@ -79,9 +79,9 @@ def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
 
 
 def begin_epoch_at(checkpoint: dict[str, Any], every: int, batches_per_step: int = 1) -> None:
-    """Put the counts of a checkpoint where its step lies in epochs of so many steps.
+    """Set the counts of a checkpoint to its step within epochs of `every` steps.
 
-    They lie there already if epochs are as long as they were. Lightning counts batches.
+    Nothing changes if epochs have the same length as before. Lightning counts batches.
     """
     every *= batches_per_step
     batches = checkpoint["loops"]["fit_loop"][_STEPS]
@@ -94,7 +94,7 @@ def begin_epoch_at(checkpoint: dict[str, Any], every: int, batches_per_step: int
 
 
 class MovableAverage(WeightAveraging):
-    """Lightning's average of weights, with names for what it keeps to itself."""
+    """Lightning's average of weights, with public names for its private attributes."""
 
     def keep_on(self, device: torch.device) -> None:
         """Keep the average on a device; call it before `setup`."""
@@ -126,12 +126,12 @@ class MovableAverage(WeightAveraging):
         self._latest_update_step = steps
 
     def tell_updates(self) -> None:
-        """Write their number where PyTorch's average keeps it, for a checkpoint."""
+        """Copy the number of updates into PyTorch's average, which checkpoints contain."""
         if self._average_model is not None:
             self._average_model.n_averaged.fill_(self.updates)
 
 
 def end_record(tracker: WandbLogger, status: str) -> None:
-    """End the record of a tracker, if it began one."""
+    """End the record of a tracker, if it has started one."""
     if tracker._experiment is not None:
         tracker._experiment.finish(exit_code=0 if status == "success" else 1)

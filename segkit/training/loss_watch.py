@@ -1,4 +1,4 @@
-"""Losses looked at when they arrive on the host, which no step waits for."""
+"""Check of the losses for NaN, without a step that waits for the GPU."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 from segkit.errors import TrainingError
 
 MOST_PENDING = 50
-"""Steps after which the oldest loss is waited for: so late, at most, is a fault told."""
+"""A loss that has not arrived after so many steps is waited for; this limits the delay."""
 
 
 @dataclass
 class _Pending:
-    """A loss on its way."""
+    """A loss that may still be on its way from the GPU to the host."""
 
     step: int
     names: Sequence[str]
@@ -24,16 +24,16 @@ class _Pending:
 
 
 class LossWatch:
-    """Tells of the first loss that is no number, with its step and the cases of its batch.
+    """Finds the first loss that is NaN or infinite, with its step and the cases of its batch.
 
-    A loss on a CPU is looked at at once. That of a GPU is copied while the next steps are prepared.
+    A loss on a CPU is checked at once. A loss on a GPU is copied while the next steps are prepared.
     """
 
     def __init__(self) -> None:
         self.pending: deque[_Pending] = deque()
 
     def add(self, step: int, loss: Tensor, names: Sequence[str]) -> None:
-        """Keep the loss of a step in mind, and the names of the cases in its batch."""
+        """Remember the loss of a step and the names of the cases in its batch."""
         value, arrived = loss.detach(), None
         if loss.device.type == "cuda":
             value = torch.empty((), dtype=loss.dtype, pin_memory=True)
@@ -43,9 +43,10 @@ class LossWatch:
         self.pending.append(_Pending(step, names, value, arrived))
 
     def check(self, *, wait: bool = False) -> None:
-        """Look at the losses that have arrived, or at all of them if it may `wait`.
+        """Check the losses that have arrived, or all losses if `wait` is true.
 
-        Raises TrainingError for a loss that is no number.
+        Raises:
+            TrainingError: a loss is NaN or infinite.
         """
         while self.pending:
             oldest = self.pending[0]
@@ -56,7 +57,7 @@ class LossWatch:
             self.pending.popleft()
             if not bool(oldest.value.isfinite()):
                 raise TrainingError(
-                    f"the loss of step {oldest.step} is {float(oldest.value)}, its patches are of "
-                    f"{', '.join(oldest.names) or 'unnamed cases'}; look at these images, or lower "
+                    f"the loss of step {oldest.step} is {float(oldest.value)}, with patches of "
+                    f"{', '.join(oldest.names) or 'unnamed cases'}; check these images, lower "
                     f"train.learning_rate, or set trainer.precision to 32-true"
                 )

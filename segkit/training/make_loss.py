@@ -1,4 +1,4 @@
-"""From the settings of the loss to the loss itself."""
+"""The loss function, made from its settings."""
 
 from functools import partial
 
@@ -20,18 +20,19 @@ from segkit.training.module import Loss
 
 
 def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: bool) -> Loss:
-    """The loss over every supervised level, of classes, or of regions if the model has any.
+    """The loss over all supervised levels, for classes, or for regions if the model has any.
 
     Args:
-        config: which terms, with which weights.
-        description: of the model: its classes or regions, and its spacing.
-        pool_batch: whether an overlap takes its sums over the whole batch.
+        config: the terms and their weights.
+        description: the model's description, with its classes or regions and its spacing.
+        pool_batch: whether overlap terms take their sums over the whole batch.
 
     Returns:
-        From the logits of each supervised level, finest first, and the label to a scalar.
+        A function of the logits of each supervised level, finest first, and the label. It returns a
+        scalar.
 
     Raises:
-        ConfigError: a class has a weight that the model does not tell apart.
+        ConfigError: a weight is given to a class that the model does not have.
     """
     regions = tuple(tuple(group) for group in description.regions.values())
     ignore = description.ignore
@@ -57,12 +58,15 @@ def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: 
 
 
 def check_levels(config: LossConfig, network: SegmentationNetwork, image: Tensor) -> None:
-    """Raise ConfigError if weights of levels are given, but not one for each supervised level.
+    """Check that `level_weights`, if given, has a weight for each supervised level.
 
     Args:
-        config: of the loss.
-        network: that is trained.
-        image: any that the network takes: (batch, channel, x, y, z).
+        config: settings of the loss.
+        network: the network to train.
+        image: any input of the network: (batch, channel, x, y, z).
+
+    Raises:
+        ConfigError: the numbers differ.
     """
     weights = config.level_weights
     if weights is None:
@@ -71,7 +75,7 @@ def check_levels(config: LossConfig, network: SegmentationNetwork, image: Tensor
         supervised = len(network.supervised(image).levels)
     if len(weights) != supervised:
         raise ConfigError(
-            f"train.loss.level_weights has {len(weights)} numbers, and the network supervises "
+            f"train.loss.level_weights has {len(weights)} numbers, but the network supervises "
             f"{supervised} levels (see network.deep_supervision); give {supervised}, finest first"
         )
 

@@ -1,4 +1,4 @@
-"""From the settings of the data to what draws patches."""
+"""The sampler of patches, made from the settings of the data."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,31 +14,33 @@ from segkit.errors import ConfigError, DatasetError, first_few
 def make_sampler(
     config: DataConfig, dataset: Dataset, cases: Sequence[StoredCase], patch_size: tuple[int, ...]
 ) -> PatchSampler:
-    """What draws patches from the training cases.
+    """The sampler that draws patches from the training cases.
 
     Args:
-        config: how often cases and classes are drawn.
-        dataset: whose cases they are.
-        cases: prepared, to train on.
-        patch_size: of the volume, in voxels.
+        config: settings, such as how often cases and classes are drawn.
+        dataset: the dataset of the cases.
+        cases: the prepared training cases.
+        patch_size: size of a patch in voxels of the volume.
 
     Raises:
-        ConfigError: a weight has another name, or all weights are 0.
-        DatasetError: a column of weights does not fit.
+        ConfigError: a weight names an unknown case or class, or all weights are 0.
+        DatasetError: a column of weights does not fit the dataset.
     """
     if config.draw_cases is None and not config.draw_classes:
         return ForegroundSampler(patch_size, config.foreground_share)
     weights = _case_weights(config, dataset)
     of_cases = tuple(weights.get(case.name, 1.0) for case in cases)
     if not sum(of_cases) > 0:
-        raise ConfigError("data.draw_cases gives every training case 0; give one of them more")
+        raise ConfigError(
+            "data.draw_cases gives every training case weight 0; give one of them more"
+        )
     if not config.draw_classes:
         return WeightedSampler(patch_size, config.foreground_share, of_cases)
     members = dataset.labelling.members
     if unknown := [name for name in config.draw_classes if name not in members]:
         raise ConfigError(
-            f"data.draw_classes has {unknown[0]!r}, which is none of {', '.join(members)}; correct "
-            f"the name"
+            f"data.draw_classes has {unknown[0]!r}, which is not one of {', '.join(members)}; "
+            f"correct the name"
         )
     present = [set(case.positions) for case in cases]
     holders = tuple(
@@ -52,7 +54,8 @@ def make_sampler(
     of_classes = tuple(config.draw_classes.get(name, 1.0) for name in members)
     if not any(weight for weight, held in zip(of_classes, holders, strict=True) if held):
         raise ConfigError(
-            "data.draw_classes gives 0 to every class that training cases hold; give one more"
+            "data.draw_classes gives weight 0 to every class in the training cases; give one of "
+            "them more"
         )
     return WeightedSampler(
         patch_size,
@@ -71,7 +74,7 @@ def _case_weights(config: DataConfig, dataset: Dataset) -> Mapping[str, float]:
     if not isinstance(config.draw_cases, ColumnConfig):
         if unknown := sorted(config.draw_cases.keys() - set(names)):
             raise ConfigError(
-                f"data.draw_cases names {first_few(unknown, NAMES_SHOWN)}, no case of "
+                f"data.draw_cases names {first_few(unknown, NAMES_SHOWN)}, which is not a case of "
                 f"{dataset.folder}; correct the name"
             )
         return config.draw_cases
@@ -84,7 +87,7 @@ def _case_weights(config: DataConfig, dataset: Dataset) -> Mapping[str, float]:
             found[name] = -1.0
         if not 0 <= found[name] <= 1e6:
             raise DatasetError(
-                f"{table_of(config)}: column {column} says {value!r} of {name}; expected a weight "
-                f"from 0 on"
+                f"{table_of(config)}: column {column} has {value!r} for {name}; give a weight of 0 "
+                f"or more"
             )
     return found

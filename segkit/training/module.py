@@ -1,4 +1,4 @@
-"""Training as Lightning sees it: a network, a loss, a schedule, and Dice on held-out cases."""
+"""The Lightning module: a network with its loss, optimiser, schedule and validation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,34 +25,33 @@ from segkit.training.time_budget import TimeBudget
 from segkit.training.validation import Validation
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
-"""From logits (batch, class, cells …) of each supervised level, finest first, and the label
-(batch, voxels …) to a scalar."""
+"""A scalar from the logits (batch, class, *space) of each supervised level, finest first, and the
+label (batch, *space)."""
 PresenceLoss = Callable[[Tensor, Tensor], Tensor]
-"""From logits (batch, class) of each class's presence and the label (batch, voxels …) to a scalar.
-"""
+"""A scalar from the logits (batch, class) of the presence head and the label (batch, *space)."""
 
 
 class SegmentationModule(L.LightningModule):
-    """Trains a network on varied patches and scores it on whole held-out cases.
+    """Trains a network on augmented patches and scores it on whole held-out cases.
 
     Args:
-        network: gives `supervised` logits of a batch.
-        loss: of the logits of each supervised level, finest first, and the label.
-        optimiser: makes the optimiser of the network's parameters.
-        schedule: makes the optimiser's schedule, which advances at each step.
-        vary: from a batch as it was cut to the batch that is trained on; random by its generator.
-        validation: how a held-out case is segmented and scored.
-        class_names: of what is told apart, the background first.
-        num_steps: steps after which hard gates are as hard as they get.
-        seed: of the variations; step and process decide the rest.
-        presence_loss: of the presence head's logits and the label, if the network has such a head.
-        presence_weight: of that loss, beside 1 for the other.
-        recorded: whether a CUDA device may replay one recorded step (see `graphed_step`): network
-            and loss run the same operations at every step, and keep no count of their own.
-        partly: what is known of partly labelled cases, if there are any.
-        budget: of time, which the schedule follows; it follows the steps if there is none.
-        freezing: of weights that are not trained, or not from the first step on.
-        notes: lines that are shown when training begins.
+        network: the network; its `supervised` gives the logits of a batch.
+        loss: the loss of the logits of each supervised level, finest first, and the label.
+        optimiser: makes the optimiser from the network's parameters.
+        schedule: makes the schedule of the optimiser, which advances at each step.
+        vary: augments a batch as it was cut, with randomness only from its generator.
+        validation: how held-out cases are segmented and scored.
+        class_names: names of the classes or regions, the background first.
+        num_steps: number of steps after which hard gates have their final hardness.
+        seed: seed of augmentation and noise, together with the step and the process.
+        presence_loss: the loss of the presence head; used only if the network has such a head.
+        presence_weight: weight of the presence loss; the segmentation loss has weight 1.
+        recorded: whether a CUDA device may record one step and replay it (see `graphed_step`).
+            Network and loss must run the same operations at every step and keep no state.
+        partly: the labelled classes of partly labelled cases, if there are any.
+        budget: a time budget that the schedule follows; without it, the schedule follows the steps.
+        freezing: weights that are not trained, or not from the first step.
+        notes: lines to show when training begins.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class SegmentationModule(L.LightningModule):
         self.losses_of_step: list[Tensor] = []
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Float[Tensor, ""]:
-        """The loss of one batch, varied anew."""
+        """The loss of one batch after augmentation."""
         place = batch_index % self.trainer.accumulate_grad_batches
         image, label = self._varied(batch, place)
         loss, *others = self._graphed(image, label) or self._losses(image, label)
         if others:
             self.log("train/presence_loss", others[0], batch_size=len(label))
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
-        # Of a step of several batches, the mean of those so far.
+        # If a step has several batches, this is the mean of the batches so far.
         self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]
         self.log(
             "train/loss",
@@ -118,22 +117,22 @@ class SegmentationModule(L.LightningModule):
         return loss
 
     def _varied(self, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor]:
-        """A batch as it is trained on.
+        """A batch after augmentation.
 
-        The seed, the step, the process and the batch's place in the step decide how it varies.
+        It depends on the seed, the step, the process and the batch's place in the step.
         """
         drawn_by = [self.seed, self.global_step, self.global_rank, *([place] if place else [])]
         entropy = np.random.SeedSequence(drawn_by)
         seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
         generator = Generator().manual_seed(seeds[0])
-        torch.manual_seed(seeds[1])  # of what the network itself draws: the noise of hard gates
+        torch.manual_seed(seeds[1])  # for random numbers in the network: the noise of hard gates
         anneal(self.network, self.share_done)
-        # In half precision the places that voxels are read at would be off by part of a voxel.
+        # In half precision, sampling positions would be wrong by a fraction of a voxel.
         with torch.autocast(self.device.type, enabled=False):
             return self.vary(batch["image"].float(), batch["label"], generator)
 
     def _losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        """The loss, and that of the presence head, which is part of it, if there is one."""
+        """The loss; with a presence head, also the presence loss, which the first includes."""
         levels, presence = self.network.supervised(image)
         if self.partly is not None:
             levels, presence, label = self.partly.known(levels, presence, label)
@@ -144,7 +143,7 @@ class SegmentationModule(L.LightningModule):
         return loss + self.presence_weight * presence_loss, presence_loss
 
     def _graphed(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        """The same from a recorded step, which has set the gradients already; else nothing."""
+        """The losses from a recorded step, which also sets the gradients; empty if not recorded."""
         if self.device.type != "cuda" or not self.recorded:
             return ()
         if self.graphed is None:
@@ -161,12 +160,12 @@ class SegmentationModule(L.LightningModule):
         return self.graphed(image, label)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Set the gradients, unless a recorded step has done so."""
+        """Compute the gradients, unless a recorded step has done so."""
         if loss.requires_grad:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Forget the last gradients; a recorded step writes over its own, where they must stay."""
+        """Reset the gradients. A recorded step overwrites them itself, in the same memory."""
         if self.graphed is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -176,7 +175,7 @@ class SegmentationModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient's norm, which Lightning refuses to do for a fused optimiser."""
+        """Clip the norm of the gradient. Lightning refuses this for a fused optimiser."""
         if gradient_clip_val is not None and is_fused(optimizer):
             unscale(self.trainer, optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
@@ -199,7 +198,7 @@ class SegmentationModule(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log by the true step; the first has been trained by the second."""
+        """Make Lightning log by the true step, and note that the first step is done."""
         if self.freezing is not None:
             # By the schedule's own step, which follows the time if that is limited.
             if self.freezing.set_step(self.budget.advanced if self.budget else self.global_step):
@@ -209,34 +208,34 @@ class SegmentationModule(L.LightningModule):
         log_by_true_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Raise TrainingError if a loss that has arrived on the host is no number."""
+        """Raise TrainingError if a loss that has arrived on the host is NaN or infinite."""
         self.losses.check()
 
     def on_validation_start(self) -> None:
-        """See to the last losses before a checkpoint is kept."""
+        """Check the last losses before a checkpoint is written."""
         self.losses.check(wait=True)
 
     def on_train_epoch_end(self) -> None:
-        """See to the last losses, if nothing is validated."""
+        """Check the last losses, in case there is no validation."""
         self.losses.check(wait=True)
 
     def validation_step(
         self, case: Mapping[str, Tensor], batch_index: int
     ) -> Integer[Tensor, "x y z"]:
-        """The labels of one held-out case on the network's own grid; keeps its scores."""
+        """The predicted labels of one held-out case on the network's grid; its scores are kept."""
         image = case["image"].float()
         prediction: Integer[Tensor, "x y z"] = self.validation.segment(self.network, image)
         self.scores_of_cases.append(self.validation.score(prediction, case["label"]).cpu())
         return prediction
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over cases of each class's score, and the mean of those.
+        """Log the mean score of each class over cases, and the mean over classes.
 
-        Dice of a class that is in no reference and no prediction is undefined. If that is so of
-        all, there was nothing to find and nothing was found: 1, by which checkpoints can be told
-        apart.
+        The Dice of a class is undefined if it is in no reference and no prediction. If all classes
+        are undefined, the mean is 1, because nothing was to be found and nothing was found; so
+        checkpoints can still be compared.
         """
-        # A process of several may have had no case.
+        # If there are several processes, this one may have had no case.
         none = torch.empty(0, len(self.class_names) - 1)
         scores = torch.stack(self.scores_of_cases) if self.scores_of_cases else none
         self.scores_of_cases = []
@@ -247,25 +246,25 @@ class SegmentationModule(L.LightningModule):
         means = totals / counts
         defined = counts > 0
         measure = self.validation.measure
-        for name, mean, told in zip(self.class_names[1:], means, defined, strict=True):
-            if told:
+        for name, mean, is_defined in zip(self.class_names[1:], means, defined, strict=True):
+            if is_defined:
                 self.log(f"validation/{measure}_{name}", mean, batch_size=1)
         mean = means[defined].mean() if defined.any() else means.new_ones(())
         self.log(f"validation/{measure}", mean, prog_bar=True, batch_size=1)
 
     @property
     def share_done(self) -> float:
-        """The share of the training that lies behind: of its time if that is limited, or steps."""
+        """The share of the training that is done: of its time if that is limited, else of steps."""
         return self.budget.share if self.budget else self.global_step / self.num_steps
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance the schedule by a step, or by as many as the time that has gone is worth."""
+        """Advance the schedule by one step; with a time budget, by the time that has passed."""
         if self.budget is None:
             return super().lr_scheduler_step(scheduler, metric)
         for _ in range(self.budget.end_step()):
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        """The optimiser and its schedule, which advances each step."""
+        """The optimiser and its schedule, which advances at each step."""
         optimiser = self.optimiser(self.network.parameters())
         return [optimiser], [{"scheduler": self.schedule(optimiser), "interval": "step"}]

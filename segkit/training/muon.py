@@ -1,4 +1,4 @@
-"""Muon: kernels of convolutions are moved by orthogonal matrices, all other weights by AdamW."""
+"""Muon: it updates kernels of convolutions by orthogonal matrices; AdamW updates other weights."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,33 +10,33 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Jordan's (2024) polynomial, whose slope at 0 is as high as it can be."""
+"""The coefficients of Jordan's (2024) polynomial, which has the highest possible slope at 0."""
 LEAST_NORM = 1e-7
 """A matrix is divided by its norm, or by this if the norm is less."""
 RATE_OF_ADAMW = 0.2
-"""The root mean square of a step, as AdamW's is about (Liu et al. 2025, arXiv:2502.16982)."""
+"""The root mean square of a step, about as in AdamW (Liu et al. 2025, arXiv:2502.16982)."""
 
 
 class MuonForKernels(Optimizer):
-    """Momentum whose matrix is made orthogonal for kernels; AdamW for all other weights.
+    """An optimiser with Muon for kernels, and AdamW for all other weights.
 
-    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), for kernels of convolutions over
-    more than one voxel, each as the matrix of its first axis and all others. Biases,
-    normalisations, and what mixes the channels of one voxel (gates, heads, tokens) are AdamW's.
-    A step of a matrix of m x n is scaled by 0.2 * sqrt(max(m, n)) (Liu et al. 2025), so that one
-    learning rate and one decay serve both. torch.optim.Muon gives the same steps, and takes only
-    parameters that are matrices.
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a kernel as
+    a matrix, makes it orthogonal, and uses it as the step. It is applied to kernels of convolutions
+    over more than one voxel, as matrices of their first axis and all others. AdamW updates biases,
+    normalisations, and weights that mix the channels of one voxel (gates, heads, tokens). The step
+    of an m x n matrix is scaled by 0.2 * sqrt(max(m, n)) (Liu et al. 2025), so that both use the
+    same learning rate and decay. torch.optim.Muon gives the same steps, but takes only matrices.
 
     Args:
-        parameters: of a network.
+        parameters: the parameters of a network.
         lr: the learning rate.
-        weight_decay: decoupled, of all weights.
-        momentum: of the kernels' gradients.
+        weight_decay: decoupled weight decay of all weights.
+        momentum: decay of the mean gradient of kernels.
         nesterov: whether the gradient is added to its mean once more.
-        iterations: of Newton and Schulz.
-        betas: of AdamW.
-        eps: of AdamW.
-        fused: whether AdamW moves its weights in one kernel of the GPU.
+        iterations: number of iterations of Newton and Schulz.
+        betas: decays of AdamW.
+        eps: epsilon of AdamW.
+        fused: whether AdamW updates its weights in one GPU kernel.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class MuonForKernels(Optimizer):
         others = [each for each in held if not is_kernel(each)]
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         own = {"momentum": momentum, "nesterov": nesterov, "iterations": iterations}
-        # AdamW takes no empty list, and a group of none is no group.
+        # AdamW refuses an empty list, and an empty group has no use.
         self.adamw = AdamW(others, betas=betas, eps=eps, fused=fused, **shared) if others else None
         groups = [{"params": kernels, **shared, **own}] if kernels else []
         super().__init__([*groups, *(self.adamw.param_groups if self.adamw else [])], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move all weights that have a gradient; what `closure` returns, if there is one."""
+        """Update all weights that have a gradient, and return the result of `closure`, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +73,7 @@ class MuonForKernels(Optimizer):
             if "iterations" in group:
                 self._move_kernels(group)
         if self.adamw is not None:
-            # One state and one list of settings, whatever a schedule or a checkpoint has changed.
+            # Both share one state and one list of groups, which schedules and checkpoints change.
             self.adamw.param_groups = [g for g in self.param_groups if "iterations" not in g]
             self.adamw.state = self.state
             self.adamw.step()
@@ -96,16 +96,16 @@ class MuonForKernels(Optimizer):
 
 
 def is_kernel(weight: Tensor) -> bool:
-    """Whether weights are those of a convolution over more than one voxel, in two dimensions or
-    three."""
+    """Whether weights are the kernel of a convolution over more than one voxel, in 2D or 3D."""
     return weight.ndim >= 4 and math.prod(weight.shape[2:]) > 1
 
 
 def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "m n"]:
-    """The matrix with singular values of about 1 (0.7 to 1.2 after five iterations).
+    """The matrix with its singular values set to about 1 (0.7 to 1.2 after five iterations).
 
-    Newton and Schulz's iteration with Jordan's coefficients; in bfloat16 on a GPU, in the matrix's
-    own type elsewhere, as CPUs without matrix units take many times as long in bfloat16.
+    This is the iteration of Newton and Schulz with Jordan's coefficients. It runs in bfloat16 on a
+    GPU and in the type of the matrix elsewhere, because CPUs without matrix units are many times
+    slower in bfloat16.
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -1,4 +1,4 @@
-"""Optimisers and their schedules, as factories, from the settings of training."""
+"""Optimisers and learning rate schedules, made from the settings of training."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ from segkit.config.training import SCHEDULE_OF, TrainConfig
 from segkit.training.muon import MuonForKernels
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""From the network's parameters to the optimiser that trains them."""
+"""Makes the optimiser from the network's parameters."""
 MakeSchedule = Callable[[Optimizer], LRScheduler]
-"""From the optimiser to the schedule of its learning rate, which advances at each step."""
+"""Makes the learning rate schedule of an optimiser; it advances at each step."""
 
 
 def make_optimiser(config: TrainConfig) -> MakeOptimiser:
-    """The optimiser of a resolved config."""
+    """A function that makes the optimiser of a resolved config from the network's parameters."""
     rate, decay = config.learning_rate, config.weight_decay
     assert rate is not None and decay is not None
     sgd, adamw, muon = config.sgd, config.adamw, config.muon
@@ -46,19 +46,19 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
 
 
 def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
-    """AdamW, on a GPU in one kernel for all weights."""
+    """AdamW; on a GPU it updates all weights in one kernel."""
     held = list(parameters)
     return AdamW(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
 
 def _muon(parameters: Iterable[nn.Parameter], **settings: Any) -> MuonForKernels:
-    """Muon, with AdamW on a GPU in one kernel for all weights that are no kernels."""
+    """Muon; on a GPU, its AdamW updates all weights that are not kernels in one GPU kernel."""
     held = list(parameters)
     return MuonForKernels(held, **settings, fused=all(each.is_cuda for each in held) or None)
 
 
 def make_schedule(config: TrainConfig) -> MakeSchedule:
-    """The schedule of a resolved config."""
+    """A function that makes the schedule of a resolved config from the optimiser."""
     assert config.learning_rate is not None
     match config.schedule or SCHEDULE_OF[config.optimiser]:
         case "polynomial":
@@ -86,11 +86,17 @@ def make_schedule(config: TrainConfig) -> MakeSchedule:
 
 
 def cosine_share(step: int, *, steps: int, warm_up: float, lowest: float) -> float:
-    """The learning rate of a step over the highest.
+    """The learning rate of a step divided by the highest learning rate.
 
-    It rises in a line over round(warm_up * steps) = w steps, the first of which has 1 / (w + 1) of
-    the highest, then falls by a cosine to `lowest` at the end (Loshchilov and Hutter 2017,
-    arXiv:1608.03983, eq. 5, without restarts).
+    It rises linearly over w = round(warm_up * steps) steps, from 1 / (w + 1) in the first, and then
+    falls as a cosine to `lowest` at the end (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5,
+    without restarts).
+
+    Args:
+        step: number of the step, from 0 on.
+        steps: number of all steps.
+        warm_up: the share of the steps over which the learning rate rises.
+        lowest: the last learning rate divided by the highest.
     """
     rising = round(warm_up * steps)
     if step < rising:

@@ -1,4 +1,4 @@
-"""What a training consists of, each part open to be replaced: `prepare` makes them from a config.
+"""The parts of a training. `prepare` makes them from a config, and each can be replaced.
 
 config ──prepare──> TrainingParts ──fit──> runs/<name>/
                       └ dataclasses.replace(parts, loss=…)
@@ -61,74 +61,76 @@ FIXED = (
     "split",
     "taken_over",
 )
-"""Parts from which others were made, so that they cannot be replaced on their own."""
+"""Parts from which others were made. They cannot be replaced; change the config instead."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a batch of patches is varied, on the training device."""
+    """The augmentation of a batch of patches, on the training device."""
 
     vary: Vary
-    """From images (batch, channel, x, y, z), labels (batch, x, y, z) and a generator to those that
-    are trained on. What comes in is the patch with its margin, what goes out the patch."""
+    """A function of images (batch, channel, x, y, z), labels (batch, x, y, z) and a generator. It
+    receives patches with their margins and returns augmented patches without them."""
     margin: tuple[int, ...] = (0, 0, 0)
-    """Voxels that are cut beyond either end of a patch, along each axis."""
+    """Number of voxels that are cut in addition at each end of a patch, along each axis."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingParts:
-    """All that a training consists of.
+    """All parts of a training.
 
-    `dataclasses.replace(parts, loss=...)` replaces any part of the second half; the run's
-    config.yaml then names it. Other parts follow from the config, which they were made from.
+    `dataclasses.replace(parts, loss=...)` replaces a part from `network` to `validation`; the run's
+    config.yaml then names this part. The other parts cannot be replaced; change the config instead.
     """
 
     config: Config
-    """With every value that is used."""
+    """The config with all values, defaults included."""
     dataset: Dataset
+    """The dataset."""
     split: Split
-    """The dataset's cases that train, and those that are held out."""
+    """The training cases and the held-out cases."""
     description: ModelDescription
-    """Of the model that comes out."""
+    """Description of the model that is trained."""
     first_stage: tuple[FirstModel, ...]
-    """Models whose labels the network is given beside the image; mostly none."""
+    """First-stage models whose labels the network receives beside the image; usually none."""
     first_labels: Mapping[str, Path] | None
-    """By case, a file with the labels of the first stage."""
+    """The file with first-stage labels of each case, by the case's name."""
 
     network: nn.Module
-    """`fit` trains a copy of the network that `prepare` built, and a module of your own itself."""
+    """The network. `fit` trains a copy of it if `prepare` built it, and the module itself if it is
+    your own."""
     loss: Loss
-    """From the logits of each supervised level, finest first, and the label to a scalar."""
+    """The loss of the logits of each supervised level, finest first, and the label."""
     presence_loss: PresenceLoss
-    """From the logits of a presence head and the label to a scalar; unused without such a head."""
+    """The loss of the presence head's logits and the label; used only if there is such a head."""
     optimiser: MakeOptimiser
-    """From the network's parameters to an optimiser."""
+    """A function that makes the optimiser from the network's parameters."""
     schedule: MakeSchedule
-    """From the optimiser to its schedule, which advances at each step."""
+    """A function that makes the schedule from the optimiser; it advances at each step."""
     cases: Sequence[StoredCase]
-    """Prepared cases to train on: `image` (channel, x, y, z), `label` (x, y, z) and `positions`,
-    voxels by their label."""
+    """The prepared training cases, each with `image` (channel, x, y, z), `label` (x, y, z) and
+    `positions` (voxels of each label)."""
     sampler: PatchSampler
-    """From the cases, a patch's number and a NumPy generator to a case and the voxel at the patch's
-    centre."""
+    """A function that draws a patch, from the cases, the patch's number and a NumPy generator. It
+    returns a case and the voxel at the centre of the patch."""
     augmentation: Augmentation
+    """The augmentation of patches."""
     validation: Validation
-    """Prepared cases that are held out, and how they are segmented and scored."""
+    """The prepared held-out cases, and how they are segmented and scored."""
 
     partly: PartlyLabelled | None = None
-    """What is known of partly labelled cases, if there are any: which logits and labels the losses
-    are given."""
+    """The labelled classes of partly labelled cases; None if all cases are labelled completely."""
     taken_over: TakenOver | None = None
-    """Which weights of the network are those of `train.start_from`, if it is given."""
+    """The weights of the network that were copied from `train.start_from`, if it is given."""
     seconds: float = 0.0
-    """That `prepare` took, which are part of `train.minutes`."""
+    """Seconds that `prepare` took; they count as part of `train.minutes`."""
 
     _made: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Each part as `prepare` made it."""
 
     @property
     def replaced(self) -> list[str]:
-        """Names, in order, of the parts that are not those that `prepare` made."""
+        """Sorted names of the parts that were replaced."""
         names = [each.name for each in fields(self) if each.name != "_made"]
         return sorted(name for name in names if self._made.get(name) is not getattr(self, name))
 
@@ -141,29 +143,30 @@ def prepare(
     network: nn.Module | None = None,
     track: Track = untracked,
 ) -> TrainingParts:
-    """Everything that a training consists of, as the config has it; cases are prepared on disk.
+    """Make all parts of a training from its config.
 
-        parts = segkit.prepare(segkit.load_config("my_dataset.yaml"))
-        run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
-
-    No run's folder is made yet.
+    Prepared cases are written to disk. The folder of a run is not made yet.
 
     Args:
-        config: of the training.
-        runs: the folder that runs are written to; prepared cases are kept in its `.cache` unless
-            `data.cache` names another folder.
-        dataset: taken instead of the one that the config names.
-        network: any module from (batch, channel, cells …) to logits (batch, output, cells …),
-            trained in place of a U-Net if the config has `network.given`.
+        config: the config of the training.
+        runs: the folder of runs. Prepared cases are kept in its `.cache`, unless `data.cache` names
+            another folder.
+        dataset: a dataset that replaces the one in the config.
+        network: any module from (batch, channel, *space) to logits (batch, output, *space). It is
+            trained instead of a U-Net; the config must have `network.given`.
         track: shows the progress over cases.
 
     Returns:
-        The parts, to be given to `segkit.fit`.
+        The parts, for `segkit.fit`.
 
     Raises:
         ConfigError: the config does not fit the dataset or this machine.
         DatasetError: a case cannot be read or used.
         ModelError: the network or a model that the config names cannot be used.
+
+    Example:
+        >>> parts = segkit.prepare(segkit.load_config("my_dataset.yaml"))
+        >>> run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
     """
     return make_parts(config, Path(runs), dataset=dataset, network=network, track=track)
 
@@ -178,9 +181,16 @@ def make_parts(
     begun: bool = False,
     kept: Callable[[Dataset], Split] | None = None,
 ) -> TrainingParts:
-    """As `prepare`. If a run has `begun`, its checkpoint has the weights and not another model.
+    """Make all parts of a training, as `prepare` does, also for a run that is resumed.
 
-    `kept` makes the split of a run that has one, in place of the config.
+    Args:
+        config: the config of the training.
+        runs: the folder of runs.
+        dataset: a dataset that replaces the one in the config.
+        network: a module from Python that is trained instead of a U-Net.
+        track: shows the progress over cases.
+        begun: whether the run has a checkpoint; if so, `train.start_from` is not used.
+        kept: makes the split of a run that already has one; without it, the config decides.
     """
     started = time.monotonic()
     check_installed(config.trainer.loggers)
@@ -195,8 +205,8 @@ def make_parts(
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
     present = {number for case in cases for number in case.labels}
     present = {number % len(dataset.labelling.value_names) for number in present}
-    if word := unlabelled(dataset, present, f"the {len(cases)} cases to train on"):
-        logger.warning("%s", printable(word))
+    if warning := unlabelled(dataset, present, f"the {len(cases)} training cases"):
+        logger.warning("%s", printable(warning))
     patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
     partly = partly_labelled(dataset)
@@ -244,7 +254,7 @@ def make_parts(
 
 
 def partly_labelled(dataset: Dataset) -> PartlyLabelled | None:
-    """What is known of a dataset's partly labelled cases; None if all have all labels."""
+    """The labelled classes of a dataset's cases; None if all cases are labelled completely."""
     sets = dataset.unlabelled_sets
     if len(sets) == 1:
         return None
@@ -259,26 +269,27 @@ def partly_labelled(dataset: Dataset) -> PartlyLabelled | None:
 
 
 def check_replaced(parts: TrainingParts) -> None:
-    """Raise ConfigError if a part was replaced that others follow from, or one that must be is not.
+    """Check that only replaceable parts are replaced, and all those that the config names.
 
-    The config of a run names parts that it does not hold.
+    Raises:
+        ConfigError: a part was replaced from which others were made, or a part must be replaced.
     """
     replaced = parts.replaced
     if fixed := [name for name in FIXED if name in replaced]:
         raise ConfigError(
-            f"parts.{fixed[0]} was replaced, and other parts were made from the former one; "
-            f"change the config and call segkit.prepare anew"
+            f"parts.{fixed[0]} was replaced, but other parts were made from the old one; change "
+            f"the config and call segkit.prepare again"
         )
     refuse_replaced(parts.config, replaced)
 
 
 def refuse_replaced(config: Config, given: Sequence[str] = ()) -> None:
-    """Raise ConfigError if a config was trained with parts replaced that are not `given` now."""
+    """Raise ConfigError if a config was trained with replaced parts that are not in `given`."""
     if missing := sorted(set(config.replaced) - set(given)):
         raise ConfigError(
-            f"{config.name}: was trained with parts that no config holds (replaced: "
-            f"{', '.join(missing)}); replace the same parts from Python and give them to "
-            f"segkit.fit or segkit.resume"
+            f"{config.name}: was trained with parts replaced from Python ({', '.join(missing)}), "
+            f"which a config cannot hold; replace the same parts and pass them to segkit.fit or "
+            f"segkit.resume"
         )
 
 
@@ -316,7 +327,7 @@ def _stored(
     first_stage: Sequence[FirstModel],
     track: Track,
 ) -> tuple[Mapping[str, Path] | None, tuple[StoredCase, ...], tuple[StoredCase, ...]]:
-    """Labels of the first stage, and the prepared cases to train on and those held out."""
+    """Files with first-stage labels, prepared training cases, and prepared held-out cases."""
     cache, accelerator = config.data.cache, config.trainer.accelerator
     assert cache is not None, "a resolved config has one"
     first_labels = label_cases(
@@ -328,7 +339,7 @@ def _stored(
         track=track,
     )
 
-    def store(cases: Sequence[CaseFiles], what: str) -> tuple[StoredCase, ...]:
+    def store(cases: Sequence[CaseFiles], task: str) -> tuple[StoredCase, ...]:
         return store_cases(
             cases,
             dataset,
@@ -338,7 +349,7 @@ def _stored(
             order=description.interpolation_order,
             settings=[setting.model_dump() for setting in description.normalisation],
             first_labels=first_labels,
-            track=lambda each: track(each, what, len(cases)),
+            track=lambda each: track(each, task, len(cases)),
         )
 
     problems = Problems()

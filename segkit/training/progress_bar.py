@@ -1,4 +1,4 @@
-"""How a training shows that it goes on."""
+"""The progress bar of a training."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ from segkit.system.progress import SECONDS_BETWEEN_LINES, bars
 
 
 class TrainingProgress(Callback):
-    """Steps, loss, and a line for each validation."""
+    """A bar of the steps, and a line of text for each validation."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -21,11 +21,11 @@ class TrainingProgress(Callback):
         self.started = self.last = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting."""
+        """Start the bar."""
         if not trainer.is_global_zero:
             return
         self.started = self.last = time.monotonic()
-        if self.task is not None:  # that of the fold before
+        if self.task is not None:  # of the previous fold
             self.display.remove_task(self.task)
         for note in getattr(pl_module, "notes", ()):
             self.console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
@@ -40,7 +40,7 @@ class TrainingProgress(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """One step on."""
+        """Advance the bar by one step."""
         if self.task is None:
             return
         now = time.monotonic()
@@ -53,7 +53,7 @@ class TrainingProgress(Callback):
                 self._line(trainer, f"loss {loss:.3f}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Which validation begins, and how long is left."""
+        """Print the number of the validation and the time that is left."""
         self.last = time.monotonic()
         if self.task is None:
             return
@@ -74,7 +74,7 @@ class TrainingProgress(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """One case on."""
+        """Print how many cases are validated, if the last line is some time ago."""
         now = time.monotonic()
         if self.task is None or now - self.last < SECONDS_BETWEEN_LINES:
             return
@@ -82,7 +82,7 @@ class TrainingProgress(Callback):
         self._line(trainer, f"{batch_idx + 1} of {trainer.num_val_batches[0]} cases validated")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What the held-out cases say."""
+        """Print the mean Dice of the held-out cases."""
         dice = trainer.callback_metrics.get("validation/dice")
         if self.task is not None and dice is not None:
             self._line(
@@ -90,13 +90,13 @@ class TrainingProgress(Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.display.stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Take the bar away, so that what is said next can be read."""
+        """Remove the bar, so that the error message is readable."""
         self.display.stop()
 
     def _line(self, trainer: L.Trainer, text: str) -> None:

@@ -1,7 +1,7 @@
-"""A config with every value that a training uses, settled by the dataset that it names.
+"""A config with every value that a training uses, given the dataset that it names.
 
-A run's `config.yaml` is what `resolve` gives. Loaded again it means the same, whatever defaults the
-code has by then: a null in it says that something is not used, and stands for no number.
+A run's `config.yaml` is the result of `resolve`. It means the same even if defaults in the code
+change later: a null in it says only that something is not used.
 """
 
 import logging
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2, "muon": 3e-3}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5, "muon": 0.05}
 TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
-"""Names, of Lightning's, that training works in; the short ones are mixed, or single precision."""
+"""Lightning's names of precisions that segkit can train in: single or mixed precision."""
 ANY_INTENSITY = (0.0, 1.0)
-"""The range of a label's mean intensity in synthesis, if the config names none."""
+"""The range of a label's mean intensity in synthesis, if the config has none."""
 
 
 def resolve(
@@ -54,21 +54,21 @@ def resolve(
     runs: Path = Path("runs"),
     track: Track = untracked,
 ) -> Config:
-    """The config with every value; what it says already stays.
+    """The config with a value for every setting; values that it has already are kept.
 
     Args:
-        config: of a training.
-        dataset: the one that it names.
-        split: the dataset's cases, by default as the config splits them.
-        runs: the folder that runs are written to, beside which prepared cases are kept by default.
+        config: the config of a training.
+        dataset: the dataset that it names.
+        split: the training and held-out cases; by default, the config's split.
+        runs: the folder of runs; by default, prepared cases are kept in its `.cache`.
         track: shows the progress over cases whose intensities are measured.
 
     Raises:
-        ConfigError: a CT window is to be measured, and no case has foreground.
-        DatasetError: a case cannot be read, or none is left to train on.
+        ConfigError: a CT window must be measured, but no case has foreground.
+        DatasetError: a case cannot be read, or no case is left to train on.
     """
     split = split or split_of(dataset, config)
-    settled = config.model_copy(
+    resolved = config.model_copy(
         update={
             "data": _data(config.data, dataset, split, runs, track),
             "network": _network(config.network, config.data.patch_size),
@@ -76,11 +76,11 @@ def resolve(
             "trainer": _trainer(config),
         }
     )
-    return with_whole_paths(settled)
+    return with_whole_paths(resolved)
 
 
 def describe(config: Config, dataset: Dataset) -> ModelDescription:
-    """What the model of a resolved config will be."""
+    """The description of the model that a resolved config will give."""
     data = config.data
     assert data.spacing is not None and isinstance(data.normalisation, list)
     return description_of(
@@ -102,11 +102,14 @@ def check_images(
     train_cases: Sequence[CaseFiles],
     held_out: Sequence[CaseFiles],
 ) -> None:
-    """Refuse cases whose files do not fit together, by their headers, and those without images.
+    """Check that the files of each case fit together, by their headers, and that images exist.
 
-    Cases without an image can be trained on by synthesis alone, and never scored.
+    Training by synthesis needs no images, but scoring does.
 
-    Raises DatasetError, VolumeError or ConfigError: all that is wrong, in `problems`.
+    Raises:
+        DatasetError: a case has no image, or a file does not fit; `problems` lists all cases.
+        VolumeError: the header of a file cannot be read.
+        ConfigError: `data.synthesis` does not fit the dataset.
     """
     needed = held_out if config.data.synthesis else (*train_cases, *held_out)
     problems = Problems()
@@ -114,40 +117,45 @@ def check_images(
         with problems.noted():
             if not case.images:
                 raise DatasetError(
-                    f"{dataset.folder}: case {case.name} has no image; give it one, or train on it "
-                    f"by data.synthesis and hold out others by data.validation"
+                    f"{dataset.folder}: case {case.name} has no image; add one, or train on its "
+                    f"labels with data.synthesis and hold out other cases by data.validation"
                 )
     with problems.noted():
         check_headers((*train_cases, *held_out), dataset)
     problems.refuse()
     if config.data.synthesis and dataset.unlabelled:
         raise ConfigError(
-            "data.synthesis draws images from whole label maps, and data.labelled says that some "
-            "cases lack labels; take one of them"
+            "data.synthesis needs complete label maps, but data.labelled says that some cases lack "
+            "labels; remove one of the two settings"
         )
     if config.data.synthesis and len(dataset.channels) > 1:
         raise ConfigError(
-            f"data.synthesis draws one channel; {dataset.folder} has {len(dataset.channels)}"
+            f"data.synthesis draws images of one channel, but {dataset.folder} has "
+            f"{len(dataset.channels)}; remove data.synthesis"
         )
 
 
 def check_precision(config: Config) -> None:
-    """Raise ConfigError for a precision that segkit does not train in.
+    """Check that segkit can train in the config's precision.
 
-    Weights in half precision (`bf16-true`, `16-true`) lose steps smaller than 1/256 of themselves.
+    Weights in half precision (`bf16-true`, `16-true`) are refused: changes of less than 1/256 of a
+    weight would be lost.
+
+    Raises:
+        ConfigError: the precision is refused.
     """
     asked = config.trainer.precision
     if asked not in TRAINED_IN:
         raise ConfigError(
-            f"trainer.precision is {asked}; expected auto, 32-true, bf16-mixed or 16-mixed, which "
-            f"keep weights in single precision"
+            f"trainer.precision is {asked}; choose auto, 32-true, bf16-mixed or 16-mixed, which "
+            f"keep the weights in single precision"
         )
 
 
 def precision(config: Config) -> str | int:
-    """Lightning's precision: `auto` is a half type if the device is faster in it, else single.
+    """Lightning's precision. `auto` becomes mixed precision if the device is faster in it.
 
-    On a CPU that needs matrix units: cores without them take 40 times as long in a half type.
+    On a CPU this needs matrix units; a CPU without them is 40 times slower in half precision.
     """
     asked = config.trainer.precision
     if asked != "auto":
@@ -158,7 +166,7 @@ def precision(config: Config) -> str | int:
 
 
 def accelerator(config: Config) -> str:
-    """Lightning's accelerator: `auto` is a GPU if there is one, else the CPU."""
+    """Lightning's accelerator. `auto` becomes a GPU if there is one, else the CPU."""
     asked = config.trainer.accelerator
     if asked != "auto":
         return asked
@@ -168,7 +176,7 @@ def accelerator(config: Config) -> str:
 
 
 def on_this_machine(config: Config) -> Config:
-    """A run's config on a machine that may lack the GPU that it began on."""
+    """A run's config, changed to `auto` if this machine lacks the GPU that the config names."""
     asked = config.trainer.accelerator
     here = {
         "gpu": torch.cuda.is_available() or torch.backends.mps.is_available(),
@@ -178,8 +186,8 @@ def on_this_machine(config: Config) -> Config:
     if here.get(asked, True):
         return config
     logger.warning(
-        "%s: trainer.accelerator is %s, and this machine has none; the run goes on on what there "
-        "is, in a precision that suits it",
+        "%s: trainer.accelerator is %s, but this machine has none; the run continues on another "
+        "device, in a precision that suits it",
         config.name,
         asked,
     )
@@ -188,7 +196,7 @@ def on_this_machine(config: Config) -> Config:
 
 
 def with_whole_paths(config: Config) -> Config:
-    """The config with paths that mean the same from any working directory."""
+    """The config with absolute paths, so that it works from any working directory."""
     data = config.data.model_copy(
         update={
             "folder": config.data.folder.resolve(),
@@ -236,17 +244,18 @@ def _network(config: NetworkConfig, patch_size: Sequence[int]) -> NetworkConfig:
     skip, bottleneck = attention.skip, attention.bottleneck
     if skip is not None:
         levels = attention.skip_levels(len(config.channels))
-        settled: dict[str, Any] = {"levels": levels}
+        resolved: dict[str, Any] = {"levels": levels}
         if isinstance(skip, CrossAttentionConfig | UTransformerGateConfig) and skip.heads is None:
-            settled["heads"] = [
+            resolved["heads"] = [
                 heads_that_fit(config.channels[level], skip.head_channels) for level in levels
             ]
-        changes["skip"] = skip.model_copy(update=settled)
+        changes["skip"] = skip.model_copy(update=resolved)
     if isinstance(bottleneck, SelfAttentionConfig):
         coarsest = [
             size // stride for size, stride in zip(patch_size, config.total_stride, strict=True)
         ]
-        # Other positions have no number for each voxel of a window: all of a patch is none.
+        # Only relative positions have parameters for each voxel of a window, so that its size must
+        # be fixed. For others, no window means the whole patch.
         window = coarsest if bottleneck.positions == "relative" else None
         changes["bottleneck"] = bottleneck.model_copy(
             update={
@@ -282,13 +291,14 @@ def _trainer(config: Config) -> TrainerConfig:
 
 
 def _asked(config: DataConfig, dataset: Dataset) -> list[NormalisationConfig]:
-    """A normalisation for each channel, of which a CT window may lack numbers."""
+    """The normalisation of each channel, in which a CT window may still lack values."""
     asked = config.normalisation
     if isinstance(asked, list):
         if len(asked) != len(dataset.channels):
             raise ConfigError(
-                f"data.normalisation: expected one for each of {len(dataset.channels)} channels of "
-                f"{dataset.folder}, found {len(asked)}; give as many, or one for all"
+                f"data.normalisation: expected one for each of the {len(dataset.channels)} "
+                f"channels of {dataset.folder}, found {len(asked)}; give one for each, or one for "
+                f"all"
             )
         return asked
     return [
@@ -303,7 +313,7 @@ def _measured(
     cases: Sequence[CaseFiles],
     track: Track,
 ) -> list[NormalisationConfig]:
-    """The settings, with what a CT window lacks read off the foreground of the cases."""
+    """The settings, with missing values of CT windows measured in the foreground of the cases."""
     if not any(_incomplete(setting) for setting in settings):
         return list(settings)
     foreground: list[list[np.ndarray]] = [[] for _ in settings]
@@ -326,7 +336,10 @@ def _measured(
             measured.append(setting)
             continue
         if not len(values):
-            raise ConfigError("data.normalisation: no case has foreground; give the CT window")
+            raise ConfigError(
+                "data.normalisation: the CT window cannot be measured, because no case has "
+                "foreground; give its values"
+            )
         statistics = dict(
             zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
         )

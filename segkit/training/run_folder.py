@@ -1,4 +1,4 @@
-"""A run's folder: made once, gone on with after a stop, and logged into.
+"""The folder of a run: its files, its lock, its checkpoints and its metrics.
 
 runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.csv   samples/
             summary.json
@@ -28,13 +28,13 @@ from segkit.training.csv_logger import MetricsFile
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # on Windows, folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 LAST = "last.ckpt"
 SPLIT = "split.json"
-"""Names of the cases that train and of those that are held out."""
+"""The file with the names of the training cases and the held-out cases."""
 METRICS_FILE = "metrics.csv"
 CHECKPOINT_KEYS = {
     "epoch",
@@ -46,15 +46,19 @@ CHECKPOINT_KEYS = {
 }
 SECONDS_BETWEEN_TRIES = 0.2
 RECORD_KEY = "segkit"
-"""In a checkpoint: the settings and the split of the run so far."""
+"""The key in a checkpoint under which the settings and the split of the run are stored."""
 SECOND_STAGE = "second_stage.yaml"
-"""In the run of a first stage: the config that is trained after it."""
+"""The file in the run of a first stage with the config of its second stage."""
 
 logger = logging.getLogger(__name__)
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
-    """A folder `runs/<name>` that did not exist before; a number follows where one does."""
+    """Make a new folder `runs/<name>`, or `runs/<name>-2`, … if it exists already.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
     for number in range(1, 1_000_000):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
@@ -62,24 +66,32 @@ def new_run_folder(runs: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"{folder}: cannot be made: {error}; choose another folder") from None
+            raise ConfigError(
+                f"{folder}: the folder cannot be made: {error}; choose another"
+            ) from None
         return folder
-    raise ConfigError(f"{runs}/{name}: a million runs of that name; choose another")
+    raise ConfigError(f"{runs}/{name}: a million runs have this name; choose another")
 
 
 def begun_run(folder: Path) -> Path:
-    """The folder of a run. Raises ConfigError if there is none."""
+    """The folder, if it is the folder of a run. Raises ConfigError if it is not."""
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: expected a run with its {CONFIG}, found none; check the path")
+        raise ConfigError(f"{folder}: expected a run with {CONFIG}, found none; check the path")
     return folder
 
 
 @contextmanager
 def claimed(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """The folder for this process alone, until the block or the process ends.
+    """Lock a folder for this process, until the block or the process ends.
 
-    Raises ConfigError if another still has it after `wait` seconds. On a file system without locks,
-    none has.
+    On a file system without locks, nothing is locked.
+
+    Args:
+        folder: the folder to lock.
+        wait: seconds to wait for another process that has locked it.
+
+    Raises:
+        ConfigError: another process has locked the folder.
     """
     if fcntl is None:
         yield
@@ -90,7 +102,8 @@ def claimed(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         while not _lock(handle, folder):
             if time.monotonic() >= until:
                 raise ConfigError(
-                    f"{folder}: another process trains in it; wait for its end, or stop it"
+                    f"{folder}: another process is training this run; wait until it ends, or stop "
+                    f"it"
                 )
             time.sleep(SECONDS_BETWEEN_TRIES)
         yield
@@ -140,20 +153,23 @@ def _is_still(path: Path, handle: int) -> bool:
 
 
 def checkpoint_of(folder: Path) -> Path | None:
-    """The last checkpoint of a run; None of one that was stopped before its first."""
+    """The last checkpoint of a run; None if the run has no checkpoint yet."""
     path = folder / LAST
     return path if path.is_file() else None
 
 
 def check_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> None:
-    """Raise ConfigError unless the last checkpoint of a run, if it has one, is of this module.
+    """Check that the last checkpoint of a run, if it has one, fits this module.
 
-    Lightning would go on with whatever it finds, or end in a traceback.
+    Without this check, Lightning might use a wrong checkpoint, or end with a traceback.
 
     Args:
-        folder: of the run.
-        module: that is trained.
-        optimiser: of its weights, as the run begins with it.
+        folder: the folder of the run.
+        module: the module that is trained.
+        optimiser: the optimiser of its weights, as at the start of the run.
+
+    Raises:
+        ConfigError: the checkpoint is damaged or does not fit.
     """
     path = checkpoint_of(folder)
     if path is None:
@@ -177,7 +193,10 @@ def check_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> N
 
 
 def read_record(folder: Path) -> tuple[dict[str, Any], int]:
-    """What the last checkpoint of a run says of settings and split, and its step; empty without."""
+    """The record of settings and split in the last checkpoint of a run, and its step.
+
+    Without a checkpoint, the record is empty and the step 0.
+    """
     path = checkpoint_of(folder)
     if path is None:
         return {}, 0
@@ -187,7 +206,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, plain data and tensors alone."""
+    """The content of a checkpoint. Only plain data and tensors are read, never code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
@@ -201,12 +220,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _no_checkpoint(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"{path}: expected a checkpoint of this run, which {why}; delete it to begin the run anew"
+        f"{path}: expected a checkpoint of this run, but it {why}; delete it to start the run again"
     )
 
 
 def metrics_of(folder: Path) -> MetricsFile:
-    """The table of a run; rows of one that is resumed stay, up to its last checkpoint."""
+    """The metrics file of a run. If the run is resumed, rows before its last checkpoint are kept.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     path, checkpoint = folder / METRICS_FILE, checkpoint_of(folder)
     rows: list[dict[str, str]] = []
     if path.is_file() and checkpoint is not None:
@@ -215,12 +238,14 @@ def metrics_of(folder: Path) -> MetricsFile:
             table = csv.DictReader(read_text(path).splitlines())
             rows = [row for row in table if int(row["step"]) < done]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise ConfigError(f"{path}: cannot be gone on with: {error!r}; move it away") from None
+            raise ConfigError(
+                f"{path}: cannot be read: {error!r}; move the file elsewhere to resume without it"
+            ) from None
     return MetricsFile(path, rows)
 
 
 def loggers(folder: Path, metrics: MetricsFile) -> list[Logger]:
-    """metrics.csv always, TensorBoard events where tensorboard is installed."""
+    """The loggers of a run: metrics.csv, and TensorBoard events if tensorboard is installed."""
     found: list[Logger] = [metrics]
     if find_spec("tensorboard"):
         found.append(TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard"))
@@ -228,10 +253,10 @@ def loggers(folder: Path, metrics: MetricsFile) -> list[Logger]:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and the table of metrics up to there before.
+    """Writes each checkpoint completely or not at all, after the metrics up to its step.
 
-    Lightning (2.6) writes them in the system's folder for temporary files, which may lie on another
-    disk: one that is killed while it moves them here would leave half of one.
+    Lightning (2.6) writes a checkpoint to the system's temporary folder and moves it. This folder
+    may be on another disk; then a process that is killed during the move leaves half a file.
     """
 
     def __init__(self, metrics: MetricsFile) -> None:
@@ -240,7 +265,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write one."""
+        """Write the metrics, then the checkpoint."""
         self.metrics.write()
         with whole(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)

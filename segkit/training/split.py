@@ -1,4 +1,4 @@
-"""Which cases train and which are held out: a share, named cases, or a fold."""
+"""The split into training and held-out cases: by a share, by names, or by a fold."""
 
 import logging
 from collections.abc import Sequence
@@ -18,27 +18,31 @@ logger = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """The cases of a dataset, each in one of two parts."""
+    """The training cases and the held-out cases of a dataset."""
 
     train: tuple[CaseFiles, ...]
     held_out: tuple[CaseFiles, ...]
 
 
 def split_of(dataset: Dataset, config: Config) -> Split:
-    """The split that a config asks for: its fold, or else its held-out share or names.
+    """The split that a config asks for: by its fold, or else by its held-out share or names.
 
-    Of folds of its own, the first if it names none. Raises DatasetError.
+    If the config has `data.splits` but no `data.fold`, fold 0 is used.
+
+    Raises:
+        DatasetError: the split does not fit the dataset.
+        ConfigError: a setting of the split does not fit the dataset.
     """
     data = config.data
     if data.fold is not None or data.splits is not None:
         return nth_of(dataset, folds_of(dataset, data), data.fold or 0)
     if (data.folder / SPLITS_FILE).is_file():
         logger.warning(
-            "%s: is not used; data.fold and --folds hold out its folds, data.validation does not",
+            "%s is not used, because only data.fold and --folds use its folds",
             data.folder / SPLITS_FILE,
         )
-    elif told := proposal(dataset, data):
-        logger.warning("%s", told)
+    elif advice := proposal(dataset, data):
+        logger.warning("%s", advice)
     drawn_here = data.group_by is not None or data.stratify_by is not None
     if isinstance(data.validation, list):
         found = split(dataset, data.validation, config.train.seed)
@@ -50,11 +54,11 @@ def split_of(dataset: Dataset, config: Config) -> Split:
 
 
 def nth_of(dataset: Dataset, folds: Folds, fold: int) -> Split:
-    """The split of one of several folds. Raises DatasetError if there is no such fold."""
+    """The split of one fold, by its number. Raises DatasetError if there is no such fold."""
     if fold >= len(folds):
         raise DatasetError(
-            f"data.fold is {fold}, and there are {len(folds)}, numbered from 0 ({folds.source}); "
-            f"name one of these"
+            f"data.fold is {fold}, but there are only {len(folds)} folds, numbered from 0 "
+            f"({folds.source}); choose one of them"
         )
     logger.info("fold %d of %s", fold, folds.source)
     train, held_out = set(folds.train[fold]), set(folds.held_out[fold])
@@ -65,14 +69,14 @@ def nth_of(dataset: Dataset, folds: Folds, fold: int) -> Split:
 
 
 def _share_of_groups(dataset: Dataset, data: DataConfig, share: float, seed: int) -> Split:
-    """A share of the cases held out by whole groups, with its part of each stratum."""
+    """A split that holds out a share of the cases, in whole groups and from each stratum."""
     groups = groups_of(dataset, data) or {
         case.name: [number] for number, case in enumerate(dataset.cases)
     }
     if len(groups) < 2 or share == 1:
         raise DatasetError(
-            f"{dataset.folder}: no group is left to train on; data.group_by makes {len(groups)}, "
-            f"and data.validation is {share:g}"
+            f"{dataset.folder}: no group is left to train on, because data.group_by makes "
+            f"{len(groups)} and data.validation is {share:g}; lower data.validation"
         )
     random = np.random.RandomState(seed % 2**32)
     _, chosen = deal(groups, strata_of(dataset, data), [1 - share, share], random)
@@ -85,14 +89,21 @@ def _tell_torn(dataset: Dataset, data: DataConfig, found: Split) -> None:
     names = [case.name for case in dataset.cases]
     parts = [[case.name for case in part] for part in found]
     if groups and (apart := torn(groups, names, *parts)):
-        logger.warning("data.validation tears groups of data.group_by apart: %s", apart)
+        logger.warning("data.validation splits groups of data.group_by: %s", apart)
 
 
 def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Split:
-    """A split that holds out a share of the cases, drawn by the seed, or the named ones.
+    """A split that holds out a share of the cases, drawn by the seed, or the named cases.
 
-    A share above 0 holds out at least one case, but an only case is trained on. Raises DatasetError
-    if no case is left to train on or a name is unknown.
+    A share above 0 holds out at least one case. If the dataset has only one case, it is trained on.
+
+    Args:
+        dataset: the dataset.
+        validation: a share from 0 to 1, or names of cases.
+        seed: seed of the drawing.
+
+    Raises:
+        DatasetError: no case is left to train on, or a name is unknown.
     """
     names = [case.name for case in dataset.cases]
     if isinstance(validation, float | int):
@@ -103,11 +114,12 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
         held_out = set(validation)
         if kept := sorted(held_out & set(dataset.test)):
             raise DatasetError(
-                f"data.validation names {kept[0]}, which data.test keeps; name it in one of the two"
+                f"data.validation names {kept[0]}, which is also in data.test; name it in only one"
             )
         if unknown := sorted(held_out - set(names)):
             raise DatasetError(
-                f"data.validation names {unknown[0]}, which is no case of {dataset.folder}"
+                f"data.validation names {unknown[0]}, which is not a case of {dataset.folder}; "
+                f"correct the name"
             )
     train = tuple(case for case in dataset.cases if case.name not in held_out)
     if not train:

@@ -1,13 +1,12 @@
-"""A training that is asked to stop ends at the next step, and its last checkpoint says where.
+"""A training that is asked to stop saves a checkpoint at the next step and ends.
 
     steps        1   2   3   4   5 ─validation─ 6   7   8  …
     asked at           ╷ after 2            ╷ in it     ╷ after 7
     last.ckpt            2               5 once more     7
 
-A checkpoint that Lightning (2.6) writes in the midst of an epoch counts the batch that was to come
-as one that was begun, and of a validation that was broken off the cases that were looked at. Both
-counts are put right, so that a run that goes on from there misses nothing and repeats no step; a
-validation is begun anew, as nothing but its end is kept.
+In a checkpoint in the middle of an epoch, Lightning (2.6) counts the next batch as started, and the
+cases of an interrupted validation as done. Both counts are corrected, so that a resumed run skips
+nothing and repeats no step. A validation starts again, because only its end has a result.
 """
 
 from contextlib import ExitStack
@@ -29,13 +28,14 @@ from segkit.training.lightning_private import (
 
 
 class Interruption(Callback):
-    """Saves a training that Ctrl-C or SIGTERM asks to stop, and raises Stopped.
+    """A callback that saves the training on Ctrl-C or SIGTERM, and raises Stopped.
 
-    A step is finished before, a validation is not. Asked twice, it ends at once and saves nothing.
-    Several processes stop at the same step, as soon as one of them is asked.
+    A step is finished first; a validation is interrupted. After a second signal, the training ends
+    at once and saves nothing. If there are several processes, all stop at the same step, as soon as
+    one of them receives a signal.
 
     Args:
-        path: of the last checkpoint.
+        path: file of the last checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,18 +49,18 @@ class Interruption(Callback):
         self.handlers = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen, from here on: Lightning has set up its own handlers by now."""
+        """Install the signal handlers. This comes after Lightning has installed its own."""
         self.handlers.enter_context(handling_signals(self._ask))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps, stop if asked to; a step may be made of several batches."""
+        """Stop between two steps, if asked to; a step may have several batches."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget what a validation that was broken off has left in Lightning's counts."""
+        """Reset Lightning's counts of an interrupted validation."""
         forget_validation(trainer)
         if self.steps is not None:
             set_last_step(trainer, self.steps)
@@ -74,9 +74,9 @@ class Interruption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Weights stay as they are while a case is looked at: stop at once from here on.
+        """From now on, stop at once if asked to: weights do not change during a validation.
 
-        One of several processes does not: the others would wait for it.
+        If there are several processes, they do not stop here, because the others would wait.
         """
         if trainer.world_size == 1:
             self._stop_if_asked(trainer)
@@ -91,13 +91,13 @@ class Interruption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """From here on wait for a step's beginning again."""
+        """From now on, stop only between two steps."""
         self.looking = False
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the step; put right the counts where this is not an epoch's end."""
+        """Remember the step, and correct the counts if this is not the end of an epoch."""
         self.saved = trainer.global_step
         if self.saving:
             settle(checkpoint, validating=trainer.validating)
@@ -105,20 +105,21 @@ class Interruption(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Have the validation after the last step begun anew, where all steps are done."""
+        """If all steps are done, start the validation after the last step again."""
         last = checkpoint["global_step"] == trainer.max_steps
         if last and validation_is_broken_off(checkpoint):
-            # Lightning would see nothing to do. As soon as it looks, it may count again.
+            # Lightning would see that all steps are done and end. So it gets one step more, until
+            # the validation has started.
             self.steps = trainer.max_steps
             set_last_step(trainer, self.steps + 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the last step, stop here if asked to."""
+        """Stop after the last step, if asked to."""
         if trainer.global_step == trainer.max_steps:
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What ended before its last step is saved already."""
+        """Stop if asked to. There is nothing to save: the checkpoint of this step exists."""
         self.saved = trainer.global_step
         self._stop_if_asked(trainer)
         self.handlers.close()
@@ -126,7 +127,7 @@ class Interruption(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save, where the training was asked to stop and no step is half done."""
+        """Save a checkpoint, if the training was asked to stop and no step is half done."""
         self.looking = False
         due = self.saved != trainer.global_step and not self.hopeless
         if isinstance(exception, Stopped) and due:

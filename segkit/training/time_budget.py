@@ -1,17 +1,17 @@
-"""A training that ends when `train.minutes` are over, with its learning rate down.
+"""A training that ends when `train.minutes` are over, at the end of its learning rate schedule.
 
-The minutes are wall time: preparing, training, validating and scoring. What preparation took is
-known when training begins; validation and scoring are measured and kept free; the rest is for
-steps. The schedule follows the share of that rest that has gone by:
+The minutes are wall time of preparing, training, validating and scoring. The time of preparing is
+known when training begins. Time for validation and scoring is measured and reserved. The rest is
+for steps, and the schedule follows the share of this rest that has passed:
 
     steps of the schedule   0 ─────────────────────────── train.steps
     time for steps          0 ── share ────────────────── all of it
 
-So the learning rate has come down when the time is over, however fast the machine turns out to be,
-and if it is as fast as planned, each step advances the schedule by one.
+So the learning rate has reached its end when the time is over, however fast the machine is. If the
+machine is as fast as planned, each step advances the schedule by one.
 
-A timed run depends on the clock and cannot be repeated bit for bit. `train.minutes=null` trains a
-fixed number of steps, which can.
+A timed run depends on the clock and cannot be repeated bit for bit. With `train.minutes=null` a run
+has a fixed number of steps and can be repeated.
 """
 
 import logging
@@ -36,24 +36,24 @@ from segkit.training.lightning_private import set_last_step
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_CONVERT = 5.0
-"""What the fastest engine needs, about, before it scores the first case."""
+"""Approximate time that the fastest engine needs before it can score the first case."""
 UNLIMITED = 2**31 - 1
 SLOWER = 0.8
-"""A run is behind its plan if it will take under this share of the planned steps."""
+"""A run is behind its plan if it will do less than this share of the planned steps."""
 
 
 @dataclass
 class TimeBudget:
-    """How much of a run's time has gone, and what is left for steps. All times are in seconds.
+    """The time of a run that has passed, and the time that is left for steps, in seconds.
 
     Args:
-        seconds: for everything.
-        before: that had gone by when this was made.
-        planned_steps: of the schedule.
-        held_out: cases that are scored in the end.
-        validated: cases that are looked at at each validation.
-        validate_every: steps between two validations.
-        clock: the time now.
+        seconds: time for the whole run.
+        before: time that had passed when this object was made.
+        planned_steps: number of steps of the schedule.
+        held_out: number of cases that are scored at the end.
+        validated: number of cases that each validation uses.
+        validate_every: number of steps between two validations.
+        clock: a function that returns the current time.
     """
 
     seconds: float
@@ -71,17 +71,17 @@ class TimeBudget:
 
     @property
     def elapsed(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return self.before + self.clock() - self.started
 
     @property
     def per_step(self) -> float:
-        """The mean of the steps so far; 0 before the first."""
+        """Mean seconds of a step so far; 0 before the first step."""
         return self.trained / max(self.steps, 1)
 
     @property
     def for_scoring(self) -> float:
-        """That is kept free for the final scores."""
+        """Seconds that are reserved for the final scores."""
         if not self.held_out:
             return 0.0
         wanted = self.held_out * self.per_case + SECONDS_TO_CONVERT
@@ -89,37 +89,37 @@ class TimeBudget:
 
     @property
     def left(self) -> float:
-        """For steps."""
+        """Seconds that are left for steps."""
         rest = max(self.seconds - self.elapsed - self.for_scoring, 0.0)
         cycle = self.validate_every * self.per_step
-        looking = self.validated * self.per_case
-        if looking and rest < cycle:  # no validation will come any more
+        validation = self.validated * self.per_case
+        if validation and rest < cycle:  # there will be no other validation
             return rest
-        return rest * cycle / (cycle + looking) if cycle else rest
+        return rest * cycle / (cycle + validation) if cycle else rest
 
     @property
     def expected_steps(self) -> int:
-        """Of the whole run, at the pace so far."""
+        """Number of steps of the whole run, if steps stay as fast as they were so far."""
         if not self.steps:
             return self.planned_steps
         return max(self.steps + round(self.left / self.per_step), LEAST_STEPS)
 
     @property
     def finished(self) -> bool:
-        """Whether the next step would end later than the time for steps."""
+        """Whether no time is left for another step."""
         return self.steps >= LEAST_STEPS and self.left < self.per_step / 2
 
     @property
     def until(self) -> float:
-        """The clock's time at which the run should be over."""
+        """Time of the clock at which the run should end."""
         return self.started + self.seconds - self.before
 
     def resume_clock(self) -> None:
-        """Begin a step: time from here on is that of a step."""
+        """Start to measure a step."""
         self.mark = self.clock()
 
     def end_step(self) -> int:
-        """Count a step; by how many of its planned steps the schedule advances."""
+        """Count a step, and return by how many planned steps the schedule advances."""
         now = self.clock()
         self.trained += now - self.mark
         self.mark = now
@@ -131,12 +131,12 @@ class TimeBudget:
         return more
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint."""
+        """The state for a checkpoint, as plain numbers."""
         names = ("trained", "share", "per_case", "steps", "advanced")
         return {"elapsed": self.elapsed, **{name: getattr(self, name) for name in names}}
 
     def go_on(self, state: dict[str, Any]) -> None:
-        """Go on from the state of a checkpoint; the time since then does not count."""
+        """Restore the state of a checkpoint. Time since the checkpoint does not count."""
         self.before, self.started = float(state["elapsed"]), self.clock()
         self.mark = self.started
         self.trained, self.share = float(state["trained"]), float(state["share"])
@@ -145,12 +145,12 @@ class TimeBudget:
 
 
 class Deadline(Callback):
-    """Ends a training when its time for steps is over, and says if it is behind its plan.
+    """A callback that ends a training when its time is over, and warns if it is behind its plan.
 
     Args:
-        budget: of the run.
-        cases: that are held out, as they are prepared.
-        patch_size: of a window.
+        budget: the time budget of the run.
+        cases: the prepared held-out cases.
+        patch_size: size of a window, in voxels.
     """
 
     def __init__(
@@ -159,20 +159,20 @@ class Deadline(Callback):
         self.budget = budget
         self.cases = cases
         self.patch_size = patch_size
-        self.looked = 0.0
+        self.validation_started = 0.0
         self.seen = -1
-        self.told = False
+        self.warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """How much time has gone."""
+        """The state of the budget."""
         return self.budget.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of the budget."""
         self.budget.go_on(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure a window, which tells what scoring will take."""
+        """Measure the time of a window, to estimate the time of scoring."""
         if self.cases and not self.budget.per_case:
             assert isinstance(pl_module.network, nn.Module)
             windows = torch.zeros(2, self.cases[0].image.shape[0], *self.patch_size)
@@ -190,7 +190,7 @@ class Deadline(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """End here if the time is over; every process of several obeys the first."""
+        """End the training if the time is over. All processes follow the first one."""
         budget, step = self.budget, trainer.global_step
         if step == self.seen:  # a step may be made of several batches
             return
@@ -199,31 +199,40 @@ class Deadline(Callback):
         if trainer.world_size > 1:
             rest = trainer.strategy.broadcast(rest)
         set_last_step(trainer, step + rest)
-        if not self.told and budget.share > 0.1 and trainer.is_global_zero:
-            self.told = True
+        if not self.warned and budget.share > 0.1 and trainer.is_global_zero:
+            self.warned = True
             if budget.expected_steps < SLOWER * budget.planned_steps:
                 logger.warning("%s", behind(budget))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time what is not training."""
-        self.looked = self.budget.clock()
+        """Start to measure the validation."""
+        self.validation_started = self.budget.clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know what a case takes, for the next validations and the final scores."""
-        seconds = self.budget.clock() - self.looked
+        """Update the time of a case, which estimates later validations and the final scores."""
+        seconds = self.budget.clock() - self.validation_started
         self.budget.per_case = seconds / max(self.budget.validated, 1)
         self.budget.resume_clock()
 
 
 def behind(budget: TimeBudget) -> str:
-    """That a run takes fewer steps than planned, and why."""
-    cores, load = num_cores(), os.getloadavg()[0]
-    why = "the machine is slower than when it was planned"
-    if load > cores + 1:
-        why = f"other programs use the cores (load {load:.1f} on {cores})"
+    """A warning that a run does fewer steps than planned, with a likely reason."""
     planned = budget.seconds / budget.planned_steps
-    return (
-        f"a step takes {budget.per_step:.2g} s, planned {planned:.2g} s with all that comes "
-        f"beside it: {why}; {budget.expected_steps} of {budget.planned_steps} steps fit into the "
+    end = (
+        f"{budget.expected_steps} of {budget.planned_steps} steps fit into the "
         f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
+    )
+    if budget.per_step < SLOWER * planned:
+        return (
+            f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
+            f"{budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
+            f"validation takes {budget.validated * budget.per_case:.0f} s; {end}"
+        )
+    cores, load = num_cores(), os.getloadavg()[0]
+    reason = "the machine is slower than when the run was planned"
+    if load > cores + 1:
+        reason = f"other programs use the cores (load {load:.1f} on {cores})"
+    return (
+        f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s (its share "
+        f"of all other work included): {reason}; {end}"
     )

@@ -1,8 +1,8 @@
-"""How many steps fit into `trainer.max_time`, told while there is time to change it.
+"""A warning if not all steps fit into `trainer.max_time`.
 
-The schedule of the learning rate counts steps and not seconds: by the clock, a run that goes on
-after a stop would not end where it would have ended. So a training that its time cuts short ends at
-a high learning rate, and what it is told here is how many steps to ask for.
+The learning rate schedule counts steps, not seconds; otherwise a resumed run would not end with the
+same weights as a run without a stop. So a training that `trainer.max_time` ends early ends at a
+high learning rate. The warning comes early and says how many steps fit.
 """
 
 import logging
@@ -16,12 +16,12 @@ from lightning.pytorch.callbacks import Callback, Timer
 logger = logging.getLogger(__name__)
 
 UNCOUNTED = 5
-"""Steps at the start, which take longer than others."""
+"""Number of steps at the start that are not measured, because they take longer than others."""
 MEASURED = 20
 
 
 class Pace(Callback):
-    """Warns once, after twenty steps or so, where not all steps fit into the time."""
+    """A callback that warns once, after about twenty steps, if not all steps fit into the time."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -36,7 +36,7 @@ class Pace(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Measure; then say how many steps fit."""
+        """Measure some steps, then warn if not all steps fit."""
         timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
         remaining = timers[0].time_remaining() if timers else None
         if remaining is None or not trainer.is_global_zero:
@@ -59,15 +59,15 @@ class Pace(Callback):
 
 
 def too_slow(per_step: float, fitting: int, steps: int) -> str:
-    """That so many steps alone fit, and what to do about it."""
+    """A warning that only `fitting` of all steps fit, with advice."""
     return (
-        f"at {per_step:.2g} s a step, validations aside, {fitting} of {steps} steps fit into "
-        f"trainer.max_time, and the learning rate would not have come down; "
+        f"at {per_step:.2g} s a step, without validations, only {fitting} of {steps} steps fit "
+        f"into trainer.max_time, and training would end at a high learning rate; "
         f"set train.steps={fitting}"
     )
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until a GPU has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""Where a training is followed beside its own folder: Weights & Biases and MLflow.
+"""Trackers that also record a training: Weights & Biases and MLflow.
 
-Both by Lightning's loggers, so both obey their own environment: `WANDB_MODE=offline`,
+Both use Lightning's loggers and obey their environment variables: `WANDB_MODE=offline`,
 `WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`. Without a server, MLflow writes to
-the folder `mlruns` of the run. A run that is resumed goes on in the record it began.
+the folder `mlruns` of the run. A resumed run continues its earlier record.
 """
 
 import os
@@ -20,23 +20,27 @@ from segkit.io.safe_text import read_json_object
 from segkit.training.lightning_private import end_record
 
 RECORDS = "trackers.json"
-"""In a run's folder: by tracker, the identity of its record."""
+"""The file in a run's folder with the id of the record of each tracker."""
 PROJECT = "segkit"
 
 
 class FinishingWandbLogger(WandbLogger):
-    """Ends its record with the training, or the next one in this process would go on in it."""
+    """A W&B logger that ends its record with the training.
+
+    Otherwise the next training in this process would continue the same record.
+    """
 
     def finalize(self, status: str) -> None:
-        """Upload what is left, or leave it for `wandb sync`."""
+        """Upload the rest of the record and end it; offline, it is left for `wandb sync`."""
         super().finalize(status)
         end_record(self, status)
 
 
 def trackers(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) -> list[Logger]:
-    """A logger for each name, its record begun with the settings, or gone on with.
+    """A logger for each name. A new record starts with the settings; an existing one is continued.
 
-    Raises ConfigError where a package is missing or a server refuses.
+    Raises:
+        ConfigError: a package is missing, or a server refuses.
     """
     check_installed(names)
     path = folder / RECORDS
@@ -63,7 +67,7 @@ def check_installed(names: Sequence[str]) -> None:
     """Raise ConfigError for the first tracker whose package is missing."""
     for name in names:
         spec = find_spec(name)
-        # A folder of that name, such as wandb makes where it runs, is no package.
+        # A folder of that name, such as wandb makes in the working directory, is not a package.
         if spec is None or spec.origin is None:
             raise ConfigError(
                 f"trainer.loggers: {name} is not installed; run pip install 'segkit[loggers]'"
@@ -84,7 +88,8 @@ def _wandb(folder: Path, record: str | None) -> Logger:
     except Error as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"trainer.loggers: wandb refuses: {reason}; run wandb login, or set WANDB_MODE=offline"
+            f"trainer.loggers: wandb reports an error: {reason}; run wandb login, or set "
+            f"WANDB_MODE=offline"
         ) from None
     return logger
 
@@ -94,7 +99,7 @@ def _mlflow(folder: Path, record: str | None) -> Logger:
 
     server = os.environ.get("MLFLOW_TRACKING_URI")
     if not server:
-        # MLflow (3.7 and later) writes to files only where this says that files are meant.
+        # MLflow (3.7 and later) writes to files only if this variable allows it.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     try:
         logger = MLFlowLogger(
@@ -107,10 +112,10 @@ def _mlflow(folder: Path, record: str | None) -> Logger:
     except MlflowException as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"trainer.loggers: mlflow refuses: {reason}; look at MLFLOW_TRACKING_URI"
+            f"trainer.loggers: mlflow reports an error: {reason}; check MLFLOW_TRACKING_URI"
         ) from None
     if not server:
-        # MLflow has put the address here, where the next run of this process would find it.
+        # MLflow has set this variable; the next run in this process must not use it.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     return logger
 

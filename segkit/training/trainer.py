@@ -27,29 +27,30 @@ from segkit.training.validation_pictures import SamplePictures
 from segkit.training.weight_average import Averaging
 
 HARMLESS = (
-    "Experiment logs directory",  # the run's folder holds config.yaml already
+    "Experiment logs directory",  # the run's folder already contains config.yaml
     "Checkpoint directory",
-    "You're resuming from a checkpoint that ended before the epoch",  # patches go on by the step
-    "The '.*_dataloader' does not have many workers",  # a choice: data.workers
-    ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # lightning's own call
-    "GPU available but not used",  # a choice: trainer.accelerator
-    ".ModelCheckpoint.monitor=.validation/",  # a resumed run ends its last epoch once more
+    "You're resuming from a checkpoint that ended before the epoch",  # patches depend on the step
+    "The '.*_dataloader' does not have many workers",  # the user chooses data.workers
+    ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # Lightning's own call
+    "GPU available but not used",  # the user chooses trainer.accelerator
+    ".ModelCheckpoint.monitor=.validation/",  # a resumed run ends its last epoch again
 )
+"""Warnings of Lightning that are hidden during training, each with the reason."""
 
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"
-"""In what PyTorch says of an operation that it was told not to use."""
+"""This text is in PyTorch's error about an operation that is not deterministic."""
 LOGGED_ON_GPU = 50
-"""Steps between two lines of metrics on a GPU."""
+"""Number of steps between two rows of metrics on a GPU."""
 
 
 def steps_between(config: Config) -> int:
-    """Steps between validations, or all steps if they are fewer."""
+    """Number of steps between validations, at most the number of all steps."""
     return min(config.train.validate_every, config.train.steps)
 
 
 def looked_at(parts: TrainingParts, config: Config) -> int:
-    """Held-out cases that each validation looks at, or each of several processes does."""
+    """Number of held-out cases that each validation uses, in each process."""
     count, most = len(parts.validation.cases), config.train.validation_cases
     return count if most is None else min(most, count)
 
@@ -57,10 +58,17 @@ def looked_at(parts: TrainingParts, config: Config) -> int:
 def make_trainer(
     parts: TrainingParts, config: Config, folder: Path, callbacks: Sequence[Callback]
 ) -> L.Trainer:
-    """The trainer of a run that is written to a folder; only the first process logs there.
+    """Lightning's trainer for a run. Only the first process writes logs.
 
-    Raises ConfigError if Lightning refuses the settings, or a tracker's server does, or if there
-    are fewer held-out cases than processes.
+    Args:
+        parts: the parts of the training.
+        config: the resolved config.
+        folder: the run's folder.
+        callbacks: more callbacks of Lightning.
+
+    Raises:
+        ConfigError: Lightning or the server of a tracker refuses the settings, or there are fewer
+            held-out cases than processes.
     """
     validated, every = bool(len(parts.validation.cases)), steps_between(config)
     metrics, looked = metrics_of(folder), looked_at(parts, config)
@@ -78,7 +86,7 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
             log_every_n_steps=min(10, every),
-            # Shapes never change, so that the fastest kernels are worth finding.
+            # Shapes never change, so cuDNN can search for the fastest kernels.
             benchmark=not config.trainer.deterministic,
             callbacks=[
                 *_callbacks(parts, config, folder, validated),
@@ -91,23 +99,25 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"trainer: Lightning refuses these settings: {reason}") from None
+        raise ConfigError(
+            f"trainer: Lightning refuses these settings: {reason}; correct them"
+        ) from None
     held_out, processes = len(parts.validation.cases), trainer.world_size
     if 0 < held_out < processes:
         raise ConfigError(
-            f"{held_out} held-out cases cannot be shared out to {processes} processes, as each "
-            f"looks at some; hold out {processes} or more (data.validation), or none, or use fewer "
+            f"each of the {processes} processes needs a held-out case, but there are only "
+            f"{held_out}; hold out {processes} or more (data.validation), or none, or use fewer "
             f"processes (trainer.devices, trainer.num_nodes)"
         )
     if trainer.strategy.root_device.type == "cuda":
-        # A GPU has to be waited for to be logged, and takes more steps in the same time.
+        # Logging waits for the GPU, and a GPU does more steps in the same time.
         trainer.log_every_n_steps = min(LOGGED_ON_GPU, every)  # type: ignore[attr-defined]
     return trainer
 
 
 @contextmanager
 def determinism_as_before() -> Iterator[None]:
-    """Leave behind what PyTorch was told of deterministic operations before."""
+    """Restore PyTorch's setting of deterministic operations after the block."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -118,10 +128,12 @@ def determinism_as_before() -> Iterator[None]:
 
 @contextmanager
 def guarded(config: Config, device: torch.device) -> Iterator[None]:
-    """Hide warnings that mean nothing here, and tell in a sentence what ends a training.
+    """Hide harmless warnings, and turn known failures of a training into errors of one sentence.
 
-    Raises WorkerError if a loader's process is killed, and TrainingError if the device's memory
-    runs out or an operation has no deterministic form and must have one.
+    Raises:
+        WorkerError: a process that loads patches was killed.
+        TrainingError: the device's memory is too small, or an operation must be deterministic but
+            has no deterministic form.
     """
     workers = config.data.workers
     count = workers_for(device) if workers == "auto" else workers
@@ -133,17 +145,18 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
         except torch.OutOfMemoryError:
             voxels = "x".join(str(size) for size in config.data.patch_size)
             raise TrainingError(
-                f"{device}: its memory holds no step of {config.data.batch_size} patches of "
-                f"{voxels} voxels with network.channels {config.network.channels}; lower "
-                f"data.batch_size or data.patch_size, or plan for less with segkit plan --memory"
+                f"{device}: its memory is too small for a step of {config.data.batch_size} patches "
+                f"of {voxels} voxels with network.channels {config.network.channels}; lower "
+                f"data.batch_size or data.patch_size, or make a smaller plan with segkit plan "
+                f"--memory"
             ) from None
         except RuntimeError as error:
             operation, refused, _ = str(error).partition(NOT_DETERMINISTIC)
             if not refused:
                 raise
             raise TrainingError(
-                f"trainer.deterministic is true, and {operation} gives other bits each time on "
-                f"{device}; set trainer.deterministic to warn, or to false"
+                f"trainer.deterministic is true, but {operation} is not deterministic on {device}; "
+                f"set trainer.deterministic to warn or false"
             ) from None
 
 
@@ -165,7 +178,8 @@ def _callbacks(
             dirpath=folder,
             filename="last",
             enable_version_counter=False,
-            # If nothing is validated, at an epoch's end Lightning (2.6) would go on in that epoch.
+            # Without validation, a checkpoint at the end of an epoch would make Lightning (2.6)
+            # resume inside this epoch.
             every_n_train_steps=None if validated else steps_between(config),
         ),
     ]

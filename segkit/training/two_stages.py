@@ -1,7 +1,9 @@
-"""`segkit train DATASET` in two stages: one run and then another, also after a stop of either.
+"""`segkit train DATASET` in two stages: a run of low resolution, then a run that uses its labels.
 
-runs/NAME_low/second_stage.yaml   what is to be trained next, beside all that a run has
-runs/NAME/                        given the labels of NAME_low
+Both can be stopped and resumed.
+
+runs/NAME_low/second_stage.yaml   the config of the second stage, beside the files of a run
+runs/NAME/                        the second stage, which receives the labels of NAME_low
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +32,22 @@ def train_two_stages(
     track: Track = untracked,
     spent: float = 0.0,
 ) -> Run:
-    """Train a first stage and then a second that is given its labels, which is the run returned.
+    """Train a first stage, then a second stage that receives its labels.
 
-    `tell` takes the first; `callbacks`, `track` and `spent` are those of `train`, which says what
-    is raised.
+    Args:
+        low: the config of the first stage.
+        full: the config of the second stage.
+        runs: the folder in which the folders of both runs are made.
+        tell: receives the first run when it is finished.
+        callbacks: Lightning callbacks that are called during both trainings.
+        track: shows the progress over cases.
+        spent: seconds of the first stage's `train.minutes` that are used already.
+
+    Returns:
+        The run of the second stage.
+
+    Raises:
+        SegkitError: a training fails, as `train` describes.
     """
     first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent)
     tell(first)
@@ -49,7 +63,7 @@ def train_first(
     track: Track = untracked,
     spent: float = 0.0,
 ) -> Run:
-    """Train a first stage; the second's config lies in its folder, so that no stop forgets it."""
+    """Train a first stage, with the config of the second in its folder, for a later resume."""
     return fit_beside(
         {SECOND_STAGE: dump_yaml(with_whole_paths(full))},
         prepare(low, runs=runs, track=track),
@@ -61,7 +75,7 @@ def train_first(
 
 
 def after(config: Config, first: Path) -> Config:
-    """The config of a second stage, which is given the labels of a run."""
+    """The config of a second stage, with `first` as the run of its first stage."""
     data = config.data.model_copy(update={"first_stage": [first]})
     return config.model_copy(update={"data": data})
 
@@ -74,19 +88,30 @@ def resume_two_stages(
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
 ) -> Run:
-    """Go on with a run, and then with its second stage if it is the first of two.
+    """Continue a run, and then train its second stage if it is the first of two stages.
 
-    `overrides` change settings of a run that is no first stage.
+    If the second stage has started already, it is resumed.
 
-    Where the second was begun, it is gone on with in turn. Raises ConfigError where nothing is left
-    to do, and whatever `training.resume` raises.
+    Args:
+        folder: the run's folder.
+        overrides: changes of settings; only for a run that is not a first stage.
+        tell: receives the first run when it is finished.
+        callbacks: Lightning callbacks that are called during training.
+        track: shows the progress over cases.
+
+    Returns:
+        The last run.
+
+    Raises:
+        ConfigError: nothing is left to do, or overrides were given for a first stage.
+        SegkitError: a training fails, as `resume` describes.
     """
     if not (folder / SECOND_STAGE).is_file():
         return resume(folder, overrides=overrides, callbacks=callbacks, track=track)
     if overrides:
         raise ConfigError(
-            f"{folder}: is the first of two stages, and {overrides[0]} would change only it; "
-            f"resume without settings, or edit its {CONFIG} or {SECOND_STAGE} first"
+            f"{folder}: is the first of two stages, and {overrides[0]} would change only this "
+            f"stage; resume without settings, or edit its {CONFIG} or {SECOND_STAGE} first"
         )
     if not (folder / SUMMARY).is_file():
         tell(resume(folder, callbacks=callbacks, track=track))
@@ -98,11 +123,11 @@ def resume_two_stages(
 
 
 def second_of(folder: Path) -> Path | None:
-    """The run beside this one that is given its labels alone, if there is one."""
+    """The run beside this one that has it as its only first stage, if there is such a run."""
     for config in sorted(folder.parent.glob(f"*/{CONFIG}")):
         try:
             first_stage = load_config(config).data.first_stage
-        except ConfigError:  # of another version of segkit
+        except ConfigError:  # written by another version of segkit
             continue
         if first_stage == [folder.resolve()]:
             return config.parent

@@ -1,4 +1,4 @@
-"""Held-out cases, and how what is predicted for them is scored during training."""
+"""Validation during training: the held-out cases, and how they are segmented and scored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,36 +13,36 @@ from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 
 SegmentPrepared = Callable[[SegmentationNetwork, Tensor], Tensor]
-"""From a network and a prepared image (channel, x, y, z) to labels (x, y, z)."""
+"""A function from a network and a prepared image (channel, x, y, z) to labels (x, y, z)."""
 ScoreCase = Callable[[Tensor, Tensor], Tensor]
-"""From labels as predicted and as they should be, each (x, y, z), to a number for each class but
-the background, or for each region: the higher the better, NaN if it is undefined."""
+"""A function from predicted and reference labels, each (x, y, z), to scores: one for each class
+except the background, or for each region. Higher is better; undefined scores are NaN."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The cases that are held out, and how they are segmented and scored after some steps.
+    """The held-out cases, and how they are segmented and scored at each validation.
 
-    The mean over cases of each class's score is logged as `validation/<measure>_<class>`, and the
-    mean of those as `validation/<measure>`, by which the best checkpoint is kept.
+    The mean score of each class over cases is logged as `validation/<measure>_<class>`. The mean
+    over classes is logged as `validation/<measure>` and selects the best checkpoint.
     """
 
     cases: Sequence[StoredCase]
     segment: SegmentPrepared
     score: ScoreCase
     measure: str = "dice"
-    """What the score is called."""
+    """The name of the score."""
 
 
 @dataclass(frozen=True)
 class PartlyLabelledScore:
-    """Scores of a case that may be partly labelled: NaN for what nobody labelled in it."""
+    """Scores of a case that may be partly labelled: classes that nobody labelled are NaN."""
 
     score: ScoreCase
     partly: PartlyLabelled
 
     def __call__(self, prediction: Tensor, label: Tensor) -> Tensor:
-        """A number for each class but the background, or for each region."""
+        """A score for each class except the background, or for each region."""
         number = int(label.max()) // self.partly.num_labels
         found = self.score(prediction, label.remainder(self.partly.num_labels)).clone()
         first = 0 if self.partly.regions else 1
@@ -58,7 +58,7 @@ def dice_of_groups(
     groups: Sequence[Sequence[int]],
     ignore: int | None,
 ) -> Float[Tensor, " classes"]:
-    """Dice of each group of labels; voxels whose label is `ignore` do not count."""
+    """The Dice of each group of labels. Voxels whose label is `ignore` do not count."""
     highest = max(ignore or 0, *(number for group in groups for number in group))
     matrix = confusion_matrix(prediction, label.to(prediction.device), highest + 1)
     return Overlap.of_groups(matrix, groups, ignore=ignore).dice

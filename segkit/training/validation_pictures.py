@@ -1,8 +1,9 @@
 """Pictures of held-out cases during training: the scan, its reference and the prediction.
 
-Each validation writes one PNG, `samples/step_000200.png`, with a row for each case: its three
-planes through the middle of the reference, each bare and then with the prediction filled and the
-reference outlined. They show the validation's own predictions, on the network's grid.
+Each validation writes one PNG, such as `samples/step_000200.png`, with a row for each case. A row
+shows three planes through the middle of the reference. Each plane is shown twice: the scan itself,
+then the scan with the prediction filled and the reference outlined. The predictions are those of
+the validation, on the network's grid.
 """
 
 import logging
@@ -25,14 +26,14 @@ PICTURES_FOLDER = "samples"
 
 
 class SamplePictures(Callback):
-    """Draws the first of the held-out cases at each validation, in the first process only.
+    """A callback that draws the first held-out cases at each validation, in the first process.
 
     Args:
-        folder: of the run.
-        names: of the held-out cases, in order.
+        folder: the run's folder.
+        names: names of the held-out cases, in order.
         classes: names of the labels, the background first.
-        spacing: of the network's grid, mm.
-        count: how many cases are drawn.
+        spacing: spacing of the network's grid, in mm.
+        count: number of cases to draw.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class SamplePictures(Callback):
         self.count = count if find_spec("PIL") else 0
         self.rows: list[CasePicture] = []
         if self.count < count and names:
-            logger.info("no pictures of held-out cases: run pip install 'segkit[report]'")
+            logger.info(
+                "held-out cases are not drawn, because Pillow is not installed; run "
+                "pip install 'segkit[report]'"
+            )
 
     def on_validation_batch_end(
         self,
@@ -62,7 +66,7 @@ class SamplePictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the planes of one case."""
+        """Store the planes of one case."""
         if not trainer.is_global_zero or batch_idx >= self.count:
             return
         assert isinstance(pl_module, SegmentationModule)
@@ -84,7 +88,7 @@ class SamplePictures(Callback):
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, write and log the picture."""
+        """Draw the picture, write it and log it."""
         if not self.rows:
             return
         step = trainer.global_step

@@ -1,4 +1,4 @@
-"""A running average of the weights, which scores a little better than the last of them."""
+"""A running average of the weights, which scores a little better than the last weights."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -12,12 +12,12 @@ from segkit.training.lightning_private import MovableAverage
 
 
 class Averaging(MovableAverage):
-    """Exponential moving average of weights (Polyak and Juditsky 1992), validated and saved.
+    """A callback that keeps an exponential moving average of the weights, validates and saves it.
 
-    After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, so that a short run
-    forgets where it began. Buffers are averaged too if they are real numbers. Lightning keeps the
-    average in checkpoints. The steps are counted here: Lightning's count lies on the device, and
-    each step would wait for it.
+    (Polyak and Juditsky 1992.) After n steps the average keeps min(decay, (1 + n) / (10 + n)) of
+    itself, so that a short run forgets its first weights. Buffers of real numbers are averaged too.
+    Lightning saves the average in checkpoints. This class counts the steps itself, because each
+    step would have to wait for Lightning's count, which is on the device.
     """
 
     def __init__(self, decay: float) -> None:
@@ -27,7 +27,7 @@ class Averaging(MovableAverage):
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the average where the model will be, which is not there yet."""
+        """Keep the average on the device to which the model will be moved."""
         self.keep_on(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
 
@@ -40,7 +40,7 @@ class Averaging(MovableAverage):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Take the weights of a new step into the average; the first weights are the average."""
+        """Add the weights of a new step to the average, which starts as the first weights."""
         steps = self.updates
         if trainer.global_step <= steps:
             return
@@ -55,34 +55,34 @@ class Averaging(MovableAverage):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the average, and how many steps are in it."""
+        """Save the average and the number of its steps."""
         self.tell_updates()
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the average."""
+        """Put the average into the model for the validation."""
         super().on_validation_epoch_start(trainer, pl_module)
         self.swapped = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the weights themselves."""
+        """Put the weights back into the model."""
         super().on_validation_epoch_end(trainer, pl_module)
         self.swapped = False
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Where a validation ends half-way, put each where it belongs before it is saved."""
+        """After an interrupted validation, exchange average and weights before they are saved."""
         if self.swapped:
             self.swap(pl_module)
             self.swapped = False
 
     def settle(self, pl_module: L.LightningModule) -> None:
-        """Leave the average in the model, also where nothing was left to train after a stop."""
+        """Copy the average into the model, also if a resumed run had nothing left to train."""
         self.leave_in(pl_module)
 
     def _paired(self, pl_module: L.LightningModule) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The average's tensors beside the model's, those of one type together; kept for later."""
+        """Pairs of the average's and the model's tensors, grouped by type; stored for later."""
         average = self.average
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, current in zip(

@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[ndarray, float, str]] = {
 
 @pytest.mark.parametrize("command", ["predict", "explain"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_computed_with_is_refused_with_its_file(
+def test_values_that_cannot_be_computed_with_are_refused_with_their_file(
     name: str,
     command: str,
     tmp_path: Path,
@@ -146,13 +146,13 @@ def test_huge_voxels_among_the_training_cases_are_refused_by_name(
     )
 
 
-def test_images_are_no_labels_to_evaluate(
+def test_images_are_refused_as_labels(
     tmp_path: Path, segkit: Callable[..., tuple[int, str]]
 ) -> None:
     path = scan(tmp_path / "scan.nii.gz", np.arange(2000, dtype=np.int16).reshape(20, 10, 10))
     code, err = segkit("evaluate", path, path)
     assert code == 2
-    assert f"{path}: holds 2000 different numbers with the other files, more than labels" in err
+    assert f"{path}: expected at most 1000 labels, found 2000 different numbers" in err
 
 
 def test_a_prediction_on_another_grid_than_its_reference_is_refused(

@@ -11,7 +11,9 @@ from tests.cli.command import run
 from tests.small import small_dataset
 
 
-def test_check_tells_what_it_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_describes_a_dataset_and_a_volume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=4)
     code, out, _ = run("check", folder, capsys=capsys)
     assert code == 0 and "4 cases, all readable" in out and "label 1 ball: in 4 cases" in out
@@ -41,7 +43,7 @@ def test_check_names_the_case_whose_label_lies_elsewhere(
     assert "2x1x1 mm, not 1x1x1 mm, so that voxels lie up to 15 voxels apart; resample" in err
 
 
-def test_what_was_checked_as_json(
+def test_check_prints_its_result_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     folder = finished.parents[1] / "data"

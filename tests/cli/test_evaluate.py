@@ -30,14 +30,14 @@ def test_evaluating_a_folder_against_itself_scores_one(
     assert len(content["cases"]) == 3
 
 
-def test_evaluating_refuses_what_does_not_pair(
+def test_evaluating_refuses_files_that_do_not_pair(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)
     empty = tmp_path / "empty"
     empty.mkdir()
     code, _, err = run("evaluate", empty, folder / "labelsTr", capsys=capsys)
-    assert code == 2 and "holds no volume named as one in" in err
+    assert code == 2 and "expected volumes named like those in" in err
     one = nib.load(folder / "labelsTr" / "case_0.nii.gz")
     moved = one.affine.copy()
     moved[0, 3] += 5
@@ -149,8 +149,8 @@ def test_a_case_that_fails_does_not_stop_the_others(
     assert "b.nii.gz: lies on another grid" in lines[0]
     assert "c.nii.gz: cannot be read as .nii.gz" in lines[1]
     assert "d.nii.gz: expected whole numbers, one per voxel" in lines[2]
-    assert "e.nii.gz: holds 4096 different numbers" in lines[3]
-    assert lines[4:] == ["segkit: 4 of 6 volumes failed, as told above"]
+    assert "e.nii.gz: expected at most 1000 labels, found 4096" in lines[3]
+    assert lines[4:] == ["segkit: 4 of 6 volumes failed; see the messages above"]
 
     def broken(*masks: object) -> None:
         raise IndexError("of our own")
@@ -161,7 +161,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     assert "b.nii.gz: lies on another grid" in err, "with no case scored, the first reason is told"
 
 
-def test_a_fault_of_our_own_in_one_case_leaves_the_scores_of_the_others(
+def test_a_bug_in_one_case_leaves_the_scores_of_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, radius in (("a", 9), ("b", 5)):
@@ -183,17 +183,17 @@ def test_a_fault_of_our_own_in_one_case_leaves_the_scores_of_the_others(
 
 
 @pytest.mark.parametrize("folder", ["p", "r"])
-def test_two_files_of_one_case_are_told(
+def test_two_files_of_one_case_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
     for each in "pr":
         label_file(tmp_path / each / "a.nii.gz", disc(9))
     label_file(tmp_path / folder / "a.nii", disc(9))
     code, _, err = run("evaluate", tmp_path / "p", tmp_path / "r", capsys=capsys)
-    assert code == 2 and "a.nii.gz: is the same case as a.nii; move one away" in err
+    assert code == 2 and "a.nii.gz: is the same case as a.nii; remove or rename one" in err
 
 
-def test_what_has_no_partner_is_told_and_left_out(
+def test_files_without_a_partner_are_reported_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, names in (("p", "ac"), ("r", "ab")):
@@ -204,8 +204,8 @@ def test_what_has_no_partner_is_told_and_left_out(
     words = ("evaluate", tmp_path / "p", tmp_path / "r", "--missing")
     code, out, err = run(*words, "skip", capsys=capsys)
     assert (code, err) == (0, "") and "1 case" in out
-    assert "left out, without a prediction: b\n" in out
-    assert out.endswith("p/c.nii.gz\n") and "left out, without a reference: " in out
+    assert "left out, because there is no prediction: b\n" in out
+    assert out.endswith("p/c.nii.gz\n") and "left out, because there is no reference: " in out
     code, out, err = run(*words, "empty", "--json", capsys=capsys)
     told = json.loads(out)
     assert (code, err) == (0, "") and told["missing"] == ["b"]

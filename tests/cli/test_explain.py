@@ -72,7 +72,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
     return lambda *words: run("explain", *words, "--device", "cpu", capsys=capsys)
 
 
-def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
+def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
@@ -87,7 +87,7 @@ def test_the_command_says_how_far_heads_reach_and_whether_many_are_better(
         heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
         for number, head in enumerate(heads):
             assert (
-                f"{name} bottleneck head {number}: reaches {head['distance_mm']:.1f} mm "
+                f"{name} bottleneck head {number}: mean distance {head['distance_mm']:.1f} mm "
                 f"({head['distance_over_uniform']:.2f} of uniform attention)"
             ) in said
     assert files_in(out) == expected
@@ -118,7 +118,7 @@ def test_heads_without_a_reference_are_one_line_and_exit_code_2(
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
     code, said, err = command(scans, "--out", tmp_path / "out", "--model", model, "--heads")
     assert (code, said) == (2, "")
-    assert err == "segkit: --heads compares Dice; give --reference, a label or a folder of them\n"
+    assert err == "segkit: --heads needs --reference; give a label file or a folder of labels\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -134,7 +134,7 @@ def test_heads_of_a_model_without_any_are_one_line_and_exit_code_2(
     assert not {"heads.csv", "heads.json"} & files_in(tmp_path / "out")
 
 
-def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
+def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     (scans / "a.nii.gz").write_bytes(b"no volume")
@@ -147,7 +147,7 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_told_at_the_end(
     first, second, last = err.splitlines()
     assert first.startswith("segkit: ") and "a.nii.gz" in first
     assert str(scans / "c.nii.gz") in second and str(tmp_path / "labels" / "c.nii.gz") in second
-    assert last == "segkit: 2 of 3 volumes failed, as told above"
+    assert last == "segkit: 2 of 3 volumes failed; see the messages above"
     assert files_in(out) == files_of("b", "skip.1-gate", within="b/") | OVER_ALL
     assert {row["case"] for row in rows_of(out / "cohort.csv")} == {"b"}
     page = (out / "index.html").read_text()

@@ -39,7 +39,7 @@ def test_module_and_command_are_one() -> None:
     assert lines["openvino"] == version("openvino") and lines["onnxruntime"]
 
 
-def test_the_version_tells_of_a_cudnn_that_is_slow(
+def test_the_version_warns_of_a_slow_cudnn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
@@ -77,7 +77,7 @@ def test_our_own_bugs_keep_their_traceback(
         main()
 
 
-def test_what_the_system_refuses_is_one_line_and_exit_code_2(
+def test_an_error_of_the_system_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -107,7 +107,7 @@ def test_an_option_is_never_taken_as_the_value_of_another(
     words: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(*words.split(), capsys=capsys)
-    assert (code, out, err) == (2, "", f"segkit: {sentence}; give it one or leave it out\n")
+    assert (code, out, err) == (2, "", f"segkit: {sentence}; give it a value or leave it out\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -91,7 +91,7 @@ def test_an_engine_is_chosen_by_name(
     assert code == 0 and nib.load(out).shape == (8, 8, 8), err
 
 
-def test_a_cohort_goes_on_past_a_bad_file_and_says_so_at_the_end(
+def test_a_bad_file_does_not_stop_a_cohort_and_is_reported_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     scans = tmp_path / "scans"
@@ -128,7 +128,7 @@ def test_several_models_mirrored_say_how_far_they_agree(
     words = ["predict", scans / "a.nii.gz", "--tta", "--uncertainty"]
     twice = ["--model", finished, "--model", finished / "model"]
     code, out, _ = run(*words, *twice, "--out", tmp_path / "option", capsys=capsys)
-    assert code == 0 and out.count("model: ") == 2 and "changes nothing" not in out
+    assert code == 0 and out.count("model: ") == 2 and "--tta has no effect" not in out
     monkeypatch.setenv("SEGKIT_MODEL", os.pathsep.join([str(finished)] * 2))
     code, out, _ = run(*words, "--out", tmp_path / "environment", capsys=capsys)
     assert code == 0 and out.count("model: ") == 2
@@ -148,7 +148,7 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.nii.gz"]
     code, out, _ = run(*words, capsys=capsys)
-    assert code == 0 and "left 1 of 3 volumes alone" in out and out.count("wrote") == 2
+    assert code == 0 and "skipped 1 of 3 volumes" in out and out.count("wrote") == 2
     assert len(list(tmp_path.glob("*.nii.gz"))) == 3
     code, out, _ = run(*words, "--shard", "5/5", capsys=capsys)
     assert code == 0 and "wrote" not in out
@@ -157,7 +157,7 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8\n"
 
 
-def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
+def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
 ) -> None:
     files = [Path(shutil.copy(scans / f"{name}.nii.gz", tmp_path)) for name in "ab"]
@@ -165,11 +165,11 @@ def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
     code, _, _ = run(*words, capsys=capsys)
     assert code == 0
     code, out, err = run(*words, capsys=capsys)
-    assert code == 0 and "left 2 of 2 volumes alone" in out and not err and "wrote" not in out
+    assert code == 0 and "skipped 2 of 2 volumes" in out and not err and "wrote" not in out
     shutil.copy(scans / "c.nii.gz", files[1])
     before = (tmp_path / "out" / "b.nii.gz").read_bytes()
     code, out, err = run(*words, capsys=capsys)
-    assert code == 2 and "left 1 of 2 volumes alone" in out
+    assert code == 2 and "skipped 1 of 2 volumes" in out
     assert "made from another version of b.nii.gz" in err and "1 of 2 volumes failed" in err
     assert (tmp_path / "out" / "b.nii.gz").read_bytes() == before
     code, _, _ = run(*words, "--overwrite", capsys=capsys)
@@ -177,10 +177,10 @@ def test_files_that_have_their_results_are_no_failures_and_a_replaced_one_is(
     assert code == 0 and told[0]["sha256"] == checksum(scans / "c.nii.gz")
     # One file alone, too.
     code, out, _ = run(*words[:2], *words[3:], capsys=capsys)
-    assert code == 0 and "left 1 of 1 volumes alone" in out
+    assert code == 0 and "skipped 1 of 1 volumes" in out
 
 
-def test_what_was_predicted_as_json(
+def test_predict_prints_its_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     scans, out = tmp_path / "scans", tmp_path / "out"

@@ -76,7 +76,7 @@ def test_completion_knows_commands_and_options_and_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_quiet_leaves_errors_alone(
+def test_quiet_prints_only_errors(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)
@@ -91,7 +91,7 @@ def test_quiet_leaves_errors_alone(
     assert code == 0 and "2 cases" in out, "one command's options are not the next one's"
 
 
-def test_verbose_says_where_a_refusal_came_from(
+def test_verbose_shows_the_traceback_of_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("check", tmp_path / "nothing.yaml")
@@ -115,7 +115,7 @@ def test_verbose_shows_what_is_logged(
     code, _, err = run("train", config, capsys=capsys)
     assert (code, err) == (0, "")
     code, _, err = run("train", config, "-v", capsys=capsys)
-    assert code == 0 and "segkit.training.fit: runs/run-2: 3 cases to train on, 1 held out\n" in err
+    assert code == 0 and "segkit.training.fit: runs/run-2: 3 training cases, 1 held out\n" in err
     assert "fit: Patches are mirrored along x; no label's name tells left from right.\n" in err
 
 

@@ -23,7 +23,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert err == f"segkit: {config}: train.stepps is not a setting (did you mean steps?)\n"
 
 
-def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
+def test_one_command_trains_folds_and_another_resumes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = small_dataset(tmp_path / "data", num_cases=5)
@@ -36,7 +36,7 @@ def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
         assert line in out, line
     assert "post-processing: " in out and "wrote runs/small\n" in out
     code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
-    assert code == 2 and "runs/small: is finished already" in err
+    assert code == 2 and "runs/small: the run is finished already" in err
     (tmp_path / "runs/small/fold_3/summary.json").unlink()
     code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
     assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out
@@ -49,22 +49,25 @@ def test_folds_are_trained_by_one_command_and_gone_on_with_by_another(
 
 
 @pytest.mark.parametrize("folds", ["-1", "0,x", "", "every"])
-def test_folds_that_are_none_are_refused(
+def test_folds_that_are_not_numbers_are_refused(
     folds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run("train", tmp_path / "c.yaml", "--folds", folds, capsys=capsys)
     assert code == 2
     assert err == (
-        f"segkit: --folds is {folds!r}; expected all, or numbers from 0 on such as 0,2\n"
+        f"segkit: --folds: expected all, or numbers from 0 such as 0,2; found {folds!r}\n"
     )
 
 
-def test_a_run_has_no_folds_to_go_on_with(
+def test_a_single_run_cannot_be_resumed_with_folds(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run("train", "--resume", finished, "--folds", "all", capsys=capsys)
     assert code == 2
-    assert err == f"segkit: {finished}: is one run, not a cross-validation; leave --folds out\n"
+    assert err == (
+        f"segkit: {finished}: --folds needs a cross-validation, found a single run; leave --folds "
+        "out\n"
+    )
 
 
 def test_a_large_dataset_is_planned_and_trained_in_two_stages(
@@ -77,7 +80,7 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--no-race", capsys=capsys)
     assert code == 0, err
-    assert out.endswith("next: segkit train balls_low.yaml, and then segkit train balls.yaml\n")
+    assert out.endswith("next: segkit train balls_low.yaml, then segkit train balls.yaml\n")
     code, _, err = run("check", "balls.yaml", capsys=capsys)
     assert code == 2 and err.startswith("segkit: runs/balls_low: expected a run or a model folder")
     (tmp_path / "balls.yaml").unlink()
@@ -94,13 +97,13 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
         low / "model" / "weights.safetensors"
     ).read_bytes()
     code, _, err = run(*words, "data.spacing=[1,1,1]", capsys=capsys)
-    assert code == 2 and "two stages cannot share data.spacing" in err
+    assert code == 2 and "expected a different data.spacing for each" in err
     code, out, err = run(*words, "data.first_stage=null", "name=one", capsys=capsys)
     assert code == 0 and not Path("runs/one_low").exists(), err
     assert not (Path("runs/one/model/first")).exists()
 
 
-def test_what_was_planned_and_trained_as_json(
+def test_plan_and_train_print_their_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +117,7 @@ def test_what_was_planned_and_trained_as_json(
     words = ("train", "balls.yaml", "network.channels=[2,4]", "network.strides=null")
     words = (*words, "network.kernels=null", "network.attention.skip=null", "train.steps=1")
     code, _, err = run(*words, "--json", "--dry-run", capsys=capsys)
-    assert code == 2 and "--json tells of a finished run, and --dry-run leaves none" in err
+    assert code == 2 and "--json needs a finished run, but --dry-run makes none" in err
     code, out, err = run(*words, "--json", capsys=capsys)
     told = json.loads(out)
     assert (code, err) == (0, "") and told["folder"] == "runs/balls" and told["steps"] == 1

@@ -209,7 +209,7 @@ REFUSED_VALUES = [
     ),
     (
         "data.patch_size=[32, 32]",
-        r"data\.patch_size \[32, 32\] must have 3 numbers, as network\.spatial_dims is 3",
+        r"data\.patch_size \[32, 32\] must have 3 numbers, because network\.spatial_dims is 3",
     ),
     ("network.strides=[[2, 2]]", r"network\.strides must have 3 lists of 3 numbers for 4 levels"),
     (

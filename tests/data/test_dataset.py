@@ -138,7 +138,7 @@ def listed(*names: str) -> list[dict[str, str]]:
     ]
 
 
-NUMBERING = "labels must have whole numbers that differ, found "
+NUMBERING = "labels must have different whole numbers, found "
 REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no folder": (without_folder, "no such dataset folder; set data.folder"),
     "no dataset.json": (without_json, r"expected a dataset\.json in it, found none"),
@@ -151,11 +151,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no labels": (
         with_keys(labels=None),
-        "expected labels, names and numbers of classes",
+        r"expected labels \(names and numbers of classes\)",
     ),
     "no training": (
         with_keys(training=None),
-        "expected a list training, or file_ending, found neither",
+        r"expected training \(a list\) or file_ending, found neither",
     ),
     "nothing to train on": (
         with_keys(training=[]),
@@ -167,7 +167,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "labels from 1": (
         with_keys(labels={"1": "organ", "2": "tumour"}),
-        "expected a label that is 0 or called background, found organ, tumour; name what is no",
+        "expected a label with number 0 or name background, found organ, tumour; add the backgr",
     ),
     "names for numbers": (
         with_keys(labels={"background": "0", "organ": "1"}),
@@ -175,7 +175,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "background alone": (
         with_keys(labels={"0": "background"}),
-        "must name a class beside the background",
+        "must have a class in addition to the background",
     ),
     "a number twice": (with_keys(labels={"0": "background", "00": "organ"}), NUMBERING),
     "a missing image": (
@@ -395,7 +395,7 @@ CASE_REFUSALS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "two labels a voxel": (
         two_labels_a_voxel,
         FIRST_LABEL,
-        r"expected one label per voxel, found \(3, 4, 5, 2\)",
+        r"expected one label per voxel, found shape \(3, 4, 5, 2\)",
     ),
     "NaN image": (
         image_holding(float("nan")),

@@ -127,24 +127,27 @@ def test_to_score_by_labels_may_leave_gaps(folder: Path) -> None:
     assert read_labelling(path).numbers_in_files == {"background": 0, "liver": 7}
 
 
-ALONE = "labels must name a class beside the background, found background$"
+ALONE = "labels must have a class in addition to the background, found background; add"
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no order": ({"regions_class_order": None}, "need regions_class_order, the number that each"),
+    "no order": (
+        {"regions_class_order": None},
+        "add regions_class_order, with the number that each",
+    ),
     "a short order": (
         {"regions_class_order": [1, 2]},
-        r"must hold 3 different numbers, .* whole tumour, tumour core, enhancing, found \[1, 2\]",
+        r"must have 3 different numbers, .* whole tumour, tumour core, enhancing, found \[1, 2\]",
     ),
-    "an order with one twice": ({"regions_class_order": [1, 3, 3]}, "must hold 3 different"),
+    "an order with one twice": ({"regions_class_order": [1, 3, 3]}, "must have 3 different"),
     "a region written as another": (
         {"regions_class_order": [3, 1, 2]},
-        "writes tumour core as 1, which is none of its numbers 2, 3",
+        "writes tumour core as 1, which is not one of its numbers 2, 3",
     ),
     "a region under another": (
         {
             "labels": {"background": 0, "core": [2, 3], "whole": [1, 2, 3]},
             "regions_class_order": [2, 1],
         },
-        "whole would be written over all of core, which lies within it; name core after whole",
+        "whole would overwrite all of core, which lies inside it; put core after whole",
     ),
     "a region with background": (
         {"labels": {"background": 0, "all": [0, 1]}, "regions_class_order": [1]},
@@ -152,7 +155,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "regions alone": (
         {"labels": {"whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
-        "expected a label that is 0 or called background, found whole, core",
+        "expected a label with number 0 or name background, found whole, core",
     ),
     "ignore within another": (
         {"labels": {"background": 0, "organ": [1, 2], "ignore": 2}},
@@ -161,11 +164,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing but ignore": ({"labels": {"background": 0, "ignore": 1}}, ALONE),
     "a number that no file can hold": (
         {"labels": {"background": 0, "a": 70000}},
-        "a needs a number from 0 to 65535 that it is written as, found 70000; add one to its list",
+        "a needs a number from 0 to 65535 to be written as, found 70000; add one to its list",
     ),
     "a class of negative numbers": (
         {"labels": {"background": 0, "a": [-1, -2]}, "regions_class_order": None},
-        "a needs a number from 0 to 65535 that it is written as, found -1, -2",
+        "a needs a number from 0 to 65535 to be written as, found -1, -2",
     ),
     "a number twice": (
         {"labels": {"background": 0, "a": 1, "b": 1}},
@@ -173,14 +176,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an empty region": (
         {"labels": {"background": 0, "a": []}},
-        r"labels\.a must be a number or a list of them, found \[\]",
+        r"labels\.a must be a number or a list of numbers, found \[\]",
     ),
     "both forms at once": (
         {"labels": {"background": 0, "1": "organ"}},
-        r"labels\.1 must be a number or a list of them, found 'organ'",
+        r"labels\.1 must be a number or a list of numbers, found 'organ'",
     ),
     "no names of channels": ({"channel_names": None}, r"expected channel_names \(or modality\)"),
-    "no ending": ({"file_ending": None}, "expected a list training, or file_ending, found neither"),
+    "no ending": (
+        {"file_ending": None},
+        r"expected training \(a list\) or file_ending, found neither",
+    ),
     "an ending of its own": (
         {"file_ending": ".gif"},
         r"file_ending must be one of \.nii, \.nii\.gz, \.nrrd, \.mha, \.nhdr, \.mhd, .*found \.gif",
@@ -188,11 +194,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "an ending that none has": ({"file_ending": ".mha"}, r"expected labels CASE\.mha in it"),
     "another number of cases": (
         {"numTraining": 3},
-        "numTraining is 3, found 2 labels in .*labelsTr; correct the one or complete the other",
+        "numTraining is 3, but .*labelsTr has 2 labels; correct the number or add",
     ),
     "a channel more": (
         {"channel_names": {"0": "a", "1": "b", "2": "c"}},
-        r"anna_0002\.nii\.gz: no such file; anna\.nii\.gz needs 3, one per channel",
+        r"anna_0002\.nii\.gz: no such file; anna\.nii\.gz needs 3 images, one per channel",
     ),
 }
 

@@ -68,7 +68,7 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
 
 
 def test_what_was_not_published_is_refused(served: str, packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="what came is not what was published"):
+    with pytest.raises(DatasetError, match="the file differs from the published one"):
         fetch_dataset(NAME, Source(f"{served}/{packed.name}", "0" * 32), tmp_path)
     with pytest.raises(DatasetError, match=r"expected Task98_Cube/dataset\.json in it"):
         fetch_dataset("Task98_Cube", source_of(served, packed), tmp_path)
@@ -113,7 +113,7 @@ def test_the_ten_tasks_are_known_by_whole_names_and_halves() -> None:
         assert named(word, tasks) == "Task04_Hippocampus"
     assert all(len(source.md5) == 32 and source.url.endswith(".tar") for source in tasks.values())
     with pytest.raises(
-        DatasetError, match="nose: is no dataset to fetch; name one of Task01_Brain"
+        DatasetError, match="nose: is not a dataset to fetch; name one of Task01_Brain"
     ):
         named("nose", tasks)
 
@@ -136,4 +136,4 @@ def test_the_command_says_where_it_is_and_what_to_do_next(
     assert code == 0
     assert f"wrote {tmp_path / NAME}" in out and f"next: segkit check {tmp_path / NAME}" in out
     code, _, err = run("fetch", "cube", "--out", tmp_path, capsys=capsys)
-    assert code == 2 and err == f"segkit: cube: is no dataset to fetch; name one of {NAME}\n"
+    assert code == 2 and err == f"segkit: cube: is not a dataset to fetch; name one of {NAME}\n"

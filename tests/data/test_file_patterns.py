@@ -78,7 +78,7 @@ def test_files_of_a_case_are_those_whose_wildcards_matched_the_same(
     )
     image, label = read_case(dataset.cases[1], dataset)
     assert image.data[0, 0, 0].tolist() == [10, 11] and (label.data == 1).all()
-    assert "left out, as they have no label: 02_a" in caplog.text
+    assert "left out because they have no label: 02_a" in caplog.text
 
 
 NAMES = st.text("abz019.-[]() ü", min_size=1, max_size=6).filter(
@@ -102,15 +102,18 @@ def test_a_wildcard_stands_for_any_name(
 
 def test_two_files_of_one_name_are_refused(study: Path) -> None:
     save(study / "derivatives/by machine/sub-01_ses-b_dseg.nii.gz")
-    with pytest.raises(DatasetError, match="both as case '01_b'; make it match one file of a case"):
+    with pytest.raises(DatasetError, match="both as case '01_b'; change it to match only one file"):
         read_dataset(study, files_of(**PATTERNS))
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"label": "labels/*.nii.gz"}, "no file in it matches labels/"),
-        ({"label": "derivatives/**/*_dseg.nii.gz"}, "wildcards must match alike"),
+        ({"label": "labels/*.nii.gz"}, "no file matches labels/"),
+        (
+            {"label": "derivatives/**/*_dseg.nii.gz"},
+            "wildcards of both patterns must match the same",
+        ),
         ({"images": {"T1": "sub-*/ses-*/anat/sub-*_T1w.json"}}, "expected a volume named"),
         (
             {"labels": {"background": 0, "kidney": 2, "tumour": 2}},
@@ -118,7 +121,7 @@ def test_two_files_of_one_name_are_refused(study: Path) -> None:
         ),
         (
             {"codes": {"liver": {"scheme": "SCT", "value": 10200004, "meaning": "Liver"}}},
-            "data.files: codes names liver, which is none of the labels kidney, tumour",
+            "data.files: codes names liver, which is not one of the labels kidney, tumour",
         ),
     ],
 )
@@ -186,11 +189,14 @@ def test_columns_may_be_named_and_others_are_let_be(study: Path) -> None:
         ("id,image,label\n", "expected a row for each case"),
         (
             "id,image,label\np,b.nii.gz,a.nii.gz\n",
-            "row 2 names as image b.nii.gz, which is no file",
+            "row 2 has b.nii.gz in column image, which is not a file",
         ),
-        ("id,image,label\np,a.nii.gz\n", "row 2 names as label nothing"),
-        ("id,age,image,label\np,6,a.nii.gz,a.nii.gz\n", "if age holds no files, give data.files"),
-        ("id,image,label\n../p,a.nii.gz,a.nii.gz\n", "row 2 has the id '../p'; expected a name"),
+        ("id,image,label\np,a.nii.gz\n", "row 2 has nothing in column label"),
+        ("id,age,image,label\np,6,a.nii.gz,a.nii.gz\n", "or set data.files.images if age is not"),
+        (
+            "id,image,label\n../p,a.nii.gz,a.nii.gz\n",
+            "row 2 has the id '../p', which cannot be the name",
+        ),
         ("id,image,label\n" + "p,a.nii.gz,a.nii.gz\n" * 2, "case p has several rows"),
         ("id,image,label\np,cases.csv,a.nii.gz\n", "expected a volume named"),
     ],
@@ -241,5 +247,7 @@ def test_codes_of_a_dataset_json_are_kept(tmp_path: Path) -> None:
     assert code.category.meaning == "Anatomical Structure"
     content["codes"] = {"spleen": content["codes"]["liver"]}  # type: ignore[index]
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match="codes names spleen, which is none of the labels liver"):
+    with pytest.raises(
+        DatasetError, match="codes names spleen, which is not one of the labels liver"
+    ):
         read_dataset(tmp_path)

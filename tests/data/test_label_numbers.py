@@ -113,11 +113,14 @@ def test_what_is_written_is_what_was_read(numbers: list[int], kind: type) -> Non
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ({"background": 0, "a": 1, "b": [1, 2]}, "a and b overlap at 1, .* regions_class_order"),
-        ({"background": 0, "a": [1, "others"]}, "others must be background or ignore, found it"),
+        ({"background": 0, "a": 1, "b": [1, 2]}, "a and b overlap at 1; add regions_class_order"),
+        (
+            {"background": 0, "a": [1, "others"]},
+            "others must belong to background or ignore, found it",
+        ),
         ({"background": 0, "a": 70000}, "a needs a number from 0 to 65535"),
-        ({"a": 1, "b": 2}, "expected a label that is 0 or called background, found a, b"),
-        ({"background": 0, "ignore": 255}, "must name a class beside the background"),
+        ({"a": 1, "b": 2}, "expected a label with number 0 or name background, found a, b"),
+        ({"background": 0, "ignore": 255}, "must have a class in addition to the background"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(labels: Any, reason: str) -> None:
@@ -143,7 +146,7 @@ def test_labels_of_the_config_win_over_the_dataset_and_it_is_said(
     labels = {"background": [0, "others"], "ball": [17, 53]}
     caplog.set_level(logging.INFO, "segkit")
     dataset = dataset_of(DatasetConfig(folder=renumbered, labels=labels))
-    assert "labels are those of data.labels, not of dataset.json" in caplog.text
+    assert "labels come from data.labels instead of dataset.json" in caplog.text
     for case in dataset.cases:
         raw = read_labels(case.label).data
         assert_array_equal(read_case(case, dataset)[1].data, np.isin(raw, (17, 53)))

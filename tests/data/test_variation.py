@@ -151,5 +151,5 @@ def test_bending_is_off_by_default_and_needs_augmentation() -> None:
         if augment or synthesis is not None:
             assert small_config(Path("data"), data=changes).data.elastic
         else:
-            with pytest.raises(ConfigError, match=r"data\.elastic is part of data\.augment"):
+            with pytest.raises(ConfigError, match=r"data\.elastic needs data\.augment"):
                 small_config(Path("data"), data=changes)

@@ -26,7 +26,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return out, said
 
 
-def test_the_template_is_dark_fluid_grey_grey_and_white_white() -> None:
+def test_fluid_is_dark_grey_matter_medium_and_white_matter_bright_in_the_template() -> None:
     scan, tissue = load_template()
     means = [float(scan.data[tissue.data == number].mean()) for number in TISSUES.values()]
     assert means == sorted(means) and means[0] == 0
@@ -36,7 +36,7 @@ def test_the_template_is_dark_fluid_grey_grey_and_white_white() -> None:
     assert 0.1 < shares[2] < 0.2 and 0.05 < shares[3] < 0.1  # no ripples outside the brain
 
 
-def test_everything_that_was_promised_is_written(written: tuple[Path, list[str]]) -> None:
+def test_the_demo_writes_all_its_files(written: tuple[Path, list[str]]) -> None:
     out, _ = written
     scan = nib.load(out / "scan.nii.gz")
     for name in ("segmentation", "reference", "maps/scan_map-skip.1-gate"):
@@ -62,15 +62,15 @@ def test_the_score_is_that_of_the_written_segmentation(written: tuple[Path, list
     assert any(f"{summary['mean_dice']:.3f}" in line for line in said)
 
 
-def test_it_says_what_was_seen_and_what_was_not(written: tuple[Path, list[str]]) -> None:
+def test_the_demo_says_which_data_training_has_seen(written: tuple[Path, list[str]]) -> None:
     _, said = written
     text = "\n".join(said)
     assert "Seen in training: the template's tissue map" in text
-    assert "Not seen: the real T1 scan; its anatomy, however, is that of the tissue map" in text
+    assert "Not seen: the real T1 scan; but its anatomy is that of the tissue map" in text
     assert "segkit predict" in text
 
 
-def test_it_touches_no_folder_but_its_own(tmp_path: Path) -> None:
+def test_the_demo_writes_only_to_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(SegkitError, match="name another --out"):

@@ -29,7 +29,7 @@ def test_a_phantom_is_one_piece_of_two_parts_the_first_in_front(tmp_path: Path) 
         assert 2 < millilitres < 4.5
 
 
-def test_intensity_alone_does_not_find_it(tmp_path: Path) -> None:
+def test_intensity_alone_does_not_find_the_structure(tmp_path: Path) -> None:
     """As much of the rest of the scan is as grey as it."""
     write_hippocampi(tmp_path, 2)
     dataset = read_dataset(tmp_path)

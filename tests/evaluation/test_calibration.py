@@ -27,7 +27,7 @@ def drawn(
     return told / told.sum(-1, keepdims=True), label
 
 
-def test_labels_that_are_drawn_by_the_probabilities_are_calibrated() -> None:
+def test_labels_drawn_from_the_probabilities_are_calibrated() -> None:
     calibration = classes()
     calibration.add("a", *drawn((40, 40, 40)))
     assert calibration.largest.ece < 0.005
@@ -71,7 +71,7 @@ def test_the_error_is_that_of_its_definition(voxels: list[tuple[float, bool]]) -
     assert reliability.brier == pytest.approx(((probability - right) ** 2).mean())
 
 
-def test_ignored_voxels_do_not_count_and_nothing_is_not_a_number() -> None:
+def test_ignored_voxels_do_not_count_and_no_voxels_give_nan() -> None:
     found, label = drawn((6, 5, 4))
     label[:, :, 0] = 9
     calibration, less = classes(ignore=9), classes()
@@ -85,7 +85,19 @@ def test_ignored_voxels_do_not_count_and_nothing_is_not_a_number() -> None:
     assert "no voxels" in reliability_diagram(none)
 
 
-def test_regions_are_each_judged_by_themselves() -> None:
+def test_of_a_partly_labelled_case_only_what_is_labelled_counts() -> None:
+    # Nobody labelled class 2: at the second voxel it may well be right.
+    found = np.array([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75]]).reshape(2, 1, 1, 3)
+    calibration = classes()
+    second = list(calibration.members)[2]
+    calibration.add("a", found, np.array([1, 0]).reshape(2, 1, 1), unlabelled=[second])
+    assert calibration.largest.voxels == 0 and second not in calibration.outputs
+    first = calibration.outputs[list(calibration.members)[1]]
+    assert first.voxels == 2 and first.brier == pytest.approx(0.25**2 / 2)
+    assert calibration.log_loss == 0 and calibration.entropy_of_cases["a"] > 0
+
+
+def test_each_region_is_calibrated_separately() -> None:
     calibration = Calibration({"whole": (1, 2), "core": (2,)}, are_regions=True)
     found = np.array([[0.75, 0.25], [0.75, 0.25], [0.0, 0.0]]).reshape(3, 1, 1, 2)
     calibration.add("a", found, np.array([2, 0, 0]).reshape(3, 1, 1))
@@ -95,7 +107,7 @@ def test_regions_are_each_judged_by_themselves() -> None:
     assert "all_voxels" not in calibration.to_json({})
 
 
-def test_doubt_goes_with_error_as_spearman_has_it() -> None:
+def test_entropy_and_error_are_correlated_as_by_scipy() -> None:
     calibration = classes()
     for case in range(5):
         calibration.add(f"c{case}", *drawn((6, 6, 6), seed=case, sharper=1 + case / 2))

@@ -41,7 +41,9 @@ def differences(tmp_path: Path, a: Sequence[float | None], b: Sequence[float | N
     return compare(*both).differences[0]
 
 
-def test_the_same_gain_in_every_case_has_no_width_and_the_smallest_p(tmp_path: Path) -> None:
+def test_the_same_gain_in_every_case_has_an_interval_of_width_0_and_the_smallest_p(
+    tmp_path: Path,
+) -> None:
     a = [0.5, 0.6, 0.7, 0.2, 0.3, 0.4]
     found = differences(tmp_path, a, [value + 0.125 for value in a])
     assert (found.difference, found.low, found.high) == pytest.approx((0.125,) * 3)
@@ -51,7 +53,7 @@ def test_the_same_gain_in_every_case_has_no_width_and_the_smallest_p(tmp_path: P
     assert found.mean_b - found.mean_a == pytest.approx(found.difference)
 
 
-def test_the_p_value_is_the_share_of_signs_that_go_as_far(tmp_path: Path) -> None:
+def test_the_p_value_is_the_share_of_sign_patterns_with_as_large_a_mean(tmp_path: Path) -> None:
     change = np.array([0.08, -0.02, 0.05, 0.01, -0.04, 0.03, 0.06])
     found = differences(tmp_path, [0.5] * 7, list(0.5 + change))
     signs = np.array(np.meshgrid(*[[-1, 1]] * 7)).reshape(7, -1)
@@ -65,7 +67,7 @@ def test_a_model_is_no_better_than_itself(tmp_path: Path) -> None:
     assert (found.better, found.worse) == (0, 0)
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says(tmp_path: Path) -> None:
+def test_a_95_percent_interval_contains_the_truth_about_that_often(tmp_path: Path) -> None:
     random, held = np.random.default_rng(0), 0
     for trial in range(60):
         change = random.normal(0.02, 0.05, 40)
@@ -82,11 +84,11 @@ def test_in_strata_cases_are_drawn_from_their_own_group(tmp_path: Path) -> None:
     together = compare(a, b).differences[0]
     assert apart.low == apart.high == pytest.approx(apart.difference)
     assert together.low < together.difference < together.high
-    with pytest.raises(ConfigError, match="no stratum is given for case_5"):
+    with pytest.raises(ConfigError, match="no stratum for case_5"):
         compare(a, b, strata={name: "x" for name in list(strata)[:-1]})
 
 
-def test_what_only_one_has_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_cases_that_only_one_model_has_are_left_out_and_counted(tmp_path: Path) -> None:
     found = differences(tmp_path, [None, 0.5, 0.5, None], [0.0, None, 0.75, None])
     assert (found.cases, found.only_a, found.only_b) == (1, 1, 1)
     assert (found.mean_a, found.mean_b, found.difference) == (0.5, 0.75, 0.25)
@@ -127,28 +129,28 @@ def test_corrected_p_values_are_larger_and_in_the_same_order(p_values: list[floa
     assert np.all(np.diff(np.array(corrected)[order]) >= 0)
 
 
-def test_what_cannot_be_compared_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_scores_that_cannot_be_compared_are_refused_in_a_sentence(tmp_path: Path) -> None:
     a = of_one_class(tmp_path / "a", [0.5, 0.5])
     other = summary(tmp_path / "o", {"zz": {"liver": 0.5}})
     kidney = summary(tmp_path / "k", {"case_0": {"kidney": 0.5}})
     for paths, told in [
-        ((a, other), "no case in common: case_0, case_1 beside zz"),
+        ((a, other), "no case in common: A has case_0, case_1, B has zz"),
         ((a, kidney), "scores of liver, .* of kidney"),
         ((a, tmp_path / "nowhere"), "no such file"),
     ]:
         with pytest.raises(ConfigError, match=told):
             compare(*paths)
-    with pytest.raises(ConfigError, match="'auc' is no metric; choose from dice"):
+    with pytest.raises(ConfigError, match="unknown metric 'auc'; choose from dice"):
         compare(a, a, metrics=["auc"])
-    with pytest.raises(ConfigError, match="has no nsd; write scores with"):
+    with pytest.raises(ConfigError, match="has no scores of nsd; write them with"):
         compare(a, a, metrics=["nsd"])
     (tmp_path / "list.json").write_text('{"cases": []}')
     (tmp_path / "half.json").write_text('{"cases": [')
-    for name, told in (("list", "holds no scores of cases"), ("half", "cannot be read as JSON")):
+    for name, told in (("list", "contains no scores of cases"), ("half", "cannot be read as JSON")):
         with pytest.raises(ConfigError, match=told):
             compare(a, tmp_path / f"{name}.json")
     (tmp_path / "table.csv").write_text("\ufeffcase,site\nx,1\nx,2\n")
-    with pytest.raises(ConfigError, match="names a case twice"):
+    with pytest.raises(ConfigError, match="has several lines for a case"):
         read_strata(tmp_path / "table.csv", "site")
     with pytest.raises(ConfigError, match="has no column 'age'"):
         read_strata(tmp_path / "table.csv", "age")

@@ -47,14 +47,14 @@ def test_without_names_every_number_is_a_label(folders: tuple[Path, Path]) -> No
     assert [row.name for row in segkit.evaluate(*folders).cases] == ["label 1"] * 2
 
 
-def test_a_reference_without_a_prediction_is_told(folders: tuple[Path, Path]) -> None:
+def test_a_reference_without_a_prediction_is_refused(folders: tuple[Path, Path]) -> None:
     found, references = folders
     (found / "b_seg.nii.gz").unlink()
     with pytest.raises(segkit.VolumeError, match=r"1 of 2 references in .*labels: b; predict"):
         segkit.evaluate(found, references)
 
 
-def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(
+def test_a_prediction_on_another_grid_is_reported_and_does_not_stop_the_others(
     folders: tuple[Path, Path],
 ) -> None:
     found, references = folders
@@ -65,7 +65,9 @@ def test_a_prediction_on_another_grid_is_told_and_does_not_stop_the_others(
     assert "lies on another grid than" in evaluation.failures["b"]
 
 
-def test_names_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_a_missing_file_of_label_names_is_refused(tmp_path: Path) -> None:
     assert labels_file(tmp_path, None) is None
-    with pytest.raises(segkit.VolumeError, match=r"other.json: no such file; check the path"):
+    with pytest.raises(
+        segkit.VolumeError, match=r"other.json: no such file or folder; check the path"
+    ):
         labels_file(tmp_path, tmp_path / "other.json")

@@ -33,7 +33,7 @@ def cohort(folder: Path, cases: int = 3) -> tuple[Path, Path]:
     return predictions, references
 
 
-def test_probabilities_beside_predictions_are_held_against_references(tmp_path: Path) -> None:
+def test_probabilities_beside_predictions_are_compared_with_references(tmp_path: Path) -> None:
     predictions, references = cohort(tmp_path)
     scores = evaluate(predictions, references, probabilities=True)
     members = {"background": (0,), "liver": (1,), "tumour": (2,)}
@@ -57,17 +57,23 @@ def test_the_command_writes_the_figures_and_a_diagram(
     code, printed, err = run(
         "evaluate", predictions, references, "--probabilities", *told, capsys=capsys
     )
-    assert (code, err) == (0, "") and "ECE" in printed and "doubt and error" in printed
+    assert (
+        (code, err) == (0, "")
+        and "ECE" in printed
+        and "correlation of entropy and error" in printed
+    )
     assert set(json.loads(out.read_text())["calibration"]["outputs"]) == {"liver", "tumour"}
     assert diagram.read_text().startswith("<svg")
     code, _, err = run("evaluate", predictions, references, "--diagram", diagram, capsys=capsys)
-    assert code == 2 and "--diagram is of probabilities" in err
+    assert code == 2 and "--diagram needs --probabilities" in err
 
 
-def test_what_is_missing_or_of_other_classes_is_told(tmp_path: Path) -> None:
+def test_missing_probabilities_and_those_of_other_classes_are_refused(tmp_path: Path) -> None:
     predictions, references = cohort(tmp_path)
     (predictions / "case_1_prob.nii.gz").unlink()
-    with pytest.raises(VolumeError, match="has no case_1_prob beside it; predict with"):
+    with pytest.raises(
+        VolumeError, match="expected a file case_1_prob beside it, found none; predict"
+    ):
         evaluate(predictions, references, probabilities=True)
     two = Volume(np.zeros((*SHAPE, 2), np.float32), Grid(SHAPE, np.diag([1.0, 2.0, 3.0, 1.0])))
     write_volume(predictions / "case_1_prob.nii.gz", two)
@@ -78,7 +84,7 @@ def test_what_is_missing_or_of_other_classes_is_told(tmp_path: Path) -> None:
         evaluate(predictions, references, probabilities=True)
 
 
-def test_what_a_model_predicts_can_be_evaluated(tmp_path: Path) -> None:
+def test_probabilities_that_a_model_writes_can_be_evaluated(tmp_path: Path) -> None:
     model = random_model(NetworkConfig(channels=[2, 4]))
     scan = noise_volume((12, 10, 8))
     prediction = Predictor(model)(scan, probabilities=True)

@@ -74,7 +74,7 @@ def test_a_stack_of_matrices_scores_each_of_them() -> None:
     assert_close(Overlap.from_confusion(matrices).dice, expected)
 
 
-def test_a_hand_worked_case() -> None:
+def test_one_case_has_the_scores_worked_out_by_hand() -> None:
     reference = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
     prediction = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 3]])
     matrix = confusion_matrix(prediction, reference, 5)

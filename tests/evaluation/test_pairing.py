@@ -73,7 +73,7 @@ def test_files_pair(tmp_path: Path, kind: str) -> None:
     assert sorted(stems) == sorted(expected.split())
 
 
-def test_a_letter_written_in_two_ways_is_one(tmp_path: Path) -> None:
+def test_a_letter_with_two_encodings_is_the_same_letter(tmp_path: Path) -> None:
     mine = touched(tmp_path / "p", unicodedata.normalize("NFD", "é one.nii"))
     theirs = touched(tmp_path / "r", unicodedata.normalize("NFC", "é one.nii"))
     assert len(find_pairs(mine, theirs).pairs) == 1
@@ -96,13 +96,13 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("kind", UNCLEAR)
-def test_what_could_be_either_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_ambiguous_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     mine, theirs, words = UNCLEAR[kind]
     with pytest.raises(segkit.VolumeError, match=words):
         paired(tmp_path, mine, theirs)
 
 
-def test_what_lacks_a_partner_is_missing_or_extra_and_never_given_to_another(
+def test_files_without_a_partner_are_missing_or_extra_and_are_not_paired_with_others(
     tmp_path: Path,
 ) -> None:
     for mine, theirs, missing, extra in (
@@ -124,7 +124,9 @@ def test_files_pair_whatever_the_order_and_with_themselves(tmp_path: Path) -> No
         assert len(paired(tmp_path, " ".join(some), " ".join(some))) == 3
 
 
-def test_predictions_inside_the_folder_of_references_are_no_references(tmp_path: Path) -> None:
+def test_predictions_inside_the_folder_of_references_are_not_taken_for_references(
+    tmp_path: Path,
+) -> None:
     theirs = touched(tmp_path, "a.nii", "b.nii", "found/a.nii", "found/b.nii")
     assert len(find_pairs(theirs / "found", theirs).pairs) == 2
 
@@ -140,14 +142,14 @@ def test_a_file_pairs_with_its_own_reference_in_a_folder(tmp_path: Path) -> None
     assert len(find_pairs(tmp_path / "x.nii", theirs / "b.nii").pairs) == 1
 
 
-def test_what_is_not_there_or_pairs_with_nothing_is_told(tmp_path: Path) -> None:
+def test_missing_paths_and_predictions_without_references_are_refused(tmp_path: Path) -> None:
     theirs = touched(tmp_path / "r", *(f"a{number}.nii" for number in range(9)))
     with pytest.raises(segkit.VolumeError, match="none: no such file or folder"):
         find_pairs(tmp_path / "none", theirs)
     with pytest.raises(segkit.VolumeError, match="none: no such file or folder"):
         find_pairs(theirs, tmp_path / "none")
     mine = touched(tmp_path / "p", "b.nii")
-    with pytest.raises(segkit.VolumeError, match=r"holds b, and references are a0, a1, a2 and 6 m"):
+    with pytest.raises(segkit.VolumeError, match=r"\(a0, a1, a2 and 6 more\), found b; rename"):
         find_pairs(mine, theirs)
 
 
@@ -205,5 +207,5 @@ def test_missing_predictions_are_refused_left_out_or_taken_for_empty(tmp_path: P
     assert empty.cases[1].metrics["hd95_mm"] == pytest.approx(48**0.5)
     assert empty.cases[1].prediction_ml == 0 and empty.missing == ("b", "c")
     assert empty.made["inputs"][1]["prediction"] is None
-    with pytest.raises(segkit.ConfigError, match="missing is 'zero'; choose one of 'refuse'"):
+    with pytest.raises(segkit.ConfigError, match="value 'zero' of missing; choose one of 'refuse'"):
         segkit.evaluate(tmp_path / "p", tmp_path / "r", missing="zero")

@@ -109,7 +109,7 @@ def test_a_class_in_one_image_only_gets_the_worst_scores(missing_from: str) -> N
     assert (tumour.metrics["hd95_mm"], tumour.metrics["assd_mm"]) == (diagonal, diagonal)
 
 
-def test_an_image_has_no_volume() -> None:
+def test_a_2d_image_has_no_volume() -> None:
     image = np.eye(4, dtype=np.int16)
     (score,) = score_case(image, image, {1: "line"}, (1.0, 2.0), case="a")
     assert (score.metrics["dice"], score.metrics["hd95_mm"], score.metrics["nsd"], score.tp) == (
@@ -134,7 +134,7 @@ def test_the_type_and_memory_order_of_the_labels_change_nothing(dtype: Any, orde
 def test_a_label_without_a_name_is_refused(stray: int) -> None:
     prediction, reference = (image.astype(np.int16) for image in two_slabs())
     reference[0, 0, 0] = stray
-    with pytest.raises(ValueError, match=rf"labels 0, 1, 7, got {stray} in the reference; name it"):
+    with pytest.raises(ValueError, match=rf"labels 0, 1, 7, got {stray} in the reference; add it"):
         score_case(prediction, reference, LABELS, (1.0, 1.0, 1.0), case="a")
 
 
@@ -312,7 +312,7 @@ def test_a_region_is_scored_as_its_mask_and_ignored_voxels_lie_in_neither_image(
         assert replace(alone, label=scored.label) == scored
 
 
-def test_a_prediction_may_hold_nothing_that_is_ignored() -> None:
+def test_a_prediction_with_the_ignored_label_is_refused() -> None:
     image = np.array([[0, 1, 2]])
     with pytest.raises(ValueError, match="expected the labels 0, 1, got 2 in the prediction"):
         score_case(image, image, {1: "liver"}, (1.0, 1.0), case="a", ignore=2)

@@ -121,14 +121,14 @@ def test_turning_the_image_changes_no_score(case: Case) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(cases())
-def test_no_distance_reaches_the_diagonal(case: Case) -> None:
+def test_every_distance_is_shorter_than_the_diagonal(case: Case) -> None:
     distances = surface_distances(*case)
     assert max(distances.to_reference.max(), distances.to_prediction.max()) < distances.diagonal
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_two_shifted_cubes_are_as_far_apart_as_worked_out_by_hand(axis: int, shift: int) -> None:
+def test_two_shifted_cubes_have_the_distances_worked_out_by_hand(axis: int, shift: int) -> None:
     # A 5-cube has 98 surface voxels. A step along the shift is 3 mm, and 1 mm across it. Of the
     # cube shifted by k steps, seen from the other:
     #   far face, 25 voxels      k steps beyond the other's far face                      3k mm
@@ -196,7 +196,9 @@ def test_two_empty_masks_leave_every_score_undefined() -> None:
 
 
 @pytest.mark.parametrize("empty_prediction", [True, False])
-def test_one_empty_mask_costs_the_diagonal_of_the_whole_image(empty_prediction: bool) -> None:
+def test_with_one_empty_mask_the_distance_is_the_diagonal_of_the_image(
+    empty_prediction: bool,
+) -> None:
     mask, empty = np.zeros((2, 3, 4, 6), dtype=bool)
     mask[1, 1, 1] = True
     pair = (empty, mask) if empty_prediction else (mask, empty)
@@ -235,7 +237,7 @@ def test_a_spacing_that_is_not_positive_for_each_axis_is_refused(
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
-def test_a_tolerance_that_is_no_distance_is_refused(tolerance: float) -> None:
+def test_a_tolerance_that_is_negative_or_not_finite_is_refused(tolerance: float) -> None:
     mask = np.ones((2, 3), dtype=bool)
     with pytest.raises(ValueError, match="finite tolerance of 0 mm or more"):
         normalised_surface_dice(surface_distances(mask, mask, (1.0, 1.0)), tolerance)
@@ -251,7 +253,7 @@ def discs() -> tuple[Mask, Mask]:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_concentric_discs_are_as_far_apart_as_their_radii_in_any_plane(axis: int) -> None:
+def test_concentric_discs_have_the_distance_of_their_radii_in_any_plane(axis: int) -> None:
     spacing = [0.5, 0.5]
     spacing.insert(axis, 7.0)  # the thickness of the slice, which has no say
     pair = [np.expand_dims(mask, axis) for mask in discs()]
@@ -277,7 +279,7 @@ def test_axes_of_size_1_change_no_distance(case: Case, places: list[int], step: 
     np.testing.assert_array_equal(same.to_prediction, plain.to_prediction)
 
 
-def test_a_slice_missed_costs_the_diagonal_of_its_plane() -> None:
+def test_in_a_missed_slice_the_distance_is_the_diagonal_of_its_plane() -> None:
     mask = np.ones((3, 4, 1), dtype=bool)
     distances = surface_distances(mask, ~mask, (1.0, 1.0, 100.0))
     assert scores(distances) == (5, 5, 0)
@@ -325,7 +327,7 @@ def test_axes_at_right_angles_change_no_bit_wherever_they_point(case: Case, seed
     assert ours.diagonal == plain.diagonal
 
 
-def test_two_voxels_across_a_shear_are_as_far_apart_as_their_world_coordinates() -> None:
+def test_two_voxels_of_a_sheared_grid_have_the_distance_of_their_world_coordinates() -> None:
     # Slices 3 mm up and 4 mm aside: two voxels of one column lie 5 mm apart. Moved 2 columns of
     # 2 mm against the lean, they lie 3 mm apart, whereas the steps' lengths say sqrt(25 + 16).
     prediction, reference = np.zeros((2, 5, 1, 2), dtype=bool)

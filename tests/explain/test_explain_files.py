@@ -86,9 +86,7 @@ def test_labels_maps_and_figures_of_every_volume_are_written(scans: Path, tmp_pa
         assert written.grid.agrees_with(plain.grid, tolerance=1e-3)
 
 
-def test_figures_of_the_heads_stand_with_the_map_that_they_receive(
-    scans: Path, tmp_path: Path
-) -> None:
+def test_maps_json_has_the_figures_of_heads_with_their_map(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(
         skip=CrossAttentionConfig(levels=[0, 1], heads=[1, 3], head_channels=4),
         bottleneck=self_attention(2),
@@ -115,14 +113,14 @@ def test_figures_of_the_heads_stand_with_the_map_that_they_receive(
     assert all(entry["range"] == [0, 1] for entry in others)
 
 
-def test_a_model_of_gates_has_maps_and_no_reach(scans: Path, tmp_path: Path) -> None:
+def test_a_model_with_only_gates_has_maps_and_no_reach(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(skip=AdditiveGridGateConfig(), encoder="se")
     (explained,) = explain_files(predictor, find_inputs([scans / "a.nii.gz"], 1), tmp_path / "out")
     assert explained.reach == {}
     assert files_in(tmp_path / "out") == files_of("a", "skip.1-gate")
 
 
-def test_explanations_are_not_overwritten_unasked(scans: Path, tmp_path: Path) -> None:
+def test_explanations_are_overwritten_only_with_overwrite(scans: Path, tmp_path: Path) -> None:
     inputs, out = find_inputs([scans / "a.nii.gz"], 1), tmp_path / "out"
     list(explain_files(predictor_of(bottleneck=self_attention(2)), inputs, out))
     before = {name: (out / name).read_bytes() for name in files_in(out)}
@@ -147,7 +145,7 @@ def test_maps_of_an_earlier_model_do_not_stay_beside_those_of_a_new_one(
     assert files_in(out) == files_of("a", "bottleneck-received") | {"notes.txt"}
 
 
-def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(
+def test_a_volume_that_vanished_is_not_in_the_provenance_of_the_cohort(
     scans: Path, tmp_path: Path
 ) -> None:
     inputs, out = find_inputs([scans], 1), tmp_path / "out"
@@ -158,7 +156,7 @@ def test_a_volume_that_vanished_is_none_of_those_that_made_what_is_said_of_all(
     assert [entry["file"] for entry in told["inputs"]] == ["b.nii.gz"]
 
 
-def test_tables_of_heads_are_those_of_the_study(scans: Path, tmp_path: Path) -> None:
+def test_the_files_of_heads_hold_the_figures_of_the_study(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(
         skip=CrossAttentionConfig(heads=1, head_channels=4), bottleneck=self_attention(2)
     )
@@ -194,7 +192,7 @@ def heads_of(figures: list[PositionFigures]) -> list[HeadFigures]:
 
 
 @pytest.mark.parametrize("existing", ["heads.csv", "heads.json"])
-def test_tables_of_heads_are_not_overwritten_unasked(
+def test_the_files_of_heads_are_overwritten_only_with_overwrite(
     existing: str, scans: Path, tmp_path: Path
 ) -> None:
     predictor, labels = predictor_of(bottleneck=self_attention(1)), scans.parent / "labels"
@@ -314,9 +312,7 @@ def test_volumes_of_one_name_are_refused(scans: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_tables_of_a_cohort_are_those_of_its_scans_with_its_references(
-    scans: Path, tmp_path: Path
-) -> None:
+def test_the_table_of_a_cohort_joins_the_tables_of_its_scans(scans: Path, tmp_path: Path) -> None:
     out, labels = tmp_path / "out", scans.parent / "labels"
     for path in labels.iterdir():
         halves = np.zeros((8, 8, 8), np.uint8)
@@ -361,14 +357,14 @@ def nan_of(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def test_one_reference_is_not_that_of_several_volumes(scans: Path, tmp_path: Path) -> None:
+def test_one_reference_for_several_volumes_is_refused(scans: Path, tmp_path: Path) -> None:
     predictor = predictor_of(bottleneck=self_attention(2))
     message = r"a\.nii\.gz: expected a reference for each of 2 volumes, but this is a single file"
     with pytest.raises(VolumeError, match=message):
         explain_heads(predictor, find_inputs([scans], 1), scans / "a.nii.gz", tmp_path / "out")
 
 
-def test_references_that_are_no_labels_are_refused(scans: Path, tmp_path: Path) -> None:
+def test_references_that_do_not_contain_labels_are_refused(scans: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     reference = read_volume(labels / "a.nii.gz")
     for strange in (0.5, float("nan")):

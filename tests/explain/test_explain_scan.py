@@ -49,7 +49,7 @@ def layered(scan: Volume) -> Volume:
     return scan.like(labels)
 
 
-def test_maps_are_those_of_the_predictor_and_the_fused_one(explained: Explanation) -> None:
+def test_maps_are_those_of_the_predictor_and_their_mean(explained: Explanation) -> None:
     plain = gated()(explained.scan, maps=True)
     assert list(explained.maps) == KEYS
     for key, one in plain.maps.items():
@@ -81,7 +81,7 @@ def test_one_window_has_nothing_to_disagree_with() -> None:
     assert found.against == "prediction" and found.dice == {}
 
 
-def test_a_reference_elsewhere_is_refused_by_name() -> None:
+def test_a_reference_on_another_grid_is_refused_by_name() -> None:
     scan, other = noise_case(8, 8, 8).volume, noise_case(8, 8, 12)
     with pytest.raises(VolumeError, match=r"^b: the reference lies on another grid than the scan"):
         explain_volume(gated(), scan, other.reference, name="b")
@@ -98,7 +98,7 @@ def test_a_reference_whose_axes_are_stored_otherwise_measures_the_same() -> None
     assert str(found.measures) == str(expected.measures)  # NaN is itself
 
 
-def test_disagreement_is_not_told_unasked() -> None:
+def test_disagreement_is_computed_only_on_request() -> None:
     maps = gated()(noise_case(12, 8, 8).volume, maps=True).maps
     assert all(one.disagreement is None for one in maps.values())
 
@@ -131,7 +131,7 @@ def test_the_page_shows_every_map_and_verdict(explained: Explanation) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install chromium")
-def test_a_browser_shows_the_page_without_complaint(explained: Explanation, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_without_errors(explained: Explanation, tmp_path: Path) -> None:
     write_page(tmp_path / "index.html", explained.page())
     shown = show(tmp_path / "index.html", tmp_path / "run")
     assert 'data-ready="yes"' in shown.dom and shown.console == []

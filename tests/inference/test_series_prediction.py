@@ -369,7 +369,11 @@ def test_a_yaml_of_patterns_is_checked_planned_and_trained_on(
     dataset = read_dataset(data, small_config(data, data={"files": files}).data.files)
     assert [case.name for case in dataset.cases] == ["0", "1", "2", "3"]
     code, _, err = run("plan", "data.yaml", capsys=capsys)
-    assert code == 2 and "data.yaml: says how to train already" in err
+    assert (
+        code == 2
+        and "data.yaml: expected a dataset (a YAML file with only data.files), found a config"
+        in err
+    )
 
 
 def test_a_bad_case_of_a_yaml_of_patterns_is_told(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def refused(told: tuple[int, str], reason: str) -> None:
     assert re.search(reason, err), err
     lines = err.splitlines()
     assert all(line.startswith("segkit: ") for line in lines), err
-    assert len(lines) == 1 or "problems, as told above" in lines[-1], err
+    assert len(lines) == 1 or "problems, listed above" in lines[-1], err
 
 
 def scan_at(path: Path, channels: int = 2) -> Path:
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_cut_off_is_refused(run_folder: Path) -> None:
             resume(run_folder)
     (run_folder / LAST).write_bytes(whole)
     (run_folder / "metrics.csv").write_text("step\nmany\n")
-    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be gone on with"):
+    with pytest.raises(ConfigError, match=r"metrics\.csv: cannot be read"):
         resume(run_folder)
 
 
@@ -215,7 +215,7 @@ def test_a_pickle_among_prepared_cases_runs_nothing(
     for content in pickles(canary, tmp_path / "dresses").values():
         (case / f"{name}.npy").write_bytes(content)
         told = run("train", "--resume", run_folder)
-        refused(told, f"{case.name}: expected a prepared case, found arrays that are damaged")
+        refused(told, f"{case.name}: expected a prepared case, found damaged or wrong arrays")
     assert not canary.exists()
 
 
@@ -236,7 +236,7 @@ def test_prepared_arrays_of_another_kind_are_refused(run_folder: Path, kind: str
     name, change = PREPARED[kind]
     (case,) = (run_folder.parent / ".cache").glob("case_1-*/")
     np.save(case / f"{name}.npy", change(np.load(case / f"{name}.npy")))
-    with pytest.raises(DatasetError, match="damaged or of another kind; delete the folder"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays; delete the folder"):
         resume(run_folder)
 
 
@@ -245,7 +245,7 @@ def test_a_prepared_array_that_claims_more_than_it_holds_is_refused(run_folder: 
     header = str({"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)}).ljust(117) + "\n"
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     (case / "classes.npy").write_bytes(content)
-    with pytest.raises(DatasetError, match="damaged or of another kind"):
+    with pytest.raises(DatasetError, match="damaged or wrong arrays"):
         resume(run_folder)
 
 
@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected what was measured of case_2.*delete it")
+    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
 
 
 # Models
@@ -468,7 +468,7 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
-        with pytest.raises(VolumeError, match=r"voxels there, which take .* check both spacings"):
+        with pytest.raises(VolumeError, match=r"voxels there, which need .* check both spacings"):
             prepared(spacing)
     monkeypatch.setattr(preprocess, "free_memory", lambda: 4 * 4 * 5 * 6)
     assert prepared(1.0) == (4, 5, 6)
@@ -652,3 +652,26 @@ def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: 
         read_json(tmp_path / "dataset.json")
     with pytest.raises(DatasetError, match=rf"cannot be read as JSON: {re.escape(reason)}.*repair"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nsteps: 5: 6\n", "line 2: a second ': ' stands in one line"),
+        ("name: a\n steps: 5\n", "line 2: a second ': ' stands in one line, or the line is"),
+        ("data:\n\tfolder: scans\n", "line 2: a tab indents the line; indent with spaces"),
+        ("name: @a\n", "line 1: a value begins with a character that YAML keeps for itself"),
+        ("size: [1, 2\n", "line 2: a bracket that was opened is not closed"),
+        ("name: 'a\n", "line 2: a quotation mark is not closed; close it"),
+        ("- a\nname: b\n", "line 2: the line is indented unlike those beside it"),
+        ("folder: scans\nname\n", "line 3: a line has no ':' behind its name"),
+        ('folder: "C:\\scans"\n', "line 1: a backslash stands within double quotes"),
+        ("names: - a\n", "line 1: a list begins behind a name; begin it on the next line"),
+        ("name: !!python/object:os.system a\n", "line 1: a tag such as !!python asks for code"),
+        ("a: 1\n---\nb: 2\n", "line 2: a second document begins with '---'"),
+    ],
+)
+def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_yaml(text)
+    assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)

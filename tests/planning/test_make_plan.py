@@ -147,13 +147,39 @@ def test_two_stages_share_the_minutes(
     assert entered == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("speed", "asked", "planned_dims"),
+    [(1e7, None, 2), (1e7, 3, 3), (1e13, None, 3)],
+    ids=["little time", "little time, but 3D is asked for", "much time"],
+)
+def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
+    speed: float,
+    asked: int | None,
+    planned_dims: int,
+    large: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: speed)
+    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    planned = plan_dataset(
+        large, cache=tmp_path / "cache", device="cpu", minutes=4.0, spatial_dims=asked
+    )
+    assert planned.config.network.spatial_dims == planned_dims
+    told = " ".join(planned.text.replace("#", "").split())
+    assert ("Slices, as 4 minutes leave a 3D patch of" in told) == (planned_dims == 2)
+    if planned_dims == 2:
+        assert planned.low is None and planned.config.data.slices is not None
+
+
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
     folder = sliced(small_dataset(tmp_path / "slices", num_cases=5))
     planned = plan_dataset(folder, cache=tmp_path / "c", device="cpu")
     assert planned.config.network.spatial_dims == 2 and planned.config.data.slices == "coronal"
-    with pytest.raises(DatasetError, match="one voxel along y in every case; plan with 2"):
+    with pytest.raises(DatasetError, match="one voxel along y in every case; plan for 2"):
         plan_dataset(folder, cache=tmp_path / "c", device="cpu", spatial_dims=3)
 
 
@@ -242,7 +268,7 @@ def test_validations_take_a_tenth_of_the_time_and_everything_fits(
     cases = held_out if schedule.validation_cases is None else schedule.validation_cases
     looking = min(count, 10) * cases * per_case
     assert looking <= 6.001 * minutes or min(count, cases) <= 1
-    assert f"the rest holds {schedule.steps:,} steps" in schedule.why_steps
+    assert f"{schedule.steps:,} steps fit into the rest" in schedule.why_steps
     if schedule.steps > 20:
         assert schedule.steps * per_step + looking <= 60 * minutes * 1.15
     assert 1 <= schedule.validate_every <= schedule.steps

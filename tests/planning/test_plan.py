@@ -145,7 +145,7 @@ def test_plans_are_those_that_nnunets_own_planner_made() -> None:
     assert (plan.channels, plan.strides) == (deep, (flat, whole, whole, flat, flat))
     assert plan.kernels == ((3, 3, 1), *[(3, 3, 3)] * 5)
     assert plan.low_resolution is None
-    assert "10th percentile is taken, 5 mm" in plan.reasons["spacing"]
+    assert "takes the 10th percentile, 5 mm" in plan.reasons["spacing"]
     plane = plan_for_memory(heart, spatial_dims=2)
     assert (plane.patch_size, plane.batch_size) == ((256, 224), 56)
 
@@ -166,7 +166,7 @@ def test_low_resolution_that_saves_less_than_half_is_dropped() -> None:
     plan = plan_for_memory(alike((204, 204, 204), (1.0, 1.0, 1.0), 100), spatial_dims=3)
     assert plan.patch_size == (128, 128, 128)
     assert plan.low_resolution is None and not plan.batch_dice
-    assert "save under half" in plan.reasons["low_resolution"]
+    assert "save less than half" in plan.reasons["low_resolution"]
 
 
 @pytest.mark.parametrize(
@@ -273,18 +273,18 @@ def test_what_takes_too_long_is_thinned_out_then_narrowed_then_shrunk() -> None:
 
     plan = in_time(9 * narrow(32) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (32, 8, (40, 56, 40))
-    assert "Made smaller, from 9 to 8" in plan.reasons["batch_size"]
+    assert "Reduced from 9 to 8" in plan.reasons["batch_size"]
     plan = in_time(2 * narrow(32) * 1.001)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (32, 2, (40, 56, 40))
     plan = in_time(2 * narrow(32) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (16, 2, (40, 56, 40))
-    assert "Narrowed from 32 to 16" in plan.reasons["channels"]
+    assert "Reduced from 32 to 16" in plan.reasons["channels"]
     plan = in_time(2 * narrow(8) * 1.001)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (40, 56, 40))
     plan = in_time(2 * narrow(8) * 0.999)
     # x is 40 / 35 of the median image, more than y and z.
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (32, 56, 40))
-    assert "Shrunk from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
+    assert "Reduced from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
 
 
 def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
@@ -337,7 +337,7 @@ def test_the_smallest_plan_of_all_says_that_it_takes_longer() -> None:
     plan = in_time(1e-6)
     assert (plan.channels[0], plan.batch_size) == (8, 2)
     assert len(plan.strides) == 1
-    assert "there is nothing smaller" in plan.reasons["time"]
+    assert "there is no smaller plan" in plan.reasons["time"]
 
 
 # Laws of every plan
@@ -414,7 +414,7 @@ def test_every_plan_fits_its_network(
             slack = 0 if each is plan else 2
             assert_network_can_be_built(each, tuple(n + slack for n in seen))
             needed = each.batch_size * 3 * cost_of_patch(each, numbers) * 1000
-            if "time" in each.reasons and "nothing smaller" not in each.reasons["time"]:
+            if "time" in each.reasons and "no smaller plan" not in each.reasons["time"]:
                 assert needed <= minutes * 60 * 1e10 * (1 + 1e-9)
             each = each.low_resolution
 

@@ -184,7 +184,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
 
 
 def test_scans_that_are_drawn_have_no_first_stage(dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.synthesis draws images that are none"):
+    with pytest.raises(ConfigError, match=r"images that data\.synthesis draws"):
         small_config(dataset, data={"first_stage": ["runs/low"], "synthesis": {}})
 
 

@@ -223,7 +223,9 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     after = (folder / "summary.json").read_text()
     assert json.loads(after)["validation"] == json.loads(before)["validation"]
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_0", "fold_2"]
-    with pytest.raises(ConfigError, match=r"small: is finished already; name more --folds"):
+    with pytest.raises(
+        ConfigError, match=r"small: the cross-validation is finished already; name more --folds"
+    ):
         resume_folds(folder)
     counter = CountRuns()
     wider = resume_folds(folder, [1], callbacks=[counter])
@@ -276,12 +278,12 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
         (
             small_config(data, data={"fold": 1}),
             ConfigError,
-            "data.fold is 1, but --folds names the folds to train; give one",
+            "data.fold is 1, but --folds names the folds to train; give only one of the two",
         ),
         (
             small_config(data, trainer={"devices": 2}),
             ConfigError,
-            "trainer.devices is 2, but --folds trains in one process",
+            "trainer.devices is 2 and trainer.num_nodes 1, but --folds trains in one",
         ),
     ]
     for config, kind, message in refusals:
@@ -291,13 +293,13 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
 
 
 def test_what_a_fold_refuses_at_once_leaves_no_folder(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.precision is 7-bit; expected auto"):
+    with pytest.raises(ConfigError, match=r"trainer\.precision is 7-bit; choose auto"):
         cross_validate(small_config(data, trainer={"precision": "7-bit"}), [0], runs=tmp_path)
     assert not (tmp_path / "small").exists()
 
 
 def test_a_cross_validation_is_no_run_to_resume_as_one(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"small: expected a run with its config\.yaml"):
+    with pytest.raises(ConfigError, match=r"small: expected a run with config\.yaml"):
         training.resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):
         resume_folds(tmp_path)

@@ -87,10 +87,10 @@ def test_lines_say_numbers_and_units(told: DryRun) -> None:
         "batches of 2",
         f"{told.parameters:,} parameters, channels 4, 8, 8",
         "100 steps of adamw, validated every 2; 32-true on cuda:0",
-        "1.25 GB of the GPU's memory at the peak",
+        "peak memory of the GPU 1.25 GB",
     ):
         assert words in text, words
-    assert "the process's peak" in "\n".join(replace(gpu, before=10**9).lines())
+    assert "peak memory of the process" in "\n".join(replace(gpu, before=10**9).lines())
     assert "not measured" in "\n".join(replace(gpu, peak=None).lines())
 
 
@@ -139,7 +139,7 @@ def test_a_run_to_resume_has_begun_already(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "--dry-run is for a CONFIG or DATASET" in capsys.readouterr().err
+    assert "--dry-run does not work with --resume" in capsys.readouterr().err
 
 
 def test_a_second_stage_is_rehearsed_with_the_labels_of_its_first(
@@ -174,7 +174,7 @@ def test_of_folds_the_first_is_rehearsed(
         main()
     out = capsys.readouterr().out
     assert stop.value.code in (None, 0)
-    assert "4 cases of" in out and "1 held out" in out and "so it is with every fold" in out
+    assert "4 cases of" in out and "1 held out" in out and "the same for every fold" in out
 
 
 def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
     monkeypatch.setattr(SegmentationModule, "training_step", full)
-    with pytest.raises(TrainingError, match="memory holds no step of 2 patches of 16x16x16 voxels"):
+    with pytest.raises(TrainingError, match="too small for a step of 2 patches of 16x16x16 voxels"):
         dry_run(small_config(dataset))
 
 

@@ -155,7 +155,7 @@ def test_label_maps_alone_are_trained_on_by_synthesis(dataset: Path, tmp_path: P
     wrong = small_config(
         bare, data={"validation": ["case_3"], "synthesis": {"intensities": {"bal": [0, 1]}}}
     )
-    with pytest.raises(ConfigError, match="names 'bal'; the dataset has 'background', 'ball'"):
+    with pytest.raises(ConfigError, match="names 'bal', but the dataset has 'background', 'ball'"):
         train(wrong, runs=tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_fewer_held_out_cases_than_processes_are_refused(dataset: Path, tmp_path
         dataset, data={"validation": 0.25}, trainer={"devices": 4, "strategy": "ddp"}
     )
     with pytest.raises(
-        ConfigError, match=r"^\d held-out cases cannot be shared out to 4 processes"
+        ConfigError, match=r"^each of the 4 processes needs a held-out case, but there are only \d"
     ):
         train(config, runs=tmp_path)
     assert not (tmp_path / "small").exists()

@@ -58,7 +58,7 @@ def test_nnunets_file_beside_the_dataset_is_what_a_fold_means(
     assert names(held_out) == ["p3_a", "p3_b"] and len(train) == 8
     assert f"fold 3 of {tmp_path / 'splits_final.json'}" in caplog.text
     split_of(dataset, config_with(tmp_path))
-    assert "is not used; data.fold and --folds hold out its folds" in caplog.text
+    assert "is not used, because only data.fold and --folds use its folds" in caplog.text
 
 
 def test_without_a_file_folds_are_nnunets(tmp_path: Path) -> None:
@@ -79,15 +79,15 @@ def test_own_folds_stand_in_a_file_or_in_the_config(tmp_path: Path) -> None:
         found = split_of(dataset, config_with(tmp_path, splits=splits, fold=1))
         assert [names(part) for part in found] == [["c"], ["a", "b", "d"]]
         assert names(split_of(dataset, config_with(tmp_path, splits=splits)).train) == ["a", "b"]
-    with pytest.raises(DatasetError, match=r"data\.fold is 2, and there are 2, numbered from 0"):
+    with pytest.raises(DatasetError, match=r"data\.fold is 2, but there are only 2 folds, numb"):
         split_of(dataset, config_with(tmp_path, splits=own, fold=2))
 
 
 @pytest.mark.parametrize(
     ("fold", "reason"),
     [
-        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 trains on and holds out b; name a case in"),
-        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, no cases of"),
+        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; name each"),
+        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, unknown in"),
         ({"train": ["a", "t"], "val": ["b"]}, "fold 0 names t, kept for the test by data.test"),
     ],
 )
@@ -109,7 +109,7 @@ def test_cases_that_a_split_leaves_out_are_told(
 ) -> None:
     own = [{"train": ["a"], "val": ["c"]}]
     split_of(dataset_with(tmp_path, list("abcd")), config_with(tmp_path, splits=own))
-    assert "fold 0 of data.splits: neither trains on nor holds out b, d" in caplog.text
+    assert "fold 0 of data.splits neither trains on nor holds out b, d" in caplog.text
 
 
 def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected folds without gaps, found \[0, 2\]"):
         split_of(dataset, config_with(tmp_path, **settings))
     (tmp_path / "cases.csv").write_text("id,fold\na,0\nz,1\n")
-    with pytest.raises(DatasetError, match="has rows of z, no cases of"):
+    with pytest.raises(DatasetError, match="rows name z, unknown in"):
         split_of(dataset, config_with(tmp_path, **settings))
 
 
@@ -150,7 +150,7 @@ def test_subjects_of_bids_are_found_in_names_and_in_paths(tmp_path: Path) -> Non
     dataset = Dataset(tmp_path, cases, ("MR",), {"background": 0, "organ": 1})
     folds = folds_of(dataset, config_with(tmp_path, group_by="subject", num_folds=3).data)
     assert sorted(folds.held_out) == [("0", "1"), ("2", "3"), ("4", "5")]
-    with pytest.raises(DatasetError, match="gives no group of a, b"):
+    with pytest.raises(DatasetError, match="gives no group for a, b"):
         folds_of(dataset_with(tmp_path, list("ab")), config_with(tmp_path, group_by="subject").data)
 
 
@@ -160,7 +160,7 @@ def test_groups_that_an_own_split_tears_apart_are_told(
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
     dataset = dataset_with(tmp_path, ["p0_a", "p0_b", "p1_a", "p1_b"])
     split_of(dataset, config_with(tmp_path, splits=own, group_by={"pattern": "(p[0-9])"}))
-    assert "tears groups of data.group_by apart: 1 groups, p0 (p0_a, p0_b)" in caplog.text
+    assert "splits groups of data.group_by: 1 groups, p0 (p0_a, p0_b)" in caplog.text
 
 
 def test_each_fold_has_its_share_of_every_stratum() -> None:
@@ -196,9 +196,9 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         assert dataset.test == ("case_1",)
         train, held_out = split_of(dataset, config)
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
-    with pytest.raises(DatasetError, match=r"data\.test names nobody, no case of"):
+    with pytest.raises(DatasetError, match=r"data\.test names nobody, unknown in"):
         dataset_of(config_with(folder, test=["nobody"]).data)
-    with pytest.raises(DatasetError, match=r"data\.validation names case_1, which data"):
+    with pytest.raises(DatasetError, match=r"data\.validation names case_1, which is also in data"):
         split_of(dataset, config_with(folder, validation=["case_1"]))
     assert "1 more are kept for a test" in str(check(folder, ["data.test=[case_1]"]))
 

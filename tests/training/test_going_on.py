@@ -1,7 +1,9 @@
 """A run that goes on keeps its split; settings that were changed are applied or refused by name."""
 
 import csv
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import yaml
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
+from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, DatasetError
+from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
 from segkit.training.fit import resume, train
 from segkit.training.parts import prepare
@@ -75,9 +79,7 @@ def test_a_case_that_is_new_is_left_out_of_a_run_that_goes_on(
     done = resume(run)
     assert split_in(run) == before and done.summary["training_cases"] == len(before["train"])
     assert sorted(done.summary["validation"]["dice_of_cases"]) == before["held_out"]
-    assert (
-        "small: has new cases, a_case; the run keeps its split and leaves them out" in caplog.text
-    )
+    assert "small: the run keeps its split and leaves out new cases: a_case" in caplog.text
 
 
 @pytest.mark.slow
@@ -90,14 +92,46 @@ def test_a_case_that_is_gone_is_told_and_the_others_stay_where_they_were(
     without(gone, tmp_path / "data")
     done = resume(run)
     assert done.summary["training_cases"] == len(before["train"]) - 1
-    assert f"{gone}, to train on, no longer in" in caplog.text
+    assert f"without the training cases {gone}, which are no longer in" in caplog.text
     assert sorted(done.summary["validation"]["dice_of_cases"]) == before["held_out"]
+
+
+@pytest.mark.slow
+def test_files_that_changed_under_their_names_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stopped(tmp_path)
+    changed = split_in(run)["train"][0]
+    label = tmp_path / "data" / "labelsTr" / f"{changed}.nii.gz"
+    content = gzip.decompress(label.read_bytes())
+    label.write_bytes(gzip.compress(content, 1))  # as a viewer saves it
+    resume(run)
+    told = [line for line in caplog.messages if "changed since" in line]
+    assert told == [
+        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); it "
+        f"goes on with the new files, but the weights also learned from the old ones"
+    ]
+
+
+def test_files_are_compared_by_name_size_and_time_wherever_the_dataset_lies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = read_dataset(small_dataset(tmp_path / "data"))
+    before = states_of(dataset.cases)
+    moved = shutil.copytree(tmp_path / "data", tmp_path / "moved")  # with the times of change
+    warn_of_changed_files(Path("run"), before, states_of(read_dataset(moved).cases))
+    warn_of_changed_files(Path("run"), {}, before)  # a checkpoint of an older version
+    assert not caplog.messages
+    image = read_dataset(moved).cases[0].images[0]
+    os.utime(image, ns=(0, 0))
+    warn_of_changed_files(Path("run"), before, states_of(read_dataset(moved).cases))
+    assert f"1 of {len(before)} cases changed" in caplog.text and "(case_0)" in caplog.text
 
 
 def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     without(split_in(run)["held_out"][0], tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"none of the 1 cases held out of .*small is there"):
+    with pytest.raises(DatasetError, match=r"none of the 1 held-out cases of .*small is there"):
         resume(run)
     assert not (run / "summary.json").exists()
 
@@ -107,9 +141,7 @@ def test_a_split_that_was_edited_is_refused(tmp_path: Path) -> None:
     split = split_in(run)
     moved = split["train"].pop()
     (run / "split.json").write_text(json.dumps({**split, "held_out": [*split["held_out"], moved]}))
-    with pytest.raises(
-        ConfigError, match=rf"puts {moved} under held_out, which the run has trained"
-    ):
+    with pytest.raises(ConfigError, match=rf"held_out has {moved}, which the run has trained on"):
         resume(run)
 
 
@@ -144,7 +176,7 @@ def test_a_finished_run_given_more_steps_goes_on_by_the_longer_schedule(tmp_path
     assert checkpoint(done.folder)["lr_schedulers"][0]["total_steps"] == 9
     table = list(csv.DictReader((done.folder / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in table if row["validation/dice"]] == ["2", "7"]
-    with pytest.raises(ConfigError, match=r"is finished already.* give it more than its 8 steps"):
+    with pytest.raises(ConfigError, match=r"is finished already.* to train more than its 8 steps"):
         resume(done.folder)
 
 
@@ -256,7 +288,7 @@ def test_a_run_of_a_gpu_goes_on_without_one(
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
     assert resume(run).summary["steps"] == 6
-    assert "trainer.accelerator is gpu, and this machine has none" in caplog.text
+    assert "trainer.accelerator is gpu, but this machine has none" in caplog.text
 
 
 def test_each_setting_is_applied_or_refused() -> None:
@@ -279,6 +311,6 @@ def test_a_precision_that_is_not_trained_in_is_refused_before_anything_starts(
     precision: str, tmp_path: Path
 ) -> None:
     config = small_config(tmp_path / "none", trainer={"precision": precision})
-    with pytest.raises(ConfigError, match=f"trainer.precision is {precision}; expected auto, 32"):
+    with pytest.raises(ConfigError, match=f"trainer.precision is {precision}; choose auto, 32"):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

@@ -74,7 +74,7 @@ def test_every_term_waits_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"terms": {"boundary": 1.0}}, "needs a term beside it"),
+        ({"terms": {"boundary": 1.0}}, "needs a term that counts voxels"),
         ({"terms": {}}, "terms"),
         ({"level_weights": [0.0, 0.0]}, "level_weights are all 0"),
         ({"false_positives": 0.0, "false_negatives": 0.0}, "are both 0"),
@@ -92,7 +92,7 @@ def test_names_of_classes_and_numbers_of_levels_must_be_those_of_the_model(
         make_loss(LossConfig(class_weights={"liver": 2.0}), THREE, pool_batch=False)
     data = small_dataset(tmp_path / "data")
     small = small_config(data, train={"loss": {"level_weights": [1.0] * 4}})
-    with pytest.raises(ConfigError, match="has 4 numbers, and the network supervises"):
+    with pytest.raises(ConfigError, match="has 4 numbers, but the network supervises"):
         prepare(small, runs=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("[!.]*"))
 

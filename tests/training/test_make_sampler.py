@@ -127,17 +127,17 @@ def test_weights_stand_in_a_column(cases: list[StoredCase], tmp_path: Path) -> N
     patches = patches_of(cases[:2], tmp_path, **settings)
     assert {patches.place(index)[0].name for index in range(50)} == {"case_00"}
     (tmp_path / "cases.csv").write_text("id,weight\ncase_00,often\n")
-    with pytest.raises(DatasetError, match="says 'often' of case_00; expected a weight from 0 on"):
+    with pytest.raises(DatasetError, match="has 'often' for case_00; give a weight of 0 or more"):
         patches_of(cases[:2], tmp_path, **settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"draw_classes": {"liver": 1}}, "has 'liver', which is none of common, rare"),
-        ({"draw_classes": {"common": 0, "rare": 0}}, "gives 0 to every class"),
-        ({"draw_cases": {"nobody": 1}}, "names nobody, no case of"),
-        ({"draw_cases": {"case_00": 0, "case_01": 0}}, "gives every training case 0"),
+        ({"draw_classes": {"liver": 1}}, "has 'liver', which is not one of common, rare"),
+        ({"draw_classes": {"common": 0, "rare": 0}}, "gives weight 0 to every class"),
+        ({"draw_cases": {"nobody": 1}}, "names nobody, which is not a case of"),
+        ({"draw_cases": {"case_00": 0, "case_01": 0}}, "gives every training case weight 0"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
 
     monkeypatch.setattr(make_loss, "deep_dice_cross_entropy", astray)
     message = (
-        rf"^the loss of step {steps_before} is nan, its patches are of case_\d, case_\d; look at"
+        rf"^the loss of step {steps_before} is nan, with patches of case_\d, case_\d; check these"
     )
     with pytest.raises(TrainingError, match=message):
         train(small_config(data), runs=tmp_path)

@@ -55,12 +55,12 @@ def test_a_table_or_the_config_says_what_is_labelled(data: Path) -> None:
 @pytest.mark.parametrize(
     ("labelled", "reason"),
     [
-        ({"case_9": ["lower"]}, "data.labelled: names case_9, no case of"),
+        ({"case_9": ["lower"]}, "data.labelled: names case_9, unknown in"),
         (
             {"case_1": ["liver"]},
-            "says 'liver' of case_1, which is none of the classes lower",
+            "has 'liver' for case_1, which is not one of the classes lower",
         ),
-        ({"case_1": []}, "says nothing of case_1; name the classes"),
+        ({"case_1": []}, "has no classes for case_1; name the classes"),
     ],
 )
 def test_what_does_not_fit_is_refused(data: Path, labelled: Any, reason: str) -> None:
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused(data: Path, labelled: Any, reason: str) ->
 
 
 def test_synthesis_needs_whole_label_maps(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="draws images from whole label maps"):
+    with pytest.raises(ConfigError, match="needs complete label maps"):
         prepare(config_of(data, synthesis={}), runs=tmp_path / "runs")
 
 

@@ -104,8 +104,8 @@ def test_a_run_may_be_stopped_more_than_once(tmp_path: Path) -> None:
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     run = train(small_config(small_dataset(tmp_path / "data")), runs=tmp_path)
     with pytest.raises(
-        ConfigError, match=r"small: is finished already; its model is .*small.model"
+        ConfigError, match=r"small: the run is finished already, and its model is .*small.model"
     ):
         resume(run.folder)
-    with pytest.raises(ConfigError, match=r"nowhere: expected a run with its config.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere: expected a run with config.yaml"):
         resume(tmp_path / "nowhere")

@@ -24,7 +24,10 @@ def test_a_folder_is_free_again_once_its_process_is_killed(tmp_path: Path) -> No
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match="another process trains in it"), claimed(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="another process is training this run"),
+            claimed(tmp_path),
+        ):
             pass
         holder.kill()
     with claimed(tmp_path):

@@ -66,7 +66,7 @@ def test_nothing_is_held_out_where_nothing_is_asked_for(nothing: float | list[st
 
 
 def test_a_name_that_is_no_case_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"data\.validation names dora, which is no case of"):
+    with pytest.raises(DatasetError, match=r"data\.validation names dora, which is not a case of"):
         split(dataset_of(3), ["case 001", "dora"], seed=0)
 
 
@@ -103,6 +103,6 @@ def test_folds_are_those_of_scikit_learn(count: int) -> None:
 
 def test_fewer_cases_than_folds_are_refused() -> None:
     with pytest.raises(
-        DatasetError, match=r"5 folds need 5 cases or more, found 4; give data\.valid"
+        DatasetError, match=r"5 folds need 5 cases or more, found 4; set data\.valid"
     ):
         fold_of(dataset_of(4), 0)

@@ -60,7 +60,9 @@ def test_a_training_that_is_asked_to_stop_saves_that_step_and_ends_as_if_it_neve
         if look and variant == "nothing held out":
             continue
         runs = tmp_path / f"runs {number}"
-        with pytest.raises(Stopped, match=r"^stopped by Ctrl-C; segkit train --resume .*small go"):
+        with pytest.raises(
+            Stopped, match=r"^stopped by Ctrl-C; segkit train --resume .*small cont"
+        ):
             train(config, runs=runs, callbacks=[Ask(step, look=look)])
         folder = runs / "small"
         assert global_step(folder) == step
@@ -118,7 +120,9 @@ def test_asked_twice_a_training_ends_at_once_and_keeps_what_it_had(tmp_path: Pat
 
 def test_a_cross_validation_says_how_to_go_on_with_all_of_it(tmp_path: Path) -> None:
     config = small_config(small_dataset(tmp_path / "data", num_cases=5), train={"steps": 2})
-    with pytest.raises(Stopped, match=r"; segkit train --resume \S*runs/small goes on from there$"):
+    with pytest.raises(
+        Stopped, match=r"; segkit train --resume \S*runs/small continues from there$"
+    ):
         cross_validate(config, [0, 1], runs=tmp_path / "runs", callbacks=[Ask(1)])
     assert resume_folds(tmp_path / "runs" / "small").summary["validation"]["cases"] == 2
 
@@ -129,7 +133,7 @@ def test_a_run_is_gone_on_with_by_one_process_at_a_time(tmp_path: Path) -> None:
         train(config, runs=tmp_path, callbacks=[Ask(1)])
     with (
         claimed(tmp_path / "small"),
-        pytest.raises(ConfigError, match="small: another process trains in it; wait for its end"),
+        pytest.raises(ConfigError, match="small: another process is training this run; wait until"),
     ):
         resume(tmp_path / "small")
     assert resume(tmp_path / "small").summary["steps"] == 4

@@ -49,8 +49,9 @@ def test_the_steps_that_fit_are_told_once() -> None:
     (line,) = told(steps=1000, max_time="00:00:02:00", seconds=0.5)
     fitting = 1 + UNCOUNTED + MEASURED + 240
     assert line == (
-        f"at 0.5 s a step, validations aside, {fitting} of 1000 steps fit into trainer.max_time, "
-        f"and the learning rate would not have come down; set train.steps={fitting}"
+        f"at 0.5 s a step, without validations, only {fitting} of 1000 steps fit into "
+        f"trainer.max_time, and training would end at a high learning rate; "
+        f"set train.steps={fitting}"
     )
 
 

@@ -149,7 +149,9 @@ def test_a_server_that_refuses_is_one_sentence_and_leaves_no_run(
 ) -> None:
     monkeypatch.setattr(Recorder, "refuses", True)
     config = small_config(small_dataset(tmp_path / "data"), trainer={"loggers": [name]})
-    with pytest.raises(ConfigError, match=rf"loggers: {name} refuses: no such server; .*{remedy}"):
+    with pytest.raises(
+        ConfigError, match=rf"loggers: {name} reports an error: no such server; .*{remedy}"
+    ):
         train(config, runs=tmp_path)
     assert not (tmp_path / "small").exists()
 

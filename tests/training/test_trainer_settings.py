@@ -189,7 +189,7 @@ def test_an_operation_without_a_deterministic_form_is_told_in_a_sentence(
     config = small_config(data, train={"steps": 1}, trainer={"deterministic": True})
     parts = replace(prepare(config, runs=tmp_path), loss=scattered)
     with pytest.raises(
-        TrainingError, match=r"trainer\.deterministic is true, and put_ .*; set .* to warn, or to"
+        TrainingError, match=r"trainer\.deterministic is true, but put_ .*; set .* to warn or"
     ):
         fit(parts, runs=tmp_path)
     assert not (tmp_path / "small").exists()

@@ -47,7 +47,7 @@ class AskSecond(Ask):
 def test_stopped_in_its_first_stage_the_second_follows(
     dataset: Path, whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(Stopped, match=r"train --resume .*small_low goes on"):
+    with pytest.raises(Stopped, match=r"train --resume .*small_low continues"):
         two_stages.train_two_stages(*stages(dataset), runs=tmp_path, callbacks=[Ask(1)])
     told: list[Run] = []
     second = two_stages.resume_two_stages(tmp_path / "small_low", tell=told.append)
@@ -55,7 +55,7 @@ def test_stopped_in_its_first_stage_the_second_follows(
     assert second.folder == tmp_path / "small" and weights(second.folder).keys() == whole.keys()
     for key, value in weights(second.folder).items():
         assert torch.equal(value, whole[key]), key
-    with pytest.raises(ConfigError, match="small: is finished already"):
+    with pytest.raises(ConfigError, match="small: the run is finished already"):
         two_stages.resume_two_stages(tmp_path / "small_low")
 
 
@@ -64,7 +64,7 @@ def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
 ) -> None:
     for number, name in enumerate(("small_low", "small")):
         runs = tmp_path / str(number)
-        with pytest.raises(Stopped, match=r"train --resume .*small goes on"):
+        with pytest.raises(Stopped, match=r"train --resume .*small continues"):
             two_stages.train_two_stages(*stages(dataset), runs=runs, callbacks=[AskSecond(1)])
         second = two_stages.resume_two_stages(runs / name)
         assert second.folder == runs / "small"

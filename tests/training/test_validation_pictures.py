@@ -76,5 +76,5 @@ def test_no_picture_where_none_is_wanted_or_pillow_is_missing(
     with caplog.at_level(logging.INFO, "segkit"):
         run = train(small_config(dataset, train={"steps": 1, "pictures": count}), runs=tmp_path)
     assert not (run.folder / "samples").exists()
-    told = [line for line in caplog.messages if "pictures of held-out cases" in line]
+    told = [line for line in caplog.messages if "held-out cases are not drawn" in line]
     assert len(told) == missing

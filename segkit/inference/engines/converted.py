@@ -12,8 +12,10 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -78,6 +80,14 @@ class Traced(nn.Module):
         return tuple(outputs[name] for name in self.names)
 
 
+@contextmanager
+def export_quietly() -> Iterator[None]:
+    """Within it, PyTorch does not warn of what its own export and copies of programs call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated")
+        yield
+
+
 def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -> ExportedProgram:
     """A network as a graph of `torch.export`, which depends on the windows' shape only.
 
@@ -87,7 +97,7 @@ def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -
         any_number: whether the graph takes any number of windows, and not just so many.
     """
     # Made anew, as the given ones may be inference tensors, which cannot be exported.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), export_quietly():
         example = torch.zeros(windows.shape)
         axes = ({0: torch.export.Dim(FREE_AXIS)},) if any_number else None
         return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.export.decomp_utils import CustomDecompTable
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import INPUT, RunGraph, Traced, exported_program
+from segkit.inference.engines.converted import (
+    INPUT,
+    RunGraph,
+    Traced,
+    export_quietly,
+    exported_program,
+)
 from segkit.inference.engines.torch_eager import LOGITS
 
 OPENVINO_FILE = "network.xml"
@@ -64,8 +70,9 @@ class OpenVino:
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
         program = exported_program(network, window, any_number=any_number)
-        program = program.run_decompositions(_decompositions())
-        decoder = TorchFXPythonDecoder(program.module(), dynamic_shapes=True)
+        with export_quietly():
+            program = program.run_decompositions(_decompositions())
+            decoder = TorchFXPythonDecoder(program.module(), dynamic_shapes=True)
         batch = -1 if any_number else len(window)
         graph = self.openvino.convert_model(decoder, input=[[batch, *window.shape[1:]]])
         graph.inputs[0].get_tensor().set_names({INPUT})

@@ -61,7 +61,7 @@ def reach_of(
     return watcher.result()
 
 
-def test_a_cell_that_attends_to_itself_reaches_nowhere() -> None:
+def test_a_cell_that_attends_to_itself_has_distance_0() -> None:
     (head,) = reach_of(torch.eye(12)[None, None], (3, 4), (0.7, 1.3))
     assert head.distance_mm == 0 and head.entropy == 0
     assert head.figures() == {
@@ -99,7 +99,7 @@ def test_distance_of_uniform_attention_is_the_mean_over_all_pairs(
     assert_allclose(uniform_distance(cells, pitch), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_single_cell_reaches_as_far_as_it_can() -> None:
+def test_a_single_cell_has_a_ratio_of_1() -> None:
     (head,) = reach_of(torch.ones(1, 1, 1, 1), (1, 1), (2.0, 3.0))
     assert head.distance_mm == head.uniform_distance_mm == head.uniform_entropy == 0
     assert head.figures()["distance_over_uniform"] == head.figures()["entropy_over_uniform"] == 1
@@ -118,7 +118,7 @@ def test_distance_and_entropy_are_means_over_queries_of_each_head(cells: tuple[i
     assert distance[0] != pytest.approx(distance[1], rel=1e-3)
 
 
-def test_heads_are_told_apart_and_samples_averaged() -> None:
+def test_heads_are_separate_and_samples_are_averaged() -> None:
     """The first head looks at itself, then at all alike; the second the other way round; the third
     at itself always. On a line of 3, all alike is 8/9 of the pitch."""
     itself, alike = torch.eye(3), torch.full((3, 3), 1 / 3)
@@ -136,7 +136,7 @@ def test_heads_are_told_apart_and_samples_averaged() -> None:
 
 
 @given(st.sets(st.integers(1, 11)), st.integers(1, 2))
-def test_blocks_of_rows_are_as_good_as_the_whole(cuts: set[int], passes: int) -> None:
+def test_rows_in_blocks_give_the_same_as_the_whole_matrix(cuts: set[int], passes: int) -> None:
     rows = random_rows(2, 2, 12)
     blockwise = ReachWatcher((3, 4), window=None, pitch_mm=(1.0, 2.5))
     for _ in range(passes):
@@ -164,7 +164,7 @@ def test_boxes_are_the_cells_that_windows_hold(axes: list[tuple[int, int]]) -> N
     assert sizes == held
 
 
-def test_windows_count_by_the_cells_they_hold() -> None:
+def test_windows_are_weighted_by_their_number_of_cells() -> None:
     """A line of 3 in windows of 2: one of two cells, whose mean distance is half the pitch and
     whose entropy is log 2, and one of a single cell. Per cell, that is a third and 2/3 log 2."""
     (head,) = reach_of(
@@ -270,7 +270,7 @@ def test_reach_is_that_of_the_whole_matrix_in_millimetres(window: list[int] | No
     assert_allclose([head.entropy for head in found], entropy, rtol=1e-4)
 
 
-def test_every_matrix_is_watched_with_its_own_cells_and_pitch() -> None:
+def test_every_matrix_is_observed_with_its_own_cells_and_pitch() -> None:
     model = attending_model(
         patch_size=(16, 8, 8),
         spacing=SPACING,
@@ -310,7 +310,7 @@ def test_every_matrix_is_watched_with_its_own_cells_and_pitch() -> None:
     ("slices", "in_plane"),
     [("sagittal", (1.3, 4.0)), ("coronal", (0.7, 4.0)), ("axial", (0.7, 1.3))],
 )
-def test_the_pitch_of_planes_is_that_of_their_own_axes(
+def test_the_pitch_of_slices_is_that_of_their_own_axes(
     slices: Slices, in_plane: tuple[float, float]
 ) -> None:
     model = attending_model(
@@ -335,7 +335,9 @@ def test_the_pitch_of_planes_is_that_of_their_own_axes(
 
 
 @pytest.mark.parametrize("kind", ["none", "gates"])
-def test_a_model_without_a_matrix_has_nothing_to_watch(kind: Literal["none", "gates"]) -> None:
+def test_a_model_without_attention_matrix_has_nothing_to_observe(
+    kind: Literal["none", "gates"],
+) -> None:
     attention = {"skip": "additive_grid", "encoder": "se"} if kind == "gates" else {}
     predictor = Predictor(attending_model(**attention), device="cpu")
     with watching(predictor) as watchers:

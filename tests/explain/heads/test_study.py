@@ -313,7 +313,7 @@ def test_a_study_holds_the_dice_of_every_masking() -> None:
         assert len(set(getattr(figures, name))) == 4, "masking must show for this to be a test"
 
 
-def test_dice_of_a_case_is_the_mean_over_classes_that_are_there() -> None:
+def test_dice_of_a_case_is_the_mean_over_its_classes() -> None:
     """Of 8 voxels, the model says 1 everywhere. The reference has 1 at six and 2 at two: Dice is
     12/14 and 0. Without the 2, class 2 is nowhere, and does not count."""
     model = attending_model(bottleneck=self_attention(1), patch_size=(8, 8, 8))
@@ -357,7 +357,7 @@ def figures_of(
     )
 
 
-def test_the_gain_is_over_the_head_that_does_best_alone() -> None:
+def test_the_gain_is_relative_to_the_best_single_head() -> None:
     figures = figures_of([0.25, -0.125, 0.0], heads=3, best=1)
     assert figures.best_alone.head == 1
     assert figures.gain == [0.25, -0.125, 0.0]
@@ -375,7 +375,9 @@ def test_the_gain_is_over_the_head_that_does_best_alone() -> None:
         ([0.25], 1.0),
     ],
 )
-def test_the_sign_test_counts_who_wins(gains: list[float], expected: float) -> None:
+def test_the_sign_test_has_the_p_values_worked_out_by_hand(
+    gains: list[float], expected: float
+) -> None:
     assert figures_of(gains).p_value == expected
 
 
@@ -480,7 +482,7 @@ def test_a_reference_whose_axes_are_stored_otherwise_is_the_same_case() -> None:
     assert study_heads(predictor, [turned]) == study_heads(predictor, [case])
 
 
-def test_one_case_far_off_does_not_turn_what_the_others_say() -> None:
+def test_one_outlier_does_not_change_the_answer() -> None:
     study = figures_of([0.0625] * 9 + [-0.5])
     assert sum(study.gain) > 0 and study.won_and_lost == (9, 1)
     assert "2 heads, better than one" in study.answer()

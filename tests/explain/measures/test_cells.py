@@ -10,7 +10,7 @@ from tests.explain.measures.test_measure_maps import map_of, pooled, scan_of
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "IRP"])
-def test_a_cell_holds_the_mean_of_what_it_covers(code: str, labels: ndarray) -> None:
+def test_a_cell_has_the_mean_of_the_voxels_that_it_covers(code: str, labels: ndarray) -> None:
     scan = scan_of(labels.astype(np.float32), code)
     one = map_of(np.zeros((4, 6, 8)), scan, 2)
     assert one.volume is not None

@@ -21,7 +21,7 @@ def test_the_fused_map_is_the_mean_on_the_finest_grid() -> None:
     assert_allclose(fused.volume.data, (fine + 0.5) / 2, atol=1e-6)
 
 
-def test_fusing_a_field_of_places_keeps_it() -> None:
+def test_fusing_maps_of_a_linear_field_gives_the_same_field() -> None:
     scan = scan_of(np.zeros(SHAPE))
     turned = Orientation.of(scan.grid.affine).turn_grid(scan.grid)
     maps = {}

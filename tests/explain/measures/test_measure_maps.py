@@ -54,7 +54,7 @@ def measured(
     return {(one.of, one.structure, one.name): one for one in found}
 
 
-def test_a_map_that_is_the_structure_is_perfect_and_the_scan_is_judged_beside_it(
+def test_a_map_equal_to_the_structure_is_perfect_and_the_scan_is_measured_as_a_baseline(
     labels: ndarray,
 ) -> None:
     random = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_a_map_that_is_the_structure_is_perfect_and_the_scan_is_judged_beside_it
     assert both.value == 1 and both.chance is not None and both.chance > share
 
 
-def test_a_map_that_is_the_scan_does_no_better_than_it(labels: ndarray) -> None:
+def test_a_map_equal_to_the_scan_measures_as_the_scan(labels: ndarray) -> None:
     values = np.random.default_rng(1).random(SHAPE)
     scan = scan_of(values)
     found = measured(map_of(pooled(values, 2), scan, 2), scan, scan_of(labels))
@@ -84,7 +84,7 @@ def test_a_map_that_is_the_scan_does_no_better_than_it(labels: ndarray) -> None:
             assert found["map", structure, name].value == pytest.approx(expected.value), name
 
 
-def test_voxels_that_nobody_labelled_do_not_count(labels: ndarray) -> None:
+def test_unlabelled_voxels_do_not_count(labels: ndarray) -> None:
     labelling = replace(TOLD_APART, ignore=3)
     random = np.random.default_rng(2)
     scan, values = scan_of(random.random(SHAPE)), random.random((4, 6, 8))
@@ -118,7 +118,7 @@ def test_cells_that_were_not_computed_do_not_count(labels: ndarray) -> None:
     assert nothing == {}
 
 
-def test_a_structure_that_no_cell_is_half_of_has_no_figures() -> None:
+def test_a_structure_that_fills_half_of_no_cell_has_no_measures() -> None:
     labels = np.zeros(SHAPE, np.uint8)
     labels[3, 3, 3] = 1
     scan = scan_of(np.random.default_rng(3).random(SHAPE))
@@ -127,7 +127,7 @@ def test_a_structure_that_no_cell_is_half_of_has_no_figures() -> None:
     assert found["map", "left", "energy"].chance == 0
 
 
-def test_a_reference_elsewhere_is_refused(labels: ndarray) -> None:
+def test_a_reference_on_another_grid_is_refused(labels: ndarray) -> None:
     scan = scan_of(labels.astype(np.float32))
     moved = Volume(scan.data, scan.grid.placed(scan.grid.shape, (1, 1, 1), (1, 0, 0)))
     with pytest.raises(VolumeError, match="lies on another grid than the scan"):

@@ -20,7 +20,7 @@ def correlation(first: ndarray, second: ndarray) -> float:
 
 
 @pytest.mark.parity
-def test_spearman_is_scipys_with_ties() -> None:
+def test_spearman_equals_scipy_with_ties() -> None:
     random = np.random.default_rng(0)
     first = random.integers(0, 5, (4, 3, 2)).astype(float)
     second = first + random.integers(0, 5, first.shape)
@@ -30,7 +30,7 @@ def test_spearman_is_scipys_with_ties() -> None:
 
 @pytest.mark.parity
 @given(LEVELS, LEVELS)
-def test_ranks_and_their_correlation_are_scipys(values: ndarray, others: ndarray) -> None:
+def test_ranks_and_their_correlation_equal_scipy(values: ndarray, others: ndarray) -> None:
     assert_array_equal(Ranked.of(values).ranks, stats.rankdata(values))
     if np.ptp(values) and np.ptp(others):
         expected = stats.spearmanr(values, others).statistic
@@ -39,7 +39,7 @@ def test_ranks_and_their_correlation_are_scipys(values: ndarray, others: ndarray
         assert np.isnan(correlation(values, others))
 
 
-def test_ranks_notice_order_alone_and_a_constant_map_has_none() -> None:
+def test_only_the_order_of_values_matters_and_a_constant_map_has_no_correlation() -> None:
     values = np.random.default_rng(0).random((3, 4))
     assert correlation(values, values) == 1
     assert correlation(values, np.exp(5 * values)) == pytest.approx(1)
@@ -49,7 +49,7 @@ def test_ranks_notice_order_alone_and_a_constant_map_has_none() -> None:
 
 
 @given(st.floats(-1e3, 1e3), st.integers(0, 99))
-def test_last_digits_are_no_ranks(value: float, seed: int) -> None:
+def test_rounding_errors_do_not_change_ranks(value: float, seed: int) -> None:
     """A map of one value, off by up to four units in the last place of float32."""
     off = np.random.default_rng(seed).integers(-4, 5, 50) * 2.0**-24
     assert np.ptp(without_rounding_noise(value * (1 + off))) == 0
@@ -69,7 +69,7 @@ def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two()
 
 @pytest.mark.parity
 @pytest.mark.parametrize("count", [3, 8, 20, 50, 80])
-def test_the_signed_rank_test_is_scipys(count: int) -> None:
+def test_the_signed_rank_test_equals_scipy(count: int) -> None:
     changes = np.random.default_rng(count).normal(0.2, 1, count)
     method = "exact" if count <= 50 else "asymptotic"
     expected = stats.wilcoxon(changes, alternative="greater", method=method).pvalue
@@ -77,18 +77,18 @@ def test_the_signed_rank_test_is_scipys(count: int) -> None:
     assert rise_p(changes.tolist()) == pytest.approx(expected, rel=tolerance)
 
 
-def test_of_changes_that_tie_all_signs_are_counted() -> None:
+def test_the_signed_rank_test_is_exact_with_ties() -> None:
     """Ranks 1.5, 1.5, 3 of which 3 and 1.5 are above: sums of 4.5 or more in three of eight."""
     assert rise_p([0.1, -0.1, 0.2]) == 3 / 8
 
 
-def test_simes_by_hand() -> None:
+def test_simes_equals_a_value_worked_out_by_hand() -> None:
     """3 x 0.02, 3 x 0.03 / 2 and 3 x 0.9 / 3: the second is least."""
     assert simes([0.9, 0.02, 0.03]) == pytest.approx(0.045)
     assert simes([0.3]) == 0.3
 
 
-def test_holms_correction_by_hand() -> None:
+def test_holms_correction_equals_values_worked_out_by_hand() -> None:
     """Sorted 0.01, 0.03, 0.04 become 3 x 0.01, 2 x 0.03 and, no less than that, 0.06."""
     assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

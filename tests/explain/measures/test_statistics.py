@@ -32,7 +32,7 @@ def told(values: ndarray, inside: ndarray = INSIDE) -> dict[str, Figure]:
     return {figure.name: figure for figure in localisation(Ranked.of(values), inside, inside)}
 
 
-def test_a_constant_map_tells_nothing() -> None:
+def test_a_constant_map_measures_as_chance() -> None:
     for constant in (0.0, 0.3, 1.0):
         figures = told(np.full(20, constant))
         for name in ("energy", "enrichment", "pointing", "auroc", "iou"):
@@ -49,7 +49,7 @@ def test_all_but_the_structure_is_the_worst_map() -> None:
     assert figures == {"energy": 0, "enrichment": 0, "pointing": 0, "auroc": 0, "iou": 0}
 
 
-def test_chance_stands_beside_each_figure() -> None:
+def test_each_figure_has_its_value_by_chance() -> None:
     chances = {name: figure.chance for name, figure in told(INSIDE.astype(float)).items()}
     assert chances == {
         "energy": pytest.approx(0.2),
@@ -60,7 +60,7 @@ def test_chance_stands_beside_each_figure() -> None:
     }
 
 
-def test_random_maps_come_to_what_chance_says() -> None:
+def test_random_maps_measure_as_chance_on_average() -> None:
     random = np.random.default_rng(0)
     inside = np.arange(2000) < 300
     found = [told(random.random(2000), inside) for _ in range(200)]
@@ -70,19 +70,19 @@ def test_random_maps_come_to_what_chance_says() -> None:
 
 
 @pytest.mark.parametrize("inside", [np.zeros(4, bool)])
-def test_nothing_is_said_of_a_structure_that_is_not_there(inside: ndarray) -> None:
+def test_measures_of_a_structure_without_cells_are_nan(inside: ndarray) -> None:
     figures = told(np.arange(4.0), inside)
     assert all(np.isnan(figure.value) for figure in figures.values())
     assert np.isnan(auroc(Ranked.of(np.arange(4.0)), ~inside))
 
 
-def test_a_share_of_the_energy_by_hand() -> None:
+def test_the_share_of_energy_equals_a_value_worked_out_by_hand() -> None:
     values, inside = np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])
     assert energy_inside(values, inside) == 0.6
     assert told(values, inside)["enrichment"].value == 1.2
 
 
-def test_ties_share_the_point() -> None:
+def test_cells_that_tie_for_the_highest_value_share_the_point() -> None:
     near = np.array([True, False, False, True, False])
     for values, share in (
         ([1.0, 0, 0, 0, 0], 1),
@@ -111,7 +111,7 @@ def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
     assert not near_structure(inside & False, (1.0, 1.0, 1.0), 9.0).any()
 
 
-def test_as_many_of_the_highest_are_taken_as_lie_inside_and_of_ties_their_share() -> None:
+def test_iou_takes_as_many_of_the_highest_cells_as_lie_inside_and_a_share_of_ties() -> None:
     inside = np.array([True, False, True, False])
     assert iou_at_prevalence(Ranked.of(np.array([4.0, 3.0, 2.0, 1.0])), inside) == 1 / 3
     assert iou_at_prevalence(Ranked.of(np.array([4.0, 1.0, 2.0, 1.0])), inside) == 1
@@ -135,7 +135,7 @@ def test_the_order_of_cells_in_an_array_changes_nothing(
 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 19), st.integers(0, 99))
-def test_the_last_digits_of_blending_point_at_nothing(value: float, count: int, seed: int) -> None:
+def test_rounding_errors_of_blending_point_at_nothing(value: float, count: int, seed: int) -> None:
     """A gate of one value as it comes out of windows: off by up to four units in the last place."""
     inside = np.arange(20) < count
     off = np.random.default_rng(seed).integers(-4, 5, 20) * 2.0**-24
@@ -144,7 +144,7 @@ def test_the_last_digits_of_blending_point_at_nothing(value: float, count: int, 
         assert figures[name].value == pytest.approx(figures[name].chance), name
 
 
-def test_entropy_is_one_of_all_alike_and_zero_of_one_alone() -> None:
+def test_entropy_is_one_if_all_values_are_equal_and_zero_for_a_single_cell() -> None:
     assert normalised_entropy(np.full(7, 0.2)) == pytest.approx(1)
     assert normalised_entropy(np.eye(7)[3]) == 0
     assert normalised_entropy(np.zeros(7)) == 1
@@ -162,7 +162,7 @@ def test_saturation_counts_both_ends_of_the_range() -> None:
 
 
 @given(LEVELS, st.integers(1, 19))
-def test_any_growing_scale_leaves_ranks_and_so_auroc_and_iou(values: ndarray, count: int) -> None:
+def test_a_monotonic_change_of_values_keeps_auroc_and_iou(values: ndarray, count: int) -> None:
     inside = np.arange(20) < count
     scaled = np.exp(3 * values) - 5
     assert auroc(Ranked.of(scaled), inside) == auroc(Ranked.of(values), inside)

@@ -4,7 +4,7 @@ from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 
 
-def test_a_cohort_is_summed_up_over_the_scans_that_have_a_figure() -> None:
+def test_a_cohort_page_averages_over_the_scans_that_have_a_value() -> None:
     def case(name: str, value: float) -> CaseFigures:
         auroc = Measure("skip.1/gate", "map", "<left>", "auroc", value, 0.5)
         return CaseFigures(name, [auroc], {"<left>": value})

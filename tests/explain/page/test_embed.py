@@ -46,7 +46,7 @@ FLOATS = st.floats(-1e6, 1e6, width=32) | st.just(float("nan")) | st.just(float(
 
 
 @given(arrays(np.float32, SHAPES, elements=FLOATS), affines(), st.booleans())
-def test_what_is_embedded_is_within_half_a_step_and_where_it_was(
+def test_embedded_values_are_within_half_a_step_and_keep_their_position(
     values: ndarray, affine: ndarray, fine: bool
 ) -> None:
     grid = grid_of(values, affine)

@@ -77,7 +77,7 @@ def test_a_name_is_not_taken_for_a_part_of_the_page() -> None:
     assert "Of {{content}}" in Elements(page_text(small_page("{{content}}"))).words
 
 
-def test_figures_are_plain_json_and_what_is_no_number_is_null() -> None:
+def test_figures_are_plain_json_and_nan_is_null() -> None:
     content = json.loads(element(page_text(small_page()), "content"))
     assert content["tables"][0]["rows"] == [["gate", 0.5], ["gate", None]]
     assert content["curves"][0]["lines"][0]["y"] == [1, None]
@@ -103,7 +103,7 @@ def test_a_page_of_the_same_content_is_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
-def test_legends_tell_millilitres_and_name_what_has_no_name() -> None:
+def test_legends_show_millilitres_and_name_labels_without_a_name() -> None:
     labels = np.zeros((10, 10, 10), np.uint8)
     labels[:5] = 2
     grid = Grid((10, 10, 10), np.diag([-2.0, 1.0, 3.0, 1.0]))
@@ -113,7 +113,7 @@ def test_legends_tell_millilitres_and_name_what_has_no_name() -> None:
     assert told == [("anterior", 0), ("label 2", pytest.approx(3.0))]
 
 
-def test_colours_span_what_a_map_holds_beside_what_it_can_hold() -> None:
+def test_a_map_has_its_range_of_values_and_its_possible_range() -> None:
     values = np.linspace(0.4, 0.6, 101).reshape(101, 1, 1)
     values[0] = np.nan
     grid = grid_of(values)
@@ -197,7 +197,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shown, Shown, ndar
 
 
 @in_a_browser
-def test_a_page_opens_without_complaint_and_shows_its_overlays(
+def test_a_page_opens_without_errors_and_shows_its_overlays(
     opened: tuple[Shown, Shown, ndarray],
 ) -> None:
     whole, without, _ = opened
@@ -251,7 +251,7 @@ def test_the_patients_right_and_front_are_where_letters_say(
 
 
 @in_a_browser
-def test_a_script_that_is_slipped_in_does_not_run(tmp_path: Path) -> None:
+def test_an_injected_script_does_not_run(tmp_path: Path) -> None:
     slipped = "<script>document.title='caught'</script></body>"
     (tmp_path / "page.html").write_text(page_text(small_page()).replace("</body>", slipped))
     shown = show(tmp_path / "page.html", tmp_path / "run")

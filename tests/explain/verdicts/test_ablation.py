@@ -47,7 +47,7 @@ def open_gates(model: Model) -> None:
             nn.init.constant_(module.bias, 100.0)
 
 
-def test_operations_on_a_map() -> None:
+def test_each_operation_changes_a_map_as_defined() -> None:
     values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     edits = {operation: operation_edit(GATE, operation, seed=3) for operation in OPERATIONS}
     assert torch.equal(edits["open"](values), torch.ones_like(values))
@@ -71,7 +71,7 @@ def test_operations_on_a_map() -> None:
 @pytest.mark.parametrize(
     ("lowest", "highest", "expected"), [(1.0, 2.0, [2.0, 1.5]), (0.0, math.inf, [1.5, 1.0])]
 )
-def test_a_map_is_turned_over_within_its_range_or_else_its_own(
+def test_a_map_is_inverted_within_its_range_or_else_within_its_own_values(
     lowest: float, highest: float, expected: list[float]
 ) -> None:
     info = MapInfo("encoder.0/spatial", "spatial", 0, None, lowest, highest)
@@ -123,9 +123,9 @@ def test_a_row_is_the_dice_of_the_edited_prediction() -> None:
     json.dumps([asdict(row) for row in rows], allow_nan=False)
 
 
-def test_a_gate_that_is_all_the_network_knows_is_needed_wherever_it_looks() -> None:
-    """Of p ball and N - p background: open calls all ball, so that Dice is 2 p / (p + N); evened
-    out, it is p / N < 1/2 everywhere, and nothing is found; inverted, all but the ball."""
+def test_a_gate_that_alone_decides_the_labels_is_needed() -> None:
+    """Of p ball and N - p background: open calls all ball, so that Dice is 2 p / (p + N); the
+    mean is p / N < 1/2 everywhere, and nothing is found; inverted, all but the ball."""
     case = planted_case()
     rows = ablate(planted("mask"), case.volume, case.reference, case="x")
     found = {row.operation: row for row in rows if row.label == "label 1"}
@@ -144,7 +144,7 @@ def test_a_gate_that_changes_no_label_costs_nothing(kind: str) -> None:
     assert len(rows) == 8 and all(row.change == 0 and row.dice_before == 1 for row in rows)
 
 
-def test_without_a_reference_the_prediction_is_it() -> None:
+def test_without_a_reference_dice_compares_with_the_prediction() -> None:
     case = planted_case()
     rows = ablate(planted("mask"), case.volume, case="x")
     assert {row.against for row in rows} == {"prediction"}
@@ -170,7 +170,7 @@ def test_dice_is_that_of_classes_the_reference_holds() -> None:
     assert class_dice(found, reference, labelling) == {"a": 0.5}
 
 
-def test_channels_of_a_map_can_be_evened_out_one_by_one() -> None:
+def test_channels_of_a_map_can_be_replaced_by_their_means_one_by_one() -> None:
     values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     found = replace_channels_by_mean([1])(values)
     assert torch.equal(found[:, 0], values[:, 0])

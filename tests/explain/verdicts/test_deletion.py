@@ -32,7 +32,7 @@ def linear() -> tuple[Tensor, ndarray, Blocks]:
     return image, parts, Blocks.of(IMAGE_GRID.placed((2, 2, 2), (2, 2, 2), (0.5,) * 3), IMAGE_GRID)
 
 
-def test_what_a_linear_score_loses_are_partial_sums() -> None:
+def test_deletion_lowers_a_linear_score_by_partial_sums() -> None:
     image, parts, blocks = linear()
     order = cell_order(parts)
     eighths = [count / 8 for count in range(9)]
@@ -68,7 +68,7 @@ def test_a_block_is_the_voxels_nearest_to_its_cell(stride: int, offset: float) -
     assert blocks.first(order, len(order)).all() and not blocks.first(order, 0).any()
 
 
-def test_cells_come_from_high_to_low_and_ties_in_no_order() -> None:
+def test_cells_are_ordered_from_high_to_low_and_ties_at_random() -> None:
     values = np.array([0.1, 0.9, 0.5, 0.7]).reshape(2, 2, 1)
     assert cell_order(values).tolist() == [1, 3, 2, 0]
     flat = np.ones((4, 4, 4))
@@ -104,7 +104,7 @@ def curves_of(kind: Kind, values: ndarray) -> list[DeletionCurve]:
     )
 
 
-def test_deletion_of_what_the_network_goes_by_is_over_soon_and_that_of_the_rest_late() -> None:
+def test_deleting_what_the_network_uses_lowers_agreement_first() -> None:
     """The ball is 17 % of the voxels: with a fifth of the cells replaced it is gone."""
     (first,) = curves_of("mask", ball().astype(float))
     (last,) = curves_of("mask", -ball().astype(float))
@@ -115,14 +115,14 @@ def test_deletion_of_what_the_network_goes_by_is_over_soon_and_that_of_the_rest_
     assert first.scores[-1] == last.scores[-1]
 
 
-def test_cells_that_are_not_known_are_never_deleted() -> None:
+def test_nan_cells_are_never_deleted() -> None:
     values = np.where(ball(), np.nan, 0.0)
     (curve,) = curves_of("mask", values)
     assert min(curve.scores) > 0.9
     assert sorted(cell_order(values)) == np.flatnonzero(~ball().ravel()).tolist()
 
 
-def test_there_is_nothing_to_agree_with_where_nothing_is_predicted() -> None:
+def test_without_predicted_structures_there_is_no_agreement() -> None:
     predictor, case = planted("mask"), planted_case()
     nothing = case.volume.like(np.zeros_like(case.volume.data))
     image = predictor.prepare(nothing).image

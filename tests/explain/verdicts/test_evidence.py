@@ -47,7 +47,9 @@ def channel_of(evidence: CaseEvidence, channel: int = 0) -> ChannelEvidence:
     return evidence.channels[KEY, channel]
 
 
-def test_a_gate_that_is_the_mask_loses_all_shows_all_and_was_learned(mask: CaseEvidence) -> None:
+def test_without_a_gate_equal_to_the_mask_dice_is_lost_and_the_gate_was_learned(
+    mask: CaseEvidence,
+) -> None:
     found = channel_of(mask)
     assert found.drops == {"label 1": (1.0,)}
     scores = found.aurocs["label 1"]
@@ -59,7 +61,7 @@ def test_a_gate_that_is_the_mask_loses_all_shows_all_and_was_learned(mask: CaseE
     assert min(area for order, area in areas.items() if order != HIGH_FIRST) > areas[HIGH_FIRST]
 
 
-def test_of_a_constant_gate_nothing_is_known_but_that_it_is_useless() -> None:
+def test_a_constant_gate_loses_no_dice_and_has_no_correlation() -> None:
     found = channel_of(evidence_of(planted("constant"), 0))
     assert found.drops == {"label 1": (0.0,)} and found.aurocs["label 1"]["map"] == 0.5
     assert np.isnan(found.correlations).all()
@@ -80,7 +82,7 @@ class Pair(Planted):
         return torch.cat([-logit / 2, logit / 2], dim=1)
 
 
-def test_gates_that_stand_in_for_each_other_are_missed_once_both_are_gone() -> None:
+def test_dice_falls_only_if_both_of_two_substitute_gates_are_removed() -> None:
     predictor = planted("mask")
     predictor.model.network.__class__ = Pair
 
@@ -126,7 +128,7 @@ def test_a_reference_that_does_not_fit_is_refused() -> None:
         ("constant", {"uninformative", "cannot tell"}),
     ],
 )
-def test_over_a_dozen_scans_the_word_is_right(kind: Kind, words: set[str]) -> None:
+def test_over_a_dozen_scans_the_verdict_is_right(kind: Kind, words: set[str]) -> None:
     cases = [(case.volume, case.reference) for case in map(moved_case, range(12))]
     found = judge_gates(planted(kind), cases, untrained=untrained_planted)
     assert [(one.map, one.channel, one.structure) for one in found] == [(KEY, 0, "label 1")]
@@ -143,7 +145,7 @@ def test_an_auroc_of_drawn_cells_is_near_that_of_all() -> None:
     assert sides.auroc(values) == pytest.approx(few, abs=0.01)
 
 
-def test_mean_maps_leave_out_what_is_not_known_and_fit_boxes_of_other_shapes() -> None:
+def test_mean_maps_leave_out_nan_and_fit_boxes_of_other_shapes() -> None:
     first, second = np.zeros((2, 2, 2)), np.ones((2, 2, 2))
     second[0, 0, 0] = np.nan
     mean = mean_map([first, second], (2, 2, 2))

@@ -81,7 +81,7 @@ def test_a_gate_that_is_needed_shows_more_and_was_learned_is_informative(count: 
     assert verdict.figures["AUROC: more than the best comparator"] == pytest.approx(0.25)
 
 
-def test_one_that_shuts_the_structure_out_is_as_informative_as_one_that_lets_it_through() -> None:
+def test_a_gate_that_shuts_the_structure_out_is_also_informative() -> None:
     verdict = judged(scans(12, lambda number: channel(0.05, seed=number)))
     assert (verdict.word, verdict.direction) == ("informative", "shuts out")
     assert verdict.claim == "shuts a out" and verdict.figures["AUROC"] == pytest.approx(0.05)
@@ -98,7 +98,7 @@ def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: fl
     assert isinstance(further, int) and judged(scans(3 + further)).word == "informative"
 
 
-def test_without_a_reference_there_are_figures_and_no_word() -> None:
+def test_without_a_reference_there_are_figures_and_no_verdict() -> None:
     verdict = judged(scans(12, against="prediction"))
     assert verdict.word is None and verdict.figures["AUROC"] == pytest.approx(0.95)
     assert "no verdict without a reference" in verdict.reason
@@ -107,12 +107,12 @@ def test_without_a_reference_there_are_figures_and_no_word() -> None:
     assert judged(mixed).figures["scans"] == 3
 
 
-def test_a_gate_that_is_done_without_is_redundant_once_enough_scans_say_so() -> None:
+def test_a_gate_that_is_not_needed_is_redundant_with_enough_scans() -> None:
     words = {n: judged(scans(n, lambda i: channel(drop=0.0, seed=i))).word for n in (6, 8, 12, 20)}
     assert words == {6: "cannot tell", 8: "cannot tell", 12: "redundant", 20: "redundant"}
 
 
-def test_not_significant_is_not_does_without() -> None:
+def test_a_gate_whose_need_is_not_significant_is_not_redundant_for_that() -> None:
     """A fall of a tenth in one scan of six, on average too small to be needed or to be nothing."""
 
     def some(number: int) -> ChannelEvidence:
@@ -154,7 +154,7 @@ def test_a_gate_that_shows_what_intensity_shows_is_uninformative_needed_or_not(
     assert "shows a no better than" in verdict.reason
 
 
-def test_the_margin_shrinks_with_what_a_comparator_lacks_to_one() -> None:
+def test_the_margin_shrinks_as_the_auroc_of_a_comparator_approaches_one() -> None:
     """Beside 0.998, a map that is the structure shows more; one of 0.9984 does not."""
     near = {**COMPARED, "intensity": 0.998}
     assert judged(scans(12, lambda i: channel(1.0, compared=near, seed=i))).word == "informative"
@@ -166,7 +166,7 @@ def test_every_comparator_must_be_beaten_in_either_direction() -> None:
     assert judged(scans(12, lambda i: channel(compared=dark, seed=i))).word == "uninformative"
 
 
-def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_other_scans() -> None:
+def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_the_mean_map() -> None:
     def same(number: int) -> ChannelEvidence:
         return channel(seed=0)
 
@@ -176,7 +176,7 @@ def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_other_sc
     assert "because there is none" in judged(scans(1)).reason
 
 
-def test_a_map_that_an_untrained_network_gives_as_well_is_not_informative() -> None:
+def test_a_map_like_that_of_an_untrained_network_is_not_informative() -> None:
     """By its ranks, of either sign; or because untrained networks vary so much that one may."""
     same = judged(scans(12, lambda i: channel(correlations=[1.0, 0.99, 1.0], seed=i)))
     assert same.word == "uninformative"
@@ -202,7 +202,7 @@ def test_deletion_is_another_way_of_showing_more() -> None:
     assert verdict.word != "informative"
 
 
-def test_two_channels_that_stand_in_for_each_other_are_needed() -> None:
+def test_two_channels_that_substitute_for_each_other_are_needed() -> None:
     """Neither is missed, but one of the two is."""
 
     def case(number: int) -> CaseEvidence:
@@ -218,7 +218,7 @@ def test_two_channels_that_stand_in_for_each_other_are_needed() -> None:
     assert "by 0.600 if all other gates are replaced" in verdicts[0].reason
 
 
-def test_each_structure_has_a_word_and_the_best_comes_first() -> None:
+def test_each_structure_has_a_verdict_and_the_best_comes_first() -> None:
     def case(number: int) -> CaseEvidence:
         seen = channel(seed=number)
         other = {"map": 0.5, **COMPARED}
@@ -238,7 +238,7 @@ def test_each_structure_has_a_word_and_the_best_comes_first() -> None:
     assert best_of_maps(verdicts) == verdicts[:1]
 
 
-def test_p_values_are_corrected_for_all_that_was_looked_at() -> None:
+def test_p_values_are_corrected_for_the_number_of_tests() -> None:
     """A map of twice as many channels has twice the p value."""
 
     def p_value(channels: int) -> float:

@@ -37,7 +37,7 @@ def mask() -> Explanation:
     return studied("mask")
 
 
-def test_one_scan_gives_evidence_and_no_word_in_every_file(
+def test_one_scan_gives_evidence_in_every_file_but_cannot_tell(
     mask: Explanation, tmp_path: Path
 ) -> None:
     written = mask.write(tmp_path)
@@ -55,7 +55,7 @@ def test_one_scan_gives_evidence_and_no_word_in_every_file(
     assert '"verdict": "cannot tell"' in (tmp_path / "index.html").read_text()
 
 
-def test_the_page_has_what_the_verdict_rests_on(mask: Explanation) -> None:
+def test_the_page_shows_the_evidence_of_a_verdict(mask: Explanation) -> None:
     page = mask.page()
     assert [verdict.verdict for verdict in page.verdicts] == ["cannot tell"]
     assert [curve.title for curve in page.curves] == [f"Deletion: {KEY}"]
@@ -70,7 +70,7 @@ def test_the_page_has_what_the_verdict_rests_on(mask: Explanation) -> None:
 
 
 @pytest.mark.parametrize("kind", ["constant", "noise"])
-def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
+def test_a_gate_without_information_measures_as_chance(kind: Kind) -> None:
     """Exactly, of one value; of noise, on average over scans, but for pointing, which is 0 or 1."""
     found: dict[str, list[float]] = {}
     for seed in range(1 if kind == "constant" else 6):
@@ -84,14 +84,14 @@ def test_a_gate_that_knows_nothing_measures_as_chance_does(kind: Kind) -> None:
         assert np.mean(found[name]) == pytest.approx(0, abs=tolerance), name
 
 
-def test_without_a_reference_there_is_no_word() -> None:
+def test_without_a_reference_there_is_no_verdict() -> None:
     found = studied("mask", labelled=False)
     assert [verdict.word for verdict in found.verdicts] == [None]
     assert worth_of(found).evidence.against == "prediction"
     assert [verdict.verdict for verdict in found.page().verdicts] == ["no verdict"]
 
 
-def test_a_reference_without_a_structure_costs_the_ablation_and_no_more() -> None:
+def test_an_empty_reference_gives_no_ablation_and_no_verdict() -> None:
     case = planted_case()
     empty = case.reference.like(np.zeros_like(case.reference.data))
     found = worth_of(

@@ -37,7 +37,7 @@ def lively(model: Model) -> Model:
 
 
 @pytest.mark.parametrize("key", BEFORE)
-def test_a_map_moves_with_every_weight_upstream_and_with_none_downstream(key: str) -> None:
+def test_a_map_depends_on_every_weight_upstream_and_on_none_downstream(key: str) -> None:
     network = lively(attending_model(**GRID)).network
     window = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +60,7 @@ def test_a_map_moves_with_every_weight_upstream_and_with_none_downstream(key: st
             assert not same, name
 
 
-def test_an_untrained_network_comes_of_its_seed_and_leaves_torch_alone() -> None:
+def test_an_untrained_network_follows_from_its_seed_and_keeps_torchs_generator() -> None:
     told = attending_model(**GRID).description
     state = torch.get_rng_state()
     first, second, other = (untrained_network(told, seed).state_dict() for seed in (0, 0, 1))
@@ -91,7 +91,7 @@ def test_maps_of_untrained_networks_lie_on_the_trained_ones_grid(
         assert not np.array_equal(same[key], other[key])
 
 
-def test_networks_of_ones_own_are_made_from_consecutive_seeds() -> None:
+def test_custom_networks_are_made_from_consecutive_seeds() -> None:
     predictor, seeds = planted("mask"), []
 
     def make(seed: int) -> SegmentationNetwork:
