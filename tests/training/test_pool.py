@@ -67,7 +67,7 @@ def test_pooled_folds_say_what_one_cross_validation_says(
         ]
         assert weights[0] == weights[1]
     assert is_cross_validation(result.folder)
-    with pytest.raises(ConfigError, match=r"all: is finished already; name more --folds"):
+    with pytest.raises(ConfigError, match=r"all: the cross-validation is finished already; name"):
         resume_folds(result.folder)
 
 
@@ -151,7 +151,7 @@ def test_two_processes_train_folds_of_one_folder_at_once_and_the_last_pools(
     assert other.summary == {} and second.said == [
         "fold 1, 2 of 2",
         f"{tmp_path / 'small'}: not finished yet: fold 0; the process that trains it pools all "
-        f"folds when it ends, or segkit train --resume {tmp_path / 'small'} goes on from there",
+        f"folds when it ends, or segkit train --resume {tmp_path / 'small'} continues from there",
     ]
     assert said == ["fold 0, 1 of 1"]
     assert list(result.summary["folds"]) == ["0", "1"]
