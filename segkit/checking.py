@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
-from segkit.data.case_groups import proposal
+from segkit.data.case_groups import grouping_advice
 from segkit.data.dataset import (
     CaseFiles,
     Dataset,
@@ -30,7 +30,7 @@ from segkit.io.dicom import Series, choose_series, holds_series, list_series, re
 from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, trouble_with
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
@@ -109,7 +109,7 @@ def describe_series(folder: Path, uid: str | None) -> Understood:
     """
     found = list_series(folder)
     if uid is None and len(found) > 1:
-        lines = [f"{folder}: {len(found)} DICOM series; give the UID of one as --series"]
+        lines = [f"{folder}: {len(found)} DICOM series; pass the UID of one as --series"]
         facts = {"series": [_series_facts(series) for series in found]}
         return Understood("series", "\n".join([*lines, *map(str, found)]), facts)
     chosen = choose_series(folder, uid)
@@ -134,15 +134,15 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     split = train, held_out = split_of(dataset, config)
     check_images(config, dataset, train, held_out)
     first_stage = first_models(config.data.first_stage or (), dataset)
-    settled = resolve(config, dataset, split, track=track)
-    description = described(describe(settled, dataset), first_stage)
+    resolved = resolve(config, dataset, split, track=track)
+    description = described(describe(resolved, dataset), first_stage)
     network = build_network(description)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     maps = list(network.maps())
     text = (
-        f"{dump_yaml(settled)}"
+        f"{dump_yaml(resolved)}"
         f"# values that come from the dataset, this machine or other settings: "
-        f"{_listing(_changes(config, settled)) or 'none'}\n"
+        f"{_listing(_changes(config, resolved)) or 'none'}\n"
         f"# {len(train)} cases to train on, {len(held_out)} held out"
         f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
         f"# {_classes_in_words(dataset.labelling)}\n"
@@ -152,8 +152,8 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         f"{_listing(maps) or 'none'}"
     )
     facts = {
-        "config": settled.model_dump(mode="json"),
-        "settled": _changes(config, settled),
+        "config": resolved.model_dump(mode="json"),
+        "settled": _changes(config, resolved),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
         "test_cases": list(dataset.test),
@@ -184,23 +184,23 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
     VolumeError with one sentence for each wrong case.
     """
     dataset, folder = dataset_of(source), source.folder
-    pictures_told = PicturesTold()
+    pictures = PictureSummary()
     shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
     seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
     voxels = np.zeros(len(groups), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    strange = NumbersFound()
+    undeclared = UndeclaredNumbers()
     for case in track(dataset.cases, "reading", len(dataset.cases)):
         image = None
         with problems.noted():
             image, label = read_case(case, dataset)
         if image is None or labelling.others is not None:
-            strange.add_label(case, dataset)
+            undeclared.add_label(case, dataset)
         if image is None:
             continue
-        pictures_told.add(case.name, image)
+        pictures.add(case.name, image)
         orientation = Orientation.of(image.grid.affine)
         orientations.add(orientation.code)
         turned = orientation.turn_grid(image.grid)
@@ -213,24 +213,24 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
         counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
         voxels += counts
         present += counts > 0
-    if strange.voxels and labelling.others is None:
+    if undeclared.voxels and labelling.others is None:
         with problems.noted():
             raise DatasetError(
-                f"{folder}: expected only numbers that data.labels declares, found {strange}; "
+                f"{folder}: expected only numbers that data.labels declares, found {undeclared}; "
                 f"add them to data.labels, or set others there"
             )
     problems.refuse()
-    word = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
-    told = proposal(dataset, None)
+    warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
+    proposed = grouping_advice(dataset, None)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
-        *([told] if told else []),
+        *([proposed] if proposed else []),
         f"channels: {', '.join(dataset.channels)}",
     ]
     total = sum(math.prod(shape) for shape in shapes)
-    if pictures_told.all:
-        lines += pictures_told.lines(shapes, spacings)
+    if pictures.all:
+        lines += pictures.lines(shapes, spacings)
     else:
         lines += [
             f"orientations: {', '.join(sorted(orientations))}",
@@ -238,41 +238,41 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
             f"voxel size in mm: {_range(spacings, '.3g')}",
         ]
     shares = {
-        what: (int(cases), float(count / total))
-        for what, cases, count in zip(groups, present, voxels, strict=True)
+        name: (int(cases), float(count / total))
+        for name, cases, count in zip(groups, present, voxels, strict=True)
     }
-    lines += _lines_of_labels(dataset, shares, strange)
-    if word:
-        lines.append(f"careful: {word}")
+    lines += _lines_of_labels(dataset, shares, undeclared)
+    if warning:
+        lines.append(f"warning: {warning}")
     facts = {
         "cases": [case.name for case in dataset.cases],
         "channels": list(dataset.channels),
         "orientations": sorted(orientations),
         "unit": dataset.unit,
-        "notes": pictures_told.notes(),
+        "notes": pictures.notes(),
         "shapes": shapes,
         "spacings_mm": spacings,
         "classes": [
-            {"name": what, "cases": int(cases), "voxels": int(count)}
-            for what, cases, count in zip(groups, present, voxels, strict=True)
+            {"name": name, "cases": int(cases), "voxels": int(count)}
+            for name, cases, count in zip(groups, present, voxels, strict=True)
         ],
         "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
         "other_numbers": [
-            {"number": number, "cases": strange.cases[number], "voxels": count}
-            for number, count in sorted(strange.voxels.items())
+            {"number": number, "cases": undeclared.cases[number], "voxels": count}
+            for number, count in sorted(undeclared.voxels.items())
         ],
     }
     return Understood("dataset", "\n".join(lines), facts)
 
 
 def _lines_of_labels(
-    dataset: Dataset, shares: Mapping[str, tuple[int, float]], strange: "NumbersFound"
+    dataset: Dataset, shares: Mapping[str, tuple[int, float]], undeclared: "UndeclaredNumbers"
 ) -> list[str]:
     """Lines on each class (its number of cases, its share of voxels), then on partial labels."""
     labelling = dataset.labelling
     lines = [
-        f"{what}: in {cases} cases, {share:.2%} of voxels"
-        for what, (cases, share) in shares.items()
+        f"{name}: in {cases} cases, {share:.2%} of voxels"
+        for name, (cases, share) in shares.items()
     ]
     lines += [
         f"case {name} has no labels of {_listing(names)}"
@@ -281,13 +281,15 @@ def _lines_of_labels(
     if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
         lines.append(f"{more} more cases are partly labelled")
     if labelling.others is not None:
-        taken = labelling.value_names[labelling.others]
-        lines.append(f"other numbers, read as {taken}: {strange if strange.voxels else 'none'}")
+        name = labelling.value_names[labelling.others]
+        lines.append(
+            f"other numbers, read as {name}: {undeclared if undeclared.voxels else 'none'}"
+        )
     return lines
 
 
 @dataclass(frozen=True)
-class NumbersFound:
+class UndeclaredNumbers:
     """Undeclared numbers in label files, with the voxels and cases of each."""
 
     voxels: Counter[int] = field(default_factory=Counter)
@@ -304,11 +306,13 @@ class NumbersFound:
         self.cases.update(found.keys())
 
     def __str__(self) -> str:
-        told = [
+        texts = [
             f"{number} ({self.voxels[number]:,} voxels in {_cases(self.cases[number])})"
             for number in sorted(self.voxels)
         ]
-        return ", ".join([*told[:MOST_NUMBERS], *[f"{len(told) - MOST_NUMBERS} more"]][: len(told)])
+        return ", ".join(
+            [*texts[:MOST_NUMBERS], *[f"{len(texts) - MOST_NUMBERS} more"]][: len(texts)]
+        )
 
 
 def _cases(count: int) -> str:
@@ -324,11 +328,10 @@ def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:
         elif name in labelling.regions:
             numbers = labelling.regions[name]
             listed = _listing(labelling.in_file(each) for each in numbers)
-            told = f"region {name} ({listed}, written as {labelling.in_file(number)})"
-            groups[told] = numbers
+            groups[f"region {name} ({listed}, written as {labelling.in_file(number)})"] = numbers
     if labelling.ignore is not None:
-        told = _in_files(labelling, labelling.ignore)
-        groups[" ".join(f"label {told} ignore, left out".split())] = (labelling.ignore,)
+        ignored = _in_files(labelling, labelling.ignore)
+        groups[" ".join(f"label {ignored} ignore, left out".split())] = (labelling.ignore,)
     return groups
 
 
@@ -350,7 +353,7 @@ def _classes_in_words(labelling: Labelling) -> str:
 def describe_volume(path: Path, volume: Volume) -> Understood:
     """Description of a volume: size, spacing, orientation, position, codes and intensities."""
     grid, data = volume.grid, volume.data
-    if trouble := trouble_with(data):
+    if trouble := value_problem(data):
         raise VolumeError(f"{path}: {trouble}")
     if volume.picture:
         return _describe_picture(path, volume, volume.picture)
@@ -406,7 +409,7 @@ def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Unde
     return Understood("volume", "\n".join(lines), facts)
 
 
-class PicturesTold:
+class PictureSummary:
     """Collects the facts and notes of a dataset's pictures; each note is listed once."""
 
     def __init__(self) -> None:

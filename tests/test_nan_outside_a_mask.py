@@ -23,7 +23,7 @@ from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
 from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, read_volume, trouble_with, write_volume
+from segkit.io.volume import Volume, read_volume, value_problem, write_volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.planning.make_plan import plan_dataset
 from segkit.system.progress import untracked
@@ -90,9 +90,7 @@ def lenient(refusing: Model) -> Model:
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 2)])
-def test_values_that_are_no_numbers_become_0_and_others_stay(
-    shape: tuple[int, ...], order: str
-) -> None:
+def test_nan_values_become_0_and_others_stay(shape: tuple[int, ...], order: str) -> None:
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     values = np.asarray(values, order="F" if order == "F" else "C")
     assert nan_as_zero(values) is values
@@ -106,16 +104,16 @@ def test_values_that_are_no_numbers_become_0_and_others_stay(
         assert_array_equal(holed, given)
 
 
-def test_an_image_without_any_number_stays_and_is_told_apart() -> None:
+def test_an_image_of_nan_only_is_unchanged_and_refused() -> None:
     values = np.full((3, 4, 5), np.nan, np.float32)
     assert nan_as_zero(values) is values
-    assert (trouble_with(values) or "").startswith("holds no voxel that is a number; make")
+    assert (value_problem(values) or "").startswith("holds only NaN or infinite values; make")
     both = np.stack([values, np.ones_like(values)], axis=3)
     assert nan_as_zero(both) is both
-    assert "no voxel that is a number in one of its channels" in (trouble_with(both) or "")
+    assert "only NaN or infinite values in one of its channels" in (value_problem(both) or "")
 
 
-def test_by_default_all_refuse_it_and_name_the_setting(strange: Path) -> None:
+def test_by_default_every_reader_refuses_nan_and_names_the_setting(strange: Path) -> None:
     asked: list[Callable[[], object]] = [
         lambda: check_dataset(DatasetConfig(folder=strange), untracked),
         lambda: segkit.prepare(small_config(strange), runs=strange / "runs"),
@@ -154,12 +152,12 @@ def test_check_and_plan_take_the_setting(strange: Path, zeroed: Path, tmp_path: 
     assert yaml.safe_load(planned.text)["data"]["nan"] == "background"
 
 
-def test_an_image_of_nan_alone_and_labels_of_nan_are_refused_all_the_same(strange: Path) -> None:
+def test_images_of_nan_only_and_labels_of_nan_are_always_refused(strange: Path) -> None:
     dataset = dataset_of(DatasetConfig(folder=strange, nan="background"))
     read_case(dataset.cases[0], dataset)
     first, second = dataset.cases[:2]
     for case, path, rows, message in (
-        (first, first.images[0], slice(None), "holds no voxel that is a number"),
+        (first, first.images[0], slice(None), "holds only NaN or infinite values"),
         (second, second.label, slice(1), "holds label nan"),
     ):
         volume = read_volume(path)
@@ -195,7 +193,7 @@ def test_several_models_take_it_only_if_all_do(refusing: Model, lenient: Model) 
         with pytest.raises(VolumeError, match=ADVICE):
             Predictor(models, device="cpu", engine="torch")(strange)
     whole = Volume(np.full_like(strange.data, np.nan), strange.grid)
-    with pytest.raises(VolumeError, match="holds no voxel that is a number"):
+    with pytest.raises(VolumeError, match="holds only NaN or infinite values"):
         Predictor(lenient, device="cpu", engine="torch")(whole)
 
 

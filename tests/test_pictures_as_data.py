@@ -112,10 +112,10 @@ def test_check_says_sizes_notes_and_where_the_pixel_size_is_from(tmp_path: Path)
     text = str(check(dataset(tmp_path, pictures={"pixel_size": "4 nm"})))
     assert "size in pixels (columns, rows): 24 to 24" in text
     assert "pixel size in µm: 0.004 to 0.004" in text
-    assert "the settings give it (3 cases)" in text
+    assert "from the settings (3 cases)" in text
     one = save(tmp_path / "rgba.png", RNG.integers(256, size=(4, 5, 4)))
     told = check(one)
-    assert "5 x 4 pixels of 1 x 1 pixels (its file does not tell a pixel size)" in told.text
+    assert "5 x 4 pixels of 1 x 1 pixels (its file does not give a pixel size)" in told.text
     assert "its opacity (alpha) is left out" in told.facts["notes"]
 
 
@@ -131,7 +131,7 @@ def test_a_colour_of_no_label_is_refused_in_a_sentence(tmp_path: Path) -> None:
         read(dataset(tmp_path, pictures={"label_colours": {"nucleus": "#ffffff"}}))
     with pytest.raises(ValueError, match="must be a colour such as '#ff0000'"):
         PicturesConfig(label_colours={"cell": "red"})
-    with pytest.raises(ValueError, match=r"must be a length such as"):
+    with pytest.raises(ValueError, match=r"expected a length such as"):
         PicturesConfig(pixel_size="4")
 
 
@@ -215,7 +215,7 @@ def test_a_picture_without_a_pixel_size_is_refused_by_a_model_that_has_learned_o
     path = save(tmp_path / "a.png", RNG.integers(256, size=(8, 8)))
     made = model(1, unit="µm", spacing=(0.0005, 0.0005, 1.0))
     predictor = Predictor(made, device="cpu", engine="torch")
-    with pytest.raises(VolumeError, match="has no pixel size, and the model learned"):
+    with pytest.raises(VolumeError, match="has no pixel size, but the model was trained"):
         predictor(read_volume(path))
     rules = picture_rules_of(made.description, ["0.5 µm"])
     assert predictor(read_volume(path, rules=rules)).labels.data.shape == (8, 8, 1)
@@ -224,7 +224,7 @@ def test_a_picture_without_a_pixel_size_is_refused_by_a_model_that_has_learned_o
     assert read_volume(scaled, rules=picture_rules_of(model(1).description)).unit == "pixel"
 
 
-def test_inputs_beside_their_previews_or_beside_volumes_are_told_apart(tmp_path: Path) -> None:
+def test_results_and_previews_beside_pictures_are_not_inputs(tmp_path: Path) -> None:
     for name in ("a.png", "a_seg.png", "a_preview.png", "b.png"):
         save(tmp_path / name, np.zeros((4, 4)))
     assert [one.name for one in find_inputs([tmp_path], 1)] == ["a", "b"]
@@ -246,7 +246,7 @@ def two_squares(folder: Path, **options: object) -> tuple[Path, Path]:
     )
 
 
-def test_distances_are_pixels_where_no_file_has_a_scale(tmp_path: Path) -> None:
+def test_distances_are_in_pixels_if_no_file_has_a_scale(tmp_path: Path) -> None:
     scores = evaluate(*two_squares(tmp_path))
     told = scores.to_json()
     (case,) = told["cases"]
@@ -260,7 +260,7 @@ def test_distances_are_pixels_where_no_file_has_a_scale(tmp_path: Path) -> None:
         evaluate(*two_squares(tmp_path), tolerance="1 µm")
 
 
-def test_distances_are_micrometres_where_pixels_have_a_size(tmp_path: Path) -> None:
+def test_distances_are_in_micrometres_if_pixels_have_a_size(tmp_path: Path) -> None:
     pair = two_squares(tmp_path, dpi=(50800, 50800))  # 0.5 µm
     scores = evaluate(*pair, tolerance="1.5001 µm")
     told = scores.to_json()

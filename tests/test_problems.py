@@ -1,4 +1,4 @@
-"""All that is wrong with a data set is told in one go, by each command, in words or as JSON."""
+"""Each command reports all problems of a dataset together, as text or as JSON."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def changed_label(data: Path, number: int, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_forty_bad_cases_are_one_round(
+def test_forty_bad_cases_are_reported_in_one_run(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=42, size=16)
@@ -71,7 +71,7 @@ def test_forty_bad_cases_are_one_round(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_that_are_not_there_are_told_together(
+def test_missing_files_are_reported_together(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=5)
@@ -83,7 +83,7 @@ def test_files_that_are_not_there_are_told_together(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_values_that_are_wrong_are_told_together(
+def test_wrong_values_are_reported_together(
     here: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     data = small_dataset(here / "data", num_cases=5)
@@ -145,7 +145,7 @@ def test_a_data_set_without_any_label_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_class_that_nobody_labelled_is_told(
+def test_an_unlabelled_class_is_reported(
     here: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -162,7 +162,7 @@ def test_a_class_that_nobody_labelled_is_told(
     assert "is labelled cube, so the network cannot learn it" in out + err + caplog.text
 
 
-def test_problems_are_raised_together_or_alone() -> None:
+def test_several_problems_are_raised_together_and_one_as_it_is() -> None:
     problems = Problems()
     problems.refuse()
     with problems.noted():
@@ -200,7 +200,7 @@ def test_a_dataset_of_many_labels_is_refused_in_a_short_sentence(tmp_path: Path)
         ('{"background": 0, "": 1}', r"labels\.: .* visible character, found ''; give another"),
         ('{"background": 0, " \\t": 1}', r"a name must have a visible character, found ' \\t'"),
         ('{"0": "background", "1": ""}', r"labels\.1: .* visible character, found ''; give"),
-        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' is there twice in one place"),
+        ('{"background": 0, "kidney": 1, "kidney": 2}', "'kidney' occurs twice in one object"),
         ('{"background": 0, "a\\u001b[2J": 1}', r"a name must have only printable characters"),
     ],
 )
@@ -215,10 +215,10 @@ def test_names_of_labels_that_cannot_be_used_are_refused(
     assert str(refusal.value).isprintable()
 
 
-def test_a_section_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_section_is_refused(tmp_path: Path) -> None:
     path = config_of(small_dataset(tmp_path / "data", num_cases=1))
     path.write_text(path.read_text() + "train: {steps: 9}\n")
-    with pytest.raises(ConfigError, match="'train' is there twice in the section from line 1 on"):
+    with pytest.raises(ConfigError, match="'train' occurs twice in the section that begins at"):
         load_config(path)
 
 

@@ -65,7 +65,7 @@ def explain_command(
     from segkit.explain.verdicts.ablation import check_gates
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.io.picture_summary import told_of_pictures
+    from segkit.io.picture_summary import picture_lines
     from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
     from segkit.system.progress import Tracker
 
@@ -76,7 +76,7 @@ def explain_command(
     rules = picture_rules_of(loaded.description, pixel_size)
     found = find_inputs(inputs, len(loaded.description.channels), series=series, rules=rules)
     say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
-    for line in told_of_pictures([source.files[0] for source in found], rules):
+    for line in picture_lines([source.files[0] for source in found], rules):
         say(line)
     # In float32 also on a GPU, because the values of maps are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)

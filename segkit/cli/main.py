@@ -34,7 +34,7 @@ from segkit.system.signals import handling_signals
 
 app = typer.Typer(
     cls=Commands,
-    help="Segment medical images with attention U-Nets, and see where their gates look.",
+    help="Segment medical images with attention U-Nets, and inspect their attention maps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,7 +65,7 @@ def options(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Segment medical images with attention U-Nets, and see where their gates look."""
+    """Segment medical images with attention U-Nets, and inspect their attention maps."""
 
 
 app.command("demo")(demo_command)

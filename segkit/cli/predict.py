@@ -66,7 +66,7 @@ def predict_command(
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
-        Option(help="The program that runs the network; auto means OpenVINO on a CPU."),
+        Option(help="The inference engine; auto means OpenVINO on a CPU."),
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -85,7 +85,7 @@ def predict_command(
     from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
     from segkit.io.inputs import find_inputs
-    from segkit.io.picture_summary import told_of_pictures
+    from segkit.io.picture_summary import picture_lines
     from segkit.model.folder import (
         load_model,
         model_folders,
@@ -117,7 +117,7 @@ def predict_command(
         say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
         say("--tta has no effect, because no model was trained on mirror images")
-    for line in told_of_pictures([source.files[0] for source in found], rules):
+    for line in picture_lines([source.files[0] for source in found], rules):
         say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0

@@ -35,8 +35,8 @@ from segkit.io.volume import (
     read_num_channels,
     read_picture_facts,
     read_volume,
-    trouble_with,
     turn_onto,
+    value_problem,
     whole_numbers,
 )
 
@@ -248,7 +248,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
         if dataset.nan == "background":
             part = part.like(nan_as_zero(part.data))
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
-        if trouble := trouble_with(part.data):
+        if trouble := value_problem(part.data):
             raise DatasetError(f"{path}: {trouble}")
     data = np.concatenate([part.data.reshape(*part.grid.shape, -1) for part in parts], axis=3)
     if data.shape[3] != len(dataset.channels):

@@ -2,7 +2,7 @@
 
 Each case is a folder of four arrays, which are memory-mapped at each access:
 
-    image.npy    channel x y z, float16 if that is enough (see `half_where_enough`), else float32
+    image.npy    channel x y z, float16 if that is enough (see `half_if_exact`), else float32
     label.npy    x y z, the smallest unsigned type
     voxels.npy   positions to centre patches on, one class after the other
     classes.npy  the label of each class, and the first and last index of its positions
@@ -31,7 +31,7 @@ from segkit.data.normalise import Normaliser
 from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
-from segkit.io.atomic import PARTIAL, naming, sweep
+from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
 from segkit.io.volume import is_picture, read_volume
 from segkit.system.memory import free_memory
@@ -162,7 +162,7 @@ def store_cases(
             [case for case, *_ in pending], dataset, spacing, len(normalisers)
         )
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    remove_leftovers(folder)
     # Each folder is filled in here and then renamed, so that it is complete or does not exist. If
     # the process ends early, or is killed, the unfinished ones are removed.
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial_folder:
@@ -202,7 +202,7 @@ def write_arrays(
         marked: a function that changes the label before it is stored.
     """
     folder.mkdir()
-    np.save(folder / "image.npy", half_where_enough(image))
+    np.save(folder / "image.npy", half_if_exact(image))
     np.save(folder / "label.npy", marked(label))
     positions = _positions(label, ignore)
     ends = np.cumsum([len(voxels) for voxels in positions.values()], dtype=np.int64)
@@ -225,7 +225,7 @@ def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
     return label.astype(kind) + kind.type(count * sets.index(dataset.unlabelled.get(name, ())))
 
 
-def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
+def half_if_exact(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
     """The image in half precision if this is exact enough, else the image itself.
 
     The error of a half-precision value is at most 2^-11 of the value (below 2^-14: at most 2^-25).

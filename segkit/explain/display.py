@@ -53,7 +53,7 @@ class Bar:
     low: float | None = None
     high: float | None = None
     chance: float | None = None
-    beside: bool = False
+    baseline: bool = False
     """Whether the bar is a baseline for the bar above it."""
 
 

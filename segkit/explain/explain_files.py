@@ -15,14 +15,14 @@ from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
 from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures, shown_verdicts
-from segkit.inference.made_by import asked_of, made_by
+from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import (
-    begin,
-    finish,
-    left_behind,
+    mark_finished,
+    mark_unfinished,
     refuse_existing,
-    sweep,
+    remove_leftovers,
+    unfinished_files,
     write_json,
     write_text,
 )
@@ -97,14 +97,14 @@ def explain_files(
     folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
-        sweep(place)
+        remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
-    asked = {**asked_of(predictor), "tolerance_mm": tolerance_mm}
+    asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -122,7 +122,7 @@ def explain_files(
             made = made_by(predictor, asked, source.files)
             if path is not None:
                 made["reference"] = checksums([path])
-            begin(folder / PAGE, targets)
+            mark_unfinished(folder / PAGE, targets)
             written = explanation.write(place, made=made)
         except (SegkitError, OSError) as error:
             left_out.append(failure(source, error))
@@ -139,7 +139,7 @@ def explain_files(
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
         _write_cohort(folder, cases, worths, facts_of(predictor), left_out, made, conclude)
     if not incomplete:
-        finish(folder / PAGE)
+        mark_finished(folder / PAGE)
 
 
 def _write_cohort(
@@ -215,7 +215,7 @@ def explain_heads(
             PROVENANCE: {
                 **made_by(
                     predictor,
-                    asked_of(predictor),
+                    models_and_settings(predictor),
                     (file for source in inputs for file in source.files),
                 ),
                 "reference": checksums(paths.values()),
@@ -269,7 +269,7 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     for target in (*targets, *maps):
         if target.resolve() in files:
             raise VolumeError(f"{target}: this output file is also an input; give another --out")
-    left = left_behind(folder / PAGE)
+    left = unfinished_files(folder / PAGE)
     refuse_existing(targets, overwrite=overwrite, left=left)
     if not left:
         refuse_existing(maps, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""`segkit export`: a model in a form that another program runs, and whether it says the same."""
+"""`segkit export`: write a model for another program, and check that it gives the same results."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ EXPORT_SUFFIXES: dict[Form, str] = {
 }
 GRAPHS = {"onnx": export_onnx, "openvino": export_openvino, "pt2": export_pt2}
 SAME_IN_BUNDLE = 0.999
-"""The least share of voxels to which a bundle gives segkit's label. Other programs resample with
-other roundings, and where two classes are all but equal either may come out."""
+"""Smallest share of voxels to which a bundle must give segkit's label. Other programs round
+differently when they resample, so the label may change if two classes are almost equal."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_model` has written, and what a check of it found.
+    """Files that `export_model` has written, and the result of the check.
 
     Example:
         exported = segkit.export_model(model, "onnx", "mine.onnx", check=True)
@@ -41,35 +41,36 @@ class Export:
     """
 
     written: tuple[Path, ...]
-    """The file, or both files of OpenVINO's, or the bundle's folder."""
+    """The file, both files of OpenVINO, or the bundle's folder."""
     agreement: Agreement | None = None
-    """How far its network is from PyTorch; None if there was no check."""
+    """Agreement of the exported network with PyTorch; None without a check."""
     same_in_bundle: float | None = None
-    """Share of a scan's voxels to which MONAI, running the bundle, gives segkit's label."""
+    """Share of a scan's voxels to which MONAI, running the bundle, gives segkit's label. None for
+    other forms, and without a check."""
 
     @property
     def holds(self) -> bool:
-        """Whether no check found more than rounding."""
+        """True if the check found no difference beyond rounding, or if there was no check."""
         close = self.agreement is None or self.agreement.holds
         return close and (self.same_in_bundle is None or self.same_in_bundle >= SAME_IN_BUNDLE)
 
     def content(self) -> dict[str, Any]:
-        """The same for a script."""
-        told: dict[str, Any] = {"written": [str(path) for path in self.written]}
+        """Files and check as plain dicts, lists and numbers."""
+        content: dict[str, Any] = {"written": [str(path) for path in self.written]}
         if self.agreement is not None:
-            told |= {**asdict(self.agreement), "holds": self.holds}
+            content |= {**asdict(self.agreement), "holds": self.holds}
         if self.same_in_bundle is not None:
-            told["same_in_bundle"] = self.same_in_bundle
-        return told
+            content["same_in_bundle"] = self.same_in_bundle
+        return content
 
     def lines(self) -> list[str]:
-        """What was found, in words."""
-        told = self.agreement.lines() if self.agreement else []
+        """The result of the check as lines of text; empty without a check."""
+        lines = self.agreement.lines() if self.agreement else []
         if self.same_in_bundle is not None:
-            told.append(
+            lines.append(
                 f"run by MONAI, same label as segkit's: {self.same_in_bundle:.4%} of voxels"
             )
-        return told
+        return lines
 
 
 def export_model(
@@ -82,7 +83,7 @@ def export_model(
     scan: Volume | None = None,
     overwrite: bool = False,
 ) -> Export:
-    """Write a model for another program, whole or not at all.
+    """Write a model for another program, completely or not at all.
 
     Example:
         model = segkit.load_model("runs/mine")
@@ -91,23 +92,27 @@ def export_model(
     Args:
         model: a trained model.
         form: 'onnx', 'openvino', 'pt2' (a program of `torch.export`) or 'monai-bundle'.
-        out: a file .onnx, .xml (OpenVINO's, with its .bin beside it) or .pt2, or a bundle's folder.
-        overlap: share of a window that neighbours have in common, as the export tells deployers.
-        check: whether to run it and compare it with PyTorch.
-        scan: the check is on this volume; on noise if not given.
-        overwrite: whether what is at `out` may be replaced.
+        out: a file .onnx, .xml (for OpenVINO, with a .bin beside it) or .pt2, or a bundle's folder.
+        overlap: share of a window that neighbours have in common, written to the export for the
+            program that runs it.
+        check: run the export and compare it with PyTorch.
+        scan: the volume for the check; noise if not given.
+        overwrite: replace an existing file or bundle at `out`.
 
     Returns:
-        The files written, and what the check found.
+        The files that were written, and the result of the check.
 
     Raises:
-        ModelError: the form cannot hold the network, `out` has another ending, or what the form
-            needs is not installed.
-        VolumeError: something is at `out` already.
+        ModelError: the form cannot hold the network, `out` has another suffix, or a package that
+            the form needs is not installed.
+        VolumeError: `out` exists already.
     """
     out = Path(out)
     if EXPORT_SUFFIXES[form] and out.suffix != EXPORT_SUFFIXES[form]:
-        raise ModelError(f"{out}: {form} is written to a file *{EXPORT_SUFFIXES[form]}; name it so")
+        raise ModelError(
+            f"{out}: expected a name that ends in {EXPORT_SUFFIXES[form]} for {form}, found "
+            f"{out.name!r}; name another --out"
+        )
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
     refuse_existing(written, overwrite=overwrite)
     if form == "monai-bundle":

@@ -1,7 +1,7 @@
-"""A network as a graph that other runtimes read: ONNX, OpenVINO's IR, and PyTorch's own programs.
+"""Export a network as a graph for other runtimes: ONNX, OpenVINO's IR and `torch.export`.
 
-Each has the logits and every map as named outputs and takes any number of windows at once. What a
-deployer must know beside it stands in the file itself, as JSON.
+Each graph has logits and all maps as named outputs, and takes batches of any size. The file also
+holds the data of `deployment`, as JSON.
 """
 
 import json
@@ -23,71 +23,79 @@ from segkit.io.atomic import whole
 from segkit.model.folder import Model
 
 WINDOWS = 2
-"""In the batch that networks are exported with; of one, an export would keep that it was one."""
+"""Batch size of the example for an export. With a batch of one, the batch size would be fixed."""
 
 
 def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as ONNX, and give what runs it. Raises ModelError if that cannot be done.
+    """Write a model as ONNX, and return a function that runs it.
 
-    Its `metadata_props` hold the JSON of `deployment` as 'segkit'.
+    The JSON of `deployment` is in the file's `metadata_props` under 'segkit'.
+
+    Raises:
+        ModelError: ONNX cannot hold the network, or a package is not installed.
     """
     runtime = OnnxRuntime()
-    import onnx  # an optional extra, which the runtime has just asked for
+    import onnx  # an optional extra; the line above has checked that it is installed
 
     traced = Traced(model.network.cpu()).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     with exporting_to("ONNX"):
         with whole(file) as partial:
             runtime.write(traced, example_windows(model), partial, batch="batch")
             graph = onnx.load(partial)
-            onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: told})
+            onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
             onnx.save(graph, partial)
             onnx.checker.check_model(partial)
         return runtime.read(file, traced.names)
 
 
 def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as OpenVINO's IR, and give what runs it: `file`.xml, and .bin beside it.
+    """Write a model as OpenVINO's IR, .xml with .bin beside it; return a function that runs it.
 
-    Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError if that cannot be
-    done.
+    The JSON of `deployment` is in `rt_info` under 'segkit'.
+
+    Raises:
+        ModelError: OpenVINO cannot hold the network, or is not installed.
     """
     runtime = OpenVino()
     traced = Traced(model.network.cpu()).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     numbers = file.with_suffix(".bin")
     with exporting_to("OpenVINO"):
         with whole(file) as partial, whole(numbers) as partial_numbers:
             graph = runtime.graph(traced, example_windows(model), any_number=True)
-            graph.set_rt_info(told, [DEPLOYMENT_KEY])
+            graph.set_rt_info(metadata, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
 
 
 class NamedOutputs(nn.Module):
-    """A network whose outputs come as a dictionary, by their names."""
+    """A network that returns its outputs as a dictionary."""
 
     def __init__(self, network: Traced) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, windows: Tensor) -> dict[str, Tensor]:
-        """The outputs by the network's names."""
+        """The outputs by name."""
         return dict(zip(self.network.names, self.network(windows), strict=True))
 
 
 def export_pt2(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as a program of `torch.export`, and give what runs it.
+    """Write a model as a program of `torch.export`, and return a function that runs it.
 
-    Its extra file 'segkit' is the JSON of `deployment`. Raises ModelError if that cannot be done.
+    The JSON of `deployment` is the extra file 'segkit'.
+
+    Raises:
+        ModelError: `torch.export` cannot hold the network.
     """
     network = NamedOutputs(Traced(model.network.cpu())).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     with exporting_to("torch.export"):
         program = exported_program(network, example_windows(model), any_number=True)
         with whole(file) as partial:
-            torch.export.save(program, partial, extra_files={DEPLOYMENT_KEY: told})
-        # Only what was just written here is read: such files can run code.
+            torch.export.save(program, partial, extra_files={DEPLOYMENT_KEY: metadata})
+        # Such files can run code, so only the file that was just written is read.
         return _run_program(torch.export.load(file))
 
 
@@ -103,19 +111,19 @@ def _run_program(program: ExportedProgram) -> RunGraph:
 
 
 def example_windows(model: Model) -> Tensor:
-    """Noise in the form of a batch of windows: what networks are exported with."""
+    """A batch of windows of noise, the example for an export."""
     size = (WINDOWS, model.description.channels_in, *layout_of(model).patch_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
 def exporting_to(form: str) -> Iterator[None]:
-    """Within it, what an exporter raises becomes a ModelError; an OSError stays one."""
+    """Within this context, errors of an exporter become ModelErrors; an OSError does not change."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # what exporters raise has nothing in common
+    except Exception as error:  # the errors of exporters have no common base class
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{form} cannot hold this network: {reason}; export it in another form"

@@ -153,20 +153,20 @@ class Grid:
         steps = voxels((step * (ends > 0)).T)
         if self.shape == other.shape and steps <= SAME_STEP and apart <= SAME_PLACE:
             return ""
-        said = []
+        differences = []
         if self.shape != other.shape:
-            said.append(f"its shape is {_sizes(self.shape)}, not {_sizes(other.shape)}")
+            differences.append(f"its shape is {_sizes(self.shape)}, not {_sizes(other.shape)}")
         # Three parts add up to `apart`, and two to `steps`, so at least one of them is reported.
-        told = SAME_STEP / 3
-        if (np.abs(own / its - 1) * ends).max() > told:
-            sizes = _told_apart(self.spacing, other.spacing)
-            said.append(f"its spacing is {sizes[0]} mm, not {sizes[1]} mm")
-        if voxels(corners @ (turn * own).T) > told:
+        threshold = SAME_STEP / 3
+        if (np.abs(own / its - 1) * ends).max() > threshold:
+            sizes = _distinct_texts(self.spacing, other.spacing)
+            differences.append(f"its spacing is {sizes[0]} mm, not {sizes[1]} mm")
+        if voxels(corners @ (turn * own).T) > threshold:
             angle = np.degrees(2 * np.arcsin(np.linalg.norm(turn, axis=0).max() / 2))
-            said.append(f"its axes are turned by {angle:.3g} degrees")
-        if voxels(shift) > told:
-            said.append(f"its first voxel lies {np.linalg.norm(shift):.3g} mm off")
-        listed = " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
+            differences.append(f"its axes are turned by {angle:.3g} degrees")
+        if voxels(shift) > threshold:
+            differences.append(f"its first voxel lies {np.linalg.norm(shift):.3g} mm off")
+        listed = " and ".join(filter(None, [", ".join(differences[:-1]), differences[-1]]))
         if self.shape != other.shape:
             return listed
         return f"{listed}, so that voxels lie up to {apart:.3g} voxels apart"
@@ -208,7 +208,7 @@ def _sizes(sizes: Sequence[float], digits: int = 9) -> str:
     return "x".join(f"{size:.{digits}g}" for size in sizes)
 
 
-def _told_apart(one: Sequence[float], other: Sequence[float]) -> tuple[str, str]:
+def _distinct_texts(one: Sequence[float], other: Sequence[float]) -> tuple[str, str]:
     """Two sizes as text, with as many digits as are needed to tell them apart, but at least 3."""
     for digits in range(3, 17):
         texts = _sizes(one, digits), _sizes(other, digits)

@@ -62,7 +62,7 @@ def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Ten
     if order == 3 and (positions % 1 != 0).any():
         kind = torch.promote_types(values.dtype, torch.float32)
         return _weighted_sums(
-            values, cubic_weights(positions, size), positions, axis, SPLINE_RADIUS[kind]
+            values, spline_weights(positions, size), positions, axis, SPLINE_RADIUS[kind]
         )
     if (clamped % 1 != 0).any():
         return _weighted_sums(values, linear_weights(clamped, size), clamped, axis, 0)
@@ -132,7 +132,7 @@ def resample_labels(
     return winner
 
 
-def cubic_weights(
+def spline_weights(
     positions: Float[ndarray, " samples"], size: int
 ) -> Float[ndarray, "samples {size}"]:
     """The weight of each of `size` voxels in the spline's value at each fractional index.
@@ -188,7 +188,7 @@ def _weighted_sums(
 
 
 def _spline_of_one(distance: ndarray) -> ndarray:
-    """Value at a distance of the cubic spline that is 1 at 0 and 0 at other whole numbers."""
+    """The cubic spline that is 1 at 0 and 0 at all other whole numbers, at these distances."""
     centre = np.floor(distance)
     powers = math.sqrt(3) * POLE ** np.arange(np.abs(centre).max() + 3)
     total = np.zeros_like(distance)
@@ -199,7 +199,7 @@ def _spline_of_one(distance: ndarray) -> ndarray:
 
 
 def _b_spline(distance: ndarray) -> ndarray:
-    """Value of the cubic B-spline at a non-negative distance (voxels) from its centre."""
+    """The cubic B-spline at these distances from its centre, which are 0 or more voxels."""
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = np.clip(2 - distance, 0, None) ** 3 / 6
     return np.where(distance < 1, near, far)

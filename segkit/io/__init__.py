@@ -1,1 +1,1 @@
-"""Files: volumes, DICOM, archives, pictures, and writing them whole."""
+"""Files: volumes, DICOM, archives, pictures, and complete writing."""

@@ -1,6 +1,6 @@
-"""Archives of strangers unpacked: into a folder that appears whole, and nowhere else.
+"""Unpacking of untrusted archives into a new folder that is complete or absent.
 
-All that an archive says it holds is checked before anything is written.
+Every file that the archive lists is checked before anything is written.
 """
 
 import lzma
@@ -18,9 +18,9 @@ from segkit.io.atomic import whole_folder
 
 MOST_MEMBERS = 1_000_000
 INFLATION = 100
-"""So many times its own size an archive may hold; scans, which are noise, come to 2 or so."""
-ALWAYS_BEARABLE = 2**30
-"""Bytes that an archive of any size may hold."""
+"""Largest allowed ratio of unpacked size to archive size; noisy scans reach about 2."""
+ALWAYS_ALLOWED = 2**30
+"""Unpacked bytes that are allowed for an archive of any size."""
 
 DAMAGED = (
     zipfile.BadZipFile,
@@ -31,54 +31,61 @@ DAMAGED = (
     OSError,
     ValueError,
     OverflowError,
-    NotImplementedError,  # zipfile raises it for a compression that it does not know
+    NotImplementedError,  # zipfile raises it for an unknown compression
 )
 
 
 class ArchiveMember(NamedTuple):
-    """A file or folder of an archive, as the archive describes it."""
+    """A file or folder in an archive, as the archive lists it."""
 
     name: str
     size: int
     is_folder: bool
     refusal: str
-    """Its kind if it is neither a plain file nor a folder, else empty."""
+    """The reason to refuse it, such as "a link or a device"; empty for plain files and folders."""
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or a tar, compressed or not, into a folder that is new or empty.
+    """Unpack a zip or tar archive, compressed or not, into a folder that is new or empty.
 
-    The folder appears whole or not at all. Files are those of whoever unpacks them, and none can be
-    run.
+    The folder is complete or absent. The files belong to the user who unpacks them, and none is
+    executable.
+
+    Args:
+        archive: the zip or tar file.
+        folder: the folder to make.
 
     Raises:
-        DatasetError: the folder holds something; or the archive is damaged; or, before anything is
-            written, a member would lie elsewhere (an absolute path, `..`), is a link, a device or
-            encrypted, or is there twice, or the archive holds more than its size or the disk allow.
+        DatasetError: the folder is not empty; the archive is damaged; a member lies outside the
+            folder (an absolute path, `..`), is a link, a device or encrypted, or occurs twice; or
+            the archive unpacks to more than its size or the disk allows. Members are checked before
+            anything is written.
 
     Example:
         >>> unpack(Path("Task04_Hippocampus.tar"), Path("data"))
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DatasetError(f"{folder}: exists already; name a new folder to unpack {archive} into")
+        raise DatasetError(f"{folder}: exists already; choose a new folder to unpack {archive} to")
     try:
-        bearable = _bearable(archive, folder)
+        limit = _size_limit(archive, folder)
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
-                _check(archive, _zip_members(zipped), bearable)
+                _check(archive, _zip_members(zipped), limit)
                 with whole_folder(folder) as inside:
                     zipped.extractall(inside)
             return
         if not hasattr(tarfile, "data_filter"):
-            raise DatasetError(f"{archive}: a tar is unpacked by Python 3.11.4 or later; update it")
+            raise DatasetError(
+                f"{archive}: unpacking a tar needs Python 3.11.4 or later; update it"
+            )
         with tarfile.open(archive) as tarred:
-            _check(archive, _tar_members(tarred), bearable)
+            _check(archive, _tar_members(tarred), limit)
             with whole_folder(folder) as inside:
                 tarred.extractall(inside, filter=_plain)
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
-            f"{archive}: cannot be unpacked: {reason}; fetch it again if it is damaged"
+            f"{archive}: cannot be unpacked: {reason}; download it again if it is damaged"
         ) from None
 
 
@@ -97,39 +104,40 @@ def _tar_members(tarred: tarfile.TarFile) -> Iterator[ArchiveMember]:
 
 
 def _plain(info: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-    """Python's filter for data, and no mode or time of the archive's either."""
+    """Apply Python's `data` filter, and drop the archive's file modes and times."""
     return tarfile.data_filter(info, folder).replace(mode=None, mtime=None)  # type: ignore[arg-type]
 
 
-def _bearable(archive: Path, folder: Path) -> int:
-    """The bytes that may come out of an archive."""
+def _size_limit(archive: Path, folder: Path) -> int:
+    """Largest number of bytes that the archive may unpack to."""
     there = next(parent for parent in folder.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(there).free
-    return min(free, max(ALWAYS_BEARABLE, INFLATION * archive.stat().st_size))
+    return min(free, max(ALWAYS_ALLOWED, INFLATION * archive.stat().st_size))
 
 
-def _check(archive: Path, members: Iterable[ArchiveMember], bearable: int) -> None:
+def _check(archive: Path, members: Iterable[ArchiveMember], limit: int) -> None:
     """Raise DatasetError for the first member that must not be unpacked."""
     is_folder = {PurePosixPath("."): True}
     total = 0
     for count, member in enumerate(members, start=1):
         total += member.size
-        if member.size < 0 or total > bearable or count > MOST_MEMBERS:
+        if member.size < 0 or total > limit or count > MOST_MEMBERS:
             raise DatasetError(
-                f"{archive}: holds more than {bearable / 1e9:.1f} GB or {MOST_MEMBERS:,} files, "
-                f"which is beyond this disk or beyond belief; unpack it by hand if it is right"
+                f"{archive}: expected at most {limit / 1e9:.1f} GB and {MOST_MEMBERS:,} files, "
+                f"found more than this disk or this archive can plausibly hold; unpack it by hand "
+                f"if you trust it"
             )
-        # As Windows would read it as well: another separator, and drives.
+        # Also check the name as Windows would read it, with its separator and drive letters.
         parts = PureWindowsPath(member.name)
         place = PurePosixPath(member.name)
         above = place.parents
         why = f"is {member.refusal}" if member.refusal else ""
         if "\0" in member.name or "\\" in member.name or parts.anchor or ".." in parts.parts:
-            why = why or "would lie elsewhere than in the folder"
+            why = why or "would lie outside the folder"
         elif not all(is_folder.get(each, True) for each in above) or (
             place in is_folder and not (member.is_folder and is_folder[place])
         ):
-            why = why or "takes the place of another"
+            why = why or "has the same path as another"
         if why:
             raise DatasetError(
                 f"{archive}: expected plain files and folders, found {member.name[:200]!r}, which "

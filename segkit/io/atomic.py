@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Writing of files and folders that are complete or absent."""
 
 import errno
 import json
@@ -13,13 +13,13 @@ from typing import Any
 from segkit.errors import VolumeError
 
 PARTIAL = ".partial-"
-"""How names begin of what is being written; readers of folders pass over names with a dot."""
+"""Prefix of names of unfinished files; readers of folders skip names that begin with a dot."""
 ABANDONED = 3600.0
-"""Seconds after which what nobody went on writing was left behind by a process that was killed."""
+"""Seconds without a change after which an unfinished file belongs to a process that was killed."""
 
 
 def is_file_name(name: str) -> bool:
-    """Whether files can be named after a case or a label: no path, and nothing but printable.
+    """Whether the name of a case or label can be a file name: printable, and not a path.
 
     Example:
         >>> [is_file_name(name) for name in ("case 1", "..", "a/b", "")]
@@ -30,11 +30,11 @@ def is_file_name(name: str) -> bool:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError that is raised while a file is written say which, where it does not."""
+    """Add the path to an OSError from the block if the error does not name a file."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # as NumPy raises it
+        if error.errno is None:  # NumPy raises such errors
             raise OSError(errno.EIO, str(error), str(path)) from None
         if error.filename is None:
             error.filename = str(path)
@@ -43,10 +43,14 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the name `path` if the block ends well.
+    """A temporary path to write to, which is renamed to `path` when the block ends.
 
-    The two share their suffixes, which readers and writers go by, and their folder, so that the
-    renaming is atomic. If the block raises, what was written is removed.
+    Both paths have the same suffixes, because writers choose the format by suffix, and the same
+    folder, so that renaming is atomic. If the block raises, the temporary file is removed.
+
+    Example:
+        with whole(Path("table.csv")) as partial:
+            partial.write_text("a,b")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
@@ -62,10 +66,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `path` to fill; it takes the name `path` if the block ends well.
+    """A temporary folder to fill, which is renamed to `path` when the block ends.
 
-    It replaces what is there where that may be overwritten. If the block raises, what was written
-    is removed.
+    An existing folder is replaced only if `overwrite` is true. If the block raises, the temporary
+    folder is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
@@ -79,12 +83,12 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes that were killed left half-written in a folder, if there is any."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files that killed processes left in a folder."""
     for partial in folder.glob(f"{PARTIAL}*"):
         try:
             touched = [path.stat().st_mtime for path in (partial, *partial.rglob("*"))]
-        except FileNotFoundError:  # it is being finished now
+        except FileNotFoundError:  # another process is just renaming it
             continue
         if time.time() - max(touched) < ABANDONED:
             continue
@@ -95,23 +99,23 @@ def sweep(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file, complete or not at all."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole, indented for a reader; not-a-number becomes null."""
+    """Write an indented JSON file, complete or not at all; NaN becomes null."""
     write_text(path, json_text(content))
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """JSON, indented for a reader and ended by a newline; not-a-number becomes null."""
+    """Indented JSON text with a newline at its end; NaN becomes null."""
     return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def without_nan(value: Any) -> Any:
-    """The same as plain dicts and lists; not-a-number becomes None."""
+    """The value as plain dicts and lists, with None in place of each NaN."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -119,21 +123,22 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def begin(first: Path, others: Iterable[Path]) -> None:
-    """Leave a note beside the first of some files that belong together, until `finish`.
+def mark_unfinished(first: Path, others: Iterable[Path]) -> None:
+    """Write a note beside `first` that these files are unfinished, until `mark_finished`.
 
-    By it the next run knows what a run that was stopped has left of them, and makes it anew.
+    The files belong together. If the run is stopped, the note tells the next run which of them it
+    may overwrite.
     """
     write_json(_note(first), {"unfinished": [str(path.absolute()) for path in (first, *others)]})
 
 
-def finish(first: Path) -> None:
-    """Take the note away: all files are there."""
+def mark_finished(first: Path) -> None:
+    """Remove the note: all files are complete."""
     _note(first).unlink(missing_ok=True)
 
 
-def left_behind(first: Path) -> frozenset[Path]:
-    """Files that a run began and did not finish, by the note beside the first; else none."""
+def unfinished_files(first: Path) -> frozenset[Path]:
+    """The files that the note beside `first` lists as unfinished; empty if there is no note."""
     try:
         content = json.loads(_note(first).read_text(encoding="utf-8"))
         return frozenset(Path(name) for name in content["unfinished"])
@@ -142,9 +147,12 @@ def left_behind(first: Path) -> frozenset[Path]:
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool, left: Collection[Path] = ()) -> None:
-    """Raise VolumeError for the first that is there already, unless it may be overwritten.
+    """Raise VolumeError for the first path that exists, unless it may be overwritten.
 
-    So may those that were `left` by a run that was stopped.
+    Args:
+        paths: the files that will be written.
+        overwrite: whether all of them may be overwritten.
+        left: files of a stopped run, which may always be overwritten.
     """
     for path in paths:
         if path.exists() and not overwrite and path.absolute() not in left:

@@ -1,4 +1,4 @@
-"""What tells a file from another: its checksum, or its size and time of change."""
+"""Identification of files: by SHA-256, or by size and time of change."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from segkit.io.volume import files_of
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 of a file, as `sha256sum` has it."""
+    """The SHA-256 of a file, as `sha256sum` prints it."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -17,7 +17,7 @@ def checksum(path: Path) -> str:
 def checksums(files: Iterable[Path]) -> list[dict[str, str]]:
     """The name and SHA-256 of each file, and of the data file that its header names.
 
-    For a folder, those of the files in it, in order.
+    A folder stands for the files in it, sorted by name.
     """
     found = []
     for file in files:
@@ -29,14 +29,17 @@ def checksums(files: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def file_states(volumes: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """The path, bytes and time of change (ns) of each volume's files, by which caches know them.
+    """Path, size (bytes) and time of change (ns) of each volume's files, as a key for caches.
 
-    Raises DatasetError for a file that is not there, VolumeError for a header that cannot be read.
+    Raises DatasetError for a missing file, and VolumeError for a header that cannot be read.
     """
     try:
         states = [
             (str(file.resolve()), file.stat()) for volume in volumes for file in files_of(volume)
         ]
     except OSError as error:
-        raise DatasetError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise DatasetError(
+            f"{error.filename}: cannot be read: {error.strerror}; check the path and its "
+            f"permissions"
+        ) from None
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]

@@ -1,9 +1,9 @@
-"""DICOM series: the single-frame images of one series in a folder, put together as a volume.
+"""DICOM series: the single-frame images of one series in a folder, read as a volume.
 
-Nothing is taken for granted about them: where a slice lies is read from its own header, so that a
-missing slice, a second one at the same place or one that is turned is told rather than stacked.
-Slices may be sheared against their rows and columns, as of a tilted gantry: the affine is exact.
-Values are rescaled as their headers say: CT comes out in HU.
+The position of each slice is read from its own header. So a missing slice, two slices at the same
+position, or a rotated slice is an error and is never stacked. A tilted gantry shears the slices
+against their rows and columns: the affine is exact. Values are rescaled by each header, so CT
+values are in HU.
 """
 
 import filecmp
@@ -25,29 +25,29 @@ MAGIC = b"DICM"
 MAGIC_AT = 128
 SUFFIX = ".dcm"
 UNEVEN = 0.01
-"""The share of a slice's distance by which it may lie off its place in an even series."""
+"""Allowed deviation of a slice from even spacing, as a fraction of the slice distance."""
 ROUNDING = 0.02
-"""Millimetres by which it may lie off in any case: positions are written with few decimals."""
+"""Deviation in mm that is always allowed, because positions are written with few decimals."""
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
 INSTANCE = "0008|0018"
 POSITION, ORIENTATION, SPACING = "0020|0032", "0020|0037", "0028|0030"
 THICKNESS = "0018|0050"
 MOST_BYTES_OF_PIXEL = 4
-"""Of rescaled values as they are held."""
+"""Largest size of a rescaled value in memory."""
 STORAGE_CLASS = b"\x02\0\x02\0UI"
-"""Before its length and itself, in the first bytes of a file."""
+"""Bytes near the start of a file that come before the length and the text of its storage class."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 NO_IMAGES = (
     "1.2.840.10008.1.3.10",  # a DICOMDIR
     # Waveforms, presentations, segmentations and registrations, reports, documents, therapy.
     *(f"{STORAGE}{group}" for group in ("9.", "11.", "66", "88.", "104.", "481.3", "481.5")),
 )
-"""The beginnings of storage classes that are about images, and none."""
+"""Prefixes of storage classes that refer to images but are not images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What the header of one image says; lengths are mm, places DICOM's LPS+."""
+    """The header of one image; lengths are in mm, positions in DICOM's LPS+."""
 
     path: Path
     size: tuple[int, ...]
@@ -56,11 +56,11 @@ class Slice:
     kind: int
     """SimpleITK's number for the type of its rescaled values."""
     position: tuple[float, ...]
-    """Of the first pixel; empty where the header does not say."""
+    """Position of the first pixel; empty if the header does not give it."""
     orientation: tuple[float, ...]
-    """Of a row and of a column."""
+    """Direction of the rows, then of the columns: six numbers."""
     spacing: tuple[float, ...]
-    """Between rows, and between columns."""
+    """Distance between rows, then between columns."""
     thickness: float
 
 
@@ -80,19 +80,21 @@ class Series:
 
 
 def holds_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM images, whatever else there is."""
+    """Whether a folder holds DICOM images, possibly among other files."""
     return any(
         _is_image(file) for file in _files_in(folder) if not file.name.lower().endswith(SUFFIXES)
     )
 
 
 def list_series(folder: Path) -> list[Series]:
-    """The series in a folder, in the order of their UIDs; folders in it are not looked into.
+    """The series in a folder, sorted by UID; subfolders are not searched.
 
-    What is about images rather than one, such as a segmentation, is passed over, and so are copies
-    of an image: files of the same bytes. Raises VolumeError if there is no image, for one that
-    cannot be read, without which the rest might look whole, and for two of one SOP Instance UID
-    that differ.
+    Objects that are not images, such as segmentations, are skipped, and so are copies: files with
+    the same bytes.
+
+    Raises:
+        VolumeError: there is no image; an image cannot be read, so that a series might look
+            complete without it; or two different images have the same SOP Instance UID.
     """
     found: dict[str, tuple[str, str, list[Slice]]] = {}
     firsts: dict[tuple[str, str], Path] = {}
@@ -102,7 +104,7 @@ def list_series(folder: Path) -> list[Series]:
         reader = _reader(file)
         try:
             reader.ReadImageInformation()
-        except RuntimeError as error:  # what SimpleITK raises for everything
+        except RuntimeError as error:  # the only exception type of SimpleITK
             raise _unreadable(file, error) from None
         instance = _text(reader, INSTANCE)
         first = firsts.setdefault((_text(reader, SERIES), instance), file) if instance else file
@@ -110,14 +112,16 @@ def list_series(folder: Path) -> list[Series]:
             if filecmp.cmp(first, file, shallow=False):
                 continue
             raise VolumeError(
-                f"{file}: is another image than {first.name}, although both say that they are the "
-                f"one with the SOP Instance UID {instance}; move one away"
+                f"{file}: has the same SOP Instance UID as {first.name}, {instance}, but is "
+                f"another image; move one of them away"
             )
         told = (_text(reader, DESCRIPTION), _text(reader, MODALITY))
         _, _, slices = found.setdefault(_text(reader, SERIES), (*told, []))
         slices.append(_slice(file, reader))
     if not found:
-        raise VolumeError(f"{folder}: expected the DICOM files of a series in it, found none")
+        raise VolumeError(
+            f"{folder}: expected the DICOM files of a series, found none; check the path"
+        )
     return [
         Series(folder, uid, description, modality, tuple(slices))
         for uid, (description, modality, slices) in sorted(found.items())
@@ -125,7 +129,12 @@ def list_series(folder: Path) -> list[Series]:
 
 
 def choose_series(folder: Path, uid: str | None = None) -> Series:
-    """The series of that UID, or the only one. Raises VolumeError that lists those there are."""
+    """The series with this UID, or the only series. Raises VolumeError with a list of the series.
+
+    Args:
+        folder: a folder of DICOM files.
+        uid: the Series Instance UID; None if the folder holds only one series.
+    """
     found = list_series(folder)
     chosen = [series for series in found if uid in (None, series.uid)]
     if len(chosen) == 1:
@@ -133,23 +142,24 @@ def choose_series(folder: Path, uid: str | None = None) -> Series:
     listing = "; ".join(map(str, found))
     if chosen:
         raise VolumeError(
-            f"{folder}: holds {len(found)} series, give the UID of one as --series: {listing}"
+            f"{folder}: holds {len(found)} series; pass the UID of one as --series: {listing}"
         )
-    raise VolumeError(f"{folder}: holds no series {uid}, but {listing}")
+    raise VolumeError(f"{folder}: expected the series {uid}, found only {listing}; check --series")
 
 
 def read_series(series: Series, *, working: float = 0) -> Volume:
-    """The volume of a series: columns, rows and slices, in the direction of their normal.
+    """The volume of a series, (column, row, slice), with slices in the direction of their normal.
 
-    Whole numbers stay whole if every slice is rescaled to such; else they become float32.
+    Values keep an integer type if rescaling gives integers in every slice; otherwise they become
+    float32.
 
     Args:
-        series: as `choose_series` gives it.
-        working: bytes for each voxel that the caller will need beside the values.
+        series: the series, as `choose_series` returns it.
+        working: bytes per voxel that the caller will need in addition to the values.
 
     Raises:
-        VolumeError: the slices do not make one even block of grey values, a file is damaged, or the
-            volume and what will be made of it do not fit into free memory.
+        VolumeError: the slices do not form one even block of grey values, a file is damaged, or the
+            volume and the caller's work on it do not fit into free memory.
     """
     slices, grid = arranged(series)
     try:
@@ -169,27 +179,27 @@ def _pixels(one: Slice) -> ndarray:
     """The rescaled values of a slice (column, row)."""
     try:
         image = _reader(one.path).Execute()
-    except RuntimeError as error:  # what SimpleITK raises for everything
+    except RuntimeError as error:  # the only exception type of SimpleITK
         raise _unreadable(one.path, error) from None
     values: ndarray = simple_itk().GetArrayFromImage(image)
     return values.reshape(one.size[1::-1]).T
 
 
 def arranged(series: Series) -> tuple[list[Slice], Grid]:
-    """The slices in the direction of their normal, and the grid (RAS+) that they make.
+    """The slices sorted along their normal, and their grid (RAS+).
 
-    Raises VolumeError, in one sentence, where they make none.
+    Raises VolumeError if the slices do not form a block.
     """
     first = series.slices[0]
     for one in series.slices:
         _check_single(one)
     for one in series.slices:
-        for what in ("size", "orientation", "spacing"):
-            own, other = np.array(getattr(one, what)), np.array(getattr(first, what))
+        for name in ("size", "orientation", "spacing"):
+            own, other = np.array(getattr(one, name)), np.array(getattr(first, name))
             if not np.allclose(own, other, rtol=0, atol=1e-4):
                 raise VolumeError(
-                    f"{one.path}: its {what} {_numbers(own)} is not {_numbers(other)}, that of "
-                    f"{first.path.name} in the same series; split the series"
+                    f"{one.path}: expected the {name} {_numbers(other)} of {first.path.name} in "
+                    f"the same series, found {_numbers(own)}; split the series"
                 )
     along, down = np.array(first.orientation).reshape(2, 3)
     normal = np.cross(along, down)
@@ -212,22 +222,26 @@ def arranged(series: Series) -> tuple[list[Slice], Grid]:
 def _check_single(one: Slice) -> None:
     if one.size[2] > 1:
         raise VolumeError(
-            f"{one.path}: holds {one.size[2]} frames where a slice to a file is expected; convert "
-            f"it to NIfTI first, with dcm2niix say"
+            f"{one.path}: expected one slice in a file, found {one.size[2]} frames; convert it to "
+            f"NIfTI first, for example with dcm2niix"
         )
     if one.components != 1:
-        raise VolumeError(f"{one.path}: expected grey values, found {one.components} colours")
+        raise VolumeError(
+            f"{one.path}: expected one grey value per pixel, found {one.components} values; "
+            f"convert it to grey, or choose another series"
+        )
     if (len(one.position), len(one.orientation), len(one.spacing)) != (3, 6, 2):
         raise VolumeError(
-            f"{one.path}: does not say where it lies: it lacks Image Position (Patient), Image "
-            f"Orientation (Patient) or Pixel Spacing, so that it is no slice of a volume"
+            f"{one.path}: lacks Image Position (Patient), Image Orientation (Patient) or Pixel "
+            f"Spacing, so its place in the volume is unknown; move it away, or repair its header"
         )
     along, down = np.array(one.orientation).reshape(2, 3)
     lengths = [np.linalg.norm(along), np.linalg.norm(down), 1 + along @ down]
     if not np.allclose(lengths, 1, atol=1e-3) or min(one.spacing) <= 0:
         raise VolumeError(
-            f"{one.path}: its rows and columns must be at right angles and its pixels larger than "
-            f"0, found directions {_numbers(one.orientation)} and {_numbers(one.spacing)} mm"
+            f"{one.path}: expected rows and columns at right angles and pixels larger than 0, "
+            f"found directions {_numbers(one.orientation)} and {_numbers(one.spacing)} mm; repair "
+            f"its header"
         )
 
 
@@ -236,8 +250,8 @@ def _check_even(slices: Sequence[Slice], places: ndarray, normal: ndarray) -> No
     for (one, other), distance in zip(pairwise(slices), distances, strict=True):
         if distance < ROUNDING:
             raise VolumeError(
-                f"{one.path}: lies where {other.path.name} lies; the series holds several images "
-                f"of one place, so split it"
+                f"{one.path}: lies at the same position as {other.path.name}; split the series, "
+                f"so that each position occurs once"
             )
     usual = float(np.median(distances))
     even = places[0] + np.outer(np.arange(len(slices)), places[-1] - places[0]) / (len(slices) - 1)
@@ -247,21 +261,23 @@ def _check_even(slices: Sequence[Slice], places: ndarray, normal: ndarray) -> No
     worst = int(np.argmax(np.abs(distances - usual)))
     raise VolumeError(
         f"{slices[worst].path}: the next slice, {slices[worst + 1].path.name}, is "
-        f"{distances[worst]:.3g} mm away where others are {usual:.3g} mm apart; complete the "
-        f"series or resample it first"
+        f"{distances[worst]:.3g} mm away, but others are {usual:.3g} mm apart; complete the series "
+        f"or resample it first"
     )
 
 
 def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise VolumeError(f"{folder}: expected a folder of DICOM files, found none; check the path")
+        raise VolumeError(
+            f"{folder}: expected a folder of DICOM files, found no folder; check the path"
+        )
     return sorted(
         file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")
     )
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a file is DICOM, by its first bytes or its name, and says that it is an image."""
+    """Whether a file is DICOM, by its first bytes or its name, and has an image storage class."""
     with file.open("rb") as content:
         begin = content.read(2 * MAGIC_AT + 256)
     if begin[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
@@ -272,9 +288,9 @@ def _is_image(file: Path) -> bool:
 
 
 def _unreadable(file: Path, error: RuntimeError) -> VolumeError:
-    # SimpleITK says where in its own source it went wrong before it says what.
+    # SimpleITK's message begins with a place in its own source; the reason follows "ERROR:".
     reason = " ".join(str(error).split("ERROR:")[-1].split())
-    return VolumeError(f"{file}: cannot be read as DICOM, repair it or move it away: {reason}")
+    return VolumeError(f"{file}: cannot be read as DICOM; repair it or move it away: {reason}")
 
 
 def _reader(file: Path) -> Any:
@@ -300,7 +316,7 @@ def _slice(file: Path, reader: Any) -> Slice:
 
 
 def _text(reader: Any, key: str) -> str:
-    """A header's text; what is no Unicode becomes question marks."""
+    """Text of a header field; question marks replace characters that are not valid Unicode."""
     if not reader.HasMetaDataKey(key):
         return ""
     text: str = reader.GetMetaData(key)
@@ -314,7 +330,9 @@ def _values(file: Path, reader: Any, key: str) -> tuple[float, ...]:
     except ValueError:
         values = (float("nan"),)
     if not np.isfinite(values).all():
-        raise VolumeError(f"{file}: expected numbers in its header at ({key}), found {text!r}")
+        raise VolumeError(
+            f"{file}: expected numbers in its header field ({key}), found {text!r}; repair it"
+        )
     return values
 
 

@@ -1,4 +1,4 @@
-"""Arrays for results that may outgrow memory: in memory, or in a file that nobody sees."""
+"""Arrays for large results: in memory, or in temporary files without a name."""
 
 import math
 import mmap
@@ -12,26 +12,26 @@ import numpy as np
 from numpy import ndarray
 
 Allocate = Callable[[Sequence[int], np.dtype[Any]], ndarray]
-"""Gives an array of zeros of a shape and type, its first axis fastest."""
+"""A function that returns an array of zeros of a shape and type, with its first axis fastest."""
 
 
 def in_memory(shape: Sequence[int], kind: np.dtype[Any]) -> ndarray:
-    """Zeros in memory."""
+    """An array of zeros in memory."""
     return np.zeros(shape, kind, order="F")
 
 
 class OnDisk:
-    """Allocates arrays of zeros in files of a folder that have no name.
+    """Allocates arrays of zeros in unnamed files in a folder.
 
-    A file is gone with its array, even where the process is killed. Space is taken at once, so that
-    a full disk is an OSError here and no crash later.
+    A file disappears with its array, even if the process is killed. The space is reserved at once,
+    so that a full disk raises OSError here and does not crash the process later.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, shape: Sequence[int], kind: np.dtype[Any]) -> ndarray:
-        """Zeros on disk."""
+        """An array of zeros on disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         size = math.prod(shape) * np.dtype(kind).itemsize
         with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -43,13 +43,13 @@ class OnDisk:
 
 
 class _Mapped(mmap.mmap):
-    """A file that is shared with its array. Of a private one, releasing would lose what changed."""
+    """A shared memory map of an array's file. `release` would lose the changes of a private map."""
 
 
 def release(array: ndarray) -> None:
-    """Let go of the memory of an array, or a view of one, that `OnDisk` gave.
+    """Free the memory of an array from `OnDisk`, or of a view of it.
 
-    Its file keeps what was written. Other arrays stay as they are.
+    The file keeps the values. Arrays from elsewhere are not changed.
     """
     owner: Any = array
     while isinstance(owner, ndarray):

@@ -1,4 +1,4 @@
-"""Which files are one volume, and which volumes are to be predicted."""
+"""Inputs of a prediction: which files make up one volume, and which volumes a folder holds."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,34 +28,34 @@ from segkit.io.volume import (
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 RESULT_ENDINGS = ("_seg", "_prob", "_entropy", "_variance", "_preview")
-"""Of the names of volumes that are written beside an input."""
+"""Endings of the names of result volumes that are written beside an input."""
 FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(RESULT_ENDINGS)})?$)")
 
 
 @dataclass(frozen=True)
 class Input:
-    """The files of one volume, one per channel or all channels in one, and its name.
+    """The name and files of one volume: one file per channel, or one with all channels.
 
-    Of a DICOM series, the folder that it lies in.
+    For a DICOM series, the only entry of `files` is its folder.
     """
 
     name: str
     files: tuple[Path, ...]
     of_folder: bool = field(default=False, compare=False)
-    """Whether a folder was named rather than the volume, so that parts of results may be there."""
+    """Whether the user named a folder and not this volume; results may lie among its files."""
     series: str | None = None
-    """The UID of a DICOM series, where its folder holds several."""
+    """UID of the DICOM series; None if its folder holds only one."""
     rules: PictureRules = field(default=AS_IT_SAYS, compare=False)
-    """How it is read, if it is a picture."""
+    """Settings for reading it if it is a picture."""
 
     @property
     def is_series(self) -> bool:
-        """Whether it is a DICOM series."""
+        """Whether the volume is a DICOM series."""
         return self.files[0].is_dir()
 
     @property
     def suffix(self) -> str:
-        """The suffix of volumes made of it, such as '.nii.gz', which it is for a DICOM series."""
+        """Suffix of result volumes, such as '.mha'; '.nii.gz' for a DICOM series."""
         return ".nii.gz" if self.is_series else result_suffix(self.files[0])
 
 
@@ -68,20 +68,29 @@ def find_inputs(
 ) -> list[Input]:
     """The volumes among files and folders.
 
-    For a model of several channels, `CASE_0000`, `CASE_0001`, … are one volume, unless each of the
-    files holds all channels: then the numbers are part of the cases' names. A file of all channels
-    beside one of fewer is a channel of their case. For a model of one,
-    files `CASE_0000` of a folder in which all are called so, as nnU-Net has them, are the volumes
-    `CASE`. In a folder, results that lie beside their inputs, such as `CASE_seg` beside `CASE`, are
-    no inputs. A volume has the same name whether it or its folder is asked for.
+    If the model takes several channels, the files `CASE_0000`, `CASE_0001`, … are one volume. But
+    if each of them holds all channels, each is a volume, and the number is part of its name. A file
+    with all channels beside a file with fewer is one channel of their case.
 
-    A picture that holds all channels, such as red, green and blue, is one volume whatever its name;
-    pictures are read by the `rules`. Beside volumes that are no pictures, pictures are no inputs.
+    If the model takes one channel, and all files of a folder are named `CASE_0000`, as in nnU-Net's
+    layout, their volumes are named `CASE`. In a folder, results beside their inputs, such as
+    `CASE_seg` beside `CASE`, are not inputs. A volume has the same name whether the user names the
+    file or its folder.
 
-    A folder of DICOM files is one volume: the `series` of that UID, or the only one; a folder of
-    such folders holds one each. Hidden files are left out.
+    A picture that holds all channels, such as red, green and blue, is one volume, whatever its
+    name. Pictures in a folder with other volumes are not inputs.
 
-    Raises VolumeError for a folder without volumes, or with a DICOM series and volumes.
+    A folder of DICOM files is one volume; a folder of such folders holds one volume for each.
+    Hidden files are skipped.
+
+    Args:
+        paths: files and folders.
+        num_channels: number of channels that the model takes.
+        series: UID of a DICOM series, if its folder holds several.
+        rules: settings for reading pictures.
+
+    Raises:
+        VolumeError: a folder holds no volumes, or both a DICOM series and volumes.
     """
     inputs: dict[tuple[Path, str], Input] = {}
     alone: list[Input] = []
@@ -94,14 +103,19 @@ def find_inputs(
                 inputs[folder, ""] = alone[-1]
             continue
         if series is not None:
-            raise VolumeError(f"{path}: expected the folder of the DICOM series {series}")
+            raise VolumeError(
+                f"{path}: expected the folder of the DICOM series {series}, found a file; pass the "
+                f"folder"
+            )
         if path.name.lower().endswith(DICOM_SUFFIX):
-            raise VolumeError(f"{path}: is one file of a DICOM series; name the folder of them all")
+            raise VolumeError(
+                f"{path}: is one file of a DICOM series; pass the folder of the series"
+            )
         for file in _volumes_in(path) if of_folder else [path]:
             name, suffix = stem_of(file), suffix_of(file)
             numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
             whole = numbered is None or _holds_all(file, int(numbered[1]), num_channels, rules)
-            # nnU-Net has one file of a picture for red, green and blue.
+            # nnU-Net stores red, green and blue in one file CASE_0000.
             if FIRST_CHANNEL.search(name) and (num_channels == 1 or (whole and is_picture(file))):
                 if file.parent not in single:
                     single[file.parent] = _all_numbered(_volumes_at(file.parent))
@@ -119,10 +133,10 @@ def find_inputs(
 
 
 def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
-    """Whether a file that may be a channel, by its number, holds all channels itself.
+    """Whether a file named like channel `number` of a case holds all channels itself.
 
-    It does not if the file of another channel, by its number, holds fewer: what stands together is
-    one case. One that cannot be read may be a channel as well, unless there is none of its number.
+    The answer is no if a file of the same case and another number holds fewer channels: then all
+    are channels of one case. An unreadable file counts as a channel if its number is in range.
     """
 
     def held(path: Path) -> int | None:
@@ -145,7 +159,9 @@ def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) 
 def _volumes_in(folder: Path) -> list[Path]:
     inside = _volumes_at(folder)
     if not inside:
-        raise VolumeError(f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none")
+        raise VolumeError(
+            f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none; pass another folder"
+        )
     return inside
 
 
@@ -154,12 +170,12 @@ def _volumes_at(folder: Path) -> list[Path]:
 
 
 def _scans_at(folder: Path) -> list[Path]:
-    """The volumes in a folder that are no pictures."""
+    """The volumes in a folder that are not pictures."""
     return [file for file in _volumes_at(folder) if not is_picture(file)]
 
 
 def _series_in(path: Path, series: str | None) -> list[Path]:
-    """The folder itself if it holds a DICOM series, or those folders in it that do."""
+    """The folder itself if it holds a DICOM series, or its subfolders that do."""
     if series is not None:
         return [path]
     if holds_series(path):
@@ -179,12 +195,12 @@ def refuse_volumes_beside_series(folder: Path) -> None:
     if volumes := _scans_at(folder):
         raise VolumeError(
             f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
-            f"name the file that is meant, give the UID of the series as --series, or move one away"
+            f"pass the file that is meant, pass the UID of the series as --series, or move one away"
         )
 
 
 def _all_numbered(files: Sequence[Path]) -> bool:
-    """Whether all volumes are a case's first channel, but for results that lie beside them."""
+    """Whether each volume is the first channel of a case or a result beside its input."""
     return all(stem_of(file).endswith(("_0000", *RESULT_ENDINGS)) for file in files)
 
 
@@ -197,7 +213,7 @@ def _is_result(source: Input, inputs: Mapping[tuple[Path, str], Input]) -> bool:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """I and N of 'I/N', the I-th of N parts. Raises ConfigError for anything else."""
+    """The numbers I and N of 'I/N', the I-th of N parts. Raises ConfigError for other texts."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(f"--shard {text}: expected I/N with I from 1 to N, such as 2/8")
@@ -205,13 +221,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def read_input(source: Input) -> Volume:
-    """The volume of an input, its channels put together. Raises VolumeError."""
+    """The volume of an input, with its channels combined.
+
+    Raises VolumeError if a file cannot be read or the channels lie on different grids.
+    """
     if source.is_series:
         return read_series(choose_series(source.files[0], source.series), working=BYTES_OF_IMAGE)
     first = read_volume(source.files[0], rules=source.rules, working=BYTES_OF_IMAGE)
     if len(source.files) == 1:
         return first
-    # The channels are held one by one, and once more together.
+    # Memory holds each channel, and all of them once more when they are combined.
     together = BYTES_OF_IMAGE + len(source.files) * first.data.itemsize
     others = [
         read_volume(file, rules=source.rules, working=together)
@@ -224,15 +243,15 @@ def read_input(source: Input) -> Volume:
 
 
 def check_name(name: str, whose: Path) -> None:
-    """Raise VolumeError if a case's name is none for a file, or would lead out of its folder."""
+    """Raise VolumeError if a case's name cannot be a file name or would leave its folder."""
     if not is_file_name(name):
         raise VolumeError(
-            f"{whose}: expected a name that results can be called by, found {name!r}; rename it"
+            f"{whose}: expected a name that can be a file name, found {name!r}; rename it"
         )
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:
-    """Why an input has no result, in a sentence that names its file."""
+    """One sentence that names the input's file and says why it has no result."""
     file = str(source.files[0])
     if isinstance(error, OSError):
         return f"{file}: cannot write its result: {sentence_of(error)}"

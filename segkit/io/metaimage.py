@@ -1,8 +1,8 @@
-"""What the header of a MetaImage file says.
+"""Headers of MetaImage files.
 
-Voxels are raw or compressed by zlib. They follow the header; only a header in `.mhd` may name a
-data file, which must lie in its own folder. Unknown keys are other people's and left alone; the
-list `ONCE` has all that are looked at.
+Voxels are raw or compressed by zlib. They follow the header; only a `.mhd` header may name a data
+file, which must lie in the same folder. `ONCE` lists all keys that are read; other keys are
+ignored.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from segkit.errors import VolumeError
 from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**20
-"""Bytes of a header."""
+"""Largest size of a header in bytes."""
 KINDS = {
     "MET_CHAR": "int8",
     "MET_UCHAR": "uint8",
@@ -22,7 +22,7 @@ KINDS = {
     "MET_USHORT": "uint16",
     "MET_INT": "int32",
     "MET_UINT": "uint32",
-    "MET_LONG": "int32",  # whatever a long is elsewhere
+    "MET_LONG": "int32",  # 4 bytes in MetaImage, whatever the size of a long in C
     "MET_ULONG": "uint32",
     "MET_LONG_LONG": "int64",
     "MET_ULONG_LONG": "uint64",
@@ -42,23 +42,26 @@ ONCE = {
     *("ElementSize", "HeaderSize", "DistanceUnits", "ElementToIntensityFunctionSlope"),
     *("ElementToIntensityFunctionOffset", "ElementDataFile"),
 }
-# What would change the voxels or their places, and the values that leave them as they are.
+# Keys that would change the voxels or their positions, and the values that change nothing.
 AS_IT_IS = {
     "BinaryData": ("True", "true", "1"),
     "DistanceUnits": ("mm", "?", ""),
     "ElementToIntensityFunctionSlope": ("1",),
     "ElementToIntensityFunctionOffset": ("0",),
 }
-# Where the voxels are in the file itself.
+# Values of the keys if the voxels are in the same file as the header.
 INSIDE = {"HeaderSize": ("0",), "ElementDataFile": ("LOCAL", "Local", "local")}
 
 
 def read_metaimage_header(path: Path) -> Layout:
-    """What the header says of the voxels. Raises VolumeError or ValueError."""
+    """The layout of the voxels, read from the header.
+
+    Raises VolumeError for an unsupported header, and ValueError for a damaged one.
+    """
     fields, end = _fields(path)
     for name in ("NDims", "DimSize", "ElementType"):
         if name not in fields:
-            raise ValueError(f"its header lacks {name}")
+            raise ValueError(f"expected {name} in its header, found none")
     beside = (
         path.name.lower().endswith(".mhd")
         and fields["ElementDataFile"] not in INSIDE["ElementDataFile"]
@@ -78,14 +81,16 @@ def read_metaimage_header(path: Path) -> Layout:
     kind = fields["ElementType"].removesuffix("_ARRAY")
     if kind not in KINDS:
         raise VolumeError(f"expected one real number per voxel, found {kind}")
-    x, y, z = (*sizes, 1)[:3]  # those beyond are of size 1
-    compressed = _yes(fields, "CompressedData")
+    x, y, z = (*sizes, 1)[:3]  # further axes have size 1
+    compressed = _is_true(fields, "CompressedData")
     start = int(fields.get("HeaderSize", "0")) if beside else end
     if start < (0 if compressed else -1):
         raise VolumeError(f"expected a HeaderSize of 0 or more, or -1 for raw data, found {start}")
     return Layout(
         (x, y, z),
-        np.dtype(KINDS[kind]).newbyteorder(">" if _yes(fields, "BinaryDataByteOrderMSB") else "<"),
+        np.dtype(KINDS[kind]).newbyteorder(
+            ">" if _is_true(fields, "BinaryDataByteOrderMSB") else "<"
+        ),
         _affine(fields, num),
         0 if compressed else start,
         stream=start if compressed else None,
@@ -97,31 +102,31 @@ def read_metaimage_header(path: Path) -> Layout:
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """What is said of each key, and where the header ends."""
+    """The value of each key, and the byte at which the header ends."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
         while (line := file.readline(_LONGEST)) and file.tell() <= _LONGEST:
-            name, equals, said = (part.strip() for part in line.decode("latin-1").partition("="))
+            name, equals, value = (part.strip() for part in line.decode("latin-1").partition("="))
             if not equals:
-                raise ValueError(f"its header holds {name[:60]!r}, which is not understood")
+                raise ValueError(f"expected KEY = VALUE in its header, found {name[:60]!r}")
             name = ALIASES.get(name, name)
             if name in ONCE and name in fields:
-                raise ValueError(f"its header says twice what its {name} is")
-            fields[name] = said
+                raise ValueError(f"its header gives {name} twice; remove one")
+            fields[name] = value
             if name == "ElementDataFile":
                 return fields, file.tell()
-    raise ValueError("its header has no end; it is cut short, or no MetaImage")
+    raise ValueError("its header has no end; it is incomplete or not a MetaImage header")
 
 
-def _yes(fields: dict[str, str], name: str) -> bool:
-    said = fields.get(name, "False")
-    if said.lower() not in ("true", "false", "1", "0"):
-        raise ValueError(f"expected {name} to be True or False, found {said[:60]!r}")
-    return said.lower() in ("true", "1")
+def _is_true(fields: dict[str, str], name: str) -> bool:
+    value = fields.get(name, "False")
+    if value.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"expected {name} to be True or False, found {value[:60]!r}")
+    return value.lower() in ("true", "1")
 
 
 def _affine(fields: dict[str, str], num: int) -> ndarray:
-    """By default the axes are the patient's, and the first voxel lies at the origin."""
+    """The affine in RAS+, mm. The default is that of axes to L, P and S from the origin."""
     affine = np.eye(4)
     spacing = _numbers(fields, "ElementSpacing" if "ElementSpacing" in fields else "ElementSize")
     if len(spacing) != num:

@@ -1,4 +1,4 @@
-"""Images that are NaN outside a mask, as skull-stripped heads often are."""
+"""Images that are NaN outside a mask, which is common in skull-stripped scans."""
 
 import numpy as np
 from jaxtyping import Shaped
@@ -8,10 +8,10 @@ from numpy import ndarray
 def nan_as_zero(
     values: Shaped[ndarray, "x y z *channel"],
 ) -> Shaped[ndarray, "x y z *channel"]:
-    """The values of an image, with 0 in place of each that is NaN or infinite.
+    """The values of an image, with 0 in place of NaN and infinite values.
 
-    Values that are all numbers are given back as they are, and so are those of an image with a
-    channel that holds no number at all, which `trouble_with` refuses. Otherwise it is a copy.
+    The array itself is returned if all its values are finite, or if one channel has no finite value
+    at all (`value_problem` refuses such images). Otherwise the result is a copy.
 
     Example:
         >>> nan_as_zero(np.array([[[2.0, np.nan]]])).tolist()

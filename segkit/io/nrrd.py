@@ -1,8 +1,8 @@
-"""What the header of an NRRD file says, in the form that medical images use of it.
+"""Headers of NRRD files, as medical images use the format.
 
 Voxels are raw or compressed by gzip, with at most one axis of channels. They follow the header;
-only a header in `.nhdr` may name a data file, which must lie in its own folder. Every field must be
-one that is known: a misspelt one would leave the image in another place.
+only a `.nhdr` header may name a data file, which must lie in the same folder. Unknown fields are
+refused, because a misspelt field could place the image wrongly.
 """
 
 import re
@@ -16,7 +16,7 @@ from segkit.errors import VolumeError
 from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**24
-"""Bytes of a header, which may hold tables of diffusion directions and of segments."""
+"""Largest size of a header in bytes; it may hold tables of diffusion directions and segments."""
 TYPES = {
     "int8": ("signed char", "int8", "int8_t"),
     "uint8": ("uchar", "unsigned char", "uint8", "uint8_t"),
@@ -36,12 +36,12 @@ TYPES = {
 }
 KIND_OF = {name: kind for kind, names in TYPES.items() for name in names}
 SPACE = ("domain", "space", "time", "???", "none")
-"""Kinds of axes, in lower case, along which voxels lie."""
+"""Kinds of spatial axes, in lower case."""
 _CHANNELS = (
     *("list", "vector", "2-vector", "3-vector", "4-vector", "covariant-vector", "3-color"),
     *("rgb-color", "4-color", "rgba-color", "point", "3-normal", "3-gradient", "scalar"),
 )
-# The signs that turn a space's axes into RAS+. One that names no patient's sides counts as LPS.
+# Signs that convert the axes of a space to RAS+. A space without patient directions means LPS.
 SIGNS = {
     "right-anterior-superior": (1, 1, 1),
     "ras": (1, 1, 1),
@@ -54,7 +54,7 @@ SIGNS = {
 }
 SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
 DETACHED = {"data file", "datafile"}
-"""Names of the field that only a header in `.nhdr` may have."""
+"""Names of the field that only a `.nhdr` header may have."""
 UNUSED = {
     *("content", "number", "min", "max", "old min", "oldmin", "old max", "oldmax", "block size"),
     *("blocksize", "sample units", "sampleunits", "measurement frame"),
@@ -68,11 +68,14 @@ USED = {
 
 
 def read_nrrd_header(path: Path) -> Layout:
-    """What the header says of the voxels. Raises VolumeError, ValueError or EOFError."""
+    """The layout of the voxels, read from the header.
+
+    Raises VolumeError for an unsupported header, and ValueError or EOFError for a damaged one.
+    """
     fields, end = _fields(path)
     missing = {"type", "dimension", "sizes", "encoding"} - set(fields)
     if missing:
-        raise ValueError(f"its header lacks the field {min(missing)}")
+        raise ValueError(f"expected the field {min(missing)} in its header, found none")
     sizes = [int(word) for word in fields["sizes"].split()]
     if len(sizes) != int(fields["dimension"]) or min(sizes, default=0) < 1:
         raise ValueError(
@@ -84,7 +87,9 @@ def read_nrrd_header(path: Path) -> Layout:
         raise VolumeError(f"expected two or three axes, found {len(along)}")
     places = [axis for axis in places if sizes[axis] > 1]
     if len(places) > 1 or (places and places[0] not in (0, len(sizes) - 1)):
-        raise VolumeError(f"expected one axis of channels, the first or last, found {places}")
+        raise VolumeError(
+            f"expected one axis of channels, the first or last, found the axes {places}"
+        )
     x, y, z = (*(sizes[axis] for axis in along), 1)[:3]
     encoding = fields["encoding"].lower()
     if encoding not in ("raw", "gz", "gzip"):
@@ -107,7 +112,7 @@ def read_nrrd_header(path: Path) -> Layout:
 
 
 def _data(path: Path, fields: dict[str, str], end: int) -> tuple[Path | None, int, int]:
-    """The data file if there is one, the byte of it that the data begin at, and bytes to skip."""
+    """The data file, if there is one, the byte at which the data begin, and the bytes to skip."""
     file = file_beside(path, fields["data file"]) if "data file" in fields else None
     start = 0 if file else end
     if lines := int(fields.get("line skip", "0")):
@@ -117,17 +122,17 @@ def _data(path: Path, fields: dict[str, str], end: int) -> tuple[Path | None, in
                 lines -= line.endswith(b"\n")
             start = content.tell()
         if lines:
-            raise EOFError(f"its data file does not have the {fields['line skip']} lines to skip")
+            raise EOFError(f"its data file has fewer than the {fields['line skip']} lines to skip")
     return file, start, int(fields.get("byte skip", "0"))
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """What is said of each field, and where the header ends."""
+    """The value of each field, and the byte at which the header ends."""
     fields: dict[str, str] = {}
     known = UNUSED | USED | (DETACHED if path.name.lower().endswith(".nhdr") else set())
     with path.open("rb") as file:
         if not re.match(rb"NRRD000[1-5]\s*$", file.readline(100)):
-            raise ValueError("it does not begin as an NRRD header does")
+            raise ValueError("it does not begin with an NRRD header")
         while line := file.readline(_LONGEST):
             text = line.decode("latin-1").strip()
             if not text:
@@ -135,22 +140,22 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
             if file.tell() > _LONGEST:
                 break
             if text.startswith("#") or ":=" in text.partition(": ")[0]:
-                continue  # a comment, or a key of somebody's own
-            name, colon, said = text.partition(": ")
+                continue  # a comment, or a custom key
+            name, colon, value = text.partition(": ")
             name = name.lower()
             if not colon or name not in known:
-                raise ValueError(f"its header holds {text[:60]!r}, which is not understood")
+                raise ValueError(f"expected a known field in its header, found {text[:60]!r}")
             name = SPELLINGS.get(name, name)
             if name in fields:
-                raise ValueError(f"its header says twice what its {name} is")
-            fields[name] = said.strip()
+                raise ValueError(f"its header gives {name} twice; remove one")
+            fields[name] = value.strip()
         if "data file" in fields and not line:
             return fields, file.tell()
-    raise ValueError("its header has no end; it is cut short")
+    raise ValueError("its header has no end; it is incomplete")
 
 
 def _channel_axes(fields: dict[str, str], num_axes: int) -> list[int]:
-    """Axes along which there are no voxels, but several values of each."""
+    """Axes of channels, along which a voxel's several values lie."""
     kinds = fields.get("kinds", "").lower().split() or ["???"] * num_axes
     if len(kinds) != num_axes:
         raise ValueError(f"expected {num_axes} kinds of axes, found {fields['kinds']}")
@@ -179,15 +184,17 @@ def _kind(fields: dict[str, str]) -> np.dtype[Any]:
 
 
 def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
-    """Of steps of 1 mm where the header is silent, as it was in the days before spaces."""
+    """The affine in RAS+, mm. Voxels are 1 mm apart if an old header gives no spacing."""
     affine = np.eye(4)
     num, placed = len(along), min(len(along), 3)
     space = fields.get("space", "lps").lower().removesuffix("-time")
     if space not in SIGNS:
-        raise VolumeError(f"expected a patient's space such as LPS, found {space}")
+        raise VolumeError(
+            f"expected a space such as left-posterior-superior, found {space}; repair its header"
+        )
     units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
     if strange := [unit for unit in units if unit.lower() not in ("", "mm")]:
-        raise VolumeError(f"expected space units of mm, found {strange[0]}")
+        raise VolumeError(f"expected space units of mm, found {strange[0]}; convert it to mm")
     if "space directions" in fields:
         vectors = _vectors(fields["space directions"])
         if len(vectors) != num_axes:
@@ -197,7 +204,7 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
         if "space origin" in fields:
             affine[:placed, 3] = _of_length(num, *_vectors(fields["space origin"]))[:placed]
     elif "space" in fields or "space origin" in fields:
-        raise ValueError("it has a space and no space directions")
+        raise ValueError("expected space directions beside its space, found none")
     elif "spacings" in fields:
         sizes = [float(word) for word in fields["spacings"].split()]
         if len(sizes) != num_axes:
@@ -209,7 +216,7 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
 
 
 def _vectors(text: str) -> list[list[float] | None]:
-    """Vectors in parentheses, or None for each that is none."""
+    """Vectors in parentheses; None for the word "none"."""
     words = re.findall(r"none|\([^()]*\)", text)
     if re.sub(r"none|\([^()]*\)", "", text).strip():
         raise ValueError(f"expected vectors in parentheses, found {text[:60]!r}")
@@ -220,7 +227,7 @@ def _vectors(text: str) -> list[list[float] | None]:
 
 
 def _of_length(num: int, *vectors: list[float] | None) -> list[float]:
-    """The one vector, which has so many numbers."""
+    """The only vector, which must have `num` numbers."""
     if len(vectors) != 1 or vectors[0] is None or len(vectors[0]) != num:
         raise ValueError(f"expected a vector of {num} numbers, found {vectors}")
     return vectors[0]

@@ -1,4 +1,4 @@
-"""Pictures read from their files and written to them: PNG, TIFF, JPEG and BMP."""
+"""Reading and writing of pictures: PNG, TIFF, JPEG and BMP files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +8,16 @@ from numpy import ndarray
 from segkit.geometry.grid import Grid
 from segkit.io.bitmap import BITMAP_SUFFIXES, read_bitmap_header, write_png
 from segkit.io.picture_rules import PictureFacts, PictureRules
-from segkit.io.raster import Raster, check_room, image_of, labels_of_picture
+from segkit.io.raster import Raster, check_claimed_size, image_of, labels_of_picture
 from segkit.io.tiff import TIFF_SUFFIXES, read_tiff_header, write_tiff
 from segkit.system.memory import free_memory
 
 PICTURE_SUFFIXES = (*BITMAP_SUFFIXES, *TIFF_SUFFIXES)
-"""Of pictures that are read."""
+"""Suffixes of pictures that segkit reads."""
 
 
 def picture_grid(path: Path, rules: PictureRules) -> tuple[Grid, PictureFacts]:
-    """The grid of a picture and what is known of it, from its header alone."""
+    """The grid and the facts of a picture, read from its header."""
     raster, _ = _raster(path, rules)
     return _as_image(raster, rules)
 
@@ -28,29 +28,30 @@ def _as_image(raster: Raster, rules: PictureRules) -> tuple[Grid, PictureFacts]:
 
 
 def picture_channels(path: Path, rules: PictureRules) -> int:
-    """How many channels a picture has as an image, from its header alone."""
+    """Number of channels of a picture, read from its header."""
     return _raster(path, rules)[0].num_channels
 
 
 def read_picture(
     path: Path, rules: PictureRules, *, as_labels: bool
 ) -> tuple[ndarray, Grid, PictureFacts]:
-    """The pixels of a picture, its grid and what is known of it.
+    """The pixels, the grid and the facts of a picture.
 
     Args:
-        path: of the file.
-        rules: what is known beside what the file says.
-        as_labels: whether the pixels are labels, one number for each.
+        path: the file.
+        rules: settings for reading it.
+        as_labels: whether the pixels are labels, with one number for each.
 
     Returns:
-        (column, row, slice), or (column, row, slice, channel) of an image of several channels.
+        Pixels (column, row, slice), or (column, row, slice, channel) for several channels; the
+        grid; the facts.
 
     Raises:
-        VolumeError: the picture is not one that is read, or does not fit into memory.
+        VolumeError: the picture is not supported, or does not fit into memory.
         ValueError: the file is damaged.
     """
-    raster, held = _raster(path, rules)
-    check_room(raster, held, free_memory())
+    raster, capacity = _raster(path, rules)
+    check_claimed_size(raster, capacity, free_memory())
     if as_labels:
         return labels_of_picture(raster, rules.colours), *raster.grid(rules)
     values = image_of(raster)
@@ -64,9 +65,14 @@ def write_picture(
     spacing: tuple[float, float, float],
     facts: PictureFacts | None,
 ) -> None:
-    """Write a picture to a path; its format is that of the name that it will have.
+    """Write a picture. Raises VolumeError if its format cannot hold the data.
 
-    Without facts the spacing counts as mm. Raises VolumeError if the format cannot hold the data.
+    Args:
+        path: the file to write.
+        name: the final name of the file, whose suffix sets the format.
+        data: pixels (column, row, slice) or (column, row, slice, channel).
+        spacing: distance between pixels along columns, rows and slices, in mm.
+        facts: pixel size, orientation and label colours; if None, the spacing is the pixel size.
     """
     facts = facts or PictureFacts("mm", "its volume's spacing")
     if name.lower().endswith(TIFF_SUFFIXES):

@@ -1,4 +1,4 @@
-"""What a command says of the pictures that it reads, before it works on them."""
+"""Lines that a command prints about the pictures that it is going to read."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,17 +9,15 @@ from segkit.io.picture_rules import PictureRules, size_in_words
 from segkit.io.volume import is_picture, read_picture_facts
 
 
-def told_of_pictures(files: Sequence[Path], rules: PictureRules) -> list[str]:
-    """Pixel sizes, where they come from, and what of files is left out or turned; each thing once.
+def picture_lines(files: Sequence[Path], rules: PictureRules) -> list[str]:
+    """Lines on the pixel sizes of pictures, their sources, and the notes on how they are read.
 
-    Files that are no pictures, or cannot be read, are not told of.
+    Each line counts the pictures that it applies to. Files that are not pictures or cannot be read
+    are skipped.
 
     Args:
-        files: the first of each volume.
-        rules: how pictures are read.
-
-    Returns:
-        Lines, with the number of pictures that each holds for.
+        files: the first file of each volume.
+        rules: settings for reading pictures.
     """
     sizes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
@@ -28,11 +26,11 @@ def told_of_pictures(files: Sequence[Path], rules: PictureRules) -> list[str]:
             continue
         try:
             grid, facts = read_picture_facts(file, rules=rules)
-        except VolumeError:  # told when its turn comes
+        except VolumeError:  # reported when the file itself is read
             continue
         sizes[f"{size_in_words(grid.spacing[:2], facts.unit)} ({facts.source})"] += 1
         notes.update(facts.notes)
     return [
         *(f"pixel size of {count} pictures: {size}" for size, count in sizes.items()),
-        *(f"of {count} pictures: {note}" for note, count in notes.items()),
+        *(f"note on {count} pictures: {note}" for note, count in notes.items()),
     ]

@@ -1,8 +1,8 @@
 """Pictures of volumes: planes with labels or maps on them, drawn by Pillow.
 
-Planes are shown as on a light box: head or front up, the patient's right on the left, and a
-millimetre as long along every axis of one picture. Pictures, which have neither, are shown as their
-files show them; what has one slice is shown as one plane.
+Planes are shown in radiological convention: head or front up, and the patient's right on the left.
+A millimetre has the same length along every axis of one picture. Inputs that are pictures are shown
+in the orientation of their files. A volume of one slice is shown as one plane.
 """
 
 import colorsys
@@ -21,33 +21,33 @@ from segkit.io.atomic import whole
 
 PLANES = ("sagittal", "coronal", "axial")
 PAGES = ("columns", "rows", "page")
-"""Across which axis each plane of a stack of pictures lies."""
+"""Names of the three planes of a stack of pictures, by the axis across which each lies."""
 LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446"]
 GOLDEN_RATIO = 0.618034
-# Matplotlib's colour map of that name at every sixteenth.
+# Matplotlib's colour map of this name, sampled at steps of 1/16.
 INFERNO = (
     *("#000004", "#0b0724", "#210c4a", "#3d0965", "#57106e", "#71196e", "#8a226a", "#a32c61"),
     *("#bc3754", "#d24644", "#e45a31", "#f1731d", "#f98e09", "#fcac11", "#f9cb35", "#f2ea69"),
     "#fcffa4",
 )
 PANEL = 240
-"""Pixels of the longest side of three planes."""
+"""Length in pixels of the longest side among three planes."""
 GAP = 4
-"""Pixels between planes that belong together; three times as many between others."""
+"""Pixels between planes of one panel; three times as many lie between panels."""
 CAPTION = 24
-"""Pixels that a line of words takes."""
+"""Height in pixels of a line of text."""
 OPACITY = 0.4
 MAP_OPACITY = 0.8
 WHITE, PALE = (255, 255, 255), (190, 190, 190)
 
 Panel = tuple[str, ndarray | None, Literal["labels", "map"]]
-"""A title and what is drawn over the scan: labels, a map, or nothing."""
+"""A title, an overlay on the scan (or None), and whether the overlay is labels or a map."""
 Pixels = Integer[ndarray, "height width 3"]
 
 
 @dataclass(frozen=True)
 class CasePicture:
-    """Planes of a case, as pictures, and what is written above them: three, or its only slice."""
+    """A case's caption and its planes as pictures: three planes, or the only slice."""
 
     caption: str
     images: tuple[Float[ndarray, "height width"], ...]
@@ -58,7 +58,7 @@ class CasePicture:
 
 
 def label_colour(number: int) -> str:
-    """The colour of a label from 1 on, as '#rrggbb'; past the named ones hues far from the last."""
+    """The colour of label 1, 2, … as '#rrggbb'. Numbers beyond the list get well-spaced hues."""
     if number <= len(LABEL_COLOURS):
         return LABEL_COLOURS[number - 1]
     hue = number * GOLDEN_RATIO % 1.0
@@ -67,7 +67,7 @@ def label_colour(number: int) -> str:
 
 
 def label_rgb(number: int) -> tuple[int, int, int]:
-    """The same colour as `label_colour`, as red, green and blue from 0 to 255."""
+    """The colour of `label_colour` as red, green and blue from 0 to 255."""
     return _rgb(label_colour(number))
 
 
@@ -81,21 +81,21 @@ def write_montage(
     through: ndarray | None = None,
     planes: Sequence[str] = PLANES,
 ) -> None:
-    """Draw the scan's middle planes, under each panel's title and overlay, and save them.
+    """Draw the scan's middle planes with titles and overlays, and save them as a PNG file.
 
-    They are three, or the only one of a scan of one slice.
+    Three planes are drawn, or the only plane of a scan of one slice.
 
     Args:
-        path: of the PNG file.
+        path: the PNG file to write.
         scan: values, (x, y, z), on the grid.
-        grid: where the scan and the overlays lie.
-        panels: one column each. An overlay is a label map, of which each label has a colour and 0
-            none, or an attention map, whose colours span percentiles 1 to 99 of its values; NaN
-            has none.
-        label_names: names of the labels, for the legend; 0 is left out.
-        through: the planes go through the middle of this, such as labels, if it is not empty; else
-            through the middle of the scan.
-        planes: what each of three planes is called.
+        grid: the grid of the scan and of the overlays.
+        panels: the columns of the picture. An overlay is a label map or an attention map. In a
+            label map each label has a colour, and 0 is transparent. The colours of an attention map
+            span percentiles 1 to 99 of its values, and NaN is transparent.
+        label_names: names of the labels for the legend; 0 is left out.
+        through: an array, such as labels; the planes go through the middle of its non-zero voxels.
+            If it is None or empty, they go through the middle of the scan's non-zero voxels.
+        planes: names of the three planes.
 
     Raises:
         SegkitError: Pillow is not installed.
@@ -153,10 +153,17 @@ def planes_of(
     spacing: Sequence[float],
     caption: str,
 ) -> CasePicture:
-    """The sagittal, coronal and axial plane through the middle of the reference.
+    """The sagittal, coronal and axial planes through the middle of the reference.
 
-    Of a case of one slice, only this slice. If the reference is empty, through the middle of the
-    image. Axes are RAS+, spacing is in mm.
+    A case of one slice has this plane only. If the reference is empty, the planes go through the
+    middle of the image. Axes are RAS+.
+
+    Args:
+        image: values of the scan.
+        label: the reference labels.
+        prediction: the predicted labels.
+        spacing: distance between voxels along each axis, in mm.
+        caption: text above the planes.
     """
     foreground = np.argwhere(label)
     at = (
@@ -171,10 +178,10 @@ def planes_of(
 
 
 def draw_cases(rows: Sequence[CasePicture], *, title: str, classes: Sequence[str]) -> Pixels:
-    """The rows below one another, uint8, under a title and the classes in their colours.
+    """A picture (uint8) with a title, a legend of the classes, and one row for each case.
 
-    Each plane is shown bare, then with the prediction filled and the reference outlined. Raises
-    SegkitError if Pillow is not installed.
+    Each plane is drawn twice: without an overlay, then with the prediction filled and the reference
+    outlined. Raises SegkitError if Pillow is not installed.
     """
     sheet = _Sheet()
     left = sheet.write(GAP, 5, title + " " * 6, WHITE)
@@ -192,7 +199,7 @@ def draw_cases(rows: Sequence[CasePicture], *, title: str, classes: Sequence[str
 
 
 def save_picture(path: Path, picture: Pixels) -> None:
-    """Write a PNG file whole or not at all."""
+    """Write a PNG file, complete or not at all."""
     image, *_ = _pillow()
     with whole(path) as partial:
         image.fromarray(picture).save(partial, format="PNG", compress_level=3)
@@ -203,7 +210,7 @@ def overlaid(
     reference: Integer[ndarray, "rows columns"],
     prediction: Integer[ndarray, "rows columns"],
 ) -> Pixels:
-    """A picture tinted where a class is predicted, and outlined where it is in the reference."""
+    """The picture with predicted classes tinted and reference classes outlined."""
     predicted, true = (_resized(labels, bare.shape[:2]) for labels in (prediction, reference))
     panel = _tinted(bare, predicted)
     edge = outline(true)
@@ -213,7 +220,7 @@ def overlaid(
 
 
 def outline(labels: Integer[ndarray, "height width"]) -> ndarray:
-    """Which pixels of a class touch another class, or the background."""
+    """Mask of the pixels of a class that touch another class or the background."""
     edge = np.zeros(labels.shape, bool)
     for axis in range(2):
         changes = np.diff(labels, axis=axis) != 0
@@ -224,7 +231,7 @@ def outline(labels: Integer[ndarray, "height width"]) -> ndarray:
 
 
 class _Sheet:
-    """Pictures and words at their places, on black, as wide and high as they need."""
+    """A black canvas that grows to hold the pictures and texts that are placed on it."""
 
     def __init__(self) -> None:
         self.image, self.draw, fonts = _pillow()
@@ -233,19 +240,19 @@ class _Sheet:
         self.words: list[tuple[int, int, str, tuple[int, int, int]]] = []
 
     def length(self, text: str) -> int:
-        """Pixels that a text takes."""
+        """Width of a text in pixels."""
         return int(np.ceil(self.font.getlength(text)))
 
     def put(self, left: int, top: int, picture: ndarray) -> None:
         self.pictures.append((left, top, picture))
 
     def write(self, left: int, top: int, text: str, colour: tuple[int, int, int]) -> int:
-        """Where the text ends, from the left."""
+        """Place a text and return the column at which it ends."""
         self.words.append((left, top, text, colour))
         return left + self.length(text)
 
     def drawn(self) -> Pixels:
-        """The whole, uint8."""
+        """The finished picture, uint8."""
         widths = [left + picture.shape[1] for left, _, picture in self.pictures]
         widths += [left + self.length(text) for left, _, text, _ in self.words]
         heights = [top + picture.shape[0] for _, top, picture in self.pictures]
@@ -268,7 +275,7 @@ def _pillow() -> tuple[Any, Any, Any]:
 
 
 def _strip(row: CasePicture) -> Pixels:
-    """Two panels of each plane beside one another, at one scale, in the middle of its height."""
+    """The planes of a case side by side, two panels each, centred vertically."""
     values = np.concatenate([image.ravel() for image in row.images])
     low, high = np.percentile(values, [0.5, 99.5])
     width = sum(2 * w + 4 * GAP for _, w in row.shapes) - 3 * GAP
@@ -287,7 +294,7 @@ def _strip(row: CasePicture) -> Pixels:
 
 
 def _middle(values: ndarray) -> list[int]:
-    """The middle of what is not zero along each axis."""
+    """Index of the middle of the non-zero voxels along each axis."""
     if not values.any():
         return [size // 2 for size in values.shape]
     found = np.nonzero(values)
@@ -301,18 +308,18 @@ def _percentiles(values: ndarray, first: float, last: float) -> tuple[float, flo
 
 
 def _cut(values: ndarray, axis: int, index: int) -> ndarray:
-    """A plane of RAS+ axes as on a light box."""
+    """A plane of a RAS+ array in radiological convention."""
     return np.take(values, index, axis=axis).T[::-1, ::-1]
 
 
 def _shown_axes(shape: Sequence[int]) -> list[int]:
-    """The axes across which there is a plane to show: across the only slice, or all three."""
+    """The axes across which planes are shown: all three, or only that of a single slice."""
     flat = [axis for axis in range(3) if shape[axis] == 1]
     return flat if len(flat) == 1 else [0, 1, 2]
 
 
 def _pixel_shapes(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, int], ...]:
-    """Height and width of the planes in pixels, at one scale; a single plane is twice as large."""
+    """Height and width of each plane in pixels, at one scale; a single plane is twice as large."""
     axes = _shown_axes(shape)
     lengths = [size * step for size, step in zip(shape, spacing, strict=True)]
     seen = [length for axis, length in enumerate(lengths) if len(axes) > 1 or axis not in axes]
@@ -325,7 +332,7 @@ def _pixel_shapes(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple
 
 
 def _grey(plane: ndarray, shape: tuple[int, int], low: float, high: float) -> Pixels:
-    """A plane at a picture's size, black at the lower value and white at the higher."""
+    """A plane as a grey picture of this shape: black at the value `low`, white at `high`."""
     image, *_ = _pillow()
     grey = np.clip((plane - low) / max(high - low, 1e-8), 0, 1) * 255
     source = image.fromarray(np.ascontiguousarray(np.nan_to_num(grey).astype(np.uint8)))
@@ -334,7 +341,7 @@ def _grey(plane: ndarray, shape: tuple[int, int], low: float, high: float) -> Pi
 
 
 def _resized(plane: ndarray, shape: tuple[int, ...]) -> ndarray:
-    """A plane brought to a picture's size by the nearest pixel."""
+    """A plane resized to this shape by the nearest pixel."""
     rows, columns = (
         ((np.arange(size) + 0.5) * old / size).astype(int)
         for size, old in zip(shape, plane.shape, strict=True)
@@ -343,14 +350,14 @@ def _resized(plane: ndarray, shape: tuple[int, ...]) -> ndarray:
 
 
 def _tinted(bare: Pixels, labels: Integer[ndarray, "height width"]) -> Pixels:
-    """A picture in the colours of labels, if there are some."""
+    """The picture tinted in the colours of the labels; 0 is transparent."""
     return _blended(bare, _colours_of(labels), labels > 0, OPACITY)
 
 
 def _mapped(
     bare: Pixels, values: Float[ndarray, "height width"], low: float, high: float
 ) -> Pixels:
-    """A picture in the colours of a map, where it is a number."""
+    """The picture tinted in the colours of a map; NaN is transparent."""
     shown = np.isfinite(values)
     place = np.clip((np.where(shown, values, low) - low) / max(high - low, 1e-30), 0, 1)
     anchors = np.array([_rgb(colour) for colour in INFERNO])
@@ -365,7 +372,7 @@ def _blended(bare: ndarray, colours: ndarray, shown: ndarray, opacity: float) ->
 
 
 def _colours_of(labels: ndarray) -> ndarray:
-    """Red, green and blue of each label; black of 0."""
+    """Red, green and blue of each label; 0 is black."""
     numbers, places = np.unique(labels, return_inverse=True)
     table = np.array([label_rgb(int(number)) if number else (0, 0, 0) for number in numbers])
     return table.reshape(-1, 3)[places.reshape(labels.shape)]

@@ -1,6 +1,6 @@
-"""Text, JSON and YAML of strangers: read as data, of bearable size, with one kind of error.
+"""Safe reading of untrusted text, JSON and YAML: plain data only, and of limited size.
 
-Whatever is wrong with a file comes as OSError or ValueError, for the caller's own sentence.
+All faults of a file are raised as OSError or ValueError, from which the caller makes its message.
 """
 
 import codecs
@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**26
-"""Of a text file. The longest honest one, a dataset.json of 100,000 cases, takes a third of it."""
+"""Largest size of a text file. A dataset.json of 100,000 cases takes a third of it."""
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark at its start.
+    """The text of a file, without the byte order mark at its start.
 
-    Raises OSError, or ValueError if it is no text or absurdly long.
+    Raises OSError if the file cannot be read, and ValueError if it is not text or is too long.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait for ever
-        raise ValueError("it is no plain file")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would block
+        raise ValueError("it is not a plain file")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -29,36 +29,36 @@ def read_text(path: Path) -> str:
     try:
         return content.decode(_encoding(content))
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8, from byte {error.start:,} on") from None
+        raise ValueError(f"it is not UTF-8 text, from byte {error.start:,} on") from None
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-8, unless a mark at the start says UTF-16, as some editors write it."""
+    """UTF-16 if its byte order mark is at the start, which some editors write; otherwise UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    return "utf-8-sig"  # which leaves its own mark out
+    return "utf-8-sig"  # drops the mark of UTF-8
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises OSError or ValueError."""
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_unique_names)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         if not text[error.pos :].strip() or error.msg.startswith("Unterminated"):
-            raise ValueError(f"it ends before it is complete, at {place}") from None
+            raise ValueError(f"it is incomplete and ends at {place}") from None
         raise ValueError(f"{place}: {error.msg[0].lower()}{error.msg[1:]}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of these names, each of which must be there once: a reader would keep the last."""
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these pairs. Raises ValueError for a repeated name."""
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(name for name, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is there twice in one place; give each its own name")
+        raise ValueError(f"{twice!r} occurs twice in one object; rename or remove one")
     return content
 
 
@@ -71,7 +71,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of YAML text: plain values, whatever its tags say. Raises ValueError."""
+    """The content of YAML text, as plain values only. Raises ValueError."""
     try:
         return yaml.load(text, _PlainLoader)
     except RecursionError:
@@ -112,20 +112,22 @@ def _in_a_sentence(error: yaml.MarkedYAMLError) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Knows no Python class, and no aliases: a few lines of them can stand for terabytes."""
+    """A YAML loader without Python classes and without aliases, which can expand to terabytes."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The section, in which each name may be there once."""
+        """The mapping of a section. A name that occurs twice is an error."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             line = node.start_mark.line + 1
-            raise ValueError(f"{twice!r} is there twice in the section from line {line} on")
+            raise ValueError(
+                f"{twice!r} occurs twice in the section that begins at line {line}; remove one"
+            )
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             name = self.peek_event().anchor  # type: ignore[no-untyped-call]
-            raise ValueError(f"*{name} refers to another place; write its value out")
+            raise ValueError(f"*{name} is an alias, which is not allowed; write its value out")
         node: yaml.Node | None = super().compose_node(parent, index)
         return node

@@ -1,8 +1,9 @@
-"""TIFF files by tifffile, as rasters and written back, with their pixel size.
+"""TIFF files, read with tifffile as rasters, and written with their pixel size.
 
-The first image series of a file is read: its pages are slices unless the file (OME, ImageJ) or the
-settings say that they are channels. The pixel size is OME's, ImageJ's or the resolution's. What
-tifffile cannot decompress without its extra, Pillow decompresses, if it does so without loss.
+A file may hold one image series. Its pages are slices unless the file (OME, ImageJ) or the settings
+say that they are channels. The pixel size comes from OME metadata, ImageJ metadata or the
+resolution. If tifffile cannot decompress a file without imagecodecs, Pillow decompresses it, but
+only if the values stay the same.
 """
 
 import html
@@ -25,24 +26,24 @@ from segkit.io.raster import Raster, scale_of
 OME_SUFFIXES = (".ome.tif", ".ome.tiff")
 TIFF_SUFFIXES = (".tif", ".tiff", *OME_SUFFIXES)
 PER_MM = {2: 25.4, 3: 10.0}
-"""Millimetres of TIFF's units of resolution, the inch and the centimetre."""
+"""Length in mm of TIFF's units of resolution: inch and centimetre."""
 ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
 PIXELS_OF_OME = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
 READABLE = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
 PAGE_AXES = "ZIQ"
-"""tifffile's letters of slices, of a sequence, and of what the file does not name."""
-Had = TypeVar("Had")
+"""tifffile's letters for axes of slices, of a sequence, and of unknown meaning."""
+Decoded = TypeVar("Decoded")
 
-# tifffile logs what it reads over; what matters is refused below.
+# tifffile logs faults that it ignores; faults that matter are refused below.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 def read_tiff_header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
-    """What the header says, and the most bytes of pixels that the file can hold, if that is known.
+    """The header as a raster, and the most bytes of pixels that the file can hold, if known.
 
-    Raises VolumeError for pictures that are not read, and ValueError for damaged ones.
+    Raises VolumeError for unsupported pictures, and ValueError for damaged ones.
     """
-    return _had(lambda: _header(path, rules))
+    return _decoded(lambda: _header(path, rules))
 
 
 def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
@@ -50,7 +51,7 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         series, page = _only_series(file)
         photometric = _name(page.photometric)
         if photometric not in READABLE:
-            raise VolumeError(f"its colours are {photometric}; convert it to grey or RGB")
+            raise VolumeError(f"expected grey or RGB, found the colours {photometric}; convert it")
         kind = np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1")
         if kind.kind not in "biuf":
             raise VolumeError(f"expected one real number per value, found {kind}")
@@ -69,13 +70,15 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         alpha = None
         if extra and extra[-1] in (1, 2):
             if channels != samples:
-                raise VolumeError("it has channels and opacity (alpha) too; save it without alpha")
+                raise VolumeError(
+                    "expected channels or opacity (alpha), found both; save it without alpha"
+                )
             alpha = channels - 1
         inverted = photometric == "MINISWHITE" and kind.kind in "ui"
         palette = None
         if photometric == "PALETTE":
             palette = (np.asarray(page.colormap) >> 8).T.astype(np.uint8)
-        held = _held(series, path.stat().st_size)
+        capacity = _capacity(series, path.stat().st_size)
         compressed = int(page.compression) != 1
         orientation = int(page.tags.valueof(ORIENTATION_TAG, default=1))
 
@@ -84,7 +87,7 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         values = values.reshape(series.shape)
         axes = series.axes
         wanted = "XY" + order[0] + order[1]
-        wanted += "".join(axis for axis in axes if axis not in wanted)  # of size 1
+        wanted += "".join(axis for axis in axes if axis not in wanted)  # axes of size 1
         values = values.transpose([axes.index(axis) for axis in wanted]).reshape(size)
         return values.astype(kind, copy=False)
 
@@ -100,21 +103,21 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         alpha,
         inverted_from=2 ** int(page.bitspersample) - 1 if inverted else None,
     )
-    return raster, held
+    return raster, capacity
 
 
 def write_tiff(
     path: Path, name: str, data: ndarray, spacing: tuple[float, float, float], facts: PictureFacts
 ) -> None:
-    """Write (column, row, slice) or (column, row, slice, channel), with its pixel size.
+    """Write a picture with its pixel size as a TIFF file.
 
     Args:
-        path: of the file.
-        name: the name that it will have; OME metadata is written into `.ome.tif`, ImageJ's into
-            others.
-        data: float16 and float64 become float32.
-        spacing: along its axes, mm.
-        facts: whether that is a pixel size, and the colours of labels.
+        path: the file to write.
+        name: the final name of the file. `.ome.tif` files get OME metadata, others ImageJ metadata.
+        data: (column, row, slice) or (column, row, slice, channel); float16 and float64 values are
+            converted to float32.
+        spacing: distance between pixels along columns, rows and slices, in mm.
+        facts: whether the pixel size is known, the EXIF orientation, and the label colours.
     """
     values = data[..., None] if data.ndim == 3 else data
     values = np.ascontiguousarray(np.transpose(values, (2, 3, 1, 0)))  # ZCYX
@@ -122,7 +125,7 @@ def write_tiff(
         values = values.astype(np.float32)
     elif values.dtype == bool:
         values = values.astype(np.uint8)
-    scale = 1e3  # of mm in µm
+    scale = 1e3  # µm per mm
     per_unit = (1 / (spacing[0] * scale), 1 / (spacing[1] * scale)) if facts.sized else (1, 1)
     orientation = [(ORIENTATION_TAG, "H", 1, facts.orientation, True)]
     options: dict[str, Any] = {"photometric": "minisblack"}
@@ -144,7 +147,7 @@ def write_tiff(
         options |= {"photometric": "palette", "colormap": table << 8 | table}
         tifffile.imwrite(path, values[0, 0], metadata=None, compression="zlib", **options)
         return
-    # With all six axes, tifffile takes no column of a narrow picture for a channel.
+    # All six axes are given; otherwise tifffile mistakes columns of a narrow picture for channels.
     metadata = {"axes": "TZCYXS"}
     if facts.sized:
         metadata |= {"spacing": spacing[2] * scale, "unit": "um"}
@@ -160,41 +163,44 @@ def write_tiff(
     )
 
 
-def _had(give: Callable[[], Had]) -> Had:
-    """What tifffile gives. Raises ValueError for whatever it raises for damaged files."""
+def _decoded(call: Callable[[], Decoded]) -> Decoded:
+    """The result of a call to tifffile. Its errors for damaged files are raised as ValueError."""
     try:
-        return give()
+        return call()
     except (MemoryError, OSError, VolumeError):
         raise
-    except Exception as error:  # it lets through whatever a damaged file leads to
+    except Exception as error:  # tifffile raises many types for damaged files
         reason = " ".join(str(error).split())
         raise ValueError(f"it is damaged: {reason or type(error).__name__}") from None
 
 
 def _only_series(file: tifffile.TiffFile) -> tuple[Any, Any]:
-    """The series of images, and its first page. Raises VolumeError if there are several."""
+    """The only image series, and its first page. Raises VolumeError if there are several."""
     found = [series for series in file.series if series.kind != "thumbnail"]
     if not found:
         raise ValueError("it holds no image")
     series = found[0]
     shapes = sorted({tuple(one.shape) for one in found})
     if len(found) > 1:
-        told = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
+        listed = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
         raise VolumeError(
-            f"it holds {len(found)} pictures ({told}); save each as a file of its own"
+            f"expected one picture, found {len(found)} ({listed}); save each as a separate file"
         )
     missing = [page for page in series.pages if page is None or page.parent is not file]
     if missing:
-        raise VolumeError("some of its planes lie in other files; save all of them in one")
+        raise VolumeError("some of its planes are in other files; save all planes in one file")
     return series, series.keyframe
 
 
 def _order(
     axes: str, shape: tuple[int, ...], pages: Literal["slices", "channels"] | None
 ) -> tuple[str, str]:
-    """The axes, by tifffile's letters, that become slices and channels. Raises VolumeError."""
+    """The axes, in tifffile's letters, that are slices, and those that are channels.
+
+    Raises VolumeError for any other axes.
+    """
     if "X" not in axes or "Y" not in axes:
-        raise VolumeError(f"expected columns and rows, found the axes {axes}")
+        raise VolumeError(f"expected columns and rows, found the axes {axes}; save it as a picture")
     slices, channels, strange = "", "", ""
     for axis, size in zip(axes, shape, strict=True):
         if axis in "XY" or size == 1:
@@ -208,10 +214,10 @@ def _order(
         else:
             strange += axis
     if strange or len(slices) > 1:
-        what = "times" if strange == "T" else f"the axes {axes}"
+        named = "time points" if strange == "T" else f"the axes {axes}"
         raise VolumeError(
-            f"expected slices and channels, found {what}; say by data.pictures.pages what its "
-            f"pages are, slices or channels, or save each as a file of its own"
+            f"expected slices and channels, found {named}; set data.pictures.pages to slices or "
+            f"channels, or save each page as a separate file"
         )
     return slices, channels
 
@@ -220,22 +226,22 @@ def _product(series: Any, letters: str) -> int:
     return int(np.prod([series.shape[series.axes.index(axis)] for axis in letters], dtype=object))
 
 
-def _held(series: Any, size: int) -> int | None:
-    """Bytes that the file can hold; raises ValueError if it is cut short."""
+def _capacity(series: Any, size: int) -> int | None:
+    """The most bytes of pixels that the file can hold. Raises ValueError if it is truncated."""
     for page in series.pages:
         if not page.dataoffsets or 0 in page.databytecounts:
-            raise ValueError("some of its pixels are not in the file; it is cut short")
+            raise ValueError("it is incomplete: some of its pixels are missing")
         ends = [at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
         if max(ends) > size:
-            raise ValueError(f"its pixels end {max(ends) - size} bytes behind the file's end")
-    # Whatever the method, a TIFF of 65535 times its size is no picture.
+            raise ValueError(f"it is incomplete: {max(ends) - size} bytes of pixels are missing")
+    # No method of compression makes a real picture 65535 times smaller.
     return size * 2**16
 
 
 def _pixels(path: Path, *, page_count: int, compressed: bool) -> ndarray:
     try:
-        with _had(lambda: tifffile.TiffFile(path)) as file:
-            return _had(lambda: _only_series(file)[0].asarray())
+        with _decoded(lambda: tifffile.TiffFile(path)) as file:
+            return _decoded(lambda: _only_series(file)[0].asarray())
     except ValueError as error:
         if not compressed or "imagecodecs" not in str(error):
             raise
@@ -243,23 +249,23 @@ def _pixels(path: Path, *, page_count: int, compressed: bool) -> ndarray:
             return _by_pillow(path, page_count)
         except ValueError:
             raise VolumeError(
-                "its compression needs imagecodecs; run pip install 'segkit[tiff]', or save it "
-                "without compression"
+                "its compression needs the package imagecodecs; run pip install 'segkit[tiff]', or "
+                "save it without compression"
             ) from None
 
 
 def _by_pillow(path: Path, page_count: int) -> ndarray:
-    """All pages one after the other. Raises ValueError where Pillow would change the values."""
-    with _had(lambda: tifffile.TiffFile(path)) as file:
+    """All pages, stacked. Raises ValueError if Pillow would change the values."""
+    with _decoded(lambda: tifffile.TiffFile(path)) as file:
         page: Any = file.pages[0]
         kind, channels = np.dtype(page.dtype), int(page.samplesperpixel)
         if page.tags.valueof(ORIENTATION_TAG, default=1) != 1:
             raise ValueError("Pillow turns the pixels")
     with path.open("rb") as opened:
-        image = _had(lambda: TiffImagePlugin.TiffImageFile(opened))
+        image = _decoded(lambda: TiffImagePlugin.TiffImageFile(opened))
         pages = []
         for number in range(page_count):
-            _had(lambda number=number: image.seek(number))  # type: ignore[misc]
+            _decoded(lambda number=number: image.seek(number))  # type: ignore[misc]
             if CHANNELS_OF_MODE.get(image.mode, 1) != channels:
                 raise ValueError(f"Pillow reads it as {image.mode}")
             values = pillow_values(image)
@@ -272,10 +278,10 @@ def _by_pillow(path: Path, page_count: int) -> ndarray:
 def _pixel(
     file: tifffile.TiffFile, page: Any, axes: str
 ) -> tuple[tuple[float, float, float | None] | None, str]:
-    """The pixel size in mm along columns, rows and slices, and where it comes from."""
+    """The pixel size in mm along columns, rows and slices, and its source as a phrase."""
     if file.ome_metadata and (found := PIXELS_OF_OME.search(file.ome_metadata)):
-        told = {key: html.unescape(value) for key, value in ATTRIBUTE.findall(found[1])}
-        sizes = [_ome_size(told, axis) for axis in "XYZ"]
+        attributes = {key: html.unescape(value) for key, value in ATTRIBUTE.findall(found[1])}
+        sizes = [_ome_size(attributes, axis) for axis in "XYZ"]
         if sizes[0] is not None and sizes[1] is not None:
             return (sizes[0], sizes[1], sizes[2]), "its OME metadata"
     about: dict[str, Any] = file.imagej_metadata or {}
@@ -286,23 +292,24 @@ def _pixel(
     if named in IN_LENGTHS:
         unit, source = IN_LENGTHS[named], "its ImageJ metadata"
         if min(resolution) <= 0:
-            return None, "its file does not tell a pixel size"
+            return None, "its file does not give a pixel size"
         scale: tuple[float, float] | None = (unit / resolution[0], unit / resolution[1])
     elif unit is None or min(resolution) <= 0:
-        return None, "its file does not tell a pixel size"
+        return None, "its file does not give a pixel size"
     else:
         scale = scale_of(resolution, unit)
     if scale is None:
-        return None, f"its resolution, {resolution[0] * 25.4 / (unit or 1):.3g} dpi, is no scale"
+        dpi = resolution[0] * 25.4 / (unit or 1)
+        return None, f"its resolution, {dpi:.3g} dpi, is not a pixel size"
     across = about.get("spacing")
     known = isinstance(across, int | float) and named in IN_LENGTHS and across > 0
     return (*scale, float(across) * IN_LENGTHS[named] if known and across else None), source
 
 
-def _ome_size(told: dict[str, str], axis: str) -> float | None:
-    unit = told.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").lower()
+def _ome_size(attributes: dict[str, str], axis: str) -> float | None:
+    unit = attributes.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").lower()
     try:
-        size = float(told[f"PhysicalSize{axis}"]) * IN_LENGTHS[unit]
+        size = float(attributes[f"PhysicalSize{axis}"]) * IN_LENGTHS[unit]
     except (KeyError, ValueError):
         return None
     return size if size > 0 else None

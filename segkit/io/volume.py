@@ -1,10 +1,10 @@
-"""Volumes: voxels with the grid they lie on, read from files and written back without loss.
+"""Volumes: voxels with their grid, read from files and written back without loss.
 
-Headers are read by `nifti`, `nrrd` and `metaimage`, voxels by `voxel_bytes`: nothing is allocated
-that the file does not hold, and a header that is not understood is refused. Pictures are read and
-written by `bitmap` and `tiff`; `raster` says where their pixels lie. NIfTI is written by
-nibabel, NRRD and MetaImage by SimpleITK. It does not read them, because it crashes on some damaged
-files and returns wrong voxels for others (docs/volumes.md has the counts).
+`nifti`, `nrrd` and `metaimage` read headers, and refuse those that they do not understand.
+`voxel_bytes` reads voxels, and allocates no more than the file can hold. `bitmap` and `tiff` read
+and write pictures, and `raster` places their pixels. nibabel writes NIfTI; SimpleITK writes NRRD
+and MetaImage. SimpleITK does not read them, because it crashes on some damaged files and returns
+wrong voxels for others (docs/volumes.md has the counts).
 """
 
 import logging
@@ -42,32 +42,32 @@ from segkit.io.voxel_bytes import Layout, read_voxels
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
-"""Suffixes of headers that may name a data file, and of the same format in one file."""
+"""Suffix of each header that may name a data file, and that of the same format in one file."""
 NOT_PICTURES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", *ONE_FILE)
-"""Of volumes that are read and are no pictures."""
+"""Suffixes of the volumes that segkit reads and that are not pictures."""
 KEPT_AS = {".jpg": ".png", ".jpeg": ".png", ".bmp": ".png"}
-"""Suffixes of pictures that would lose labels or their types, and of what is written instead."""
+"""Suffix of each picture format that cannot store labels, and that of the results instead."""
 WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
-"""Of volumes in one file that are no pictures, the only ones that are written."""
+"""Suffixes of the volumes that segkit writes and that are not pictures."""
 WRITTEN_PICTURES = (".png", *TIFF_SUFFIXES)
-"""Of pictures, the only ones that are written."""
+"""Suffixes of the pictures that segkit writes."""
 SUFFIXES = (*NOT_PICTURES, *PICTURE_SUFFIXES)
-"""Of volumes that are read."""
+"""Suffixes of all volumes that segkit reads."""
 SMALLEST, LARGEST = 1e-6, 1e6
-"""Of voxels and of the place of the first, in mm: a nanometre, and a kilometre."""
+"""Limits in mm of voxel sizes and of the first voxel's coordinates: a nanometre, a kilometre."""
 QFORM_TOLERANCE = 0.01
-"""Millimetres that a qform may lie off the sform; one of a sheared affine lies further off."""
+"""Distance in mm by which a qform may differ from the sform; a shear makes a larger difference."""
 BYTES_OF_SCALED = np.dtype(np.float32).itemsize
 BYTES_OF_LABEL = 8
-"""Of a label as `read_labels` gives it."""
+"""Bytes per label in the result of `read_labels`."""
 BYTES_OF_IMAGE = 12
-"""That are needed for each voxel of an image to prepare it: two copies of a channel, and labels."""
+"""Bytes per voxel that preparing an image needs: two copies of a channel, and labels."""
 FARTHEST_VALUE = 1e30
-"""Beyond it, sums in single precision would overflow."""
+"""Largest absolute value of an image; larger ones would overflow sums in single precision."""
 ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
-"""How far labels may lie from whole numbers: in all, as a share of the number, and at most."""
+"""Rounding errors that labels may have: always, as a fraction of the number, and at most."""
 AS_IT_SAYS = PictureRules()
-"""Pictures as their files say."""
+"""The default rules, by which pictures are read as their files say."""
 Read = TypeVar("Read")
 logger = logging.getLogger(__name__)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -75,11 +75,11 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Voxel values and where they lie.
+    """Voxel values and their grid.
 
     `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
-    three axes. `header` is the NIfTI header it was read with, which keeps codes and units for
-    whatever is written on the same grid; `picture` is what is known of a picture beside its pixels.
+    three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
+    get its codes and units. `picture` holds the facts about a picture, such as its unit.
     """
 
     data: ndarray
@@ -89,52 +89,54 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.data.shape[:3] != self.grid.shape:
-            raise ValueError(f"data of shape {self.data.shape} on a grid of {self.grid.shape}")
+            raise ValueError(
+                f"expected data of the grid's shape {self.grid.shape}, found {self.data.shape}"
+            )
 
     def like(self, data: ndarray) -> "Volume":
-        """Other values on the same grid, with the same codes and units."""
+        """A volume of other values on the same grid, with the same codes and units."""
         return replace(self, data=data)
 
     def on(self, grid: Grid, data: ndarray) -> "Volume":
-        """Values on another grid of the same world, such as a coarser one."""
+        """A volume of values on another grid in the same world, such as a coarser one."""
         return Volume(data, grid, self.header, self.picture)
 
     def sized_as(self, other: "Volume") -> "Volume":
-        """The same pixels, at the pixel size of another picture if only that one's is known."""
+        """The same volume; it takes the pixel size of another picture if only that is known."""
         grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
         return replace(self, grid=grid, picture=facts)
 
     @property
     def unit(self) -> Unit:
-        """The unit that lengths on its grid, in mm, are told in: 'mm', 'µm', or 'pixel'."""
+        """The unit in which its lengths are printed: 'mm', 'µm' or 'pixel'."""
         return self.picture.unit if self.picture else "mm"
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is a picture of one slice, which has an area and no volume."""
+        """Whether it is a picture of one slice, which has an area instead of a volume."""
         return self.picture is not None and self.grid.shape[2] == 1
 
     def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
-        """The same voxels on a grid that holds them too, in the order that it has them in.
+        """The same voxels in the axis order of another grid that has the same voxels.
 
-        A file may store the axes of a scan in another order or direction than another, and their
-        headers may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
+        Two files may store the axes of a scan in different orders or directions, and their headers
+        may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
 
         Args:
-            grid: of another volume.
-            what: this volume, for the error.
-            whose: the other volume, for the error.
+            grid: grid of the other volume.
+            what: name of this volume, for the error.
+            whose: name of the other volume, for the error.
 
         Raises:
-            VolumeError: the grids hold different voxels; it says in what they differ.
+            VolumeError: the grids have different voxels; the error names the differences.
         """
         return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
 
 
 def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
-    """The order and directions of one grid's axes in which it is the other; see `Volume.onto`.
+    """The orientation that turns one grid into the other; see `Volume.onto`.
 
-    Raises VolumeError if it is none.
+    Raises VolumeError if the grids have different voxels.
     """
     turn = Orientation.between(one, other)
     if difference := turn.turn_grid(one).difference_from(other):
@@ -147,7 +149,7 @@ def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
 def suffix_of(path: Path) -> str:
     """The volume suffix of a file name, such as '.nii.gz'.
 
-    Raises VolumeError if segkit reads no files of that name.
+    Raises VolumeError if segkit cannot read files with this suffix.
     """
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
@@ -156,39 +158,39 @@ def suffix_of(path: Path) -> str:
 
 
 def result_suffix(path: Path) -> str:
-    """The suffix of labels for a volume: its own, or one that holds all and in one file."""
+    """The suffix of results for a volume: its own, or that of a format that can store labels."""
     suffix = suffix_of(path)
     return {**ONE_FILE, **KEPT_AS}.get(suffix.lower(), suffix)
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file name is that of a picture."""
+    """Whether a file is a picture, by its suffix."""
     return path.name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def numbers_suffix(suffix: str) -> str:
-    """The suffix of numbers that are no labels, beside labels of a suffix: TIFF beside pictures."""
+    """Suffix of results that are not labels, such as maps, if labels have `suffix`."""
     if suffix.lower() not in PICTURE_SUFFIXES or suffix.lower() in TIFF_SUFFIXES:
         return suffix
     return ".tif"
 
 
 def volumes_among(files: Iterable[Path]) -> list[Path]:
-    """The volumes among files, in order; beside others, pictures are taken for illustrations."""
+    """The volumes among files, sorted. Pictures only count if there are no other volumes."""
     found = [file for file in sorted(files) if file.name.lower().endswith(SUFFIXES)]
     scans = [file for file in found if not is_picture(file)]
     return scans or found
 
 
 def check_writable(path: Path) -> None:
-    """Raise VolumeError if a file name is not that of a volume that segkit writes."""
+    """Raise VolumeError if segkit cannot write a volume with this suffix."""
     written = (*WRITTEN_SUFFIXES, *WRITTEN_PICTURES)
     if not path.name.lower().endswith(written):
-        raise VolumeError(f"{path}: expected a volume named *{', *'.join(written)}; name it so")
+        raise VolumeError(f"{path}: expected a name in *{', *'.join(written)}; change its suffix")
 
 
 def stem_of(path: Path) -> str:
-    """The file name without its volume suffix: 'scan' for 'scan.nii.gz'."""
+    """The file name without its volume suffix, such as 'scan' for 'scan.nii.gz'."""
     return path.name[: -len(suffix_of(path))]
 
 
@@ -199,20 +201,21 @@ def read_volume(
 
     Args:
         path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
-            file. A header in `.nhdr` or `.mhd` may name a data file of its own folder. Or a picture
-            (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`).
-        rules: what is known of a picture beside what its file says, such as its pixel size.
-        working: bytes for each of (x, y, z) that the caller will need beside the voxels. A volume
-            that does not fit into free memory with them is refused before anything is allocated.
+            file, or a picture (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`). A `.nhdr` or `.mhd`
+            header may name a data file in its own folder.
+        rules: settings for reading pictures, such as the pixel size.
+        working: bytes per voxel (x, y, z) that the caller will need in addition to the values. A
+            volume that does not fit into free memory with them is refused before anything is
+            allocated.
 
     Returns:
         The voxels, (x, y, z) or (x, y, z, channel), in the file's axis order and type (float32 if
-        the file scales them); a 2D image has one slice. Axes of size 1 beyond the third are
+        the file scales them). A 2D image has one slice. Axes of size 1 beyond the third are
         dropped. The grid is in mm, RAS+. A picture is (column, row, slice) or (column, row, slice,
-        channel); its opacity is left out, and its palette is read as grey or RGB.
+        channel), without opacity; a palette is converted to grey or RGB.
 
     Raises:
-        VolumeError: there is no such file, it is damaged, or it is not a volume; in one sentence.
+        VolumeError: the file does not exist, is damaged, or is not a volume.
 
     Example:
         >>> scan = read_volume("scan.nii.gz")
@@ -225,14 +228,15 @@ def read_volume(
 def read_label_values(
     path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
 ) -> Volume:
-    """A label file as it is, whatever its values: of a picture, a number for each pixel.
+    """The values of a label file, which are not checked; a picture gives one number per pixel.
 
     Args:
-        path: a file as `read_volume` takes it.
-        rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
+        path: a file that `read_volume` can read.
+        rules: as for `read_volume`; if it has colours, they give the labels of a picture.
         working: as for `read_volume`.
 
-    Raises VolumeError as `read_volume` does, and for pictures that are no labels.
+    Raises:
+        VolumeError: as for `read_volume`, or a picture cannot be labels.
     """
     return _open(Path(path), partial(_read, rules=rules, as_labels=True, working=working))
 
@@ -243,24 +247,25 @@ def read_labels(
     """A volume of labels, read from a file.
 
     Args:
-        path: a file as `read_volume` takes it.
-        rules: as for `read_volume`; with colours, a picture's labels are looked up by colour.
+        path: a file that `read_volume` can read.
+        rules: as for `read_volume`; if it has colours, they give the labels of a picture.
         working: as for `read_volume`.
 
     Returns:
-        The labels, (x, y, z), int64, 0 for the background.
+        The labels, (x, y, z), int64, with 0 for the background.
 
     Raises:
-        VolumeError: as `read_volume` does, and for values that are not whole numbers, but for
-            rounding, one per voxel.
+        VolumeError: as for `read_volume`, or the values are not whole numbers (up to rounding
+            errors), or a voxel has several values.
 
     Example:
         >>> num_voxels = (read_labels("labels.nii.gz").data == 1).sum()
     """
     volume = read_label_values(path, rules=rules, working=BYTES_OF_LABEL + working)
     expected = f"{path}: expected whole numbers, one per voxel, as labels"
+    advice = "convert it, or pass another file"
     if volume.data.ndim != 3:
-        raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel")
+        raise VolumeError(f"{expected}, found {volume.data.shape[3]} values per voxel; {advice}")
     values = whole_numbers(volume.data, path)
     whole = np.empty(values.shape, np.int64, order="F")
     for z in range(values.shape[2]):
@@ -269,20 +274,21 @@ def read_labels(
             here[...] = found
         strange = found[here != found]
         if len(strange):
-            raise VolumeError(f"{expected}, found {in_full(strange[0])}")
+            raise VolumeError(f"{expected}, found {in_full(strange[0])}; {advice}")
     return volume.like(whole)
 
 
 def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
-    """Values of a label file in which what is whole but for rounding is whole.
+    """The values of a label file, with rounding errors removed.
 
-    A file that scales its values, or a program that resaves them, turns a 3 into 2.9999999993. The
-    nearest whole number is taken within 0.001 of it or, in large numbers, within 5e-7 of their
-    size, a few last digits of single precision. Other values stay, to be refused.
+    A file that scales its values, or a program that saves them again, may turn 3 into 2.9999999993.
+    Values within 0.001 of a whole number are rounded to it; large numbers may differ by 5e-7 of
+    their size, a few last digits of single precision. Other values are not changed, and the caller
+    refuses them.
 
     Args:
-        values: as read.
-        path: their file, for the log.
+        values: the values of the file.
+        path: the file, for the log.
     """
     if values.dtype.kind != "f":
         return values
@@ -300,19 +306,19 @@ def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
         whole[here] = np.where(near, nearest, values[here])
         farthest = max(farthest, apart)
     if farthest:
-        logger.info("%s: labels up to %.2g off whole numbers are rounded", path, farthest)
+        logger.info("%s: rounded labels that were up to %.2g off whole numbers", path, farthest)
     return whole
 
 
 def in_full(value: Any) -> str:
-    """A number in as many digits as tell it from its neighbours, whole ones without a point."""
+    """A number as text with all its digits; whole numbers have no decimal point."""
     return str(value).removesuffix(".0")
 
 
 def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
-    """The grid of a volume, from its header alone: voxels, and where they lie in mm, RAS+.
+    """The grid of a volume (mm, RAS+), read from its header only.
 
-    Raises VolumeError as `read_volume` does, except for damage that only the voxels show.
+    Raises VolumeError as `read_volume` does, but damaged voxels are not noticed.
     """
     if is_picture(Path(path)):
         return read_picture_facts(path, rules=rules)[0]
@@ -322,22 +328,22 @@ def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
 def read_picture_facts(
     path: str | Path, *, rules: PictureRules = AS_IT_SAYS
 ) -> tuple[Grid, PictureFacts]:
-    """The grid of a picture, and what is known of it, from its header alone. Raises VolumeError."""
+    """The grid and the facts of a picture, read from its header only. Raises VolumeError."""
     grid, facts = _open(Path(path), partial(picture_grid, rules=rules))
     return Grid(grid.shape, _checked_affine(grid.affine)), facts
 
 
 def read_num_channels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
-    """How many values each voxel has, from the header alone. Raises as `read_grid` does."""
+    """Number of values per voxel, read from the header only. Raises as `read_grid` does."""
     if is_picture(Path(path)):
         return _open(Path(path), partial(picture_channels, rules=rules))
     return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The files that a volume is made of: its own, and the data file that its header names.
+    """The files of a volume: the file itself, and the data file if its header names one.
 
-    Raises VolumeError as `read_grid` does if the header has to be read.
+    The header is only read if its format can name a data file; VolumeError as in `read_grid`.
     """
     if not path.name.lower().endswith(tuple(ONE_FILE)):
         return (path,)
@@ -345,8 +351,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path, beside) if beside else (path,)
 
 
-def trouble_with(values: ndarray) -> str | None:
-    """What is wrong with an image's values, if they cannot be computed with: 'holds …'."""
+def value_problem(values: ndarray) -> str | None:
+    """A phrase 'holds …' that says why the image's values cannot be used, or None if they can."""
     if values.dtype.kind != "f":
         return None
     with np.errstate(invalid="ignore"):
@@ -356,37 +362,39 @@ def trouble_with(values: ndarray) -> str | None:
         numbers = np.sum(planes, axis=0)  # of each channel
         if not np.all(numbers):
             where = " in one of its channels" if values.ndim > 3 else ""
-            return f"holds no voxel that is a number{where}; make the file anew, or leave it out"
+            return f"holds only NaN or infinite values{where}; make the file again, or leave it out"
         strange = values.size - int(np.sum(numbers))
         return (
-            f"holds voxels that are not numbers; repair it, by setting them to 0 if they lie "
-            f"outside a mask, or train with data.nan: background, which takes them so "
-            f"({strange:,} of {values.size:,} values are NaN or infinite)"
+            f"holds {strange:,} NaN or infinite values among {values.size:,}; if they lie outside "
+            f"a mask, set them to 0 in the file, or train with data.nan: background, which does so"
         )
     if max(-low, high) > FARTHEST_VALUE:
-        return f"holds values from {low:g} to {high:g}; scale them to what was measured"
+        return (
+            f"holds values from {low:g} to {high:g}, expected none beyond {FARTHEST_VALUE:g}; "
+            f"rescale them"
+        )
     return None
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
-    """Write a volume whole or not at all.
+    """Write a volume, complete or not at all.
 
-    On the grid that its header describes, affine, qform, sform, their codes and units are the
-    header's own, bit for bit; on another grid both forms are set from the grid's affine, in mm. A
-    qform cannot hold sheared axes: its code is then 0, so that no reader uses it.
-    Float16, which no format knows, becomes float32. NIfTI is written channel by channel; for other
-    formats the whole is put together in memory.
+    If the volume lies on the grid of its header, the file gets the header's affine, qform, sform,
+    codes and units, bit for bit. On another grid both forms are set from the grid's affine, in mm.
+    A qform cannot represent sheared axes: its code is then 0, so that no reader uses it. No format
+    has float16, so these values become float32. NIfTI is written channel by channel; other formats
+    need a copy of the volume in memory.
 
-    PNG holds one slice of whole numbers from 0 to 65535, or of red, green and blue; TIFF holds all.
-    Both hold the pixel size, if it is known, and an EXIF orientation; no other place in the world.
+    PNG can hold one slice, of whole numbers from 0 to 65535 or of RGB; TIFF can hold any volume.
+    Both store the pixel size, if it is known, and the EXIF orientation, but no other position.
 
     Args:
         path: a name in `.nii`, `.nii.gz`, `.nrrd`, `.mha`, `.png`, `.tif` or `.ome.tif`; its folder
-            is made if it is not there.
+            is made if it does not exist.
         volume: the voxels and their grid.
 
     Raises:
-        VolumeError: the name has another suffix, or SimpleITK cannot write the volume.
+        VolumeError: the name has another suffix, or the format cannot hold the volume.
         OSError: the file cannot be written.
 
     Example:
@@ -412,7 +420,9 @@ def write_volume(path: str | Path, volume: Volume) -> None:
                 simple_itk().WriteImage(image, str(unfinished), useCompression=True)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
-                raise VolumeError(f"{path}: cannot be written: {reason}") from None
+                raise VolumeError(
+                    f"{path}: cannot be written by SimpleITK: {reason}; choose another format"
+                ) from None
 
 
 def _open(path: Path, read: Callable[[Path], Read]) -> Read:
@@ -420,16 +430,22 @@ def _open(path: Path, read: Callable[[Path], Read]) -> Read:
     if not path.exists():
         raise VolumeError(f"{path}: no such file; check the path")
     if not path.is_file():
-        raise VolumeError(f"{path}: expected a file, found a folder")
+        raise VolumeError(f"{path}: expected a file, found a folder; check the path")
     try:
         return read(path)
     except VolumeError as error:
-        raise VolumeError(f"{path}: {error}") from None
+        raise VolumeError(f"{path}: {_with_advice(str(error))}") from None
     except MemoryError:
-        raise VolumeError(f"{path}: does not fit into memory; free some, or crop it") from None
+        raise VolumeError(
+            f"{path}: does not fit into memory; free some memory, or crop it"
+        ) from None
     except (HeaderDataError, OSError, EOFError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise VolumeError(f"{path}: cannot be read as {suffix}: {reason}") from None
+        raise VolumeError(f"{path}: cannot be read as {suffix}: {_with_advice(reason)}") from None
+
+
+def _with_advice(reason: str) -> str:
+    return reason if ";" in reason else f"{reason}; repair or convert it, or get a new copy"
 
 
 def _layout(path: Path) -> tuple[Nifti1Header | None, Layout, tuple[float, float]]:
@@ -463,7 +479,7 @@ def _read(
 
 
 def _as_shown(data: ndarray, grid: Grid) -> tuple[ndarray, Grid]:
-    """A volume that was no picture, its columns to the patient's left and its rows to the back."""
+    """Data and grid turned for a picture: columns run to the patient's left, rows to the back."""
     left_back = Grid((1, 1, 1), LPS_TO_RAS)
     turn = Orientation.between(grid, left_back)
     return turn.turn(data), turn.turn_grid(grid)
@@ -474,11 +490,9 @@ def _grid(layout: Layout) -> Grid:
 
 
 def _scaled(stored: ndarray, slope: float, intercept: float) -> ndarray:
-    """Float32, worked out in float64 a part at a time."""
+    """Scaled values in float32, computed in float64 one part at a time."""
     values = np.empty(stored.shape, np.float32, order="F")
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # what is no number is refused where it counts
+    with np.errstate(over="ignore", invalid="ignore"):  # callers refuse values that are not finite
         for part in range(stored.shape[-1]):
             values[..., part] = stored[..., part] * np.float64(slope) + np.float64(intercept)
     return values
@@ -489,9 +503,11 @@ def _checked_affine(affine: ndarray) -> ndarray:
     with np.errstate(over="ignore"):
         spacing = np.linalg.norm(directions, axis=0)
     if not np.isfinite(affine).all():
-        raise VolumeError("its affine holds values that are not numbers; repair its header")
+        raise VolumeError("its affine holds NaN or infinite values; repair its header")
     if not (spacing > 0).all():
-        raise VolumeError(f"expected voxel sizes above zero, found {spacing.tolist()} mm")
+        raise VolumeError(
+            f"expected voxel sizes above zero, found {spacing.tolist()} mm; repair its header"
+        )
     if not ((spacing >= SMALLEST) & (spacing <= LARGEST)).all():
         raise VolumeError(
             f"expected voxel sizes from {SMALLEST:g} to {LARGEST:g} mm, found {spacing.tolist()}; "
@@ -503,7 +519,7 @@ def _checked_affine(affine: ndarray) -> ndarray:
             f"{affine[:3, 3].tolist()}; repair its header"
         )
     if abs(np.linalg.det(directions / spacing)) < 1e-3:
-        raise VolumeError("its affine is singular: two of its axes point one way")
+        raise VolumeError("its affine is singular: its axes lie in one plane; repair its header")
     return affine
 
 
@@ -516,7 +532,7 @@ def _write_nifti(path: Path, volume: Volume) -> None:
         image.header.write_to(file)
         for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
             stored: Any = np.asarray(channel, kind, order="F").T
-            file.write(stored)  # without a copy, as its first axis is the slowest now
+            file.write(stored)  # not copied, because its first axis is now the slowest
             release(data)
 
 
@@ -531,17 +547,17 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     header.set_data_dtype(np.float32 if kind == np.float16 else kind)
     pixdim = header["pixdim"].copy()
     header.set_data_shape(shape)
-    header["pixdim"] = pixdim  # of a 2D image, the shape makes the slice 1 mm thick
+    header["pixdim"] = pixdim  # setting a 2D shape has reset the slice thickness to 1 mm
     header.set_slope_inter(None, None)
     for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
         header[field] = 0
-    # Text may hold names of patients, as extensions may.
+    # Text fields may contain names of patients.
     for field in ("data_type", "db_name", "aux_file", "intent_name"):
         if field in header.structarr.dtype.names:
             header[field] = b""
     header["descrip"] = b"segkit"
     header["intent_code"] = 0
-    # A header without codes has an affine that depends on its shape, which is set by now.
+    # The affine of a header without codes depends on its shape, so it is compared after set_shape.
     if not np.array_equal(millimetre_affine(header), volume.grid.affine):
         code = max(int(header["sform_code"]), int(header["qform_code"])) or 2
         header.set_xyzt_units("mm")
@@ -558,9 +574,8 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
 
 
 def simple_itk() -> Any:
-    """The package SimpleITK."""
-    # Imported where it is called for: it takes 0.1 GiB, a third of all that segkit imports to
-    # segment a NIfTI file, which needs none of it.
+    """The package SimpleITK, imported at its first use."""
+    # It takes 0.1 GiB, a third of all imports for a NIfTI file, which does not need it.
     import SimpleITK
 
     return SimpleITK

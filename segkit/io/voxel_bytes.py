@@ -1,10 +1,10 @@
-"""Voxels as files hold them, read without taking a header's word for how many there are.
+"""Reading of voxels from files, with checks of the size that the header claims.
 
-A header may claim any size. What is not compressed must be there byte by byte before it is mapped;
-of what is compressed, no more is allocated than deflate could have packed into the file, and the
-stream is read to its end, where its checksum stands. Whatever is claimed must fit into free memory,
-with all that will be made of it. A file that holds more than its header claims is refused as well:
-a size or the type is wrong, and each voxel would lie in another place.
+A header may claim any size. Raw voxels are only mapped if the file has all their bytes. For
+compressed voxels, no more memory is allocated than deflate could have packed into the file, and the
+stream is read to the checksum at its end. The voxels, and the caller's work on them, must fit into
+free memory. A file that holds more than its header claims is refused too: a size or the type in the
+header is wrong, and every voxel would be misplaced.
 """
 
 import math
@@ -22,46 +22,46 @@ from segkit.errors import VolumeError
 from segkit.system.memory import free_memory, in_words
 
 DEFLATE_RATIO = 1032
-"""The most bytes that a byte of deflate stands for (zlib's technical details)."""
+"""Largest number of bytes that one byte of deflate can decompress to (zlib's technical details)."""
 PIECE_OF_FILE = 2**20
 GZIP = b"\x1f\x8b"
 EITHER_HEADER = 32 + zlib.MAX_WBITS
-"""To zlib: a stream of gzip or of its own, whichever it is."""
+"""Argument by which zlib accepts both gzip and zlib streams."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a header says of its file's voxels."""
+    """The layout of voxels in a file, as its header describes it."""
 
     space: tuple[int, int, int]
-    """Voxels along x, y and z, of which x is stored fastest."""
+    """Number of voxels along x, y and z; x is stored fastest."""
     kind: np.dtype[Any]
     affine: ndarray
-    """In mm, RAS+, as a grid has it."""
+    """Affine of the grid, in mm, RAS+."""
     offset: int
-    """Of the first voxel's first byte: in the file, or in what its stream inflates to.
+    """Byte of the first voxel, in the file or in its decompressed stream.
 
-    -1, for voxels that are not compressed: they are the last bytes of the file.
+    -1 is only for raw voxels: they are the last bytes of the file.
     """
     stream: int | None = None
-    """Where in the file a compressed stream begins, if one does."""
+    """Byte of the file at which the compressed stream begins; None for raw voxels."""
     channels: int | None = None
-    """The size of an axis of channels, if there is one; one of size 1 is dropped."""
+    """Size of the axis of channels, if there is one; an axis of size 1 is dropped."""
     channels_first: bool = False
-    """Whether channels are stored faster than x; else they are slower than z."""
+    """Whether channels are stored faster than x; otherwise they are slower than z."""
     file: Path | None = None
-    """The file that holds the voxels, if it is not the header's own."""
+    """The file that holds the voxels, if it is not the header's own file."""
     part: bool = False
-    """Whether the voxels are a part of a larger file, so that others may follow them."""
+    """Whether the voxels are part of a larger file, so that other data may follow them."""
 
     @property
     def claimed(self) -> int:
-        """Bytes that the voxels take, uncompressed."""
+        """Bytes of the uncompressed voxels."""
         return math.prod(self.space) * (self.channels or 1) * self.kind.itemsize
 
     @property
     def spare(self) -> int:
-        """Bytes fewer than which may follow the voxels: as many as a wrong size would leave."""
+        """If at least this many bytes follow the voxels, a size in the header is wrong."""
         return self.claimed // max(*self.space, self.channels or 1)
 
 
@@ -70,14 +70,14 @@ def file_beside(header: Path, name: str) -> Path:
 
     Args:
         header: the file whose text names the other.
-        name: the name as the header has it, decoded as Latin-1.
+        name: the name in the header, decoded as Latin-1.
 
     Returns:
-        The file's path, with no links left in it.
+        The path of the file, with links resolved.
 
     Raises:
-        VolumeError: the name is absolute, holds `..`, leads out of the folder by a link, or is not
-            that of a plain file.
+        VolumeError: the name is absolute, contains `..`, leads out of the folder by a link, or is
+            not the name of a plain file.
     """
     name = os.fsdecode(name.encode("latin-1"))
     windows = PureWindowsPath(name)
@@ -85,31 +85,32 @@ def file_beside(header: Path, name: str) -> Path:
     file = Path(os.path.realpath(folder / name))
     if windows.anchor or ".." in windows.parts or not file.is_relative_to(folder):
         raise VolumeError(
-            f"expected its voxels in a file of its own folder, found {name[:60]!r}; put both into "
-            f"one folder"
+            f"expected its voxels in a file in the same folder, found {name[:60]!r}; put both "
+            f"files into one folder"
         )
     if not file.is_file():
         raise VolumeError(
-            f"expected its voxels in {name[:60]!r}, which is not a file of its folder; bring it, "
-            f"or convert the volume to one file"
+            f"expected its voxels in {name[:60]!r} in the same folder, found no such file; copy it "
+            f"there, or convert the volume to one file"
         )
     return file
 
 
 def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
-    """The voxels, (x, y, z) or (x, y, z, channel), of the machine's own byte order.
+    """The voxels, (x, y, z) or (x, y, z, channel), in the machine's own byte order.
 
-    What is not compressed is mapped from the file, and changes to it stay in memory.
+    Raw voxels are mapped from the file; changes to them stay in memory.
 
     Args:
-        header: the file that the layout was read from.
-        layout: what it says of the voxels.
-        working: bytes for each of (x, y, z) that the caller will need beside the voxels.
+        header: the file from which the layout was read.
+        layout: the layout of the voxels.
+        working: bytes per voxel (x, y, z) that the caller will need in addition to the values.
 
     Raises:
-        VolumeError: the file cannot hold so many voxels, or holds more, or all that will be made of
-            them does not fit into free memory.
-        ValueError, EOFError: a stream is damaged or cut short.
+        VolumeError: the file holds fewer or more voxels than its header claims, or the voxels and
+            the caller's work on them do not fit into free memory.
+        ValueError: the compressed data are damaged.
+        EOFError: the compressed data are incomplete.
     """
     path = layout.file or header
     claimed = layout.claimed
@@ -122,8 +123,8 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
         held = (size - layout.stream) * DEFLATE_RATIO - offset
     if claimed > held:
         raise VolumeError(
-            f"its header claims {claimed} bytes of voxels and the file can hold {max(held, 0)}; "
-            f"it is cut short or damaged"
+            f"its header claims {claimed} bytes of voxels, but the file can only hold "
+            f"{max(held, 0)}; it is incomplete or damaged, so get a new copy"
         )
     channels = layout.channels or 1
     ordered = layout.kind.isnative and not (channels > 1 and layout.channels_first)
@@ -148,34 +149,41 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
 
 
 def refuse_beyond_memory(space: Sequence[int], held: float, *, working: float = 0) -> None:
-    """Raise VolumeError if a volume and what will be made of it do not fit into free memory.
+    """Raise VolumeError if a volume and the work on it do not fit into free memory.
 
     Args:
-        space: its voxels along x, y and z.
-        held: bytes that its values take as they are read.
-        working: bytes for each of (x, y, z) that are needed beside them.
+        space: number of voxels along x, y and z.
+        held: bytes of its values as they are read.
+        working: bytes per voxel (x, y, z) that are needed in addition.
     """
     needed, free = held + working * math.prod(space), free_memory()
     if needed > free:
         raise VolumeError(
-            f"its header claims {' x '.join(map(str, space))} voxels, and what is made of them "
-            f"takes {in_words(needed)} where {in_words(free)} are free; free some memory, crop it, "
-            f"or repair its header"
+            f"its header claims {' x '.join(map(str, space))} voxels, which need "
+            f"{in_words(needed)} of memory, but only {in_words(free)} are free; free some memory, "
+            f"crop it, or repair its header"
         )
 
 
 def _too_much(claimed: int, held: str) -> VolumeError:
     return VolumeError(
-        f"its header claims {claimed} bytes of voxels and the file holds {held}, so that a size or "
-        f"the type is wrong; repair its header"
+        f"its header claims {claimed} bytes of voxels, but the file holds {held}, so a size or the "
+        f"type is wrong; repair its header"
     )
 
 
 def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
-    """What the gzip or zlib stream holds that begins at a byte of a file, a piece at a time.
+    """The decompressed bytes of a gzip or zlib stream in a file, in pieces.
 
-    Several gzip streams in a row count as one, and zeros may follow the last. Raises ValueError
-    where a stream is damaged, which its checksum tells at the end, and EOFError where it has none.
+    Several gzip streams in a row count as one, and zeros may follow the last.
+
+    Args:
+        path: the file.
+        start: the byte at which the stream begins.
+
+    Raises:
+        ValueError: the stream is damaged, which its checksum may show only at the end.
+        EOFError: the stream is incomplete.
     """
     with path.open("rb") as file:
         file.seek(start)
@@ -193,18 +201,19 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
                 if not (engine.eof or packed):
                     packed = file.read(PIECE_OF_FILE)
                     if not (packed or piece):
-                        raise EOFError("its compressed data are cut short")
+                        raise EOFError("its compressed data are incomplete")
             packed = engine.unused_data.lstrip(b"\0")
             while len(packed) < len(GZIP) and (more := file.read(PIECE_OF_FILE)):
                 packed = (packed + more).lstrip(b"\0")
             if packed and not packed.startswith(GZIP):
-                raise ValueError("something else follows its compressed data")
+                raise ValueError("unknown data follow its compressed data")
 
 
 def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int, spare: int | None) -> None:
-    """Fill bytes with those of a stream, all but so many at its beginning, and see to its end.
+    """Copy a stream into `values`, without its first `skipped` bytes, and read it to its end.
 
-    Raises VolumeError as soon as `spare` bytes or more follow them, unless it is None.
+    Raises VolumeError if `spare` bytes or more follow the values, unless `spare` is None. Raises
+    EOFError if the stream is too short.
     """
     filled = -skipped
     for piece in pieces:
@@ -218,6 +227,6 @@ def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int, spare: int | N
             raise _too_much(len(values), f"{filled} or more")
     if filled < len(values):
         raise EOFError(
-            f"its header claims {len(values)} bytes of voxels and the file holds "
-            f"{max(filled, 0)}; it is cut short or damaged"
+            f"its header claims {len(values)} bytes of voxels, but the file holds only "
+            f"{max(filled, 0)}; it is incomplete or damaged, so get a new copy"
         )

@@ -30,7 +30,9 @@ def place_of_process() -> ProcessPlace:
             try:
                 environment = kind()
             except RuntimeError as error:  # Lightning cannot use the options of this SLURM job
-                raise SegkitError(f"--shard auto: {' '.join(str(error).split())}") from None
+                raise SegkitError(
+                    f"--shard auto: {' '.join(str(error).split())}; pass --shard I/N"
+                ) from None
             return ProcessPlace(
                 environment.global_rank() + 1, environment.world_size(), environment.local_rank()
             )

@@ -37,11 +37,11 @@ def torch_libraries() -> dict[str, str | None]:
 
 def training_environment(device: torch.device) -> dict[str, str | None]:
     """The device type and the versions of its libraries; logs a warning if they are slow."""
-    told: dict[str, str | None] = {"device": device.type, **torch_libraries()}
+    environment: dict[str, str | None] = {"device": device.type, **torch_libraries()}
     if device.type == "cuda" and (slow := slow_convolutions()) is not None:
         logger.warning("%s", slow)
-        told["warning"] = slow
-    return told
+        environment["warning"] = slow
+    return environment
 
 
 def installed_runtimes() -> dict[str, str | None]:

@@ -37,10 +37,10 @@ from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import resume, train
 from segkit.training.folds import folds_of
-from segkit.training.kept_split import read_split, told
+from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
-from segkit.training.resolve import with_whole_paths
-from segkit.training.run_folder import SPLIT, claimed, claimed_if_free, new_run_folder
+from segkit.training.resolve import with_absolute_paths
+from segkit.training.run_folder import SPLIT, lock_if_free, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def cross_validate(
     )
     shared = {"spacing": spacing, "cache": config.data.cache or runs / ".cache"}
     data = config.data.model_copy(update=shared)
-    config = with_whole_paths(config.model_copy(update={"data": data}))
+    config = with_absolute_paths(config.model_copy(update={"data": data}))
     record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
@@ -208,13 +208,13 @@ def _go_on(
     callbacks: Sequence[Callback],
     track: Track,
 ) -> CrossValidation:
-    with claimed(folder, wait=SECONDS_FOR_ANOTHER):
+    with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
         known = _record_of(folder).folds if (folder / RECORD).is_file() else []
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
         write_json(folder / RECORD, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
-        with claimed_if_free(folder / f".{FOLD}{fold}.lock") as mine:
+        with lock_if_free(folder / f".{FOLD}{fold}.lock") as mine:
             run = _fold(folder, fold)
             if not mine or (run / SUMMARY).is_file():
                 continue
@@ -226,7 +226,7 @@ def _go_on(
                 config = record.config.model_copy(update={"name": run.name, "data": data})
                 dataset = _as_begun(folder, record)
                 train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
-    with claimed(folder, wait=SECONDS_FOR_ANOTHER):
+    with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         # Another process may have begun more of them meanwhile; the last to end pools all.
         folds = _record_of(folder).folds
         missing = [fold for fold in folds if not (_fold(folder, fold) / SUMMARY).is_file()]
@@ -277,14 +277,14 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {told(gone)}, which {dataset.folder} no longer "
-            f"contains; put the cases back, or start a new cross-validation"
+            f"{folder}: its folds were drawn with {case_names(gone)}, which {dataset.folder} no "
+            f"longer contains; put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(
             "%s: new cases are left out, because the folds were drawn without them: %s",
             folder,
-            told(sorted(here - known)),
+            case_names(sorted(here - known)),
         )
     return replace(dataset, cases=tuple(case for case in dataset.cases if case.name in known))
 

@@ -30,7 +30,7 @@ from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
 from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.postprocess import candidates
-from segkit.io.atomic import sweep, write_json, write_text
+from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
 from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
@@ -54,7 +54,6 @@ from segkit.training.changed_settings import (
 )
 from segkit.training.final_scores import score
 from segkit.training.freezing import Freezing
-from segkit.training.going_on import GoingOn
 from segkit.training.held_out_files import HeldOutFiles
 from segkit.training.kept_split import (
     SplitNames,
@@ -73,22 +72,23 @@ from segkit.training.parts import (
     refuse_replaced,
 )
 from segkit.training.resolve import on_this_machine
+from segkit.training.resume_state import ResumeState
 from segkit.training.run_folder import (
     CONFIG,
     LAST,
     SPLIT,
-    begun_run,
     check_checkpoint,
     checkpoint_of,
-    claimed,
+    existing_run,
+    locked_folder,
     new_run_folder,
     read_record,
 )
 from segkit.training.time_budget import Deadline, TimeBudget
 from segkit.training.trainer import (
+    cases_per_validation,
     determinism_as_before,
     guarded,
-    looked_at,
     make_trainer,
     steps_between,
 )
@@ -150,7 +150,7 @@ def train(
     """
     refuse_replaced(config)
     parts = prepare(config, runs=runs, dataset=dataset, network=network, track=track)
-    return fit_beside({}, parts, runs=Path(runs), callbacks=callbacks, track=track, spent=spent)
+    return fit_with_files({}, parts, runs=Path(runs), callbacks=callbacks, track=track, spent=spent)
 
 
 def fit(
@@ -181,10 +181,10 @@ def fit(
         >>> parts = segkit.prepare(config)
         >>> run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
     """
-    return fit_beside({}, parts, runs=Path(runs), callbacks=callbacks, track=track)
+    return fit_with_files({}, parts, runs=Path(runs), callbacks=callbacks, track=track)
 
 
-def fit_beside(
+def fit_with_files(
     files: Mapping[str, str],
     parts: TrainingParts,
     *,
@@ -218,7 +218,7 @@ def fit_beside(
             write_json(folder / SPLIT, _names_of(parts))
             write_text(folder / CONFIG, dump_yaml(config))
         try:
-            noted = GoingOn(_record_of(parts, config), every=steps_between(config))
+            noted = ResumeState(_record_of(parts, config), every=steps_between(config))
             trainer = make_trainer(
                 parts, config, folder, [*callbacks, *_deadline(parts, budget), noted]
             )
@@ -270,7 +270,7 @@ def resume(
         >>> run = segkit.resume("runs/my_dataset")
         >>> run = segkit.resume("runs/my_dataset", overrides=["train.steps=2000"])
     """
-    folder = begun_run(Path(run))
+    folder = existing_run(Path(run))
     config = load_config(folder / CONFIG, overrides)
     asked = config.model_dump(mode="json")["data"]["validation"]
     if parts is None:
@@ -283,7 +283,7 @@ def resume(
         held.enter_context(determinism_as_before())
         if is_first_process():
             _hold(held, folder)
-            sweep(folder)
+            remove_leftovers(folder)
         checkpoint = checkpoint_of(folder)
         record, steps_done = read_record(folder)
         begun = settings_of(record, f"{folder / LAST}: its settings")
@@ -318,7 +318,7 @@ def resume(
         check_checkpoint(folder, module, module.optimiser(module.network.parameters()))
         updated = _record_of(parts, config, record, found, steps_done, names)
         warn_of_changed_files(folder, record.get("files", {}), updated["files"])
-        noted = GoingOn(
+        noted = ResumeState(
             updated,
             every=steps_between(config),
             anew=anew,
@@ -403,7 +403,7 @@ def _record_of(
 
 def _hold(held: ExitStack, folder: Path) -> None:
     """Lock the run's folder for this process until `held` is closed."""
-    held.enter_context(claimed(folder))
+    held.enter_context(locked_folder(folder))
     held.enter_context(advice_on_stop(f"segkit train --resume {folder} continues from there"))
 
 
@@ -448,7 +448,7 @@ def _budget_of(parts: TrainingParts, config: Config, spent: float = 0.0) -> Time
         before=parts.seconds + spent,
         planned_steps=config.train.steps,
         held_out=len(parts.split.held_out),
-        validated=looked_at(parts, config),
+        validated=cases_per_validation(parts, config),
         validate_every=steps_between(config),
     )
 
@@ -534,7 +534,7 @@ def _trained(
     seconds = time.perf_counter() - started
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Averaging):
-            callback.settle(module)
+            callback.keep_average(module)
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint) and best.dirpath is not None
     step = _keep_best(config, best, network)
@@ -586,7 +586,7 @@ def _trained(
 
 def _record_in(trainer: L.Trainer) -> Mapping[str, Any]:
     """The record that checkpoints of a training contain."""
-    noted = next(each for each in trainer.callbacks if isinstance(each, GoingOn))  # type: ignore[attr-defined]
+    noted = next(each for each in trainer.callbacks if isinstance(each, ResumeState))  # type: ignore[attr-defined]
     return noted.record
 
 

@@ -73,7 +73,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
     raise ConfigError(f"{runs}/{name}: a million runs have this name; choose another")
 
 
-def begun_run(folder: Path) -> Path:
+def existing_run(folder: Path) -> Path:
     """The folder, if it is the folder of a run. Raises ConfigError if it is not."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: expected a run with {CONFIG}, found none; check the path")
@@ -81,7 +81,7 @@ def begun_run(folder: Path) -> Path:
 
 
 @contextmanager
-def claimed(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+def locked_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Lock a folder for this process, until the block or the process ends.
 
     On a file system without locks, nothing is locked.
@@ -112,7 +112,7 @@ def claimed(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def claimed_if_free(path: Path) -> Iterator[bool]:
+def lock_if_free(path: Path) -> Iterator[bool]:
     """Whether a name is this process's alone, until the block or the process ends.
 
     A file of that name is made, and removed at the end. Without locks, every name is free.

@@ -84,7 +84,10 @@ def test_damage_is_one_sentence_and_exit_code_2_whatever_the_command(
     code, err = segkit(*[word.format(**places) for word in words])
     assert code == 2
     *_, last = err.splitlines()
-    sentence = f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are cut short"
+    sentence = (
+        f"segkit: {bad}: cannot be read as .nii.gz: its compressed data are incomplete; repair or "
+        f"convert it, or get a new copy"
+    )
     assert last == sentence
     assert "Traceback" not in err
 
@@ -92,11 +95,11 @@ def test_damage_is_one_sentence_and_exit_code_2_whatever_the_command(
 NOT_FINITE = NOISE.copy()
 NOT_FINITE[3, 3, 3] = np.nan
 REFUSED: dict[str, tuple[ndarray, float, str]] = {
-    "NaN": (NOT_FINITE, 1.0, "the volume holds voxels that are not numbers; repair it"),
+    "NaN": (NOT_FINITE, 1.0, "the volume holds 1 NaN or infinite values among"),
     "infinity": (
         np.where(np.isnan(NOT_FINITE), np.inf, NOT_FINITE),
         1.0,
-        "the volume holds voxels that are not numbers; repair it",
+        "the volume holds 1 NaN or infinite values among",
     ),
     "beyond single precision": (
         np.where(np.isnan(NOT_FINITE), 1e300, NOT_FINITE.astype(np.float64)),

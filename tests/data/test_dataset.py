@@ -400,12 +400,12 @@ CASE_REFUSALS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "NaN image": (
         image_holding(float("nan")),
         FIRST_IMAGE,
-        "holds voxels that are not numbers; repair it",
+        r"holds [0-9,]+ NaN or infinite values among [0-9,]+; if",
     ),
     "infinite image": (
         image_holding(float("inf")),
         FIRST_IMAGE,
-        "holds voxels that are not numbers; repair it",
+        r"holds [0-9,]+ NaN or infinite values among [0-9,]+; if",
     ),
     "a channel too few": (
         with_channels(1),

@@ -13,12 +13,12 @@ from segkit.geometry.grid import Grid
 from segkit.geometry.resample import (
     BLOCK,
     Order,
-    cubic_weights,
     nearest,
     resample,
     resample_known,
     resample_labels,
     sample_axis,
+    spline_weights,
 )
 from tests.helpers import affine_of, grids, inside, linear_field
 
@@ -235,11 +235,11 @@ def test_cubic_polynomials_are_exact_away_from_the_ends() -> None:
 
 @given(st.integers(1, 40), st.floats(-30, 70))
 def test_spline_weights_sum_to_one(size: int, place: float) -> None:
-    assert_allclose(cubic_weights(np.array([place]), size).sum(), 1, atol=1e-13)
+    assert_allclose(spline_weights(np.array([place]), size).sum(), 1, atol=1e-13)
 
 
 def test_far_beyond_an_end_the_outermost_voxel_has_all_the_weight() -> None:
-    weights = cubic_weights(np.array([-1e6, -40.5, 50.5, 1e6]), 9)
+    weights = spline_weights(np.array([-1e6, -40.5, 50.5, 1e6]), 9)
     assert_allclose(weights[:2], np.eye(9)[[0, 0]], atol=1e-13)
     assert_allclose(weights[2:], np.eye(9)[[8, 8]], atol=1e-13)
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there, and what was left half-done is known as such."""
+"""Files are complete or absent, and unfinished files are recognised."""
 
 import errno
 import os
@@ -10,12 +10,12 @@ import pytest
 from segkit.errors import Stopped, VolumeError, sentence_of
 from segkit.io.atomic import (
     ABANDONED,
-    begin,
-    finish,
-    left_behind,
+    mark_finished,
+    mark_unfinished,
     naming,
     refuse_existing,
-    sweep,
+    remove_leftovers,
+    unfinished_files,
     whole,
     write_text,
 )
@@ -23,7 +23,7 @@ from segkit.system.signals import advice_on_stop, handling_signals
 from segkit.training.csv_logger import MetricsFile
 
 
-def test_what_is_not_written_to_its_end_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_unfinished_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "before")
     with pytest.raises(ZeroDivisionError), whole(path) as partial:
@@ -32,7 +32,7 @@ def test_what_is_not_written_to_its_end_leaves_what_was_there(tmp_path: Path) ->
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_refusal_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with pytest.raises(OSError, match="No space") as refused, whole(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -55,7 +55,7 @@ def test_the_traceback_of_another_process_becomes_one_line() -> None:
     assert sentence_of(OSError()).startswith("OSError; ")
 
 
-def test_what_was_left_half_written_is_swept_up_once_nobody_writes_it(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed_once_no_process_writes_them(tmp_path: Path) -> None:
     fresh, stale, other = (tmp_path / name for name in (".partial-1-a", ".partial-2-b", "c"))
     folder = tmp_path / ".partial-3"
     for path in (fresh, stale, other, folder / "case" / "image.npy"):
@@ -68,39 +68,39 @@ def test_what_was_left_half_written_is_swept_up_once_nobody_writes_it(tmp_path: 
             os.utime(path, (long_ago, long_ago))
 
     age(stale, other, folder, folder / "case")
-    sweep(tmp_path)  # within the folder something was written just now
+    remove_leftovers(tmp_path)  # within the folder something was written just now
     assert sorted(tmp_path.iterdir()) == sorted([fresh, folder, other])
     age(folder / "case" / "image.npy")
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([fresh, other])
-    sweep(tmp_path / "nowhere")
+    remove_leftovers(tmp_path / "nowhere")
 
 
-def test_what_a_stopped_run_left_may_be_made_anew_and_nothing_else(tmp_path: Path) -> None:
+def test_only_files_of_a_stopped_run_may_be_overwritten(tmp_path: Path) -> None:
     labels, shares, foreign = (tmp_path / name for name in ("labels", "shares", "foreign"))
-    assert left_behind(labels) == frozenset()
-    begin(labels, [shares])
+    assert unfinished_files(labels) == frozenset()
+    mark_unfinished(labels, [shares])
     write_text(shares, "half of the work")
     write_text(foreign, "somebody's")
-    left = left_behind(labels)
+    left = unfinished_files(labels)
     refuse_existing([labels, shares], overwrite=False, left=left)
     with pytest.raises(VolumeError, match="foreign: exists already; pass --overwrite"):
         refuse_existing([labels, shares, foreign], overwrite=False, left=left)
     write_text(labels, "the rest")
-    finish(labels)
-    assert left_behind(labels) == frozenset()
+    mark_finished(labels)
+    assert unfinished_files(labels) == frozenset()
     with pytest.raises(VolumeError, match="labels: exists already"):
-        refuse_existing([labels, shares], overwrite=False, left=left_behind(labels))
+        refuse_existing([labels, shares], overwrite=False, left=unfinished_files(labels))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "labels", "shares"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"unfinished": 3}', "\x00"])
-def test_a_note_that_says_nothing_allows_nothing(text: str, tmp_path: Path) -> None:
+def test_a_damaged_note_allows_no_overwriting(text: str, tmp_path: Path) -> None:
     write_text(tmp_path / ".unfinished-labels.json", text)
-    assert left_behind(tmp_path / "labels") == frozenset()
+    assert unfinished_files(tmp_path / "labels") == frozenset()
 
 
-def test_a_table_is_whole_whenever_it_is_looked_at(tmp_path: Path) -> None:
+def test_readers_always_see_a_complete_table(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     table = MetricsFile(path, [{"a": "1.5", "step": "0"}])
     table.log_metrics({"a": 2.5}, 1)
@@ -113,7 +113,7 @@ def test_a_table_is_whole_whenever_it_is_looked_at(tmp_path: Path) -> None:
     assert path.read_text() == "a,b,step\n1.5,,0\n2.5,,1\n,3.5,2\n"
 
 
-def test_signals_are_raised_with_the_advice_of_the_outermost(tmp_path: Path) -> None:
+def test_a_signal_is_raised_with_the_advice_of_the_outermost_block(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for signum, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
         with pytest.raises(Stopped) as stopped, handling_signals():

@@ -1,4 +1,4 @@
-"""What is made of each kind of awkward or damaged file: the values, or the sentence."""
+"""Each kind of unusual or damaged file gives its values, or an error of one sentence."""
 
 import gzip
 import re
@@ -44,7 +44,7 @@ DIM, DATATYPE, PIXDIM, VOX_OFFSET, SLOPE, QFORM_CODE, SFORM_CODE = 40, 70, 76, 1
 SROW_X, MAGIC = 280, 344
 FLOAT128 = 1536
 ZERO_TO = "expected voxel sizes above zero, found"
-NOT_NUMBERS = "its affine holds values that are not numbers; repair its header"
+NOT_NUMBERS = "its affine holds NaN or infinite values; repair its header"
 
 Build = Callable[[Path], Path]
 
@@ -140,7 +140,7 @@ def flipped(place: int) -> Callable[[bytes], bytes]:
 NOISE = np.random.default_rng(0).normal(size=SHAPE)
 DIRECTIONS = "space directions: (1,0,0) (0,1,0) (0,0,1)"
 LPS = "space: left-posterior-superior"
-CUT_SHORT = "its compressed data are cut short"
+CUT_SHORT = "its compressed data are incomplete"
 REFUSED: dict[str, tuple[Build, str]] = {
     # Damage
     "gzip cut short": (changed("scan.nii.gz", lambda raw: raw[: len(raw) // 2], NOISE), CUT_SHORT),
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "rubbish after gzip": (
         changed("scan.nii.gz", lambda raw: raw + b"rubbish"),
-        "something else follows its compressed data",
+        "unknown data follow its compressed data",
     ),
     "gzipped nrrd cut short": (changed("scan.nrrd", lambda raw: raw[:-9], NOISE), CUT_SHORT),
     "gzipped nrrd with a wrong checksum": (
@@ -169,44 +169,59 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "nii cut short": (
         changed("scan.nii", lambda raw: raw[:-1]),
-        "its header claims 120 bytes of voxels and the file can hold 119; it is cut short",
+        "its header claims 120 bytes of voxels, but the file can only hold 119; it is incomplete",
     ),
-    "nrrd cut short": (nrrd(body=bytes(23)), "claims 24 bytes of voxels and the file can hold 23"),
-    "mha cut short": (mha(body=bytes(23)), "claims 24 bytes of voxels and the file can hold 23"),
-    "nii of a header alone": (changed("scan.nii", lambda raw: raw[:352]), "the file can hold 0"),
+    "nrrd cut short": (
+        nrrd(body=bytes(23)),
+        "24 bytes of voxels, but the file can only hold 23",
+    ),
+    "mha cut short": (
+        mha(body=bytes(23)),
+        "24 bytes of voxels, but the file can only hold 23",
+    ),
+    "nii of a header alone": (
+        changed("scan.nii", lambda raw: raw[:352]),
+        "the file can only hold 0",
+    ),
     "nii.gz of a header alone": (
         changed("scan.nii.gz", lambda raw: gzip.compress(gzip.decompress(raw)[:352])),
-        "its header claims 120 bytes of voxels and the file holds 0",
+        "its header claims 120 bytes of voxels, but the file holds only 0",
     ),
     "nii of half a header": (
         changed("scan.nii", lambda raw: raw[:200]),
-        "expected b'n.1.x00' in its header, found b''|its header has 200 of 348 bytes",
+        "expected b'n.1.x00' in its header, found b''|its header has only 200 of 348 bytes",
     ),
-    "nrrd of a header alone": (nrrd(body=b""), "claims 24 bytes of voxels and the file can hold 0"),
+    "nrrd of a header alone": (
+        nrrd(body=b""),
+        "24 bytes of voxels, but the file can only hold 0",
+    ),
     "nrrd of half a header": (bytes_of("scan.nrrd", b"NRRD0004\ntype: uint8\n"), "has no end"),
     "mha of half a header": (bytes_of("scan.mha", b"NDims = 3\n"), "has no end"),
     # What it is not
     "magic of nothing": (edit(MAGIC, "4s", b"abc\0"), r"expected b'n\+1\\x00' in its header"),
-    "magic of a pair": (edit(MAGIC, "4s", b"ni1\0"), "its voxels are in another file; put both"),
+    "magic of a pair": (
+        edit(MAGIC, "4s", b"ni1\0"),
+        "its voxels are in another file; convert both",
+    ),
     "no nii.gz but a nii": (
         lambda folder: nifti(folder / "scan.nii").rename(folder / "scan.nii.gz"),
-        "it is not compressed by gzip, in spite of its name",
+        "it is not compressed by gzip; rename it to .nii",
     ),
     "no nii but a nii.gz": (
         lambda folder: nifti(folder / "scan.nii.gz").rename(folder / "scan.nii"),
-        "it is compressed by gzip, in spite of its name",
+        "it is compressed by gzip; rename it to .nii.gz",
     ),
     "no mha but an nrrd": (
         lambda folder: nrrd()(folder).rename(folder / "scan.mha"),
-        "its header holds 'NRRD0004', which is not understood",
+        "expected KEY = VALUE in its header, found 'NRRD0004'",
     ),
     "no nrrd but an mha": (
         lambda folder: mha()(folder).rename(folder / "scan.nrrd"),
-        "it does not begin as an NRRD header does",
+        "it does not begin with an NRRD header",
     ),
     "nrrd whose voxels are elsewhere": (
         nrrd("data file: /etc/passwd"),
-        "its header holds 'data file: /etc/passwd', which is not understood",
+        "expected a known field in its header, found 'data file: /etc/passwd'",
     ),
     "mha whose voxels are elsewhere": (
         bytes_of(
@@ -216,26 +231,26 @@ REFUSED: dict[str, tuple[Build, str]] = {
         ),
         "expected ElementDataFile to be LOCAL, found /etc/passwd",
     ),
-    "nrrd with a field misspelt": (nrrd("spase: LPS"), "holds 'spase: LPS', which is not unders"),
+    "nrrd with a field misspelt": (nrrd("spase: LPS"), "field in its header, found 'spase: LPS'"),
     "nrrd in plain text": (nrrd(encoding="text"), "expected the encoding raw or gzip, found text"),
-    "mha that says it twice": (mha("Offset = 1 2 3", "Origin = 3 2 1"), "says twice what its Off"),
+    "mha that says it twice": (mha("Offset = 1 2 3", "Origin = 3 2 1"), "gives Offset twice"),
     # Sizes that no file holds
     "nii of 32000^3": (edit(DIM, "4h", 3, 32000, 32000, 32000), "claims 65536000000000 bytes"),
     "nii.gz of 32000^3": (
         packed(edit(DIM, "4h", 3, 32000, 32000, 32000)),
-        "claims 65536000000000 bytes of voxels and the file can hold",
+        "claims 65536000000000 bytes of voxels, but the file can only hold",
     ),
     "nii.gz of a little too much": (
         packed(edit(DIM, "4h", 3, 3, 4, 6)),
-        "its header claims 144 bytes of voxels and the file holds 120",
+        "its header claims 144 bytes of voxels, but the file holds only 120",
     ),
-    "nrrd that says it twice": (nrrd("sizes: 1"), "says twice what its sizes is"),
+    "nrrd that says it twice": (nrrd("sizes: 1"), "gives sizes twice"),
     "nrrd of 32000^3": (
         bytes_of(
             "scan.nrrd",
             b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 32000 32000 32000\nencoding: raw\n\n",
         ),
-        "claims 32768000000000 bytes of voxels and the file can hold 0",
+        "claims 32768000000000 bytes of voxels, but the file can only hold 0",
     ),
     "gzipped nrrd of 32000^3": (
         changed("scan.nrrd", with_line("sizes", "sizes: 32000 32000 32000")),
@@ -249,7 +264,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "size below zero": (edit(DIM, "4h", 3, 3, -4, 5), "found shape \\(3, -4, 5\\)"),
     "more axes than there are": (edit(DIM, "h", 9), "expected 1 to 7 axes, found 9"),
     "voxels within the header": (edit(VOX_OFFSET, "f", 100.0), "vox offset 100 too low"),
-    "voxels past the end": (edit(VOX_OFFSET, "f", 1e9), "and the file can hold 0"),
+    "voxels past the end": (edit(VOX_OFFSET, "f", 1e9), "but the file can only hold 0"),
     "voxels nowhere": (edit(VOX_OFFSET, "f", float("nan")), "cannot be read as .nii: "),
     "mha of no size": (mha(size="2 0 4"), "expected 3 sizes and channels above zero"),
     # Voxel sizes and affines
@@ -272,9 +287,12 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "NaN in an mha": (mha("ElementSpacing = 1 nan 1"), rf"{ZERO_TO} \[1.0, nan, 1.0\] mm"),
     "NaN origin in an mha": (mha("Offset = 0 nan 0"), NOT_NUMBERS),
     "singular nrrd": (nrrd(LPS, "space directions: (1,0,0) (1,0,0) (0,0,1)"), "is singular"),
-    "singular mha": (mha("TransformMatrix = 1 0 0 1 0 0 0 0 1"), "is singular: two of its axes"),
-    "nrrd of a space without directions": (nrrd(LPS), "it has a space and no space directions"),
-    "nrrd in no patient's space": (nrrd("space: 3D-left-handed", DIRECTIONS), "a patient's space"),
+    "singular mha": (mha("TransformMatrix = 1 0 0 1 0 0 0 0 1"), "is singular: its axes lie in"),
+    "nrrd of a space without directions": (nrrd(LPS), "expected space directions"),
+    "nrrd in no patient's space": (
+        nrrd("space: 3D-left-handed", DIRECTIONS),
+        "expected a space such as left-posterior-superior",
+    ),
     "mha without a spacing": (
         changed("scan.mha", with_line("ElementSpacing", "Spacing = 1 1 1")),
         r"expected an ElementSpacing of 3 numbers, found \[\]",
@@ -319,7 +337,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_meant_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+def test_invalid_headers_are_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
     build, reason = REFUSED[name]
     path = build(tmp_path)
     with pytest.raises(VolumeError, match=reason) as refusal:
@@ -329,7 +347,7 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if "32000" in name])
-def test_what_a_file_does_not_hold_is_not_allocated(tmp_path: Path, name: str) -> None:
+def test_nothing_is_allocated_that_the_file_cannot_hold(tmp_path: Path, name: str) -> None:
     path = REFUSED[name][0](tmp_path)
     tracemalloc.start()
     try:
@@ -346,7 +364,7 @@ def test_a_gzip_bomb_takes_no_more_memory_than_its_header_claims(tmp_path: Path)
     bomb.write_bytes(gzip.compress(path.read_bytes() + bytes(64 * 2**20)))
     tracemalloc.start()
     try:
-        with pytest.raises(VolumeError, match="claims 120 bytes of voxels and the file holds"):
+        with pytest.raises(VolumeError, match="claims 120 bytes of voxels, but the file holds"):
             read_volume(bomb)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
@@ -381,7 +399,7 @@ def test_a_header_that_claims_less_than_the_file_holds_is_refused(
         content = with_line("DimSize", f"DimSize = {sizes}")(content)
     path.write_bytes(content)
     claimed = size[0] * size[1] * size[2]
-    expected = f"its header claims {claimed} bytes of voxels and the file holds 1728( or more)?, so"
+    expected = f"{claimed} bytes of voxels, but the file holds 1728( or more)?, so"
     for read in (read_volume, read_labels):
         with pytest.raises(VolumeError, match=expected):
             read(path)
@@ -419,7 +437,7 @@ def test_a_vox_offset_of_0_means_right_after_the_header(
     length = image.header_class.sizeof_hdr
     raw[length] = 1  # an extension follows, whose end only vox_offset could tell
     path.write_bytes(raw)
-    with pytest.raises(VolumeError, match="its vox_offset is 0 and extensions follow its header"):
+    with pytest.raises(VolumeError, match="vox_offset is 0 although extensions follow its header"):
         read_volume(path)
     path.write_bytes(raw[:length] + raw[length + 4 :])  # voxels at once, where none may be
     with pytest.raises(VolumeError, match=r"vox_offset is 0|claims 120 bytes of voxels"):
@@ -427,7 +445,7 @@ def test_a_vox_offset_of_0_means_right_after_the_header(
 
 
 @pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
-def test_what_would_outgrow_free_memory_is_refused_before_it_is_allocated(
+def test_volumes_beyond_free_memory_are_refused_before_they_are_allocated(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"scan{suffix}"
@@ -440,17 +458,18 @@ def test_what_would_outgrow_free_memory_is_refused_before_it_is_allocated(
     assert read_volume(path, working=8 - compressed).data.shape == (side,) * 3
     tracemalloc.start()
     try:
-        said = f"{in_words(held + 12 * voxels)} where 16.8 MB are free; free some memory, crop it"
-        with pytest.raises(VolumeError, match=f"claims 128 x 128 x 128 voxels, .* takes {said}"):
+        needed = in_words(held + 12 * voxels)
+        said = f"{needed} of memory, but only 16.8 MB are free; free some memory, crop it"
+        with pytest.raises(VolumeError, match=f"claims 128 x 128 x 128 voxels, which need {said}"):
             read_volume(path, working=12)
-        with pytest.raises(VolumeError, match=r"takes .* where 16.8 MB are free"):
+        with pytest.raises(VolumeError, match=r"need .* but only 16.8 MB are free"):
             read_labels(path, working=1)
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
 
 
-def test_labels_take_no_more_memory_than_they_are_said_to(tmp_path: Path) -> None:
+def test_labels_take_no_more_memory_than_documented(tmp_path: Path) -> None:
     path = tmp_path / "labels.nii.gz"
     side = 128
     values = np.zeros((side,) * 3, np.uint8)
@@ -466,19 +485,19 @@ def test_labels_take_no_more_memory_than_they_are_said_to(tmp_path: Path) -> Non
 # What is read all the same
 
 
-def test_several_gzip_streams_and_zeros_behind_them_are_one_file(tmp_path: Path) -> None:
+def test_several_gzip_streams_followed_by_zeros_are_one_file(tmp_path: Path) -> None:
     raw = nifti(tmp_path / "scan.nii").read_bytes()
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(gzip.compress(raw[:400]) + gzip.compress(raw[400:]) + bytes(700))
     assert_array_equal(read_volume(path).data, VALUES)
 
 
-def test_whatever_follows_the_voxels_of_a_plain_file_is_left_alone(tmp_path: Path) -> None:
+def test_a_few_bytes_after_the_voxels_of_a_raw_file_are_ignored(tmp_path: Path) -> None:
     path = changed("scan.nii", lambda raw: raw + b"more")(tmp_path)
     assert_array_equal(read_volume(path).data, VALUES)
 
 
-def test_extensions_are_skipped_unread_and_not_handed_on(tmp_path: Path) -> None:
+def test_extensions_are_skipped_and_not_written(tmp_path: Path) -> None:
     image = Nifti1Image(VALUES, affine_of("LPS"))
     # The code of DICOM, the content of none.
     image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"Jane Doe, born in 1950"))
@@ -492,19 +511,19 @@ def test_extensions_are_skipped_unread_and_not_handed_on(tmp_path: Path) -> None
     assert_array_equal(read_volume(tmp_path / "again.nii").data, VALUES)
 
 
-def test_voxel_sizes_do_not_matter_where_the_sform_places_the_voxels(tmp_path: Path) -> None:
+def test_voxel_sizes_do_not_matter_if_the_sform_places_the_voxels(tmp_path: Path) -> None:
     path = edit(PIXDIM, "4f", 1, 0, -1, float("nan"))(tmp_path)
     assert_allclose(read_grid(path).affine, affine_of("LPS"), rtol=1e-6, atol=1e-5)
 
 
-def test_without_codes_voxel_sizes_place_the_voxels_about_the_centre(tmp_path: Path) -> None:
+def test_without_codes_voxel_sizes_place_the_voxels_around_the_centre(tmp_path: Path) -> None:
     path = edit(PIXDIM, "4f", 1, 2, 3, 4, codes=(0, 0))(tmp_path)
     expected = [[-2, 0, 0, 2], [0, 3, 0, -4.5], [0, 0, 4, -8], [0, 0, 0, 1]]
     assert_array_equal(read_grid(path).affine, expected)
-    assert "placed by its voxel sizes alone" in str(describe_volume(path, read_volume(path)))
+    assert "placed by its voxel sizes only" in str(describe_volume(path, read_volume(path)))
 
 
-def test_where_sform_and_qform_disagree_the_sform_is_used_and_it_is_said(tmp_path: Path) -> None:
+def test_if_sform_and_qform_disagree_the_sform_is_used_and_reported(tmp_path: Path) -> None:
     image = Nifti1Image(VALUES, None)
     moved = affine_of("LPS")
     moved[0, 3] += 7
@@ -514,7 +533,9 @@ def test_where_sform_and_qform_disagree_the_sform_is_used_and_it_is_said(tmp_pat
     volume = read_volume(tmp_path / "scan.nii")
     assert_allclose(volume.grid.affine, moved, atol=1e-4)
     said = str(describe_volume(tmp_path / "scan.nii", volume))
-    assert "placed by its sform (sform code 2, qform code 1); its qform lies up to 7 mm" in said
+    assert (
+        "placed by its sform (sform code 2, qform code 1); its qform differs by up to 7 mm" in said
+    )
     image.header.set_qform(moved, 1)
     nib.save(image, tmp_path / "scan.nii")
     said = str(describe_volume(tmp_path / "scan.nii", read_volume(tmp_path / "scan.nii")))
@@ -530,7 +551,7 @@ def test_half_precision_is_written_as_single(tmp_path: Path, suffix: str) -> Non
     assert_array_equal(again, values.astype(np.float32))
 
 
-def test_values_that_are_no_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+def test_nan_values_are_read_unchanged(tmp_path: Path) -> None:
     values = np.full(SHAPE, np.nan, np.float32)
     values[0] = np.inf
     assert_array_equal(read_volume(nifti(tmp_path / "scan.nii.gz", values)).data, values)
@@ -556,7 +577,7 @@ def test_colours_of_nrrd_and_metaimage_are_channels(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 @pytest.mark.parametrize("kind", ["int8", "uint16", "int32", "int64", "float32", "float64"])
-def test_what_simpleitk_writes_is_read_in_its_place(
+def test_files_by_simpleitk_are_read_at_their_position(
     tmp_path: Path, kind: str, suffix: str, compressed: bool
 ) -> None:
     values = (np.arange(60) * 3 - 60).astype(kind).reshape(5, 4, 3)
@@ -609,9 +630,7 @@ BIG = np.arange(24, dtype=">i2").tobytes()
     ],
     ids=["nrrd of a space", "nrrd of spacings", "mha", "mha of sizes"],
 )
-def test_big_endian_files_by_other_hands_are_read_as_simpleitk_reads_them(
-    tmp_path: Path, build: Build
-) -> None:
+def test_big_endian_files_are_read_as_simpleitk_reads_them(tmp_path: Path, build: Build) -> None:
     path = build(tmp_path)
     image, volume = sitk.ReadImage(str(path)), read_volume(path)
     assert_array_equal(volume.data, sitk.GetArrayFromImage(image).transpose(2, 1, 0))
@@ -621,7 +640,7 @@ def test_big_endian_files_by_other_hands_are_read_as_simpleitk_reads_them(
         assert_allclose(volume.grid.world(np.array(index, dtype=float)), world, atol=1e-9)
 
 
-def test_a_nifti_2_header_is_told_by_its_own_length(tmp_path: Path) -> None:
+def test_a_nifti_2_header_is_recognised_by_its_length(tmp_path: Path) -> None:
     nib.save(Nifti2Image(VALUES, affine_of("LPS")), tmp_path / "scan.nii.gz")
     volume = read_volume(tmp_path / "scan.nii.gz")
     assert_array_equal(volume.data, VALUES)
@@ -643,9 +662,9 @@ def test_labels_are_whole_numbers(tmp_path: Path, strange: float) -> None:
     ("value", "told"),
     [(0.5, "0.5"), (2.998, "2.998"), (1.0015, "1.0015"), (1e6 + 0.5, "1000000.5")],
 )
-def test_labels_that_are_refused_are_told_in_full(tmp_path: Path, value: float, told: str) -> None:
+def test_an_error_shows_all_digits_of_a_label(tmp_path: Path, value: float, told: str) -> None:
     path = nifti(tmp_path / "label.nii", np.full(SHAPE, value))
-    with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)}$"):
+    with pytest.raises(VolumeError, match=rf"as labels, found {re.escape(told)};"):
         read_labels(path)
 
 

@@ -1,4 +1,4 @@
-"""A volume of two files is told by both."""
+"""Checksums of a volume of two files include both."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def test_a_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("detached", [True, False])
-def test_a_header_and_its_data_file_are_told_together(tmp_path: Path, detached: bool) -> None:
+def test_checksums_list_a_header_and_its_data_file(tmp_path: Path, detached: bool) -> None:
     path = nhdr(tmp_path, RAW, HERE) if detached else mhd(tmp_path, HERE_MHD)
     before, sums = file_states([path]), checksums([path])
     assert [Path(name).name for name, *_ in before] == [path.name, "scan.raw"]
@@ -33,6 +33,6 @@ def test_a_header_and_its_data_file_are_told_together(tmp_path: Path, detached: 
     assert checksums([path])[0] == sums[0] and checksums([path])[1] != sums[1]
 
 
-def test_a_file_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"gone\.nii: cannot be read: No such file"):
         file_states([tmp_path / "gone.nii"])

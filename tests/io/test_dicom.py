@@ -1,4 +1,4 @@
-"""DICOM series: where their voxels lie, what they hold, and what is no volume."""
+"""DICOM series: positions and values of their voxels, and series that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_world(
     assert_allclose(volume.grid.centres(), world, atol=1e-4)
 
 
-def test_simpleitk_puts_an_upright_series_where_we_do(folder: Path) -> None:
+def test_an_upright_series_lies_where_simpleitk_places_it(folder: Path) -> None:
     paths = write_series(folder, stored_of(), grid_of("LPS"))
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
     image = sitk.ReadImage(names)
@@ -89,7 +89,7 @@ def test_a_tilted_gantry_shears_the_grid(folder: Path) -> None:
     assert_allclose(read(folder).grid.centres(), Grid(SHAPE, affine).centres(), atol=1e-4)
 
 
-def test_slices_with_scales_of_their_own_become_float32(folder: Path) -> None:
+def test_slices_with_different_scales_become_float32(folder: Path) -> None:
     def scaled(number: int, one: Dataset) -> None:
         one.RescaleSlope, one.RescaleIntercept = decimal(0.5 + number), "2"
 
@@ -99,7 +99,7 @@ def test_slices_with_scales_of_their_own_become_float32(folder: Path) -> None:
     assert_allclose(volume.data, stored_of() * (0.5 + np.arange(7)) + 2, rtol=1e-6)
 
 
-def test_signed_numbers_and_no_rescaling_stay_as_they_are(folder: Path) -> None:
+def test_signed_numbers_without_rescaling_keep_their_type(folder: Path) -> None:
     stored = stored_of().astype(np.int16) - 1500
 
     def bare(number: int, one: Dataset) -> None:
@@ -109,13 +109,13 @@ def test_signed_numbers_and_no_rescaling_stay_as_they_are(folder: Path) -> None:
     assert_array_equal(read(folder).data, stored)
 
 
-def test_one_slice_is_as_thick_as_it_says(folder: Path) -> None:
+def test_a_single_slice_has_the_thickness_of_its_header(folder: Path) -> None:
     grid = grid_of(shape=(5, 6, 1))
     write_series(folder, stored_of((5, 6, 1)), grid)
     assert_allclose(read(folder).grid.affine, grid.affine, atol=1e-5)
 
 
-def test_places_that_were_rounded_are_even_enough(folder: Path) -> None:
+def test_rounded_positions_count_as_even(folder: Path) -> None:
     def rounded(number: int, one: Dataset) -> None:
         one.ImagePositionPatient = [f"{value:.2f}" for value in one.ImagePositionPatient]
 
@@ -127,7 +127,7 @@ def test_places_that_were_rounded_are_even_enough(folder: Path) -> None:
 # Several series
 
 
-def test_of_several_series_one_is_asked_for_by_its_uid(folder: Path) -> None:
+def test_one_of_several_series_is_chosen_by_its_uid(folder: Path) -> None:
     write_series(folder, stored_of(), grid_of())
     second = stored_of((5, 6, 2), seed=1)
     for number, path in enumerate(
@@ -145,14 +145,14 @@ def test_of_several_series_one_is_asked_for_by_its_uid(folder: Path) -> None:
         choose_series(folder)
     for series in found:
         assert f"{series.uid} ({series.description}, CT, " in str(refusal.value)
-    assert "holds 2 series, give the UID of one as --series" in str(refusal.value)
-    with pytest.raises(VolumeError, match=r"holds no series 1\.2\.3, but "):
+    assert "holds 2 series; pass the UID of one as --series" in str(refusal.value)
+    with pytest.raises(VolumeError, match=r"expected the series 1\.2\.3, found only "):
         choose_series(folder, "1.2.3")
     chosen = choose_series(folder, described["scout"].uid)
     assert_array_equal(read_series(chosen).data, second.astype(int) - 1024)
 
 
-def test_what_is_no_image_is_passed_over(folder: Path) -> None:
+def test_files_that_are_not_images_are_skipped(folder: Path) -> None:
     def report(number: int, one: Dataset) -> None:
         one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID = BasicTextSRStorage
         one.SeriesInstanceUID = "1.2"
@@ -165,7 +165,7 @@ def test_what_is_no_image_is_passed_over(folder: Path) -> None:
     assert read(folder).grid.shape == SHAPE
 
 
-def test_copies_of_a_slice_are_one_and_others_of_its_uid_are_refused(folder: Path) -> None:
+def test_copies_of_a_slice_count_once_and_another_image_of_its_uid_is_refused(folder: Path) -> None:
     paths = write_series(folder, stored_of(), grid_of())
     expected = read(folder).data
     for number, path in enumerate(paths[:3]):
@@ -175,7 +175,9 @@ def test_copies_of_a_slice_are_one_and_others_of_its_uid_are_refused(folder: Pat
     changed = bytearray(paths[0].read_bytes())
     changed[-1] ^= 1  # a pixel
     (folder / "copy 0.dcm").write_bytes(changed)
-    with pytest.raises(VolumeError, match="although both say that they are the one with the SOP"):
+    with pytest.raises(
+        VolumeError, match=r"has the same SOP Instance UID as .* but is another image"
+    ):
         read(folder)
 
 
@@ -184,21 +186,21 @@ def test_a_series_beyond_free_memory_is_refused(
 ) -> None:
     write_series(folder, stored_of(), grid_of())
     monkeypatch.setattr(voxel_bytes, "free_memory", lambda: 800)
-    with pytest.raises(VolumeError, match=r"claims 5 x 6 x 7 voxels, .* where 0.0008 MB are free"):
+    with pytest.raises(VolumeError, match=r"5 x 6 x 7 voxels, .* but only 0.0008 MB are free"):
         read(folder)
 
 
-def test_what_cannot_be_read_is_not_passed_over(folder: Path) -> None:
+def test_unreadable_files_are_refused_and_not_skipped(folder: Path) -> None:
     write_series(folder, stored_of(), grid_of())
     (folder / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"nothing")
-    with pytest.raises(VolumeError, match="cannot be read as DICOM, repair it or move it away"):
+    with pytest.raises(VolumeError, match="cannot be read as DICOM; repair it or move it away"):
         read(folder)
 
 
-def test_a_folder_holds_a_series_whatever_lies_beside_it(folder: Path) -> None:
+def test_other_files_do_not_hide_a_series(folder: Path) -> None:
     folder.mkdir()
     assert not holds_series(folder)
-    with pytest.raises(VolumeError, match="expected the DICOM files of a series in it, found none"):
+    with pytest.raises(VolumeError, match="expected the DICOM files of a series, found none"):
         list_series(folder)
     write_series(folder, stored_of(), grid_of())
     assert holds_series(folder)
@@ -259,36 +261,38 @@ def cropped(number: int, one: Dataset) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (moved, "is 5 mm away where others are 4 mm apart; complete the series"),
-        (stacked, "the series holds several images of one place, so split it"),
-        (turned, "its orientation .* in the same series; split the series"),
-        (framed, "holds 2 frames where a slice to a file is expected; convert it"),
-        (coloured, "expected grey values, found 3 colours"),
-        (nowhere, "does not say where it lies"),
-        (skewed, "its rows and columns must be at right angles"),
-        (wider, r"its spacing .* is not .* in the same series"),
-        (cropped, r"its size .* is not .* in the same series"),
+        (moved, "is 5 mm away, but others are 4 mm apart; complete the series"),
+        (stacked, "lies at the same position as .*; split the series"),
+        (turned, "expected the orientation .* in the same series, found .*; split the series"),
+        (framed, "expected one slice in a file, found 2 frames; convert it"),
+        (coloured, "expected one grey value per pixel, found 3 values"),
+        (nowhere, "its place in the volume is unknown"),
+        (skewed, "expected rows and columns at right angles"),
+        (wider, r"expected the spacing .* in the same series, found"),
+        (cropped, r"expected the size .* in the same series, found"),
     ],
 )
-def test_slices_that_make_no_block_are_refused(change: Change, words: str, folder: Path) -> None:
+def test_slices_that_do_not_form_a_block_are_refused(
+    change: Change, words: str, folder: Path
+) -> None:
     write_series(folder, stored_of(), grid_of(rotation=(0, 0, 0)), change=change)
     with pytest.raises(VolumeError, match=words) as refusal:
         read(folder)
     assert str(refusal.value).startswith(str(folder)) and "\n" not in str(refusal.value)
 
 
-def test_a_missing_slice_is_told(folder: Path) -> None:
+def test_a_missing_slice_is_refused(folder: Path) -> None:
     paths = write_series(folder, stored_of(), grid_of())
     paths[3].unlink()
     with pytest.raises(VolumeError) as refusal:
         read(folder)
     assert str(refusal.value) == (
-        f"{paths[2]}: the next slice, {paths[4].name}, is 8 mm away where others are 4 mm apart; "
+        f"{paths[2]}: the next slice, {paths[4].name}, is 8 mm away, but others are 4 mm apart; "
         f"complete the series or resample it first"
     )
 
 
-def test_a_slice_that_was_cut_short_is_told(folder: Path) -> None:
+def test_a_truncated_slice_is_refused(folder: Path) -> None:
     paths = write_series(folder, stored_of((64, 64, 3)), grid_of(shape=(64, 64, 3)))
     paths[1].write_bytes(paths[1].read_bytes()[:-4000])
     with pytest.raises(VolumeError, match="cannot be read as DICOM") as refusal:
@@ -296,7 +300,7 @@ def test_a_slice_that_was_cut_short_is_told(folder: Path) -> None:
     assert str(refusal.value).startswith(str(paths[1]))
 
 
-def test_uids_tell_series_apart_and_nothing_else(folder: Path) -> None:
+def test_series_differ_by_uid_and_nothing_else(folder: Path) -> None:
     def another(number: int, one: Dataset) -> None:
         if number == 0:
             one.SeriesInstanceUID = generate_uid()

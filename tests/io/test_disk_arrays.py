@@ -1,4 +1,4 @@
-"""Arrays in files lose nothing when their memory is let go, and leave nothing behind."""
+"""Arrays in files keep their values when their memory is freed, and leave no files behind."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_releasing_an_array_that_is_not_on_disk_or_private_changes_nothing(tmp_p
     assert private[10] == -1
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:

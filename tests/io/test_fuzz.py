@@ -1,4 +1,4 @@
-"""Files broken at random are accepted or refused; and the count of faults can count them."""
+"""Files broken at random are accepted or refused, and the fault counter finds planted faults."""
 
 import sys
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_every_file_that_is_mutated_is_valid_before(tmp_path: Path) -> None:
         assert outcome_of(tmp_path / name) == "accepted", name
 
 
-def test_a_number_and_a_seed_make_one_file() -> None:
+def test_a_number_and_a_seed_always_make_the_same_file() -> None:
     files = valid_files()
     made = [mutated(files, 3, number) for number in range(50)]
     assert made == [mutated(files, 3, number) for number in range(50)]
@@ -67,7 +67,7 @@ def test_a_number_and_a_seed_make_one_file() -> None:
         (VolumeError("a sentence that names no file"), "raised"),
     ],
 )
-def test_a_planted_fault_is_told(
+def test_a_planted_fault_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, expected: str
 ) -> None:
     def fail(path: Path) -> Volume:
@@ -77,7 +77,7 @@ def test_a_planted_fault_is_told(
     assert outcome_of(tmp_path / "scan.nii") == expected
 
 
-def test_a_planted_wrong_grid_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_wrong_grid_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, elsewhere = tmp_path / "scan.nii", np.diag([1.0, 1.0, 2.0, 1.0])
     write_volume(path, Volume(np.zeros((2, 2, 2)), Grid((2, 2, 2), np.eye(4))))
     real: Callable[[Path], Volume] = read_volume
@@ -103,7 +103,7 @@ def test_a_planted_wrong_grid_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         ),
     ],
 )
-def test_what_ends_a_process_is_the_last_outcome(
+def test_the_end_of_a_process_is_its_last_outcome(
     monkeypatch: pytest.MonkeyPatch, code: str, expected: list[str]
 ) -> None:
     monkeypatch.setattr(fuzzing, "SECONDS_EACH", 2)
@@ -111,6 +111,6 @@ def test_what_ends_a_process_is_the_last_outcome(
     assert set(expected) <= set(OUTCOMES)
 
 
-def test_a_process_that_cannot_begin_is_no_outcome() -> None:
+def test_a_process_that_cannot_start_has_no_outcome() -> None:
     with pytest.raises(RuntimeError, match="ended with 3"):
         watched([sys.executable, "-c", "raise SystemExit(3)"], 2)

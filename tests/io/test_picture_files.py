@@ -1,4 +1,4 @@
-"""Pictures come back pixel for pixel, with their pixel size; bad ones are told in a sentence."""
+"""Pictures keep their pixels and pixel size; bad pictures are refused in one sentence."""
 
 import struct
 import zlib
@@ -104,7 +104,7 @@ def test_columns_run_along_minus_x_and_rows_along_minus_y(tmp_path: Path) -> Non
     assert_allclose(grid.world(np.array([2.0, 3.0, 0.0])), (-0.001, -0.00075, 0))
 
 
-def test_the_world_is_itks(tmp_path: Path) -> None:
+def test_pictures_lie_where_itk_places_them(tmp_path: Path) -> None:
     sitk = pytest.importorskip("SimpleITK")
     path = save(tmp_path / "a.png", GREY)
     image = sitk.ReadImage(str(path))
@@ -126,7 +126,7 @@ def test_grey_and_colour_are_read_from_each_format(tmp_path: Path, suffix: str) 
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_opacity_is_left_out_and_this_is_said(tmp_path: Path, suffix: str) -> None:
+def test_opacity_is_left_out_and_a_note_says_so(tmp_path: Path, suffix: str) -> None:
     with_alpha = np.dstack([GREY, GREY[::-1]])
     volume = read_volume(save(tmp_path / f"a{suffix}", with_alpha))
     assert_array_equal(volume.data[..., 0], GREY.T)
@@ -179,7 +179,7 @@ def test_a_tiff_of_one_bit_holds_0_and_1(tmp_path: Path) -> None:
     assert_array_equal(read_labels(path).data[..., 0], mask.T)
 
 
-def test_white_as_0_is_inverted_in_images_and_left_in_labels(tmp_path: Path) -> None:
+def test_if_0_is_white_images_are_inverted_and_labels_are_not(tmp_path: Path) -> None:
     path = tmp_path / "white.tif"
     tifffile.imwrite(path, GREY, photometric="miniswhite")
     assert_array_equal(read_volume(path).data[..., 0], 255 - GREY.T)
@@ -238,12 +238,12 @@ def test_an_exif_orientation_turns_the_grid_as_viewers_turn_the_picture(
         assert_allclose(back.grid.affine, volume.grid.affine)
 
 
-def test_resolutions_are_pixel_sizes_unless_they_are_a_screens(tmp_path: Path) -> None:
+def test_resolutions_are_pixel_sizes_unless_they_are_a_screens_default(tmp_path: Path) -> None:
     scanned = save(tmp_path / "a.png", GREY, dpi=(254, 508))
     assert_allclose(read_grid(scanned).spacing[:2], (0.1, 0.05))
     screen = read_volume(save(tmp_path / "b.png", GREY, dpi=(72, 72)))
     assert screen.unit == "pixel" and screen.grid.spacing == (1, 1, 1)
-    assert screen.picture.source == "its 72 dpi are a screen's, which is no scale"
+    assert screen.picture.source == "its 72 dpi are a screen's and not a pixel size"
     path = tmp_path / "c.tif"
     tifffile.imwrite(path, GREY, resolution=(20_000, 10_000), resolutionunit=3)
     assert_allclose(read_grid(path).spacing[:2], (0.0005, 0.001))
@@ -253,7 +253,7 @@ def test_resolutions_are_pixel_sizes_unless_they_are_a_screens(tmp_path: Path) -
     assert read_volume(path).unit == "pixel"
 
 
-def test_ome_and_imagej_say_sizes_in_their_units(tmp_path: Path) -> None:
+def test_pixel_sizes_of_ome_and_imagej_have_their_own_units(tmp_path: Path) -> None:
     stack = np.zeros((2, 4, 6), np.uint16)
     path = tmp_path / "a.ome.tif"
     sizes = {"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.25}
@@ -266,7 +266,7 @@ def test_ome_and_imagej_say_sizes_in_their_units(tmp_path: Path) -> None:
     assert_allclose(read_grid(path).spacing, (0.00025, 0.0005, 0.003))
 
 
-def test_pages_are_slices_or_channels_as_the_settings_say(tmp_path: Path) -> None:
+def test_the_settings_make_pages_slices_or_channels(tmp_path: Path) -> None:
     pages = np.arange(48, dtype=np.uint8).reshape(2, 4, 6)
     path = tmp_path / "pages.tif"
     tifffile.imwrite(path, pages, photometric="minisblack")
@@ -276,21 +276,21 @@ def test_pages_are_slices_or_channels_as_the_settings_say(tmp_path: Path) -> Non
     assert read_num_channels(path, rules=PictureRules(pages="channels")) == 2
 
 
-def test_what_tifffile_cannot_decompress_pillow_does(tmp_path: Path) -> None:
+def test_pillow_decompresses_if_tifffile_cannot(tmp_path: Path) -> None:
     for number, values in enumerate([GREY, GREY.astype(np.uint16) * 999, np.dstack([GREY] * 3)]):
         path = save(tmp_path / f"{number}.tif", values, compression="tiff_lzw")
         found = read_volume(path).data
         assert_array_equal(found, np.moveaxis(values, 0, 1)[:, :, None].reshape(found.shape))
 
 
-def test_settings_win_over_the_file(tmp_path: Path) -> None:
+def test_settings_replace_the_pixel_size_of_the_file(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", GREY, dpi=(254, 254))
     assert read_volume(path).picture.source == "its pHYs chunk"
     assert read_grid(path, rules=MICROSCOPIC).spacing == (0.0005, 0.00025, 1)
     assert read_volume(path, rules=PictureRules(in_pixels=True)).unit == "pixel"
 
 
-def test_a_label_without_a_pixel_size_takes_its_images(tmp_path: Path) -> None:
+def test_a_label_without_a_pixel_size_takes_that_of_its_image(tmp_path: Path) -> None:
     image = read_volume(save(tmp_path / "a.png", GREY), rules=MICROSCOPIC)
     label = read_labels(save(tmp_path / "b.png", GREY)).sized_as(image)
     assert_allclose(label.grid.affine, image.grid.affine)
@@ -301,7 +301,7 @@ def test_lengths_in_settings_name_their_unit() -> None:
     lengths = ("4 nm", "0.5 µm", "0.5um", "1e-3 mm", "2 cm")
     assert [length_mm(text) for text in lengths] == pytest.approx([4e-6, 5e-4, 5e-4, 1e-3, 20])
     for wrong in ("0.5", "µm", "0.5 furlongs", "-1 mm"):
-        with pytest.raises(ValueError, match="must be a length such as"):
+        with pytest.raises(ValueError, match="expected a length such as"):
             length_mm(wrong)
 
 
@@ -310,11 +310,11 @@ def test_results_are_in_the_inputs_format_or_in_one_that_holds_them() -> None:
     for suffix, labels in kept.items():
         assert result_suffix(Path(f"scan{suffix}")) == labels
     assert numbers_suffix(".png") == ".tif" and numbers_suffix(".nii.gz") == ".nii.gz"
-    with pytest.raises(VolumeError, match="name it so"):
+    with pytest.raises(VolumeError, match="change its suffix"):
         check_writable(Path("scan.jpg"))
 
 
-def test_a_volume_that_was_no_picture_is_written_as_pages_show_it(tmp_path: Path) -> None:
+def test_a_volume_written_as_a_picture_is_shown_upright(tmp_path: Path) -> None:
     values = np.arange(24, dtype=np.uint8).reshape(6, 4, 1)
     write_volume(tmp_path / "a.png", Volume(values, Grid((6, 4, 1), np.diag([0.5, 0.5, 2, 1]))))
     back = read_volume(tmp_path / "a.png")
@@ -361,12 +361,12 @@ def two_sizes(path: Path) -> Path:
 CMYK = np.zeros((4, 6, 4), np.uint8)
 REFUSED = {
     "cut.png": (cut_png, "cannot be read as .png: image file is truncated"),
-    "cut.tif": (cut_tiff, "its pixels end 1000 bytes behind the file's end"),
-    "bomb.png": (bomb, "it claims 60000 x 60000 pixels.*its file can hold"),
-    "times.tif": (times, "found times; say by data.pictures.pages"),
-    "sizes.tif": (two_sizes, r"it holds 2 pictures \(2x6, 4x6\)"),
-    "cmyk.jpg": (lambda path: save(path, CMYK, "CMYK"), "its colours are CMYK"),
-    "cmyk.tif": (lambda path: save(path, CMYK, "CMYK"), "its colours are SEPARATED"),
+    "cut.tif": (cut_tiff, "it is incomplete: 1000 bytes of pixels are missing"),
+    "bomb.png": (bomb, "its header claims 60000 x 60000 pixels.*its file can only hold"),
+    "times.tif": (times, "found time points; set data.pictures.pages"),
+    "sizes.tif": (two_sizes, r"expected one picture, found 2 \(2x6, 4x6\)"),
+    "cmyk.jpg": (lambda path: save(path, CMYK, "CMYK"), "found the printing colours CMYK"),
+    "cmyk.tif": (lambda path: save(path, CMYK, "CMYK"), "found the colours SEPARATED"),
     "text.png": (lambda path: path.write_text("no picture") and path, "cannot be read as .png"),
     "text.tif": (lambda path: path.write_text("no picture") and path, "cannot be read as .tif"),
     "empty.jpg": (lambda path: path.write_text("") or path, "cannot be read as .jpg"),
@@ -394,12 +394,12 @@ def test_pictures_beyond_free_memory_are_refused(
     assert read_volume(path).data.size == 24
 
 
-def test_pictures_that_are_no_labels_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_labels_are_refused_in_one_sentence(tmp_path: Path) -> None:
     coloured = np.array([[RED, (1, 2, 3)]], np.uint8)
     refused = {
-        "a.jpg": (GREY, {}, "JPEG changes the numbers of labels; save them as PNG or TIFF"),
-        "b.png": (coloured, {}, "holds labels in colours; give each label its colour"),
-        "c.png": (coloured, {RED: 1}, "holds the colours #010203, which"),
+        "a.jpg": (GREY, {}, "JPEG compression changes label numbers; save labels as PNG or TIFF"),
+        "b.png": (coloured, {}, "expected labels as numbers, found colours; list the colour"),
+        "c.png": (coloured, {RED: 1}, "label_colours, found also #010203; add"),
         "d.png": (np.dstack([GREY, GREY]), {}, "without transparent pixels"),
     }
     for name, (values, colours, reason) in refused.items():
@@ -412,9 +412,9 @@ def test_png_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     grid = Grid((2, 2, 1), np.diag([-1.0, -1, 1, 1]))
     facts = PictureFacts("mm", "a test")
     refused = {
-        "PNG holds whole numbers": np.full((2, 2, 1), 0.5),
+        "PNG file can only hold whole numbers": np.full((2, 2, 1), 0.5),
         "from 70000": np.full((2, 2, 1), 70_000),
-        "PNG holds one slice": np.zeros((2, 2, 2), np.uint8),
+        "PNG file can only hold one slice": np.zeros((2, 2, 2), np.uint8),
     }
     for reason, values in refused.items():
         shape = values.shape

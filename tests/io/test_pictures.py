@@ -1,4 +1,4 @@
-"""Pictures of planes: the right way up, as round as in the patient, in the colours of labels."""
+"""Pictures of planes: upright, with the patient's proportions, in the colours of the labels."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def extent(found: ndarray) -> list[int]:
     return [int(index.max() - index.min() + 1) for index in np.nonzero(found)]
 
 
-def test_right_is_left_and_front_and_head_are_up() -> None:
+def test_the_patients_right_is_on_the_left_and_front_and_head_are_up() -> None:
     label = np.zeros((4, 6, 8), np.uint8)
     label[3, 5, 7] = 1  # the rightmost, foremost, topmost voxel
     planes = planes_of(
@@ -68,7 +68,9 @@ def test_planes_pass_through_the_middle_of_the_reference_or_else_of_the_image() 
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 0.5, 4.0), (3.0, 1.0, 1.0)])
-def test_a_ball_is_drawn_round_whatever_the_spacing(spacing: tuple[float, float, float]) -> None:
+def test_a_ball_is_a_circle_whatever_the_spacing(
+    spacing: tuple[float, float, float],
+) -> None:
     shape = tuple(round(48 / step) for step in spacing)
     label = ball(shape, spacing, 16.0)
     planes = planes_of(
@@ -167,7 +169,7 @@ def test_a_label_has_one_colour_in_every_picture() -> None:
     assert len({label_rgb(number) for number in range(1, 60)}) == 59
 
 
-def test_without_pillow_it_says_what_to_install(
+def test_without_pillow_the_error_names_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)

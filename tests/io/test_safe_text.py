@@ -1,4 +1,4 @@
-"""Nothing that is loaded runs, allocates without measure, or ends in more than one sentence."""
+"""No loaded file runs code or allocates without limit; bad files are refused in one sentence."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "it_ran"
 
 
-def test_the_canary_sings(canary: Path) -> None:
+def test_the_canary_detects_code_that_runs(canary: Path) -> None:
     pickle.loads(pickle.dumps(Malicious(canary)))
     assert canary.is_dir()
 
@@ -320,7 +320,7 @@ def must_not_be_called(*_: object) -> None:
     raise AssertionError("a network was made before its sizes were held against the weights")
 
 
-def test_no_place_of_a_description_can_hold_a_value_that_ends_in_a_traceback(
+def test_no_value_in_a_description_causes_a_traceback(
     tmp_path: Path,
 ) -> None:
     model = small_model()
@@ -409,7 +409,7 @@ def test_a_header_of_weights_that_claims_more_than_it_holds_is_refused(tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_weights_are_told_without_being_made_and_without_chance(
+def test_weights_are_described_without_allocation_or_random_numbers(
     family: str, spatial_dims: int
 ) -> None:
     description = family_description(family, spatial_dims)
@@ -481,17 +481,17 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
 
 YAML: dict[str, tuple[str, str]] = {
     "tag of a call": ("!!python/object/apply:os.mkdir [CANARY]", "could not determine a construct"),
-    "tag of a class": ("!!python/object:os.system {}", "could not determine a constructor"),
-    "tag of a module": ("!!python/module:os ''", "could not determine a constructor"),
-    "tag of its own": ("!call [CANARY]", "could not determine a constructor"),
+    "tag of a class": ("!!python/object:os.system {}", "asks for code"),
+    "tag of a module": ("!!python/module:os ''", "asks for code"),
+    "tag of its own": ("!call [CANARY]", "asks for code"),
     "aliases": (
         "\n".join(
             ["a: &a [x, x, x, x, x, x, x, x, x]"]
             + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")]
         ),
-        r"\*a refers to another place; write its value out",
+        r"\*a is an alias, which is not allowed; write its value out",
     ),
-    "itself": ("a: &a [*a]", r"\*a refers to another place"),
+    "itself": ("a: &a [*a]", r"\*a is an alias"),
     "depth": ("[" * 10**5, "nested too deeply"),
     "a number of many digits": (f"name: {'9' * 10**5}", "cannot be read as YAML"),
     "no text": ("\udcff", "cannot be read as YAML"),
@@ -500,7 +500,7 @@ YAML: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("kind", YAML)
 @pytest.mark.parametrize("command", ["train", "check"])
-def test_yaml_that_is_no_plain_data_is_refused(
+def test_yaml_that_is_not_plain_data_is_refused(
     tmp_path: Path, canary: Path, run: Run, kind: str, command: str
 ) -> None:
     text, reason = YAML[kind]
@@ -566,7 +566,7 @@ def test_json_of_another_kind_is_refused(
 ESCAPE = "\x1b]0;owned\x07"
 
 
-def test_no_name_reaches_a_terminal_that_would_obey_it(
+def test_control_characters_in_names_never_reach_a_terminal(
     tmp_path: Path, run: Run, stopped: Path
 ) -> None:
     save_model(tmp_path / "model", small_model())
@@ -591,7 +591,7 @@ def test_no_name_reaches_a_terminal_that_would_obey_it(
         assert told[1].removesuffix("\n").isprintable(), told
 
 
-def test_text_is_read_up_to_a_bearable_length(
+def test_text_beyond_a_size_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segkit.io.safe_text.MOST_BYTES", 2**20)
@@ -602,11 +602,11 @@ def test_text_is_read_up_to_a_bearable_length(
     with pytest.raises(ValueError, match="longer than 1 MiB"):
         read_text(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         read_text(tmp_path / "pipe")
 
 
-def test_labels_of_a_dataset_from_elsewhere_name_no_file_beyond_the_cache(tmp_path: Path) -> None:
+def test_labels_of_an_untrusted_dataset_name_no_file_outside_the_cache(tmp_path: Path) -> None:
     """A case is named by the last part of its label's path, whatever stands before it."""
     folder = small_dataset(tmp_path / "data")
     shutil.move(folder / "labelsTr", tmp_path / "elsewhere")
@@ -621,7 +621,7 @@ def test_labels_of_a_dataset_from_elsewhere_name_no_file_beyond_the_cache(tmp_pa
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(tmp_path: Path, encoding: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, encoding: str) -> None:
     folder = small_dataset(tmp_path / "data")
     content = (folder / "dataset.json").read_text()
     (folder / "dataset.json").write_text(content.replace("MRI", "Fläche"), encoding=encoding)
@@ -639,14 +639,14 @@ def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(tmp_path: Path, encoding
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"labels": {"0": "back', "it ends before it is complete, at line 1, column 18"),
-        ('{"labels":\n {"0": "x"},', "it ends before it is complete, at line 2, column 13"),
-        ("", "it ends before it is complete, at line 1, column 1"),
+        ('{"labels": {"0": "back', "it is incomplete and ends at line 1, column 18"),
+        ('{"labels":\n {"0": "x"},', "it is incomplete and ends at line 2, column 13"),
+        ("", "it is incomplete and ends at line 1, column 1"),
         ('{"a": 1,}', "line 1, column 9: "),
         ("{'a': 1}", "line 1, column 2: expecting property name enclosed in double quotes"),
     ],
 )
-def test_half_of_a_file_is_told_by_its_place(tmp_path: Path, text: str, reason: str) -> None:
+def test_the_error_for_half_a_file_names_the_place(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
         read_json(tmp_path / "dataset.json")

@@ -1,4 +1,4 @@
-"""Voxels in a file beside their header: in their place, and never from another folder."""
+"""Voxels in a data file beside their header keep their positions; other folders are refused."""
 
 import gzip
 import os
@@ -112,7 +112,7 @@ def inside(path: Path, between: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_voxels_of_a_data_file_lie_where_the_header_says(tmp_path: Path, name: str) -> None:
+def test_voxels_of_a_data_file_lie_where_the_header_places_them(tmp_path: Path, name: str) -> None:
     path = BUILDS[name](tmp_path)
     volume = read_volume(path)
     assert_array_equal(volume.data, np.arange(24).reshape(2, 3, 4, order="F"))
@@ -135,7 +135,7 @@ def test_a_data_file_is_read_as_simpleitk_reads_it(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pairs_that_simpleitk_writes_are_read_in_their_place(
+def test_pairs_by_simpleitk_are_read_at_their_position(
     tmp_path: Path, suffix: str, channels: int, compressed: bool
 ) -> None:
     values = np.arange(60 * channels, dtype=np.float32).reshape(5, 4, 3, channels)
@@ -157,8 +157,8 @@ def test_pairs_that_simpleitk_writes_are_read_in_their_place(
 
 # What a header must not reach
 
-ELSEWHERE = "expected its voxels in a file of its own folder, found"
-NO_FILE = "which is not a file of its folder; bring it, or convert the volume to one file"
+ELSEWHERE = "expected its voxels in a file in the same folder, found"
+NO_FILE = "in the same folder, found no such file; copy it there, or convert the volume to one file"
 
 
 @pytest.mark.parametrize("header", ["nhdr", "mhd"])
@@ -183,12 +183,12 @@ NO_FILE = "which is not a file of its folder; bring it, or convert the volume to
         ("LIST 3", NO_FILE),
         ("scan%03d.raw 1 3 1", NO_FILE),
         ("%n%n%n%s.raw 1 3 1", NO_FILE),
-        ("x" * 5000, "File name too long|not a file of its folder"),
+        ("x" * 5000, "File name too long|found no such file"),
         ("a\0b", "null byte"),
-        ("", "which is not a file of its folder|is not understood"),
+        ("", "found no such file|expected KEY = VALUE|expected a known field"),
     ],
 )
-def test_a_data_file_out_of_the_headers_folder_is_refused(
+def test_a_data_file_outside_the_headers_folder_is_refused(
     tmp_path: Path, header: str, name: str, why: str
 ) -> None:
     folder, outside = tmp_path / "in", tmp_path / "outside"
@@ -211,7 +211,7 @@ def test_a_data_file_out_of_the_headers_folder_is_refused(
         read_grid(path)
 
 
-def test_a_data_file_may_lie_below_and_behind_a_link_within_the_folder(tmp_path: Path) -> None:
+def test_a_data_file_may_lie_in_a_subfolder_or_behind_a_link_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "sub" / "größe 1.raw").write_bytes(BYTES)
     (tmp_path / "in" / "again.raw").symlink_to(Path("sub") / "größe 1.raw")
@@ -226,27 +226,36 @@ def test_a_data_file_may_lie_below_and_behind_a_link_within_the_folder(tmp_path:
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (lambda f: nhdr(f, RAW, HERE, data=BYTES[:-1]), "claims 48 bytes of voxels and the file c"),
-        (lambda f: mhd(f, HERE_MHD, data=BYTES[:-1]), "claims 48 bytes of voxels and the file can"),
-        (lambda f: nhdr(f, RAW, "byte skip: 1", HERE), "the file can hold 47"),
-        (lambda f: nhdr(f, RAW, "byte skip: 99999999999", HERE), "the file can hold 0"),
-        (lambda f: nhdr(f, RAW, "byte skip: -1", HERE, data=b"few"), "the file can hold 3"),
+        (
+            lambda f: nhdr(f, RAW, HERE, data=BYTES[:-1]),
+            "48 bytes of voxels, but the file can only",
+        ),
+        (
+            lambda f: mhd(f, HERE_MHD, data=BYTES[:-1]),
+            "48 bytes of voxels, but the file can only",
+        ),
+        (lambda f: nhdr(f, RAW, "byte skip: 1", HERE), "the file can only hold 47"),
+        (lambda f: nhdr(f, RAW, "byte skip: 99999999999", HERE), "the file can only hold 0"),
+        (lambda f: nhdr(f, RAW, "byte skip: -1", HERE, data=b"few"), "the file can only hold 3"),
         (lambda f: nhdr(f, RAW, "byte skip: -2", HERE), "expected a byte skip of 0 or more"),
         (lambda f: nhdr(f, GZIP, "byte skip: -1", HERE), "expected a byte skip of 0 or more"),
         (lambda f: nhdr(f, RAW, "byte skip: x", HERE), "cannot be read as .nhdr: invalid literal"),
-        (lambda f: nhdr(f, RAW, "line skip: 99999999999", HERE), "does not have the 99999999999 l"),
-        (lambda f: nhdr(f, RAW, "line skip: -1", HERE), "does not have the -1 lines to skip"),
-        (lambda f: nhdr(f, RAW, HERE, "datafile: scan.raw"), "says twice what its data file is"),
+        (
+            lambda f: nhdr(f, RAW, "line skip: 99999999999", HERE),
+            "fewer than the 99999999999 l",
+        ),
+        (lambda f: nhdr(f, RAW, "line skip: -1", HERE), "has fewer than the -1 lines to skip"),
+        (lambda f: nhdr(f, RAW, HERE, "datafile: scan.raw"), "gives data file twice"),
         (lambda f: nhdr(f, GZIP, HERE), "its compressed data are damaged"),
         (
             lambda f: nhdr(f, GZIP, HERE, data=gzip.compress(BYTES)[:-1]),
-            "its compressed data are cut short",
+            "its compressed data are incomplete",
         ),
         (
             lambda f: nhdr(f, GZIP, "byte skip: 1", HERE, data=gzip.compress(BYTES)),
-            "claims 48 bytes of voxels and the file holds 47",
+            "claims 48 bytes of voxels, but the file holds only 47",
         ),
-        (lambda f: mhd(f, "HeaderSize = 1", HERE_MHD), "the file can hold 47"),
+        (lambda f: mhd(f, "HeaderSize = 1", HERE_MHD), "the file can only hold 47"),
         (lambda f: mhd(f, "HeaderSize = -2", HERE_MHD), "expected a HeaderSize of 0 or more, or"),
         (
             lambda f: mhd(f, "CompressedData = True", "HeaderSize = -1", HERE_MHD),
@@ -258,10 +267,10 @@ def test_a_data_file_may_lie_below_and_behind_a_link_within_the_folder(tmp_path:
         ),
         (
             lambda f: nhdr(f, RAW, HERE).rename(f / "scan.nrrd"),
-            "holds 'data file: scan.raw', which",
+            "field in its header, found 'data file: scan.raw'",
         ),
         (lambda f: mhd(f, HERE_MHD).rename(f / "scan.mha"), "expected ElementDataFile to be LOCAL"),
-        (lambda f: nhdr(f, RAW), "its header has no end; it is cut short"),
+        (lambda f: nhdr(f, RAW), "its header has no end; it is incomplete"),
     ],
 )
 def test_a_data_file_that_cannot_hold_the_voxels_is_refused(
@@ -294,16 +303,16 @@ def test_results_for_a_header_with_a_data_file_are_one_file_of_its_format(
 
 
 @pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
-def test_no_header_with_a_data_file_is_written(tmp_path: Path, suffix: str) -> None:
+def test_a_header_with_a_data_file_is_never_written(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"scan{suffix}"
     volume = Volume(np.zeros((2, 2, 2)), Grid((2, 2, 2), np.eye(4)))
-    with pytest.raises(VolumeError, match=r"expected a volume named \*\.nii, .*; name it so"):
+    with pytest.raises(VolumeError, match=r"expected a name in \*\.nii, .*; change its suffix"):
         write_volume(path, volume)
-    with pytest.raises(VolumeError, match="name it so"):
+    with pytest.raises(VolumeError, match="change its suffix"):
         check_writable(path)
     nhdr(tmp_path, RAW, HERE)
     (source,) = find_inputs([tmp_path / "scan.nhdr"], 1)
-    with pytest.raises(VolumeError, match="name it so"):
+    with pytest.raises(VolumeError, match="change its suffix"):
         output_path(source, out=path, alone=True)
     assert not path.parent.exists()
 

@@ -19,7 +19,7 @@ from segkit.training.cross_validation import (
 )
 from segkit.training.fit import train
 from segkit.training.pool import pool
-from segkit.training.run_folder import claimed_if_free
+from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
 
 
@@ -164,10 +164,10 @@ def test_two_processes_train_folds_of_one_folder_at_once_and_the_last_pools(
 
 def test_a_name_is_one_processs_until_it_lets_go(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with claimed_if_free(path) as first:
-        with claimed_if_free(path) as second:
+    with lock_if_free(path) as first:
+        with lock_if_free(path) as second:
             assert first and not second
         assert path.exists()
     assert not path.exists()
-    with claimed_if_free(path) as third:
+    with lock_if_free(path) as third:
         assert third

@@ -351,12 +351,12 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
         VolumeError: if the reference has another grid or a label number without a name.
     """
     volume = case.volume
-    what = f"{case.name}: its reference"
-    reference = case.reference.sized_as(volume).onto(volume.grid, what=what, whose="the volume")
+    name = f"{case.name}: its reference"
+    reference = case.reference.sized_as(volume).onto(volume.grid, what=name, whose="the volume")
     try:
         return ScoredVolume(case.name, volume, volume_within(reference, labelling))
     except ValueError as error:
-        raise VolumeError(f"{what} {error}") from None
+        raise VolumeError(f"{name} {error}") from None
 
 
 def check_case(case: LabelledCase, labelling: Labelling) -> None:

@@ -211,8 +211,8 @@ def dice_drops(
     }
     found: dict[GateChannel, dict[str, tuple[float, ...]]] = {}
     for unit in units:
-        alone = scores[frozenset([unit])]
-        found[unit] = {name: (whole[name] - alone[name],) for name in whole}
+        without_it = scores[frozenset([unit])]
+        found[unit] = {name: (whole[name] - without_it[name],) for name in whole}
         if len(units) > 1:
             kept, none = scores[frozenset(units) - {unit}], scores[frozenset(units)]
             for name in whole:

@@ -59,10 +59,10 @@ function barPlot(plot) {
       words(figure3(mark), x(mark), bottom + 16));
   }
   drawing.append(words(plot.label, (left + WIDTH - right) / 2, bottom + 36, { class: "label" }));
-  plot.bars.forEach(({ name, value, low, high, chance, beside }, n) => {
+  plot.bars.forEach(({ name, value, low, high, chance, baseline }, n) => {
     const middle = top + row * (n + 0.5);
     const shown = name.length > 22 ? `${name.slice(0, 21)}…` : name;
-    const kind = beside ? " beside" : "";
+    const kind = baseline ? " baseline" : "";
     const label = svg("text", { class: `name${kind}`, x: left - 8, y: middle + 4, "text-anchor": "end" }, shown);
     label.append(svg("title", {}, name));
     drawing.append(label);

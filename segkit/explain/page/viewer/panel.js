@@ -18,17 +18,17 @@ function swatch(colour) {
   return element;
 }
 
-/** A slider with its name and its value, formatted by `tell`. */
-function slider(name, { min, max, step, value }, tell, changed) {
-  const output = make("output", {}, tell(value));
+/** A slider with its name and its value, formatted by `format`. */
+function slider(name, { min, max, step, value }, format, changed) {
+  const output = make("output", {}, format(value));
   const input = make("input", { type: "range", min, max, step: step || "any" });
   input.value = value;
   input.addEventListener("input", () => {
-    output.textContent = tell(input.valueAsNumber);
+    output.textContent = format(input.valueAsNumber);
     changed(input.valueAsNumber);
   });
   const row = make("label", { className: "slider" }, make("span", {}, name), input, output);
-  return { row, input, set: (number) => { input.value = number; output.textContent = tell(number); } };
+  return { row, input, set: (number) => { input.value = number; output.textContent = format(number); } };
 }
 
 function checkbox(name, checked, changed) {
@@ -74,7 +74,7 @@ function whereabouts(view, goTo) {
       const layer = view.layers[n - 1];
       value.dataset.value = numbers[n]; // with all its digits
       if (layer?.kind === "labels") value.textContent = layer.names.get(numbers[n]) || "–";
-      else value.textContent = told(numbers[n], layer ? finest(layer.volume) : view.scan.exact ? 1 : finest(view.scan));
+      else value.textContent = formatted(numbers[n], layer ? finest(layer.volume) : view.scan.exact ? 1 : finest(view.scan));
     });
     return `${AXES.map((axis, n) => `${axis} ${world[n].toFixed(decimals(view) - 1)}`).join(", ")} ${view.unit}; ` +
       rows.map(({ row }) => [...row.children].map((cell) => cell.textContent).join(" ")).join("; ");
@@ -88,15 +88,15 @@ function scanCard(view, changed, chooseChannel) {
   const highest = view.scan.low + view.scan.spread;
   const [low, high] = view.window;
   const widest = Math.max(highest - lowest, high - low, 1e-9);
-  const tell = (number) => told(number, widest / 255);
+  const format = (number) => formatted(number, widest / 255);
   const apply = () => {
     const [centre, width] = [level.input.valueAsNumber, Math.max(span.input.valueAsNumber, widest / 1e4)];
     view.window = [centre - width / 2, centre + width / 2];
     changed();
   };
   const reach = { min: Math.min(lowest, low), max: Math.max(highest, high) };
-  const level = slider("Level", { ...reach, value: (low + high) / 2 }, tell, apply);
-  const span = slider("Window", { min: 0, max: widest, value: high - low }, tell, apply);
+  const level = slider("Level", { ...reach, value: (low + high) / 2 }, format, apply);
+  const span = slider("Window", { min: 0, max: widest, value: high - low }, format, apply);
   const parts = [level.row, span.row];
   if (view.channels.length > 1) {
     const choice = make("select", {}, ...view.channels.map((_, n) => make("option", { value: n }, `${n + 1}`)));
@@ -137,6 +137,7 @@ function labelControls(layer, changed) {
   return [
     checkbox("Outline only", layer.outline, (on) => { layer.outline = on; changed(); }),
     make("ul", { className: "legend" }, ...items),
+    make("p", { className: "note" }, layer.dashed ? "Outlines are dashed and pale." : "Outlines are solid."),
   ];
 }
 
@@ -144,7 +145,7 @@ function mapControls(layer, changed) {
   const bar = make("div", { className: "scale-bar", role: "img" });
   const own = [layer.low, layer.high];
   const step = (layer.high - layer.low) / 255;
-  const tell = (number) => told(number, step);
+  const format = (number) => formatted(number, step);
   const end = (number) => String(Number(number.toPrecision(3)));
   const ends = make("div", { className: "scale" });
   const paint = () => {
@@ -158,7 +159,7 @@ function mapControls(layer, changed) {
   choice.addEventListener("change", () => { layer.colourMap = choice.value; paint(); changed(); });
   paint();
   const pitch = layer.spacing.map((step) => Number(step.toPrecision(3))).join(" × ");
-  const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, tell, (number) => {
+  const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, format, (number) => {
     layer.threshold = number > layer.low ? number : -Infinity;
     changed();
   });

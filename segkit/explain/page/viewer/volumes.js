@@ -87,7 +87,7 @@ function through(affine, [x, y, z]) {
 }
 
 /** A value as text, with as many digits as its quantisation step allows. */
-function told(value, step) {
+function formatted(value, step) {
   if (!Number.isFinite(value)) return "–";
   if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(2);
   if (!step) return String(Number(value.toPrecision(6)));
