@@ -272,7 +272,7 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """The labels in segkit's numbers 0, 1, 2, …. Raises the errors of a call."""
+        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction."""
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
@@ -297,13 +297,13 @@ class Predictor:
         volume: Volume,
         first_labels: Volume | None = None,
     ) -> Prepared:
-        """The image that the first network gets for a volume. Raises the errors of a call."""
+        """The image that the first network gets. It raises the same errors as a prediction."""
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
 
     def with_numbers(self, volume: Volume) -> Volume:
         """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.
 
-        Otherwise it is the volume itself, and a call raises an error if it has such values.
+        Otherwise it is the volume itself, and prediction raises an error if it has such values.
         """
         if any(member.model.description.nan != "background" for member in self.members):
             return volume
