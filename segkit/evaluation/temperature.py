@@ -19,11 +19,11 @@ from segkit.evaluation.calibration import IN_QUESTION, Reliability
 
 MOST_VOXELS, FEWEST_VOXELS = 200_000, 10_000
 """Of a case, drawn at random."""
-MOST_NUMBERS = 2**25
+MOST_PROBABILITIES = 2**25
 """Probabilities that are kept, of all cases together: 128 MB."""
 LOWEST, HIGHEST = 0.05, 20.0
 """The temperatures that are looked at."""
-SMALLEST = {False: 1e-30, True: 1e-7}
+LEAST_LIKELY = {False: 1e-30, True: 1e-7}
 """A probability of classes (False) or regions (True) below this counts as this in a logarithm: what
 single precision holds of p, and of 1 - p."""
 
@@ -95,7 +95,7 @@ class HeldOutVoxels:
     ) -> None:
         """Draw voxels of a case, the same ones each time; those that are ignored are left out."""
         outputs = len(self.members)
-        share = MOST_NUMBERS // max(self.num_cases, 1) // outputs
+        share = MOST_PROBABILITIES // max(self.num_cases, 1) // outputs
         most = min(max(share, FEWEST_VOXELS), MOST_VOXELS)
         truth = reference.ravel()
         places = (
@@ -166,9 +166,9 @@ def tempered(
     probabilities: Float[ndarray, "voxels outputs"], temperature: float, *, are_regions: bool
 ) -> Float64[ndarray, "voxels outputs"]:
     """Probabilities as those of logits that were divided by a temperature."""
-    known = np.maximum(probabilities.astype(np.float64), SMALLEST[are_regions])
+    known = np.maximum(probabilities.astype(np.float64), LEAST_LIKELY[are_regions])
     if are_regions:
-        odds = (np.log(np.maximum(1 - known, SMALLEST[True])) - np.log(known)) / temperature
+        odds = (np.log(np.maximum(1 - known, LEAST_LIKELY[True])) - np.log(known)) / temperature
         each: ndarray = 1 / (1 + np.exp(odds))
         return each
     logits = np.log(known) / temperature
@@ -185,9 +185,9 @@ def _log_loss(
     """The mean of -log of the probability of what is true; of regions, the mean over them."""
     if are_regions:
         true = np.where(within, probabilities, 1 - probabilities)
-        return float(-np.log(np.maximum(true, SMALLEST[True])).mean())
+        return float(-np.log(np.maximum(true, LEAST_LIKELY[True])).mean())
     true = np.where(within, probabilities, 0).max(axis=1)
-    return float(-np.log(np.maximum(true, SMALLEST[False])).mean())
+    return float(-np.log(np.maximum(true, LEAST_LIKELY[False])).mean())
 
 
 def _reliability(

@@ -18,7 +18,7 @@ from segkit.training.cross_validation import (
     is_cross_validation,
     write_pooled,
 )
-from segkit.training.kept_split import SplitNames, read_split, told
+from segkit.training.kept_split import SplitNames, read_split
 from segkit.training.run_folder import CONFIG, SPLIT
 
 OF_THE_MACHINE = {
@@ -144,7 +144,7 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
                 continue
             raise ConfigError(
                 f"{runs[fold]}: its folds were not drawn from the cases of {runs[first]}, as "
-                f"{told(apart)} is in one only; train both on the same dataset"
+                f"{case_names(apart)} is in one only; train both on the same dataset"
             )
         for name in splits[fold]["held_out"]:
             if name in seen and not given:
