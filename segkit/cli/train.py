@@ -230,11 +230,10 @@ def _resumed(
 
 def _say_picture_facts(settings: "Config") -> None:
     """Print the pixel size if the dataset contains pictures."""
-    from segkit.data.dataset import read_dataset
+    from segkit.data.dataset import dataset_of
     from segkit.io.picture_summary import picture_lines
 
-    data = settings.data
-    dataset = read_dataset(data.folder, data.files, data.pictures)
+    dataset = dataset_of(settings.data)
     first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
     for line in picture_lines(first, dataset.rules):
         say(line)
