@@ -18,7 +18,7 @@ from segkit.training.cross_validation import (
     is_cross_validation,
     write_pooled,
 )
-from segkit.training.kept_split import SplitNames, read_split
+from segkit.training.kept_split import SplitNames, case_names, read_split
 from segkit.training.run_folder import CONFIG, SPLIT
 
 OF_THE_MACHINE = {
