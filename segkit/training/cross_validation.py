@@ -55,7 +55,12 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validation."""
+    """A cross-validation, with a run for each fold, and what all folds say together.
+
+    Example:
+        result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
+        print(result.summary["validation"]["mean_dice"])
+    """
 
     folder: Path
     """The folder of the cross-validation, with a run for each fold."""
