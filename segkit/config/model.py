@@ -224,4 +224,5 @@ def description_of(
         mirror=config.data.mirrored(list(labelling.numbers)),
         first_stage=first_stage,
         postprocessing=PostprocessingConfig(largest_foreground=False, largest_of=()),
+        temperature=None,
     )
