@@ -91,7 +91,7 @@ def plan_by_race(
         return SHARE * 60 * minutes - (time.monotonic() - began)
 
     def in_time(names: list[str]) -> list[str]:
-        return starters(names, left() - SECONDS_TO_PLAN) if on_cpu else names[:1]
+        return affordable_candidates(names, left() - SECONDS_TO_PLAN) if on_cpu else names[:1]
 
     cache = runs / ".cache" if cache is None else Path(cache)
     candidates = plan_candidates(
@@ -109,7 +109,7 @@ def plan_by_race(
         starters=in_time,
     )
     by_rule = next(iter(candidates))
-    names = starters(list(candidates), left())
+    names = affordable_candidates(list(candidates), left())
     if len(names) < 2:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
@@ -136,7 +136,7 @@ def _no_card(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
-def starters(names: Sequence[str], seconds: float) -> list[str]:
+def affordable_candidates(names: Sequence[str], seconds: float) -> list[str]:
     """The first candidates, as many as there is time for, with all rounds of their race."""
     count = len(names)
     while count > 1 and seconds / shortest_trainings(count) < SHORTEST:

@@ -59,6 +59,7 @@ PUBLIC = [
     "load_template",
     "map_on_source",
     "plan_dataset",
+    "pool",
     "prepare",
     "read_labels",
     "read_volume",
@@ -158,5 +159,5 @@ def test_a_map_over_channels_is_refused_in_one_sentence() -> None:
         key="encoder.0/channel", kind="channel", level=0, placement=None, lowest=0.0, highest=1.0
     )
     vector = segkit.AttentionMap(info, None, grid, np.zeros(4), np.zeros(4))
-    with pytest.raises(segkit.VolumeError, match=r"encoder\.0/channel: is a vector over channels"):
+    with pytest.raises(segkit.VolumeError, match=r"encoder\.0/channel: expected a map over voxels"):
         segkit.map_on_source(vector, segkit.Volume(np.zeros((2, 2, 2)), grid))

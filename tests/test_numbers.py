@@ -79,7 +79,10 @@ def test_what_overflows_float16_is_predicted_in_float32_and_said(
     assert "overflow" not in caplog.text
     half = Predictor(model, engine="torch", device="cpu", precision=torch.float16)
     assert np.array_equal(half(scan, maps=True).labels.data, exact)
-    assert "its outputs overflow float16; such windows are computed in float32" in caplog.text
+    assert (
+        "the network's outputs overflow float16; such windows are computed in float32"
+        in caplog.text
+    )
 
 
 def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> 
     scan = read_volume(finished.parents[1] / "data" / "imagesTr" / "case_0.nii.gz")
     for precision in (torch.float32, torch.float16):
         predictor = Predictor(model, engine="torch", device="cpu", precision=precision)
-        with pytest.raises(ModelError, match="network of small contains NaN or infinity"):
+        with pytest.raises(ModelError, match="small: the network's output contains NaN"):
             predictor(scan)
 
 

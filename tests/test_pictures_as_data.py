@@ -215,7 +215,7 @@ def test_a_picture_without_a_pixel_size_is_refused_by_a_model_that_has_learned_o
     path = save(tmp_path / "a.png", RNG.integers(256, size=(8, 8)))
     made = model(1, unit="µm", spacing=(0.0005, 0.0005, 1.0))
     predictor = Predictor(made, device="cpu", engine="torch")
-    with pytest.raises(VolumeError, match="has no pixel size, and the model learned"):
+    with pytest.raises(VolumeError, match="has no pixel size, but the model was trained"):
         predictor(read_volume(path))
     rules = picture_rules_of(made.description, ["0.5 µm"])
     assert predictor(read_volume(path, rules=rules)).labels.data.shape == (8, 8, 1)

@@ -12,12 +12,12 @@ from segkit.planning import make_plan as planning
 from segkit.planning.make_plan import plan_candidates
 from segkit.racing import (
     Entry,
+    affordable_candidates,
     best_of,
     dice_in_common,
     plan_by_race,
     shortened_for_race,
     shortest_trainings,
-    starters,
     table,
 )
 from segkit.training.split import split_of
@@ -31,7 +31,7 @@ def test_each_round_trains_the_better_half_twice_as_long() -> None:
 
 @pytest.mark.parametrize(("minutes", "count"), [(4, 1), (10, 2), (60, 4)])
 def test_as_many_start_as_there_is_time_for(minutes: float, count: int) -> None:
-    assert len(starters(["a", "b", "c", "d"], racing.SHARE * 60 * minutes)) == count
+    assert len(affordable_candidates(["a", "b", "c", "d"], racing.SHARE * 60 * minutes)) == count
 
 
 def test_candidates_are_compared_on_cases_that_all_have_scored() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from segkit.config.base import Few, Positive, Section, Width, kind_alone
+from segkit.config.base import Few, Positive, Section, Width, section_of_kind
 
 Levels = list[Annotated[int, Field(ge=0)]]
 Heads = Width | Annotated[list[Width], Field(min_length=1)]
@@ -212,7 +212,7 @@ SkipAttentionConfig = Annotated[
         | UTransformerGateConfig,
         Field(discriminator="kind"),
     ],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 BlockAttentionConfig = Annotated[
     Annotated[
@@ -226,18 +226,18 @@ BlockAttentionConfig = Annotated[
         | GlobalContextConfig,
         Field(discriminator="kind"),
     ],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 TokenAttentionConfig = Annotated[
     Annotated[SelfAttentionConfig | AdditiveSelfAttentionConfig, Field(discriminator="kind")],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 PoolingConfig = Annotated[
     Annotated[
         MeanPoolingConfig | GatedPoolingConfig | LearnedQueryPoolingConfig,
         Field(discriminator="kind"),
     ],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 
 

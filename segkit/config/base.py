@@ -34,6 +34,6 @@ class Section(BaseModel):
     )
 
 
-def kind_alone(value: Any) -> Any:
+def section_of_kind(value: Any) -> Any:
     """A section from the name of its kind: `skip: additive_grid` means `{kind: additive_grid}`."""
     return {"kind": value} if isinstance(value, str) else value

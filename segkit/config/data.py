@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from segkit.config.base import Millimetres, Positive, Section, Share, kind_alone
+from segkit.config.base import Millimetres, Positive, Section, Share, section_of_kind
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
 from segkit.config.sides import names_of_sides
 
@@ -44,7 +44,7 @@ class CtWindowConfig(Section):
 
 NormalisationConfig = Annotated[
     Annotated[ZScoreConfig | CtWindowConfig, Field(discriminator="kind")],
-    BeforeValidator(kind_alone),
+    BeforeValidator(section_of_kind),
 ]
 
 

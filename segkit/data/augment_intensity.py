@@ -43,7 +43,7 @@ class IntensityVariation:
     low_resolution_probability: float = 0.25
     low_resolution_channel_probability: float = 0.5
     low_resolution_zoom: Range = (0.5, 1.0)
-    low_resolution_spared_axes: tuple[int, ...] = ()
+    low_resolution_kept_axes: tuple[int, ...] = ()
     """Axes whose resolution is not lowered, because it is low already."""
     inverted_gamma_probability: float = 0.1
     gamma_probability: float = 0.3
@@ -97,10 +97,10 @@ class IntensityVariation:
 
     def _low_resolution(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         zooms = _uniform(self.low_resolution_zoom, len(rows), generator)
-        return lower_resolution(rows, zooms, spared_axes=self.low_resolution_spared_axes)
+        return lower_resolution(rows, zooms, kept_axes=self.low_resolution_kept_axes)
 
     def _gamma(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
-        return bend(rows, _about_one(self.gamma, len(rows), generator))
+        return gamma_curve(rows, _about_one(self.gamma, len(rows), generator))
 
     def _inverted_gamma(self, rows: IntensityRows, generator: Generator) -> IntensityRows:
         return -self._gamma(-rows, generator)
@@ -117,7 +117,9 @@ def generator_on(device: torch.device, generator: Generator) -> Generator:
     return Generator(device).manual_seed(int(seed))
 
 
-def gaussian_taps(sigmas: Float[Tensor, "row axis"], reach: int) -> Float[Tensor, "row axis tap"]:
+def gaussian_weights(
+    sigmas: Float[Tensor, "row axis"], reach: int
+) -> Float[Tensor, "row axis tap"]:
     """Weights of a Gaussian at the distances -reach … reach, whose sum is 1, for each sigma.
 
     Args:
@@ -142,7 +144,7 @@ def blur(
         sigmas: standard deviation for each row and axis, in voxels.
         reach: half the width of the kernel, in voxels.
     """
-    weights = gaussian_taps(sigmas, reach).to(rows.device, non_blocking=True)
+    weights = gaussian_weights(sigmas, reach).to(rows.device, non_blocking=True)
     for axis, size in enumerate(rows.shape[1:]):
         if size == 1:
             continue
@@ -173,7 +175,7 @@ def lower_resolution(
     rows: Float[Tensor, "row *space"],
     zooms: Float[Tensor, " row"],
     *,
-    spared_axes: Sequence[int] = (),
+    kept_axes: Sequence[int] = (),
 ) -> Float[Tensor, "row *space"]:
     """Each row as if scanned at a lower resolution.
 
@@ -182,13 +184,13 @@ def lower_resolution(
     Args:
         rows: images.
         zooms: for each row, the number of voxels along an axis is multiplied by this factor.
-        spared_axes: axes that keep their resolution.
+        kept_axes: axes that keep their resolution.
     """
     space = rows.shape[1:]
     lowered = []
     for row, zoom in zip(rows, zooms.tolist(), strict=True):
         fewer = [
-            size if axis in spared_axes else max(round(size * zoom), 1)
+            size if axis in kept_axes else max(round(size * zoom), 1)
             for axis, size in enumerate(space)
         ]
         picked = F.interpolate(row[None, None], size=fewer, mode="nearest-exact")
@@ -196,7 +198,7 @@ def lower_resolution(
     return torch.stack(lowered)
 
 
-def bend(
+def gamma_curve(
     rows: Float[Tensor, "row *space"], exponents: Float[Tensor, " row"]
 ) -> Float[Tensor, "row *space"]:
     """Each row after a gamma curve over its range; its mean and deviation are kept."""

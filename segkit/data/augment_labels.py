@@ -56,7 +56,7 @@ class LabelCorruption:
                 mask = labels[sample] == index + 1
                 if _known_empty(mask):
                     continue
-                part = small_part(mask, which[sample][index], largest=self.largest_removed)
+                part = small_component(mask, which[sample][index], largest=self.largest_removed)
                 labels[sample].masked_fill_(part, 0)
         return labels
 
@@ -95,7 +95,7 @@ def closed(mask: Mask, radius: int) -> Mask:
     return erode(dilate(mask, radius), radius)
 
 
-def small_part(mask: Mask, draw: float, *, largest: float) -> Mask:
+def small_component(mask: Mask, draw: float, *, largest: float) -> Mask:
     """One small connected component of a mask, as a mask; empty if there is none.
 
     Voxels are connected across faces.

@@ -82,7 +82,7 @@ def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
     return np.array([[value == kind for kind in kinds] for value in values], float)
 
 
-def look_alike(dataset: Dataset) -> str | None:
+def likely_grouping(dataset: Dataset) -> str | None:
     """A value of `data.group_by`, if names look as if patients had several cases; else None."""
     subjects = [subject_of(case, dataset) for case in dataset.cases]
     if all(subjects):
@@ -98,11 +98,11 @@ def look_alike(dataset: Dataset) -> str | None:
     return f"{{pattern: '{ALIKE}'}}"
 
 
-def proposal(dataset: Dataset, data: DataConfig | None) -> str | None:
+def grouping_advice(dataset: Dataset, data: DataConfig | None) -> str | None:
     """Advice to group cases whose names look alike; None if there are none or a config does it."""
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None
-    setting = look_alike(dataset)
+    setting = likely_grouping(dataset)
     if setting is None:
         return None
     return (
@@ -112,7 +112,9 @@ def proposal(dataset: Dataset, data: DataConfig | None) -> str | None:
     )
 
 
-def torn(groups: Mapping[str, Sequence[int]], names: Sequence[str], *parts: Sequence[str]) -> str:
+def divided_groups(
+    groups: Mapping[str, Sequence[int]], names: Sequence[str], *parts: Sequence[str]
+) -> str:
     """The number and names of groups with cases in several parts, as text; empty if none."""
     inside = [set(part) for part in parts]
     found = [

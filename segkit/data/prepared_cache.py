@@ -2,7 +2,7 @@
 
 Each case is a folder of four arrays, which are memory-mapped at each access:
 
-    image.npy    channel x y z, float16 if that is enough (see `half_where_enough`), else float32
+    image.npy    channel x y z, float16 if that is enough (see `half_if_exact`), else float32
     label.npy    x y z, the smallest unsigned type
     voxels.npy   positions to centre patches on, one class after the other
     classes.npy  the label of each class, and the first and last index of its positions
@@ -202,7 +202,7 @@ def write_arrays(
         marked: a function that changes the label before it is stored.
     """
     folder.mkdir()
-    np.save(folder / "image.npy", half_where_enough(image))
+    np.save(folder / "image.npy", half_if_exact(image))
     np.save(folder / "label.npy", marked(label))
     positions = _positions(label, ignore)
     ends = np.cumsum([len(voxels) for voxels in positions.values()], dtype=np.int64)
@@ -225,7 +225,7 @@ def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
     return label.astype(kind) + kind.type(count * sets.index(dataset.unlabelled.get(name, ())))
 
 
-def half_where_enough(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
+def half_if_exact(image: Float[ndarray, "channel x y z"]) -> Float[ndarray, "channel x y z"]:
     """The image in half precision if this is exact enough, else the image itself.
 
     The error of a half-precision value is at most 2^-11 of the value (below 2^-14: at most 2^-25).
@@ -355,6 +355,7 @@ def _digest(
     first: Path | None,
 ) -> str:
     sets = dataset.unlabelled_sets[1:]
+    structures = dataset.rules.structures
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
@@ -363,6 +364,7 @@ def _digest(
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         **({"unlabelled": [*sets, dataset.unlabelled.get(case.name, ())]} if sets else {}),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
+        **({"structures": structures.told()} if structures else {}),
         **({"nan": dataset.nan} if dataset.nan != "refuse" else {}),
         "spacing": list(spacing),
         "order": order,

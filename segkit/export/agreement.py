@@ -1,4 +1,4 @@
-"""How far an exported network is from the one that it was made of."""
+"""Compare the outputs of an exported network with those of the original in PyTorch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,25 @@ from segkit.inference.windows import slide
 from segkit.model.folder import Model
 
 DIFFERENCE = 1e-3
-"""The most by which maps may differ, and logits, where the largest of these is 1 or less."""
+"""Largest difference of maps, and of logits if these are at most 1."""
 SAME_LABELS = 0.9999
-"""The least share of voxels with the same label."""
+"""Smallest share of voxels with the same label."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What an exported network and its origin say of the same windows."""
+    """Agreement of an exported network with the original network on the same windows."""
 
     differences: Mapping[str, float]
-    """Of each output by its name, the largest."""
+    """Largest absolute difference of each output, by name."""
     largest_logit: float
+    """Largest absolute logit of the original network."""
     same_labels: float
-    """Share of voxels that both give one label, once windows are blended."""
+    """Share of voxels with the same label, after windows are blended."""
 
     @property
     def holds(self) -> bool:
-        """Whether the two may be taken for one another. Logits differ as they are large."""
+        """True if all differences are within the limits. Large logits may differ more."""
         allowed = {LOGITS: DIFFERENCE * max(self.largest_logit, 1.0)}
         close = all(
             difference <= allowed.get(name, DIFFERENCE)
@@ -41,16 +42,16 @@ class Agreement:
         return close and self.same_labels >= SAME_LABELS
 
     def lines(self) -> list[str]:
-        """The same in words."""
+        """The agreement as lines of text."""
         maps = {name: value for name, value in self.differences.items() if name != LOGITS}
-        told = [
+        lines = [
             f"largest difference of logits: {self.differences[LOGITS]:.2g} "
             f"(the largest logit is {self.largest_logit:.3g})"
         ]
         if maps:
             name, value = max(maps.items(), key=lambda item: item[1])
-            told.append(f"largest difference of {len(maps)} maps: {value:.2g}, of {name}")
-        return [*told, f"same label: {self.same_labels:.4%} of voxels"]
+            lines.append(f"largest difference of {len(maps)} maps: {value:.2g}, of {name}")
+        return [*lines, f"same label: {self.same_labels:.4%} of voxels"]
 
 
 def compare_outputs(
@@ -61,10 +62,15 @@ def compare_outputs(
     names: Sequence[str] | None = None,
     batch_size: int = 2,
 ) -> Agreement:
-    """How far `exported` is from PyTorch on the windows of a prepared image, and blended.
+    """Compare an exported network with PyTorch on the windows of a prepared image.
 
-    `names` are the outputs that it has, logits first; all that the network has where not given.
-    Windows come by twos, which an export that forgot about batches would not survive.
+    Args:
+        model: the model that was exported.
+        exported: function that runs the exported network.
+        image: a prepared image.
+        names: the outputs of the exported network, logits first; all outputs if not given.
+        batch_size: number of windows in each call. With two, a network that was exported for a
+            batch of one fails.
     """
     names = names or Traced(model.network).names
     eager = TorchEngine(model.network, device=torch.device("cpu"))
@@ -76,9 +82,9 @@ def compare_outputs(
         expected = eager(windows, names[1:])
         found = dict(zip(names, exported(windows.contiguous(), tuple(names)), strict=True))
         for name in names:
-            # Not Python's own `max`, to which no number is small.
-            off = (found[name] - expected[name]).abs().max()
-            differences[name] = float(torch.maximum(off, torch.tensor(differences[name])))
+            # Python's own `max` would ignore NaN.
+            difference = (found[name] - expected[name]).abs().max()
+            differences[name] = float(torch.maximum(difference, torch.tensor(differences[name])))
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
@@ -89,7 +95,7 @@ def compare_outputs(
 
 
 def noise_for(model: Model) -> Float[Tensor, "channel x y z"]:
-    """An image of noise with several windows, for a model to be compared on without a scan."""
+    """An image of noise with several windows, to compare a model without a scan."""
     description = model.description
     size = [length * 3 // 2 for length in layout_of(model).patch_size]
     image = torch.randn(

@@ -1,4 +1,4 @@
-"""Whether a bundle, run by MONAI in a process of its own, gives the labels that segkit gives."""
+"""Check that MONAI, running a bundle in its own process, gives the same labels as segkit."""
 
 import subprocess
 import sys
@@ -19,27 +19,28 @@ from segkit.model.folder import Model
 
 BUNDLE_LIBRARIES = ("monai", "ignite", "fire")
 TURNED = (0.1, -0.15, 0.2)
-"""Radians, as a rotation vector, by which the scan for a check is oblique."""
+"""Rotation of the scan for a check, as a rotation vector in radians."""
 CELL = 6
-"""Voxels of it that one random number is spread over."""
+"""Distance in voxels between the random numbers from which this scan is interpolated."""
 
 
 def run_bundle(folder: Path, scan: Volume) -> Volume:
-    """The labels that MONAI makes of a scan by a bundle.
+    """The labels of a scan, predicted by MONAI with a bundle.
 
-    Raises ModelError where MONAI is not installed or fails.
+    Raises:
+        ModelError: MONAI is not installed or fails.
     """
     if missing := [name for name in BUNDLE_LIBRARIES if find_spec(name) is None]:
         raise ModelError(
-            f"a bundle is checked by running it, and {missing[0]} is not installed; pip install "
-            f"monai pytorch-ignite fire, or export without --check"
+            f"--check runs the bundle, but {missing[0]} is not installed; run pip install monai "
+            f"pytorch-ignite fire, or export without --check"
         )
     with tempfile.TemporaryDirectory(prefix="segkit-") as temporary:
         place = Path(temporary)
         channels = np.moveaxis(scan.data.reshape(*scan.grid.shape, -1), 3, 0)
         for number, channel in enumerate(channels):
             name = "scan.nii.gz" if len(channels) == 1 else f"scan_{number:04d}.nii.gz"
-            # In millimetres and by its grid alone, which is what MONAI goes by.
+            # MONAI reads only the grid, in mm.
             write_volume(place / "in" / name, Volume(np.ascontiguousarray(channel), scan.grid))
         done = subprocess.run(
             [
@@ -56,12 +57,14 @@ def run_bundle(folder: Path, scan: Volume) -> Volume:
         found = sorted((place / "out").glob("*_seg.nii.gz"))
         if done.returncode or len(found) != 1:
             reason = " ".join((done.stderr or done.stdout).split())[-400:]
-            raise ModelError(f"MONAI cannot run {folder}: {reason}")
+            raise ModelError(
+                f"{folder}: MONAI cannot run this bundle: {reason}; export it in another form"
+            )
         return read_volume(found[0])
 
 
 def same_labels(model: Model, folder: Path, scan: Volume) -> float:
-    """The share of a scan's voxels that a bundle and segkit, in PyTorch, give one label."""
+    """Share of a scan's voxels to which a bundle and segkit (in PyTorch) give the same label."""
     scan = as_in_nifti(scan)
     expected = Predictor(model, device="cpu", engine="torch")(scan).labels
     found = run_bundle(folder, scan)
@@ -71,16 +74,16 @@ def same_labels(model: Model, folder: Path, scan: Volume) -> float:
 
 
 def as_in_nifti(scan: Volume) -> Volume:
-    """The scan where NIfTI has it, in single precision.
+    """The scan with its affine in single precision, as NIfTI stores it.
 
-    Half a voxel of the network's, at which sizes are rounded, may hang on the last digit.
+    The number of the network's voxels along an axis is rounded, so it may depend on the last digit.
     """
     affine = scan.grid.affine.astype(np.float32).astype(np.float64)
     return Volume(scan.data, Grid(scan.grid.shape, affine))
 
 
 def scan_for(model: Model) -> Volume:
-    """A scan of smooth noise: oblique, LPS, thinner in plane than across, with a margin of 0."""
+    """A scan of smooth noise: oblique, in LPS order, with thick slices and a margin of 0."""
     spacing = np.array(model.description.spacing) * (0.8, 0.7, 1.6)
     patch = model.description.volume_patch
     # A 2D network's patch is one voxel thick.

@@ -1,4 +1,4 @@
-"""What a deployer must know beside the network, as plain data that JSON holds."""
+"""Data that a program needs to run an exported network, written as JSON."""
 
 import math
 from typing import Any
@@ -11,14 +11,14 @@ from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 
 DEPLOYMENT_KEY = "segkit"
-"""Where it stands in a file's own metadata."""
+"""Key of this data in the metadata of an exported file."""
 DEPLOYMENT_FORMAT = 1
 
 
 def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
-    """How a scan becomes windows, and what the network says of them a segmentation.
+    """The steps from a scan to windows, and from the network's outputs to a segmentation.
 
-    The steps stand in their order. `docs/export.md` tells what each of them means.
+    The steps are in order. `docs/export.md` explains each.
     """
     description = model.description
     labelling = description.labelling
@@ -32,7 +32,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             "name": INPUT,
             "axes": "batch, channel, x, y, z",
             "channels": description.channels,
-            # Each number 1, 2, … of the channel behind the image's is a class of these.
+            # The channel after the image channels holds the numbers 1, 2, … of these classes.
             "labels_of_first_stage": list(stage.classes) if stage else [],
         },
         "nan": description.nan,
@@ -57,8 +57,9 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             PRESENCE: list(labelling.members) if model.network.presence is not None else [],
         },
         "decision": "largest logit" if labelling.written is None else "each logit above 0",
+        "temperature": description.temperature,
         "labels": labelling.numbers_in_files,
-        # In the order in which they are written, later over earlier.
+        # In this order; later regions overwrite earlier ones.
         "regions": {name: labelling.numbers_in_files[name] for name in labelling.regions},
         "postprocessing": {
             "largest_foreground": adopted.largest_foreground,

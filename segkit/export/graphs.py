@@ -1,13 +1,15 @@
-"""A network as a graph that other runtimes read: ONNX, OpenVINO's IR, and PyTorch's own programs.
+"""Export a network as a graph for other runtimes: ONNX, OpenVINO's IR and `torch.export`.
 
-Each has the logits and every map as named outputs and takes any number of windows at once. What a
-deployer must know beside it stands in the file itself, as JSON.
+Each graph has logits and all maps as named outputs, and takes batches of any size. The file also
+holds the data of `deployment`, as JSON.
 """
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,79 +17,143 @@ from torch.export import ExportedProgram
 
 from segkit.errors import ModelError
 from segkit.export.deployment import DEPLOYMENT_KEY, deployment
+from segkit.export.reduced import ExportPrecision, halved, quantised, windows_of
 from segkit.inference.engines.converted import RunGraph, Traced, exported_program
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.model_walk import layout_of
 from segkit.io.atomic import whole
+from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
 WINDOWS = 2
-"""In the batch that networks are exported with; of one, an export would keep that it was one."""
+"""Batch size of the example for an export. With a batch of one, the batch size would be fixed."""
 
 
 def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as ONNX, and give what runs it. Raises ModelError if that cannot be done.
+    """Write a model as ONNX, and return a function that runs it.
 
-    Its `metadata_props` hold the JSON of `deployment` as 'segkit'.
+    The JSON of `deployment` is in the file's `metadata_props` under 'segkit'.
+
+    Raises:
+        ModelError: ONNX cannot hold the network, or a package is not installed.
     """
     runtime = OnnxRuntime()
-    import onnx  # an optional extra, which the runtime has just asked for
+    import onnx  # an optional extra; the line above has checked that it is installed
 
     traced = Traced(model.network.cpu()).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     with exporting_to("ONNX"):
         with whole(file) as partial:
             runtime.write(traced, example_windows(model), partial, batch="batch")
             graph = onnx.load(partial)
-            onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: told})
+            onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
             onnx.save(graph, partial)
             onnx.checker.check_model(partial)
         return runtime.read(file, traced.names)
 
 
 def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as OpenVINO's IR, and give what runs it: `file`.xml, and .bin beside it.
+    """Write a model as OpenVINO's IR, .xml with .bin beside it; return a function that runs it.
 
-    Its `rt_info` holds the JSON of `deployment` as 'segkit'. Raises ModelError if that cannot be
-    done.
+    The JSON of `deployment` is in `rt_info` under 'segkit'.
+
+    Raises:
+        ModelError: OpenVINO cannot hold the network, or is not installed.
     """
     runtime = OpenVino()
     traced = Traced(model.network.cpu()).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     numbers = file.with_suffix(".bin")
     with exporting_to("OpenVINO"):
         with whole(file) as partial, whole(numbers) as partial_numbers:
             graph = runtime.graph(traced, example_windows(model), any_number=True)
-            graph.set_rt_info(told, [DEPLOYMENT_KEY])
+            graph.set_rt_info(metadata, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
 
 
+def export_reduced(
+    model: Model,
+    form: Literal["onnx", "openvino"],
+    file: Path,
+    precision: ExportPrecision,
+    *,
+    calibration: Sequence[Volume] = (),
+    overlap: float = 0.5,
+) -> tuple[RunGraph, RunGraph]:
+    """Write a model in lower precision; return what runs it in float32, and in this precision.
+
+    Args:
+        model: a trained model.
+        form: ONNX, in float16 or int8, or OpenVINO with weights in float16.
+        file: .onnx, or .xml with .bin beside it.
+        precision: float16 or int8.
+        calibration: real scans, on which int8 measures the range of features.
+        overlap: of windows, as the export tells deployers.
+
+    Raises:
+        ModelError: the form cannot hold the network so, or int8 has no scans.
+    """
+    names = Traced(model.network).names
+    metadata = json.dumps({**deployment(model, overlap=overlap), "precision": precision})
+    windows = windows_of(model, calibration) if precision == "int8" else []
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder:
+        if form == "openvino":
+            runtime = OpenVino()
+            in_float32 = export_openvino(model, Path(folder) / "float32.xml", overlap=overlap)
+            traced = Traced(model.network.cpu()).eval()
+            numbers = file.with_suffix(".bin")
+            with exporting_to("OpenVINO in float16"):
+                with whole(file) as partial, whole(numbers):
+                    graph = runtime.graph(traced, example_windows(model), any_number=True)
+                    graph.set_rt_info(metadata, [DEPLOYMENT_KEY])
+                    # Both partial files share their stem, by which OpenVINO names the numbers.
+                    runtime.openvino.save_model(graph, partial, compress_to_fp16=True)
+                return in_float32, runtime.read(file, numbers, names)
+        in_float32 = export_onnx(model, Path(folder) / "float32.onnx", overlap=overlap)
+        import onnx  # an optional extra; the line above has checked that it is installed
+
+        source = Path(folder) / "float32.onnx"
+        with exporting_to(f"ONNX in {precision}"):
+            if precision == "float16":
+                graph = halved(onnx.load(source))
+            else:
+                graph = quantised(source, windows)
+            with whole(file) as partial:
+                onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
+                onnx.save(graph, partial)
+                onnx.checker.check_model(partial)
+            return in_float32, OnnxRuntime().read(file, names)
+
+
 class NamedOutputs(nn.Module):
-    """A network whose outputs come as a dictionary, by their names."""
+    """A network that returns its outputs as a dictionary."""
 
     def __init__(self, network: Traced) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, windows: Tensor) -> dict[str, Tensor]:
-        """The outputs by the network's names."""
+        """The outputs by name."""
         return dict(zip(self.network.names, self.network(windows), strict=True))
 
 
 def export_pt2(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
-    """Write a model as a program of `torch.export`, and give what runs it.
+    """Write a model as a program of `torch.export`, and return a function that runs it.
 
-    Its extra file 'segkit' is the JSON of `deployment`. Raises ModelError if that cannot be done.
+    The JSON of `deployment` is the extra file 'segkit'.
+
+    Raises:
+        ModelError: `torch.export` cannot hold the network.
     """
     network = NamedOutputs(Traced(model.network.cpu())).eval()
-    told = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap))
     with exporting_to("torch.export"):
         program = exported_program(network, example_windows(model), any_number=True)
         with whole(file) as partial:
-            torch.export.save(program, partial, extra_files={DEPLOYMENT_KEY: told})
-        # Only what was just written here is read: such files can run code.
+            torch.export.save(program, partial, extra_files={DEPLOYMENT_KEY: metadata})
+        # Such files can run code, so only the file that was just written is read.
         return _run_program(torch.export.load(file))
 
 
@@ -103,19 +169,19 @@ def _run_program(program: ExportedProgram) -> RunGraph:
 
 
 def example_windows(model: Model) -> Tensor:
-    """Noise in the form of a batch of windows: what networks are exported with."""
+    """A batch of windows of noise, the example for an export."""
     size = (WINDOWS, model.description.channels_in, *layout_of(model).patch_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
 def exporting_to(form: str) -> Iterator[None]:
-    """Within it, what an exporter raises becomes a ModelError; an OSError stays one."""
+    """Within this context, errors of an exporter become ModelErrors; an OSError does not change."""
     try:
         yield
-    except OSError:
+    except (OSError, ModelError):
         raise
-    except Exception as error:  # what exporters raise has nothing in common
+    except Exception as error:  # the errors of exporters have no common base class
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{form} cannot hold this network: {reason}; export it in another form"

@@ -1,16 +1,16 @@
-"""A MONAI bundle: a folder that `python -m monai.bundle run` segments scans with.
+"""MONAI bundles: a folder with which `python -m monai.bundle run` segments scans.
 
-    configs/metadata.json     what the model is, what goes in and what comes out
+    configs/metadata.json     the model, its inputs and its outputs
     configs/inference.json    from a folder of scans to a folder of segmentations
     models/model.ts           the network as TorchScript
     models/segkit/            the same weights as safetensors, with segkit's description
-    scripts/                  whole scans through the network, in plain PyTorch
+    scripts/                  runs the network on whole scans, in plain PyTorch
     docs/README.md  LICENSE
 
-It needs MONAI with PyTorch Ignite, NiBabel and Fire, and SciPy; it does not need segkit. What MONAI
-does as segkit does it, MONAI does: reading, turning, cutting to the body's box, and all of it back.
-Resampling and windows are segkit's own, in `scripts/whole_volume.py`, for MONAI's lie elsewhere by
-up to half a voxel and a window, and labels would differ.
+A bundle needs MONAI with PyTorch Ignite, NiBabel and Fire, and SciPy, but not segkit. MONAI does
+the steps that it does like segkit: it reads a scan, reorients it, crops it to the body's box, and
+undoes all this. `scripts/whole_volume.py` does the resampling and the windows, because MONAI's
+positions differ by up to half a voxel and a window, so that labels would differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from segkit.io.atomic import whole_folder, write_json, write_text
 from segkit.model.folder import Model, save_model
 
 MONAI = "1.6.1"
-"""The version that bundles are tested with."""
+"""The version of MONAI with which bundles are tested."""
 NEEDS = ("nibabel", "scipy")
 CODE = "scripts.whole_volume"
 NETWORK = Path("models", "model.ts")
@@ -48,16 +48,16 @@ BEFORE: list[dict[str, Any]] = [
         "_target_": "CropForegroundd",
         "keys": "image",
         "source_key": "image",
-        # All of a scan that holds nothing.
+        # If all voxels of a scan are 0, the box is the whole scan.
         "select_fn": "$lambda values: (values != 0) | ~(values != 0).any()",
         "allow_smaller": True,
     },
 ]
-"""From files to what the network's inferer is given, as MONAI does it."""
+"""MONAI's transforms from files to the input of the network's inferer."""
 LICENSE = """\
 scripts/whole_volume.py is part of segkit and is licensed under the Apache License, Version 2.0,
-which follows. Whoever trained the model decides on what terms its weights, under models/, may be
-used: until they say so here, no licence to these is given.
+which follows. The people who trained the model decide under which licence its weights, in models/,
+may be used. Until they state a licence here, there is none.
 
 """
 ELSEWHERE = "The licence is at https://www.apache.org/licenses/LICENSE-2.0\n"
@@ -68,34 +68,40 @@ def export_bundle(
 ) -> None:
     """Write a model as a bundle.
 
-    Raises ModelError for a model that takes a first stage's labels, where TorchScript cannot hold
-    the network, and where what may be overwritten is something else than a bundle.
+    Raises:
+        ModelError: the model has a first stage, TorchScript cannot hold the network, or `folder`
+            exists and is not a bundle.
     """
     if model.first:
         raise ModelError(
-            "a bundle holds one network, and this model takes the labels of a first stage; export "
-            "it as onnx or openvino and bring the two together, or use `segkit predict`"
+            f"{model.description.run}: expected a model without a first stage, because a bundle "
+            f"holds one network, found one that takes the labels of a first stage; export it as "
+            f"onnx or openvino, or use segkit predict"
         )
     if folder.exists() and not (folder / "configs" / "metadata.json").is_file():
-        raise ModelError(f"{folder}: is no bundle, and is left alone; name another --out")
-    told = deployment(model, overlap=overlap)
-    metadata = metadata_of(model, told)
+        raise ModelError(
+            f"{folder}: expected a bundle to overwrite, found something else; name another --out"
+        )
+    deployed = deployment(model, overlap=overlap)
+    metadata = metadata_of(model, deployed)
     with whole_folder(folder, overwrite=overwrite) as partial:
         export_torchscript(model, partial / NETWORK, metadata)
         save_model(partial / "models" / "segkit", model)
-        write_json(partial / "configs" / "inference.json", inference_of(told, model.description))
+        write_json(
+            partial / "configs" / "inference.json", inference_of(deployed, model.description)
+        )
         source = Path(whole_volume.__file__).read_text(encoding="utf-8")
         write_text(partial / "scripts" / "whole_volume.py", source)
         write_text(partial / "scripts" / "__init__.py", "")
-        write_text(partial / "docs" / "README.md", readme_of(told))
+        write_text(partial / "docs" / "README.md", readme_of(deployed))
         write_text(partial / "LICENSE", license_of(distribution("segkit")))
-        # Last, as it is what tells a bundle.
+        # Written last, because a folder with this file counts as a bundle.
         write_json(partial / "configs" / "metadata.json", metadata)
 
 
-def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
-    """`metadata.json` by MONAI's schema, with all that `deployment` tells under 'segkit'."""
-    channels, logits = told["input"]["channels"], told["outputs"]["logits"]
+def metadata_of(model: Model, deployed: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of `metadata.json` in MONAI's schema, with the data of `deployment` as 'segkit'."""
+    channels, logits = deployed["input"]["channels"], deployed["outputs"]["logits"]
 
     def tensor(form: str, names: Sequence[str], **more: str) -> dict[str, Any]:
         return {
@@ -103,7 +109,7 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
             "format": form,
             **more,
             "num_channels": len(names),
-            "spatial_shape": told["windows"]["patch"],
+            "spatial_shape": deployed["windows"]["patch"],
             "dtype": "float32",
             "value_range": [],
             "is_patch_data": True,
@@ -112,7 +118,7 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "version": "1.0.0",
-        "changelog": {"1.0.0": f"exported by {told['made_by']}"},
+        "changelog": {"1.0.0": f"exported by {deployed['made_by']}"},
         "monai_version": MONAI,
         "pytorch_version": version("torch").split("+")[0],
         "numpy_version": np.__version__,
@@ -121,34 +127,34 @@ def metadata_of(model: Model, told: Mapping[str, Any]) -> dict[str, Any]:
             "fire": "0.7.1",
             **{name: version(name) for name in NEEDS},
         },
-        "name": told["run"],
-        "task": f"segmentation of {', '.join(list(told['labels'])[1:])}",
-        "description": f"A network trained by {told['made_by']}; docs/README.md says more.",
+        "name": deployed["run"],
+        "task": f"segmentation of {', '.join(list(deployed['labels'])[1:])}",
+        "description": f"A network trained by {deployed['made_by']}; see docs/README.md.",
         "authors": "not stated",
         "copyright": "not stated",
         "network_data_format": {
             "inputs": {"image": tensor("magnitude", channels, modality=", ".join(channels))},
             "outputs": {"pred": tensor("segmentation", logits)},
         },
-        "labels": {str(number): name for name, number in told["labels"].items()},
-        "segkit": dict(told),
+        "labels": {str(number): name for name, number in deployed["labels"].items()},
+        "segkit": dict(deployed),
     }
 
 
-def inference_of(told: Mapping[str, Any], description: ModelDescription) -> dict[str, Any]:
-    """`inference.json`: the steps that MONAI puts together, in its own words."""
-    windows = told["windows"]
+def inference_of(deployed: Mapping[str, Any], description: ModelDescription) -> dict[str, Any]:
+    """Content of `inference.json`: the steps of prediction in MONAI's config language."""
+    windows = deployed["windows"]
     return {
         "imports": ["$import glob", "$import os"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/input'",
         "output_dir": "$@bundle_root + '/output'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-        "datalist": _datalist(len(told["input"]["channels"])),
+        "datalist": _datalist(len(deployed["input"]["channels"])),
         "network_def": (
             f"$torch.jit.load(@bundle_root + '/{NETWORK.as_posix()}', map_location=@device)"
         ),
-        "preprocessing": {"_target_": "Compose", "transforms": _before(told)},
+        "preprocessing": {"_target_": "Compose", "transforms": _before(deployed)},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
             "_target_": "DataLoader",
@@ -159,17 +165,17 @@ def inference_of(told: Mapping[str, Any], description: ModelDescription) -> dict
         },
         "inferer": {
             "_target_": f"{CODE}.WholeVolume",
-            "spacing": told["spacing"],
-            "normalisation": told["normalisation"],
-            "interpolation": told["interpolation"],
+            "spacing": deployed["spacing"],
+            "normalisation": deployed["normalisation"],
+            "interpolation": deployed["interpolation"],
             "patch_size": windows["patch"],
             "overlap": windows["overlap"],
             "multiple": windows["multiple"],
-            "regions": bool(told["regions"]),
+            "regions": bool(deployed["regions"]),
             "batch_size": 1,
             "skip_empty": True,
         },
-        "postprocessing": {"_target_": "Compose", "transforms": _after(told, description)},
+        "postprocessing": {"_target_": "Compose", "transforms": _after(deployed, description)},
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -184,7 +190,7 @@ def inference_of(told: Mapping[str, Any], description: ModelDescription) -> dict
 
 
 def _datalist(num_channels: int) -> str:
-    """An expression for the cases of a folder: a file each, or one for each channel."""
+    """Expression for the cases of a folder, with one file for each case or for each channel."""
     if num_channels == 1:
         return "$[{'image': f} for f in sorted(glob.glob(os.path.join(@dataset_dir, '*.nii.gz')))]"
     return (
@@ -194,16 +200,16 @@ def _datalist(num_channels: int) -> str:
     )
 
 
-def _before(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if told["nan"] != "background":
+def _before(deployed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if deployed["nan"] != "background":
         return BEFORE
     zero = "$lambda values: torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)"
     load, *others = BEFORE
     return [load, {"_target_": "Lambdad", "keys": "image", "func": zero}, *others]
 
 
-def _after(told: Mapping[str, Any], description: ModelDescription) -> list[dict[str, Any]]:
-    """From logits to files of labels."""
+def _after(deployed: Mapping[str, Any], description: ModelDescription) -> list[dict[str, Any]]:
+    """MONAI's transforms from logits to files of labels."""
     labelling, adopted = description.labelling, description.postprocessing
     steps: list[dict[str, Any]] = [{"_target_": "EnsureTyped", "keys": "pred", "track_meta": True}]
     if labelling.written is not None:
@@ -234,7 +240,7 @@ def _after(told: Mapping[str, Any], description: ModelDescription) -> list[dict[
             "keys": "pred",
             "output_dir": "@output_dir",
             "output_postfix": "seg",
-            "output_dtype": str(np.min_scalar_type(max(told["labels"].values()))),
+            "output_dtype": str(np.min_scalar_type(max(deployed["labels"].values()))),
             "resample": False,
             "separate_folder": False,
         },
@@ -242,7 +248,7 @@ def _after(told: Mapping[str, Any], description: ModelDescription) -> list[dict[
 
 
 def _renumbered(labelling: Labelling) -> list[dict[str, Any]]:
-    """From the numbers 0, 1, 2, … of the outputs to those of files, if they differ."""
+    """Transform from the numbers 0, 1, 2, … of the outputs to those in files, if they differ."""
     if not labelling.in_files:
         return []
     numbers = list(labelling.numbers.values())
@@ -256,33 +262,33 @@ def _renumbered(labelling: Labelling) -> list[dict[str, Any]]:
     ]
 
 
-def readme_of(told: Mapping[str, Any]) -> str:
-    """The README, of what `deployment` tells."""
-    channels = told["input"]["channels"]
-    windows = told["windows"]
+def readme_of(deployed: Mapping[str, Any]) -> str:
+    """The text of the README, from the data of `deployment`."""
+    channels = deployed["input"]["channels"]
+    windows = deployed["windows"]
     inputs = "The scans are files `CASE.nii.gz`."
     if len(channels) > 1:
         files = ", ".join(f"`CASE_{at:04d}.nii.gz` ({name})" for at, name in enumerate(channels))
         inputs = f"A case is the files {files}."
     template = Path(__file__).with_name("bundle_readme.md").read_text(encoding="utf-8")
     return template.format(
-        run=told["run"],
-        names=", ".join(list(told["labels"])[1:]),
-        made_by=told["made_by"],
+        run=deployed["run"],
+        names=", ".join(list(deployed["labels"])[1:]),
+        made_by=deployed["made_by"],
         inputs=inputs,
-        labels="\n".join(f"- {number}: {name}" for name, number in told["labels"].items()),
-        spacing=_times(told["spacing"]),
-        interpolation=told["interpolation"],
+        labels="\n".join(f"- {number}: {name}" for name, number in deployed["labels"].items()),
+        spacing=_times(deployed["spacing"]),
+        interpolation=deployed["interpolation"],
         patch=_times(windows["patch"]),
         overlap=_times(windows["overlap"]),
-        num_outputs=len(told["outputs"]["logits"]),
+        num_outputs=len(deployed["outputs"]["logits"]),
         num_channels=len(channels),
         shape=", ".join(str(size) for size in windows["patch"]),
     )
 
 
 def license_of(segkit: Distribution) -> str:
-    """The terms of what is carried along, in full where segkit was installed with them."""
+    """The licence of the script in the bundle; its full text if segkit is installed with it."""
     return LICENSE + (segkit.read_text("licenses/LICENSE") or ELSEWHERE)
 
 

@@ -1,7 +1,7 @@
-"""A network as TorchScript: one file that PyTorch loads without the code that made it.
+"""Export a network as TorchScript, one file that PyTorch can load without segkit.
 
-Only bundles hold it. PyTorch (2.13) calls TorchScript old, in favour of `torch.export`, but MONAI
-(1.6) and its deployment tools read nothing else.
+Only MONAI bundles use it. PyTorch (2.13) deprecates TorchScript in favour of `torch.export`, but
+MONAI (1.6) and its deployment tools can read no other format.
 """
 
 import json
@@ -22,30 +22,35 @@ from segkit.io.atomic import whole
 from segkit.model.folder import Model
 
 METADATA = "metadata.json"
-"""The name, inside the file, by which MONAI looks for it."""
+"""Name of the metadata inside the file, which MONAI expects."""
 
 
-OLD = r"`torch\.jit\.(trace|trace_method|save|load)` is (deprecated|not supported in Python 3\.14)"
-"""What PyTorch says at each call of TorchScript's: DeprecationWarning, since 2.14 FutureWarning."""
+DEPRECATED = (
+    r"`torch\.jit\.(trace|trace_method|save|load)` is (deprecated|not supported in Python 3\.14)"
+)
+"""Warning of PyTorch for TorchScript: a DeprecationWarning, from 2.14 on a FutureWarning."""
 
 
 @contextmanager
 def torchscript_allowed() -> Iterator[None]:
-    """Within it, PyTorch does not warn that TorchScript is old, nor that a trace keeps sizes.
+    """Within this context, PyTorch does not warn about TorchScript.
 
-    Bundles need the first, and the second is wanted: windows have one size.
+    The warnings say that it is deprecated, but bundles need it; and that a trace fixes sizes, but
+    all windows have the same size.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", OLD)
+        warnings.filterwarnings("ignore", DEPRECATED)
         warnings.simplefilter("ignore", TracerWarning)
         yield
 
 
 def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a model's network, which gives logits alone.
+    """Write a model's network, which returns only logits.
 
-    It takes any number of windows of the model's patch, on any device. Raises ModelError where
-    PyTorch cannot trace it.
+    It takes any number of windows of the model's patch size, on any device.
+
+    Raises:
+        ModelError: PyTorch cannot trace the network.
     """
     network = model.network.cpu().eval()
     windows = example_windows(model)
@@ -57,7 +62,10 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
 
 
 def read_torchscript(file: Path) -> RunGraph:
-    """What runs the network of a file on the CPU. What is in it runs: it must be one's own."""
+    """Function that runs the network of a file on the CPU.
+
+    The file can run code, so read only files that you trust.
+    """
     with torchscript_allowed():
         network = torch.jit.load(file, map_location="cpu")
 
@@ -70,13 +78,13 @@ def read_torchscript(file: Path) -> RunGraph:
 
 
 def _follow_the_input(traced: torch.jit.ScriptModule) -> None:
-    """Have what a network makes for itself, such as positions, lie on its input's device.
+    """Let a network create its own tensors, such as positions, on the device of its input.
 
-    A trace keeps the device that it was made on as a constant, and would fail on any other.
+    A trace stores the device on which it was made as a constant, so it would fail on any other.
     """
     parts: Iterator[Any] = traced.modules()
     for part in parts:
-        if not part._c._has_method("forward"):  # what was never called, such as a list
+        if not part._c._has_method("forward"):  # a part that is never called, such as a list
             continue
         graph = part.graph
         constants = [
@@ -96,7 +104,7 @@ def _follow_the_input(traced: torch.jit.ScriptModule) -> None:
 
 
 def _first_tensor(graph: Any) -> Any:
-    """A tensor that a graph is given, or else holds, before it computes anything."""
+    """An input of a graph, or else a tensor that it holds, that exists before any computation."""
     given = [value for value in graph.inputs() if value.type().kind() == "TensorType"]
     held = [node.output() for node in graph.findAllNodes("prim::GetAttr", recurse=False)]
     return [*given, *(value for value in held if value.type().kind() == "TensorType")][0]

@@ -1,13 +1,12 @@
-"""Whole scans through an exported network, as segkit has it: resampled, in windows, and back.
+"""Run an exported network on whole scans like segkit: resample, run windows, resample back.
 
-This file is carried along with what is exported. It needs PyTorch, NumPy and SciPy, and neither
-segkit nor MONAI, so that it reads as one sheet: what `segkit predict` does in slabs and in little
-memory, done plainly.
+A bundle contains a copy of this file. It needs PyTorch, NumPy and SciPy, but neither segkit nor
+MONAI. It does the same as `segkit predict`, but in a simpler way that needs more memory.
 
     body's box ─▶ normalised ─▶ the network's spacing ─▶ windows ─▶ blended ─▶ the box's own spacing
 
-An image is (channel, x, y, z) with its axes to the right, the front and the head (RAS+), cut to
-the box of all that is not 0. Logits come back on the grid that it came on.
+An image is (channel, x, y, z) in RAS+ order (axes to the right, the front and the head), cropped to
+the box of all voxels that are not 0. Logits are returned on the grid of the image.
 """
 
 import itertools
@@ -22,37 +21,39 @@ from scipy import ndimage
 from torch import Tensor
 
 SLICES_APART = 3.0
-"""Between slices that lie over so many times as far apart as pixels, nothing is interpolated."""
+"""If the distance of slices is more than this times that of pixels, the nearest slice is used
+instead of interpolation."""
 FAR_BELOW = -30.0
-"""The logit of every class but the background, or of every region, where no window was asked."""
+"""Logit of each class but the background, or of each region, at voxels without any window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeVolume:
-    """From a scan to the logits of every voxel; MONAI calls it as any `Inferer`."""
+    """Computes the logits of every voxel of a scan. MONAI calls it like an `Inferer`."""
 
     spacing: Sequence[float]
-    """Of the network's voxels, mm."""
+    """Spacing of the network's voxels, in mm."""
     normalisation: Sequence[Mapping[str, Any]]
-    """One for each channel: {"kind": "zscore", "nonzero": …} or {"kind": "ct", "lower": …,
+    """Normalisation of each channel: {"kind": "zscore", "nonzero": …} or {"kind": "ct", "lower": …,
     "upper": …, "mean": …, "std": …}."""
     interpolation: str
-    """How images are brought to the spacing, "linear" or "cubic"."""
+    """Interpolation of images, "linear" or "cubic"."""
     patch_size: Sequence[int]
-    """Of a window, in voxels."""
+    """Size of a window, in voxels."""
     overlap: Sequence[float]
-    """Share of a window that neighbours have in common, per axis."""
+    """Share of a window that neighbours have in common, for each axis."""
     multiple: Sequence[int]
-    """The first voxels of windows are multiples of it, per axis."""
+    """The first voxel of each window is a multiple of this, for each axis."""
     regions: bool = False
-    """Whether outputs are regions, each yes or no, and not classes."""
+    """True if the outputs are regions, False if they are classes."""
     batch_size: int = 1
-    """Windows per call of the network."""
+    """Number of windows in each call of the network."""
     skip_empty: bool = True
-    """Whether windows under which the scan is 0 throughout are background, without being asked."""
+    """If True, the network does not run on windows in which every voxel of the scan is 0; they
+    become background."""
 
     def __call__(self, image: Any, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits (1, output, x, y, z) of a MetaTensor of MONAI's, (1, channel, x, y, z)."""
+        """Logits (1, output, x, y, z) of a MetaTensor of MONAI, (1, channel, x, y, z)."""
         affine = np.asarray(image.affine, dtype=np.float64).reshape(-1, 4, 4)[0]
         own_spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         return self.logits(image.as_tensor()[0], own_spacing, network)[None]
@@ -61,9 +62,12 @@ class WholeVolume:
     def logits(
         self, image: Tensor, own_spacing: Sequence[float], network: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Logits (output, x, y, z) of an image (channel, x, y, z) of a spacing in mm.
+        """Logits (output, x, y, z) of an image.
 
-        `network` makes logits (batch, output, *patch) of windows (batch, channel, *patch).
+        Args:
+            image: (channel, x, y, z).
+            own_spacing: spacing of the image, in mm.
+            network: maps windows (batch, channel, *patch) to logits (batch, output, *patch).
         """
         axes = [
             Axis(size, own, wanted)
@@ -73,8 +77,8 @@ class WholeVolume:
             axes[apart].nearest = True
         prepared = torch.stack(
             [
-                self._resampled(normalised(channel.float(), told), axes)
-                for channel, told in zip(image, self.normalisation, strict=True)
+                self._resampled(normalised(channel.float(), setting), axes)
+                for channel, setting in zip(image, self.normalisation, strict=True)
             ]
         )
         blended = self._blended(prepared, image, axes, network)
@@ -83,7 +87,7 @@ class WholeVolume:
         return blended
 
     def _resampled(self, channel: Tensor, axes: Sequence["Axis"]) -> Tensor:
-        """A channel at the network's spacing, within its own range."""
+        """A channel at the network's spacing; its values stay within the channel's range."""
         lowest, highest = channel.min(), channel.max()
         between = [self.interpolation == "cubic" and not axis.picks for axis in axes]
         for number, axis in enumerate(axes):
@@ -109,13 +113,13 @@ class WholeVolume:
         axes: Sequence["Axis"],
         network: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The logits of all windows on the network's grid, each weighed by a Gaussian."""
+        """Logits on the network's grid: the mean over windows, weighted by a Gaussian."""
         size = prepared.shape[1:]
         starts = [
             starts_of_windows(*numbers)
             for numbers in zip(size, self.patch_size, self.overlap, self.multiple, strict=True)
         ]
-        # Beyond the far ends windows see the last voxels again.
+        # Beyond the end of an axis, windows repeat its last voxels.
         full = [first[-1] + patch for first, patch in zip(starts, self.patch_size, strict=True)]
         for number, (length, held) in enumerate(zip(full, size, strict=True), start=1):
             index = torch.arange(length, device=prepared.device).clamp(max=held - 1)
@@ -125,21 +129,21 @@ class WholeVolume:
             weight = weight[..., None] * window_profile(patch)
         weight = weight.to(prepared.device)
         places = list(itertools.product(*starts))
-        asked = [place for place in places if not self._is_empty(image, axes, place)]
+        wanted = [place for place in places if not self._is_empty(image, axes, place)]
         total = torch.zeros(full, device=prepared.device)
         summed: Tensor | None = None
-        for first in range(0, max(len(asked), 1), self.batch_size):
-            # Where no window is asked, one is, for the number of its outputs.
-            batch = asked[first : first + self.batch_size] or places[:1]
+        for first in range(0, max(len(wanted), 1), self.batch_size):
+            # If all windows are empty, the network runs on one, to learn its number of outputs.
+            batch = wanted[first : first + self.batch_size] or places[:1]
             spans = [
                 tuple(slice(at, at + n) for at, n in zip(place, self.patch_size, strict=True))
                 for place in batch
             ]
-            answers = network(torch.stack([prepared[(slice(None), *span)] for span in spans]))
+            outputs = network(torch.stack([prepared[(slice(None), *span)] for span in spans]))
             if summed is None:
-                summed = torch.zeros(answers.shape[1], *full, device=prepared.device)
-            for answer, span in zip(answers if asked else (), spans, strict=False):
-                summed[(slice(None), *span)] += answer.float() * weight
+                summed = torch.zeros(outputs.shape[1], *full, device=prepared.device)
+            for logits, span in zip(outputs if wanted else (), spans, strict=False):
+                summed[(slice(None), *span)] += logits.float() * weight
                 total[span] += weight
         assert summed is not None
         for output, values in enumerate(summed):
@@ -148,7 +152,7 @@ class WholeVolume:
         return summed[(slice(None), *(slice(length) for length in size))]
 
     def _is_empty(self, image: Tensor, axes: Sequence["Axis"], place: Sequence[int]) -> bool:
-        """Whether the scan is 0 at every voxel that a window is interpolated from."""
+        """True if every voxel from which a window is interpolated is 0."""
         if not self.skip_empty:
             return False
         spans = [
@@ -159,7 +163,7 @@ class WholeVolume:
 
 
 class Axis:
-    """An axis of a scan, and the network's voxels along it: of the same middle, at its spacing."""
+    """An axis of a scan, and the network's voxels along it, with the same middle."""
 
     def __init__(self, size: int, own_spacing: float, spacing: float) -> None:
         self.size = size
@@ -167,23 +171,23 @@ class Axis:
         self.new_size = max(round(size / self.stride), 1)
         self.offset = (size - 1) / 2 - self.stride * (self.new_size - 1) / 2
         self.nearest = False
-        """Whether each voxel is that of the nearest slice."""
+        """True if each voxel is copied from the nearest slice instead of interpolated."""
 
     @property
     def picks(self) -> bool:
-        """Whether each of the network's voxels is one of the scan's, with nothing in between."""
+        """True if each of the network's voxels is a copy of one of the scan's voxels."""
         return self.nearest or not bool((self._inside() % 1).any())
 
     def of_network(self) -> np.ndarray:
-        """Where the network's voxels lie among the scan's."""
+        """Positions of the network's voxels on the scan's axis, in the scan's voxels."""
         return self._taken(self._inside())
 
     def of_source(self) -> np.ndarray:
-        """Where the scan's voxels lie among the network's."""
+        """Positions of the scan's voxels on the network's axis, in the network's voxels."""
         return self._taken(np.round((np.arange(self.size) - self.offset) / self.stride, 9))
 
     def below(self, first: int, last: int) -> slice:
-        """The scan's voxels that the network's from `first` up to `last` lie between."""
+        """The scan's voxels from which the network's voxels `first` to `last` - 1 are made."""
         inside = self._inside()[first:last]
         low, high = (min(max(at, 0), self.size - 1) for at in (inside[0], inside[-1]))
         return slice(math.floor(low), math.ceil(high) + 1)
@@ -196,9 +200,10 @@ class Axis:
 
 
 def slice_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
-    """The axis along which the scan, or else the network, sees slices far apart; None where none.
+    """The axis with slices far apart in the scan, or else in the network's spacing; None if none.
 
-    As nnU-Net (Isensee et al. 2021): over `SLICES_APART` times as far as along the finest axis.
+    As in nnU-Net (Isensee et al. 2021), slices are far apart if their spacing is more than
+    `SLICES_APART` times the finest spacing.
     """
     for spacing in (own, wanted):
         if max(spacing) / min(spacing) > SLICES_APART:
@@ -207,12 +212,13 @@ def slice_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
     return None
 
 
-def normalised(channel: Tensor, told: Mapping[str, Any]) -> Tensor:
-    """A channel's intensities as the network was trained on them."""
-    if told["kind"] == "ct":
-        window: Tensor = (channel.clamp(told["lower"], told["upper"]) - told["mean"]) / told["std"]
+def normalised(channel: Tensor, setting: Mapping[str, Any]) -> Tensor:
+    """A channel with normalised intensities, as in training."""
+    if setting["kind"] == "ct":
+        clamped = channel.clamp(setting["lower"], setting["upper"])
+        window: Tensor = (clamped - setting["mean"]) / setting["std"]
         return window
-    counted = channel[channel != 0] if told["nonzero"] else channel
+    counted = channel[channel != 0] if setting["nonzero"] else channel
     if counted.numel() == 0:
         return channel
     mean, std = (float(counted.double().mean()), float(counted.double().std(correction=0)))
@@ -220,7 +226,10 @@ def normalised(channel: Tensor, told: Mapping[str, Any]) -> Tensor:
 
 
 def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
-    """Values between neighbours along an axis, at fractional indices; the outermost go on."""
+    """Values at fractional positions along an axis, interpolated linearly between neighbours.
+
+    Beyond the ends of the axis, the outermost values are repeated.
+    """
     last = values.shape[axis] - 1
     places = np.clip(positions, 0, last)
     lower = np.floor(places).astype(np.int64)
@@ -234,7 +243,7 @@ def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
 
 
 def starts_of_windows(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
-    """First voxels of the windows of an axis: evenly spread multiples of `multiple`."""
+    """First voxels of the windows of an axis, evenly spaced multiples of `multiple`."""
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
     step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
     count = math.ceil(last / step)
@@ -242,16 +251,17 @@ def starts_of_windows(size: int, patch: int, overlap: float, multiple: int) -> l
 
 
 def window_profile(patch: int) -> Tensor:
-    """Weights of a window's voxels along an axis: a Gaussian whose sigma is an eighth of it."""
+    """Weights of a window's voxels along an axis: a Gaussian with sigma `patch / 8`."""
     distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
     return torch.exp(-0.5 * (distance / (patch / 8)) ** 2).float()
 
 
 @dataclass(frozen=True)
 class WrittenRegions:
-    """From logits (region, x, y, z) to labels (1, x, y, z): each region's number where above 0.
+    """Computes labels (1, x, y, z) from the logits (region, x, y, z) of regions.
 
-    Later regions are written over earlier ones; what is in none is 0.
+    A voxel with a logit above 0 gets the number of the region. Later regions overwrite earlier
+    ones. Voxels in no region are 0.
     """
 
     numbers: Sequence[int]
@@ -266,15 +276,15 @@ class WrittenRegions:
 
 @dataclass(frozen=True, kw_only=True)
 class LargestComponents:
-    """Labels (1, x, y, z) without what lies apart from the largest component."""
+    """Keeps only the largest connected components of labels (1, x, y, z)."""
 
     of_foreground: bool
-    """Whether only the largest component stays of all that is not 0, whatever its label."""
+    """Keep only the largest component of all voxels that are not 0."""
     of_labels: Sequence[int]
-    """The labels of which, after that, only the largest component stays."""
+    """After that, keep only the largest component of each of these labels."""
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """The labels that stay; of components that are equally large all do."""
+        """The labels that are kept. If several components are the largest, all are kept."""
         kept = labels.cpu().numpy()[0].copy()
         if self.of_foreground:
             self._remove_the_rest(kept, kept > 0)

@@ -1,4 +1,4 @@
-"""Attention maps of whole volumes: gathered as windows and slabs pass, each on its own grid."""
+"""Attention maps of whole volumes, each on its own grid, collected window by window."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
 
 ROWS = 16
-"""Rows of a volume that a map is resampled to at a time."""
+"""Number of rows of a volume to which a map is resampled at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,51 +31,53 @@ class AttentionMap:
     Example:
         prediction = segkit.Predictor.load("runs/mine")(scan, maps=True)
         gate = prediction.maps["skip.1/gate"]
-        gate.volume.data, gate.volume.grid.affine  # cells (x, y, z), and where they lie in mm
+        gate.volume.data, gate.volume.grid.affine  # values (x, y, z), and their position in mm
     """
 
     info: MapInfo
-    """Its key, kind, level, and the range of its values."""
+    """Key, kind, level and range of values."""
     volume: Volume | None
     """Raw values, float32 (x, y, z) or (x, y, z, map), on the map's own coarser grid, whose affine
-    is exact; NaN at cells under windows that were skipped. None if the map is over channels."""
+    is exact. NaN at cells that only skipped windows cover. None if the map is over channels."""
     seen: Grid
-    """The part of the volume, turned to RAS+, that the network saw."""
+    """The part of the volume that the network saw, in RAS+ order."""
     channel_mean: Float[ndarray, " channel"] | None = None
-    """If the map is over channels: each channel's mean over windows …"""
+    """Mean over windows of each channel; only for a map over channels."""
     channel_std: Float[ndarray, " channel"] | None = None
-    """… and standard deviation."""
+    """Standard deviation over windows of each channel; only for a map over channels."""
     disagreement: Volume | None = None
-    """Standard deviation between the windows over each cell, mean over channels, if asked for:
-    float32 (x, y, z), and NaN where fewer than two windows looked."""
+    """Standard deviation between the windows at each cell, averaged over channels: float32
+    (x, y, z); NaN at cells that fewer than two windows cover. None if not requested."""
 
 
-class ChannelMoments:
-    """Mean and standard deviation over windows of maps that are vectors over channels."""
+class ChannelStatistics:
+    """Mean and standard deviation, over windows, of maps over channels."""
 
     def __init__(self) -> None:
         self.windows: dict[str, list[Tensor]] = {}
 
     def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
-        """Take in the maps of a batch of windows."""
+        """Add the maps of a batch of windows."""
         vectors = window_maps.amax(tuple(range(2, window_maps.ndim))).cpu()
         self.windows.setdefault(key, []).append(vectors)
 
     def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
-        """The moments of one map."""
+        """Mean and standard deviation of one map."""
         vectors = torch.cat(self.windows[info.key]).double().cpu()
         mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
         return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
 
 
 class MapCollector:
-    """Gathers the maps of a volume while the network walks over it.
+    """Collects the maps of a volume while the network runs over its windows.
+
+    A map has a position unless it is over channels.
 
     Args:
-        infos: of the maps that are asked for, by key.
-        prepared: the image that is walked over.
-        allocate: gives the arrays for maps that have a place.
-        disagreement: whether to tell how far windows disagree about each map that has a place.
+        infos: the maps to collect, by key.
+        prepared: the image from which the windows are cut.
+        allocate: makes the arrays for maps with a position.
+        disagreement: compute `AttentionMap.disagreement` for maps with a position.
     """
 
     def __init__(
@@ -89,15 +91,15 @@ class MapCollector:
         self.infos = infos
         self.prepared = prepared
         self.allocate = allocate
-        self.vectors = ChannelMoments()
+        self.vectors = ChannelStatistics()
         self.placed: dict[str, ndarray] = {}
         placed = [key for key, info in infos.items() if info.placement is not None]
         self.spread = WindowSpread(placed) if disagreement else None
 
     def take_vectors(self, outputs: dict[str, Tensor]) -> None:
-        """Take the maps over channels out of what the network says of a batch of windows.
+        """Move the maps over channels out of the network's outputs for a batch of windows.
 
-        Beside the others go their squares, where disagreement is asked for.
+        If disagreement is requested, this also adds the squares of the other maps to the outputs.
         """
         for key, info in self.infos.items():
             if info.placement is None:
@@ -106,21 +108,21 @@ class MapCollector:
             self.spread.add_squares(outputs)
 
     def unseen(self) -> dict[str, Tensor]:
-        """The value of a placed map's cells that only skipped windows cover: NaN."""
+        """NaN for each map with a position: the value of cells that only skipped windows cover."""
         names = [key for key, info in self.infos.items() if info.placement is not None]
         if self.spread is not None:
             names += [key + SQUARES for key in names]
         return {name: torch.full((1,), torch.nan) for name in names}
 
     def take_rows(self, slab: Slab) -> None:
-        """Take the finished rows of placed maps out of a slab."""
+        """Move the finished rows of maps with a position out of a slab."""
         for key in [key for key in slab.rows if key in self.infos]:
             rows, first = slab.rows.pop(key), slab.starts[key]
             info = self.infos[key]
             if self.spread is not None:
                 squares = slab.rows.pop(key + SQUARES)
                 self._put(info, key + SQUARES, self.spread.deviation(key, rows, squares), first)
-            # Blending is convex, but for the last digit.
+            # Rounding in the blending may leave the range by the last digit.
             self._put(info, key, rows.clamp(info.lowest, info.highest), first)
 
     def _put(self, info: MapInfo, name: str, rows: Tensor, first: int) -> None:
@@ -159,30 +161,29 @@ class MapCollector:
 def map_on_source(
     attention_map: AttentionMap, source: Volume, *, allocate: Allocate = in_memory
 ) -> Volume:
-    """A map, resampled linearly to the grid of the volume that it was made of.
+    """A map, resampled linearly to the grid of the volume that was predicted.
 
     Example:
         gate = segkit.map_on_source(prediction.maps["skip.1/gate"], scan)
         segkit.write_volume("gate.nii.gz", gate)
 
     Args:
-        attention_map: a map that has a place.
+        attention_map: a map that is not over channels.
         source: the volume that was predicted.
-        allocate: makes the array.
+        allocate: makes the array of the result.
 
     Returns:
-        Float32 (x, y, z) or (x, y, z, map) on the grid of `source`, on the map's raw scale; NaN at
-        voxels that the network did not see: beyond the body's box, and where the nearest cell is
-        NaN.
+        Float32 (x, y, z) or (x, y, z, map) on the grid of `source`, with the map's raw values. NaN
+        outside the part that the network saw, and at voxels whose nearest cell is NaN.
 
     Raises:
-        VolumeError: the map is over channels, and lies nowhere.
+        VolumeError: the map is over channels, so it has no position.
     """
     native = attention_map.volume
     if native is None:
         raise VolumeError(
-            f"map {attention_map.info.key}: is a vector over channels and lies nowhere; "
-            f"look at its channel_mean"
+            f"map {attention_map.info.key}: expected a map over voxels, found one over channels, "
+            f"which has no position; use its channel_mean"
         )
     orientation = Orientation.of(source.grid.affine)
     turned = orientation.turn_grid(source.grid)
@@ -208,7 +209,7 @@ def map_on_source(
 
 
 def _fill_beyond(onto: ndarray, shape: Sequence[int], first: ndarray) -> None:
-    """Write NaN outside a box of an array, a few rows at a time."""
+    """Write NaN outside a box of an array, a few rows at once."""
     x_box, y_box, rows_box = (
         slice(int(low), int(low) + size) for low, size in zip(first, shape, strict=True)
     )

@@ -1,10 +1,10 @@
-"""DICOM segmentations: labels of a series as an object that points back at its slices.
+"""DICOM segmentations: labels of a series as a DICOM object that refers to the series' slices.
 
-One segment for each class or region, of voxels that are in it or not (BINARY), which viewers and
-archives read. Patient, study and frame of reference are the series', and every frame names the
-slice that it lies on. A segment has its label's name, and as its concept that of the model's
-`codes`; a label without one has its name as a concept of the private scheme 99SEGKIT, whose values
-are the first digits of the SHA-256 of the name, so that one name has one value everywhere.
+Each class or region is one BINARY segment, which viewers and archives can read. Patient, study and
+frame of reference are those of the series, and every frame refers to its slice. A segment has the
+name of its label. Its coded concept is that of the model's `codes`; a label without a code gets a
+concept of the private scheme 99SEGKIT. Such a concept's meaning is the name of the label, and its
+value is the beginning of the SHA-256 of the name, so that a name always has the same value.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ MAY_LACK = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime"),
 )
-"""What highdicom asks of a source that may have been made anonymous."""
+"""Tags that highdicom needs, but that an anonymised series may lack; they are then empty."""
 NEEDED_TAGS = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
 UNICODE = "ISO_IR 192"
 LONGEST_NAME = 64
-"""Characters of a DICOM long string."""
+"""Largest number of characters of a DICOM long string."""
 
 
 def write_dicom_segmentation(
@@ -48,29 +48,50 @@ def write_dicom_segmentation(
     codes: Mapping[str, LabelCodeConfig],
     algorithm: str,
 ) -> None:
-    """Write labels of a series, on its grid, as a DICOM segmentation, whole or not at all.
+    """Write labels of a series as a DICOM segmentation, completely or not at all.
 
-    `algorithm` is what made them, such as the name of a run. Raises SegkitError where highdicom is
-    not installed, and VolumeError where the series lacks what a segmentation must refer to.
+    Args:
+        path: the file to write.
+        labels: labels on the grid of the series.
+        series: the series that was segmented.
+        labelling: names and numbers of the labels.
+        codes: coded concept of each label that has one.
+        algorithm: name of the algorithm, such as that of a run.
+
+    Raises:
+        SegkitError: highdicom is not installed.
+        VolumeError: the series has changed, or lacks tags to which a segmentation must refer.
     """
     try:
         import highdicom
         from highdicom.coding_schemes import CodingSchemeIdentificationItem
     except ImportError:
         raise SegkitError(
-            "a DICOM segmentation needs highdicom; run pip install 'segkit[dicom]'"
+            "a DICOM segmentation needs highdicom, which is not installed; run pip install "
+            "'segkit[dicom]'"
         ) from None
     slices, grid = arranged(series)
     if not labels.grid.agrees_with(grid):
-        raise VolumeError(f"{series.folder}: is no longer the series that was segmented; try again")
-    sources = [_source(one.path) for one in slices]
+        raise VolumeError(
+            f"{series.folder}: expected the series that was segmented, found another grid; run "
+            f"segkit predict again"
+        )
+    frames = segments(labels.data, labelling)
+    if slices[0].frame is not None:  # an enhanced file, whose frames have an order of their own
+        frames = frames[np.argsort([one.frame or 0 for one in slices])]
+    sources = [_source(path) for path in dict.fromkeys(one.path for one in slices)]
+    if slices[0].frame is not None and len(sources) > 1:
+        raise VolumeError(
+            f"{series.folder}: is a series of {len(sources)} enhanced files, to which a DICOM "
+            f"segmentation cannot refer here; write NIfTI instead"
+        )
     private = CodingSchemeIdentificationItem(
         PRIVATE, name=PRIVATE_NAME, responsible_organization="segkit"
     )
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
-            pixel_array=segments(labels.data, labelling),
+            pixel_array=frames,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=_descriptions(labelling, codes, algorithm),
             series_instance_uid=highdicom.UID(),
@@ -88,21 +109,22 @@ def write_dicom_segmentation(
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise VolumeError(
-            f"{series.folder}: its headers do not allow for a DICOM segmentation: {reason}"
+            f"{series.folder}: cannot be written as a DICOM segmentation, because of its headers: "
+            f"{reason}; write NIfTI instead"
         ) from None
     with whole(path) as partial:
         segmentation.save_as(partial)
 
 
 def _source(path: Path) -> Any:
-    """A slice's header, as highdicom asks for it. Raises VolumeError if it lacks what is needed."""
+    """A slice's header for highdicom. Raises VolumeError if it lacks a tag that is needed."""
     from pydicom import dcmread
 
     source = dcmread(path, stop_before_pixels=True)
     if missing := [keyword for keyword in NEEDED_TAGS if not source.get(keyword)]:
         raise VolumeError(
-            f"{path}: lacks {missing[0]}, to which a DICOM segmentation must refer; write NIfTI "
-            f"instead"
+            f"{path}: expected the tag {missing[0]}, to which a DICOM segmentation must refer, "
+            f"found none; write NIfTI instead"
         )
     for keyword in MAY_LACK:
         if keyword not in source:
@@ -113,7 +135,7 @@ def _source(path: Path) -> Any:
 def _descriptions(
     labelling: Labelling, codes: Mapping[str, LabelCodeConfig], algorithm: str
 ) -> list[Any]:
-    """What each segment is, and what made it."""
+    """Description of each segment, with the algorithm that made it."""
     import highdicom
     from pydicom.sr.codedict import codes as known
 
@@ -141,9 +163,9 @@ def _descriptions(
 
 
 def segments(labels: ndarray, labelling: Labelling) -> ndarray:
-    """Frames (slice, row, column) of numbers 1, 2, … of classes, or (…, segment) of regions.
+    """Frames of a segmentation, (slice, row, column) or (slice, row, column, segment).
 
-    Of regions, which may overlap, each has a mask of its own: all numbers that belong to it.
+    Classes are numbered 1, 2, …. Regions may overlap, so each region has its own mask.
     """
     frames = within(labels, labelling).transpose(2, 1, 0)
     if labelling.regions:
@@ -157,7 +179,7 @@ def segments(labels: ndarray, labelling: Labelling) -> ndarray:
 
 
 def private_code(name: str) -> LabelCodeConfig:
-    """The concept of a label that the model gives none."""
+    """The coded concept of a label for which the model has no code."""
     value = hashlib.sha256(name.encode()).hexdigest()[:12].upper()
     return LabelCodeConfig(
         scheme=PRIVATE, value=value, meaning=name[:LONGEST_NAME], category=PRIVATE_CATEGORY

@@ -1,4 +1,4 @@
-"""Windows that hold nothing, which need no network: every voxel below them is 0."""
+"""Find empty windows, in which every voxel is 0; the network need not run on them."""
 
 import itertools
 import math
@@ -16,12 +16,12 @@ from segkit.io.volume import Volume
 def empty_windows(
     volume: Volume, prepared: Prepared, layout: WindowLayout
 ) -> frozenset[WindowPlace]:
-    """The windows of the prepared image under which the volume, as it was given, is 0 throughout.
+    """Positions of the windows in which all voxels of the original volume are 0.
 
     Args:
-        volume: the image was prepared from it.
-        prepared: the image.
-        layout: of the windows over the image.
+        volume: the volume, before it was prepared.
+        prepared: the image that was prepared from the volume.
+        layout: the windows over the image.
     """
     turned = prepared.orientation.turn(volume.data.reshape(*volume.grid.shape, -1))[prepared.box]
     positions = prepared.source.positions_of(prepared.grid)
@@ -38,7 +38,7 @@ def empty_windows(
 
 
 def _below(positions: ndarray, size: int) -> slice:
-    """The voxels that a window's own are interpolated between."""
+    """The voxels of the volume from which the voxels of a window are interpolated, on one axis."""
     low, high = np.clip((math.floor(positions[0]), math.ceil(positions[-1])), 0, size - 1).tolist()
     return slice(low, high + 1)
 
@@ -46,7 +46,10 @@ def _below(positions: ndarray, size: int) -> slice:
 def _any_within(
     values: Shaped[ndarray, "x y z channel"], spans: Sequence[Sequence[slice]]
 ) -> Shaped[ndarray, "x_windows y_windows z_windows"]:
-    """Whether any value of each window is not 0; one axis after the other, as windows overlap."""
+    """True for each window with a value that is not 0.
+
+    Windows overlap, so this reduces one axis after the other.
+    """
     x, y, z = spans
     found = np.stack([values[:, :, span].any(axis=(2, 3)) for span in z], axis=2)
     found = np.stack([found[:, span].any(axis=1) for span in y], axis=1)

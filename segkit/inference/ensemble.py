@@ -1,7 +1,7 @@
-"""What several models make of the same rows of a volume, and how far they agree.
+"""Combine the outputs of several models: mean probabilities, entropy and variance.
 
-Each model walks over the volume in slabs of its own, on a grid of its own, and none runs ahead: the
-one that knows least goes on, so that each holds a slab.
+Each model processes the volume in its own slabs and on its own grid. The model that has the fewest
+rows always continues, so that each model holds only one slab in memory.
 """
 
 import math
@@ -17,23 +17,28 @@ from segkit.inference.source_rows import SourceRows, labels_of
 
 @dataclass(frozen=True, eq=False)
 class MergedRows:
-    """What is said of some rows of the volume."""
+    """Combined outputs for some rows of the volume."""
 
     labels: Integer[Tensor, "x y rows"]
     probabilities: Float[Tensor, "classes x y rows"] | None = None
-    """The mean of the members'."""
+    """Mean over the models."""
     entropy: Float[Tensor, "x y rows"] | None = None
-    """Of the mean probabilities, from 0 to 1: 1 where all classes, or yes and no, are alike."""
+    """Entropy of the mean probabilities, divided by its maximum, which equal probabilities have."""
     variance: Float[Tensor, "x y rows"] | None = None
-    """Of each class's probability between members, and mirrors of a window, mean over classes."""
+    """Variance of the probabilities between models and between mirror images, mean over classes."""
 
 
 def merge(
     members: Sequence[Iterator[tuple[int, SourceRows]]],
 ) -> Iterator[tuple[int, list[SourceRows]]]:
-    """The rows of the volume that all members know, with their first, as soon as all do.
+    """Rows of the volume from all models, as soon as all models have them.
 
-    Each member yields consecutive rows from 0 on, and all end at the same row.
+    Args:
+        members: for each model, an iterator over (first row, rows). Rows are consecutive, start at
+            0, and end at the same row for all models.
+
+    Yields:
+        The first row, and the same rows of each model.
     """
     known: list[tuple[int, SourceRows] | None] = [next(member, None) for member in members]
     done = 0
@@ -41,7 +46,7 @@ def merge(
         held = [head for head in known if head is not None]
         if not held:
             return
-        assert len(held) == len(members), "the members end at different rows"
+        assert len(held) == len(members), "the models end at different rows"
         reached = min(first + rows.count for first, rows in held)
         parts = [rows.part(done - first, reached - first) for first, rows in held]
         del held
@@ -51,45 +56,73 @@ def merge(
         for number, member in enumerate(members):
             head = known[number]
             if head is not None and head[0] + head[1].count == done:
-                # Its slab is let go before the next is made.
+                # Its slab is freed before the next one is made.
                 known[number] = head = None
                 known[number] = next(member, None)
 
 
-def consult(members: Sequence[SourceRows], *, shares: bool, uncertainty: bool) -> MergedRows:
-    """The verdict of one or several members on the rows that they all have.
+def combine(
+    members: Sequence[SourceRows],
+    *,
+    probabilities: bool,
+    uncertainty: bool,
+    temperature: float | None = None,
+) -> MergedRows:
+    """Labels, and probabilities and uncertainty if requested, from one or several models.
 
     Args:
-        members: the same rows of the volume.
-        shares: whether probabilities are asked for.
-        uncertainty: whether entropy and variance are.
+        members: the same rows of the volume from each model.
+        probabilities: compute probabilities too.
+        uncertainty: compute entropy and variance too.
+        temperature: temperature of the mean probabilities and of their entropy; labels and variance
+            do not depend on it.
     """
-    alone = len(members) == 1
-    if alone and not shares and not uncertainty:
+    single = len(members) == 1
+    if single and not probabilities and not uncertainty:
         return MergedRows(members[0].labels())
-    moments = Moments(class_axis=0)
+    running = RunningVariance(class_axis=0)
     for rows in members:
-        moments.add(rows.probabilities())
+        running.add(rows.probabilities())
     written = members[0].written
-    if alone:  # the label is the same whatever else is asked for
+    if single:  # so that labels do not depend on the other outputs that are requested
         labels = members[0].labels()
     else:
-        labels = labels_of(moments.mean if written is None else moments.mean - 0.5, written)
-    probabilities = moments.mean if shares else None
+        labels = labels_of(running.mean if written is None else running.mean - 0.5, written)
+    mean = running.mean
+    if temperature is not None:
+        mean = at_temperature(mean, temperature, regions=written is not None)
     if not uncertainty:
-        return MergedRows(labels, probabilities)
-    variance = moments.variance
+        return MergedRows(labels, mean if probabilities else None)
+    variance = running.variance
     for rows in members:
         variance = variance + rows.spread() / len(members)
-    uncertain = predictive_entropy if written is None else region_entropy
-    return MergedRows(labels, probabilities, uncertain(moments.mean), variance)
+    entropy = predictive_entropy if written is None else region_entropy
+    return MergedRows(labels, mean if probabilities else None, entropy(mean), variance)
 
 
-class Moments:
-    """The mean of probabilities, and the mean over classes of their variance.
+def at_temperature(
+    probabilities: Float[Tensor, "classes x y rows"], temperature: float, *, regions: bool
+) -> Float[Tensor, "classes x y rows"]:
+    """Probabilities as if the logits had been divided by a temperature (Guo et al. 2017).
 
-    Welford (1962): no difference of large sums, so that what agrees has a variance of exactly 0.
-    `class_axis` is that of the probabilities.
+    The largest stays the largest, and of regions what is above 0.5 stays above it.
+    """
+    smallest = torch.finfo(probabilities.dtype).tiny
+    if regions:
+        return (
+            probabilities.logit(eps=torch.finfo(probabilities.dtype).eps) / temperature
+        ).sigmoid()
+    return (probabilities.clamp(min=smallest).log() / temperature).softmax(dim=0)
+
+
+class RunningVariance:
+    """Running mean of probabilities, and their variance averaged over classes.
+
+    Welford (1962): this subtracts no large sums, so that equal probabilities have a variance of
+    exactly 0.
+
+    Args:
+        class_axis: axis of the classes in the probabilities.
     """
 
     def __init__(self, class_axis: int) -> None:
@@ -97,30 +130,31 @@ class Moments:
         self.count = 0
         self.mean = self.squares = torch.zeros(())
 
-    def add(self, answer: Float[Tensor, "*shape"]) -> None:
-        """Take in one more answer."""
+    def add(self, probabilities: Float[Tensor, "*shape"]) -> None:
+        """Add the probabilities of one more model or mirror image."""
         self.count += 1
         if self.count == 1:
-            self.mean = answer
-            self.squares = torch.zeros_like(answer.select(self.class_axis, 0))
+            self.mean = probabilities
+            self.squares = torch.zeros_like(probabilities.select(self.class_axis, 0))
             return
-        apart = answer - self.mean
-        self.mean = self.mean + apart / self.count
-        self.squares = self.squares + (apart * (answer - self.mean)).mean(self.class_axis)
+        difference = probabilities - self.mean
+        self.mean = self.mean + difference / self.count
+        change = (difference * (probabilities - self.mean)).mean(self.class_axis)
+        self.squares = self.squares + change
 
     @property
     def variance(self) -> Float[Tensor, "*space"]:
-        """Between the answers, each counted alike; 0 for one."""
+        """Variance of the probabilities that were added, with equal weights; 0 after one."""
         return self.squares / self.count
 
 
 def predictive_entropy(probabilities: Float[Tensor, "classes *space"]) -> Float[Tensor, "*space"]:
-    """The entropy over that of classes all alike."""
+    """Entropy over classes, divided by that of equal probabilities."""
     total = torch.special.entr(probabilities).sum(dim=0)
     return (total / math.log(max(len(probabilities), 2))).clamp(0, 1)
 
 
 def region_entropy(probabilities: Float[Tensor, "regions *space"]) -> Float[Tensor, "*space"]:
-    """The entropy of yes and no, over its largest, as the mean over regions."""
+    """Entropy of inside and outside, divided by its maximum and averaged over regions."""
     both = torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)
     return (both.mean(dim=0) / math.log(2)).clamp(0, 1)

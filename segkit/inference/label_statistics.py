@@ -1,4 +1,4 @@
-"""How large each labelled structure is, and how bright: voxels, ml, and intensities."""
+"""Statistics of each labelled structure: number of voxels, volume in ml, and intensities."""
 
 from collections.abc import Sequence
 from math import prod
@@ -16,13 +16,20 @@ from segkit.io.volume import Volume
 def label_statistics(
     labels: Volume, image: Volume, labelling: Labelling, channels: Sequence[str]
 ) -> dict[str, Any]:
-    """Of each class or region its voxels, its ml, and each channel's mean and standard deviation.
+    """Size of each class or region, and mean and standard deviation of its intensities.
 
-    A flat picture has an area in mm² instead, or in pixels if its scale is not known.
+    The size is in voxels and ml. A 2D picture has an area instead of a volume: in mm², or in pixels
+    if its pixel size is unknown. Memory use is that of one slice.
 
-    Both lie on one grid. A region is all numbers that belong to it, so that regions may share
-    voxels. The deviation is over the number of voxels; of what is not there, it and the mean are
-    NaN. Memory follows a slice.
+    Args:
+        labels: labels on the grid of the image.
+        image: (x, y, z) or (x, y, z, channel).
+        labelling: names and numbers of classes and regions. Regions may share voxels.
+        channels: name of each channel.
+
+    Returns:
+        The size of a voxel, and for each structure its size, mean and standard deviation (divided
+        by the number of voxels). If a structure is absent, mean and deviation are NaN.
     """
     assert labels.grid.agrees_with(image.grid), "labels lie on their image's grid"
     labels = volume_within(labels, labelling)
@@ -49,7 +56,7 @@ def label_statistics(
 def _spread(
     labels: Shaped[ndarray, "x y z"], values: Shaped[ndarray, "x y z"], counts: ndarray
 ) -> tuple[ndarray, ndarray]:
-    """Of each label the mean, and the sum of squared distances to it, in two passes."""
+    """Mean of each label's values, and sum of squared distances from the mean, in two passes."""
     means = _sums(labels, values, len(counts) - 1) / np.maximum(counts, 1)
     squares = np.zeros(len(counts))
     for z in range(labels.shape[2]):
@@ -62,7 +69,7 @@ def _spread(
 def _sums(
     labels: Shaped[ndarray, "x y z"], values: Shaped[ndarray, "x y z"], highest: int
 ) -> Float[ndarray, " labels"]:
-    """The sum of the values at each label 0, 1, …, up to the highest."""
+    """Sum of the values at each of the labels 0, 1, …, highest."""
     sums = np.zeros(highest + 1)
     for z in range(labels.shape[2]):
         flat = labels[:, :, z].ravel()
@@ -71,7 +78,7 @@ def _sums(
 
 
 def _pooled(counts: ndarray, means: ndarray, squares: ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of several labels' values together (Chan et al. 1983)."""
+    """Mean and standard deviation of the values of several labels together (Chan et al. 1983)."""
     total = counts.sum()
     if not total:
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""What made a prediction: models, settings, inputs, engines and versions."""
+"""Provenance of a prediction: models, settings, inputs, engines and versions."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,20 +11,24 @@ from segkit.model.folder import Model, checksums_of
 from segkit.provenance import versions
 
 
-def asked_of(predictor: Predictor) -> dict[str, Any]:
-    """The models and the settings that decide what a predictor makes of a volume."""
+def models_and_settings(predictor: Predictor) -> dict[str, Any]:
+    """The models and the settings on which the result of a predictor depends."""
     return {
         "models": [_model(member.model) for member in predictor.members],
-        "settings": predictor.settings.told(),
+        "settings": predictor.settings.to_json(),
     }
 
 
 def made_by(
     predictor: Predictor, asked: Mapping[str, Any], inputs: Iterable[Path]
 ) -> dict[str, Any]:
-    """What made a result of these files, as `provenance` in its sidecar file.
+    """Provenance of a result, as written under `provenance` to its sidecar file.
 
-    `asked` comes from `asked_of`, which reads whole models: call it once for many inputs.
+    Args:
+        predictor: the predictor that made the result.
+        asked: the output of `models_and_settings`. That function reads whole models, so call it
+            once for many inputs.
+        inputs: the files that were segmented.
     """
     return {
         **asked,

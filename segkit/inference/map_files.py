@@ -1,4 +1,4 @@
-"""Attention maps as files: on the input's grid, on their own, and their figures."""
+"""Write attention maps to files: on the input's grid, on their own grid, and as figures in JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,25 @@ def write_maps(
     heads: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write every map of a volume and return the files.
+    """Write every map of a volume.
 
-    `STEM_map-skip.2-gate.nii.gz` lies on the input's grid, its namesake in `native/` on the map's
-    own, both float32 and on the map's raw scale, NaN where nothing was computed; of a picture the
-    first is a TIFF, `.tif`, pixel upon pixel. `STEM_maps.json` tells what each is. A map over
-    channels has no place and stands only in the JSON. `heads` holds figures of each head of
-    attention, by position; they stand with the map that the heads receive. `made` says in the JSON
-    what made the maps.
+    `STEM_map-skip.2-gate.nii.gz` is on the input's grid. The file of the same name in `native/` is
+    on the map's own grid. Both are float32 with the map's raw values, and NaN where no value was
+    computed. If the input is a picture, the first file is a TIFF (`.tif`) with the same pixels.
+    `STEM_maps.json` describes each map. A map over channels has no position, so it is only in the
+    JSON file.
+
+    Args:
+        folder: the folder to write to.
+        stem: beginning of the files' names.
+        maps: the maps by key.
+        source: the volume that was predicted.
+        heads: figures of each head of attention, by the position of the attention in the network;
+            they are written with the map of kind `received`.
+        made: provenance, written to the JSON file.
+
+    Returns:
+        The files that were written.
     """
     written = []
     figures = []
@@ -42,7 +53,7 @@ def write_maps(
         if attention_map.volume is None:
             continue
         name = f"{stem}_map-{key.replace('/', '-')}"
-        # Only NIfTI says where a coarser grid lies.
+        # Always NIfTI, because a TIFF cannot store the position of a coarser grid.
         native = folder / "native" / f"{name}.nii.gz"
         path = folder / f"{name}{'.tif' if source.picture else '.nii.gz'}"
         write_volume(path, map_on_source(attention_map, source, allocate=OnDisk(folder)))
@@ -74,7 +85,7 @@ def _figures(attention_map: AttentionMap) -> dict[str, Any]:
 
 
 def _span(values: ndarray) -> dict[str, float]:
-    """The lowest value, the mean and the highest of those that were computed; NaN if none was."""
+    """Minimum, mean and maximum of the finite values; NaN if there are none."""
     known = values[np.isfinite(values)]
     if not known.size:
         return {"min": math.nan, "mean": math.nan, "max": math.nan}

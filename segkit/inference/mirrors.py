@@ -1,4 +1,4 @@
-"""Test-time mirroring: a network's answers to a window and its mirror images, made one."""
+"""Test-time mirroring: average a network's outputs over a window and its mirror images."""
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segkit.geometry.grid import Placement
 from segkit.inference.engines.torch_eager import LOGITS, Engine
-from segkit.inference.ensemble import Moments
+from segkit.inference.ensemble import RunningVariance
 from segkit.nn.map_tap import MapInfo
 
 SPREAD = "spread"
@@ -18,17 +18,17 @@ SPREAD = "spread"
 
 
 class Mirrored:
-    """Asks an engine about each window and its mirror images, and averages the answers.
+    """Engine that runs another engine on each window and its mirror images, and averages outputs.
 
-    Over every combination of `axes`, the answers turned back first: logits, as nnU-Net does
-    (Isensee et al. 2021), and maps. A network is asked about mirror images alone that it was
-    trained on.
+    A window is mirrored along every combination of `axes`. Logits (as in nnU-Net, Isensee et al.
+    2021) and maps are mirrored back before they are averaged.
 
     Args:
-        engine: what is asked.
-        axes: spatial axes of a window, 0 to 2.
-        batch_size: windows and mirror images per call of the engine.
-        regions: whether outputs are regions, each yes or no, and not classes.
+        engine: the engine to run.
+        axes: spatial axes of a window, 0 to 2, along which the network was trained on mirror
+            images.
+        batch_size: number of windows and mirror images in each call of the engine.
+        regions: True if the outputs are regions, False if they are classes.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class Mirrored:
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """As an engine's; among the keys may be SPREAD, (batch, 1, x, y, z)."""
+        """The outputs of an engine, and SPREAD, (batch, 1, x, y, z), if it is among the keys."""
         means: dict[str, Tensor] = {}
-        shares = Moments(class_axis=1)
-        asked = [key for key in keys if key != SPREAD]
-        for number, answer in enumerate(self._answers(windows, asked), start=1):
+        running = RunningVariance(class_axis=1)
+        others = [key for key in keys if key != SPREAD]
+        for number, outputs in enumerate(self._outputs(windows, others), start=1):
             if SPREAD in keys:
-                logits = answer[LOGITS]
-                shares.add(logits.sigmoid() if self.regions else logits.softmax(dim=1))
-            for key, value in answer.items():
+                logits = outputs[LOGITS]
+                running.add(logits.sigmoid() if self.regions else logits.softmax(dim=1))
+            for key, value in outputs.items():
                 mean = means.get(key, value)
                 means[key] = mean + (value - mean) / number
         if SPREAD in keys:
-            means[SPREAD] = shares.variance[:, None]
+            means[SPREAD] = running.variance[:, None]
         return means
 
-    def _answers(self, windows: Tensor, keys: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    def _outputs(self, windows: Tensor, keys: Collection[str]) -> Iterator[dict[str, Tensor]]:
         step = max(self.batch_size // len(windows), 1)
         for first in range(0, len(self.mirrors), step):
             mirrors = self.mirrors[first : first + step]
@@ -68,19 +68,21 @@ class Mirrored:
             outputs = self.engine(images, keys)
             parts = {key: output.split(len(windows)) for key, output in outputs.items()}
             for number, axes in enumerate(mirrors):
-                yield {key: _turned(part[number].float(), axes) for key, part in parts.items()}
+                yield {
+                    key: _mirrored_back(part[number].float(), axes) for key, part in parts.items()
+                }
 
 
-def _turned(answer: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """An answer turned back; what has no space, such as presence, has nothing to turn."""
-    return answer.flip(axes) if axes and answer.ndim == 5 else answer
+def _mirrored_back(output: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """An output of a mirror image, mirrored back, if it has spatial axes (presence has none)."""
+    return output.flip(axes) if axes and output.ndim == 5 else output
 
 
 def mirrored_map(info: MapInfo, axes: Sequence[int]) -> MapInfo:
-    """Where the cells of a map lie that is averaged over mirror images along these axes.
+    """Information about a map that is averaged over mirror images along these axes.
 
-    Of a window of n strides, cell j lies at `stride * j + offset`, and its mirror image's at
-    `stride * j + stride - 1 - offset`; what both say together lies in the middle.
+    In a window, cell j lies at `stride * j + offset`, and cell j of the mirror image at
+    `stride * j + stride - 1 - offset`. Their mean lies in the middle.
     """
     if info.placement is None:
         return info

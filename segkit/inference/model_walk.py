@@ -1,4 +1,4 @@
-"""One model at work: how its windows are laid out, run and walked over."""
+"""Run one model over a volume: lay out its windows, run them, and yield rows of the volume."""
 
 import itertools
 import math
@@ -28,25 +28,25 @@ from segkit.nn.map_tap import MapInfo
 from segkit.nn.network import SegmentationNetwork
 from segkit.system.resources import choose_device, free_memory_of
 
-PLANES_PER_WINDOW = 8
+SLICES_PER_WINDOW = 8
 WINDOWS_ON_GPU = 4
-"""That a GPU is asked about at once."""
+"""Default batch size of windows on a GPU."""
 BYTES_PREPARED = 4
 SHARE_FOR_IMAGE = 0.25
-"""Of a GPU's free memory, what an image on both grids may take."""
+"""Share of a GPU's free memory that an image may use, on the volume's and the network's grid."""
 UNLIKELY = -30.0
-"""The logit of every class but the background, or of every region, where no window was asked."""
+"""Logit of each class but the background, or of each region, at voxels without any window."""
 
 TrackSlabs = Callable[[Iterable[Slab], int], Iterable[Slab]]
 
 
 def untracked_slabs(slabs: Iterable[Slab], count: int) -> Iterable[Slab]:
-    """The same slabs, with no progress shown."""
+    """The same slabs, without showing progress."""
     return slabs
 
 
 class PredictionOptions(TypedDict, total=False):
-    """The settings of prediction as keyword arguments; `PredictionSettings` has their defaults."""
+    """Settings of prediction as keyword arguments; `PredictionSettings` has their defaults."""
 
     device: str
     overlap: float
@@ -59,7 +59,7 @@ class PredictionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """How models predict, defaults included; `Predictor` explains each."""
+    """Settings of prediction, defaults included. `Predictor` explains each."""
 
     device: str = "auto"
     overlap: float = 0.5
@@ -69,11 +69,11 @@ class PredictionSettings:
     skip_empty: bool = True
     engine: EngineName = "auto"
 
-    def settled(self) -> "PredictionSettings":
-        """The same, with what a device is fastest with where nothing is asked for.
+    def with_defaults(self) -> "PredictionSettings":
+        """The same settings, with the device's fastest batch size and precision if not set.
 
-        A GPU computes in float16, four windows at once; a CPU in float32, one at a time. (Of the
-        half types float16 has the finer steps, 0.0005 below 1, which maps of gates need.)
+        A GPU computes four windows at once in float16; a CPU computes one window in float32. (Maps
+        of gates need float16: its steps below 1 are 0.0005, finer than those of bfloat16.)
         """
         converted = self.engine in ("openvino", "onnx")
         on_gpu = not converted and choose_device(self.device).type == "cuda"
@@ -83,8 +83,8 @@ class PredictionSettings:
             precision=self.precision or (torch.float16 if on_gpu else torch.float32),
         )
 
-    def told(self) -> dict[str, object]:
-        """The settings that the labels depend on, as the file beside a result has them."""
+    def to_json(self) -> dict[str, object]:
+        """The settings on which labels depend, as written to the sidecar file of a result."""
         return {
             "overlap": self.overlap,
             "precision": str(self.precision).removeprefix("torch."),
@@ -95,10 +95,10 @@ class PredictionSettings:
 
 
 class ModelWalk:
-    """One model of those that predict together."""
+    """One model of a predictor, with its engine and its layout of windows."""
 
     def __init__(self, model: Model, settings: PredictionSettings) -> None:
-        settings = settings.settled()
+        settings = settings.with_defaults()
         assert settings.batch_size is not None and settings.precision is not None
         self.model = model
         self.device = choose_device(settings.device)
@@ -112,23 +112,26 @@ class ModelWalk:
         self.skip_empty = settings.skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)
         self.mirror_axes = model.description.mirror_axes if settings.tta else ()
-        # Maps are recorded on the network itself, which several threads may share.
+        # Recording changes the network, which several threads may share.
         self.lock = threading.Lock()
 
     @property
     def preparation(self) -> str:
-        """What the prepared image depends on, beside the volume: where equal, it may be shared."""
+        """Key of the settings that change the prepared image; models with equal keys share it."""
         settings = {"spacing", "normalisation", "interpolation"}
-        told = self.model.description.model_dump_json(include=settings)
-        # Labels of a first stage are a channel of the image, and each model has stages of its own.
-        return f"{told} {id(self.model)}" if self.model.first else told
+        key = self.model.description.model_dump_json(include=settings)
+        # Labels of a first stage are a channel of the image, and each model has its own stages.
+        return f"{key} {id(self.model)}" if self.model.first else key
 
     def prepare(
         self, volume: Volume, first_labels: Volume | None, *, on_device: bool = False
     ) -> Prepared:
-        """The volume as the network sees it, with the labels of the first stage if it has one.
+        """The image that the network gets for a volume.
 
-        The image lies in the host's memory, or `on_device` on a GPU that has room for it.
+        Args:
+            volume: the volume.
+            first_labels: labels of the first stage, if the model has one; they become a channel.
+            on_device: put the image on the GPU if there is room for it, else in host memory.
         """
         prepared = prepare_image(
             volume,
@@ -140,7 +143,7 @@ class ModelWalk:
         return prepared if first_labels is None else with_labels(prepared, first_labels)
 
     def _holds(self, volume: Volume) -> bool:
-        """Whether the device is a GPU with room for a volume's image and copies of it."""
+        """True if the device is a GPU with room for a volume's image and copies of it."""
         if self.device.type != "cuda":
             return False
         source, wanted = volume.grid.spacing, self.model.description.spacing
@@ -152,7 +155,7 @@ class ModelWalk:
         return needed < SHARE_FOR_IMAGE * free_memory_of(self.device)
 
     def maps(self) -> dict[str, MapInfo]:
-        """The maps that a walk gives, by key."""
+        """The maps that `walk` can collect, by key."""
         infos = self.model.network.maps()
         return {key: mirrored_map(info, self.mirror_axes) for key, info in infos.items()}
 
@@ -166,9 +169,18 @@ class ModelWalk:
         uncertainty: bool,
         track: TrackSlabs,
     ) -> Iterator[tuple[int, SourceRows]]:
-        """Rows of the volume, with their first, as soon as they are known.
+        """Run the network over a volume and yield rows of the volume as soon as they are complete.
 
-        On the way `maps` gathers those of its keys, and `presence` gets the logits of each batch.
+        Args:
+            volume: the volume.
+            prepared: the image that `prepare` made from it.
+            maps: collects attention maps in the same pass.
+            presence: a list to which the presence logits of each batch are added.
+            uncertainty: compute the variance between mirror images too.
+            track: called with the slabs and their number; returns the same slabs.
+
+        Yields:
+            The first row, and the rows.
         """
         spreads = uncertainty and len(self.mirror_axes) > 0
         starts = self.layout.starts(prepared.grid.shape)
@@ -176,8 +188,8 @@ class ModelWalk:
         if self.skip_empty:
             empty = empty_windows(volume, prepared, self.layout)
         if maps.spread is not None:
-            asked = (place for place in itertools.product(*starts) if place not in empty)
-            maps.spread.will_see(asked, self.layout.patch_size)
+            places = (place for place in itertools.product(*starts) if place not in empty)
+            maps.spread.set_windows(places, self.layout.patch_size)
         slabs = stream(
             prepared.image,
             self._function(maps, presence, spreads),
@@ -197,7 +209,10 @@ class ModelWalk:
     def _function(
         self, maps: MapCollector, presence: list[Tensor], spreads: bool
     ) -> WindowFunction:
-        """What is asked about each batch of windows: logits, with their spread, and placed maps."""
+        """Function from a batch of windows to logits and maps that have a position.
+
+        With `spreads`, the variance between mirror images is the last channel of the logits.
+        """
         keys = [
             *maps.infos,
             *([PRESENCE] if self.model.network.presence is not None else []),
@@ -221,7 +236,7 @@ class ModelWalk:
         return run
 
     def background(self, *, spreads: bool = False) -> Tensor:
-        """The outputs at a voxel that no window covers: background, or no region; no spread."""
+        """Outputs at a voxel that no window covers: the background, or no region; variance 0."""
         labelling = self.model.description.labelling
         background = torch.full((len(labelling.outputs),), UNLIKELY)
         if labelling.written is None:
@@ -229,22 +244,22 @@ class ModelWalk:
         return torch.cat([background, torch.zeros(1)]) if spreads else background
 
     def _logits_of(self, slabs: Iterable[Slab], maps: MapCollector) -> Iterator[Tensor]:
-        """The logits of each slab, whose maps are taken out."""
+        """The logits of each slab; `maps` collects its maps."""
         for slab in slabs:
             maps.take_rows(slab)
-            # By no name of its own, or it would live on beside the next.
+            # Not kept in a variable, which would keep its memory while the next slab is made.
             yield self._checked(slab.rows.pop(LOGITS))
 
     def _checked(self, logits: Tensor) -> Tensor:
         """The same logits. Raises ModelError if one is NaN or infinite."""
-        # A sum reads them once and copies nothing. That of huge numbers may be none itself, so only
-        # then is each looked at, a row at a time, as that copies.
+        # A sum reads the logits once and copies nothing. The sum of huge numbers may overflow, so
+        # then each logit is checked, one row at once, because the check makes a copy.
         if not bool(logits.sum().isfinite()) and not all(
             bool(row.isfinite().all()) for row in logits.movedim(-1, 0)
         ):
             raise ModelError(
-                f"the output of the network of {self.model.description.run} contains NaN or "
-                f"infinity; predict in float32, or train it again"
+                f"{self.model.description.run}: the network's output contains NaN or infinity; "
+                f"predict in float32, or train it again"
             )
         return logits
 
@@ -252,15 +267,15 @@ class ModelWalk:
 def window_layout(
     network: SegmentationNetwork, patch_size: tuple[int, int, int], overlap: float
 ) -> WindowLayout:
-    """The windows of a network over a volume.
+    """The layout of a network's windows over a volume.
 
-    Planes of a 2D network need no overlap; several go into one window.
+    A window of a 2D network has several slices, which need no overlap.
     """
-    patch = tuple(PLANES_PER_WINDOW if size == 1 else size for size in patch_size)
+    patch = tuple(SLICES_PER_WINDOW if size == 1 else size for size in patch_size)
     overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
     return WindowLayout(patch, overlaps, network.total_stride)
 
 
 def layout_of(model: Model, overlap: float = 0.5) -> WindowLayout:
-    """The windows of a model over a volume."""
+    """The layout of a model's windows over a volume."""
     return window_layout(model.network, model.description.volume_patch, overlap)

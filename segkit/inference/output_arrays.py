@@ -1,4 +1,4 @@
-"""Results on the volume's own grid that fill up row by row."""
+"""Result arrays on the volume's own grid, filled row by row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,22 +16,23 @@ from segkit.io.volume import Volume
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Arrays by name, filled by what stands beyond the body's box, which the network never sees.
+    """Result arrays by name.
 
-    They are laid out as they are walked over, turned to RAS+ and a channel after the other, so that
-    rows of a class lie together in a file.
+    Voxels outside the body's box, which the network does not see, have a fixed value. The arrays
+    are in RAS+ order, one channel after another, so that the rows of a class lie together in a
+    file.
     """
 
     source: Volume
-    """The volume that they are results of."""
+    """The volume that is predicted."""
     prepared: Prepared
-    """The image made of it."""
+    """The image that was prepared from it."""
     allocate: Allocate
     """Makes the arrays."""
     arrays: dict[str, ndarray] = field(default_factory=dict)
 
     def add(self, name: str, kind: np.dtype[Any], beyond: Sequence[float]) -> None:
-        """Begin a result, of as many channels as there are values `beyond` the box."""
+        """Add a result; `beyond` holds, for each channel, the value outside the body's box."""
         shape = self.prepared.orientation.turn_grid(self.source.grid).shape
         array = self.arrays[name] = self.allocate((*shape, len(beyond)), kind)
         for channel, value in enumerate(beyond):
@@ -40,14 +41,14 @@ class Results:
         release(array)
 
     def put(self, name: str, rows: slice, values: Float[Tensor, "channel x y rows"]) -> None:
-        """Fill rows of the box."""
+        """Write rows of the body's box."""
         place = self.arrays[name][self.prepared.box][:, :, rows]
         for channel, found in enumerate(values.cpu().numpy()):
             place[..., channel] = found
         release(place)
 
     def volume(self, name: str) -> Volume | None:
-        """A result in the volume's own axes, the channels last where there are several; or none."""
+        """A result in the volume's own axes, several channels last; None if it was not added."""
         if name not in self.arrays:
             return None
         back = self.prepared.orientation.turn_back(self.arrays[name])

@@ -1,9 +1,8 @@
-"""Keeping the largest connected component of a segmentation, where evidence says that it helps.
+"""Keep only the largest connected component of a segmentation, if this raises Dice.
 
-As nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): first the largest component of the
-whole foreground, then the largest of a class, each adopted only where cross-validation has shown
-that it raises Dice. Voxels that touch by a face, an edge or a corner are connected, and of
-components that are equally large all stay.
+As in nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): first for the whole foreground,
+then for each class; each step is used only if it raised Dice in cross-validation. Voxels that touch
+by a face, an edge or a corner are connected. If several components are the largest, all are kept.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,12 +27,18 @@ Operation: TypeAlias = Callable[[ndarray], ndarray]
 def apply(
     labels: Integer[ndarray, "*space"], largest_foreground: bool, largest_of: Collection[int]
 ) -> Integer[ndarray, "*space"]:
-    """The labels without what lies apart from the largest component; `labels` stays as it is.
+    """The labels with only the largest components; removed voxels are 0.
 
-    `largest_foreground` keeps the largest component of all that is not 0, whatever its classes;
-    after that each class whose number is in `largest_of` keeps its own largest. What is removed
-    becomes 0. Where nothing is asked for, the array itself comes back. Beside the copy it takes a
-    byte a voxel, and six for each voxel of the box that the components lie in.
+    This needs memory for a copy of the labels, one byte for each voxel, and six bytes for each
+    voxel of the box around the components.
+
+    Args:
+        labels: labels of each voxel; they do not change.
+        largest_foreground: keep only the largest component of all voxels that are not 0.
+        largest_of: numbers of classes; after that, keep only the largest component of each.
+
+    Returns:
+        A new array, or `labels` itself if both steps are off.
     """
     if not (largest_foreground or largest_of):
         return labels
@@ -53,16 +58,20 @@ def largest_component(mask: Bool[ndarray, "*space"]) -> Bool[ndarray, "*space"]:
     if count < 2:
         return mask
     sizes = np.zeros(count + 1, np.int64)
-    for plane in pieces:  # as NumPy counts in a copy of eight bytes a voxel
+    for plane in pieces:  # one at once, because NumPy makes a copy of eight bytes for each voxel
         sizes += np.bincount(plane.ravel(), minlength=count + 1)
     sizes[0] = 0
     return (sizes == sizes.max())[pieces]
 
 
 def candidates(numbers: Sequence[int]) -> dict[str, Operation]:
-    """What `decide` wants to know the Dice after, by its name, for classes of these numbers.
+    """Operations, by name, for which `decide` needs the Dice.
 
-    All classes may be treated at once: the largest component of one does not change another's.
+    All classes are treated at once, because the largest component of a class does not change
+    another class.
+
+    Args:
+        numbers: the numbers of the classes.
     """
     return {
         LARGEST_FOREGROUND: partial(apply, largest_foreground=True, largest_of=()),
@@ -73,7 +82,10 @@ def candidates(numbers: Sequence[int]) -> dict[str, Operation]:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is adopted: the arguments of `apply`, but that classes are columns of the tables."""
+    """Steps of post-processing that are used.
+
+    They are the arguments of `apply`, except that `largest_of` holds columns of the Dice tables.
+    """
 
     largest_foreground: bool
     largest_of: tuple[int, ...]
@@ -83,37 +95,39 @@ class Decision:
         raw: Float64[ndarray, "case classes"],
         after: Mapping[str, Float64[ndarray, "case classes"]],
     ) -> Float64[ndarray, "case classes"]:
-        """The Dice of what was adopted, put together from the tables that it was decided by."""
-        chosen = (after[LARGEST_FOREGROUND] if self.largest_foreground else raw).copy()
-        alone = after[BOTH if self.largest_foreground else CLASSES]
-        chosen[:, list(self.largest_of)] = alone[:, list(self.largest_of)]
-        return chosen
+        """Dice after these steps, from the tables that `decide` was given."""
+        table = (after[LARGEST_FOREGROUND] if self.largest_foreground else raw).copy()
+        of_classes = after[BOTH if self.largest_foreground else CLASSES]
+        table[:, list(self.largest_of)] = of_classes[:, list(self.largest_of)]
+        return table
 
 
 def decide(
     raw: Float64[ndarray, "case classes"], after: Mapping[str, Float64[ndarray, "case classes"]]
 ) -> Decision:
-    """What to adopt, by the Dice of cases that the networks had not seen.
+    """Choose the steps of post-processing by the Dice of cases that the networks had not seen.
 
-    `raw` is of the labels as predicted, `after` of the same after each of the `candidates`, NaN
-    where a class is in neither prediction nor reference. The largest component of the foreground
-    is adopted if the mean over classes of their means over cases rises and no class's falls; then
-    the largest of a class if that class's mean rises. A mean is over the cases where Dice is
-    defined, as nnU-Net's.
+    The foreground step is used if the mean Dice over classes rises and no class's Dice falls. Then
+    the step of each class is used if the Dice of this class rises. The Dice of a class is its mean
+    over the cases in which it is defined, as in nnU-Net.
+
+    Args:
+        raw: Dice of the predicted labels; NaN if a class is in neither prediction nor reference.
+        after: the same after each of the `candidates`.
     """
     before, foreground = class_means(raw), class_means(after[LARGEST_FOREGROUND])
     rises = mean_of_defined(foreground) > mean_of_defined(before)
     adopted = bool(rises and not (foreground < before).any())
     start = foreground if adopted else before
-    alone = class_means(after[BOTH if adopted else CLASSES])
-    return Decision(adopted, tuple(np.flatnonzero(alone > start).tolist()))
+    of_classes = class_means(after[BOTH if adopted else CLASSES])
+    return Decision(adopted, tuple(np.flatnonzero(of_classes > start).tolist()))
 
 
 def class_means(table: Float64[ndarray, "case classes"]) -> Float64[ndarray, " classes"]:
-    """Each class's mean over the cases where it is defined; NaN where it is in none."""
+    """Mean of each class over the cases in which it is defined; NaN if there are none."""
     return np.array([mean_of_defined(column) for column in table.T])
 
 
 def _remove_the_rest(labels: Integer[ndarray, "*space"], mask: Bool[ndarray, "*space"]) -> None:
-    """Set to 0, in place, what of the mask is not in its largest component."""
+    """Set labels to 0, in place, at voxels of the mask outside its largest component."""
     labels[mask & ~largest_component(mask)] = 0

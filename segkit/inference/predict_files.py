@@ -1,4 +1,4 @@
-"""`segkit predict`: files in, files out."""
+"""`segkit predict`: predict files and write the results to files."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
+from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
-from segkit.inference.made_by import asked_of, made_by
+from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.map_files import write_maps
 from segkit.inference.model_walk import TrackSlabs, untracked_slabs
 from segkit.inference.predictor import Prediction, Predictor
@@ -26,9 +27,8 @@ from segkit.io.atomic import (
     write_json,
 )
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, check_name, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -42,22 +42,24 @@ from segkit.io.volume import (
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
+ResultLayout = Literal["flat", "bids"]
+"""Names of results after the inputs, or as BIDS derivatives."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input: the files that were written, and why not all of them."""
+    """Result of one input: the files that were written, and an error if a result is missing."""
 
     input: Input
     written: tuple[Path, ...]
     error: str | None = None
     presence: Mapping[str, float] | None = None
-    """The probability that the volume holds each class, where the model says so."""
+    """Probability that the volume contains each class; None without a presence head."""
     kept: Path | None = None
-    """Labels that were there already, with all else that was asked for."""
+    """The labels, if all results existed already and nothing was written."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists and strings; the labels are the first that was written."""
+        """The result as plain dicts, lists and strings; the labels are first in `written`."""
         return {
             "input": [str(file) for file in self.input.files],
             "written": [str(file) for file in self.written],
@@ -69,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the results of one input go; None for what is not asked for."""
+    """Paths of the results of one input; None for each result that is not requested."""
 
     labels: Path
     probabilities: Path | None = None
@@ -77,25 +79,25 @@ class Targets:
     variance: Path | None = None
     presence: Path | None = None
     figures: Path | None = None
-    """Of the attention maps; the maps lie beside it."""
+    """The JSON file of the attention maps; the maps are written beside it."""
     statistics: Path | None = None
     preview: Path | None = None
 
     @property
     def all(self) -> list[Path]:
-        """Those that are asked for, the labels first, and what tells how volumes were made."""
-        asked = [path for path in vars(self).values() if path is not None]
+        """The requested results, the labels first, and the sidecar files of the volumes."""
+        requested = [path for path in vars(self).values() if path is not None]
         volumes = (self.labels, self.probabilities, self.entropy, self.variance)
-        return [*asked, *(sidecar_of(path) for path in volumes if path is not None)]
+        return [*requested, *(sidecar_of(path) for path in volumes if path is not None)]
 
     @property
     def sidecars(self) -> list[Path]:
-        """Those that tell how they were made, or how a volume beside them was."""
+        """The JSON files; each holds the provenance of itself or of the volume beside it."""
         return [path for path in self.all if path.suffix == ".json"]
 
 
 def sidecar_of(volume: Path) -> Path:
-    """The JSON file beside a volume that is written, which tells how it was made."""
+    """The JSON file beside a result volume, which holds its provenance."""
     return volume.with_name(f"{_stem(volume)}.json")
 
 
@@ -103,30 +105,40 @@ def _stem(path: Path) -> str:
     return path.name[: -len(DICOM_SUFFIX)] if _is_dicom(path) else stem_of(path)
 
 
-def output_path(source: Input, *, out: Path | None, alone: bool, as_dicom: bool = False) -> Path:
-    """Where the labels of an input go.
+def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool = False) -> Path:
+    """The path of the labels of an input.
 
-    Beside the input as `NAME_seg` where nothing is said; to `out` itself where it names a volume;
-    else into the folder `out` under the input's name, so that predictions pair with references.
-    A name in .dcm is that of a DICOM segmentation, which is had of a DICOM series alone.
+    Args:
+        source: the input.
+        out: a file for the labels, or a folder, in which the labels get the name of the input, so
+            that predictions pair with references. If not given, the labels go beside the input as
+            `NAME_seg`.
+        single: True if there is only one input.
+        as_dicom: write a DICOM segmentation, which is possible only for a DICOM series. A name in
+            .dcm means the same.
+
+    Raises:
+        VolumeError: the name does not fit.
     """
     check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        beside = source.files[0].resolve() if source.is_series else source.files[0]
-        path = beside.parent / f"{source.name}_seg{suffix}"
+        path = source.folder / f"{source.name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
-        if not alone:
+        if not single:
             raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
         path = out
     else:
         path = out / f"{source.name}{suffix}"
     if as_dicom and not _is_dicom(path):
-        raise VolumeError(f"{path}: expected a name in {DICOM_SUFFIX} for a DICOM segmentation")
+        raise VolumeError(
+            f"{path}: expected a name in {DICOM_SUFFIX} for a DICOM segmentation; name another "
+            f"--out, or a folder"
+        )
     if _is_dicom(path) and not source.is_series:
         raise VolumeError(
-            f"{source.files[0]}: is no DICOM series, to which a DICOM segmentation must refer; "
-            f"name a NIfTI file or a folder as --out"
+            f"{source.files[0]}: expected a DICOM series, to which a DICOM segmentation must "
+            f"refer, found another format; name a NIfTI file or a folder as --out"
         )
     if not _is_dicom(path):
         check_writable(path)
@@ -148,36 +160,41 @@ def predict_files(
     statistics: bool = False,
     preview: bool = False,
     as_dicom: bool = False,
+    layout: ResultLayout = "flat",
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: TrackSlabs = untracked_slabs,
 ) -> Iterator[Outcome]:
-    """Segment each input and write what is asked for; one bad input does not stop the others.
+    """Segment each input and write the results. A bad input does not stop the others.
 
-    The next volume is read and the last result written while the network works, so that three
-    volumes are held at most. Nothing is overwritten unless it may be, or a stopped run left it. If
-    all results are there, of these models, these settings and these very files, the input is left
-    alone, which is no failure; if they are of others, such as of a scan that was replaced since,
-    they are refused, and so is a file that is there and that `out` names for a volume that was
-    named. What a stopped run left is made anew. Labels are written first: another result that
-    cannot be written, such as a picture, is told in the error of an outcome that lists the labels
-    as written.
+    While the network runs, the next volume is read and the last result is written, so that at most
+    three volumes are in memory.
+
+    Existing results are not overwritten unless `overwrite` is set. If all results of an input exist
+    and come from the same models, settings and files, the input is skipped (`Outcome.kept`). If
+    they come from others, for example from a scan that was replaced since, this is an error. It is
+    also an error if `out` names an existing file for the labels of one volume. Incomplete results
+    of a stopped run are always written again.
+
+    Labels are written first. If another result cannot be written, such as a picture, the outcome
+    has an error, but lists the labels as written.
 
     Args:
         predictor: the models and their settings.
-        inputs: the volumes, such as `find_inputs` gives.
+        inputs: the volumes, for example from `find_inputs`.
         out: a file for the labels of one volume, or a folder; beside each input if not given.
-        maps: a folder for attention maps, which are written only if it is given.
-        probabilities, uncertainty: whether to write these as well, as `Predictor` gives them.
-        statistics: whether to write those of `label_statistics`.
-        preview: whether to write a picture of three planes.
-        as_dicom: whether labels are written as DICOM segmentations.
-        overwrite: whether results that are there may be replaced.
-        shard: (I, N): every N-th input is segmented, from the I-th on.
-        track: as for `Predictor`.
+        maps: a folder for attention maps; no maps are written if not given.
+        probabilities, uncertainty: write these too; `Predictor` explains them.
+        statistics: write the statistics of `label_statistics` too.
+        preview: write a picture of three planes too.
+        as_dicom: write labels as DICOM segmentations.
+        layout: `flat` names files after the inputs, `bids` writes BIDS derivatives into `out`.
+        overwrite: replace existing results.
+        shard: (I, N): segment every N-th input, beginning with the I-th.
+        track: shows progress, as for `Predictor`.
 
     Yields:
-        For each input, in order, the files written or the error.
+        For each input, in order, the files that were written, or the error.
 
     Raises:
         SegkitError: a package that `preview` or `as_dicom` needs is not installed.
@@ -188,13 +205,21 @@ def predict_files(
     if as_dicom or (out and _is_dicom(out)):
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
 
+    if layout == "bids" and as_dicom:
+        raise VolumeError("BIDS derivatives are NIfTI files; ask for them or for --dicom-seg")
+
     def targets_of(source: Input) -> Targets:
-        labels = output_path(source, out=out, alone=len(inputs) == 1, as_dicom=as_dicom)
-        stem, suffix = _beside(source, labels)
-        suffix = numbers_suffix(suffix)
+        prob = "prob"
+        if layout == "bids":
+            labels, prob = bids_path(source, out), "probseg"
+            stem, suffix = bids_stem(labels), ".nii.gz"
+        else:
+            labels = output_path(source, out=out, single=len(inputs) == 1, as_dicom=as_dicom)
+            stem, suffix = _beside(source, labels)
+            suffix = numbers_suffix(suffix)
         return Targets(
             labels,
-            labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,
+            labels.with_name(f"{stem}_{prob}{suffix}") if probabilities else None,
             labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
@@ -205,22 +230,25 @@ def predict_files(
 
     planned = _planned(inputs, targets_of)
     files = {file.resolve() for source in inputs for file in source.files}
-    asked = asked_of(predictor)
+    asked = models_and_settings(predictor)
     number, count = shard
+    if layout == "bids" and out is not None:
+        models = [member.model.description for member in predictor.members]
+        write_bids_root(out, models[0].labelling, models=[each.run for each in models])
 
     def read(
-        source: Input, told: Targets | Outcome
+        source: Input, plan: Targets | Outcome
     ) -> tuple[Input, Targets | Outcome, Future[Volume] | None]:
-        if isinstance(told, Targets):
-            told = _checked(source, told, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(read_input, source) if isinstance(told, Targets) else None
-        return source, told, reading
+        if isinstance(plan, Targets):
+            plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
+        reading = reader.submit(read_input, source) if isinstance(plan, Targets) else None
+        return source, plan, reading
 
     def segment(
-        source: Input, told: Targets | Outcome, volume: Future[Volume] | None
+        source: Input, plan: Targets | Outcome, volume: Future[Volume] | None
     ) -> Outcome | Future[Outcome]:
-        if isinstance(told, Outcome):
-            return told
+        if isinstance(plan, Outcome):
+            return plan
         assert volume is not None
         try:
             image = predictor.with_numbers(volume.result())
@@ -229,25 +257,26 @@ def predict_files(
                 maps=maps is not None,
                 probabilities=probabilities,
                 uncertainty=uncertainty,
-                allocate=OnDisk(told.labels.parent),
+                allocate=OnDisk(plan.labels.parent),
                 track=track,
             )
         except (SegkitError, OSError) as error:
             return _failed(source, error)
         made = {PROVENANCE: made_by(predictor, _asked_for(source, asked), source.files)}
+        made |= told_of_sources(source) if layout == "bids" else {}
         description = predictor.model.description
-        work = partial(_write, source, told, prediction, image, description, made)
+        work = partial(_write, source, plan, prediction, image, description, made)
         return writer.submit(_guarded, source, work)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading = (read(source, told) for source, told in planned[number - 1 :: count])
-        writing = (segment(*told) for told in _one_ahead(reading))
+        reading = (read(source, plan) for source, plan in planned[number - 1 :: count])
+        writing = (segment(*plan) for plan in _one_ahead(reading))
         for outcome in _one_ahead(writing):
             yield outcome if isinstance(outcome, Outcome) else outcome.result()
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each of them when the next has been begun."""
+    """The same items, each after the next item has been requested."""
     held: list[T] = []
     for item in items:
         held.append(item)
@@ -260,7 +289,7 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
 def _planned(
     inputs: Sequence[Input], targets_of: Callable[[Input], Targets]
 ) -> list[tuple[Input, Targets | Outcome]]:
-    """Each input with the places of its results; or with an error, if two would share a place."""
+    """Each input with the paths of its results, or with an error if two inputs share a path."""
     planned: list[tuple[Input, Targets | Outcome]] = []
     owners: dict[Path, Input] = {}
     for source in inputs:
@@ -269,12 +298,12 @@ def _planned(
             owner = owners.setdefault(sidecar_of(targets.labels.resolve()), source)
             if owner is not source:
                 raise VolumeError(
-                    f"{targets.labels}: is the result of {owner.files[0]} as well; rename one"
+                    f"{targets.labels}: is also the result of {owner.files[0]}; rename one input"
                 )
             planned.append((source, targets))
         except VolumeError as error:
             planned.append((source, _failed(source, error)))
-    for folder in {told.labels.parent for _, told in planned if isinstance(told, Targets)}:
+    for folder in {plan.labels.parent for _, plan in planned if isinstance(plan, Targets)}:
         remove_leftovers(folder)
     return planned
 
@@ -288,7 +317,7 @@ def _checked(
     out: Path | None,
     overwrite: bool,
 ) -> Targets | Outcome:
-    """The targets; or the outcome, if results are there already or must not be written."""
+    """The targets; or the outcome, if the results exist already or must not be written."""
     stopped = targets.labels.absolute() in unfinished_files(targets.labels)
     kept = source.of_folder or targets.labels != out
     there = kept and not (overwrite or stopped) and all(path.exists() for path in targets.all)
@@ -304,18 +333,18 @@ def _checked(
 
 
 def _asked_for(source: Input, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for one input: with the series that is meant, where one was named."""
+    """Models and settings for one input, with the DICOM series, if one was named."""
     return {**asked, "series": source.series} if source.series else dict(asked)
 
 
 def _beside(source: Input, labels: Path) -> tuple[str, str]:
-    """Stem and suffix of results beside the labels, which are named after the labels."""
+    """Stem and suffix of the other results, which are named after the labels."""
     stem, suffix = _stem(labels), source.suffix if _is_dicom(labels) else suffix_of(labels)
     return stem if stem == source.name else stem.removesuffix("_seg"), suffix
 
 
 def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bool) -> None:
-    """Raise VolumeError where a result would take the place of what must stay."""
+    """Raise VolumeError if a result would overwrite a file that must stay."""
     for path in targets.all:
         if path.resolve() in inputs:
             which = "the" if path in source.files else "an"
@@ -339,7 +368,7 @@ def _write(
 ) -> Outcome:
     mark_unfinished(targets.labels, targets.all)
     labels = prediction.labels
-    # The labels come first, so that nothing else that fails costs them.
+    # Labels are written first, so that they exist even if another result fails.
     write_json(
         sidecar_of(targets.labels), {"labels": description.labelling.numbers_in_files, **made}
     )
@@ -347,7 +376,7 @@ def _write(
         write_dicom_segmentation(
             targets.labels,
             labels,
-            choose_series(source.files[0], source.series),
+            series_of(source),
             description.labelling,
             codes=description.codes,
             algorithm=description.run,
@@ -362,10 +391,10 @@ def _write(
         except (SegkitError, OSError) as error:
             failures.append(failure(source, error))
     written.append(sidecar_of(targets.labels))
-    if failures:  # the note stays, so that the next run makes what is missing
+    if failures:  # left marked as unfinished, so that the next run writes the rest
         more = f" (and {len(failures) - 1} more results)" if len(failures) > 1 else ""
-        said = f"{failures[0]}{more}; its labels are written: {targets.labels}"
-        return Outcome(source, tuple(written), said, prediction.presence)
+        reason = f"{failures[0]}{more}; its labels are written: {targets.labels}"
+        return Outcome(source, tuple(written), reason, prediction.presence)
     mark_finished(targets.labels)
     return Outcome(source, tuple(written), presence=prediction.presence)
 
@@ -378,7 +407,7 @@ def _others(
     description: ModelDescription,
     made: Mapping[str, Any],
 ) -> list[Callable[[], Sequence[Path]]]:
-    """What writes each result that is asked for beside the labels, and gives its files."""
+    """Functions that write each requested result but the labels, and return its files."""
     labels, labelling = prediction.labels, description.labelling
 
     def write_values(path: Path, volume: Volume) -> Sequence[Path]:
@@ -396,7 +425,7 @@ def _others(
         return (path,)
 
     def write_preview(path: Path) -> Sequence[Path]:
-        shown = within(labels.data, labelling)  # in which 0 is the background
+        shown = within(labels.data, labelling)  # numbered so that 0 is the background
         write_montage(
             path,
             image.data if image.data.ndim == 3 else image.data[..., 0],
@@ -434,7 +463,9 @@ def _others(
 
 def _check_installed(package: str, extra: str, what: str) -> None:
     if find_spec(package) is None:
-        raise SegkitError(f"{what} needs {package}; run pip install 'segkit[{extra}]'")
+        raise SegkitError(
+            f"{what} needs {package}, which is not installed; run pip install 'segkit[{extra}]'"
+        )
 
 
 def _guarded(source: Input, work: Callable[[], Outcome]) -> Outcome:

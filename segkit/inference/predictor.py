@@ -1,14 +1,15 @@
-"""From a volume to labels, probabilities and attention maps on the volume's own grid, in one walk.
+"""Labels, probabilities and attention maps of a volume on its own grid, in one pass.
 
     volume ─▶ prepared ─▶ windows ─▶ engine ─▶ blended slab ─▶ the volume's rows ─▶ labels
-                                        └────▶ maps, each on one coarse grid of its own
+                                        └────▶ maps, each on its own coarse grid
 
-A slab of logits is resampled to the volume's grid, a few rows at a time, reduced to labels and let
-go. Several models each walk so, and what they say of the same rows is averaged.
-Post-processing, where a model has it, comes last: a component may span every slab, so it needs the
-labels of the whole volume in memory.
+A slab of logits is resampled to the volume's grid, a few rows at once, reduced to labels and freed.
+If there are several models, each does this, and the probabilities of the same rows are averaged.
+Post-processing comes last and needs the labels of the whole volume in memory, because a connected
+component may span all slabs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, VolumeError
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
-from segkit.inference.engines.out_of_memory import SparingCouncil
+from segkit.inference.engines.out_of_memory import RowCombiner
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import MergedRows, merge
 from segkit.inference.model_walk import (
@@ -48,23 +49,23 @@ from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
 
 PIECE_OF_SOURCE = 2**22
-"""Numbers, one for each voxel and class, that a slab is resampled to at once …"""
+"""Number of probabilities (voxels times classes) that are resampled at once."""
 VOXELS = 2**18
-"""… or voxels, if only labels are asked for."""
+"""Number of voxels that are resampled at once if only labels are requested."""
 
 
 WINDOWS_IN_TRAINING = 2
-"""Windows per call on a CPU. For one small window alone PyTorch (2.13) takes a convolution that is
-four times as slow: 0.35 s for 32 x 40 x 32 voxels, where each of two takes 0.10 s."""
+"""Windows in each call on a CPU. For one small window PyTorch (2.13) uses a convolution that is
+four times slower: one window of 32 x 40 x 32 voxels takes 0.35 s, but each of two takes 0.10 s."""
 
 
 TIMES_ON_GPU = 64
-"""A GPU resamples so many times as much at once: it has no cache to fill, and each call costs."""
+"""A GPU resamples this many times more at once, because it uses no cache and each call is slow."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model, or several, make of a volume: all but the maps lie on the volume's own grid.
+    """Prediction of one or several models for a volume; all but the maps are on the volume's grid.
 
     Example:
         prediction = segkit.Predictor.load("runs/mine")(scan, probabilities=True)
@@ -72,53 +73,53 @@ class Prediction:
     """
 
     labels: Volume
-    """A number for each voxel (x, y, z), in the smallest unsigned type that holds them."""
+    """Label of each voxel (x, y, z), in the smallest unsigned type that holds all labels."""
     probabilities: Volume | None
-    """Float32 (x, y, z, class or region), from 0 to 1; without post-processing. Those of classes
-    add up to 1, and the largest is that of the label. None unless asked for, as `entropy` and
-    `variance`."""
+    """Float32 (x, y, z, class or region), in [0, 1], before post-processing. Those of classes sum
+    to 1, and the label has the largest. None if not requested."""
     maps: dict[str, AttentionMap]
-    """The first model's, by keys such as 'skip.1/gate', each on its own coarser grid; empty unless
-    asked for."""
+    """Attention maps of the first model, by keys such as 'skip.1/gate', each on its own coarser
+    grid. Empty if not requested."""
     presence: dict[str, float] | None = None
-    """The probability that the volume holds each class: the highest of its windows', and the mean
-    of the models that have a presence head. None if no model has one."""
+    """Probability that the volume contains each class: the maximum over windows, and then the mean
+    over models with a presence head. None if no model has one."""
     entropy: Volume | None = None
-    """Entropy of the probabilities over that of equal classes: float32 (x, y, z), from 0 to 1."""
+    """Entropy of the probabilities, divided by that of equal probabilities: float32 (x, y, z), in
+    [0, 1]. None if not requested."""
     variance: Volume | None = None
     """Variance of the probabilities between models and between mirror images, mean over classes:
-    float32 (x, y, z)."""
+    float32 (x, y, z). None if not requested."""
 
 
 class Predictor:
-    """Segments volumes with a model, or with several that share labels and channels.
+    """Segments volumes with one model, or with several models of the same labels and channels.
 
-    One predictor may be called from several threads at once.
+    Several threads may call a predictor at the same time.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine", tta=True, device="cuda")
         prediction = predictor(segkit.read_volume("scan.nii.gz"), maps=True)
 
     Args:
-        models: a trained model, or several: their probabilities are averaged.
-        device: 'auto' (the default: a GPU if there is one), 'cpu', 'cuda' or any name of torch's.
-        overlap: share of a window that neighbours have in common, from 0 to below 1; 0.5 by
-            default.
-        batch_size: windows, and mirror images of them, per call of the network; by default 1, and 4
-            on a GPU.
-        precision: of the network's arithmetic, such as `torch.float32`, which is the default on a
-            CPU; on a GPU it is `torch.float16`. Sums over windows are always float32.
-        tta: whether the logits of each window are averaged over its mirror images along the axes
-            that the model was trained to mirror; False by default.
-        skip_empty: whether windows under which the volume is 0 throughout are background, without
-            asking the network; True by default. Maps are NaN where only such windows look.
-        engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, is the fastest that
-            `choose_engine` knows here.
+        models: a trained model, or several, whose probabilities are averaged.
+        device: 'auto' (the default: a GPU if there is one), 'cpu', 'cuda' or another name of
+            PyTorch's.
+        overlap: share of a window that neighbours have in common, in [0, 1); 0.5 by default.
+        batch_size: number of windows and mirror images in each call of the network; by default 1 on
+            a CPU and 4 on a GPU.
+        precision: data type of the network's arithmetic; by default `torch.float32` on a CPU and
+            `torch.float16` on a GPU. Sums over windows are always float32.
+        tta: average the logits of each window over its mirror images, along the axes that were
+            mirrored in training; False by default.
+        skip_empty: do not run the network on windows in which every voxel of the volume is 0; these
+            become background. True by default. Maps are NaN at cells that only such windows cover.
+        engine: 'torch', 'compile', 'openvino' or 'onnx'; 'auto', the default, chooses the fastest
+            by the rule of `choose_engine`.
 
     Raises:
-        ModelError: there is no model, models do not share labels and channels, or the engine is not
-            installed or cannot run so.
-        ConfigError: a window's features need more memory than is free.
+        ModelError: there is no model, the models have different labels or channels, or the engine
+            is not installed or does not support the device or the precision.
+        ConfigError: the features of a window need more memory than is free.
     """
 
     def __init__(
@@ -126,10 +127,10 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
-        self.settings = PredictionSettings(**options).settled()
+        self.settings = PredictionSettings(**options).with_defaults()
         self.members = [ModelWalk(model, self.settings) for model in models]
         self.model = models[0]
-        """The first, and its layout of windows."""
+        """The first model. `layout` is its layout of windows."""
         self.layout = self.members[0].layout
         self.first_stages = [
             [Predictor(first, **options) for first in model.first] for model in models
@@ -146,35 +147,36 @@ class Predictor:
         """A predictor from files.
 
         Args:
-            paths: runs, model folders, or cross-validations, of which every fold's model is taken.
-            network: the module of a model that was trained with one; there must be one model.
-            checkpoint: `best` or `last`, to take the weights from that checkpoint of each run; if
-                not given, they are those that the run ended with.
-            options: those of `Predictor`, such as `precision` and `tta`.
+            paths: runs, model folders, or cross-validations; the latter give the model of each
+                fold.
+            network: the Python module with which the model was trained, if any; only for one model.
+            checkpoint: `best` or `last`: take the weights from this checkpoint of each run. If not
+                given, take the weights at the end of the run.
+            options: options of `Predictor`, such as `precision` and `tta`.
 
         Returns:
             A predictor of all these models together.
 
         Raises:
-            ModelError: there is no model at a path, or models do not fit together.
+            ModelError: a path has no model, or the models have different labels or channels.
         """
         folders = [folder for path in paths for folder in model_folders(Path(path), checkpoint)]
         if network is not None and len(folders) > 1:
             raise ModelError(
-                f"one module cannot hold the weights of {len(folders)} models; load each with a "
-                f"module of its own: Predictor([load_model(path, network=module), …])"
+                f"network: one module cannot hold the weights of {len(folders)} models; load each "
+                f"model with its own module: Predictor([load_model(path, network=module), …])"
             )
         models = [load_model(folder, network=network, checkpoint=checkpoint) for folder in folders]
         return cls(models, **options)
 
     @property
     def classifies(self) -> bool:
-        """Whether predictions tell which classes a volume holds."""
+        """True if predictions have `presence`."""
         return any(member.model.network.presence is not None for member in self.members)
 
     @property
     def mirrors(self) -> bool:
-        """Whether any model is asked about mirror images."""
+        """True if any model runs on mirror images."""
         return any(member.mirror_axes for member in self.members)
 
     def __call__(
@@ -189,27 +191,27 @@ class Predictor:
         allocate: Allocate = in_memory,
         track: TrackSlabs = untracked_slabs,
     ) -> Prediction:
-        """Labels of every voxel, and what else is asked for, on the volume's own grid.
+        """Labels of every voxel on the volume's own grid, and other results if requested.
 
         Args:
-            volume: (x, y, z), or (x, y, z, channel), of the channels that the model has learned.
-            first_labels: labels of the first stage, if they are known; else a model with a first
-                stage finds them itself.
-            maps: whether to give attention maps, from the same pass.
-            disagreement: whether each map tells how far windows disagree about it.
-            probabilities: whether to give probabilities.
-            uncertainty: whether to give entropy and variance.
-            allocate: makes the arrays of all but the labels, such as `OnDisk(folder)`.
-            track: `track(slabs, count)` gives the same slabs and may show progress. It is called
-                once for a volume; a first stage is not tracked.
+            volume: (x, y, z) or (x, y, z, channel), with the channels of the training data.
+            first_labels: labels of the first stage, if they are known. Otherwise a model with a
+                first stage predicts them.
+            maps: return attention maps, from the same pass.
+            disagreement: compute how much windows disagree about each map.
+            probabilities: return probabilities.
+            uncertainty: return entropy and variance.
+            allocate: makes the arrays of all results but the labels, such as `OnDisk(folder)`.
+            track: `track(slabs, count)` returns the same slabs and may show progress. It is called
+                once for each volume, but not for a first stage.
 
         Returns:
-            The prediction; what was not asked for is None, or no maps.
+            The prediction. Results that were not requested are None; `maps` is then empty.
 
         Raises:
-            ModelError: the channels do not fit, or the network's output is not finite.
-            VolumeError: voxels are not finite numbers, and a model was not trained with
-                `data.nan: background`; or a channel holds no number at all.
+            ModelError: the channels do not fit, or the network's output contains NaN or infinity.
+            VolumeError: the volume contains NaN or infinity, and a model was not trained with
+                `data.nan: background`; or a channel contains no finite number.
         """
         volume = self.with_numbers(volume)
         images = self._prepare_all(volume, first_labels, on_device=True)
@@ -227,7 +229,7 @@ class Predictor:
                 maps=collector,
                 presence=seen,
                 uncertainty=uncertainty,
-                # The others keep pace with the first.
+                # All models finish the same rows at about the same time.
                 track=track if number == 0 else untracked_slabs,
             )
             for number, (member, prepared, collector, seen) in enumerate(
@@ -239,7 +241,7 @@ class Predictor:
         labels = np.zeros(volume.grid.shape, kind, order="F")
         results = Results(volume, first, allocate)
         if probabilities:
-            # What the network never sees is background, which has no place among regions.
+            # Voxels that the network does not see are background: class 0, or none of the regions.
             beyond = [0.0] * len(labelling.outputs)
             beyond[0] = float(labelling.written is None)
             results.add("probabilities", np.dtype(np.float32), beyond)
@@ -247,17 +249,17 @@ class Predictor:
             results.add("entropy", np.dtype(np.float32), [0.0])
             results.add("variance", np.dtype(np.float32), [0.0])
         turned = first.orientation.turn(labels)[first.box]
-        for start, verdict in self._verdicts(walks, probabilities, uncertainty):
-            rows = slice(start, start + verdict.labels.shape[-1])
-            turned[:, :, rows] = as_small(verdict.labels, kind).cpu().numpy()
+        for start, merged in self._merged_rows(walks, probabilities, uncertainty):
+            rows = slice(start, start + merged.labels.shape[-1])
+            turned[:, :, rows] = as_small(merged.labels, kind).cpu().numpy()
             for name, values in (
-                ("probabilities", verdict.probabilities),
-                ("entropy", verdict.entropy),
-                ("variance", verdict.variance),
+                ("probabilities", merged.probabilities),
+                ("entropy", merged.entropy),
+                ("variance", merged.variance),
             ):
                 if values is not None:
                     results.put(name, rows, values if values.ndim == 4 else values[None])
-            del verdict, values
+            del merged, values
         adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
@@ -270,28 +272,38 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """The labels in segkit's numbers 0, 1, 2, …, whatever files hold. Raises as a call."""
+        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction."""
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
     def postprocessing(self) -> PostprocessingConfig:
-        """What is done to the labels: what all models adopted, nothing if they differ."""
+        """Post-processing of the labels, if it is the same for all models; otherwise none."""
         adopted = [member.model.description.postprocessing for member in self.members]
         return adopted[0] if all(one == adopted[0] for one in adopted) else PostprocessingConfig()
+
+    @property
+    def temperature(self) -> float | None:
+        """By what logits are divided for probabilities: the geometric mean of the models' own.
+
+        A model without one counts as 1; None if no model has one.
+        """
+        given = [member.model.description.temperature for member in self.members]
+        if not any(given):
+            return None
+        return math.exp(sum(math.log(each or 1.0) for each in given) / len(given))
 
     def prepare(
         self,
         volume: Volume,
         first_labels: Volume | None = None,
     ) -> Prepared:
-        """The volume as the first network sees it. Raises ModelError and VolumeError as a call."""
+        """The image that the first network gets. It raises the same errors as a prediction."""
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
 
     def with_numbers(self, volume: Volume) -> Volume:
-        """The volume as every model reads it.
+        """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.
 
-        If all were trained with `data.nan: background`, NaN and infinite values are 0; else it is
-        the volume itself, and a call refuses such values.
+        Otherwise it is the volume itself, and prediction raises an error if it has such values.
         """
         if any(member.model.description.nan != "background" for member in self.members):
             return volume
@@ -304,54 +316,59 @@ class Predictor:
         *,
         on_device: bool = False,
     ) -> list[Prepared]:
-        """The volume as each network sees it; those that see it alike share one image."""
+        """The image that each network gets; networks with equal preparation share one image."""
         self._check(volume)
         images: dict[str, Prepared] = {}
         for member, stages in zip(self.members, self.first_stages, strict=True):
             if member.preparation in images:
                 continue
-            said = None
+            labels = None
             if stages:
-                said = (
+                labels = (
                     majority([one.numbers_of(volume) for one in stages])
                     if first_labels is None
                     else volume_within(first_labels, stages[0].model.description.labelling)
                 )
-            images[member.preparation] = member.prepare(volume, said, on_device=on_device)
+            images[member.preparation] = member.prepare(volume, labels, on_device=on_device)
         return [images[member.preparation] for member in self.members]
 
-    def _verdicts(
-        self, walks: Sequence[Iterator[tuple[int, SourceRows]]], shares: bool, uncertainty: bool
+    def _merged_rows(
+        self,
+        walks: Sequence[Iterator[tuple[int, SourceRows]]],
+        probabilities: bool,
+        uncertainty: bool,
     ) -> Iterator[tuple[int, MergedRows]]:
-        """What is said of a few rows at a time, and the first of these rows."""
+        """The first row and the combined outputs of a few rows at once."""
         voxels = PIECE_OF_SOURCE // len(self.model.description.labelling.outputs)
-        if len(walks) == 1 and not shares and not uncertainty:
+        if len(walks) == 1 and not probabilities and not uncertainty:
             voxels = VOXELS
         if self.members[0].device.type == "cuda":
             voxels *= TIMES_ON_GPU
-        consult = SparingCouncil(shares=shares, uncertainty=uncertainty)
+        combine = RowCombiner(
+            probabilities=probabilities, uncertainty=uncertainty, temperature=self.temperature
+        )
         for start, rows in merge(walks):
             for first, few in pieces(rows, voxels=voxels):
-                yield start + first, consult(few)
-            del rows, few  # or the slab would live on beside the next
+                yield start + first, combine(few)
+            del rows, few  # frees the slab's memory before the next slab is made
 
     def _check(self, volume: Volume) -> None:
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
             raise ModelError(
-                f"the model expects {len(expected)} channels ({', '.join(expected)}), the volume "
-                f"has {found}; give it the volumes it was trained on"
+                f"the model expects {len(expected)} channels ({', '.join(expected)}), found "
+                f"{found} in the volume; use the channels of the training data"
             )
         if trouble := value_problem(volume.data):
             raise VolumeError(f"the volume {trouble}")
         unit = self.model.description.unit
         if volume.picture and volume.picture.sized != (unit != "pixel"):
-            has = "a pixel size" if volume.picture.sized else "no pixel size"
-            learned = "from pictures in pixels" if unit == "pixel" else f"at a scale in {unit}"
+            found_size = "a pixel size" if volume.picture.sized else "no pixel size"
+            wanted = "without a pixel size" if unit == "pixel" else f"with a pixel size in {unit}"
             raise VolumeError(
-                f"the picture has {has}, and the model learned {learned}; give its pixel size as "
-                f"--pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
+                f"the picture has {found_size}, but the model was trained on pictures {wanted}; "
+                f"set --pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
             )
 
 
@@ -363,13 +380,18 @@ def segment_prepared(
     overlap: float = 0.5,
     written: Sequence[int] | None = None,
 ) -> Tensor:
-    """Labels of a prepared image on its own grid: what validation during training looks at.
+    """Labels of a prepared image on the image's own grid, for validation during training.
 
-    `written` are the numbers of regions, in order, where the network's outputs are regions.
+    Args:
+        network: the network, on its device.
+        image: the prepared image.
+        patch_size: size of windows in voxels.
+        overlap: share of a window that neighbours have in common.
+        written: the numbers of regions, in order; None if the outputs are classes.
     """
     device = next(network.parameters()).device
     on_gpu = device.type == "cuda"
-    # On a GPU in the precision that training is in.
+    # A GPU uses the precision of training.
     half = on_gpu and torch.is_autocast_enabled("cuda")
     precision = torch.get_autocast_dtype("cuda") if half else torch.float32
     engine = TorchEngine(network, device=device, precision=precision)
@@ -380,7 +402,7 @@ def segment_prepared(
 
 
 def as_small(labels: Tensor, kind: np.dtype[Any]) -> Tensor:
-    """Labels of a GPU in a small type, so that less has to be copied to the host."""
+    """Labels on a GPU in a small data type, so that less is copied to the host."""
     if labels.device.type == "cpu":
         return labels
     return labels.to(torch.uint8 if kind.itemsize == 1 else torch.int32)
@@ -388,25 +410,25 @@ def as_small(labels: Tensor, kind: np.dtype[Any]) -> Tensor:
 
 def _check_alike(models: Sequence[Model]) -> None:
     if not models:
-        raise ModelError("expected a model, or several, found none")
+        raise ModelError("expected at least one model, found none; pass models to Predictor")
     first = models[0].description
     for other in (model.description for model in models[1:]):
-        for what in ("labels", "regions", "in_files", "channels"):
-            expected, found = list(getattr(first, what)), list(getattr(other, what))
-            if getattr(first, what) != getattr(other, what):
+        for name in ("labels", "regions", "in_files", "channels"):
+            expected, found = list(getattr(first, name)), list(getattr(other, name))
+            if getattr(first, name) != getattr(other, name):
                 raise ModelError(
-                    f"models that predict together share labels and channels, but {first.run} has "
-                    f"the {what} {', '.join(expected)} and {other.run} has {', '.join(found)}; "
-                    f"name models of one task"
+                    f"models that predict together must have the same labels and channels, but "
+                    f"{first.run} has the {name} {', '.join(expected)} and {other.run} has "
+                    f"{', '.join(found)}; name models of one task"
                 )
 
 
 def _present(members: Sequence[list[Tensor]], names: list[str]) -> dict[str, float] | None:
-    told = [
+    probabilities = [
         torch.stack([window.cpu() for window in windows]).amax(dim=0).float().sigmoid()
         for windows in members
         if windows
     ]
-    if not told:
+    if not probabilities:
         return None
-    return dict(zip(names, torch.stack(told).mean(dim=0).tolist(), strict=True))
+    return dict(zip(names, torch.stack(probabilities).mean(dim=0).tolist(), strict=True))

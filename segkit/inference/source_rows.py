@@ -1,10 +1,10 @@
-"""From slabs on the network's grid to rows of the volume, a few at a time.
+"""Rows of the volume from slabs on the network's grid, a few at once.
 
     slabs      [0 1 2 3][4 5 6 7][8 9]        as the network's windows finish them
     volume      0   1   2   3   4   5         rows between two of the network's; row 2 needs 3 and 4
 
-Nothing is resampled until it is looked at, and then a few rows, or columns of them, at a time: what
-a slab becomes on the volume's own grid, which may be far finer, is never whole.
+The volume's own grid may be much finer. So rows are resampled only when they are used, and only a
+few rows or columns at once: a whole slab never exists on the volume's grid.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +20,11 @@ from segkit.data.preprocess import Prepared
 from segkit.geometry.resample import resample
 
 AT_ONCE = 2**20
-"""Numbers, one for each voxel and class, of which labels are made at once: a cache holds them."""
+"""Number of logits from which labels are computed at once, so that they fit into a cache."""
 AT_ONCE_ON_GPU = 2**28
-"""The same on a GPU, where each piece costs a call and a gigabyte is little."""
+"""The same on a GPU, which has more memory, and where each call takes time."""
 WALK_AXIS = 2
-"""Slabs advance from foot to head, along which most volumes are stored slowest."""
+"""Slabs follow one another from foot to head, the slowest axis in the files of most volumes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,27 +32,29 @@ class SourceRows:
     """Logits of some rows of the volume, still on the network's grid."""
 
     logits: Float[Tensor, "channel x y slab_rows"]
-    """Of the classes; behind them, where `with_spread`, how far the mirrors' answers differ."""
+    """Logits of the classes; with `with_spread`, the last channel is the variance between mirror
+    images."""
     before: Float[Tensor, "channel x y 1"] | None
-    """The network's row before these."""
+    """The row of the network's grid before these; None at the first slab."""
     positions: tuple[ndarray, ndarray, ndarray]
-    """Where the volume's voxels lie in `logits`, per axis; those after `before`, from -1 to 0."""
+    """Positions of the volume's voxels in `logits` along each axis; `before` is at row -1."""
     written: Sequence[int] | None = None
-    """The numbers of regions, in order; None where outputs are classes."""
+    """The numbers of regions, in order; None if the outputs are classes."""
     with_spread: bool = False
+    """True if the last channel is a variance."""
 
     @property
     def count(self) -> int:
-        """How many rows of the volume these are."""
+        """Number of rows of the volume."""
         return len(self.positions[WALK_AXIS])
 
     @property
     def num_classes(self) -> int:
-        """Of the logits."""
+        """Number of channels that are logits."""
         return len(self.logits) - self.with_spread
 
     def part(self, first: int, last: int) -> "SourceRows":
-        """The rows from `first` up to `last`, counted from these rows' own first."""
+        """Rows `first` to `last` - 1 of these rows."""
         x, y, rows = self.positions
         return replace(self, positions=(x, y, rows[first:last]))
 
@@ -62,9 +64,9 @@ class SourceRows:
         return replace(self, logits=self.logits.cpu(), before=before)
 
     def labels(self) -> Tensor:
-        """The class with the largest logit at each voxel; the lowest where they tie.
+        """The class with the largest logit at each voxel; if several are equal, the lowest class.
 
-        Of regions, the number of the last whose probability is above one half.
+        For regions, the number of the last region whose probability is above one half.
         """
         x, y, rows = self.positions
         at_once = AT_ONCE if self.logits.device.type == "cpu" else AT_ONCE_ON_GPU
@@ -77,12 +79,12 @@ class SourceRows:
         return torch.cat(blocks)
 
     def probabilities(self) -> Float[Tensor, "classes x y rows"]:
-        """The softmax of the resampled logits; of regions, the sigmoid."""
+        """Softmax of the resampled logits; for regions, their sigmoid."""
         logits = self._resampled(slice(0, self.num_classes))
         return logits.softmax(dim=0) if self.written is None else logits.sigmoid()
 
     def spread(self) -> Float[Tensor, "x y rows"]:
-        """Mean over classes of the variance of what mirrors of each window say; 0 without any."""
+        """Variance of probabilities between mirror images, mean over classes; 0 without mirrors."""
         if not self.with_spread:
             shape = [len(samples) for samples in self.positions]
             return torch.zeros(shape, device=self.logits.device)
@@ -108,9 +110,19 @@ def to_source_rows(
     written: Sequence[int] | None = None,
     with_spread: bool = False,
 ) -> Iterator[tuple[int, SourceRows]]:
-    """The first row and the logits of the rows of the volume that each slab makes known.
+    """Rows of the volume, as soon as slabs complete them.
 
-    A row between two of the network's is known as soon as both are; until then one row is held.
+    A row of the volume between two rows of the network's grid is complete once both are. So the
+    last row of each slab is kept until the next slab.
+
+    Args:
+        slabs: logits on the network's grid, in order.
+        prepared: the image from which they were computed.
+        written: the numbers of regions; None if the outputs are classes.
+        with_spread: True if the last channel is a variance.
+
+    Yields:
+        The first row, and the rows.
     """
     x, y, rows = prepared.positions_of_source()
     last = prepared.grid.shape[WALK_AXIS] - 1
@@ -126,14 +138,15 @@ def to_source_rows(
             done = known
         before = slab[..., -1:].clone()
         first = newest + 1
-        del slab  # or it would live on beside the next
+        del slab  # frees its memory before the next slab is made
     assert done == len(clamped), f"{done} of {len(clamped)} rows were predicted"
 
 
 def pieces(rows: Sequence[SourceRows], *, voxels: int) -> Iterator[tuple[int, list[SourceRows]]]:
-    """The same rows of several members, few enough at a time, and the first of each piece.
+    """Cut the same rows of several models into pieces of at most `voxels` voxels, or of one row.
 
-    A piece has at least one row, and no more than make up so many voxels.
+    Yields:
+        The first row of the piece, and the piece of each model.
     """
     x, y, _ = rows[0].positions
     step = max(voxels // (len(x) * len(y)), 1)
@@ -144,16 +157,16 @@ def pieces(rows: Sequence[SourceRows], *, voxels: int) -> Iterator[tuple[int, li
 def labels_of(
     logits: Float[Tensor, "channel *space"], written: Sequence[int] | None
 ) -> Integer[Tensor, "*space"]:
-    """The class with the largest logit, the lowest if they tie; or `written_regions`."""
+    """The class with the largest logit, the lowest if several are equal; or `written_regions`."""
     return logits.max(dim=0).indices if written is None else written_regions(logits, written)
 
 
 def written_regions(
     logits: Float[Tensor, "regions *space"], numbers: Sequence[int]
 ) -> Integer[Tensor, "*space"]:
-    """Each region's number wherever its logit is above 0, its probability above one half.
+    """The number of each region at voxels where its logit is above 0 (probability above one half).
 
-    Later regions are written over earlier ones; what is in none is 0.
+    Later regions overwrite earlier ones. Voxels in no region are 0.
     """
     labels = torch.zeros(logits.shape[1:], dtype=torch.long, device=logits.device)
     for region, number in zip(logits, numbers, strict=True):

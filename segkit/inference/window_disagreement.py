@@ -1,10 +1,11 @@
-"""How far overlapping windows disagree about a map: blended moments, streamed beside the map.
+"""Disagreement of overlapping windows about a map: the standard deviation between windows.
 
     variance = Σ w (m - c)² / Σ w - (Σ w m / Σ w - c)²
 
-with each window's weight w at a cell, and c about where the map's values lie, so that little is
-lost to rounding and a constant map has a deviation of 0. In single precision a deviation below a
-thousandth of the map's range is not to be told from 0.
+Here m is the value of the map in a window, w the weight of the window at the cell, and c a constant
+near the map's values. Both sums are blended like the map itself. The constant c reduces rounding
+errors, and a constant map has a deviation of 0. In single precision, a deviation below a thousandth
+of the map's range cannot be distinguished from 0.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -15,14 +16,14 @@ from numpy import ndarray
 from torch import Tensor
 
 SQUARES = "²"
-"""What the name of a map's squares ends with, among outputs."""
+"""Suffix of the name of a map's squares among the outputs."""
 
 
 class WindowSpread:
     """Standard deviations of maps between windows.
 
     Args:
-        keys: of the maps, all with a place.
+        keys: keys of the maps; all must have a position.
     """
 
     def __init__(self, keys: Collection[str]) -> None:
@@ -31,12 +32,12 @@ class WindowSpread:
         self.places: list[Sequence[int]] = []
         self.patch: Sequence[int] = ()
 
-    def will_see(self, places: Iterable[Sequence[int]], patch: Sequence[int]) -> None:
-        """Be told the first voxel of each window, and their size."""
+    def set_windows(self, places: Iterable[Sequence[int]], patch: Sequence[int]) -> None:
+        """Set the first voxel of each window, and the size of windows."""
         self.places, self.patch = list(places), patch
 
     def add_squares(self, outputs: dict[str, Tensor]) -> None:
-        """Put the squares of each map beside it."""
+        """Add the squares of each map to the outputs."""
         for key in self.keys:
             values = outputs[key].float()
             if key not in self.centres:
@@ -55,7 +56,7 @@ class WindowSpread:
     def windows_over(
         self, shape: Sequence[int], stride: Sequence[float]
     ) -> Integer[ndarray, "x y z"]:
-        """How many windows said something of each cell of a map."""
+        """Number of windows that cover each cell of a map."""
         count = np.zeros(tuple(shape), np.int32)
         for place in self.places:
             box = tuple(
@@ -69,5 +70,5 @@ class WindowSpread:
 def where_windows_meet(
     deviation: Float[ndarray, "x y z channel"], windows: Integer[ndarray, "x y z"]
 ) -> Float[ndarray, "x y z"]:
-    """The deviation, mean over channels, and no number where fewer than two windows looked."""
+    """Mean deviation over channels; NaN at cells that fewer than two windows cover."""
     return np.where(windows > 1, deviation.mean(axis=3), np.float32(np.nan))

@@ -1,4 +1,4 @@
-"""How long a network takes for a window, and how many windows an image has: what scoring costs."""
+"""Estimate the time of scoring: seconds for a window, and number of windows of an image."""
 
 import math
 import time
@@ -12,17 +12,17 @@ TRIES = 3
 
 
 def num_windows(size: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Windows of an image that overlap by half."""
+    """Number of windows of an image, if neighbours overlap by half."""
     counts = (max(math.ceil(2 * n / p) - 1, 1) for n, p in zip(size, patch_size, strict=True))
     return math.prod(counts)
 
 
 def seconds_of_window(network: nn.Module, windows: Float[Tensor, "batch channel *space"]) -> float:
-    """Seconds that a network takes for each of some windows: the fastest of the tries.
+    """Seconds that a network needs for one window, the fastest of several tries.
 
     Args:
-        network: on its device; it is left as it was.
-        windows: on the device, as many as are given to it at once.
+        network: the network, on its device; it does not change.
+        windows: a batch of windows on the same device; the time is divided by its size.
     """
     was_training, tries = network.training, []
     network.eval()

@@ -1,18 +1,19 @@
-"""One walk over an image in overlapping windows, in memory that follows the slab.
+"""Run a function over an image in overlapping windows and blend its outputs, slab by slab.
 
-Windows of a size-10 axis, patch 6, overlap 0.5, in multiples of 2, walked from left to right:
+Only one slab is in memory at a time. Windows of an axis of size 10, with patch 6, overlap 0.5 and
+multiple 2, from left to right:
 
     image    0 1 2 3 4 5 6 7 8 9
-    window 0 [─────────]             blended, rows 0-1 are finished: yielded and let go
+    window 0 [─────────]             blended, rows 0-1 are finished: yielded and freed
     window 1     [─────────]         … rows 2-3
     window 2         [─────────]     … rows 4-9
 
-A function may return several outputs of a window, each on a grid of its own that is a whole number
-of times coarser. Windows start at multiples of the largest of these strides, and padding stands
-only at the far end, so each output blends on one global grid of its own.
+The function may return several outputs, each on its own grid, which is coarser by a whole number.
+Windows start at multiples of the largest of these strides, and padding is only at the end of an
+axis. So the outputs of all windows lie on one grid, on which they are blended.
 
-Windows may be skipped, such as those that hold nothing. They have no weight: what other windows say
-of their voxels stands alone, and voxels of which no window says anything hold a value given.
+Windows may be skipped, for example empty ones. They have no weight, so their voxels get only the
+outputs of other windows. Voxels that only skipped windows cover get a given value.
 """
 
 import itertools
@@ -35,14 +36,14 @@ WindowPlace = tuple[int, ...]
 
 
 class WindowLayout(NamedTuple):
-    """The size of a window and where windows stand, per axis."""
+    """Size and positions of windows along each axis."""
 
     patch_size: tuple[int, ...]
-    """Voxels, multiples of `multiple`."""
+    """Size of a window in voxels, a multiple of `multiple`."""
     overlap: tuple[float, ...]
-    """Share of a patch that neighbours have in common, from 0 to below 1."""
+    """Share of a window that neighbours have in common, in [0, 1)."""
     multiple: tuple[int, ...]
-    """Windows start at multiples of this: the network's total stride."""
+    """Windows start at multiples of this, the network's total stride."""
 
     def starts(self, size: Sequence[int]) -> list[list[int]]:
         """First voxels of the windows along each axis of an image of this size."""
@@ -51,19 +52,19 @@ class WindowLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class Slab:
-    """Finished rows of every output: `rows[name]` holds those from `starts[name]` on."""
+    """Finished rows of every output: the first row of `rows[name]` is row `starts[name]`."""
 
     starts: dict[str, int]
     rows: dict[str, Tensor]
 
 
 def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
-    """First voxels of the windows that cover an axis: evenly spread multiples of `multiple`.
+    """First voxels of the windows that cover an axis, evenly spaced multiples of `multiple`.
 
-    Neighbours share at least `overlap` of a patch, unless a patch is a single multiple: then none.
-    The last window ends at the axis's end rounded up to a multiple.
+    Neighbours share at least `overlap` of a patch. Only if the patch equals `multiple`, they share
+    nothing. The last window ends at the end of the axis, rounded up to a multiple.
     """
-    assert patch % multiple == 0, f"patch {patch} is no multiple of {multiple}"
+    assert patch % multiple == 0, f"patch {patch} is not a multiple of {multiple}"
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
     step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
     count = math.ceil(last / step)
@@ -73,18 +74,18 @@ def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[
 def window_weight(patch: int, *, width: float = 1 / 8) -> Float[Tensor, " patch"]:
     """Weights of a window's voxels along one axis: a Gaussian of sigma `width * patch`.
 
-    Isensee et al. (2021, nnU-Net) weigh windows so. There is no floor: in float32 even the product
-    of three corners keeps its precision.
+    These are the weights of nnU-Net (Isensee et al. 2021). They need no lower limit: in float32
+    even the product of three weights at a corner keeps its precision.
     """
     distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
     return torch.exp(-0.5 * (distance / (width * patch)) ** 2).float()
 
 
 class Blend:
-    """The running weighted sum of one output over the rows that are not finished yet.
+    """Weighted sum of one output over windows, for the rows that are not finished yet.
 
-    The channels of a cell lie side by side: what is done to all of them alike, such as resampling
-    or the choice of a class, then goes through memory in one sweep.
+    The channels of a cell are stored side by side. So operations on all channels, such as
+    resampling or argmax, read memory in order.
     """
 
     def __init__(
@@ -96,7 +97,15 @@ class Blend:
         axis: int,
         unseen: Float[Tensor, " channel"] | None = None,
     ) -> None:
-        """`unseen` is the value of cells that no window covers; only if windows are skipped."""
+        """Start a sum.
+
+        Args:
+            window: the output of a batch of windows, for its shape and device.
+            image_size: size of the image.
+            layout: the windows over the image.
+            axis: the axis along which windows follow one another.
+            unseen: the value of cells that no window covers; None if no window is skipped.
+        """
         cells, starts = window.shape[2:], layout.starts(image_size)
         self.axis = axis
         self.stride: list[int] = []
@@ -108,19 +117,23 @@ class Blend:
         ):
             step = patch // count
             if patch % count:
-                raise ValueError(f"a window of {layout.patch_size} gave {tuple(cells)} cells")
+                raise ValueError(
+                    f"expected an output whose size divides a window of {layout.patch_size}, found "
+                    f"{tuple(cells)}; return outputs on the window's grid or on a coarser one"
+                )
             if any(start % step for start in axis_starts):
                 raise ValueError(
-                    f"an output has a cell every {step} voxels, but windows start at "
-                    f"{axis_starts}; give `multiple` as a multiple of {step}"
+                    f"expected windows that start at multiples of {step}, the stride of an output, "
+                    f"found {axis_starts}; set `multiple` to a multiple of {step}"
                 )
             kernel = window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
             places = [start // step for start in axis_starts]
             total = torch.zeros(places[-1] + count, device=window.device)
             for place in places:
                 total[place : place + count] += kernel
-            # Windows are a product, and so is the sum of their weights at a cell: divided by it
-            # before they are summed, their sum is the mean. If some are skipped it is no product.
+            # The sum of all windows' weights at a cell is a product over axes. So each weight can
+            # be divided by it along each axis in advance, and the sum is then the weighted mean. If
+            # windows are skipped, this is not a product, so `finish` divides.
             self.weights.append(
                 {
                     place: kernel if unseen is not None else kernel / total[place : place + count]
@@ -134,7 +147,7 @@ class Blend:
         try:
             zeros = torch.zeros((*extent, window.shape[1]), device=window.device)
         except torch.OutOfMemoryError:
-            logger.warning("the device's memory ran out; sums over windows are kept on the host")
+            logger.warning("out of GPU memory; sums over windows are kept in host memory")
             zeros = torch.zeros((*extent, window.shape[1]))
         self.sum = zeros.movedim(-1, 0)
         self.unseen = unseen
@@ -142,10 +155,10 @@ class Blend:
         self.first_row = self.finished = 0
 
     def add(self, window: Float[Tensor, "channel *cells"], start: Sequence[int]) -> None:
-        """Add one window's output, its first voxel at `start` of the image.
+        """Add the output of one window, whose first voxel is at `start` of the image.
 
-        The sum lies where the first output came from. Once either is on the host, the sum stays
-        there.
+        The sum is on the device of the first output. If any output is in host memory, the sum moves
+        there and stays there.
         """
         if window.device != self.sum.device:
             window, self.sum = window.cpu(), self.sum.cpu()
@@ -169,9 +182,12 @@ class Blend:
             self.counted[region] += weight
 
     def finish(self, next_start: int | None) -> tuple[int, Float[Tensor, "channel *space"]]:
-        """First row and values of the rows that no window from `next_start` on touches.
+        """The rows that no later window touches, and the first of them.
 
-        They are the sum's own, and are gone with `advance`.
+        The values share memory with the sum, so they are valid only until `advance`.
+
+        Args:
+            next_start: first voxel of the next windows along the axis; None after the last.
         """
         axis = self.axis + 1
         held, first = self.sum.shape[axis], self.first_row
@@ -182,7 +198,7 @@ class Blend:
         if self.counted is not None and self.unseen is not None:
             unseen = self.unseen.to(rows).view(-1, *[1] * (len(self.size) - 1))
             weights = self.counted.narrow(self.axis, 0, count)
-            # A plane at a time, as each takes a copy.
+            # One plane at once, because each needs a copy.
             for values, weight in zip(rows.movedim(1, 0), weights, strict=True):
                 values.copy_(torch.where(weight == 0, unseen, values / weight))
         self.finished = count
@@ -191,7 +207,7 @@ class Blend:
         return first, rows[(slice(None), *inside)]
 
     def advance(self) -> None:
-        """Let the finished rows go."""
+        """Remove the finished rows from the sum."""
         _advance(self.sum, self.axis + 1, self.finished)
         if self.counted is not None:
             _advance(self.counted, self.axis, self.finished)
@@ -200,9 +216,9 @@ class Blend:
 
 
 def _advance(rows: Tensor, axis: int, count: int) -> None:
-    """Drop the first `count` rows of a running sum, in place, and begin as many new ones."""
+    """Remove the first `count` rows of a sum, in place, and append as many rows of 0."""
     kept = rows.shape[axis] - count
-    for first in range(0, kept, count):  # so few at a time that none overlaps its new place
+    for first in range(0, kept, count):  # at most `count` rows, so that source and target differ
         part = min(count, kept - first)
         rows.narrow(axis, first, part).copy_(rows.narrow(axis, first + count, part))
     rows.narrow(axis, kept, count).zero_()
@@ -218,33 +234,39 @@ def stream(
     skip: Collection[WindowPlace] = (),
     unseen: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[Slab]:
-    """Slabs of the function's blended outputs, along one axis, each as soon as it is finished.
+    """Slabs of the function's blended outputs, each as soon as it is finished.
 
-    A slab holds until the next is asked for: its rows then make room for those.
+    A slab is valid only until the next one is requested, which uses the same memory.
 
     Args:
-        image: the windows are cut from it; beyond its far ends they repeat its last voxels.
-        function: from (batch, channel, *patch) to named outputs (batch, channel, *cells).
-        layout: size and places of the windows.
-        axis: the spatial axis to walk along.
-        batch_size: windows per call of the function.
-        skip: windows that the function is not asked about. (If it is asked about no window of the
-            first slab, it gets one of them, only for the form of its outputs.)
-        unseen: by output, the value of cells that only skipped windows cover; 0 if not given.
+        image: image from which the windows are cut; beyond its end, its last voxels are repeated.
+        function: maps windows (batch, channel, *patch) to outputs by name, (batch, channel,
+            *cells).
+        layout: size and positions of the windows.
+        axis: the spatial axis along which slabs follow one another.
+        batch_size: number of windows in each call of the function.
+        skip: positions of windows on which the function does not run. (If all windows of the first
+            slab are skipped, it runs on one of them, only to learn the shape of the outputs.)
+        unseen: for each output, the value of cells that only skipped windows cover; 0 if not given.
+
+    Yields:
+        The finished rows of all outputs.
     """
     size = image.shape[1:]
     starts = layout.starts(size)
     across = [axis_starts if other != axis else [0] for other, axis_starts in enumerate(starts)]
     blends: dict[str, Blend] = {}
 
-    def answers(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
+    def outputs_of(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
         outputs = function(
             torch.stack([_window(image, place, layout.patch_size) for place in batch])
         )
         for name, output in outputs.items():
             if name not in blends:
-                told = (unseen or {}).get(name, torch.zeros(output.shape[1])) if skip else None
-                blends[name] = Blend(output, image_size=size, layout=layout, axis=axis, unseen=told)
+                value = (unseen or {}).get(name, torch.zeros(output.shape[1])) if skip else None
+                blends[name] = Blend(
+                    output, image_size=size, layout=layout, axis=axis, unseen=value
+                )
         return outputs
 
     for row, next_row in itertools.pairwise([*starts[axis], None]):
@@ -253,12 +275,12 @@ def stream(
             tuple(row if other == axis else first for other, first in enumerate(place))
             for place in itertools.product(*across)
         ]
-        asked = [place for place in places if place not in skip]
-        if not asked and not blends:
-            answers(places[:1])
-        for first in range(0, len(asked), batch_size):
-            batch = asked[first : first + batch_size]
-            for name, output in answers(batch).items():
+        wanted = [place for place in places if place not in skip]
+        if not wanted and not blends:
+            outputs_of(places[:1])
+        for first in range(0, len(wanted), batch_size):
+            batch = wanted[first : first + batch_size]
+            for name, output in outputs_of(batch).items():
                 for window, place in zip(output, batch, strict=True):
                     blends[name].add(window, place)
         finished = {name: blend.finish(next_row) for name, blend in blends.items()}
@@ -279,7 +301,10 @@ def slide(
     axis: int = 0,
     batch_size: int = 1,
 ) -> dict[str, Float[Tensor, "_ ..."]]:
-    """The function's blended outputs over the whole image, by name. Arguments as for `stream`."""
+    """The function's blended outputs for the whole image, by name. `stream` explains the arguments.
+
+    logits = slide(image, lambda windows: {"logits": network(windows)}, layout)["logits"]
+    """
     parts: dict[str, list[Tensor]] = {}
     for slab in stream(image, function, layout, axis=axis, batch_size=batch_size):
         for name, rows in slab.rows.items():
@@ -294,5 +319,5 @@ def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> T
     window = image[(slice(None), *region)]
     missing = [size - held for size, held in zip(patch_size, window.shape[1:], strict=True)]
     padding = [amount for size in reversed(missing) for amount in (0, size)]
-    # The batch axis is there because torch pads no image by replication without one.
+    # With a batch axis, because PyTorch needs one to pad by replication.
     return F.pad(window[None], padding, mode="replicate")[0] if any(missing) else window

@@ -16,7 +16,7 @@ from segkit.config.model import FirstStageConfig, ModelDescription, description_
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
-from segkit.data.case_groups import proposal
+from segkit.data.case_groups import grouping_advice
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
 from segkit.errors import printable
@@ -357,7 +357,7 @@ def _planned_task(task: _Task) -> Planned:
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
-    if advice := proposal(dataset, None):
+    if advice := grouping_advice(dataset, None):
         heading = f"{heading} {advice}"
     name = _run_name(source.folder)
     if plan.low_resolution is None:

@@ -174,7 +174,7 @@ def flat_axes(numbers: Numbers) -> list[int]:
     return flat
 
 
-def across(numbers: Numbers) -> int:
+def axis_of_slices(numbers: Numbers) -> int:
     """The axis perpendicular to the slices that a 2D network sees.
 
     It is the axis with one voxel in all cases, if there is one. Otherwise, if the median image has
@@ -276,7 +276,7 @@ def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, fl
     """The target spacing of all cases, and the setting to which patch and network are fitted."""
     spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
     shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
-    left_out = across(numbers) if spatial_dims == 2 else None
+    left_out = axis_of_slices(numbers) if spatial_dims == 2 else None
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
         spacing=tuple(spacing[axis] for axis in axes),
@@ -328,10 +328,10 @@ def _plan(
 
 
 def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
-    axis = "xyz"[across(numbers)]
+    axis = "xyz"[axis_of_slices(numbers)]
     if flat_axes(numbers):
         return f"Every case has one voxel along {axis}."
-    if across(numbers) != rules.coarsest_axis(spacing):
+    if axis_of_slices(numbers) != rules.coarsest_axis(spacing):
         return f"No axis has fewer voxels than {axis}."
     return f"No axis is coarser than {axis} at {_size(spacing)} mm."
 
@@ -399,7 +399,7 @@ def _assembled(
     return Plan(
         spatial_dims=len(chosen.patch_size),
         spacing=rounded_spacing(spacing),
-        slices=rules.SLICE_PLANES[across(numbers)],
+        slices=rules.SLICE_PLANES[axis_of_slices(numbers)],
         patch_size=chosen.patch_size,
         batch_size=fitted.batch_size,
         channels=fitted.channels,

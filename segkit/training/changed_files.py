@@ -1,4 +1,4 @@
-"""Whether the files of a run's cases are still those that it began with."""
+"""A warning if the files of a run's cases have changed since its last checkpoint."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -6,25 +6,25 @@ from pathlib import Path
 
 from segkit.data.dataset import CaseFiles
 from segkit.io.checksums import file_states
-from segkit.training.kept_split import told
+from segkit.training.kept_split import case_names
 
 logger = logging.getLogger(__name__)
 
 FileStates = dict[str, list[list[str | int]]]
-"""By the name of a case, the name, bytes and time of change (ns) of each of its files."""
+"""The name, size in bytes and time of change (ns) of each file of a case, by the case's name."""
 
 
 def states_of(cases: Iterable[CaseFiles]) -> FileStates:
-    """The states of the files of each case, as a checkpoint keeps them.
+    """The states of the files of each case, for a checkpoint.
 
     Args:
-        cases: that a run trains on or holds out.
+        cases: training and held-out cases of a run.
 
     Returns:
         File names without their folders, so that a dataset may be moved.
 
     Raises:
-        DatasetError: a file is not there.
+        DatasetError: a file does not exist.
     """
     return {
         case.name: [
@@ -36,14 +36,14 @@ def states_of(cases: Iterable[CaseFiles]) -> FileStates:
 
 
 def warn_of_changed_files(source: Path, before: Mapping[str, object], now: FileStates) -> None:
-    """Warn of cases whose files have another name, size or time of change than before.
+    """Warn about cases whose files have another name, size or time of change than before.
 
-    The run goes on with the files that are there now.
+    The run continues with the new files.
 
     Args:
         source: the run's folder.
-        before: what the run's last checkpoint says; cases that it does not name are not compared.
-        now: of the cases as they are.
+        before: the states in the run's last checkpoint; cases that it lacks are not compared.
+        now: the current states.
     """
     changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
@@ -53,5 +53,5 @@ def warn_of_changed_files(source: Path, before: Mapping[str, object], now: FileS
             source,
             len(changed),
             len(now),
-            told(changed),
+            case_names(changed),
         )

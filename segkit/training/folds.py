@@ -15,12 +15,12 @@ from segkit.config.base import Section
 from segkit.config.data import DataConfig, FoldConfig
 from segkit.config.dataset_files import ColumnConfig
 from segkit.config.load import validated
-from segkit.data.case_groups import groups_of, strata_of, torn
+from segkit.data.case_groups import divided_groups, groups_of, strata_of
 from segkit.data.case_table import NAMES_SHOWN, YES_WORDS, column_of, table_of
 from segkit.data.dataset import Dataset
 from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.io.safe_text import parse_yaml, read_json, read_text
-from segkit.training.deal import deal
+from segkit.training.distribute import distribute
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
                 "%s neither trains on nor holds out %s", name, first_few(left, NAMES_SHOWN)
             )
         groups = groups_of(dataset, data)
-        if groups and (apart := torn(groups, names, train, held_out)):
+        if groups and (apart := divided_groups(groups, names, train, held_out)):
             logger.warning("%s splits groups of data.group_by: %s", name, apart)
     counts = Counter(name for held_out in folds.held_out for name in held_out)
     if several := sorted(name for name, count in counts.items() if count > 1):
@@ -127,7 +127,7 @@ def drawn(dataset: Dataset, data: DataConfig) -> Folds:
                 f"{len(groups)}; lower data.num_folds"
             )
         random = np.random.RandomState(FIRST_SEED)
-        parts = deal(groups, strata_of(dataset, data), [1 / count] * count, random)
+        parts = distribute(groups, strata_of(dataset, data), [1 / count] * count, random)
         source = f"{count} folds, drawn from {len(groups)} groups"
     held_out = [tuple(names[number] for number in part) for part in parts]
     train = [tuple(name for name in names if name not in set(part)) for part in held_out]

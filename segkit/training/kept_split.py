@@ -62,8 +62,8 @@ def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     ):
         if moved := sorted(set(now[part]) & set(begun[other])):
             raise ConfigError(
-                f"{path}: {part} has {told(moved)}, which the run has {done} so far; move it back, "
-                f"or start a new run"
+                f"{path}: {part} has {case_names(moved)}, which the run has {done} so far; move it "
+                f"back, or start a new run"
             )
 
 
@@ -82,7 +82,7 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
     known = {*names["train"], *names["held_out"]}
     if new := [name for name in here if name not in known]:
         logger.warning(
-            "%s: the run keeps its split and leaves out new cases: %s", source, told(new)
+            "%s: the run keeps its split and leaves out new cases: %s", source, case_names(new)
         )
     for part, kind in (("train", "training"), ("held_out", "held-out")):
         gone = [name for name in names[part] if name not in here]
@@ -96,7 +96,7 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
                 "%s: the run continues without the %s cases %s, which are no longer in %s",
                 source,
                 kind,
-                told(gone),
+                case_names(gone),
                 dataset.folder,
             )
 
@@ -122,8 +122,8 @@ def with_kept_split(parts: TrainingParts, names: SplitNames, source: Path) -> Tr
         wrong = sorted({case.name for case in parts.cases} & set(names["held_out"]))
         if wrong:
             raise ConfigError(
-                f"{source}: the run holds out {told(wrong)}, but parts.cases would train on it; "
-                f"remove it from parts.cases"
+                f"{source}: the run holds out {case_names(wrong)}, but parts.cases would train on "
+                f"it; remove it from parts.cases"
             )
         cases = tuple(parts.cases)
         stored = {case.name: case for case in parts.validation.cases}
@@ -138,7 +138,7 @@ def with_kept_split(parts: TrainingParts, names: SplitNames, source: Path) -> Tr
     return replace(parts, **changes, _made=made)
 
 
-def told(names: Sequence[str]) -> str:
+def case_names(names: Sequence[str]) -> str:
     """The first few names of cases in words, with the number of the others."""
     more = len(names) - MOST_CASES_TOLD
     return ", ".join(names[:MOST_CASES_TOLD]) + (f" and {more} more" if more > 0 else "")

@@ -48,7 +48,7 @@ def unscale(trainer: L.Trainer, optimiser: Optimizer) -> None:
         scaler.unscale_(optimiser)
 
 
-def forget_validation(trainer: L.Trainer) -> None:
+def reset_validation(trainer: L.Trainer) -> None:
     """Reset Lightning's counts of an interrupted validation."""
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
 
@@ -58,13 +58,13 @@ def set_last_step(trainer: L.Trainer, steps: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = steps
 
 
-def validation_is_broken_off(checkpoint: dict[str, Any]) -> bool:
+def validation_is_interrupted(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was written in the middle of a validation."""
     counts = checkpoint["loops"]["fit_loop"][_VALIDATION]["current"]
     return bool(counts["processed"] < counts["started"])
 
 
-def settle(checkpoint: dict[str, Any], *, validating: bool) -> None:
+def correct_counts(checkpoint: dict[str, Any], *, validating: bool) -> None:
     """Correct the counts of a checkpoint that was written between two steps.
 
     A batch counts only if its step is done. A validation that had started counts as being at its
@@ -104,7 +104,7 @@ class MovableAverage(WeightAveraging):
         """Exchange the average and the weights."""
         self._swap_models(pl_module)
 
-    def leave_in(self, pl_module: L.LightningModule) -> None:
+    def copy_into(self, pl_module: L.LightningModule) -> None:
         """Copy the average, if there is one, into the module."""
         if self._average_model is not None:
             self._copy_average_to_current(pl_module)
@@ -125,7 +125,7 @@ class MovableAverage(WeightAveraging):
     def updates(self, steps: int) -> None:
         self._latest_update_step = steps
 
-    def tell_updates(self) -> None:
+    def store_updates(self) -> None:
         """Copy the number of updates into PyTorch's average, which checkpoints contain."""
         if self._average_model is not None:
             self._average_model.n_averaged.fill_(self.updates)

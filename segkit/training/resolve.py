@@ -76,7 +76,7 @@ def resolve(
             "trainer": _trainer(config),
         }
     )
-    return with_whole_paths(resolved)
+    return with_absolute_paths(resolved)
 
 
 def describe(config: Config, dataset: Dataset) -> ModelDescription:
@@ -195,7 +195,7 @@ def on_this_machine(config: Config) -> Config:
     return config.model_copy(update={"trainer": config.trainer.model_copy(update=changes)})
 
 
-def with_whole_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """The config with absolute paths, so that it works from any working directory."""
     data = config.data.model_copy(
         update={

@@ -8,10 +8,10 @@ import numpy as np
 
 from segkit.config.data import DataConfig
 from segkit.config.training import Config
-from segkit.data.case_groups import groups_of, proposal, strata_of, torn
+from segkit.data.case_groups import divided_groups, grouping_advice, groups_of, strata_of
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
-from segkit.training.deal import deal
+from segkit.training.distribute import distribute
 from segkit.training.folds import SPLITS_FILE, Folds, folds_of
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ def split_of(dataset: Dataset, config: Config) -> Split:
             "%s is not used, because only data.fold and --folds use its folds",
             data.folder / SPLITS_FILE,
         )
-    elif advice := proposal(dataset, data):
+    elif advice := grouping_advice(dataset, data):
         logger.warning("%s", advice)
     drawn_here = data.group_by is not None or data.stratify_by is not None
     if isinstance(data.validation, list):
         found = split(dataset, data.validation, config.train.seed)
-        _tell_torn(dataset, data, found)
+        _warn_of_divided_groups(dataset, data, found)
         return found
     if not drawn_here or not data.validation:
         return split(dataset, data.validation, config.train.seed)
@@ -79,16 +79,16 @@ def _share_of_groups(dataset: Dataset, data: DataConfig, share: float, seed: int
             f"{len(groups)} and data.validation is {share:g}; lower data.validation"
         )
     random = np.random.RandomState(seed % 2**32)
-    _, chosen = deal(groups, strata_of(dataset, data), [1 - share, share], random)
+    _, chosen = distribute(groups, strata_of(dataset, data), [1 - share, share], random)
     held_out = {dataset.cases[number].name for number in chosen}
     return split(dataset, sorted(held_out), seed)
 
 
-def _tell_torn(dataset: Dataset, data: DataConfig, found: Split) -> None:
+def _warn_of_divided_groups(dataset: Dataset, data: DataConfig, found: Split) -> None:
     groups = groups_of(dataset, data)
     names = [case.name for case in dataset.cases]
     parts = [[case.name for case in part] for part in found]
-    if groups and (apart := torn(groups, names, *parts)):
+    if groups and (apart := divided_groups(groups, names, *parts)):
         logger.warning("data.validation splits groups of data.group_by: %s", apart)
 
 

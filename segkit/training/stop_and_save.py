@@ -20,14 +20,14 @@ from lightning.pytorch.callbacks import Callback
 from segkit.errors import Stopped
 from segkit.system.signals import handling_signals
 from segkit.training.lightning_private import (
-    forget_validation,
+    correct_counts,
+    reset_validation,
     set_last_step,
-    settle,
-    validation_is_broken_off,
+    validation_is_interrupted,
 )
 
 
-class Interruption(Callback):
+class StopAndSave(Callback):
     """A callback that saves the training on Ctrl-C or SIGTERM, and raises Stopped.
 
     A step is finished first; a validation is interrupted. After a second signal, the training ends
@@ -41,8 +41,8 @@ class Interruption(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.asked: int | None = None
-        self.looking = False
-        self.hopeless = False
+        self.in_validation = False
+        self.give_up = False
         self.saving = False
         self.saved = -1
         self.steps: int | None = None
@@ -61,7 +61,7 @@ class Interruption(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset Lightning's counts of an interrupted validation."""
-        forget_validation(trainer)
+        reset_validation(trainer)
         if self.steps is not None:
             set_last_step(trainer, self.steps)
             self.steps = None
@@ -80,7 +80,7 @@ class Interruption(Callback):
         """
         if trainer.world_size == 1:
             self._stop_if_asked(trainer)
-            self.looking = True
+            self.in_validation = True
 
     def on_validation_batch_end(
         self,
@@ -92,7 +92,7 @@ class Interruption(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """From now on, stop only between two steps."""
-        self.looking = False
+        self.in_validation = False
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -100,14 +100,14 @@ class Interruption(Callback):
         """Remember the step, and correct the counts if this is not the end of an epoch."""
         self.saved = trainer.global_step
         if self.saving:
-            settle(checkpoint, validating=trainer.validating)
+            correct_counts(checkpoint, validating=trainer.validating)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """If all steps are done, start the validation after the last step again."""
         last = checkpoint["global_step"] == trainer.max_steps
-        if last and validation_is_broken_off(checkpoint):
+        if last and validation_is_interrupted(checkpoint):
             # Lightning would see that all steps are done and end. So it gets one step more, until
             # the validation has started.
             self.steps = trainer.max_steps
@@ -128,16 +128,16 @@ class Interruption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save a checkpoint, if the training was asked to stop and no step is half done."""
-        self.looking = False
-        due = self.saved != trainer.global_step and not self.hopeless
+        self.in_validation = False
+        due = self.saved != trainer.global_step and not self.give_up
         if isinstance(exception, Stopped) and due:
             self.saving = True
             trainer.save_checkpoint(self.path)
         self.handlers.close()
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.looking or self.asked is not None:
-            self.hopeless = not self.looking
+        if self.in_validation or self.asked is not None:
+            self.give_up = not self.in_validation
             raise Stopped(signum)
         self.asked = signum
 

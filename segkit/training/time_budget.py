@@ -202,7 +202,7 @@ class Deadline(Callback):
         if not self.warned and budget.share > 0.1 and trainer.is_global_zero:
             self.warned = True
             if budget.expected_steps < SLOWER * budget.planned_steps:
-                logger.warning("%s", behind(budget))
+                logger.warning("%s", slower_than_planned(budget))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start to measure the validation."""
@@ -215,7 +215,7 @@ class Deadline(Callback):
         self.budget.resume_clock()
 
 
-def behind(budget: TimeBudget) -> str:
+def slower_than_planned(budget: TimeBudget) -> str:
     """A warning that a run does fewer steps than planned, with a likely reason."""
     planned = budget.seconds / budget.planned_steps
     end = (

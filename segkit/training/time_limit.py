@@ -20,7 +20,7 @@ UNCOUNTED = 5
 MEASURED = 20
 
 
-class Pace(Callback):
+class TimeLimitWarning(Callback):
     """A callback that warns once, after about twenty steps, if not all steps fit into the time."""
 
     def __init__(self) -> None:

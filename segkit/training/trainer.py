@@ -19,9 +19,9 @@ from segkit.training.csv_logger import MetricsFile
 from segkit.training.lightning_private import is_first_process
 from segkit.training.parts import TrainingParts
 from segkit.training.run_folder import LAST, WholeCheckpoints, loggers, metrics_of
-from segkit.training.stop_and_save import Interruption
+from segkit.training.stop_and_save import StopAndSave
 from segkit.training.time_budget import UNLIMITED
-from segkit.training.time_limit import Pace
+from segkit.training.time_limit import TimeLimitWarning
 from segkit.training.trackers import trackers
 from segkit.training.validation_pictures import SamplePictures
 from segkit.training.weight_average import Averaging
@@ -49,7 +49,7 @@ def steps_between(config: Config) -> int:
     return min(config.train.validate_every, config.train.steps)
 
 
-def looked_at(parts: TrainingParts, config: Config) -> int:
+def cases_per_validation(parts: TrainingParts, config: Config) -> int:
     """Number of held-out cases that each validation uses, in each process."""
     count, most = len(parts.validation.cases), config.train.validation_cases
     return count if most is None else min(most, count)
@@ -71,7 +71,7 @@ def make_trainer(
             held-out cases than processes.
     """
     validated, every = bool(len(parts.validation.cases)), steps_between(config)
-    metrics, looked = metrics_of(folder), looked_at(parts, config)
+    metrics, looked = metrics_of(folder), cases_per_validation(parts, config)
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers", "deterministic"}),
@@ -91,7 +91,7 @@ def make_trainer(
             callbacks=[
                 *_callbacks(parts, config, folder, validated),
                 *callbacks,
-                Interruption(folder / LAST),
+                StopAndSave(folder / LAST),
             ],
             plugins=WholeCheckpoints(metrics),
             logger=_loggers(folder, config, metrics) if is_first_process() else False,
@@ -201,7 +201,7 @@ def _callbacks(
             count=config.train.pictures,
         )
     )
-    return [*found, Pace()]
+    return [*found, TimeLimitWarning()]
 
 
 def _loggers(folder: Path, config: Config, metrics: MetricsFile) -> list[Logger]:

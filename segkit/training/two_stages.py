@@ -16,9 +16,9 @@ from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.folder import SUMMARY
 from segkit.system.progress import Track, untracked
-from segkit.training.fit import Run, fit_beside, resume, train
+from segkit.training.fit import Run, fit_with_files, resume, train
 from segkit.training.parts import prepare
-from segkit.training.resolve import with_whole_paths
+from segkit.training.resolve import with_absolute_paths
 from segkit.training.run_folder import CONFIG, SECOND_STAGE
 
 
@@ -51,7 +51,9 @@ def train_two_stages(
     """
     first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent)
     tell(first)
-    return train(after(full, first.folder), runs=runs, callbacks=callbacks, track=track)
+    return train(
+        second_stage_config(full, first.folder), runs=runs, callbacks=callbacks, track=track
+    )
 
 
 def train_first(
@@ -64,8 +66,8 @@ def train_first(
     spent: float = 0.0,
 ) -> Run:
     """Train a first stage, with the config of the second in its folder, for a later resume."""
-    return fit_beside(
-        {SECOND_STAGE: dump_yaml(with_whole_paths(full))},
+    return fit_with_files(
+        {SECOND_STAGE: dump_yaml(with_absolute_paths(full))},
         prepare(low, runs=runs, track=track),
         runs=runs,
         callbacks=callbacks,
@@ -74,7 +76,7 @@ def train_first(
     )
 
 
-def after(config: Config, first: Path) -> Config:
+def second_stage_config(config: Config, first: Path) -> Config:
     """The config of a second stage, with `first` as the run of its first stage."""
     data = config.data.model_copy(update={"first_stage": [first]})
     return config.model_copy(update={"data": data})
@@ -115,14 +117,14 @@ def resume_two_stages(
         )
     if not (folder / SUMMARY).is_file():
         tell(resume(folder, callbacks=callbacks, track=track))
-    begun = second_of(folder)
+    begun = second_stage_of(folder)
     if begun is not None:
         return resume(begun, callbacks=callbacks, track=track)
-    config = after(load_config(folder / SECOND_STAGE), folder)
+    config = second_stage_config(load_config(folder / SECOND_STAGE), folder)
     return train(config, runs=folder.parent, callbacks=callbacks, track=track)
 
 
-def second_of(folder: Path) -> Path | None:
+def second_stage_of(folder: Path) -> Path | None:
     """The run beside this one that has it as its only first stage, if there is such a run."""
     for config in sorted(folder.parent.glob(f"*/{CONFIG}")):
         try:

@@ -56,7 +56,7 @@ class Averaging(MovableAverage):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average and the number of its steps."""
-        self.tell_updates()
+        self.store_updates()
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -77,9 +77,9 @@ class Averaging(MovableAverage):
             self.swap(pl_module)
             self.swapped = False
 
-    def settle(self, pl_module: L.LightningModule) -> None:
+    def keep_average(self, pl_module: L.LightningModule) -> None:
         """Copy the average into the model, also if a resumed run had nothing left to train."""
-        self.leave_in(pl_module)
+        self.copy_into(pl_module)
 
     def _paired(self, pl_module: L.LightningModule) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Pairs of the average's and the model's tensors, grouped by type; stored for later."""

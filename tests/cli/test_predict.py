@@ -86,7 +86,7 @@ def test_an_engine_is_chosen_by_name(
     out = tmp_path / "labels.nii.gz"
     words = ("predict", scan, "--model", finished, "--out", out, "--engine")
     code, _, err = run(*words, "onnx", "--device", "cuda", capsys=capsys)
-    assert code == 2 and "the engine onnx runs on the CPU, found --device cuda" in err
+    assert code == 2 and "the engine onnx runs only on the CPU, found --device cuda" in err
     code, _, err = run(*words, "onnx", capsys=capsys)
     assert code == 0 and nib.load(out).shape == (8, 8, 8), err
 

@@ -36,7 +36,7 @@ def test_one_command_trains_folds_and_another_resumes_them(
         assert line in out, line
     assert "post-processing: " in out and "wrote runs/small\n" in out
     code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
-    assert code == 2 and "runs/small: the run is finished already" in err
+    assert code == 2 and "runs/small: the cross-validation is finished already" in err
     (tmp_path / "runs/small/fold_3/summary.json").unlink()
     code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
     assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out

@@ -9,7 +9,7 @@ def data_config(**settings: object) -> DataConfig:
     return DataConfig.model_validate({"folder": "x", "patch_size": [8, 8, 8], **settings})
 
 
-def test_a_model_is_told_what_training_mirrors() -> None:
+def test_a_model_knows_the_axes_that_training_mirrors() -> None:
     plain, sides = ["background", "liver"], ["background", "left lung", "right lung"]
     assert data_config().mirrored(plain) == ["x"]
     assert data_config().mirrored(sides) == []
@@ -30,7 +30,9 @@ def test_a_model_is_told_what_training_mirrors() -> None:
         (["background", "cleft", "bright", "central"], ["x"]),
     ],
 )
-def test_what_tells_left_from_right_is_not_mirrored(labels: list[str], axes: list[str]) -> None:
+def test_labels_that_tell_left_from_right_are_not_mirrored(
+    labels: list[str], axes: list[str]
+) -> None:
     assert data_config().mirrored(labels) == axes
 
 

@@ -111,7 +111,7 @@ def test_an_override_changes_one_setting_of_a_section(tmp_path: Path) -> None:
     assert again == before
 
 
-def test_a_kind_alone_stands_for_its_section(path: Path) -> None:
+def test_the_name_of_a_kind_stands_for_its_section(path: Path) -> None:
     short = load_config(path, ["network.attention.skip=additive_grid"])
     long = load_config(path, ["network.attention.skip={kind: additive_grid}"])
     assert short == long
@@ -119,7 +119,7 @@ def test_a_kind_alone_stands_for_its_section(path: Path) -> None:
     assert load_config(path, ["data.normalisation=ct"]).data.normalisation == CtWindowConfig()
 
 
-def test_an_override_reaches_into_a_kind_that_stands_alone(path: Path) -> None:
+def test_an_override_changes_a_setting_of_a_kind_given_by_its_name(path: Path) -> None:
     path.write_text(SMALLEST + "network: {attention: {skip: additive_grid}}\n")
     config = load_config(path, ["network.attention.skip.levels=[2]"])
     assert config.network.attention.skip == AdditiveGridGateConfig(levels=[2])
@@ -406,12 +406,12 @@ def test_attention_that_knows_positions_needs_channels_for_them(
 
 
 @pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
-def test_attention_that_would_sit_nowhere_is_refused(kind: str) -> None:
+def test_attention_without_any_skip_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"two network.channels has no other skip; set levels"):
         validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")
 
 
-def test_who_asks_for_steps_gets_them_however_long_they_take(tmp_path: Path) -> None:
+def test_an_override_of_steps_removes_the_limit_of_minutes(tmp_path: Path) -> None:
     path = tmp_path / "timed.yaml"
     path.write_text(
         "data: {folder: x, patch_size: [16, 16, 16]}\ntrain: {steps: 100, minutes: 5}\n"

@@ -40,7 +40,7 @@ SPELT = {
 
 @pytest.mark.parametrize("organ", ["kidney", "Lung", "Hippocampus", "V2", "upper lobe"])
 @pytest.mark.parametrize("style", SPELT)
-def test_a_side_is_heard_in_any_usual_spelling_even_of_one_label(style: str, organ: str) -> None:
+def test_a_side_is_found_in_any_usual_spelling_even_of_one_label(style: str, organ: str) -> None:
     for pattern in SPELT[style]:
         name = pattern.format(organ)
         assert names_of_sides(["background", "liver", name]) == [name]
@@ -89,5 +89,5 @@ def test_names_that_differ_only_in_the_side_tell_it(pair: tuple[str, str]) -> No
         ["rectal", "renal", "lumbar", "liver", "cerebellum"],
     ],
 )
-def test_letters_that_count_or_abbreviate_are_no_sides(labels: list[str]) -> None:
+def test_letters_that_number_or_abbreviate_are_not_sides(labels: list[str]) -> None:
     assert names_of_sides(["background", *labels]) == []

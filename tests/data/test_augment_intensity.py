@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from segkit.data.augment_intensity import (
     IntensityVariation,
-    bend,
     blur,
-    gaussian_taps,
+    gamma_curve,
+    gaussian_weights,
     lower_resolution,
     stretch_contrast,
 )
@@ -106,8 +106,8 @@ def test_steps_follow_one_another_in_nnu_nets_order() -> None:
     rows = blur(image.flatten(0, 1), torch.full((4, 3), 0.8))
     rows = stretch_contrast(rows * 1.2, torch.full((4,), 1.25))
     rows = lower_resolution(rows, torch.full((4,), 0.5))
-    rows = -bend(-rows, torch.full((4,), 1.5))
-    rows = bend(rows, torch.full((4,), 1.5))
+    rows = -gamma_curve(-rows, torch.full((4,), 1.5))
+    rows = gamma_curve(rows, torch.full((4,), 1.5))
     assert_close(varied, rows.view_as(image))
 
 
@@ -115,7 +115,7 @@ def test_noise_comes_before_blur() -> None:
     vary = only("noise", "blur", noise_variance=(0.1, 0.1), blur_sigma=(1.0, 1.0))
     noise = vary(torch.zeros(2, 1, 24, 24, 24), seeded(0))[..., 3:-3, 3:-3, 3:-3]
     # Each axis multiplies the variance of white noise with the sum of the kernel's squares, 0.28.
-    kept = float(gaussian_taps(torch.ones(1, 1), 3).square().sum()) ** 3
+    kept = float(gaussian_weights(torch.ones(1, 1), 3).square().sum()) ** 3
     assert float(noise.var()) == pytest.approx(0.1 * kept, rel=0.25)
 
 
@@ -215,12 +215,12 @@ def test_inverted_gamma_is_gamma_of_the_negative_negated() -> None:
 
 def test_bending_by_one_is_the_identity() -> None:
     rows = normal(3, 6, 5, 4) * 40 + 100
-    assert_close(bend(rows, torch.ones(3)), rows, atol=1e-4, rtol=0)
+    assert_close(gamma_curve(rows, torch.ones(3)), rows, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 0.77, 1.0])
 def test_a_blurs_kernel_is_a_gaussian_that_sums_to_one(sigma: float) -> None:
-    kernel = gaussian_taps(torch.tensor([[sigma]]), 3)[0, 0]
+    kernel = gaussian_weights(torch.tensor([[sigma]]), 3)[0, 0]
     assert kernel.sum() == pytest.approx(1, abs=1e-6)
     assert_close(kernel, kernel.flip(0))
     assert kernel[4] / kernel[3] == pytest.approx(math.exp(-0.5 / sigma**2), rel=1e-5)
@@ -231,7 +231,7 @@ def test_a_blur_shows_its_kernel_at_a_lone_voxel_and_each_row_its_own() -> None:
     rows[:, 4, 4, 0] = 1
     sigmas = torch.tensor([[0.5, 1.0, 0.7], [0.8, 0.6, 0.7]])
     seen = blur(rows, sigmas)[:, 1:8, 1:8, 0]
-    kernels = gaussian_taps(sigmas, 3)
+    kernels = gaussian_weights(sigmas, 3)
     assert_close(seen, kernels[:, 0, :, None] * kernels[:, 1, None, :])
 
 
@@ -300,12 +300,12 @@ def test_low_resolution_lowers_each_row_by_its_own_zoom_and_spares_axes() -> Non
         assert torch.equal(together[row : row + 1], alone)
     assert torch.equal(together[1], rows[1]) and not torch.equal(together[2], rows[2])
     # With the last axis spared, each of its slices is lowered alone, as a plane.
-    spared = lower_resolution(rows, zooms, spared_axes=(2,))
+    spared = lower_resolution(rows, zooms, kept_axes=(2,))
     for index in range(6):
         assert_close(spared[..., index], lower_resolution(rows[..., index], zooms))
-    vary = only("low_resolution", low_resolution_zoom=(0.5, 0.5), low_resolution_spared_axes=(2,))
+    vary = only("low_resolution", low_resolution_zoom=(0.5, 0.5), low_resolution_kept_axes=(2,))
     whole = torch.full((3,), 0.5)
-    expected = lower_resolution(rows, whole, spared_axes=(2,))
+    expected = lower_resolution(rows, whole, kept_axes=(2,))
     assert_close(vary(rows[None], seeded(0))[0], expected)
 
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from scipy import ndimage
 from torch import Generator, Tensor
 
-from segkit.data.augment_labels import LabelCorruption, closed, dilate, erode, opened, small_part
+from segkit.data.augment_labels import (
+    LabelCorruption,
+    closed,
+    dilate,
+    erode,
+    opened,
+    small_component,
+)
 
 
 def blobs(seed: int, shape: tuple[int, ...] = (12, 11, 10)) -> Tensor:
@@ -107,7 +114,7 @@ def test_a_removed_part_is_gone_whole_and_alone(share: float) -> None:
     mask = blobs(11)
     parts, count = ndimage.label(mask.numpy())
     assert count > 2
-    removed = small_part(mask, float(share), largest=1.0)
+    removed = small_component(mask, float(share), largest=1.0)
     (number,) = set(parts[removed.numpy()].tolist())
     assert number > 0
     assert torch.equal(removed, torch.from_numpy(parts == number))
@@ -116,10 +123,10 @@ def test_a_removed_part_is_gone_whole_and_alone(share: float) -> None:
 def test_large_parts_are_never_removed() -> None:
     mask = torch.zeros(10, 10, 10, dtype=torch.bool)
     mask[:5, :5, :8] = True  # a fifth of the patch
-    assert not small_part(mask, 0.5, largest=0.15).any()
+    assert not small_component(mask, 0.5, largest=0.15).any()
     mask[8, 8, 8] = True
     for draw in (0.0, 0.5, 0.999):
-        assert small_part(mask, draw, largest=0.15).nonzero().tolist() == [[8, 8, 8]]
+        assert small_component(mask, draw, largest=0.15).nonzero().tolist() == [[8, 8, 8]]
 
 
 def test_removal_leaves_background_and_reshaping_takes_from_others() -> None:

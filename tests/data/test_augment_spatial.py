@@ -535,7 +535,7 @@ def test_a_cut_without_a_patch_in_its_middle_is_refused(cut: tuple[int, ...]) ->
         still((8, 8, 8))(torch.zeros(1, 1, *cut), blank(1, cut), seeded(0))
 
 
-def test_what_went_in_stays_as_it_was() -> None:
+def test_the_input_is_not_changed() -> None:
     spatial = still((8, 8, 1), rotation_probability=0.5, mirror_probability=0.5)
     image = torch.rand(4, 1, *spatial.cut_size, generator=seeded(0))
     label = (image[:, 0] * 5).to(torch.uint8)

@@ -67,7 +67,9 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
             fetch_dataset(NAME, source_of(address, packed), out)
 
 
-def test_what_was_not_published_is_refused(served: str, packed: Path, tmp_path: Path) -> None:
+def test_a_download_with_a_wrong_checksum_is_refused(
+    served: str, packed: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DatasetError, match="the file differs from the published one"):
         fetch_dataset(NAME, Source(f"{served}/{packed.name}", "0" * 32), tmp_path)
     with pytest.raises(DatasetError, match=r"expected Task98_Cube/dataset\.json in it"):
@@ -85,7 +87,7 @@ def test_what_was_not_published_is_refused(served: str, packed: Path, tmp_path: 
         ("gopher://x/x.tar", "unknown url type"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence(
+def test_a_download_that_fails_is_one_sentence(
     address: str, words: str, served: str, tmp_path: Path
 ) -> None:
     url = address.format(served=served)

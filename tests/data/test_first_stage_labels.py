@@ -88,7 +88,7 @@ def test_a_network_with_labels_is_one_that_takes_their_channels() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=5))
-def test_the_majority_decides_and_the_first_where_labels_tie(rows: list[list[int]]) -> None:
+def test_the_majority_decides_and_the_first_if_labels_tie(rows: list[list[int]]) -> None:
     grid = Grid((3, 3, 1), np.eye(4))
     volumes = [Volume(np.array(row, np.uint8).reshape(grid.shape), grid) for row in rows]
     expected = [max(voxel, key=voxel.count) for voxel in zip(*rows, strict=True)]

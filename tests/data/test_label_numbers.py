@@ -92,7 +92,7 @@ def test_consecutive_numbers_cost_no_copy() -> None:
     assert within(values, plain) is values and as_in_files(values, plain) is values
 
 
-def test_a_number_that_nobody_names_is_refused() -> None:
+def test_a_number_without_a_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"holds label 5, which .* \(it has 0, 17, 53, 255\)"):
         within(np.array([0, 5]), FREESURFER)
 

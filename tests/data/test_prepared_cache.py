@@ -16,7 +16,7 @@ from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.normalise import ct_window, zscore
 from segkit.data.patches import ForegroundSampler, PatchDataset
-from segkit.data.prepared_cache import StoredCase, half_where_enough, store_cases, write_arrays
+from segkit.data.prepared_cache import StoredCase, half_if_exact, store_cases, write_arrays
 from segkit.data.preprocess import prepare_image, prepare_label
 from segkit.errors import DatasetError, WorkerError
 from segkit.geometry.grid import Grid
@@ -136,7 +136,7 @@ def test_half_precision_is_off_by_2_to_the_minus_11_of_a_value_at_most(
 ) -> None:
     noise = np.random.default_rng(seed).normal(offset, 1, (2, 5, 6, 7)) * deviation
     image = noise.astype(np.float32)
-    half = half_where_enough(image)
+    half = half_if_exact(image)
     assert half.dtype == np.float16
     bound = np.maximum(np.abs(image) * 2.0**-11, 2.0**-25)
     assert (np.abs(half.astype(float) - image) <= bound).all()
@@ -151,7 +151,7 @@ def test_z_scores_and_ct_windows_are_kept_in_half_precision(
     scan = torch.from_numpy(np.where(random.random(tissue.shape) < air, -1000, tissue)).float()
     window = ct_window(scan, lower=-160.0, upper=240.0, mean=mean, std=deviation)
     for image in (zscore(scan, nonzero=False), window):
-        assert half_where_enough(image.numpy()).dtype == np.float16
+        assert half_if_exact(image.numpy()).dtype == np.float16
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_z_scores_and_ct_windows_are_kept_in_half_precision(
         np.array([1e-9, 2e-9, 3e-9]),  # all would be 0
     ],
 )
-def test_where_half_precision_would_lose_variation_single_is_kept(image: ndarray) -> None:
+def test_single_precision_is_kept_if_half_would_lose_variation(image: ndarray) -> None:
     single = image.astype(np.float32).reshape(1, 3, 1, 1)
     both = np.concatenate([np.arange(3, dtype=np.float32).reshape(1, 3, 1, 1), single])
-    for kept in (half_where_enough(single), half_where_enough(both)):
+    for kept in (half_if_exact(single), half_if_exact(both)):
         assert kept.dtype == np.float32
-    assert_array_equal(half_where_enough(both), both)
+    assert_array_equal(half_if_exact(both), both)
 
 
 # In several processes

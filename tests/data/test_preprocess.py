@@ -141,7 +141,7 @@ def test_labels_of_slices_far_apart_are_those_of_the_nearest_slice(
     assert_allclose(prepared.image[0].numpy(), found, rtol=1e-6)
 
 
-def test_what_a_spline_overshoots_is_cut_to_the_channels_range() -> None:
+def test_overshoots_of_a_spline_are_clipped_to_the_channels_range() -> None:
     step = np.ones((16, 3, 3), np.float32)
     step[8:] = 5.0
     volume = Volume(np.stack([step, -step], axis=3), Grid((16, 3, 3), np.eye(4)))

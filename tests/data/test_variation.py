@@ -82,7 +82,7 @@ def test_bending_turns_no_voxel_inside_out(
 
 
 @pytest.mark.parametrize(("patch_size", "spacing"), PATCHES)
-def test_what_is_bent_is_looked_up_inside_the_cut(
+def test_a_deformed_patch_is_read_inside_the_cut(
     patch_size: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> None:
     """The margin is an eighth of the patch and twice the amplitude, so clamping is rare."""

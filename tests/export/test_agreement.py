@@ -15,7 +15,7 @@ from tests.models import model_of
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 
-def test_outputs_that_are_off_are_told(tmp_path: Path) -> None:
+def test_outputs_that_differ_are_reported(tmp_path: Path) -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     run = export_onnx(model, tmp_path / "a.onnx")
     assert compare_outputs(model, run, noise_for(model)).holds

@@ -13,7 +13,7 @@ from segkit.model.folder import Model
 from tests.bundles import model_for
 
 
-def test_a_check_of_a_bundle_compares_its_network_and_what_monai_makes_of_it(
+def test_a_check_of_a_bundle_compares_its_network_and_monais_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_for()
@@ -36,8 +36,8 @@ def test_a_bundle_that_monai_cannot_run_is_one_sentence(
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback …\nOSError: no model.ts")
     monkeypatch.setattr(bundle_check.subprocess, "run", lambda *given, **options: failed)
-    with pytest.raises(ModelError, match=r"MONAI cannot run .*bundle: .*OSError: no model\.ts"):
+    with pytest.raises(ModelError, match=r"bundle: MONAI cannot run .*OSError: no model\.ts"):
         same_labels(model_for(), tmp_path / "bundle", scan_for(model_for()))
     monkeypatch.setattr(bundle_check, "BUNDLE_LIBRARIES", ("monai_of_the_future",))
-    with pytest.raises(ModelError, match="monai_of_the_future is not installed; pip install monai"):
+    with pytest.raises(ModelError, match="monai_of_the_future is not installed; run pip install"):
         run_bundle(tmp_path / "bundle", scan_for(model_for()))

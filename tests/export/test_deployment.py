@@ -9,7 +9,7 @@ from segkit.nn.map_tap import MapInfo
 from tests.models import model_of
 
 
-def test_a_deployer_is_told_each_step_of_prediction() -> None:
+def test_the_deployment_data_holds_each_step_of_prediction() -> None:
     description = model_of({}, 3).description.model_copy(
         update={"mirror": ["x", "z"], "spacing": (1.0, 1.5, 2.0), "interpolation": "cubic"}
     )

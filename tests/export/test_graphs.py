@@ -42,7 +42,7 @@ def test_every_family_takes_batches_of_any_length(form: str, family: str, tmp_pa
     agrees(form, *{**FAST, **SLOW}[family], tmp_path)
 
 
-def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_path: Path) -> None:
+def test_onnx_has_named_outputs_any_batch_size_and_its_preprocessing(tmp_path: Path) -> None:
     model = model_of(*reversed(FAST["planes with presence"]))
     export_onnx(model, tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(
@@ -58,7 +58,7 @@ def test_onnx_has_named_outputs_a_free_batch_and_tells_its_preprocessing(tmp_pat
     assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
 
 
-def test_a_program_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
+def test_a_program_has_named_outputs_any_batch_size_and_its_preprocessing(
     tmp_path: Path,
 ) -> None:
     model = model_of(*reversed(FAST["planes with presence"]))
@@ -73,7 +73,7 @@ def test_a_program_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
         assert outputs[LOGITS].shape == (count, 3, 16, 12, 8)
 
 
-def test_openvino_has_named_outputs_a_free_batch_and_tells_its_preprocessing(
+def test_openvino_has_named_outputs_any_batch_size_and_its_preprocessing(
     tmp_path: Path,
 ) -> None:
     model = model_of({"skip": "additive_grid"}, 3)

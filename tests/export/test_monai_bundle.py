@@ -49,7 +49,7 @@ def test_monai_runs_a_bundle_to_the_labels_of_segkit_on_an_oblique_scan(
     assert (found.data == expected.data).mean() >= SAME_IN_BUNDLE
 
 
-def test_a_bundle_has_what_monai_asks_for_and_weights_that_run_nothing(tmp_path: Path) -> None:
+def test_a_bundle_has_the_keys_of_monai_and_weights_that_run_no_code(tmp_path: Path) -> None:
     model = model_for()
     export_bundle(model, tmp_path / "bundle")
     folder = tmp_path / "bundle"
@@ -81,7 +81,7 @@ def test_a_bundle_has_what_monai_asks_for_and_weights_that_run_nothing(tmp_path:
         assert torch.equal(kept[key], value)
     assert load_model(folder / "models" / "segkit").description == model.description
     text = (folder / "docs" / "README.md").read_text()
-    assert "Run it only if you trust who made it" in text and "- 2: white" in text
+    assert "Run it only if you trust its author" in text and "- 2: white" in text
     assert "Apache License" in (folder / "LICENSE").read_text()
     assert "segkit." not in (folder / "configs" / "inference.json").read_text()
 
@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "scans" / "mine.txt").write_text("irreplaceable")
     with pytest.raises(VolumeError, match="exists already; pass --overwrite"):
         export_model(model, "monai-bundle", tmp_path / "scans")
-    with pytest.raises(ModelError, match="is no bundle, and is left alone"):
+    with pytest.raises(ModelError, match="expected a bundle to overwrite, found something else"):
         export_model(model, "monai-bundle", tmp_path / "scans", overwrite=True)
     assert content_of(tmp_path) == {"scans/mine.txt": b"irreplaceable"}
 

@@ -144,7 +144,7 @@ def test_a_scan_of_nothing_is_background() -> None:
     torch.testing.assert_close(found[1:], torch.full((2, 9, 8, 7), FAR_BELOW))
 
 
-def test_what_both_hold_in_common_is_the_same() -> None:
+def test_both_files_agree_in_their_common_entries() -> None:
     assert SLICES_APART == OWN_ANISOTROPY and FAR_BELOW == member.UNLIKELY
     for size, patch, overlap, multiple in ((45, 16, 0.4, 8), (7, 16, 0.5, 4), (100, 32, 0.9, 2)):
         own = windows.window_starts(size, patch, overlap, multiple)

@@ -174,15 +174,19 @@ def test_a_series_without_a_frame_of_reference_is_refused(tmp_path: Path) -> Non
     def lost(number: int, one: Dataset) -> None:
         del one.FrameOfReferenceUID
 
-    with pytest.raises(VolumeError, match="lacks FrameOfReferenceUID, to which a DICOM seg"):
+    with pytest.raises(
+        VolumeError, match="expected the tag FrameOfReferenceUID, to which a DICOM seg"
+    ):
         written(tmp_path, change=lost)
 
 
-def test_what_headers_do_not_allow_for_is_one_sentence(tmp_path: Path) -> None:
+def test_headers_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> None:
     def odd(number: int, one: Dataset) -> None:
         one.PatientSex = "X"
 
-    with pytest.raises(VolumeError, match="its headers do not allow for a DICOM segmentation"):
+    with pytest.raises(
+        VolumeError, match="cannot be written as a DICOM segmentation, because of its"
+    ):
         written(tmp_path, change=odd)
     assert not (tmp_path / "seg.dcm").exists()
 
@@ -190,11 +194,11 @@ def test_what_headers_do_not_allow_for_is_one_sentence(tmp_path: Path) -> None:
 def test_labels_of_another_grid_are_refused(tmp_path: Path) -> None:
     series, labels, path = written(tmp_path)
     elsewhere = Volume(labels.data, Grid(SHAPE, np.eye(4)))
-    with pytest.raises(VolumeError, match="is no longer the series that was segmented"):
+    with pytest.raises(VolumeError, match="expected the series that was segmented, found another"):
         write_dicom_segmentation(path, elsewhere, series, CLASSES, codes={}, algorithm="x")
 
 
-def test_without_highdicom_it_says_what_to_install(
+def test_without_highdicom_the_error_names_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     series, labels, path = written(tmp_path)

@@ -31,7 +31,7 @@ from tests.models import description, nearest_class, random_model
 
 @settings(max_examples=30)
 @given(grids(smallest=4, largest=12), st.integers(0, 2**16), st.floats(0.5, 2.0))
-def test_what_is_read_from_an_empty_window_comes_from_zeros_alone(
+def test_an_empty_window_is_interpolated_only_from_zeros(
     grid: Grid, seed: int, ratio: float
 ) -> None:
     random = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPI", "SAR"])
-def test_the_network_is_not_asked_about_nothing_whose_label_is_background(code: str) -> None:
+def test_the_network_does_not_run_on_empty_windows_and_they_are_background(code: str) -> None:
     grid = Grid((40, 40, 40), affine_of(code, spacing=(1.0, 1.0, 1.0), rotation=(0.0, 0.0, 0.0)))
     values = np.zeros(grid.shape, np.int16)
     values[:8, :8, :8] = values[-8:, -8:, -8:] = 9
@@ -99,7 +99,7 @@ def test_the_network_is_not_asked_about_nothing_whose_label_is_background(code: 
     assert_array_equal(labels[0], expected)
 
 
-def test_what_is_left_is_as_if_nothing_was_skipped_where_no_skipped_window_reaches() -> None:
+def test_skipping_changes_nothing_at_voxels_outside_skipped_windows() -> None:
     random = np.random.default_rng(0)
     values = np.zeros((40, 24, 24), np.float32)
     values[:12] = random.normal(5, 1, (12, 24, 24))

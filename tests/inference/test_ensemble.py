@@ -21,7 +21,7 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
 from segkit.inference.engines.torch_eager import LOGITS
-from segkit.inference.ensemble import Moments, merge, predictive_entropy
+from segkit.inference.ensemble import RunningVariance, merge, predictive_entropy
 from segkit.inference.predictor import Predictor
 from segkit.inference.source_rows import SourceRows
 from segkit.io.volume import Volume
@@ -140,13 +140,13 @@ def test_maps_are_those_of_the_first_model_and_presence_is_the_mean() -> None:
 def test_models_of_several_tasks_do_not_predict_together() -> None:
     spacing = (1.0, 1.0, 1.0)
     three, four = (Model(description(classes=n, spacing=spacing), nearest_class(n)) for n in (3, 4))
-    with pytest.raises(ModelError, match=r"share labels and channels, but test has the labels"):
+    with pytest.raises(ModelError, match=r"same labels and channels, but test has the labels"):
         Predictor([three, four])
-    with pytest.raises(ModelError, match="expected a model"):
+    with pytest.raises(ModelError, match="expected at least one model"):
         Predictor([])
 
 
-def test_models_that_see_a_volume_alike_share_its_image() -> None:
+def test_models_with_equal_preparation_share_an_image() -> None:
     models = [seeded(1), seeded(2), respaced(seeded(3), (2.0, 1.0, 1.0))]
     scored = seeded(4)
     told = scored.description.model_copy(update={"normalisation": [ZScoreConfig()]})
@@ -180,7 +180,7 @@ def rows_of(*lengths: int, alive: list[weakref.ref[Tensor]]) -> Iterator[tuple[i
 
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.data())
-def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
+def test_merged_rows_are_the_same_for_all_models_and_each_holds_one_slab(
     size: int, data: st.DataObject
 ) -> None:
     members, alive = [], []
@@ -203,19 +203,19 @@ def test_merged_rows_are_the_same_of_all_members_and_each_holds_one_slab(
     assert reached == size
 
 
-def test_entropy_is_one_where_all_classes_are_alike_and_zero_where_one_is_sure() -> None:
+def test_entropy_is_1_for_equal_probabilities_and_0_for_a_certain_class() -> None:
     shares = torch.tensor([[0.25, 1.0, 0.5], [0.25, 0.0, 0.5], [0.25, 0.0, 0.0], [0.25, 0.0, 0.0]])
     assert_close(predictive_entropy(shares), torch.tensor([1.0, 0.0, math.log(2) / math.log(4)]))
 
 
 def test_moments_are_those_of_all_answers_at_once() -> None:
     answers = torch.rand(5, 3, 4, 4)
-    moments = Moments(class_axis=0)
+    moments = RunningVariance(class_axis=0)
     for answer in answers:
         moments.add(answer)
     assert_close(moments.mean, answers.mean(dim=0))
     assert_close(moments.variance, answers.var(dim=0, correction=0).mean(dim=0))
-    same = Moments(class_axis=0)
+    same = RunningVariance(class_axis=0)
     for _ in range(7):
         same.add(answers[0])
     assert_array_equal(same.mean, answers[0])

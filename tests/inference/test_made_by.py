@@ -11,7 +11,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from segkit.geometry.grid import Grid
-from segkit.inference.made_by import asked_of, made_by
+from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import Input, find_inputs, read_input
@@ -45,7 +45,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_every_volume_that_is_written_has_a_sidecar_that_says_what_made_it(tmp_path: Path) -> None:
+def test_every_written_volume_has_a_sidecar_with_its_provenance(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "in" / "scan.nii.gz")
     predictor, out = predictor_of(overlap=0.25), tmp_path / "out"
     (outcome,) = predict_files(
@@ -99,7 +99,7 @@ def scans_in(folder: Path) -> Path:
     return folder
 
 
-def test_a_cohort_is_gone_on_with_by_the_same_models_and_settings_alone(tmp_path: Path) -> None:
+def test_a_cohort_is_continued_only_with_the_same_models_and_settings(tmp_path: Path) -> None:
     inputs, out = find_inputs([scans_in(tmp_path / "in")], 2), tmp_path / "out"
     for outcome in predict_files(predictor_of(), inputs[:2], out=out):
         assert outcome.error is None
@@ -150,15 +150,15 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     inputs = [Input("scan", (path,)) for path in paths]
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
-    assert second.error.endswith(f"is the result of {paths[0]} as well; rename one")
+    assert second.error.endswith(f"is also the result of {paths[0]}; rename one input")
 
 
-def test_what_was_asked_is_part_of_what_made_it(tmp_path: Path) -> None:
+def test_models_and_settings_are_part_of_the_provenance(tmp_path: Path) -> None:
     predictor = predictor_of()
     sidecar = tmp_path / "a.json"
-    made = made_by(predictor, asked_of(predictor), [])
+    made = made_by(predictor, models_and_settings(predictor), [])
     sidecar.write_text(json.dumps({"provenance": made}))
-    check_asked(tmp_path / "a.nii", sidecar, asked_of(predictor))
+    check_asked(tmp_path / "a.nii", sidecar, models_and_settings(predictor))
 
 
 def channels_at(folder: Path, seed: int) -> Path:

@@ -62,7 +62,7 @@ def images(axes: Sequence[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_logits_maps_and_presence_are_means_of_what_is_said_of_all_mirror_images(
+def test_logits_maps_and_presence_are_means_over_all_mirror_images(
     axes: tuple[int, ...], batch_size: int
 ) -> None:
     engine = Weighing((4, 6, 8))
@@ -96,7 +96,7 @@ def test_mirrors_of_regions_differ_by_their_yes_and_no() -> None:
     assert_close(found[SPREAD], shares.var(dim=0, correction=0).mean(dim=1, keepdim=True))
 
 
-def test_what_does_not_depend_on_the_side_is_not_changed_by_mirroring_at_all() -> None:
+def test_outputs_that_do_not_depend_on_the_side_do_not_change_by_mirroring() -> None:
     told = description(classes=5, spacing=(1.0, 1.0, 1.0)).model_copy(
         update={"mirror": ["x", "y", "z"]}
     )

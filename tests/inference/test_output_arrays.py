@@ -14,7 +14,7 @@ from tests.helpers import affine_of
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "PSR"])
-def test_rows_fill_the_box_and_the_rest_is_what_stands_beyond_it(code: str) -> None:
+def test_rows_fill_the_box_and_the_rest_has_the_value_outside_the_box(code: str) -> None:
     values = np.zeros((9, 8, 7), np.float32)
     values[2:7, 1:6, 2:6] = np.random.default_rng(0).random((5, 5, 4)) + 1
     source = Volume(values, Grid(values.shape, affine_of(code)))

@@ -77,7 +77,7 @@ def test_of_components_that_are_equally_large_all_stay() -> None:
     assert_array_equal(apply(labels, True, ()), line(1, 1, 0, 0, 0, 1, 1))
 
 
-def test_where_nothing_is_asked_for_the_array_itself_comes_back() -> None:
+def test_without_any_step_the_array_itself_is_returned() -> None:
     labels = line(1, 0, 1)
     assert apply(labels, False, ()) is labels
 
@@ -89,7 +89,7 @@ def test_a_class_that_is_not_there_is_no_obstacle(labels: ndarray) -> None:
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @given(labels=labelled)
-def test_what_stays_is_scipys_largest_component(labels: ndarray, order: str) -> None:
+def test_the_component_that_is_kept_is_scipys_largest(labels: ndarray, order: str) -> None:
     labels = np.array(labels, order=order)  # type: ignore[call-overload]
     expected = labels.copy()
     for number in (1, 3):
@@ -187,7 +187,7 @@ def test_of_one_class_foreground_and_class_are_the_same_and_adopted_once() -> No
     assert decide(*tables(after, raw, raw)) == Decision(False, ())
 
 
-def test_the_dice_of_what_is_adopted_is_put_together_from_the_tables() -> None:
+def test_the_dice_of_a_decision_comes_from_the_tables() -> None:
     raw, after = tables([[0.5, 0.5]], [[0.7, 0.5]], [[0.6, 0.6]], [[0.7, 0.8]])
     assert_array_equal(Decision(True, (1,)).dice(raw, after), [[0.7, 0.8]])
     assert_array_equal(Decision(True, ()).dice(raw, after), [[0.7, 0.5]])
@@ -197,7 +197,7 @@ def test_the_dice_of_what_is_adopted_is_put_together_from_the_tables() -> None:
 
 
 @given(data=st.data())
-def test_what_is_adopted_never_lowers_a_class(data: st.DataObject) -> None:
+def test_adopted_steps_never_lower_the_dice_of_a_class(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
     table = arrays.arrays(np.float64, shape, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
     raw = data.draw(table)

@@ -126,18 +126,18 @@ def test_an_empty_folder_and_a_strange_file_are_refused(tmp_path: Path) -> None:
         find_inputs([tmp_path / "scan.gif"], 1)
 
 
-def test_a_result_lies_beside_its_input_or_where_it_was_asked_for() -> None:
+def test_a_result_lies_beside_its_input_or_at_the_requested_path() -> None:
     source = Input("scan", (Path("in/scan.nii.gz"),))
-    assert output_path(source, out=None, alone=True) == Path("in/scan_seg.nii.gz")
-    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.nii.gz")
-    assert output_path(source, out=Path("x.nii"), alone=True) == Path("x.nii")
+    assert output_path(source, out=None, single=True) == Path("in/scan_seg.nii.gz")
+    assert output_path(source, out=Path("out"), single=True) == Path("out/scan.nii.gz")
+    assert output_path(source, out=Path("x.nii"), single=True) == Path("x.nii")
     with pytest.raises(VolumeError, match="one file cannot hold several predictions"):
-        output_path(source, out=Path("x.nii"), alone=False)
+        output_path(source, out=Path("x.nii"), single=False)
 
 
 def test_a_result_keeps_its_inputs_format() -> None:
     source = Input("scan", (Path("scan.NRRD"),))
-    assert output_path(source, out=Path("out"), alone=True) == Path("out/scan.NRRD")
+    assert output_path(source, out=Path("out"), single=True) == Path("out/scan.NRRD")
 
 
 def predictor_of(head: MeanPoolingConfig | None) -> Predictor:
@@ -215,7 +215,7 @@ def test_a_model_without_a_head_neither_writes_nor_minds_presence(tmp_path: Path
     assert not (tmp_path / "b_presence.json").exists()
 
 
-def test_inputs_named_alike_but_for_seg_keep_their_own_presence(tmp_path: Path) -> None:
+def test_inputs_whose_names_differ_only_by_seg_keep_their_own_presence(tmp_path: Path) -> None:
     names = ["scan", "scan_seg"]
     paths = [noise_at(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate(names)]
     predictor = predictor_of(MeanPoolingConfig())
@@ -298,7 +298,7 @@ def scans_in(folder: Path, names: str = "abcde") -> Path:
     return folder
 
 
-def test_a_folder_that_was_segmented_before_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_was_segmented_before_is_skipped(tmp_path: Path) -> None:
     inputs = find_inputs([scans_in(tmp_path / "in", "abc")], 1)
     predictor, out = predictor_of(None), tmp_path / "out"
     written = [outcome.written for outcome in predict_files(predictor, inputs, out=out)]
@@ -319,7 +319,7 @@ def test_a_folder_that_was_segmented_before_is_left_alone(tmp_path: Path) -> Non
     assert marks["a"].read_bytes() != b"mine"
 
 
-def test_what_a_stopped_run_left_without_labels_is_made_anew(tmp_path: Path) -> None:
+def test_incomplete_results_of_a_stopped_run_are_written_again(tmp_path: Path) -> None:
     inputs = find_inputs([scans_in(tmp_path / "in", "a")], 1)
     out = tmp_path / "out"
     out.mkdir()
@@ -329,7 +329,7 @@ def test_what_a_stopped_run_left_without_labels_is_made_anew(tmp_path: Path) -> 
     assert read_volume(out / "a_prob.nii.gz").data.shape == (8, 8, 8, 3)
 
 
-def test_labels_without_all_that_is_asked_for_are_kept_and_told(tmp_path: Path) -> None:
+def test_labels_without_all_requested_results_are_kept_and_reported(tmp_path: Path) -> None:
     inputs = find_inputs([scans_in(tmp_path / "in", "a")], 1)
     out, predictor = tmp_path / "out", predictor_of(None)
     list(predict_files(predictor, inputs, out=out))
@@ -423,7 +423,7 @@ def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) ->
     )
     assert outcomes[0].written and outcomes[1].error is not None
     assert outcomes[1].error.endswith(
-        f"is the result of {folders[0] / 'a.nii.gz'} as well; rename one"
+        f"is also the result of {folders[0] / 'a.nii.gz'}; rename one input"
     )
 
 
@@ -516,7 +516,7 @@ def test_the_next_is_read_and_the_last_written_while_one_is_segmented(
     assert threading.current_thread().name not in threads and len(threads) == 2
 
 
-def test_a_consumer_that_stops_leaves_whole_files_alone(tmp_path: Path) -> None:
+def test_a_consumer_that_stops_leaves_only_complete_files(tmp_path: Path) -> None:
     inputs = find_inputs([scans_in(tmp_path / "in")], 1)
     outcomes = predict_files(predictor_of(None), inputs, out=tmp_path / "out")
     first = next(outcomes)
@@ -527,7 +527,7 @@ def test_a_consumer_that_stops_leaves_whole_files_alone(tmp_path: Path) -> None:
         assert sidecar_of(path).is_file()
 
 
-def test_a_prediction_that_fails_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_prediction_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:
     inputs = find_inputs([scans_in(tmp_path / "in", "ab")], 1)
 
     class Failing(Predictor):

@@ -46,7 +46,7 @@ from tests.models import (
 )
 
 
-def test_a_planted_second_blob_is_dropped_where_the_model_says_so() -> None:
+def test_a_second_component_is_removed_if_the_model_has_post_processing() -> None:
     values = np.zeros((20, 12, 9), np.uint8)
     values[2:6, 3:7, 2:6] = 1  # the larger
     values[4:6, 3:5, 3:5] = 2  # a class inside it
@@ -220,7 +220,7 @@ def test_a_constant_gate_gives_a_constant_map_at_every_level() -> None:
         assert_allclose(map_on_source(attention_map, volume).data, 0.3125, rtol=1e-6)
 
 
-def test_asking_for_maps_and_probabilities_changes_no_label() -> None:
+def test_requesting_maps_and_probabilities_changes_no_label() -> None:
     network = NetworkConfig(
         channels=[4, 4, 4], attention=AttentionConfig(skip=AdditiveGridGateConfig())
     )
@@ -403,7 +403,7 @@ def test_presence_of_a_volume_is_the_highest_of_its_windows() -> None:
         assert batched(volume).presence == pytest.approx(expected, rel=1e-5)
 
 
-def test_presence_in_2d_is_the_highest_of_all_planes() -> None:
+def test_presence_in_2d_is_the_maximum_over_slices() -> None:
     model = headed_model(patch_size=(8, 8), spatial_dims=2)
     assert isinstance(model.network, SlicewiseNetwork)
     volume = noise_volume((8, 8, 11))

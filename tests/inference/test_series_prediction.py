@@ -168,22 +168,22 @@ def test_a_preview_goes_through_the_labels(tmp_path: Path, monkeypatch: pytest.M
         assert set(cuts) == set(enumerate(place))
 
 
-def test_a_dicom_segmentation_is_of_a_series_alone(series: Path, tmp_path: Path) -> None:
+def test_only_a_series_can_have_a_dicom_segmentation(series: Path, tmp_path: Path) -> None:
     scan = Input("scan", (tmp_path / "scan.nii.gz",))
-    with pytest.raises(VolumeError, match="is no DICOM series, to which a DICOM segmentation must"):
-        output_path(scan, out=tmp_path / "x.dcm", alone=True)
-    with pytest.raises(VolumeError, match="is no DICOM series"):
-        output_path(scan, out=None, alone=True, as_dicom=True)
+    with pytest.raises(VolumeError, match="expected a DICOM series, to which a DICOM segmentation"):
+        output_path(scan, out=tmp_path / "x.dcm", single=True)
+    with pytest.raises(VolumeError, match="expected a DICOM series"):
+        output_path(scan, out=None, single=True, as_dicom=True)
     (source,) = find_inputs([series], 1)
     with pytest.raises(VolumeError, match=r"expected a name in \.dcm for a DICOM segmentation"):
-        output_path(source, out=tmp_path / "x.nii.gz", alone=True, as_dicom=True)
-    assert output_path(source, out=tmp_path, alone=False, as_dicom=True) == tmp_path / "thorax.dcm"
+        output_path(source, out=tmp_path / "x.nii.gz", single=True, as_dicom=True)
+    assert output_path(source, out=tmp_path, single=False, as_dicom=True) == tmp_path / "thorax.dcm"
 
 
 @pytest.mark.parametrize(
     ("package", "keys"), [("PIL", {"preview": True}), ("highdicom", {"as_dicom": True})]
 )
-def test_what_is_not_installed_is_told_before_anything_is_segmented(
+def test_a_missing_package_is_reported_before_anything_is_segmented(
     package: str,
     keys: dict[str, bool],
     model: Path,
@@ -302,7 +302,7 @@ def test_numbers_of_files_that_hold_all_channels_are_those_of_cases(tmp_path: Pa
         (["c_0000.nii"], ["c"]),
     ],
 )
-def test_a_volume_is_called_alike_alone_and_in_its_folder(
+def test_a_volume_has_the_same_name_on_its_own_and_in_a_folder(
     tmp_path: Path, files: list[str], names: list[str]
 ) -> None:
     for name in files:
@@ -311,7 +311,7 @@ def test_a_volume_is_called_alike_alone_and_in_its_folder(
     assert sorted(source.name for source in found) == names
     for source in found:
         assert find_inputs(source.files, 1) == [source]
-        assert output_path(source, out=tmp_path / "out", alone=True).name.startswith(source.name)
+        assert output_path(source, out=tmp_path / "out", single=True).name.startswith(source.name)
 
 
 def test_a_series_beside_volumes_is_refused_unless_it_is_named(
@@ -376,7 +376,7 @@ def test_a_yaml_of_patterns_is_checked_planned_and_trained_on(
     )
 
 
-def test_a_bad_case_of_a_yaml_of_patterns_is_told(tmp_path: Path) -> None:
+def test_a_bad_case_of_a_yaml_of_patterns_is_reported(tmp_path: Path) -> None:
     write_volume(tmp_path / "a_image.nii.gz", Volume(np.zeros((2, 2, 2), np.float32), GRID_2))
     write_volume(tmp_path / "a_label.nii.gz", Volume(np.full((2, 2, 2), 7, np.uint8), GRID_2))
     files = {

@@ -19,8 +19,8 @@ from segkit.data.preprocess import Prepared, prepare_image
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample
 from segkit.inference import source_rows
-from segkit.inference.engines.out_of_memory import SparingCouncil
-from segkit.inference.ensemble import consult
+from segkit.inference.engines.out_of_memory import RowCombiner
+from segkit.inference.ensemble import combine
 from segkit.inference.source_rows import SourceRows, pieces, to_source_rows
 from segkit.io.volume import Volume
 from tests.helpers import grids
@@ -91,7 +91,7 @@ def test_rows_of_slabs_are_those_of_the_whole_at_once(
 
 
 @given(st.integers(1, 20), st.integers(1, 50), st.booleans())
-def test_where_logits_tie_the_lowest_class_wins(
+def test_if_logits_are_equal_the_lowest_class_wins(
     classes: int, at_once: int, classes_last: bool
 ) -> None:
     prepared = prepared_of(Grid((3, 4, 5), np.eye(4)), (1.0, 1.0, 1.0))
@@ -110,7 +110,7 @@ def test_without_mirrors_there_is_no_spread() -> None:
     assert_array_equal(rows.spread().numpy(), np.zeros((3, 4, 5)))
 
 
-def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
+def test_a_slab_is_freed_before_the_next_is_requested() -> None:
 
     prepared = prepared_of(Grid((3, 4, 12), np.eye(4)), (1.0, 1.0, 1.0))
     alive: list[weakref.ref[Tensor]] = []
@@ -129,14 +129,14 @@ def test_a_slab_is_let_go_before_the_next_is_asked_for() -> None:
     assert len(alive) == 4
 
 
-def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
+def test_if_gpu_memory_is_full_rows_are_computed_on_the_host(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once it was, the device is asked no more; what comes out is the same."""
     prepared = prepared_of(Grid((5, 4, 6), np.eye(4)), (0.7, 1.0, 1.3))
     slab = torch.randn(3, *prepared.grid.shape, generator=torch.Generator().manual_seed(1))
     ((_, rows),) = to_source_rows([slab], prepared)
-    expected = consult([rows, rows], shares=True, uncertainty=True)
+    expected = combine([rows, rows], probabilities=True, uncertainty=True)
     tried: list[bool] = []
     on_host: set[int] = set()
 
@@ -154,13 +154,13 @@ def test_where_the_device_is_full_rows_are_worked_out_on_the_host(
     assert torch.equal(rows.on_host().labels(), rows.labels())
     monkeypatch.setattr(source_rows, "resample", crowded)
     monkeypatch.setattr(SourceRows, "on_host", moved)
-    council = SparingCouncil(shares=True, uncertainty=True)
+    council = RowCombiner(probabilities=True, uncertainty=True)
     for _ in range(2):
         found = council([rows, rows])
         for name, value in vars(expected).items():
             assert torch.equal(getattr(found, name), value), name
     assert tried.count(False) == 1
-    assert caplog.messages == ["the device's memory ran out; labels are worked out on the host"]
+    assert caplog.messages == ["out of GPU memory; labels are computed in host memory"]
 
 
 def test_rows_before_a_slab_go_to_the_host_with_it() -> None:

@@ -16,7 +16,7 @@ def test_disagreement_is_the_weighted_deviation_between_windows() -> None:
     places = [(x, y, z) for x in starts[0] for y in starts[1] for z in starts[2]]
     said = {place: torch.rand(1, 4, 4, 2, generator=random) for place in places}
     spread = WindowSpread(["map"])
-    spread.will_see(places, patch)
+    spread.set_windows(places, patch)
     order = iter(places)
 
     def windows(_: Tensor) -> dict[str, Tensor]:

@@ -283,7 +283,7 @@ def test_neither_the_axis_nor_the_batch_size_changes_the_result(walk: Walk) -> N
 
 @settings(max_examples=300)
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 12), OVERLAPS)
-def test_windows_start_at_multiples_and_cover_with_the_overlap_asked_for(
+def test_windows_start_at_multiples_and_have_at_least_the_overlap(
     size: int, multiple: int, num_multiples: int, overlap: float
 ) -> None:
     patch = multiple * num_multiples
@@ -311,19 +311,19 @@ def test_windows_start_at_multiples_and_cover_with_the_overlap_asked_for(
         (64, 32, 0.5, 32, [0, 32]),  # no smaller step than a multiple
     ],
 )
-def test_windows_start_where_worked_out_by_hand(
+def test_windows_start_at_the_voxels_worked_out_by_hand(
     size: int, patch: int, overlap: float, multiple: int, starts: list[int]
 ) -> None:
     assert window_starts(size, patch, overlap, multiple) == starts
 
 
-def test_a_patch_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(AssertionError, match="patch 10 is no multiple of 4"):
+def test_a_patch_that_is_not_a_multiple_is_refused() -> None:
+    with pytest.raises(AssertionError, match="patch 10 is not a multiple of 4"):
         window_starts(20, 10, 0.5, 4)
 
 
 def test_an_output_of_a_size_that_does_not_divide_the_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a window of \(8,\) gave \(3,\) cells"):
+    with pytest.raises(ValueError, match=r"divides a window of \(8,\), found \(3,\)"):
         slide(
             torch.zeros(1, 20),
             lambda batch: {"odd": batch[:, :, :3]},
@@ -400,7 +400,7 @@ def test_half_precision_windows_are_blended_in_float32() -> None:
 
 @settings(max_examples=30)
 @given(walks(), st.data())
-def test_skipped_windows_have_no_say_and_what_none_covers_holds_what_is_given(
+def test_skipped_windows_have_no_weight_and_uncovered_voxels_the_given_value(
     walk: Walk, data: st.DataObject
 ) -> None:
     skip = frozenset(data.draw(st.sets(st.sampled_from(walk.places))))

@@ -149,7 +149,7 @@ def test_kinds_at_all_places_do_not_mix() -> None:
 
 @pytest.mark.parametrize("kind", list(OPTIONS["skip"]))
 @pytest.mark.parametrize("levels", [[0], [2, 0], [1, 1], []])
-def test_skips_attend_at_the_levels_given_alone(kind: str, levels: list[int]) -> None:
+def test_skips_attend_only_at_the_given_levels(kind: str, levels: list[int]) -> None:
     found = attention_of(built({"skip": {"kind": kind, "levels": levels}}))
     assert sorted(found) == [f"skip.{level}" for level in sorted(set(levels))]
 
@@ -253,7 +253,7 @@ def test_spatial_convolutions_have_the_size_given_and_7_by_default(
             assert found.convolution.kernel_size == (size,) * spatial_dims
 
 
-def test_scse_is_joined_as_asked_for() -> None:
+def test_scse_is_combined_as_configured() -> None:
     for aggregation in ("max", "add", "concat"):
         found = attention_of(built({"encoder": {"kind": "scse", "aggregation": aggregation}}))
         for name, width in (("encoder.0", 8), ("encoder.3", 20)):
@@ -312,7 +312,7 @@ def test_relative_positions_among_too_many_voxels_are_refused() -> None:
     )(8)
 
 
-def test_grid_gates_are_as_many_as_asked_for() -> None:
+def test_there_are_as_many_grid_gates_as_configured() -> None:
     found = attention_of(built({"skip": {"kind": "additive_grid", "gates": 3}}))
     for name, width in (("skip.1", 12), ("skip.2", 16)):
         gate = found[name]
@@ -320,7 +320,7 @@ def test_grid_gates_are_as_many_as_asked_for() -> None:
         assert gate.from_skip.weight.shape[:2] == (3 * width, width)
 
 
-def test_an_output_transform_follows_the_product_where_asked_for_or_needed() -> None:
+def test_an_output_transform_follows_the_product_if_configured_or_needed() -> None:
     def transforms(**options: Any) -> list[bool]:
         found = attention_of(built({"skip": {"kind": "additive_grid", **options}}))
         return [not isinstance(gate.output_transform, nn.Identity) for gate in found.values()]
@@ -348,7 +348,7 @@ def test_gates_read_the_signal_that_steers_them() -> None:
     assert [level[name].from_signal[0].in_channels for name in names] == [8, 12, 16]
 
 
-def test_the_deepest_skip_alone_prepares_its_signal() -> None:
+def test_only_the_deepest_skip_prepares_its_signal() -> None:
     found = attention_of(built({"skip": {"kind": "additive_grid", "levels": [0, 1, 2]}}))
     prepared = [not isinstance(gate.prepare_signal, nn.Identity) for gate in found.values()]
     assert prepared == [False, False, True]
@@ -432,7 +432,7 @@ def test_skips_have_the_heads_given_or_as_many_as_their_channels_have_room_for(
         ({"heads": 6}, 20, 6),
     ],
 )
-def test_the_bottleneck_has_the_heads_given_or_as_many_as_its_channels_have_room_for(
+def test_the_bottleneck_has_the_given_heads_or_as_many_as_fit(
     options: dict[str, Any], width: int, heads: int
 ) -> None:
     setting = {"kind": "self_attention", **options}
@@ -442,7 +442,7 @@ def test_the_bottleneck_has_the_heads_given_or_as_many_as_its_channels_have_room
 
 
 @pytest.mark.parametrize("positions", ["none", "sincos", "relative", "rotary"])
-def test_relative_positions_alone_have_a_window_by_default_the_patchs_coarsest_grid(
+def test_only_relative_positions_have_a_default_window_the_coarsest_grid(
     positions: str,
 ) -> None:
     def found(spatial_dims: int, **options: Any) -> bottleneck.SelfAttention:
@@ -468,7 +468,7 @@ def test_relative_positions_alone_have_a_window_by_default_the_patchs_coarsest_g
         assert given.bias.table.shape == (math.prod([3, 5, 1]), 5)
 
 
-def test_relative_is_how_positions_are_told_by_default() -> None:
+def test_positions_are_relative_by_default() -> None:
     assert built({"bottleneck": "self_attention"}).bottleneck.positions == "relative"
 
 
@@ -481,7 +481,9 @@ def test_additive_self_attention_has_the_width_given() -> None:
 
 @pytest.mark.parametrize("kind", list(OPTIONS["head"]))
 @pytest.mark.parametrize("num_labels", [2, 5])
-def test_a_head_tells_of_every_label_but_the_background(kind: str, num_labels: int) -> None:
+def test_a_head_has_an_output_for_every_label_but_the_background(
+    kind: str, num_labels: int
+) -> None:
     head = built({"head": kind}, num_labels=num_labels).presence
     assert head is not None
     torch.manual_seed(0)

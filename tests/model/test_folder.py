@@ -111,7 +111,7 @@ def test_a_description_from_before_post_processing_loads_unchanged(tmp_path: Pat
     assert load_model(tmp_path).description == model.description
 
 
-def test_what_is_adopted_is_all_that_changes_in_a_model(tmp_path: Path) -> None:
+def test_adopting_changes_only_the_post_processing_of_a_model(tmp_path: Path) -> None:
     model = small_model()
     save_model(tmp_path, model)
     weights = (tmp_path / "weights.safetensors").read_bytes()

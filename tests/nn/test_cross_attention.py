@@ -129,7 +129,7 @@ def test_cross_attention_starts_by_letting_the_skip_through_bit_for_bit(spatial_
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_cross_attention_adds_what_the_signal_asks_of_the_skip(spatial_dims: int) -> None:
+def test_cross_attention_adds_attention_from_the_signal_to_the_skip(spatial_dims: int) -> None:
     block = cross_attention(spatial_dims)
     skip, signal = skip_and_signal(spatial_dims)
     cells = signal.shape[2:]
@@ -216,7 +216,7 @@ def test_maps_lie_where_blocks_of_the_stride_have_their_centres(
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_a_u_transformer_gate_is_the_sigmoid_of_what_the_signal_takes_of_the_skip(
+def test_a_u_transformer_gate_is_the_sigmoid_of_attention_to_the_skip(
     spatial_dims: int,
 ) -> None:
     gate = u_transformer(spatial_dims)

@@ -91,7 +91,7 @@ def test_a_monai_network_is_trained_saved_read_and_predicts_the_same(
     assert np.array_equal(found.labels.data, expected.labels.data)
 
 
-def test_predictions_of_a_given_module_are_written_and_scored(tmp_path: Path) -> None:
+def test_predictions_of_a_users_module_are_written_and_scored(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_predictions_of_a_given_module_are_written_and_scored(tmp_path: Path) ->
     assert len(rows) == 4 and not failures
 
 
-def test_a_stopped_run_with_a_given_module_ends_where_it_would_have(tmp_path: Path) -> None:
+def test_a_resumed_run_with_a_users_module_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     config = config_for(small_dataset(tmp_path / "data"))
     whole = train(config, runs=tmp_path / "whole", network=monai_unet())
     with pytest.raises(StoppedError):
@@ -148,7 +148,7 @@ def test_a_module_trained_elsewhere_needs_a_description_and_nothing_else(tmp_pat
     assert np.array_equal(labels, expected)
 
 
-def test_a_model_of_a_given_module_names_it_where_it_is_missing(tmp_path: Path) -> None:
+def test_a_model_of_a_users_module_names_it_if_it_is_missing(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     told = json.loads((run.folder / "model" / "model.json").read_text())
@@ -161,7 +161,7 @@ def test_a_model_of_a_given_module_names_it_where_it_is_missing(tmp_path: Path) 
         Predictor.load(run.folder, run.folder, network=monai_unet())
 
 
-def test_a_given_module_goes_with_a_config_that_says_so(tmp_path: Path) -> None:
+def test_a_users_module_needs_a_config_with_network_given(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     with pytest.raises(ModelError, match=r"described as a U-Net.*set network\.given\.multiple"):
         train(small_config(data), runs=tmp_path / "runs", network=monai_unet())
@@ -211,7 +211,7 @@ def test_a_module_whose_state_cannot_be_saved_is_refused() -> None:
         wrap_network(description_of(), Stateful(1, 2, 3, padding=1))
 
 
-def test_settings_of_a_u_net_beside_a_given_module_are_refused() -> None:
+def test_settings_of_a_u_net_with_a_users_module_are_refused() -> None:
     with pytest.raises(ValueError, match=r"network\.channels is a setting of a U-Net"):
         NetworkConfig.model_validate({"given": {"multiple": [4, 4, 4]}, "channels": [4, 8]})
     with pytest.raises(ValueError, match=r"network\.given\.multiple must have 2 numbers"):
@@ -222,13 +222,13 @@ def test_settings_of_a_u_net_beside_a_given_module_are_refused() -> None:
         validated(Config, tree, "test")
 
 
-def test_no_conversion_is_kept_of_a_module_whose_code_nobody_knows(tmp_path: Path) -> None:
+def test_no_conversion_of_a_users_module_is_kept(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     run = train(config_for(data), runs=tmp_path / "runs", network=monai_unet())
     model = load_model(run.folder, network=monai_unet())
     assert type(choose_engine("auto", model, device="cpu")) is TorchEngine
 
 
-def test_a_description_without_a_given_module_still_builds_its_u_net() -> None:
+def test_a_description_without_network_given_builds_a_u_net() -> None:
     network = build_network(description_of(network={"channels": [4, 8]}))
     assert network(torch.zeros(1, 1, 4, 4, 4)).shape == (1, 2, 4, 4, 4)

@@ -237,7 +237,7 @@ def test_a_channel_without_contrast_is_its_bias_and_has_a_finite_gradient(last: 
     assert for_features.isfinite().all()
 
 
-def test_what_is_no_number_stays_in_its_channel() -> None:
+def test_nan_stays_in_its_channel() -> None:
     features = torch.randn(1, 3, 9, 8, 7, device=DEVICE)
     features[0, 1, 4, 4, 4] = torch.nan
     output = normalise_and_leak(features, *parameters(3), eps=EPS, slope=0.01)
@@ -311,7 +311,7 @@ def test_under_autocast_the_features_stay_in_half_precision_and_in_order() -> No
 
 
 @on_gpu_only
-def test_one_cell_alone_is_refused_as_by_pytorch() -> None:
+def test_a_single_cell_is_refused_like_by_pytorch() -> None:
     layer = InstanceNormalisation(4).to(DEVICE)
     fuse_normalisation(layer)
     with pytest.raises(ValueError, match="more than 1 spatial element"):
@@ -319,7 +319,7 @@ def test_one_cell_alone_is_refused_as_by_pytorch() -> None:
 
 
 @on_gpu_only
-def test_what_is_compiled_is_pytorch_s_own() -> None:
+def test_a_compiled_network_uses_pytorchs_normalisation() -> None:
     layer = InstanceNormalisation(4).to(DEVICE)
     fuse_normalisation(layer)
     exported = torch.export.export(layer.eval(), (torch.randn(2, 4, 3, 4, 5, device=DEVICE),))

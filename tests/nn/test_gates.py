@@ -229,7 +229,7 @@ def test_an_interpolated_map_stays_between_the_extremes_of_the_coarse_one(
         assert of_fine.max() <= of_coarse.max() + rounding
 
 
-def test_the_deepest_grid_gate_alone_prepares_its_signal() -> None:
+def test_only_the_deepest_grid_gate_prepares_its_signal() -> None:
     def prepared(deepest: bool) -> nn.Module:
         return AdditiveGridGate(
             2, skip_channels=6, signal_channels=5, stride=(2, 2), deepest=deepest
@@ -359,7 +359,7 @@ def test_a_number_added_to_all_logits_changes_no_share(
 
 
 @pytest.mark.parametrize("kind", COEFFICIENT_KINDS)
-def test_coefficients_have_a_bias_only_where_it_would_change_them(kind: CoefficientKind) -> None:
+def test_coefficients_have_a_bias_only_if_it_would_change_them(kind: CoefficientKind) -> None:
     def parameters(initial_bias: float) -> dict[str, Tensor]:
         torch.manual_seed(0)
         coefficients = Coefficients(2, 3, initial_bias=initial_bias, kind=kind)
@@ -596,7 +596,7 @@ def test_two_gates_are_two_single_gates_that_share_no_weights(
 
 @pytest.mark.parametrize("num_gates", [2, 3])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_what_several_gates_let_through_is_brought_back_to_the_channels_of_the_skip(
+def test_the_output_of_several_gates_has_the_channels_of_the_skip(
     spatial_dims: int, num_gates: int
 ) -> None:
     gate = gates_of(num_gates, spatial_dims, "sigmoid")

@@ -105,7 +105,7 @@ def test_voxels_that_are_ignored_change_nothing(
 
 
 @pytest.mark.parametrize("name", ["dice", "cross_entropy", "focal", "top_k", "tversky"])
-def test_what_is_ignored_is_as_if_it_were_not_there(name: str) -> None:
+def test_ignored_voxels_count_as_if_they_were_absent(name: str) -> None:
     logits, label = example(VOLUME)
     less = alone(name)([logits[..., :-1]], label[..., :-1])
     label[..., -1] = 7
@@ -183,7 +183,7 @@ def test_classes_are_averaged_by_their_weights(name: str) -> None:
     assert_close(alone(name, (9.0, 2.0, 2.0))([logits], label), alone(name)([logits], label))
 
 
-def test_the_terms_and_levels_are_weighted_as_said() -> None:
+def test_terms_and_levels_have_the_given_weights() -> None:
     logits, label = example(VOLUME)
     levels = [logits, logits[..., ::2], logits[:, :, ::2, :, ::4]]
     terms = ((2.0, EVERY["focal"]), (0.5, EVERY["dice"]))
@@ -227,7 +227,7 @@ def test_distances_are_euclids_up_to_the_reach(
     assert_close(found, torch.tensor(np.minimum(true, most)).float())
 
 
-def test_the_boundary_term_is_the_mean_signed_distance_of_what_was_found() -> None:
+def test_the_boundary_term_is_the_mean_signed_distance_of_the_prediction() -> None:
     # Columns 0 to 5 of 2 mm, the structure is columns 2 and 3. Distances from its outside are 1, 1
     # voxel within and, from it, 2, 1 | 1, 2 beyond, as shares of a reach of 4 voxels.
     label = torch.zeros(1, 6, 1, 1, dtype=torch.long)
@@ -248,7 +248,7 @@ def test_a_tube_is_thinned_to_its_axis_and_its_ends() -> None:
     assert torch.equal(line, expected)
 
 
-def test_what_is_judged_lies_where_the_label_says() -> None:
+def test_the_inputs_of_terms_follow_the_label() -> None:
     logits, label = example(VOLUME)
     inputs: LossInputs = alone("dice", spacing=(1.0, 2.0, 3.0)).inputs(
         logits, label, (2.0, 1.0, 1.0)

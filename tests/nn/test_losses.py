@@ -257,7 +257,7 @@ def test_presence_has_the_cross_entropy_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_of_background_alone_every_class_is_absent(space: tuple[int, ...]) -> None:
+def test_an_image_of_background_has_no_class(space: tuple[int, ...]) -> None:
     logits = example((), classes=3)[0]
     label = torch.zeros(2, *space, dtype=torch.long)
     # -log(1 - sigmoid(z)) = log(1 + e^z)
@@ -277,7 +277,7 @@ def test_the_logits_of_presence_begin_with_class_1(number: int) -> None:
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_presence_asks_neither_where_a_class_is_nor_how_much_of_it(space: tuple[int, ...]) -> None:
+def test_presence_depends_neither_on_position_nor_on_size(space: tuple[int, ...]) -> None:
     logits, _ = example((), classes=3)
     label = torch.zeros(2, math.prod(space), dtype=torch.long)
     label[0, 4], label[1, 7], label[1, 8] = 2, 3, 1

@@ -181,7 +181,7 @@ def test_maps_lie_where_their_levels_lie(
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_maps_of_planes_have_a_cell_per_voxel_across_them(axis: int) -> None:
+def test_the_maps_of_slices_have_one_cell_for_each_voxel_across_them(axis: int) -> None:
     plane = attentive_unet(strides=[(1, 2), (3, 2)], downsampling="pool")
     network = SlicewiseNetwork(plane, axis=axis)
     gate = network.maps()["skip.1/gate"].placement

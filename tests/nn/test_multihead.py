@@ -196,7 +196,7 @@ def test_a_bias_is_added_to_the_logits_of_each_pair() -> None:
     assert_close(attention.output(tokens, bias), by_hand)
 
 
-def test_what_turns_queries_and_keys_leaves_the_values_alone() -> None:
+def test_turning_queries_and_keys_does_not_change_the_values() -> None:
     attention, tokens = Attention(), tokens_of()
     seen: list[Tensor] = []
 
@@ -221,7 +221,7 @@ def test_a_key_receives_its_mean_weight_times_the_number_of_keys() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 9])
-def test_every_key_receives_1_where_all_are_alike(queries: int) -> None:
+def test_every_key_receives_1_if_all_keys_are_equal(queries: int) -> None:
     attention, tokens = Attention(), tokens_of(queries=queries)
     nn.init.zeros_(attention.attention.key.weight)
     with recording(attention):
@@ -229,7 +229,7 @@ def test_every_key_receives_1_where_all_are_alike(queries: int) -> None:
     assert_close(share, torch.ones(2, 3, 11))
 
 
-def test_nothing_is_received_unless_somebody_looks() -> None:
+def test_received_attention_is_computed_only_if_it_is_recorded() -> None:
     assert Attention()(tokens_of())[1] is None
 
 
@@ -266,7 +266,7 @@ def test_uniform_weights_give_the_mean_of_the_values() -> None:
     assert_close(share, torch.ones(2, 3, 11))
 
 
-def test_what_is_received_is_of_the_edited_weights() -> None:
+def test_received_attention_follows_the_edited_weights() -> None:
     attention, tokens = Attention(), tokens_of()
 
     def first_key_only(rows: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def test_a_head_that_is_off_is_as_if_its_columns_of_the_last_layer_were_0(
         assert_close(without, attention.output(tokens))
 
 
-def test_the_output_is_the_sum_of_what_each_head_gives_alone() -> None:
+def test_the_output_is_the_sum_over_heads() -> None:
     attention, tokens = Attention(), tokens_of()
     alone = torch.zeros(2, 9, 8)
     for others in itertools.combinations(range(3), 2):
@@ -348,7 +348,7 @@ def test_without_any_head_the_output_is_exactly_0() -> None:
         assert torch.equal(attention.output(tokens), torch.zeros(2, 9, 8))
 
 
-def test_switches_are_per_sample_also_where_a_sample_has_several_windows() -> None:
+def test_switches_are_per_sample_even_if_a_sample_has_several_windows() -> None:
     attention, tokens = Attention(), tokens_of(batch_size=6)
     everything = attention.output(tokens, samples=2)
     with editing(attention, {BRANCH: off(1)}):

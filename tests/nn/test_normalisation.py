@@ -204,7 +204,7 @@ def test_a_step_of_training_is_the_same_in_either_order(spatial_dims: int, norm:
 
 
 @pytest.mark.parametrize("kind", [InstanceNormalisation(4), GroupNormalisation(2, 4)])
-def test_what_is_exported_is_the_layer_of_that_name(kind: GroupNormalisation) -> None:
+def test_the_exported_layer_is_pytorchs_normalisation(kind: GroupNormalisation) -> None:
     features = in_order(torch.randn(2, 4, 3, 4, 5))
     exported = torch.export.export(kind.eval(), (features,))
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
@@ -213,7 +213,7 @@ def test_what_is_exported_is_the_layer_of_that_name(kind: GroupNormalisation) ->
     torch.testing.assert_close(exported.module()(features), kind(features))
 
 
-def test_one_cell_alone_has_no_deviation_and_is_refused_as_by_pytorch() -> None:
+def test_a_single_cell_has_no_deviation_and_is_refused_like_by_pytorch() -> None:
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         F.instance_norm(torch.ones(2, 4, 1, 1, 1))
     with pytest.raises(ValueError, match="more than 1 spatial element"):

@@ -25,7 +25,7 @@ def batch(seed: int = 0, size: int = 8) -> tuple[list[Tensor], Tensor]:
     return levels, torch.randint(4, (3, size, size))
 
 
-def test_unlabelled_classes_lend_their_probability_to_the_background() -> None:
+def test_the_probability_of_unlabelled_classes_is_added_to_the_background() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0]])[..., None, None]
     merged = merged_with_background(logits, torch.tensor([[False, True, False]]))
     assert merged.flatten().tolist() == pytest.approx([math.log(math.e + math.e**2), NEVER, 0])
@@ -74,7 +74,7 @@ def test_each_sample_has_its_own_set() -> None:
         assert torch.equal(known[sample], torch.where(kept, label[sample], expected))
 
 
-def test_a_class_that_nobody_labelled_is_pushed_nowhere() -> None:
+def test_a_class_without_labels_has_no_gradient() -> None:
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     label = torch.zeros(1, 4, 4, dtype=torch.long)
     label[0, 0] = 1
@@ -86,7 +86,7 @@ def test_a_class_that_nobody_labelled_is_pushed_nowhere() -> None:
     torch.testing.assert_close(pushed[0] * p[2], pushed[2] * p[0])
 
 
-def test_regions_that_nobody_labelled_have_no_loss_and_no_gradient() -> None:
+def test_regions_without_labels_have_no_loss_and_no_gradient() -> None:
     regions = ((1, 2), (2,))
     partly = PartlyLabelled(3, ((), (1,)), 2, regions)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_regions_that_nobody_labelled_have_no_loss_and_no_gradient() -> None:
     assert not presence.grad[1, 1] and presence.grad[1, 0]
 
 
-def test_presence_of_what_nobody_labelled_has_no_gradient() -> None:
+def test_presence_of_a_class_without_labels_has_no_gradient() -> None:
     presence = torch.randn(2, 2, requires_grad=True)
     label = torch.tensor([[[0, 1]], [[4, 5]]])
     _, seen, plain = CLASSES.known([torch.randn(2, 3, 1, 2)], presence, label)

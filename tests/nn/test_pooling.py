@@ -197,7 +197,7 @@ def test_classes_with_queries_do_not_influence_one_another() -> None:
     assert not torch.allclose(after[:, 1], before[:, 1], atol=0.1)
 
 
-def test_an_edit_of_one_classs_map_changes_its_logit_alone() -> None:
+def test_an_edit_of_one_classs_map_changes_only_its_logit() -> None:
     pooling = pooling_of(LearnedQueryPooling)
     features = features_of(2, 6, 4, 5)
     before = pooling(features)

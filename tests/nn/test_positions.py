@@ -91,7 +91,7 @@ def test_the_first_cell_is_not_turned(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", GRIDS)
-def test_a_product_of_turned_tokens_depends_on_their_offset_alone(shape: tuple[int, ...]) -> None:
+def test_a_product_of_rotated_tokens_depends_only_on_their_offset(shape: tuple[int, ...]) -> None:
     query, key = features_of(2, 1, 1, 1, 12, seed=3).expand(-1, -1, -1, math.prod(shape), -1)
     products = (rotate(query, shape) @ rotate(key, shape).transpose(2, 3))[0, 0]
     by_offset = defaultdict(list)

@@ -111,7 +111,7 @@ def test_forward_records_the_maps_of_the_head_too(head: str) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @every_head
-def test_what_any_plane_holds_the_volume_holds(head: str, axis: int) -> None:
+def test_the_volume_contains_every_class_of_every_slice(head: str, axis: int) -> None:
     network = SlicewiseNetwork(unet(head).eval(), axis=axis)
     space = [8, 12]
     space.insert(axis, 5)
@@ -127,7 +127,7 @@ def test_what_any_plane_holds_the_volume_holds(head: str, axis: int) -> None:
     assert supervised is not None and torch.equal(supervised, presence)
 
 
-def test_presence_teaches_the_plane_that_shows_a_class_most() -> None:
+def test_the_gradient_of_presence_goes_to_the_slice_with_the_largest_logit() -> None:
     network = SlicewiseNetwork(unet("mean").eval(), axis=2)
     volume = image_of(1, 2, 8, 8, 6).requires_grad_()
     presence = network.classified(volume)[1]

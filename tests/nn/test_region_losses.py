@@ -88,7 +88,7 @@ def ignoring(loss_of_regions: bool, logits: Tensor, label: Tensor, **changes: in
 
 
 @pytest.mark.parametrize("of_regions", [False, True])
-def test_the_loss_is_that_of_the_other_voxels_alone(of_regions: bool) -> None:
+def test_the_loss_counts_only_the_other_voxels(of_regions: bool) -> None:
     logits, label = example((7, 6), outputs=4, highest=IGNORE)
     counted = label != IGNORE
     assert 0 < counted.sum() < counted.numel()
@@ -124,7 +124,7 @@ def test_neither_loss_nor_gradient_looks_at_ignored_voxels(
 
 
 @pytest.mark.parametrize("of_regions", [False, True])
-def test_where_nothing_is_ignored_the_loss_is_as_ever(of_regions: bool) -> None:
+def test_without_ignored_voxels_the_loss_does_not_change(of_regions: bool) -> None:
     logits, label = example((7, 6), outputs=4)
     expected = ignoring(of_regions, logits, label)
     assert_close(ignoring(of_regions, logits, label, ignore=IGNORE), expected)
@@ -170,7 +170,7 @@ def test_presence_of_regions_is_that_of_any_of_their_labels() -> None:
     assert_close(wrong, torch.tensor(30.0))
 
 
-def test_what_may_hide_among_ignored_voxels_is_neither_there_nor_absent() -> None:
+def test_a_class_that_ignored_voxels_may_hold_does_not_count() -> None:
     # The first image holds 1 and hides the rest, the second holds nothing and hides nothing.
     label = torch.tensor([[[0, 1], [IGNORE, 0]], [[0, 0], [0, 0]]])
     logits = torch.tensor([[0.0, 3.0, 5.0], [0.0, 0.0, 0.0]])

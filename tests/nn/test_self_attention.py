@@ -127,7 +127,7 @@ def test_additive_attention_does_not_see_where_the_voxels_lie(space: tuple[int, 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("space", SPACES)
-def test_self_attention_adds_what_the_softmax_of_its_products_takes(
+def test_self_attention_adds_the_softmax_weighted_mean_of_the_values(
     positions: PositionKind, space: tuple[int, ...]
 ) -> None:
     block = self_attention(positions, window_of(positions, space), len(space))
@@ -246,7 +246,7 @@ def test_a_window_larger_than_the_map_takes_its_biases_by_offset_and_nothing_fro
 @pytest.mark.parametrize(
     ("space", "window"), [((4, 6), (2, 3)), ((5, 7), (3, 4)), ((3, 2, 5), (2, 3, 3))]
 )
-def test_what_all_voxels_of_a_map_receive_is_as_much_as_they_are(
+def test_the_received_attention_of_all_voxels_sums_to_their_number(
     positions: PositionKind, space: tuple[int, ...], window: tuple[int, ...]
 ) -> None:
     block = self_attention(positions, window, len(space))
@@ -447,7 +447,7 @@ def test_samples_of_additive_attention_do_not_see_one_another() -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi_head", "additive"])
-def test_bfloat16_features_stay_so_but_what_they_receive_is_float32(kind: str) -> None:
+def test_bfloat16_features_stay_bfloat16_but_received_attention_is_float32(kind: str) -> None:
     block = self_attention("none", (3, 4)) if kind == "multi_head" else additive()
     features = features_of(2, 12 if kind == "multi_head" else 6, 5, 7)
     # Where products are small, rounding them does little.

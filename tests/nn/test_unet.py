@@ -403,7 +403,7 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_the_maps_in_float32(
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
-def test_taps_fire_in_a_compiled_network_and_change_nothing_while_off(
+def test_taps_work_in_a_compiled_network_and_change_nothing_if_unset(
     kind: GateKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Dynamo cannot trace through the checks of shapes, which are here only in tests.

@@ -150,7 +150,7 @@ def test_a_case_without_an_image_is_measured_by_its_label(tmp_path: Path) -> Non
     assert both.intensities[0] is not None and both.intensities[0].mean == 2.0
 
 
-def test_a_case_without_foreground_has_no_say_on_intensities(tmp_path: Path) -> None:
+def test_a_case_without_foreground_does_not_affect_intensities(tmp_path: Path) -> None:
     empty = write_case(tmp_path, "ada", [line(50, 60)], line(0, 0))
     full = write_case(tmp_path, "ben", [line(1, 3)], line(1, 1))
     found = fingerprint(dataset_of(tmp_path, empty, full), cache=tmp_path / "cache", workers=0)

@@ -77,7 +77,7 @@ def test_the_initial_patch_is_isotropic_in_millimetres_and_cut_to_the_median() -
     assert initial_patch((1.0, 4.0), (9999.0, 9999.0)) == (4096, 1024)
 
 
-def test_topology_worked_by_hand_where_an_axis_is_six_times_as_coarse() -> None:
+def test_topology_worked_by_hand_for_an_axis_six_times_as_coarse() -> None:
     found = topology((0.6, 0.6, 3.6), (300, 310, 18))
     # mm   .6 .6 3.6 | 1.2 1.2 3.6 | 2.4 2.4 3.6 | 4.8 4.8 7.2 | 9.6 9.6 14.4 | 19.2 19.2 14.4 | …
     # size 300 310 18| 150 155 18  | 75 78 18    | 38 39 9     | 19 20 5      | 10 10 5        | 5 5
@@ -225,7 +225,7 @@ def test_a_channel_named_ct_is_clipped_and_any_other_scaled_by_itself() -> None:
     ("shares", "kind"),
     [((0.1, 0.74, 1.0), "zscore nonzero"), ((0.1, 0.75, 1.0), "zscore")],
 )
-def test_zeros_are_left_out_where_the_median_box_holds_under_three_quarters(
+def test_zeros_are_left_out_if_the_median_box_has_under_three_quarters(
     shares: tuple[float, ...], kind: str
 ) -> None:
     (found,) = normalisations(replace(HIPPOCAMPUS, box_shares=shares))

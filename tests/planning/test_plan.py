@@ -208,7 +208,7 @@ def test_lines_are_refused() -> None:
 # Time
 
 
-def test_stages_follow_the_patch_that_memory_allows_and_not_the_one_of_little_time() -> None:
+def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
     def planned(numbers: Numbers) -> Plan:
         return plan_for_time(
             numbers,
@@ -239,7 +239,7 @@ def test_a_coarser_grid_is_one_at_which_the_patch_of_the_time_holds_a_quarter_of
     assert long is None
 
 
-def test_time_without_end_gives_the_plan_for_memory() -> None:
+def test_unlimited_time_gives_the_plan_for_memory() -> None:
     plan = plan_for_time(
         HIPPOCAMPUS,
         spatial_dims=3,
@@ -263,7 +263,7 @@ def in_time(billions: float) -> Plan:
     )
 
 
-def test_what_takes_too_long_is_thinned_out_then_narrowed_then_shrunk() -> None:
+def test_a_plan_that_takes_too_long_gets_a_smaller_batch_then_width_then_patch() -> None:
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
 
     def narrow(start: int) -> float:
@@ -287,7 +287,7 @@ def test_what_takes_too_long_is_thinned_out_then_narrowed_then_shrunk() -> None:
     assert "Reduced from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
 
 
-def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
+def test_a_batch_grows_only_if_there_is_time_for_enough_steps() -> None:
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
     patch = 3 * cost_of_patch(whole, HIPPOCAMPUS)
 
@@ -307,7 +307,7 @@ def test_a_batch_grows_only_where_there_is_time_for_enough_steps() -> None:
     assert planned(199).channels[0] == 16
 
 
-def test_channels_are_given_up_for_more_steps_than_the_patch_is() -> None:
+def test_the_width_is_reduced_before_the_patch() -> None:
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
 
     def of(start: int) -> int:

@@ -29,7 +29,7 @@ from segkit.nn.unet import UNet
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.final_scores import score
 from segkit.training.fit import Run, resume, train
-from segkit.training.two_stages import after
+from segkit.training.two_stages import second_stage_config
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -177,7 +177,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     (lung,) = first_models([tmp_path / "lung"], known)
     told = described(described_model().description, [lung])
     assert told.first_stage is not None and told.first_stage.classes == ["lung"]
-    with pytest.raises(ModelError, match=r"takes the channels CT, PET, and .* has MRI"):
+    with pytest.raises(ModelError, match=r"takes the channels CT, PET, but .* has MRI"):
         first_models([tmp_path / "ct"], known)
     with pytest.raises(ModelError, match="expected a run or a model folder"):
         first_models([tmp_path / "none"], known)
@@ -259,7 +259,9 @@ def stages(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
     runs = tmp_path_factory.mktemp("stages") / "runs"
     held_out = {"validation": ["case_1"]}
     first = train(low_config(dataset, **held_out), runs=runs)
-    second = train(after(small_config(dataset, data=held_out), first.folder), runs=runs)
+    second = train(
+        second_stage_config(small_config(dataset, data=held_out), first.folder), runs=runs
+    )
     return Stages(runs, first, second)
 
 

@@ -36,14 +36,14 @@ def told(dataset: Path) -> DryRun:
     return dry_run(config)
 
 
-def test_it_says_what_the_training_will_be(told: DryRun, dataset: Path) -> None:
+def test_a_dry_run_describes_the_training(told: DryRun, dataset: Path) -> None:
     assert (told.training_cases, told.held_out) == (4, 1)
     assert told.description.spacing == (1.0, 1.0, 1.0) and told.cut_size == (20, 20, 20)
     assert told.device == "cpu" and told.precision == "32-true"
     assert 0 < told.loss < 10 and 0 < told.seconds < 60
 
 
-def test_the_process_is_said_to_grow(told: DryRun) -> None:
+def test_the_peak_memory_of_the_process_is_measured(told: DryRun) -> None:
     if told.peak is None:
         pytest.skip("this system does not tell a process's peak")
     assert 50e6 < told.before <= told.peak < 1e12
@@ -95,7 +95,7 @@ def test_lines_say_numbers_and_units(told: DryRun) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_can_be_rehearsed(
+def test_every_config_has_a_dry_run(
     path: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_a_run_to_resume_has_begun_already(
     assert "--dry-run does not work with --resume" in capsys.readouterr().err
 
 
-def test_a_second_stage_is_rehearsed_with_the_labels_of_its_first(
+def test_a_dry_run_of_a_second_stage_uses_the_labels_of_its_first(
     dataset: Path, tmp_path: Path
 ) -> None:
     first = train(small_config(dataset, train={"steps": 1}), runs=tmp_path)
@@ -157,7 +157,7 @@ def test_a_second_stage_is_rehearsed_with_the_labels_of_its_first(
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["small"]
 
 
-def test_of_folds_the_first_is_rehearsed(
+def test_a_dry_run_of_several_folds_runs_the_first(
     dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -273,7 +273,7 @@ def balls_told_by(head: MeanPoolingConfig | None, logit: float = 0.0) -> Model:
     return Model(description, network.eval())
 
 
-def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_path: Path) -> None:
+def test_presence_accuracy_is_the_share_of_cases_with_a_correct_answer(tmp_path: Path) -> None:
     folder = small_dataset(tmp_path)
     empty = folder / "labelsTr" / "case_2.nii.gz"
     label = read_volume(empty)
@@ -292,9 +292,7 @@ def test_presence_is_scored_as_the_share_of_cases_that_it_is_told_right_of(tmp_p
 
 
 @pytest.mark.slow
-def test_the_summary_holds_presence_where_the_network_has_a_head(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_the_summary_has_presence_if_the_network_has_a_head(dataset: Path, tmp_path: Path) -> None:
     attention = {"head": {"kind": "gated", "width": 4, "weight": 3.0}}
     run = train(small_config(dataset, network={"attention": attention}), runs=tmp_path)
     (name,) = run.summary["validation"]["dice_of_cases"]

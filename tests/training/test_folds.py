@@ -11,10 +11,10 @@ import pytest
 from segkit.checking import check
 from segkit.config.load import validated
 from segkit.config.training import Config
-from segkit.data.case_groups import look_alike, proposal, strata_of
+from segkit.data.case_groups import grouping_advice, likely_grouping, strata_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.errors import ConfigError, DatasetError
-from segkit.training.deal import deal
+from segkit.training.distribute import distribute
 from segkit.training.folds import folds_of
 from segkit.training.split import split_of
 from tests.small import small_dataset
@@ -154,7 +154,7 @@ def test_subjects_of_bids_are_found_in_names_and_in_paths(tmp_path: Path) -> Non
         folds_of(dataset_with(tmp_path, list("ab")), config_with(tmp_path, group_by="subject").data)
 
 
-def test_groups_that_an_own_split_tears_apart_are_told(
+def test_groups_that_your_own_split_divides_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
@@ -169,7 +169,7 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
     strata[:10, 0] = 1  # one case in six is of a rare kind
     strata[10:, 1] = 1
     groups = {str(number): [number] for number in range(60)}
-    parts = deal(groups, strata, [0.2] * 5, random)
+    parts = distribute(groups, strata, [0.2] * 5, random)
     assert [len(part) for part in parts] == [12] * 5
     assert [sum(number < 10 for number in part) for part in parts] == [2] * 5
 
@@ -219,12 +219,12 @@ def test_grouping_is_proposed_if_names_look_alike(
     tmp_path: Path, cases: list[str], setting: str | None
 ) -> None:
     dataset = dataset_with(tmp_path, cases)
-    assert (look_alike(dataset) is not None) == (setting is not None)
-    told = proposal(dataset, None)
+    assert (likely_grouping(dataset) is not None) == (setting is not None)
+    told = grouping_advice(dataset, None)
     assert told is None if setting is None else told is not None and setting in told
     if setting is not None:
         given = {"pattern": "(x)"}
-        assert proposal(dataset, config_with(tmp_path, group_by=given).data) is None
+        assert grouping_advice(dataset, config_with(tmp_path, group_by=given).data) is None
 
 
 def test_a_pattern_without_one_group_is_refused(tmp_path: Path) -> None:

@@ -103,12 +103,12 @@ def test_a_checkpoint_counts_as_it_is_put_right() -> None:
     between, within = saved.stepping, saved.looking
     steps = between["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     assert (steps["ready"], steps["started"], steps["completed"]) == (2, 1, 1)
-    assert not private.validation_is_broken_off(between)
-    assert private.validation_is_broken_off(within)
-    private.settle(between, validating=False)
+    assert not private.validation_is_interrupted(between)
+    assert private.validation_is_interrupted(within)
+    private.correct_counts(between, validating=False)
     assert [steps[key] for key in ("ready", "started", "processed", "completed")] == [1, 1, 1, 1]
     looked = within["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
-    private.settle(within, validating=True)
+    private.correct_counts(within, validating=True)
     assert [looked[key] for key in ("ready", "started", "processed", "completed")] == [1, 1, 0, 0]
 
 

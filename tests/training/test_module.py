@@ -246,7 +246,7 @@ def test_dice_is_averaged_over_cases_and_then_classes_without_undefined_ones() -
         assert scores["validation/dice"] == pytest.approx((5 / 9 + 4 / 5) / 2)
 
 
-def test_dice_of_regions_is_that_of_all_their_labels_where_nothing_is_ignored() -> None:
+def test_the_dice_of_a_region_is_that_of_all_its_labels_if_nothing_is_ignored() -> None:
     module = module_of(
         class_names=("background", "whole", "core"), regions=((1, 2), (2,)), ignore=3
     )
@@ -268,7 +268,7 @@ def test_a_process_without_a_case_still_counts_every_class() -> None:
     assert scores == {"validation/dice": 1}
 
 
-def test_where_nothing_is_to_be_found_finding_nothing_is_best() -> None:
+def test_a_correct_empty_prediction_has_the_best_score() -> None:
     nothing, something = held_out([0, 0], [0, 0]), held_out([0, 1], [0, 0])
     assert validated(module_of(), [nothing, nothing]) == {"validation/dice": 1}
     assert validated(module_of(), [nothing, something]) == {
@@ -289,7 +289,7 @@ def test_the_loss_is_that_of_the_varied_batch() -> None:
     assert abs(first.values[0] - other.values[0]) > 0.05
 
 
-def test_one_patch_is_learnt_by_heart() -> None:
+def test_training_can_overfit_one_patch() -> None:
     losses = Losses()
     module = module_of(num_steps=60, learning_rate=2e-2)
     trainer_of(60, callbacks=[losses]).fit(module, batches(60, size=16))

@@ -18,7 +18,8 @@ from segkit.config.load import dump_yaml
 from segkit.data.dataset import read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
-from segkit.model.folder import load_model, start_from
+from segkit.model.folder import load_model
+from segkit.model.start_from import start_from
 from segkit.training import resolve
 from segkit.training.fit import train
 from segkit.training.resolve import precision
@@ -56,7 +57,7 @@ def averages(decay: float, weights: list[float]) -> float:
     return float(averaged)
 
 
-def test_the_average_of_weights_is_the_exponential_one_with_a_swift_start() -> None:
+def test_the_average_of_weights_is_exponential_with_a_fast_start() -> None:
     weights = np.random.default_rng(0).normal(size=40).tolist()
     module = nn.Linear(1, 1, bias=False)
     averaging, trainer = Averaging(0.5), SimpleNamespace(global_step=0)
@@ -101,8 +102,11 @@ def test_a_run_may_start_from_a_model_of_other_classes(tmp_path: Path) -> None:
     head = other.heads[0]
     other.heads[0] = nn.Conv3d(head.in_channels, 5, kernel_size=1)
     own = {key: value.clone() for key, value in other.heads.state_dict().items()}
-    told = start_from(other, first.folder)
-    assert told == f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}"
+    taken = start_from(other, first.folder)
+    assert taken.told == (
+        f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}; "
+        "these begin anew: heads.0.weight, heads.0.bias"
+    )
     for key, value in other.state_dict().items():
         if key.startswith("heads.0"):
             assert torch.equal(value, own[key.removeprefix("heads.")])
@@ -222,7 +226,7 @@ def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 # When to end
 
 
-def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
+def test_training_ends_if_dice_no_longer_rises(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     settings = {"steps": 40, "validate_every": 1, "patience": 2, "learning_rate": 1e-12}
     run = train(small_config(data, train=settings), runs=tmp_path)
@@ -231,7 +235,7 @@ def test_training_ends_where_dice_no_longer_rises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
+def test_a_loss_that_is_nan_stops_training_and_names_step_and_cases(
     steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from segkit.training import make_loss
@@ -253,7 +257,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_step_and_cases(
     assert len(calls) == steps_before + 1
 
 
-def test_an_image_that_holds_what_is_no_number_never_reaches_training(tmp_path: Path) -> None:
+def test_an_image_with_nan_never_reaches_training(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     path = data / "imagesTr" / "case_1.nii.gz"
     image = read_volume(path)

@@ -101,7 +101,7 @@ def test_a_run_may_be_stopped_more_than_once(tmp_path: Path) -> None:
         assert torch.equal(weights(folder)[key], value), key
 
 
-def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     run = train(small_config(small_dataset(tmp_path / "data")), runs=tmp_path)
     with pytest.raises(
         ConfigError, match=r"small: the run is finished already, and its model is .*small.model"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import ConfigError
-from segkit.training.run_folder import claimed, new_run_folder
+from segkit.training.run_folder import locked_folder, new_run_folder
 
 HOLD = """
 import sys
 from pathlib import Path
-from segkit.training.run_folder import claimed
-with claimed(Path(sys.argv[1])):
+from segkit.training.run_folder import locked_folder
+with locked_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -26,11 +26,11 @@ def test_a_folder_is_free_again_once_its_process_is_killed(tmp_path: Path) -> No
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         with (
             pytest.raises(ConfigError, match="another process is training this run"),
-            claimed(tmp_path),
+            locked_folder(tmp_path),
         ):
             pass
         holder.kill()
-    with claimed(tmp_path):
+    with locked_folder(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -61,7 +61,7 @@ def test_named_cases_are_held_out_whatever_the_seed() -> None:
 
 
 @pytest.mark.parametrize("nothing", [0.0, []])
-def test_nothing_is_held_out_where_nothing_is_asked_for(nothing: float | list[str]) -> None:
+def test_nothing_is_held_out_if_nothing_is_asked_for(nothing: float | list[str]) -> None:
     assert split(dataset_of(3), nothing, seed=0) == (dataset_of(3).cases, ())
 
 

@@ -13,7 +13,7 @@ from segkit.errors import ConfigError, Stopped
 from segkit.training.cross_validation import cross_validate
 from segkit.training.cross_validation import resume_folds as resume_folds
 from segkit.training.fit import resume, train
-from segkit.training.run_folder import claimed
+from segkit.training.run_folder import locked_folder
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import VARIANTS, rows, weights
 
@@ -48,7 +48,7 @@ MOMENTS = [(1, False), (3, False), (3, True), (4, False), (6, False), (6, True),
 
 
 @pytest.mark.parametrize("variant", ["averaging", "nothing held out"])
-def test_a_training_that_is_asked_to_stop_saves_that_step_and_ends_as_if_it_never_had_been(
+def test_a_training_that_was_stopped_and_resumed_ends_like_one_that_was_not(
     variant: str, tmp_path: Path
 ) -> None:
     sections = {name: dict(section) for name, section in VARIANTS[variant].items()}
@@ -75,7 +75,7 @@ def test_a_training_that_is_asked_to_stop_saves_that_step_and_ends_as_if_it_neve
         assert rows(folder) == rows(whole.folder), (step, look)
 
 
-def test_a_training_may_be_asked_again_and_again_by_either_signal(tmp_path: Path) -> None:
+def test_a_training_can_be_stopped_repeatedly_by_either_signal(tmp_path: Path) -> None:
     config = small_config(
         small_dataset(tmp_path / "data"),
         data={"validation": 0.5},
@@ -105,7 +105,7 @@ def test_handlers_of_signals_are_put_back(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_asked_twice_a_training_ends_at_once_and_keeps_what_it_had(tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_training_at_once_without_saving(tmp_path: Path) -> None:
     class AskTwice(Ask):
         def _send(self, trainer: L.Trainer, due: bool) -> None:
             if due and trainer.global_step == self.step:
@@ -132,7 +132,7 @@ def test_a_run_is_gone_on_with_by_one_process_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(config, runs=tmp_path, callbacks=[Ask(1)])
     with (
-        claimed(tmp_path / "small"),
+        locked_folder(tmp_path / "small"),
         pytest.raises(ConfigError, match="small: another process is training this run; wait until"),
     ):
         resume(tmp_path / "small")

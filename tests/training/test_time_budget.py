@@ -18,7 +18,7 @@ from segkit.inference.window_seconds import num_windows
 from segkit.training.fit import resume, train
 from segkit.training.optimisers import make_optimiser, make_schedule
 from segkit.training.run_folder import LAST
-from segkit.training.time_budget import TimeBudget, behind
+from segkit.training.time_budget import TimeBudget, slower_than_planned
 from tests.small import small_config, small_dataset
 
 
@@ -129,7 +129,7 @@ def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("os.getloadavg", lambda: (8.14, 0.0, 0.0))
     monkeypatch.setattr("segkit.training.time_budget.num_cores", lambda: 2)
     budget, _, _ = simulated(600.0, 3.6, 0.0)
-    told = behind(budget)
+    told = slower_than_planned(budget)
     assert "a step takes 3.6 s instead of the planned 1.5 s" in told
     assert "other programs use the cores (load 8.1 on 2)" in told
     assert "of 400 steps fit into the 10 minutes" in told

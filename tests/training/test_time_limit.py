@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 
 from segkit.training import time_limit as pace
 from segkit.training.fit import train
-from segkit.training.time_limit import MEASURED, UNCOUNTED, Pace
+from segkit.training.time_limit import MEASURED, UNCOUNTED, TimeLimitWarning
 from tests.small import small_config, small_dataset
 
 
@@ -34,7 +34,7 @@ def told(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace.time, "perf_counter", lambda: clock["now"])
         logger.addHandler(handler)
-        watching = Pace()
+        watching = TimeLimitWarning()
         for step in range(first, last + 1):
             # The first steps take longer, and are not counted.
             clock["now"] += seconds * (50 if step < first + UNCOUNTED else 1)
@@ -63,7 +63,7 @@ def test_a_resumed_run_counts_the_steps_it_has_behind_it() -> None:
 @pytest.mark.parametrize(
     ("steps", "max_time"), [(200, "00:00:02:00"), (1000, None), (100_000, "01:00:00:00")]
 )
-def test_nothing_is_told_where_all_steps_fit(steps: int, max_time: str | None) -> None:
+def test_nothing_is_reported_if_all_steps_fit(steps: int, max_time: str | None) -> None:
     assert told(steps=steps, max_time=max_time, seconds=0.5) == []
 
 

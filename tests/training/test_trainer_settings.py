@@ -107,9 +107,7 @@ class AskedInTheMiddle(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_run_that_is_asked_to_stop_in_the_midst_of_a_step_ends_it_first(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_signal_during_a_step_lets_the_step_finish(data: Path, tmp_path: Path) -> None:
     config = small_config(
         data,
         train={"steps": 5, "validate_every": 5, "pictures": 0},
@@ -138,7 +136,7 @@ def test_other_batches_a_step_count_from_the_next_step_on(data: Path, tmp_path: 
     assert changed["setting"] == "trainer.accumulate_grad_batches" and changed["step"] == 2
 
 
-def test_a_rehearsal_times_whole_steps(data: Path) -> None:
+def test_a_dry_run_times_whole_steps(data: Path) -> None:
     told = dry_run(config_of(data, batch_size=1, accumulate=2))
     assert told.seconds > 0 and 0.1 < told.loss < 10
 

@@ -63,7 +63,7 @@ def test_each_validation_leaves_a_picture_of_what_it_predicted(
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_no_picture_where_none_is_wanted_or_pillow_is_missing(
+def test_no_picture_if_none_is_wanted_or_pillow_is_missing(
     missing: bool,
     dataset: Path,
     tmp_path: Path,

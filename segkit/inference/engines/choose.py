@@ -1,4 +1,4 @@
-"""Which engine runs a model: the one that was asked for by name, or by rule."""
+"""Choose the engine that runs a model, by name or by rule."""
 
 import copy
 import logging
@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.errors import ModelError
-from segkit.inference.engines.converted import ConversionError, ConvertedEngine, lasting_folder
+from segkit.inference.engines.converted import ConversionError, ConvertedEngine, conversion_folder
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
-from segkit.inference.engines.out_of_memory import SparingEngine
+from segkit.inference.engines.out_of_memory import MemoryFallbackEngine
 from segkit.inference.engines.torch_compile import CompiledEngine
 from segkit.inference.engines.torch_eager import Engine, TorchEngine
 from segkit.model.folder import Model
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 def choose_engine(
     name: EngineName, model: Model, *, device: str = "auto", precision: torch.dtype = torch.float32
 ) -> Engine:
-    """The engine of that name. The rule of `auto`:
+    """The engine of a name. The rule of `auto` is:
 
-    - on a GPU, PyTorch;
-    - on a CPU, OpenVINO, if it is installed, if the model was read from a folder, where what is
-      converted serves again, and if it can compute in that precision. The conversion takes a few
-      seconds, once. A network that OpenVINO cannot run stays in PyTorch, with a warning;
-    - else PyTorch. `torch.compile` is never chosen: on a CPU it is no faster.
+    - On a GPU: PyTorch.
+    - On a CPU: OpenVINO, if it is installed and supports the precision, and if the model was read
+      from a folder, so that the conversion can be used again. The conversion takes a few seconds,
+      once. If OpenVINO cannot run the network, PyTorch runs it, with a warning.
+    - Otherwise PyTorch. `torch.compile` is never chosen, because it is no faster on a CPU.
 
-    Raises ModelError for an engine that is not installed, or that cannot run on that device or in
-    that precision.
+    Raises:
+        ModelError: the engine is not installed, or does not support the device or the precision.
     """
     match name:
         case "openvino":
@@ -47,8 +47,8 @@ def choose_engine(
             _check_cpu(name, device)
             if precision != torch.float32:
                 raise ModelError(
-                    f"the engine onnx computes in float32, found {precision}; ask for float32, or "
-                    f"for another engine"
+                    f"onnx: expected the precision float32, found {precision}; use float32, or "
+                    f"another engine"
                 )
             return ConvertedEngine(model, OnnxRuntime())
         case "compile":
@@ -56,17 +56,17 @@ def choose_engine(
         case "torch" | "auto":
             place = choose_device(device)
             eager = _in_torch(TorchEngine, model, place, precision)
-            lasting = place.type == "cpu" and lasting_folder(model) is not None
+            lasting = place.type == "cpu" and conversion_folder(model) is not None
             if name == "torch" or not lasting:
                 return eager
             try:
-                return WillingEngine(ConvertedEngine(model, OpenVino(precision)), eager)
-            except ModelError:  # it is not installed, or has no such precision here
+                return ConversionFallbackEngine(ConvertedEngine(model, OpenVino(precision)), eager)
+            except ModelError:  # it is not installed, or does not support the precision here
                 return eager
 
 
-class WillingEngine:
-    """A converted network, and the one it was converted from where that cannot be done."""
+class ConversionFallbackEngine:
+    """A converted network; PyTorch runs the network instead if it cannot be converted."""
 
     def __init__(self, converted: ConvertedEngine, eager: Engine) -> None:
         self.chosen: Engine = converted
@@ -75,7 +75,7 @@ class WillingEngine:
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """The logits of windows, and the maps of these keys, in float32 on the CPU."""
+        """Logits of the windows and the maps of these keys, in float32 on the CPU."""
         try:
             return self.chosen(windows, keys)
         except ConversionError as error:
@@ -85,9 +85,9 @@ class WillingEngine:
 
 
 def name_of(engine: Engine | None) -> str:
-    """The name of what runs a network, and its version where it is no part of torch."""
+    """Name of the engine that runs a network, with its version if it is not part of PyTorch."""
     match engine:
-        case WillingEngine(chosen=inner) | SparingEngine(engine=inner):
+        case ConversionFallbackEngine(chosen=inner) | MemoryFallbackEngine(engine=inner):
             return name_of(inner)
         case ConvertedEngine(runtime=runtime):
             return f"{runtime.name} {runtime.version}"
@@ -104,20 +104,21 @@ def _in_torch(
         return kind(model.network, device=device, precision=precision)
     network = model.network
     if precision != torch.float32:
-        # The order that tensor cores work in. A layer's weights decide for what passes through it.
+        # Tensor cores need channels last. Features take the order of a layer's weights.
         order_for(network, device)
 
     def make_host_engine() -> Engine:
-        # By way of the host: on the device there is no room for a second one.
+        # Copied in host memory, because the GPU has no room for a second network.
         copied = copy.deepcopy(network.cpu())
         network.to(device)
         return TorchEngine(copied, device=torch.device("cpu"))
 
-    return SparingEngine(kind(network, device=device, precision=precision), make_host_engine)
+    return MemoryFallbackEngine(kind(network, device=device, precision=precision), make_host_engine)
 
 
 def _check_cpu(name: str, device: str) -> None:
     if device not in ("auto", "cpu"):
         raise ModelError(
-            f"the engine {name} runs on the CPU, found --device {device}; name one of the two only"
+            f"the engine {name} runs only on the CPU, found --device {device}; use --device cpu, "
+            f"or another engine"
         )

@@ -1,7 +1,7 @@
-"""Folders of files that took long to make, kept for the next time, whole or not at all.
+"""A cache of folders whose files take long to make; a folder is complete or absent.
 
-A folder's manifest says its name and what each file must hold. One that is damaged, or that was
-made under another name, is made again.
+A folder's manifest holds its name and a checksum of each file. If a folder is damaged or has
+another name, it is made again.
 """
 
 import logging
@@ -20,13 +20,18 @@ MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
 
-def artefact(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -> Path:
-    """The folder of that name from the first of `folders` that has it undamaged.
+def cached_folder(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The undamaged folder of a name; if there is none, it is made.
 
-    Where none has, `make` fills it, in the first that can be written. Raises OSError where none
-    can be.
+    Args:
+        name: name of the folder.
+        folders: folders in which to look for it, in order.
+        make: writes the files, into the first of `folders` that can be written.
+
+    Raises:
+        OSError: none of `folders` can be written.
     """
-    found = find(name, folders)
+    found = find_cached(name, folders)
     if found is not None:
         return found
     for folder, another in zip(folders, [*folders[1:], None], strict=True):
@@ -37,11 +42,11 @@ def artefact(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -
             if another is None:
                 raise
             logger.info("%s cannot be written (%s); %s is kept in %s", folder, error, name, another)
-    raise AssertionError("artefacts need a folder")
+    raise AssertionError("there must be at least one folder")
 
 
-def find(name: str, folders: Sequence[Path]) -> Path | None:
-    """The folder of that name from the first of `folders` that has it undamaged, if any has."""
+def find_cached(name: str, folders: Sequence[Path]) -> Path | None:
+    """The undamaged folder of a name in the first of `folders` that has it; None if none has."""
     for folder in folders:
         if (folder / name).is_dir():
             if _intact(folder / name):
@@ -51,7 +56,7 @@ def find(name: str, folders: Sequence[Path]) -> Path | None:
 
 
 def user_cache() -> Path:
-    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, or ~/.cache."""
+    """The folder of segkit in the user's cache, $XDG_CACHE_HOME or ~/.cache."""
     named = os.environ.get("XDG_CACHE_HOME")
     return (Path(named) if named else Path.home() / ".cache") / "segkit"
 
@@ -59,7 +64,7 @@ def user_cache() -> Path:
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
     remove_leftovers(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
-    partial.chmod(0o755)  # as mkdir leaves it: others may read what is kept
+    partial.chmod(0o755)  # as mkdir does, so that other users can read it
     try:
         make(partial)
         sums = {file.name: checksum(file) for file in partial.iterdir()}
@@ -68,7 +73,7 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(target)
         try:
             partial.rename(target)
-        except OSError:  # another process was quicker
+        except OSError:  # another process was faster
             if not target.is_dir():
                 raise
     finally:

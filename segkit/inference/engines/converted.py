@@ -1,11 +1,12 @@
-"""The network converted once for a faster runtime, and kept in the user's cache.
+"""Networks converted for a faster runtime, once, and kept in the user's cache.
 
     network ─▶ exported for one window, every map an output ─▶ the runtime's own files, in
                                                               ~/.cache/segkit/engines/NAME-DIGEST/
 
-The digest covers all that they depend on, so that other weights, another window or another version
-make files of their own. They are kept in the user's own cache alone: beside a model that comes from
-elsewhere could lie what was never made of its weights, or a graph that reads files of its choice.
+The digest covers everything on which the files depend: other weights, another window size or
+another version have other files. The files are kept only in the user's own cache, never beside a
+model: a model from someone else could come with files that were not made from its weights, or with
+a graph that reads any file.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from torch.export import ExportedProgram
 
 import segkit.nn
 from segkit.errors import ModelError
-from segkit.inference.engines.conversion_cache import artefact, find, user_cache
+from segkit.inference.engines.conversion_cache import cached_folder, find_cached, user_cache
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, TorchEngine, run
 from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
@@ -35,36 +36,37 @@ from segkit.nn.network import SegmentationNetwork, unet_of
 
 ENGINES_FOLDER = "engines"
 INPUT = "image"
-"""The name of the input in files that have names."""
+"""Name of the input, in formats with names."""
 FREE_AXIS = "batch"
-"""The name of an axis that may have any length."""
+"""Name of the batch axis, which may have any length."""
 
 logger = logging.getLogger(__name__)
 
 RunGraph = Callable[[Tensor, tuple[str, ...]], list[Tensor]]
-"""The outputs of these names for a batch of windows, until the same thread asks again."""
+"""A function from a batch of windows and names to the outputs of these names. They are valid until
+the same thread calls it again."""
 
 
 class ConversionError(ModelError):
-    """A network that a runtime cannot run."""
+    """A runtime cannot run a network."""
 
 
 @runtime_checkable
 class Runtime(Protocol):
-    """What converts a network and runs it."""
+    """Converts a network and runs it."""
 
     name: str
     version: str
 
     def convert(self, network: "Traced", window: Tensor, folder: Path) -> None:
-        """Write the files of a network for windows like this one."""
+        """Write the files of a network for windows of this shape."""
 
     def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
-        """What runs the network of these files, whose outputs have these names, in order."""
+        """Function that runs the network of these files; its outputs have these names, in order."""
 
 
 class Traced(nn.Module):
-    """A network with every output it can have: logits, each map by its key, presence."""
+    """A network that returns all its outputs: logits, each map by its key, presence."""
 
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
@@ -82,21 +84,21 @@ class Traced(nn.Module):
 
 @contextmanager
 def export_quietly() -> Iterator[None]:
-    """Within it, PyTorch does not warn of what its own export and copies of programs call."""
+    """Within this context, PyTorch does not warn about deprecated parts of its own export."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated")
         yield
 
 
 def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -> ExportedProgram:
-    """A network as a graph of `torch.export`, which depends on the windows' shape only.
+    """A network as a graph of `torch.export`, which depends only on the shape of the windows.
 
     Args:
         network: takes (batch, channel, x, y, z); in evaluation mode.
-        windows: an example, on the CPU. A batch of one stays one.
-        any_number: whether the graph takes any number of windows, and not just so many.
+        windows: an example on the CPU. If its batch has one window, the graph takes only one.
+        any_number: True if the graph must take batches of any size, not only of that of `windows`.
     """
-    # Made anew, as the given ones may be inference tensors, which cannot be exported.
+    # New tensors, because `windows` may be inference tensors, which cannot be exported.
     with torch.inference_mode(False), torch.no_grad(), export_quietly():
         example = torch.zeros(windows.shape)
         axes = ({0: torch.export.Dim(FREE_AXIS)},) if any_number else None
@@ -104,16 +106,18 @@ def exported_program(network: nn.Module, windows: Tensor, *, any_number: bool) -
 
 
 class ConvertedEngine:
-    """Runs a network on the CPU in another runtime than PyTorch's.
+    """Runs a network on the CPU in another runtime than PyTorch.
 
-    It is converted when the first window comes, for windows of that shape, which go through one by
-    one; outputs that are not asked for cost nothing, and those of a batch of one are not copied:
-    they hold until the same thread asks again. A network whose maps are being edited runs in
-    PyTorch, for what was converted knows no edits. A model that was not read from a folder is
-    converted for this engine alone. Both runtimes could flush numbers too small to be normal to
-    zero, but would leave the caller's thread doing so for good: they are not asked to.
+    The first window of a shape converts the network for windows of this shape, which then run one
+    by one. Outputs that are not requested cost no time. The outputs of a batch of one window are
+    not copied, so they are valid until the same thread calls the engine again. While maps are
+    edited, the network runs in PyTorch, because a converted network cannot be edited. If the model
+    was not read from a folder, the conversion is used only by this engine and then deleted.
+    Denormal numbers are not flushed to zero, because both runtimes would leave this setting on in
+    the calling thread.
 
-    Raises ConversionError where the runtime cannot run the network.
+    Raises:
+        ConversionError: the runtime cannot run the network.
     """
 
     def __init__(self, model: Model, runtime: Runtime) -> None:
@@ -126,7 +130,7 @@ class ConvertedEngine:
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """The logits of windows, and the maps of these keys, in float32 on the CPU."""
+        """Logits of the windows and the maps of these keys, in float32 on the CPU."""
         if edited(self.model.network):
             return self.eager(windows, keys)
         windows = windows.cpu().contiguous()
@@ -143,9 +147,9 @@ class ConvertedEngine:
         return {name: torch.cat([outputs[n] for outputs in each]) for n, name in enumerate(names)}
 
     def is_ready(self, windows: Float[Tensor, "batch channel x y z"]) -> bool:
-        """Whether the network has been converted for such windows already."""
+        """True if the network has already been converted for windows of this shape."""
         shape = tuple(windows.shape[1:])
-        return shape in self.runs or find(self._name(shape), self._folders()) is not None
+        return shape in self.runs or find_cached(self._name(shape), self._folders()) is not None
 
     def _load(self, window: Tensor) -> RunGraph:
         name = self._name(tuple(window.shape[1:]))
@@ -158,26 +162,26 @@ class ConvertedEngine:
             self.runtime.convert(self.traced, window, folder)
 
         try:
-            return self.runtime.load(artefact(name, folders, convert), self.traced.names)
-        except Exception as error:  # what runtimes raise has nothing in common
+            return self.runtime.load(cached_folder(name, folders, convert), self.traced.names)
+        except Exception as error:  # the errors of runtimes have no common base class
             reason = " ".join(str(error).split())[:300]
             raise ConversionError(
                 f"{self.runtime.name} cannot run this network: {reason}; use --engine torch"
             ) from error
 
     def _folders(self) -> list[Path]:
-        lasting = lasting_folder(self.model)
+        lasting = conversion_folder(self.model)
         return [] if lasting is None else [lasting]
 
     def _name(self, shape: tuple[int, ...]) -> str:
         return f"{self.runtime.name}-{digest(self.model, shape, self.runtime.version)[:32]}"
 
 
-def lasting_folder(model: Model) -> Path | None:
-    """Where what a model is converted to lies for the next time: in the user's own cache.
+def conversion_folder(model: Model) -> Path | None:
+    """Folder in the user's cache where the conversions of a model are kept.
 
-    None where it was not read from a folder, and for a module that was given: another of the same
-    weights may compute something else, and nothing here would tell.
+    None if the model was not read from a folder, or if its network is the user's own module: two
+    modules with the same weights may compute different outputs, and the digest cannot see this.
     """
     if model.folder is None or model.description.network.given is not None:
         return None
@@ -185,9 +189,12 @@ def lasting_folder(model: Model) -> Path | None:
 
 
 def digest(model: Model, shape: tuple[int, ...], runtime: str) -> str:
-    """Stands for all that a converted network depends on, code that networks are made of included.
+    """SHA-256 of everything on which a converted network depends, the code of `nn` included.
 
-    `runtime` is the version of what it is converted for.
+    Args:
+        model: the model.
+        shape: shape of a window.
+        runtime: version of the runtime.
     """
     total = hashlib.sha256()
     sources = sorted(Path(segkit.nn.__file__).parent.glob("*.py"))

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU."""
+"""ONNX Runtime on the CPU."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,18 +18,22 @@ OPSET = 18
 WANTED = (
     "You are using the legacy TorchScript-based ONNX export",
     "The feature will be removed",
-    # Each image's own moments, as in PyTorch.
+    # Each image's own mean and variance are used, as in PyTorch.
     "ONNX export mode is set to TrainingMode.EVAL, but operator 'instance_norm' is set to",
 )
-"""What PyTorch (2.14) says of its older exporter at each call.
+"""Warnings of PyTorch (2.14) at each call of its older exporter, which we use on purpose.
 
-The newer one, by `torch.export`, needs the package onnxscript and takes 3 to 15 seconds for a
-network that this one exports in one.
+The newer exporter, with `torch.export`, needs the package onnxscript and takes 3 to 15 seconds for
+a network that the older one exports in one second.
 """
 
 
 class OnnxRuntime:
-    """The runtime, in float32. Raises ModelError where it is not installed."""
+    """The runtime ONNX Runtime, in float32.
+
+    Raises:
+        ModelError: it is not installed.
+    """
 
     name = "onnx"
 
@@ -38,13 +42,18 @@ class OnnxRuntime:
         self.version = f"{version('onnxruntime')} {version('onnx')} opset {OPSET}"
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
-        """Write the files of a network for windows like this one."""
+        """Write the files of a network for windows of this shape."""
         self.write(network, window, folder / ONNX_FILE)
 
     def write(self, network: Traced, window: Tensor, file: Path, *, batch: str = "") -> None:
-        """Write a network for windows like these, its outputs by their names.
+        """Write a network for windows of this shape; its outputs have names.
 
-        Where `batch` has a name, the file takes as many windows as there are, else so many.
+        Args:
+            network: the network.
+            window: a batch of windows.
+            file: the file to write.
+            batch: name of the batch axis, if the file must take batches of any size; if empty, it
+                takes batches of the same size as `window`.
         """
         names = (INPUT, *network.names)
         with warnings.catch_warnings():
@@ -63,11 +72,11 @@ class OnnxRuntime:
             )
 
     def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
-        """What runs the network of these files, whose outputs have these names, in order."""
+        """Function that runs the network of these files; its outputs have these names, in order."""
         return self.read(folder / ONNX_FILE, names)
 
     def read(self, file: Path, names: Sequence[str]) -> RunGraph:
-        """What runs the network of a file, whose outputs have these names, in order."""
+        """Function that runs the network of a file; its outputs have these names, in order."""
         options = self.onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = self.onnxruntime.InferenceSession(
@@ -92,7 +101,8 @@ def _installed() -> Any:
         import onnxruntime
     except ImportError:
         raise ModelError(
-            "the engine onnx is not installed; pip install 'segkit[onnx]', or use --engine torch"
+            "the engine onnx is not installed; run pip install 'segkit[onnx]', or use "
+            "--engine torch"
         ) from None
     onnxruntime.disable_telemetry_events()
     return onnxruntime

@@ -1,4 +1,4 @@
-"""OpenVINO, on the CPU: about twice as fast as PyTorch for three-dimensional networks."""
+"""OpenVINO on the CPU, about twice as fast as PyTorch for 3D networks."""
 
 import functools
 import sys
@@ -29,11 +29,14 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class OpenVino:
-    """The runtime. Raises ModelError where it is not installed, or cannot compute so precisely.
+    """The runtime OpenVINO.
 
     Args:
-        precision: of the arithmetic. Left to itself OpenVINO takes bfloat16 where the CPU has AMX;
-            here it must be asked for.
+        precision: data type of the arithmetic. By default OpenVINO uses bfloat16 if the CPU has
+            AMX; segkit uses it only if requested.
+
+    Raises:
+        ModelError: OpenVINO is not installed, or cannot compute in this precision on this CPU.
     """
 
     name = "openvino"
@@ -45,11 +48,11 @@ class OpenVino:
         able = self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *able):
             raise ModelError(
-                f"openvino computes in float32 here, found {precision}; ask for float32, or for "
-                f"another engine"
+                f"openvino: expected the precision float32 on this CPU, found {precision}; use "
+                f"float32, or another engine"
             )
-        # One window at a time on all of torch's threads, which are not tied to cores: processes
-        # beside one another would be tied to the same ones.
+        # One window at a time, on as many threads as PyTorch uses. They are not pinned to cores,
+        # because OpenVINO would pin the threads of several processes to the same cores.
         self.settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
@@ -58,14 +61,14 @@ class OpenVino:
         }
 
     def convert(self, network: Traced, window: Tensor, folder: Path) -> None:
-        """Write the files of a network for windows like this one."""
+        """Write the files of a network for windows of this shape."""
         graph = self.graph(network, window, any_number=False)
         self.openvino.serialize(graph, folder / OPENVINO_FILE, folder / NUMBERS)
 
     def graph(self, network: Traced, window: Tensor, *, any_number: bool) -> Any:
-        """OpenVINO's own form of a network for windows like these, its outputs by their names.
+        """OpenVINO's graph of a network for windows of this shape; its outputs have names.
 
-        It takes so many windows at once, or any number.
+        It takes batches of the same size as `window`, or of any size if `any_number`.
         """
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
@@ -81,15 +84,15 @@ class OpenVino:
         return graph
 
     def load(self, folder: Path, names: Sequence[str]) -> RunGraph:
-        """What runs the network of these files, whose outputs have these names, in order.
+        """Function that runs the network of these files; its outputs have these names, in order.
 
-        It is compiled for each set of outputs that is asked for, in a second or so; OpenVINO's own
-        cache of what is compiled would save little of that.
+        It is compiled for each set of outputs that is requested, in about a second. OpenVINO's own
+        cache of compiled networks would save little of this time.
         """
         return self.read(folder / OPENVINO_FILE, folder / NUMBERS, names)
 
     def read(self, file: Path, numbers: Path, names: Sequence[str]) -> RunGraph:
-        """What runs the network of these two files, whose outputs have these names, in order."""
+        """Function that runs the network of two files; its outputs have these names, in order."""
         graph = self.core.read_model(file, numbers)
         compiled: dict[tuple[str, ...], Any] = {}
         requests: dict[tuple[int, tuple[str, ...]], Any] = {}
@@ -100,12 +103,12 @@ class OpenVino:
                 outputs[LOGITS] = self._classes_last(outputs[LOGITS])
                 part = self.openvino.Model(list(outputs.values()), graph.get_parameters())
                 compiled[wanted] = self.core.compile_model(part, "CPU", self.settings)
-            # A thread's own, as their outputs are not copied.
+            # Each thread has its own request, because outputs are not copied.
             own = (threading.get_ident(), wanted)
             if own not in requests:
                 requests[own] = compiled[wanted].create_infer_request()
             request = requests[own]
-            # Without the latter it copies all outputs, of many classes the largest thing there is.
+            # Without `share_outputs` it would copy all outputs, which are large with many classes.
             request.infer([window.numpy()], share_inputs=True, share_outputs=True)
             tensors = (request.get_output_tensor(number) for number in range(len(wanted)))
             found = dict(zip(wanted, (torch.from_numpy(one.data) for one in tensors), strict=True))
@@ -115,35 +118,35 @@ class OpenVino:
         return run
 
     def _classes_last(self, logits: Any) -> Any:
-        """Logits with the classes of a voxel side by side, as they are blended.
+        """Logits with the classes of a voxel side by side, the order in which they are blended.
 
-        So the kernels of newer CPUs leave them, and nothing moves: to turn them took twice as long
-        as a small network.
+        The kernels of newer CPUs compute them in this order, so nothing has to be moved. Moving
+        them took twice as long as a small network itself.
         """
         turn = self.openvino.opset13.transpose
         return turn(logits.get_node().input_value(0), np.array([0, 2, 3, 4, 1])).output(0)
 
 
 def _installed() -> Any:
-    # OpenVINO reports its use to its makers unless this package of theirs is missing. Who segments
-    # patients tells nobody.
+    # OpenVINO sends usage data to its vendor if this package is installed. Nothing about the
+    # segmentation of patients may leave the machine.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
     except ImportError:
         raise ModelError(
-            "the engine openvino is not installed; pip install 'segkit[openvino]', or use "
+            "the engine openvino is not installed; run pip install 'segkit[openvino]', or use "
             "--engine torch"
         ) from None
     return openvino
 
 
 def _decompositions() -> CustomDecompTable:
-    """How operations that OpenVINO does not know are made of those that it knows.
+    """Decompositions of operations that OpenVINO does not know into operations that it knows.
 
-    These are its own but for one: it (2026.4) has instance normalisation in pieces, whose three
-    means and six more operations per layer its compiler does not put together again. It knows the
-    whole.
+    This is OpenVINO's own table without instance normalisation. OpenVINO (2026.4) decomposes it
+    into three means and six other operations per layer, and its compiler does not fuse these again,
+    although OpenVINO knows instance normalisation as one operation.
     """
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
@@ -155,7 +158,7 @@ def _decompositions() -> CustomDecompTable:
 
 @functools.cache
 def _core() -> Any:
-    # One for the process, and never let go of: OpenVINO (2026.4) lends the thread that asks first
-    # its stack for signals and takes it back with the core, from whatever thread that happens. The
-    # next signal, so Ctrl-C, would then be a segmentation fault.
+    # One core for the whole process, never deleted: OpenVINO (2026.4) gives the thread that creates
+    # the core a stack for signals, and removes it when the core is deleted, in whichever thread.
+    # The next signal, such as Ctrl-C, would then be a segmentation fault.
     return _installed().Core()

@@ -1,4 +1,4 @@
-"""What is done when a device's memory runs out, so that a large scan still comes to its end."""
+"""Continue in host memory if GPU memory runs out, so that large scans can still be predicted."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -9,18 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segkit.inference.engines.torch_eager import Engine
-from segkit.inference.ensemble import MergedRows, consult
+from segkit.inference.ensemble import MergedRows, combine
 from segkit.inference.source_rows import SourceRows
 
 logger = logging.getLogger(__name__)
 
 
-class SparingEngine:
-    """An engine on a device; when memory runs out there it gives up first sums, then the device.
+class MemoryFallbackEngine:
+    """An engine on a GPU that first moves its sums, then itself, to the host if memory runs out.
 
-    Sums over windows are kept where the outputs come from. The first time that memory runs out,
-    that batch goes to `make_host_engine()` and outputs go to the host from then on, which takes
-    the sums along (`windows.Blend`). If it runs out once more, all goes to the host's engine.
+    The sums over windows are on the device of the outputs (`windows.Blend`). When memory runs out
+    for the first time, `make_host_engine()` computes that batch, and from then on all outputs are
+    copied to host memory, so that the sums move there too. If memory runs out again, the host's
+    engine computes everything.
     """
 
     def __init__(self, engine: Engine, make_host_engine: Callable[[], Engine]) -> None:
@@ -36,7 +37,7 @@ class SparingEngine:
             try:
                 outputs = self.engine(windows, keys)
             except torch.OutOfMemoryError:
-                pass  # leaving lets go of what the failed call held
+                pass  # when this block ends, the memory of the failed call is free
             else:
                 if self.host_engine is None:
                     return outputs
@@ -47,35 +48,42 @@ class SparingEngine:
 
     def _give_up(self) -> None:
         if self.host_engine is None:
-            logger.warning("the device's memory ran out; sums over windows are kept on the host")
+            logger.warning("out of GPU memory; sums over windows are kept in host memory")
             self.host_engine = self.make_host_engine()
         else:
-            logger.warning("the device's memory ran out again; the network runs on the CPU")
+            logger.warning("out of GPU memory again; the network runs on the CPU")
             self.engine = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-class SparingCouncil:
-    """Consults members about rows of a volume; where the device's memory runs out, on the host.
+class RowCombiner:
+    """Combines the rows of several models; in host memory if GPU memory runs out.
 
-    What rows become on the volume's own grid may be far larger than what a slab of them is. From
-    the first time on that it does not fit, rows are taken to the host before.
+    Rows on the volume's own grid may be much larger than a slab. Once they do not fit into GPU
+    memory, all following rows are copied to the host first.
     """
 
-    def __init__(self, *, shares: bool, uncertainty: bool) -> None:
-        self.consult = partial(consult, shares=shares, uncertainty=uncertainty)
+    def __init__(
+        self, *, probabilities: bool, uncertainty: bool, temperature: float | None = None
+    ) -> None:
+        self.combine = partial(
+            combine,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
+            temperature=temperature,
+        )
         self.on_host = False
 
     def __call__(self, members: Sequence[SourceRows]) -> MergedRows:
-        """The verdict of `ensemble.consult`."""
+        """The result of `ensemble.combine`."""
         if not self.on_host:
             try:
-                return self.consult(members)
+                return self.combine(members)
             except torch.OutOfMemoryError:
-                pass  # leaving lets go of what the failed call held
-            logger.warning("the device's memory ran out; labels are worked out on the host")
+                pass  # when this block ends, the memory of the failed call is free
+            logger.warning("out of GPU memory; labels are computed in host memory")
             self.on_host = True
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return self.consult([rows.on_host() for rows in members])
+        return self.combine([rows.on_host() for rows in members])

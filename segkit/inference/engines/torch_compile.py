@@ -1,4 +1,4 @@
-"""`torch.compile`: the network as one graph, in kernels made for this machine."""
+"""Engine that compiles the network with `torch.compile`, for this machine."""
 
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -12,12 +12,15 @@ from segkit.nn.map_tap import edited
 
 
 class CompiledEngine(TorchEngine):
-    """PyTorch through its own compiler, one graph for each set of keys.
+    """PyTorch with its own compiler. Each set of keys has its own graph.
 
-    The first call of each compiles, which takes from seconds to minutes; torch keeps what it
-    compiled in a cache of its own (`TORCHINDUCTOR_CACHE_DIR`). On a CPU it needs a C++ compiler.
-    Windows go through one by one, so that there is one shape alone, and a network with edited maps
-    runs as it is, for each edit would be compiled anew. Raises ModelError where the compiler fails.
+    The first call with a set of keys compiles the graph, which takes seconds to minutes; PyTorch
+    caches it (`TORCHINDUCTOR_CACHE_DIR`). On a CPU this needs a C++ compiler. Windows are computed
+    one by one, so that only one shape is compiled. A network with edited maps runs without
+    compilation, because each edit would need a new graph.
+
+    Raises:
+        ModelError: the compiler fails.
     """
 
     @cached_property
@@ -26,7 +29,7 @@ class CompiledEngine(TorchEngine):
         return torch.compile(run, fullgraph=True, dynamic=False)
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
-        """The outputs for windows on the engine's device."""
+        """Outputs of `run` for windows on the engine's device."""
         if edited(self.network):
             return super().compute(windows, keys)
         names = tuple(sorted(keys))

@@ -1,10 +1,10 @@
-"""What runs a batch of windows through a network: logits, and the attention maps beside them.
+"""Engines run a network on batches of windows: logits, and attention maps in the same pass.
 
-torch_eager    what an engine is, and PyTorch itself
+torch_eager    the interface of engines, and PyTorch's own engine
 torch_compile  torch.compile
-converted      OpenVINO and ONNX Runtime, through the cache of `conversion_cache`
-out_of_memory  what is done when a device's memory runs out
-choose         which of them, by name or by rule
+converted      OpenVINO and ONNX Runtime, with the cache of `conversion_cache`
+out_of_memory  an engine that continues in host memory if GPU memory runs out
+choose         choice of an engine, by name or by rule
 """
 
 import logging
@@ -21,22 +21,22 @@ from segkit.nn.slicewise import SlicewiseNetwork
 
 LOGITS = "logits"
 PRESENCE = "presence"
-"""Logits of each class's presence in a window, of networks that have a head for it."""
+"""Key of the logits of each class's presence in a window, if the network has a presence head."""
 
 logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs windows through a network."""
+    """Runs a network on windows."""
 
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """The logits of windows, and the maps of these keys, each (batch, channel, cells …).
+        """Logits of the windows, and the maps of these keys, each (batch, channel, *cells).
 
-        They hold until the same thread asks again.
-        Among the keys may be PRESENCE, (batch, classes).
+        They are valid until the same thread calls the engine again. If PRESENCE is among the keys,
+        its logits are (batch, classes).
         """
 
 
@@ -45,7 +45,7 @@ def run(
     windows: Float[Tensor, "batch channel x y z"],
     keys: Collection[str],
 ) -> dict[str, Tensor]:
-    """What an engine returns, computed by PyTorch: the one form that all others are made from."""
+    """Outputs of an engine, computed by PyTorch. All other engines are built from this function."""
     outputs: dict[str, Tensor] = {}
     with recording(network, keys) as recorded:
         if PRESENCE in keys:
@@ -63,11 +63,11 @@ def run(
 
 
 class TorchEngine:
-    """PyTorch as it is, on any device; in mixed precision where `precision` is a half type.
+    """PyTorch without compilation, on any device; in mixed precision if `precision` is a half type.
 
-    A batch whose outputs overflow float16 is computed again in float32. Numbers too small to be
-    normal are kept: torch can flush them to zero in the calling thread alone, not in those that
-    share its work, and numpy would notice.
+    If the outputs of a batch overflow float16, the batch is computed again in float32. Denormal
+    numbers are not flushed to zero: PyTorch could do so only in the calling thread, not in its
+    worker threads, and this would also affect NumPy.
     """
 
     def __init__(
@@ -86,20 +86,22 @@ class TorchEngine:
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """The logits of windows, and the maps of these keys, in float32 on the engine's device."""
+        """Logits of the windows and the maps of these keys, in float32 on the engine's device."""
         if self.device.type == "cuda" and windows.device.type == "cpu":
-            windows = windows.pin_memory()  # else the copy would not be asynchronous
+            windows = windows.pin_memory()  # so that the copy is asynchronous
         windows = windows.to(self.device, non_blocking=True)
         outputs = self._at(self.precision, windows, keys)
         if self.precision == torch.float16 and not _all_finite(outputs):
             if not self.overflowed:
-                logger.warning("its outputs overflow float16; such windows are computed in float32")
+                logger.warning(
+                    "the network's outputs overflow float16; such windows are computed in float32"
+                )
             self.overflowed = True
             outputs = self._at(torch.float32, windows, keys)
         return {key: output.float() for key, output in outputs.items()}
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
-        """The outputs for windows on the engine's device."""
+        """Outputs of `run` for windows on the engine's device."""
         return run(self.network, windows, keys)
 
     def _at(

@@ -9,7 +9,7 @@ import torch
 
 from segkit.errors import ModelError
 from segkit.geometry.grid import Grid
-from segkit.inference.engines.choose import EngineName, WillingEngine, choose_engine
+from segkit.inference.engines.choose import ConversionFallbackEngine, EngineName, choose_engine
 from segkit.inference.engines.converted import (
     ConversionError,
     ConvertedEngine,
@@ -29,7 +29,7 @@ def test_auto_is_openvino_converted_once_for_a_model_with_a_folder(
 ) -> None:
     model, batch = saved(tmp_path), windows_of(3)
     first = choose_engine("auto", model, device="cpu")
-    assert isinstance(first, WillingEngine) and isinstance(first.chosen, ConvertedEngine)
+    assert isinstance(first, ConversionFallbackEngine) and isinstance(first.chosen, ConvertedEngine)
     assert_agree(first, model, batch)
     # The next time it is there, and gives the same to the last bit.
     again = choose_engine("auto", load_model(tmp_path), device="cpu")
@@ -37,7 +37,7 @@ def test_auto_is_openvino_converted_once_for_a_model_with_a_folder(
     assert len(conversions) == 1
 
 
-def test_auto_stays_in_pytorch_with_one_warning_where_a_conversion_fails(
+def test_auto_uses_pytorch_with_one_warning_if_a_conversion_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -68,16 +68,16 @@ def test_an_engine_that_is_not_installed_is_one_sentence(
     name: EngineName, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    sentence = rf"{name} is not installed; pip install 'segkit\[{name}\]'"
+    sentence = rf"{name} is not installed; run pip install 'segkit\[{name}\]'"
     with pytest.raises(ModelError, match=sentence):
         choose_engine(name, model_of({}, 3))
     if name == "openvino":
         assert type(choose_engine("auto", saved(tmp_path), device="cpu")) is TorchEngine
 
 
-def test_an_engine_refuses_what_it_cannot_do() -> None:
+def test_an_engine_refuses_devices_and_precisions_that_it_does_not_support() -> None:
     model = model_of({}, 3)
-    with pytest.raises(ModelError, match="openvino runs on the CPU, found --device cuda"):
+    with pytest.raises(ModelError, match="openvino runs only on the CPU, found --device cuda"):
         choose_engine("openvino", model, device="cuda")
     for name in ("openvino", "onnx"):
         with pytest.raises(ModelError, match=r"float32.*found torch\.float16"):
@@ -85,7 +85,7 @@ def test_an_engine_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_a_volume_is_segmented_alike_in_every_engine(name: EngineName, tmp_path: Path) -> None:
+def test_a_volume_has_the_same_labels_in_every_engine(name: EngineName, tmp_path: Path) -> None:
     model = saved(tmp_path)
     values = np.random.default_rng(0).standard_normal((18, 11, 9, 2)).astype(np.float32)
     volume = Volume(values, Grid((18, 11, 9), np.eye(4)))

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from segkit.inference.engines.conversion_cache import MANIFEST, artefact, find, user_cache
+from segkit.inference.engines.conversion_cache import (
+    MANIFEST,
+    cached_folder,
+    find_cached,
+    user_cache,
+)
 from segkit.inference.engines.converted import (
     ENGINES_FOLDER,
     ConvertedEngine,
@@ -33,20 +38,20 @@ def test_a_damaged_conversion_is_made_again(
 
 
 def test_a_conversion_holds_the_files_of_its_manifest_and_no_others(tmp_path: Path) -> None:
-    folder = artefact("name", [tmp_path], lambda made: write_text(made / "a", "a"))
-    assert find("name", [tmp_path]) == folder
+    folder = cached_folder("name", [tmp_path], lambda made: write_text(made / "a", "a"))
+    assert find_cached("name", [tmp_path]) == folder
     write_text(folder / "b", "an extension")
-    assert find("name", [tmp_path]) is None
+    assert find_cached("name", [tmp_path]) is None
     (folder / "b").unlink()
     (folder / "a").unlink()
-    assert find("name", [tmp_path]) is None
+    assert find_cached("name", [tmp_path]) is None
 
 
-def test_an_artefact_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_cached_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise RuntimeError("planted")
 
     with pytest.raises(RuntimeError, match="planted"):
-        artefact("name", [tmp_path], fail)
+        cached_folder("name", [tmp_path], fail)
     assert not list(tmp_path.iterdir())

@@ -74,7 +74,7 @@ def test_a_model_without_a_folder_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_kept_is_converted_each_time(
+def test_a_conversion_that_cannot_be_kept_is_made_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

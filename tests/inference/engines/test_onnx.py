@@ -13,9 +13,7 @@ from tests.models import model_of
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_file_with_a_named_batch_gives_the_outputs_asked_for_of_any_number_of_windows(
-    count: int, tmp_path: Path
-) -> None:
+def test_a_file_with_a_named_batch_runs_any_number_of_windows(count: int, tmp_path: Path) -> None:
     model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3, count)
     traced, runtime = Traced(model.network).eval(), OnnxRuntime()
     runtime.write(traced, windows_of(3, 2), tmp_path / "network.onnx", batch="batch")

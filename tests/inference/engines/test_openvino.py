@@ -21,7 +21,7 @@ def test_openvino_leaves_the_classes_of_a_voxel_side_by_side(tmp_path: Path) -> 
     assert found[LOGITS].stride()[1] == 1
 
 
-def test_openvino_tells_nobody_that_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     OpenVino()
     assert sys.modules["openvino_telemetry"] is None
@@ -58,7 +58,7 @@ def test_ctrl_c_is_heard_when_another_thread_has_let_go_of_openvino(tmp_path: Pa
     assert (done.returncode, done.stdout) == (0, "heard 2\n"), done.stderr[-2000:]
 
 
-def test_openvino_computes_in_bfloat16_where_asked_and_the_cpu_can() -> None:
+def test_openvino_computes_in_bfloat16_if_requested_and_supported() -> None:
     model, batch = model_of({}, 3), windows_of(3)
     able = OpenVino().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in able:

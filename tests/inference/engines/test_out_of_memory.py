@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segkit.geometry.grid import Grid
 from segkit.inference import windows
-from segkit.inference.engines.out_of_memory import SparingEngine
+from segkit.inference.engines.out_of_memory import MemoryFallbackEngine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import WindowLayout, slide
@@ -19,14 +19,14 @@ from tests.engines import CPU, Planted, keys_of, windows_of
 from tests.models import model_of
 
 
-def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
+def test_out_of_memory_moves_first_the_sums_and_then_the_network_to_the_host(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
     eager = TorchEngine(model.network, device=CPU)
     keys = keys_of(model)
     device, host = Planted(eager, failing=(2, 4)), Planted(eager, failing=())
-    engine = SparingEngine(device, lambda: host)
+    engine = MemoryFallbackEngine(device, lambda: host)
     counts = []
     for _ in range(6):
         found = engine(batch, keys)
@@ -36,15 +36,15 @@ def test_out_of_memory_gives_up_the_sums_first_and_then_the_device(
     # The second batch alone goes to the host; from the fourth on, all do.
     assert counts == [(1, 0), (2, 1), (3, 1), (4, 2), (4, 3), (4, 4)]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert "sums over windows are kept on the host" in caplog.messages[0]
+    assert "sums over windows are kept in host memory" in caplog.messages[0]
     assert "the network runs on the CPU" in caplog.messages[1]
 
 
-def test_another_error_of_the_device_is_not_taken_for_want_of_memory() -> None:
+def test_another_error_of_the_device_does_not_count_as_out_of_memory() -> None:
     def fail(windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         raise RuntimeError("device-side assert")
 
-    engine = SparingEngine(fail, lambda: fail)
+    engine = MemoryFallbackEngine(fail, lambda: fail)
     with pytest.raises(RuntimeError, match="device-side assert"):
         engine(windows_of(3), ())
 
@@ -72,18 +72,18 @@ def test_sums_that_do_not_fit_on_the_device_are_kept_on_the_host(
 
     monkeypatch.setattr(windows.torch, "zeros", crowded)
     assert torch.equal(slid(), expected)
-    assert "kept on the host" in caplog.text
+    assert "kept in host memory" in caplog.text
 
 
 @pytest.mark.gpu
-def test_a_gpu_whose_memory_runs_out_mid_scan_ends_where_it_would_have_ended() -> None:
+def test_labels_are_the_same_if_gpu_memory_runs_out_in_a_scan() -> None:
     model = model_of({"skip": "additive_grid"}, 3)
     values = np.random.default_rng(0).standard_normal((34, 19, 21, 2)).astype(np.float32)
     volume = Volume(values, Grid((34, 19, 21), np.eye(4)))
     predictor = Predictor(model, device="cuda")
     expected = predictor(volume, maps=True).labels.data
     (member,) = predictor.members
-    assert isinstance(member.engine, SparingEngine) and member.engine.engine is not None
+    assert isinstance(member.engine, MemoryFallbackEngine) and member.engine.engine is not None
     planted = Planted(member.engine.engine, failing=(5, 9))
     member.engine.engine = planted
     assert (predictor(volume, maps=True).labels.data == expected).mean() > 0.999

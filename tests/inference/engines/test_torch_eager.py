@@ -33,7 +33,7 @@ def test_bfloat16_comes_back_as_float32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gpu_gives_what_the_cpu_gives(precision: torch.dtype) -> None:
+def test_a_gpu_gives_the_same_outputs_as_the_cpu(precision: torch.dtype) -> None:
     model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
     keys = keys_of(model)
     expected = TorchEngine(model_of({"skip": "additive_grid"}, 3).network, device=CPU)(batch, keys)

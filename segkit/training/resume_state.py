@@ -13,7 +13,7 @@ from segkit.training.lightning_private import begin_epoch_at
 from segkit.training.run_folder import RECORD_KEY
 
 
-class GoingOn(Callback):
+class ResumeState(Callback):
     """A callback that writes settings and split into checkpoints, and adapts a loaded checkpoint.
 
     After loading, optimiser and schedule have the new settings: at step s, the learning rate is

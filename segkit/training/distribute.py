@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def deal(
+def distribute(
     groups: Mapping[str, Sequence[int]],
     strata: np.ndarray,
     shares: Sequence[float],
