@@ -59,6 +59,7 @@ PUBLIC = [
     "load_template",
     "map_on_source",
     "plan_dataset",
+    "pool",
     "prepare",
     "read_labels",
     "read_volume",

@@ -111,9 +111,11 @@ def train_command(
         if dry_run:
             return _dry_run(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # only the first process of a run has a summary
+    if not result.summary:  # only the first process of a run, and the last of folds, has a summary
+        if json and wanted:
+            say_json({"folder": str(result.folder), "finished": False})
         return
-    _say_result(result)
+    say_result(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
@@ -192,7 +194,7 @@ def _trained(
             low,
             settings,
             runs=runs,
-            tell=_say_result,
+            tell=say_result,
             callbacks=callbacks,
             track=track,
             spent=time.monotonic() - started,
@@ -223,7 +225,7 @@ def _resumed(
         raise ConfigError(
             f"{run}: --folds needs a cross-validation, found a single run; leave --folds out"
         )
-    return resume_two_stages(run, overrides, tell=_say_result, callbacks=callbacks, track=track)
+    return resume_two_stages(run, overrides, tell=say_result, callbacks=callbacks, track=track)
 
 
 def _say_picture_facts(settings: "Config") -> None:
@@ -246,7 +248,7 @@ def _shown() -> tuple[list["Callback"], "Tracker"]:
     return [TrainingProgress(console)], Tracker(console)
 
 
-def _say_result(result: "Run | CrossValidation") -> None:
+def say_result(result: "Run | CrossValidation") -> None:
     """Print the result of a run or a cross-validation."""
     from segkit.training.cross_validation import CrossValidation
 
@@ -264,6 +266,9 @@ def _say_result(result: "Run | CrossValidation") -> None:
             f"mean Dice of {scores['cases']} held-out cases, on the grids of their scans: "
             f"{mean} ({classes})"
         )
+    for name in ("temperature", "start_from", "freeze"):
+        if name in summary:
+            say(summary[name]["told"])
     say(f"wrote {result.folder}")
 
 

@@ -9,6 +9,7 @@ Post-processing comes last and needs the labels of the whole volume in memory, b
 component may span all slabs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +281,17 @@ class Predictor:
         adopted = [member.model.description.postprocessing for member in self.members]
         return adopted[0] if all(one == adopted[0] for one in adopted) else PostprocessingConfig()
 
+    @property
+    def temperature(self) -> float | None:
+        """By what logits are divided for probabilities: the geometric mean of the models' own.
+
+        A model without one counts as 1; None if no model has one.
+        """
+        given = [member.model.description.temperature for member in self.members]
+        if not any(given):
+            return None
+        return math.exp(sum(math.log(each or 1.0) for each in given) / len(given))
+
     def prepare(
         self,
         volume: Volume,
@@ -332,7 +344,9 @@ class Predictor:
             voxels = VOXELS
         if self.members[0].device.type == "cuda":
             voxels *= TIMES_ON_GPU
-        combine = RowCombiner(probabilities=probabilities, uncertainty=uncertainty)
+        combine = RowCombiner(
+            probabilities=probabilities, uncertainty=uncertainty, temperature=self.temperature
+        )
         for start, rows in merge(walks):
             for first, few in pieces(rows, voxels=voxels):
                 yield start + first, combine(few)
