@@ -142,6 +142,7 @@ def _settings(
         dataset,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
+        spatial_dims=dims_of(overrides),
         minutes=minutes,
         runs=runs,
         track=Tracker(console),
@@ -163,6 +164,19 @@ def _settings(
         )
     say(planned.text.rstrip())
     return settings, low
+
+
+def dims_of(overrides: Sequence[str]) -> int | None:
+    """The number of spatial dimensions that overrides of a plan need; None if any number fits."""
+    dims = None
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key == "network.spatial_dims" and value in ("2", "3"):
+            dims = int(value)
+        elif key == "data.patch_size":
+            count = len(value.split(","))
+            dims = count if count in (2, 3) else dims
+    return dims
 
 
 def _races(overrides: Sequence[str], no_race: bool) -> bool:

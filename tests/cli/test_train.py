@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from segkit.cli.train import dims_of
 from segkit.config.load import dump_yaml
 from segkit.planning import make_plan as planning
 from tests.cli.command import run
@@ -132,3 +133,19 @@ def test_lightning_says_nothing_of_its_own(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "segkit", "train", str(config), "--runs", str(tmp_path / "runs")]
     done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dims"),
+    [
+        ([], None),
+        (["data.patch_size=[16, 16, 8]"], 3),
+        (["data.patch_size=[64,64]", "train.steps=5"], 2),
+        (["network.spatial_dims=3"], 3),
+        (["data.patch_size=16"], None),  # refused later, in words of its own
+    ],
+)
+def test_a_dataset_is_planned_in_the_dimensions_of_its_overrides(
+    overrides: list[str], dims: int | None
+) -> None:
+    assert dims_of(overrides) == dims
