@@ -3,6 +3,8 @@
 MkDocs calls `on_files` (`hooks` in mkdocs.yml); nothing of this is kept in the repository.
 """
 
+import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_line(),
         "reference/settings.md": settings(),
         "reference/api.md": python_api(),
+        "reference/errors.md": errors(),
         "changelog.md": page_of("CHANGELOG.md"),
         "contributing.md": page_of("CONTRIBUTING.md"),
         "security.md": page_of("SECURITY.md"),
@@ -122,6 +125,58 @@ def python_api() -> str:
                 lines += [f"    options: {OPTIONS[name]}"]
             lines += [""]
     return "\n".join(lines)
+
+
+ERRORS = (*API["Errors"].split(), "ValueError", "TooLargeError", "ConversionError")
+"""Errors whose sentence a user sees; a ValueError's sentence follows the file or the setting."""
+
+
+def errors() -> str:
+    """The sentence of every error, by the folder of segkit that raises it."""
+    lines = [
+        "# Errors",
+        "",
+        "Each error is one sentence: what was found, what was expected, and what to do. `{…}` and "
+        "names in braces stand for the file, the number or the name in question. Search this page "
+        "for a few words of the message that you see.",
+        "",
+    ]
+    package = Path(segkit.__file__).parent
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        for sentence in messages(path.read_text(encoding="utf-8")):
+            found.setdefault(place.parts[0].removesuffix(".py"), {}).setdefault(sentence, place)
+    for room, sentences in found.items():
+        lines += [f"## {room}", "", "| message | raised in |", "|---|---|"]
+        for sentence, place in sorted(sentences.items()):
+            lines.append(f"| {_cell(sentence)} | `segkit/{place.as_posix()}` |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def messages(source: str) -> Iterator[str]:
+    """The sentence of each error that Python source makes, with braces for what it fills in."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=[first, *_]) if name in ERRORS:
+                branches = (first.body, first.orelse) if isinstance(first, ast.IfExp) else (first,)
+                for branch in branches:
+                    sentence = "".join(map(_shown, _parts(branch))).replace("``", "")
+                    if re.search(r"[a-z]{3}[,;:]? ", sentence):
+                        yield sentence
+
+
+def _parts(text: ast.expr) -> list[ast.expr]:
+    return text.values if isinstance(text, ast.JoinedStr) else [text]
+
+
+def _shown(part: ast.expr) -> str:
+    """Text as Markdown shows it, or braces for what is filled in."""
+    if isinstance(part, ast.FormattedValue):
+        return f"`{{{part.value.id}}}`" if isinstance(part.value, ast.Name) else "`{…}`"
+    text = str(part.value) if isinstance(part, ast.Constant) else ""
+    return "".join(f"\\{letter}" if letter in "*_[]<>`" else letter for letter in text)
 
 
 def _section(

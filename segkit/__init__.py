@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from segkit.training.cross_validation import CrossValidation, cross_validate
     from segkit.training.fit import Run, fit, resume, train
     from segkit.training.parts import TrainingParts, prepare
+    from segkit.training.pool import pool
 
 __all__ = [
     "AttentionMap",
@@ -102,6 +103,7 @@ __all__ = [
     "load_template",
     "map_on_source",
     "plan_dataset",
+    "pool",
     "prepare",
     "read_labels",
     "read_volume",
@@ -151,6 +153,7 @@ _HOMES = {
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
+    "segkit.training.pool": ("pool",),
     "segkit.io.pictures": ("write_montage",),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,25 @@ from segkit.data.dataset import (
     read_case_label,
     unlabelled,
 )
+from segkit.data.dicom_cases import told_tree
 from segkit.data.label_numbers import other_numbers
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
-from segkit.io.dicom import Series, choose_series, holds_series, list_series, read_series
+from segkit.io.dicom import (
+    Series,
+    choose_series,
+    find_folders,
+    holds_series,
+    list_series,
+    read_series,
+)
+from segkit.io.dicom_labels import told_names
+from segkit.io.dicom_tree import read_tree
 from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
+from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
 from segkit.model.build import build_network
 from segkit.system.progress import Track, untracked
@@ -61,7 +72,7 @@ def check(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    series: str | None = None,
+    series: str | SeriesRule | None = None,
     pixel_size: Sequence[str] | None = None,
     track: Track = untracked,
 ) -> Understood:
@@ -70,8 +81,8 @@ def check(
     Args:
         path: the file or folder to describe.
         overrides: changes to a config, such as "train.steps=500".
-        series: the UID of a series in a folder of DICOM files. If None, the folder's only series is
-            described, or its several series are listed.
+        series: the UID of a DICOM series in the folder, or a rule for the series in the folder and
+            below it. If None, the folder's only series is described, or its several are listed.
         pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
         track: shows the progress over cases.
 
@@ -85,10 +96,13 @@ def check(
         print(segkit.check("my_dataset"))
     """
     path = Path(path)
-    if series is not None or (path.is_dir() and not _is_dataset(path) and holds_series(path)):
-        if series is None:
-            refuse_volumes_beside_series(path)
+    if isinstance(series, str):
         return describe_series(path, series)
+    if series is not None or (path.is_dir() and not _is_dataset(path) and _has_series(path)):
+        if series is None and holds_series(path):
+            refuse_volumes_beside_series(path)
+            return describe_series(path, None)
+        return describe_tree(path, series or SeriesRule())
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         dataset = dataset_in(path, overrides)
         if dataset is None:
@@ -100,6 +114,29 @@ def check(
 
 def _is_dataset(folder: Path) -> bool:
     return (folder / "dataset.json").exists()
+
+
+def _has_series(folder: Path) -> bool:
+    """Whether DICOM images lie in a folder, to any depth."""
+    return any(holds_series(inner) for inner in find_folders(folder))
+
+
+def describe_tree(folder: Path, rule: SeriesRule) -> Understood:
+    """The DICOM series in a folder to any depth that a rule admits, and names of structures."""
+    tree = read_tree(folder)
+    chosen = tuple(series for series in tree.series if rule.admits(series, folder))
+    tree = replace(tree, series=chosen)
+    places = len({series.folder for series in chosen})
+    lines = [f"{folder}: {len(chosen)} DICOM series in {places} folders", *told_tree(tree)]
+    facts = {
+        "series": [
+            {**_series_facts(series), "folder": series.folder.relative_to(folder).as_posix()}
+            for series in chosen
+        ],
+        "structures": dict(told_names(tree.structures)),
+        "failures": list(tree.failures.values()),
+    }
+    return Understood("series", "\n".join(lines), facts)
 
 
 def describe_series(folder: Path, uid: str | None) -> Understood:

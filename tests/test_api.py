@@ -63,6 +63,7 @@ PUBLIC = [
     "load_template",
     "map_on_source",
     "plan_dataset",
+    "pool",
     "prepare",
     "read_labels",
     "read_volume",

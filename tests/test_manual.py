@@ -144,6 +144,37 @@ def test_the_reference_holds_every_setting_its_default_and_its_words(reference: 
             assert words.partition("|")[0] in row
 
 
+def test_the_sentence_of_an_error_is_shown_with_braces_for_what_it_fills_in(
+    reference: ModuleType,
+) -> None:
+    source = (
+        "raise VolumeError(f'{path}: {len(a)} channels, expected {count}')\n"
+        "error = ConfigError('give * steps' if steps else 'give no steps')\n"
+        "raise KeyError('no user sees it')\n"
+        "raise SegkitError(failures[0])\n"
+    )
+    assert list(reference.messages(source)) == [
+        "`{path}`: `{…}` channels, expected `{count}`",
+        "give \\* steps",
+        "give no steps",
+    ]
+
+
+def test_the_reference_holds_the_sentence_of_every_error_once_in_each_folder(
+    reference: ModuleType,
+) -> None:
+    text = reference.errors()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "segkit/" in line]
+    assert len(rows) > 300
+    for folder in ("config", "data", "io", "model", "training"):
+        section = text.partition(f"\n## {folder}\n")[2].partition("\n## ")[0]
+        inside = [line.rpartition(" | ")[0] for line in section.splitlines()[3:] if line]
+        assert inside and len(set(inside)) == len(inside)
+    for path in (ROOT / "segkit").rglob("*.py"):
+        for sentence in reference.messages(path.read_text(encoding="utf-8")):
+            assert reference._cell(sentence) in text, (path, sentence)
+
+
 def test_types_are_told_in_words(reference: ModuleType) -> None:
     text = reference.settings()
     assert "| `batch_size` | integer > 0 | `2` |" in text

@@ -20,10 +20,15 @@ def check_command(
 ) -> None:
     """Check a config, a dataset or a volume: show how segkit reads it, or report its errors."""
     from segkit.checking import check
+    from segkit.io.series_rules import parse_series
     from segkit.system.progress import Tracker
 
     understood = check(
-        path, overrides or (), series=series, pixel_size=pixel_size, track=Tracker(console)
+        path,
+        overrides or (),
+        series=parse_series(series),
+        pixel_size=pixel_size,
+        track=Tracker(console),
     )
     say(understood.text)
     if json:

@@ -55,6 +55,7 @@ def explain_command(
     """
     import torch
 
+    from segkit.data.case_inputs import inputs_in
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,
@@ -64,8 +65,8 @@ def explain_command(
     from segkit.explain.page.terminal_table import verdict_table
     from segkit.explain.verdicts.ablation import check_gates
     from segkit.inference.predictor import Predictor
-    from segkit.io.inputs import find_inputs
     from segkit.io.picture_summary import picture_lines
+    from segkit.io.series_rules import parse_series
     from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
     from segkit.system.progress import Tracker
 
@@ -74,7 +75,9 @@ def explain_command(
     folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
-    found = find_inputs(inputs, len(loaded.description.channels), series=series, rules=rules)
+    found = inputs_in(
+        inputs, loaded.description.channels, series=parse_series(series), rules=rules, but=out
+    )
     say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     for line in picture_lines([source.files[0] for source in found], rules):
         say(line)

@@ -9,6 +9,9 @@ from segkit.cli.options import CheckpointOption, OverlapOption, Overwrite
 from segkit.cli.terminal import JsonOption, say, say_json
 from segkit.errors import SegkitError
 
+MOST_SCANS = 8
+"""Of a folder, on which int8 measures the range of features: the first by name."""
+
 
 def export_command(
     model: Annotated[Path, Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
@@ -26,6 +29,17 @@ def export_command(
     scan: Annotated[
         Path | None, Option(help="A scan for --check; random noise by default.")
     ] = None,
+    precision: Annotated[
+        Literal["float32", "float16", "int8"],
+        Option(help="Of the exported network; float16 for onnx and openvino, int8 for onnx."),
+    ] = "float32",
+    calibration: Annotated[
+        list[Path] | None,
+        Option(metavar="SCANS", help="Real scans, or a folder of them, for --precision int8."),
+    ] = None,
+    reference: Annotated[
+        Path | None, Option(help="Labels of --scan, which float16 or int8 is scored by.")
+    ] = None,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,
     json: JsonOption = False,
@@ -34,6 +48,7 @@ def export_command(
     """Write a model for another program: ONNX, OpenVINO, torch.export, or a MONAI bundle."""
     from segkit.export.export import export_model
     from segkit.io.inputs import find_inputs, read_input
+    from segkit.io.volume import read_labels
     from segkit.model.folder import load_model, model_folders, picture_rules_of
 
     folder, *more = model_folders(model, checkpoint)
@@ -45,6 +60,8 @@ def export_command(
     description = loaded.description
     rules = picture_rules_of(description)
     found = find_inputs([scan], len(description.channels), rules=rules) if scan else []
+    scans = calibration or []
+    ranges = find_inputs(scans, len(description.channels), rules=rules) if scans else []
     exported = export_model(
         loaded,
         form,
@@ -53,6 +70,9 @@ def export_command(
         check=check or bool(found),
         scan=read_input(found[0]) if found else None,
         overwrite=overwrite,
+        precision=precision,
+        calibration=[read_input(each) for each in ranges[:MOST_SCANS]],
+        reference=read_labels(reference) if reference else None,
     )
     for path in exported.written:
         say(f"wrote {path}")
@@ -60,6 +80,11 @@ def export_command(
         say(line)
     if json:
         say_json(exported.content())
+    if not exported.holds and exported.reduced is not None:
+        raise SegkitError(
+            f"{out}: {precision} gives {exported.reduced.same_labels:.4%} of the voxels the label "
+            f"of float32, which is too few; measure ranges on more scans, or export float16"
+        )
     if not exported.holds:
         raise SegkitError(
             f"{out}: differs from PyTorch by more than rounding errors; do not use it, and report "

@@ -16,6 +16,7 @@ from segkit.cli.explain import explain_command
 from segkit.cli.export import export_command
 from segkit.cli.fetch import fetch_command
 from segkit.cli.plan import plan_command
+from segkit.cli.pool import pool_command
 from segkit.cli.predict import predict_command
 from segkit.cli.terminal import (
     Commands,
@@ -71,6 +72,7 @@ app.command("demo")(demo_command)
 app.command("fetch")(fetch_command)
 app.command("plan")(plan_command)
 app.command("train")(train_command)
+app.command("pool")(pool_command)
 app.command("predict")(predict_command)
 app.command("explain")(explain_command)
 app.command("evaluate")(evaluate_command)

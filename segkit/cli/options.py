@@ -11,7 +11,10 @@ Overrides = Annotated[
 Device = Annotated[str, Option(help="auto, cpu, cuda, or a name such as cuda:1.")]
 Inputs = Annotated[
     list[Path],
-    Argument(metavar="INPUT...", help="Volumes, DICOM series, or folders that contain them."),
+    Argument(
+        metavar="INPUT...",
+        help="Volumes, DICOM series, folders of them, or a dataset: YAML, a table, BIDS.",
+    ),
 ]
 MODEL = "The folder of a run or model. The default is the newest run."
 ModelFolder = Annotated[Path | None, Option(envvar="SEGKIT_MODEL", help=MODEL)]
@@ -30,8 +33,13 @@ OverlapOption = Annotated[
     float, Option(min=0, max=0.9, help="Overlap of neighbouring windows, as a share of their size.")
 ]
 SeriesOption = Annotated[
-    str | None,
-    Option(metavar="UID", help="The DICOM series to read if a folder contains several."),
+    list[str] | None,
+    Option(
+        "--series",
+        metavar="UID|RULE",
+        help="Which DICOM series: a UID, or modality=CT, description=*thorax*, folder=*/CT, "
+        "slices=20..400; again for each condition.",
+    ),
 ]
 PixelSizeOption = Annotated[
     list[str] | None,

@@ -1,7 +1,7 @@
 """`segkit predict`: segment volumes."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
@@ -16,6 +16,9 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
+
+if TYPE_CHECKING:
+    from segkit.inference.predict_files import Outcome
 
 
 def predict_command(
@@ -39,6 +42,10 @@ def predict_command(
     preview: Annotated[
         bool, Option("--preview", help="Also write a PNG of the middle slices with labels.")
     ] = False,
+    layout: Annotated[
+        Literal["flat", "bids"],
+        Option(help="Results named after the inputs, or as BIDS derivatives in --out."),
+    ] = "flat",
     dicom_seg: Annotated[
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
     ] = False,
@@ -82,10 +89,11 @@ def predict_command(
     """
     import torch
 
+    from segkit.data.case_inputs import inputs_in
     from segkit.inference.predict_files import predict_files
     from segkit.inference.predictor import Predictor
-    from segkit.io.inputs import find_inputs
     from segkit.io.picture_summary import picture_lines
+    from segkit.io.series_rules import parse_series
     from segkit.model.folder import (
         load_model,
         model_folders,
@@ -112,7 +120,9 @@ def predict_command(
     )
     description = predictor.model.description
     rules = picture_rules_of(description, pixel_size)
-    found = find_inputs(inputs, len(description.channels), series=series, rules=rules)
+    found = inputs_in(
+        inputs, description.channels, series=parse_series(series), rules=rules, but=out
+    )
     for folder in folders:
         say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
     if tta and not predictor.mirrors:
@@ -132,6 +142,7 @@ def predict_command(
             statistics=statistics,
             preview=preview,
             as_dicom=dicom_seg,
+            layout=layout,
             overwrite=overwrite,
             shard=(number, count),
             track=progress.track,
@@ -141,12 +152,7 @@ def predict_command(
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
-            if outcome.written:
-                more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
-                say(f"wrote {outcome.written[0]}{more}")
-                if outcome.presence is not None:
-                    shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
-                    say(f"probability that the image contains: {shares}")
+            _tell(outcome)
             if outcome.error is not None:
                 failures.append(outcome.error)
                 if len(found) > 1:
@@ -156,6 +162,17 @@ def predict_command(
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)
+
+
+def _tell(outcome: "Outcome") -> None:
+    """Say what was written of one volume."""
+    if not outcome.written:
+        return
+    more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
+    say(f"wrote {outcome.written[0]}{more}")
+    if outcome.presence is not None:
+        shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())
+        say(f"probability that the image contains: {shares}")
 
 
 def _share(shard: str, device: str) -> tuple[int, int, str]:

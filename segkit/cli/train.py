@@ -111,9 +111,11 @@ def train_command(
         if dry_run:
             return _dry_run(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # only the first process of a run has a summary
+    if not result.summary:  # only the first process of a run, and the last of folds, has a summary
+        if json and wanted:
+            say_json({"folder": str(result.folder), "finished": False})
         return
-    _say_result(result)
+    say_result(result)
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
@@ -140,6 +142,7 @@ def _settings(
         dataset,
         cache=runs / ".cache",
         device=(device or ["auto"])[-1],
+        spatial_dims=dims_of(overrides),
         minutes=minutes,
         runs=runs,
         track=Tracker(console),
@@ -161,6 +164,19 @@ def _settings(
         )
     say(planned.text.rstrip())
     return settings, low
+
+
+def dims_of(overrides: Sequence[str]) -> int | None:
+    """The number of spatial dimensions that overrides of a plan need; None if any number fits."""
+    dims = None
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key == "network.spatial_dims" and value in ("2", "3"):
+            dims = int(value)
+        elif key == "data.patch_size":
+            count = len(value.split(","))
+            dims = count if count in (2, 3) else dims
+    return dims
 
 
 def _races(overrides: Sequence[str], no_race: bool) -> bool:
@@ -192,7 +208,7 @@ def _trained(
             low,
             settings,
             runs=runs,
-            tell=_say_result,
+            tell=say_result,
             callbacks=callbacks,
             track=track,
             spent=time.monotonic() - started,
@@ -223,16 +239,15 @@ def _resumed(
         raise ConfigError(
             f"{run}: --folds needs a cross-validation, found a single run; leave --folds out"
         )
-    return resume_two_stages(run, overrides, tell=_say_result, callbacks=callbacks, track=track)
+    return resume_two_stages(run, overrides, tell=say_result, callbacks=callbacks, track=track)
 
 
 def _say_picture_facts(settings: "Config") -> None:
     """Print the pixel size if the dataset contains pictures."""
-    from segkit.data.dataset import read_dataset
+    from segkit.data.dataset import dataset_of
     from segkit.io.picture_summary import picture_lines
 
-    data = settings.data
-    dataset = read_dataset(data.folder, data.files, data.pictures)
+    dataset = dataset_of(settings.data)
     first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
     for line in picture_lines(first, dataset.rules):
         say(line)
@@ -247,7 +262,7 @@ def _shown() -> tuple[list["Callback"], "Tracker"]:
     return [TrainingProgress(console)], Tracker(console)
 
 
-def _say_result(result: "Run | CrossValidation") -> None:
+def say_result(result: "Run | CrossValidation") -> None:
     """Print the result of a run or a cross-validation."""
     from segkit.training.cross_validation import CrossValidation
 
@@ -265,6 +280,9 @@ def _say_result(result: "Run | CrossValidation") -> None:
             f"mean Dice of {scores['cases']} held-out cases, on the grids of their scans: "
             f"{mean} ({classes})"
         )
+    for name in ("temperature", "start_from", "freeze"):
+        if name in summary:
+            say(summary[name]["told"])
     say(f"wrote {result.folder}")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from segkit.config.base import Name, Section
+from segkit.config.dicom import DicomConfig
 from segkit.config.pictures import PicturesConfig
 
 OTHERS = "others"
@@ -68,7 +69,7 @@ class FilesConfig(Section):
     images: dict[Name, str] = Field({})
     """The file pattern of each channel, by the channel's name; with a table, the column."""
     label: str = ""
-    """The file pattern of the labels; with a table, the column."""
+    """The file pattern of the labels; with a table, the column. Only to predict, none is needed."""
     table: Path | None = None
     """A CSV file instead of patterns, with columns `id`, `label`, and `image` or one per channel.
     """
@@ -83,12 +84,13 @@ class FilesConfig(Section):
     def _patterns_are_given(self) -> Self:
         if self.table is not None:
             return self
-        if not self.images or not self.label:
+        label_is_empty = "label" in self.model_fields_set and not self.label
+        if not self.images or label_is_empty:
             raise ValueError(
                 "data.files needs images (a pattern for each channel) and label (a pattern), or a "
                 "table; give one or the other"
             )
-        for pattern in (*self.images.values(), self.label):
+        for pattern in (*self.images.values(), *([self.label] if self.label else [])):
             *folders, name = pattern.split("/")
             wrong = "**" in name or any("**" in part and part != "**" for part in folders)
             if wrong or not {"*", "?"} & set(pattern) or Path(pattern).is_absolute():
@@ -116,6 +118,9 @@ class DatasetConfig(Section):
     `files` is given."""
     files: FilesConfig | None = None
     """The files of each case, instead of a dataset.json."""
+    dicom: DicomConfig | None = None
+    """DICOM series that are the images and structures that are the labels, instead of a
+    dataset.json. With `files` that name DICOM folders, only the structures of each class."""
     pictures: PicturesConfig | None = None
     """Information that PNG, TIFF, JPEG and BMP files lack. It overrides a dataset.json."""
     nan: NanRule = "refuse"
@@ -144,3 +149,11 @@ class DatasetConfig(Section):
     test: ColumnConfig | list[str] | None = None
     """Cases that are kept for a last test and never used before: their names, or a column that
     marks them by `test`, `yes`, `true` or `1`."""
+
+    @model_validator(mode="after")
+    def _images_are_named_once(self) -> Self:
+        if self.files is not None and self.dicom is not None and self.dicom.images:
+            raise ValueError(
+                "data.files and data.dicom.images both say which files are images; give one of them"
+            )
+        return self

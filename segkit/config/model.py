@@ -83,6 +83,9 @@ class ModelDescription(Section):
     first_stage: FirstStageConfig | None = None
     """Models whose labels are one more channel of the input, after the image's channels."""
     postprocessing: PostprocessingConfig = PostprocessingConfig()
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Logits are divided by it before they become probabilities, if it was fitted on held-out cases
+    (Guo et al. 2017). Labels do not depend on it."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -221,4 +224,5 @@ def description_of(
         mirror=config.data.mirrored(list(labelling.numbers)),
         first_stage=first_stage,
         postprocessing=PostprocessingConfig(largest_foreground=False, largest_of=()),
+        temperature=None,
     )

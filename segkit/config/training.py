@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
@@ -90,6 +90,7 @@ class CosineConfig(Section):
 
 
 OptimiserName = Literal["adamw", "sgd", "muon"]
+OtherChannels = Literal["mean", "copied", "zero", "anew"]
 ScheduleName = Literal["one_cycle", "polynomial", "cosine"]
 SCHEDULE_OF: dict[OptimiserName, ScheduleName] = {
     "adamw": "one_cycle",
@@ -177,7 +178,28 @@ class TrainConfig(Section):
     start_from: Path | None = None
     """A run or model folder. Training starts from its weights, for each weight that has the same
     name and shape in the new network."""
+    other_channels: OtherChannels = "mean"
+    """Used only with `start_from`: kernels of the first layer for each channel whose name the other
+    model does not have: the `mean` of its kernels, those of its channels in turn (`copied`),
+    `zero`, or new ones (`anew`)."""
+    freeze: dict[str, Positive | None] = Field({})
+    """Weights that are not trained, by patterns of their names such as `encoder.*`, and the step
+    from which on they are; null if never. A list of patterns means never. The last pattern that
+    fits a weight counts."""
+    keep_held_out: Literal["nothing", "labels", "probabilities"] = "nothing"
+    """Predictions of held-out cases by the final weights that the run keeps in its folder
+    `held_out`: labels, or labels and probabilities."""
+    calibrate: bool = False
+    """If true, one temperature for all probabilities is fitted on the held-out cases at the end
+    (Guo et al. 2017) and kept with the model. Labels do not change."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _listed_patterns_stay_frozen(cls, given: Any) -> Any:
+        if isinstance(given, list) and all(isinstance(each, str) for each in given):
+            return dict.fromkeys(given)
+        return given
 
     @model_validator(mode="before")
     @classmethod

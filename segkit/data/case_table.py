@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
-from segkit.data.file_patterns import ID, read_csv
+from segkit.data.file_patterns import ID
+from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, first_few
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,13 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeConfig, NanRule
+from segkit.config.dicom import DicomConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
+from segkit.data.bids import is_bids, list_bids
 from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
+from segkit.data.dicom_cases import check_structures, list_dicom_files, structure_rules
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
@@ -28,6 +31,7 @@ from segkit.io.volume import (
     BYTES_OF_IMAGE,
     BYTES_OF_LABEL,
     Volume,
+    has_volume_suffix,
     in_full,
     is_picture,
     read_grid,
@@ -115,11 +119,15 @@ def read_dataset(
     files: FilesConfig | None = None,
     pictures: PicturesConfig | None = None,
     given: Labelling | None = None,
+    dicom: DicomConfig | None = None,
 ) -> Dataset:
     """The dataset in a folder, with its cases in the order of their names.
 
     If one channel name, such as photo, stands for a picture of several channels, the channels are
     called photo red, photo green and photo blue.
+
+    `dicom` says which series are images and, beside other files, which DICOM structures are which
+    class.
 
     Args:
         folder: the folder of the dataset.
@@ -131,7 +139,14 @@ def read_dataset(
         DatasetError: the dataset is wrong or incomplete.
         VolumeError: a file is not a volume.
     """
-    file = read_dataset_file(folder, given) if files is None else list_files(folder, files, given)
+    if dicom is not None and dicom.images:
+        file = list_dicom_files(folder, dicom, given)
+    elif files is not None:
+        file = list_files(folder, files, given)
+    elif is_bids(folder) and not (folder / "dataset.json").exists():
+        file = list_bids(folder, given)
+    else:
+        file = read_dataset_file(folder, given)
     cases = sorted((CaseFiles(*named) for named in file.files), key=lambda case: case.name)
     problems = Problems()
     for name, count in Counter(case.name for case in cases).items():
@@ -151,6 +166,12 @@ def read_dataset(
     labelling = file.labelling
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, labelling)
+    unlabelled = {}
+    if on_series := {case.label: case.images[0] for case in cases if _is_dicom_label(case)}:
+        structures = structure_rules(dicom or DicomConfig(), labelling, on_series)
+        rules = replace(rules, structures=structures)
+        named = [(case.name, case.label) for case in cases if case.label in on_series]
+        unlabelled = check_structures(named, structures)
     channels, unit = _of_pictures(cases, file.channels, rules)
     return Dataset(
         folder,
@@ -165,7 +186,12 @@ def read_dataset(
         pictures,
         rules,
         unit,
+        unlabelled=unlabelled,
     )
+
+
+def _is_dicom_label(case: CaseFiles) -> bool:
+    return bool(case.images) and not has_volume_suffix(case.label)
 
 
 def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
@@ -183,6 +209,8 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     names = [case.name for case in dataset.cases]
     kept = kept_for_test(data, names)
     unlabelled = unlabelled_of(data, names, list(dataset.labelling.members))
+    for name, lacking in dataset.unlabelled.items():
+        unlabelled[name] = tuple(dict.fromkeys((*unlabelled.get(name, ()), *lacking)))
     dataset = replace(dataset, unlabelled=unlabelled, nan=data.nan)
     if not kept or with_test:
         return dataset
@@ -193,11 +221,12 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
 
 def _labelled(data: DatasetConfig) -> Dataset:
     if data.labels is None:
-        return read_dataset(data.folder, data.files, data.pictures)
+        return read_dataset(data.folder, data.files, data.pictures, dicom=data.dicom)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
-    source = "dataset.json" if data.files is None else "data.files"
-    logger.info("%s: labels come from data.labels instead of %s", data.folder, source)
-    return read_dataset(data.folder, data.files, data.pictures, labelling)
+    if data.dicom is None or not data.dicom.images:
+        source = "dataset.json" if data.files is None else "data.files"
+        logger.info("%s: labels come from data.labels instead of %s", data.folder, source)
+    return read_dataset(data.folder, data.files, data.pictures, labelling, data.dicom)
 
 
 def _of_pictures(
@@ -222,8 +251,8 @@ def _of_pictures(
 
 
 def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:
-    """The grid of a case, from the header of its label, or of its image if this is a picture."""
-    if case.images and is_picture(case.images[0]):
+    """The grid of a case, from its label's header, or its image's if it is a picture or DICOM."""
+    if case.images and (is_picture(case.images[0]) or not has_volume_suffix(case.label)):
         return read_grid(case.images[0], rules=dataset.rules)
     return read_grid(case.label, rules=dataset.rules)
 
@@ -277,7 +306,8 @@ def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
         if any(map(is_picture, (*case.images, case.label))):
             continue  # reading the header of a picture takes as long as reading its voxels
         with problems.noted():
-            grids = {path: read_grid(path) for path in (*case.images, case.label)}
+            files = (*case.images, case.label)
+            grids = {path: read_grid(path, rules=dataset.rules) for path in files}
             for path in (*case.images[1:], case.label) if case.images else ():
                 _turned_onto(case, path, grids[path], grids[case.images[0]])
             found = sum(read_num_channels(path) for path in case.images)

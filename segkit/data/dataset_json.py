@@ -17,7 +17,7 @@ from segkit.data.labelling_from import labelling_from
 from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
-from segkit.io.volume import SUFFIXES, is_picture, stem_of
+from segkit.io.volume import SUFFIXES, case_name_of, is_dicom_path, is_picture, stem_of
 
 MOST_NAMED = 20
 """A sentence lists at most so many labels."""
@@ -224,13 +224,13 @@ def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
         label = folder / entry.label
         for path in (*paths, label):
             with problems.noted():
-                if not path.is_file():
+                if not path.is_file() and not is_dicom_path(path):
                     raise DatasetError(
                         f"{folder}/dataset.json: names {path}, which does not exist; add the file "
                         f"or correct its name"
                     )
         with problems.noted():
-            found.append((stem_of(label), paths, label))
+            found.append((case_name_of(label), paths, label))
     problems.refuse()
     return found
 

@@ -1,7 +1,5 @@
 """The files of each case in a folder without a dataset.json, found by patterns or in a table."""
 
-import csv
-import io
 import logging
 import re
 from collections import Counter
@@ -10,9 +8,9 @@ from pathlib import Path
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
+from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, Problems, first_few, printable
-from segkit.io.safe_text import read_text
-from segkit.io.volume import suffix_of
+from segkit.io.volume import check_readable, is_dicom_path
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +39,40 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
     )
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
+    if files.table is None and not files.label:
+        raise DatasetError("data.files: expected label, the pattern of the labels, found none")
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
     return DatasetJson(channels, labelling, tuple(found), dict(files.codes))
+
+
+def list_images(
+    folder: Path, files: FilesConfig
+) -> tuple[tuple[str, ...], list[tuple[str, tuple[Path, ...]]]]:
+    """Channels, and the name and the images of each case, whether it has a label or not.
+
+    Cases that lack a channel's image are left out, with a warning. Raises DatasetError, or
+    VolumeError for a file that is no volume.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
+    if files.table is not None:
+        channels, rows = _rows_of(folder, files, labelled=False)
+        return channels, [(name, images) for name, images, _ in rows]
+    found = [matched(folder, pattern) for pattern in files.images.values()]
+    for pattern, paths in zip(files.images.values(), found, strict=True):
+        if not paths:
+            raise DatasetError(f"{folder}: no file in it matches {pattern}; see data.files")
+    whole = set.intersection(*(set(paths) for paths in found))
+    if torn := sorted(set[str]().union(*found) - whole):
+        told = printable(f"{folder}: left out, as they lack a channel: {first_few(torn)}")
+        logger.warning("%s", told)
+    if not whole:
+        raise DatasetError(
+            f"{folder}: no case has an image for each of {', '.join(files.images)}; wildcards of "
+            f"data.files.images must match alike"
+        )
+    cases = [(name, tuple(paths[name] for paths in found)) for name in sorted(whole)]
+    return tuple(files.images), cases
 
 
 def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
@@ -85,7 +115,8 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
     for path in sorted(folder.glob(pattern.replace("[", "[[]"))):
         inside = path.relative_to(folder)
         match = expression.fullmatch(inside.as_posix())
-        if match is None or not path.is_file() or any(part[0] == "." for part in inside.parts):
+        hidden = any(part[0] == "." for part in inside.parts)
+        if match is None or hidden or not (path.is_file() or is_dicom_path(path)):
             continue
         name = "_".join(dict.fromkeys(match.groups()))
         if name in found:
@@ -93,7 +124,7 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
                 f"{folder}: {pattern} matches {found[name].relative_to(folder)} and {inside}, both "
                 f"as case {name!r}; change it to match only one file of each case"
             )
-        suffix_of(path)  # raises VolumeError if this is not a volume
+        check_readable(path)
         found[name] = path
     return found
 
@@ -108,6 +139,14 @@ def _expression(pattern: str) -> str:
 
 def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
     """The case in each row of a CSV file, whose paths are relative to the folder."""
+    channels, rows = _rows_of(folder, files, labelled=True)
+    return channels, [(name, images, label) for name, images, label in rows if label]
+
+
+def _rows_of(
+    folder: Path, files: FilesConfig, *, labelled: bool
+) -> tuple[tuple[str, ...], list[tuple[str, tuple[Path, ...], Path | None]]]:
+    """Channels, and the case in each row of a CSV file: its name, images and, if asked, label."""
     assert files.table is not None
     path = folder / files.table
     rows, columns = read_csv(path)
@@ -115,7 +154,8 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
     images = files.images or {
         column: column for column in columns if column.strip() and column not in (ID, label)
     }
-    for column in (ID, label, *(images.values() or [IMAGE])):
+    paths = (*images.values(), *([label] if labelled else []))
+    for column in (ID, *([label] if labelled else []), *(images.values() or [IMAGE])):
         if column not in columns:
             raise DatasetError(
                 f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}; add it "
@@ -136,42 +176,19 @@ def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[N
                     f"{path}: row {number} has the id {row[ID]!r}, which cannot be the name of a "
                     f"file; change it"
                 )
-        named = [folder / row[column] for column in (*images.values(), label)]
-        for column, file in zip((*images.values(), label), named, strict=True):
+        named = [folder / row[column] for column in paths]
+        for column, file in zip(paths, named, strict=True):
             with problems.noted():
-                if not row[column] or not file.is_file():
+                if not row[column] or not (file.is_file() or is_dicom_path(file)):
                     raise DatasetError(
                         f"{path}: row {number} has {row[column] or 'nothing'} in column {column}, "
                         f"which is not a file in {folder}; correct it, or set data.files.images if "
                         f"{column} is not a column of files"
                     )
-                suffix_of(file)
-        cases.append((row[ID], tuple(named[:-1]), named[-1]))
+                check_readable(file)
+        cases.append((row[ID], tuple(named[: len(images)]), named[-1] if labelled else None))
     problems.refuse()
     return tuple(images), cases
-
-
-def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a table, by column, and its columns.
-
-    The separator is a comma, a semicolon or a tab.
-
-    Raises:
-        DatasetError: the file cannot be read.
-    """
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
-    between = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=between, restval="", restkey=""
-    )
-    try:
-        rows = [{key: value for key, value in row.items() if key} for row in reader]
-    except csv.Error as error:
-        raise DatasetError(f"{path}: cannot be read as CSV: {error}; check the file") from None
-    return rows, [column for column in reader.fieldnames or []]
 
 
 def _some(found: dict[str, Path]) -> str:

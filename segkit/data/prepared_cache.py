@@ -355,6 +355,7 @@ def _digest(
     first: Path | None,
 ) -> str:
     sets = dataset.unlabelled_sets[1:]
+    structures = dataset.rules.structures
     content = {
         "format": CACHE_FORMAT,
         "channels": dataset.channels,
@@ -363,6 +364,7 @@ def _digest(
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         **({"unlabelled": [*sets, dataset.unlabelled.get(case.name, ())]} if sets else {}),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
+        **({"structures": structures.told()} if structures else {}),
         **({"nan": dataset.nan} if dataset.nan != "refuse" else {}),
         "spacing": list(spacing),
         "order": order,

@@ -97,7 +97,8 @@ def evaluate(
 
     Args:
         predictions: a segmentation, or a folder of segmentations with its subfolders.
-        references: the reference, a folder of references, or a dataset (its folder or YAML file).
+        references: the reference, a folder of references, a dataset (its folder or YAML file), or a
+            table with the columns `id` and `label`.
             Files are paired by name: the same path, or the same name, or the same name without
             final words such as `_seg` (the whole rule is in docs/evaluation.md).
         labels: file with the names of labels and regions: a dataset.json or its folder, a config, a
@@ -145,6 +146,7 @@ def evaluate(
         source = labels_file(references, labels)
         labelling = None if source is None else labelling_in(source)
         rules = AS_IT_SAYS if source is None else picture_rules_in(source)
+        rules = replace(rules, structures=known.rules.structures)
     rules = with_pixel_size(rules, pixel_size)
     tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
     rows, failures = score_pairs(

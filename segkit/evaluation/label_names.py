@@ -5,6 +5,8 @@ from pathlib import Path
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import DatasetFileConfig, read_yaml, validated
+from segkit.data.bids import is_bids
+from segkit.data.dataset import dataset_of
 from segkit.data.dataset_json import (
     labelling_of,
     picture_rules,
@@ -64,6 +66,8 @@ def labelling_in(path: Path) -> Labelling:
     if source.files is not None and source.files.labels:
         files = source.files
         return labelling_of(str(path), files.labels, files.regions_class_order, {})
+    if source.dicom is not None or is_bids(source.folder):
+        return dataset_of(source, with_test=True).labelling
     return read_labelling(source.folder / "dataset.json")
 
 

@@ -22,18 +22,33 @@ from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config
+from segkit.data.bids import bids_label_names, bids_labels, is_bids
 from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
-from segkit.errors import VolumeError, first_few
+from segkit.data.dataset_json import labelling_of
+from segkit.data.file_patterns import ID, LABEL
+from segkit.data.tables import TABLE_SUFFIXES, read_csv
+from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.picture_rules import PictureRules
-from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, stem_of, volumes_among
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    SUFFIXES,
+    case_name_of,
+    is_picture,
+    stem_of,
+    volumes_among,
+)
 
 LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
     *("gt", "truth", "groundtruth", "ref", "reference", "manual", "0000"),
 )
 """Final words of file names that mean 'label', and the number of a first channel."""
-ENDING = re.compile(rf"(?<=.)[ _.-]({'|'.join(LABEL_WORDS)})$", re.IGNORECASE)
-BESIDE = re.compile(r"_(prob|entropy|variance|preview)$|_map-")
+DESCRIPTION_ENTITY = "desc-[a-z0-9]+"
+"""An entity of BIDS names that describes how a file was made."""
+ENDING = re.compile(
+    rf"(?<=.)[ _.-]({'|'.join((*LABEL_WORDS, DESCRIPTION_ENTITY))})$", re.IGNORECASE
+)
+BESIDE = re.compile(r"_(prob|probseg|entropy|variance|preview)$|_map-")
 """Names of volumes that segkit writes beside predictions and that are not predictions."""
 
 Parts = tuple[str, ...]
@@ -98,8 +113,9 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     """The references in a file, a folder or a dataset.
 
     Args:
-        path: a volume, a folder of volumes, a dataset folder with a dataset.json, or a YAML file
-            with `data.folder` and optionally `data.files`.
+        path: a volume, a folder of volumes, a dataset folder with a dataset.json, a BIDS folder,
+            whose `…_dseg` files are the references, a table with the columns `id` and `label`, or
+            a YAML file with `data.folder` and optionally `data.files` or `data.dicom`.
         but: a folder of predictions inside `path`, which is left out.
 
     Raises:
@@ -110,11 +126,15 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
         named = dataset_in(path) or load_config(path).data
         dataset = dataset_of(named, with_test=True)
-        own = named.files or named.labels
+        own = named.files or named.labels or named.dicom or is_bids(named.folder)
         source = path if own else named.folder / "dataset.json"
     elif path.is_dir() and (path / "dataset.json").is_file() and not _at_top(path):
         dataset = read_dataset(path)
         source = path / "dataset.json"
+    elif path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        return References(tuple(_in_table(path)))
+    elif is_bids(path) and (labels := bids_labels(path)):
+        return _in_bids(path, labels)
     elif path.exists():
         return References(tuple(volumes_in(path, but=but)))
     else:
@@ -128,6 +148,37 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
     return References(volumes, dataset.labelling, source, dataset.rules, lacking)
 
 
+def _in_table(path: Path) -> list[NamedVolume]:
+    """The column `label` of a table, called by the column `id`. Raises DatasetError."""
+    rows, columns = read_csv(path)
+    for column in (ID, LABEL):
+        if column not in columns:
+            raise DatasetError(
+                f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}"
+            )
+    absent = [row[LABEL] for row in rows if not (path.parent / row[LABEL]).is_file()]
+    if absent:
+        raise DatasetError(
+            f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is no file in {path.parent}"
+        )
+    return [
+        NamedVolume(path.parent / row[LABEL], row[ID], ((_normal(row[ID]),), parts))
+        for row in rows
+        for parts in [_parts(path.parent / row[LABEL], path.parent)]
+    ]
+
+
+def _in_bids(folder: Path, labels: Mapping[str, Path]) -> References:
+    """The labels of a BIDS folder, and what they mean if a table says so."""
+    volumes = tuple(
+        NamedVolume(path, name, ((_normal(name),), _parts(path, folder)))
+        for name, path in labels.items()
+    )
+    names = bids_label_names(folder)
+    labelling = None if names is None else labelling_of(str(folder), names, None, {})
+    return References(volumes, labelling)
+
+
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:
     """Pair predictions with given references, as `find_pairs` does.
 
@@ -138,8 +189,8 @@ def pair_with(predictions: Path, references: References, where: Path) -> Pairing
     """
     if not predictions.exists():
         raise VolumeError(f"{predictions}: no such file or folder; check the path")
-    if predictions.is_file() and where.is_file() and references.source is None:
-        only = references.volumes[0]
+    only = references.volumes[0] if references.volumes else None
+    if predictions.is_file() and only is not None and only.path == where:
         return Pairing(((only.case, predictions, only.path),))
     found = volumes_in(predictions, but=where)
     pairing = pair_by_name(found, references.volumes)
@@ -342,7 +393,7 @@ def _of_case(case: CaseFiles, folder: Path) -> NamedVolume:
 
 def _parts(path: Path, folder: Path) -> Parts:
     inside = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return tuple(map(_normal, (*inside.parts[:-1], stem_of(path))))
+    return tuple(map(_normal, (*inside.parts[:-1], case_name_of(path))))
 
 
 def _normal(name: str) -> str:

@@ -1,7 +1,7 @@
 """The work of `segkit explain`: write maps, measures, verdicts and a page for each volume."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def explain_files(
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
+    structures = None if references is None else references_in(Path(references)).rules.structures
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
     sources: list[Input] = []
@@ -112,7 +113,9 @@ def explain_files(
             explanation = explain_volume(
                 predictor,
                 read_input(source),
-                None if path is None else read_labels(path, rules=source.rules),
+                None
+                if path is None
+                else read_labels(path, rules=replace(source.rules, structures=structures)),
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
@@ -205,7 +208,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    cases = [CaseOnDisk(source, paths[source.name]) for source in inputs]
+    structures = references_in(references).rules.structures
+    cases = [
+        CaseOnDisk(
+            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+        )
+        for source in inputs
+    ]
     figures = study_heads(predictor, cases, track=track)
     write_text(table, rows_as_csv(head_table(figures)))
     write_json(
@@ -315,7 +324,7 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path
         VolumeError: if an input has no reference or more than one.
     """
     known = references_in(references)
-    if references.is_file() and known.source is None:
+    if [volume.path for volume in known.volumes] == [references]:
         if len(inputs) > 1:
             raise VolumeError(
                 f"{references}: expected a reference for each of {len(inputs)} volumes, but this "

@@ -57,6 +57,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             PRESENCE: list(labelling.members) if model.network.presence is not None else [],
         },
         "decision": "largest logit" if labelling.written is None else "each logit above 0",
+        "temperature": description.temperature,
         "labels": labelling.numbers_in_files,
         # In this order; later regions overwrite earlier ones.
         "regions": {name: labelling.numbers_in_files[name] for name in labelling.regions},

@@ -1,5 +1,6 @@
 """`segkit export`: write a model for another program, and check that it gives the same results."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,9 @@ from torch import Tensor
 from segkit.errors import ModelError
 from segkit.export.agreement import Agreement, compare_outputs, noise_for
 from segkit.export.bundle_check import same_labels, scan_for
-from segkit.export.graphs import export_onnx, export_openvino, export_pt2
+from segkit.export.graphs import export_onnx, export_openvino, export_pt2, export_reduced
 from segkit.export.monai_bundle import NETWORK, export_bundle
+from segkit.export.reduced import ExportPrecision, ReducedCheck, check_reduced
 from segkit.export.torchscript import read_torchscript
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.predictor import Predictor
@@ -48,10 +50,14 @@ class Export:
     """Share of a scan's voxels to which MONAI, running the bundle, gives segkit's label. None for
     other forms, and without a check."""
 
+    reduced: ReducedCheck | None = None
+    """How well a lower precision predicts a scan; None in float32, or if there was no check."""
+
     @property
     def holds(self) -> bool:
         """True if the check found no difference beyond rounding, or if there was no check."""
         close = self.agreement is None or self.agreement.holds
+        close = close and (self.reduced is None or self.reduced.holds)
         return close and (self.same_in_bundle is None or self.same_in_bundle >= SAME_IN_BUNDLE)
 
     def content(self) -> dict[str, Any]:
@@ -59,6 +65,8 @@ class Export:
         content: dict[str, Any] = {"written": [str(path) for path in self.written]}
         if self.agreement is not None:
             content |= {**asdict(self.agreement), "holds": self.holds}
+        if self.reduced is not None:
+            content |= {**asdict(self.reduced), "holds": self.holds}
         if self.same_in_bundle is not None:
             content["same_in_bundle"] = self.same_in_bundle
         return content
@@ -66,6 +74,7 @@ class Export:
     def lines(self) -> list[str]:
         """The result of the check as lines of text; empty without a check."""
         lines = self.agreement.lines() if self.agreement else []
+        lines += self.reduced.lines() if self.reduced else []
         if self.same_in_bundle is not None:
             lines.append(
                 f"run by MONAI, same label as segkit's: {self.same_in_bundle:.4%} of voxels"
@@ -82,6 +91,9 @@ def export_model(
     check: bool = False,
     scan: Volume | None = None,
     overwrite: bool = False,
+    precision: ExportPrecision = "float32",
+    calibration: Sequence[Volume] = (),
+    reference: Volume | None = None,
 ) -> Export:
     """Write a model for another program, completely or not at all.
 
@@ -98,6 +110,9 @@ def export_model(
         check: run the export and compare it with PyTorch.
         scan: the volume for the check; noise if not given.
         overwrite: replace an existing file or bundle at `out`.
+        precision: 'float32', 'float16' (ONNX, OpenVINO) or 'int8' (ONNX).
+        calibration: real scans, on which int8 measures the range of features.
+        reference: labels of `scan`. If given, the check of a lower precision scores both.
 
     Returns:
         The files that were written, and the result of the check.
@@ -114,7 +129,23 @@ def export_model(
             f"{out.name!r}; name another --out"
         )
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
+    if precision != "float32":
+        _check_precision(form, precision, check, scan)
+    elif calibration or reference is not None:
+        raise ModelError(
+            "calibration and a reference are for a lower precision; ask for float16 or int8, or "
+            "leave them out"
+        )
     refuse_existing(written, overwrite=overwrite)
+    if precision != "float32" and (form == "onnx" or form == "openvino"):
+        whole, reduced = export_reduced(
+            model, form, out, precision, calibration=calibration, overlap=overlap
+        )
+        if not check or scan is None:
+            return Export(written)
+        return Export(
+            written, reduced=check_reduced(model, whole, reduced, precision, scan, reference)
+        )
     if form == "monai-bundle":
         export_bundle(model, out, overlap=overlap, overwrite=overwrite)
         if not check:
@@ -124,6 +155,24 @@ def export_model(
         return Export(written, agreement, same_labels(model, out, scan or scan_for(model)))
     run = GRAPHS[form](model, out, overlap=overlap)
     return Export(written, compare_outputs(model, run, _image(model, scan)) if check else None)
+
+
+def _check_precision(
+    form: Form, precision: ExportPrecision, check: bool, scan: Volume | None
+) -> None:
+    """Raise ModelError if a form has no such precision, or a check has no scan."""
+    if form not in ("onnx", "openvino"):
+        raise ModelError(f"{form} is written in float32 only, found {precision}; export onnx")
+    if form == "openvino" and precision == "int8":
+        raise ModelError(
+            "int8 is written as onnx only, as OpenVINO's needs the package nncf; export onnx in "
+            "int8, which OpenVINO reads as well"
+        )
+    if check and scan is None:
+        raise ModelError(
+            f"a check of {precision} needs a real scan, as noise says nothing of labels; give one "
+            f"(--scan)"
+        )
 
 
 def _image(model: Model, scan: Volume | None) -> Tensor:

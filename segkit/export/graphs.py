@@ -5,9 +5,11 @@ holds the data of `deployment`, as JSON.
 """
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,13 @@ from torch.export import ExportedProgram
 
 from segkit.errors import ModelError
 from segkit.export.deployment import DEPLOYMENT_KEY, deployment
+from segkit.export.reduced import ExportPrecision, halved, quantised, windows_of
 from segkit.inference.engines.converted import RunGraph, Traced, exported_program
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.model_walk import layout_of
 from segkit.io.atomic import whole
+from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
 WINDOWS = 2
@@ -67,6 +71,60 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGra
             graph.set_rt_info(metadata, [DEPLOYMENT_KEY])
             runtime.openvino.serialize(graph, partial, partial_numbers)
         return runtime.read(file, numbers, traced.names)
+
+
+def export_reduced(
+    model: Model,
+    form: Literal["onnx", "openvino"],
+    file: Path,
+    precision: ExportPrecision,
+    *,
+    calibration: Sequence[Volume] = (),
+    overlap: float = 0.5,
+) -> tuple[RunGraph, RunGraph]:
+    """Write a model in lower precision; return what runs it in float32, and in this precision.
+
+    Args:
+        model: a trained model.
+        form: ONNX, in float16 or int8, or OpenVINO with weights in float16.
+        file: .onnx, or .xml with .bin beside it.
+        precision: float16 or int8.
+        calibration: real scans, on which int8 measures the range of features.
+        overlap: of windows, as the export tells deployers.
+
+    Raises:
+        ModelError: the form cannot hold the network so, or int8 has no scans.
+    """
+    names = Traced(model.network).names
+    metadata = json.dumps({**deployment(model, overlap=overlap), "precision": precision})
+    windows = windows_of(model, calibration) if precision == "int8" else []
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder:
+        if form == "openvino":
+            runtime = OpenVino()
+            in_float32 = export_openvino(model, Path(folder) / "float32.xml", overlap=overlap)
+            traced = Traced(model.network.cpu()).eval()
+            numbers = file.with_suffix(".bin")
+            with exporting_to("OpenVINO in float16"):
+                with whole(file) as partial, whole(numbers):
+                    graph = runtime.graph(traced, example_windows(model), any_number=True)
+                    graph.set_rt_info(metadata, [DEPLOYMENT_KEY])
+                    # Both partial files share their stem, by which OpenVINO names the numbers.
+                    runtime.openvino.save_model(graph, partial, compress_to_fp16=True)
+                return in_float32, runtime.read(file, numbers, names)
+        in_float32 = export_onnx(model, Path(folder) / "float32.onnx", overlap=overlap)
+        import onnx  # an optional extra; the line above has checked that it is installed
+
+        source = Path(folder) / "float32.onnx"
+        with exporting_to(f"ONNX in {precision}"):
+            if precision == "float16":
+                graph = halved(onnx.load(source))
+            else:
+                graph = quantised(source, windows)
+            with whole(file) as partial:
+                onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
+                onnx.save(graph, partial)
+                onnx.checker.check_model(partial)
+            return in_float32, OnnxRuntime().read(file, names)
 
 
 class NamedOutputs(nn.Module):
@@ -121,7 +179,7 @@ def exporting_to(form: str) -> Iterator[None]:
     """Within this context, errors of an exporter become ModelErrors; an OSError does not change."""
     try:
         yield
-    except OSError:
+    except (OSError, ModelError):
         raise
     except Exception as error:  # the errors of exporters have no common base class
         reason = " ".join(str(error).split())[:300]

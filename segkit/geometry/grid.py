@@ -16,6 +16,8 @@ from numpy import ndarray
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 ANISOTROPY = 3.0
 """An axis that is more than this many times coarser than the finest is resampled separately."""
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From the world of DICOM and ITK, whose x and y run the other way, and back."""
 SAME_STEP = 0.01
 """Largest difference, in voxels, between the steps of two grids that agree."""
 SAME_PLACE = 0.1

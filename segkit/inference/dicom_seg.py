@@ -76,14 +76,22 @@ def write_dicom_segmentation(
             f"{series.folder}: expected the series that was segmented, found another grid; run "
             f"segkit predict again"
         )
-    sources = [_source(one.path) for one in slices]
+    frames = segments(labels.data, labelling)
+    if slices[0].frame is not None:  # an enhanced file, whose frames have an order of their own
+        frames = frames[np.argsort([one.frame or 0 for one in slices])]
+    sources = [_source(path) for path in dict.fromkeys(one.path for one in slices)]
+    if slices[0].frame is not None and len(sources) > 1:
+        raise VolumeError(
+            f"{series.folder}: is a series of {len(sources)} enhanced files, to which a DICOM "
+            f"segmentation cannot refer here; write NIfTI instead"
+        )
     private = CodingSchemeIdentificationItem(
         PRIVATE, name=PRIVATE_NAME, responsible_organization="segkit"
     )
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
-            pixel_array=segments(labels.data, labelling),
+            pixel_array=frames,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=_descriptions(labelling, codes, algorithm),
             series_instance_uid=highdicom.UID(),

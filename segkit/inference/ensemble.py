@@ -61,13 +61,21 @@ def merge(
                 known[number] = next(member, None)
 
 
-def combine(members: Sequence[SourceRows], *, probabilities: bool, uncertainty: bool) -> MergedRows:
+def combine(
+    members: Sequence[SourceRows],
+    *,
+    probabilities: bool,
+    uncertainty: bool,
+    temperature: float | None = None,
+) -> MergedRows:
     """Labels, and probabilities and uncertainty if requested, from one or several models.
 
     Args:
         members: the same rows of the volume from each model.
         probabilities: compute probabilities too.
         uncertainty: compute entropy and variance too.
+        temperature: temperature of the mean probabilities and of their entropy; labels and variance
+            do not depend on it.
     """
     single = len(members) == 1
     if single and not probabilities and not uncertainty:
@@ -80,14 +88,31 @@ def combine(members: Sequence[SourceRows], *, probabilities: bool, uncertainty: 
         labels = members[0].labels()
     else:
         labels = labels_of(running.mean if written is None else running.mean - 0.5, written)
-    mean = running.mean if probabilities else None
+    mean = running.mean
+    if temperature is not None:
+        mean = at_temperature(mean, temperature, regions=written is not None)
     if not uncertainty:
-        return MergedRows(labels, mean)
+        return MergedRows(labels, mean if probabilities else None)
     variance = running.variance
     for rows in members:
         variance = variance + rows.spread() / len(members)
     entropy = predictive_entropy if written is None else region_entropy
-    return MergedRows(labels, mean, entropy(running.mean), variance)
+    return MergedRows(labels, mean if probabilities else None, entropy(mean), variance)
+
+
+def at_temperature(
+    probabilities: Float[Tensor, "classes x y rows"], temperature: float, *, regions: bool
+) -> Float[Tensor, "classes x y rows"]:
+    """Probabilities as if the logits had been divided by a temperature (Guo et al. 2017).
+
+    The largest stays the largest, and of regions what is above 0.5 stays above it.
+    """
+    smallest = torch.finfo(probabilities.dtype).tiny
+    if regions:
+        return (
+            probabilities.logit(eps=torch.finfo(probabilities.dtype).eps) / temperature
+        ).sigmoid()
+    return (probabilities.clamp(min=smallest).log() / temperature).softmax(dim=0)
 
 
 class RunningVariance:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
+from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
 from segkit.inference.made_by import made_by, models_and_settings
@@ -26,9 +27,8 @@ from segkit.io.atomic import (
     write_json,
 )
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import choose_series
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, check_name, failure, read_input
+from segkit.io.inputs import Input, check_name, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -42,6 +42,8 @@ from segkit.io.volume import (
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
+ResultLayout = Literal["flat", "bids"]
+"""Names of results after the inputs, or as BIDS derivatives."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool
     check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        beside = source.files[0].resolve() if source.is_series else source.files[0]
-        path = beside.parent / f"{source.name}_seg{suffix}"
+        path = source.folder / f"{source.name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not single:
             raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
@@ -159,6 +160,7 @@ def predict_files(
     statistics: bool = False,
     preview: bool = False,
     as_dicom: bool = False,
+    layout: ResultLayout = "flat",
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: TrackSlabs = untracked_slabs,
@@ -186,6 +188,7 @@ def predict_files(
         statistics: write the statistics of `label_statistics` too.
         preview: write a picture of three planes too.
         as_dicom: write labels as DICOM segmentations.
+        layout: `flat` names files after the inputs, `bids` writes BIDS derivatives into `out`.
         overwrite: replace existing results.
         shard: (I, N): segment every N-th input, beginning with the I-th.
         track: shows progress, as for `Predictor`.
@@ -202,13 +205,21 @@ def predict_files(
     if as_dicom or (out and _is_dicom(out)):
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
 
+    if layout == "bids" and as_dicom:
+        raise VolumeError("BIDS derivatives are NIfTI files; ask for them or for --dicom-seg")
+
     def targets_of(source: Input) -> Targets:
-        labels = output_path(source, out=out, single=len(inputs) == 1, as_dicom=as_dicom)
-        stem, suffix = _beside(source, labels)
-        suffix = numbers_suffix(suffix)
+        prob = "prob"
+        if layout == "bids":
+            labels, prob = bids_path(source, out), "probseg"
+            stem, suffix = bids_stem(labels), ".nii.gz"
+        else:
+            labels = output_path(source, out=out, single=len(inputs) == 1, as_dicom=as_dicom)
+            stem, suffix = _beside(source, labels)
+            suffix = numbers_suffix(suffix)
         return Targets(
             labels,
-            labels.with_name(f"{stem}_prob{suffix}") if probabilities else None,
+            labels.with_name(f"{stem}_{prob}{suffix}") if probabilities else None,
             labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
@@ -221,6 +232,9 @@ def predict_files(
     files = {file.resolve() for source in inputs for file in source.files}
     asked = models_and_settings(predictor)
     number, count = shard
+    if layout == "bids" and out is not None:
+        models = [member.model.description for member in predictor.members]
+        write_bids_root(out, models[0].labelling, models=[each.run for each in models])
 
     def read(
         source: Input, plan: Targets | Outcome
@@ -249,6 +263,7 @@ def predict_files(
         except (SegkitError, OSError) as error:
             return _failed(source, error)
         made = {PROVENANCE: made_by(predictor, _asked_for(source, asked), source.files)}
+        made |= told_of_sources(source) if layout == "bids" else {}
         description = predictor.model.description
         work = partial(_write, source, plan, prediction, image, description, made)
         return writer.submit(_guarded, source, work)
@@ -361,7 +376,7 @@ def _write(
         write_dicom_segmentation(
             targets.labels,
             labels,
-            choose_series(source.files[0], source.series),
+            series_of(source),
             description.labelling,
             codes=description.codes,
             algorithm=description.run,

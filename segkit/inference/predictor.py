@@ -9,6 +9,7 @@ Post-processing comes last and needs the labels of the whole volume in memory, b
 component may span all slabs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +272,7 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """The labels in segkit's numbers 0, 1, 2, …. Raises the errors of a call."""
+        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction."""
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
@@ -280,18 +281,29 @@ class Predictor:
         adopted = [member.model.description.postprocessing for member in self.members]
         return adopted[0] if all(one == adopted[0] for one in adopted) else PostprocessingConfig()
 
+    @property
+    def temperature(self) -> float | None:
+        """By what logits are divided for probabilities: the geometric mean of the models' own.
+
+        A model without one counts as 1; None if no model has one.
+        """
+        given = [member.model.description.temperature for member in self.members]
+        if not any(given):
+            return None
+        return math.exp(sum(math.log(each or 1.0) for each in given) / len(given))
+
     def prepare(
         self,
         volume: Volume,
         first_labels: Volume | None = None,
     ) -> Prepared:
-        """The image that the first network gets for a volume. Raises the errors of a call."""
+        """The image that the first network gets. It raises the same errors as a prediction."""
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
 
     def with_numbers(self, volume: Volume) -> Volume:
         """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.
 
-        Otherwise it is the volume itself, and a call raises an error if it has such values.
+        Otherwise it is the volume itself, and prediction raises an error if it has such values.
         """
         if any(member.model.description.nan != "background" for member in self.members):
             return volume
@@ -332,7 +344,9 @@ class Predictor:
             voxels = VOXELS
         if self.members[0].device.type == "cuda":
             voxels *= TIMES_ON_GPU
-        combine = RowCombiner(probabilities=probabilities, uncertainty=uncertainty)
+        combine = RowCombiner(
+            probabilities=probabilities, uncertainty=uncertainty, temperature=self.temperature
+        )
         for start, rows in merge(walks):
             for first, few in pieces(rows, voxels=voxels):
                 yield start + first, combine(few)

@@ -1,4 +1,7 @@
-"""DICOM series: the single-frame images of one series in a folder, read as a volume.
+"""DICOM series: the images of one series in a folder, read as a volume.
+
+A series is named by its folder or, if the folder holds several, by any of its files. An image is a
+file, or a frame of an enhanced file of several frames (`dicom_frames`).
 
 The position of each slice is read from its own header. So a missing slice, two slices at the same
 position, or a rotated slice is an error and is never stacked. A tilted gantry shears the slices
@@ -7,8 +10,10 @@ values are in HU.
 """
 
 import filecmp
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,10 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid
-from segkit.io.volume import LPS_TO_RAS, SUFFIXES, Volume, simple_itk
+from segkit.geometry.grid import LPS_TO_RAS, Grid
+from segkit.io.dicom_frames import Frame, frame_values, frames_of
+from segkit.io.gridded import Volume
+from segkit.io.itk import simple_itk
 from segkit.io.voxel_bytes import refuse_beyond_memory
 
 MAGIC = b"DICM"
@@ -29,6 +36,7 @@ UNEVEN = 0.01
 ROUNDING = 0.02
 """Deviation in mm that is always allowed, because positions are written with few decimals."""
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
+STUDY, PATIENT, FRAME_OF_REFERENCE = "0020|000d", "0010|0020", "0020|0052"
 INSTANCE = "0008|0018"
 POSITION, ORIENTATION, SPACING = "0020|0032", "0020|0037", "0028|0030"
 THICKNESS = "0018|0050"
@@ -37,6 +45,12 @@ MOST_BYTES_OF_PIXEL = 4
 STORAGE_CLASS = b"\x02\0\x02\0UI"
 """Bytes near the start of a file that come before the length and the text of its storage class."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
+ENHANCED = tuple(f"{STORAGE}{kind}" for kind in ("2.1", "2.2", "4.1", "4.4", "128.1", "130"))
+"""Storage classes of enhanced CT, MR and PET: frames say where they lie, even a single one."""
+CONTOURS, SEGMENTATIONS = f"{STORAGE}481.3", (f"{STORAGE}66.4", f"{STORAGE}66.7")
+"""Storage classes of structure sets, and of segmentations."""
+LISTINGS_KEPT = 1024
+"""Folders whose headers are not read again while their files stay as they are."""
 NO_IMAGES = (
     "1.2.840.10008.1.3.10",  # a DICOMDIR
     # Waveforms, presentations, segmentations and registrations, reports, documents, therapy.
@@ -45,7 +59,7 @@ NO_IMAGES = (
 """Prefixes of storage classes that refer to images but are not images."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Slice:
     """The header of one image; lengths are in mm, positions in DICOM's LPS+."""
 
@@ -62,6 +76,16 @@ class Slice:
     spacing: tuple[float, ...]
     """Distance between rows, then between columns."""
     thickness: float
+    frame: int | None = None
+    """Its number from 0 on in a file of several."""
+
+    def __str__(self) -> str:
+        return str(self.path) if self.frame is None else f"{self.path} frame {self.frame + 1}"
+
+    @property
+    def name(self) -> str:
+        """What it is called beside another of its folder."""
+        return str(self).removeprefix(f"{self.path.parent}{os.sep}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +97,17 @@ class Series:
     description: str
     modality: str
     slices: tuple[Slice, ...]
+    study: str = ""
+    """The UID of its study."""
+    patient: str = ""
+    """The patient's ID, by which cases may be grouped; it is written nowhere."""
+    frame_of_reference: str = ""
+    """The UID of the world that its places are in."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its files, each once."""
+        return tuple(dict.fromkeys(one.path for one in self.slices))
 
     def __str__(self) -> str:
         count = f"{len(self.slices)} slice{'s' * (len(self.slices) > 1)}"
@@ -81,9 +116,53 @@ class Series:
 
 def holds_series(folder: Path) -> bool:
     """Whether a folder holds DICOM images, possibly among other files."""
-    return any(
-        _is_image(file) for file in _files_in(folder) if not file.name.lower().endswith(SUFFIXES)
-    )
+    return any(_is_image(file) for file in _files_in(folder))
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a path is a folder of DICOM images, or a file of DICOM of whatever kind."""
+    if path.is_dir():
+        return holds_series(path)
+    return path.is_file() and storage_class(path) is not None
+
+
+def holds_frames(file: Path) -> bool:
+    """Whether a DICOM file holds several frames; no if it cannot be read."""
+    reader = _reader(file)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # what SimpleITK raises for everything
+        return False
+    return int((*reader.GetSize(), 1)[2]) > 1
+
+
+def is_only_image(file: Path) -> bool:
+    """Whether no other DICOM image lies in the folder of one."""
+    return not any(other != file and _is_image(other) for other in _files_in(file.parent))
+
+
+def series_at(path: Path) -> Series:
+    """The only series of a folder, or the one that a file belongs to. Raises VolumeError."""
+    if path.is_dir():
+        return choose_series(path)
+    for series in list_series(path.parent):
+        if path in series.files:
+            return series
+    raise VolumeError(f"{path}: expected an image of a DICOM series, found none; check the path")
+
+
+def find_folders(root: Path) -> Iterator[Path]:
+    """The folder itself and all in it to any depth, but for hidden ones, by rising path.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, inside, _ in os.walk(root, onerror=refuse):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield Path(folder)
 
 
 def list_series(folder: Path) -> list[Series]:
@@ -96,9 +175,17 @@ def list_series(folder: Path) -> list[Series]:
         VolumeError: there is no image; an image cannot be read, so that a series might look
             complete without it; or two different images have the same SOP Instance UID.
     """
-    found: dict[str, tuple[str, str, list[Slice]]] = {}
+    files = [(file, file.stat()) for file in _files_in(folder)]
+    states = tuple((file, state.st_size, state.st_mtime_ns) for file, state in files)
+    return list(_listed(folder, states))
+
+
+@lru_cache(maxsize=LISTINGS_KEPT)
+def _listed(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> tuple[Series, ...]:
+    """The series among files, which are known by their sizes and times of change."""
+    found: dict[str, tuple[tuple[str, ...], list[Slice]]] = {}
     firsts: dict[tuple[str, str], Path] = {}
-    for file in _files_in(folder):
+    for file, _, _ in states:
         if not _is_image(file):
             continue
         reader = _reader(file)
@@ -115,17 +202,18 @@ def list_series(folder: Path) -> list[Series]:
                 f"{file}: has the same SOP Instance UID as {first.name}, {instance}, but is "
                 f"another image; move one of them away"
             )
-        told = (_text(reader, DESCRIPTION), _text(reader, MODALITY))
-        _, _, slices = found.setdefault(_text(reader, SERIES), (*told, []))
-        slices.append(_slice(file, reader))
+        told = tuple(_text(reader, key) for key in (DESCRIPTION, MODALITY))
+        about = tuple(_text(reader, key) for key in (STUDY, PATIENT, FRAME_OF_REFERENCE))
+        _, slices = found.setdefault(_text(reader, SERIES), ((*told, *about), []))
+        slices += _slices(file, reader)
     if not found:
         raise VolumeError(
             f"{folder}: expected the DICOM files of a series, found none; check the path"
         )
-    return [
-        Series(folder, uid, description, modality, tuple(slices))
-        for uid, (description, modality, slices) in sorted(found.items())
-    ]
+    return tuple(
+        Series(folder, uid, description, modality, tuple(slices), *about)
+        for uid, ((description, modality, *about), slices) in sorted(found.items())
+    )
 
 
 def choose_series(folder: Path, uid: str | None = None) -> Series:
@@ -166,13 +254,31 @@ def read_series(series: Series, *, working: float = 0) -> Volume:
         refuse_beyond_memory(grid.shape, 0, working=MOST_BYTES_OF_PIXEL + working)
     except VolumeError as error:
         raise VolumeError(f"{series.folder}: {error}") from None
-    first = _pixels(slices[0])
-    whole = first.dtype.kind in "iu" and len({one.kind for one in slices}) == 1
-    data = np.empty(grid.shape, first.dtype if whole else np.float32, order="F")
-    data[:, :, 0] = first
-    for number, one in enumerate(slices[1:], start=1):
-        data[:, :, number] = _pixels(one)
+    data = _filled(slices, grid.shape)
     return Volume(data, grid)
+
+
+def _filled(slices: Sequence[Slice], shape: tuple[int, int, int]) -> ndarray:
+    """The values of slices, each in its place; whole numbers if all slices are rescaled to such."""
+    places = {(one.path, one.frame): number for number, one in enumerate(slices)}
+    files = {one.path: one for one in slices}
+    one_kind = len({one.kind for one in slices}) == 1
+    data = np.empty(0)
+    for path, one in files.items():
+        for frame, values in _values_in(one):
+            if not data.size:
+                whole = values.dtype.kind in "iu" and one_kind
+                data = np.empty(shape, values.dtype if whole else np.float32, order="F")
+            data[:, :, places[path, frame]] = values
+    return data
+
+
+def _values_in(one: Slice) -> Iterator[tuple[int | None, ndarray]]:
+    """The rescaled values (column, row) of each frame of a slice's file, with its number if any."""
+    if one.frame is None:
+        yield None, _pixels(one)
+    else:
+        yield from frame_values(one.path)
 
 
 def _pixels(one: Slice) -> ndarray:
@@ -198,7 +304,7 @@ def arranged(series: Series) -> tuple[list[Slice], Grid]:
             own, other = np.array(getattr(one, name)), np.array(getattr(first, name))
             if not np.allclose(own, other, rtol=0, atol=1e-4):
                 raise VolumeError(
-                    f"{one.path}: expected the {name} {_numbers(other)} of {first.path.name} in "
+                    f"{one}: expected the {name} {_numbers(other)} of {first.name} in "
                     f"the same series, found {_numbers(own)}; split the series"
                 )
     along, down = np.array(first.orientation).reshape(2, 3)
@@ -222,24 +328,24 @@ def arranged(series: Series) -> tuple[list[Slice], Grid]:
 def _check_single(one: Slice) -> None:
     if one.size[2] > 1:
         raise VolumeError(
-            f"{one.path}: expected one slice in a file, found {one.size[2]} frames; convert it to "
-            f"NIfTI first, for example with dcm2niix"
+            f"{one.path}: expected one slice in a file, found {one.size[2]} frames without "
+            f"their positions; convert it to NIfTI first, for example with dcm2niix"
         )
     if one.components != 1:
         raise VolumeError(
-            f"{one.path}: expected one grey value per pixel, found {one.components} values; "
+            f"{one}: expected one grey value per pixel, found {one.components} values; "
             f"convert it to grey, or choose another series"
         )
     if (len(one.position), len(one.orientation), len(one.spacing)) != (3, 6, 2):
         raise VolumeError(
-            f"{one.path}: lacks Image Position (Patient), Image Orientation (Patient) or Pixel "
+            f"{one}: lacks Image Position (Patient), Image Orientation (Patient) or Pixel "
             f"Spacing, so its place in the volume is unknown; move it away, or repair its header"
         )
     along, down = np.array(one.orientation).reshape(2, 3)
     lengths = [np.linalg.norm(along), np.linalg.norm(down), 1 + along @ down]
     if not np.allclose(lengths, 1, atol=1e-3) or min(one.spacing) <= 0:
         raise VolumeError(
-            f"{one.path}: expected rows and columns at right angles and pixels larger than 0, "
+            f"{one}: expected rows and columns at right angles and pixels larger than 0, "
             f"found directions {_numbers(one.orientation)} and {_numbers(one.spacing)} mm; repair "
             f"its header"
         )
@@ -250,7 +356,7 @@ def _check_even(slices: Sequence[Slice], places: ndarray, normal: ndarray) -> No
     for (one, other), distance in zip(pairwise(slices), distances, strict=True):
         if distance < ROUNDING:
             raise VolumeError(
-                f"{one.path}: lies at the same position as {other.path.name}; split the series, "
+                f"{one}: lies at the same position as {other.name}; split the series, "
                 f"so that each position occurs once"
             )
     usual = float(np.median(distances))
@@ -260,7 +366,7 @@ def _check_even(slices: Sequence[Slice], places: ndarray, normal: ndarray) -> No
         return
     worst = int(np.argmax(np.abs(distances - usual)))
     raise VolumeError(
-        f"{slices[worst].path}: the next slice, {slices[worst + 1].path.name}, is "
+        f"{slices[worst]}: the next slice, {slices[worst + 1].name}, is "
         f"{distances[worst]:.3g} mm away, but others are {usual:.3g} mm apart; complete the series "
         f"or resample it first"
     )
@@ -276,15 +382,24 @@ def _files_in(folder: Path) -> list[Path]:
     )
 
 
-def _is_image(file: Path) -> bool:
-    """Whether a file is DICOM, by its first bytes or its name, and has an image storage class."""
+def storage_class(file: Path) -> str | None:
+    """The storage class that a file of DICOM says; '' if it does not, None for any other file.
+
+    It is DICOM by its first bytes or by its name.
+    """
     with file.open("rb") as content:
         begin = content.read(2 * MAGIC_AT + 256)
     if begin[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
-        return file.name.lower().endswith(SUFFIX)
+        return "" if file.name.lower().endswith(SUFFIX) else None
     _, _, rest = begin.partition(STORAGE_CLASS)
     length = int.from_bytes(rest[:2], "little")
-    return not rest[2 : 2 + length].decode("ascii", "replace").startswith(NO_IMAGES)
+    return rest[2 : 2 + length].decode("ascii", "replace").strip("\0 ")
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file is DICOM and says that it is an image."""
+    found = storage_class(file)
+    return found is not None and not found.startswith(NO_IMAGES)
 
 
 def _unreadable(file: Path, error: RuntimeError) -> VolumeError:
@@ -300,19 +415,34 @@ def _reader(file: Path) -> Any:
     return reader
 
 
-def _slice(file: Path, reader: Any) -> Slice:
-    size = reader.GetSize()
+def _slices(file: Path, reader: Any) -> list[Slice]:
+    """The slice that a file holds, or of an enhanced file those of all its frames."""
+    columns, rows, count = (*reader.GetSize(), 1)[:3]
+    components = reader.GetNumberOfComponents()
+    position = _values(file, reader, POSITION)
+    enhanced = count > 1 or (not position and storage_class(file) in ENHANCED)
+    if enhanced and (frames := frames_of(file)):
+        kind = int(all(frame.is_whole for frame in frames))
+        return [
+            Slice(file, (columns, rows, 1), components, kind, *_placed(frame), number)
+            for number, frame in enumerate(frames)
+        ]
     thickness = _values(file, reader, THICKNESS)
-    return Slice(
+    one = Slice(
         file,
-        (*size, 1)[:3],
-        reader.GetNumberOfComponents(),
+        (columns, rows, count),
+        components,
         reader.GetPixelIDValue(),
-        _values(file, reader, POSITION),
+        position,
         _values(file, reader, ORIENTATION),
         _values(file, reader, SPACING),
         thickness[0] if thickness else 0.0,
     )
+    return [one]
+
+
+def _placed(frame: Frame) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
+    return frame.position, frame.orientation, frame.spacing, frame.thickness
 
 
 def _text(reader: Any, key: str) -> str:

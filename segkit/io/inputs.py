@@ -10,13 +10,26 @@ import numpy as np
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
 from segkit.io.atomic import is_file_name
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import choose_series, holds_series, read_series
+from segkit.io.dicom import (
+    Series,
+    choose_series,
+    find_folders,
+    holds_frames,
+    holds_series,
+    is_only_image,
+    read_series,
+    series_at,
+)
+from segkit.io.dicom_tree import name_in, path_of, read_tree
 from segkit.io.picture_rules import PictureRules
+from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import (
     AS_IT_SAYS,
     BYTES_OF_IMAGE,
     SUFFIXES,
     Volume,
+    has_volume_suffix,
+    is_dicom_path,
     is_picture,
     read_num_channels,
     read_volume,
@@ -36,7 +49,8 @@ FIRST_CHANNEL = re.compile(rf"_0000(?=({'|'.join(RESULT_ENDINGS)})?$)")
 class Input:
     """The name and files of one volume: one file per channel, or one with all channels.
 
-    For a DICOM series, the only entry of `files` is its folder.
+    For a DICOM series, an entry of `files` is its folder, or one of its files if the folder holds
+    several series.
     """
 
     name: str
@@ -51,7 +65,15 @@ class Input:
     @property
     def is_series(self) -> bool:
         """Whether the volume is a DICOM series."""
-        return self.files[0].is_dir()
+        return self.files[0].is_dir() or not has_volume_suffix(self.files[0])
+
+    @property
+    def folder(self) -> Path:
+        """Where results lie that go beside it: with its file, or beside its folder of DICOM."""
+        if not self.is_series:
+            return self.files[0].parent
+        first = self.files[0].resolve()
+        return first.parent if first.is_dir() else first.parent.parent
 
     @property
     def suffix(self) -> str:
@@ -63,8 +85,9 @@ def find_inputs(
     paths: Sequence[Path],
     num_channels: int,
     *,
-    series: str | None = None,
+    series: str | SeriesRule | None = None,
     rules: PictureRules = AS_IT_SAYS,
+    but: Path | None = None,
 ) -> list[Input]:
     """The volumes among files and folders.
 
@@ -80,14 +103,17 @@ def find_inputs(
     A picture that holds all channels, such as red, green and blue, is one volume, whatever its
     name. Pictures in a folder with other volumes are not inputs.
 
-    A folder of DICOM files is one volume; a folder of such folders holds one volume for each.
-    Hidden files are skipped.
+    A folder of DICOM files is one volume. If a folder holds none, the folders below it are searched
+    to any depth: each that holds a series is a volume, named by its path. With a rule as `series`,
+    each series that it admits is a volume. If a folder holds neither volumes nor series, the
+    volumes in the folders below it are taken. Hidden files are skipped.
 
     Args:
         paths: files and folders.
         num_channels: number of channels that the model takes.
-        series: UID of a DICOM series, if its folder holds several.
+        series: UID of a DICOM series, if its folder holds several, or a rule for series.
         rules: settings for reading pictures.
+        but: a folder inside, such as that of results, which is skipped.
 
     Raises:
         VolumeError: a folder holds no volumes, or both a DICOM series and volumes.
@@ -97,22 +123,26 @@ def find_inputs(
     single: dict[Path, bool] = {}
     for path in paths:
         of_folder = path.is_dir()
-        if of_folder and (folders := _series_in(path, series)):
-            for folder in folders:
-                alone.append(Input(folder.resolve().name, (folder,), folder != path, series))
-                inputs[folder, ""] = alone[-1]
+        if of_folder and (found_series := _series_in(path, series)):
+            for source in found_series:
+                alone.append(source)
+                inputs[source.files[0], ""] = source
             continue
         if series is not None:
             raise VolumeError(
                 f"{path}: expected the folder of the DICOM series {series}, found a file; pass the "
                 f"folder"
             )
-        if path.name.lower().endswith(DICOM_SUFFIX):
-            raise VolumeError(
-                f"{path}: is one file of a DICOM series; pass the folder of the series"
-            )
-        for file in _volumes_in(path) if of_folder else [path]:
+        if not of_folder and (path.name.lower().endswith(DICOM_SUFFIX) or is_dicom_path(path)):
+            alone.append(_of_one_file(path))
+            inputs[path, ""] = alone[-1]
+            continue
+        volumes = _volumes_in(path, but) if of_folder else [path]
+        unlike = len({stem_of(file) for file in volumes}) == len(volumes)
+        for file in volumes:
             name, suffix = stem_of(file), suffix_of(file)
+            if not unlike:
+                name = "_".join((*file.relative_to(path).parent.parts, name))
             numbered = CHANNEL_NUMBER.search(name) if num_channels > 1 else None
             whole = numbered is None or _holds_all(file, int(numbered[1]), num_channels, rules)
             # nnU-Net stores red, green and blue in one file CASE_0000.
@@ -156,8 +186,17 @@ def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) 
     return all(count is None or count >= num_channels for count in counts)
 
 
-def _volumes_in(folder: Path) -> list[Path]:
+def _volumes_in(folder: Path, but: Path | None) -> list[Path]:
+    """The volumes in a folder or, if there are none, in the folders below it."""
     inside = _volumes_at(folder)
+    if not inside:
+        left_out = but.resolve() if but and but.resolve() != folder.resolve() else None
+        below = [
+            each
+            for each in find_folders(folder)
+            if left_out is None or left_out not in (each.resolve(), *each.resolve().parents)
+        ]
+        inside = [file for each in below for file in _volumes_at(each)]
     if not inside:
         raise VolumeError(
             f"{folder}: expected volumes (*{', *'.join(SUFFIXES)}), found none; pass another folder"
@@ -174,20 +213,59 @@ def _scans_at(folder: Path) -> list[Path]:
     return [file for file in _volumes_at(folder) if not is_picture(file)]
 
 
-def _series_in(path: Path, series: str | None) -> list[Path]:
-    """The folder itself if it holds a DICOM series, or its subfolders that do."""
-    if series is not None:
-        return [path]
+def _series_in(path: Path, series: str | SeriesRule | None) -> list[Input]:
+    """The series of a folder, or those of the folders below it that hold one."""
+    name = path.resolve().name
+    if isinstance(series, str):
+        return [Input(name, (path,), series=series)]
+    if isinstance(series, SeriesRule):
+        return _admitted(path, series)
     if holds_series(path):
         refuse_volumes_beside_series(path)
-        return [path]
+        return [Input(name, (path,))]
     if _volumes_at(path):
         return []
-    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    found = [folder for folder in found if holds_series(folder)]
+    found = [folder for folder in find_folders(path) if holds_series(folder)]
     for folder in found:
         refuse_volumes_beside_series(folder)
-    return found
+    return [Input(name_in(path, folder), (folder,), of_folder=True) for folder in found]
+
+
+def _admitted(path: Path, rule: SeriesRule) -> list[Input]:
+    """The series in a folder, to any depth, that a rule admits, and folders that are damaged.
+
+    The latter are told of when their turn comes. Raises VolumeError if no series is admitted.
+    """
+    tree = read_tree(path, structures=False)
+    chosen = [series for series in tree.series if rule.admits(series, path)]
+    if not chosen and not tree.failures:
+        listing = first_few([str(series) for series in tree.series], between="; ")
+        raise VolumeError(f"{path}: no DICOM series in it is {rule}; it holds {listing or 'none'}")
+    found = []
+    for series in chosen:
+        several = sum(other.folder == series.folder for other in chosen) > 1
+        name = name_in(path, series.folder, series.uid if several else None)
+        place = path_of(series, tree.series)
+        found.append(Input(name, (place,), of_folder=place != path))
+    damaged = [Input(name_in(path, folder), (folder,), of_folder=True) for folder in tree.failures]
+    return sorted([*found, *damaged], key=lambda source: source.name)
+
+
+def _of_one_file(path: Path) -> Input:
+    """A DICOM file that holds all of its series. Raises VolumeError for one of several."""
+    if not path.is_file():
+        raise VolumeError(f"{path}: no such file; check the path")
+    if not is_only_image(path) and not (holds_frames(path) and len(series_at(path).files) == 1):
+        raise VolumeError(f"{path}: is one file of a DICOM series; pass the folder of the series")
+    is_named = path.name.lower().endswith(DICOM_SUFFIX)
+    return Input(path.name[: -len(DICOM_SUFFIX)] if is_named else path.name, (path,))
+
+
+def series_of(source: Input) -> Series:
+    """The DICOM series of an input, of several channels the first. Raises VolumeError."""
+    if source.series is not None:
+        return choose_series(source.files[0], source.series)
+    return series_at(source.files[0])
 
 
 def refuse_volumes_beside_series(folder: Path) -> None:
@@ -225,8 +303,8 @@ def read_input(source: Input) -> Volume:
 
     Raises VolumeError if a file cannot be read or the channels lie on different grids.
     """
-    if source.is_series:
-        return read_series(choose_series(source.files[0], source.series), working=BYTES_OF_IMAGE)
+    if source.series is not None:
+        return read_series(series_of(source), working=BYTES_OF_IMAGE)
     first = read_volume(source.files[0], rules=source.rules, working=BYTES_OF_IMAGE)
     if len(source.files) == 1:
         return first

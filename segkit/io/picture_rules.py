@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from segkit.io.structure_rules import StructureRules
+
 Rgb = tuple[int, int, int]
 Unit = Literal["mm", "µm", "pixel"]
 """Unit of printed lengths; grids are always in mm."""
@@ -42,6 +44,8 @@ class PictureRules:
     """The meaning of a TIFF's pages; if None, the file decides, and slices are the default."""
     colours: Mapping[Rgb, int] = field(default_factory=dict)
     """The label number of each colour in label pictures."""
+    structures: StructureRules | None = field(default=None, repr=False)
+    """How structures of DICOM files become labels."""
 
 
 @dataclass(frozen=True)

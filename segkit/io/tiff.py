@@ -32,7 +32,7 @@ PIXELS_OF_OME = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
 READABLE = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
 PAGE_AXES = "ZIQ"
 """tifffile's letters for axes of slices, of a sequence, and of unknown meaning."""
-Decoded = TypeVar("Decoded")
+Parsed = TypeVar("Parsed")
 
 # tifffile logs faults that it ignores; faults that matter are refused below.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -163,7 +163,7 @@ def write_tiff(
     )
 
 
-def _decoded(call: Callable[[], Decoded]) -> Decoded:
+def _decoded(call: Callable[[], Parsed]) -> Parsed:
     """The result of a call to tifffile. Its errors for damaged files are raised as ValueError."""
     try:
         return call()

@@ -9,7 +9,6 @@ wrong voxels for others (docs/volumes.md has the counts).
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +21,14 @@ from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
+from segkit.io.dicom import arranged, is_dicom, read_series, series_at
+from segkit.io.dicom_labels import paint_structures, structure_kind
 from segkit.io.disk_arrays import release
+from segkit.io.gridded import Volume as Volume
+from segkit.io.gridded import turn_onto as turn_onto
+from segkit.io.itk import simple_itk
 from segkit.io.metaimage import read_metaimage_header
 from segkit.io.nifti import millimetre_affine, read_nifti_header
 from segkit.io.nrrd import read_nrrd_header
@@ -35,8 +39,8 @@ from segkit.io.picture_files import (
     read_picture,
     write_picture,
 )
-from segkit.io.picture_rules import PictureFacts, PictureRules, Unit
-from segkit.io.raster import with_size_of
+from segkit.io.picture_rules import PictureFacts, PictureRules
+from segkit.io.structure_rules import StructureRules
 from segkit.io.tiff import TIFF_SUFFIXES
 from segkit.io.voxel_bytes import Layout, read_voxels
 
@@ -70,80 +74,6 @@ AS_IT_SAYS = PictureRules()
 """The default rules, by which pictures are read as their files say."""
 Read = TypeVar("Read")
 logger = logging.getLogger(__name__)
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """Voxel values and their grid.
-
-    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
-    three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
-    get its codes and units. `picture` holds the facts about a picture, such as its unit.
-    """
-
-    data: ndarray
-    grid: Grid
-    header: Nifti1Header | None = None
-    picture: PictureFacts | None = None
-
-    def __post_init__(self) -> None:
-        if self.data.shape[:3] != self.grid.shape:
-            raise ValueError(
-                f"expected data of the grid's shape {self.grid.shape}, found {self.data.shape}"
-            )
-
-    def like(self, data: ndarray) -> "Volume":
-        """A volume of other values on the same grid, with the same codes and units."""
-        return replace(self, data=data)
-
-    def on(self, grid: Grid, data: ndarray) -> "Volume":
-        """A volume of values on another grid in the same world, such as a coarser one."""
-        return Volume(data, grid, self.header, self.picture)
-
-    def sized_as(self, other: "Volume") -> "Volume":
-        """The same volume; it takes the pixel size of another picture if only that is known."""
-        grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
-        return replace(self, grid=grid, picture=facts)
-
-    @property
-    def unit(self) -> Unit:
-        """The unit in which its lengths are printed: 'mm', 'µm' or 'pixel'."""
-        return self.picture.unit if self.picture else "mm"
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether it is a picture of one slice, which has an area instead of a volume."""
-        return self.picture is not None and self.grid.shape[2] == 1
-
-    def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
-        """The same voxels in the axis order of another grid that has the same voxels.
-
-        Two files may store the axes of a scan in different orders or directions, and their headers
-        may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
-
-        Args:
-            grid: grid of the other volume.
-            what: name of this volume, for the error.
-            whose: name of the other volume, for the error.
-
-        Raises:
-            VolumeError: the grids have different voxels; the error names the differences.
-        """
-        return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
-
-
-def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
-    """The orientation that turns one grid into the other; see `Volume.onto`.
-
-    Raises VolumeError if the grids have different voxels.
-    """
-    turn = Orientation.between(one, other)
-    if difference := turn.turn_grid(one).difference_from(other):
-        raise VolumeError(
-            f"{what} lies on another grid than {whose}: {difference}; resample one onto the other"
-        )
-    return turn
 
 
 def suffix_of(path: Path) -> str:
@@ -194,15 +124,37 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path))]
 
 
+def has_volume_suffix(path: Path) -> bool:
+    """Whether a name is that of a volume in a file, and not of a DICOM file or a folder."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def case_name_of(path: Path) -> str:
+    """What a case is called by a file of it: without its suffix, if it is that of a volume."""
+    return stem_of(path) if has_volume_suffix(path) else path.name
+
+
+def check_readable(path: Path) -> None:
+    """Raise VolumeError if a path names neither a volume by its suffix nor DICOM by its content."""
+    if not is_dicom_path(path):
+        suffix_of(path)
+
+
+def is_dicom_path(path: Path) -> bool:
+    """Whether a path is a folder of DICOM images or a DICOM file, and no volume by its name."""
+    return (path.is_dir() or not has_volume_suffix(path)) and is_dicom(path)
+
+
 def read_volume(
     path: str | Path, *, rules: PictureRules = AS_IT_SAYS, working: float = 0
 ) -> Volume:
-    """A volume with its grid, read from a file.
+    """A volume with its grid, read from a file, or from the files of a DICOM series.
 
     Args:
         path: a NIfTI (`.nii`, `.nii.gz`), NRRD (`.nrrd`, `.nhdr`) or MetaImage (`.mha`, `.mhd`)
             file, or a picture (`.png`, `.tif`, `.ome.tif`, `.jpg`, `.bmp`). A `.nhdr` or `.mhd`
-            header may name a data file in its own folder.
+            header may name a data file in its own folder. Or the folder of a DICOM series; if it
+            holds several series, any file of one.
         rules: settings for reading pictures, such as the pixel size.
         working: bytes per voxel (x, y, z) that the caller will need in addition to the values. A
             volume that does not fit into free memory with them is refused before anything is
@@ -222,7 +174,10 @@ def read_volume(
         >>> scan.data.shape, scan.grid.spacing
         ((256, 256, 170), (1.0, 1.0, 1.2))
     """
-    return _open(Path(path), partial(_read, rules=rules, working=working))
+    path = Path(path)
+    if is_dicom_path(path):
+        return read_series(series_at(path), working=working)
+    return _open(path, partial(_read, rules=rules, working=working))
 
 
 def read_label_values(
@@ -231,14 +186,32 @@ def read_label_values(
     """The values of a label file, which are not checked; a picture gives one number per pixel.
 
     Args:
-        path: a file that `read_volume` can read.
+        path: a file that `read_volume` can read, or a DICOM structure set or segmentation if the
+            rules give its classes and its series.
         rules: as for `read_volume`; if it has colours, they give the labels of a picture.
         working: as for `read_volume`.
 
     Raises:
         VolumeError: as for `read_volume`, or a picture cannot be labels.
     """
-    return _open(Path(path), partial(_read, rules=rules, as_labels=True, working=working))
+    path = Path(path)
+    if is_dicom_path(path):
+        if structure_kind(path) is None:
+            return read_series(series_at(path), working=working)
+        structures, grid = _placed_structures(path, rules)
+        return Volume(paint_structures(path, grid, structures), grid)
+    return _open(path, partial(_read, rules=rules, as_labels=True, working=working))
+
+
+def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules, Grid]:
+    """How the structures of a file become labels, and the grid that they are painted on."""
+    structures = rules.structures
+    if structures is None or path not in structures.images:
+        raise VolumeError(
+            f"{path}: is a DICOM structure set or segmentation; say which structures are what, by "
+            f"data.dicom.structures of a dataset's YAML file, and name that file"
+        )
+    return structures, read_grid(structures.images[path])
 
 
 def read_labels(
@@ -320,9 +293,14 @@ def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
 
     Raises VolumeError as `read_volume` does, but damaged voxels are not noticed.
     """
-    if is_picture(Path(path)):
+    path = Path(path)
+    if is_dicom_path(path):
+        if structure_kind(path) is not None:
+            return _placed_structures(path, rules)[1]
+        return arranged(series_at(path))[1]
+    if is_picture(path):
         return read_picture_facts(path, rules=rules)[0]
-    return _open(Path(path), lambda path: _grid(_layout(path)[1]))
+    return _open(path, lambda path: _grid(_layout(path)[1]))
 
 
 def read_picture_facts(
@@ -335,16 +313,22 @@ def read_picture_facts(
 
 def read_num_channels(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> int:
     """Number of values per voxel, read from the header only. Raises as `read_grid` does."""
-    if is_picture(Path(path)):
-        return _open(Path(path), partial(picture_channels, rules=rules))
-    return _open(Path(path), lambda path: _layout(path)[1].channels or 1)
+    path = Path(path)
+    if is_dicom_path(path):
+        return 1
+    if is_picture(path):
+        return _open(path, partial(picture_channels, rules=rules))
+    return _open(path, lambda path: _layout(path)[1].channels or 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """The files of a volume: the file itself, and the data file if its header names one.
 
-    The header is only read if its format can name a data file; VolumeError as in `read_grid`.
+    The files of a DICOM series are those of all slices. The header is only read if its format can
+    name a data file; VolumeError as in `read_grid`.
     """
+    if is_dicom_path(path):
+        return (path,) if structure_kind(path) else series_at(path).files
     if not path.name.lower().endswith(tuple(ONE_FILE)):
         return (path,)
     beside = _open(path, lambda path: _layout(path)[1].file)
@@ -571,14 +555,6 @@ def _to_nifti(volume: Volume) -> Nifti1Image:
     if isinstance(header, Nifti2Header):
         return Nifti2Image(data, None, header)
     return Nifti1Image(data, None, header)
-
-
-def simple_itk() -> Any:
-    """The package SimpleITK, imported at its first use."""
-    # It takes 0.1 GiB, a third of all imports for a NIfTI file, which does not need it.
-    import SimpleITK
-
-    return SimpleITK
 
 
 def _to_itk(volume: Volume) -> Any:

@@ -7,7 +7,6 @@ module (`network.given`), only its weights are saved; to load them, pass the sam
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ SUMMARY = "summary.json"
 """The file of a finished run, or of a finished cross-validation, beside its models."""
 FOLD = "fold_"
 """Prefix of the name of each fold's run in the folder of a cross-validation."""
-CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
-"""Names of the weights in the blocks of a U-Net."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,43 +292,6 @@ def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
     """Write the post-processing of labels into the description of a model folder."""
     description = load_description(folder).model_copy(update={"postprocessing": postprocessing})
     save_description(folder, description)
-
-
-def start_from(network: SegmentationNetwork, path: Path) -> str:
-    """Copy weights of a model into a network, for each name and shape that both have.
-
-    If the model has other classes or channels, all but its last or first layers are copied.
-
-    Args:
-        network: the network; it changes in place.
-        path: a model folder, or the folder of a run.
-
-    Returns:
-        A sentence that says how many weights were copied.
-
-    Raises:
-        ModelError: there is no model or more than one, or no convolution in the blocks of the
-            U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
-            these are useless.)
-    """
-    folders = model_folders(path)
-    if len(folders) > 1:
-        raise ModelError(
-            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
-            f"{folders[0].parent}"
-        )
-    given = _weights(load_model(path))
-    own = weights_of(network).state_dict()
-    fitting = {
-        key: value for key, value in given.items() if key in own and own[key].shape == value.shape
-    }
-    if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
-        raise ModelError(
-            f"{path}: none of its weights fits the network; use the same network.spatial_dims, "
-            f"channels, strides and kernels for both"
-        )
-    weights_of(network).load_state_dict(fitting, strict=False)
-    return f"{len(fitting)} of {len(own)} weights were copied from {path}"
 
 
 def model_folder(path: Path) -> Path:

@@ -219,6 +219,7 @@ def _merged(samples: Sequence[Sample | None]) -> Intensities | None:
 
 
 def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
+    structures = dataset.rules.structures
     content = {
         "format": FINGERPRINT_FORMAT,
         # A case is checked against these settings when it is read.
@@ -229,6 +230,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         **({"in_files": dataset.in_files, "others": dataset.others} if dataset.in_files else {}),
         "num_images": len(case.images),
         **({"pictures": repr(dataset.rules)} if is_picture(case.label) else {}),
+        **({"structures": structures.told()} if structures else {}),
         "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,6 +21,7 @@ REFUSED = {
     "train.averaging": "the average covers all steps",
     "train.minutes": "the time was planned for the whole run",
     "train.start_from": "the run has its own weights now",
+    "train.other_channels": "the run has its own weights now",
     "train.seed": "the earlier steps used it",
     "replaced": "the same parts must be replaced",
 }
@@ -48,12 +49,15 @@ APPLIED = {
     "train.learning_rate",
     "train.weight_decay",
     "train.gradient_clip",
+    "train.freeze",
     "train.loss",
     "train.batch_dice",
     "train.validate_every",
     "train.validation_cases",
     "train.pictures",
     "train.patience",
+    "train.keep_held_out",
+    "train.calibrate",
     "trainer",
 }
 """Settings that may change, from the next step on. A setting in neither list must not change."""

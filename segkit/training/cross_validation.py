@@ -40,12 +40,14 @@ from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_absolute_paths
-from segkit.training.run_folder import SPLIT, locked_folder, new_run_folder
+from segkit.training.run_folder import SPLIT, lock_if_free, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 
 RECORD = "cross_validation.json"
+SECONDS_FOR_ANOTHER = 60.0
+"""To wait for a process that writes what all folds share."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 """Dice by case, then by class; None if a class is in neither prediction nor reference."""
@@ -53,12 +55,18 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A finished cross-validation."""
+    """A cross-validation, with a run for each fold, and what all folds say together.
+
+    Example:
+        result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
+        print(result.summary["validation"]["mean_dice"])
+    """
 
     folder: Path
     """The folder of the cross-validation, with a run for each fold."""
     summary: Mapping[str, Any]
-    """The content of `summary.json`."""
+    """The content of `summary.json`. It is empty while another process trains folds; the last that
+    finishes pools them."""
 
     def post_processing(self) -> str:
         """A sentence about the selected post-processing and its Dice."""
@@ -141,7 +149,7 @@ def cross_validate(
     record = Record(folds=sorted(set(numbers)), config=config)
     folder = new_run_folder(runs, config.name)
     try:
-        with locked_folder(folder), advice_on_stop(_how_to_go_on(folder)):
+        with advice_on_stop(_how_to_go_on(folder)):
             return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
     except SegkitError:
         if not any(folder.glob(f"{FOLD}*")):
@@ -159,6 +167,9 @@ def resume_folds(
 ) -> CrossValidation:
     """Train the missing part of a cross-validation, and more folds if they are named.
 
+    Several processes may do so at once: each fold is trained by one of them, and the last that
+    finishes pools all folds.
+
     Args:
         folder: the folder of the cross-validation.
         folds: numbers of folds to train as well, or "all".
@@ -173,8 +184,7 @@ def resume_folds(
         ConfigError: nothing is missing.
         SegkitError: a training fails, as `train` describes.
     """
-    source = folder / RECORD
-    record = validated(Record, _read(source), str(source))
+    record = _record_of(folder)
     if folds == "all":
         data = record.config.data
         folds = range(len(folds_of(dataset_of(data), data)))
@@ -186,7 +196,7 @@ def resume_folds(
             f"{folder}: the cross-validation is finished already; name more --folds, or read its "
             f"{SUMMARY}"
         )
-    with locked_folder(folder), advice_on_stop(_how_to_go_on(folder)):
+    with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
@@ -203,22 +213,42 @@ def _go_on(
     callbacks: Sequence[Callback],
     track: Track,
 ) -> CrossValidation:
-    (folder / SUMMARY).unlink(missing_ok=True)  # the folds are about to change
-    write_json(folder / RECORD, record.model_dump(mode="json"))
+    with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
+        (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
+        known = _record_of(folder).folds if (folder / RECORD).is_file() else []
+        record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
+        write_json(folder / RECORD, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
-        run = _fold(folder, fold)
-        if (run / SUMMARY).is_file():
-            continue
-        say(f"fold {fold}, {number} of {len(record.folds)}")
-        if run.exists():
-            resume(run, callbacks=callbacks, track=track)
-        else:
-            data = record.config.data.model_copy(update={"fold": fold})
-            config = record.config.model_copy(update={"name": run.name, "data": data})
-            dataset = _as_begun(folder, record)
-            train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
-    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in record.folds}
-    models = [_fold(folder, fold) / "model" for fold in record.folds]
+        with lock_if_free(folder / f".{FOLD}{fold}.lock") as mine:
+            run = _fold(folder, fold)
+            if not mine or (run / SUMMARY).is_file():
+                continue
+            say(f"fold {fold}, {number} of {len(record.folds)}")
+            if run.exists():
+                resume(run, callbacks=callbacks, track=track)
+            else:
+                data = record.config.data.model_copy(update={"fold": fold})
+                config = record.config.model_copy(update={"name": run.name, "data": data})
+                dataset = _as_begun(folder, record)
+                train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
+    with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
+        # Another process may have begun more of them meanwhile; the last to end pools all.
+        folds = _record_of(folder).folds
+        missing = [fold for fold in folds if not (_fold(folder, fold) / SUMMARY).is_file()]
+        if missing:
+            say(
+                f"{folder}: not finished yet: {', '.join(f'fold {fold}' for fold in missing)}; "
+                f"the process that trains it pools all folds when it ends, or "
+                f"{_how_to_go_on(folder)}"
+            )
+            return CrossValidation(folder, {})
+        return write_pooled(folder, folds)
+
+
+def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
+    """Pool the finished folds of a folder; its models adopt what all of them favour."""
+    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
+    models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
     labels = load_description(models[0]).labels
     adopted = PostprocessingConfig(
@@ -229,6 +259,11 @@ def _go_on(
         adopt(model, adopted)
     write_json(folder / SUMMARY, summary)
     return CrossValidation(folder, summary)
+
+
+def _record_of(folder: Path) -> Record:
+    """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
+    return validated(Record, _read(folder / RECORD), str(folder / RECORD))
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:

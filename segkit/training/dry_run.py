@@ -53,6 +53,8 @@ class DryRun:
     seconds: float
     """Time of one step, in seconds."""
     loss: float
+    notes: tuple[str, ...] = ()
+    """Of weights that are another model's, and of those that are frozen."""
 
     @property
     def fitting(self) -> int | None:
@@ -90,6 +92,7 @@ class DryRun:
             f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
             f"{schedule.steps} steps would take {total}, without validations",
         ]
+        lines += self.notes
         if self.fitting is not None and self.fitting < schedule.steps:
             lines.append(too_slow(self.seconds, self.fitting, schedule.steps))
         return lines
@@ -184,6 +187,9 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
         before=watch.before,
         seconds=watch.seconds,
         loss=watch.loss,
+        notes=tuple(
+            run.summary[name]["told"] for name in ("start_from", "freeze") if name in run.summary
+        ),
     )
 
 

@@ -16,12 +16,15 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.overlap import Overlap, mean_of_defined
+from segkit.evaluation.temperature import HeldOutVoxels
 from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.postprocess import Operation, class_means
 from segkit.inference.predictor import Predictor
+from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import read_volume
 from segkit.model.folder import Model
 from segkit.system.progress import Track
+from segkit.training.held_out_files import HeldOutFiles
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ def score(
     first_labels: Mapping[str, Path] | None = None,
     operations: Mapping[str, Operation] = MappingProxyType({}),
     until: float = math.inf,
+    files: HeldOutFiles | None = None,
+    voxels: HeldOutVoxels | None = None,
     **options: Unpack[PredictionOptions],
 ) -> dict[str, Any]:
     """Dice of held-out cases: per case, as mean per class, and as mean over classes.
@@ -53,6 +58,8 @@ def score(
             operation is returned as `dice_of_cases_after`; a cross-validation selects by it.
         until: time of the monotonic clock at which scoring should end. At least one case is scored,
             and then as many as fit.
+        files: writes the predictions, if given.
+        voxels: receives voxels with their probabilities, from cases that are labelled completely.
         options: those of `Predictor`, such as `device`.
 
     Returns:
@@ -84,7 +91,18 @@ def score(
         if first_labels:
             stage = model.first[0].description.labelling
             first = volume_as_in_files(read_volume(first_labels[case.name]), stage)
-        prediction = predictor(image, first_labels=first)
+        drawn = voxels if voxels is not None and not unlabelled else None
+        prediction = predictor(
+            image,
+            first_labels=first,
+            probabilities=drawn is not None or (files is not None and files.probabilities),
+            allocate=files.allocate if files is not None else in_memory,
+        )
+        if files is not None:
+            files.write(case, prediction)
+        if drawn is not None and prediction.probabilities is not None:
+            shares = prediction.probabilities.data
+            drawn.add(shares if shares.ndim == 4 else shares[..., None], label.data)
         found = within(prediction.labels.data, labelling)
         if prediction.presence is not None:
             presence_correct.append(

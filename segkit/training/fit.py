@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
 from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
+from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
@@ -52,6 +53,8 @@ from segkit.training.changed_settings import (
     settings_of,
 )
 from segkit.training.final_scores import score
+from segkit.training.freezing import Freezing
+from segkit.training.held_out_files import HeldOutFiles
 from segkit.training.kept_split import (
     SplitNames,
     check_not_moved,
@@ -388,11 +391,13 @@ def _record_of(
         {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
     ]
     split = names or _names_of(parts)
+    begun_from = parts.taken_over.as_json() if parts.taken_over else before.get("start_from")
     return {
         "config": config.model_dump(mode="json"),
         "split": {part: list(split[part]) for part in ("train", "held_out")},
         "changes": [*before.get("changes", []), *changed],
         "files": states_of((*parts.split.train, *parts.split.held_out)),
+        **({"start_from": begun_from} if begun_from else {}),
     }
 
 
@@ -459,8 +464,11 @@ def _module_of(
 ) -> SegmentationModule:
     settings = config.network
     head = None if settings.given else settings.attention.head
+    network, patterns = _network_of(parts), config.train.freeze
+    freezing = Freezing(weights_of(network), patterns) if patterns else None
+    notes = [each.told for each in (parts.taken_over, freezing) if each is not None]
     return SegmentationModule(
-        _network_of(parts),
+        network,
         loss=parts.loss,
         optimiser=parts.optimiser,
         schedule=parts.schedule,
@@ -475,6 +483,8 @@ def _module_of(
         # Code from outside segkit may do things that a recording would not repeat.
         recorded=config.network.given is None and not RECORDED & set(parts.replaced),
         budget=budget,
+        freezing=freezing,
+        notes=notes,
     )
 
 
@@ -535,6 +545,11 @@ def _trained(
     save_model(folder / "model", model)
     budget = module.budget
     until = math.inf if budget is None else budget.until
+    scores, temperature = _scores(parts, config, model, trainer, track, until)
+    if temperature is not None:
+        told = parts.description.model_copy(update={"temperature": temperature.value})
+        model = replace(model, description=told)
+        save_description(folder / "model", told)
     summary = {
         "run": folder.name,
         "steps": trainer.global_step,
@@ -543,13 +558,18 @@ def _trained(
         "seed": config.train.seed,
         "training_cases": len(split.train),
         "weights": {"of": "last" if step is None else "best", "step": step or trainer.global_step},
-        "validation": _scores(parts, config, model, trainer, track, until),
+        "validation": scores,
         **first_stage_of(parts.first_stage, split.train, split.held_out),
         "versions": versions("lightning"),
         "environment": environment,
     }
-    if changed := _changed_on_the_way(trainer):
-        summary["changed_settings"] = changed
+    record = _record_in(trainer)
+    if record["changes"]:
+        summary["changed_settings"] = record["changes"]
+    if "start_from" in record:
+        summary["start_from"] = record["start_from"]
+    if module.freezing is not None:
+        summary["freeze"] = module.freezing.as_json()
     if budget is not None:
         summary["minutes"] = {
             "given": config.train.minutes,
@@ -557,15 +577,17 @@ def _trained(
             "planned_steps": config.train.steps,
             "seconds_per_step": round(budget.per_step, 4),
         }
+    if temperature is not None:
+        summary["temperature"] = temperature.as_json()
     write_json(folder / SUMMARY, summary)
     network.to("cpu")
     return Run(folder, summary, model)
 
 
-def _changed_on_the_way(trainer: L.Trainer) -> list[dict[str, Any]]:
-    """Settings that were changed when the run was resumed."""
+def _record_in(trainer: L.Trainer) -> Mapping[str, Any]:
+    """The record that checkpoints of a training contain."""
     noted = next(each for each in trainer.callbacks if isinstance(each, ResumeState))  # type: ignore[attr-defined]
-    return list(noted.record["changes"])
+    return noted.record
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:
@@ -590,15 +612,29 @@ def _scores(
     trainer: L.Trainer,
     track: Track,
     until: float,
-) -> dict[str, Any]:
-    """The scores of the run on its held-out cases, and the best score during training."""
+) -> tuple[dict[str, Any], Temperature | None]:
+    """The scores of the run on its held-out cases, and the best score during training.
+
+    With `train.calibrate`, also the temperature of its probabilities.
+    """
     # Only a cross-validation selects post-processing, so only a fold measures it. Regions overlap:
     # removing a component of one would change others.
     adopts = config.data.fold is not None and not parts.dataset.regions
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
     highest = best.best_model_score
-    return {
+    assert best.dirpath is not None
+    labelling, keep = model.description.labelling, config.train.keep_held_out
+    voxels = None
+    if config.train.calibrate:
+        background = {} if labelling.regions else {next(iter(labelling.numbers)): (0,)}
+        voxels = HeldOutVoxels(
+            {**background, **labelling.members},
+            bool(labelling.regions),
+            len(parts.split.held_out),
+            labelling.ignore,
+        )
+    scores = {
         "note": "Dice of whole held-out volumes on their own grids, by the weights in model/",
         **score(
             model,
@@ -610,8 +646,16 @@ def _scores(
             operations=candidates(list(model.description.labels.values())[1:]) if adopts else {},
             # A cross-validation needs all cases of a fold.
             until=until if config.data.fold is None else math.inf,
+            files=None if keep == "nothing" else HeldOutFiles(Path(best.dirpath), keep),
+            voxels=voxels,
         ),
         f"best_mean_{parts.validation.measure}_during_training": (
             None if highest is None else float(highest)
         ),
     }
+    temperature = voxels.fit() if voxels is not None else None
+    if temperature is None and voxels is not None:
+        logger.warning(
+            "train.calibrate: no held-out case is labelled whole; no temperature is kept"
+        )
+    return scores, temperature

@@ -11,11 +11,13 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from segkit.data.augment_spatial import Vary
+from segkit.errors import ConfigError
 from segkit.nn.gates import anneal
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.graphed_step import GraphedStep, record_step
+from segkit.training.freezing import Freezing
 from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
 from segkit.training.loss_watch import LossWatch
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
@@ -48,6 +50,8 @@ class SegmentationModule(L.LightningModule):
             Network and loss must run the same operations at every step and keep no state.
         partly: the labelled classes of partly labelled cases, if there are any.
         budget: a time budget that the schedule follows; without it, the schedule follows the steps.
+        freezing: weights that are not trained, or not from the first step.
+        notes: lines to show when training begins.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class SegmentationModule(L.LightningModule):
         recorded: bool = False,
         partly: PartlyLabelled | None = None,
         budget: TimeBudget | None = None,
+        freezing: Freezing | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.network = network
@@ -85,6 +91,8 @@ class SegmentationModule(L.LightningModule):
         self.steps_begun = False
         self.partly = partly
         self.budget = budget
+        self.freezing = freezing
+        self.notes = tuple(notes)
         self.graphed: GraphedStep | None = None
         self.losses = LossWatch()
         self.losses_of_step: list[Tensor] = []
@@ -178,8 +186,24 @@ class SegmentationModule(L.LightningModule):
                 gradient_clip_algorithm=gradient_clip_algorithm,
             )
 
+    def on_fit_start(self) -> None:
+        """Refuse to unfreeze weights if several processes train: these would not share gradients.
+
+        Raises ConfigError.
+        """
+        if self.freezing is not None and self.freezing.unfreezes and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"train.freeze unfreezes weights at a step, and {self.trainer.world_size} "
+                f"processes train; freeze them to the end (null), or set trainer.devices to 1"
+            )
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make Lightning log by the true step, and note that the first step is done."""
+        if self.freezing is not None:
+            # By the schedule's own step, which follows the time if that is limited.
+            if self.freezing.set_step(self.budget.advanced if self.budget else self.global_step):
+                self.graphed = None  # it would go on to leave out what was frozen
+            self.freezing.set_modes()
         self.steps_begun |= batch_idx > 0
         log_by_true_step(self.trainer)
 

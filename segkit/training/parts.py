@@ -27,7 +27,7 @@ from segkit.data.variation import build_variation
 from segkit.errors import ConfigError, Problems, printable
 from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
-from segkit.model.folder import start_from
+from segkit.model.start_from import TakenOver, start_from
 from segkit.nn.external import try_out
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
@@ -59,6 +59,7 @@ FIXED = (
     "partly",
     "seconds",
     "split",
+    "taken_over",
 )
 """Parts from which others were made. They cannot be replaced; change the config instead."""
 
@@ -119,6 +120,8 @@ class TrainingParts:
 
     partly: PartlyLabelled | None = None
     """The labelled classes of partly labelled cases; None if all cases are labelled completely."""
+    taken_over: TakenOver | None = None
+    """The weights of the network that were copied from `train.start_from`, if it is given."""
     seconds: float = 0.0
     """Seconds that `prepare` took; they count as part of `train.minutes`."""
 
@@ -198,7 +201,7 @@ def make_parts(
     first_stage = first_models(config.data.first_stage or (), dataset)
     config = resolve(config, dataset, split, runs=runs, track=track)
     description = described(describe(config, dataset), first_stage)
-    built = _network(config, description, network, begun)
+    built, taken_over = _network(config, description, network, begun)
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
     present = {number for case in cases for number in case.labels}
     present = {number % len(dataset.labelling.value_names) for number in present}
@@ -243,6 +246,7 @@ def make_parts(
             score=score if partly is None else PartlyLabelledScore(score, partly),
         ),
         partly=partly,
+        taken_over=taken_over,
         seconds=time.monotonic() - started,
     )
     made = {each.name: getattr(parts, each.name) for each in fields(parts) if each.name != "_made"}
@@ -291,7 +295,8 @@ def refuse_replaced(config: Config, given: Sequence[str] = ()) -> None:
 
 def _network(
     config: Config, description: ModelDescription, module: nn.Module | None, begun: bool
-) -> SegmentationNetwork:
+) -> tuple[SegmentationNetwork, TakenOver | None]:
+    """The network that a training begins with, and which of its weights are another model's."""
     patch_size = description.volume_patch
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         check_windows(description, (config.data.batch_size, *patch_size))
@@ -303,9 +308,15 @@ def _network(
         try_out(network, torch.zeros(1, len(description.channels), *patch_size))
     image = torch.zeros(1, description.channels_in, *patch_size)
     check_levels(config.train.loss, network, image)
-    if config.train.start_from is not None and not begun:
-        logger.info("%s", start_from(network, config.train.start_from))
-    return network
+    if config.train.start_from is None or begun:
+        return network, None
+    taken_over = start_from(
+        network,
+        config.train.start_from,
+        channels=description.channels,
+        other_channels=config.train.other_channels,
+    )
+    return network, taken_over
 
 
 def _stored(

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
+from segkit.errors import printable
 from segkit.system.progress import SECONDS_BETWEEN_LINES, bars
 
 
@@ -26,6 +27,8 @@ class TrainingProgress(Callback):
         self.started = self.last = time.monotonic()
         if self.task is not None:  # of the previous fold
             self.display.remove_task(self.task)
+        for note in getattr(pl_module, "notes", ()):
+            self.console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
         self.display.start()
         self.task = self.display.add_task("training", total=trainer.max_steps)
 

@@ -7,6 +7,7 @@ runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.
 import csv
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -43,6 +44,7 @@ CHECKPOINT_KEYS = {
     "lr_schedulers",
     "loops",
 }
+SECONDS_BETWEEN_TRIES = 0.2
 RECORD_KEY = "segkit"
 """The key in a checkpoint under which the settings and the split of the run are stored."""
 SECOND_STAGE = "second_stage.yaml"
@@ -79,10 +81,14 @@ def existing_run(folder: Path) -> Path:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Lock a folder for this process, until the block or the process ends.
 
     On a file system without locks, nothing is locked.
+
+    Args:
+        folder: the folder to lock.
+        wait: seconds to wait for another process that has locked it.
 
     Raises:
         ConfigError: another process has locked the folder.
@@ -90,19 +96,60 @@ def locked_folder(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
+    until = time.monotonic() + wait
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: another process is training this run; wait until it ends, or stop it"
-            ) from None
-        except OSError as error:
-            logger.info("%s cannot be locked: %s", folder, error)
+        while not _lock(handle, folder):
+            if time.monotonic() >= until:
+                raise ConfigError(
+                    f"{folder}: another process is training this run; wait until it ends, or stop "
+                    f"it"
+                )
+            time.sleep(SECONDS_BETWEEN_TRIES)
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Whether a name is this process's alone, until the block or the process ends.
+
+    A file of that name is made, and removed at the end. Without locks, every name is free.
+    """
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        mine = _lock(handle, path)
+        if mine and not _is_still(path, handle):  # it was removed before it was locked
+            os.close(handle)
+            handle = os.open(path, os.O_CREAT | os.O_RDWR)
+            mine = _lock(handle, path) and _is_still(path, handle)
+        try:
+            yield mine
+        finally:
+            if mine:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> bool:
+    """Lock an open file or folder for this process; False if another process has locked it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.info("%s cannot be locked: %s", path, error)
+    return True
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether a path still names the file that is open."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(handle))
 
 
 def checkpoint_of(folder: Path) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from segkit.cli.train import dims_of
 from segkit.config.load import dump_yaml
 from segkit.planning import make_plan as planning
 from tests.cli.command import run
@@ -36,7 +37,7 @@ def test_one_command_trains_folds_and_another_resumes_them(
         assert line in out, line
     assert "post-processing: " in out and "wrote runs/small\n" in out
     code, out, err = run("train", "--resume", "runs/small", capsys=capsys)
-    assert code == 2 and "runs/small: the run is finished already" in err
+    assert code == 2 and "runs/small: the cross-validation is finished already" in err
     (tmp_path / "runs/small/fold_3/summary.json").unlink()
     code, out, _ = run("train", "--resume", "runs/small", capsys=capsys)
     assert code == 0 and "fold 3, 2 of 2" in out and "fold 0" not in out
@@ -132,3 +133,19 @@ def test_lightning_says_nothing_of_its_own(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "segkit", "train", str(config), "--runs", str(tmp_path / "runs")]
     done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dims"),
+    [
+        ([], None),
+        (["data.patch_size=[16, 16, 8]"], 3),
+        (["data.patch_size=[64,64]", "train.steps=5"], 2),
+        (["network.spatial_dims=3"], 3),
+        (["data.patch_size=16"], None),  # refused later, in words of its own
+    ],
+)
+def test_a_dataset_is_planned_in_the_dimensions_of_its_overrides(
+    overrides: list[str], dims: int | None
+) -> None:
+    assert dims_of(overrides) == dims

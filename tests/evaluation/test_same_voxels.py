@@ -59,7 +59,7 @@ def test_scores_do_not_depend_on_rounding_in_headers_and_labels(
 
 def test_a_fraction_of_a_label_is_refused_with_its_value(tmp_path: Path) -> None:
     half = Volume(REFERENCE * np.float32(1.0625), GRID)
-    told = r"p\.nii\.gz: expected whole numbers.*, found (1\.0625|2\.125)$"
+    told = r"p\.nii\.gz: expected whole numbers.*, found (1\.0625|2\.125);"
     with pytest.raises(VolumeError, match=told):
         scores(tmp_path, half, labels(REFERENCE))
 

@@ -124,10 +124,10 @@ def test_the_page_shows_every_map_and_verdict(explained: Explanation) -> None:
     for one in explained.measures:
         if one.name == "auroc" and np.isfinite(one.value):
             bar = next(bars[f"AUROC: {one.structure}"])
-            assert (bar.value, bar.chance) == (one.value, 0.5)
-            assert (bar.name, bar.baseline) == (
-                (one.map, False) if one.of == "map" else (one.of, True)
-            )
+            assert bar.value == abs(one.value - 0.5)
+            name = one.map if one.of == "map" else one.of
+            assert bar.name == (f"{name} ↓" if one.value < 0.5 else name)
+            assert bar.baseline == (one.of != "map")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install chromium")

@@ -81,7 +81,7 @@ def test_a_bundle_has_the_keys_of_monai_and_weights_that_run_no_code(tmp_path: P
         assert torch.equal(kept[key], value)
     assert load_model(folder / "models" / "segkit").description == model.description
     text = (folder / "docs" / "README.md").read_text()
-    assert "Run it only if you trust who made it" in text and "- 2: white" in text
+    assert "Run it only if you trust its author" in text and "- 2: white" in text
     assert "Apache License" in (folder / "LICENSE").read_text()
     assert "segkit." not in (folder / "configs" / "inference.json").read_text()
 

@@ -357,7 +357,9 @@ def test_a_yaml_of_patterns_is_checked_planned_and_trained_on(
     code, out, err = run("check", study, capsys=capsys)
     assert (code, err) == (0, "")
     assert f"{data}: 4 cases, all readable" in out and "label 1 ball: in 4 cases" in out
-    code, out, err = run("plan", study, "--minutes", 0.1, "--device", "cpu", capsys=capsys)
+    code, out, err = run(
+        "plan", study, "--minutes", 0.1, "--dims", 3, "--device", "cpu", capsys=capsys
+    )
     assert (code, err) == (0, "") and "next: segkit train data.yaml" in out
     short = ("train.steps=1", "network.channels=[4,8,8]", "network.strides=null")
     shape = ("network.kernels=null", "data.patch_size=[8,8,8]", "train.validate_every=1")

@@ -264,7 +264,7 @@ def cropped(number: int, one: Dataset) -> None:
         (moved, "is 5 mm away, but others are 4 mm apart; complete the series"),
         (stacked, "lies at the same position as .*; split the series"),
         (turned, "expected the orientation .* in the same series, found .*; split the series"),
-        (framed, "expected one slice in a file, found 2 frames; convert it"),
+        (framed, "expected one slice in a file, found 2 frames without .*; convert it"),
         (coloured, "expected one grey value per pixel, found 3 values"),
         (nowhere, "its place in the volume is unknown"),
         (skewed, "expected rows and columns at right angles"),

@@ -292,8 +292,8 @@ def test_results_for_a_header_with_a_data_file_are_one_file_of_its_format(
     path = build(tmp_path, *([RAW, HERE] if build is nhdr else [HERE_MHD]))
     (found,) = find_inputs([tmp_path], 1)
     assert found.files == (path,) and found.suffix == result == result_suffix(path)
-    assert output_path(found, out=None, alone=True) == tmp_path / f"scan_seg{result}"
-    assert output_path(found, out=tmp_path / "out", alone=True).name == f"scan{result}"
+    assert output_path(found, out=None, single=True) == tmp_path / f"scan_seg{result}"
+    assert output_path(found, out=tmp_path / "out", single=True).name == f"scan{result}"
     volume = read_volume(path)
     write_volume(tmp_path / f"scan_seg{result}", volume)
     again = read_volume(tmp_path / f"scan_seg{result}")
@@ -313,7 +313,7 @@ def test_a_header_with_a_data_file_is_never_written(tmp_path: Path, suffix: str)
     nhdr(tmp_path, RAW, HERE)
     (source,) = find_inputs([tmp_path / "scan.nhdr"], 1)
     with pytest.raises(VolumeError, match="change its suffix"):
-        output_path(source, out=path, alone=True)
+        output_path(source, out=path, single=True)
     assert not path.parent.exists()
 
 

@@ -18,7 +18,8 @@ from segkit.config.load import dump_yaml
 from segkit.data.dataset import read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError
 from segkit.io.volume import read_volume, write_volume
-from segkit.model.folder import load_model, start_from
+from segkit.model.folder import load_model
+from segkit.model.start_from import start_from
 from segkit.training import resolve
 from segkit.training.fit import train
 from segkit.training.resolve import precision
@@ -101,8 +102,11 @@ def test_a_run_may_start_from_a_model_of_other_classes(tmp_path: Path) -> None:
     head = other.heads[0]
     other.heads[0] = nn.Conv3d(head.in_channels, 5, kernel_size=1)
     own = {key: value.clone() for key, value in other.heads.state_dict().items()}
-    told = start_from(other, first.folder)
-    assert told == f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}"
+    taken = start_from(other, first.folder)
+    assert taken.told == (
+        f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}; "
+        "these begin anew: heads.0.weight, heads.0.bias"
+    )
     for key, value in other.state_dict().items():
         if key.startswith("heads.0"):
             assert torch.equal(value, own[key.removeprefix("heads.")])

@@ -40,6 +40,8 @@ QUANTITIES = {
     "received": "attention received, 1 is the average",
     "pool": "share of the mean",
 }
+LOW = "↓"
+"""Marks a map whose low values show a structure."""
 Grouped = dict[tuple[str, str, str], dict[str, Measure]]
 
 
@@ -188,22 +190,29 @@ def _whole_table(grouped: Grouped) -> Table | None:
 
 
 def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
-    """A plot for each structure: AUROC of each map, with intensity and gradient as baselines."""
+    """A plot for each structure: |AUROC - 0.5| of each map, with intensity and gradient beside it.
+
+    A map with an AUROC of 0.2 shows a structure as well as one with 0.8, by its low values; the two
+    bars have the same length.
+    """
     plots: dict[str, list[Bar]] = {}
     for one in measures:
         if one.name != "auroc" or math.isnan(one.value):
             continue
         of_map = one.of == "map"
-        bar = Bar(one.map if of_map else one.of, one.value, chance=one.chance, baseline=not of_map)
+        name = one.map if of_map else one.of
+        if one.value < 0.5:
+            name = f"{name} {LOW}"
+        bar = Bar(name, abs(one.value - 0.5), baseline=not of_map)
         plots.setdefault(one.structure, []).append(bar)
     return [
         Bars(
             f"AUROC: {structure}",
-            "AUROC",
+            "|AUROC - 0.5|: 0 by chance, 0.5 at most",
             bars,
             note="AUROC is the probability that a cell inside has a higher value than a cell "
-            "outside. Below each map are its baselines, the scan's intensity and gradient on the "
-            "same cells.",
+            "outside. '↓' means that it is below 0.5: low values show the structure. Below each "
+            "map are its baselines, the scan's intensity and gradient on the same cells.",
         )
         for structure, bars in plots.items()
     ]

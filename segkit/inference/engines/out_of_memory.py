@@ -64,8 +64,15 @@ class RowCombiner:
     memory, all following rows are copied to the host first.
     """
 
-    def __init__(self, *, probabilities: bool, uncertainty: bool) -> None:
-        self.combine = partial(combine, probabilities=probabilities, uncertainty=uncertainty)
+    def __init__(
+        self, *, probabilities: bool, uncertainty: bool, temperature: float | None = None
+    ) -> None:
+        self.combine = partial(
+            combine,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
+            temperature=temperature,
+        )
         self.on_host = False
 
     def __call__(self, members: Sequence[SourceRows]) -> MergedRows:

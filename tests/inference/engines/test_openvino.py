@@ -62,7 +62,7 @@ def test_openvino_computes_in_bfloat16_if_requested_and_supported() -> None:
     model, batch = model_of({}, 3), windows_of(3)
     able = OpenVino().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in able:
-        with pytest.raises(ModelError, match=r"float32 here, found torch\.bfloat16"):
+        with pytest.raises(ModelError, match=r"float32 on this CPU, found torch\.bfloat16"):
             choose_engine("openvino", model, precision=torch.bfloat16)
         return
     exact = TorchEngine(model.network, device=CPU)(batch, ())[LOGITS]

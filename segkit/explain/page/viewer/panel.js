@@ -137,6 +137,7 @@ function labelControls(layer, changed) {
   return [
     checkbox("Outline only", layer.outline, (on) => { layer.outline = on; changed(); }),
     make("ul", { className: "legend" }, ...items),
+    make("p", { className: "note" }, layer.dashed ? "Outlines are dashed and pale." : "Outlines are solid."),
   ];
 }
 

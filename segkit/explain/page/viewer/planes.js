@@ -23,8 +23,10 @@ function rgb(colour) {
   return [1, 3, 5].map((start) => parseInt(colour.slice(start, start + 2), 16));
 }
 
+const DASH = 4; // length of a dash, in pixels of the page, at least
+
 function pale(colour) {
-  return `rgb(${rgb(colour).map((part) => Math.round(0.55 * part + 0.45 * 255)).join(", ")})`;
+  return `rgb(${rgb(colour).map((part) => Math.round(0.5 * part + 0.5 * 255)).join(", ")})`;
 }
 
 /** 256 colours of a map, three bytes each. */
@@ -142,11 +144,14 @@ function paintLabels(pixels, values, layer, width, height, radiological) {
   }
 }
 
-/** Draw the outlines of labels along voxel edges, each label in its colour. */
+/** Draw the outlines of labels along voxel edges, each label in its colour; those of a dashed layer as dashes. */
 function strokeOutlines(context, plane, view, layer, width, height) {
   const values = sampled(layer, plane, view.at, width, height);
   const paths = new Map(layer.labels.map(({ number }) => [number, new Path2D()]));
   const dx = context.canvas.width / width, dy = context.canvas.height / height;
+  // Dashes and gaps of whole voxels, long enough to be seen: each edge is a line of its own.
+  const dash = Math.ceil((DASH * devicePixelRatio) / Math.min(dx, dy));
+  const gap = (place) => layer.dashed && Math.floor(place / dash) % 2 === 1;
   const label = (a, u) => (a >= 0 && a < width && u >= 0 && u < height ? values[u * width + a] : 0);
   for (let u = 0; u < height; u++) {
     for (let a = 0; a < width; a++) {
@@ -156,19 +161,28 @@ function strokeOutlines(context, plane, view, layer, width, height) {
       const x = column(a, width, view.radiological) * dx, y = (height - 1 - u) * dy;
       const segment = (fromX, fromY, toX, toY) => { path.moveTo(fromX, fromY); path.lineTo(toX, toY); };
       const leftwards = view.radiological ? 1 : -1;
-      if (label(a + leftwards, u) !== own) segment(x, y, x, y + dy);
-      if (label(a - leftwards, u) !== own) segment(x + dx, y, x + dx, y + dy);
-      if (label(a, u + 1) !== own) segment(x, y, x + dx, y);
-      if (label(a, u - 1) !== own) segment(x, y + dy, x + dx, y + dy);
+      if (!gap(u)) {
+        if (label(a + leftwards, u) !== own) segment(x, y, x, y + dy);
+        if (label(a - leftwards, u) !== own) segment(x + dx, y, x + dx, y + dy);
+      }
+      if (!gap(a)) {
+        if (label(a, u + 1) !== own) segment(x, y, x + dx, y);
+        if (label(a, u - 1) !== own) segment(x, y + dy, x + dx, y + dy);
+      }
     }
   }
   context.globalAlpha = layer.opacity;
-  // The second set of labels is thin and pale, so that both show where they agree.
+  // The second set of labels is dashed and pale on a dark line, so that both show where they agree.
   const thick = Math.min(Math.max(Math.min(dx, dy) / 3, 1.5 * devicePixelRatio), 3 * devicePixelRatio);
-  context.lineWidth = layer.pale ? thick / 2 : thick;
-  context.lineCap = "round";
+  context.lineCap = layer.dashed ? "butt" : "round";
   for (const { number, colour } of layer.labels) {
-    context.strokeStyle = layer.pale ? pale(colour) : colour;
+    if (layer.dashed) {
+      context.lineWidth = thick + 2 * devicePixelRatio;
+      context.strokeStyle = "rgb(0, 0, 0)";
+      context.stroke(paths.get(number));
+    }
+    context.lineWidth = thick;
+    context.strokeStyle = layer.dashed ? pale(colour) : colour;
     context.stroke(paths.get(number));
   }
   context.globalAlpha = 1;

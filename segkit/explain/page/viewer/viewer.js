@@ -133,7 +133,7 @@ function firstView(content, volumes) {
       };
     }
     return {
-      ...described, shown: true, opacity: nth || mapped ? 0.9 : 0.5, outline: nth > 0 || mapped, pale: nth > 0,
+      ...described, shown: true, opacity: nth || mapped ? 0.9 : 0.5, outline: nth > 0 || mapped, dashed: nth > 0,
       colours: new Map(layer.labels.map(({ number, colour }) => [number, rgb(colour)])),
       names: new Map(layer.labels.map(({ number, name }) => [number, name])),
     };

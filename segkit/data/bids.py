@@ -1,0 +1,207 @@
+"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and what labels mean.
+
+bids/dataset_description.json
+bids/sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz                   an image
+bids/derivatives/lesions/sub-01/ses-b/anat/sub-01_ses-b_dseg.nii.gz    its labels
+bids/derivatives/lesions/dseg.tsv                                their names
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from segkit.config.labels import Labelling
+from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
+from segkit.data.tables import read_csv
+from segkit.errors import DatasetError, Problems, first_few
+from segkit.io.dicom import find_folders
+from segkit.io.volume import NIFTI_SUFFIXES, stem_of
+
+DESCRIPTION_FILE = "dataset_description.json"
+ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
+OF_CASE = ("sub", "ses", "run")
+"""Entities that tell cases apart."""
+LABEL_SUFFIX = "dseg"
+LABEL_SUFFIXES = (LABEL_SUFFIX, "probseg", "mask", "defacemask")
+ANATOMY = "anat"
+MOST_CASES = 5
+
+Images = dict[str, dict[str, Path]]
+"""By the name of a case, the file of each suffix."""
+
+
+def is_bids(folder: Path) -> bool:
+    """Whether a folder has a dataset_description.json, or folders called sub-…."""
+    if not folder.is_dir():
+        return False
+    return (folder / DESCRIPTION_FILE).is_file() or any(
+        inside.is_dir() for inside in folder.glob("sub-*")
+    )
+
+
+def parts_of(path: Path) -> tuple[dict[str, str], str]:
+    """The entities in a file's name and its suffix.
+
+    Example:
+        >>> parts_of(Path("sub-01_ses-b_T1w.nii.gz"))
+        ({'sub': '01', 'ses': 'b'}, 'T1w')
+    """
+    *parts, suffix = stem_of(path).split("_")
+    found = [match for part in parts if (match := ENTITY.fullmatch(part))]
+    return {match[1]: match[2] for match in found}, suffix
+
+
+def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[Path, ...]]]:
+    """The images of each case that has all channels; `T1` and `T1w` are both `…_T1w.nii.gz`.
+
+    Raises DatasetError: no case has all channels, or a case has several files for one.
+    """
+    images = _images(folder, anywhere=True)
+    found, suffixes = [], set[str]()
+    for name, files in images.items():
+        suffixes |= set(files)
+        own = [_of_channel(files, channel) for channel in channels]
+        if all(own):
+            found.append((name, tuple(path for path in own if path)))
+    if not found:
+        raise DatasetError(
+            f"{folder}: no case of it has images for the channels {', '.join(channels)}; it has "
+            f"{first_few(sorted(suffixes)) or 'no images'}; give a YAML file with data.files, "
+            f"which says what is what"
+        )
+    return found
+
+
+def bids_labels(folder: Path) -> dict[str, Path]:
+    """The file of labels (`…_dseg.nii.gz`) of each case, in the folder or in its derivatives.
+
+    Raises DatasetError if a case has several.
+    """
+    found: dict[str, Path] = {}
+    problems = Problems()
+    for path, entities, suffix in _files(folder, derivatives=True):
+        if suffix != LABEL_SUFFIX:
+            continue
+        with problems.noted():
+            _add(found, _name(entities), path, folder)
+    problems.refuse()
+    return found
+
+
+def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """Names of labels and their numbers, by the only table `…dseg.tsv` there is; None without one.
+
+    Raises DatasetError for a table without the columns index and name, or for several that differ.
+    """
+    roots = [folder, *sorted((folder / "derivatives").glob("*"))]
+    tables = [path for root in roots for path in sorted(root.glob(f"*{LABEL_SUFFIX}.tsv"))]
+    told: dict[str, tuple[int, ...]] | None = None
+    for path in tables:
+        rows, columns = read_csv(path)
+        if not {"index", "name"} <= set(columns):
+            raise DatasetError(
+                f"{path}: expected columns index and name, found {', '.join(columns) or 'none'}"
+            )
+        names: dict[str, tuple[int, ...]] = {}
+        for row in rows:
+            if not re.fullmatch(r"-?[0-9]+", row["index"].strip()):
+                raise DatasetError(f"{path}: expected whole numbers as index, found {row['index']}")
+            names[row["name"]] = (*names.get(row["name"], ()), int(row["index"]))
+        if told is not None and told != names:
+            raise DatasetError(
+                f"{path}: says other labels than {tables[0]}; say which by data.labels"
+            )
+        told = names
+    if told is not None and not any(0 in numbers for numbers in told.values()):
+        told = {"background": (0,), **told}
+    return told
+
+
+def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
+    """Channels, labelling and labelled cases of a BIDS folder.
+
+    Channels are the suffixes of anatomical images that every labelled case has, in order of the
+    alphabet. `given` is what labels mean; without it, the table `dseg.tsv` says so.
+
+    Raises DatasetError.
+    """
+    labels, images = bids_labels(folder), _images(folder, anywhere=False)
+    if not labels:
+        raise DatasetError(
+            f"{folder}: expected labels of its subjects, derivatives/*/sub-*/**/*_dseg.nii.gz, "
+            f"found none; name your files by data.files"
+        )
+    bare = [name for name in labels if not images.get(name)]
+    if bare:
+        raise DatasetError(
+            f"{folder}: has labels of {first_few(bare, MOST_CASES)} and no anatomical image of "
+            f"theirs; complete it, or name your files by data.files"
+        )
+    common = set.intersection(*(set(images[name]) for name in labels))
+    if not common:
+        raise DatasetError(
+            f"{folder}: its labelled cases have no kind of image in common; name files by "
+            f"data.files"
+        )
+    names = bids_label_names(folder)
+    if given is None and names is None:
+        raise DatasetError(
+            f"{folder}: expected a table dseg.tsv with the names of labels, found none; give "
+            f"data.labels"
+        )
+    labelling = given or labelling_of(str(folder), names or {}, None, {})
+    channels = tuple(sorted(common))
+    cases: list[NamedFiles] = [
+        (name, tuple(images[name][channel] for channel in channels), label)
+        for name, label in labels.items()
+    ]
+    return DatasetJson(channels, labelling, tuple(cases))
+
+
+def _of_channel(files: Mapping[str, Path], channel: str) -> Path | None:
+    wanted = channel.lower()
+    for suffix, path in files.items():
+        if suffix.lower() in (wanted, f"{wanted}w"):
+            return path
+    return None
+
+
+def _images(folder: Path, *, anywhere: bool) -> Images:
+    """By case and suffix, the images of subjects: only anatomical ones unless `anywhere`."""
+    found: Images = defaultdict(dict)
+    problems = Problems()
+    for path, entities, suffix in _files(folder, derivatives=False):
+        if suffix in LABEL_SUFFIXES or not (anywhere or path.parent.name == ANATOMY):
+            continue
+        if path.parent.name == ANATOMY or suffix not in found[_name(entities)]:
+            with problems.noted():
+                _add(found[_name(entities)], suffix, path, folder)
+    problems.refuse()
+    return dict(found)
+
+
+def _add(found: dict[str, Path], key: str, path: Path, folder: Path) -> None:
+    other = found.setdefault(key, path)
+    if other is not path:
+        raise DatasetError(
+            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are of one case "
+            f"and one kind; choose by patterns in data.files"
+        )
+
+
+def _name(entities: Mapping[str, str]) -> str:
+    return "_".join(f"{key}-{entities[key]}" for key in OF_CASE if key in entities)
+
+
+def _files(folder: Path, *, derivatives: bool) -> Iterator[tuple[Path, dict[str, str], str]]:
+    """The NIfTI files of subjects, with entities and suffix, by rising path."""
+    roots = [folder, *(sorted((folder / "derivatives").glob("*")) if derivatives else [])]
+    for root in roots:
+        for subject in sorted(root.glob("sub-*")):
+            if not subject.is_dir():
+                continue
+            for inner in find_folders(subject):
+                for path in sorted(inner.iterdir()):
+                    if path.name.startswith("sub-") and path.name.endswith(NIFTI_SUFFIXES):
+                        yield path, *parts_of(path)

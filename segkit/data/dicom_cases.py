@@ -1,0 +1,273 @@
+"""The cases of a folder of DICOM files: series as channels, and structures as their labels."""
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segkit.config.dicom import DicomConfig, SeriesConfig
+from segkit.config.labels import Labelling
+from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
+from segkit.errors import DatasetError, Problems, first_few, printable
+from segkit.io.dicom import Series
+from segkit.io.dicom_labels import (
+    StructureFile,
+    absent_structure,
+    read_structure_file,
+    structure_kind,
+    told_names,
+)
+from segkit.io.dicom_tree import DicomTree, name_in, path_of, read_tree
+from segkit.io.name_patterns import matches_any
+from segkit.io.series_rules import SeriesRule
+from segkit.io.structure_rules import IGNORED, StructureRules
+from segkit.io.volume import is_dicom_path
+
+logger = logging.getLogger(__name__)
+
+MOST_SERIES = 5
+"""Series, names or cases in a sentence."""
+
+
+@dataclass(frozen=True)
+class DicomCase:
+    """A case by its name: the paths of its series, one for each channel, and its labels if any."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None
+    series: tuple[Series, ...]
+
+
+def list_dicom(folder: Path, dicom: DicomConfig) -> list[DicomCase]:
+    """The cases in a folder by the rules of a config, those without labels among them.
+
+    Raises DatasetError: no series fits, several fit one channel of a case, or several files of
+    structures fit a case; with a sentence for each case in `problems`.
+    """
+    tree = read_tree(folder)
+    problems = Problems()
+    for failure in tree.failures.values():
+        with problems.noted():
+            raise DatasetError(failure)
+    problems.refuse()
+    chosen = {
+        channel: [one for one in tree.series if rule_of(rule).admits(one, folder)]
+        for channel, rule in dicom.images.items()
+    }
+    for channel, found in chosen.items():
+        if not found:
+            raise DatasetError(
+                f"{folder}: no DICOM series in it is {rule_of(dicom.images[channel])} "
+                f"(data.dicom.images.{channel}); it holds {_told(tree.series)}"
+            )
+    labels = [
+        file
+        for file in tree.structures
+        if (dicom.label.modality in (None, file.modality))
+        and matches_any(file.description, dicom.label.description)
+        and matches_any(_inside(file.path.parent, folder), dicom.label.folder)
+    ]
+    groups = _groups(chosen, dicom, folder)
+    cases = []
+    for name, channels in groups.items():
+        with problems.noted():
+            series = [_one(name, channel, found, dicom) for channel, found in channels.items()]
+            paths = tuple(path_of(one, tree.series) for one in series)
+            cases.append(DicomCase(name, paths, _label_of(name, series, labels), tuple(series)))
+    problems.refuse()
+    return cases
+
+
+def labelled_cases(folder: Path, dicom: DicomConfig) -> list[NamedFiles]:
+    """The cases with labels; those without are left out, with a warning. Raises DatasetError."""
+    cases = list_dicom(folder, dicom)
+    if bare := [case.name for case in cases if case.label is None]:
+        told = printable(f"{folder}: left out, as no structures refer to them: {first_few(bare)}")
+        logger.warning("%s", told)
+    found = [(case.name, case.images, case.label) for case in cases if case.label is not None]
+    if not found:
+        raise DatasetError(
+            f"{folder}: none of {len(cases)} cases has labels: no structure set or segmentation "
+            f"that data.dicom.label admits refers to their series"
+        )
+    return found
+
+
+def list_dicom_files(
+    folder: Path, dicom: DicomConfig, given: Labelling | None = None
+) -> DatasetJson:
+    """Channels, labelling and cases of a folder, by the rules of a config.
+
+    `given` is what labels mean; without it, structures are numbered from 1 on in their order.
+    Raises DatasetError.
+    """
+    if given is None and not dicom.structures:
+        raise DatasetError(
+            "data.dicom: expected the names of classes and of their structures; give "
+            "data.dicom.structures, such as {tumour: [GTV*]}"
+        )
+    numbered = {name: (number,) for number, name in enumerate(dicom.structures, start=1)}
+    labelling = given or labelling_of(
+        "data.dicom.structures", {"background": (0,), **numbered}, None, {}
+    )
+    return DatasetJson(tuple(dicom.images), labelling, tuple(labelled_cases(folder, dicom)))
+
+
+def structure_rules(
+    dicom: DicomConfig, labelling: Labelling, images: Mapping[Path, Path]
+) -> StructureRules:
+    """How structures become labels, by the config. Raises DatasetError for an unknown class."""
+    numbers = labelling.numbers_in_files
+    classes = list(labelling.members)
+    if labelling.ignore is not None:
+        numbers[IGNORED] = labelling.in_file(labelling.ignore)
+    known = {*classes, *([] if labelling.ignore is None else [IGNORED])}
+    if unknown := [name for name in dicom.structures if name not in known]:
+        raise DatasetError(
+            f"data.dicom.structures names {unknown[0]}, expected classes: {', '.join(known)}"
+        )
+    if not labelling.regions:  # whose order is that of labels
+        given = [name for name in dicom.structures if name != IGNORED]
+        classes = [*(name for name in classes if name not in given), *given]
+    classes += [IGNORED] if IGNORED in dicom.structures else []
+    patterns = {name: tuple(dicom.structures.get(name, [name])) for name in classes}
+    return StructureRules(
+        patterns,
+        numbers,
+        labelling.in_file(0),
+        dicom.absent,
+        bool(labelling.regions),
+        dict(images),
+    )
+
+
+def check_structures(
+    cases: Sequence[tuple[str, Path]], rules: StructureRules
+) -> dict[str, tuple[str, ...]]:
+    """Hold the names of each case's structures against the rules.
+
+    Args:
+        cases: the name and the file of labels of each.
+        rules: which structures are what.
+
+    Returns:
+        The classes that a case is not labelled with, by its name, if the rules say so.
+
+    Raises:
+        DatasetError: a case lacks a class, with a sentence for each in `problems`, or has none.
+    """
+    problems, lacking = Problems(), {}
+    for name, path in cases:
+        if not is_dicom_path(path) or structure_kind(path) is None:
+            continue
+        with problems.noted():
+            names = read_structure_file(path).names
+            absent = rules.lacking(names)
+            if rules.refuses(absent):
+                raise DatasetError(f"case {name}: {absent_structure(path, absent, names, rules)}")
+            if absent and rules.absent == "unlabelled":
+                lacking[name] = tuple(absent)
+    problems.refuse()
+    return lacking
+
+
+def rule_of(rule: SeriesConfig) -> SeriesRule:
+    """The rule that settings come to."""
+    return SeriesRule(
+        rule.modality,
+        tuple(rule.description),
+        rule.min_slices,
+        rule.max_slices,
+        tuple(rule.folder),
+    )
+
+
+def told_tree(tree: DicomTree) -> list[str]:
+    """What a folder of DICOM files holds, in lines: kinds of series, and names of structures."""
+    kinds = Counter((one.modality, one.description) for one in tree.series)
+    lines = []
+    for (modality, description), count in kinds.most_common():
+        slices = [
+            len(one.slices)
+            for one in tree.series
+            if (one.modality, one.description) == (modality, description)
+        ]
+        lines.append(
+            f"{count} series: {modality or 'no modality'}, {description or 'no description'}, "
+            f"{min(slices)} to {max(slices)} slices"
+        )
+    names = told_names(tree.structures)
+    files = len(tree.structures)
+    lines += [f"structure {name}: in {count} of {files} files" for name, count in names.items()]
+    return [*lines, *tree.failures.values()]
+
+
+def _groups(
+    chosen: Mapping[str, list[Series]], dicom: DicomConfig, folder: Path
+) -> dict[str, dict[str, list[Series]]]:
+    """By case and channel, the series that fit."""
+    if len(chosen) == 1:
+        ((channel, every),) = chosen.items()
+        in_folder = Counter(one.folder for one in every)
+        return {
+            name_in(folder, one.folder, one.uid if in_folder[one.folder] > 1 else None): {
+                channel: [one]
+            }
+            for one in every
+        }
+    groups: dict[str, dict[str, list[Series]]] = defaultdict(lambda: {each: [] for each in chosen})
+    for channel, found in chosen.items():
+        for one in found:
+            groups[one.study if dicom.cases == "study" else one.patient][channel].append(one)
+    places = {
+        key: Path(os.path.commonpath([one.folder for found in group.values() for one in found]))
+        for key, group in groups.items()
+    }
+    shared = Counter(places.values())
+    return {
+        name_in(folder, places[key], key if shared[places[key]] > 1 else None): group
+        for key, group in groups.items()
+    }
+
+
+def _one(name: str, channel: str, found: list[Series], dicom: DicomConfig) -> Series:
+    if len(found) == 1:
+        return found[0]
+    rule = rule_of(dicom.images[channel])
+    if not found:
+        raise DatasetError(
+            f"case {name}: lacks a DICOM series for the channel {channel} ({rule}); complete the "
+            f"{dicom.cases}, or make the other channels' rules narrower"
+        )
+    raise DatasetError(
+        f"case {name}: {len(found)} DICOM series fit the channel {channel} ({rule}): "
+        f"{_told(found)}; make data.dicom.images.{channel} narrower"
+    )
+
+
+def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFile]) -> Path | None:
+    """The only file of structures that refers to a case's series, or else to their world."""
+    uids = {one.uid for one in series}
+    worlds = {one.frame_of_reference for one in series} - {""}
+    found = [file for file in labels if file.series & uids]
+    found = found or [
+        file for file in labels if not file.series and file.frames_of_reference & worlds
+    ]
+    if len(found) > 1:
+        listing = first_few([str(file.path) for file in found], MOST_SERIES)
+        raise DatasetError(
+            f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one by "
+            f"data.dicom.label"
+        )
+    return found[0].path if found else None
+
+
+def _inside(folder: Path, root: Path) -> str:
+    return folder.relative_to(root).as_posix()
+
+
+def _told(series: Sequence[Series]) -> str:
+    return first_few([str(one) for one in series], MOST_SERIES, between="; ") or "no series"

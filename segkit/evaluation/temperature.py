@@ -1,0 +1,204 @@
+"""One temperature for all probabilities of a model, fitted on cases that it was not trained on.
+
+A network that is trained long promises too much: of the voxels that it gives 99 %, fewer are right.
+Guo et al. (2017, arXiv:1706.04599, section 4.2) divide its logits by one number T, which is fitted
+by the negative log likelihood. Labels stay as they are. Probabilities p of classes become
+p^(1/T) / sum of p^(1/T), which is the same as dividing the logits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Integer
+from numpy import ndarray
+from scipy.optimize import minimize_scalar
+
+from segkit.evaluation.calibration import IN_QUESTION, Reliability
+
+MOST_VOXELS, FEWEST_VOXELS = 200_000, 10_000
+"""Of a case, drawn at random."""
+MOST_PROBABILITIES = 2**25
+"""Probabilities that are kept, of all cases together: 128 MB."""
+LOWEST, HIGHEST = 0.05, 20.0
+"""The temperatures that are looked at."""
+LEAST_LIKELY = {False: 1e-30, True: 1e-7}
+"""A probability of classes (False) or regions (True) below this counts as this in a logarithm: what
+single precision holds of p, and of 1 - p."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A temperature, and what it does to the probabilities that it was fitted on."""
+
+    value: float
+    """Logits are divided by it; above 1 probabilities were too sure."""
+    cases: int
+    voxels: int
+    log_loss: tuple[float, float]
+    """The mean of -log of the probability of what is true, before and after."""
+    ece: tuple[float, float]
+    """The expected calibration error at voxels in question, before and after."""
+    brier: tuple[float, float]
+    """The Brier score at voxels in question, before and after."""
+
+    @property
+    def told(self) -> str:
+        """One line that says all of it."""
+        return (
+            f"temperature {self.value:.3f}, fitted on {self.cases} held-out cases: ECE of voxels "
+            f"in question {self.ece[0]:.4f} -> {self.ece[1]:.4f}, "
+            f"log loss {self.log_loss[0]:.4f} -> {self.log_loss[1]:.4f}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a summary."""
+        pairs = {
+            name: {"before": pair[0], "after": pair[1]}
+            for name, pair in (
+                ("log_loss", self.log_loss),
+                ("ece_in_question", self.ece),
+                ("brier_in_question", self.brier),
+            )
+        }
+        return {
+            "value": self.value,
+            "cases": self.cases,
+            "voxels": self.voxels,
+            **pairs,
+            "told": self.told,
+        }
+
+
+@dataclass
+class HeldOutVoxels:
+    """Voxels of held-out cases, drawn at random, with their probabilities and what is true.
+
+    Args:
+        members: the numbers in references that each output stands for, in the order of the outputs;
+            the background first if they are classes.
+        are_regions: whether outputs are regions, each yes or no.
+        num_cases: that will be added, among which memory is shared.
+        ignore: the number of voxels that nobody labelled.
+    """
+
+    members: Mapping[str, Sequence[int]]
+    are_regions: bool
+    num_cases: int
+    ignore: int | None = None
+    probabilities: list[Float[ndarray, "voxels outputs"]] = field(default_factory=list)
+    within: list[Bool[ndarray, "voxels outputs"]] = field(default_factory=list)
+
+    def add(
+        self, probabilities: Float[ndarray, "*space outputs"], reference: Integer[ndarray, "*grid"]
+    ) -> None:
+        """Draw voxels of a case, the same ones each time; those that are ignored are left out."""
+        outputs = len(self.members)
+        share = MOST_PROBABILITIES // max(self.num_cases, 1) // outputs
+        most = min(max(share, FEWEST_VOXELS), MOST_VOXELS)
+        truth = reference.ravel()
+        places = (
+            np.arange(truth.size) if self.ignore is None else np.flatnonzero(truth != self.ignore)
+        )
+        if len(places) > most:
+            random = np.random.default_rng(len(self.probabilities))
+            places = np.sort(random.choice(places, most, replace=False))
+        if not len(places):
+            return
+        # By axes, as probabilities may lie in a file and in another order.
+        axes = np.unravel_index(places, reference.shape)
+        found = probabilities[axes].astype(np.float32)
+        self.probabilities.append(found)
+        groups = self.members.values()
+        self.within.append(np.stack([np.isin(truth[places], group) for group in groups], axis=1))
+
+    def fit(self) -> Temperature | None:
+        """The temperature of the least negative log likelihood; None without any voxel."""
+        if not self.probabilities:
+            return None
+        found = np.concatenate(self.probabilities)
+        within = np.concatenate(self.within)
+        value = fit_temperature(found, within, are_regions=self.are_regions)
+        cooled = tempered(found, value, are_regions=self.are_regions)
+        asked = found.max(1) >= IN_QUESTION if self.are_regions else found[:, 0] <= 1 - IN_QUESTION
+        before, after = (
+            _reliability(each[asked], within[asked], self.are_regions) for each in (found, cooled)
+        )
+        return Temperature(
+            value,
+            len(self.probabilities),
+            len(found),
+            (
+                _log_loss(found, within, self.are_regions),
+                _log_loss(cooled, within, self.are_regions),
+            ),
+            (before.ece, after.ece),
+            (before.brier, after.brier),
+        )
+
+
+def fit_temperature(
+    probabilities: Float[ndarray, "voxels outputs"],
+    within: Bool[ndarray, "voxels outputs"],
+    *,
+    are_regions: bool,
+) -> float:
+    """The temperature that makes what is true most likely, between 0.05 and 20.
+
+    Args:
+        probabilities: of classes, which add up to 1, or of regions.
+        within: whether each output holds at each voxel.
+        are_regions: whether outputs are regions, each yes or no.
+    """
+
+    def loss(log_temperature: float) -> float:
+        cooled = tempered(probabilities, float(np.exp(log_temperature)), are_regions=are_regions)
+        return _log_loss(cooled, within, are_regions)
+
+    # The loss is convex in 1 / T, so that there is one minimum.
+    bounds = (np.log(LOWEST), np.log(HIGHEST))
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    return float(np.exp(found.x))
+
+
+def tempered(
+    probabilities: Float[ndarray, "voxels outputs"], temperature: float, *, are_regions: bool
+) -> Float64[ndarray, "voxels outputs"]:
+    """Probabilities as those of logits that were divided by a temperature."""
+    known = np.maximum(probabilities.astype(np.float64), LEAST_LIKELY[are_regions])
+    if are_regions:
+        odds = (np.log(np.maximum(1 - known, LEAST_LIKELY[True])) - np.log(known)) / temperature
+        each: ndarray = 1 / (1 + np.exp(odds))
+        return each
+    logits = np.log(known) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: ndarray = powers / powers.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _log_loss(
+    probabilities: Float[ndarray, "voxels outputs"],
+    within: Bool[ndarray, "voxels outputs"],
+    are_regions: bool,
+) -> float:
+    """The mean of -log of the probability of what is true; of regions, the mean over them."""
+    if are_regions:
+        true = np.where(within, probabilities, 1 - probabilities)
+        return float(-np.log(np.maximum(true, LEAST_LIKELY[True])).mean())
+    true = np.where(within, probabilities, 0).max(axis=1)
+    return float(-np.log(np.maximum(true, LEAST_LIKELY[False])).mean())
+
+
+def _reliability(
+    probabilities: Float[ndarray, "voxels outputs"],
+    within: Bool[ndarray, "voxels outputs"],
+    are_regions: bool,
+) -> Reliability:
+    reliability = Reliability()
+    if are_regions:
+        reliability.add(probabilities.ravel(), within.ravel())
+        return reliability
+    rows, best = np.arange(len(probabilities)), probabilities.argmax(axis=1)
+    reliability.add(probabilities[rows, best], within[rows, best])
+    return reliability

@@ -1,0 +1,231 @@
+"""ONNX in float16 or int8, and OpenVINO in float16: smaller files, and how well they predict.
+
+int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"): kernels
+over more than one voxel have one scale per output channel, and the range of the features before
+them is measured on windows of real scans. Gates, heads and normalisation stay in float32.
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from segkit.data.label_numbers import within
+from segkit.errors import ModelError
+from segkit.evaluation.overlap import Overlap
+from segkit.inference.engines.converted import INPUT, RunGraph
+from segkit.inference.engines.torch_eager import LOGITS
+from segkit.inference.model_walk import layout_of
+from segkit.inference.predictor import Predictor
+from segkit.inference.windows import slide
+from segkit.io.volume import Volume
+from segkit.model.folder import Model
+
+ExportPrecision = Literal["float32", "float16", "int8"]
+LEAST_SAME: dict[ExportPrecision, float] = {"float16": 0.999, "int8": 0.98}
+"""The least share of voxels that must have the label of float32."""
+MOST_WINDOWS = 24
+"""On which ranges are measured."""
+
+
+@dataclass(frozen=True)
+class ReducedCheck:
+    """What a model in lower precision makes of a scan, beside the same model in float32."""
+
+    precision: ExportPrecision
+    same_labels: float
+    """Share of the scan's voxels with the same label."""
+    dice_between: Mapping[str, float]
+    """Dice of each class or region between both predictions; NaN if it is in neither."""
+    seconds: tuple[float, float]
+    """Of a prediction in float32 and in this precision, by the same runtime."""
+    dice: Mapping[str, tuple[float, float]]
+    """With a reference, Dice of each class or region in float32 and in this precision."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough labels are those of float32."""
+        return self.same_labels >= LEAST_SAME[self.precision]
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        between = ", ".join(f"{name} {value:.4f}" for name, value in self.dice_between.items())
+        told = [
+            f"same label as float32: {self.same_labels:.4%} of the scan's voxels; Dice between "
+            f"both: {between}",
+            f"prediction: {self.seconds[0]:.2f} s in float32, {self.seconds[1]:.2f} s in "
+            f"{self.precision}",
+        ]
+        for name, (whole, reduced) in self.dice.items():
+            told.append(
+                f"Dice of {name}: {whole:.4f} in float32, {reduced:.4f} in {self.precision}"
+            )
+        return told
+
+
+class GraphEngine:
+    """An engine for `Predictor` that runs an exported graph."""
+
+    def __init__(self, run: RunGraph) -> None:
+        self.run = run
+
+    def __call__(
+        self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Logits of windows, and outputs of these names."""
+        names = (LOGITS, *sorted(keys))
+        found = self.run(windows.cpu().contiguous(), names)
+        return {name: output.clone() for name, output in zip(names, found, strict=True)}
+
+
+def check_reduced(
+    model: Model,
+    whole: RunGraph,
+    reduced: RunGraph,
+    precision: ExportPrecision,
+    scan: Volume,
+    reference: Volume | None = None,
+) -> ReducedCheck:
+    """Predict a scan with both graphs, and compare the labels and the times.
+
+    Args:
+        model: of both graphs.
+        whole: the graph in float32.
+        reduced: the graph in the lower precision.
+        precision: of that graph.
+        scan: a real scan.
+        reference: labels of the scan, as files hold them.
+    """
+    labelling = model.description.labelling
+    found, seconds = [], []
+    for run in (whole, reduced):
+        predictor = Predictor(model, device="cpu", engine="torch")
+        predictor.members[0].engine = GraphEngine(run)
+        run(torch.zeros(1, model.description.channels_in, *layout_of(model).patch_size), (LOGITS,))
+        started = time.perf_counter()
+        found.append(within(predictor(scan).labels.data, labelling))
+        seconds.append(time.perf_counter() - started)
+
+    def dice(one: ndarray, other: ndarray) -> dict[str, float]:
+        overlap = Overlap.of_labels(
+            one,
+            other,
+            list(labelling.members.values()),
+            num_labels=len(labelling.value_names),
+            ignore=labelling.ignore,
+        )
+        return dict(zip(labelling.members, overlap.dice.tolist(), strict=True))
+
+    scores: dict[str, tuple[float, float]] = {}
+    if reference is not None:
+        onto = reference.onto(scan.grid, what="the reference", whose="the scan")
+        truth = within(onto.data, labelling)
+        each = [dice(labels, truth) for labels in found]
+        scores = {name: (each[0][name], each[1][name]) for name in labelling.members}
+    return ReducedCheck(
+        precision,
+        float((found[0] == found[1]).mean()),
+        dice(found[1], found[0]),
+        (seconds[0], seconds[1]),
+        scores,
+    )
+
+
+def halved(graph: Any) -> Any:
+    """An ONNX graph with weights and arithmetic in float16; input and outputs stay in float32.
+
+    Instance normalisation stays in float32: sums of squares overflow float16.
+    """
+    from onnxruntime.quantization.onnx_model import ONNXModel
+    from onnxruntime.transformers import float16
+
+    blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "InstanceNormalization", "Resize"]
+    with _quiet():
+        half = float16.convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
+        # The casts of inputs stand last, behind what takes them.
+        sorted_nodes = ONNXModel(half)
+        sorted_nodes.topological_sort()
+        return sorted_nodes.model
+
+
+def quantised(file: Path, windows: Sequence[Tensor]) -> Any:
+    """The ONNX graph of a file in int8, with ranges of features measured on windows.
+
+    Raises ModelError without windows.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    if not windows:
+        raise ModelError(
+            "int8 needs real scans, on which the range of features is measured; give some, such as "
+            "--calibration imagesTr"
+        )
+
+    class Windows(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(windows)
+
+        def get_next(self) -> dict[str, ndarray] | None:
+            window = next(self.left, None)
+            return None if window is None else {INPUT: window[None].numpy()}
+
+    graph = onnx.load(file)
+    kernels = {each.name for each in graph.graph.initializer if math.prod(each.dims[2:]) > 1}
+    chosen = [
+        node.name
+        for node in graph.graph.node
+        if node.op_type == "Conv" and node.input[1] in kernels
+    ]
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, _quiet():
+        out = Path(folder) / "int8.onnx"
+        quantize_static(
+            file,
+            out,
+            Windows(),
+            nodes_to_quantize=chosen,
+            per_channel=True,
+            reduce_range=True,  # CPUs without VNNI add pairs of products in 16 bits
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(out)
+
+
+def windows_of(model: Model, scans: Sequence[Volume]) -> list[Tensor]:
+    """Windows of real scans, evenly from all that are not empty, 24 at most."""
+    found: list[Tensor] = []
+    predictor = Predictor(model, device="cpu", engine="torch")
+    outputs = len(model.description.labelling.outputs)
+
+    def keep(windows: Tensor) -> dict[str, Tensor]:
+        found.extend(window.clone() for window in windows if float(window.std()) > 0)
+        return {LOGITS: torch.zeros(len(windows), outputs, *windows.shape[2:])}
+
+    for scan in scans:
+        slide(predictor.prepare(scan).image, keep, layout_of(model), batch_size=1)
+    places = np.linspace(0, len(found) - 1, min(MOST_WINDOWS, len(found))).round().astype(int)
+    return [found[place] for place in places]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide advice that converters log by the root logger."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)

@@ -1,0 +1,84 @@
+"""All DICOM series and structures in a folder, to any depth, and what cases are called by them."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from segkit.errors import SegkitError, VolumeError
+from segkit.io.dicom import Series, find_folders, holds_series, list_series, storage_class
+from segkit.io.dicom_labels import StructureFile, read_structure_file, structure_kind
+
+DIGITS = 6
+"""Of the SHA-256 of a UID, which tell series of one folder apart in names."""
+
+
+@dataclass(frozen=True)
+class DicomTree:
+    """What was found in a folder."""
+
+    root: Path
+    series: tuple[Series, ...]
+    structures: tuple[StructureFile, ...]
+    failures: dict[Path, str] = field(default_factory=dict)
+    """Why a folder, or a file of structures, was not understood: a sentence."""
+
+
+def read_tree(root: Path, *, structures: bool = True) -> DicomTree:
+    """The series in a folder and, unless nobody wants them, the files of structures.
+
+    All headers are read. What cannot be read is told in `failures`, and stops nothing.
+
+    Raises VolumeError if there is no such folder.
+    """
+    if not root.is_dir():
+        raise VolumeError(f"{root}: expected a folder of DICOM files, found none; check the path")
+    series: list[Series] = []
+    found: list[StructureFile] = []
+    failures: dict[Path, str] = {}
+    for folder in find_folders(root):
+        if holds_series(folder):
+            try:
+                series += list_series(folder)
+            except SegkitError as error:
+                failures[folder] = str(error)
+        for path in dicom_files(folder) if structures else ():
+            try:
+                if structure_kind(path):
+                    found.append(read_structure_file(path))
+            except SegkitError as error:
+                failures[path] = str(error)
+    return DicomTree(root, tuple(series), tuple(found), failures)
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files in a folder, by their first bytes or their names, in order."""
+    with os.scandir(folder) as entries:
+        files = sorted(
+            Path(entry.path)
+            for entry in entries
+            if entry.is_file() and not entry.name.startswith(".")
+        )
+    return [file for file in files if storage_class(file) is not None]
+
+
+def path_of(series: Series, tree: Iterable[Series]) -> Path:
+    """The path that a series is read by: its folder, or its first file if that holds several."""
+    alone = sum(other.folder == series.folder for other in tree) == 1
+    return series.folder if alone else series.files[0]
+
+
+def name_in(root: Path, folder: Path, uid: str | None = None) -> str:
+    """What a case in a folder is called: by the folders from `root` on.
+
+        PA0/ST0/SE1  ──▶  PA0_ST0_SE1
+
+    Args:
+        root: the folder that was named.
+        folder: of the case, inside it.
+        uid: if other cases lie in the same folder, that of this one, whose digest ends the name.
+    """
+    inside = folder.relative_to(root).parts or (root.resolve().name,)
+    digest = [] if uid is None else [hashlib.sha256(uid.encode()).hexdigest()[:DIGITS]]
+    return "_".join([*inside, *digest])

@@ -1,0 +1,84 @@
+"""A volume: voxel values and the grid that they lie on, whatever file they came from."""
+
+from dataclasses import dataclass, replace
+
+from nibabel.nifti1 import Nifti1Header
+from numpy import ndarray
+
+from segkit.errors import VolumeError
+from segkit.geometry.grid import Grid, Orientation
+from segkit.io.picture_rules import PictureFacts, Unit
+from segkit.io.raster import with_size_of
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Voxel values and their grid.
+
+    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
+    three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
+    get its codes and units. `picture` holds the facts about a picture, such as its unit.
+    """
+
+    data: ndarray
+    grid: Grid
+    header: Nifti1Header | None = None
+    picture: PictureFacts | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.shape[:3] != self.grid.shape:
+            raise ValueError(
+                f"expected data of the grid's shape {self.grid.shape}, found {self.data.shape}"
+            )
+
+    def like(self, data: ndarray) -> "Volume":
+        """A volume of other values on the same grid, with the same codes and units."""
+        return replace(self, data=data)
+
+    def on(self, grid: Grid, data: ndarray) -> "Volume":
+        """A volume of values on another grid in the same world, such as a coarser one."""
+        return Volume(data, grid, self.header, self.picture)
+
+    def sized_as(self, other: "Volume") -> "Volume":
+        """The same volume; it takes the pixel size of another picture if only that is known."""
+        grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
+        return replace(self, grid=grid, picture=facts)
+
+    @property
+    def unit(self) -> Unit:
+        """The unit in which its lengths are printed: 'mm', 'µm' or 'pixel'."""
+        return self.picture.unit if self.picture else "mm"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a picture of one slice, which has an area instead of a volume."""
+        return self.picture is not None and self.grid.shape[2] == 1
+
+    def onto(self, grid: Grid, *, what: str, whose: str) -> "Volume":
+        """The same voxels in the axis order of another grid that has the same voxels.
+
+        Two files may store the axes of a scan in different orders or directions, and their headers
+        may differ by rounding (`Grid.agrees_with`). No voxel is interpolated.
+
+        Args:
+            grid: grid of the other volume.
+            what: name of this volume, for the error.
+            whose: name of the other volume, for the error.
+
+        Raises:
+            VolumeError: the grids have different voxels; the error names the differences.
+        """
+        return self.on(grid, turn_onto(self.grid, grid, what=what, whose=whose).turn(self.data))
+
+
+def turn_onto(one: Grid, other: Grid, *, what: str, whose: str) -> Orientation:
+    """The orientation that turns one grid into the other; see `Volume.onto`.
+
+    Raises VolumeError if the grids have different voxels.
+    """
+    turn = Orientation.between(one, other)
+    if difference := turn.turn_grid(one).difference_from(other):
+        raise VolumeError(
+            f"{what} lies on another grid than {whose}: {difference}; resample one onto the other"
+        )
+    return turn

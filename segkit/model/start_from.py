@@ -1,0 +1,184 @@
+"""A network that begins with the weights of another model: fine-tuning."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.config.training import OtherChannels
+from segkit.errors import ModelError, first_few
+from segkit.model.folder import Model, load_model, model_folders
+from segkit.nn.network import SegmentationNetwork, weights_of
+
+FIRST_LAYER = "encoder.0.1.layers.0.weight"
+"""Name of the only kernel of a U-Net that sees the channels of the image."""
+CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
+"""Names of the weights in the blocks of a U-Net."""
+NAMES_TOLD = 4
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """Which weights of a network are those of another model."""
+
+    model: str
+    """The path of the other model."""
+    copied: int
+    """The number of weights (tensors) that were copied."""
+    of: int
+    """The number of weights that the network has."""
+    channels: Mapping[str, str] = field(default_factory=dict)
+    """By channel of the image, where its kernels in the first layer come from; empty if the first
+    layer was copied as it is, or begins anew."""
+    anew: tuple[str, ...] = ()
+    """Names of the weights that begin anew."""
+
+    @property
+    def told(self) -> str:
+        """One line that says all of it."""
+        parts = [f"{self.copied} of {self.of} weights were copied from {self.model}"]
+        if self.channels:
+            each = [f"{name}: {source}" for name, source in self.channels.items()]
+            parts.append(f"kernels of the first layer for {first_few(each, NAMES_TOLD)}")
+        if self.anew:
+            parts.append(f"these begin anew: {first_few(list(self.anew), NAMES_TOLD)}")
+        return "; ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a summary."""
+        return {
+            "model": self.model,
+            "copied": self.copied,
+            "of": self.of,
+            "channels": dict(self.channels),
+            "anew": list(self.anew),
+            "told": self.told,
+        }
+
+
+def start_from(
+    network: SegmentationNetwork,
+    path: Path,
+    *,
+    channels: Sequence[str] | None = None,
+    other_channels: OtherChannels = "mean",
+) -> TakenOver:
+    """Copy weights of a model into a network, for each name and shape that both have.
+
+    If the model has other classes, its last layers are not copied. If it has other channels, its
+    first layer is fitted to the channels of the network by their names (see `fitted_kernels`).
+
+    Args:
+        network: the network; it changes in place.
+        path: a model folder, or the folder of a run.
+        channels: names of the channels of the network's image; those of the model if not given.
+        other_channels: the kernels of channels that the model does not have.
+
+    Returns:
+        Which weights were copied.
+
+    Raises:
+        ModelError: there is no model or more than one, or no convolution in the blocks of the
+            U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
+            these are useless.)
+    """
+    folders = model_folders(path)
+    if len(folders) > 1:
+        raise ModelError(
+            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
+            f"{folders[0].parent}"
+        )
+    model = load_model(path)
+    given: dict[str, Tensor] = weights_of(model.network).state_dict()
+    own: dict[str, Tensor] = weights_of(network).state_dict()
+    fitting = {
+        key: value for key, value in given.items() if key in own and own[key].shape == value.shape
+    }
+    if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
+        raise ModelError(
+            f"{path}: none of its weights fits the network; use the same network.spatial_dims, "
+            f"channels, strides and kernels for both"
+        )
+    copied = len(fitting)
+    first, sources = _first_layer(model, own, channels, other_channels)
+    if first is not None:
+        copied -= FIRST_LAYER in fitting
+        fitting[FIRST_LAYER] = first
+    weights_of(network).load_state_dict(fitting, strict=False)
+    anew = tuple(key for key in own if key not in fitting)
+    return TakenOver(str(path), copied, len(own), sources, anew)
+
+
+def fitted_kernels(
+    given: Tensor,
+    own: Tensor,
+    *,
+    given_channels: Sequence[str],
+    channels: Sequence[str],
+    other_channels: OtherChannels,
+) -> tuple[Tensor, dict[str, str]]:
+    """Kernels of a first layer for the channels of another image, and where each comes from.
+
+    A channel that both have by name keeps its kernels. If none is of the same name and both have as
+    many, the first takes those of the first, and so on. Each other channel takes the `mean` of all,
+    those of the model's channels in turn (`copied`), `zero`, or its own (`anew`). Kernels are not
+    scaled: a normalisation follows them.
+
+    Args:
+        given: the model's kernels, (out, channel, ...).
+        own: the network's kernels, with as many channels as are asked for.
+        given_channels: names of the model's channels.
+        channels: names of the network's channels.
+        other_channels: the kernels of channels that the model does not have.
+    """
+    known = {name: place for place, name in enumerate(given_channels)}
+    in_order = len(channels) == len(given_channels) and not known.keys() & set(channels)
+    kernels, sources = own.clone(), {}
+    others = 0
+    for place, name in enumerate(channels):
+        found = known.get(name, place if in_order else None)
+        if found is None and other_channels == "copied":
+            found, others = others % len(given_channels), others + 1
+        if found is not None:
+            kernels[:, place] = given[:, found]
+            sources[name] = f"those of {given_channels[found]}"
+        elif other_channels == "mean":
+            kernels[:, place] = given.mean(dim=1)
+            sources[name] = "the mean of all"
+        elif other_channels == "zero":
+            kernels[:, place] = 0
+            sources[name] = "zero"
+        else:
+            sources[name] = "new ones"
+    return kernels, sources
+
+
+def _first_layer(
+    model: Model,
+    own: Mapping[str, Tensor],
+    channels: Sequence[str] | None,
+    other_channels: OtherChannels,
+) -> tuple[Tensor | None, dict[str, str]]:
+    """Kernels of the first layer and where they come from; None if it is copied or begins anew."""
+    theirs = model.description.channels
+    given = weights_of(model.network).state_dict().get(FIRST_LAYER)
+    kernels = own.get(FIRST_LAYER)
+    if channels is None or list(channels) == theirs or given is None or kernels is None:
+        return None, {}
+    if given.shape[:1] != kernels.shape[:1] or given.shape[2:] != kernels.shape[2:]:
+        return None, {}
+    # Behind the channels of the image stand those of the labels of a first stage, if there is one.
+    count, labels = len(channels), given[:, len(theirs) :]
+    image, sources = fitted_kernels(
+        given[:, : len(theirs)],
+        kernels[:, :count],
+        given_channels=theirs,
+        channels=channels,
+        other_channels=other_channels,
+    )
+    same_labels = labels.shape == kernels[:, count:].shape
+    return torch.cat([image, labels if same_labels else kernels[:, count:]], dim=1), sources

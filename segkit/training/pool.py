@@ -1,0 +1,155 @@
+"""Folds that were trained apart, on several machines, put together as one cross-validation."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from segkit.config.load import load_config
+from segkit.config.training import Config
+from segkit.errors import ConfigError
+from segkit.io.atomic import whole_folder, write_json
+from segkit.model.folder import FOLD, SUMMARY, WEIGHTS
+from segkit.training.changed_settings import changes, is_one_of
+from segkit.training.cross_validation import (
+    RECORD,
+    CrossValidation,
+    Record,
+    is_cross_validation,
+    write_pooled,
+)
+from segkit.training.kept_split import SplitNames, case_names, read_split
+from segkit.training.run_folder import CONFIG, SPLIT
+
+OF_THE_MACHINE = {
+    "name",
+    "replaced",
+    "trainer",
+    "data.folder",
+    "data.cache",
+    "data.workers",
+    "data.fold",
+    "data.first_stage",
+    "train.start_from",
+    "train.pictures",
+    "train.validation_cases",
+}
+"""Settings that may differ between folds: where files lie, what trains, and what is shown."""
+OF_THE_FOLD = {"data.spacing", "data.normalisation"}
+"""Settings that each fold measures on its own cases, unless they were given."""
+
+
+def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
+    """Put folds that were trained apart together as one cross-validation.
+
+    The folds are copied. The result is that of a cross-validation that trained all of them: its
+    summary, its post-processing, and a folder that `predict` takes and `train --resume` goes on
+    with.
+
+    Args:
+        folders: cross-validations (`segkit train --folds 0`), or runs that were trained with
+            `data.fold`; all folds of them that are finished are taken.
+        out: the folder to write, which must not exist.
+
+    Returns:
+        The cross-validation.
+
+    Raises:
+        ConfigError: a folder holds no finished fold, a fold is there twice, or folds do not belong
+            together: other settings, or drawn from other cases.
+
+    Example:
+        >>> segkit.pool(["here/runs/kidney", "there/runs/kidney"], "runs/kidney_all")
+    """
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; name another folder for what is pooled")
+    runs = _runs_of([Path(folder) for folder in folders])
+    configs = {fold: load_config(run / CONFIG) for fold, run in runs.items()}
+    _check_settings(runs, configs)
+    _check_splits(runs, configs)
+    first = next(iter(configs.values()))
+    data = first.data.model_copy(update={"fold": None})
+    config = first.model_copy(update={"name": out.name, "data": data})
+    with whole_folder(out) as partial:
+        for fold, run in runs.items():
+            hidden = shutil.ignore_patterns(".*")
+            shutil.copytree(run, partial / f"{FOLD}{fold}", ignore=hidden)
+        record = Record(folds=list(runs), config=config)
+        write_json(partial / RECORD, record.model_dump(mode="json"))
+        result = write_pooled(partial, list(runs))
+        summary = {**result.summary, "run": out.name}
+        write_json(partial / SUMMARY, summary)
+    return CrossValidation(out, summary)
+
+
+def _runs_of(folders: Sequence[Path]) -> dict[int, Path]:
+    """By fold, in order, the run that trained it."""
+    found: dict[int, Path] = {}
+    for folder in folders:
+        inside = sorted(folder.glob(f"{FOLD}*")) if is_cross_validation(folder) else [folder]
+        finished = [
+            run
+            for run in inside
+            if (run / SUMMARY).is_file() and (run / "model" / WEIGHTS).is_file()
+        ]
+        if not finished:
+            raise ConfigError(
+                f"{folder}: expected a run or a cross-validation with a finished fold, found none; "
+                f"check the path, or train it to its end"
+            )
+        for run in finished:
+            fold = load_config(run / CONFIG).data.fold
+            if fold is None:
+                raise ConfigError(
+                    f"{run}: is a run of no fold, as its data.fold is null; give runs of "
+                    f"segkit train --folds N or data.fold=N"
+                )
+            if fold in found:
+                raise ConfigError(f"fold {fold} is in {found[fold]} and in {run}; give it once")
+            found[fold] = run
+    return dict(sorted(found.items()))
+
+
+def _check_settings(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
+    """Raise ConfigError for the first setting that differs between folds and may not."""
+    (first, config), *others = configs.items()
+    expected: dict[str, Any] = config.model_dump(mode="json")
+    for fold, other in others:
+        for key, before, after in changes(expected, other.model_dump(mode="json")):
+            if is_one_of(key, OF_THE_MACHINE | OF_THE_FOLD):
+                continue
+            raise ConfigError(
+                f"{runs[fold]}: {key} is {after}, and {before} in {runs[first]}; folds of one "
+                f"cross-validation share their settings"
+            )
+
+
+def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
+    """Raise ConfigError unless all folds were drawn from the same cases, and held out others."""
+    splits: dict[int, SplitNames] = {}
+    for fold, run in runs.items():
+        names = read_split(run / SPLIT)
+        if names is None:
+            raise ConfigError(f"{run}: expected {SPLIT} in it, found none; train the fold anew")
+        splits[fold] = names
+    first, *others = splits
+    known = {*splits[first]["train"], *splits[first]["held_out"]}
+    given = configs[first].data.splits is not None
+    seen = {name: first for name in splits[first]["held_out"]}
+    for fold in others:
+        cases = {*splits[fold]["train"], *splits[fold]["held_out"]}
+        if apart := sorted(known ^ cases):
+            if given:  # a file of folds may leave cases out of some
+                continue
+            raise ConfigError(
+                f"{runs[fold]}: its folds were not drawn from the cases of {runs[first]}, as "
+                f"{case_names(apart)} is in one only; train both on the same dataset"
+            )
+        for name in splits[fold]["held_out"]:
+            if name in seen and not given:
+                raise ConfigError(
+                    f"{name} is held out by {runs[seen[name]]} and by {runs[fold]}; give folds "
+                    f"that were drawn together"
+                )
+            seen[name] = fold

@@ -1,0 +1,135 @@
+"""A first layer is fitted to other channels by their names; what was taken over is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from segkit.config.model import ModelDescription
+from segkit.model.build import build_network
+from segkit.model.folder import Model, save_model
+from segkit.model.start_from import FIRST_LAYER, TakenOver, fitted_kernels, start_from
+from segkit.nn.network import weights_of
+
+KERNELS = torch.tensor([[1.0, 2.0, 6.0], [10.0, 20.0, 60.0]])[..., None, None, None]
+"""Two kernels of one voxel for T1, T2 and FLAIR."""
+GIVEN = ["T1", "T2", "FLAIR"]
+
+
+def fitted(channels: list[str], other_channels: Any = "mean") -> tuple[Tensor, dict[str, str]]:
+    own = torch.full((2, len(channels), 1, 1, 1), 5.0)
+    kernels, sources = fitted_kernels(
+        KERNELS, own, given_channels=GIVEN, channels=channels, other_channels=other_channels
+    )
+    return kernels[0].flatten(), sources
+
+
+@pytest.mark.parametrize(
+    ("channels", "other_channels", "expected"),
+    [
+        (["FLAIR", "T1"], "mean", [6, 1]),
+        (["T1", "T1ce", "T2", "FLAIR"], "mean", [1, 3, 2, 6]),
+        (["T1", "T1ce", "T2", "FLAIR"], "zero", [1, 0, 2, 6]),
+        (["T1", "T1ce", "T2", "FLAIR"], "anew", [1, 5, 2, 6]),
+        (["a", "b", "T2", "c", "d"], "copied", [1, 2, 2, 6, 1]),
+        (["CT"], "mean", [3]),
+        (["T2", "T1", "FLAIR"], "mean", [2, 1, 6]),  # in another order
+        (["T1", "FLAIR", "T1ce"], "mean", [1, 6, 3]),  # as many, of which two are known
+        (["a", "b", "c"], "zero", [1, 2, 6]),  # as many, of which none is known: in their order
+    ],
+)
+def test_a_channel_keeps_its_kernels_by_its_name(
+    channels: list[str], other_channels: str, expected: list[float]
+) -> None:
+    kernels, sources = fitted(channels, other_channels)
+    assert kernels.tolist() == expected
+    assert list(sources) == channels
+
+
+def test_where_each_kernel_comes_from_is_said() -> None:
+    words = {"mean": "the mean of all", "copied": "those of T1", "zero": "zero", "anew": "new ones"}
+    for other_channels, word in words.items():
+        assert fitted(["FLAIR", "CT"], other_channels)[1] == {
+            "FLAIR": "those of FLAIR",
+            "CT": word,
+        }
+
+
+def description(channels: list[str], **changes: Any) -> ModelDescription:
+    return ModelDescription.model_validate(
+        {
+            "segkit": "0",
+            "run": "other",
+            "channels": channels,
+            "labels": {"background": 0, "ball": 1},
+            "network": {"channels": [4, 8], "spatial_dims": 3},
+            "spacing": [1, 1, 1],
+            "normalisation": [{"kind": "zscore"}] * len(channels),
+            "slices": "axial",
+            "patch_size": [8, 8, 8],
+            **changes,
+        }
+    )
+
+
+def saved(folder: Path, channels: list[str], **changes: Any) -> dict[str, Tensor]:
+    told = description(channels, **changes)
+    save_model(folder, Model(told, build_network(told)))
+    return load_file(folder / "weights.safetensors")
+
+
+PLANES = {"network": {"channels": [4, 8], "spatial_dims": 2}, "patch_size": [8, 8]}
+
+
+@pytest.mark.parametrize("changes", [{}, PLANES], ids=["3D", "2D"])
+def test_the_first_layer_is_the_only_one_that_sees_the_channels(changes: dict[str, Any]) -> None:
+    one, two = (
+        weights_of(build_network(description(names, **changes))).state_dict()
+        for names in (["T1"], ["T1", "T2"])
+    )
+    assert [key for key in one if one[key].shape != two[key].shape] == [FIRST_LAYER]
+
+
+@pytest.mark.parametrize("changes", [{}, PLANES], ids=["3D", "2D"])
+def test_a_network_of_more_channels_begins_with_all_of_a_model(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    lent = saved(tmp_path, ["T1", "T2"], **changes)
+    network = build_network(description(["T2", "CT", "T1"], **changes))
+    taken = start_from(network, tmp_path, channels=["T2", "CT", "T1"])
+    own = weights_of(network).state_dict()
+    first = lent[FIRST_LAYER]
+    expected = torch.stack([first[:, 1], first.mean(dim=1), first[:, 0]], dim=1)
+    assert torch.equal(own[FIRST_LAYER], expected)
+    for key, value in lent.items():
+        assert key == FIRST_LAYER or torch.equal(own[key], value)
+    assert taken == TakenOver(
+        str(tmp_path),
+        len(own) - 1,
+        len(own),
+        {"T2": "those of T2", "CT": "the mean of all", "T1": "those of T1"},
+    )
+    assert taken.told == (
+        f"{len(own) - 1} of {len(own)} weights were copied from {tmp_path}; kernels of the first "
+        f"layer for T2: those of T2, CT: the mean of all, T1: those of T1"
+    )
+
+
+def test_channels_in_another_order_are_put_right(tmp_path: Path) -> None:
+    lent = saved(tmp_path, ["T1", "T2"])
+    network = build_network(description(["T2", "T1"]))
+    start_from(network, tmp_path, channels=["T2", "T1"])
+    found = weights_of(network).state_dict()[FIRST_LAYER]
+    assert torch.equal(found, lent[FIRST_LAYER].flip(1))
+
+
+def test_the_same_channels_are_copied_as_they_are(tmp_path: Path) -> None:
+    lent = saved(tmp_path, ["T1", "T2"])
+    network = build_network(description(["T1", "T2"]))
+    taken = start_from(network, tmp_path, channels=["T1", "T2"])
+    assert taken == TakenOver(str(tmp_path), len(lent), len(lent))
+    for key, value in weights_of(network).state_dict().items():
+        assert torch.equal(value, lent[key])
