@@ -31,7 +31,7 @@ API = {
         "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": (
-        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare "
+        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare pool "
         "Explanation GateVerdict AttentionShare Evaluation Comparison"
     ),
     "Volumes": (

@@ -468,7 +468,7 @@ def schedule_within(
     return Schedule(
         steps,
         why,
-        validate_every=max(round(steps / (count + 0.5)), 1),
+        validate_every=max(math.ceil(steps / (count + 0.5)), 1),
         validation_cases=cases if 0 < cases < held_out else None,
         minutes=minutes,
     )

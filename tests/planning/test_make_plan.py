@@ -278,7 +278,7 @@ def test_steps_take_what_preparing_validating_and_scoring_leave() -> None:
     # 10 validations of 2 cases of 1 s, 2 s of scoring and 30 s of preparing leave 548 s.
     schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=1.0, held_out=2)
     assert (schedule.steps, schedule.validation_cases) == (1096, None)
-    assert schedule.validate_every == 104
+    assert schedule.validate_every == 105
     # 60 s hold three validations of 2 cases of 9 s, and scoring all 10 takes 90 s.
     schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=9.0, held_out=10)
     assert (schedule.steps, schedule.validation_cases) == (852, 2)

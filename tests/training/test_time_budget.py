@@ -142,7 +142,7 @@ def test_a_run_whose_scoring_takes_the_time_does_not_blame_its_steps() -> None:
     for _ in range(20):
         clock.now += 0.35
         budget.end_step()
-    told = behind(budget)
+    told = slower_than_planned(budget)
     assert "a step takes 0.35 s, about as planned, but all before it took 60 s" in told
     assert "the final scores will take 60 s" in told  # the most that they may
     assert "slower" not in told and "other programs" not in told
