@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 API = {
     "From data to a model": (
         "check plan_dataset load_config train prepare fit resume cross_validate "
-        "Config Planned TrainingParts Run CrossValidation Understood"
+        "Config Planned TrainingParts Run CrossValidation Understood pool"
     ),
     "From a model and a scan to labels and maps": (
         "Predictor load_model map_on_source Model Prediction AttentionMap"
@@ -31,7 +31,7 @@ API = {
         "export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": (
-        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare pool "
+        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare "
         "Explanation GateVerdict AttentionShare Evaluation Comparison"
     ),
     "Volumes": (
