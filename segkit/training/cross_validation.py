@@ -59,7 +59,7 @@ class CrossValidation:
 
     Example:
         result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
-        print(result.summary["validation"]["mean_dice"])
+        scores = result.summary["validation"]
     """
 
     folder: Path
