@@ -68,9 +68,6 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
 
     Returns:
         Names as in `network.named_modules()`, by position.
-
-    Raises:
-        Nothing.
     """
     found: dict[str, str] = {}
     for name, module in network.named_modules():
