@@ -68,6 +68,9 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
 
     Returns:
         Names as in `network.named_modules()`, by position.
+
+    Raises:
+        AttributeError: if `network` is not a PyTorch module.
     """
     found: dict[str, str] = {}
     for name, module in network.named_modules():
