@@ -162,6 +162,7 @@ def test_a_resolved_config_resolves_to_itself_and_splits_alike(
     assert describe(config, dataset).network == config.network
 
 
+@pytest.mark.slow
 def test_whatever_the_defaults_a_run_trains_to_the_same_weights_and_its_model_labels_alike(
     runs: Path, datasets: dict[str, Path], tmp_path: Path
 ) -> None:

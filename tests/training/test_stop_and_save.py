@@ -47,7 +47,9 @@ def global_step(folder: Path) -> int:
 MOMENTS = [(1, False), (3, False), (3, True), (4, False), (6, False), (6, True), (8, False)]
 
 
-@pytest.mark.parametrize("variant", ["averaging", "nothing held out"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("averaging", marks=pytest.mark.slow), "nothing held out"]
+)
 def test_a_training_that_was_stopped_and_resumed_ends_like_one_that_was_not(
     variant: str, tmp_path: Path
 ) -> None:
