@@ -222,7 +222,7 @@ def slower_than_planned(budget: TimeBudget) -> str:
         f"{budget.expected_steps} of {budget.planned_steps} steps fit into the "
         f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
     )
-    if budget.per_step < SLOWER * planned:
+    if budget.per_step < planned:
         return (
             f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
             f"{budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
