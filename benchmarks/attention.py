@@ -21,7 +21,7 @@ from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.model.build import build_network
-from segkit.nn.attention_blocks import count_parameters, multiply_adds
+from segkit.nn.cost import count_multiply_adds, count_parameters
 
 PLAIN = "plain"
 MEDNEXT = "block: mednext"
@@ -70,14 +70,14 @@ def main() -> None:
         "| kind | parameters | multiply-adds | forward | forward and backward |",
         "|---|---:|---:|---:|---:|",
     ]
-    size, work = count_parameters(plain), multiply_adds(plain, image)
+    size, work = count_parameters(plain), count_multiply_adds(plain, image)
     for name, one in track(networks.items(), "measuring", console=console):
         forward = ratio(lambda n: n(image), plain, one, options.rounds, device)
         both = ratio(lambda n: train_once(n, image), plain, one, options.rounds, device)
         lines.append(
             f"| {name} | {count_parameters(one):,} ({count_parameters(one) / size - 1:+.1%}) "
-            f"| {multiply_adds(one, image) / 1e9:.2f} G "
-            f"({multiply_adds(one, image) / work - 1:+.1%}) | {forward:.3f} | {both:.3f} |"
+            f"| {count_multiply_adds(one, image) / 1e9:.2f} G "
+            f"({count_multiply_adds(one, image) / work - 1:+.1%}) | {forward:.3f} | {both:.3f} |"
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 

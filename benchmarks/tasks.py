@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
+from segkit.evaluation.dice import dice_of
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import class_means
 from segkit.io.atomic import write_json
@@ -34,7 +35,7 @@ from segkit.planning.make_plan import plan_candidates
 from segkit.racing import plan_by_race
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
-from segkit.training.final_scores import dice_of, score
+from segkit.training.final_scores import score
 from segkit.training.fit import resume, train
 from segkit.training.run_folder import CONFIG
 from segkit.training.split import Split, split

@@ -31,13 +31,13 @@ from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case
 from segkit.errors import ConfigError
 from segkit.evaluation.calibration import IN_QUESTION, Calibration
+from segkit.evaluation.dice import dice_of
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json
 from segkit.io.volume import Volume
 from segkit.model.folder import SUMMARY, Model, load_model
 from segkit.nn.network import unet_of
 from segkit.nn.unet import UNet
-from segkit.training.final_scores import dice_of
 from segkit.training.fit import fit
 from segkit.training.parts import prepare
 from segkit.training.split import split_of

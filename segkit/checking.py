@@ -43,6 +43,7 @@ from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
 from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
 from segkit.model.build import build_network
+from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
 from segkit.training.resolve import check_images, describe, resolve
@@ -174,7 +175,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
     resolved = resolve(config, dataset, split, track=track)
     description = described(describe(resolved, dataset), first_stage)
     network = build_network(description)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters = count_parameters(network)
     maps = list(network.maps())
     text = (
         f"{dump_yaml(resolved)}"

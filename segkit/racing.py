@@ -9,12 +9,10 @@ do not influence the choice.
     candidates   4 ──12 s──▶ 2 ──24 s──▶ 1
 """
 
-import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
+from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.training.final_scores import score
 from segkit.training.fit import train
@@ -213,24 +212,16 @@ def _entry(
     """
     ends = time.monotonic() + seconds
     short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
-    with _quiet(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
+    # A candidate's training is short on purpose: it need not warn of that.
+    with (
+        only_errors("segkit.training"),
+        tempfile.TemporaryDirectory(prefix="segkit-race-") as folder,
+    ):
         run = train(short, runs=folder, dataset=replace(dataset, cases=tuple(cases[0])))
         scores = score(
             run.model, dataset, cases[1], untracked, until=ends, overlap=0.0, engine="torch"
         )
     return scores["dice_of_cases"], run.summary["steps"]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide warnings of a candidate's training, which is short on purpose."""
-    training_logger = logging.getLogger("segkit.training")
-    level = training_logger.level
-    training_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        training_logger.setLevel(level)
 
 
 def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:

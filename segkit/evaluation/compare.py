@@ -1,6 +1,5 @@
 """`segkit compare`: compare two models, or two cross-validations, on the same cases."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -15,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import permutation_test
 
-from segkit.errors import ConfigError, first_few
+from segkit.data.tables import read_csv
+from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.evaluation.scores import METRICS
 from segkit.io.atomic import without_nan
 from segkit.io.safe_text import read_json_object
@@ -214,12 +214,11 @@ def read_strata(path: Path, column: str) -> dict[str, str]:
         ConfigError: if a column is missing or a case has two lines.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a table: {error}") from None
+        rows, columns = read_csv(path)
+    except DatasetError as error:
+        raise ConfigError(str(error)) from None
     for needed in ("case", column):
-        if not rows or needed not in rows[0]:
+        if not rows or needed not in columns:
             raise ConfigError(
                 f"{path}: has no column {needed!r}; its first line must name the columns"
             )

@@ -5,12 +5,10 @@ over more than one voxel have one scale per output channel, and the range of the
 them is measured on windows of real scans. Gates, heads and normalisation stay in float32.
 """
 
-import logging
 import math
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from segkit.data.label_numbers import within
 from segkit.errors import ModelError
-from segkit.evaluation.overlap import Overlap
+from segkit.evaluation.dice import dice_of
 from segkit.inference.engines.converted import INPUT, RunGraph
 from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.model_walk import layout_of
@@ -31,6 +29,7 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.windows import slide
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
+from segkit.system.only_errors import only_errors
 
 ExportPrecision = Literal["float32", "float16", "int8"]
 LEAST_SAME: dict[ExportPrecision, float] = {"float16": 0.999, "int8": 0.98}
@@ -118,14 +117,7 @@ def check_reduced(
         seconds.append(time.perf_counter() - started)
 
     def dice(one: ndarray, other: ndarray) -> dict[str, float]:
-        overlap = Overlap.of_labels(
-            one,
-            other,
-            list(labelling.members.values()),
-            num_labels=len(labelling.value_names),
-            ignore=labelling.ignore,
-        )
-        return dict(zip(labelling.members, overlap.dice.tolist(), strict=True))
+        return dict(zip(labelling.members, dice_of(one, other, labelling), strict=True))
 
     scores: dict[str, tuple[float, float]] = {}
     if reference is not None:
@@ -151,7 +143,7 @@ def halved(graph: Any) -> Any:
     from onnxruntime.transformers import float16
 
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "InstanceNormalization", "Resize"]
-    with _quiet():
+    with only_errors():
         half = float16.convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
         # The casts of inputs stand last, behind what takes them.
         sorted_nodes = ONNXModel(half)
@@ -188,7 +180,7 @@ def quantised(file: Path, windows: Sequence[Tensor]) -> Any:
         for node in graph.graph.node
         if node.op_type == "Conv" and node.input[1] in kernels
     ]
-    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="segkit-") as folder, only_errors():
         out = Path(folder) / "int8.onnx"
         quantize_static(
             file,
@@ -217,15 +209,3 @@ def windows_of(model: Model, scans: Sequence[Volume]) -> list[Tensor]:
         slide(predictor.prepare(scan).image, keep, layout_of(model), batch_size=1)
     places = np.linspace(0, len(found) - 1, min(MOST_WINDOWS, len(found))).round().astype(int)
     return [found[place] for place in places]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide advice that converters log by the root logger."""
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(before)

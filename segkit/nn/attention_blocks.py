@@ -12,12 +12,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from segkit.nn.cost import count_multiply_adds, count_parameters
 from segkit.nn.map_tap import PassThrough, Stage
 from segkit.nn.unet import Join, UNet
 
@@ -159,26 +157,8 @@ def attention_share(
         ValueError: if the network has no such block.
     """
     blocks = list(attention_blocks(network)) if blocks is None else blocks
-    whole, work = count_parameters(network), multiply_adds(network, image)
+    whole, work = count_parameters(network), count_multiply_adds(network, image)
     with as_identity(network, blocks):
-        return AttentionShare(whole, count_parameters(network), work, multiply_adds(network, image))
-
-
-def count_parameters(network: nn.Module) -> int:
-    """How many numbers are learned."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def multiply_adds(network: nn.Module, image: Float[Tensor, "batch channel *space"]) -> float:
-    """Those of convolutions and matrix products in one forward pass in prediction.
-
-    Fused attention is counted as the matrix products that it stands for.
-    """
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        network(image)
-    for part, mode in modes.items():
-        part.training = mode
-    return float(counter.get_total_flops()) / 2
+        return AttentionShare(
+            whole, count_parameters(network), work, count_multiply_adds(network, image)
+        )

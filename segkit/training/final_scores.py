@@ -9,13 +9,11 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 import numpy as np
-from jaxtyping import Integer
-from numpy import ndarray
 
-from segkit.config.labels import Labelling
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
-from segkit.evaluation.overlap import Overlap, mean_of_defined
+from segkit.evaluation.dice import dice_of
+from segkit.evaluation.overlap import mean_of_defined
 from segkit.evaluation.temperature import HeldOutVoxels
 from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.postprocess import Operation, class_means
@@ -140,24 +138,3 @@ def score(
         "dice_of_cases": by_class_name(dice),
         **more,
     }
-
-
-def dice_of(
-    prediction: Integer[ndarray, "*space"],
-    reference: Integer[ndarray, "*space"],
-    labelling: Labelling,
-) -> list[float]:
-    """The Dice of each class except the background, or of each region.
-
-    It is NaN for a class that is in neither prediction nor reference. Voxels that the reference
-    ignores do not count.
-    """
-    overlap = Overlap.of_labels(
-        prediction,
-        reference,
-        list(labelling.members.values()),
-        num_labels=len(labelling.value_names),
-        ignore=labelling.ignore,
-    )
-    dice: list[float] = overlap.dice.tolist()
-    return dice

@@ -34,6 +34,7 @@ from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
 from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
+from segkit.nn.cost import count_parameters
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.normalisation import order_for
@@ -554,7 +555,7 @@ def _trained(
         "run": folder.name,
         "steps": trainer.global_step,
         "seconds_of_training": round(seconds, 1),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": count_parameters(network),
         "seed": config.train.seed,
         "training_cases": len(split.train),
         "weights": {"of": "last" if step is None else "best", "step": step or trainer.global_step},

@@ -10,9 +10,8 @@ from segkit.nn.attention_blocks import (
     as_identity,
     attention_blocks,
     attention_share,
-    count_parameters,
-    multiply_adds,
 )
+from segkit.nn.cost import count_multiply_adds, count_parameters
 from segkit.nn.map_tap import edited
 from segkit.nn.slicewise import SlicewiseNetwork
 from tests.networks import image_of, network_of
@@ -119,7 +118,7 @@ def test_a_module_of_any_network_can_be_named() -> None:
 def test_multiply_adds_are_those_worked_out_by_hand() -> None:
     # 5 x 7 voxels, 2 channels to 3, 3 x 3 cells: 35 * 2 * 3 * 9; then 3 to 4, 1 x 1: 35 * 12.
     layers = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 1)).train()
-    assert multiply_adds(layers, torch.zeros(1, 2, 5, 7)) == 35 * 2 * 3 * 9 + 35 * 12
+    assert count_multiply_adds(layers, torch.zeros(1, 2, 5, 7)) == 35 * 2 * 3 * 9 + 35 * 12
     assert all(layer.training for layer in layers)
     assert count_parameters(layers) == 2 * 3 * 9 + 3 + 3 * 4 + 4
 
@@ -130,7 +129,7 @@ def test_fused_attention_is_counted_as_its_two_products() -> None:
             return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
 
     # 6 x 6 pairs of 4 channels, twice, of 2 heads.
-    assert multiply_adds(Attention(), torch.zeros(1, 2, 6, 4)) == 2 * 2 * 6 * 6 * 4
+    assert count_multiply_adds(Attention(), torch.zeros(1, 2, 6, 4)) == 2 * 2 * 6 * 6 * 4
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -141,8 +140,8 @@ def test_what_lies_outside_attention_is_the_plain_network(spatial_dims: int) -> 
     found = attention_share(network, image)
     assert found.parameters == count_parameters(network)
     assert found.parameters_outside == count_parameters(plain)
-    assert found.multiply_adds == multiply_adds(network, image)
-    assert found.multiply_adds_outside == multiply_adds(plain, image)
+    assert found.multiply_adds == count_multiply_adds(network, image)
+    assert found.multiply_adds_outside == count_multiply_adds(plain, image)
     assert found.parameters_share_outside == count_parameters(plain) / count_parameters(network)
     assert 0 < found.multiply_adds_share_outside < 1
     assert found.unet_index(count_parameters(plain)) == 1

@@ -1,0 +1,21 @@
+"""Hide what a part of a program logs below an error, for a while."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def only_errors(name: str | None = None) -> Iterator[None]:
+    """Within it, a logger and those below it let only errors through.
+
+    Args:
+        name: of the logger; the root logger by default.
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
