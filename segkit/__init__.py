@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -97,6 +100,7 @@ __all__ = [
     "explain_volume",
     "export_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "load_config",
     "load_model",
@@ -136,6 +140,7 @@ _HOMES = {
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),

@@ -18,6 +18,8 @@ from segkit.nn.map_tap import MapInfo
 PUBLIC = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -57,6 +59,7 @@ PUBLIC = [
     "explain_volume",
     "export_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "load_config",
     "load_model",

@@ -165,7 +165,7 @@ def test_boxes_are_the_cells_that_windows_hold(axes: list[tuple[int, int]]) -> N
 
 
 def test_boxes_of_shifted_windows_are_the_cells_that_attend_to_one_another() -> None:
-    # Along an axis of 7 cells, windows of 3 shifted by 1 hold 1, 3 and 3; one of 5 cells, 1, 3 and 1.
+    # Windows of 3 shifted by 1 hold 1, 3 and 3 of 7 cells along an axis, and 1, 3 and 1 of 5.
     assert list(boxes((7, 5), (3, 3), (1, 1))) == list(itertools.product((1, 3, 3), (1, 3, 1)))
     # A window that covers an axis is not shifted there.
     assert list(boxes((4, 3), (2, 3), (1, 1))) == [(1, 3), (2, 3), (1, 3)]
