@@ -199,7 +199,7 @@ def test_the_command_says_whether_the_network_attends_to_anything(
     code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
     assert code == 0 and not list(out.rglob("identity.csv"))
     words[1] = tmp_path / "scans" / "a.nii.gz"
-    words[5:] = ["--reference", tmp_path / "labels", "--out", tmp_path / "one", "--identity"]
+    words[6:] = ["--reference", tmp_path / "labels", "--out", tmp_path / "one", "--identity"]
     code, said, err = run(*words, capsys=capsys)
     assert (code, err) == (0, "") and "outside attention: " in said
     one = json.loads((tmp_path / "one" / "measures.json").read_text())["identity"]
