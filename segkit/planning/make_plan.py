@@ -35,7 +35,8 @@ from segkit.planning.plan import (
     plan_for_memory,
     plan_for_time,
 )
-from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
+from segkit.planning.speed import CPU, Figures, multiply_adds_per_second, step_seconds
+from segkit.system.core_share import CoreShare
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
 
@@ -99,8 +100,8 @@ class _Task:
     gigabytes: float
     minutes: float
     """Minutes of one stage; used only if the budget is time."""
-    figures: Path
-    """The file with measurements of this processor."""
+    figures: Figures
+    """Measurements of this processor."""
     runs: Path
     """The folder in which a second stage will find the run of the first."""
     steps: Steps = PLANNED_STEPS
@@ -123,8 +124,7 @@ class _Task:
             return plan_for_memory(
                 numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
             )
-        speed = measured_once(
-            self.figures,
+        speed = self.figures.once(
             {"what": "multiply-adds"},
             partial(multiply_adds_per_second, self.device),
             self.device,
@@ -194,19 +194,20 @@ def plan_dataset(
         >>> planned = segkit.plan_dataset("my_dataset", minutes=60)
         >>> run = segkit.train(planned.config)
     """
-    return _planned_task(
-        _task(
-            source_of(folder, files, pictures),
-            cache=Path(runs) / ".cache" if cache is None else Path(cache),
-            device=device,
-            spatial_dims=spatial_dims,
-            gigabytes=gigabytes,
-            minutes=minutes,
-            preset=preset,
-            runs=Path(runs),
-            track=track,
-        )
+    task = _task(
+        source_of(folder, files, pictures),
+        cache=Path(runs) / ".cache" if cache is None else Path(cache),
+        device=device,
+        spatial_dims=spatial_dims,
+        gigabytes=gigabytes,
+        minutes=minutes,
+        preset=preset,
+        runs=Path(runs),
+        track=track,
     )
+    planned = _planned_task(task)
+    _warn_if_busy(task)
+    return planned
 
 
 def source_of(
@@ -269,7 +270,14 @@ def plan_candidates(
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    return {name: _planned_task(wanted[name]) for name in starters(list(plans))}
+    planned = {name: _planned_task(wanted[name]) for name in starters(list(plans))}
+    _warn_if_busy(task)
+    return planned
+
+
+def _warn_if_busy(task: _Task) -> None:
+    if (warning := task.figures.busy()) is not None:
+        logger.warning("%s", warning)
 
 
 def _differ(one: Plan, other: Plan) -> bool:
@@ -313,7 +321,7 @@ def _task(
         spatial_dims=spatial_dims or (2 if flat_axes(measured.numbers()) else 3),
         gigabytes=gigabytes,
         minutes=minutes,
-        figures=cache / SPEED,
+        figures=Figures(cache / SPEED),
         runs=runs,
     )
     return task if spatial_dims else _in_slices_if_time_is_short(task)
@@ -407,11 +415,10 @@ def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> 
         "batch_size": config.data.batch_size,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
-    seconds = measured_once(
-        task.figures, step, partial(seconds_of_step, config, description, task.device), task.device
+    seconds = task.figures.once(
+        step, partial(seconds_of_step, config, description, task.device), task.device
     )
-    window = measured_once(
-        task.figures,
+    window = task.figures.once(
         {**step, "what": "window"},
         partial(seconds_of_windows, description, task.device),
         task.device,
@@ -504,11 +511,13 @@ def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescri
 
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
-    """Seconds that a network takes for a window in a validation, which runs two at once."""
+    """Seconds for a window in a validation, which runs two at once; on a CPU, on free cores."""
     network = build_network(description).to(device)
     order_for(network, device)
     windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
-    return seconds_of_window(network, windows)
+    watch = CoreShare()
+    seconds = seconds_of_window(network, windows)
+    return seconds * watch.share() if device.type == "cpu" else seconds
 
 
 def seconds_of_step(
