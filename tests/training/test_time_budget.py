@@ -237,6 +237,7 @@ def test_a_run_whose_scoring_takes_the_time_does_not_blame_its_steps() -> None:
 
 def test_windows_of_a_case_overlap_by_half() -> None:
     assert num_windows((64, 32, 10), (32, 32, 32)) == 3
+    assert num_windows((64, 32, 10), (32, 32, 1)) == 3 * 10  # slices do not overlap
 
 
 class StoppedAtTwelve(Callback):
