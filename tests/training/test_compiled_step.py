@@ -16,6 +16,10 @@ from segkit.training.fit import resume, train
 from tests.small import small_config, small_dataset
 from tests.training.test_module import batches, module_of, trainer_of
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
+]
 CPU = torch.device("cpu")
 
 
