@@ -115,10 +115,9 @@ def test_steps_are_measured_after_warming_up_and_not_for_longer_than_a_minute(
 def test_patches_are_loaded_as_for_the_whole_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cases would fit into the memory of a card into which two hundred do not."""
     monkeypatch.setattr("segkit.data.resident.free_memory_of", lambda _: 1000)
-    case = SimpleNamespace(image=torch.zeros(25), label=torch.zeros(25))
-    card = torch.device("cuda")
-    assert fits([case, case], card)  # type: ignore[list-item]
-    assert not fits([case, case], card, times=2.0)  # type: ignore[list-item]
+    monkeypatch.setattr("segkit.data.resident.bytes_of", lambda cases: 300)
+    assert fits([], torch.device("cuda"))  # 300 of 400 bytes
+    assert not fits([], torch.device("cuda"), times=2.0)
 
 
 def test_lines_say_numbers_and_units(told: DryRun) -> None:
