@@ -146,7 +146,7 @@ def test_a_plan_for_a_gpu_elsewhere_follows_its_memory_and_the_minutes(
         small.plan.patch_size
     ) * (small.plan.batch_size)
     assert long.plan == small.plan
-    assert long.config.train.steps == pytest.approx(2 * small.config.train.steps, rel=0.02)
+    assert long.config.train.steps == pytest.approx(2 * small.config.train.steps, rel=0.1)
     assert small.config.train.steps > 2 * 600 / 0.05  # a small step takes less than 25 ms
     assert (small.config.train.minutes, long.config.train.minutes) == (10.0, 20.0)
     text = " ".join(small.text.replace("#", " ").split())
