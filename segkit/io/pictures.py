@@ -65,15 +65,22 @@ def label_colour(number: int) -> str:
     beyond 6 get hues that are spaced evenly around the colour circle.
 
     Args:
-        number: the number of the label in files: 1, 2, ….
+        number: the number of the label in files; 0 is black.
 
     Returns:
         The colour as '#rrggbb'.
+
+    Raises:
+        ValueError: the number is negative.
 
     Example:
         >>> label_colour(1)
         '#4c9be8'
     """
+    if number < 0:
+        raise ValueError(f"expected a number of a label from 0 on, found {number}")
+    if number == 0:
+        return "#000000"
     if number <= len(LABEL_COLOURS):
         return LABEL_COLOURS[number - 1]
     hue = number * GOLDEN_RATIO % 1.0

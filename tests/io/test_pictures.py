@@ -168,7 +168,9 @@ def test_a_label_has_one_colour_in_every_picture() -> None:
     expected = [[(0, 0, 0), label_rgb(1)], [label_rgb(7), label_rgb(30)]]
     assert np.array_equal(pictures._colours_of(labels), expected)
     assert label_rgb(1) == (0x4C, 0x9B, 0xE8) and label_colour(1) == "#4c9be8"
-    assert len({label_rgb(number) for number in range(1, 60)}) == 59
+    assert len({label_rgb(number) for number in range(60)}) == 60 and label_colour(0) == "#000000"
+    with pytest.raises(ValueError, match="from 0 on, found -1"):
+        label_colour(-1)
 
 
 SEEN_BY = {
