@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from segkit.config.base import Section
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import load_config
@@ -310,7 +311,11 @@ def test_a_run_of_a_gpu_goes_on_without_one(
 
 def test_each_setting_is_applied_or_refused() -> None:
     """Of sections, `data` and `train` are told setting by setting, and so is `data.files`."""
-    told = {"data": DataConfig, "train": TrainConfig, "data.files": FilesConfig}
+    told: dict[str, type[Section]] = {
+        "data": DataConfig,
+        "train": TrainConfig,
+        "data.files": FilesConfig,
+    }
     known = {f"{section}.{name}" for section in told for name in told[section].model_fields}
     known |= set(Config.model_fields) - {"data", "train"}
     assert {*APPLIED, *REFUSED} <= known
