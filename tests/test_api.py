@@ -58,6 +58,7 @@ PUBLIC = [
     "export_model",
     "fit",
     "judge_gates",
+    "label_colour",
     "load_config",
     "load_model",
     "load_template",
