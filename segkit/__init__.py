@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "Attribution",
+    "AttributionSettings",
     "Comparison",
     "Config",
     "ConfigError",
@@ -88,6 +91,7 @@ __all__ = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
@@ -135,6 +139,7 @@ _HOMES = {
     ),
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),

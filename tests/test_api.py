@@ -18,6 +18,8 @@ from segkit.nn.map_tap import MapInfo
 PUBLIC = [
     "AttentionMap",
     "AttentionShare",
+    "Attribution",
+    "AttributionSettings",
     "Comparison",
     "Config",
     "ConfigError",
@@ -48,6 +50,7 @@ PUBLIC = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
