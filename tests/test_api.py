@@ -61,6 +61,7 @@ PUBLIC = [
     "export_model",
     "fit",
     "judge_gates",
+    "label_colour",
     "load_config",
     "load_model",
     "load_template",
