@@ -7,17 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segkit.explain.attribution.target import SummedOutput
+from segkit.explain.attribution.target import NetworkInput, SummedOutput
 from segkit.system.progress import Track, untracked
 
-Image = Float[Tensor, "channel x y z"]
 Gradients = Float[Tensor, "structure channel x y z"]
 
 
 def integrated_gradients(
     target: SummedOutput,
-    image: Image,
-    baseline: Image,
+    image: NetworkInput,
+    baseline: NetworkInput,
     *,
     steps: int,
     track: Track = untracked,
@@ -45,7 +44,7 @@ def integrated_gradients(
 
 def smoothgrad(
     target: SummedOutput,
-    image: Image,
+    image: NetworkInput,
     spread: Float[Tensor, " channel"],
     *,
     draws: int,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from segkit.explain.attribution.shapley import Coalitions, coalitions, fit_shapley
 from segkit.explain.attribution.supervoxels import Supervoxels
-from segkit.explain.attribution.target import Held, SummedOutput
+from segkit.explain.attribution.target import Held, NetworkInput, SummedOutput
 from segkit.system.progress import Track, untracked
 
-Image = Float[Tensor, "channel x y z"]
 PartValues = Float[ndarray, "structure part"]
 MORE_COALITIONS = 64
 """Coalitions that are sampled by default, besides each part alone and all parts but one."""
@@ -24,8 +23,8 @@ MORE_COALITIONS = 64
 
 def occlusion(
     target: SummedOutput,
-    image: Image,
-    replacement: Image,
+    image: NetworkInput,
+    replacement: NetworkInput,
     parts: Supervoxels,
     *,
     track: Track = untracked,
@@ -64,8 +63,8 @@ def occlusion(
 
 def kernel_shap(
     target: SummedOutput,
-    image: Image,
-    replacement: Image,
+    image: NetworkInput,
+    replacement: NetworkInput,
     parts: Supervoxels,
     *,
     samples: int | None = None,
@@ -134,8 +133,8 @@ def _exchanged(
     held: Held,
     gone: Held,
     parts: Supervoxels,
-    image: Image,
-    replacement: Image,
+    image: NetworkInput,
+    replacement: NetworkInput,
     players: list[Integer[ndarray, " players"]],
     removed: Integer[ndarray, " removed"],
 ) -> Float[ndarray, " structures"]:

@@ -9,6 +9,7 @@ others are sampled in pairs of a coalition and its complement (Covert & Lee 2021
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +61,8 @@ def coalitions(players: int, count: int, *, seed: int = 0) -> Coalitions:
             if len(sampled) + 2 > left:
                 break
             size = int(random.choice(sizes, p=chances / chances.sum()))
-            members = random.choice(players, size, replace=False)
-            for key in (_key(players, members), _key(players, members, without=True)):
+            drawn = random.choice(players, size, replace=False).tolist()
+            for key in (_key(players, drawn), _key(players, drawn, without=True)):
                 sampled[key] = sampled.get(key, 0) + 1
     total = sum(sampled.values())
     for key, times in sampled.items():
@@ -101,7 +102,7 @@ def _mass(players: int, size: int) -> float:
     return (players - 1) / (size * (players - size))
 
 
-def _key(players: int, members: ndarray | tuple[int, ...], *, without: bool = False) -> bytes:
+def _key(players: int, members: Iterable[int], *, without: bool = False) -> bytes:
     row = np.full(players, without, np.uint8)
     row[list(members)] = not without
     return row.tobytes()

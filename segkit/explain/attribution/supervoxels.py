@@ -13,8 +13,6 @@ from torch import Tensor
 from segkit.explain.attribution.target import SummedOutput
 from segkit.geometry.grid import Grid, Placement
 
-Box = tuple[slice, ...]
-
 
 @dataclass(frozen=True, eq=False)
 class Supervoxels:
@@ -22,7 +20,7 @@ class Supervoxels:
 
     numbers: Integer[Tensor, "x y z"]
     """The part of each voxel."""
-    boxes: tuple[Box | None, ...]
+    boxes: tuple[tuple[slice, ...] | None, ...]
     """The smallest box around each part; None if it has no voxel."""
     grid: Grid
     """The grid of the result: that of the boxes, or the image's own."""
@@ -64,7 +62,7 @@ class Supervoxels:
         image: Float[Tensor, "channel x y z"],
         replacement: Float[Tensor, "channel x y z"],
         chosen: Integer[ndarray, " chosen"],
-        box: Box = (),
+        box: tuple[slice, ...] = (),
     ) -> Float[Tensor, "channel box_x box_y box_z"]:
         """A copy of the image, or of the voxels in a box, with the chosen parts replaced."""
         table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last one is for -1

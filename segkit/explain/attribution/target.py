@@ -31,6 +31,7 @@ from segkit.system.progress import Track, untracked
 Quantity = Literal["logit", "probability"]
 """The output that is summed. The probability is the softmax of logits, or the sigmoid if the
 outputs are regions."""
+NetworkInput = Float[Tensor, "channel x y z"]
 SMALL_WINDOW = 2**18
 """Windows of at most so many voxels run together."""
 WINDOWS_TOGETHER = 2
