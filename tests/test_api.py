@@ -56,6 +56,7 @@ PUBLIC = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
     "judge_gates",
     "load_config",

@@ -33,7 +33,8 @@ from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
-from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
+from segkit.model.file_names import CONFIG, SPLIT, SUMMARY
+from segkit.model.folder import Model, save_description, save_firsts, save_model
 from segkit.nn.cost import count_parameters
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
@@ -75,9 +76,7 @@ from segkit.training.parts import (
 from segkit.training.resolve import on_this_machine
 from segkit.training.resume_state import ResumeState
 from segkit.training.run_folder import (
-    CONFIG,
     LAST,
-    SPLIT,
     check_checkpoint,
     checkpoint_of,
     existing_run,
