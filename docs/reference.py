@@ -35,7 +35,8 @@ API = {
         "Explanation GateVerdict AttentionShare Evaluation Comparison"
     ),
     "Volumes": (
-        "read_volume read_labels write_volume write_montage Volume Grid Orientation Placement"
+        "read_volume read_labels write_volume write_montage label_colour "
+        "Volume Grid Orientation Placement"
     ),
     "Data to try things on": "load_template write_dataset demo_config write_hippocampi",
     "Errors": (

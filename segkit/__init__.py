@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
-    from segkit.io.pictures import write_montage
+    from segkit.io.pictures import label_colour, write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
     from segkit.model.fetch_model import fetch_model
     from segkit.model.folder import Model, described_model, load_model, save_model
@@ -100,6 +100,7 @@ __all__ = [
     "fetch_model",
     "fit",
     "judge_gates",
+    "label_colour",
     "load_config",
     "load_model",
     "load_template",
@@ -157,7 +158,7 @@ _HOMES = {
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
     "segkit.training.pool": ("pool",),
-    "segkit.io.pictures": ("write_montage",),
+    "segkit.io.pictures": ("label_colour", "write_montage"),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

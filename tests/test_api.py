@@ -59,6 +59,7 @@ PUBLIC = [
     "fetch_model",
     "fit",
     "judge_gates",
+    "label_colour",
     "load_config",
     "load_model",
     "load_template",

@@ -1,5 +1,6 @@
 """`segkit predict`: segment volumes."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -81,6 +82,10 @@ def predict_command(
         Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
     ] = None,
     json: JsonOption = False,
+    progress: Annotated[
+        bool,
+        Option("--progress", help="Print progress to stderr as lines of JSON, for other programs."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes. Without --out, labels are written beside each input as NAME_seg.
@@ -123,7 +128,8 @@ def predict_command(
         say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0
-    with CohortProgress(console, "segmenting", mine) as progress:
+    reports = sys.stderr if progress else None
+    with CohortProgress(console, "segmenting", mine, reports=reports) as shown:
         outcomes = predict_files(
             predictor,
             found,
@@ -137,10 +143,10 @@ def predict_command(
             layout=layout,
             overwrite=overwrite,
             shard=(number, count),
-            track=progress.track,
+            track=shown.track,
         )
         for outcome in outcomes:
-            progress.done()
+            shown.done()
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1
