@@ -34,10 +34,6 @@ def fetch_model(path: str | Path, *, refresh: bool = False, track: Track = untra
     `load_model` and `Predictor.load` call it, so call it yourself only to download a model before
     it is needed, or to replace it by a newer one.
 
-    Example:
-        folder = segkit.fetch_model("hf:clinic/hippocampus@v1")
-        model = segkit.load_model(folder)
-
     Args:
         path: an address such as `hf:OWNER/NAME`, `hf:OWNER/NAME@REVISION` or
             `https://SERVER/model.zip#sha256=…`, the path of a zip, or a folder, which is returned
@@ -52,6 +48,10 @@ def fetch_model(path: str | Path, *, refresh: bool = False, track: Track = untra
     Raises:
         ModelError: there is no model at the address, the server cannot be reached, or a file
             differs from its checksum.
+
+    Example:
+        folder = segkit.fetch_model("hf:clinic/hippocampus@v1")
+        model = segkit.load_model(folder)
     """
     address = parse_address(path)
     if address is not None:

@@ -116,6 +116,11 @@ class Run:
 
     If several processes train, only the first one writes the folder and scores the model; in the
     others `summary` is empty.
+
+    Example:
+        run = segkit.train(segkit.load_config("my_dataset.yaml"))
+        run.summary["validation"]["mean_dice"]
+        prediction = segkit.Predictor(run.model)(scan)
     """
 
     folder: Path
