@@ -232,7 +232,12 @@ class TrainerConfig(Section):
 
 
 class Config(Section):
-    """All settings of one training run."""
+    """All settings of one training run.
+
+    Example:
+        config = segkit.load_config("my_dataset.yaml")
+        config.train.steps, config.data.patch_size
+    """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The run is written to `runs/<name>`."""

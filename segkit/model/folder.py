@@ -40,8 +40,9 @@ FOLD = "fold_"
 class Model:
     """A network, and all other data that prediction needs.
 
-    model = segkit.load_model("runs/my_run")
-    prediction = segkit.Predictor(model)(scan)
+    Example:
+        model = segkit.load_model("runs/my_run")
+        prediction = segkit.Predictor(model)(scan)
     """
 
     description: ModelDescription
@@ -57,8 +58,6 @@ class Model:
 def save_model(folder: str | Path, model: Model) -> None:
     """Write a model folder.
 
-        segkit.save_model("my_model", model)
-
     Args:
         folder: the folder to write to; it is created if it does not exist.
         model: the model, with the models of its first stage, if it has one.
@@ -66,6 +65,9 @@ def save_model(folder: str | Path, model: Model) -> None:
     Raises:
         ModelError: the weights cannot be written.
         OSError: the folder cannot be written to.
+
+    Example:
+        segkit.save_model("my_model", model)
     """
     folder = Path(folder)
     save_firsts(folder, model.first)
@@ -91,9 +93,6 @@ def save_description(folder: Path, description: ModelDescription) -> None:
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
     """A model from any PyTorch module that computes logits, for `Predictor` and for export.
 
-        model = segkit.described_model(description, module)
-        labels = segkit.Predictor(model)(scan).labels
-
     Args:
         description: how the module was trained. Its `network.given.multiple` says of which numbers
             the sizes of the module's input must be multiples.
@@ -107,6 +106,10 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
     Raises:
         ModelError: the description is that of a U-Net or has a first stage, or the module's state
             cannot be saved.
+
+    Example:
+        model = segkit.described_model(description, module)
+        labels = segkit.Predictor(model)(scan).labels
     """
     return Model(description, wrap_network(description, module).eval())
 
@@ -135,8 +138,6 @@ def load_model(
 ) -> Model:
     """Read a model onto the CPU, in evaluation mode.
 
-        model = segkit.load_model("runs/my_run")
-
     Args:
         path: a model folder, the folder of a run, or that of a cross-validation, from which the
             first fold is read.
@@ -151,6 +152,9 @@ def load_model(
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
             does not fit the model.
+
+    Example:
+        model = segkit.load_model("runs/my_run")
     """
     folder = model_folders(Path(path), checkpoint)[0]
     description = load_description(folder)
