@@ -47,6 +47,9 @@ def export_command(
     reference: Annotated[
         Path | None, Option(help="Labels of --scan, which float16 or int8 is scored by.")
     ] = None,
+    any_size: Annotated[
+        bool, Option("--any-size", help="Take windows of any size, not only the patch; for onnx.")
+    ] = False,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,
     json: JsonOption = False,
@@ -80,6 +83,7 @@ def export_command(
         precision=precision,
         calibration=[read_input(each) for each in ranges[:MOST_SCANS]],
         reference=read_labels(reference) if reference else None,
+        any_size=any_size,
     )
     for path in exported.written:
         say(f"wrote {path}")
