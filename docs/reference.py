@@ -28,7 +28,7 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "To other programs, and from them": (
-        "export_model described_model save_model Export ModelDescription WholeVolume"
+        "fetch_model export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": (
         "explain_volume attribute judge_gates attention_blocks as_identity attention_share "

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from segkit.inference.predictor import Prediction, Predictor
     from segkit.io.pictures import label_colour, write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.model.fetch_model import fetch_model
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.nn.attention_blocks import (
         AttentionShare,
@@ -100,6 +101,7 @@ __all__ = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
     "judge_gates",
     "label_colour",
@@ -149,6 +151,7 @@ _HOMES = {
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
+    "segkit.model.fetch_model": ("fetch_model",),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.nn.attention_blocks": (
         "AttentionShare",

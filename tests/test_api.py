@@ -59,6 +59,7 @@ PUBLIC = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
     "judge_gates",
     "label_colour",
