@@ -176,8 +176,8 @@ class TrainConfig(Section):
     """Decay, such as 0.999, of a running average of the weights. The averaged weights are then
     validated and saved instead of the last ones. Default: no average."""
     start_from: Path | None = None
-    """A run or model folder. Training starts from its weights, for each weight that has the same
-    name and shape in the new network."""
+    """A run or model folder, or an address such as `hf:OWNER/NAME`. Training starts from its
+    weights, for each weight that has the same name and shape in the new network."""
     other_channels: OtherChannels = "mean"
     """Used only with `start_from`: kernels of the first layer for each channel whose name the other
     model does not have: the `mean` of its kernels, those of its channels in turn (`copied`),
@@ -236,7 +236,12 @@ class TrainerConfig(Section):
 
 
 class Config(Section):
-    """All settings of one training run."""
+    """All settings of one training run.
+
+    Example:
+        config = segkit.load_config("my_dataset.yaml")
+        config.train.steps, config.data.patch_size
+    """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The run is written to `runs/<name>`."""

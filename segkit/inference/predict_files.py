@@ -30,7 +30,7 @@ from segkit.io.atomic import (
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.inputs import Input, check_name, failure, read_input, series_of
-from segkit.io.pictures import PAGES, PLANES, write_montage
+from segkit.io.pictures import PAGES, PLANES, label_colour, write_montage
 from segkit.io.volume import (
     SUFFIXES,
     Volume,
@@ -377,9 +377,7 @@ def _write(
     mark_unfinished(targets.labels, targets.all)
     labels = prediction.labels
     # Labels are written first, so that they exist even if another result fails.
-    write_json(
-        sidecar_of(targets.labels), {"labels": description.labelling.numbers_in_files, **made}
-    )
+    write_json(sidecar_of(targets.labels), {**_told_of_labels(description), **made})
     if _is_dicom(targets.labels):
         write_dicom_segmentation(
             targets.labels,
@@ -405,6 +403,18 @@ def _write(
         return Outcome(source, tuple(written), reason, prediction.presence)
     mark_finished(targets.labels)
     return Outcome(source, tuple(written), presence=prediction.presence)
+
+
+def _told_of_labels(description: ModelDescription) -> dict[str, Any]:
+    """Number in the file, colour and, if the model has one, coded concept of each label."""
+    labelling = description.labelling
+    numbers = labelling.numbers_in_files
+    named = {name: description.codes[name] for name in numbers if name in description.codes}
+    return {
+        "labels": numbers,
+        "colours": {name: label_colour(numbers[name]) for name in labelling.members},
+        "codes": {name: code.model_dump(mode="json") for name, code in named.items()},
+    }
 
 
 def _others(

@@ -148,7 +148,7 @@ class Predictor:
 
         Args:
             paths: runs, model folders, or cross-validations; the latter give the model of each
-                fold.
+                fold. Addresses such as `hf:OWNER/NAME` are fetched (see `fetch_model`).
             network: the Python module with which the model was trained, if any; only for one model.
             checkpoint: `best` or `last`: take the weights from this checkpoint of each run. If not
                 given, take the weights at the end of the run.
@@ -160,7 +160,7 @@ class Predictor:
         Raises:
             ModelError: a path has no model, or the models have different labels or channels.
         """
-        folders = [folder for path in paths for folder in model_folders(Path(path), checkpoint)]
+        folders = [folder for path in paths for folder in model_folders(path, checkpoint)]
         if network is not None and len(folders) > 1:
             raise ModelError(
                 f"network: one module cannot hold the weights of {len(folders)} models; load each "

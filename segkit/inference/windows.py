@@ -260,7 +260,7 @@ def stream(
 
     def outputs_of(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
         outputs = function(
-            torch.stack([_window(image, place, layout.patch_size) for place in batch])
+            torch.stack([cut_window(image, place, layout.patch_size) for place in batch])
         )
         for name, output in outputs.items():
             if name not in blends:
@@ -313,7 +313,11 @@ def slide(
     return {name: torch.cat(rows, dim=axis + 1) for name, rows in parts.items()}
 
 
-def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+def cut_window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """The window of an image (channel, *space) that begins at `start`.
+
+    Beyond the end of the image, its last voxels are repeated.
+    """
     region = tuple(
         slice(first, first + size) for first, size in zip(start, patch_size, strict=True)
     )

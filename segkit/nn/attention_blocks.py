@@ -22,7 +22,12 @@ from segkit.nn.unet import Join, UNet
 
 @dataclass(frozen=True)
 class AttentionShare:
-    """How much of a network is attention."""
+    """How much of a network is attention.
+
+    Example:
+        share = segkit.attention_share(model.network, torch.zeros(1, 1, 64, 64, 64))
+        share.parameters_share_outside, share.multiply_adds_share_outside
+    """
 
     parameters: int
     """Of the whole network."""
@@ -69,6 +74,10 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
 
     Raises:
         AttributeError: if `network` is not a PyTorch module.
+
+    Example:
+        for position, name in segkit.attention_blocks(model.network).items():
+            print(position, name)
     """
     found: dict[str, str] = {}
     for name, module in network.named_modules():
@@ -155,6 +164,10 @@ def attention_share(
 
     Raises:
         ValueError: if the network has no such block.
+
+    Example:
+        image = torch.zeros(1, 1, 64, 64, 64)
+        share = segkit.attention_share(model.network, image)
     """
     blocks = list(attention_blocks(network)) if blocks is None else blocks
     whole, work = count_parameters(network), count_multiply_adds(network, image)

@@ -67,7 +67,13 @@ CASES_PER_PROCESS = 300
 
 @dataclass(frozen=True)
 class Planned:
-    """A planned training: its config, and the reasons for it."""
+    """A planned training: its config, and the reasons for it.
+
+    Example:
+        planned = segkit.plan_dataset("my_dataset")
+        print(planned.text)  # the config, with a reason beside each value
+        run = segkit.train(planned.config)
+    """
 
     config: Config
     """The config, for `segkit.train`."""

@@ -81,6 +81,10 @@ class TrainingParts:
 
     `dataclasses.replace(parts, loss=...)` replaces a part from `network` to `validation`; the run's
     config.yaml then names this part. The other parts cannot be replaced; change the config instead.
+
+    Example:
+        parts = segkit.prepare(segkit.load_config("my_dataset.yaml"))
+        run = segkit.fit(dataclasses.replace(parts, loss=my_loss))
     """
 
     config: Config

@@ -35,6 +35,7 @@ from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError, Problems
 from segkit.geometry.grid import Orientation
+from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import bfloat16_is_fast
@@ -235,13 +236,18 @@ def with_absolute_paths(config: Config) -> Config:
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
             "first_stage": config.data.first_stage
-            and [path.resolve() for path in config.data.first_stage],
+            and [_absolute(path) for path in config.data.first_stage],
         }
     )
     train = config.train.model_copy(
-        update={"start_from": config.train.start_from and config.train.start_from.resolve()}
+        update={"start_from": config.train.start_from and _absolute(config.train.start_from)}
     )
     return config.model_copy(update={"data": data, "train": train})
+
+
+def _absolute(model: Path) -> Path:
+    """The absolute path of a model's folder; an address stays as it is."""
+    return model if is_address(model) else model.resolve()
 
 
 def _data(
