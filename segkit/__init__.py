@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
     from segkit.inference.predictor import Prediction, Predictor
-    from segkit.io.pictures import write_montage
+    from segkit.io.pictures import label_colour, write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.model.fetch_model import fetch_model
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.nn.attention_blocks import (
         AttentionShare,
@@ -60,6 +62,8 @@ __all__ = [
     "AttentionMap",
     "AttentionShare",
     "AttentionStudy",
+    "Attribution",
+    "AttributionSettings",
     "BlockVerdict",
     "Comparison",
     "Config",
@@ -91,6 +95,7 @@ __all__ = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
@@ -99,9 +104,11 @@ __all__ = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
     "judge_attention",
     "judge_gates",
+    "label_colour",
     "load_config",
     "load_model",
     "load_template",
@@ -139,6 +146,7 @@ _HOMES = {
     ),
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
@@ -148,6 +156,7 @@ _HOMES = {
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
+    "segkit.model.fetch_model": ("fetch_model",),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.nn.attention_blocks": (
         "AttentionShare",
@@ -159,7 +168,7 @@ _HOMES = {
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
     "segkit.training.pool": ("pool",),
-    "segkit.io.pictures": ("write_montage",),
+    "segkit.io.pictures": ("label_colour", "write_montage"),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -9,10 +9,17 @@ from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+each_notebook_that_is_run = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith("3"))
+        for path in NOTEBOOKS
+    ],
+)
 
 
 @pytest.mark.notebook
-@each_notebook
+@each_notebook_that_is_run
 def test_a_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,17 @@
 """`segkit predict`: segment volumes."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
+from segkit.cli.models import find_models
 from segkit.cli.options import (
     CheckpointOption,
     Device,
     Inputs,
-    ModelFolders,
+    ModelPlaces,
     OverlapOption,
     Overwrite,
     PixelSizeOption,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 def predict_command(
     inputs: Inputs,
-    models: ModelFolders = None,
+    models: ModelPlaces = None,
     out: Annotated[Path | None, Option(help="The file or folder for the labels.")] = None,
     maps: Annotated[
         Path | None, Option(help="Also write all attention maps, to this folder.")
@@ -80,6 +82,10 @@ def predict_command(
         Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
     ] = None,
     json: JsonOption = False,
+    progress: Annotated[
+        bool,
+        Option("--progress", help="Print progress to stderr as lines of JSON, for other programs."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment volumes. Without --out, labels are written beside each input as NAME_seg.
@@ -94,20 +100,11 @@ def predict_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import (
-        load_model,
-        model_folders,
-        newest_model,
-        picture_rules_of,
-    )
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
-    folders = [
-        folder
-        for path in models or [newest_model(Path("runs"))]
-        for folder in model_folders(path, checkpoint)
-    ]
+    folders = [folder for path in find_models(models) for folder in model_folders(path, checkpoint)]
     predictor = Predictor(
         [load_model(folder, checkpoint=checkpoint) for folder in folders],
         device=device,
@@ -131,7 +128,8 @@ def predict_command(
         say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0
-    with CohortProgress(console, "segmenting", mine) as progress:
+    reports = sys.stderr if progress else None
+    with CohortProgress(console, "segmenting", mine, reports=reports) as shown:
         outcomes = predict_files(
             predictor,
             found,
@@ -145,10 +143,10 @@ def predict_command(
             layout=layout,
             overwrite=overwrite,
             shard=(number, count),
-            track=progress.track,
+            track=shown.track,
         )
         for outcome in outcomes:
-            progress.done()
+            shown.done()
             volumes.append(outcome.to_json())
             if outcome.kept is not None:
                 kept += 1

@@ -71,7 +71,13 @@ ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json", "_seg.png", "_seg.tif")
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The segmentation of a scan, the attention maps behind it, and measures of the maps."""
+    """The segmentation of a scan, the attention maps behind it, and measures of the maps.
+
+    Example:
+        explanation = segkit.explain_volume(predictor, scan, reference)
+        explanation.maps["skip.1/gate"].volume.data
+        explanation.write("explained")  # maps, tables and index.html
+    """
 
     name: str
     scan: Volume

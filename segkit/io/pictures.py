@@ -22,7 +22,8 @@ from segkit.io.atomic import whole
 PLANES = ("sagittal", "coronal", "axial")
 PAGES = ("columns", "rows", "page")
 """Names of the three planes of a stack of pictures, by the axis across which each lies."""
-LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#58b368", "#9a6fd0", "#c7b446"]
+LABEL_COLOURS = ["#4c9be8", "#f2a33a", "#e0507a", "#8800ff", "#885511", "#dddd99"]
+"""Colours of labels 1 to 6. People who lack one kind of cone can tell any two of them apart."""
 GOLDEN_RATIO = 0.618034
 # Matplotlib's colour map of this name, sampled at steps of 1/16.
 INFERNO = (
@@ -58,7 +59,28 @@ class CasePicture:
 
 
 def label_colour(number: int) -> str:
-    """The colour of label 1, 2, … as '#rrggbb'. Numbers beyond the list get well-spaced hues."""
+    """The colour of a label in all of segkit's pictures, pages and DICOM segmentations.
+
+    People with any kind of colour blindness can tell the colours of labels 1 to 6 apart. Labels
+    beyond 6 get hues that are spaced evenly around the colour circle.
+
+    Args:
+        number: the number of the label in files; 0 is black.
+
+    Returns:
+        The colour as '#rrggbb'.
+
+    Raises:
+        ValueError: the number is negative.
+
+    Example:
+        >>> label_colour(1)
+        '#4c9be8'
+    """
+    if number < 0:
+        raise ValueError(f"expected a number of a label from 0 on, found {number}")
+    if number == 0:
+        return "#000000"
     if number <= len(LABEL_COLOURS):
         return LABEL_COLOURS[number - 1]
     hue = number * GOLDEN_RATIO % 1.0

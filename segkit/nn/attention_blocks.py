@@ -25,7 +25,12 @@ from segkit.nn.unet import Join, UNet
 
 @dataclass(frozen=True)
 class AttentionShare:
-    """How much of a network is attention."""
+    """How much of a network is attention.
+
+    Example:
+        share = segkit.attention_share(model.network, torch.zeros(1, 1, 64, 64, 64))
+        share.parameters_share_outside, share.multiply_adds_share_outside
+    """
 
     parameters: int
     """Of the whole network."""
@@ -82,6 +87,9 @@ def attention_blocks(
         AttributeError: if `network` is not a PyTorch module.
 
     Example:
+        for position, name in segkit.attention_blocks(model.network).items():
+            print(position, name)
+
         swin = monai.networks.nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
         segkit.attention_blocks(swin, torch.zeros(1, 1, 64, 64, 64))  # swinViT.layers1.0.blocks.0 …
     """
@@ -205,6 +213,10 @@ def attention_share(
 
     Raises:
         ValueError: if the network has no such block.
+
+    Example:
+        image = torch.zeros(1, 1, 64, 64, 64)
+        share = segkit.attention_share(model.network, image)
     """
     blocks = list(attention_blocks(network, image)) if blocks is None else blocks
     whole, work = count_parameters(network), count_multiply_adds(network, image)

@@ -1,8 +1,9 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TextIO, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,8 @@ Item = TypeVar("Item")
 Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """A function of items, the name of the work and the number of items; it yields the items."""
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_REPORTS = 0.5
+"""Least time between two reports for programs, except the first and the last."""
 
 
 def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -49,15 +52,24 @@ class Tracker:
         """Yield the items unchanged."""
         with bars(self.console) as display:
             task = display.add_task(what, total=count)
-            last = time.monotonic()
-            for number, item in enumerate(items):
+            started = last = time.monotonic()
+            for number, item in enumerate(items, start=1):
                 yield item
                 display.advance(task)
                 if not self.console.is_terminal:
                     now = time.monotonic()
                     if now - last > SECONDS_BETWEEN_LINES:
-                        self.console.print(f"{what}: {number + 1} of {count}")
+                        left = (now - started) / number * max(count - number, 0)
+                        self.console.print(
+                            f"{what}: {number} of {count}, {_in_minutes(left)} left",
+                            highlight=False,
+                        )
                         last = now
+
+
+def _in_minutes(seconds: float) -> str:
+    """A duration as text, such as "about 3 min"; in seconds below one minute."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 60 else f"about {seconds:.0f} s"
 
 
 class CohortProgress:
@@ -65,10 +77,22 @@ class CohortProgress:
 
     It is a context manager. `track` shows progress over the slabs of one volume; call `done` after
     each volume, even if it failed.
+
+    Args:
+        console: where bars or lines for people are shown.
+        what: the name of the work.
+        count: the number of volumes.
+        reports: where reports for programs are written: one JSON object per line, with `progress`
+            (the share that is done, from 0 to 1), `volumes` (how many there are) and
+            `seconds_left` (null before it can be estimated).
     """
 
-    def __init__(self, console: Console, what: str, count: int) -> None:
+    def __init__(
+        self, console: Console, what: str, count: int, *, reports: TextIO | None = None
+    ) -> None:
         self.console = console
+        self.reports = reports
+        self.reported = -SECONDS_BETWEEN_REPORTS
         self.what = what
         self.count = count
         self.display = bars(console)
@@ -80,6 +104,7 @@ class CohortProgress:
 
     def __enter__(self) -> Self:
         self.display.start()
+        self._report(time.monotonic())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,13 +128,32 @@ class CohortProgress:
         self.share = share = min(share, self.count)
         self.display.update(self.task, completed=share)
         now = time.monotonic()
-        if self.console.is_terminal or self.first is None:
+        self._report(now)
+        left = self._seconds_left(now)
+        if self.console.is_terminal or left is None or now - self.last <= SECONDS_BETWEEN_LINES:
             return
+        self.last = now
+        self.console.print(
+            f"{self.what}: {share:.1f} of {self.count} volumes, about {left / 60:.0f} min left",
+            highlight=False,
+        )
+
+    def _seconds_left(self, now: float) -> float | None:
+        """An estimate from the work since the first slab; None before there is any."""
+        if self.first is None or self.share <= self.first[1]:
+            return None
         started, before = self.first
-        if now - self.last > SECONDS_BETWEEN_LINES and share > before:
-            self.last = now
-            left = (now - started) / (share - before) * (self.count - share) / 60
-            self.console.print(
-                f"{self.what}: {share:.1f} of {self.count} volumes, about {left:.0f} min left",
-                highlight=False,
-            )
+        return (now - started) / (self.share - before) * (self.count - self.share)
+
+    def _report(self, now: float) -> None:
+        waiting = now - self.reported < SECONDS_BETWEEN_REPORTS and self.share < self.count
+        if self.reports is None or not self.count or waiting:
+            return
+        self.reported = now
+        left = self._seconds_left(now)
+        report = {
+            "progress": round(self.share / self.count, 4),
+            "volumes": self.count,
+            "seconds_left": None if left is None else round(left, 1),
+        }
+        print(json.dumps(report), file=self.reports, flush=True)

@@ -199,3 +199,18 @@ def test_predict_prints_its_results_as_json(
         first = good["written"][:1]
         assert (first, good["kept"]) == (([], labels) if again else ([labels], None))
         assert bad["written"] == [] and "cannot be read" in bad["error"]
+
+
+def test_a_program_reads_progress_from_stderr_and_the_result_from_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
+) -> None:
+    words = ("predict", scans / "a.nii.gz", "--model", finished, "--json", "--progress")
+    code, out, err = run(*words, "--out", tmp_path / "a.nrrd", capsys=capsys)
+    assert code == 0
+    (volume,) = json.loads(out)["volumes"]
+    assert volume["written"] == [str(tmp_path / "a.nrrd"), str(tmp_path / "a.json")]
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["labels"] == {"background": 0, "ball": 1}
+    assert told["colours"] == {"ball": "#4c9be8"}
+    shares = [json.loads(line)["progress"] for line in err.splitlines()]
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)

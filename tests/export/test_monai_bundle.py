@@ -30,7 +30,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", ["classes", "regions"])
+@pytest.mark.parametrize("kind", ["classes", pytest.param("regions", marks=pytest.mark.slow)])
 def test_monai_runs_a_bundle_to_the_labels_of_segkit_on_an_oblique_scan(
     kind: str, tmp_path: Path
 ) -> None:
@@ -86,6 +86,7 @@ def test_a_bundle_has_the_keys_of_monai_and_weights_that_run_no_code(tmp_path: P
     assert "segkit." not in (folder / "configs" / "inference.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_bundle_takes_nan_as_the_background_if_its_model_does(tmp_path: Path) -> None:
     model = model_for()
     told = model.description.model_copy(update={"nan": "background"})

@@ -15,6 +15,7 @@ from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predict_files import predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import Input, find_inputs, read_input
+from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import checksums_of
 from segkit.provenance import check_asked
@@ -62,6 +63,7 @@ def test_every_written_volume_has_a_sidecar_with_its_provenance(tmp_path: Path) 
     assert {path for path in written if path.suffix == ".json"} == set(map(sidecar_of, volumes))
     told = json.loads((out / "scan.json").read_text())
     assert told["labels"] == {"background": 0, "lesion": 1}
+    assert told["colours"] == {"lesion": label_colour(1)} and told["codes"] == {}
     provenance = told["provenance"]
     assert provenance["inputs"] == [{"file": "scan.nii.gz", "sha256": sha256(scan)}]
     assert provenance["models"] == [{"run": "small", **checksums_of(predictor.model)}]

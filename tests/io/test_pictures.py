@@ -1,7 +1,9 @@
 """Pictures of planes: upright, with the patient's proportions, in the colours of the labels."""
 
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +168,46 @@ def test_a_label_has_one_colour_in_every_picture() -> None:
     expected = [[(0, 0, 0), label_rgb(1)], [label_rgb(7), label_rgb(30)]]
     assert np.array_equal(pictures._colours_of(labels), expected)
     assert label_rgb(1) == (0x4C, 0x9B, 0xE8) and label_colour(1) == "#4c9be8"
-    assert len({label_rgb(number) for number in range(1, 60)}) == 59
+    assert len({label_rgb(number) for number in range(60)}) == 60 and label_colour(0) == "#000000"
+    with pytest.raises(ValueError, match="from 0 on, found -1"):
+        label_colour(-1)
+
+
+SEEN_BY = {
+    "three cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red cones": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "no green cones": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "no blue cones": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+}
+"""Linear RGB as people see it who lack one kind of cone (Machado, Oliveira & Fernandes 2009)."""
+
+
+def _cielab(linear: np.ndarray) -> np.ndarray:
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    shares = np.array(to_xyz) @ np.clip(linear, 0, 1) / np.array([0.9505, 1, 1.089])
+    x, y, z = np.where(shares > 0.008856, np.cbrt(shares), 7.787 * shares + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", SEEN_BY.values(), ids=SEEN_BY)
+def test_colour_blind_people_can_tell_the_first_six_labels_apart(seen: Any) -> None:
+    shares = np.array([label_rgb(number) for number in range(1, 7)]) / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    colours = [_cielab(np.array(seen) @ each) for each in linear]
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)]
+    assert min(distances) > 30  # in CIELAB; a difference of 2 or 3 can just be seen
 
 
 def test_without_pillow_the_error_names_the_package_to_install(

@@ -1,12 +1,13 @@
 """The progress of a cohort shows its share and an estimate of the time left."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from segkit.system import progress
-from segkit.system.progress import CohortProgress
+from segkit.system.progress import CohortProgress, Tracker
 
 
 def test_a_cohort_estimates_the_time_left_from_volumes_that_took_time(
@@ -37,3 +38,47 @@ def test_volumes_that_failed_or_existed_count_without_slabs() -> None:
         for count in (1, 2, 3):
             shown.done()
             assert shown.share == count
+
+
+def test_a_line_of_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    text = io.StringIO()
+    for _ in Tracker(Console(file=text, force_terminal=False, width=100))(range(4), "reading", 4):
+        clock += 40
+    # After the first of four, which took 40 s, 120 s are left; after the third, 40 s.
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "reading: 1 of 4, about 2 min left"
+    assert lines[2] == "reading: 3 of 4, about 40 s left"
+
+
+def test_a_program_is_told_the_share_that_is_done_and_the_seconds_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    reports = io.StringIO()
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with CohortProgress(console, "segmenting", 2, reports=reports) as shown:
+        for _ in range(2):
+            for _slab in shown.track(range(4), 4):
+                clock += 1
+            shown.done()
+    lines = [json.loads(line) for line in reports.getvalue().splitlines()]
+    assert all(line["volumes"] == 2 for line in lines)
+    shares = [line["progress"] for line in lines]
+    # At the start, after each of eight slabs, and again when the last volume is written.
+    assert shares == [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1]
+    assert lines[0]["seconds_left"] is None
+    assert [line["seconds_left"] for line in lines[1:]] == [7, 6, 5, 4, 3, 2, 1, 0, 0]
+
+
+def test_a_program_is_told_at_most_twice_a_second_and_always_of_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 7.0)
+    reports = io.StringIO()
+    with CohortProgress(Console(file=io.StringIO()), "x", 1, reports=reports) as shown:
+        list(shown.track(range(1000), 1000))
+    shares = [json.loads(line)["progress"] for line in reports.getvalue().splitlines()]
+    assert shares == [0, 1]

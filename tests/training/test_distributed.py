@@ -53,6 +53,7 @@ Path(f"process_{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(
 """
 
 
+@pytest.mark.slow
 @needs_processes
 def test_each_process_is_given_the_run_and_the_first_alone_its_summary(tmp_path: Path) -> None:
     config = small_config(

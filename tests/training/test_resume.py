@@ -63,7 +63,7 @@ SLOW = ("muon, cosine",)
     "variant",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS],
 )
-@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     variant: str, stop: int, tmp_path: Path
 ) -> None:
