@@ -32,7 +32,7 @@ API = {
     ),
     "What it is worth": (
         "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "
-        "attention_share evaluate compare Explanation Attribution AttributionSettings GateVerdict "
+        "attention_share gate record evaluate compare Explanation Attribution AttributionSettings GateVerdict "
         "AttentionStudy BlockVerdict AttentionShare "
         "Evaluation Comparison"
     ),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from segkit.nn.gates import Gate
 from segkit.nn.map_tap import features_argument
 
 WHOLE = re.compile(r".*transformer(encoder)?(block|layer)")
@@ -26,6 +27,12 @@ ATTENTION = re.compile(
 )
 """Classes of attention, which may be a part of a block."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the name of a module's class is one of attention, or of a gate."""
+    kind = type(module).__name__.lower().replace("_", "")
+    return ATTENTION.fullmatch(kind) is not None or isinstance(module, Gate)
 
 
 @dataclass(frozen=True)
