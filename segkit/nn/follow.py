@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from segkit.geometry.grid import Placement
 
-FUSED = "scaled_dot_product_attention"
+FUSED_ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Follower(TorchFunctionMode):
         """The result of a call, whose placement is then known if it can be."""
         named = dict(kwargs or {})
         name = getattr(func, "__name__", "").strip("_")
-        if name == FUSED:
+        if name == FUSED_ATTENTION:
             self.fused.update(self.inside)
         # Calls in place change the tensor that they are given, so this is asked before.
         given = [(self.of(part), part) for part in _tensors([*args, *named.values()])]
