@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segkit.nn.gates import Gate
 from segkit.nn.map_tap import features_argument
 
-BLOCK = re.compile(r".*transformer(encoder)?(block|layer)")
+WHOLE_BLOCK = re.compile(r".*transformer(encoder)?(block|layer)")
 """Classes of whole blocks: attention, perceptron and their shortcuts."""
 ATTENTION = re.compile(
     r".*(attention|attn)(block|gate|module)?([23]d)?"
@@ -108,7 +108,7 @@ def foreign_blocks(
         if not name or name not in calls or _within(name, [*left_out, *found]):
             continue
         kind = type(module).__name__.lower().replace("_", "")
-        whole = BLOCK.fullmatch(kind) is not None
+        whole = WHOLE_BLOCK.fullmatch(kind) is not None
         # Some libraries wrap a choice of attention, which may be none.
         if not (whole or ATTENTION.fullmatch(kind)) or not any(True for _ in module.parameters()):
             continue
