@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.evaluation.evaluate import tolerance_of
 from segkit.evaluation.pairing import called, pair_by_name, references_in
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
@@ -31,6 +32,9 @@ from segkit.io.inputs import Input, check_name, failure, read_input
 from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
+
+PIXELS_OF_POINTING = 5.0
+"""The default tolerance of pointing for pictures."""
 
 HEADS = ("heads.csv", "heads.json")
 COHORT = "cohort.csv"
@@ -58,7 +62,7 @@ def explain_files(
     folder: str | Path,
     *,
     references: str | Path | None = None,
-    tolerance_mm: float = TOLERANCE_MM,
+    tolerance: str | float | None = None,
     verdicts: bool = False,
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
@@ -83,8 +87,9 @@ def explain_files(
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
             folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
             own labels replace the reference.
-        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
-            counts as pointing at it.
+        tolerance: largest distance from a structure at which a map's highest value still counts as
+            pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
+            mm, or 5 pixels for pictures.
         verdicts: whether to judge if each gate matters. This takes minutes for each volume.
         overwrite: whether existing files may be replaced.
         conclude: is called with the verdicts over several volumes.
@@ -105,11 +110,19 @@ def explain_files(
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
-    asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
+    asked = settings = models_and_settings(predictor)
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
+            tolerance_mm = tolerance_of(
+                tolerance,
+                [source.files[0]],
+                source.rules,
+                of_volumes=TOLERANCE_MM,
+                of_pictures=PIXELS_OF_POINTING,
+            )
+            asked = {**settings, "tolerance_mm": tolerance_mm}
             explanation = explain_volume(
                 predictor,
                 read_input(source),
