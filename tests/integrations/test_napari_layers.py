@@ -8,17 +8,18 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
 from hypothesis import given
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
-from segkit_napari.layers import image_layers, labels_layer, layer_affine, map_layers, volume_of
-from segkit_napari.predict import Cancelled, Work, channels_of, predicted_layers
-from segkit_napari.reader import get_reader, read
 
 import segkit
 from segkit import Grid, SegkitError, Volume, read_volume
+from segkit_napari.layers import image_layers, labels_layer, layer_affine, map_layers, volume_of
+from segkit_napari.predict import Cancelled, Work, channels_of, predicted_layers
+from segkit_napari.reader import get_reader, read
 from tests.conftest import ROOT
 from tests.helpers import grids
 from tests.integrations.conftest import OBLIQUE
@@ -148,12 +149,13 @@ def test_a_map_with_several_values_in_each_cell_is_several_layers() -> None:
     assert_array_equal(layers[1][0], values[..., 1].T)
 
 
-def test_a_slice_and_a_picture_of_unknown_scale_are_layers_too() -> None:
-    grid = Grid((3, 4, 1), np.eye(4))
-    flat = Volume(np.arange(12).reshape(3, 4, 1), grid, unit="pixel")
+def test_a_slice_and_a_picture_of_unknown_scale_are_layers_too(tmp_path: Path) -> None:
+    PIL.Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(tmp_path / "a.png")
+    flat = read_volume(tmp_path / "a.png")
     ((data, keywords, _),) = image_layers(flat, "picture")
-    assert data.shape == (1, 4, 3) and "units" not in keywords
-    back = volume_of([data[0]], layer_affine(grid.affine))
+    assert flat.unit == "pixel" and data.shape == (1, *flat.data.shape[1::-1])
+    assert "units" not in keywords
+    back = volume_of([data[0]], layer_affine(flat.grid.affine))
     assert_array_equal(back.data, flat.data)
 
 
@@ -182,7 +184,7 @@ def test_bad_files_are_sentences(tmp_path: Path, written: Path) -> None:
         with pytest.raises(SegkitError, match=sentence):
             read(str(described))
     shutil.copy(written / "maps" / "scan_maps.json", described)
-    with pytest.raises(SegkitError, match="skip.1-gate.nii.gz: "):
+    with pytest.raises(SegkitError, match=r"skip\.1-gate\.nii\.gz: "):
         read(str(described))
 
 
@@ -207,6 +209,7 @@ def test_a_layer_is_segmented_as_the_command_segments_its_file(
             assert told["colormap"] == also_told["colormap"]
 
 
+@pytest.mark.slow
 def test_a_stopped_prediction_has_no_layers(untrained_model: Path) -> None:
     volume = Volume(np.ones(OBLIQUE.shape, np.float32), OBLIQUE)
     work = Work()

@@ -1,4 +1,7 @@
-"""The napari plugin with the real napari, without a screen; skipped where it is not installed."""
+"""The napari plugin with the real napari, without a screen; skipped where it is not installed.
+
+napari has a plugin for pytest, whose import warns: `pytest -W ignore tests/integrations`.
+"""
 
 import os
 import time
@@ -22,9 +25,11 @@ pytest.importorskip("qtpy", reason="qtpy is not installed")
 from napari.components import ViewerModel  # noqa: E402
 from napari.layers import Image, Labels, Layer  # noqa: E402
 from qtpy.QtWidgets import QApplication  # noqa: E402
+
+from segkit_napari import widget as widgets  # noqa: E402
+from segkit_napari.layers import map_layers  # noqa: E402
 from segkit_napari.reader import read  # noqa: E402
 from segkit_napari.widget import GatesWidget, PredictWidget  # noqa: E402
-from segkit_napari.widget import affine_of as layer_to_mm
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -68,7 +73,7 @@ def test_a_point_of_a_layer_lies_where_nibabel_says_by_naparis_own_transforms(
     for index in np.random.default_rng(0).integers(0, scan.grid.shape, (20, 3)):
         world = np.array(layer.data_to_world(index[::-1]))[::-1]
         assert_allclose(world, scan.grid.world(index), atol=1e-4)
-        assert layer.get_value(world[::-1], world=True) == scan.data[tuple(index)]
+        assert layer.data[tuple(index[::-1])] == scan.data[tuple(index)]
 
 
 def test_a_layer_is_segmented_and_its_maps_lie_over_it(
@@ -82,7 +87,7 @@ def test_a_layer_is_segmented_and_its_maps_lie_over_it(
     assert not widget.segment.enabled and widget.cancel.enabled
     finished(widget)
     assert widget.status.value == "2 new layers" and widget.segment.enabled
-    scan, gate, labels = viewer.layers
+    _, gate, labels = viewer.layers
     assert isinstance(gate, Image) and isinstance(labels, Labels)
     expected = segkit.Predictor.load(untrained_model, device="cpu")(
         read_volume(oblique_scan), maps=True
@@ -106,8 +111,6 @@ def test_a_layer_is_segmented_and_its_maps_lie_over_it(
 
 def test_values_that_were_not_computed_are_transparent(viewer: Any) -> None:
     values = np.array([[[np.nan, 0.5]]], np.float32)
-    from segkit_napari.layers import map_layers
-
     ((data, keywords, kind),) = map_layers(Volume(values, segkit.Grid((1, 1, 2), np.eye(4))), "m")
     layer = Layer.create(data, keywords, kind)
     colours = layer.colormap.map(np.array([np.nan, 0.5]))
@@ -137,16 +140,14 @@ def test_every_transform_and_unit_of_a_layer_counts() -> None:
     layer = Image(data, affine=affine, scale=(3, 2, 1), translate=(1, 2, 3), units=("um",) * 3)
     expected = affine @ np.array([[3, 0, 0, 1], [0, 2, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]])
     expected[:3] /= 1000
-    assert_allclose(layer_to_mm(layer), expected, atol=1e-9)
+    assert_allclose(widgets.affine_of(layer), expected, atol=1e-9)
     flat = Image(data[0], scale=(2, 3))
-    assert_allclose(layer_to_mm(flat).diagonal(), [1, 2, 3, 1])
+    assert_allclose(widgets.affine_of(flat).diagonal(), [1, 2, 3, 1])
 
 
 def test_one_map_is_shown_at_a_time_and_slices_can_be_turned_upright(
     viewer: Any, tmp_path: Path
 ) -> None:
-    from segkit_napari.layers import map_layers
-
     widget = GatesWidget(viewer)
     assert widget.told.value == "no attention maps yet"
     grid = segkit.Grid((2, 2, 2), np.eye(4))
@@ -162,15 +163,17 @@ def test_one_map_is_shown_at_a_time_and_slices_can_be_turned_upright(
     assert (one.visible, two.visible, two.opacity) == (False, True, 0.3)
     assert widget.told.value == "min 0.75, mean 0.75, max 0.75; 12% of the cells were not computed"
     widget.turn_upright()
-    assert [each.value for each in viewer.camera.orientation2d] == ["up", "left"]
+    assert [each.value for each in viewer.scene.camera.orientation2d] == ["up", "left"]
 
 
-def test_napari_opens_files_with_the_plugin(tmp_path: Path, oblique_scan: Path) -> None:
-    """Through npe2 itself, as a drop onto the window does."""
+def test_napari_opens_files_with_the_plugin(
+    viewer: Any, tmp_path: Path, oblique_scan: Path
+) -> None:
+    """Through the plugin manager, as a drop onto the window does."""
     path = ROOT / "integrations" / "napari" / "src" / "segkit_napari" / "napari.yaml"
-    scan = tmp_path / "scan.nii.gz"
+    scan = tmp_path / "opened.nii.gz"
     write_volume(scan, read_volume(oblique_scan))
-    manager = npe2.PluginManager()
-    manager.register(npe2.PluginManifest.from_file(path))
-    layers = npe2.io_utils._read([str(scan)], stack=False, _pm=manager)
-    assert len(layers) == 1 and layers[0][2] == "image"
+    npe2.PluginManager.instance().register(npe2.PluginManifest.from_file(path))
+    (layer,) = viewer.open(str(scan), plugin="segkit-napari")
+    assert layer.name == "opened"
+    assert_allclose(widgets.affine_of(layer), widgets.affine_of(viewer.layers[0]), atol=1e-4)

@@ -15,6 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+
+from segkit.io.pictures import label_rgb
+from segkit.io.volume import read_labels, read_volume
 from SegkitPredictLib import job as jobs
 from SegkitPredictLib.environment import (
     INSTALLED,
@@ -35,9 +38,6 @@ from SegkitPredictLib.results import (
     remove,
     result_of,
 )
-
-from segkit.io.pictures import label_rgb
-from segkit.io.volume import read_labels, read_volume
 from tests.cli.command import run
 from tests.conftest import ROOT
 from tests.integrations.conftest import OBLIQUE

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+
 from SegkitPredictLib.errors import ExtensionError
 from SegkitPredictLib.results import Label, Overlay, Result
 
@@ -100,6 +101,7 @@ def panel(module: Any) -> Any:
     widget.model.currentPath = "hf:owner/name"
     widget.command.currentPath = ""
     widget.device.currentText = "cpu"
+    widget.mirrors.checked = False
     widget.onModelChanged()
     return widget
 

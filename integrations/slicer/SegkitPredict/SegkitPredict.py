@@ -10,6 +10,15 @@ from pathlib import Path
 import ctk
 import qt
 import slicer
+from slicer.i18n import tr as _
+from slicer.i18n import translate
+from slicer.ScriptedLoadableModule import (
+    ScriptedLoadableModule,
+    ScriptedLoadableModuleLogic,
+    ScriptedLoadableModuleTest,
+    ScriptedLoadableModuleWidget,
+)
+
 from SegkitPredictLib.environment import (
     clean_environment,
     find_python,
@@ -25,14 +34,6 @@ from SegkitPredictLib.results import (
     predict_words,
     remove,
     result_of,
-)
-from slicer.i18n import tr as _
-from slicer.i18n import translate
-from slicer.ScriptedLoadableModule import (
-    ScriptedLoadableModule,
-    ScriptedLoadableModuleLogic,
-    ScriptedLoadableModuleTest,
-    ScriptedLoadableModuleWidget,
 )
 
 MILLISECONDS = 200
@@ -414,6 +415,7 @@ class SegkitPredictTest(ScriptedLoadableModuleTest):
     def test_labels_keep_names_colours_and_concepts(self):
         """Write files as segkit does, and show them."""
         import numpy as np
+
         from SegkitPredictLib.results import Label, Overlay, Result
 
         scan = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "scan")

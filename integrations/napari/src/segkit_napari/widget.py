@@ -172,7 +172,8 @@ class GatesWidget(widgets.Container):
 
     def turn_upright(self, _: Any = None) -> None:
         """Show slices as radiologists do: the world of the layers is (z, y, x) in RAS+."""
-        self.viewer.camera.orientation2d = ("up", "left")
+        # napari 0.9 moved the camera into a scene.
+        getattr(self.viewer, "scene", self.viewer).camera.orientation2d = ("up", "left")
 
 
 def spread_of(values: ndarray) -> str:
