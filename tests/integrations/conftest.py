@@ -1,5 +1,7 @@
 """A model that has learned nothing, which labels voxels of every class, and an oblique scan."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.geometry.grid import Grid
-from segkit.io.volume import Volume, write_volume
+from segkit.inference.predict_files import predict_files
+from segkit.inference.predictor import Predictor
+from segkit.io.inputs import find_inputs
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, save_model
 from tests.helpers import affine_of
@@ -51,3 +56,24 @@ def oblique_scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("oblique") / "scan.nrrd"
     write_volume(path, Volume(values, OBLIQUE))
     return path
+
+
+@pytest.fixture(scope="session")
+def predicted(
+    tmp_path_factory: pytest.TempPathFactory, untrained_model: Path, oblique_scan: Path
+) -> tuple[Path, str]:
+    """A folder with the scan, also as NIfTI, and its results; and what `predict --json` prints."""
+    folder = tmp_path_factory.mktemp("predicted")
+    scan = folder / "scan.nrrd"
+    shutil.copy(oblique_scan, scan)
+    predictor = Predictor.load(untrained_model, device="cpu", engine="torch")
+    (outcome,) = predict_files(
+        predictor,
+        find_inputs([scan], 1),
+        out=folder / "labels.nrrd",
+        maps=folder / "maps",
+        probabilities=True,
+    )
+    assert outcome.error is None
+    write_volume(folder / "scan.nii.gz", read_volume(scan))
+    return folder, json.dumps({"models": [], "volumes": [outcome.to_json()]})

@@ -38,7 +38,6 @@ from SegkitPredictLib.results import (
     remove,
     result_of,
 )
-from tests.cli.command import run
 from tests.conftest import ROOT
 from tests.integrations.conftest import OBLIQUE
 
@@ -80,17 +79,9 @@ def test_a_scan_is_segmented_by_another_process_which_tells_its_progress(
 
 
 def test_results_have_names_colours_concepts_and_maps_on_their_own_grids(
-    tmp_path: Path,
-    untrained_model: Path,
-    oblique_scan: Path,
-    capsys: pytest.CaptureFixture[str],
+    predicted: tuple[Path, str],
 ) -> None:
-    (name,) = input_names(1)
-    shutil.copy(oblique_scan, tmp_path / name)
-    words = predict_words(Path("segkit"), tmp_path, [str(untrained_model)], device="cpu")
-    code, printed, _ = run(*words[1:], "--engine", "torch", capsys=capsys)
-    assert code == 0
-    check_result(tmp_path, printed)
+    check_result(*predicted)
 
 
 def check_result(folder: Path, printed: str) -> None:
