@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from segkit.inference.predictor import Prediction, Predictor
     from segkit.io.pictures import label_colour, write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.model.fetch_model import fetch_model
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.nn.attention_blocks import (
         AttentionShare,
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "Attribution",
+    "AttributionSettings",
     "Comparison",
     "Config",
     "ConfigError",
@@ -88,6 +92,7 @@ __all__ = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
@@ -96,6 +101,7 @@ __all__ = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
     "judge_gates",
     "label_colour",
@@ -136,6 +142,7 @@ _HOMES = {
     ),
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
@@ -144,6 +151,7 @@ _HOMES = {
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
+    "segkit.model.fetch_model": ("fetch_model",),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.nn.attention_blocks": (
         "AttentionShare",

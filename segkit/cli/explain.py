@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from segkit.cli.models import find_models
 from segkit.cli.options import (
     CheckpointOption,
     Device,
     Inputs,
-    ModelFolder,
+    ModelPlace,
     OverlapOption,
     Overwrite,
     PixelSizeOption,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def explain_command(
     inputs: Inputs,
     out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
-    model: ModelFolder = None,
+    model: ModelPlace = None,
     reference: Annotated[
         Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
     ] = None,
@@ -67,12 +68,12 @@ def explain_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
-    folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
+    folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
     found = inputs_in(

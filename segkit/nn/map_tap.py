@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
 
-MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
+MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch", "attribution"]
 """Kinds of values that pass a tap:
 
 - gate: how much of each skip voxel to let through.
@@ -26,6 +26,7 @@ MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
 - received: the attention that each voxel receives from all queries; 1 is an equal share.
 - branch: a switch for each head of attention that is added to features. It is 1 unless edited, and
   is not a map.
+- attribution: passes no tap. It is the part of a voxel in an output (`segkit.attribute`).
 """
 Edit = Callable[[Tensor], Tensor]
 
