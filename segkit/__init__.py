@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
@@ -60,8 +61,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
     "Attribution",
     "AttributionSettings",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -103,6 +106,7 @@ __all__ = [
     "export_model",
     "fetch_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "label_colour",
     "load_config",
@@ -144,6 +148,7 @@ _HOMES = {
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),

@@ -22,6 +22,7 @@ from segkit.errors import VolumeError
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
+    from segkit.explain.verdicts.identity import AttentionStudy
 
 
 def explain_command(
@@ -36,6 +37,10 @@ def explain_command(
     ] = False,
     verdicts: Annotated[
         bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
+    ] = False,
+    identity: Annotated[
+        bool,
+        Option("--identity", help="Segment again with each attention block as the identity."),
     ] = False,
     tolerance: Annotated[
         float,
@@ -63,8 +68,9 @@ def explain_command(
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.terminal_table import verdict_table
+    from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.ablation import check_gates
+    from segkit.explain.verdicts.identity import check_blocks, identity_tables
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
@@ -88,6 +94,8 @@ def explain_command(
     check_targets(found, out, overwrite=overwrite)
     if verdicts:
         check_gates(predictor)
+    if identity:
+        check_blocks(predictor)
     if heads and reference is not None:
         figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
         for studied in figures:
@@ -96,6 +104,7 @@ def explain_command(
     elif overwrite:
         remove_heads(out)
     over_all: list[Verdict] = []
+    studies: list[AttentionStudy] = []
     explanations = explain_files(
         predictor,
         found,
@@ -103,8 +112,10 @@ def explain_command(
         references=reference,
         tolerance_mm=tolerance,
         verdicts=verdicts,
+        identity=identity,
         overwrite=overwrite,
         conclude=over_all.extend,
+        conclude_attention=studies.append,
         track=track,
     )
     failures = []
@@ -115,6 +126,9 @@ def explain_command(
             failures.append(explained.error)
     if over_all:
         console.print(verdict_table(over_all))
+    for study in studies:
+        console.print(plain_table(identity_tables(study)[0]))
+        say(study.said())
     if len(failures) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:
