@@ -46,7 +46,11 @@ CELLS_PER_WINDOW = {"occlusion": 4, "kernel_shap": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionSettings:
-    """Settings of attributions. Each method uses those that it needs."""
+    """Settings of attributions. Each method uses those that it needs.
+
+    Example:
+        segkit.AttributionSettings(quantity="probability", cell_mm=8.0, seed=1)
+    """
 
     quantity: Quantity = "logit"
     """The output that is summed over the region: 'logit' or 'probability'."""
