@@ -37,6 +37,19 @@ def explain_command(
     verdicts: Annotated[
         bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
     ] = False,
+    attribution: Annotated[
+        list[str] | None,
+        Option(
+            "--attribution",
+            metavar="METHOD",
+            help="Also write what each part of the image contributes to each structure: "
+            "integrated_gradients, smoothgrad, occlusion or kernel_shap; may be repeated.",
+        ),
+    ] = None,
+    cell: Annotated[
+        float | None,
+        Option(min=0, help="Edge in mm of the boxes of occlusion and kernel_shap."),
+    ] = None,
     tolerance: Annotated[
         float,
         Option(min=0, help="Largest distance in mm at which a map still points at a structure."),
@@ -57,6 +70,7 @@ def explain_command(
     import torch
 
     from segkit.data.case_inputs import inputs_in
+    from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,
@@ -73,6 +87,10 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
+    if cell is not None and not attribution:
+        raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
+    methods = chosen_methods(attribution or ())
+    settings = AttributionSettings(cell_mm=cell)
     folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
@@ -103,6 +121,8 @@ def explain_command(
         references=reference,
         tolerance_mm=tolerance,
         verdicts=verdicts,
+        attributions=methods,
+        attribution_settings=settings,
         overwrite=overwrite,
         conclude=over_all.extend,
         track=track,
@@ -133,5 +153,7 @@ def _tell(explained: "Explained") -> None:
                 f"{head.distance_mm:.1f} mm ({head.distance_ratio:.2f} of uniform attention), "
                 f"entropy {head.entropy:.2f} (uniform: {head.uniform_entropy:.2f})"
             )
+    for sentence in explained.attributed:
+        say(f"{explained.name} {sentence}")
     for verdict in explained.verdicts:
         say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

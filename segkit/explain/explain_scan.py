@@ -23,6 +23,14 @@ import torch
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within, within
 from segkit.errors import SegkitError, VolumeError
+from segkit.explain.attribution.attribute import (
+    Attribution,
+    AttributionSettings,
+    Method,
+    attribute,
+    attribution_table,
+    chosen_methods,
+)
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
@@ -94,6 +102,9 @@ class Explanation:
     """The model and the settings, in words."""
     labelling: Labelling = field(default_factory=lambda: Labelling({}))
     """The model's classes or regions, and their numbers in files."""
+    attributions: dict[str, Attribution] = field(default_factory=dict)
+    """Attributions of the predicted structures by their keys, such as 'occlusion/liver'. They are
+    among `maps` too."""
 
     @property
     def against(self) -> str:
@@ -123,7 +134,11 @@ class Explanation:
             f"Attention maps: {self.name}",
             self.scan,
             self._layers(),
-            tables=[*self._tables(), *(self.worth.tables if self.worth else ())],
+            tables=[
+                *self._tables(),
+                *attribution_table(self.attributions),
+                *(self.worth.tables if self.worth else ()),
+            ],
             curves=self.worth.curves if self.worth else (),
             bars=measure_bars(self.measures),
             verdicts=shown_verdicts(self.verdicts),
@@ -162,6 +177,8 @@ class Explanation:
             "dice": self.dice,
             "measures": [vars(measure) for measure in self.measures],
         }
+        if self.attributions:
+            figures["attributions"] = [one.figures() for one in self.attributions.values()]
         names = [TABLE, FIGURES, PAGE]
         if self.worth:
             figures["worth"] = self.worth.figures
@@ -272,6 +289,8 @@ def explain_volume(
     verdicts: bool = False,
     untrained: MakeUntrained | None = None,
     earlier: Sequence[CaseEvidence] = (),
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
     track: Track = untracked,
 ) -> Explanation:
     """Segment a scan, record the attention maps, and compare them with labels.
@@ -290,6 +309,9 @@ def explain_volume(
             network with the same architecture.
         earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
             mean map is one of the comparators for deletion.
+        attributions: methods of `attribute` that are applied to every predicted structure. Each
+            takes minutes.
+        attribution_settings: their settings.
         track: reports the progress.
 
     Returns:
@@ -297,7 +319,7 @@ def explain_volume(
 
     Raises:
         VolumeError: if the reference lies on another grid, or the volume does not fit the model.
-        ModelError: if verdicts are wanted and the model has no gates.
+        ModelError: if verdicts are wanted and the model has no gates, or an attribution is unknown.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -306,6 +328,7 @@ def explain_volume(
     """
     description = predictor.model.description
     labelling = description.labelling
+    chosen_methods(attributions)
     volume = predictor.with_numbers(volume)
     if reference is not None:
         reference = reference.sized_as(volume).onto(
@@ -324,8 +347,21 @@ def explain_volume(
         )
     reach = {position: watcher.result() for position, watcher in watchers.items()}
     maps = with_fused(prediction.maps)
+    attributed = {
+        one.key: one
+        for method in attributions
+        for one in attribute(
+            predictor,
+            volume,
+            method,
+            region=prediction.labels,
+            settings=attribution_settings,
+            track=track,
+        ).values()
+    }
+    shown = {**maps, **{key: one.map for key, one in attributed.items()}}
     measures = measure_maps(
-        maps,
+        shown,
         volume,
         prediction.labels if reference is None else reference,
         labelling,
@@ -360,7 +396,7 @@ def explain_volume(
         volume,
         prediction.labels,
         reference,
-        maps,
+        shown,
         measures,
         tolerance_mm,
         dice,
@@ -369,6 +405,7 @@ def explain_volume(
         {number: label for label, number in labelling.numbers_in_files.items()},
         facts_of(predictor),
         labelling,
+        attributed,
     )
 
 

@@ -52,14 +52,15 @@ class Tracker:
         """Yield the items unchanged."""
         with bars(self.console) as display:
             task = display.add_task(what, total=count)
-            last = time.monotonic()
-            for number, item in enumerate(items):
+            started = last = time.monotonic()
+            for done, item in enumerate(items, start=1):
                 yield item
                 display.advance(task)
                 if not self.console.is_terminal:
                     now = time.monotonic()
                     if now - last > SECONDS_BETWEEN_LINES:
-                        self.console.print(f"{what}: {number + 1} of {count}")
+                        left = (now - started) / done * (count - done) / 60
+                        self.console.print(f"{what}: {done} of {count}, about {left:.0f} min left")
                         last = now
 
 
