@@ -47,7 +47,12 @@ CELLS_PER_WINDOW = {"occlusion": 4, "kernel_shap": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionSettings:
-    """Settings of attributions. Each method uses those that it needs."""
+    """Settings of attributions. Each method uses those that it needs.
+
+    Example:
+        settings = segkit.AttributionSettings(quantity="probability", cell_mm=10.0)
+        segkit.attribute(predictor, scan, "kernel_shap", settings=settings)
+    """
 
     quantity: Quantity = "logit"
     """The output that is summed over the region: 'logit' or 'probability'."""

@@ -37,8 +37,8 @@ def random_logit(
     explains the image, not the output.
 
     Args:
-        explain: the attribution of an output, over the same region: for instance
-            `lambda name: attribute(…, structure="liver", output=name)["liver"].values.data`.
+        explain: the attribution of an output, over the same region: for a liver, a function that
+            calls `attribute` with `structure="liver"` and this `output`.
         output: the output.
         others: the outputs from which another one is drawn.
         seed: of the draw.
@@ -49,6 +49,9 @@ def random_logit(
 
     Raises:
         SegkitError: there is no other output.
+
+    Example:
+        segkit.random_logit(explain, "liver", ["background", "liver", "spleen"])
     """
     wrong = [name for name in others if name != output]
     if not wrong:
@@ -88,6 +91,9 @@ def smooth_mprt(
 
     Raises:
         SegkitError: the network has no parameters, or there are no copies.
+
+    Example:
+        segkit.smooth_mprt(network, explain, image, draws=10)
     """
     if draws < 1:
         raise SegkitError(f"draws: expected 1 or more, found {draws}; raise it")

@@ -119,6 +119,10 @@ def road(
 
     Raises:
         SegkitError: a share is not in [0, 1), or the attribution has another shape than the image.
+
+    Example:
+        by_map = segkit.road(image, attribution, soft_dice)
+        by_chance = segkit.road(image, np.zeros_like(attribution), soft_dice)
     """
     if attribution.shape != image.shape[1:]:
         raise SegkitError(

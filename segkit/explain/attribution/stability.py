@@ -22,7 +22,25 @@ Explain = Callable[[ndarray], ndarray]
 def noisy_copies(
     image: Float[ndarray, "*shape"], *, radius: float, draws: int, seed: int = 0
 ) -> Iterator[Float[ndarray, "*shape"]]:
-    """Copies of an image with uniform noise of at most `radius` added to each value."""
+    """Copies of an image with uniform noise added to each value.
+
+    Args:
+        image: the image.
+        radius: the noise is between -radius and radius.
+        draws: number of copies.
+        seed: of the noise.
+
+    Yields:
+        The copies, of the image's data type.
+
+    Raises:
+        SegkitError: the radius is negative.
+
+    Example:
+        copies = list(segkit.noisy_copies(scan.data, radius=0.02, draws=10))
+    """
+    if not radius >= 0:
+        raise SegkitError(f"radius: expected 0 or more, found {radius}; raise it")
     random = np.random.default_rng(seed)
     for _ in range(draws):
         yield image + random.uniform(-radius, radius, image.shape).astype(image.dtype)
@@ -47,6 +65,10 @@ def max_sensitivity(
 
     Raises:
         SegkitError: the attribution of a copy has another shape than that of the image.
+
+    Example:
+        copies = segkit.noisy_copies(image, radius=0.02, draws=10)
+        segkit.max_sensitivity(explain, image, copies)
     """
     own = explain(image)
     length = _length(own)
@@ -74,6 +96,10 @@ def relative_input_stability(
 
     Raises:
         SegkitError: the attribution of a copy has another shape than that of the image.
+
+    Example:
+        copies = segkit.noisy_copies(image, radius=0.02, draws=10)
+        segkit.relative_input_stability(explain, image, copies)
     """
     own = explain(image)
     return _largest(
@@ -105,6 +131,10 @@ def relative_output_stability(
 
     Raises:
         SegkitError: the attribution of a copy has another shape than that of the image.
+
+    Example:
+        copies = segkit.noisy_copies(image, radius=0.02, draws=10)
+        segkit.relative_output_stability(explain, logits_of, image, copies)
     """
     own, logits = explain(image), output(image)
     return _largest(
