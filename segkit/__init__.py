@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         relative_output_stability,
     )
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
@@ -68,8 +69,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
     "Attribution",
     "AttributionSettings",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -111,6 +114,7 @@ __all__ = [
     "export_model",
     "fetch_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "label_colour",
     "load_config",
@@ -170,6 +174,7 @@ _HOMES = {
         "relative_output_stability",
     ),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),

@@ -18,8 +18,10 @@ from segkit.nn.map_tap import MapInfo
 PUBLIC = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
     "Attribution",
     "AttributionSettings",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -61,6 +63,7 @@ PUBLIC = [
     "export_model",
     "fetch_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "label_colour",
     "load_config",

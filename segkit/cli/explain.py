@@ -22,6 +22,7 @@ from segkit.errors import VolumeError
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
+    from segkit.explain.verdicts.identity import AttentionStudy
 
 
 def explain_command(
@@ -50,6 +51,10 @@ def explain_command(
         float | None,
         Option(min=0, help="Edge in mm of the boxes of occlusion and kernel_shap."),
     ] = None,
+    identity: Annotated[
+        bool,
+        Option("--identity", help="Segment again with each attention block as the identity."),
+    ] = False,
     tolerance: Annotated[
         float,
         Option(min=0, help="Largest distance in mm at which a map still points at a structure."),
@@ -77,8 +82,8 @@ def explain_command(
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.terminal_table import verdict_table
     from segkit.explain.verdicts.ablation import check_gates
+    from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
@@ -106,6 +111,8 @@ def explain_command(
     check_targets(found, out, overwrite=overwrite)
     if verdicts:
         check_gates(predictor)
+    if identity:
+        check_blocks(predictor)
     if heads and reference is not None:
         figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
         for studied in figures:
@@ -114,6 +121,7 @@ def explain_command(
     elif overwrite:
         remove_heads(out)
     over_all: list[Verdict] = []
+    studies: list[AttentionStudy] = []
     explanations = explain_files(
         predictor,
         found,
@@ -123,8 +131,10 @@ def explain_command(
         verdicts=verdicts,
         attributions=methods,
         attribution_settings=settings,
+        identity=identity,
         overwrite=overwrite,
         conclude=over_all.extend,
+        conclude_attention=studies.append,
         track=track,
     )
     failures = []
@@ -133,14 +143,25 @@ def explain_command(
             _tell(explained)
         else:
             failures.append(explained.error)
-    if over_all:
-        console.print(verdict_table(over_all))
+    _conclude(over_all, studies)
     if len(failures) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:
         for error in failures:
             complain(error)
     raise_failures(failures, len(found), alone=len(found) == 1)
+
+
+def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> None:
+    """Print what all volumes show together."""
+    from segkit.explain.page.terminal_table import plain_table, verdict_table
+    from segkit.explain.verdicts.identity import identity_tables
+
+    if verdicts:
+        console.print(verdict_table(verdicts))
+    for study in studies:
+        console.print(plain_table(identity_tables(study)[0]))
+        say(study.said())
 
 
 def _tell(explained: "Explained") -> None:

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from segkit.errors import SegkitError
 
-SMALLEST = 1e-6
+INSTEAD_OF_0 = 1e-6
 """The value by which zeros are replaced before a division."""
 Explain = Callable[[ndarray], ndarray]
 """A function from an image to its attribution, of the same shape at each call."""
@@ -155,11 +155,11 @@ def _length(values: ndarray) -> float:
 
 
 def _apart_from_0(values: ndarray) -> ndarray:
-    return np.where(values == 0, SMALLEST, values)
+    return np.where(values == 0, INSTEAD_OF_0, values)
 
 
 def _not_0(length: float) -> float:
-    return length if length > 0 else SMALLEST
+    return length if length > 0 else INSTEAD_OF_0
 
 
 def _same(values: ndarray, own: ndarray) -> ndarray:
