@@ -4,6 +4,7 @@ A file of CT, MR or PET in the enhanced form holds all slices. Each frame says w
 its values are rescaled, or the file says so for all of them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.io.dicom_pixels import surplus_of_pixels
+
+SIZE_OF_PIXELS = ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,13 @@ def frame_values(path: Path) -> Iterator[tuple[int, ndarray]]:
             f"{path}: its frames cannot be decoded; decompress it, with dcmdjpls or gdcmconv say, "
             f"or convert it to NIfTI: {reason}"
         ) from None
+
+
+def surplus_of_frames(path: Path) -> int:
+    """Bytes of pixels in an enhanced file beyond those of its frames. Raises VolumeError."""
+    header = read_header(path, only=("SOPClassUID", *SIZE_OF_PIXELS))
+    told = [int(header.get(name) or 1) for name in SIZE_OF_PIXELS]
+    return surplus_of_pixels(path, math.ceil(math.prod(told) / 8))
 
 
 def _rescaled(stored: ndarray, frame: Frame) -> ndarray:

@@ -20,6 +20,7 @@ from segkit.errors import SegkitError, VolumeError, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
 from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_frames import damaged, group_of, read_header
+from segkit.io.kept import kept_while_unchanged
 from segkit.io.structure_rules import StructureRules
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ FINER = 15
 """Pixels that a voxel's edge is divided into when a contour is filled; an odd number, so that one
 of them lies at the voxel's centre."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+FILES_KEPT = 2**14
+"""Most files whose names of structures are not read again."""
 MOST_STRUCTURES = 20
 """Structures in a sentence."""
 
@@ -72,6 +75,7 @@ def structure_kind(path: Path) -> StructureKind | None:
     return "segmentation" if storage in SEGMENTATIONS else None
 
 
+@kept_while_unchanged(FILES_KEPT)
 def read_structure_file(path: Path) -> StructureFile:
     """What a structure set or a segmentation says of itself, and the names of its structures.
 

@@ -1,17 +1,44 @@
 """Memory that this process may use."""
 
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 UNKNOWN_MEMORY = 4 * 1024**3
 MEMORY_STATE = Path("/proc/meminfo")
-MEMORY_LIMITS = Path("/sys/fs/cgroup")
+PROCESS = Path("/proc/self")
+
+
+class GroupFiles(NamedTuple):
+    """The files in which a version of Linux's control groups keeps limits and use of memory."""
+
+    limits: tuple[str, ...]
+    used: str
+    """The file with all that the group uses, including copies of files, which can be dropped."""
+    held: tuple[str, ...]
+    """Lines of `memory.stat` with what cannot be dropped: memory of the group's processes, shared
+    memory, and what the system itself holds for them."""
+
+
+GROUP_FILES = {
+    "cgroup": GroupFiles(
+        ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_rss", "total_shmem")
+    ),
+    "cgroup2": GroupFiles(
+        ("memory.max", "memory.high"), "memory.current", ("anon", "shmem", "slab_unreclaimable")
+    ),
+}
+"""The files of version 1 and version 2, by the name of their file system."""
 
 
 def free_memory() -> int:
-    """Bytes that may still be allocated: Linux's "available" memory, within the container's limit.
+    """Bytes that may still be allocated: Linux's "available" memory, within all limits.
 
-    On other systems it is half of the machine's memory, or 4 GiB if the size is unknown.
+    Limits are those of each control group that this process lies in, such as a container, a job of
+    a cluster, or a user's session: the one that leaves least counts. On other systems it is half of
+    the machine's memory, or 4 GiB if the size is unknown.
     """
     try:
         lines = MEMORY_STATE.read_text(encoding="ascii").splitlines()
@@ -19,13 +46,83 @@ def free_memory() -> int:
         free = int(available) * 1024
     except (OSError, ValueError):
         return _half_of_what_is_built_in()
+    for folder, files in _groups():
+        free = min(free, _left(folder, files, free))
+    return max(free, 0)
+
+
+def _groups() -> Iterator[tuple[Path, GroupFiles]]:
+    """The folder of each control group of this process, from its own to the outermost visible."""
     try:
-        limit = int((MEMORY_LIMITS / "memory.max").read_text(encoding="ascii"))
-        lines = (MEMORY_LIMITS / "memory.stat").read_text(encoding="ascii").splitlines()
-        (held,) = (line.split()[1] for line in lines if line.startswith("anon "))
-    except (OSError, ValueError):  # not in a container, or its limit is "max"
-        return free
-    return min(free, max(limit - int(held), 0))
+        mounts = (PROCESS / "mountinfo").read_text(encoding="utf-8", errors="replace")
+        groups = (PROCESS / "cgroup").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux, or /proc is closed
+        return
+    paths: dict[str, str] = {}
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for line in mounts.splitlines():
+        mount, _, system = line.partition(" - ")
+        kind, _, options = system.split(" ", 2)
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        root, top = (_unescaped(word) for word in mount.split(" ")[3:5])
+        yield from ((folder, GROUP_FILES[kind]) for folder in _upwards(top, root, paths[kind]))
+
+
+def _upwards(top: str, root: str, path: str) -> Iterator[Path]:
+    """The folder of a group and those above it, up to the mount point.
+
+    Args:
+        top: the mount point.
+        root: the group that lies at the mount point.
+        path: the group of this process.
+    """
+    inside = Path(path)
+    # A container may see paths of the host, of which its mount shows nothing but its own group.
+    inside = inside.relative_to(root) if inside.is_relative_to(root) else Path()
+    if ".." in inside.parts:
+        inside = Path()
+    yield Path(top) / inside
+    for parent in inside.parents:
+        yield Path(top) / parent
+
+
+def _left(folder: Path, files: GroupFiles, unlimited: int) -> int:
+    """Bytes that a control group leaves; `unlimited` if it has no limit."""
+    limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
+    if not limits:
+        return unlimited
+    statistics = _statistics(folder / "memory.stat")
+    held = [statistics[name] for name in files.held if name in statistics]
+    used = sum(held) if held else _number(folder / files.used) or 0
+    return min(limits) - used
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None if there is no such file, or it says `max`."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _statistics(file: Path) -> Mapping[str, int]:
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def _unescaped(word: str) -> str:
+    r"""A path in mountinfo, in which a space is written as `\040`."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), word)
 
 
 def _half_of_what_is_built_in() -> int:

@@ -1,16 +1,37 @@
 """Settings that may change when a run is resumed, and settings that may not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from segkit.config.load import validated
+from segkit.config.model import ModelDescription
 from segkit.config.training import SCHEDULE_OF, Config
 from segkit.errors import ConfigError
+from segkit.io.safe_text import read_json_object
+from segkit.model.file_names import CONFIG
+from segkit.training.resolve import with_absolute_paths
+from segkit.training.run_folder import BEGUN
 
+OF_SPLIT = (
+    "data.validation",
+    "data.fold",
+    "data.num_folds",
+    "data.splits",
+    "data.group_by",
+    "data.stratify_by",
+    "data.test",
+)
+"""Settings that decide which cases are held out."""
 REFUSED = {
     "name": "a run keeps its name",
-    "data.validation": "a run keeps its split",
-    "data.fold": "a run keeps its split",
+    **dict.fromkeys(OF_SPLIT, "a run keeps its split"),
+    "data.labels": "the weights were trained with it",
+    "data.regions_class_order": "the weights were trained with it",
+    "data.files.labels": "the weights were trained with it",
+    "data.files.regions_class_order": "the weights were trained with it",
+    "data.dicom": "the weights were trained with these series and structures",
+    "data.pictures": "the weights were trained with these pixels",
     "data.spacing": "the weights were trained with it",
     "data.interpolation": "the weights were trained with it",
     "data.normalisation": "the weights were trained with it",
@@ -25,13 +46,19 @@ REFUSED = {
     "train.seed": "the earlier steps used it",
     "replaced": "the same parts must be replaced",
 }
-"""Settings that must not change during a run, and the reason."""
+"""Settings that must not change during a run, and the reason. They include parts of sections that
+may change."""
 APPLIED = {
     "data.folder",
     "data.files",
+    "data.case_table",
+    "data.labelled",
+    "data.nan",
     "data.patch_size",
     "data.batch_size",
     "data.foreground_share",
+    "data.draw_cases",
+    "data.draw_classes",
     "data.augment",
     "data.elastic",
     "data.mirror",
@@ -60,7 +87,7 @@ APPLIED = {
     "train.calibrate",
     "trainer",
 }
-"""Settings that may change, from the next step on. A setting in neither list must not change."""
+"""Settings that may change, from the next step on. Each setting is in one of the two lists."""
 OF_SCHEDULE = (
     "train.steps",
     "train.adamw",
@@ -74,6 +101,11 @@ OF_SCHEDULE = (
     "train.weight_decay",
 )
 """Settings that define the optimiser and the schedule."""
+
+OF_FOLDER = ("name", "data.fold")
+"""Settings that a run keeps from the beginning, because its folder is named after them."""
+WORKED_OUT = ("data.normalisation",)
+"""Settings that are given in several forms. They are compared when their values are known."""
 
 Change = tuple[str, Any, Any]
 """The key of a setting, its old value, and its new value."""
@@ -122,18 +154,15 @@ def is_one_of(key: str, names: Any) -> bool:
     return any(".".join(parts[:count]) in names for count in range(1, len(parts) + 1))
 
 
-def check_changes(source: str, found: list[Change], steps_done: int) -> None:
+def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None:
     """Check that a run allows these changes.
 
     Raises:
         ConfigError: a setting that must not change was changed, or no step is left.
     """
     for key, before, after in found:
-        if not is_one_of(key, APPLIED):
-            reason = next(
-                (why for name, why in REFUSED.items() if is_one_of(key, {name})),
-                "a run keeps it",
-            )
+        reason = next((why for name, why in REFUSED.items() if is_one_of(key, {name})), None)
+        if reason is not None:
             raise ConfigError(
                 f"{source}: {key} was changed from {_short(before)} to {_short(after)}, but "
                 f"{reason}; change it back, or train a new run, with train.start_from to begin "
@@ -143,6 +172,67 @@ def check_changes(source: str, found: list[Change], steps_done: int) -> None:
             raise ConfigError(
                 f"{source}: train.steps is {after}, but {steps_done} steps are done; set it higher"
             )
+
+
+def asked_changes(begun: Mapping[str, Any], config: Config) -> Iterator[Change]:
+    """The changes that a config asks for, before values that it leaves open are worked out."""
+    now = with_absolute_paths(config).model_dump(mode="json")
+    for key, before, after in changes(begun, now):
+        if after is not None and key not in WORKED_OUT:
+            yield key, before, after
+
+
+def split_is_edited(run: Path, config: Config) -> bool:
+    """Whether settings of the split were edited in a run that has no checkpoint yet.
+
+    Args:
+        run: the run's folder, with the settings that it began with.
+        config: its settings now.
+
+    Raises:
+        ConfigError: the name or the fold was edited, which the folder of a run keeps.
+    """
+    try:
+        begun = settings_of(read_json_object(run / BEGUN), str(run / BEGUN))
+    except FileNotFoundError:  # the run of an older version
+        return False
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{run / BEGUN}: cannot be read as JSON: {error}; delete it") from None
+    found = list(changes(begun, with_absolute_paths(config).model_dump(mode="json")))
+    check_changes(str(run / CONFIG), [each for each in found if each[0] in OF_FOLDER], 0)
+    return any(is_one_of(key, OF_SPLIT) for key, *_ in found)
+
+
+def check_same_classes(run: Path, begun: ModelDescription, now: ModelDescription) -> None:
+    """Check that labels and channels still mean what the weights of a run were trained with.
+
+    Args:
+        run: the run's folder.
+        begun: the model of the run, as it was described at its start.
+        now: its description by the dataset as it is now.
+
+    Raises:
+        ConfigError: the dataset has other channels, or its labels have other names or numbers.
+    """
+    for what, before, after in (
+        ("channels", begun.channels, now.channels),
+        ("labels", begun.labelling.numbers_in_files, now.labelling.numbers_in_files),
+        ("regions", begun.regions, now.regions),
+        ("number to ignore", begun.ignore, now.ignore),
+        ("numbers in label files", _numbers(begun), _numbers(now)),
+    ):
+        # The order counts: it is the order of the network's outputs.
+        if str(before) != str(after):
+            raise ConfigError(
+                f"{run}: the {what} of the dataset were {_short(before)} when the run began, but "
+                f"are now {_short(after)}; restore them, or train a new run, with train.start_from "
+                f"to begin with these weights"
+            )
+
+
+def _numbers(description: ModelDescription) -> tuple[list[list[int]], int | None]:
+    """The numbers in files of each number in memory, and the number of all others."""
+    return description.in_files, description.others
 
 
 def in_a_sentence(found: list[Change]) -> str:

@@ -33,7 +33,14 @@ from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
-from segkit.model.folder import SUMMARY, Model, save_description, save_firsts, save_model
+from segkit.model.file_names import CONFIG, DESCRIPTION, SPLIT, SUMMARY
+from segkit.model.folder import (
+    Model,
+    load_description,
+    save_description,
+    save_firsts,
+    save_model,
+)
 from segkit.nn.cost import count_parameters
 from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
@@ -47,11 +54,14 @@ from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import (
     OF_SCHEDULE,
     Change,
+    asked_changes,
     changes,
     check_changes,
+    check_same_classes,
     in_a_sentence,
     is_one_of,
     settings_of,
+    split_is_edited,
 )
 from segkit.training.final_scores import score
 from segkit.training.freezing import Freezing
@@ -75,9 +85,8 @@ from segkit.training.parts import (
 from segkit.training.resolve import on_this_machine
 from segkit.training.resume_state import ResumeState
 from segkit.training.run_folder import (
-    CONFIG,
+    BEGUN,
     LAST,
-    SPLIT,
     check_checkpoint,
     checkpoint_of,
     existing_run,
@@ -107,6 +116,11 @@ class Run:
 
     If several processes train, only the first one writes the folder and scores the model; in the
     others `summary` is empty.
+
+    Example:
+        run = segkit.train(segkit.load_config("my_dataset.yaml"))
+        run.summary["validation"]["mean_dice"]
+        prediction = segkit.Predictor(run.model)(scan)
     """
 
     folder: Path
@@ -217,6 +231,7 @@ def fit_with_files(
             for name, text in files.items():
                 write_text(folder / name, text)
             write_json(folder / SPLIT, _names_of(parts))
+            write_json(folder / BEGUN, {"config": config.model_dump(mode="json")})
             write_text(folder / CONFIG, dump_yaml(config))
         try:
             noted = ResumeState(_record_of(parts, config), every=steps_between(config))
@@ -291,7 +306,12 @@ def resume(
         finished = (folder / SUMMARY).is_file()
         if finished:
             _check_more_to_do(folder, config, begun, steps_done)
+        source = str(folder / CONFIG)
+        check_changes(source, asked_changes(begun, config), steps_done)
         names = _split_of_run(folder, record)
+        if drawn_again := checkpoint is None and split_is_edited(folder, config):
+            logger.info("%s: nothing is trained yet; the split is drawn again", folder)
+            names = None
         if parts is None:
             parts = make_parts(
                 on_this_machine(config),
@@ -308,7 +328,9 @@ def resume(
         # The value as the user gave it: a missing case is not a change of this setting.
         now["data"]["validation"] = asked
         found = list(changes(begun, now))
-        check_changes(str(folder / CONFIG), found, steps_done)
+        check_changes(source, found, steps_done)
+        if checkpoint is not None and (folder / "model" / DESCRIPTION).is_file():
+            check_same_classes(folder, load_description(folder / "model"), parts.description)
         anew = not record or any(is_one_of(key, OF_SCHEDULE) for key, *_ in found)
         if found:
             logger.info(
@@ -330,6 +352,9 @@ def resume(
             parts, config, folder, [*callbacks, *_deadline(parts, budget), noted]
         )
         if is_first_process():
+            if drawn_again:
+                write_json(folder / SPLIT, _names_of(parts))
+                write_json(folder / BEGUN, {"config": now})
             write_text(folder / CONFIG, dump_yaml(config))
             (folder / SUMMARY).unlink(missing_ok=True)
         return _trained(parts, config, module, trainer, folder, checkpoint, track)
@@ -486,6 +511,7 @@ def _module_of(
         budget=budget,
         freezing=freezing,
         notes=notes,
+        compiled=config.trainer.compile,
     )
 
 

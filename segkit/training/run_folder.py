@@ -1,7 +1,7 @@
 """The folder of a run: its files, its lock, its checkpoints and its metrics.
 
-runs/<name>/config.yaml   split.json   last.ckpt   best.ckpt   model/   metrics.csv   samples/
-            summary.json
+runs/<name>/config.yaml   begun.json   split.json   last.ckpt   best.ckpt   model/   metrics.csv
+            samples/      summary.json
 """
 
 import csv
@@ -24,6 +24,7 @@ from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
 from segkit.model.checkpoint import UNREADABLE
+from segkit.model.file_names import CONFIG
 from segkit.training.csv_logger import MetricsFile
 
 try:
@@ -31,10 +32,9 @@ try:
 except ImportError:  # on Windows, folders are not locked
     fcntl = None  # type: ignore[assignment]
 
-CONFIG = "config.yaml"
+BEGUN = "begun.json"
+"""The file with the settings that a run began with, to notice edits before its first checkpoint."""
 LAST = "last.ckpt"
-SPLIT = "split.json"
-"""The file with the names of the training cases and the held-out cases."""
 METRICS_FILE = "metrics.csv"
 CHECKPOINT_KEYS = {
     "epoch",

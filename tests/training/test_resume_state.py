@@ -8,14 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
+from segkit.config.base import Section
+from segkit.config.data import DataConfig
+from segkit.config.dataset_files import FilesConfig
 from segkit.config.load import load_config
-from segkit.config.training import Config
+from segkit.config.training import Config, TrainConfig
 from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError, DatasetError
+from segkit.io.volume import read_volume, write_volume
 from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
 from segkit.training.fit import resume, train
@@ -35,6 +41,18 @@ def stopped(folder: Path, after: int = 5, **sections: Any) -> Path:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stopped(tmp_path_factory.mktemp("kept"))
+
+
+class NamesOfCases(Callback):
+    """Collects the names of the cases of each batch."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.names += batch["name"]
 
 
 def copied(case: str, name: str, data: Path) -> None:
@@ -292,18 +310,122 @@ def test_a_run_of_a_gpu_goes_on_without_one(
 
 
 def test_each_setting_is_applied_or_refused() -> None:
-    def keys(model: Any, above: str) -> list[str]:
-        return [f"{above}{name}" for name in model.model_fields]
-
-    fields = Config.model_fields
-    known = [name for name in fields if name not in ("data", "train")]
-    for section in ("data", "train"):
-        known += keys(fields[section].annotation, f"{section}.")
-    named = {*APPLIED, *REFUSED}
-    assert named <= set(known)
+    """Of sections, `data` and `train` are told setting by setting, and so is `data.files`."""
+    told: dict[str, type[Section]] = {
+        "data": DataConfig,
+        "train": TrainConfig,
+        "data.files": FilesConfig,
+    }
+    known = {f"{section}.{name}" for section in told for name in told[section].model_fields}
+    known |= set(Config.model_fields) - {"data", "train"}
+    assert {*APPLIED, *REFUSED} <= known
     assert not APPLIED & set(REFUSED)
-    undecided = {key for key in known if not is_one_of(key, named)}
-    assert not {key for key in undecided if key.startswith("train.")}
+    undecided = {key for key in known if not is_one_of(key, {*APPLIED, *REFUSED})}
+    assert not undecided
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.draw_cases={CASE: 3.0}",
+        "data.draw_classes={ball: 2.0}",
+        "data.foreground_share=1.0",
+        "data.nan=background",
+        "data.labelled={CASE: [ball]}",
+        "train.calibrate=true",
+    ],
+)
+def test_a_setting_that_may_change_is_applied_and_noted(
+    word: str, kept: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(kept, tmp_path / "small"))
+    word = word.replace("CASE", split_in(run)["train"][0])
+    key, _, value = word.partition("=")
+    done = resume(run, overrides=[word])
+    (changed,) = done.summary["changed_settings"]
+    assert changed["setting"].startswith(key) and changed["step"] == 4
+    section, name = key.split(".")
+    written = load_config(run / "config.yaml").model_dump(mode="json")
+    assert written[section][name] == yaml.safe_load(value)
+
+
+def test_weights_of_drawing_apply_from_the_next_step_on(kept: Path, tmp_path: Path) -> None:
+    """Patches of a case with all the weight are the only ones that a resumed run trains on."""
+    run = Path(shutil.copytree(kept, tmp_path / "small"))
+    first, *others = split_in(run)["train"]
+    words = f"data.draw_cases={{{', '.join(f'{name}: 0' for name in others)}}}"
+    drawn: list[str] = []
+    resume(run, overrides=[words], callbacks=[NamesOfCases(drawn)])
+    assert drawn and set(drawn) == {first}
+
+
+@pytest.mark.slow
+def test_a_split_that_was_edited_before_the_first_checkpoint_is_drawn_again(
+    tmp_path: Path,
+) -> None:
+    run = stopped(tmp_path, after=1)
+    before = split_in(run)
+    moved = before["train"][0]
+    done = resume(run, overrides=[f"data.validation=[{moved}]"])
+    assert split_in(run)["held_out"] == [moved]
+    assert set(split_in(run)["train"]) == {*before["train"], *before["held_out"]} - {moved}
+    assert list(done.summary["validation"]["dice_of_cases"]) == [moved]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["name=other", "data.fold=1"])
+def test_name_and_fold_are_kept_before_the_first_checkpoint_too(word: str, tmp_path: Path) -> None:
+    run = stopped(tmp_path, after=1)
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {word.split('=')[0]} was changed from"):
+        resume(run, overrides=[word])
+
+
+def test_a_refused_setting_is_told_before_cases_are_prepared(kept: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(kept, tmp_path / "small"))
+    with pytest.raises(
+        ConfigError, match=r"data\.spacing was changed from .* to \[2.0, 2.0, 2.0\]"
+    ):
+        resume(run, overrides=["data.spacing=[2,2,2]", f"data.folder={tmp_path / 'none'}"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "swapped",
+        pytest.param("renamed", marks=pytest.mark.slow),
+        pytest.param("another channel", marks=pytest.mark.slow),
+    ],
+)
+def test_labels_and_channels_that_mean_something_else_are_refused(
+    change: str, tmp_path: Path
+) -> None:
+    """Swapped names keep the shape of all weights, so nothing else would notice them."""
+    data = small_dataset(tmp_path / "data")
+    for file in (data / "labelsTr").iterdir():
+        label = read_volume(file)
+        label.data[..., 8:] *= 2
+        write_volume(file, label)
+    content = json.loads((data / "dataset.json").read_text())
+    content["labels"] = {"0": "background", "1": "lower", "2": "upper"}
+    (data / "dataset.json").write_text(json.dumps(content))
+    config = small_config(data, train={"steps": 6, "validate_every": 2})
+    with pytest.raises(StoppedError):
+        train(config, runs=tmp_path / "runs", callbacks=[StopAfter(3)])
+    run = tmp_path / "runs" / "small"
+    path = data / "dataset.json"
+    content = json.loads(path.read_text())
+    if change == "another channel":
+        content["modality"] = {"0": "PET"}
+    else:
+        names = ("upper", "lower") if change == "swapped" else ("lower", "other")
+        content["labels"] = {"0": "background", "1": names[0], "2": names[1]}
+    path.write_text(json.dumps(content))
+    told = "channels" if change == "another channel" else "labels"
+    with pytest.raises(
+        ConfigError, match=rf"small: the {told} of the dataset were .* when the run began, but are"
+    ):
+        resume(run)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "half"])
