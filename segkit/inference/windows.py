@@ -126,7 +126,8 @@ class Blend:
                     f"expected windows that start at multiples of {step}, the stride of an output, "
                     f"found {axis_starts}; set `multiple` to a multiple of {step}"
                 )
-            kernel = window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
+            kernel = window_weight(patch).view(count, -1).mean(dim=1)
+            kernel = kernel.to(window.device, non_blocking=True)
             places = [start // step for start in axis_starts]
             total = torch.zeros(places[-1] + count, device=window.device)
             for place in places:

@@ -511,6 +511,7 @@ def _module_of(
         budget=budget,
         freezing=freezing,
         notes=notes,
+        compiled=config.trainer.compile,
     )
 
 
