@@ -110,7 +110,8 @@ def explain_files(
         tolerance: largest distance from a structure at which a map's highest value still counts as
             pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
             mm, or 5 pixels for pictures.
-        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        verdicts: whether to judge if each gate matters, and to test each attribution. This takes
+            minutes for each volume.
         attributions: methods of `attribute` that are applied to every predicted structure. Their
             values are written and measured as maps are. Each takes minutes for each volume.
         attribution_settings: their settings.
