@@ -233,15 +233,15 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     present = np.zeros(len(groups), dtype=np.int64)
     undeclared = UndeclaredNumbers()
     for examined in facts_of_cases(dataset, problems, cache=cache, track=track):
-        facts = examined.facts
-        undeclared.add((examined.others or {}) if facts is None else facts.others)
-        if facts is None:
+        known = examined.facts
+        undeclared.add((examined.others or {}) if known is None else known.others)
+        if known is None:
             continue
-        pictures.add(facts.name, facts.picture)
-        orientations.add(facts.orientation)
-        shapes.append(facts.shape)
-        spacings.append(facts.spacing)
-        of_case = np.array(facts.voxels)
+        pictures.add(known.name, known.picture)
+        orientations.add(known.orientation)
+        shapes.append(known.shape)
+        spacings.append(known.spacing)
+        of_case = np.array(known.voxels)
         held += of_case
         present += [of_case[list(numbers)].any() for numbers in groups.values()]
     if undeclared.voxels and labelling.others is None:

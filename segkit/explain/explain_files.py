@@ -71,6 +71,17 @@ class Explained:
     """The reason as one sentence; None if the files were written."""
 
 
+def _pointing_tolerance(tolerance: str | float | None, source: Input) -> float:
+    """The tolerance of pointing in mm, by the pixel size of a picture. Raises VolumeError."""
+    return tolerance_of(
+        tolerance,
+        [source.files[0]],
+        source.rules,
+        of_volumes=TOLERANCE_MM,
+        of_pictures=PIXELS_OF_POINTING,
+    )
+
+
 def explain_files(
     predictor: Predictor,
     inputs: Sequence[Input],
@@ -148,13 +159,7 @@ def explain_files(
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
-            tolerance_mm = tolerance_of(
-                tolerance,
-                [source.files[0]],
-                source.rules,
-                of_volumes=TOLERANCE_MM,
-                of_pictures=PIXELS_OF_POINTING,
-            )
+            tolerance_mm = _pointing_tolerance(tolerance, source)
             asked = {**asked, "tolerance_mm": tolerance_mm}
             explanation = explain_volume(
                 predictor,

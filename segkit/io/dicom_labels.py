@@ -31,7 +31,7 @@ FINER = 15
 """Pixels that a voxel's edge is divided into when a contour is filled; an odd number, so that one
 of them lies at the voxel's centre."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-FILES_KEPT = 2**14
+STRUCTURE_FILES_KEPT = 2**14
 """Most files whose names of structures are not read again."""
 MOST_STRUCTURES = 20
 """Structures in a sentence."""
@@ -75,7 +75,7 @@ def structure_kind(path: Path) -> StructureKind | None:
     return "segmentation" if storage in SEGMENTATIONS else None
 
 
-@kept_while_unchanged(FILES_KEPT)
+@kept_while_unchanged(STRUCTURE_FILES_KEPT)
 def read_structure_file(path: Path) -> StructureFile:
     """What a structure set or a segmentation says of itself, and the names of its structures.
 

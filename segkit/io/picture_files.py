@@ -21,7 +21,7 @@ MOST_OF_SPACING = 2**16
 """So many first bytes of a JSON file are searched for a spacing."""
 
 
-CHANNEL_NUMBER = re.compile(r"_[0-9]{4}$")
+FOUR_DIGITS = re.compile(r"_[0-9]{4}$")
 
 
 def spacing_file(path: Path) -> Path | None:
@@ -31,7 +31,7 @@ def spacing_file(path: Path) -> Path | None:
     `{"spacing": [slice distance, row distance, column distance]}`.
     """
     stem = path.name[: -len(next(s for s in PICTURE_SUFFIXES if path.name.lower().endswith(s)))]
-    names = dict.fromkeys((stem, CHANNEL_NUMBER.sub("", stem)))
+    names = dict.fromkeys((stem, FOUR_DIGITS.sub("", stem)))
     return next(
         (file for name in names if _says_spacing(file := path.with_name(f"{name}.json"))), None
     )
