@@ -9,7 +9,7 @@ explanation                                       # in a notebook: pictures and 
 import base64
 import html
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -88,6 +88,9 @@ class Explanation:
     """The model and the settings, in words."""
     labelling: Labelling = field(default_factory=lambda: Labelling({}))
     """The model's classes or regions, and their numbers in files."""
+    unlabelled: tuple[str, ...] = ()
+    """Classes or regions that nobody labelled in the reference. Their Dice is NaN, and nothing else
+    of them is measured."""
 
     @property
     def against(self) -> str:
@@ -151,6 +154,7 @@ class Explanation:
             "case": self.name,
             "against": self.against,
             "tolerance_mm": self.tolerance_mm,
+            **({"unlabelled": list(self.unlabelled)} if self.unlabelled else {}),
             "made": self.facts,
             **provenance,
             "dice": self.dice,
@@ -265,6 +269,7 @@ def explain_volume(
     tolerance_mm: float = TOLERANCE_MM,
     verdicts: bool = False,
     untrained: MakeUntrained | None = None,
+    unlabelled: Collection[str] = (),
     earlier: Sequence[CaseEvidence] = (),
     track: Track = untracked,
 ) -> Explanation:
@@ -282,6 +287,8 @@ def explain_volume(
             evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
         untrained: only for verdicts on your own network: a function from a seed to an untrained
             network with the same architecture.
+        unlabelled: classes or regions that nobody labelled in the reference, as in `data.labelled`.
+            They do not count in Dice, measures and verdicts. Ignored without a reference.
         earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
             mean map is one of the comparators for deletion.
         track: reports the progress.
@@ -290,7 +297,8 @@ def explain_volume(
         Labels, maps and measures of the scan. Its method `write` writes them to files.
 
     Raises:
-        VolumeError: if the reference lies on another grid, or the volume does not fit the model.
+        VolumeError: if the reference lies on another grid, the volume does not fit the model, or
+            `unlabelled` names an unknown class.
         ModelError: if verdicts are wanted and the model has no gates.
 
     Example:
@@ -301,6 +309,12 @@ def explain_volume(
     description = predictor.model.description
     labelling = description.labelling
     volume = predictor.with_numbers(volume)
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
+        )
+    lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
         reference = reference.sized_as(volume).onto(
             volume.grid, what=f"{name}: the reference", whose="the scan"
@@ -325,6 +339,7 @@ def explain_volume(
         labelling,
         channels=description.channels,
         tolerance_mm=tolerance_mm,
+        unlabelled=lacking,
     )
     dice: dict[str, float] = {}
     if reference is not None:
@@ -334,7 +349,11 @@ def explain_volume(
             labelled = right != labelling.ignore
         dice = {
             structure: _dice(found[labelled], right[labelled], numbers)
-            for structure, numbers in measured_structures(labelling).items()
+            for structure, numbers in measured_structures(labelling, lacking).items()
+        }
+        dice = {
+            structure: dice.get(structure, float("nan"))
+            for structure in measured_structures(labelling)
         }
     worth = None
     if verdicts:
@@ -347,8 +366,12 @@ def explain_volume(
             case=name,
             earlier=earlier,
             untrained=untrained,
+            unlabelled=lacking,
             track=track,
         )
+    facts = facts_of(predictor)
+    if lacking:
+        facts["not labelled in the reference"] = ", ".join(lacking)
     return Explanation(
         name,
         volume,
@@ -361,8 +384,9 @@ def explain_volume(
         reach,
         worth,
         {number: label for label, number in labelling.numbers_in_files.items()},
-        facts_of(predictor),
+        facts,
         labelling,
+        lacking,
     )
 
 
