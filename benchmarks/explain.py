@@ -27,8 +27,8 @@ from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.verdicts.evidence import CaseEvidence
 from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
 from segkit.inference.predictor import Predictor
+from segkit.model.file_names import CONFIG
 from segkit.system.progress import Tracker
-from segkit.training.run_folder import CONFIG
 from segkit.training.split import split_of
 
 COLUMNS = (

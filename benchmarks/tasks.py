@@ -30,14 +30,14 @@ from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import class_means
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.folder import SUMMARY, load_model
+from segkit.model.file_names import CONFIG, SUMMARY
+from segkit.model.folder import load_model
 from segkit.planning.make_plan import plan_candidates
 from segkit.racing import plan_by_race
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
 from segkit.training.final_scores import score
 from segkit.training.fit import resume, train
-from segkit.training.run_folder import CONFIG
 from segkit.training.split import Split, split
 
 TABLE = Path(__file__).with_suffix(".json")

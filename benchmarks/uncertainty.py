@@ -35,7 +35,8 @@ from segkit.evaluation.dice import dice_of
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json
 from segkit.io.volume import Volume
-from segkit.model.folder import SUMMARY, Model, load_model
+from segkit.model.file_names import SUMMARY
+from segkit.model.folder import Model, load_model
 from segkit.nn.network import unet_of
 from segkit.nn.unet import UNet
 from segkit.training.fit import fit

@@ -28,11 +28,13 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "To other programs, and from them": (
-        "export_model described_model save_model Export ModelDescription WholeVolume"
+        "fetch_model export_model described_model save_model Export ModelDescription WholeVolume"
     ),
     "What it is worth": (
-        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare "
-        "Explanation GateVerdict AttentionShare Evaluation Comparison"
+        "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "
+        "attention_share evaluate compare Explanation Attribution AttributionSettings GateVerdict "
+        "AttentionStudy BlockVerdict AttentionShare "
+        "Evaluation Comparison"
     ),
     "Volumes": (
         "read_volume read_labels write_volume write_montage label_colour "

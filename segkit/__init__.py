@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     )
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from segkit.inference.predictor import Prediction, Predictor
     from segkit.io.pictures import label_colour, write_montage
     from segkit.io.volume import Volume, read_labels, read_volume, write_volume
+    from segkit.model.fetch_model import fetch_model
     from segkit.model.folder import Model, described_model, load_model, save_model
     from segkit.nn.attention_blocks import (
         AttentionShare,
@@ -58,6 +61,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
+    "Attribution",
+    "AttributionSettings",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -88,6 +95,7 @@ __all__ = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
@@ -96,7 +104,9 @@ __all__ = [
     "evaluate",
     "explain_volume",
     "export_model",
+    "fetch_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "label_colour",
     "load_config",
@@ -136,7 +146,9 @@ _HOMES = {
     ),
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
@@ -144,6 +156,7 @@ _HOMES = {
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
     "segkit.inference.predictor": ("Prediction", "Predictor"),
+    "segkit.model.fetch_model": ("fetch_model",),
     "segkit.model.folder": ("Model", "described_model", "load_model", "save_model"),
     "segkit.nn.attention_blocks": (
         "AttentionShare",

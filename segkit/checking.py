@@ -57,7 +57,13 @@ MOST_SHOWN = 40
 
 @dataclass(frozen=True)
 class Understood:
-    """The result of `check`: a description of a config, a dataset, DICOM series or a volume."""
+    """The result of `check`: a description of a config, a dataset, DICOM series or a volume.
+
+    Example:
+        understood = segkit.check("my_dataset")
+        print(understood.text)
+        understood.facts  # the same for programs
+    """
 
     kind: Literal["config", "dataset", "series", "volume"]
     text: str

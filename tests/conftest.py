@@ -1,9 +1,12 @@
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.hub import Hub, hub_server_here
 
 # Every shape in a signature is checked at each call, which is too uneven for a clock.
 settings.register_profile("segkit", deadline=None)
@@ -30,3 +33,13 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("real volumes not found: set SEGKIT_DATA")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A model hub on this machine, which huggingface_hub asks, without a token of the user's."""
+    pytest.importorskip("huggingface_hub", reason="the hub needs its library: install segkit[hub]")
+    with hub_server_here() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

@@ -94,6 +94,17 @@ def test_the_hooks_are_the_checks_of_make() -> None:
     assert all(hook["language"] == "system" for hook in repository["hooks"])
 
 
+def test_the_workflow_runs_the_checks_of_make_and_says_that_it_was_never_tried() -> None:
+    text = (ROOT / ".github/workflows/tests.yml").read_text()
+    assert text.startswith("# NEVER TRIED.")
+    assert "has never been tried" in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    job = yaml.safe_load(text)["jobs"]["test"]
+    assert PROJECT["requires-python"] == f">={job['strategy']['matrix']['python'][0]}"
+    run = "\n".join(step.get("run", "") for step in job["steps"])
+    for command in (*recipe("check"), recipe("test")[0].partition("pytest")[2].partition("-n")[0]):
+        assert command.removeprefix(".venv/bin/").strip() in run, command
+
+
 @pytest.mark.parametrize("name", ["bug", "wish"])
 def test_a_form_asks_questions_that_github_understands(name: str) -> None:
     form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())

@@ -12,7 +12,7 @@ from benchmarks.faults.zygote import Ended, Fault, Zygote
 from segkit.config.load import dump_yaml
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
-from segkit.training.run_folder import CONFIG
+from segkit.model.file_names import CONFIG
 from tests.small import small_config, small_dataset
 
 Words = Sequence[object]

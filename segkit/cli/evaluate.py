@@ -21,10 +21,11 @@ def evaluate_command(
     ],
     out: Annotated[Path | None, Option(help="Write all scores to this JSON file.")] = None,
     labels: Annotated[
-        Path | None,
+        str | None,
         Option(
-            help="A dataset.json, config, run or model with label names. The default is the "
-            "dataset, or a dataset.json beside the references."
+            metavar="FILE|RUN|MODEL",
+            help="A dataset.json, config, run or model with label names, or the address of a "
+            "model. The default is the dataset, or a dataset.json beside the references.",
         ),
     ] = None,
     tolerance: Annotated[

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from segkit.cli.models import find_models
 from segkit.cli.options import (
     CheckpointOption,
     Device,
     Inputs,
-    ModelFolder,
+    ModelPlace,
     OverlapOption,
     Overwrite,
     PixelSizeOption,
@@ -21,12 +22,13 @@ from segkit.errors import VolumeError
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
     from segkit.explain.explain_files import Explained
+    from segkit.explain.verdicts.identity import AttentionStudy
 
 
 def explain_command(
     inputs: Inputs,
     out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
-    model: ModelFolder = None,
+    model: ModelPlace = None,
     reference: Annotated[
         Path | None,
         Option(help="The label of INPUT, a folder of labels, or a dataset; paired by name."),
@@ -36,6 +38,10 @@ def explain_command(
     ] = False,
     verdicts: Annotated[
         bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
+    ] = False,
+    identity: Annotated[
+        bool,
+        Option("--identity", help="Segment again with each attention block as the identity."),
     ] = False,
     tolerance: Annotated[
         float,
@@ -63,17 +69,18 @@ def explain_command(
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.terminal_table import verdict_table
+    from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.ablation import check_gates
+    from segkit.explain.verdicts.identity import check_blocks, identity_tables
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, newest_model, picture_rules_of
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
-    folder = model_folders(model, checkpoint)[0] if model else newest_model(Path("runs"))
+    folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
     found = inputs_in(
@@ -88,6 +95,8 @@ def explain_command(
     check_targets(found, out, overwrite=overwrite)
     if verdicts:
         check_gates(predictor)
+    if identity:
+        check_blocks(predictor)
     if heads and reference is not None:
         figures = explain_heads(predictor, found, reference, out, overwrite=overwrite, track=track)
         for studied in figures:
@@ -96,6 +105,7 @@ def explain_command(
     elif overwrite:
         remove_heads(out)
     over_all: list[Verdict] = []
+    studies: list[AttentionStudy] = []
     explanations = explain_files(
         predictor,
         found,
@@ -103,8 +113,10 @@ def explain_command(
         references=reference,
         tolerance_mm=tolerance,
         verdicts=verdicts,
+        identity=identity,
         overwrite=overwrite,
         conclude=over_all.extend,
+        conclude_attention=studies.append,
         track=track,
     )
     failures = []
@@ -115,6 +127,9 @@ def explain_command(
             failures.append(explained.error)
     if over_all:
         console.print(verdict_table(over_all))
+    for study in studies:
+        console.print(plain_table(identity_tables(study)[0]))
+        say(study.said())
     if len(failures) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:

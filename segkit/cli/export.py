@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from segkit.cli.models import find_models
 from segkit.cli.options import CheckpointOption, OverlapOption, Overwrite
 from segkit.cli.terminal import JsonOption, say, say_json
 from segkit.errors import SegkitError
@@ -14,7 +15,13 @@ MOST_SCANS = 8
 
 
 def export_command(
-    model: Annotated[Path, Argument(metavar="RUN|MODEL", help="A run or a model folder.")],
+    model: Annotated[
+        str,
+        Argument(
+            metavar="RUN|MODEL",
+            help="A run, a model folder, hf:OWNER/NAME[@REVISION], or a zip with its path or URL.",
+        ),
+    ],
     form: Annotated[
         Literal["onnx", "openvino", "pt2", "monai-bundle"],
         Option("--format", help="The file format."),
@@ -40,6 +47,9 @@ def export_command(
     reference: Annotated[
         Path | None, Option(help="Labels of --scan, which float16 or int8 is scored by.")
     ] = None,
+    any_size: Annotated[
+        bool, Option("--any-size", help="Take windows of any size, not only the patch; for onnx.")
+    ] = False,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,
     json: JsonOption = False,
@@ -51,7 +61,7 @@ def export_command(
     from segkit.io.volume import read_labels
     from segkit.model.folder import load_model, model_folders, picture_rules_of
 
-    folder, *more = model_folders(model, checkpoint)
+    folder, *more = model_folders(find_models([model])[0], checkpoint)
     if more:
         raise SegkitError(
             f"{model}: expected one model, found {1 + len(more)}; export one, such as {folder}"
@@ -73,6 +83,7 @@ def export_command(
         precision=precision,
         calibration=[read_input(each) for each in ranges[:MOST_SCANS]],
         reference=read_labels(reference) if reference else None,
+        any_size=any_size,
     )
     for path in exported.written:
         say(f"wrote {path}")

@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+MODEL_VARIABLE = "SEGKIT_MODEL"
+"""The variable that names the model, or several models as in PATH, if --model does not."""
+
 Overrides = Annotated[
     list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as train.steps=500.")
 ]
@@ -16,11 +19,14 @@ Inputs = Annotated[
         help="Volumes, DICOM series, folders of them, or a dataset: YAML, a table, BIDS.",
     ),
 ]
-MODEL = "The folder of a run or model. The default is the newest run."
-ModelFolder = Annotated[Path | None, Option(envvar="SEGKIT_MODEL", help=MODEL)]
-ModelFolders = Annotated[
-    list[Path] | None,
-    Option("--model", envvar="SEGKIT_MODEL", help=f"{MODEL} Several models are averaged."),
+MODEL = (
+    "The folder of a run or model, hf:OWNER/NAME[@REVISION], or a zip with its path or URL. The "
+    f"default is the variable {MODEL_VARIABLE}, or else the newest run."
+)
+ModelPlace = Annotated[str | None, Option(metavar="RUN|MODEL", help=MODEL)]
+ModelPlaces = Annotated[
+    list[str] | None,
+    Option("--model", metavar="RUN|MODEL", help=f"{MODEL} Several models are averaged."),
 ]
 CheckpointOption = Annotated[
     Literal["best", "last"] | None,

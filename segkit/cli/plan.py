@@ -16,7 +16,11 @@ def plan_command(
         Path, Argument(help="A folder with a dataset.json, or a YAML file with data.files.")
     ],
     out: Annotated[
-        Path | None, Option(help="The config to write. The default is NAME.yaml.")
+        Path | None,
+        Option(
+            help="The config to write. The default is NAME.yaml, or NAME_plan.yaml if NAME.yaml is "
+            "the dataset."
+        ),
     ] = None,
     memory: Annotated[
         float | None,
@@ -63,7 +67,7 @@ def plan_command(
             f"{dataset}: expected a dataset (a YAML file with only data.files), found a config; "
             f"train with it, or remove its other settings"
         )
-    target = out or Path(f"{source.folder.resolve().name}.yaml")
+    target = out or _new_config(source.folder.resolve().name, dataset)
     refuse_existing([target], overwrite=overwrite)
     hush()  # Lightning set up its logging when it was imported
     make = plan_dataset if no_race else plan_by_race
@@ -94,3 +98,9 @@ def plan_command(
             for file, stage in stages
         ]
         say_json({"plans": files})
+
+
+def _new_config(name: str, dataset: Path) -> Path:
+    """The config to write by default. It is never the file that describes the dataset."""
+    target = Path(f"{name}.yaml")
+    return Path(f"{name}_plan.yaml") if target.resolve() == dataset.resolve() else target

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
+from segkit.cli.models import find_models
 from segkit.cli.options import (
     CheckpointOption,
     Device,
     Inputs,
-    ModelFolders,
+    ModelPlaces,
     OverlapOption,
     Overwrite,
     PixelSizeOption,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def predict_command(
     inputs: Inputs,
-    models: ModelFolders = None,
+    models: ModelPlaces = None,
     out: Annotated[Path | None, Option(help="The file or folder for the labels.")] = None,
     maps: Annotated[
         Path | None, Option(help="Also write all attention maps, to this folder.")
@@ -99,20 +100,11 @@ def predict_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import (
-        load_model,
-        model_folders,
-        newest_model,
-        picture_rules_of,
-    )
+    from segkit.model.folder import load_model, model_folders, picture_rules_of
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
-    folders = [
-        folder
-        for path in models or [newest_model(Path("runs"))]
-        for folder in model_folders(path, checkpoint)
-    ]
+    folders = [folder for path in find_models(models) for folder in model_folders(path, checkpoint)]
     predictor = Predictor(
         [load_model(folder, checkpoint=checkpoint) for folder in folders],
         device=device,

@@ -8,6 +8,7 @@ from segkit.config.attention import (
     MOST_PROJECTED,
     AttentionConfig,
     CrossAttentionConfig,
+    LargeKernelAttentionConfig,
     PairedAttentionConfig,
     SelfAttentionConfig,
     TransformerConfig,
@@ -37,8 +38,8 @@ def check_attention_grids(
     attention: AttentionConfig, *, channels: Sequence[int], grids: Sequence[Sequence[int]]
 ) -> None:
     """Raise ValueError if there is attention that such grids of a patch, finest first, rule out."""
-    _check_paired(attention, "encoder", channels, grids)
-    _check_paired(attention, "decoder", channels, grids)
+    _check_levels(attention, "encoder", channels, grids)
+    _check_levels(attention, "decoder", channels, grids)
     bottleneck, coarsest = attention.bottleneck, list(grids[-1])
     if isinstance(bottleneck, SelfAttentionConfig) and bottleneck.shift:
         window = bottleneck.window or coarsest
@@ -56,21 +57,24 @@ def check_attention_grids(
         )
 
 
-def _check_paired(
+def _check_levels(
     attention: AttentionConfig,
     place: Literal["encoder", "decoder"],
     channels: Sequence[int],
     grids: Sequence[Sequence[int]],
 ) -> None:
     block = getattr(attention, place)
-    if not isinstance(block, PairedAttentionConfig):
+    if not isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
         return
     levels = attention.block_levels(place, grids)
     if not levels:
+        remedy = "set its levels" if block.kind == "lka" else "make the patch smaller or add levels"
         raise ValueError(
-            f"network.attention.{place}: epa needs a level of at most {MOST_PROJECTED:,} voxels "
-            f"of a patch, and every level has more; make the patch smaller or add levels"
+            f"network.attention.{place}: {block.kind} needs a level of at most "
+            f"{MOST_PROJECTED:,} voxels of a patch, but every level has more; {remedy}"
         )
+    if isinstance(block, LargeKernelAttentionConfig):
+        return
     for level in levels:
         if math.prod(grids[level]) > MOST_PROJECTED:
             raise ValueError(

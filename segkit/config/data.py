@@ -162,10 +162,11 @@ class DataConfig(DatasetConfig):
     synthesis: SynthesisConfig | None = None
     """If given, training draws images from the label maps instead of using the scans."""
     first_stage: Annotated[list[Path], Field(min_length=1)] | None = None
-    """Runs or model folders, for example of lower resolution. The network receives their labels
-    beside the image. The labels of a case come from the runs that held it out, or from all runs if
-    none did. A model does better on cases that it was trained on than on new ones. So the folds of
-    a cross-validation (`data.fold`) best teach a second stage how far to trust the first."""
+    """Runs, model folders or addresses of models, for example of lower resolution. The network
+    receives their labels beside the image. The labels of a case come from the runs that held it
+    out, or from all runs if none did. A model does better on cases that it was trained on than on
+    new ones. So the folds of a cross-validation (`data.fold`) best teach a second stage how far to
+    trust the first."""
     workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     """Number of processes that cut patches. `auto` means 0 on a CPU; 0 on a GPU with memory for all
     cases, which then cuts the patches itself; and otherwise the other CPU cores, up to 12."""

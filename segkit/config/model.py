@@ -43,7 +43,12 @@ LabelNumber = Annotated[int, Field(ge=0, lt=2**16)]
 
 
 class ModelDescription(Section):
-    """All information that prediction needs beside the weights; the content of `model.json`."""
+    """All information that prediction needs beside the weights; the content of `model.json`.
+
+    Example:
+        description = segkit.load_model("runs/my_run").description
+        description.channels, description.labels, description.spacing
+    """
 
     format: Literal[1] = 1
     segkit: str

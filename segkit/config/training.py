@@ -176,8 +176,8 @@ class TrainConfig(Section):
     """Decay, such as 0.999, of a running average of the weights. The averaged weights are then
     validated and saved instead of the last ones. Default: no average."""
     start_from: Path | None = None
-    """A run or model folder. Training starts from its weights, for each weight that has the same
-    name and shape in the new network."""
+    """A run or model folder, or an address such as `hf:OWNER/NAME`. Training starts from its
+    weights, for each weight that has the same name and shape in the new network."""
     other_channels: OtherChannels = "mean"
     """Used only with `start_from`: kernels of the first layer for each channel whose name the other
     model does not have: the `mean` of its kernels, those of its channels in turn (`copied`),
@@ -226,13 +226,22 @@ class TrainerConfig(Section):
     deterministic: bool | Literal["warn"] = False
     """If true, PyTorch uses only deterministic operations, which are slower on a GPU, and training
     ends at an operation that has none. With `warn` it uses that operation and warns."""
+    compile: bool | Literal["auto"] = False
+    """If true, `torch.compile` compiles network and loss, which takes about a minute. With `auto`
+    both ways are measured during the first steps, if ten minutes or more are left, and the faster
+    is kept. A compiled step may differ from others in the last digits."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])
     """Services that also record the training; they obey WANDB_MODE and MLFLOW_TRACKING_URI. The
     run's folder always holds metrics.csv, and TensorBoard events if TensorBoard is installed."""
 
 
 class Config(Section):
-    """All settings of one training run."""
+    """All settings of one training run.
+
+    Example:
+        config = segkit.load_config("my_dataset.yaml")
+        config.train.steps, config.data.patch_size
+    """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The run is written to `runs/<name>`."""

@@ -132,6 +132,10 @@ def load_template() -> tuple[Volume, Volume]:
 
     Raises:
         SegkitError: if nilearn is not installed.
+
+    Example:
+        scan, tissues = segkit.load_template()
+        segkit.write_volume("t1.nii.gz", scan)
     """
     try:
         from nilearn import datasets
@@ -168,6 +172,9 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
 
     Raises:
         OSError: if the folder cannot be written.
+
+    Example:
+        segkit.write_dataset(Path("data"), *segkit.load_template())
     """
     write_volume(folder / "labelsTr" / "tissue_map.nii.gz", reference)
     write_volume(folder / "labelsTr" / "real_t1.nii.gz", reference)
@@ -197,6 +204,11 @@ def demo_config(
 
     Raises:
         ConfigError: if a setting is not valid.
+
+    Example:
+        scan, reference = segkit.load_template()
+        segkit.write_dataset(Path("data"), scan, reference)
+        run = segkit.train(segkit.demo_config(Path("data"), contrast="t1"))
     """
     tree = {
         "name": "demo",

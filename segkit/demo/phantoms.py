@@ -42,6 +42,10 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
 
     Raises:
         OSError: if the folder cannot be written.
+
+    Example:
+        segkit.write_hippocampi(Path("hippocampi"), 12)
+        print(segkit.check("hippocampi"))
     """
     generator = Generator().manual_seed(seed)
     origin = -SPACING * (np.array(SHAPE) - 1) / 2

@@ -62,7 +62,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences between A and B for each class and metric."""
+    """Differences between A and B for each class and metric.
+
+    Example:
+        comparison = segkit.compare("a.json", "b.json")
+        [(row.name, row.difference) for row in comparison.differences]
+    """
 
     differences: tuple[Difference, ...]
     a: str

@@ -43,7 +43,12 @@ scoring them would take days."""
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of each class in each case, and their summary over cases."""
+    """Scores of each class in each case, and their summary over cases.
+
+    Example:
+        scores = segkit.evaluate("predictions", "references")
+        [(row.case, row.name, row.metrics["dice"]) for row in scores.cases]
+    """
 
     cases: Sequence[CaseScores]
     """Scores of each class and case: `metrics` by name ('dice', 'iou', 'hd95_mm', 'assd_mm',

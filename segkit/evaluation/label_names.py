@@ -15,7 +15,9 @@ from segkit.data.dataset_json import (
 )
 from segkit.errors import VolumeError
 from segkit.io.picture_rules import PictureRules
-from segkit.model.folder import DESCRIPTION, load_description
+from segkit.model.addresses import is_address
+from segkit.model.file_names import DESCRIPTION
+from segkit.model.folder import load_description, model_folder
 
 
 def labels_file(references: Path, labels: str | Path | None) -> Path | None:
@@ -23,12 +25,15 @@ def labels_file(references: Path, labels: str | Path | None) -> Path | None:
 
     Args:
         references: a file or folder of references.
-        labels: the wanted file, or a folder with a dataset.json or a model. If None, a dataset.json
-            beside the references or one folder above is used.
+        labels: the wanted file, or a folder with a dataset.json or a model, or the address of a
+            model. If None, a dataset.json beside the references or one folder above is used.
 
     Raises:
         VolumeError: if `labels` does not exist or is not such a file or folder.
+        ModelError: if the model at an address cannot be fetched.
     """
+    if labels is not None and is_address(labels):
+        labels = model_folder(labels)
     folder = references if references.is_dir() else references.parent
     candidates = [folder / "dataset.json", folder.parent / "dataset.json"]
     if labels is not None:

@@ -42,6 +42,14 @@ from segkit.explain.page.parts import (
     rows_as_csv,
 )
 from segkit.explain.verdicts.evidence import CaseEvidence
+from segkit.explain.verdicts.identity import (
+    IDENTITY,
+    AttentionStudy,
+    check_blocks,
+    identity_tables,
+    study_of,
+    without_blocks,
+)
 from segkit.explain.verdicts.rule import GateVerdict
 from segkit.explain.verdicts.study import ABLATIONS, Worth, shown_verdicts, study_gates
 from segkit.explain.verdicts.untrained import MakeUntrained
@@ -63,7 +71,13 @@ ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json", "_seg.png", "_seg.tif")
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The segmentation of a scan, the attention maps behind it, and measures of the maps."""
+    """The segmentation of a scan, the attention maps behind it, and measures of the maps.
+
+    Example:
+        explanation = segkit.explain_volume(predictor, scan, reference)
+        explanation.maps["skip.1/gate"].volume.data
+        explanation.write("explained")  # maps, tables and index.html
+    """
 
     name: str
     scan: Volume
@@ -82,6 +96,9 @@ class Explanation:
     """Attention distance and entropy of each head, by position in the network."""
     worth: Worth | None
     """Verdicts on the gates and their evidence; None if verdicts were not wanted."""
+    attention: AttentionStudy | None
+    """Dice with attention blocks as the identity, and the share of the network outside them; None
+    if this was not wanted."""
     label_names: dict[int, str]
     """Name of each label, by its number in files."""
     facts: dict[str, str] = field(default_factory=dict)
@@ -120,7 +137,11 @@ class Explanation:
             f"Attention maps: {self.name}",
             self.scan,
             self._layers(),
-            tables=[*self._tables(), *(self.worth.tables if self.worth else ())],
+            tables=[
+                *self._tables(),
+                *(self.worth.tables if self.worth else ()),
+                *(identity_tables(self.attention) if self.attention else ()),
+            ],
             curves=self.worth.curves if self.worth else (),
             bars=measure_bars(self.measures),
             verdicts=shown_verdicts(self.verdicts),
@@ -165,6 +186,10 @@ class Explanation:
             figures["worth"] = self.worth.figures
             names.insert(2, ABLATIONS)
             write_text(folder / ABLATIONS, rows_as_csv(self.worth.figures["ablation"]))
+        if self.attention:
+            figures["identity"] = self.attention.to_json()
+            names.insert(2, IDENTITY)
+            write_text(folder / IDENTITY, rows_as_csv(map(vars, self.attention.ablations)))
         write_json(folder / FIGURES, figures)
         write_page(folder / PAGE, self.page())
         return (labels, sidecar, *maps, *(folder / name for name in names))
@@ -268,6 +293,8 @@ def explain_volume(
     name: str = "scan",
     tolerance_mm: float = TOLERANCE_MM,
     verdicts: bool = False,
+    identity: bool = False,
+    blocks: Collection[str] | None = None,
     untrained: MakeUntrained | None = None,
     unlabelled: Collection[str] = (),
     earlier: Sequence[CaseEvidence] = (),
@@ -285,6 +312,9 @@ def explain_volume(
             counts as pointing at it.
         verdicts: whether to judge if each gate matters. This takes minutes. One scan gives
             evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
+        identity: whether to segment the scan again with each attention block replaced by the
+            identity. `judge_attention` does so for several scans, and gives a verdict.
+        blocks: the blocks for `identity`, by names as for `as_identity`; all if None.
         untrained: only for verdicts on your own network: a function from a seed to an untrained
             network with the same architecture.
         unlabelled: classes or regions that nobody labelled in the reference, as in `data.labelled`.
@@ -299,7 +329,8 @@ def explain_volume(
     Raises:
         VolumeError: if the reference lies on another grid, the volume does not fit the model, or
             `unlabelled` names an unknown class.
-        ModelError: if verdicts are wanted and the model has no gates.
+        ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
+            attention block.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -308,6 +339,7 @@ def explain_volume(
     """
     description = predictor.model.description
     labelling = description.labelling
+    chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
     if unknown := [each for each in unlabelled if each not in labelling.members]:
         raise VolumeError(
@@ -369,6 +401,18 @@ def explain_volume(
             unlabelled=lacking,
             track=track,
         )
+    attention = None
+    if identity:
+        rows = without_blocks(
+            predictor,
+            volume,
+            reference,
+            case=name,
+            blocks=chosen,
+            unlabelled=lacking,
+            track=track,
+        )
+        attention = study_of(predictor, chosen, rows)
     facts = facts_of(predictor)
     if lacking:
         facts["not labelled in the reference"] = ", ".join(lacking)
@@ -383,6 +427,7 @@ def explain_volume(
         dice,
         reach,
         worth,
+        attention,
         {number: label for label, number in labelling.numbers_in_files.items()},
         facts,
         labelling,

@@ -15,10 +15,11 @@ DEPLOYMENT_KEY = "segkit"
 DEPLOYMENT_FORMAT = 1
 
 
-def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
+def deployment(model: Model, *, overlap: float = 0.5, any_size: bool = False) -> dict[str, Any]:
     """The steps from a scan to windows, and from the network's outputs to a segmentation.
 
-    The steps are in order. `docs/export.md` explains each.
+    The steps are in order. `docs/export.md` explains each. `any_size` says whether the file takes
+    windows of other sizes than the patch.
     """
     description = model.description
     labelling = description.labelling
@@ -46,6 +47,7 @@ def deployment(model: Model, *, overlap: float = 0.5) -> dict[str, Any]:
             "patch": list(patch),
             "overlap": list(overlaps),
             "multiple": list(multiple),
+            "any_size": any_size,
             "padding": "the last voxels again, beyond the far ends",
             "weights": "gaussian, sigma patch / 8",
             "skipped": "where the scan is 0 throughout",

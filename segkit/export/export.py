@@ -27,7 +27,7 @@ EXPORT_SUFFIXES: dict[Form, str] = {
     "pt2": ".pt2",
     "monai-bundle": "",
 }
-GRAPHS = {"onnx": export_onnx, "openvino": export_openvino, "pt2": export_pt2}
+GRAPHS = {"openvino": export_openvino, "pt2": export_pt2}
 SAME_IN_BUNDLE = 0.999
 """Smallest share of voxels to which a bundle must give segkit's label. Other programs round
 differently when they resample, so the label may change if two classes are almost equal."""
@@ -94,6 +94,7 @@ def export_model(
     precision: ExportPrecision = "float32",
     calibration: Sequence[Volume] = (),
     reference: Volume | None = None,
+    any_size: bool = False,
 ) -> Export:
     """Write a model for another program, completely or not at all.
 
@@ -113,6 +114,7 @@ def export_model(
         precision: 'float32', 'float16' (ONNX, OpenVINO) or 'int8' (ONNX).
         calibration: real scans, on which int8 measures the range of features.
         reference: labels of `scan`. If given, the check of a lower precision scores both.
+        any_size: the file takes windows of any size, not only of the model's patch (ONNX).
 
     Returns:
         The files that were written, and the result of the check.
@@ -136,10 +138,20 @@ def export_model(
             "calibration and a reference are for a lower precision; ask for float16 or int8, or "
             "leave them out"
         )
+    if any_size and form != "onnx":
+        raise ModelError(
+            f"windows of any size need ONNX, found {form}; export onnx, or leave out any size"
+        )
     refuse_existing(written, overwrite=overwrite)
     if precision != "float32" and (form == "onnx" or form == "openvino"):
         whole, reduced = export_reduced(
-            model, form, out, precision, calibration=calibration, overlap=overlap
+            model,
+            form,
+            out,
+            precision,
+            calibration=calibration,
+            overlap=overlap,
+            any_size=any_size,
         )
         if not check or scan is None:
             return Export(written)
@@ -153,7 +165,10 @@ def export_model(
         network = read_torchscript(out / NETWORK)
         agreement = compare_outputs(model, network, _image(model, scan), names=[LOGITS])
         return Export(written, agreement, same_labels(model, out, scan or scan_for(model)))
-    run = GRAPHS[form](model, out, overlap=overlap)
+    if form == "onnx":
+        run = export_onnx(model, out, overlap=overlap, any_size=any_size)
+    else:
+        run = GRAPHS[form](model, out, overlap=overlap)
     return Export(written, compare_outputs(model, run, _image(model, scan)) if check else None)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from segkit.errors import ModelError
+from segkit.export.agreement import DIFFERENCE
 from segkit.export.deployment import DEPLOYMENT_KEY, deployment
 from segkit.export.reduced import ExportPrecision, halved, quantised, windows_of
 from segkit.inference.engines.converted import RunGraph, Traced, exported_program
@@ -26,31 +27,72 @@ from segkit.io.atomic import whole
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
+AXES = ("x", "y", "z")
+"""Names of the spatial axes in a graph for windows of any size."""
 WINDOWS = 2
 """Batch size of the example for an export. With a batch of one, the batch size would be fixed."""
 
 
-def export_onnx(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
+def export_onnx(
+    model: Model, file: Path, *, overlap: float = 0.5, any_size: bool = False
+) -> RunGraph:
     """Write a model as ONNX, and return a function that runs it.
 
     The JSON of `deployment` is in the file's `metadata_props` under 'segkit'.
 
+    Args:
+        model: a trained model.
+        file: .onnx.
+        overlap: of windows, as the export tells deployers.
+        any_size: True if the spatial axes may have any length that is a multiple of the network's
+            strides. Before the file appears, it is run at another size and compared with PyTorch.
+
     Raises:
-        ModelError: ONNX cannot hold the network, or a package is not installed.
+        ModelError: ONNX cannot hold the network, or not for windows of any size, or a package is
+            not installed.
     """
     runtime = OnnxRuntime()
     import onnx  # an optional extra; the line above has checked that it is installed
 
     traced = Traced(model.network.cpu()).eval()
-    metadata = json.dumps(deployment(model, overlap=overlap))
+    metadata = json.dumps(deployment(model, overlap=overlap, any_size=any_size))
     with exporting_to("ONNX"):
         with whole(file) as partial:
-            runtime.write(traced, example_windows(model), partial, batch="batch")
+            axes = AXES if any_size else ()
+            runtime.write(traced, example_windows(model), partial, batch="batch", axes=axes)
+            if any_size:
+                _check_other_size(model, traced, runtime.read(partial, traced.names))
             graph = onnx.load(partial)
             onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
             onnx.save(graph, partial)
             onnx.checker.check_model(partial)
         return runtime.read(file, traced.names)
+
+
+def _check_other_size(model: Model, traced: Traced, run_graph: RunGraph) -> None:
+    """Raise ModelError if the graph differs from the network on larger windows of other shape."""
+    patch, _, multiple = layout_of(model)
+    size = [
+        length + step * (axis + 1)
+        for axis, (length, step) in enumerate(zip(patch, multiple, strict=True))
+    ]
+    windows = torch.randn(
+        (1, model.description.channels_in, *size), generator=torch.Generator().manual_seed(0)
+    )
+    wanted = "the network takes only windows of its patch; export without any size"
+    try:
+        with torch.inference_mode():
+            expected = traced(windows)
+        found = run_graph(windows, tuple(traced.names))
+    except Exception as error:  # the errors of networks and runtimes have no common base class
+        raise ModelError(f"expected windows of {size} voxels to work; {wanted}") from error
+    for name, ours, theirs in zip(traced.names, expected, found, strict=True):
+        limit = DIFFERENCE * max(float(ours.abs().max()), 1.0)
+        if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > limit:
+            raise ModelError(
+                f"{name} differs from PyTorch by more than {limit:.2g} in windows of {size} "
+                f"voxels; {wanted}"
+            )
 
 
 def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
@@ -81,6 +123,7 @@ def export_reduced(
     *,
     calibration: Sequence[Volume] = (),
     overlap: float = 0.5,
+    any_size: bool = False,
 ) -> tuple[RunGraph, RunGraph]:
     """Write a model in lower precision; return what runs it in float32, and in this precision.
 
@@ -91,12 +134,14 @@ def export_reduced(
         precision: float16 or int8.
         calibration: real scans, on which int8 measures the range of features.
         overlap: of windows, as the export tells deployers.
+        any_size: True if windows may have any size; only for ONNX.
 
     Raises:
         ModelError: the form cannot hold the network so, or int8 has no scans.
     """
     names = Traced(model.network).names
-    metadata = json.dumps({**deployment(model, overlap=overlap), "precision": precision})
+    told = deployment(model, overlap=overlap, any_size=any_size)
+    metadata = json.dumps({**told, "precision": precision})
     windows = windows_of(model, calibration) if precision == "int8" else []
     with tempfile.TemporaryDirectory(prefix="segkit-") as folder:
         if form == "openvino":
@@ -111,7 +156,9 @@ def export_reduced(
                     # Both partial files share their stem, by which OpenVINO names the numbers.
                     runtime.openvino.save_model(graph, partial, compress_to_fp16=True)
                 return in_float32, runtime.read(file, numbers, names)
-        in_float32 = export_onnx(model, Path(folder) / "float32.onnx", overlap=overlap)
+        in_float32 = export_onnx(
+            model, Path(folder) / "float32.onnx", overlap=overlap, any_size=any_size
+        )
         import onnx  # an optional extra; the line above has checked that it is installed
 
         source = Path(folder) / "float32.onnx"

@@ -70,7 +70,13 @@ def rounded_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A block of voxels: its shape, and the affine from voxel indices to world coordinates (mm)."""
+    """A block of voxels: its shape, and the affine from voxel indices to world coordinates (mm).
+
+    Example:
+        grid = Grid((40, 48, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
+        grid.spacing  # (1.0, 1.0, 3.0) mm
+        grid.world(np.array([2.0, 0.0, 1.0]))  # array([2., 0., 3.])
+    """
 
     shape: tuple[int, int, int]
     affine: Float[ndarray, "4 4"]
@@ -225,6 +231,11 @@ class Orientation:
 
     `order[i]` is the array axis that runs along world axis i; `flip[i]` is true if it runs in the
     opposite direction. Turning gives a view: no voxel is copied or interpolated.
+
+    Example:
+        orientation = Orientation.of(scan.grid.affine)
+        orientation.code  # such as "LPS"
+        orientation.turn(scan.data)  # the same voxels, with axes in RAS+ order
     """
 
     order: tuple[int, int, int]
@@ -293,6 +304,11 @@ class Placement:
 
     Both are in voxels of the network's input, with one entry per axis. `through` composes layers
     from the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
+
+    Example:
+        image = Placement.identity(num_axes=3)
+        level = image.through(kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0))
+        level.stride, level.offset  # ((2, 2, 2), (0.5, 0.5, 0.5))
     """
 
     stride: tuple[float, ...]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
+from segkit.data.preprocess import Prepared
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
@@ -167,8 +168,8 @@ def predict_files(
 ) -> Iterator[Outcome]:
     """Segment each input and write the results. A bad input does not stop the others.
 
-    While the network runs, the next volume is read and the last result is written, so that at most
-    three volumes are in memory.
+    While the network runs, the next volume is read and prepared and the last result is written, so
+    that at most three volumes are in memory. The next is prepared only if there is room for it.
 
     Existing results are not overwritten unless `overwrite` is set. If all results of an input exist
     and come from the same models, settings and files, the input is skipped (`Outcome.kept`). If
@@ -236,24 +237,31 @@ def predict_files(
         models = [member.model.description for member in predictor.members]
         write_bids_root(out, models[0].labelling, models=[each.run for each in models])
 
+    def read_and_prepare(source: Input) -> tuple[Volume, Sequence[Prepared] | None]:
+        image = predictor.with_numbers(read_input(source))
+        return image, predictor.prepare_next(image)
+
     def read(
         source: Input, plan: Targets | Outcome
-    ) -> tuple[Input, Targets | Outcome, Future[Volume] | None]:
+    ) -> tuple[Input, Targets | Outcome, Future[tuple[Volume, Sequence[Prepared] | None]] | None]:
         if isinstance(plan, Targets):
             plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(read_input, source) if isinstance(plan, Targets) else None
+        reading = reader.submit(read_and_prepare, source) if isinstance(plan, Targets) else None
         return source, plan, reading
 
     def segment(
-        source: Input, plan: Targets | Outcome, volume: Future[Volume] | None
+        source: Input,
+        plan: Targets | Outcome,
+        reading: Future[tuple[Volume, Sequence[Prepared] | None]] | None,
     ) -> Outcome | Future[Outcome]:
         if isinstance(plan, Outcome):
             return plan
-        assert volume is not None
+        assert reading is not None
         try:
-            image = predictor.with_numbers(volume.result())
+            image, prepared = reading.result()
             prediction = predictor(
                 image,
+                images=prepared,
                 maps=maps is not None,
                 probabilities=probabilities,
                 uncertainty=uncertainty,

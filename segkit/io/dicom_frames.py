@@ -4,6 +4,7 @@ An enhanced file of CT, MR or PET holds all slices. Place and rescaling are give
 once for all frames.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.io.dicom_pixels import surplus_of_pixels
+
+SIZE_OF_PIXELS = ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ def frame_values(path: Path) -> Iterator[tuple[int, ndarray]]:
             f"{path}: its frames cannot be decoded: {reason}; decompress the file, for "
             f"example with gdcmconv, or convert it to NIfTI"
         ) from None
+
+
+def surplus_of_frames(path: Path) -> int:
+    """Bytes of pixels in an enhanced file beyond those of its frames. Raises VolumeError."""
+    header = read_header(path, only=("SOPClassUID", *SIZE_OF_PIXELS))
+    told = [int(header.get(name) or 1) for name in SIZE_OF_PIXELS]
+    return surplus_of_pixels(path, math.ceil(math.prod(told) / 8))
 
 
 def _rescaled(stored: ndarray, frame: Frame) -> ndarray:

@@ -20,6 +20,7 @@ from segkit.errors import SegkitError, VolumeError, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
 from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_frames import damaged, group_of, read_header
+from segkit.io.kept import kept_while_unchanged
 from segkit.io.structure_rules import StructureRules
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ FINER = 15
 """Number of pixels along the edge of a voxel while a contour is filled. It is odd, so that one
 pixel lies at the centre of the voxel."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+FILES_KEPT = 2**14
+"""Most files whose names of structures are not read again."""
 MOST_STRUCTURES = 20
 """A sentence names at most so many structures."""
 
@@ -77,6 +80,7 @@ def structure_kind(path: Path) -> StructureKind | None:
     return "segmentation" if storage in SEGMENTATIONS else None
 
 
+@kept_while_unchanged(FILES_KEPT)
 def read_structure_file(path: Path) -> StructureFile:
     """The description of a structure set or a segmentation, with the names of its structures.
 

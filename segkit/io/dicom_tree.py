@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.io.dicom import Series, find_folders, holds_series, list_series, storage_class
+from segkit.io.dicom import Series, find_folders, holds_series, listing_steps, storage_class
 from segkit.io.dicom_labels import StructureFile, read_structure_file, structure_kind
+from segkit.system.listing import tracked
 
 DIGITS = 6
 """Number of digits of a UID's SHA-256 in a name. They distinguish the series of one folder."""
@@ -43,18 +44,26 @@ def read_tree(root: Path, *, structures: bool = True) -> DicomTree:
     series: list[Series] = []
     found: list[StructureFile] = []
     failures: dict[Path, str] = {}
-    for folder in find_folders(root):
-        if holds_series(folder):
-            try:
-                series += list_series(folder)
-            except SegkitError as error:
-                failures[folder] = str(error)
-        for path in dicom_files(folder) if structures else ():
-            try:
-                if structure_kind(path):
-                    found.append(read_structure_file(path))
-            except SegkitError as error:
-                failures[path] = str(error)
+    folders = list(find_folders(root))
+    count = sum(len(files) for _, _, files in os.walk(root))
+
+    def headers() -> Iterator[Path]:
+        for folder in folders:
+            if holds_series(folder):
+                try:
+                    series.extend((yield from listing_steps(folder)))
+                except SegkitError as error:
+                    failures[folder] = str(error)
+            for path in dicom_files(folder) if structures else ():
+                try:
+                    if structure_kind(path):
+                        found.append(read_structure_file(path))
+                        yield path
+                except SegkitError as error:
+                    failures[path] = str(error)
+
+    for _ in tracked(headers(), "reading DICOM headers", count):
+        pass
     return DicomTree(root, tuple(series), tuple(found), failures)
 
 
@@ -71,8 +80,8 @@ def dicom_files(folder: Path) -> list[Path]:
 
 def path_of(series: Series, tree: Iterable[Series]) -> Path:
     """The path to read a series from: its folder, or its first file if the folder holds several."""
-    alone = sum(other.folder == series.folder for other in tree) == 1
-    return series.folder if alone else series.files[0]
+    several = any(other.folder == series.folder and other is not series for other in tree)
+    return series.files[0] if several else series.folder
 
 
 def name_in(root: Path, folder: Path, uid: str | None = None) -> str:

@@ -18,6 +18,11 @@ class Volume:
     `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
     three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
     get its codes and units. `picture` holds the facts about a picture, such as its unit.
+
+    Example:
+        scan = segkit.read_volume("scan.nii.gz")
+        brighter = scan.like(2 * scan.data)  # on the same grid
+        segkit.write_volume("brighter.nii.gz", brighter)
     """
 
     data: ndarray

@@ -25,23 +25,18 @@ from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
 from segkit.model.checkpoint import checkpoint_path, read_checkpoint, weights_of_network
+from segkit.model.fetch_model import fetch_model
+from segkit.model.file_names import DESCRIPTION, FIRST, FOLD, SUMMARY, WEIGHTS
 from segkit.nn.network import SegmentationNetwork, weights_of
-
-DESCRIPTION = "model.json"
-WEIGHTS = "weights.safetensors"
-FIRST = "first"
-SUMMARY = "summary.json"
-"""The file of a finished run, or of a finished cross-validation, beside its models."""
-FOLD = "fold_"
-"""Prefix of the name of each fold's run in the folder of a cross-validation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network, and all other data that prediction needs.
 
-    model = segkit.load_model("runs/my_run")
-    prediction = segkit.Predictor(model)(scan)
+    Example:
+        model = segkit.load_model("runs/my_run")
+        prediction = segkit.Predictor(model)(scan)
     """
 
     description: ModelDescription
@@ -57,8 +52,6 @@ class Model:
 def save_model(folder: str | Path, model: Model) -> None:
     """Write a model folder.
 
-        segkit.save_model("my_model", model)
-
     Args:
         folder: the folder to write to; it is created if it does not exist.
         model: the model, with the models of its first stage, if it has one.
@@ -66,6 +59,9 @@ def save_model(folder: str | Path, model: Model) -> None:
     Raises:
         ModelError: the weights cannot be written.
         OSError: the folder cannot be written to.
+
+    Example:
+        segkit.save_model("my_model", model)
     """
     folder = Path(folder)
     save_firsts(folder, model.first)
@@ -94,9 +90,6 @@ def save_description(folder: Path, description: ModelDescription) -> None:
 def described_model(description: ModelDescription, module: nn.Module) -> Model:
     """A model from any PyTorch module that computes logits, for `Predictor` and for export.
 
-        model = segkit.described_model(description, module)
-        labels = segkit.Predictor(model)(scan).labels
-
     Args:
         description: how the module was trained. Its `network.given.multiple` says of which numbers
             the sizes of the module's input must be multiples.
@@ -110,6 +103,10 @@ def described_model(description: ModelDescription, module: nn.Module) -> Model:
     Raises:
         ModelError: the description is that of a U-Net or has a first stage, or the module's state
             cannot be saved.
+
+    Example:
+        model = segkit.described_model(description, module)
+        labels = segkit.Predictor(model)(scan).labels
     """
     return Model(description, wrap_network(description, module).eval())
 
@@ -138,11 +135,10 @@ def load_model(
 ) -> Model:
     """Read a model onto the CPU, in evaluation mode.
 
-        model = segkit.load_model("runs/my_run")
-
     Args:
         path: a model folder, the folder of a run, or that of a cross-validation, from which the
-            first fold is read.
+            first fold is read; or an address of these, such as `hf:OWNER/NAME@REVISION` or
+            `https://SERVER/model.zip`, which is downloaded the first time (see `fetch_model`).
         network: the module with which the model was trained, if it came from Python. The weights
             are loaded into it.
         checkpoint: `best` or `last`: take the weights from this checkpoint of a run, which may
@@ -153,9 +149,12 @@ def load_model(
 
     Raises:
         ModelError: there is no model, its weights do not fit its description, or its first stage
-            does not fit the model.
+            does not fit the model; or the model cannot be fetched.
+
+    Example:
+        model = segkit.load_model("runs/my_run")
     """
-    folder = model_folders(Path(path), checkpoint)[0]
+    folder = model_folders(path, checkpoint)[0]
     description = load_description(folder)
     stage, first = description.first_stage, []
     for number in range(stage.models if stage else 0):
@@ -306,16 +305,17 @@ def adopt(folder: Path, postprocessing: PostprocessingConfig) -> None:
     save_description(folder, description)
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: str | Path) -> Path:
     """The first folder of `model_folders`."""
     return model_folders(path)[0]
 
 
-def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]:
-    """The model folders at a path.
+def model_folders(path: str | Path, checkpoint: str | None = None) -> tuple[Path, ...]:
+    """The model folders at a path or address.
 
     Args:
-        path: a model folder, the folder of a run, or that of a cross-validation.
+        path: a model folder, the folder of a run, or that of a cross-validation; or an address, as
+            in `fetch_model`.
         checkpoint: `best` or `last` if weights of a checkpoint are wanted.
 
     Returns:
@@ -323,8 +323,9 @@ def model_folders(path: Path, checkpoint: str | None = None) -> tuple[Path, ...]
         has the checkpoint.
 
     Raises:
-        ModelError: there is no model folder.
+        ModelError: there is no model folder, or the model cannot be fetched.
     """
+    path = fetch_model(path)
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION).is_file():
             return (folder,)

@@ -74,7 +74,7 @@ def start_from(
 
     Args:
         network: the network; it changes in place.
-        path: a model folder, or the folder of a run.
+        path: a model folder, the folder of a run, or an address (see `fetch_model`).
         channels: names of the channels of the network's image; those of the model if not given.
         other_channels: the kernels of channels that the model does not have.
 

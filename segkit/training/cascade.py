@@ -20,16 +20,8 @@ from segkit.inference.predictor import WINDOWS_IN_TRAINING, Predictor
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume
-from segkit.model.folder import (
-    DESCRIPTION,
-    SUMMARY,
-    WEIGHTS,
-    Model,
-    check_first_stage,
-    load_description,
-    load_model,
-    model_folder,
-)
+from segkit.model.file_names import DESCRIPTION, SUMMARY, WEIGHTS
+from segkit.model.folder import Model, check_first_stage, load_description, load_model, model_folder
 from segkit.system.progress import Track, untracked
 
 SegmentVolume = Callable[[Volume], Volume]

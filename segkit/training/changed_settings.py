@@ -9,8 +9,9 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import SCHEDULE_OF, Config
 from segkit.errors import ConfigError
 from segkit.io.safe_text import read_json_object
+from segkit.model.file_names import CONFIG
 from segkit.training.resolve import with_absolute_paths
-from segkit.training.run_folder import BEGUN, CONFIG
+from segkit.training.run_folder import BEGUN
 
 OF_SPLIT = (
     "data.validation",

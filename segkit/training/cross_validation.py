@@ -31,7 +31,8 @@ from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.folder import FOLD, SUMMARY, adopt, load_description
+from segkit.model.file_names import FOLD, SPLIT, SUMMARY
+from segkit.model.folder import adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
@@ -40,7 +41,7 @@ from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_absolute_paths
-from segkit.training.run_folder import SPLIT, lock_if_free, locked_folder, new_run_folder
+from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)

@@ -33,9 +33,8 @@ from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
+from segkit.model.file_names import CONFIG, DESCRIPTION, SPLIT, SUMMARY
 from segkit.model.folder import (
-    DESCRIPTION,
-    SUMMARY,
     Model,
     load_description,
     save_description,
@@ -87,9 +86,7 @@ from segkit.training.resolve import on_this_machine
 from segkit.training.resume_state import ResumeState
 from segkit.training.run_folder import (
     BEGUN,
-    CONFIG,
     LAST,
-    SPLIT,
     check_checkpoint,
     checkpoint_of,
     existing_run,
@@ -119,6 +116,11 @@ class Run:
 
     If several processes train, only the first one writes the folder and scores the model; in the
     others `summary` is empty.
+
+    Example:
+        run = segkit.train(segkit.load_config("my_dataset.yaml"))
+        run.summary["validation"]["mean_dice"]
+        prediction = segkit.Predictor(run.model)(scan)
     """
 
     folder: Path
@@ -509,6 +511,7 @@ def _module_of(
         budget=budget,
         freezing=freezing,
         notes=notes,
+        compiled=config.trainer.compile,
     )
 
 

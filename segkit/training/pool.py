@@ -9,7 +9,7 @@ from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole_folder, write_json
-from segkit.model.folder import FOLD, SUMMARY, WEIGHTS
+from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY, WEIGHTS
 from segkit.training.changed_settings import changes, is_one_of
 from segkit.training.cross_validation import (
     RECORD,
@@ -19,7 +19,6 @@ from segkit.training.cross_validation import (
     write_pooled,
 )
 from segkit.training.kept_split import SplitNames, case_names, read_split
-from segkit.training.run_folder import CONFIG, SPLIT
 
 OF_THE_MACHINE = {
     "name",

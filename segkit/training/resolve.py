@@ -27,13 +27,15 @@ from segkit.config.data import (
     SynthesisConfig,
     ZScoreConfig,
 )
-from segkit.config.model import ModelDescription, description_of
+from segkit.config.model import ACROSS, ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConfig
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError, Problems
+from segkit.geometry.grid import Orientation
+from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import bfloat16_is_fast
@@ -138,6 +140,35 @@ def check_images(
         )
 
 
+def check_plane(config: Config, dataset: Dataset, cases: Sequence[CaseFiles]) -> None:
+    """Check that cases of one slice are trained in two dimensions, in the plane of the slice.
+
+    Raises:
+        ConfigError: all cases have one voxel along an axis, and the network is a 3D network, or a
+            2D network of other planes.
+    """
+    flat = {0, 1, 2}
+    for case in cases:
+        grid = grid_of_case(case, dataset)
+        shape = Orientation.of(grid.affine).turn_grid(grid).shape
+        flat &= {axis for axis, size in enumerate(shape) if size == 1}
+        if not flat:
+            return
+    network, plane = config.network, config.data.slices
+    in_plane = {name for name, axis in ACROSS.items() if axis in flat}
+    if not cases or (network.spatial_dims == 2 and plane in in_plane) or network.given is not None:
+        return
+    found = "network.spatial_dims 3" if network.spatial_dims == 3 else f"data.slices {plane}"
+    axes, names = (
+        " and ".join(sorted(each)) for each in ({"xyz"[axis] for axis in flat}, in_plane)
+    )
+    raise ConfigError(
+        f"every case of {dataset.folder} has one voxel along {axes} (RAS+), so expected "
+        f"network.spatial_dims 2 and data.slices {names}, found {found}; set both, with a "
+        f"data.patch_size of two numbers, or run segkit plan {dataset.folder}"
+    )
+
+
 def check_precision(config: Config) -> None:
     """Check that segkit can train in the config's precision.
 
@@ -210,13 +241,18 @@ def with_absolute_paths(config: Config) -> Config:
             "folder": config.data.folder.resolve(),
             "cache": config.data.cache and config.data.cache.resolve(),
             "first_stage": config.data.first_stage
-            and [path.resolve() for path in config.data.first_stage],
+            and [_absolute(path) for path in config.data.first_stage],
         }
     )
     train = config.train.model_copy(
-        update={"start_from": config.train.start_from and config.train.start_from.resolve()}
+        update={"start_from": config.train.start_from and _absolute(config.train.start_from)}
     )
     return config.model_copy(update={"data": data, "train": train})
+
+
+def _absolute(model: Path) -> Path:
+    """The absolute path of a model's folder; an address stays as it is."""
+    return model if is_address(model) else model.resolve()
 
 
 def _data(

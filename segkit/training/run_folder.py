@@ -24,6 +24,7 @@ from segkit.errors import ConfigError
 from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
 from segkit.model.checkpoint import UNREADABLE
+from segkit.model.file_names import CONFIG
 from segkit.training.csv_logger import MetricsFile
 
 try:
@@ -31,12 +32,9 @@ try:
 except ImportError:  # on Windows, folders are not locked
     fcntl = None  # type: ignore[assignment]
 
-CONFIG = "config.yaml"
 BEGUN = "begun.json"
 """The file with the settings that a run began with, to notice edits before its first checkpoint."""
 LAST = "last.ckpt"
-SPLIT = "split.json"
-"""The file with the names of the training cases and the held-out cases."""
 METRICS_FILE = "metrics.csv"
 CHECKPOINT_KEYS = {
     "epoch",

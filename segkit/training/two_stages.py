@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from segkit.config.load import dump_yaml, load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
-from segkit.model.folder import SUMMARY
+from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.system.progress import Track, untracked
 from segkit.training.fit import Run, fit_with_files, resume, train
 from segkit.training.parts import prepare
 from segkit.training.resolve import with_absolute_paths
-from segkit.training.run_folder import CONFIG, SECOND_STAGE
+from segkit.training.run_folder import SECOND_STAGE
 
 
 def train_two_stages(

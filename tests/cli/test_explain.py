@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from segkit.config.attention import AdditiveGridGateConfig
+from segkit.explain.verdicts.identity import judge_attention
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import read_labels, read_volume
 from segkit.model.folder import save_model
 from tests.cli.command import run
 from tests.explain.heads.test_study import attending_model, self_attention
@@ -157,3 +160,59 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     code, said, err = command(scans / "a.nii.gz", *words[:1], tmp_path / "alone", *words[2:])
     assert code == 2 and err.count("\n") == 1 and "next" not in said
     assert not (tmp_path / "alone").exists()
+
+
+def test_the_command_says_whether_the_network_attends_to_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_scans(tmp_path)
+    model = attending_model(skip=AdditiveGridGateConfig(levels=[1]), bottleneck=self_attention(2))
+    save_model(tmp_path / "model", model)
+    out = tmp_path / "out"
+    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
+    words += ["--reference", tmp_path / "labels", "--out", out, "--identity"]
+    code, said, err = run(*words, capsys=capsys)
+    assert (code, err) == (0, "")
+    told = json.loads((out / "cohort.json").read_text())["identity"]
+    assert told["blocks"] == ["bottleneck", "skip.1"]
+    table = said[said.index("Dice with attention blocks as the identity") :]
+    page = (out / "index.html").read_text()
+    for verdict in told["verdicts"]:
+        (row,) = [line for line in table.splitlines() if line.strip().startswith(verdict["block"])]
+        assert verdict["word"] == "cannot tell" and "cannot tell" in row
+        assert f"{verdict['dice_lost']:.3f}" in row.split()
+        assert f"{verdict['block']} as the identity" in page
+    rows = [(out / name / "identity.csv").read_text().splitlines() for name in ("a", "b")]
+    assert (out / "identity.csv").read_text().splitlines() == rows[0] + rows[1][1:]
+    assert f"{told['share']['parameters_outside']:,} of {told['share']['parameters']:,}" in said
+    # The same as in Python.
+    pairs = [
+        (read_volume(tmp_path / "scans" / f"{n}.nii.gz"), read_labels(label))
+        for n, label in (("a", "a"), ("b", "b"))
+        for label in [tmp_path / "labels" / f"{n}.nii.gz"]
+    ]
+    study = judge_attention(Predictor.load(tmp_path / "model", device="cpu"), pairs)
+    assert [vars(one)["dice_lost"] for one in study.verdicts] == pytest.approx(
+        [one["dice_lost"] for one in told["verdicts"]], abs=1e-6
+    )
+    # Without it, nothing of the old one stays; one scan has it on its own page.
+    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
+    assert code == 0 and not list(out.rglob("identity.csv"))
+    words[1] = tmp_path / "scans" / "a.nii.gz"
+    words[6:] = ["--reference", tmp_path / "labels", "--out", tmp_path / "one", "--identity"]
+    code, said, err = run(*words, capsys=capsys)
+    assert (code, err) == (0, "") and "outside attention: " in said
+    one = json.loads((tmp_path / "one" / "measures.json").read_text())["identity"]
+    assert one["verdicts"][0]["dice_lost"] == pytest.approx(-one["ablation"][0]["change"])
+    assert "Dice with attention blocks as the identity" in (tmp_path / "one/index.html").read_text()
+
+
+def test_identity_of_a_model_without_attention_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_scans(tmp_path)
+    save_model(tmp_path / "model", attending_model())
+    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--identity"]
+    code, _, err = run(*words, "--out", tmp_path / "out", "--device", "cpu", capsys=capsys)
+    assert code == 2 and "expected a model with attention blocks" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -104,6 +104,23 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     assert not (Path("runs/one/model/first")).exists()
 
 
+def test_a_plan_does_not_take_the_name_of_the_file_that_describes_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e11)
+    (small_dataset(tmp_path / "balls") / "dataset.json").unlink()
+    files = "images: {T1: imagesTr/*.nii.gz}, label: labelsTr/*.nii.gz"
+    labels = "labels: {background: 0, ball: 1}"
+    text = f"data: {{folder: balls, files: {{{files}, {labels}}}}}\n"
+    for described, written in (("balls.yaml", "balls_plan.yaml"), ("other.yaml", "balls.yaml")):
+        Path(described).write_text(text)
+        words = ("plan", described, "--device", "cpu", "--no-race", "--overwrite")
+        code, out, err = run(*words, capsys=capsys)
+        assert (code, err) == (0, "") and f"wrote {written}\n" in out
+        assert Path(described).read_text() == text
+
+
 def test_plan_and_train_print_their_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

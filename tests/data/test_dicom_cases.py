@@ -1,5 +1,8 @@
 """Cases of a folder of DICOM files: which series, which structures, and what they come to."""
 
+import shutil
+from collections.abc import Iterable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from segkit.data.dataset import check_headers, dataset_of, grid_of_case, read_ca
 from segkit.errors import DatasetError, SegkitError
 from segkit.evaluation.evaluate import evaluate
 from segkit.geometry.grid import Grid
+from segkit.io import dicom
 from segkit.io.checksums import file_states
+from segkit.io.dicom_tree import read_tree
 from segkit.io.volume import write_volume
+from segkit.system.listing import show_listing
 from tests.cli.command import run
 from tests.dicom import box_contour, write_series, write_structures
 from tests.helpers import affine_of
@@ -44,13 +50,18 @@ def patient(root: Path, name: str, structure: str | None = "GTV", seed: int = 0)
     return folder
 
 
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    root = tmp_path / "cohort"
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made") / "cohort"
     patient(root, "p1", "GTV primary", 1)
     patient(root, "p2", "gross mass", 2)
     patient(root, "p3", None, 3)
     return root
+
+
+@pytest.fixture
+def cohort(made_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_once, tmp_path / "cohort")
 
 
 def settings(root: Path, **dicom: Any) -> DatasetConfig:
@@ -218,6 +229,36 @@ def test_check_tells_what_a_tree_of_dicom_files_holds(
     assert "6 DICOM series in 3 folders" in out
     assert "3 series: CT, thorax, 6 to 6 slices" in out
     assert "structure Body: in 2 of 2 files" in out and "structure gross mass: in 1 of 2" in out
+
+
+def test_each_header_of_a_cohort_is_read_once(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    whole = dicom._reader
+
+    def counted(file: Path) -> Any:
+        read.append(file)
+        return whole(file)
+
+    monkeypatch.setattr(dicom, "_reader", counted)
+    dataset = dataset_of(settings(cohort))
+    check_headers(dataset.cases, dataset)
+    dataset_of(settings(cohort))
+    assert len(read) == len(set(read)) == 3 * (SHAPE[2] + 2)
+
+
+def test_listing_shows_its_progress_by_files(cohort: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def display(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+        each = list(items)
+        told.append((what, count, len(each)))
+        return each
+
+    copy_context().run(lambda: (show_listing(display), read_tree(cohort)))
+    files = 3 * (SHAPE[2] + 2) + 2
+    assert told == [("reading DICOM headers", files, files)]
 
 
 def test_a_damaged_file_stops_a_dataset_with_its_name(cohort: Path) -> None:

@@ -9,9 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
+from segkit.errors import ModelError
 from segkit.export.agreement import compare_outputs, noise_for
 from segkit.export.deployment import deployment
+from segkit.export.export import EXPORT_SUFFIXES, export_model
 from segkit.export.graphs import export_onnx, export_openvino, export_pt2
+from segkit.inference.engines.converted import Traced
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE
 from tests.models import FAST, SLOW, model_of
@@ -56,6 +59,37 @@ def test_onnx_has_named_outputs_any_batch_size_and_its_preprocessing(tmp_path: P
     (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
     assert json.loads(told) == deployment(model)
     assert session.get_modelmeta().custom_metadata_map == {"segkit": told}
+
+
+@pytest.mark.parametrize("family", ["gated"])
+def test_onnx_takes_windows_of_any_size_if_it_was_asked_to(family: str, tmp_path: Path) -> None:
+    model = model_of(*reversed(FAST[family]))
+    run = export_onnx(model, tmp_path / "a.onnx", any_size=True)
+    names = tuple(Traced(model.network).names)
+    for size in ((8, 24, 16), (32, 8, 8)):
+        windows = torch.randn(2, 2, *size)
+        with torch.inference_mode():
+            expected = Traced(model.network).eval()(windows)
+        for ours, theirs in zip(expected, run(windows, names), strict=True):
+            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    (told,) = [entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props]
+    assert json.loads(told) == deployment(model, any_size=True)
+    assert json.loads(told)["windows"]["any_size"] is True
+
+
+def test_a_network_for_one_size_is_refused_for_any_size_and_leaves_no_file(tmp_path: Path) -> None:
+    model = model_of(*reversed(FAST["self-attention"]))
+    with pytest.raises(ModelError, match=r"takes only windows of its patch; export without any"):
+        export_onnx(model, tmp_path / "a.onnx", any_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["openvino", "pt2", "monai-bundle"])
+def test_only_onnx_takes_windows_of_any_size(form: Any, tmp_path: Path) -> None:
+    model = model_of(*reversed(FAST["plain"]))
+    out = tmp_path / f"a{EXPORT_SUFFIXES[form]}"
+    with pytest.raises(ModelError, match="windows of any size need ONNX, found"):
+        export_model(model, form, out, any_size=True)
 
 
 def test_a_program_has_named_outputs_any_batch_size_and_its_preprocessing(

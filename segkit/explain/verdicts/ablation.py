@@ -42,7 +42,8 @@ class Ablation:
 
     case: str
     map: str
-    operation: AblationKind
+    operation: AblationKind | Literal["identity"]
+    """How the map was replaced; 'identity' if `map` is an attention block instead."""
     label: str | None
     """The class or region; None for the mean over those that the reference contains."""
     against: Literal["reference", "prediction"]

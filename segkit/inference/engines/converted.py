@@ -28,8 +28,8 @@ from torch.export import ExportedProgram
 
 import segkit.nn
 from segkit.errors import ModelError
-from segkit.inference.engines.conversion_cache import cached_folder, find_cached, user_cache
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, TorchEngine, run
+from segkit.io.folder_cache import cached_folder, find_cached, user_cache
 from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
 from segkit.nn.network import SegmentationNetwork, unet_of

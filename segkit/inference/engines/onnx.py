@@ -12,6 +12,7 @@ from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from segkit.errors import ModelError
 from segkit.inference.engines.converted import INPUT, RunGraph, Traced
+from segkit.inference.engines.torch_eager import PRESENCE
 
 ONNX_FILE = "network.onnx"
 OPSET = 18
@@ -20,6 +21,8 @@ WANTED = (
     "The feature will be removed",
     # Each image's own mean and variance are used, as in PyTorch.
     "ONNX export mode is set to TrainingMode.EVAL, but operator 'instance_norm' is set to",
+    # A constant is computed when the graph runs: which cells of a padded window lie on the grid.
+    "Constant folding - Only steps=1 can be constant folded",
 )
 """Warnings of PyTorch (2.14) at each call of its older exporter, which we use on purpose.
 
@@ -45,7 +48,15 @@ class OnnxRuntime:
         """Write the files of a network for windows of this shape."""
         self.write(network, window, folder / ONNX_FILE)
 
-    def write(self, network: Traced, window: Tensor, file: Path, *, batch: str = "") -> None:
+    def write(
+        self,
+        network: Traced,
+        window: Tensor,
+        file: Path,
+        *,
+        batch: str = "",
+        axes: Sequence[str] = (),
+    ) -> None:
         """Write a network for windows of this shape; its outputs have names.
 
         Args:
@@ -54,8 +65,13 @@ class OnnxRuntime:
             file: the file to write.
             batch: name of the batch axis, if the file must take batches of any size; if empty, it
                 takes batches of the same size as `window`.
+            axes: names of the spatial axes, if the file must take windows of any size.
         """
-        names = (INPUT, *network.names)
+        free = {0: batch} if batch else {}
+        free |= dict(enumerate(axes, start=2))
+        changing = {name: free for name in (INPUT, *network.names) if name != PRESENCE}
+        if batch and PRESENCE in network.names:
+            changing[PRESENCE] = {0: batch}
         with warnings.catch_warnings():
             for message in WANTED:
                 warnings.filterwarnings("ignore", message)
@@ -68,7 +84,7 @@ class OnnxRuntime:
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=network.names,
-                dynamic_axes={name: {0: batch} for name in names} if batch else {},
+                dynamic_axes=changing if free else {},
             )
 
     def load(self, folder: Path, names: Sequence[str]) -> RunGraph:

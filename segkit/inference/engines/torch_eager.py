@@ -2,7 +2,7 @@
 
 torch_eager    the interface of engines, and PyTorch's own engine
 torch_compile  torch.compile
-converted      OpenVINO and ONNX Runtime, with the cache of `conversion_cache`
+converted      OpenVINO and ONNX Runtime, with the cache of `segkit.io.folder_cache`
 out_of_memory  an engine that continues in host memory if GPU memory runs out
 choose         choice of an engine, by name or by rule
 """

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from segkit.inference.engines.choose import EngineName, choose_engine
-from segkit.inference.engines.conversion_cache import user_cache
 from segkit.inference.engines.converted import (
     ENGINES_FOLDER,
     ConvertedEngine,
@@ -18,6 +17,7 @@ from segkit.inference.engines.converted import (
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
+from segkit.io.folder_cache import MANIFEST, user_cache
 from segkit.model.folder import load_model
 from segkit.nn.map_tap import editing
 from tests.engines import CPU, agrees, assert_agree, windows_of
@@ -121,3 +121,20 @@ def test_edited_maps_are_edited_in_every_engine() -> None:
 def test_an_engine_leaves_the_callers_arithmetic_as_it_was(name: EngineName) -> None:
     choose_engine(name, model_of({}, 3), device="cpu")(windows_of(3), ())
     assert (torch.full((4,), 1e-40) * 1.0).all()
+
+
+def test_a_damaged_conversion_is_made_again(
+    tmp_path: Path, conversions: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = saved(tmp_path), windows_of(3)
+    assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
+    (folder,) = (user_cache() / ENGINES_FOLDER).iterdir()
+    numbers = bytearray((folder / "network.bin").read_bytes())
+    numbers[len(numbers) // 2] ^= 0xFF
+    (folder / "network.bin").write_bytes(numbers)
+    assert_agree(ConvertedEngine(model, OpenVino()), model, batch)
+    assert len(conversions) == 2
+    assert "is damaged and is made again" in caplog.text
+    (folder / MANIFEST).write_text("{}")
+    assert not ConvertedEngine(model, OpenVino()).is_ready(batch[:, :, :4])
+    assert not ConvertedEngine(model, OpenVino()).is_ready(batch)

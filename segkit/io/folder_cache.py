@@ -20,24 +20,27 @@ MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
 
-def cached_folder(name: str, folders: Sequence[Path], make: Callable[[Path], None]) -> Path:
+def cached_folder(
+    name: str, folders: Sequence[Path], make: Callable[[Path], None], *, anew: bool = False
+) -> Path:
     """The undamaged folder of a name; if there is none, it is made.
 
     Args:
         name: name of the folder.
         folders: folders in which to look for it, in order.
         make: writes the files, into the first of `folders` that can be written.
+        anew: whether it is made again even if it is undamaged.
 
     Raises:
         OSError: none of `folders` can be written.
     """
-    found = find_cached(name, folders)
+    found = None if anew else find_cached(name, folders)
     if found is not None:
         return found
     for folder, another in zip(folders, [*folders[1:], None], strict=True):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return _made(folder / name, make)
+            return _made(folder / name, make, anew)
         except OSError as error:
             if another is None:
                 raise
@@ -61,15 +64,14 @@ def user_cache() -> Path:
     return (Path(named) if named else Path.home() / ".cache") / "segkit"
 
 
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
+def _made(target: Path, make: Callable[[Path], None], anew: bool) -> Path:
     remove_leftovers(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
     partial.chmod(0o755)  # as mkdir does, so that other users can read it
     try:
         make(partial)
-        sums = {file.name: checksum(file) for file in partial.iterdir()}
-        write_json(partial / MANIFEST, {"name": target.name, "files": sums})
-        if target.is_dir() and not _intact(target):
+        write_json(partial / MANIFEST, {"name": target.name, "files": _sums_in(partial)})
+        if target.is_dir() and (anew or not _intact(target)):
             shutil.rmtree(target)
         try:
             partial.rename(target)
@@ -84,7 +86,16 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
 def _intact(folder: Path) -> bool:
     try:
         manifest = read_json_object(folder / MANIFEST)
-        found = {file.name: checksum(file) for file in folder.iterdir() if file.name != MANIFEST}
+        found = _sums_in(folder)
     except (OSError, ValueError):
         return False
     return bool(found) and manifest == {"name": folder.name, "files": found}
+
+
+def _sums_in(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder and its subfolders, by path, but for its manifest."""
+    return {
+        file.relative_to(folder).as_posix(): checksum(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / MANIFEST
+    }
