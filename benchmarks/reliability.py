@@ -142,7 +142,7 @@ def inputs_section(counts: Mapping[str, int], seed: int) -> str:
         [
             INPUTS,
             "Headers and bodies of volumes and pictures were changed at random. Each file is "
-            f"accepted, or refused in one sentence. (Seed {seed}, segkit {version('segkit')}.)",
+            f"accepted, or refused in one sentence. (Seed {seed}.)",
             table,
         ]
     )

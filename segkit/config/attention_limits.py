@@ -120,7 +120,7 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
         raise ValueError(
             f"network.attention.skip needs network.channels of {2 * spatial_dims} or "
             f"more to encode positions, found {narrowest}"
-            "; widen the channels, or set positions to none"
+            "; widen the channels, or choose another attention"
         )
 
 
