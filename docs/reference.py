@@ -36,6 +36,10 @@ API = {
         "AttentionStudy BlockVerdict AttentionShare "
         "Evaluation Comparison"
     ),
+    "Measures of attributions": (
+        "max_sensitivity relative_input_stability relative_output_stability noisy_copies road "
+        "random_logit smooth_mprt"
+    ),
     "Volumes": (
         "read_volume read_labels write_volume write_montage label_colour "
         "Volume Grid Orientation Placement"

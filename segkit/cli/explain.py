@@ -39,6 +39,19 @@ def explain_command(
     verdicts: Annotated[
         bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
     ] = False,
+    attribution: Annotated[
+        list[str] | None,
+        Option(
+            "--attribution",
+            metavar="METHOD",
+            help="Also write what each part of the image contributes to each structure: "
+            "integrated_gradients, smoothgrad, occlusion or kernel_shap; may be repeated.",
+        ),
+    ] = None,
+    cell: Annotated[
+        float | None,
+        Option(min=0, help="Edge in mm of the boxes of occlusion and kernel_shap."),
+    ] = None,
     identity: Annotated[
         bool,
         Option("--identity", help="Segment again with each attention block as the identity."),
@@ -63,15 +76,15 @@ def explain_command(
     import torch
 
     from segkit.data.case_inputs import inputs_in
+    from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.ablation import check_gates
-    from segkit.explain.verdicts.identity import check_blocks, identity_tables
+    from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
@@ -80,6 +93,10 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
+    if cell is not None and not attribution:
+        raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
+    methods = chosen_methods(attribution or ())
+    settings = AttributionSettings(cell_mm=cell)
     folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
@@ -113,6 +130,8 @@ def explain_command(
         references=reference,
         tolerance_mm=tolerance,
         verdicts=verdicts,
+        attributions=methods,
+        attribution_settings=settings,
         identity=identity,
         overwrite=overwrite,
         conclude=over_all.extend,
@@ -125,17 +144,25 @@ def explain_command(
             _tell(explained)
         else:
             failures.append(explained.error)
-    if over_all:
-        console.print(verdict_table(over_all))
-    for study in studies:
-        console.print(plain_table(identity_tables(study)[0]))
-        say(study.said())
+    _conclude(over_all, studies)
     if len(failures) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:
         for error in failures:
             complain(error)
     raise_failures(failures, len(found), alone=len(found) == 1)
+
+
+def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> None:
+    """Print what all volumes show together."""
+    from segkit.explain.page.terminal_table import plain_table, verdict_table
+    from segkit.explain.verdicts.identity import identity_tables
+
+    if verdicts:
+        console.print(verdict_table(verdicts))
+    for study in studies:
+        console.print(plain_table(identity_tables(study)[0]))
+        say(study.said())
 
 
 def _tell(explained: "Explained") -> None:
@@ -148,5 +175,7 @@ def _tell(explained: "Explained") -> None:
                 f"{head.distance_mm:.1f} mm ({head.distance_ratio:.2f} of uniform attention), "
                 f"entropy {head.entropy:.2f} (uniform: {head.uniform_entropy:.2f})"
             )
+    for sentence in explained.attributed:
+        say(f"{explained.name} {sentence}")
     for verdict in explained.verdicts:
         say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

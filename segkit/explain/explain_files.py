@@ -7,6 +7,7 @@ from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
@@ -60,6 +61,8 @@ class Explained:
     """The best verdict on each map, from this volume only."""
     attention: AttentionStudy | None = None
     """Dice of this volume with attention blocks as the identity; None if not wanted."""
+    attributed: tuple[str, ...] = ()
+    """A sentence about each attribution."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
 
@@ -72,6 +75,8 @@ def explain_files(
     references: str | Path | None = None,
     tolerance_mm: float = TOLERANCE_MM,
     verdicts: bool = False,
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
     identity: bool = False,
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
@@ -102,6 +107,9 @@ def explain_files(
         tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
             counts as pointing at it.
         verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        attributions: methods of `attribute` that are applied to every predicted structure. Their
+            values are written and measured as maps are. Each takes minutes for each volume.
+        attribution_settings: their settings.
         identity: whether to replace each attention block by the identity, one after another.
         overwrite: whether existing files may be replaced.
         conclude: is called with the verdicts over several volumes.
@@ -129,6 +137,9 @@ def explain_files(
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
     asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
+    if attributions:
+        settings = attribution_settings or AttributionSettings()
+        asked["attributions"] = {"methods": list(attributions), **vars(settings)}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -146,6 +157,8 @@ def explain_files(
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
+                attributions=attributions,
+                attribution_settings=attribution_settings,
                 track=track,
             )
             made = made_by(predictor, asked, source.files)
@@ -160,7 +173,17 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        yield Explained(source.name, written, explanation.reach, shown, explanation.attention)
+        said = tuple(one.sentence() for one in explanation.attributions.values())
+        if attributions and not said:
+            said = ("no structure was predicted, so nothing is attributed to one",)
+        yield Explained(
+            source.name,
+            written,
+            explanation.reach,
+            shown,
+            explanation.attention,
+            attributed=said,
+        )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
         worths += [explanation.worth] if explanation.worth else []

@@ -23,6 +23,14 @@ import torch
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within, within
 from segkit.errors import SegkitError, VolumeError
+from segkit.explain.attribution.attribute import (
+    Attribution,
+    AttributionSettings,
+    Method,
+    attribute,
+    attribution_table,
+    chosen_methods,
+)
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
@@ -108,6 +116,9 @@ class Explanation:
     unlabelled: tuple[str, ...] = ()
     """Classes or regions that nobody labelled in the reference. Their Dice is NaN, and nothing else
     of them is measured."""
+    attributions: dict[str, Attribution] = field(default_factory=dict)
+    """Attributions of the predicted structures by their keys, such as 'occlusion/liver'. They are
+    among `maps` too."""
 
     @property
     def against(self) -> str:
@@ -139,6 +150,7 @@ class Explanation:
             self._layers(),
             tables=[
                 *self._tables(),
+                *attribution_table(self.attributions),
                 *(self.worth.tables if self.worth else ()),
                 *(identity_tables(self.attention) if self.attention else ()),
             ],
@@ -181,6 +193,8 @@ class Explanation:
             "dice": self.dice,
             "measures": [vars(measure) for measure in self.measures],
         }
+        if self.attributions:
+            figures["attributions"] = [one.figures() for one in self.attributions.values()]
         names = [TABLE, FIGURES, PAGE]
         if self.worth:
             figures["worth"] = self.worth.figures
@@ -298,6 +312,8 @@ def explain_volume(
     untrained: MakeUntrained | None = None,
     unlabelled: Collection[str] = (),
     earlier: Sequence[CaseEvidence] = (),
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
     track: Track = untracked,
 ) -> Explanation:
     """Segment a scan, record the attention maps, and compare them with labels.
@@ -321,6 +337,9 @@ def explain_volume(
             They do not count in Dice, measures and verdicts. Ignored without a reference.
         earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
             mean map is one of the comparators for deletion.
+        attributions: methods of `attribute` that are applied to every predicted structure. Each
+            takes minutes.
+        attribution_settings: their settings.
         track: reports the progress.
 
     Returns:
@@ -330,7 +349,7 @@ def explain_volume(
         VolumeError: if the reference lies on another grid, the volume does not fit the model, or
             `unlabelled` names an unknown class.
         ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
-            attention block.
+            attention block, or an attribution is unknown.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -339,6 +358,7 @@ def explain_volume(
     """
     description = predictor.model.description
     labelling = description.labelling
+    chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
     if unknown := [each for each in unlabelled if each not in labelling.members]:
@@ -364,8 +384,12 @@ def explain_volume(
         )
     reach = {position: watcher.result() for position, watcher in watchers.items()}
     maps = with_fused(prediction.maps)
+    attributed = _attributed(
+        predictor, volume, prediction.labels, attributions, attribution_settings, track
+    )
+    shown = {**maps, **{key: one.map for key, one in attributed.items()}}
     measures = measure_maps(
-        maps,
+        shown,
         volume,
         prediction.labels if reference is None else reference,
         labelling,
@@ -421,7 +445,7 @@ def explain_volume(
         volume,
         prediction.labels,
         reference,
-        maps,
+        shown,
         measures,
         tolerance_mm,
         dice,
@@ -432,6 +456,7 @@ def explain_volume(
         facts,
         labelling,
         lacking,
+        attributed,
     )
 
 
@@ -455,6 +480,24 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
         "measured": "on each map's own grid; a cell is in a structure if at least half of it is",
         "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
         f"torch {torch.__version__}, numpy {np.__version__}",
+    }
+
+
+def _attributed(
+    predictor: Predictor,
+    volume: Volume,
+    labels: Volume,
+    methods: Sequence[Method],
+    settings: AttributionSettings | None,
+    track: Track,
+) -> dict[str, Attribution]:
+    """Attributions of all predicted structures by all methods, by key."""
+    return {
+        one.key: one
+        for method in methods
+        for one in attribute(
+            predictor, volume, method, region=labels, settings=settings, track=track
+        ).values()
     }
 
 

@@ -36,7 +36,7 @@ SMALL_WINDOW = 2**18
 """Windows of at most so many voxels run together."""
 WINDOWS_TOGETHER = 2
 """Small windows in each call: on a CPU, PyTorch (2.13) is several times slower with only one."""
-Values = Float[ndarray, " structures"]
+StructureSums = Float[ndarray, " structures"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,15 +165,15 @@ class SummedOutput:
         numbers = range(len(self.windows))
         return Held(self, list(self.run((number, self.cut(image, number)) for number in numbers)))
 
-    def value(self, image: Float[Tensor, "channel x y z"]) -> Values:
+    def value(self, image: Float[Tensor, "channel x y z"]) -> StructureSums:
         """The sum of each structure, with every window computed."""
         return self.hold(image).value()
 
-    def of_blended(self, blended: Float[Tensor, "output region"]) -> Values:
+    def of_blended(self, blended: Float[Tensor, "output region"]) -> StructureSums:
         """The sum of each structure from the blended logits in the region."""
         shares = blended.softmax(dim=0) if self.softmax else blended.sigmoid()
         chosen = blended if self.quantity == "logit" else shares
-        sums: Values = (chosen[self.outputs].double() * self.inside).sum(dim=1).numpy()
+        sums: StructureSums = (chosen[self.outputs].double() * self.inside).sum(dim=1).numpy()
         return sums
 
     def gradient(
@@ -269,11 +269,11 @@ class Held:
     target: SummedOutput
     parts: list[Tensor]
 
-    def value(self, changed: Mapping[int, Tensor] | None = None) -> Values:
+    def value(self, changed: Mapping[int, Tensor] | None = None) -> StructureSums:
         """The sum of each structure, if the parts of some windows are exchanged for others."""
         parts = [(changed or {}).get(number, part) for number, part in enumerate(self.parts)]
         if self.target.quantity == "logit":
-            sums: Values = torch.stack(parts).sum(dim=0).numpy()
+            sums: StructureSums = torch.stack(parts).sum(dim=0).numpy()
             return sums
         return self.target.of_blended(self._blend(parts))
 

@@ -19,6 +19,8 @@ TOLERANCE_MM = 5.0
 """Largest distance from a structure at which the highest value still counts as pointing at it."""
 HALF = 0.5 - 1e-6
 """A cell lies inside a structure if at least this share of it does: half, minus rounding error."""
+MAGNITUDE = "magnitude"
+"""Name of the absolute values of an attribution."""
 FOREGROUND = "foreground"
 """Name of all structures together, if there are several."""
 
@@ -30,7 +32,8 @@ class Measure:
     map: str
     """The map's key."""
     of: str
-    """'map', or the name of a baseline: 'intensity' or 'gradient'."""
+    """'map', 'magnitude' for the absolute values of an attribution, or the name of a baseline:
+    'intensity' or 'gradient'."""
     structure: str
     """Empty for measures without a structure, such as entropy."""
     name: str
@@ -56,6 +59,9 @@ def measure_maps(
     that were not computed are left out. Intensity and gradient are averaged over each cell and
     measured in the same way, so that a reader sees if a map shows more than these baselines. Their
     lowest value is subtracted first, because energy needs values of 0 or more.
+
+    An attribution may be negative. Its ranks are those of its values; energy and entropy use its
+    positive part. Its absolute values are measured beside it, as 'magnitude'.
 
     Args:
         maps: the scan's maps, by key.
@@ -124,6 +130,11 @@ def _measure(
         return []
     values = Ranked.of(own_values[counted].astype(np.float64))
     others: dict[str, Ranked] = {}
+    magnitude: dict[str, Ranked] = {}
+    if one.info.kind == "attribution":
+        channels = np.abs(one.volume.data[counted].astype(np.float64))
+        magnitude[MAGNITUDE] = Ranked.of(channels.reshape(len(channels), -1).mean(axis=1))
+        values = Ranked(np.maximum(values.values, 0), values.ranks)
     for name, image in baselines.items():
         covered = cells.mean(image)[counted].astype(np.float64)
         others[name] = Ranked.of(covered - covered.min())
@@ -150,6 +161,6 @@ def _measure(
         within &= counted
         inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
         add("map", name, localisation(values, inside, near))
-        for baseline, ranked in others.items():
+        for baseline, ranked in {**magnitude, **others}.items():
             add(baseline, name, localisation(ranked, inside, near))
     return measured

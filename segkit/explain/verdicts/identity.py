@@ -81,7 +81,13 @@ class BlockVerdict:
 
 @dataclass(frozen=True)
 class AttentionStudy:
-    """What the attention of a network is worth: verdicts, each scan's Dice, and shares."""
+    """What the attention of a network is worth: verdicts, each scan's Dice, and shares.
+
+    Example:
+        study = segkit.judge_attention(predictor, pairs)
+        [(verdict.block, verdict.word) for verdict in study.verdicts]
+        study.share.parameters_share_outside
+    """
 
     verdicts: tuple[BlockVerdict, ...]
     """One for each block, and one for all of them if there are several."""
