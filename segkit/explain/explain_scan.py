@@ -361,20 +361,10 @@ def explain_volume(
     chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
-    if unknown := [each for each in unlabelled if each not in labelling.members]:
-        raise VolumeError(
-            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
-            f"{', '.join(labelling.members)}; correct the name"
-        )
+    _check_unlabelled(name, unlabelled, labelling)
     lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
-        reference = reference.sized_as(volume).onto(
-            volume.grid, what=f"{name}: the reference", whose="the scan"
-        )
-        try:
-            within(reference.data, labelling)
-        except ValueError as error:
-            raise VolumeError(f"{name}: the reference {error}") from None
+        reference = _reference_on(volume, reference, labelling, name)
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,
@@ -397,20 +387,7 @@ def explain_volume(
         tolerance_mm=tolerance_mm,
         unlabelled=lacking,
     )
-    dice: dict[str, float] = {}
-    if reference is not None:
-        found, right = (within(each.data, labelling) for each in (prediction.labels, reference))
-        labelled = np.ones(volume.grid.shape, bool)
-        if labelling.ignore is not None:
-            labelled = right != labelling.ignore
-        dice = {
-            structure: _dice(found[labelled], right[labelled], numbers)
-            for structure, numbers in measured_structures(labelling, lacking).items()
-        }
-        dice = {
-            structure: dice.get(structure, float("nan"))
-            for structure in measured_structures(labelling)
-        }
+    dice = {} if reference is None else _dice_of(prediction.labels, reference, labelling, lacking)
     worth = None
     if verdicts:
         worth = study_gates(
@@ -458,6 +435,42 @@ def explain_volume(
         lacking,
         attributed,
     )
+
+
+def _check_unlabelled(name: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
+        )
+
+
+def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:
+    """A reference on the scan's grid. Raises VolumeError if it does not fit scan or model."""
+    reference = reference.sized_as(volume).onto(
+        volume.grid, what=f"{name}: the reference", whose="the scan"
+    )
+    try:
+        within(reference.data, labelling)
+    except ValueError as error:
+        raise VolumeError(f"{name}: the reference {error}") from None
+    return reference
+
+
+def _dice_of(
+    labels: Volume, reference: Volume, labelling: Labelling, unlabelled: Collection[str]
+) -> dict[str, float]:
+    """Dice of each structure; NaN if nobody labelled it, or if neither volume contains it."""
+    found, right = (within(each.data, labelling) for each in (labels, reference))
+    counted = np.ones(right.shape, bool) if labelling.ignore is None else right != labelling.ignore
+    known = measured_structures(labelling, unlabelled)
+    return {
+        structure: _dice(found[counted], right[counted], numbers)
+        if structure in known
+        else float("nan")
+        for structure, numbers in measured_structures(labelling).items()
+    }
 
 
 def facts_of(predictor: Predictor) -> dict[str, str]:
