@@ -37,7 +37,7 @@ def explain_command(
         bool, Option("--heads", help="Test if several attention heads are better than one.")
     ] = False,
     verdicts: Annotated[
-        bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
+        bool, Option("--verdicts", help="Test gates and attributions; takes minutes per scan.")
     ] = False,
     attribution: Annotated[
         list[str] | None,
@@ -110,7 +110,7 @@ def explain_command(
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
-    if verdicts:
+    if verdicts and not methods:
         check_gates(predictor)
     if identity:
         check_blocks(predictor)

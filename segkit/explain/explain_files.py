@@ -106,7 +106,8 @@ def explain_files(
             own labels replace the reference.
         tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
             counts as pointing at it.
-        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        verdicts: whether to judge if each gate matters, and to test each attribution. This takes
+            minutes for each volume.
         attributions: methods of `attribute` that are applied to every predicted structure. Their
             values are written and measured as maps are. Each takes minutes for each volume.
         attribution_settings: their settings.

@@ -31,6 +31,12 @@ from segkit.explain.attribution.attribute import (
     attribution_table,
     chosen_methods,
 )
+from segkit.explain.attribution.examine import (
+    AttributionTest,
+    examination_curves,
+    examination_tables,
+    examine_attributions,
+)
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
@@ -49,6 +55,7 @@ from segkit.explain.page.parts import (
     measure_tables,
     rows_as_csv,
 )
+from segkit.explain.verdicts.ablation import ablated_maps
 from segkit.explain.verdicts.evidence import CaseEvidence
 from segkit.explain.verdicts.identity import (
     IDENTITY,
@@ -119,6 +126,9 @@ class Explanation:
     attributions: dict[str, Attribution] = field(default_factory=dict)
     """Attributions of the predicted structures by their keys, such as 'occlusion/liver'. They are
     among `maps` too."""
+    attribution_tests: dict[str, AttributionTest] = field(default_factory=dict)
+    """Deletion and randomisation of each attribution, by its key; empty if verdicts were not
+    wanted."""
 
     @property
     def against(self) -> str:
@@ -151,10 +161,14 @@ class Explanation:
             tables=[
                 *self._tables(),
                 *attribution_table(self.attributions),
+                *examination_tables(self.attribution_tests),
                 *(self.worth.tables if self.worth else ()),
                 *(identity_tables(self.attention) if self.attention else ()),
             ],
-            curves=self.worth.curves if self.worth else (),
+            curves=[
+                *(self.worth.curves if self.worth else ()),
+                *examination_curves(self.attribution_tests),
+            ],
             bars=measure_bars(self.measures),
             verdicts=shown_verdicts(self.verdicts),
             facts=self.facts,
@@ -194,7 +208,13 @@ class Explanation:
             "measures": [vars(measure) for measure in self.measures],
         }
         if self.attributions:
-            figures["attributions"] = [one.figures() for one in self.attributions.values()]
+            figures["attributions"] = [
+                {
+                    **one.figures(),
+                    **(self.attribution_tests[key].figures() if self.attribution_tests else {}),
+                }
+                for key, one in self.attributions.items()
+            ]
         names = [TABLE, FIGURES, PAGE]
         if self.worth:
             figures["worth"] = self.worth.figures
@@ -328,6 +348,8 @@ def explain_volume(
             counts as pointing at it.
         verdicts: whether to judge if each gate matters. This takes minutes. One scan gives
             evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
+            If there are attributions, each is tested by deletion and randomisation too, and a
+            model without gates is allowed.
         identity: whether to segment the scan again with each attention block replaced by the
             identity. `judge_attention` does so for several scans, and gives a verdict.
         blocks: the blocks for `identity`, by names as for `as_identity`; all if None.
@@ -348,8 +370,8 @@ def explain_volume(
     Raises:
         VolumeError: if the reference lies on another grid, the volume does not fit the model, or
             `unlabelled` names an unknown class.
-        ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
-            attention block, or an attribution is unknown.
+        ModelError: if only verdicts are wanted and the model has no gates, or `identity` and it
+            has no attention block, or an attribution is unknown.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -374,8 +396,8 @@ def explain_volume(
         )
     reach = {position: watcher.result() for position, watcher in watchers.items()}
     maps = with_fused(prediction.maps)
-    attributed = _attributed(
-        predictor, volume, prediction.labels, attributions, attribution_settings, track
+    attributed, tests = _attributed(
+        predictor, volume, prediction.labels, attributions, attribution_settings, verdicts, track
     )
     shown = {**maps, **{key: one.map for key, one in attributed.items()}}
     measures = measure_maps(
@@ -389,7 +411,7 @@ def explain_volume(
     )
     dice = {} if reference is None else _dice_of(prediction.labels, reference, labelling, lacking)
     worth = None
-    if verdicts:
+    if verdicts and (ablated_maps(predictor) or not attributions):
         worth = study_gates(
             predictor,
             volume,
@@ -434,6 +456,7 @@ def explain_volume(
         labelling,
         lacking,
         attributed,
+        tests,
     )
 
 
@@ -502,16 +525,19 @@ def _attributed(
     labels: Volume,
     methods: Sequence[Method],
     settings: AttributionSettings | None,
+    verdicts: bool,
     track: Track,
-) -> dict[str, Attribution]:
-    """Attributions of all predicted structures by all methods, by key."""
-    return {
+) -> tuple[dict[str, Attribution], dict[str, AttributionTest]]:
+    """Attributions of all predicted structures by all methods, by key, and tests if wanted."""
+    found = {
         one.key: one
         for method in methods
         for one in attribute(
             predictor, volume, method, region=labels, settings=settings, track=track
         ).values()
     }
+    examined = found if verdicts else {}
+    return found, examine_attributions(predictor, volume, labels, examined, track=track)
 
 
 def _dice(labels: np.ndarray, reference: np.ndarray, numbers: Iterable[int]) -> float:
