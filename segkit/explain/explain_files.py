@@ -174,16 +174,17 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        said = tuple(one.sentence() for one in explanation.attributions.values())
-        if attributions and not said:
-            said = ("no structure was predicted, so nothing is attributed to one",)
+        said = [one.sentence() for one in explanation.attributions.values()]
+        known = {one.structure for one in explanation.attributions.values()}
+        if attributions and (missing := set(explanation.labelling.members) - known):
+            said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
         yield Explained(
             source.name,
             written,
             explanation.reach,
             shown,
             explanation.attention,
-            attributed=said,
+            attributed=tuple(said),
         )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
