@@ -230,7 +230,9 @@ def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
                 for case, dice in content["validation"]["dice_of_cases"].items()
             }
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: cannot be read as JSON: {error}") from None
+        raise ConfigError(
+            f"{source}: cannot be read as JSON: {error}; make it again with segkit evaluate --out"
+        ) from None
     except (KeyError, TypeError, AttributeError):
         found = {}
     if not found:

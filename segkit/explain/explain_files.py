@@ -116,7 +116,8 @@ def explain_files(
         inputs: the volumes.
         folder: where the files are written.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance: largest distance from a structure at which a map's highest value still counts as
             pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
@@ -143,7 +144,8 @@ def explain_files(
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
-    structures = None if references is None else references_in(Path(references)).rules.structures
+    known = None if references is None else references_in(Path(references))
+    structures = None if known is None else known.rules.structures
     blocks = check_blocks(predictor) if identity else None
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
@@ -170,6 +172,7 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
@@ -189,16 +192,17 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        said = tuple(one.sentence() for one in explanation.attributions.values())
-        if attributions and not said:
-            said = ("no structure was predicted, so nothing is attributed to one",)
+        said = [one.sentence() for one in explanation.attributions.values()]
+        known = {one.structure for one in explanation.attributions.values()}
+        if attributions and (missing := set(explanation.labelling.members) - known):
+            said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
         yield Explained(
             source.name,
             written,
             explanation.reach,
             shown,
             explanation.attention,
-            attributed=said,
+            attributed=tuple(said),
         )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
@@ -285,10 +289,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    structures = references_in(references).rules.structures
+    known = references_in(references)
+    structures = known.rules.structures
     cases = [
         CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+            replace(source, rules=replace(source.rules, structures=structures)),
+            paths[source.name],
+            known.unlabelled.get(paths[source.name], ()),
         )
         for source in inputs
     ]

@@ -184,6 +184,10 @@ def test_the_command_writes_attributions_beside_maps_and_measures_them(
         assert f"a {one['key']}: the logit sums to {one['value']:.4g} over" in said
         assert {row["of"] for row in rows if row["map"] == one["key"]} >= {"map", "magnitude"}
         assert f'"{one["key"]}"' in page
+    known = {one["structure"] for one in told["attributions"]}
+    labels = json.loads((out / "a_seg.json").read_text())["labels"]
+    missing = ", ".join(sorted({*list(labels)[1:]} - known))
+    assert not missing or f"a {missing}: not predicted, so nothing is attributed" in said
     maps = {one["key"]: one for one in json.loads((out / "a_maps.json").read_text())["maps"]}
     shown = maps[told["attributions"][0]["key"]]
     assert (shown["kind"], shown["range"]) == ("attribution", [None, None])

@@ -150,7 +150,7 @@ class Attribution:
         about += f"{self.region_voxels} voxels"
         if self.method == "smoothgrad":
             return about
-        base = f"{about}, and to {self.baseline_value:.4g} without the image"
+        base = f"{about}, and to {self.baseline_value:.4g} for the baseline"
         if self.method == "occlusion":
             return base
         return f"{base}; of the difference of {self.explained:.4g}, {self.total:.4g} is attributed"
@@ -246,7 +246,7 @@ def attribute(
     found = {}
     for number, name in enumerate(target.structures):
         info = MapInfo(f"{method}/{name}", "attribution", 0, placement, -np.inf, np.inf)
-        values = volume.on(grid, arrays[number].astype(np.float32))
+        values = volume.on(grid, arrays[number].astype(np.float32, copy=False))
         found[name] = Attribution(
             method,
             name,
@@ -370,7 +370,13 @@ def _parts(
                 prepared.source.positions_of(prepared.grid), prepared.source.shape, strict=True
             )
         )
-        return Supervoxels.of(turned[np.ix_(x, y, z)].astype(np.int64) - 1, prepared.grid)
+        parts = Supervoxels.of(turned[np.ix_(x, y, z)], prepared.grid)
+        if not len(parts):
+            raise VolumeError(
+                "supervoxels: expected numbers from 1 for the parts of the scan, found none; "
+                "number them"
+            )
+        return parts
     patch = predictor.layout.patch_size
     if cell_mm is None:
         size = [max(one // CELLS_PER_WINDOW[method], 1) for one in patch]

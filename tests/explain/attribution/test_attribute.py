@@ -284,6 +284,21 @@ def test_supervoxels_of_any_shape_have_a_value_each() -> None:
     assert np.isnan(one.values.data[numbers == 0]).all()
 
 
+@pytest.mark.parametrize("quantity", ["logit", "probability"])
+def test_windows_without_a_supervoxel_have_no_game(quantity: Quantity) -> None:
+    target, image, baseline = targets(quantity)
+    numbers = np.zeros((16, 8, 8), int)
+    numbers[:2], numbers[2:4] = 9, 40  # only in the first window
+    parts = Supervoxels.of(numbers, Grid((16, 8, 8), np.eye(4)))
+    assert len(parts) == 2 and [len(inside) for inside in parts.in_windows(target)] == [2, 0, 0]
+    values = kernel_shap(target, image, baseline, parts)
+    without = parts.replaced(image, baseline, np.array([0, 1]))
+    assert_allclose(values.sum(axis=1), target.value(image) - target.value(without), atol=1e-5)
+    placed = parts.placed(values[0], target.computed)
+    assert_array_equal(np.isnan(placed), numbers == 0)
+    assert_allclose(placed[:2], values[0, 0])
+
+
 def test_another_output_can_be_summed_over_the_same_region() -> None:
     volume = scan()
     one = attribute(
@@ -421,4 +436,6 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
     with pytest.raises(ModelError, match="cell_mm: expected more than 0 mm, found 0"):
         AttributionSettings(cell_mm=0)
     empty = volume.like(np.zeros(SHAPE, np.uint8))
+    with pytest.raises(VolumeError, match="supervoxels: expected numbers from 1"):
+        attribute(predictor, volume, "occlusion", region=region(volume), supervoxels=empty)
     assert attribute(predictor, volume, "occlusion", region=empty) == {}
