@@ -30,7 +30,8 @@ def explain_command(
     out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
     model: ModelPlace = None,
     reference: Annotated[
-        Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
+        Path | None,
+        Option(help="The label of INPUT, a folder of labels, or a dataset; paired by name."),
     ] = None,
     heads: Annotated[
         bool, Option("--heads", help="Test if several attention heads are better than one.")

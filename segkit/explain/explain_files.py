@@ -101,7 +101,8 @@ def explain_files(
         inputs: the volumes.
         folder: where the files are written.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
             counts as pointing at it.
@@ -127,7 +128,8 @@ def explain_files(
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
-    structures = None if references is None else references_in(Path(references)).rules.structures
+    known = None if references is None else references_in(Path(references))
+    structures = None if known is None else known.rules.structures
     blocks = check_blocks(predictor) if identity else None
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
@@ -152,6 +154,7 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
@@ -268,10 +271,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    structures = references_in(references).rules.structures
+    known = references_in(references)
+    structures = known.rules.structures
     cases = [
         CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+            replace(source, rules=replace(source.rules, structures=structures)),
+            paths[source.name],
+            known.unlabelled.get(paths[source.name], ()),
         )
         for source in inputs
     ]

@@ -120,6 +120,9 @@ class Explanation:
     """The model and the settings, in words."""
     labelling: Labelling = field(default_factory=lambda: Labelling({}))
     """The model's classes or regions, and their numbers in files."""
+    unlabelled: tuple[str, ...] = ()
+    """Classes or regions that nobody labelled in the reference. Their Dice is NaN, and nothing else
+    of them is measured."""
     attributions: dict[str, Attribution] = field(default_factory=dict)
     """Attributions of the predicted structures by their keys, such as 'occlusion/liver'. They are
     among `maps` too."""
@@ -198,6 +201,7 @@ class Explanation:
             "case": self.name,
             "against": self.against,
             "tolerance_mm": self.tolerance_mm,
+            **({"unlabelled": list(self.unlabelled)} if self.unlabelled else {}),
             "made": self.facts,
             **provenance,
             "dice": self.dice,
@@ -326,6 +330,7 @@ def explain_volume(
     identity: bool = False,
     blocks: Collection[str] | None = None,
     untrained: MakeUntrained | None = None,
+    unlabelled: Collection[str] = (),
     earlier: Sequence[CaseEvidence] = (),
     attributions: Sequence[Method] = (),
     attribution_settings: AttributionSettings | None = None,
@@ -350,6 +355,8 @@ def explain_volume(
         blocks: the blocks for `identity`, by names as for `as_identity`; all if None.
         untrained: only for verdicts on your own network: a function from a seed to an untrained
             network with the same architecture.
+        unlabelled: classes or regions that nobody labelled in the reference, as in `data.labelled`.
+            They do not count in Dice, measures and verdicts. Ignored without a reference.
         earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
             mean map is one of the comparators for deletion.
         attributions: methods of `attribute` that are applied to every predicted structure. Each
@@ -361,7 +368,8 @@ def explain_volume(
         Labels, maps and measures of the scan. Its method `write` writes them to files.
 
     Raises:
-        VolumeError: if the reference lies on another grid, or the volume does not fit the model.
+        VolumeError: if the reference lies on another grid, the volume does not fit the model, or
+            `unlabelled` names an unknown class.
         ModelError: if only verdicts are wanted and the model has no gates, or `identity` and it
             has no attention block, or an attribution is unknown.
 
@@ -375,14 +383,10 @@ def explain_volume(
     chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
+    _check_unlabelled(name, unlabelled, labelling)
+    lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
-        reference = reference.sized_as(volume).onto(
-            volume.grid, what=f"{name}: the reference", whose="the scan"
-        )
-        try:
-            within(reference.data, labelling)
-        except ValueError as error:
-            raise VolumeError(f"{name}: the reference {error}") from None
+        reference = _reference_on(volume, reference, labelling, name)
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,
@@ -403,17 +407,9 @@ def explain_volume(
         labelling,
         channels=description.channels,
         tolerance_mm=tolerance_mm,
+        unlabelled=lacking,
     )
-    dice: dict[str, float] = {}
-    if reference is not None:
-        found, right = (within(each.data, labelling) for each in (prediction.labels, reference))
-        labelled = np.ones(volume.grid.shape, bool)
-        if labelling.ignore is not None:
-            labelled = right != labelling.ignore
-        dice = {
-            structure: _dice(found[labelled], right[labelled], numbers)
-            for structure, numbers in measured_structures(labelling).items()
-        }
+    dice = {} if reference is None else _dice_of(prediction.labels, reference, labelling, lacking)
     worth = None
     if verdicts and (ablated_maps(predictor) or not attributions):
         worth = study_gates(
@@ -425,12 +421,24 @@ def explain_volume(
             case=name,
             earlier=earlier,
             untrained=untrained,
+            unlabelled=lacking,
             track=track,
         )
     attention = None
     if identity:
-        rows = without_blocks(predictor, volume, reference, case=name, blocks=chosen, track=track)
+        rows = without_blocks(
+            predictor,
+            volume,
+            reference,
+            case=name,
+            blocks=chosen,
+            unlabelled=lacking,
+            track=track,
+        )
         attention = study_of(predictor, chosen, rows)
+    facts = facts_of(predictor)
+    if lacking:
+        facts["not labelled in the reference"] = ", ".join(lacking)
     return Explanation(
         name,
         volume,
@@ -444,11 +452,48 @@ def explain_volume(
         worth,
         attention,
         {number: label for label, number in labelling.numbers_in_files.items()},
-        facts_of(predictor),
+        facts,
         labelling,
+        lacking,
         attributed,
         tests,
     )
+
+
+def _check_unlabelled(name: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
+        )
+
+
+def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:
+    """A reference on the scan's grid. Raises VolumeError if it does not fit scan or model."""
+    reference = reference.sized_as(volume).onto(
+        volume.grid, what=f"{name}: the reference", whose="the scan"
+    )
+    try:
+        within(reference.data, labelling)
+    except ValueError as error:
+        raise VolumeError(f"{name}: the reference {error}") from None
+    return reference
+
+
+def _dice_of(
+    labels: Volume, reference: Volume, labelling: Labelling, unlabelled: Collection[str]
+) -> dict[str, float]:
+    """Dice of each structure; NaN if nobody labelled it, or if neither volume contains it."""
+    found, right = (within(each.data, labelling) for each in (labels, reference))
+    counted = np.ones(right.shape, bool) if labelling.ignore is None else right != labelling.ignore
+    known = measured_structures(labelling, unlabelled)
+    return {
+        structure: _dice(found[counted], right[counted], numbers)
+        if structure in known
+        else float("nan")
+        for structure, numbers in measured_structures(labelling).items()
+    }
 
 
 def facts_of(predictor: Predictor) -> dict[str, str]:

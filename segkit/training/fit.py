@@ -701,4 +701,6 @@ def _scores(
         logger.warning(
             "train.calibrate: no held-out case is labelled whole; no temperature is kept"
         )
+    if temperature is not None and temperature.at_limit:
+        logger.warning("train.calibrate: %s", temperature.told)
     return scores, temperature
