@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
+    from segkit.export.push import Push, push_model
     from segkit.export.whole_volume import WholeVolume
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
@@ -77,6 +78,7 @@ __all__ = [
     "Planned",
     "Prediction",
     "Predictor",
+    "Push",
     "Run",
     "SegkitError",
     "TrainingError",
@@ -108,6 +110,7 @@ __all__ = [
     "plan_dataset",
     "pool",
     "prepare",
+    "push_model",
     "read_labels",
     "read_volume",
     "resume",
@@ -142,6 +145,7 @@ _HOMES = {
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
+    "segkit.export.push": ("Push", "push_model"),
     "segkit.export.whole_volume": ("WholeVolume",),
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),

@@ -25,7 +25,7 @@ from segkit.model.file_names import DESCRIPTION, FOLD, SUMS, WEIGHTS
 
 MODEL_FILES = (DESCRIPTION, WEIGHTS, SUMS)
 MOST_FILES = 1000
-SECONDS = 30.0
+SECONDS_TO_DESCRIBE = 30.0
 """The longest time that the server may take to describe a repository."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PIN = "commit"
@@ -87,7 +87,7 @@ def _listed(address: HubAddress, revision: str) -> tuple[str, list[HubFile]]:
         from huggingface_hub import HfApi
 
         info = HfApi(endpoint=hub_server()).model_info(
-            address.repository, revision=revision, files_metadata=True, timeout=SECONDS
+            address.repository, revision=revision, files_metadata=True, timeout=SECONDS_TO_DESCRIBE
         )
     listed = list(info.siblings or ())
     files = [_hub_file(each) for each in listed if _is_of_model(each.rfilename)]
