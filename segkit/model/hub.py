@@ -179,7 +179,7 @@ def hub_errors(address: HubAddress) -> Iterator[None]:
     server = hub_server()
     # The base classes hold the errors of the library that sends requests, which differs between
     # versions of huggingface_hub.
-    network = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
+    network = (OSError, ValueError, RuntimeError, *errors.HfHubHTTPError.__bases__)
     try:
         yield
     except errors.GatedRepoError:
@@ -208,6 +208,8 @@ def hub_errors(address: HubAddress) -> Iterator[None]:
 
 def _failure(address: HubAddress, error: Exception) -> str:
     """The sentence of an error that has no class of its own."""
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of a large file that could not be sent
     code = getattr(getattr(error, "response", None), "status_code", None)
     said = " ".join((getattr(error, "server_message", None) or str(error)).split())[:300]
     if code == 401:
