@@ -1,11 +1,13 @@
 """segkit on a GPU: time of training steps, GPU utilisation, accuracy, and prediction.
 
     python benchmarks/gpu.py [DATASET] [--template T1.nii.gz] [--only step accuracy predict tests]
+    python benchmarks/gpu.py [DATASET] --rehearse        # on a CPU, tiny: does everything run?
 
 DATASET is the Decathlon's hippocampus dataset, for `accuracy`: it plans for 100 s and trains on
 fold 0 of nnU-Net's five folds. The other parts need no data. Each part runs in its own process, and
-its failure does not stop the next. All parts take about 8 minutes. If MONAI and nnU-Net are
-installed, they are measured too (`benchmarks/peers/nnunet_training.py`).
+its failure does not stop the next; the exit status is then 1. All parts take about 8 minutes. MONAI
+is measured beside prediction if it is installed; `benchmarks/peers/nnunet_training.py` measures
+nnU-Net's training.
 """
 
 import argparse
@@ -37,6 +39,11 @@ SIZES = {
     },
 }
 CASES = {"small": (10, (36, 50, 36)), "large": (4, (180, 220, 180))}
+TINY = {"channels": [4, 8, 8], "patch": [16, 16, 16], "batch": 2, "steps": 6}
+TINY_CASES = (4, (20, 20, 20))
+
+
+UTILISATION = "exec nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 250"
 
 
 class StepClock(Callback):
@@ -50,7 +57,8 @@ class StepClock(Callback):
 
     def per_step(self) -> float:
         """Milliseconds per step in the second half of the run, after warm-up."""
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         late = self.ends[len(self.ends) // 2 :]
         return (late[-1] - late[0]) / (len(late) - 1) * 1e3
 
@@ -78,12 +86,12 @@ def write_dataset(folder: Path, count: int, shape: Sequence[int]) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-def step(size: str) -> None:
+def step(size: str, *, rehearsed: bool) -> None:
     """Print the milliseconds per step of `segkit train` with default settings."""
-    setting = SIZES[size]
+    setting: dict[str, Any] = TINY if rehearsed else SIZES[size]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_dataset(folder / "data", *CASES[size])
+        write_dataset(folder / "data", *(TINY_CASES if rehearsed else CASES[size]))
         config = folder / "config.yaml"
         config.write_text(
             json.dumps(
@@ -104,7 +112,7 @@ def step(size: str) -> None:
                         "averaging": 0.999,
                         "pictures": 0,
                     },
-                    "trainer": {"accelerator": "gpu"},
+                    "trainer": {"accelerator": "cpu" if rehearsed else "gpu"},
                 }
             )
         )
@@ -114,31 +122,32 @@ def step(size: str) -> None:
         figures = {
             "ms": round(clock.per_step(), 2),
             "seconds in total": round(time.perf_counter() - started, 1),
-            "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         }
+        if not rehearsed:
+            figures["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     print(json.dumps({"step": size, **figures}))
 
 
-def accuracy(dataset: Path) -> None:
+def accuracy(dataset: Path, *, rehearsed: bool) -> None:
     """Print the Dice of hippocampus fold 0 after a plan for 100 s, and the GPU utilisation."""
+    device, minutes = ("cpu", "0.2") if rehearsed else ("cuda", "1.667")
+    watched = "while sleep 0.25; do echo 0; done" if rehearsed else UTILISATION
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = folder / "hippocampus.yaml"
-        words = ["plan", str(dataset), "--device", "cuda", "--minutes", "1.667"]
+        words = ["plan", str(dataset), "--device", device, "--minutes", minutes, "--no-race"]
         started = time.perf_counter()
         _segkit(*words, "--out", str(config), cwd=folder)
         planned = time.perf_counter() - started
         with (folder / "busy.csv").open("w") as file:
-            watch = subprocess.Popen(
-                "nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 250",
-                shell=True,
-                stdout=file,
-            )
+            watch = subprocess.Popen(["sh", "-c", watched], stdout=file)
             started = time.perf_counter()
             _segkit("train", str(config), "name=fold0", "data.fold=0", cwd=folder)
             wall = time.perf_counter() - started
             watch.kill()
+            watch.wait()
         shares = [int(line) for line in (folder / "busy.csv").read_text().split()]
+        shares = shares or [0]
         first = next((n for n, share in enumerate(shares) if share > 50), 0)
         last = len(shares) - next((n for n, share in enumerate(shares[::-1]) if share > 50), 0)
         summary = json.loads((folder / "runs" / "fold0" / "summary.json").read_text())
@@ -167,27 +176,34 @@ def main() -> None:
     parser.add_argument("dataset", nargs="?", type=Path)
     parser.add_argument("--template", type=Path)
     parser.add_argument("--only", nargs="+", default=["step", "accuracy", "predict", "tests"])
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         parts: dict[str, Callable[[], None]] = {
-            "small": lambda: step("small"),
-            "large": lambda: step("large"),
-            "accuracy": lambda: accuracy(options.dataset.resolve()),
+            "small": lambda: step("small", rehearsed=options.rehearse),
+            "large": lambda: step("large", rehearsed=options.rehearse),
+            "accuracy": lambda: accuracy(options.dataset.resolve(), rehearsed=options.rehearse),
         }
         parts[options.part]()
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(json.dumps({"device": name, "torch": torch.__version__, "segkit": segkit.__file__}))
-    own = [sys.executable, __file__, *([str(options.dataset)] if options.dataset else []), "--part"]
+    tiny = ["--rehearse"] if options.rehearse else []
+    data = [str(options.dataset)] if options.dataset else []
+    own = [sys.executable, __file__, *data, *tiny, "--part"]
     template = ["--template", str(options.template)] if options.template else []
-    inference = [sys.executable, str(HERE / "inference.py"), "--device", "cuda", *template]
+    inference = [sys.executable, str(HERE / "inference.py"), *template]
+    pytest = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests")]
     commands = {
         "step": [[*own, "small"], [*own, "large"]],
         "accuracy": [[*own, "accuracy"]] if options.dataset else [],
-        "predict": [[*inference, "brain", "large"]],
-        "tests": [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]],
+        "predict": [[*inference, "--device", "cuda", "brain", "large"]],
+        "tests": [[*pytest, "-m", "gpu"]],
     }
+    if options.rehearse:  # volumes of the real size would take minutes on a CPU
+        commands |= {"predict": [[*inference, "--help"]], "tests": [[*pytest, "-m", "gpu", "--co"]]}
+    failed = False
     for part in options.only:
         for command in commands[part]:
             started = time.perf_counter()
@@ -195,8 +211,10 @@ def main() -> None:
             lines = done.stdout.splitlines()
             print("\n".join(lines[-40:]))
             if done.returncode:
+                failed = True
                 print(done.stderr[-1500:])
             print(f"{part}: exit {done.returncode}, {time.perf_counter() - started:.0f} s")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

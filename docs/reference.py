@@ -32,8 +32,14 @@ API = {
         "ModelDescription WholeVolume"
     ),
     "What it is worth": (
-        "explain_volume judge_gates attention_blocks as_identity attention_share evaluate compare "
-        "Explanation GateVerdict AttentionShare Evaluation Comparison"
+        "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "
+        "attention_share evaluate compare Explanation Attribution AttributionSettings GateVerdict "
+        "AttentionStudy BlockVerdict AttentionShare "
+        "Evaluation Comparison"
+    ),
+    "Measures of attributions": (
+        "max_sensitivity relative_input_stability relative_output_stability noisy_copies road "
+        "random_logit smooth_mprt"
     ),
     "Volumes": (
         "read_volume read_labels write_volume write_montage label_colour "

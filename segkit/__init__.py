@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     )
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
+    from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
+    from segkit.explain.attribution.parameter_tests import random_logit, smooth_mprt
+    from segkit.explain.attribution.road import road
+    from segkit.explain.attribution.stability import (
+        max_sensitivity,
+        noisy_copies,
+        relative_input_stability,
+        relative_output_stability,
+    )
     from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
@@ -60,6 +70,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMap",
     "AttentionShare",
+    "AttentionStudy",
+    "Attribution",
+    "AttributionSettings",
+    "BlockVerdict",
     "Comparison",
     "Config",
     "ConfigError",
@@ -91,6 +105,7 @@ __all__ = [
     "as_identity",
     "attention_blocks",
     "attention_share",
+    "attribute",
     "check",
     "compare",
     "cross_validate",
@@ -101,20 +116,28 @@ __all__ = [
     "export_model",
     "fetch_model",
     "fit",
+    "judge_attention",
     "judge_gates",
     "label_colour",
     "load_config",
     "load_model",
     "load_template",
     "map_on_source",
+    "max_sensitivity",
+    "noisy_copies",
     "plan_dataset",
     "pool",
     "prepare",
     "push_model",
+    "random_logit",
     "read_labels",
     "read_volume",
+    "relative_input_stability",
+    "relative_output_stability",
     "resume",
+    "road",
     "save_model",
+    "smooth_mprt",
     "train",
     "write_dataset",
     "write_hippocampi",
@@ -141,7 +164,20 @@ _HOMES = {
     ),
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
+    "segkit.explain.attribution.parameter_tests": (
+        "random_logit",
+        "smooth_mprt",
+    ),
+    "segkit.explain.attribution.road": ("road",),
+    "segkit.explain.attribution.stability": (
+        "max_sensitivity",
+        "noisy_copies",
+        "relative_input_stability",
+        "relative_output_stability",
+    ),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),

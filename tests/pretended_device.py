@@ -123,6 +123,8 @@ class Pretended(TorchDispatchMode):
             lambda x: x.values if isinstance(x, Held) else x, (args, kwargs)
         )
         result = func(*plain_args, **plain)
+        if not func._schema.returns:  # such as _foreach_lerp_, which changes a list in place
+            return result
         if name.endswith("_") and tensors and isinstance(tensors[0], Held):
             return tensors[0]
         if isinstance(out := kwargs.get("out"), Held):

@@ -8,7 +8,7 @@ import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from typer.core import TyperGroup, TyperOption
 
 from segkit.errors import ConfigError, SegkitError, abridged, printable
 from segkit.io.atomic import json_text
+from segkit.system.listing import show_listing
 
 console = Console()
 
@@ -81,9 +82,17 @@ def start() -> None:
     """Reset the output, because a process may run several commands with different options."""
     console.quiet = False
     answer.expected = False
+    show_listing(_shown_on_console)
     OURS.setLevel(logging.NOTSET)
     for handler in OURS.handlers[:]:
         OURS.removeHandler(handler)
+
+
+def _shown_on_console(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """The items, with their progress on the console."""
+    from segkit.system.progress import Tracker
+
+    return Tracker(console)(items, what, count)
 
 
 def _quieten(asked: bool) -> bool:

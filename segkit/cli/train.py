@@ -65,7 +65,9 @@ def train_command(
     ] = None,
     dry_run: Annotated[
         bool,
-        Option("--dry-run", help="Run one step, show time and memory of the training, and stop."),
+        Option(
+            "--dry-run", help="Measure some steps, show time and memory of the training, and stop."
+        ),
     ] = False,
     folds: Annotated[
         str | None,

@@ -15,7 +15,8 @@ from segkit.config.base import Few, Positive, Section, Width, section_of_kind
 Levels = list[Annotated[int, Field(ge=0)]]
 Scale = Annotated[float, Field(gt=0, le=1)]
 MOST_PROJECTED = 2**15
-"""Voxels of a patch at a level with paired attention, of which each has weights: 32 x 32 x 32."""
+"""The most voxels of a patch at a level with paired attention, or by default with large kernels:
+32 x 32 x 32."""
 Heads = Width | Annotated[list[Width], Field(min_length=1)]
 
 
@@ -164,7 +165,8 @@ class LargeKernelAttentionConfig(Section):
 
     kind: Literal["lka"] = "lka"
     levels: Levels | None = None
-    """Levels with attention; all of them if not given."""
+    """Levels with attention. Default: those of at most 32,768 voxels in a patch, the size of the
+    first level of its papers; at finer levels it takes most of the time."""
     layer_scale: Scale = 0.01
     """The first value of the numbers, one a channel, that multiply what is added."""
 
@@ -174,8 +176,8 @@ class PairedAttentionConfig(Section):
 
     kind: Literal["epa"] = "epa"
     levels: Levels | None = None
-    """Levels with attention. If not given, those of at most 32,768 voxels in a patch, as in the
-    paper: there is a weight for each voxel and each mixture of voxels."""
+    """Levels with attention. Default: those of at most 32,768 voxels in a patch, as in the paper.
+    Finer levels are refused, because there is a weight for each voxel and each mixture."""
     heads: Few = 4
     """Attentions side by side; they divide the channels of each level."""
     projected: Width = 64
@@ -323,6 +325,7 @@ class AttentionConfig(Section):
             if kernel_size % 2 == 0:
                 raise ValueError(
                     f"network.attention.{name}.kernel_size must be odd, found {kernel_size}"
+                    "; add 1 to it, or subtract 1"
                 )
         return self
 
@@ -346,6 +349,6 @@ class AttentionConfig(Section):
         given: list[int] | None = getattr(block, "levels", None)
         if given is not None:
             return sorted(set(given))
-        if not isinstance(block, PairedAttentionConfig):
+        if not isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
             return list(range(len(held)))
         return [level for level, grid in enumerate(held) if math.prod(grid) <= MOST_PROJECTED]

@@ -8,6 +8,7 @@ from segkit.config.attention import (
     MOST_PROJECTED,
     AttentionConfig,
     CrossAttentionConfig,
+    LargeKernelAttentionConfig,
     PairedAttentionConfig,
     SelfAttentionConfig,
     TransformerConfig,
@@ -28,6 +29,7 @@ def check_attention(
         if levels is not None and not (levels and max(levels) <= deepest):
             raise ValueError(
                 f"network.attention.{place}.levels must be from 0 to {deepest}, found {levels}"
+                "; remove the others"
             )
     _check_bottleneck(attention, channels, spatial_dims)
 
@@ -36,8 +38,8 @@ def check_attention_grids(
     attention: AttentionConfig, *, channels: Sequence[int], grids: Sequence[Sequence[int]]
 ) -> None:
     """Raise ValueError if there is attention that such grids of a patch, finest first, rule out."""
-    _check_paired(attention, "encoder", channels, grids)
-    _check_paired(attention, "decoder", channels, grids)
+    _check_levels(attention, "encoder", channels, grids)
+    _check_levels(attention, "decoder", channels, grids)
     bottleneck, coarsest = attention.bottleneck, list(grids[-1])
     if isinstance(bottleneck, SelfAttentionConfig) and bottleneck.shift:
         window = bottleneck.window or coarsest
@@ -55,21 +57,24 @@ def check_attention_grids(
         )
 
 
-def _check_paired(
+def _check_levels(
     attention: AttentionConfig,
     place: Literal["encoder", "decoder"],
     channels: Sequence[int],
     grids: Sequence[Sequence[int]],
 ) -> None:
     block = getattr(attention, place)
-    if not isinstance(block, PairedAttentionConfig):
+    if not isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
         return
     levels = attention.block_levels(place, grids)
     if not levels:
+        remedy = "set its levels" if block.kind == "lka" else "make the patch smaller or add levels"
         raise ValueError(
-            f"network.attention.{place}: epa needs a level of at most {MOST_PROJECTED:,} voxels "
-            f"of a patch, and every level has more; make the patch smaller or add levels"
+            f"network.attention.{place}: {block.kind} needs a level of at most "
+            f"{MOST_PROJECTED:,} voxels of a patch, but every level has more; {remedy}"
         )
+    if isinstance(block, LargeKernelAttentionConfig):
+        return
     for level in levels:
         if math.prod(grids[level]) > MOST_PROJECTED:
             raise ValueError(
@@ -91,12 +96,14 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     if max(levels, default=0) > deepest_skip:
         raise ValueError(
             f"network.attention.skip.levels must be from 0 to {deepest_skip}, found {levels}"
+            "; remove the others"
         )
     heads = getattr(skip, "heads", None)
     if isinstance(heads, list) and len(heads) != len(levels):
         raise ValueError(
             f"network.attention.skip.heads must be one number or a list of {len(levels)}, "
             f"one for each of the levels {levels}"
+            "; give one number, or one for each level"
         )
     if skip is not None and skip.levels is None and not levels:
         raise ValueError(
@@ -113,6 +120,7 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
         raise ValueError(
             f"network.attention.skip needs network.channels of {2 * spatial_dims} or "
             f"more to encode positions, found {narrowest}"
+            "; widen the channels, or choose another attention"
         )
 
 
@@ -125,6 +133,7 @@ def _check_bottleneck(
             f"network.attention.bottleneck.head_channels must be a multiple of {needed}, as pairs "
             f"of channels are turned along each of {spatial_dims} axes, found "
             f"{bottleneck.head_channels}"
+            "; choose a multiple, or other positions"
         )
     if not isinstance(bottleneck, SelfAttentionConfig):
         return
@@ -134,12 +143,14 @@ def _check_bottleneck(
             f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
             f"{needed} channels or more (of each head, for rotary), "
             f"found {encoding[bottleneck.positions]}"
+            "; widen it, or choose other positions"
         )
     window = bottleneck.window
     if window is not None and len(window) != spatial_dims:
         raise ValueError(
             f"network.attention.bottleneck.window must have {spatial_dims} numbers, "
             f"because network.spatial_dims is {spatial_dims}"
+            "; give one number for each axis"
         )
     if math.prod(window or ()) > MOST_TOKENS:
         raise ValueError(

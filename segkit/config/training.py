@@ -226,6 +226,10 @@ class TrainerConfig(Section):
     deterministic: bool | Literal["warn"] = False
     """If true, PyTorch uses only deterministic operations, which are slower on a GPU, and training
     ends at an operation that has none. With `warn` it uses that operation and warns."""
+    compile: bool | Literal["auto"] = False
+    """If true, `torch.compile` compiles network and loss, which takes about a minute. With `auto`
+    both ways are measured during the first steps, if ten minutes or more are left, and the faster
+    is kept. A compiled step may differ from others in the last digits."""
     loggers: list[Literal["wandb", "mlflow"]] = Field([])
     """Services that also record the training; they obey WANDB_MODE and MLFLOW_TRACKING_URI. The
     run's folder always holds metrics.csv, and TensorBoard events if TensorBoard is installed."""

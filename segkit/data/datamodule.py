@@ -106,6 +106,8 @@ class SegmentationData(L.LightningDataModule):
         self.workers = workers
         self.batches_per_step = batches_per_step
         self.resident = False
+        self.stands_for = 1.0
+        """Each case stands for so many cases, if only a few of a large dataset are tried."""
 
     def train_dataloader(self) -> Iterable[Patch]:
         """Batches of `batch_size` patches for each process."""
@@ -120,7 +122,7 @@ class SegmentationData(L.LightningDataModule):
             # The number of steps gives the place in an epoch, also in a resumed run.
             done=lambda: trainer.global_step * per_step,
         )
-        self.resident = fits([*self.patches.cases, *self.held_out], device)
+        self.resident = fits([*self.patches.cases, *self.held_out], device, self.stands_for)
         if self.resident:
             patches = ResidentPatches(self.patches, device)
             return ResidentLoader(patches, sampler, self.batch_size)

@@ -48,11 +48,17 @@ def bytes_of(cases: Sequence[StoredCase]) -> int:
     return sum(case.image.nbytes + case.label.nbytes for case in cases)
 
 
-def fits(cases: Sequence[StoredCase], device: torch.device) -> bool:
-    """Whether all cases should be loaded to the device: only to a GPU with enough free memory."""
+def fits(cases: Sequence[StoredCase], device: torch.device, times: float = 1.0) -> bool:
+    """Whether all cases should be loaded to the device: only to a GPU with enough free memory.
+
+    Args:
+        cases: the cases.
+        device: the device.
+        times: each case stands for so many cases of its size.
+    """
     if device.type != "cuda":
         return False
-    return bytes_of(cases) <= SHARE_OF_MEMORY * free_memory_of(device)
+    return times * bytes_of(cases) <= SHARE_OF_MEMORY * free_memory_of(device)
 
 
 def on_device(array: ndarray, device: torch.device) -> Tensor:

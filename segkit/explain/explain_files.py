@@ -7,6 +7,7 @@ from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
 from segkit.explain.heads.reach import HeadReach
@@ -14,6 +15,15 @@ from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, 
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
+from segkit.explain.verdicts.ablation import Ablation
+from segkit.explain.verdicts.identity import (
+    IDENTITY,
+    AttentionStudy,
+    block_cards,
+    check_blocks,
+    identity_tables,
+    study_of,
+)
 from segkit.explain.verdicts.study import ABLATIONS, Worth, cohort_figures, shown_verdicts
 from segkit.inference.made_by import made_by, models_and_settings
 from segkit.inference.predictor import Predictor
@@ -36,6 +46,7 @@ HEADS = ("heads.csv", "heads.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Conclude = Callable[[Sequence[Verdict]], None]
+ConcludeAttention = Callable[[AttentionStudy], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,10 @@ class Explained:
     """Attention distance of each head in this volume, by position in the network."""
     verdicts: tuple[Verdict, ...] = ()
     """The best verdict on each map, from this volume only."""
+    attention: AttentionStudy | None = None
+    """Dice of this volume with attention blocks as the identity; None if not wanted."""
+    attributed: tuple[str, ...] = ()
+    """A sentence about each attribution."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
 
@@ -60,8 +75,12 @@ def explain_files(
     references: str | Path | None = None,
     tolerance_mm: float = TOLERANCE_MM,
     verdicts: bool = False,
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
+    identity: bool = False,
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
+    conclude_attention: ConcludeAttention = lambda study: None,
     track: Track = untracked,
 ) -> Iterator[Explained]:
     """Write labels, maps, measures and a page for each volume, and yield a result for each.
@@ -71,7 +90,8 @@ def explain_files(
     to `folder` itself. If there are several, each has its own folder in it; `cohort.csv` then has
     the rows of all volumes, `cohort.json` describes them and `index.html` summarises them.
     With verdicts, `ablation.csv` has a row for each ablated map and class, and `cohort.json` also
-    has the verdicts over all volumes.
+    has the verdicts over all volumes. With `identity`, `identity.csv` has a row for each attention
+    block and class, and `cohort.json` has the verdicts on blocks over all volumes.
 
     A volume that fails does not stop the others. It is left out of the summary. If results may be
     overwritten, old files that have no new counterpart are removed.
@@ -81,31 +101,46 @@ def explain_files(
         inputs: the volumes.
         folder: where the files are written.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
             counts as pointing at it.
-        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        verdicts: whether to judge if each gate matters, and to test each attribution. This takes
+            minutes for each volume.
+        attributions: methods of `attribute` that are applied to every predicted structure. Their
+            values are written and measured as maps are. Each takes minutes for each volume.
+        attribution_settings: their settings.
+        identity: whether to replace each attention block by the identity, one after another.
         overwrite: whether existing files may be replaced.
         conclude: is called with the verdicts over several volumes.
+        conclude_attention: is called with the verdicts on blocks over all volumes, of which there
+            may be one.
         track: reports the progress.
 
     Raises:
         VolumeError: if an output file exists or is also an input, or a volume has no reference.
-        ModelError: if verdicts are wanted and the model has no gates.
+        ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
+            attention block.
     """
     folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
-    structures = None if references is None else references_in(Path(references)).rules.structures
+    known = None if references is None else references_in(Path(references))
+    structures = None if known is None else known.rules.structures
+    blocks = check_blocks(predictor) if identity else None
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
+    ablated: list[Ablation] = []
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
     asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
+    if attributions:
+        settings = attribution_settings or AttributionSettings()
+        asked["attributions"] = {"methods": list(attributions), **vars(settings)}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
@@ -119,7 +154,12 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
+                identity=identity,
+                blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
+                attributions=attributions,
+                attribution_settings=attribution_settings,
                 track=track,
             )
             made = made_by(predictor, asked, source.files)
@@ -134,13 +174,29 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        yield Explained(source.name, written, explanation.reach, shown)
+        said = [one.sentence() for one in explanation.attributions.values()]
+        known = {one.structure for one in explanation.attributions.values()}
+        if attributions and (missing := set(explanation.labelling.members) - known):
+            said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
+        yield Explained(
+            source.name,
+            written,
+            explanation.reach,
+            shown,
+            explanation.attention,
+            attributed=tuple(said),
+        )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
         worths += [explanation.worth] if explanation.worth else []
+        ablated += explanation.attention.ablations if explanation.attention else ()
+    study = None if blocks is None or not cases else study_of(predictor, blocks, ablated)
+    if study is not None:
+        conclude_attention(study)
     if len(inputs) > 1 and cases:
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
-        _write_cohort(folder, cases, worths, facts_of(predictor), left_out, made, conclude)
+        facts = facts_of(predictor)
+        _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)
 
@@ -149,6 +205,7 @@ def _write_cohort(
     folder: Path,
     cases: Sequence[CaseFigures],
     worths: Sequence[Worth],
+    study: AttentionStudy | None,
     facts: dict[str, str],
     left_out: Sequence[str],
     made: Mapping[str, Any],
@@ -168,9 +225,15 @@ def _write_cohort(
         write_text(folder / ABLATIONS, rows_as_csv(ablated))
         written.append(folder / ABLATIONS)
         conclude(pooled)
+    cards, tables = list(pooled), []
+    if study is not None:
+        figures["identity"] = study.to_json()
+        cards, tables = [*pooled, *block_cards(study)], identity_tables(study)
+        write_text(folder / IDENTITY, rows_as_csv(map(vars, study.ablations)))
+        written.append(folder / IDENTITY)
     about = {"scans": len(cases), "made": facts, PROVENANCE: made}
     write_json(folder / COHORT_FIGURES, {**about, **figures})
-    write_text(folder / PAGE, cohort_text(cases, facts, pooled))
+    write_text(folder / PAGE, cohort_text(cases, facts, cards, tables))
     _remove(_of_cohort(folder), but=written)
 
 
@@ -208,10 +271,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    structures = references_in(references).rules.structures
+    known = references_in(references)
+    structures = known.rules.structures
     cases = [
         CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+            replace(source, rules=replace(source.rules, structures=structures)),
+            paths[source.name],
+            known.unlabelled.get(paths[source.name], ()),
         )
         for source in inputs
     ]
@@ -289,7 +355,7 @@ def _of_volume(name: str, folder: Path) -> list[Path]:
     """All files that may be written for one volume, except maps."""
     return [
         *(folder / f"{name}{ending}" for ending in ENDINGS),
-        *(folder / each for each in (TABLE, FIGURES, ABLATIONS, PAGE)),
+        *(folder / each for each in (TABLE, FIGURES, ABLATIONS, IDENTITY, PAGE)),
     ]
 
 
@@ -303,7 +369,7 @@ def _maps_of(name: str, folder: Path) -> list[Path]:
 
 
 def _of_cohort(folder: Path) -> list[Path]:
-    return [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, PAGE)]
+    return [folder / each for each in (COHORT, COHORT_FIGURES, ABLATIONS, IDENTITY, PAGE)]
 
 
 def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:

@@ -146,13 +146,24 @@ class ModelWalk:
         """True if the device is a GPU with room for a volume's image and copies of it."""
         if self.device.type != "cuda":
             return False
+        return self.image_bytes(volume) < SHARE_FOR_IMAGE * free_memory_of(self.device)
+
+    def has_room_for_next(self, volume: Volume) -> bool:
+        """True if this volume's image can be prepared while the network runs on another volume.
+
+        Twice its bytes must then fit, where `prepare` puts it.
+        """
+        free = free_memory_of(self.device)
+        return 2 * self.image_bytes(volume) < SHARE_FOR_IMAGE * free
+
+    def image_bytes(self, volume: Volume) -> float:
+        """At most about so many bytes has a volume's image on the network's grid or on its own."""
         source, wanted = volume.grid.spacing, self.model.description.spacing
         voxels = math.prod(
             size * (old / new + 1)
             for size, old, new in zip(volume.grid.shape, source, wanted, strict=True)
         )
-        needed = BYTES_PREPARED * len(self.normalisers) * voxels
-        return needed < SHARE_FOR_IMAGE * free_memory_of(self.device)
+        return BYTES_PREPARED * len(self.normalisers) * voxels
 
     def maps(self) -> dict[str, MapInfo]:
         """The maps that `walk` can collect, by key."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
+from segkit.data.preprocess import Prepared
 from segkit.errors import SegkitError, VolumeError
 from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
@@ -42,6 +43,7 @@ from segkit.io.volume import (
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
+_Read = tuple[Volume, Sequence[Prepared] | None]
 ResultLayout = Literal["flat", "bids"]
 """Names of results after the inputs, or as BIDS derivatives."""
 
@@ -167,8 +169,8 @@ def predict_files(
 ) -> Iterator[Outcome]:
     """Segment each input and write the results. A bad input does not stop the others.
 
-    While the network runs, the next volume is read and the last result is written, so that at most
-    three volumes are in memory.
+    While the network runs, the next volume is read and prepared and the last result is written, so
+    that at most three volumes are in memory. The next is prepared only if there is room for it.
 
     Existing results are not overwritten unless `overwrite` is set. If all results of an input exist
     and come from the same models, settings and files, the input is skipped (`Outcome.kept`). If
@@ -238,22 +240,23 @@ def predict_files(
 
     def read(
         source: Input, plan: Targets | Outcome
-    ) -> tuple[Input, Targets | Outcome, Future[Volume] | None]:
+    ) -> tuple[Input, Targets | Outcome, Future[_Read] | None]:
         if isinstance(plan, Targets):
             plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(read_input, source) if isinstance(plan, Targets) else None
+        reading = reader.submit(_read, predictor, source) if isinstance(plan, Targets) else None
         return source, plan, reading
 
     def segment(
-        source: Input, plan: Targets | Outcome, volume: Future[Volume] | None
+        source: Input, plan: Targets | Outcome, reading: Future[_Read] | None
     ) -> Outcome | Future[Outcome]:
         if isinstance(plan, Outcome):
             return plan
-        assert volume is not None
+        assert reading is not None
         try:
-            image = predictor.with_numbers(volume.result())
+            image, prepared = reading.result()
             prediction = predictor(
                 image,
+                images=prepared,
                 maps=maps is not None,
                 probabilities=probabilities,
                 uncertainty=uncertainty,
@@ -273,6 +276,12 @@ def predict_files(
         writing = (segment(*plan) for plan in _one_ahead(reading))
         for outcome in _one_ahead(writing):
             yield outcome if isinstance(outcome, Outcome) else outcome.result()
+
+
+def _read(predictor: Predictor, source: Input) -> _Read:
+    """The volume of an input, and its images if they may be prepared already."""
+    volume = predictor.with_numbers(read_input(source))
+    return volume, predictor.prepare_next(volume)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:

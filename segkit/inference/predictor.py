@@ -24,7 +24,7 @@ from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
-from segkit.errors import ModelError, VolumeError
+from segkit.errors import ModelError, SegkitError, VolumeError
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -190,6 +190,7 @@ class Predictor:
         uncertainty: bool = False,
         allocate: Allocate = in_memory,
         track: TrackSlabs = untracked_slabs,
+        images: Sequence[Prepared] | None = None,
     ) -> Prediction:
         """Labels of every voxel on the volume's own grid, and other results if requested.
 
@@ -204,6 +205,7 @@ class Predictor:
             allocate: makes the arrays of all results but the labels, such as `OnDisk(folder)`.
             track: `track(slabs, count)` returns the same slabs and may show progress. It is called
                 once for each volume, but not for a first stage.
+            images: the result of `prepare_next` for the same volume, if there is one.
 
         Returns:
             The prediction. Results that were not requested are None; `maps` is then empty.
@@ -213,8 +215,9 @@ class Predictor:
             VolumeError: the volume contains NaN or infinity, and a model was not trained with
                 `data.nan: background`; or a channel contains no finite number.
         """
-        volume = self.with_numbers(volume)
-        images = self._prepare_all(volume, first_labels, on_device=True)
+        if images is None:
+            volume = self.with_numbers(volume)
+            images = self._prepare_all(volume, first_labels, on_device=True)
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
@@ -299,6 +302,28 @@ class Predictor:
     ) -> Prepared:
         """The image that the first network gets. It raises the same errors as a prediction."""
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
+
+    def prepare_next(self, volume: Volume) -> list[Prepared] | None:
+        """The image of each network, prepared while the predictor works on another volume.
+
+        Another thread may call this. Predictions are the same bit for bit as without it.
+
+        Args:
+            volume: the next volume, as `with_numbers` returns it.
+
+        Returns:
+            The argument `images` of a later call with this volume. None if the networks of a first
+            stage must run before, if memory is short, or if the volume cannot be prepared; the
+            call then prepares it, and raises the error if there is one.
+        """
+        if any(self.first_stages):
+            return None
+        if not all(member.has_room_for_next(volume) for member in self.members):
+            return None
+        try:
+            return self._prepare_all(volume, None, on_device=True)
+        except (SegkitError, torch.OutOfMemoryError):
+            return None
 
     def with_numbers(self, volume: Volume) -> Volume:
         """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.

@@ -12,8 +12,16 @@ TRIES = 3
 
 
 def num_windows(size: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Number of windows of an image, if neighbours overlap by half."""
-    counts = (max(math.ceil(2 * n / p) - 1, 1) for n, p in zip(size, patch_size, strict=True))
+    """Number of windows of an image, if neighbours overlap by half. Single slices do not overlap.
+
+    Args:
+        size: size of the image in voxels.
+        patch_size: size of a window; 1 along the axis of the slices that a 2D network sees.
+    """
+    counts = (
+        n if p == 1 else max(math.ceil(2 * n / p) - 1, 1)
+        for n, p in zip(size, patch_size, strict=True)
+    )
     return math.prod(counts)
 
 

@@ -126,7 +126,8 @@ class Blend:
                     f"expected windows that start at multiples of {step}, the stride of an output, "
                     f"found {axis_starts}; set `multiple` to a multiple of {step}"
                 )
-            kernel = window_weight(patch).view(count, -1).mean(dim=1).to(window.device)
+            kernel = window_weight(patch).view(count, -1).mean(dim=1)
+            kernel = kernel.to(window.device, non_blocking=True)
             places = [start // step for start in axis_starts]
             total = torch.zeros(places[-1] + count, device=window.device)
             for place in places:
@@ -259,7 +260,7 @@ def stream(
 
     def outputs_of(batch: Sequence[WindowPlace]) -> dict[str, Tensor]:
         outputs = function(
-            torch.stack([_window(image, place, layout.patch_size) for place in batch])
+            torch.stack([cut_window(image, place, layout.patch_size) for place in batch])
         )
         for name, output in outputs.items():
             if name not in blends:
@@ -312,7 +313,11 @@ def slide(
     return {name: torch.cat(rows, dim=axis + 1) for name, rows in parts.items()}
 
 
-def _window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+def cut_window(image: Tensor, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """The window of an image (channel, *space) that begins at `start`.
+
+    Beyond the end of the image, its last voxels are repeated.
+    """
     region = tuple(
         slice(first, first + size) for first, size in zip(start, patch_size, strict=True)
     )

@@ -10,10 +10,12 @@ values are in HU.
 """
 
 import filecmp
+import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,14 @@ from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import LPS_TO_RAS, Grid
-from segkit.io.dicom_frames import Frame, frame_values, frames_of
+from segkit.io.dicom_frames import Frame, frame_values, frames_of, surplus_of_frames
+from segkit.io.dicom_pixels import surplus_of_pixels
 from segkit.io.gridded import Volume
 from segkit.io.itk import simple_itk
+from segkit.io.kept import kept_while_unchanged
 from segkit.io.voxel_bytes import refuse_beyond_memory
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"DICM"
 MAGIC_AT = 128
@@ -46,11 +52,14 @@ STORAGE_CLASS = b"\x02\0\x02\0UI"
 """Bytes near the start of a file that come before the length and the text of its storage class."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 ENHANCED = tuple(f"{STORAGE}{kind}" for kind in ("2.1", "2.2", "4.1", "4.4", "128.1", "130"))
-"""Storage classes of enhanced CT, MR and PET: frames say where they lie, even a single one."""
+"""Storage classes of enhanced CT, MR and PET: each frame has its own position."""
 CONTOURS, SEGMENTATIONS = f"{STORAGE}481.3", (f"{STORAGE}66.4", f"{STORAGE}66.7")
 """Storage classes of structure sets, and of segmentations."""
-LISTINGS_KEPT = 1024
-"""Folders whose headers are not read again while their files stay as they are."""
+SLICES_KEPT = 250_000
+"""Most slices whose headers are not read again while their files stay as they are."""
+FILES_KEPT = 2**16
+"""Most files whose storage class is not read again."""
+BITS = "0028|0100"
 NO_IMAGES = (
     "1.2.840.10008.1.3.10",  # a DICOMDIR
     # Waveforms, presentations, segmentations and registrations, reports, documents, therapy.
@@ -77,14 +86,14 @@ class Slice:
     """Distance between rows, then between columns."""
     thickness: float
     frame: int | None = None
-    """Its number from 0 on in a file of several."""
+    """The number of the frame from 0 on; None if the file holds one image."""
 
     def __str__(self) -> str:
         return str(self.path) if self.frame is None else f"{self.path} frame {self.frame + 1}"
 
     @property
     def name(self) -> str:
-        """What it is called beside another of its folder."""
+        """Its name within the folder, for messages about two slices."""
         return str(self).removeprefix(f"{self.path.parent}{os.sep}")
 
 
@@ -100,9 +109,9 @@ class Series:
     study: str = ""
     """The UID of its study."""
     patient: str = ""
-    """The patient's ID, by which cases may be grouped; it is written nowhere."""
+    """The patient's ID, by which cases may be grouped. It is never written to a file."""
     frame_of_reference: str = ""
-    """The UID of the world that its places are in."""
+    """The UID of the coordinate system of its positions."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -120,14 +129,14 @@ def holds_series(folder: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a path is a folder of DICOM images, or a file of DICOM of whatever kind."""
+    """Whether a path is a folder of DICOM images, or a DICOM file of any kind."""
     if path.is_dir():
         return holds_series(path)
     return path.is_file() and storage_class(path) is not None
 
 
 def holds_frames(file: Path) -> bool:
-    """Whether a DICOM file holds several frames; no if it cannot be read."""
+    """Whether a DICOM file holds several frames; False if it cannot be read."""
     reader = _reader(file)
     try:
         reader.ReadImageInformation()
@@ -137,14 +146,21 @@ def holds_frames(file: Path) -> bool:
 
 
 def is_only_image(file: Path) -> bool:
-    """Whether no other DICOM image lies in the folder of one."""
+    """Whether a file is the only DICOM image in its folder."""
     return not any(other != file and _is_image(other) for other in _files_in(file.parent))
 
 
 def series_at(path: Path) -> Series:
-    """The only series of a folder, or the one that a file belongs to. Raises VolumeError."""
+    """The only series of a folder, or the series that a file belongs to.
+
+    Raises:
+        VolumeError: the folder holds several series, or the file none.
+    """
     if path.is_dir():
         return choose_series(path)
+    listing = _LISTINGS.of(path.parent)
+    if listing is not None and (known := listing.with_file(path)) is not None:
+        return known
     for series in list_series(path.parent):
         if path in series.files:
             return series
@@ -152,9 +168,10 @@ def series_at(path: Path) -> Series:
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """The folder itself and all in it to any depth, but for hidden ones, by rising path.
+    """The folder and all folders in it, to any depth and sorted; hidden ones are left out.
 
-    Raises OSError for a folder that cannot be listed.
+    Raises:
+        OSError: a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -175,17 +192,91 @@ def list_series(folder: Path) -> list[Series]:
         VolumeError: there is no image; an image cannot be read, so that a series might look
             complete without it; or two different images have the same SOP Instance UID.
     """
-    files = [(file, file.stat()) for file in _files_in(folder)]
-    states = tuple((file, state.st_size, state.st_mtime_ns) for file, state in files)
-    return list(_listed(folder, states))
+    steps = listing_steps(folder)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return list(end.value)
 
 
-@lru_cache(maxsize=LISTINGS_KEPT)
-def _listed(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> tuple[Series, ...]:
-    """The series among files, which are known by their sizes and times of change."""
+def listing_steps(folder: Path) -> Generator[Path, None, tuple[Series, ...]]:
+    """Read the headers in a folder: yield each file that was read, and return the series.
+
+    Raises VolumeError as `list_series` does.
+    """
+    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
+    states = {file: _state(file) for file in _files_in(folder)}
+    kept = _LISTINGS.of(folder)
+    if kept is not None and kept.states == states:
+        return kept.series
+    series = yield from _listed(folder, states)
+    _LISTINGS.keep(folder, _Listing(changed, states, series))
+    return series
+
+
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """The series in a folder, and the state of the folder and its files when they were read."""
+
+    changed: int
+    states: Mapping[Path, tuple[int, int]]
+    series: tuple[Series, ...]
+
+    def __post_init__(self) -> None:
+        by_file = {file: series for series in self.series for file in series.files}
+        object.__setattr__(self, "by_file", by_file)
+
+    by_file: Mapping[Path, Series] = field(init=False)
+
+    @property
+    def num_slices(self) -> int:
+        return sum(len(series.slices) for series in self.series)
+
+    def with_file(self, file: Path) -> Series | None:
+        """The series of a file, unless the folder or a file of the series has changed."""
+        series = self.by_file.get(file)
+        if series is None or file.parent.stat().st_mtime_ns != self.changed:
+            return None
+        same = all(each.exists() and _state(each) == self.states[each] for each in series.files)
+        return series if same else None
+
+
+class _Listings:
+    """The listings of the folders that were read last, up to a number of slices."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Path, _Listing] = OrderedDict()
+        self.num_slices = 0
+
+    def of(self, folder: Path) -> _Listing | None:
+        return self.kept.get(folder)
+
+    def keep(self, folder: Path, listing: _Listing) -> None:
+        if (old := self.kept.pop(folder, None)) is not None:
+            self.num_slices -= old.num_slices
+        self.kept[folder] = listing
+        self.num_slices += listing.num_slices
+        while self.num_slices > SLICES_KEPT and len(self.kept) > 1:
+            self.num_slices -= self.kept.popitem(last=False)[1].num_slices
+
+
+_LISTINGS = _Listings()
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of change of a file."""
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def _listed(
+    folder: Path, states: Mapping[Path, tuple[int, int]]
+) -> Generator[Path, None, tuple[Series, ...]]:
+    """The series among files; each file is yielded when it has been read."""
     found: dict[str, tuple[tuple[str, ...], list[Slice]]] = {}
     firsts: dict[tuple[str, str], Path] = {}
-    for file, _, _ in states:
+    for file in states:
         if not _is_image(file):
             continue
         reader = _reader(file)
@@ -193,6 +284,7 @@ def _listed(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> tuple[Se
             reader.ReadImageInformation()
         except RuntimeError as error:  # the only exception type of SimpleITK
             raise _unreadable(file, error) from None
+        yield file
         instance = _text(reader, INSTANCE)
         first = firsts.setdefault((_text(reader, SERIES), instance), file) if instance else file
         if first is not file:
@@ -217,11 +309,14 @@ def _listed(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> tuple[Se
 
 
 def choose_series(folder: Path, uid: str | None = None) -> Series:
-    """The series with this UID, or the only series. Raises VolumeError with a list of the series.
+    """The series with this UID, or the only series.
 
     Args:
         folder: a folder of DICOM files.
         uid: the Series Instance UID; None if the folder holds only one series.
+
+    Raises:
+        VolumeError: there is no such series, or several; the message lists them.
     """
     found = list_series(folder)
     chosen = [series for series in found if uid in (None, series.uid)]
@@ -259,42 +354,60 @@ def read_series(series: Series, *, working: float = 0) -> Volume:
 
 
 def _filled(slices: Sequence[Slice], shape: tuple[int, int, int]) -> ndarray:
-    """The values of slices, each in its place; whole numbers if all slices are rescaled to such."""
+    """The values of all slices in one array; of an integer type if rescaling gives integers."""
     places = {(one.path, one.frame): number for number, one in enumerate(slices)}
     files = {one.path: one for one in slices}
     one_kind = len({one.kind for one in slices}) == 1
-    data = np.empty(0)
+    data, longer = np.empty(0), list[str]()
     for path, one in files.items():
-        for frame, values in _values_in(one):
+        for frame, values in _values_in(one, longer):
             if not data.size:
                 whole = values.dtype.kind in "iu" and one_kind
                 data = np.empty(shape, values.dtype if whole else np.float32, order="F")
             data[:, :, places[path, frame]] = values
+    if longer:
+        logger.warning(
+            "%s: %d of %d files hold more pixels than their header says; the rest is left out",
+            *(longer[0], len(longer), len(files)),
+        )
     return data
 
 
-def _values_in(one: Slice) -> Iterator[tuple[int | None, ndarray]]:
-    """The rescaled values (column, row) of each frame of a slice's file, with its number if any."""
+def _values_in(one: Slice, longer: list[str]) -> Iterator[tuple[int | None, ndarray]]:
+    """The rescaled values (column, row) of each frame of a slice's file, with its number if any.
+
+    Names of files that hold more pixels than their header says are added to `longer`.
+    """
     if one.frame is None:
-        yield None, _pixels(one)
+        values, surplus = _pixels(one)
+        yield None, values
     else:
+        surplus = surplus_of_frames(one.path)
         yield from frame_values(one.path)
+    if surplus:
+        longer.append(str(one.path))
 
 
-def _pixels(one: Slice) -> ndarray:
-    """The rescaled values of a slice (column, row)."""
+def _pixels(one: Slice) -> tuple[ndarray, int]:
+    """The rescaled values of a slice (column, row), and the bytes of pixels beyond its size."""
+    reader = _reader(one.path)
     try:
-        image = _reader(one.path).Execute()
+        reader.ReadImageInformation()
+        bits = _values(one.path, reader, BITS)
+        size = math.prod(one.size) * one.components * int(bits[0] if bits else 0)
+        surplus = surplus_of_pixels(one.path, math.ceil(size / 8)) if size else 0
+        image = reader.Execute()
     except RuntimeError as error:  # the only exception type of SimpleITK
         raise _unreadable(one.path, error) from None
     values: ndarray = simple_itk().GetArrayFromImage(image)
-    return values.reshape(one.size[1::-1]).T
+    return values.reshape(one.size[1::-1]).T, surplus
 
 
 def arranged(series: Series) -> tuple[list[Slice], Grid]:
     """The slices sorted along their normal, and their grid (RAS+).
 
-    Raises VolumeError if the slices do not form a block.
+    Raises:
+        VolumeError: the slices do not form a block.
     """
     first = series.slices[0]
     for one in series.slices:
@@ -382,10 +495,11 @@ def _files_in(folder: Path) -> list[Path]:
     )
 
 
+@kept_while_unchanged(FILES_KEPT)
 def storage_class(file: Path) -> str | None:
-    """The storage class that a file of DICOM says; '' if it does not, None for any other file.
+    """The storage class of a DICOM file; '' if the file does not give it; None for any other file.
 
-    It is DICOM by its first bytes or by its name.
+    The first bytes or the name show that a file is DICOM.
     """
     with file.open("rb") as content:
         begin = content.read(2 * MAGIC_AT + 256)
@@ -397,7 +511,7 @@ def storage_class(file: Path) -> str | None:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a file is DICOM and says that it is an image."""
+    """Whether a file is DICOM and its storage class may be an image."""
     found = storage_class(file)
     return found is not None and not found.startswith(NO_IMAGES)
 
@@ -405,7 +519,9 @@ def _is_image(file: Path) -> bool:
 def _unreadable(file: Path, error: RuntimeError) -> VolumeError:
     # SimpleITK's message begins with a place in its own source; the reason follows "ERROR:".
     reason = " ".join(str(error).split("ERROR:")[-1].split())
-    return VolumeError(f"{file}: cannot be read as DICOM; repair it or move it away: {reason}")
+    return VolumeError(
+        f"{file}: cannot be read as DICOM: {reason}; export the file again, or move it elsewhere"
+    )
 
 
 def _reader(file: Path) -> Any:
@@ -416,7 +532,7 @@ def _reader(file: Path) -> Any:
 
 
 def _slices(file: Path, reader: Any) -> list[Slice]:
-    """The slice that a file holds, or of an enhanced file those of all its frames."""
+    """The slice in a file, or the slices of all frames of an enhanced file."""
     columns, rows, count = (*reader.GetSize(), 1)[:3]
     components = reader.GetNumberOfComponents()
     position = _values(file, reader, POSITION)
@@ -461,7 +577,8 @@ def _values(file: Path, reader: Any, key: str) -> tuple[float, ...]:
         values = (float("nan"),)
     if not np.isfinite(values).all():
         raise VolumeError(
-            f"{file}: expected numbers in its header field ({key}), found {text!r}; repair it"
+            f"{file}: expected numbers in its header field ({key}), found {text!r}; export the "
+            f"file again"
         )
     return values
 

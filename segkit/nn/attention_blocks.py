@@ -16,7 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.nn.cost import count_multiply_adds, count_parameters
-from segkit.nn.map_tap import PassThrough, Stage
+from segkit.nn.foreign_blocks import foreign_blocks
+from segkit.nn.gates import Gate
+from segkit.nn.map_tap import MapTap, PassThrough, Stage
+from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.unet import Join, UNet
 
 
@@ -58,16 +61,24 @@ class AttentionShare:
         return self.parameters_outside / unet_parameters
 
 
-def attention_blocks(network: nn.Module) -> dict[str, str]:
-    """The attention blocks of segkit's own U-Nets: the module's name in `network`, by position.
+def attention_blocks(
+    network: nn.Module, image: Float[Tensor, "batch channel *space"] | None = None
+) -> dict[str, str]:
+    """The attention blocks of a network: the module's name in `network`, by position.
 
-    Positions are those of maps: 'encoder.1', 'skip.0', 'decoder.2', 'bottleneck', and
-    'bottleneck.0', 'bottleneck.1', … where several blocks follow one another. A presence head is
-    none, for the segmentation does not pass through it. A network that holds none of segkit's
-    U-Nets gives no names: name its modules yourself.
+    In segkit's own U-Nets, positions are those of maps: 'encoder.1', 'skip.0', 'decoder.2',
+    'bottleneck', and 'bottleneck.0', 'bottleneck.1', … where several blocks follow one another. A
+    presence head is none, for the segmentation does not pass through it. Gates of `segkit.gate`
+    have such positions too.
+
+    In other networks, the position is the module's own name. They are found if `image` is given:
+    the network runs once, and a module counts if its class has a name of attention
+    (`TransformerBlock`, `AttentionBlock`, `MultiheadAttention`, `ChannelSELayer`, …) and its output
+    the shape of its features. If attention is a part of a block with shortcuts, the block counts.
 
     Args:
-        network: segkit's, or any other that may hold one of segkit's U-Nets.
+        network: segkit's or any other.
+        image: an input of the network; None to find only segkit's own attention.
 
     Returns:
         Names as in `network.named_modules()`, by position.
@@ -78,13 +89,44 @@ def attention_blocks(network: nn.Module) -> dict[str, str]:
     Example:
         for position, name in segkit.attention_blocks(model.network).items():
             print(position, name)
+
+        swin = monai.networks.nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+        segkit.attention_blocks(swin, torch.zeros(1, 1, 64, 64, 64))  # swinViT.layers1.0.blocks.0 …
     """
-    found: dict[str, str] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, UNet):
-            prefix = f"{name}." if name else ""
-            found |= {place: prefix + path for place, path in _blocks_of(module)}
+    found = _own_blocks(network)
+    if image is not None:
+        prefix = _prefix(network)
+        others = foreign_blocks(network, lambda: network(image), but=(UNet, Gate))
+        found |= {name.removeprefix(prefix): name for name in others}
     return found
+
+
+def _own_blocks(network: nn.Module) -> dict[str, str]:
+    """Blocks of segkit's U-Nets in a network, and segkit's gates in other networks."""
+    found: dict[str, str] = {}
+    inner: list[str] = []
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, UNet):
+            inner.append(prefix)
+            found |= {place: prefix + path for place, path in _blocks_of(module)}
+        elif isinstance(module, Gate) and not any(name.startswith(place) for place in inner):
+            positions = [
+                part.info.key.split("/")[0]
+                for part in module.modules()
+                if isinstance(part, MapTap) and part.info is not None
+            ]
+            found |= dict.fromkeys(positions[:1], name)
+    return found
+
+
+def _prefix(network: nn.Module) -> str:
+    """What the names of the modules of the user's own network begin with in `network`."""
+    if not isinstance(network, SegmentationNetwork):
+        return ""
+    own = weights_of(network)
+    (name,) = [name for name, module in network.named_modules() if module is own]
+    return f"{name}." if name else ""
 
 
 def _blocks_of(unet: UNet) -> Iterator[tuple[str, str]]:
@@ -114,11 +156,12 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
     Args:
         network: segkit's or any other.
         blocks: positions from `attention_blocks`, or names of modules (`named_modules`), whose
-            output must have the shape and the meaning of their first input, as that of a
-            transformer block has.
+            output must have the shape and the meaning of their argument `x`, or else of their
+            first, as that of a transformer block has.
 
     Raises:
-        ValueError: if the network has no such block.
+        ValueError: if the network has no such block, or if it is `nn.MultiheadAttention`, which is
+            only the attention of a block.
 
     Example:
         with as_identity(model.network, attention_blocks(model.network)):
@@ -130,7 +173,7 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
         # An outer module comes before those in it, whose places are not looked up again.
         for parent, child in places.values():
             replaced.append((parent, child, getattr(parent, child)))
-            setattr(parent, child, PassThrough())
+            setattr(parent, child, PassThrough(getattr(parent, child)))
         yield
     finally:
         for parent, child, module in reversed(replaced):
@@ -139,14 +182,20 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
 
 def _place(network: nn.Module, block: str) -> tuple[nn.Module, str]:
     """The module that holds a block, and the block's name in it."""
-    known = attention_blocks(network)
-    path = known.get(block, block)
-    if path not in dict(network.named_modules()) or not path:
+    known, modules = _own_blocks(network), dict(network.named_modules())
+    within = _prefix(network) + block
+    path = known.get(block, within if block and within in modules else block)
+    if path not in modules or not path:
         raise ValueError(
             f"the network has no attention block {block!r}; it has {', '.join(known) or 'none'}, "
             f"and any other module can be given by its name"
         )
     parent, _, child = path.rpartition(".")
+    if isinstance(modules[path], nn.MultiheadAttention):
+        raise ValueError(
+            f"{block} is an nn.MultiheadAttention, whose output is added to features; name the "
+            f"block around it ({parent or 'it has none'})"
+        )
     return network.get_submodule(parent), child
 
 
@@ -158,7 +207,7 @@ def attention_share(
     """How many parameters and multiply-adds a network has, and how many of them outside attention.
 
     Args:
-        network: segkit's or any other; it runs twice and stays as it is.
+        network: segkit's or any other; it runs a few times and stays as it is.
         image: what it is counted with.
         blocks: as for `as_identity`; all of `attention_blocks` if None.
 
@@ -169,7 +218,7 @@ def attention_share(
         image = torch.zeros(1, 1, 64, 64, 64)
         share = segkit.attention_share(model.network, image)
     """
-    blocks = list(attention_blocks(network)) if blocks is None else blocks
+    blocks = list(attention_blocks(network, image)) if blocks is None else blocks
     whole, work = count_parameters(network), count_multiply_adds(network, image)
     with as_identity(network, blocks):
         return AttentionShare(

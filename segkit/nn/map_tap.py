@@ -6,17 +6,18 @@ it returns the map unchanged. Recording, ablation of gates and export use only t
 would not work: PyTorch ignores a hook that is added after `torch.compile`.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
 
-MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
+MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch", "attribution"]
 """Kinds of values that pass a tap:
 
 - gate: how much of each skip voxel to let through.
@@ -26,6 +27,7 @@ MapKind = Literal["gate", "channel", "spatial", "received", "pool", "branch"]
 - received: the attention that each voxel receives from all queries; 1 is an equal share.
 - branch: a switch for each head of attention that is added to features. It is 1 unless edited, and
   is not a map.
+- attribution: passes no tap. It is the part of a voxel in an output (`segkit.attribute`).
 """
 Edit = Callable[[Tensor], Tensor]
 
@@ -129,17 +131,48 @@ class Stage(nn.Sequential):
 
 
 class PassThrough(nn.Module):
-    """The identity in the place of an attention block, whatever else the block is given."""
+    """The identity in the place of an attention block, whatever else the block is given.
+
+    Args:
+        replaced: the block. Whoever asks for one of its attributes still finds it, as
+            `nn.TransformerEncoder` does.
+    """
 
     signal = "coarse"
 
-    def forward(self, features: Tensor, *others: object, **settings: object) -> Tensor:
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.place, self.argument = features_argument(replaced)
+        # In a tuple, so that its parameters are not those of this module.
+        self.replaced = (replaced,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "replaced" not in self.__dict__:
+                raise
+            return getattr(self.replaced[0], name)
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
         """The features themselves."""
+        features: Tensor = named[self.argument] if self.argument in named else given[self.place]
         return features
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
         """The skip itself."""
         return skip
+
+
+def features_argument(module: nn.Module) -> tuple[int, str]:
+    """Place and name of the argument of a module that its output stands for.
+
+    It is the one called `x`, or else the first. (A gate may take its signal before its skip, as
+    MONAI's `AttentionBlock(g, x)` does.)
+    """
+    names = list(inspect.signature(module.forward).parameters) or [""]
+    place = names.index("x") if "x" in names else 0
+    return place, names[place]
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:

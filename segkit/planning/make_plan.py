@@ -25,6 +25,7 @@ from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
 from segkit.planning import nnunet_rules as rules
+from segkit.planning.absent_gpu import LIKE, estimated_seconds
 from segkit.planning.config_text import Schedule, Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
@@ -35,7 +36,8 @@ from segkit.planning.plan import (
     plan_for_memory,
     plan_for_time,
 )
-from segkit.planning.speed import CPU, measured_once, multiply_adds_per_second, step_seconds
+from segkit.planning.speed import CPU, Figures, multiply_adds_per_second, step_seconds
+from segkit.system.core_share import CoreShare
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
 
@@ -51,8 +53,6 @@ SHARE_OF_VALIDATION = 0.1
 """Validations take at most this share of the time."""
 MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3
 """If there is no time for three validations, each uses fewer cases."""
-GPU_STEPS = 20_000
-"""Number of steps for a GPU that this machine does not have, whose speed is unknown."""
 DEFAULT_MEMORY = 8e9
 SPEED = "speed.json"
 """The file in the cache with measurements of this processor, so that a plan can be repeated."""
@@ -100,13 +100,13 @@ class _Task:
     own_schedule: bool
     """Whether plan and schedule are nnU-Net's own."""
     timed: bool
-    """Whether the budget is time instead of memory."""
+    """Whether patch and network must fit the time, because the device is here to be measured."""
     spatial_dims: int
     gigabytes: float
     minutes: float
-    """Minutes of one stage; used only if the budget is time."""
-    figures: Path
-    """The file with measurements of this processor."""
+    """Minutes of one stage; not used with nnU-Net's own schedule."""
+    figures: Figures
+    """Measurements of this processor."""
     runs: Path
     """The folder in which a second stage will find the run of the first."""
     steps: Steps = PLANNED_STEPS
@@ -115,12 +115,10 @@ class _Task:
     why_slices: str = ""
     """Why volumes are planned in slices, if nobody asked for that."""
 
-    def schedule(self) -> Schedule:
-        """A schedule with a fixed number of steps."""
-        steps, why = GPU_STEPS, "About an hour on a GPU."
-        if self.own_schedule:
-            steps, why = NNUNET_STEPS, "nnU-Net's 1000 epochs of 250 steps."
-        return Schedule(steps, why, validate_every=steps // MOST_VALIDATIONS)
+    def draft(self) -> Schedule:
+        """nnU-Net's own schedule, or one that stands for the schedule until steps are timed."""
+        why = "nnU-Net's 1000 epochs of 250 steps."
+        return Schedule(NNUNET_STEPS, why, validate_every=NNUNET_STEPS // MOST_VALIDATIONS)
 
     def plan(self) -> Plan:
         """The largest plan within the budget, on a coarser grid if `coarse` is set."""
@@ -129,8 +127,7 @@ class _Task:
             return plan_for_memory(
                 numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
             )
-        speed = measured_once(
-            self.figures,
+        speed = self.figures.once(
             {"what": "multiply-adds"},
             partial(multiply_adds_per_second, self.device),
             self.device,
@@ -177,8 +174,9 @@ def plan_dataset(
         files: patterns or a table that name the files of each case.
         pictures: information that pictures lack, such as their pixel size.
         cache: the folder for measurements of cases. Default: `.cache` in `runs`.
-        device: 'auto', 'cpu' or 'cuda'. If this machine has no CUDA GPU, a plan for 'cuda' is a
-            plan for `gigabytes` by nnU-Net's rules, not for a time.
+        device: 'auto', 'cpu' or 'cuda'. If this machine has no CUDA GPU, a plan for 'cuda' has
+            patch and network for `gigabytes` by nnU-Net's rules, and as many steps as a fast GPU
+            does in the minutes, by an estimate; the run measures its real speed.
         spatial_dims: 3 for volumes, 2 for slices. Default: 2 only if each case is one slice.
         gigabytes: memory of the device, in 10⁹ bytes. Default: the free memory of the GPU, or 8.
         minutes: time for training on this machine; two stages share it.
@@ -200,19 +198,20 @@ def plan_dataset(
         >>> planned = segkit.plan_dataset("my_dataset", minutes=60)
         >>> run = segkit.train(planned.config)
     """
-    return _planned_task(
-        _task(
-            source_of(folder, files, pictures),
-            cache=Path(runs) / ".cache" if cache is None else Path(cache),
-            device=device,
-            spatial_dims=spatial_dims,
-            gigabytes=gigabytes,
-            minutes=minutes,
-            preset=preset,
-            runs=Path(runs),
-            track=track,
-        )
+    task = _task(
+        source_of(folder, files, pictures),
+        cache=Path(runs) / ".cache" if cache is None else Path(cache),
+        device=device,
+        spatial_dims=spatial_dims,
+        gigabytes=gigabytes,
+        minutes=minutes,
+        preset=preset,
+        runs=Path(runs),
+        track=track,
     )
+    planned = _planned_task(task)
+    _warn_if_busy(task)
+    return planned
 
 
 def source_of(
@@ -275,7 +274,14 @@ def plan_candidates(
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    return {name: _planned_task(wanted[name]) for name in starters(list(plans))}
+    planned = {name: _planned_task(wanted[name]) for name in starters(list(plans))}
+    _warn_if_busy(task)
+    return planned
+
+
+def _warn_if_busy(task: _Task) -> None:
+    if (warning := task.figures.busy()) is not None:
+        logger.warning("%s", warning)
 
 
 def _differ(one: Plan, other: Plan) -> bool:
@@ -319,7 +325,7 @@ def _task(
         spatial_dims=spatial_dims or (2 if flat_axes(measured.numbers()) else 3),
         gigabytes=gigabytes,
         minutes=minutes,
-        figures=cache / SPEED,
+        figures=Figures(cache / SPEED),
         runs=runs,
     )
     return task if spatial_dims else _in_slices_if_time_is_short(task)
@@ -351,7 +357,7 @@ def _planned_task(task: _Task) -> Planned:
     """The planned config, or the configs of two stages."""
     minutes, source = task.minutes, task.source
     plan, share = task.plan(), f"{minutes:g}"
-    if task.timed and plan.low_resolution is not None:
+    if not task.own_schedule and plan.low_resolution is not None:
         task = replace(task, minutes=minutes / 2)
         plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
     budget = f"{task.gigabytes:g} GB of memory"
@@ -359,6 +365,8 @@ def _planned_task(task: _Task) -> Planned:
         on_cpu = task.device.type == "cpu"
         machine = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(task.device)
         budget = f"{share} minutes of training on {machine}"
+    elif not task.own_schedule:
+        budget += f" and {share} minutes of training on a GPU that this machine does not have"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
@@ -380,8 +388,8 @@ def _planned(
 ) -> Planned:
     """The planned config of one stage; `first` is the run of the stage before it, if any."""
     written = partial(_sections, task, plan, first=first)
-    schedule = task.schedule()
-    if task.timed:
+    schedule = task.draft()
+    if not task.own_schedule:
         draft = validated(
             Config, values_of(name, written(schedule)), f"plan of {task.source.folder}"
         )
@@ -408,20 +416,16 @@ def _sections(
 def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> Schedule:
     """A schedule with validations of at most a tenth of the time, and steps in the rest."""
     description = _described(task, config, with_labels=with_labels)
-    step = {
-        "what": "step",
-        "batch_size": config.data.batch_size,
-        **description.model_dump(mode="json", include=set(STEP_OF)),
-    }
-    seconds = measured_once(
-        task.figures, step, partial(seconds_of_step, config, description, task.device), task.device
-    )
-    window = measured_once(
-        task.figures,
-        {**step, "what": "window"},
-        partial(seconds_of_windows, description, task.device),
-        task.device,
-    )
+    place = "here"
+    if task.timed:
+        seconds, window = _timed(task, config, description)
+    else:
+        place = LIKE
+        seconds, window = estimated_seconds(
+            plan,
+            in_channels=description.channels_in,
+            num_classes=len(description.labelling.outputs),
+        )
     shapes = task.fingerprint.numbers()
     median = rules.median_shape(shapes.spacings, shapes.shapes, plan.spacing)
     size = [round(n) for n in median]
@@ -435,8 +439,27 @@ def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> 
         seconds_per_step=seconds,
         seconds_per_case=per_case,
         held_out=held_out,
-        precision=precision_of(task.device),
+        precision=precision_of(task.device) if task.timed else torch.bfloat16,
+        place=place,
     )
+
+
+def _timed(task: _Task, config: Config, description: ModelDescription) -> tuple[float, float]:
+    """Seconds of a step, and of a window in a validation, measured on the task's device."""
+    step = {
+        "what": "step",
+        "batch_size": config.data.batch_size,
+        **description.model_dump(mode="json", include=set(STEP_OF)),
+    }
+    seconds = task.figures.once(
+        step, partial(seconds_of_step, config, description, task.device), task.device
+    )
+    window = task.figures.once(
+        {**step, "what": "window"},
+        partial(seconds_of_windows, description, task.device),
+        task.device,
+    )
+    return seconds, window
 
 
 def schedule_within(
@@ -446,6 +469,7 @@ def schedule_within(
     seconds_per_case: float,
     held_out: int,
     precision: torch.dtype = torch.float32,
+    place: str = "here",
 ) -> Schedule:
     """Validations and steps that fit into the time of a run.
 
@@ -455,6 +479,7 @@ def schedule_within(
         seconds_per_case: time of a case in validations and in the final scores.
         held_out: number of held-out cases.
         precision: precision of the training.
+        place: the machine that trains, in words.
     """
     total = 60 * minutes
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
@@ -464,7 +489,7 @@ def schedule_within(
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
     why = (
-        f"A step takes {seconds_per_step:.3g} s here, in {name}. Of {minutes:g} minutes, "
+        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. Of {minutes:g} minutes, "
         f"{preparing:.0f} s are reserved for preparing, {validating:.0f} s for {count} validations "
         f"of {cases} cases and {scoring:.0f} s for the final scores; {steps:,} steps fit into the "
         f"rest."
@@ -510,11 +535,13 @@ def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescri
 
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
-    """Seconds that a network takes for a window in a validation, which runs two at once."""
+    """Seconds for a window in a validation, which runs two at once; on a CPU, on free cores."""
     network = build_network(description).to(device)
     order_for(network, device)
     windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
-    return seconds_of_window(network, windows)
+    watch = CoreShare()
+    seconds = seconds_of_window(network, windows)
+    return seconds * watch.share() if device.type == "cpu" else seconds
 
 
 def seconds_of_step(

@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from segkit.nn.network import SegmentationNetwork
 from segkit.nn.normalisation import order_for
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import multiply_adds
+from segkit.system.core_share import FREE, CoreShare
 from segkit.system.graphed_step import record_step
 from segkit.system.resources import precision_of
 
@@ -45,7 +47,8 @@ def step_seconds(
 ) -> float:
     """Seconds of a training step on this device, as training runs it.
 
-    On a CPU this is the fastest of some steps. On a GPU the step is recorded and replayed, and this
+    On a CPU this is the fastest of some steps, on free cores: time in which threads waited for
+    other programs does not count. On a GPU the step is recorded and replayed, and this
     is the mean of all steps.
 
     Args:
@@ -86,10 +89,13 @@ def step_seconds(
 
     if device.type != "cuda":
         seconds: list[float] = []
-        while len(seconds) < 3 or (len(seconds) <= repeats and sum(seconds) < LONG_ENOUGH):
-            started = time.perf_counter()
+        spent = 0.0
+        while len(seconds) < 3 or (len(seconds) <= repeats and spent < LONG_ENOUGH):
+            watch, started = CoreShare(), time.perf_counter()
             step()
-            seconds.append(time.perf_counter() - started)
+            taken = time.perf_counter() - started
+            spent += taken
+            seconds.append(taken * watch.share())
         return min(seconds[1:])
     for _ in range(WARM_UP):
         step()
@@ -101,23 +107,69 @@ def step_seconds(
     return (time.perf_counter() - started) / REPEATS_ON_GPU
 
 
-def measured_once(
-    file: Path,
-    figure: Mapping[str, Any],
-    measure: Callable[[], float],
-    device: torch.device = CPU,
-) -> float:
-    """A measured value, stored in a JSON file, so that later plans use the same value.
+@dataclass
+class Figures:
+    """Measured values of this machine, stored in a JSON file, so that later plans use the same.
 
     A stored value is used again only if the measurement, the processor, torch and its number of
-    threads are the same; on a GPU also the card and cuDNN.
-
-    Args:
-        file: the JSON file.
-        figure: JSON values that describe the measurement.
-        measure: makes the measurement.
-        device: the device that is measured.
+    threads are the same; on a GPU also the card and cuDNN. A value that was measured while other
+    programs used the cores is only kept by this object, so that a later plan measures again.
     """
+
+    file: Path
+    known: dict[str, float] = field(default_factory=dict)
+    """Values by their descriptions."""
+    share: float = 1.0
+    """The lowest share of the cores that this process had during a measurement on the CPU."""
+
+    def once(
+        self, figure: Mapping[str, Any], measure: Callable[[], float], device: torch.device = CPU
+    ) -> float:
+        """A value from this object or the file, or else measured now.
+
+        Args:
+            figure: JSON values that describe the measurement.
+            measure: makes the measurement.
+            device: the device that is measured.
+        """
+        about = _described(figure, device)
+        key = json.dumps(about, sort_keys=True)
+        if key not in self.known:
+            stored = self._stored()
+            found = [float(entry["value"]) for entry in stored if entry["of"] == about]
+            if found and found[0] > 0:
+                self.known[key] = found[0]
+            else:
+                watch = CoreShare()
+                self.known[key] = measure()
+                share = watch.share() if device.type == "cpu" else 1.0
+                self.share = min(self.share, share)
+                if share >= FREE:
+                    entry = {"of": about, "value": self.known[key]}
+                    write_json(self.file, {"measured": [*stored, entry]})
+        return self.known[key]
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """The entries of the file; none if it does not exist or is damaged."""
+        try:
+            stored = read_json_object(self.file)["measured"]
+            return [{"of": entry["of"], "value": float(entry["value"])} for entry in stored]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def busy(self) -> str | None:
+        """A warning if other programs used the cores during a measurement."""
+        if self.share >= FREE:
+            return None
+        return (
+            f"other programs use the cores: while training steps were timed, their threads had a "
+            f"core for {self.share:.0%} of the time; this plan is for free cores, so fewer steps "
+            f"may fit into its minutes; end the other programs, or plan for fewer minutes"
+        )
+
+
+def _described(figure: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A description of a measurement on this machine, as it comes back from JSON."""
     about = {
         "figure": figure,
         "processor": _processor(),
@@ -127,16 +179,8 @@ def measured_once(
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)
         about["cudnn"] = torch.backends.cudnn.version()
-    about = json.loads(json.dumps(about))  # a tuple comes back as a list
-    try:
-        known = read_json_object(file)["measured"]
-        found = [float(entry["value"]) for entry in known if entry["of"] == about]
-    except (OSError, ValueError, KeyError, TypeError):
-        known, found = [], []
-    if not found or not found[0] > 0:
-        found = [measure()]
-        write_json(file, {"measured": [*known, {"of": about, "value": found[0]}]})
-    return found[0]
+    described: dict[str, Any] = json.loads(json.dumps(about))  # a tuple comes back as a list
+    return described
 
 
 def _processor() -> str:

@@ -52,15 +52,24 @@ class Tracker:
         """Yield the items unchanged."""
         with bars(self.console) as display:
             task = display.add_task(what, total=count)
-            last = time.monotonic()
-            for number, item in enumerate(items):
+            started = last = time.monotonic()
+            for number, item in enumerate(items, start=1):
                 yield item
                 display.advance(task)
                 if not self.console.is_terminal:
                     now = time.monotonic()
                     if now - last > SECONDS_BETWEEN_LINES:
-                        self.console.print(f"{what}: {number + 1} of {count}")
+                        left = (now - started) / number * max(count - number, 0)
+                        self.console.print(
+                            f"{what}: {number} of {count}, {_in_minutes(left)} left",
+                            highlight=False,
+                        )
                         last = now
+
+
+def _in_minutes(seconds: float) -> str:
+    """A duration as text, such as "about 3 min"; in seconds below one minute."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 60 else f"about {seconds:.0f} s"
 
 
 class CohortProgress:

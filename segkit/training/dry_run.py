@@ -1,11 +1,13 @@
 """`segkit train --dry-run`: a description of a training, with time and memory of one step.
 
-Two real steps run on the device, with the whole config, but on two cases. They write to a folder
-that is removed afterwards. The first step initialises the libraries; the second is measured.
+Real steps run on the device, with the whole config and its way of loading patches, but on two
+cases. They write to a folder that is removed afterwards. The first steps, which initialise the
+libraries, do not count. Then at least ten are measured, or fewer if they take longer than a minute.
 """
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,23 +16,33 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from torch import nn
 
 from segkit.config.model import ModelDescription
-from segkit.config.training import Config
-from segkit.data.dataset import dataset_of, grid_of_case
+from segkit.config.training import LEAST_STEPS, Config
+from segkit.data.datamodule import SegmentationData
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
+from segkit.geometry.grid import Orientation
+from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.model.folder import Model
 from segkit.system.memory import in_words
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import peak_of_process
+from segkit.system.resources import peak_of_process, precision_of
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
+from segkit.training.lightning_private import set_last_step
 from segkit.training.resolve import check_images, check_precision, precision
 from segkit.training.split import split_of
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 
-MEASURED_STEPS = 2
+WARM_UP, MEASURED = 5, 10
+MOST_SECONDS = 60.0
+"""After so many seconds of steps, no more steps are taken."""
 CASES = 2
+READ = 20
+"""Number of held-out cases whose headers are read to estimate a validation."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,11 @@ class DryRun:
     before: int
     """Peak memory of the process before the first step, in bytes; 0 on a GPU."""
     seconds: float
-    """Time of one step, in seconds."""
+    """Mean time of one step, in seconds, including the cutting of its patches."""
+    measured_steps: int
+    """Number of steps that were measured, after those that warm up."""
+    per_case: float
+    """Estimated time of a held-out case in a validation, in seconds; 0 if none is held out."""
     loss: float
     notes: tuple[str, ...] = ()
     """Of weights that are another model's, and of those that are frozen."""
@@ -65,13 +81,26 @@ class DryRun:
         assert limit is not None
         return max(int(limit / self.seconds), 1)
 
+    @property
+    def validations(self) -> tuple[int, int]:
+        """Number of validations, and of held-out cases in each."""
+        schedule = self.config.train
+        cases = min(schedule.validation_cases or self.held_out, self.held_out)
+        return (schedule.steps // min(schedule.validate_every, schedule.steps), cases)
+
+    @property
+    def whole(self) -> float:
+        """Estimated seconds of the whole run after preparing: steps, validations, final scores."""
+        count, cases = self.validations
+        scored = count * cases + self.held_out
+        return self.config.train.steps * self.seconds + scored * self.per_case
+
     def lines(self) -> list[str]:
         """The description as lines of text."""
         data, schedule = self.config.data, self.config.train
         patch = self.description.volume_patch
         cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} for rotation"
         every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
-        total = timedelta(seconds=round(self.seconds * schedule.steps))
         measured = "the peak is not measured on this system"
         if self.peak is not None and self.before:
             measured = (
@@ -89,25 +118,56 @@ class DryRun:
             f"{', '.join(map(str, self.description.network.channels))}",
             f"{schedule.steps} steps of {schedule.optimiser}, {every}; {self.precision} on "
             f"{self.device}",
-            f"one step: {self.seconds:.3g} s, loss {self.loss:.3f}; {measured}",
-            f"{schedule.steps} steps would take {total}, without validations",
+            f"one step: {_duration(self.seconds)} (mean of {self.measured_steps}), loss "
+            f"{self.loss:.3f}; {measured}",
+            self._in_all(),
         ]
         lines += self.notes
         if self.fitting is not None and self.fitting < schedule.steps:
             lines.append(too_slow(self.seconds, self.fitting, schedule.steps))
         return lines
 
+    def _in_all(self) -> str:
+        """A line with the time of the steps and of the whole run."""
+        schedule, (count, cases) = self.config.train, self.validations
+        steps = timedelta(seconds=round(self.seconds * schedule.steps))
+        line = f"{schedule.steps} steps would take {steps}"
+        if self.held_out:
+            rest = timedelta(seconds=round(self.whole - self.seconds * schedule.steps))
+            each = "1 case" if cases == 1 else f"{cases} cases"
+            line += f", {count} validations of {each} and the final scores about {rest}"
+        line += f"; {timedelta(seconds=round(self.whole))} in all, without preparing"
+        if schedule.minutes is not None:
+            share = min(60 * schedule.minutes / max(self.whole, 1e-9), 1e6)
+            line += (
+                f"; train.minutes={schedule.minutes:g} limits it, in which about "
+                f"{max(round(share * schedule.steps), LEAST_STEPS)} steps fit"
+            )
+        return line
+
 
 class Stopwatch(Callback):
-    """A callback that measures the time of the last step and the peak memory after it."""
+    """A callback that measures the time of steps, and the peak memory after them.
 
-    def __init__(self) -> None:
-        self.started = self.seconds = 0.0
+    Args:
+        stands_for: each case that is trained on stands for so many cases of the dataset, which
+            decides whether all of them would fit into the memory of a GPU.
+    """
+
+    def __init__(self, stands_for: float = 1.0) -> None:
+        self.stands_for = stands_for
+        self.ends: list[float] = []
         self.loss = float("nan")
         self.device = torch.device("cpu")
         self.before = 0
         self.peak: int | None = None
         self.cut_size: tuple[int, ...] = ()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load patches as the whole training would."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, SegmentationData)
+        data.stands_for = self.stands_for
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the memory before the first step."""
@@ -125,23 +185,44 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record the time of a step, including the cutting of its patches, and the peak memory."""
+        """Record the end of a step. A GPU is waited for only where measuring begins and ends."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        wait_for_device(self.device)
-        now = time.perf_counter()
-        self.seconds, self.started = now - self.started, now
-        self.loss = float(trainer.callback_metrics["train/loss"])
+        done = trainer.global_step
+        if done in (1, WARM_UP, WARM_UP + MEASURED):
+            wait_for_device(self.device)
+        self.ends.append(time.perf_counter())
         self.cut_size = tuple(batch["label"].shape[1:])
+        if done > 1 and self.ends[-1] - self.ends[0] > MOST_SECONDS:
+            set_last_step(trainer, done)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the loss of the last step and the peak memory."""
+        wait_for_device(self.device)
+        self.loss = float(trainer.callback_metrics["train/loss"])
         self.peak = (
             torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda"
             else peak_of_process()
         )
 
+    @property
+    def measured_steps(self) -> int:
+        """Number of steps after those that warm up, or after the first if there are few."""
+        return len(self.ends) - self._first
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of the measured steps."""
+        return (self.ends[-1] - self.ends[self._first - 1]) / self.measured_steps
+
+    @property
+    def _first(self) -> int:
+        return WARM_UP if len(self.ends) > WARM_UP else 1
+
 
 def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
-    """Train two steps on two cases, measure them, and leave no files.
+    """Train some steps on two cases, measure them, and leave no files.
 
     Args:
         config: the config of the training.
@@ -162,7 +243,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     spacing = config.data.spacing or median_spacing(
         [grid_of_case(case, dataset) for case in train_cases]
     )
-    watch = Stopwatch()
+    watch = Stopwatch((len(train_cases) + len(held_out)) / min(CASES, len(train_cases)))
     with (
         tempfile.TemporaryDirectory(prefix="segkit-") as folder,
         advice_on_stop("nothing is left of it"),
@@ -186,6 +267,8 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
         peak=watch.peak,
         before=watch.before,
         seconds=watch.seconds,
+        measured_steps=watch.measured_steps,
+        per_case=_seconds_of_case(run.model, watch.device, held_out, dataset),
         loss=watch.loss,
         notes=tuple(
             run.summary[name]["told"] for name in ("start_from", "freeze") if name in run.summary
@@ -193,11 +276,38 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     )
 
 
+def _seconds_of_case(
+    model: Model, device: torch.device, cases: Sequence[CaseFiles], dataset: Dataset
+) -> float:
+    """Estimated seconds of a held-out case in a validation; 0 if none is held out."""
+    if not cases:
+        return 0.0
+    description, network = model.description, model.network
+    assert isinstance(network, nn.Module)
+    network.to(device)
+    windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
+    half = precision_of(device)
+    with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
+        per_window = seconds_of_window(network, windows)
+    network.to("cpu")
+    counts = []
+    for case in cases[:READ]:
+        grid = grid_of_case(case, dataset)
+        grid = Orientation.of(grid.affine).turn_grid(grid)
+        size = [
+            max(round(n * own / wanted), 1)
+            for n, own, wanted in zip(grid.shape, grid.spacing, description.spacing, strict=True)
+        ]
+        counts.append(num_windows(size, description.volume_patch))
+    return per_window * sum(counts) / len(counts)
+
+
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:
     """The config reduced to the measured steps, without validation, pictures or time limits."""
-    few: dict[str, Any] = {"steps": MEASURED_STEPS, "validate_every": MEASURED_STEPS}
+    steps = WARM_UP + MEASURED
+    few: dict[str, Any] = {"steps": steps, "validate_every": steps}
     few |= {"patience": None, "minutes": None}
-    data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache, "workers": 0}
+    data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache}
     data |= {"fold": None, "splits": None}
     return config.model_copy(
         update={
@@ -206,6 +316,10 @@ def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) 
             "trainer": config.trainer.model_copy(update={"max_time": None, "loggers": []}),
         }
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _size(numbers: tuple[float, ...] | list[int]) -> str:

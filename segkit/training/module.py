@@ -1,7 +1,7 @@
 """The Lightning module: a network with its loss, optimiser, schedule and validation."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -17,6 +17,7 @@ from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.graphed_step import GraphedStep, record_step
+from segkit.training.compiled_step import CompiledStep
 from segkit.training.freezing import Freezing
 from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
 from segkit.training.loss_watch import LossWatch
@@ -52,6 +53,8 @@ class SegmentationModule(L.LightningModule):
         budget: a time budget that the schedule follows; without it, the schedule follows the steps.
         freezing: weights that are not trained, or not from the first step.
         notes: lines to show when training begins.
+        compiled: whether network and loss are compiled; `auto` decides by measuring. A compiled
+            step is not recorded.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SegmentationModule(L.LightningModule):
         budget: TimeBudget | None = None,
         freezing: Freezing | None = None,
         notes: Sequence[str] = (),
+        compiled: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -94,6 +98,7 @@ class SegmentationModule(L.LightningModule):
         self.freezing = freezing
         self.notes = tuple(notes)
         self.graphed: GraphedStep | None = None
+        self.compiled = CompiledStep(self._losses, compiled)
         self.losses = LossWatch()
         self.losses_of_step: list[Tensor] = []
 
@@ -101,7 +106,8 @@ class SegmentationModule(L.LightningModule):
         """The loss of one batch after augmentation."""
         place = batch_index % self.trainer.accumulate_grad_batches
         image, label = self._varied(batch, place)
-        loss, *others = self._graphed(image, label) or self._losses(image, label)
+        self.compiled.begin(self._seconds_left, self.device)
+        loss, *others = self._graphed(image, label) or self.compiled(image, label)
         if others:
             self.log("train/presence_loss", others[0], batch_size=len(label))
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
@@ -144,7 +150,9 @@ class SegmentationModule(L.LightningModule):
 
     def _graphed(self, image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
         """The losses from a recorded step, which also sets the gradients; empty if not recorded."""
-        if self.device.type != "cuda" or not self.recorded:
+        if self.compiled.active:
+            self.graphed = None
+        if self.device.type != "cuda" or not self.recorded or self.compiled.active:
             return ()
         if self.graphed is None:
             self.recorded = can_record(self.trainer)
@@ -158,6 +166,13 @@ class SegmentationModule(L.LightningModule):
             self.graphed.zero_gradients()
             return ()
         return self.graphed(image, label)
+
+    def _seconds_left(self, per_batch: float) -> float:
+        """Seconds of training that are left, if a batch takes so many seconds."""
+        if self.budget is not None:
+            return self.budget.left
+        batches = (self.num_steps - self.global_step) * self.trainer.accumulate_grad_batches
+        return batches * per_batch
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients, unless a recorded step has done so."""

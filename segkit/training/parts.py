@@ -38,7 +38,7 @@ from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
-from segkit.training.resolve import check_images, check_precision, describe, resolve
+from segkit.training.resolve import check_images, check_plane, check_precision, describe, resolve
 from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
 from segkit.training.validation import (
@@ -202,6 +202,7 @@ def make_parts(
     dataset = dataset or dataset_of(config.data)
     split = kept(dataset) if kept else split_of(dataset, config)
     check_images(config, dataset, split.train, split.held_out)
+    check_plane(config, dataset, (*split.train, *split.held_out))
     first_stage = first_models(config.data.first_stage or (), dataset)
     config = resolve(config, dataset, split, runs=runs, track=track)
     description = described(describe(config, dataset), first_stage)

@@ -27,13 +27,14 @@ from segkit.config.data import (
     SynthesisConfig,
     ZScoreConfig,
 )
-from segkit.config.model import ModelDescription, description_of
+from segkit.config.model import ACROSS, ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConfig
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, DatasetError, Problems
+from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
@@ -139,11 +140,40 @@ def check_images(
         )
 
 
+def check_plane(config: Config, dataset: Dataset, cases: Sequence[CaseFiles]) -> None:
+    """Check that cases of one slice are trained in two dimensions, in the plane of the slice.
+
+    Raises:
+        ConfigError: all cases have one voxel along an axis, and the network is a 3D network, or a
+            2D network of other planes.
+    """
+    flat = {0, 1, 2}
+    for case in cases:
+        grid = grid_of_case(case, dataset)
+        shape = Orientation.of(grid.affine).turn_grid(grid).shape
+        flat &= {axis for axis, size in enumerate(shape) if size == 1}
+        if not flat:
+            return
+    network, plane = config.network, config.data.slices
+    in_plane = {name for name, axis in ACROSS.items() if axis in flat}
+    if not cases or (network.spatial_dims == 2 and plane in in_plane) or network.given is not None:
+        return
+    found = "network.spatial_dims 3" if network.spatial_dims == 3 else f"data.slices {plane}"
+    axes, names = (
+        " and ".join(sorted(each)) for each in ({"xyz"[axis] for axis in flat}, in_plane)
+    )
+    raise ConfigError(
+        f"every case of {dataset.folder} has one voxel along {axes} (RAS+), so expected "
+        f"network.spatial_dims 2 and data.slices {names}, found {found}; set both, with a "
+        f"data.patch_size of two numbers, or run segkit plan {dataset.folder}"
+    )
+
+
 def check_precision(config: Config) -> None:
     """Check that segkit can train in the config's precision.
 
-    Weights in half precision (`bf16-true`, `16-true`) are refused: changes of less than 1/256 of a
-    weight would be lost.
+    Weights in half precision (`bf16-true`, `16-true`) are refused, because changes of less than
+    1/256 of a weight would be lost. `16-mixed` needs a GPU, because it scales the loss.
 
     Raises:
         ConfigError: the precision is refused.
@@ -153,6 +183,11 @@ def check_precision(config: Config) -> None:
         raise ConfigError(
             f"trainer.precision is {asked}; choose auto, 32-true, bf16-mixed or 16-mixed, which "
             f"keep the weights in single precision"
+        )
+    if asked == "16-mixed" and accelerator(config) == "cpu":
+        raise ConfigError(
+            "trainer.precision is 16-mixed, which PyTorch trains in only on a GPU, but the device "
+            "is the CPU; choose auto, 32-true or bf16-mixed"
         )
 
 

@@ -30,6 +30,7 @@ from torch import nn
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
 from segkit.data.prepared_cache import StoredCase
 from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.system.core_share import FREE, CoreShare
 from segkit.system.resources import num_cores
 from segkit.training.lightning_private import set_last_step
 
@@ -38,8 +39,11 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_CONVERT = 5.0
 """Approximate time that the fastest engine needs before it can score the first case."""
 UNLIMITED = 2**31 - 1
-SLOWER = 0.8
-"""A run is behind its plan if it will do less than this share of the planned steps."""
+SLOWER, FASTER = 0.8, 1.5
+"""A run differs from its plan if it will do less than the first, or more than the second, of these
+shares of the planned steps."""
+KNOWN_AFTER, FEWEST_KNOWN = 0.05, 5
+"""The pace is known after this share of the time for steps, and this number of steps."""
 
 
 @dataclass
@@ -161,7 +165,8 @@ class Deadline(Callback):
         self.patch_size = patch_size
         self.validation_started = 0.0
         self.seen = -1
-        self.warned = False
+        self.pace_known = False
+        self.cores = CoreShare()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the budget."""
@@ -180,6 +185,7 @@ class Deadline(Callback):
             counts = [num_windows(case.label.shape, self.patch_size) for case in self.cases[:20]]
             self.budget.per_case = seconds * sum(counts) / len(counts)
         set_last_step(trainer, max(self.budget.expected_steps, trainer.global_step + 1))
+        self.cores = CoreShare()
         self.budget.resume_clock()
 
     def on_train_batch_end(
@@ -199,10 +205,13 @@ class Deadline(Callback):
         if trainer.world_size > 1:
             rest = trainer.strategy.broadcast(rest)
         set_last_step(trainer, step + rest)
-        if not self.warned and budget.share > 0.1 and trainer.is_global_zero:
-            self.warned = True
+        known = budget.share >= KNOWN_AFTER and budget.steps >= FEWEST_KNOWN
+        if known and not self.pace_known and trainer.is_global_zero:
+            self.pace_known = True
             if budget.expected_steps < SLOWER * budget.planned_steps:
-                logger.warning("%s", slower_than_planned(budget))
+                logger.warning("%s", slower_than_planned(budget, self.cores.share()))
+            elif budget.expected_steps > FASTER * budget.planned_steps:
+                logger.warning("%s", faster_than_planned(budget))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start to measure the validation."""
@@ -215,13 +224,15 @@ class Deadline(Callback):
         self.budget.resume_clock()
 
 
-def slower_than_planned(budget: TimeBudget) -> str:
-    """A warning that a run does fewer steps than planned, with a likely reason."""
+def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
+    """A warning that a run does fewer steps than planned, with a likely reason.
+
+    Args:
+        budget: the time budget of the run.
+        share: the share of the cores that the run has had, as `CoreShare` measures it.
+    """
     planned = budget.seconds / budget.planned_steps
-    end = (
-        f"{budget.expected_steps} of {budget.planned_steps} steps fit into the "
-        f"{budget.seconds / 60:g} minutes, and the learning rate follows the time"
-    )
+    end = _steps_that_fit(budget)
     if budget.per_step < planned:
         return (
             f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
@@ -230,9 +241,31 @@ def slower_than_planned(budget: TimeBudget) -> str:
         )
     cores, load = num_cores(), os.getloadavg()[0]
     reason = "the machine is slower than when the run was planned"
-    if load > cores + 1:
+    if share < FREE:
+        reason = f"other programs use the cores, and this run has {share:.0%} of its time on them"
+    elif load > cores + 1:
         reason = f"other programs use the cores (load {load:.1f} on {cores})"
     return (
         f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s (its share "
         f"of all other work included): {reason}; {end}"
+    )
+
+
+def faster_than_planned(budget: TimeBudget) -> str:
+    """A warning that a run does many more steps than planned."""
+    planned = budget.seconds / budget.planned_steps
+    return (
+        f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s: "
+        f"{_steps_that_fit(budget)}; segkit plan makes a larger plan for a machine this fast"
+    )
+
+
+def _steps_that_fit(budget: TimeBudget) -> str:
+    steps, planned = budget.expected_steps, budget.planned_steps
+    many = (
+        f"{steps} steps, {planned} planned," if steps > planned else f"{steps} of {planned} steps"
+    )
+    return (
+        f"{many} fit into the {budget.seconds / 60:g} minutes, and the learning rate follows the "
+        f"time"
     )

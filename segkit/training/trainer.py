@@ -74,7 +74,7 @@ def make_trainer(
     metrics, looked = metrics_of(folder), cases_per_validation(parts, config)
     try:
         trainer = L.Trainer(
-            **config.trainer.model_dump(exclude={"loggers", "deterministic"}),
+            **config.trainer.model_dump(exclude={"loggers", "deterministic", "compile"}),
             deterministic=config.trainer.deterministic or None,
             max_steps=config.train.steps if config.train.minutes is None else UNLIMITED,
             max_epochs=-1,

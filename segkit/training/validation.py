@@ -61,4 +61,5 @@ def dice_of_groups(
     """The Dice of each group of labels. Voxels whose label is `ignore` do not count."""
     highest = max(ignore or 0, *(number for group in groups for number in group))
     matrix = confusion_matrix(prediction, label.to(prediction.device), highest + 1)
-    return Overlap.of_groups(matrix, groups, ignore=ignore).dice
+    # One copy to the host; each sum of a group on a GPU would be another wait.
+    return Overlap.of_groups(matrix.cpu(), groups, ignore=ignore).dice

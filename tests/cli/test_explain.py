@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from segkit.config.attention import AdditiveGridGateConfig
+from segkit.explain.verdicts.identity import judge_attention
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import read_labels, read_volume
 from segkit.model.folder import save_model
 from tests.cli.command import run
 from tests.explain.heads.test_study import attending_model, self_attention
@@ -157,3 +160,102 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     code, said, err = command(scans / "a.nii.gz", *words[:1], tmp_path / "alone", *words[2:])
     assert code == 2 and err.count("\n") == 1 and "next" not in said
     assert not (tmp_path / "alone").exists()
+
+
+def test_the_command_writes_attributions_beside_maps_and_measures_them(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
+    out = tmp_path / "out"
+    words = [scans / "a.nii.gz", "--model", tmp_path / "model", "--device", "cpu", "--out", out]
+    code, said, err = command(*words, "--attribution", "occlusion", "--cell", 4)
+    assert (code, err) == (0, "")
+    told = json.loads((out / "measures.json").read_text())
+    assert told["attributions"] and told["provenance"]["attributions"] == {
+        **{"methods": ["occlusion"], "quantity": "logit", "baseline": None, "steps": 16},
+        **{"draws": 16, "noise": 0.15, "cell_mm": 4.0, "samples": None, "seed": 0},
+    }
+    page, rows = (out / "index.html").read_text(), rows_of(out / "measures.csv")
+    for one in told["attributions"]:
+        name = f"a_map-occlusion-{one['structure']}.nii.gz"
+        native, onto = read_volume(out / "native" / name), read_volume(out / name)
+        assert native.grid.spacing == (4, 4, 4) and onto.grid.shape == (8, 8, 8)
+        assert float(native.data.sum()) == pytest.approx(one["total"], rel=1e-4)
+        assert f"a {one['key']}: the logit sums to {one['value']:.4g} over" in said
+        assert {row["of"] for row in rows if row["map"] == one["key"]} >= {"map", "magnitude"}
+        assert f'"{one["key"]}"' in page
+    known = {one["structure"] for one in told["attributions"]}
+    labels = json.loads((out / "a_seg.json").read_text())["labels"]
+    missing = ", ".join(sorted({*list(labels)[1:]} - known))
+    assert not missing or f"a {missing}: not predicted, so nothing is attributed" in said
+    maps = {one["key"]: one for one in json.loads((out / "a_maps.json").read_text())["maps"]}
+    shown = maps[told["attributions"][0]["key"]]
+    assert (shown["kind"], shown["range"]) == ("attribution", [None, None])
+    assert (shown["stride"], shown["offset"]) == ([4, 4, 4], [1.5, 1.5, 1.5])
+
+
+def test_an_attribution_that_does_not_exist_is_one_line_and_exit_code_2(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    words = [scans / "a.nii.gz", "--out", tmp_path / "out"]
+    code, _, err = command(*words, "--attribution", "lime")
+    assert code == 2 and err.startswith("segkit: expected a method of integrated_gradients, ")
+    assert "found 'lime'" in err and err.count("\n") == 1
+    code, _, err = command(*words, "--cell", 4)
+    assert code == 2 and "--cell needs --attribution" in err
+
+
+def test_the_command_says_whether_the_network_attends_to_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_scans(tmp_path)
+    model = attending_model(skip=AdditiveGridGateConfig(levels=[1]), bottleneck=self_attention(2))
+    save_model(tmp_path / "model", model)
+    out = tmp_path / "out"
+    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--device", "cpu"]
+    words += ["--reference", tmp_path / "labels", "--out", out, "--identity"]
+    code, said, err = run(*words, capsys=capsys)
+    assert (code, err) == (0, "")
+    told = json.loads((out / "cohort.json").read_text())["identity"]
+    assert told["blocks"] == ["bottleneck", "skip.1"]
+    table = said[said.index("Dice with attention blocks as the identity") :]
+    page = (out / "index.html").read_text()
+    for verdict in told["verdicts"]:
+        (row,) = [line for line in table.splitlines() if line.strip().startswith(verdict["block"])]
+        assert verdict["word"] == "cannot tell" and "cannot tell" in row
+        assert f"{verdict['dice_lost']:.3f}" in row.split()
+        assert f"{verdict['block']} as the identity" in page
+    rows = [(out / name / "identity.csv").read_text().splitlines() for name in ("a", "b")]
+    assert (out / "identity.csv").read_text().splitlines() == rows[0] + rows[1][1:]
+    assert f"{told['share']['parameters_outside']:,} of {told['share']['parameters']:,}" in said
+    # The same as in Python.
+    pairs = [
+        (read_volume(tmp_path / "scans" / f"{n}.nii.gz"), read_labels(label))
+        for n, label in (("a", "a"), ("b", "b"))
+        for label in [tmp_path / "labels" / f"{n}.nii.gz"]
+    ]
+    study = judge_attention(Predictor.load(tmp_path / "model", device="cpu"), pairs)
+    assert [vars(one)["dice_lost"] for one in study.verdicts] == pytest.approx(
+        [one["dice_lost"] for one in told["verdicts"]], abs=1e-6
+    )
+    # Without it, nothing of the old one stays; one scan has it on its own page.
+    code, said, _ = run(*words[:-1], "--overwrite", capsys=capsys)
+    assert code == 0 and not list(out.rglob("identity.csv"))
+    words[1] = tmp_path / "scans" / "a.nii.gz"
+    words[6:] = ["--reference", tmp_path / "labels", "--out", tmp_path / "one", "--identity"]
+    code, said, err = run(*words, capsys=capsys)
+    assert (code, err) == (0, "") and "outside attention: " in said
+    one = json.loads((tmp_path / "one" / "measures.json").read_text())["identity"]
+    assert one["verdicts"][0]["dice_lost"] == pytest.approx(-one["ablation"][0]["change"])
+    assert "Dice with attention blocks as the identity" in (tmp_path / "one/index.html").read_text()
+
+
+def test_identity_of_a_model_without_attention_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_scans(tmp_path)
+    save_model(tmp_path / "model", attending_model())
+    words = ["explain", tmp_path / "scans", "--model", tmp_path / "model", "--identity"]
+    code, _, err = run(*words, "--out", tmp_path / "out", "--device", "cpu", capsys=capsys)
+    assert code == 2 and "expected a model with attention blocks" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -329,8 +329,14 @@ def test_paired_attention_needs_a_level_that_is_small_enough() -> None:
     ):
         config_of_size([128, 64, 64], encoder={"kind": "epa", "levels": [1, 2]})
     # A decoder has no level 2.
-    with pytest.raises(ConfigError, match=r"decoder: epa needs a level of at most 32,768 voxels"):
-        config_of_size([128, 64, 64], decoder="epa")
+    for kind, remedy in (
+        ("epa", "make the patch smaller or add levels"),
+        ("lka", "set its levels"),
+    ):
+        reason = rf"decoder: {kind} needs a level of at most 32,768 voxels .*; {remedy}$"
+        with pytest.raises(ConfigError, match=reason):
+            config_of_size([128, 64, 64], decoder=kind)
+    config_of_size([128, 64, 64], decoder={"kind": "lka", "levels": [0]})
 
 
 def test_a_transformer_among_too_many_voxels_is_refused() -> None:
@@ -338,13 +344,14 @@ def test_a_transformer_among_too_many_voxels_is_refused() -> None:
         config_of_size([2048, 2048], bottleneck="transformer")
 
 
-def test_by_default_large_kernels_sit_everywhere_and_paired_attention_where_it_can() -> None:
+def test_by_default_large_kernels_and_paired_attention_sit_at_small_levels() -> None:
     grids = [[128, 64, 64], [64, 32, 32], [32, 16, 16]]
     for place, deepest in (("encoder", 2), ("decoder", 1)):
-        everywhere = AttentionConfig.model_validate({place: "lka"})
+        for kind in ("lka", "epa"):
+            attention = AttentionConfig.model_validate({place: kind})
+            assert attention.block_levels(place, grids) == [2][: deepest - 1]
+        everywhere = AttentionConfig.model_validate({place: "se"})
         assert everywhere.block_levels(place, grids) == list(range(deepest + 1))
-        paired = AttentionConfig.model_validate({place: "epa"})
-        assert paired.block_levels(place, grids) == [2][: deepest - 1]
         given = AttentionConfig.model_validate({place: {"kind": "lka", "levels": [1, 0, 1]}})
         assert given.block_levels(place, grids) == [0, 1]
     assert AttentionConfig().block_levels("encoder", grids) == []

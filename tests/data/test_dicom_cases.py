@@ -1,5 +1,8 @@
 """Cases of a folder of DICOM files: which series, which structures, and what they come to."""
 
+import shutil
+from collections.abc import Iterable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from segkit.data.dataset import check_headers, dataset_of, grid_of_case, read_ca
 from segkit.errors import DatasetError, SegkitError
 from segkit.evaluation.evaluate import evaluate
 from segkit.geometry.grid import Grid
+from segkit.io import dicom
 from segkit.io.checksums import file_states
+from segkit.io.dicom_tree import read_tree
 from segkit.io.volume import write_volume
+from segkit.system.listing import show_listing
 from tests.cli.command import run
 from tests.dicom import box_contour, write_series, write_structures
 from tests.helpers import affine_of
@@ -44,13 +50,18 @@ def patient(root: Path, name: str, structure: str | None = "GTV", seed: int = 0)
     return folder
 
 
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    root = tmp_path / "cohort"
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made") / "cohort"
     patient(root, "p1", "GTV primary", 1)
     patient(root, "p2", "gross mass", 2)
     patient(root, "p3", None, 3)
     return root
+
+
+@pytest.fixture
+def cohort(made_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_once, tmp_path / "cohort")
 
 
 def settings(root: Path, **dicom: Any) -> DatasetConfig:
@@ -63,7 +74,7 @@ def test_series_with_structures_are_cases_whose_labels_lie_on_them(
 ) -> None:
     dataset = dataset_of(settings(cohort))
     assert [case.name for case in dataset.cases] == ["p1_CT", "p2_CT"]
-    assert "left out, as no structures refer to them: p3_CT" in caplog.text
+    assert "left out, because no file of structures refers to them: p3_CT" in caplog.text
     assert dataset.channels == ("CT",) and dataset.labels == {"background": 0, "tumour": 1}
     check_headers(dataset.cases, dataset)
     for case in dataset.cases:
@@ -103,7 +114,7 @@ def test_labels_are_written_in_the_numbers_of_data_labels(cohort: Path) -> None:
         ({"structures": {}}, r"give data\.dicom\.structures, such as \{tumour: \[GTV\*\]\}"),
         (
             {"label": {"modality": "SEG"}},
-            "none of 3 cases has labels: no structure set or segmenta",
+            "none of 3 cases has labels, because no structure set or",
         ),
         (
             {"images": {"a": TUMOUR, "b": {"description": "absent"}}},
@@ -220,6 +231,36 @@ def test_check_tells_what_a_tree_of_dicom_files_holds(
     assert "structure Body: in 2 of 2 files" in out and "structure gross mass: in 1 of 2" in out
 
 
+def test_each_header_of_a_cohort_is_read_once(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    whole = dicom._reader
+
+    def counted(file: Path) -> Any:
+        read.append(file)
+        return whole(file)
+
+    monkeypatch.setattr(dicom, "_reader", counted)
+    dataset = dataset_of(settings(cohort))
+    check_headers(dataset.cases, dataset)
+    dataset_of(settings(cohort))
+    assert len(read) == len(set(read)) == 3 * (SHAPE[2] + 2)
+
+
+def test_listing_shows_its_progress_by_files(cohort: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def display(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+        each = list(items)
+        told.append((what, count, len(each)))
+        return each
+
+    copy_context().run(lambda: (show_listing(display), read_tree(cohort)))
+    files = 3 * (SHAPE[2] + 2) + 2
+    assert told == [("reading DICOM headers", files, files)]
+
+
 def test_a_damaged_file_stops_a_dataset_with_its_name(cohort: Path) -> None:
     (cohort / "p1" / "CT" / "bad.dcm").write_bytes(b"nothing")
     with pytest.raises(SegkitError, match=r"bad\.dcm: cannot be read as DICOM"):
@@ -228,5 +269,5 @@ def test_a_damaged_file_stops_a_dataset_with_its_name(cohort: Path) -> None:
 
 def test_unknown_classes_of_structures_are_refused(cohort: Path) -> None:
     config = settings(cohort).model_copy(update={"labels": {"background": [0], "mass": [1]}})
-    with pytest.raises(DatasetError, match=r"names tumour, expected classes: mass"):
+    with pytest.raises(DatasetError, match=r"expected classes \(mass\), found tumour; correct"):
         dataset_of(config)

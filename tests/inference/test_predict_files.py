@@ -21,6 +21,7 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError, SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
+from segkit.inference.model_walk import ModelWalk
 from segkit.inference.predict_files import Outcome, output_path, predict_files, sidecar_of
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import Input, find_inputs, parse_shard, read_input
@@ -514,6 +515,61 @@ def test_the_next_is_read_and_the_last_written_while_one_is_segmented(
     assert events.index("read b") < events.index("write a")
     assert most <= 3
     assert threading.current_thread().name not in threads and len(threads) == 2
+
+
+def test_the_next_is_prepared_while_one_is_segmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "abc")], 1)
+    prepare, run = Predictor.prepare_next, ModelWalk.walk
+    prepared = [threading.Event() for _ in inputs]
+    threads: set[str] = set()
+    count = 0
+
+    def preparing(self: Predictor, volume: Volume) -> object:
+        images = prepare(self, volume)
+        assert images is not None
+        threads.add(threading.current_thread().name)
+        next(event for event in prepared if not event.is_set()).set()
+        return images
+
+    def walking(self: ModelWalk, *given: object, **named: object) -> object:
+        nonlocal count
+        count += 1
+        if count < len(inputs):  # the one after this is ready before this one is finished
+            assert prepared[count].wait(timeout=30)
+        return run(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "prepare_next", preparing)
+    monkeypatch.setattr(ModelWalk, "walk", walking)
+    outcomes = list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
+    assert all(outcome.written for outcome in outcomes) and count == 3
+    assert threading.current_thread().name not in threads and len(threads) == 1
+
+
+def test_preparing_ahead_changes_no_bit_and_needs_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in", "abc")], 1)
+    written = []
+    for name, free in (("ahead", 10**9), ("alone", 8**3 * 4 * 2 * 2)):
+        monkeypatch.setattr("segkit.inference.model_walk.free_memory_of", lambda _, free=free: free)
+        ready = [predictor_of(None).prepare_next(read_input(each)) for each in inputs]
+        assert all((images is not None) == (name == "ahead") for images in ready)
+        list(predict_files(predictor_of(None), inputs, out=tmp_path / name, probabilities=True))
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*")})
+    assert written[0] == written[1] and len(written[0]) == 12
+
+
+def test_a_volume_that_cannot_be_prepared_is_told_for_itself(tmp_path: Path) -> None:
+    folder = scans_in(tmp_path / "in", "abc")
+    values = np.full((8, 8, 8), np.nan, np.float32)
+    write_volume(folder / "b.nii.gz", Volume(values, Grid((8, 8, 8), np.eye(4))))
+    outcomes = list(
+        predict_files(predictor_of(None), find_inputs([folder], 1), out=tmp_path / "out")
+    )
+    assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
+    assert "b.nii.gz" in str(outcomes[1].error) and "NaN" in str(outcomes[1].error)
 
 
 def test_a_consumer_that_stops_leaves_only_complete_files(tmp_path: Path) -> None:

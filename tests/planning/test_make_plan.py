@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,6 +122,36 @@ def test_a_large_volume_is_planned_in_two_stages(
     lines = planned.text.splitlines()
     (number,) = [n for n, line in enumerate(lines) if line.startswith("  first_stage:")]
     assert lines[number - 1].startswith("  # ") and "first of two stages" in planned.low.text
+
+
+def test_a_plan_for_a_gpu_elsewhere_follows_its_memory_and_the_minutes(
+    large: Path, tmp_path: Path
+) -> None:
+    def planned(gigabytes: float, minutes: float) -> Planned:
+        found = plan_dataset(
+            large,
+            cache=tmp_path / "cache",
+            device="cuda",
+            gigabytes=gigabytes,
+            minutes=minutes,
+            spatial_dims=2,
+        )
+        assert found.low is None
+        return found
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, which is measured")
+    small, long, roomy = planned(0.002, 10.0), planned(0.002, 20.0), planned(0.02, 10.0)
+    assert math.prod(roomy.plan.patch_size) * roomy.plan.batch_size > math.prod(
+        small.plan.patch_size
+    ) * (small.plan.batch_size)
+    assert long.plan == small.plan
+    assert long.config.train.steps == pytest.approx(2 * small.config.train.steps, rel=0.1)
+    assert small.config.train.steps > 2 * 600 / 0.05  # a small step takes less than 25 ms
+    assert (small.config.train.minutes, long.config.train.minutes) == (10.0, 20.0)
+    text = " ".join(small.text.replace("#", " ").split())
+    assert "0.002 GB of memory and 10 minutes of training on a GPU that this machine" in text
+    assert "s on a GPU like an NVIDIA H200, in bfloat16" in text
 
 
 def test_two_stages_share_the_minutes(

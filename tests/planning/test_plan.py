@@ -161,6 +161,17 @@ def test_a_large_isotropic_image_gets_a_cube_of_128_and_a_plan_at_low_resolution
     assert low.patch_size == (128, 128, 128)
 
 
+def test_more_memory_gives_a_larger_patch_and_batch_until_the_dataset_limits_them() -> None:
+    small, roomy = (plan_for_memory(ISOTROPIC, spatial_dims=3, gigabytes=n) for n in (8.0, 80.0))
+    assert math.prod(roomy.patch_size) > 4 * math.prod(small.patch_size)
+    flat, large = (plan_for_memory(ISOTROPIC, spatial_dims=2, gigabytes=n) for n in (8.0, 80.0))
+    assert large.patch_size == flat.patch_size and large.batch_size > 8 * flat.batch_size
+    # A patch holds a whole hippocampus, and a batch 5 % of all, whatever the memory.
+    same = [plan_for_memory(HIPPOCAMPUS, spatial_dims=3, gigabytes=n) for n in (8.0, 80.0)]
+    assert same[0].patch_size == same[1].patch_size and same[0].batch_size == same[1].batch_size
+    assert "5 % of the dataset's voxels are" in same[1].reasons["batch_size"]
+
+
 def test_low_resolution_that_saves_less_than_half_is_dropped() -> None:
     # 128³ are 24.7 % of 204³, and one step of 3 % is enough.
     plan = plan_for_memory(alike((204, 204, 204), (1.0, 1.0, 1.0), 100), spatial_dims=3)

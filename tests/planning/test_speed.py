@@ -1,20 +1,34 @@
-"""What is timed of a processor is timed once."""
+"""The speed of this machine is measured once, on free cores."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from segkit.planning.speed import measured_once, multiply_adds_per_second
+import pytest
+import torch
+
+from segkit.nn.unet import UNet
+from segkit.planning import speed
+from segkit.planning.speed import Figures, multiply_adds_per_second, step_seconds
 
 
 def test_the_measured_speed_is_that_of_a_processor() -> None:
     assert 1e8 < multiply_adds_per_second() < 1e14
 
 
-def test_a_figure_of_the_processor_is_measured_once(tmp_path: Path) -> None:
+def had(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """From now on, this process has this share of the cores."""
+    monkeypatch.setattr(speed, "CoreShare", lambda: SimpleNamespace(share=lambda: share))
+
+
+def test_a_figure_of_the_processor_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    had(monkeypatch, 1.0)
     values = iter([3.5, 4.5, 5.5, 6.5])
     file = tmp_path / "cache" / "speed.json"
 
     def measured(**figure: object) -> float:
-        return measured_once(file, figure, lambda: next(values))
+        return Figures(file).once(figure, lambda: next(values))
 
     assert [measured(patch=(1, 2)), measured(patch=(1, 2))] == [3.5, 3.5]
     assert [measured(patch=(1, 3)), measured(patch=(1, 2)), measured(patch=(1, 3))] == [
@@ -25,3 +39,32 @@ def test_a_figure_of_the_processor_is_measured_once(tmp_path: Path) -> None:
     for damaged in ("{", '{"measured": [3]}'):
         file.write_text(damaged)
         assert measured(patch=(1, 2)) > 4.5
+
+
+def test_a_figure_measured_on_busy_cores_is_only_for_this_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([3.5, 4.5])
+    figures = Figures(tmp_path / "speed.json")
+    assert figures.busy() is None
+    had(monkeypatch, 0.4)
+    for _ in range(2):
+        assert figures.once({"what": "step"}, lambda: next(values)) == 3.5
+    assert "their threads had a core for 40% of the time" in str(figures.busy())
+    assert not figures.file.exists()
+    had(monkeypatch, 1.0)
+    later = Figures(figures.file)
+    assert later.once({"what": "step"}, lambda: next(values)) == 4.5
+    assert later.busy() is None and figures.file.exists()
+
+
+def test_time_in_which_other_programs_had_the_cores_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(speed, "time", clock)  # each step takes a second
+    had(monkeypatch, 0.25)
+    network = UNet(2, 1, out_channels=2, channels=(2, 2))
+    seconds = step_seconds(network, torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).long())
+    assert seconds == 0.25

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from segkit.system import progress
-from segkit.system.progress import CohortProgress
+from segkit.system.progress import CohortProgress, Tracker
 
 
 def test_a_cohort_estimates_the_time_left_from_volumes_that_took_time(
@@ -38,6 +38,18 @@ def test_volumes_that_failed_or_existed_count_without_slabs() -> None:
         for count in (1, 2, 3):
             shown.done()
             assert shown.share == count
+
+
+def test_a_line_of_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    text = io.StringIO()
+    for _ in Tracker(Console(file=text, force_terminal=False, width=100))(range(4), "reading", 4):
+        clock += 40
+    # After the first of four, which took 40 s, 120 s are left; after the third, 40 s.
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "reading: 1 of 4, about 2 min left"
+    assert lines[2] == "reading: 3 of 4, about 40 s left"
 
 
 def test_a_program_is_told_the_share_that_is_done_and_the_seconds_left(

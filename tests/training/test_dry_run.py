@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from segkit.cli.main import main
 from segkit.config.load import changed, load_config
 from segkit.data.dataset import read_dataset
+from segkit.data.resident import fits
 from segkit.errors import ConfigError, TrainingError
-from segkit.training.dry_run import DryRun, dry_run, shortened
+from segkit.training import dry_run as module
+from segkit.training.dry_run import MEASURED, DryRun, Stopwatch, dry_run, shortened
 from segkit.training.fit import train
 from segkit.training.module import SegmentationModule
 from segkit.training.split import split_of
@@ -41,6 +44,7 @@ def test_a_dry_run_describes_the_training(told: DryRun, dataset: Path) -> None:
     assert told.description.spacing == (1.0, 1.0, 1.0) and told.cut_size == (20, 20, 20)
     assert told.device == "cpu" and told.precision == "32-true"
     assert 0 < told.loss < 10 and 0 < told.seconds < 60
+    assert told.measured_steps == MEASURED and 0 < told.per_case < 60
 
 
 def test_the_peak_memory_of_the_process_is_measured(told: DryRun) -> None:
@@ -67,14 +71,53 @@ def test_its_loss_is_that_of_the_same_steps_of_training(
 
 
 def test_steps_that_do_not_fit_into_the_time_are_told(told: DryRun) -> None:
-    slow = replace(told, seconds=0.25)
+    slow = replace(told, seconds=0.25, per_case=0.1)
     assert slow.fitting == 4
     assert slow.lines()[-1].endswith("set train.steps=4")
-    assert "100 steps would take 0:00:25" in "\n".join(slow.lines())
+    # 50 validations and the final scores, each of one case of 0.1 s.
+    assert (
+        "100 steps would take 0:00:25, 50 validations of 1 case and the final scores about "
+        "0:00:05; 0:00:30 in all, without preparing"
+    ) in "\n".join(slow.lines())
+    assert "one step: 250 ms (mean of 10), loss" in "\n".join(slow.lines())
+    limited = replace(slow, config=changed(told.config, ["train.minutes=0.25"]))
+    assert "train.minutes=0.25 limits it, in which about 50 steps fit" in "\n".join(limited.lines())
     fast = replace(told, seconds=0.001)
     assert fast.fitting == 1000 and "max_time" not in "\n".join(fast.lines())
     unhurried = replace(slow, config=changed(told.config, ["trainer.max_time=null"]))
     assert unhurried.fitting is None and "max_time" not in "\n".join(unhurried.lines())
+
+
+def test_steps_are_measured_after_warming_up_and_not_for_longer_than_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, last = 0.0, []
+    monkeypatch.setattr(module, "set_last_step", lambda _, step: last.append(step))
+
+    def steps(*seconds: float) -> Stopwatch:
+        nonlocal now
+        watch = Stopwatch()
+        trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+        for number, taken in enumerate(seconds, 1):
+            now += taken
+            trainer.global_step = number
+            batch = {"label": torch.zeros(1, 4, 4, 4)}
+            watch.on_train_batch_end(trainer, None, None, batch, number - 1)  # type: ignore[arg-type]
+        return watch
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
+    fast = steps(9.0, 3.0, 2.0, 1.0, 1.0, *[0.5] * MEASURED)
+    assert (fast.measured_steps, fast.seconds, last) == (MEASURED, 0.5, [])
+    slow = steps(50.0, 40.0, 30.0)  # 70 s after the end of the first
+    assert (slow.measured_steps, slow.seconds, last) == (2, 35.0, [3])
+
+
+def test_patches_are_loaded_as_for_the_whole_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cases would fit into the memory of a card into which two hundred do not."""
+    monkeypatch.setattr("segkit.data.resident.free_memory_of", lambda _: 1000)
+    monkeypatch.setattr("segkit.data.resident.bytes_of", lambda cases: 300)
+    assert fits([], torch.device("cuda"))  # 300 of 400 bytes
+    assert not fits([], torch.device("cuda"), times=2.0)
 
 
 def test_lines_say_numbers_and_units(told: DryRun) -> None:

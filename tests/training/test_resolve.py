@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,10 +18,11 @@ from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.data.dataset import read_dataset
 from segkit.errors import ConfigError
+from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
-from segkit.io.volume import read_volume
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.training.fit import train
-from segkit.training.resolve import describe, resolve
+from segkit.training.resolve import check_plane, describe, resolve
 from segkit.training.split import split_of
 from tests.conftest import ROOT
 from tests.small import small_config, small_dataset
@@ -200,3 +202,39 @@ def test_as_many_normalisations_as_channels_are_taken(datasets: dict[str, Path])
         ConfigError, match=r"expected one for each of the 1 channels of .*, found 2"
     ):
         resolve(two, dataset)
+
+
+@pytest.mark.parametrize(("axis", "plane"), [(0, "sagittal"), (1, "coronal"), (2, "axial")])
+def test_single_slices_are_trained_in_their_own_plane_only(
+    axis: int, plane: str, tmp_path: Path
+) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    for path in sorted(folder.glob("*Tr/*.nii.gz")):
+        volume = read_volume(path)
+        values = np.take(volume.data, [8], axis)
+        x, y, z = values.shape
+        # Stored along another axis of the array: what counts is the axis of the patient.
+        grid = Grid((z, y, x), volume.grid.affine[:, [2, 1, 0, 3]])
+        write_volume(path, Volume(np.ascontiguousarray(values.transpose(2, 1, 0)), grid))
+    dataset = read_dataset(folder)
+
+    def checked(dims: int, slices: str) -> None:
+        data = {"patch_size": [16] * dims, "slices": slices}
+        config = small_config(folder, data=data, network={"spatial_dims": dims})
+        check_plane(config, dataset, dataset.cases)
+
+    checked(2, plane)
+    others = [name for name in ("sagittal", "coronal", "axial") if name != plane]
+    expected = rf"one voxel along {'xyz'[axis]} \(RAS\+\), so expected .* data.slices {plane}, "
+    with pytest.raises(ConfigError, match=expected + "found network.spatial_dims 3"):
+        checked(3, plane)
+    for other in others:
+        with pytest.raises(ConfigError, match=f"found data.slices {other}; set both"):
+            checked(2, other)
+
+
+def test_volumes_among_slices_may_be_trained_in_any_way(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    dataset = read_dataset(folder)
+    check_plane(small_config(folder), dataset, dataset.cases)
+    check_plane(small_config(folder), dataset, ())

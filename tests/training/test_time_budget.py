@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -12,13 +13,20 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from segkit.config.network import NetworkConfig
 from segkit.config.training import LEAST_STEPS, TrainConfig
 from segkit.errors import Stopped
 from segkit.inference.window_seconds import num_windows
-from segkit.training.fit import resume, train
+from segkit.training.fit import resume, scored_model, train
 from segkit.training.optimisers import make_optimiser, make_schedule
 from segkit.training.run_folder import LAST
-from segkit.training.time_budget import TimeBudget, slower_than_planned
+from segkit.training.time_budget import (
+    Deadline,
+    TimeBudget,
+    faster_than_planned,
+    slower_than_planned,
+)
+from tests.models import random_model
 from tests.small import small_config, small_dataset
 
 
@@ -109,20 +117,54 @@ def test_a_run_that_goes_on_has_the_time_that_was_left() -> None:
     assert second.elapsed == pytest.approx(100, abs=1) and second.advanced >= 99
 
 
-def test_the_learning_rate_comes_down_in_the_steps_that_there_was_time_for() -> None:
-    settings_of = TrainConfig(steps=400, learning_rate=1.0, weight_decay=0.0)
+@pytest.mark.parametrize("schedule", ["one_cycle", "polynomial", "cosine"])
+@pytest.mark.parametrize("per_step", [0.4, 3.0])
+def test_the_learning_rate_comes_down_in_the_steps_that_there_was_time_for(
+    schedule: str, per_step: float
+) -> None:
+    settings_of = TrainConfig.model_validate(
+        {"steps": 400, "learning_rate": 1.0, "weight_decay": 0.0, "schedule": schedule}
+    )
     optimiser = make_optimiser(settings_of)([nn.Parameter(torch.zeros(1))])
-    schedule = make_schedule(settings_of)(optimiser)
+    scheduler = make_schedule(settings_of)(optimiser)
     rates = []
-    for more in simulated(600.0, 3.0, 0.0)[2]:
+    for more in simulated(600.0, per_step, 0.0)[2]:
         optimiser.step()
         for _ in range(more):
-            schedule.step()
+            scheduler.step()
         rates.append(optimiser.param_groups[0]["lr"])
     peak = rates.index(max(rates))
-    assert max(rates) > 0.99 and peak / len(rates) == pytest.approx(0.3, abs=0.03)
-    assert rates[-1] < 1e-3
+    rise = {"one_cycle": 0.3, "polynomial": 0.0, "cosine": 0.1}[schedule]
+    assert max(rates) > 0.98 and peak / len(rates) == pytest.approx(rise, abs=0.03)
+    assert rates[-1] < 0.02
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("times", [0.25, 4.0])
+def test_a_machine_that_changes_its_speed_midway_ends_on_time_with_the_rate_down(
+    times: float,
+) -> None:
+    """Another program starts, or ends, after half of the time."""
+    clock = Clock()
+    budget = TimeBudget(
+        600.0,
+        before=0.0,
+        planned_steps=400,
+        held_out=4,
+        validated=4,
+        validate_every=50,
+        clock=clock,
+    )
+    budget.per_case = 1.0
+    while not budget.finished:
+        clock.now += 1.0 if budget.elapsed < 300 else times
+        budget.end_step()
+        if budget.steps % 50 == 0:
+            clock.now += 4.0
+            budget.resume_clock()
+    clock.now += 4 * 1.0 + 5
+    assert budget.elapsed == pytest.approx(600.0, rel=0.1)
+    assert budget.advanced >= 390
 
 
 def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +175,53 @@ def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert "a step takes 3.6 s instead of the planned 1.5 s" in told
     assert "other programs use the cores (load 8.1 on 2)" in told
     assert "of 400 steps fit into the 10 minutes" in told
+
+
+def test_a_run_that_waits_for_cores_says_for_how_long() -> None:
+    budget, _, _ = simulated(600.0, 3.6, 0.0)
+    told = slower_than_planned(budget, 0.42)
+    assert "other programs use the cores, and this run has 42% of its time on them" in told
+
+
+def test_a_machine_that_is_much_faster_than_planned_is_told() -> None:
+    budget, _, _ = simulated(600.0, 0.5, 0.0)
+    told = faster_than_planned(budget)
+    assert "a step takes 0.5 s instead of the planned 1.5 s" in told
+    assert f"{budget.expected_steps} steps, 400 planned, fit into the 10 minutes" in told
+
+
+@pytest.mark.parametrize(("per_step", "word"), [(3.0, "instead"), (0.5, "larger plan"), (1.4, "")])
+def test_the_pace_is_told_once_after_a_twentieth_of_the_time(
+    per_step: float,
+    word: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("segkit.training.time_budget.set_last_step", lambda *_: None)
+    clock = Clock()
+    budget = TimeBudget(
+        600.0,
+        before=0.0,
+        planned_steps=400,
+        held_out=0,
+        validated=0,
+        validate_every=1000,
+        clock=clock,
+    )
+    deadline, module = Deadline(budget, (), (8, 8, 8)), SimpleNamespace()
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, global_step=0)
+    told_after = None
+    for number in range(1, 101):
+        clock.now += per_step
+        budget.end_step()
+        trainer.global_step = number
+        deadline.on_train_batch_end(trainer, module, None, None, number)  # type: ignore[arg-type]
+        if caplog.records and told_after is None:
+            told_after = clock.now - 1000.0
+    assert len(caplog.records) == (1 if word else 0)
+    assert word in caplog.text
+    if word:
+        assert told_after == pytest.approx(0.05 * 600, abs=per_step)
 
 
 def test_a_run_whose_scoring_takes_the_time_does_not_blame_its_steps() -> None:
@@ -148,8 +237,20 @@ def test_a_run_whose_scoring_takes_the_time_does_not_blame_its_steps() -> None:
     assert "slower" not in told and "other programs" not in told
 
 
+def test_only_long_scores_of_a_timed_run_pay_for_a_conversion(tmp_path: Path) -> None:
+    model = random_model(NetworkConfig(channels=[2, 2]))
+    budget = TimeBudget(1000.0, 0.0, 100, held_out=10, validated=2, validate_every=50)
+    folders = []
+    for per_case in (5.9, 6.1):
+        budget.per_case = per_case
+        folders.append(scored_model(model, tmp_path, budget).folder)
+    assert folders == [None, tmp_path]
+    assert scored_model(model, tmp_path, None) is model
+
+
 def test_windows_of_a_case_overlap_by_half() -> None:
     assert num_windows((64, 32, 10), (32, 32, 32)) == 3
+    assert num_windows((64, 32, 10), (32, 32, 1)) == 3 * 10  # slices do not overlap
 
 
 class StoppedAtTwelve(Callback):

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from segkit.explain.display import Verdict
+from segkit.explain.display import Table, Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
 from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
@@ -29,14 +29,18 @@ class CaseFigures:
 
 
 def cohort_text(
-    cases: Sequence[CaseFigures], facts: Mapping[str, str], verdicts: Sequence[Verdict] = ()
+    cases: Sequence[CaseFigures],
+    facts: Mapping[str, str],
+    verdicts: Sequence[Verdict] = (),
+    tables: Sequence[Table] = (),
 ) -> str:
     """The page as HTML: plain tables, without scripts and without access to the network.
 
     Args:
         cases: the measures of each scan.
         facts: the model and the settings, in words.
-        verdicts: on the maps, from all scans together.
+        verdicts: on maps and blocks, from all scans together.
+        tables: below the verdicts, from all scans together.
     """
     style = (VIEWER / "cohort.css").read_text(encoding="utf-8")
     title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
@@ -49,6 +53,7 @@ def cohort_text(
         "not all scans have a value, their number follows. Rows of intensity and gradient are "
         "baselines: the same measures of the scan itself, on the cells of the map.</p>",
         *_verdicts(verdicts),
+        *(part for table in tables for part in _shown(table)),
         *_measure_tables(cases),
         "<h2>Scans</h2>",
         _case_table(cases),
@@ -71,6 +76,13 @@ def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
         for style in [one.verdict.replace(" ", "-")]
     ]
     return ["<h2>Verdicts over all scans</h2>", *cards] if cards else []
+
+
+def _shown(table: Table) -> list[str]:
+    rows = [["–" if cell is None else _text(str(cell)) for cell in row] for row in table.rows]
+    columns = [_text(column) for column in table.columns]
+    note = [f"<p>{_text(table.note)}</p>"] if table.note else []
+    return [f"<h2>{_text(table.title)}</h2>", *note, _table(columns, rows)]
 
 
 def _measure_tables(cases: Sequence[CaseFigures]) -> list[str]:

@@ -39,6 +39,7 @@ QUANTITIES = {
     "spatial": "share let through",
     "received": "attention received, 1 is the average",
     "pool": "share of the mean",
+    "attribution": "part in the structure's output",
 }
 LOW = "↓"
 """Marks a map whose low values show a structure."""
@@ -104,15 +105,14 @@ def map_layers(maps: Mapping[str, AttentionMap]) -> list[Layer]:
         if one.volume is None:
             continue
         values, info = scalar(one.volume), one.info
-        bounded = math.isfinite(info.highest)
         layers.append(
             Layer(
                 key,
                 "map",
                 values.data,
                 values.grid,
-                low=info.lowest,
-                high=info.highest if bounded else None,
+                low=info.lowest if math.isfinite(info.lowest) else None,
+                high=info.highest if math.isfinite(info.highest) else None,
                 quantity=QUANTITIES.get(info.kind, info.kind),
             )
         )
@@ -212,7 +212,8 @@ def measure_bars(measures: Sequence[Measure]) -> list[Bars]:
             bars,
             note="AUROC is the probability that a cell inside has a higher value than a cell "
             "outside. '↓' means that it is below 0.5: low values show the structure. Below each "
-            "map are its baselines, the scan's intensity and gradient on the same cells.",
+            "map are its baselines, the scan's intensity and gradient on the same cells. "
+            "'magnitude' is the absolute value of an attribution.",
         )
         for structure, bars in plots.items()
     ]

@@ -1,10 +1,12 @@
 """Verdicts as a table for the terminal."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from segkit.explain import display
 from segkit.explain.display import Cell, Verdict
 
 COLUMNS = {
@@ -36,6 +38,25 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
         cells = [_text(verdict.numbers.get(name), how) for name, how in COLUMNS.values()]
         table.add_row(verdict.map, verdict.verdict, str(verdict.numbers["structure"]), *cells)
     return table
+
+
+def plain_table(table: display.Table) -> Table:
+    """A table of a page for the terminal, with numbers of three decimals and without its note."""
+    shown = Table(title=table.title, box=SIMPLE_HEAD)
+    numeric = [not isinstance(cell, str) for cell in table.rows[0]]
+    for column, right in zip(table.columns, numeric, strict=True):
+        justify: Literal["left", "right"] = "right" if right else "left"
+        width = max(len(_cell(row[len(shown.columns)])) for row in table.rows)
+        shown.add_column(column, justify=justify, no_wrap=True, min_width=width)
+    for row in table.rows:
+        shown.add_row(*(_cell(cell) for cell in row))
+    return shown
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return "–"
+    return format(value, ".3f") if isinstance(value, float) else str(value)
 
 
 def _text(value: Cell, how: str) -> str:

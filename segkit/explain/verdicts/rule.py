@@ -35,15 +35,21 @@ from segkit.explain.verdicts.evidence import (
     ChannelEvidence,
     GateChannel,
 )
+from segkit.explain.verdicts.falls import (
+    DICE_MARGIN,
+    MATTERING_SHARE,
+    SIGNIFICANT,
+    Values,
+    mean_interval,
+    mean_of,
+    needed_p,
+    not_needed_ps,
+    num_mattering,
+)
 
 VerdictWord = Literal["informative", "redundant", "uninformative", "cannot tell"]
 Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-SIGNIFICANT = 0.05
-DICE_MARGIN = 0.01
-"""Smallest fall of Dice that matters, in one scan and on average over scans."""
-MATTERING_SHARE = 1 / 3
-"""A gate counts as not needed if its removal matters in less than this share of scans."""
 AUROC_MARGIN = 0.02
 ERROR_MARGIN = 0.25
 """A map's AUROC must exceed that of a comparator by 0.02, or by a quarter of the comparator's
@@ -61,7 +67,6 @@ POWER = 0.8
 """Probability of a verdict for which the number of further scans is estimated."""
 MOST_FURTHER = 200
 """Largest number of further scans that is reported."""
-Values = Sequence[float]
 Pairs = dict[str, list[tuple[float, float]]]
 
 
@@ -190,24 +195,12 @@ class _Hypothesis:
 
     def need_p(self) -> float:
         """P value of the null hypothesis that the network does not need the channel."""
-        found = [rise_p(falls) if np.mean(falls) >= DICE_MARGIN else 1.0 for falls in self.contexts]
+        found = [needed_p(falls) for falls in self.contexts]
         return min(1.0, len(found) * min(found)) if found else 1.0
 
     def without_p(self) -> float:
-        """P value of the null hypothesis that the network needs the channel.
-
-        Two one-sided tests (TOST) of the mean fall, and a test of the share of scans in which the
-        fall matters.
-        """
-        found = []
-        for falls in self.contexts:
-            mattering = sum(fall > DICE_MARGIN for fall in falls)
-            found += [
-                rise_p([DICE_MARGIN - fall for fall in falls]),
-                rise_p([DICE_MARGIN + fall for fall in falls]),
-                float(stats.binom.cdf(mattering, len(falls), MATTERING_SHARE)),
-            ]
-        return max(found, default=1.0)
+        """P value of the null hypothesis that the network needs the channel."""
+        return max((p for falls in self.contexts for p in not_needed_ps(falls)), default=1.0)
 
     def more_p(self) -> float:
         """P value of the null hypothesis that the channel shows no more than some comparator.
@@ -319,15 +312,15 @@ def _verdict(
     of: _Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], num_tested: int
 ) -> GateVerdict:
     falls = of.contexts[0] if of.contexts else []
-    low, high = _interval(falls)
+    low, high = mean_interval(falls)
     draws = of._draws()
     figures: dict[str, float | str | None] = {
         "scans": of.cases,
-        "Dice lost without it": _mean(falls),
+        "Dice lost without it": mean_of(falls),
         "from": low,
         "to": high,
-        "share of scans where it matters": _mean([float(fall > DICE_MARGIN) for fall in falls]),
-        "Dice lost with the others gone": _mean(of.contexts[1]) if len(of.contexts) > 1 else np.nan,
+        "share of scans where it matters": mean_of([float(fall > DICE_MARGIN) for fall in falls]),
+        "Dice lost with the others gone": mean_of(of.contexts[1] if len(of.contexts) > 1 else []),
         "AUROC": of.strength if of.direction == DIRECTIONS[0] else 1 - of.strength,
     }
     for name, route in (("AUROC", of.places), ("deletion", of.deletions)):
@@ -335,7 +328,7 @@ def _verdict(
         figures[f"{name}: more than the best comparator"] = best.mean if best else np.nan
         figures[f"{name}: best comparator"] = best.name if best else None
     figures |= {
-        "|ρ| with untrained networks": _mean(draws.tolist()),
+        "|ρ| with untrained networks": mean_of(draws.tolist()),
         "least": float(np.min(draws)) if draws.size else np.nan,
         "most": float(np.max(draws)) if draws.size else np.nan,
         **{f"p, {name}": p for name, p in p_values.items()},
@@ -356,7 +349,7 @@ def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
             _number(figures[name]) for name in ("Dice lost without it", "from", "to")
         )
         span = f" (95 % interval {low:+.3f} to {high:+.3f})" if math.isfinite(low) else ""
-        mattering = sum(one > DICE_MARGIN for one in of.contexts[0])
+        mattering = num_mattering(of.contexts[0])
         clauses.append(
             f"Dice falls by {fall:.3f}{span} if the map is replaced by its mean, by more than "
             f"{DICE_MARGIN:g} in {mattering} of {len(of.contexts[0])}"
@@ -526,18 +519,6 @@ def _mean_limit(values: np.ndarray, *, upper: bool) -> float:
     """The upper or lower end of the one-sided 95 % interval of a mean, by Student's t."""
     half = float(stats.t.isf(SIGNIFICANT, len(values) - 1) * stats.sem(values))
     return float(np.mean(values)) + (half if upper else -half)
-
-
-def _interval(values: Values) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = float(stats.t.isf(0.025, len(values) - 1) * stats.sem(values))
-    return _mean(values) - half, _mean(values) + half
-
-
-def _mean(values: Values) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
 
 
 def _number(value: float | str | None) -> float:

@@ -21,6 +21,8 @@ WANTED = (
     "The feature will be removed",
     # Each image's own mean and variance are used, as in PyTorch.
     "ONNX export mode is set to TrainingMode.EVAL, but operator 'instance_norm' is set to",
+    # A constant is computed when the graph runs: which cells of a padded window lie on the grid.
+    "Constant folding - Only steps=1 can be constant folded",
 )
 """Warnings of PyTorch (2.14) at each call of its older exporter, which we use on purpose.
 

@@ -164,6 +164,29 @@ def test_boxes_are_the_cells_that_windows_hold(axes: list[tuple[int, int]]) -> N
     assert sizes == held
 
 
+def test_boxes_of_shifted_windows_are_the_cells_that_attend_to_one_another() -> None:
+    # Windows of 3 shifted by 1 hold 1, 3 and 3 of 7 cells along an axis, and 1, 3 and 1 of 5.
+    assert list(boxes((7, 5), (3, 3), (1, 1))) == list(itertools.product((1, 3, 3), (1, 3, 1)))
+    # A window that covers an axis is not shifted there.
+    assert list(boxes((4, 3), (2, 3), (1, 1))) == [(1, 3), (2, 3), (1, 3)]
+
+
+def test_uniform_attention_in_shifted_windows_has_a_ratio_of_one() -> None:
+    torch.manual_seed(0)
+    block = bottleneck.SelfAttention(
+        8, heads=2, head_channels=4, positions="none", window=(2, 3), shift=(1, 1)
+    )
+    nn.init.zeros_(block.attention.query.weight)
+    nn.init.zeros_(block.attention.query.bias)
+    place_taps(block, "bottleneck", 0, Placement.identity(2))
+    watcher = ReachWatcher((5, 7), window=(2, 3), shift=(1, 1), pitch_mm=(2.0, 1.5))
+    with editing(block, {"bottleneck/received": watcher}):
+        block(torch.randn(2, 8, 5, 7))
+    for head in watcher.result():
+        assert head.distance_ratio == pytest.approx(1.0, rel=1e-5)
+        assert head.entropy == pytest.approx(head.uniform_entropy, rel=1e-5)
+
+
 def test_windows_are_weighted_by_their_number_of_cells() -> None:
     """A line of 3 in windows of 2: one of two cells, whose mean distance is half the pitch and
     whose entropy is log 2, and one of a single cell. Per cell, that is a third and 2/3 log 2."""

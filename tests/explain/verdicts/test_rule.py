@@ -16,12 +16,8 @@ from segkit.explain.verdicts.evidence import (
     CaseEvidence,
     ChannelEvidence,
 )
-from segkit.explain.verdicts.rule import (
-    DICE_MARGIN,
-    GateVerdict,
-    best_of_maps,
-    judge_evidence,
-)
+from segkit.explain.verdicts.falls import DICE_MARGIN
+from segkit.explain.verdicts.rule import GateVerdict, best_of_maps, judge_evidence
 
 KEY = "skip.1/gate"
 UNTRAINED = {f"untrained network {n}": 0.5 + 0.01 * (-1) ** n * (n % 3) for n in range(8)}

@@ -1,0 +1,34 @@
+"""The display of progress while files are listed, which the command line sets once.
+
+Many functions list files before their own work, so this display is not passed as an argument.
+"""
+
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Display = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def _hidden(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    return items
+
+
+_DISPLAY: ContextVar[Display] = ContextVar("listing", default=_hidden)
+
+
+def show_listing(display: Display) -> None:
+    """Show the listing of files by `display` from now on, a function like `Tracker`."""
+    _DISPLAY.set(display)
+
+
+def tracked(items: Iterable[Item], what: str, count: int) -> Iterable[Item]:
+    """The items unchanged, with the display of the command line if there is one.
+
+    Args:
+        items: files or other steps of listing.
+        what: the work in words.
+        count: number of items.
+    """
+    return _DISPLAY.get()(items, what, count)
