@@ -175,8 +175,8 @@ def explain_files(
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
         said = [one.sentence() for one in explanation.attributions.values()]
-        known = {one.structure for one in explanation.attributions.values()}
-        if attributions and (missing := set(explanation.labelling.members) - known):
+        attributed = {one.structure for one in explanation.attributions.values()}
+        if attributions and (missing := set(explanation.labelling.members) - attributed):
             said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
         yield Explained(
             source.name,
