@@ -97,7 +97,7 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
-    if cell is not None and not attribution:
+    if cell is not None and not {"occlusion", "kernel_shap"} & {*(attribution or ())}:
         raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
     methods = chosen_methods(attribution or ())
     settings = AttributionSettings(cell_mm=cell)

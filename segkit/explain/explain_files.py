@@ -10,7 +10,15 @@ from segkit.evaluation.evaluate import tolerance_of
 from segkit.evaluation.pairing import called, pair_by_name, references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
-from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
+from segkit.explain.explain_scan import (
+    ENDINGS,
+    FIGURES,
+    PAGE,
+    TABLE,
+    Explanation,
+    explain_volume,
+    facts_of,
+)
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
@@ -192,17 +200,14 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        said = [one.sentence() for one in explanation.attributions.values()]
-        known = {one.structure for one in explanation.attributions.values()}
-        if attributions and (missing := set(explanation.labelling.members) - known):
-            said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
+        said = _said(explanation) if attributions else ()
         yield Explained(
             source.name,
             written,
             explanation.reach,
             shown,
             explanation.attention,
-            attributed=tuple(said),
+            attributed=said,
         )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
@@ -217,6 +222,14 @@ def explain_files(
         _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)
+
+
+def _said(explanation: Explanation) -> tuple[str, ...]:
+    """A sentence about each attribution, and about the structures that have none."""
+    found = explanation.attributions.values()
+    missing = sorted(set(explanation.labelling.members) - {one.structure for one in found})
+    without = f"{', '.join(missing)}: not predicted, so nothing is attributed"
+    return (*(one.sentence() for one in found), *([without] if missing else []))
 
 
 def _write_cohort(
