@@ -28,7 +28,8 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "To other programs, and from them": (
-        "fetch_model export_model described_model save_model Export ModelDescription WholeVolume"
+        "push_model fetch_model export_model described_model save_model Push Export "
+        "ModelDescription WholeVolume"
     ),
     "What it is worth": (
         "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
+    from segkit.export.push import Push, push_model
     from segkit.export.whole_volume import WholeVolume
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
@@ -91,6 +92,7 @@ __all__ = [
     "Planned",
     "Prediction",
     "Predictor",
+    "Push",
     "Run",
     "SegkitError",
     "TrainingError",
@@ -126,6 +128,7 @@ __all__ = [
     "plan_dataset",
     "pool",
     "prepare",
+    "push_model",
     "random_logit",
     "read_labels",
     "read_volume",
@@ -178,6 +181,7 @@ _HOMES = {
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
+    "segkit.export.push": ("Push", "push_model"),
     "segkit.export.whole_volume": ("WholeVolume",),
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),

@@ -30,13 +30,14 @@ def explain_command(
     out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
     model: ModelPlace = None,
     reference: Annotated[
-        Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
+        Path | None,
+        Option(help="The label of INPUT, a folder of labels, or a dataset; paired by name."),
     ] = None,
     heads: Annotated[
         bool, Option("--heads", help="Test if several attention heads are better than one.")
     ] = False,
     verdicts: Annotated[
-        bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
+        bool, Option("--verdicts", help="Test gates and attributions; takes minutes per scan.")
     ] = False,
     attribution: Annotated[
         list[str] | None,
@@ -92,7 +93,7 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
-    if cell is not None and not attribution:
+    if cell is not None and not {"occlusion", "kernel_shap"} & {*(attribution or ())}:
         raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
     methods = chosen_methods(attribution or ())
     settings = AttributionSettings(cell_mm=cell)
@@ -109,7 +110,7 @@ def explain_command(
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
-    if verdicts:
+    if verdicts and not methods:
         check_gates(predictor)
     if identity:
         check_blocks(predictor)

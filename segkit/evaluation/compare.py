@@ -197,7 +197,9 @@ def read_scores(path: Path) -> ScoresOfCases:
                 for case, dice in content["validation"]["dice_of_cases"].items()
             }
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: cannot be read as JSON: {error}") from None
+        raise ConfigError(
+            f"{source}: cannot be read as JSON: {error}; make it again with segkit evaluate --out"
+        ) from None
     except (KeyError, TypeError, AttributeError):
         found = {}
     if not found:

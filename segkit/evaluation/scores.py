@@ -263,7 +263,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
 
     def summary_of(label: int | None, name: str, of_classes: slice) -> ClassSummary:
         statistics = {
-            metric: _statistic(values[of_classes], num_resamples, seed)
+            metric: statistic_of(values[of_classes], num_resamples, seed)
             for metric, values in scores.items()
         }
         return ClassSummary(label, name, statistics)
@@ -282,9 +282,18 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     )
 
 
-def _statistic(
-    scores: Float64[np.ndarray, "num_classes num_cases"], num_resamples: int, seed: int
+def statistic_of(
+    scores: Float64[np.ndarray, "num_classes num_cases"],
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> Statistic:
+    """Mean, median and bootstrap interval of one metric, as `summarise` computes them.
+
+    Args:
+        scores: the score of each class in each case; NaN if it is undefined.
+        num_resamples: number of bootstrap resamples.
+        seed: of the resamples.
+    """
     defined = [of_class[~np.isnan(of_class)] for of_class in scores]
     defined = [of_class for of_class in defined if len(of_class)]
     num_scored = sum(len(of_class) for of_class in defined)

@@ -9,7 +9,15 @@ from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.pairing import called, pair_by_name, references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
-from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
+from segkit.explain.explain_scan import (
+    ENDINGS,
+    FIGURES,
+    PAGE,
+    TABLE,
+    Explanation,
+    explain_volume,
+    facts_of,
+)
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
@@ -101,11 +109,13 @@ def explain_files(
         inputs: the volumes.
         folder: where the files are written.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
             counts as pointing at it.
-        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        verdicts: whether to judge if each gate matters, and to test each attribution. This takes
+            minutes for each volume.
         attributions: methods of `attribute` that are applied to every predicted structure. Their
             values are written and measured as maps are. Each takes minutes for each volume.
         attribution_settings: their settings.
@@ -126,7 +136,8 @@ def explain_files(
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
-    structures = None if references is None else references_in(Path(references)).rules.structures
+    known = None if references is None else references_in(Path(references))
+    structures = None if known is None else known.rules.structures
     blocks = check_blocks(predictor) if identity else None
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
@@ -151,6 +162,7 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
@@ -170,9 +182,7 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        said = tuple(one.sentence() for one in explanation.attributions.values())
-        if attributions and not said:
-            said = ("no structure was predicted, so nothing is attributed to one",)
+        said = _said(explanation) if attributions else ()
         yield Explained(
             source.name,
             written,
@@ -194,6 +204,14 @@ def explain_files(
         _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)
+
+
+def _said(explanation: Explanation) -> tuple[str, ...]:
+    """A sentence about each attribution, and about the structures that have none."""
+    found = explanation.attributions.values()
+    missing = sorted(set(explanation.labelling.members) - {one.structure for one in found})
+    without = f"{', '.join(missing)}: not predicted, so nothing is attributed"
+    return (*(one.sentence() for one in found), *([without] if missing else []))
 
 
 def _write_cohort(
@@ -266,10 +284,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    structures = references_in(references).rules.structures
+    known = references_in(references)
+    structures = known.rules.structures
     cases = [
         CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+            replace(source, rules=replace(source.rules, structures=structures)),
+            paths[source.name],
+            known.unlabelled.get(paths[source.name], ()),
         )
         for source in inputs
     ]

@@ -184,6 +184,10 @@ def test_the_command_writes_attributions_beside_maps_and_measures_them(
         assert f"a {one['key']}: the logit sums to {one['value']:.4g} over" in said
         assert {row["of"] for row in rows if row["map"] == one["key"]} >= {"map", "magnitude"}
         assert f'"{one["key"]}"' in page
+    known = {one["structure"] for one in told["attributions"]}
+    labels = json.loads((out / "a_seg.json").read_text())["labels"]
+    missing = ", ".join(sorted({*list(labels)[1:]} - known))
+    assert not missing or f"a {missing}: not predicted, so nothing is attributed" in said
     maps = {one["key"]: one for one in json.loads((out / "a_maps.json").read_text())["maps"]}
     shown = maps[told["attributions"][0]["key"]]
     assert (shown["kind"], shown["range"]) == ("attribution", [None, None])
@@ -197,7 +201,7 @@ def test_an_attribution_that_does_not_exist_is_one_line_and_exit_code_2(
     code, _, err = command(*words, "--attribution", "lime")
     assert code == 2 and err.startswith("segkit: expected a method of integrated_gradients, ")
     assert "found 'lime'" in err and err.count("\n") == 1
-    code, _, err = command(*words, "--cell", 4)
+    code, _, err = command(*words, "--cell", 4, "--attribution", "smoothgrad")
     assert code == 2 and "--cell needs --attribution" in err
 
 

@@ -49,6 +49,8 @@ CELLS_PER_WINDOW = {"occlusion": 4, "kernel_shap": 2}
 class AttributionSettings:
     """Settings of attributions. Each method uses those that it needs.
 
+    A setting that is out of range raises a ModelError.
+
     Example:
         settings = segkit.AttributionSettings(quantity="probability", cell_mm=10.0)
         segkit.attribute(predictor, scan, "kernel_shap", settings=settings)
@@ -77,6 +79,11 @@ class AttributionSettings:
     """Seed of noise and coalitions."""
 
     def __post_init__(self) -> None:
+        for name, known in (("quantity", get_args(Quantity)), ("baseline", get_args(Baseline))):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in known:
+                expected = ", ".join(known) + (", or a number" if name == "baseline" else "")
+                raise ModelError(f"{name}: expected {expected}, found {value!r}; choose one")
         for name, lowest in (("steps", 1), ("draws", 1), ("samples", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -150,7 +157,7 @@ class Attribution:
         about += f"{self.region_voxels} voxels"
         if self.method == "smoothgrad":
             return about
-        base = f"{about}, and to {self.baseline_value:.4g} without the image"
+        base = f"{about}, and to {self.baseline_value:.4g} for the baseline"
         if self.method == "occlusion":
             return base
         return f"{base}; of the difference of {self.explained:.4g}, {self.total:.4g} is attributed"
@@ -246,7 +253,7 @@ def attribute(
     found = {}
     for number, name in enumerate(target.structures):
         info = MapInfo(f"{method}/{name}", "attribution", 0, placement, -np.inf, np.inf)
-        values = volume.on(grid, arrays[number].astype(np.float32))
+        values = volume.on(grid, arrays[number].astype(np.float32, copy=False))
         found[name] = Attribution(
             method,
             name,
@@ -370,7 +377,13 @@ def _parts(
                 prepared.source.positions_of(prepared.grid), prepared.source.shape, strict=True
             )
         )
-        return Supervoxels.of(turned[np.ix_(x, y, z)].astype(np.int64) - 1, prepared.grid)
+        parts = Supervoxels.of(turned[np.ix_(x, y, z)], prepared.grid)
+        if not len(parts):
+            raise VolumeError(
+                "supervoxels: expected numbers from 1 for the parts of the scan, found none; "
+                "number them"
+            )
+        return parts
     patch = predictor.layout.patch_size
     if cell_mm is None:
         size = [max(one // CELLS_PER_WINDOW[method], 1) for one in patch]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from segkit.errors import SegkitError
 from segkit.explain.measures.ranks import Ranked, spearman
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Similarity = Callable[[ndarray, ndarray], float]
 """A function of two attributions; 1 if they are equal."""
 
@@ -115,7 +117,7 @@ def smooth_mprt(
     return found
 
 
-def randomised(network: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
+def randomised(network: AnyModule, *, seed: int = 0) -> Iterator[tuple[str, AnyModule]]:
     """A copy of a network with one more random layer at each step, the last layer first.
 
     Layers are taken in the reverse order of `named_modules`. A layer with `reset_parameters` is

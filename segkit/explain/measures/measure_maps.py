@@ -1,6 +1,6 @@
 """Compare every map of a scan with labels, and compare intensity and gradient as baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,7 @@ def measure_maps(
     *,
     channels: Sequence[str],
     tolerance_mm: float = TOLERANCE_MM,
+    unlabelled: Collection[str] = (),
 ) -> list[Measure]:
     """Measures of each map that has a spatial grid, on the cells of this grid.
 
@@ -69,6 +70,7 @@ def measure_maps(
         labelling: the classes or regions of the labels.
         channels: names of the scan's channels.
         tolerance_mm: largest distance (mm) from a structure that still counts as pointing at it.
+        unlabelled: classes or regions that nobody labelled in this case; they are not measured.
 
     Raises:
         VolumeError: if the labels lie on another grid than the scan.
@@ -83,19 +85,28 @@ def measure_maps(
     numbers_seen = seen_part(labels.data, scan.grid, seen)
     inside = {
         name: np.isin(numbers_seen, numbers)
-        for name, numbers in measured_structures(labelling).items()
+        for name, numbers in measured_structures(labelling, unlabelled).items()
     }
-    unlabelled = None if labelling.ignore is None else numbers_seen == labelling.ignore
+    ignored = None if labelling.ignore is None else numbers_seen == labelling.ignore
     measured = []
     for key, one in placed.items():
-        measured += _measure(key, one, baselines, inside, unlabelled, tolerance_mm)
+        measured += _measure(key, one, baselines, inside, ignored, tolerance_mm)
     return measured
 
 
-def measured_structures(labelling: Labelling) -> dict[str, tuple[int, ...]]:
-    """The label numbers of each structure. If there are several, all together come last."""
-    found = labelling.members
-    if len(found) > 1:
+def measured_structures(
+    labelling: Labelling, unlabelled: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The label numbers of each structure. If there are several, all together come last.
+
+    Args:
+        labelling: the classes or regions.
+        unlabelled: those that nobody labelled in a case. They are left out, and so are all
+            structures together, because any background voxel may belong to one of them.
+    """
+    members = labelling.members
+    found = {name: numbers for name, numbers in members.items() if name not in unlabelled}
+    if len(members) > 1 and len(found) == len(members):
         found[FOREGROUND] = tuple(sorted({number for some in found.values() for number in some}))
     return found
 
@@ -105,7 +116,7 @@ def _measure(
     one: AttentionMap,
     baselines: Mapping[str, ndarray],
     structures: Mapping[str, ndarray],
-    unlabelled: ndarray | None,
+    ignored: ndarray | None,
     tolerance_mm: float,
 ) -> list[Measure]:
     assert one.volume is not None
@@ -113,8 +124,8 @@ def _measure(
     cells = Cells(grid, one.seen)
     own_values = scalar(one.volume).data
     counted = cells.counted & np.isfinite(own_values)
-    if unlabelled is not None:
-        counted = counted & (cells.mean(unlabelled.astype(np.float32)) == 0)
+    if ignored is not None:
+        counted = counted & (cells.mean(ignored.astype(np.float32)) == 0)
     if not counted.any():
         return []
     values = Ranked.of(own_values[counted].astype(np.float64))
