@@ -2,6 +2,7 @@
 
     python -m benchmarks.reliability            # all tests, from the root of the repository
     python -m benchmarks.reliability --kills 3 --asks 2 --scans 100 --cases 50 --inputs 300
+    python -m benchmarks.reliability --only inputs      # renews only the table of inputs
 
 Faults hit small jobs, each in its own process (`benchmarks/faults`). The loss is counted in bytes:
 of files that were there before, of half-written files under final names, and of files that differ
@@ -12,6 +13,7 @@ mounts a full disk and a read-only folder.
 import argparse
 import itertools
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from segkit.system.progress import Tracker
 from segkit.system.resources import num_cores
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+INPUTS = "## Inputs"
 MOST_MB = 1.0
 """Largest growth of memory per 100 volumes in MB; more is a leak."""
 
@@ -130,11 +133,48 @@ def load_table(loads: Sequence[Load]) -> str:
     return "\n".join(lines)
 
 
-def inputs_section(counts: Mapping[str, int]) -> str:
-    """A Markdown table of the outcomes of inputs that were damaged on purpose."""
+def inputs_section(counts: Mapping[str, int], seed: int) -> str:
+    """The section on inputs that were damaged on purpose, with a table of the outcomes."""
     lines = ["| outcome | inputs |", "|---|--:|"]
     lines += [f"| {outcome} | {count} |" for outcome, count in counts.items()]
-    return "\n".join([*lines, f"| **all** | **{sum(counts.values())}** |"])
+    table = "\n".join([*lines, f"| **all** | **{sum(counts.values())}** |"])
+    return "\n\n".join(
+        [
+            INPUTS,
+            "Headers and bodies of volumes and pictures were changed at random. Each file is "
+            f"accepted, or refused in one sentence. (Seed {seed}.)",
+            table,
+        ]
+    )
+
+
+def merged(old: str, new: str) -> str:
+    """A new page, with those sections of an old page that the new one lacks, in their old places.
+
+    So a section that is written by hand stays if the page is made again.
+    """
+    found = _sections(new)
+    before = None
+    for heading, text in _sections(old).items():
+        if heading not in found:
+            names = list(found)
+            place = names.index(before) + 1 if before in found else len(names)
+            entries = list(found.items())
+            found = dict([*entries[:place], (heading, text), *entries[place:]])
+        before = heading
+    return "\n\n".join(found.values()) + "\n"
+
+
+def replaced(old: str, section: str) -> str:
+    """An old page, with one section made anew."""
+    ((heading, text),) = _sections(section).items()
+    return "\n\n".join({**_sections(old), heading: text}.values()) + "\n"
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The parts of a page by their headings, each without blank lines around it."""
+    parts = re.split(r"\n(?=## )", text)
+    return {part.partition("\n")[0]: part.strip() for part in parts}
 
 
 def page(
@@ -179,13 +219,7 @@ def page(
         sentences(trials),
     ]
     if inputs is not None:
-        parts += [
-            "## Inputs",
-            "Headers and bodies of volumes and pictures were changed at random. Each file is "
-            "accepted, "
-            "or refused in one sentence.",
-            inputs_section(inputs),
-        ]
+        parts.append(inputs_section(inputs, sizes.seed))
     parts += [
         "## Many volumes",
         "One process segments this number of scans, with probabilities, or prepares this number of "
@@ -255,10 +289,18 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000, help="inputs damaged at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--only", choices=("inputs",), help="keep all other sections of the page")
     options = parser.parse_args()
     sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
     console = Console()
-    write_text(options.out, run(sizes, console, fuzzed))
+    old = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
+    if options.only:
+        counts = fuzzed(sizes.inputs, sizes.seed)
+        if counts is None or not old:
+            parser.error("--only inputs needs benchmarks/faults/fuzz.py and a page to change")
+        write_text(options.out, replaced(old, inputs_section(counts, sizes.seed)))
+    else:
+        write_text(options.out, merged(old, run(sizes, console, fuzzed)))
     console.print(f"wrote {options.out}", highlight=False)
 
 

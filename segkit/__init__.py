@@ -33,11 +33,20 @@ if TYPE_CHECKING:
     from segkit.evaluation.compare import Comparison, compare
     from segkit.evaluation.evaluate import Evaluation, evaluate
     from segkit.explain.attribution.attribute import Attribution, AttributionSettings, attribute
+    from segkit.explain.attribution.parameter_tests import random_logit, smooth_mprt
+    from segkit.explain.attribution.road import road
+    from segkit.explain.attribution.stability import (
+        max_sensitivity,
+        noisy_copies,
+        relative_input_stability,
+        relative_output_stability,
+    )
     from segkit.explain.explain_scan import Explanation, explain_volume
     from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
+    from segkit.export.push import Push, push_model
     from segkit.export.whole_volume import WholeVolume
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
@@ -85,6 +94,7 @@ __all__ = [
     "Planned",
     "Prediction",
     "Predictor",
+    "Push",
     "Run",
     "SegkitError",
     "TrainingError",
@@ -116,14 +126,22 @@ __all__ = [
     "load_model",
     "load_template",
     "map_on_source",
+    "max_sensitivity",
+    "noisy_copies",
     "plan_dataset",
     "pool",
     "prepare",
+    "push_model",
+    "random_logit",
     "read_labels",
     "read_volume",
     "record",
+    "relative_input_stability",
+    "relative_output_stability",
     "resume",
+    "road",
     "save_model",
+    "smooth_mprt",
     "train",
     "write_dataset",
     "write_hippocampi",
@@ -151,11 +169,23 @@ _HOMES = {
     "segkit.evaluation.compare": ("Comparison", "compare"),
     "segkit.evaluation.evaluate": ("Evaluation", "evaluate"),
     "segkit.explain.attribution.attribute": ("Attribution", "AttributionSettings", "attribute"),
+    "segkit.explain.attribution.parameter_tests": (
+        "random_logit",
+        "smooth_mprt",
+    ),
+    "segkit.explain.attribution.road": ("road",),
+    "segkit.explain.attribution.stability": (
+        "max_sensitivity",
+        "noisy_copies",
+        "relative_input_stability",
+        "relative_output_stability",
+    ),
     "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
     "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
+    "segkit.export.push": ("Push", "push_model"),
     "segkit.export.whole_volume": ("WholeVolume",),
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),

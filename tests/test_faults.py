@@ -22,7 +22,7 @@ from benchmarks.faults.refused import dead_worker, full_disk, read_only, vanishe
 from benchmarks.faults.trial import Trial, is_table, is_whole
 from benchmarks.faults.twice import both_at_once
 from benchmarks.faults.zygote import Zygote, survivors_of
-from benchmarks.reliability import Sizes, page
+from benchmarks.reliability import PAGE, Sizes, inputs_section, merged, page, replaced
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are Linux's")
 ROOT = Path(__file__).parents[1]
@@ -188,3 +188,21 @@ def test_the_page_counts_what_was_tried_and_tells_what_was_not_survived() -> Non
         "--seed 0",
     ):
         assert line in text, line
+
+
+def test_a_page_that_is_made_again_keeps_the_sections_that_were_written_by_hand() -> None:
+    old = "# Page\n\n## Faults\n\nold\n\n## By hand\n\n| a |\n\n## Many\n\nold\n"
+    new = "# Page\n\n## Faults\n\nnew\n\n## Many\n\nnew\n"
+    assert merged(old, new) == (
+        "# Page\n\n## Faults\n\nnew\n\n## By hand\n\n| a |\n\n## Many\n\nnew\n"
+    )
+    assert merged("", new) == new
+    assert replaced(old, "## Many\n\nnew") == old.replace("## Many\n\nold", "## Many\n\nnew")
+
+
+def test_renewing_the_table_of_inputs_changes_nothing_else_of_the_documented_page() -> None:
+    before = PAGE.read_text(encoding="utf-8")
+    after = replaced(before, inputs_section({"accepted": 1}, 0))
+    parts = [text.split("## Inputs")[0] for text in (before, after)]
+    assert parts[0] == parts[1] and "## Situations" in after
+    assert before.split("## Situations")[1] == after.split("## Situations")[1]

@@ -30,22 +30,40 @@ def explain_command(
     out: Annotated[Path, Option(help="The folder for maps, tables and the page.")],
     model: ModelPlace = None,
     reference: Annotated[
-        Path | None, Option(help="The label of INPUT, or a folder of labels, paired by name.")
+        Path | None,
+        Option(help="The label of INPUT, a folder of labels, or a dataset; paired by name."),
     ] = None,
     heads: Annotated[
         bool, Option("--heads", help="Test if several attention heads are better than one.")
     ] = False,
     verdicts: Annotated[
-        bool, Option("--verdicts", help="Test if each gate matters; takes minutes per scan.")
+        bool, Option("--verdicts", help="Test gates and attributions; takes minutes per scan.")
     ] = False,
+    attribution: Annotated[
+        list[str] | None,
+        Option(
+            "--attribution",
+            metavar="METHOD",
+            help="Also write what each part of the image contributes to each structure: "
+            "integrated_gradients, smoothgrad, occlusion or kernel_shap; may be repeated.",
+        ),
+    ] = None,
+    cell: Annotated[
+        float | None,
+        Option(min=0, help="Edge in mm of the boxes of occlusion and kernel_shap."),
+    ] = None,
     identity: Annotated[
         bool,
         Option("--identity", help="Segment again with each attention block as the identity."),
     ] = False,
     tolerance: Annotated[
-        float,
-        Option(min=0, help="Largest distance in mm at which a map still points at a structure."),
-    ] = 5.0,
+        str | None,
+        Option(
+            metavar="LENGTH",
+            help="Largest distance at which a map still points at a structure, such as 5 (mm), "
+            "'0.5 µm' or '2 pixels'. The default is 5 mm, and 5 pixels for pictures.",
+        ),
+    ] = None,
     series: SeriesOption = None,
     checkpoint: CheckpointOption = None,
     pixel_size: PixelSizeOption = None,
@@ -62,15 +80,15 @@ def explain_command(
     import torch
 
     from segkit.data.case_inputs import inputs_in
+    from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
     from segkit.explain.explain_files import (
         check_targets,
         explain_files,
         explain_heads,
         remove_heads,
     )
-    from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.ablation import check_gates
-    from segkit.explain.verdicts.identity import check_blocks, identity_tables
+    from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
@@ -79,6 +97,10 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
+    if cell is not None and not {"occlusion", "kernel_shap"} & {*(attribution or ())}:
+        raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
+    methods = chosen_methods(attribution or ())
+    settings = AttributionSettings(cell_mm=cell)
     folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
     loaded = load_model(folder, checkpoint=checkpoint)
     rules = picture_rules_of(loaded.description, pixel_size)
@@ -92,7 +114,7 @@ def explain_command(
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)
     track = Tracker(console)
     check_targets(found, out, overwrite=overwrite)
-    if verdicts:
+    if verdicts and not methods:
         check_gates(predictor)
     if identity:
         check_blocks(predictor)
@@ -110,8 +132,10 @@ def explain_command(
         found,
         out,
         references=reference,
-        tolerance_mm=tolerance,
+        tolerance=tolerance,
         verdicts=verdicts,
+        attributions=methods,
+        attribution_settings=settings,
         identity=identity,
         overwrite=overwrite,
         conclude=over_all.extend,
@@ -124,17 +148,25 @@ def explain_command(
             _tell(explained)
         else:
             failures.append(explained.error)
-    if over_all:
-        console.print(verdict_table(over_all))
-    for study in studies:
-        console.print(plain_table(identity_tables(study)[0]))
-        say(study.said())
+    _conclude(over_all, studies)
     if len(failures) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:
         for error in failures:
             complain(error)
     raise_failures(failures, len(found), alone=len(found) == 1)
+
+
+def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> None:
+    """Print what all volumes show together."""
+    from segkit.explain.page.terminal_table import plain_table, verdict_table
+    from segkit.explain.verdicts.identity import identity_tables
+
+    if verdicts:
+        console.print(verdict_table(verdicts))
+    for study in studies:
+        console.print(plain_table(identity_tables(study)[0]))
+        say(study.said())
 
 
 def _tell(explained: "Explained") -> None:
@@ -147,5 +179,7 @@ def _tell(explained: "Explained") -> None:
                 f"{head.distance_mm:.1f} mm ({head.distance_ratio:.2f} of uniform attention), "
                 f"entropy {head.entropy:.2f} (uniform: {head.uniform_entropy:.2f})"
             )
+    for sentence in explained.attributed:
+        say(f"{explained.name} {sentence}")
     for verdict in explained.verdicts:
         say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

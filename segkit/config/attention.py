@@ -325,6 +325,7 @@ class AttentionConfig(Section):
             if kernel_size % 2 == 0:
                 raise ValueError(
                     f"network.attention.{name}.kernel_size must be odd, found {kernel_size}"
+                    "; add 1 to it, or subtract 1"
                 )
         return self
 

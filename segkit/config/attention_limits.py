@@ -29,6 +29,7 @@ def check_attention(
         if levels is not None and not (levels and max(levels) <= deepest):
             raise ValueError(
                 f"network.attention.{place}.levels must be from 0 to {deepest}, found {levels}"
+                "; remove the others"
             )
     _check_bottleneck(attention, channels, spatial_dims)
 
@@ -95,12 +96,14 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     if max(levels, default=0) > deepest_skip:
         raise ValueError(
             f"network.attention.skip.levels must be from 0 to {deepest_skip}, found {levels}"
+            "; remove the others"
         )
     heads = getattr(skip, "heads", None)
     if isinstance(heads, list) and len(heads) != len(levels):
         raise ValueError(
             f"network.attention.skip.heads must be one number or a list of {len(levels)}, "
             f"one for each of the levels {levels}"
+            "; give one number, or one for each level"
         )
     if skip is not None and skip.levels is None and not levels:
         raise ValueError(
@@ -117,6 +120,7 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
         raise ValueError(
             f"network.attention.skip needs network.channels of {2 * spatial_dims} or "
             f"more to encode positions, found {narrowest}"
+            "; widen the channels, or choose another attention"
         )
 
 
@@ -129,6 +133,7 @@ def _check_bottleneck(
             f"network.attention.bottleneck.head_channels must be a multiple of {needed}, as pairs "
             f"of channels are turned along each of {spatial_dims} axes, found "
             f"{bottleneck.head_channels}"
+            "; choose a multiple, or other positions"
         )
     if not isinstance(bottleneck, SelfAttentionConfig):
         return
@@ -138,12 +143,14 @@ def _check_bottleneck(
             f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
             f"{needed} channels or more (of each head, for rotary), "
             f"found {encoding[bottleneck.positions]}"
+            "; widen it, or choose other positions"
         )
     window = bottleneck.window
     if window is not None and len(window) != spatial_dims:
         raise ValueError(
             f"network.attention.bottleneck.window must have {spatial_dims} numbers, "
             f"because network.spatial_dims is {spatial_dims}"
+            "; give one number for each axis"
         )
     if math.prod(window or ()) > MOST_TOKENS:
         raise ValueError(

@@ -87,12 +87,13 @@ class PatternConfig(Section):
             groups = re.compile(self.pattern).groups
         except re.error as error:
             raise ValueError(
-                f"pattern {self.pattern!r} is not a regular expression: {error}"
+                f"pattern {self.pattern!r} is not a regular expression: {error}; correct it"
             ) from None
         if groups != 1:
             raise ValueError(
                 f"pattern {self.pattern!r} must have one group in parentheses, which names the "
                 f"patient, such as '(p[0-9]+)_', found {groups}"
+                "; put the part that names the patient in parentheses"
             )
         return self
 

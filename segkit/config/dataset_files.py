@@ -97,6 +97,7 @@ class FilesConfig(Section):
                 raise ValueError(
                     f"data.files: {pattern!r} must be a pattern such as sub-*/**/*_T1w.nii.gz, "
                     f"relative to data.folder, whose wildcards name the case"
+                    "; correct the pattern"
                 )
         return self
 

@@ -1,4 +1,4 @@
-"""Which DICOM series and structures are the images and labels of a dataset."""
+"""Settings of DICOM datasets: the series that are images, and the structures that are labels."""
 
 from typing import Annotated, Literal
 
@@ -11,49 +11,51 @@ Pattern = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[
     list[Pattern], BeforeValidator(lambda told: [told] if isinstance(told, str) else told)
 ]
-"""One pattern or several, of which one must match: `*` for any characters, `?` for one."""
+"""One or several patterns, of which one must match. `*` is any characters, `?` is one."""
 
 
 class SeriesConfig(Section):
-    """What a DICOM series must be like; what is not given may be anything."""
+    """Conditions of a DICOM series. A condition that is not given always holds."""
 
     modality: str | None = None
-    """Such as CT, MR or PT."""
+    """The modality, such as CT, MR or PT."""
     description: Patterns = Field([])
-    """Of the Series Description; upper and lower case are the same."""
+    """Patterns of the Series Description. Upper and lower case are the same."""
     folder: Patterns = Field([])
-    """Of the path of its folder, from `data.folder` on."""
+    """Patterns of the path of its folder, relative to `data.folder`."""
     min_slices: Annotated[int, Field(ge=1)] = 1
     max_slices: Annotated[int | None, Field(ge=1)] = None
 
 
 class StructuresConfig(Section):
-    """What a DICOM structure set or segmentation must be like; by default any is taken."""
+    """Conditions of a DICOM structure set or segmentation. By default every one fits."""
 
     modality: Literal["RTSTRUCT", "SEG"] | None = None
     description: Patterns = Field([])
-    """Of the Series Description or, if there is none, of the Structure Set Label."""
+    """Patterns of the Series Description or, if there is none, of the Structure Set Label."""
     folder: Patterns = Field([])
-    """Of the path of its folder, from `data.folder` on."""
+    """Patterns of the path of its folder, relative to `data.folder`."""
 
 
 class DicomConfig(Section):
     """Images from DICOM series, and labels from structure sets (RTSTRUCT) or segmentations (SEG).
 
-    With `images`, all series in `data.folder`, to any depth, are looked at. Without, the paths of
-    `data.files` name folders of series and files of structures.
+    With `images`, segkit searches all series in `data.folder`, to any depth. Without it, the paths
+    of `data.files` name folders of series and files of structures.
     """
 
     images: dict[Name, SeriesConfig] = Field({})
-    """By the name of each channel, which series it is. With one channel each series is a case; with
-    several, the series of a study are."""
+    """Conditions of the series of each channel, by the channel's name. With one channel, each
+    series is a case. With several channels, the series of a study are one case."""
     label: StructuresConfig = StructuresConfig()
-    """Which structure sets or segmentations are the labels; they must refer to a case's series."""
+    """Conditions of the structure sets or segmentations with the labels. They must refer to a
+    case's series."""
     structures: dict[Name, Annotated[Patterns, Field(min_length=1)]] = Field({})
-    """By class, patterns of the names that its structures have; by default the class's own name.
-    Several structures may be one class."""
+    """Patterns of the names of structures, by class. Default: the name of the class. Several
+    structures may belong to one class."""
     absent: AbsentRule = "refuse"
-    """What a case is that lacks structures of a class: refused, as names may differ; `background`,
-    since there is none in the patient; or `unlabelled`, as in `data.labelled`."""
+    """How a case without structures of a class is treated. `refuse`, because a name may be spelt
+    differently; `background`, if the patient has no such structure; or `unlabelled`, as in
+    `data.labelled`."""
     cases: Literal["study", "patient"] = "study"
-    """What the series of several channels have in common."""
+    """Series of several channels belong to one case if they share the study, or the patient."""

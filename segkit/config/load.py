@@ -94,7 +94,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; check the path") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+        advice = "" if ";" in reason else "; correct the file"
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}{advice}") from None
     if not isinstance(tree, dict):
         found = type(tree).__name__
         raise ConfigError(
@@ -143,7 +144,10 @@ def _apply_all(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not (key and equals):
-        raise ConfigError(f"expected KEY=VALUE such as train.steps=500, found {override!r}")
+        raise ConfigError(
+            f"expected KEY=VALUE such as train.steps=500, found {override!r}"
+            "; write the setting, =, and its value"
+        )
     try:
         value = parse_yaml(text)
     except ValueError:

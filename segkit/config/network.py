@@ -123,9 +123,13 @@ class NetworkConfig(Section):
                 raise ValueError(
                     f"network.{name} must have {wanted} lists of {self.spatial_dims} numbers "
                     f"for {len(self.channels)} levels"
+                    "; give one list for each"
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
-            raise ValueError("network.kernels must be odd, so that convolutions keep the grid")
+            raise ValueError(
+                "network.kernels must be odd, so that convolutions keep the grid"
+                "; use sizes such as 1, 3 or 5"
+            )
         check_attention(self.attention, channels=self.channels, spatial_dims=self.spatial_dims)
         return self
 
@@ -134,6 +138,7 @@ class NetworkConfig(Section):
             raise ValueError(
                 f"network.given.multiple must have {self.spatial_dims} numbers, because "
                 f"network.spatial_dims is {self.spatial_dims}"
+                "; give one number for each axis"
             )
         fields = type(self).model_fields.items()
         if others := [
@@ -155,10 +160,12 @@ class NetworkConfig(Section):
             raise ValueError(
                 f"{name} {patch} must have {len(total)} numbers, "
                 f"because network.spatial_dims is {len(total)}"
+                "; give one number for each axis"
             )
         if any(size % stride for size, stride in zip(patch, total, strict=True)):
             raise ValueError(
                 f"{name} {patch} must be multiples of {total}, the product of network.strides"
+                "; round each number up or down"
             )
         if math.prod(patch) > MOST_VOXELS:
             raise ValueError(

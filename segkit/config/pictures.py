@@ -35,7 +35,7 @@ def _colours(value: Any) -> Any:
     )
     colours = [value] if is_one else value
     if not isinstance(colours, list) or not colours:
-        raise ValueError(f"{value!r} must be a colour such as '#ff0000' or [255, 0, 0]")
+        raise ValueError(f"{value!r} must be a colour such as '#ff0000' or [255, 0, 0]; correct it")
     return [_hexadecimal(colour) for colour in colours]
 
 
@@ -45,7 +45,7 @@ def _hexadecimal(colour: Any) -> str:
     is_rgb = isinstance(colour, list | tuple) and len(colour) == 3
     if is_rgb and all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
         return "#" + "".join(f"{part:02x}" for part in colour)
-    raise ValueError(f"{colour!r} must be a colour such as '#ff0000' or [255, 0, 0]")
+    raise ValueError(f"{colour!r} must be a colour such as '#ff0000' or [255, 0, 0]; correct it")
 
 
 Colours = Annotated[list[str], BeforeValidator(_colours)]

@@ -102,11 +102,15 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
         if not {"index", "name"} <= set(columns):
             raise DatasetError(
                 f"{path}: expected columns index and name, found {', '.join(columns) or 'none'}"
+                "; correct the table"
             )
         names: dict[str, tuple[int, ...]] = {}
         for row in rows:
             if not re.fullmatch(r"-?[0-9]+", row["index"].strip()):
-                raise DatasetError(f"{path}: expected whole numbers as index, found {row['index']}")
+                raise DatasetError(
+                    f"{path}: expected whole numbers as index, found {row['index']}"
+                    "; correct the table"
+                )
             names[row["name"]] = (*names.get(row["name"], ()), int(row["index"]))
         if told is not None and told != names:
             raise DatasetError(

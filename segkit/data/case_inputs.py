@@ -87,6 +87,7 @@ def table_config(path: Path, channels: Sequence[str]) -> DatasetConfig:
         raise DatasetError(
             f"{path}: expected the columns {ID} and {IMAGE}, or one for each channel "
             f"({', '.join(channels)}), found {', '.join(columns) or 'none'}"
+            "; rename the columns"
         )
     return DatasetConfig(
         folder=path.parent, files=FilesConfig(table=Path(path.name), images=images)

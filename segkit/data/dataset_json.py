@@ -210,6 +210,7 @@ def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tu
         if isinstance(listed, str) or listed == []:
             raise DatasetError(
                 f"{path}: labels.{name} must be a number or a list of numbers, found {listed!r}"
+                "; correct dataset.json"
             )
         group = [listed] if isinstance(listed, int) else listed
         groups[name] = tuple(dict.fromkeys(group))
@@ -245,6 +246,7 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
     if ending not in SUFFIXES:
         raise DatasetError(
             f"{path}: file_ending must be one of {_listing(SUFFIXES)}, found {ending}"
+            "; correct it, or convert the files"
         )
     labels = sorted(
         label

@@ -28,12 +28,12 @@ from segkit.io.volume import is_dicom_path
 logger = logging.getLogger(__name__)
 
 MOST_SERIES = 5
-"""Series, names or cases in a sentence."""
+"""A sentence names at most so many series, names or cases."""
 
 
 @dataclass(frozen=True)
 class DicomCase:
-    """A case by its name: the paths of its series, one for each channel, and its labels if any."""
+    """A case: its name, the path of the series of each channel, and its labels, if it has any."""
 
     name: str
     images: tuple[Path, ...]
@@ -42,10 +42,11 @@ class DicomCase:
 
 
 def list_dicom(folder: Path, dicom: DicomConfig) -> list[DicomCase]:
-    """The cases in a folder by the rules of a config, those without labels among them.
+    """The cases in a folder by the rules of a config, also those without labels.
 
-    Raises DatasetError: no series fits, several fit one channel of a case, or several files of
-    structures fit a case; with a sentence for each case in `problems`.
+    Raises:
+        DatasetError: no series fits, several series fit a channel of a case, or several files of
+            structures fit a case. `problems` has a sentence for each case.
     """
     tree = read_tree(folder)
     problems = Problems()
@@ -82,16 +83,24 @@ def list_dicom(folder: Path, dicom: DicomConfig) -> list[DicomCase]:
 
 
 def labelled_cases(folder: Path, dicom: DicomConfig) -> list[NamedFiles]:
-    """The cases with labels; those without are left out, with a warning. Raises DatasetError."""
+    """The cases with labels; a warning names the others.
+
+    Raises:
+        DatasetError: no case has labels, or `list_dicom` refuses the folder.
+    """
     cases = list_dicom(folder, dicom)
     if bare := [case.name for case in cases if case.label is None]:
-        told = printable(f"{folder}: left out, as no structures refer to them: {first_few(bare)}")
+        told = printable(
+            f"{folder}: cases without labels are left out, because no file of structures refers to "
+            f"them: {first_few(bare)}"
+        )
         logger.warning("%s", told)
     found = [(case.name, case.images, case.label) for case in cases if case.label is not None]
     if not found:
         raise DatasetError(
-            f"{folder}: none of {len(cases)} cases has labels: no structure set or segmentation "
-            f"that data.dicom.label admits refers to their series"
+            f"{folder}: none of {len(cases)} cases has labels, because no structure set or "
+            f"segmentation that fits data.dicom.label refers to their series; correct "
+            f"data.dicom.label, or add the files"
         )
     return found
 
@@ -101,8 +110,13 @@ def list_dicom_files(
 ) -> DatasetJson:
     """Channels, labelling and cases of a folder, by the rules of a config.
 
-    `given` is what labels mean; without it, structures are numbered from 1 on in their order.
-    Raises DatasetError.
+    Args:
+        folder: the folder with DICOM files.
+        dicom: the rules.
+        given: names and numbers of labels; if None, structures get the numbers 1, 2, … in order.
+
+    Raises:
+        DatasetError: no structures are named, or `labelled_cases` refuses the folder.
     """
     if given is None and not dicom.structures:
         raise DatasetError(
@@ -119,7 +133,11 @@ def list_dicom_files(
 def structure_rules(
     dicom: DicomConfig, labelling: Labelling, images: Mapping[Path, Path]
 ) -> StructureRules:
-    """How structures become labels, by the config. Raises DatasetError for an unknown class."""
+    """The rules that turn structures into labels, from the config.
+
+    Raises:
+        DatasetError: the config names an unknown class.
+    """
     numbers = labelling.numbers_in_files
     classes = list(labelling.members)
     if labelling.ignore is not None:
@@ -127,7 +145,8 @@ def structure_rules(
     known = {*classes, *([] if labelling.ignore is None else [IGNORED])}
     if unknown := [name for name in dicom.structures if name not in known]:
         raise DatasetError(
-            f"data.dicom.structures names {unknown[0]}, expected classes: {', '.join(known)}"
+            f"data.dicom.structures: expected classes ({', '.join(known)}), found {unknown[0]}; "
+            f"correct the name"
         )
     if not labelling.regions:  # whose order is that of labels
         given = [name for name in dicom.structures if name != IGNORED]
@@ -147,17 +166,17 @@ def structure_rules(
 def check_structures(
     cases: Sequence[tuple[str, Path]], rules: StructureRules
 ) -> dict[str, tuple[str, ...]]:
-    """Hold the names of each case's structures against the rules.
+    """Check that each case has the structures that the rules need.
 
     Args:
-        cases: the name and the file of labels of each.
-        rules: which structures are what.
+        cases: the name of each case, and its file of labels.
+        rules: the structures of each class.
 
     Returns:
-        The classes that a case is not labelled with, by its name, if the rules say so.
+        The unlabelled classes of each case by its name, if the rules allow such cases.
 
     Raises:
-        DatasetError: a case lacks a class, with a sentence for each in `problems`, or has none.
+        DatasetError: a case lacks a class; `problems` has a sentence for each such case.
     """
     problems, lacking = Problems(), {}
     for name, path in cases:
@@ -175,7 +194,7 @@ def check_structures(
 
 
 def rule_of(rule: SeriesConfig) -> SeriesRule:
-    """The rule that settings come to."""
+    """The rule of these settings."""
     return SeriesRule(
         rule.modality,
         tuple(rule.description),
@@ -186,7 +205,7 @@ def rule_of(rule: SeriesConfig) -> SeriesRule:
 
 
 def told_tree(tree: DicomTree) -> list[str]:
-    """What a folder of DICOM files holds, in lines: kinds of series, and names of structures."""
+    """Lines of text about a folder of DICOM files: kinds of series, and names of structures."""
     kinds = Counter((one.modality, one.description) for one in tree.series)
     lines = []
     for (modality, description), count in kinds.most_common():
@@ -208,7 +227,7 @@ def told_tree(tree: DicomTree) -> list[str]:
 def _groups(
     chosen: Mapping[str, list[Series]], dicom: DicomConfig, folder: Path
 ) -> dict[str, dict[str, list[Series]]]:
-    """By case and channel, the series that fit."""
+    """The series that fit, by case and channel."""
     if len(chosen) == 1:
         ((channel, every),) = chosen.items()
         in_folder = Counter(one.folder for one in every)
@@ -249,7 +268,7 @@ def _one(name: str, channel: str, found: list[Series], dicom: DicomConfig) -> Se
 
 
 def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFile]) -> Path | None:
-    """The only file of structures that refers to a case's series, or else to their world."""
+    """The only file of structures for a series of a case, or for their coordinate system."""
     uids = {one.uid for one in series}
     worlds = {one.frame_of_reference for one in series} - {""}
     found = [file for file in labels if file.series & uids]
@@ -259,8 +278,8 @@ def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFil
     if len(found) > 1:
         listing = first_few([str(file.path) for file in found], MOST_SERIES)
         raise DatasetError(
-            f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one by "
-            f"data.dicom.label"
+            f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one "
+            f"with data.dicom.label"
         )
     return found[0].path if found else None
 

@@ -40,7 +40,10 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     if files.table is None and not files.label:
-        raise DatasetError("data.files: expected label, the pattern of the labels, found none")
+        raise DatasetError(
+            "data.files: expected label, the pattern of the labels, found none"
+            "; give data.files.label"
+        )
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
     return DatasetJson(channels, labelling, tuple(found), dict(files.codes))
 

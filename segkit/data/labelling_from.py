@@ -156,6 +156,7 @@ def _check_regions(
         raise DatasetError(
             f"{source}: regions_class_order must have {len(regions)} different numbers, one for "
             f"each of {_listing(regions)}, found {list(order)}"
+            "; give one number for each region"
         )
     for (name, group), number in zip(regions.items(), order, strict=True):
         if number not in group:

@@ -155,11 +155,13 @@ def _in_table(path: Path) -> list[NamedVolume]:
         if column not in columns:
             raise DatasetError(
                 f"{path}: expected a column {column}, found {', '.join(columns) or 'none'}"
+                "; rename the column"
             )
     absent = [row[LABEL] for row in rows if not (path.parent / row[LABEL]).is_file()]
     if absent:
         raise DatasetError(
             f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is no file in {path.parent}"
+            "; correct the table, or add the file"
         )
     return [
         NamedVolume(path.parent / row[LABEL], row[ID], ((_normal(row[ID]),), parts))

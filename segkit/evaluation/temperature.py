@@ -22,7 +22,9 @@ MOST_VOXELS, FEWEST_VOXELS = 200_000, 10_000
 MOST_PROBABILITIES = 2**25
 """Probabilities that are kept, of all cases together: 128 MB."""
 LOWEST, HIGHEST = 0.05, 20.0
-"""The temperatures that are looked at."""
+"""The temperatures that are tried."""
+NEAR_LIMIT = 0.01
+"""A temperature that is nearer to a limit than this share of it lies at the limit."""
 LEAST_LIKELY = {False: 1e-30, True: 1e-7}
 """A probability of classes (False) or regions (True) below this counts as this in a logarithm: what
 single precision holds of p, and of 1 - p."""
@@ -44,12 +46,28 @@ class Temperature:
     """The Brier score at voxels in question, before and after."""
 
     @property
+    def at_limit(self) -> bool:
+        """Whether the temperature lies at the lowest or the highest value that is tried.
+
+        The likelihood is then still rising, so the value says only in which direction probabilities
+        are wrong.
+        """
+        return not LOWEST * (1 + NEAR_LIMIT) < self.value < HIGHEST * (1 - NEAR_LIMIT)
+
+    @property
     def told(self) -> str:
         """One line that says all of it."""
+        limit = ""
+        if self.at_limit:
+            end, wrong = ("lower", "unsure") if self.value < 1 else ("upper", "sure")
+            limit = (
+                f"; this is the {end} limit, so probabilities are far too {wrong} or the held-out "
+                f"cases too few, and they should not be used as probabilities"
+            )
         return (
             f"temperature {self.value:.3f}, fitted on {self.cases} held-out cases: ECE of voxels "
             f"in question {self.ece[0]:.4f} -> {self.ece[1]:.4f}, "
-            f"log loss {self.log_loss[0]:.4f} -> {self.log_loss[1]:.4f}"
+            f"log loss {self.log_loss[0]:.4f} -> {self.log_loss[1]:.4f}{limit}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -64,6 +82,7 @@ class Temperature:
         }
         return {
             "value": self.value,
+            "at_limit": self.at_limit,
             "cases": self.cases,
             "voxels": self.voxels,
             **pairs,

@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.evaluation.evaluate import tolerance_of
 from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
-from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
+from segkit.explain.explain_scan import (
+    ENDINGS,
+    FIGURES,
+    PAGE,
+    TABLE,
+    Explanation,
+    explain_volume,
+    facts_of,
+)
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
@@ -41,6 +51,9 @@ from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
+PIXELS_OF_POINTING = 5.0
+"""The default tolerance of pointing for pictures."""
+
 HEADS = ("heads.csv", "heads.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
@@ -60,8 +73,21 @@ class Explained:
     """The best verdict on each map, from this volume only."""
     attention: AttentionStudy | None = None
     """Dice of this volume with attention blocks as the identity; None if not wanted."""
+    attributed: tuple[str, ...] = ()
+    """A sentence about each attribution."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
+
+
+def _pointing_tolerance(tolerance: str | float | None, source: Input) -> float:
+    """The tolerance of pointing in mm, by the pixel size of a picture. Raises VolumeError."""
+    return tolerance_of(
+        tolerance,
+        [source.files[0]],
+        source.rules,
+        of_volumes=TOLERANCE_MM,
+        of_pictures=PIXELS_OF_POINTING,
+    )
 
 
 def explain_files(
@@ -70,8 +96,10 @@ def explain_files(
     folder: str | Path,
     *,
     references: str | Path | None = None,
-    tolerance_mm: float = TOLERANCE_MM,
+    tolerance: str | float | None = None,
     verdicts: bool = False,
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
     identity: bool = False,
     overwrite: bool = False,
     conclude: Conclude = lambda verdicts: None,
@@ -96,11 +124,17 @@ def explain_files(
         inputs: the volumes.
         folder: where the files are written.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. If None, the model's
+            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
-        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
-            counts as pointing at it.
-        verdicts: whether to judge if each gate matters. This takes minutes for each volume.
+        tolerance: largest distance from a structure at which a map's highest value still counts as
+            pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
+            mm, or 5 pixels for pictures.
+        verdicts: whether to judge if each gate matters, and to test each attribution. This takes
+            minutes for each volume.
+        attributions: methods of `attribute` that are applied to every predicted structure. Their
+            values are written and measured as maps are. Each takes minutes for each volume.
+        attribution_settings: their settings.
         identity: whether to replace each attention block by the identity, one after another.
         overwrite: whether existing files may be replaced.
         conclude: is called with the verdicts over several volumes.
@@ -118,7 +152,8 @@ def explain_files(
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
-    structures = None if references is None else references_in(Path(references)).rules.structures
+    known = None if references is None else references_in(Path(references))
+    structures = None if known is None else known.rules.structures
     blocks = check_blocks(predictor) if identity else None
     cases: list[CaseFigures] = []
     worths: list[Worth] = []
@@ -126,11 +161,16 @@ def explain_files(
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
-    asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
+    asked = models_and_settings(predictor)
+    if attributions:
+        settings = attribution_settings or AttributionSettings()
+        asked["attributions"] = {"methods": list(attributions), **vars(settings)}
     for source in inputs:
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
+            tolerance_mm = _pointing_tolerance(tolerance, source)
+            asked = {**asked, "tolerance_mm": tolerance_mm}
             explanation = explain_volume(
                 predictor,
                 read_input(source),
@@ -140,9 +180,12 @@ def explain_files(
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
+                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
+                attributions=attributions,
+                attribution_settings=attribution_settings,
                 track=track,
             )
             made = made_by(predictor, asked, source.files)
@@ -157,7 +200,15 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        yield Explained(source.name, written, explanation.reach, shown, explanation.attention)
+        said = _said(explanation) if attributions else ()
+        yield Explained(
+            source.name,
+            written,
+            explanation.reach,
+            shown,
+            explanation.attention,
+            attributed=said,
+        )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
         worths += [explanation.worth] if explanation.worth else []
@@ -171,6 +222,14 @@ def explain_files(
         _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)
+
+
+def _said(explanation: Explanation) -> tuple[str, ...]:
+    """A sentence about each attribution, and about the structures that have none."""
+    found = explanation.attributions.values()
+    missing = sorted(set(explanation.labelling.members) - {one.structure for one in found})
+    without = f"{', '.join(missing)}: not predicted, so nothing is attributed"
+    return (*(one.sentence() for one in found), *([without] if missing else []))
 
 
 def _write_cohort(
@@ -243,10 +302,13 @@ def explain_heads(
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     paths = find_references(inputs, references)
-    structures = references_in(references).rules.structures
+    known = references_in(references)
+    structures = known.rules.structures
     cases = [
         CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)), paths[source.name]
+            replace(source, rules=replace(source.rules, structures=structures)),
+            paths[source.name],
+            known.unlabelled.get(paths[source.name], ()),
         )
         for source in inputs
     ]

@@ -23,6 +23,20 @@ import torch
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within, within
 from segkit.errors import SegkitError, VolumeError
+from segkit.explain.attribution.attribute import (
+    Attribution,
+    AttributionSettings,
+    Method,
+    attribute,
+    attribution_table,
+    chosen_methods,
+)
+from segkit.explain.attribution.examine import (
+    AttributionTest,
+    examination_curves,
+    examination_tables,
+    examine_attributions,
+)
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
 from segkit.explain.measures.fuse import with_fused
@@ -41,6 +55,7 @@ from segkit.explain.page.parts import (
     measure_tables,
     rows_as_csv,
 )
+from segkit.explain.verdicts.ablation import ablated_maps
 from segkit.explain.verdicts.evidence import CaseEvidence
 from segkit.explain.verdicts.identity import (
     IDENTITY,
@@ -57,6 +72,7 @@ from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
+from segkit.io.picture_rules import length_in_words
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
 from segkit.provenance import PROVENANCE
@@ -105,6 +121,15 @@ class Explanation:
     """The model and the settings, in words."""
     labelling: Labelling = field(default_factory=lambda: Labelling({}))
     """The model's classes or regions, and their numbers in files."""
+    unlabelled: tuple[str, ...] = ()
+    """Classes or regions that nobody labelled in the reference. Their Dice is NaN, and nothing else
+    of them is measured."""
+    attributions: dict[str, Attribution] = field(default_factory=dict)
+    """Attributions of the predicted structures by their keys, such as 'occlusion/liver'. They are
+    among `maps` too."""
+    attribution_tests: dict[str, AttributionTest] = field(default_factory=dict)
+    """Deletion and randomisation of each attribution, by its key; empty if verdicts were not
+    wanted."""
 
     @property
     def against(self) -> str:
@@ -136,10 +161,15 @@ class Explanation:
             self._layers(),
             tables=[
                 *self._tables(),
+                *attribution_table(self.attributions),
+                *examination_tables(self.attribution_tests),
                 *(self.worth.tables if self.worth else ()),
                 *(identity_tables(self.attention) if self.attention else ()),
             ],
-            curves=self.worth.curves if self.worth else (),
+            curves=[
+                *(self.worth.curves if self.worth else ()),
+                *examination_curves(self.attribution_tests),
+            ],
             bars=measure_bars(self.measures),
             verdicts=shown_verdicts(self.verdicts),
             facts=self.facts,
@@ -172,11 +202,20 @@ class Explanation:
             "case": self.name,
             "against": self.against,
             "tolerance_mm": self.tolerance_mm,
+            **({"unlabelled": list(self.unlabelled)} if self.unlabelled else {}),
             "made": self.facts,
             **provenance,
             "dice": self.dice,
             "measures": [vars(measure) for measure in self.measures],
         }
+        if self.attributions:
+            figures["attributions"] = [
+                {
+                    **one.figures(),
+                    **(self.attribution_tests[key].figures() if self.attribution_tests else {}),
+                }
+                for key, one in self.attributions.items()
+            ]
         names = [TABLE, FIGURES, PAGE]
         if self.worth:
             figures["worth"] = self.worth.figures
@@ -223,9 +262,8 @@ class Explanation:
         return widget
 
     def _tables(self) -> list[Table]:
-        return measure_tables(
-            self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
-        )
+        tolerance = length_in_words(self.tolerance_mm, self.scan.unit)
+        return measure_tables(self.measures, self.dice, against=self.against, tolerance=tolerance)
 
     def _shown(self, labels: Volume) -> tuple[Volume, dict[int, str]]:
         """Labels for display, with 0 as background, and their names."""
@@ -292,7 +330,10 @@ def explain_volume(
     identity: bool = False,
     blocks: Collection[str] | None = None,
     untrained: MakeUntrained | None = None,
+    unlabelled: Collection[str] = (),
     earlier: Sequence[CaseEvidence] = (),
+    attributions: Sequence[Method] = (),
+    attribution_settings: AttributionSettings | None = None,
     track: Track = untracked,
 ) -> Explanation:
     """Segment a scan, record the attention maps, and compare them with labels.
@@ -307,22 +348,30 @@ def explain_volume(
             counts as pointing at it.
         verdicts: whether to judge if each gate matters. This takes minutes. One scan gives
             evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
+            If there are attributions, each is tested by deletion and randomisation too, and a
+            model without gates is allowed.
         identity: whether to segment the scan again with each attention block replaced by the
             identity. `judge_attention` does so for several scans, and gives a verdict.
         blocks: the blocks for `identity`, by names as for `as_identity`; all if None.
         untrained: only for verdicts on your own network: a function from a seed to an untrained
             network with the same architecture.
+        unlabelled: classes or regions that nobody labelled in the reference, as in `data.labelled`.
+            They do not count in Dice, measures and verdicts. Ignored without a reference.
         earlier: only for verdicts: evidence of other scans (`Explanation.worth.evidence`). Their
             mean map is one of the comparators for deletion.
+        attributions: methods of `attribute` that are applied to every predicted structure. Each
+            takes minutes.
+        attribution_settings: their settings.
         track: reports the progress.
 
     Returns:
         Labels, maps and measures of the scan. Its method `write` writes them to files.
 
     Raises:
-        VolumeError: if the reference lies on another grid, or the volume does not fit the model.
-        ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
-            attention block.
+        VolumeError: if the reference lies on another grid, the volume does not fit the model, or
+            `unlabelled` names an unknown class.
+        ModelError: if only verdicts are wanted and the model has no gates, or `identity` and it
+            has no attention block, or an attribution is unknown.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -331,16 +380,13 @@ def explain_volume(
     """
     description = predictor.model.description
     labelling = description.labelling
+    chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
+    _check_unlabelled(name, unlabelled, labelling)
+    lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
-        reference = reference.sized_as(volume).onto(
-            volume.grid, what=f"{name}: the reference", whose="the scan"
-        )
-        try:
-            within(reference.data, labelling)
-        except ValueError as error:
-            raise VolumeError(f"{name}: the reference {error}") from None
+        reference = _reference_on(volume, reference, labelling, name)
     with watching(predictor) as watchers:
         prediction = predictor(
             volume,
@@ -350,26 +396,22 @@ def explain_volume(
         )
     reach = {position: watcher.result() for position, watcher in watchers.items()}
     maps = with_fused(prediction.maps)
+    attributed, tests = _attributed(
+        predictor, volume, prediction.labels, attributions, attribution_settings, verdicts, track
+    )
+    shown = {**maps, **{key: one.map for key, one in attributed.items()}}
     measures = measure_maps(
-        maps,
+        shown,
         volume,
         prediction.labels if reference is None else reference,
         labelling,
         channels=description.channels,
         tolerance_mm=tolerance_mm,
+        unlabelled=lacking,
     )
-    dice: dict[str, float] = {}
-    if reference is not None:
-        found, right = (within(each.data, labelling) for each in (prediction.labels, reference))
-        labelled = np.ones(volume.grid.shape, bool)
-        if labelling.ignore is not None:
-            labelled = right != labelling.ignore
-        dice = {
-            structure: _dice(found[labelled], right[labelled], numbers)
-            for structure, numbers in measured_structures(labelling).items()
-        }
+    dice = {} if reference is None else _dice_of(prediction.labels, reference, labelling, lacking)
     worth = None
-    if verdicts:
+    if verdicts and (ablated_maps(predictor) or not attributions):
         worth = study_gates(
             predictor,
             volume,
@@ -379,18 +421,30 @@ def explain_volume(
             case=name,
             earlier=earlier,
             untrained=untrained,
+            unlabelled=lacking,
             track=track,
         )
     attention = None
     if identity:
-        rows = without_blocks(predictor, volume, reference, case=name, blocks=chosen, track=track)
+        rows = without_blocks(
+            predictor,
+            volume,
+            reference,
+            case=name,
+            blocks=chosen,
+            unlabelled=lacking,
+            track=track,
+        )
         attention = study_of(predictor, chosen, rows)
+    facts = facts_of(predictor)
+    if lacking:
+        facts["not labelled in the reference"] = ", ".join(lacking)
     return Explanation(
         name,
         volume,
         prediction.labels,
         reference,
-        maps,
+        shown,
         measures,
         tolerance_mm,
         dice,
@@ -398,9 +452,48 @@ def explain_volume(
         worth,
         attention,
         {number: label for label, number in labelling.numbers_in_files.items()},
-        facts_of(predictor),
+        facts,
         labelling,
+        lacking,
+        attributed,
+        tests,
     )
+
+
+def _check_unlabelled(name: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
+        )
+
+
+def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:
+    """A reference on the scan's grid. Raises VolumeError if it does not fit scan or model."""
+    reference = reference.sized_as(volume).onto(
+        volume.grid, what=f"{name}: the reference", whose="the scan"
+    )
+    try:
+        within(reference.data, labelling)
+    except ValueError as error:
+        raise VolumeError(f"{name}: the reference {error}") from None
+    return reference
+
+
+def _dice_of(
+    labels: Volume, reference: Volume, labelling: Labelling, unlabelled: Collection[str]
+) -> dict[str, float]:
+    """Dice of each structure; NaN if nobody labelled it, or if neither volume contains it."""
+    found, right = (within(each.data, labelling) for each in (labels, reference))
+    counted = np.ones(right.shape, bool) if labelling.ignore is None else right != labelling.ignore
+    known = measured_structures(labelling, unlabelled)
+    return {
+        structure: _dice(found[counted], right[counted], numbers)
+        if structure in known
+        else float("nan")
+        for structure, numbers in measured_structures(labelling).items()
+    }
 
 
 def facts_of(predictor: Predictor) -> dict[str, str]:
@@ -424,6 +517,27 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
         "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
         f"torch {torch.__version__}, numpy {np.__version__}",
     }
+
+
+def _attributed(
+    predictor: Predictor,
+    volume: Volume,
+    labels: Volume,
+    methods: Sequence[Method],
+    settings: AttributionSettings | None,
+    verdicts: bool,
+    track: Track,
+) -> tuple[dict[str, Attribution], dict[str, AttributionTest]]:
+    """Attributions of all predicted structures by all methods, by key, and tests if wanted."""
+    found = {
+        one.key: one
+        for method in methods
+        for one in attribute(
+            predictor, volume, method, region=labels, settings=settings, track=track
+        ).values()
+    }
+    examined = found if verdicts else {}
+    return found, examine_attributions(predictor, volume, labels, examined, track=track)
 
 
 def _dice(labels: np.ndarray, reference: np.ndarray, numbers: Iterable[int]) -> float:

@@ -77,7 +77,9 @@ def write_bids_root(out: Path, labelling: Labelling, *, models: Sequence[str]) -
         try:
             kind = read_json_object(described).get("DatasetType")
         except (OSError, ValueError) as error:
-            raise VolumeError(f"{described}: cannot be read as JSON: {error}") from None
+            raise VolumeError(
+                f"{described}: cannot be read as JSON: {error}; repair it, or name another folder"
+            ) from None
         if kind != "derivative":
             raise VolumeError(
                 f"{out}: is a BIDS folder of the type {kind or 'raw'}, expected one of "

@@ -75,7 +75,7 @@ def _figures(attention_map: AttentionMap) -> dict[str, Any]:
         "stride": info.placement and list(info.placement.stride),
         "offset": info.placement and list(info.placement.offset),
         "shape": list(values.shape),
-        "range": [info.lowest, info.highest if math.isfinite(info.highest) else None],
+        "range": [end if math.isfinite(end) else None for end in (info.lowest, info.highest)],
         **_span(values),
     }
     if attention_map.channel_mean is not None and attention_map.channel_std is not None:

@@ -43,6 +43,7 @@ from segkit.io.volume import (
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")
+_Read = tuple[Volume, Sequence[Prepared] | None]
 ResultLayout = Literal["flat", "bids"]
 """Names of results after the inputs, or as BIDS derivatives."""
 
@@ -237,22 +238,16 @@ def predict_files(
         models = [member.model.description for member in predictor.members]
         write_bids_root(out, models[0].labelling, models=[each.run for each in models])
 
-    def read_and_prepare(source: Input) -> tuple[Volume, Sequence[Prepared] | None]:
-        image = predictor.with_numbers(read_input(source))
-        return image, predictor.prepare_next(image)
-
     def read(
         source: Input, plan: Targets | Outcome
-    ) -> tuple[Input, Targets | Outcome, Future[tuple[Volume, Sequence[Prepared] | None]] | None]:
+    ) -> tuple[Input, Targets | Outcome, Future[_Read] | None]:
         if isinstance(plan, Targets):
             plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(read_and_prepare, source) if isinstance(plan, Targets) else None
+        reading = reader.submit(_read, predictor, source) if isinstance(plan, Targets) else None
         return source, plan, reading
 
     def segment(
-        source: Input,
-        plan: Targets | Outcome,
-        reading: Future[tuple[Volume, Sequence[Prepared] | None]] | None,
+        source: Input, plan: Targets | Outcome, reading: Future[_Read] | None
     ) -> Outcome | Future[Outcome]:
         if isinstance(plan, Outcome):
             return plan
@@ -281,6 +276,12 @@ def predict_files(
         writing = (segment(*plan) for plan in _one_ahead(reading))
         for outcome in _one_ahead(writing):
             yield outcome if isinstance(outcome, Outcome) else outcome.result()
+
+
+def _read(predictor: Predictor, source: Input) -> _Read:
+    """The volume of an input, and its images if they may be prepared already."""
+    volume = predictor.with_numbers(read_input(source))
+    return volume, predictor.prepare_next(volume)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -52,7 +52,7 @@ STORAGE_CLASS = b"\x02\0\x02\0UI"
 """Bytes near the start of a file that come before the length and the text of its storage class."""
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 ENHANCED = tuple(f"{STORAGE}{kind}" for kind in ("2.1", "2.2", "4.1", "4.4", "128.1", "130"))
-"""Storage classes of enhanced CT, MR and PET: frames say where they lie, even a single one."""
+"""Storage classes of enhanced CT, MR and PET: each frame has its own position."""
 CONTOURS, SEGMENTATIONS = f"{STORAGE}481.3", (f"{STORAGE}66.4", f"{STORAGE}66.7")
 """Storage classes of structure sets, and of segmentations."""
 SLICES_KEPT = 250_000
@@ -86,14 +86,14 @@ class Slice:
     """Distance between rows, then between columns."""
     thickness: float
     frame: int | None = None
-    """Its number from 0 on in a file of several."""
+    """The number of the frame from 0 on; None if the file holds one image."""
 
     def __str__(self) -> str:
         return str(self.path) if self.frame is None else f"{self.path} frame {self.frame + 1}"
 
     @property
     def name(self) -> str:
-        """What it is called beside another of its folder."""
+        """Its name within the folder, for messages about two slices."""
         return str(self).removeprefix(f"{self.path.parent}{os.sep}")
 
 
@@ -109,9 +109,9 @@ class Series:
     study: str = ""
     """The UID of its study."""
     patient: str = ""
-    """The patient's ID, by which cases may be grouped; it is written nowhere."""
+    """The patient's ID, by which cases may be grouped. It is never written to a file."""
     frame_of_reference: str = ""
-    """The UID of the world that its places are in."""
+    """The UID of the coordinate system of its positions."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -129,14 +129,14 @@ def holds_series(folder: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a path is a folder of DICOM images, or a file of DICOM of whatever kind."""
+    """Whether a path is a folder of DICOM images, or a DICOM file of any kind."""
     if path.is_dir():
         return holds_series(path)
     return path.is_file() and storage_class(path) is not None
 
 
 def holds_frames(file: Path) -> bool:
-    """Whether a DICOM file holds several frames; no if it cannot be read."""
+    """Whether a DICOM file holds several frames; False if it cannot be read."""
     reader = _reader(file)
     try:
         reader.ReadImageInformation()
@@ -146,12 +146,16 @@ def holds_frames(file: Path) -> bool:
 
 
 def is_only_image(file: Path) -> bool:
-    """Whether no other DICOM image lies in the folder of one."""
+    """Whether a file is the only DICOM image in its folder."""
     return not any(other != file and _is_image(other) for other in _files_in(file.parent))
 
 
 def series_at(path: Path) -> Series:
-    """The only series of a folder, or the one that a file belongs to. Raises VolumeError."""
+    """The only series of a folder, or the series that a file belongs to.
+
+    Raises:
+        VolumeError: the folder holds several series, or the file none.
+    """
     if path.is_dir():
         return choose_series(path)
     listing = _LISTINGS.of(path.parent)
@@ -164,9 +168,10 @@ def series_at(path: Path) -> Series:
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """The folder itself and all in it to any depth, but for hidden ones, by rising path.
+    """The folder and all folders in it, to any depth and sorted; hidden ones are left out.
 
-    Raises OSError for a folder that cannot be listed.
+    Raises:
+        OSError: a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -304,11 +309,14 @@ def _listed(
 
 
 def choose_series(folder: Path, uid: str | None = None) -> Series:
-    """The series with this UID, or the only series. Raises VolumeError with a list of the series.
+    """The series with this UID, or the only series.
 
     Args:
         folder: a folder of DICOM files.
         uid: the Series Instance UID; None if the folder holds only one series.
+
+    Raises:
+        VolumeError: there is no such series, or several; the message lists them.
     """
     found = list_series(folder)
     chosen = [series for series in found if uid in (None, series.uid)]
@@ -346,7 +354,7 @@ def read_series(series: Series, *, working: float = 0) -> Volume:
 
 
 def _filled(slices: Sequence[Slice], shape: tuple[int, int, int]) -> ndarray:
-    """The values of slices, each in its place; whole numbers if all slices are rescaled to such."""
+    """The values of all slices in one array; of an integer type if rescaling gives integers."""
     places = {(one.path, one.frame): number for number, one in enumerate(slices)}
     files = {one.path: one for one in slices}
     one_kind = len({one.kind for one in slices}) == 1
@@ -398,7 +406,8 @@ def _pixels(one: Slice) -> tuple[ndarray, int]:
 def arranged(series: Series) -> tuple[list[Slice], Grid]:
     """The slices sorted along their normal, and their grid (RAS+).
 
-    Raises VolumeError if the slices do not form a block.
+    Raises:
+        VolumeError: the slices do not form a block.
     """
     first = series.slices[0]
     for one in series.slices:
@@ -488,9 +497,9 @@ def _files_in(folder: Path) -> list[Path]:
 
 @kept_while_unchanged(FILES_KEPT)
 def storage_class(file: Path) -> str | None:
-    """The storage class that a file of DICOM says; '' if it does not, None for any other file.
+    """The storage class of a DICOM file; '' if the file does not give it; None for any other file.
 
-    It is DICOM by its first bytes or by its name.
+    The first bytes or the name show that a file is DICOM.
     """
     with file.open("rb") as content:
         begin = content.read(2 * MAGIC_AT + 256)
@@ -502,7 +511,7 @@ def storage_class(file: Path) -> str | None:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a file is DICOM and says that it is an image."""
+    """Whether a file is DICOM and its storage class may be an image."""
     found = storage_class(file)
     return found is not None and not found.startswith(NO_IMAGES)
 
@@ -510,7 +519,9 @@ def _is_image(file: Path) -> bool:
 def _unreadable(file: Path, error: RuntimeError) -> VolumeError:
     # SimpleITK's message begins with a place in its own source; the reason follows "ERROR:".
     reason = " ".join(str(error).split("ERROR:")[-1].split())
-    return VolumeError(f"{file}: cannot be read as DICOM; repair it or move it away: {reason}")
+    return VolumeError(
+        f"{file}: cannot be read as DICOM: {reason}; export the file again, or move it elsewhere"
+    )
 
 
 def _reader(file: Path) -> Any:
@@ -521,7 +532,7 @@ def _reader(file: Path) -> Any:
 
 
 def _slices(file: Path, reader: Any) -> list[Slice]:
-    """The slice that a file holds, or of an enhanced file those of all its frames."""
+    """The slice in a file, or the slices of all frames of an enhanced file."""
     columns, rows, count = (*reader.GetSize(), 1)[:3]
     components = reader.GetNumberOfComponents()
     position = _values(file, reader, POSITION)
@@ -566,7 +577,8 @@ def _values(file: Path, reader: Any, key: str) -> tuple[float, ...]:
         values = (float("nan"),)
     if not np.isfinite(values).all():
         raise VolumeError(
-            f"{file}: expected numbers in its header field ({key}), found {text!r}; repair it"
+            f"{file}: expected numbers in its header field ({key}), found {text!r}; export the "
+            f"file again"
         )
     return values
 

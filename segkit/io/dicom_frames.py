@@ -1,7 +1,7 @@
-"""The frames of an enhanced DICOM file: where each lies, how it is rescaled, and its values.
+"""The frames of an enhanced DICOM file: the place, the rescaling and the values of each.
 
-A file of CT, MR or PET in the enhanced form holds all slices. Each frame says where it lies and how
-its values are rescaled, or the file says so for all of them.
+An enhanced file of CT, MR or PET holds all slices. Place and rescaling are given for each frame, or
+once for all frames.
 """
 
 import math
@@ -21,12 +21,12 @@ SIZE_OF_PIXELS = ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsA
 
 @dataclass(frozen=True)
 class Frame:
-    """What a file says of one frame; lengths are mm, places DICOM's LPS+."""
+    """Place and rescaling of one frame. Lengths are in mm, positions in DICOM's LPS+."""
 
     position: tuple[float, ...]
     orientation: tuple[float, ...]
     spacing: tuple[float, ...]
-    """Between rows, and between columns."""
+    """The distance of rows, and the distance of columns."""
     thickness: float
     slope: float
     intercept: float
@@ -38,20 +38,32 @@ class Frame:
 
 
 def pydicom_of(path: Path) -> Any:
-    """The package pydicom. Raises SegkitError, which names the file, if it is not installed."""
+    """The package pydicom.
+
+    Raises:
+        SegkitError: it is not installed; the message names the file.
+    """
     try:
         import pydicom
     except ImportError:
         raise SegkitError(
-            f"{path}: is read by pydicom, which is not installed; run pip install 'segkit[dicom]'"
+            f"{path}: expected pydicom, which reads such files, but it is not installed; run pip "
+            f"install 'segkit[dicom]'"
         ) from None
     return pydicom
 
 
 def read_header(path: Path, *, pixels: bool = False, only: Sequence[str] = ()) -> Any:
-    """What a DICOM file says, as pydicom has it: all, or only some keywords; without its pixels.
+    """The header of a DICOM file, as a dataset of pydicom.
 
-    Raises VolumeError for a file that is damaged.
+    Args:
+        path: the file.
+        pixels: whether the pixels are read too.
+        only: keywords of the elements to read; all if empty.
+
+    Raises:
+        VolumeError: the file is damaged.
+        SegkitError: pydicom is not installed.
     """
     pydicom = pydicom_of(path)
     try:
@@ -61,20 +73,26 @@ def read_header(path: Path, *, pixels: bool = False, only: Sequence[str] = ()) -
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise damaged(path, error) from None
     if "SOPClassUID" not in header:
-        raise damaged(path, ValueError("it does not say what kind of object it is"))
+        raise damaged(
+            path, ValueError("expected a SOPClassUID, which names the kind of file, found none")
+        )
     return header
 
 
 def damaged(path: Path, error: Exception) -> VolumeError:
-    """What is said of a DICOM file that pydicom cannot make anything of."""
+    """The error for a DICOM file that cannot be read."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return VolumeError(f"{path}: cannot be read as DICOM, repair it or move it away: {reason}")
+    return VolumeError(
+        f"{path}: cannot be read as DICOM: {reason}; export the file again, or move it elsewhere"
+    )
 
 
 def frames_of(path: Path) -> list[Frame]:
-    """The frames of an enhanced file, in their order; none if it does not say where they lie.
+    """The frames of an enhanced file, in order; none if the file has no positions of frames.
 
-    Raises VolumeError for a file that is damaged, SegkitError if pydicom is not installed.
+    Raises:
+        VolumeError: the file is damaged.
+        SegkitError: pydicom is not installed.
     """
     header = read_header(path)
     each = header.get("PerFrameFunctionalGroupsSequence")
@@ -87,16 +105,18 @@ def frames_of(path: Path) -> list[Frame]:
         raise damaged(path, error) from None
     if len(frames) != int(header.get("NumberOfFrames") or 1):
         raise VolumeError(
-            f"{path}: says that it holds {header.get('NumberOfFrames')} frames and where "
-            f"{len(frames)} lie; repair it"
+            f"{path}: expected positions of {header.get('NumberOfFrames')} frames, found "
+            f"{len(frames)}; export the file again"
         )
     return frames
 
 
 def frame_values(path: Path) -> Iterator[tuple[int, ndarray]]:
-    """The number of each frame of an enhanced file and its rescaled values (column, row).
+    """The number of each frame of an enhanced file, with its rescaled values (column, row).
 
-    Raises VolumeError for a file that is damaged, or compressed in a way that is not known here.
+    Raises:
+        VolumeError: the file is damaged, or compressed in an unknown way.
+        SegkitError: pydicom is not installed.
     """
     frames = frames_of(path)
     pydicom = pydicom_of(path)
@@ -106,8 +126,8 @@ def frame_values(path: Path) -> Iterator[tuple[int, ndarray]]:
     except (OSError, EOFError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise VolumeError(
-            f"{path}: its frames cannot be decoded; decompress it, with dcmdjpls or gdcmconv say, "
-            f"or convert it to NIfTI: {reason}"
+            f"{path}: its frames cannot be decoded: {reason}; decompress the file, for "
+            f"example with gdcmconv, or convert it to NIfTI"
         ) from None
 
 
@@ -125,7 +145,7 @@ def _rescaled(stored: ndarray, frame: Frame) -> ndarray:
 
 
 def group_of(own: Any, shared: Any, name: str) -> Any:
-    """A functional group of a frame: its own, or else that of all frames; None if it has none."""
+    """A functional group of a frame, or else that of all frames; None if neither exists."""
     for groups in (own, shared):
         if groups is not None and groups.get(name):
             return groups.get(name)[0]
@@ -154,5 +174,5 @@ def _frame(own: Any, shared: Any, header: Any) -> Frame:
     )
     told = (*frame.position, *frame.orientation, *frame.spacing, frame.slope, frame.intercept)
     if not np.isfinite(told).all():
-        raise ValueError("a frame's place or scale is not a number")
+        raise ValueError("position, spacing or rescaling of a frame is not a finite number")
     return frame

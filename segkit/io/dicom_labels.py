@@ -1,9 +1,9 @@
-"""DICOM structure sets and segmentations as labels on the grid of the series that they belong to.
+"""DICOM structure sets and segmentations as labels on the grid of their series.
 
-A structure set (RTSTRUCT) holds contours in mm, which are filled here: a voxel is inside if its
-centre lies within an odd number of the contours on its slice, so that a contour in another is a
-hole. A segmentation (SEG) holds masks with the place of each frame. Names of structures are brought
-to classes by patterns, as they differ from patient to patient.
+A structure set (RTSTRUCT) holds contours in mm, which are filled here. A voxel is inside if its
+centre lies within an odd number of the contours on its slice; so a contour inside another is a
+hole. A segmentation (SEG) holds masks with the position of each frame. Names of structures differ
+from patient to patient, so patterns assign them to classes.
 """
 
 import logging
@@ -26,64 +26,74 @@ from segkit.io.structure_rules import StructureRules
 logger = logging.getLogger(__name__)
 
 OFF_SLICE = 0.25
-"""Slice distances that a contour may lie off its slice, and a mask's pixel off its voxel."""
+"""The largest distance of a contour from its slice, in slice distances, and of a mask's pixel
+from its voxel, in voxels."""
 FINER = 15
-"""Pixels that a voxel's edge is divided into when a contour is filled; an odd number, so that one
-of them lies at the voxel's centre."""
+"""Number of pixels along the edge of a voxel while a contour is filled. It is odd, so that one
+pixel lies at the centre of the voxel."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-FILES_KEPT = 2**14
+STRUCTURE_FILES_KEPT = 2**14
 """Most files whose names of structures are not read again."""
 MOST_STRUCTURES = 20
-"""Structures in a sentence."""
+"""A sentence names at most so many structures."""
 
 TOLD_BY_FILE = (
     *("SOPClassUID", "SeriesDescription", "StructureSetLabel", "Modality", "StudyInstanceUID"),
     *("StructureSetROISequence", "ReferencedFrameOfReferenceSequence"),
     *("SegmentSequence", "ReferencedSeriesSequence", "FrameOfReferenceUID"),
 )
-"""What is read to know a file of structures: not its contours, which may be many."""
+"""Elements of the header that describe a file of structures, without its contours."""
 
 StructureKind = Literal["contours", "segmentation"]
 
 
 @dataclass(frozen=True)
 class StructureFile:
-    """What a structure set or a segmentation says of itself."""
+    """The description of a structure set or a segmentation, from its header."""
 
     path: Path
     kind: StructureKind
     description: str
     modality: str
     names: tuple[str, ...]
-    """Of its structures, in its order."""
+    """Names of its structures, in order."""
     series: frozenset[str] = field(default_factory=frozenset)
-    """The UIDs of the series that it was drawn on."""
+    """UIDs of the series on which it was drawn."""
     frames_of_reference: frozenset[str] = field(default_factory=frozenset)
-    """The UIDs of the worlds that its places are in."""
+    """UIDs of the coordinate systems of its positions."""
     study: str = ""
 
 
 def structure_kind(path: Path) -> StructureKind | None:
-    """Whether a file is a DICOM structure set or a segmentation, by its first bytes."""
+    """The kind of a DICOM file with structures; None for any other file.
+
+    Raises:
+        VolumeError: the file is damaged.
+    """
     if not path.is_file():
         return None
     storage = storage_class(path)
-    if storage == "":  # without the part of a file that says it first
+    if storage == "":  # the file has no meta information in front of its header
         storage = str(read_header(path).get("SOPClassUID", ""))
     if storage == CONTOURS:
         return "contours"
     return "segmentation" if storage in SEGMENTATIONS else None
 
 
-@kept_while_unchanged(FILES_KEPT)
+@kept_while_unchanged(STRUCTURE_FILES_KEPT)
 def read_structure_file(path: Path) -> StructureFile:
-    """What a structure set or a segmentation says of itself, and the names of its structures.
+    """The description of a structure set or a segmentation, with the names of its structures.
 
-    Raises VolumeError for a file that is damaged or neither, SegkitError if pydicom is missing.
+    Raises:
+        VolumeError: the file is damaged, or is another kind of file.
+        SegkitError: pydicom is not installed.
     """
     kind = structure_kind(path)
     if kind is None:
-        raise VolumeError(f"{path}: expected a DICOM structure set or segmentation, found another")
+        raise VolumeError(
+            f"{path}: expected a DICOM structure set or segmentation, found another kind of file; "
+            f"name a file of the modality RTSTRUCT or SEG"
+        )
     header = read_header(path, only=TOLD_BY_FILE)
     about = (
         str(header.get("SeriesDescription") or header.get("StructureSetLabel") or "").strip(),
@@ -116,18 +126,22 @@ def read_structure_file(path: Path) -> StructureFile:
 
 
 def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
-    """The number of each voxel of a grid, (x, y, z), by the structures that a file holds.
+    """Labels (x, y, z) on a grid, from the structures of a file.
 
-    Classes are painted in the order of the rules: where two overlap, the later one counts.
+    Classes are painted in the order of the rules. If two overlap, the later one counts.
 
     Args:
         path: a structure set or a segmentation.
-        grid: of the series that it was drawn on, RAS+.
-        rules: which structures make which class, and its number.
+        grid: the grid of the series on which it was drawn, in RAS+.
+        rules: the structures and the number of each class.
+
+    Returns:
+        The number of each voxel, in the smallest type that holds all numbers.
 
     Raises:
-        VolumeError: the file is damaged, a class has no structure and the rules refuse that, or
-            structures do not lie on the grid.
+        VolumeError: the file is damaged, the rules refuse a class without structures, or a
+            structure does not lie on the grid.
+        SegkitError: pydicom or highdicom is not installed.
     """
     kind, header = structure_kind(path), read_header(path, pixels=True)
     names = read_structure_file(path).names
@@ -148,21 +162,21 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
 def absent_structure(
     path: Path, absent: Sequence[str], names: Sequence[str], rules: StructureRules
 ) -> str:
-    """A sentence on classes that none of a file's structures is of."""
+    """A sentence about the classes that have no structure in a file."""
     first = absent[0]
     patterns = ", ".join(rules.patterns[first])
     more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
     return (
         f"{path}: expected a structure called {patterns} for {first}{more}, found "
-        f"{first_few(names, MOST_STRUCTURES) or 'none'}; name it in data.dicom.structures, or say "
-        f"by data.dicom.absent what a case without it is"
+        f"{first_few(names, MOST_STRUCTURES) or 'none'}; add its name to data.dicom.structures, or "
+        f"set data.dicom.absent, which decides about cases without it"
     )
 
 
 def _contoured(
     path: Path, header: Any, place: int, name: str, grid: Grid, labels: ndarray, number: int
 ) -> None:
-    """Paint a structure of a structure set."""
+    """Fill the contours of one structure of a structure set."""
     roi = _listed(header, "StructureSetROISequence")[place].get("ROINumber")
     found = [
         contour
@@ -177,7 +191,7 @@ def _contoured(
         if not 0 <= z < grid.shape[2]:
             raise VolumeError(
                 f"{path}: structure {name} has a contour {abs(z - (z > 0) * (grid.shape[2] - 1))} "
-                f"slices beyond the series; complete the series, or name another one"
+                f"slices beyond the series; complete the series, or choose the one it belongs to"
             )
         mask = slices.setdefault(z, np.zeros(grid.shape[:2], bool))
         _toggle(mask, corners[:, :2])
@@ -213,13 +227,13 @@ def _corners(path: Path, name: str, contour: Any, grid: Grid) -> ndarray:
     if off > OFF_SLICE:
         raise VolumeError(
             f"{path}: structure {name} has a contour {off:.2g} of a slice distance off the nearest "
-            f"slice; it was drawn on another series, so name that one, or resample first"
+            f"slice; choose the series that it was drawn on, or resample the structure"
         )
     return corners
 
 
 def _toggle(mask: ndarray, corners: ndarray) -> None:
-    """Turn over the voxels (column, row) whose centres lie in a polygon, in voxel indices."""
+    """Invert the voxels (column, row) with their centre inside a polygon, in voxel indices."""
     low = np.maximum(np.floor(corners.min(axis=0)), 0).astype(int)
     high = np.minimum(np.ceil(corners.max(axis=0)), np.array(mask.shape) - 1).astype(int)
     if (low > high).any():
@@ -235,12 +249,13 @@ def _toggle(mask: ndarray, corners: ndarray) -> None:
 def _segmented(
     path: Path, header: Any, place: int, name: str, grid: Grid, labels: ndarray, number: int
 ) -> None:
-    """Paint a segment of a segmentation."""
+    """Paint one segment of a segmentation."""
     try:
         import highdicom
     except ImportError:
         raise SegkitError(
-            f"{path}: is read by highdicom, which is not installed; run pip install 'segkit[dicom]'"
+            f"{path}: expected highdicom, which reads segmentations, but it is not installed; run "
+            f"pip install 'segkit[dicom]'"
         ) from None
     segment = _listed(header, "SegmentSequence")[place].get("SegmentNumber")
     try:
@@ -262,7 +277,7 @@ def _segmented(
 
 
 def _frame_affine(own: Any, shared: Any) -> ndarray:
-    """The place in RAS+ of (column, row) of a frame, as a matrix (4, 3)."""
+    """The matrix (4, 3) from (column, row, 1) of a frame to RAS+ in mm."""
     position = group_of(own, shared, "PlanePositionSequence").ImagePositionPatient
     along = group_of(own, shared, "PlaneOrientationSequence").ImageOrientationPatient
     spacing = group_of(own, shared, "PixelMeasuresSequence").PixelSpacing
@@ -283,7 +298,7 @@ def _stamp(
     labels: ndarray,
     number: int,
 ) -> None:
-    """Paint the pixels (row, column) of a frame into the voxels that they lie at."""
+    """Paint the pixels (row, column) of a frame into the voxels at their positions."""
     rows, columns = np.nonzero(inside)
     world = np.stack([columns, rows, np.ones(len(rows))]).T @ affine[:3].T
     places = grid.index(world)
@@ -291,10 +306,10 @@ def _stamp(
     off = float(np.abs(places - nearest).max())
     beyond = (nearest < 0).any() or (nearest >= grid.shape).any()
     if off > OFF_SLICE or beyond:
-        what = "beyond it" if beyond else f"up to {off:.2g} of a voxel off its voxels"
+        what = "outside it" if beyond else f"up to {off:.2g} voxels beside its voxels"
         raise VolumeError(
-            f"{path}: segment {name} lies on another grid than the series, {what}; name the "
-            f"series that it was made of, or resample it first"
+            f"{path}: segment {name} lies on another grid than the series, {what}; choose the "
+            f"series that it was made from, or resample the segmentation"
         )
     labels[tuple(nearest.T)] = number
 
@@ -305,7 +320,7 @@ def _listed(header: Any, name: str) -> list[Any]:
 
 
 def told_names(files: Sequence[StructureFile]) -> Mapping[str, int]:
-    """Names of structures, and how many files hold each, the most frequent first."""
+    """The number of files with each name of a structure, the most frequent name first."""
     counts: dict[str, int] = {}
     for file in files:
         for name in dict.fromkeys(file.names):

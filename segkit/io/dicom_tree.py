@@ -1,4 +1,4 @@
-"""All DICOM series and structures in a folder, to any depth, and what cases are called by them."""
+"""All DICOM series and structures in a folder, to any depth, and names of cases by their paths."""
 
 import hashlib
 import os
@@ -12,26 +12,32 @@ from segkit.io.dicom_labels import StructureFile, read_structure_file, structure
 from segkit.system.listing import tracked
 
 DIGITS = 6
-"""Of the SHA-256 of a UID, which tell series of one folder apart in names."""
+"""Number of digits of a UID's SHA-256 in a name. They distinguish the series of one folder."""
 
 
 @dataclass(frozen=True)
 class DicomTree:
-    """What was found in a folder."""
+    """The series and structures of a folder."""
 
     root: Path
     series: tuple[Series, ...]
     structures: tuple[StructureFile, ...]
     failures: dict[Path, str] = field(default_factory=dict)
-    """Why a folder, or a file of structures, was not understood: a sentence."""
+    """A sentence about each folder and each file of structures that cannot be read."""
 
 
 def read_tree(root: Path, *, structures: bool = True) -> DicomTree:
-    """The series in a folder and, unless nobody wants them, the files of structures.
+    """The series in a folder, with the files of structures.
 
-    All headers are read. What cannot be read is told in `failures`, and stops nothing.
+    All headers are read. A file that cannot be read is listed in `failures`; the others are read
+    all the same.
 
-    Raises VolumeError if there is no such folder.
+    Args:
+        root: the folder.
+        structures: whether files of structures are read.
+
+    Raises:
+        VolumeError: there is no such folder.
     """
     if not root.is_dir():
         raise VolumeError(f"{root}: expected a folder of DICOM files, found none; check the path")
@@ -62,7 +68,7 @@ def read_tree(root: Path, *, structures: bool = True) -> DicomTree:
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files in a folder, by their first bytes or their names, in order."""
+    """The DICOM files in a folder, sorted; their first bytes or their names identify them."""
     with os.scandir(folder) as entries:
         files = sorted(
             Path(entry.path)
@@ -73,20 +79,20 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def path_of(series: Series, tree: Iterable[Series]) -> Path:
-    """The path that a series is read by: its folder, or its first file if that holds several."""
+    """The path to read a series from: its folder, or its first file if the folder holds several."""
     several = any(other.folder == series.folder and other is not series for other in tree)
     return series.files[0] if several else series.folder
 
 
 def name_in(root: Path, folder: Path, uid: str | None = None) -> str:
-    """What a case in a folder is called: by the folders from `root` on.
+    """The name of a case, made of the folders below `root`.
 
         PA0/ST0/SE1  ──▶  PA0_ST0_SE1
 
     Args:
-        root: the folder that was named.
-        folder: of the case, inside it.
-        uid: if other cases lie in the same folder, that of this one, whose digest ends the name.
+        root: the folder that the user named.
+        folder: the folder of the case, inside `root`.
+        uid: the UID of the case, if other cases lie in the same folder; its digest ends the name.
     """
     inside = folder.relative_to(root).parts or (root.resolve().name,)
     digest = [] if uid is None else [hashlib.sha256(uid.encode()).hexdigest()[:DIGITS]]

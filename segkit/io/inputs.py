@@ -294,7 +294,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     """The numbers I and N of 'I/N', the I-th of N parts. Raises ConfigError for other texts."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise ConfigError(f"--shard {text}: expected I/N with I from 1 to N, such as 2/8")
+        raise ConfigError(
+            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; give such a share"
+        )
     return int(found[1]), int(found[2])
 
 

@@ -74,7 +74,10 @@ def length_mm(text: str) -> float:
     found = LENGTH_IN_UNIT.fullmatch(text)
     unit = found and found[2].lower().replace("\u03bc", "µ")
     if not found or unit not in IN_LENGTHS:
-        raise ValueError(f"expected a length such as '0.5 µm', '4 nm' or '0.1 mm', found {text!r}")
+        raise ValueError(
+            f"expected a length such as '0.5 µm', '4 nm' or '0.1 mm', found {text!r}"
+            "; give a number and a unit"
+        )
     return float(found[1]) * IN_LENGTHS[unit]
 
 

@@ -1,4 +1,4 @@
-"""Which of several DICOM series is meant: by modality, description, number of slices or folder."""
+"""The choice of one DICOM series by modality, description, number of slices or folder."""
 
 import re
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ FORMS = (
 
 @dataclass(frozen=True)
 class SeriesRule:
-    """What a series must be like; of `descriptions` and `folders` one pattern must match.
+    """Conditions of a series. One pattern of `descriptions` and one of `folders` must match.
 
-    In patterns `*` stands for any characters and `?` for one; upper and lower case are the same.
+    In patterns `*` stands for any characters and `?` for one. Upper and lower case are the same.
 
     Example:
         >>> rule = SeriesRule(modality="CT", descriptions=("*thorax*",), min_slices=20)
@@ -31,10 +31,10 @@ class SeriesRule:
     min_slices: int = 1
     max_slices: int | None = None
     folders: tuple[str, ...] = ()
-    """Patterns of the folder's path, from the folder that was named on."""
+    """Patterns of the folder's path, relative to the folder that the user named."""
 
     def admits(self, series: Series, root: Path) -> bool:
-        """Whether a series is like that; `root` is the folder that was named."""
+        """Whether a series fulfils all conditions; `root` is the folder that the user named."""
         count = len(series.slices)
         inside = series.folder.relative_to(root).as_posix()
         return (
@@ -57,11 +57,13 @@ class SeriesRule:
 
 
 def parse_series(words: Iterable[str] | None) -> str | SeriesRule | None:
-    """The UID or the rule that words of `--series` say, such as `modality=CT`, `slices=20..`.
+    """The UID or the rule in the words of `--series`, such as `modality=CT` or `slices=20..`.
 
-    Words of one kind are alternatives (two descriptions); words of several kinds must all hold.
+    Words of one kind are alternatives, such as two descriptions. Conditions of different kinds must
+    all hold.
 
-    Raises VolumeError for any other word.
+    Raises:
+        VolumeError: a word is neither a UID nor a condition.
     """
     words = list(words or ())
     if not words:

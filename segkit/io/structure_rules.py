@@ -1,4 +1,4 @@
-"""Which structures of DICOM structure sets and segmentations make which class."""
+"""Rules that assign structures of DICOM structure sets and segmentations to classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from segkit.errors import VolumeError
 from segkit.io.name_patterns import is_exactly, matches_any
 
 AbsentRule = Literal["refuse", "background", "unlabelled"]
-"""What a case is that has no structure of a class."""
+"""How a case without a structure of some class is treated."""
 IGNORED = "ignore"
-"""The class of voxels that nobody labelled, of which a case need not have any."""
+"""The class of voxels that nobody labelled. A case need not have any."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,24 @@ class StructureRules:
     """
 
     patterns: Mapping[str, tuple[str, ...]]
-    """By class, in the order that they are painted in."""
+    """Patterns of each class, in the order of painting."""
     numbers: Mapping[str, int]
-    """The number that each class is painted as."""
+    """The number of each class in the labels."""
     background: int = 0
-    """That of all other voxels."""
+    """The number of all other voxels."""
     absent: AbsentRule = "refuse"
     overlap: bool = False
-    """Whether a structure may be of several classes, as those of regions are."""
+    """Whether a structure may belong to several classes, as for regions."""
     images: Mapping[Path, Path] = field(default_factory=dict)
-    """By the file of structures, the series whose grid they are painted on."""
+    """The series of each file of structures; labels are painted on its grid."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, list[int]]:
-        """For each class, the places of its structures among names.
+        """The indices of each class's structures in a list of names.
 
-        A name that is written out wins over a pattern. Raises VolumeError if a structure would be
-        of two classes.
+        A name without wildcards counts more than a pattern.
+
+        Raises:
+            VolumeError: a structure would belong to two classes.
         """
         found: dict[str, list[int]] = {name: [] for name in self.patterns}
         for place, own in enumerate(names):
@@ -49,23 +51,28 @@ class StructureRules:
             owners = claims if self.overlap else exact or claims
             if len(owners) > 1 and not self.overlap:
                 raise VolumeError(
-                    f"data.dicom.structures: the structure {own} would be of {owners[0]} and of "
-                    f"{owners[1]}; write its name out for one of them, or make patterns narrower"
+                    f"data.dicom.structures: the structure {own} would belong to {owners[0]} and "
+                    f"to {owners[1]}; give its whole name to one of them, or make a pattern "
+                    f"narrower"
                 )
             for name in owners:
                 found[name].append(place)
         return found
 
     def lacking(self, names: Sequence[str]) -> list[str]:
-        """The classes that have no structure among names. Raises VolumeError as `chosen` does."""
+        """The classes without a structure in a list of names.
+
+        Raises:
+            VolumeError: a structure would belong to two classes.
+        """
         chosen = self.chosen(names)
         return [name for name, found in chosen.items() if not found and name != IGNORED]
 
     def refuses(self, lacking: Sequence[str]) -> bool:
-        """Whether a case that lacks structures of classes is refused, as is one that lacks all."""
+        """Whether a case without these classes is refused; a case without any class always is."""
         every = len(set(self.patterns) - {IGNORED})
         return bool(lacking) and (self.absent == "refuse" or len(lacking) == every)
 
     def told(self) -> str:
-        """What decides labels, but for the files, by which caches know it."""
+        """All that decides about labels except the files, as text for the digests of caches."""
         return repr((dict(self.patterns), dict(self.numbers), self.background, self.absent))

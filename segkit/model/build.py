@@ -71,7 +71,10 @@ def weight_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
             unet = unet_of(_network(description))
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"network: cannot be built from these settings: {reason}") from None
+        raise ConfigError(
+            f"network: cannot be built from these settings: {reason}"
+            "; make network.channels smaller or the network shallower"
+        ) from None
     return {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
 
 

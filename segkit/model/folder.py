@@ -69,7 +69,10 @@ def save_model(folder: str | Path, model: Model) -> None:
         try:
             save_file(_savable(model), partial)
         except SafetensorError as error:
-            raise ModelError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
+            raise ModelError(
+                f"{folder / WEIGHTS}: cannot be written: {error}"
+                "; free some space on the disk, or choose another folder"
+            ) from None
     save_description(folder, model.description)
 
 
@@ -173,7 +176,9 @@ def load_model(
         built.load_state_dict(_finite(weights_of_network(read_checkpoint(source))))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{source}: does not fit {folder / DESCRIPTION}: {reason}") from None
+        raise ModelError(
+            f"{source}: does not fit {folder / DESCRIPTION}: {reason}; restore the files of the run"
+        ) from None
     built.cpu().eval()
     return Model(description, built, tuple(first))
 
@@ -203,13 +208,17 @@ def load_description(folder: Path) -> ModelDescription:
     try:
         description = validated(ModelDescription, read_json_object(source), str(source))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be read: {error}") from None
+        raise ModelError(
+            f"{source}: cannot be read: {error}"
+            "; use a model that segkit train has written, or copy it again"
+        ) from None
     except ConfigError as error:
         raise ModelError(f"{error}; was it written by another version of segkit?") from None
     if len(description.normalisation) != len(description.channels):
         raise ModelError(
             f"{source}: expected a normalisation for each of {len(description.channels)} channels, "
             f"found {len(description.normalisation)}"
+            "; use a model that segkit train has written"
         )
     if any(None in setting.model_dump().values() for setting in description.normalisation):
         raise ModelError(
@@ -242,7 +251,10 @@ def _with_weights(
         weights_of(network).load_state_dict(_finite(load_file(source)))
     except (ConfigError, SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}") from None
+        raise ModelError(
+            f"{folder}: its weights do not fit its {DESCRIPTION}: {reason}"
+            "; copy the whole folder again, or restore its files"
+        ) from None
     # The user's module may be on a GPU.
     model.network.cpu().eval()
     return model

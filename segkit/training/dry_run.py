@@ -38,7 +38,7 @@ from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 
 WARM_UP, MEASURED = 5, 10
-LONG_ENOUGH = 60.0
+MOST_SECONDS = 60.0
 """After so many seconds of steps, no more steps are taken."""
 CASES = 2
 READ = 20
@@ -193,7 +193,7 @@ class Stopwatch(Callback):
             wait_for_device(self.device)
         self.ends.append(time.perf_counter())
         self.cut_size = tuple(batch["label"].shape[1:])
-        if done > 1 and self.ends[-1] - self.ends[0] > LONG_ENOUGH:
+        if done > 1 and self.ends[-1] - self.ends[0] > MOST_SECONDS:
             set_last_step(trainer, done)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -106,6 +106,8 @@ from segkit.training.weight_average import Averaging
 
 logger = logging.getLogger(__name__)
 
+LONG_SCORING = 60.0
+"""If a timed run's final scores would take so many seconds in PyTorch, another engine pays."""
 RECORDED = {"network", "loss", "presence_loss"}
 """Parts that a recorded CUDA step contains."""
 
@@ -572,7 +574,8 @@ def _trained(
     save_model(folder / "model", model)
     budget = module.budget
     until = math.inf if budget is None else budget.until
-    scores, temperature = _scores(parts, config, model, trainer, track, until)
+    read_from = scored_model(model, folder / "model", budget)
+    scores, temperature = _scores(parts, config, read_from, trainer, track, until)
     if temperature is not None:
         told = parts.description.model_copy(update={"temperature": temperature.value})
         model = replace(model, description=told)
@@ -609,6 +612,19 @@ def _trained(
     write_json(folder / SUMMARY, summary)
     network.to("cpu")
     return Run(folder, summary, model)
+
+
+def scored_model(model: Model, folder: Path, budget: TimeBudget | None) -> Model:
+    """The model as the final scores use it.
+
+    Only a model that lies in a folder is converted by OpenVINO (`choose_engine`), which takes up to
+    half a minute and then needs half the time of PyTorch. So a timed run names the folder if its
+    scores take longer than two such conversions. A run with a fixed number of steps never does, so
+    that its scores are the same bit for bit everywhere.
+    """
+    if budget is None or budget.held_out * budget.per_case < LONG_SCORING:
+        return model
+    return replace(model, folder=folder)
 
 
 def _record_in(trainer: L.Trainer) -> Mapping[str, Any]:
@@ -685,4 +701,6 @@ def _scores(
         logger.warning(
             "train.calibrate: no held-out case is labelled whole; no temperature is kept"
         )
+    if temperature is not None and temperature.at_limit:
+        logger.warning("train.calibrate: %s", temperature.told)
     return scores, temperature

@@ -205,6 +205,7 @@ def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
             raise DatasetError(
                 f"{source}: expected the number of the fold that holds {name} out, val, train or "
                 f"nothing, found {value!r}{hint}"
+                "; correct the table"
             )
     present = sorted(set(numbers.values()))
     if not present or present[0] not in (0, 1):

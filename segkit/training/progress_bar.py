@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 
 from segkit.errors import printable
@@ -19,18 +19,22 @@ class TrainingProgress(Callback):
         self.display = bars(console)
         self.task: Any = None
         self.started = self.last = time.monotonic()
+        self.first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the bar."""
+        """Start the bar, at the step at which the run continues."""
         if not trainer.is_global_zero:
             return
         self.started = self.last = time.monotonic()
+        self.first_step = trainer.global_step
         if self.task is not None:  # of the previous fold
             self.display.remove_task(self.task)
         for note in getattr(pl_module, "notes", ()):
             self.console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
         self.display.start()
-        self.task = self.display.add_task("training", total=trainer.max_steps)
+        self.task = self.display.add_task(
+            "training", total=trainer.max_steps, completed=self.first_step
+        )
 
     def on_train_batch_end(
         self,
@@ -59,11 +63,11 @@ class TrainingProgress(Callback):
             return
         every = getattr(trainer.datamodule, "steps_per_epoch", trainer.max_steps)  # type: ignore[attr-defined]
         number, count = trainer.global_step // every, max(trainer.max_steps // every, 1)
-        rest = (trainer.max_steps - trainer.global_step) / max(trainer.global_step, 1)
-        minutes = rest * (time.monotonic() - self.started) / 60
-        self._line(
-            trainer, f"validating {number} of {max(number, count)}, about {minutes:.0f} min left"
-        )
+        text = f"validating {number} of {max(number, count)}"
+        seconds = self._seconds_left(trainer)
+        if seconds is not None:
+            text += f", about {seconds / 60:.0f} min left"
+        self._line(trainer, text)
 
     def on_validation_batch_end(
         self,
@@ -99,9 +103,24 @@ class TrainingProgress(Callback):
         """Remove the bar, so that the error message is readable."""
         self.display.stop()
 
+    def _seconds_left(self, trainer: L.Trainer) -> float | None:
+        """Time until the last step at the speed since the start; None before the first step."""
+        done = trainer.global_step - self.first_step
+        if done < 1:
+            return None
+        seconds = (trainer.max_steps - trainer.global_step) * self._elapsed / done
+        timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+        limits = [limit for timer in timers if (limit := timer.time_remaining()) is not None]
+        return max(min([seconds, *limits]), 0.0)
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started
+
     def _line(self, trainer: L.Trainer, text: str) -> None:
-        seconds = time.monotonic() - self.started
+        since = f" since step {self.first_step}" if self.first_step else ""
         self.console.print(
-            f"step {trainer.global_step} of {trainer.max_steps}, {seconds:.0f} s: {text}",
+            f"step {trainer.global_step} of {trainer.max_steps}, {self._elapsed:.0f} s{since}: "
+            f"{text}",
             highlight=False,
         )

@@ -172,8 +172,8 @@ def check_plane(config: Config, dataset: Dataset, cases: Sequence[CaseFiles]) ->
 def check_precision(config: Config) -> None:
     """Check that segkit can train in the config's precision.
 
-    Weights in half precision (`bf16-true`, `16-true`) are refused: changes of less than 1/256 of a
-    weight would be lost.
+    Weights in half precision (`bf16-true`, `16-true`) are refused, because changes of less than
+    1/256 of a weight would be lost. `16-mixed` needs a GPU, because it scales the loss.
 
     Raises:
         ConfigError: the precision is refused.
@@ -183,6 +183,11 @@ def check_precision(config: Config) -> None:
         raise ConfigError(
             f"trainer.precision is {asked}; choose auto, 32-true, bf16-mixed or 16-mixed, which "
             f"keep the weights in single precision"
+        )
+    if asked == "16-mixed" and accelerator(config) == "cpu":
+        raise ConfigError(
+            "trainer.precision is 16-mixed, which PyTorch trains in only on a GPU, but the device "
+            "is the CPU; choose auto, 32-true or bf16-mixed"
         )
 
 

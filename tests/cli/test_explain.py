@@ -162,6 +162,49 @@ def test_one_bad_volume_does_not_stop_the_others_and_is_reported_at_the_end(
     assert not (tmp_path / "alone").exists()
 
 
+def test_the_command_writes_attributions_beside_maps_and_measures_them(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    save_model(tmp_path / "model", attending_model(skip=AdditiveGridGateConfig(levels=[1])))
+    out = tmp_path / "out"
+    words = [scans / "a.nii.gz", "--model", tmp_path / "model", "--device", "cpu", "--out", out]
+    code, said, err = command(*words, "--attribution", "occlusion", "--cell", 4)
+    assert (code, err) == (0, "")
+    told = json.loads((out / "measures.json").read_text())
+    assert told["attributions"] and told["provenance"]["attributions"] == {
+        **{"methods": ["occlusion"], "quantity": "logit", "baseline": None, "steps": 16},
+        **{"draws": 16, "noise": 0.15, "cell_mm": 4.0, "samples": None, "seed": 0},
+    }
+    page, rows = (out / "index.html").read_text(), rows_of(out / "measures.csv")
+    for one in told["attributions"]:
+        name = f"a_map-occlusion-{one['structure']}.nii.gz"
+        native, onto = read_volume(out / "native" / name), read_volume(out / name)
+        assert native.grid.spacing == (4, 4, 4) and onto.grid.shape == (8, 8, 8)
+        assert float(native.data.sum()) == pytest.approx(one["total"], rel=1e-4)
+        assert f"a {one['key']}: the logit sums to {one['value']:.4g} over" in said
+        assert {row["of"] for row in rows if row["map"] == one["key"]} >= {"map", "magnitude"}
+        assert f'"{one["key"]}"' in page
+    known = {one["structure"] for one in told["attributions"]}
+    labels = json.loads((out / "a_seg.json").read_text())["labels"]
+    missing = ", ".join(sorted({*list(labels)[1:]} - known))
+    assert not missing or f"a {missing}: not predicted, so nothing is attributed" in said
+    maps = {one["key"]: one for one in json.loads((out / "a_maps.json").read_text())["maps"]}
+    shown = maps[told["attributions"][0]["key"]]
+    assert (shown["kind"], shown["range"]) == ("attribution", [None, None])
+    assert (shown["stride"], shown["offset"]) == ([4, 4, 4], [1.5, 1.5, 1.5])
+
+
+def test_an_attribution_that_does_not_exist_is_one_line_and_exit_code_2(
+    scans: Path, tmp_path: Path, command: Run
+) -> None:
+    words = [scans / "a.nii.gz", "--out", tmp_path / "out"]
+    code, _, err = command(*words, "--attribution", "lime")
+    assert code == 2 and err.startswith("segkit: expected a method of integrated_gradients, ")
+    assert "found 'lime'" in err and err.count("\n") == 1
+    code, _, err = command(*words, "--cell", 4, "--attribution", "smoothgrad")
+    assert code == 2 and "--cell needs --attribution" in err
+
+
 def test_the_command_says_whether_the_network_attends_to_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,7 @@ def test_series_with_structures_are_cases_whose_labels_lie_on_them(
 ) -> None:
     dataset = dataset_of(settings(cohort))
     assert [case.name for case in dataset.cases] == ["p1_CT", "p2_CT"]
-    assert "left out, as no structures refer to them: p3_CT" in caplog.text
+    assert "left out, because no file of structures refers to them: p3_CT" in caplog.text
     assert dataset.channels == ("CT",) and dataset.labels == {"background": 0, "tumour": 1}
     check_headers(dataset.cases, dataset)
     for case in dataset.cases:
@@ -114,7 +114,7 @@ def test_labels_are_written_in_the_numbers_of_data_labels(cohort: Path) -> None:
         ({"structures": {}}, r"give data\.dicom\.structures, such as \{tumour: \[GTV\*\]\}"),
         (
             {"label": {"modality": "SEG"}},
-            "none of 3 cases has labels: no structure set or segmenta",
+            "none of 3 cases has labels, because no structure set or",
         ),
         (
             {"images": {"a": TUMOUR, "b": {"description": "absent"}}},
@@ -269,5 +269,5 @@ def test_a_damaged_file_stops_a_dataset_with_its_name(cohort: Path) -> None:
 
 def test_unknown_classes_of_structures_are_refused(cohort: Path) -> None:
     config = settings(cohort).model_copy(update={"labels": {"background": [0], "mass": [1]}})
-    with pytest.raises(DatasetError, match=r"names tumour, expected classes: mass"):
+    with pytest.raises(DatasetError, match=r"expected classes \(mass\), found tumour; correct"):
         dataset_of(config)

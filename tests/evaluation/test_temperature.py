@@ -35,6 +35,31 @@ def test_the_temperature_of_regions_is_found() -> None:
     assert found == pytest.approx(2.0, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("right", "limit", "told"),
+    [
+        (True, 0.05, "this is the lower limit, so probabilities are far too unsure"),
+        (False, 20.0, "this is the upper limit, so probabilities are far too sure"),
+        (None, None, ""),
+    ],
+)
+def test_a_temperature_at_its_limit_is_told(
+    right: bool | None, limit: float | None, told: str
+) -> None:
+    """All voxels right want certainty (T to 0); all wrong want none at all (T to infinity)."""
+    probabilities = np.full((4, 1, 1, 2), (0.2, 0.8))
+    truth = np.full((4, 1, 1), 1 if right else 0)
+    if right is None:  # 0.8 become 3 of 4, as log(4) / T = log(3)
+        truth = np.array([1, 1, 1, 0]).reshape(4, 1, 1)
+    voxels = HeldOutVoxels({"background": (0,), "ball": (1,)}, False, 1)
+    voxels.add(probabilities, truth)
+    found = voxels.fit()
+    assert found is not None
+    assert found.at_limit == (limit is not None) == found.as_json()["at_limit"]
+    assert found.value == pytest.approx(limit or np.log(4) / np.log(3), rel=0.01)
+    assert told in found.told and ("limit" in found.told) == found.at_limit
+
+
 def test_two_classes_are_worked_out_by_hand() -> None:
     """Three of four are right at 90 %: the likelihood is highest where 90 % become 75 %.
 

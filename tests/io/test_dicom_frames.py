@@ -87,5 +87,5 @@ def test_fewer_places_than_frames_are_refused(tmp_path: Path) -> None:
         del file.PerFrameFunctionalGroupsSequence[3]
 
     path = write_enhanced(tmp_path / "IM0", STORED, GRID, change=cut)
-    with pytest.raises(VolumeError, match="says that it holds 4 frames and where 3 lie"):
+    with pytest.raises(VolumeError, match="expected positions of 4 frames, found 3; export"):
         list_series(path.parent)

@@ -139,7 +139,9 @@ def test_a_name_that_is_written_out_wins_over_a_pattern() -> None:
     )
     assert rules.chosen(["Lung Tumour ", "lung left"]) == {"lung": [1], "tumour": [0]}
     both = StructureRules({"a": ("x*",), "b": ("*y",)}, {"a": 1, "b": 2})
-    with pytest.raises(VolumeError, match="the structure xy would be of a and of b; write its"):
+    with pytest.raises(
+        VolumeError, match="the structure xy would belong to a and to b; give its whole name to"
+    ):
         both.chosen(["xy"])
 
 
@@ -281,5 +283,7 @@ def test_a_damaged_file_of_structures_is_refused_in_a_sentence(
     file = dcmread(path)
     broken(file)
     file.save_as(path)
-    with pytest.raises(VolumeError, match=r"RS\.dcm: cannot be read as DICOM, repair it or move"):
+    with pytest.raises(
+        VolumeError, match=r"RS\.dcm: cannot be read as DICOM: .*; export the file again, or move"
+    ):
         read_label_values(path, rules=rules_of(path, series, {"tumour": ["GTV"]}))

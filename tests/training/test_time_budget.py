@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from segkit.config.network import NetworkConfig
 from segkit.config.training import LEAST_STEPS, TrainConfig
 from segkit.errors import Stopped
 from segkit.inference.window_seconds import num_windows
-from segkit.training.fit import resume, train
+from segkit.training.fit import resume, scored_model, train
 from segkit.training.optimisers import make_optimiser, make_schedule
 from segkit.training.run_folder import LAST
 from segkit.training.time_budget import (
@@ -25,6 +26,7 @@ from segkit.training.time_budget import (
     faster_than_planned,
     slower_than_planned,
 )
+from tests.models import random_model
 from tests.small import small_config, small_dataset
 
 
@@ -233,6 +235,17 @@ def test_a_run_whose_scoring_takes_the_time_does_not_blame_its_steps() -> None:
     assert "a step takes 0.35 s, about as planned, but all before it took 60 s" in told
     assert "the final scores will take 60 s" in told  # the most that they may
     assert "slower" not in told and "other programs" not in told
+
+
+def test_only_long_scores_of_a_timed_run_pay_for_a_conversion(tmp_path: Path) -> None:
+    model = random_model(NetworkConfig(channels=[2, 2]))
+    budget = TimeBudget(1000.0, 0.0, 100, held_out=10, validated=2, validate_every=50)
+    folders = []
+    for per_case in (5.9, 6.1):
+        budget.per_case = per_case
+        folders.append(scored_model(model, tmp_path, budget).folder)
+    assert folders == [None, tmp_path]
+    assert scored_model(model, tmp_path, None) is model
 
 
 def test_windows_of_a_case_overlap_by_half() -> None:

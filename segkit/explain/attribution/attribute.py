@@ -7,9 +7,9 @@ affine is exact. `Attribution.on_scan` interpolates it linearly at the scan's vo
 attention map; sums such as completeness hold only on the network's grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from segkit.explain.attribution.gradients import integrated_gradients, smoothgra
 from segkit.explain.attribution.perturbations import kernel_shap, occlusion
 from segkit.explain.attribution.supervoxels import Supervoxels
 from segkit.explain.attribution.target import Quantity, SummedOutput
+from segkit.explain.display import Table, rounded
 from segkit.explain.verdicts.deletion import mean_of_channels
 from segkit.geometry.grid import Placement
 from segkit.geometry.resample import nearest
@@ -46,7 +47,14 @@ CELLS_PER_WINDOW = {"occlusion": 4, "kernel_shap": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionSettings:
-    """Settings of attributions. Each method uses those that it needs."""
+    """Settings of attributions. Each method uses those that it needs.
+
+    A setting that is out of range raises a ModelError.
+
+    Example:
+        settings = segkit.AttributionSettings(quantity="probability", cell_mm=10.0)
+        segkit.attribute(predictor, scan, "kernel_shap", settings=settings)
+    """
 
     quantity: Quantity = "logit"
     """The output that is summed over the region: 'logit' or 'probability'."""
@@ -71,6 +79,11 @@ class AttributionSettings:
     """Seed of noise and coalitions."""
 
     def __post_init__(self) -> None:
+        for name, known in (("quantity", get_args(Quantity)), ("baseline", get_args(Baseline))):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in known:
+                expected = ", ".join(known) + (", or a number" if name == "baseline" else "")
+                raise ModelError(f"{name}: expected {expected}, found {value!r}; choose one")
         for name, lowest in (("steps", 1), ("draws", 1), ("samples", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -124,6 +137,31 @@ class Attribution:
         """The difference of the sums between the scan and the baseline."""
         return self.value - self.baseline_value
 
+    def figures(self) -> dict[str, Any]:
+        """Its sums and settings as plain data, for JSON."""
+        return {
+            "key": self.key,
+            "method": self.method,
+            "structure": self.structure,
+            "value": self.value,
+            "baseline_value": self.baseline_value,
+            "explained": self.explained,
+            "total": self.total,
+            "region_voxels": self.region_voxels,
+            **vars(self.settings),
+        }
+
+    def sentence(self) -> str:
+        """Its sums in words."""
+        about = f"{self.key}: the {self.settings.quantity} sums to {self.value:.4g} over "
+        about += f"{self.region_voxels} voxels"
+        if self.method == "smoothgrad":
+            return about
+        base = f"{about}, and to {self.baseline_value:.4g} for the baseline"
+        if self.method == "occlusion":
+            return base
+        return f"{base}; of the difference of {self.explained:.4g}, {self.total:.4g} is attributed"
+
     def on_scan(self) -> Volume:
         """The attribution, interpolated linearly at the scan's voxels; NaN if it is not known."""
         return map_on_source(self.map, self.scan)
@@ -176,10 +214,7 @@ def attribute(
         found = segkit.attribute(predictor, segkit.read_volume("scan.nii.gz"), "occlusion")
         found["liver"].on_scan()  # a volume on the scan's grid
     """
-    if method not in METHODS:
-        raise ModelError(
-            f"expected a method of {', '.join(METHODS)}, found {method!r}; choose one of these"
-        )
+    chosen_methods([method])
     settings = settings or AttributionSettings()
     volume = predictor.with_numbers(volume)
     prepared = predictor.prepare(volume)
@@ -218,7 +253,7 @@ def attribute(
     found = {}
     for number, name in enumerate(target.structures):
         info = MapInfo(f"{method}/{name}", "attribution", 0, placement, -np.inf, np.inf)
-        values = volume.on(grid, arrays[number].astype(np.float32))
+        values = volume.on(grid, arrays[number].astype(np.float32, copy=False))
         found[name] = Attribution(
             method,
             name,
@@ -231,6 +266,40 @@ def attribute(
             volume,
         )
     return found
+
+
+def chosen_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, each once. Raises ModelError if there is no such method."""
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ModelError(
+            f"expected a method of {', '.join(METHODS)}, found {unknown[0]!r}; choose one of these"
+        )
+    return [method for method in METHODS if method in names]
+
+
+def attribution_table(found: Mapping[str, Attribution]) -> list[Table]:
+    """The sums of attributions as a table of a page; none if there are no attributions."""
+    if not found:
+        return []
+    rows = [
+        [
+            key,
+            one.region_voxels,
+            *map(rounded, (one.value, one.baseline_value, one.explained, one.total)),
+        ]
+        for key, one in found.items()
+    ]
+    columns = ["attribution", "voxels", "sum", "of the baseline", "difference", "attributed"]
+    return [
+        Table(
+            "What is attributed",
+            columns,
+            rows,
+            note="The sum is that of the structure's output over its predicted voxels. Integrated "
+            "gradients and KernelSHAP attribute the difference between the scan and the baseline; "
+            "occlusion and SmoothGrad do not add up to it.",
+        )
+    ]
 
 
 def baseline_image(
@@ -308,7 +377,13 @@ def _parts(
                 prepared.source.positions_of(prepared.grid), prepared.source.shape, strict=True
             )
         )
-        return Supervoxels.of(turned[np.ix_(x, y, z)].astype(np.int64) - 1, prepared.grid)
+        parts = Supervoxels.of(turned[np.ix_(x, y, z)], prepared.grid)
+        if not len(parts):
+            raise VolumeError(
+                "supervoxels: expected numbers from 1 for the parts of the scan, found none; "
+                "number them"
+            )
+        return parts
     patch = predictor.layout.patch_size
     if cell_mm is None:
         size = [max(one // CELLS_PER_WINDOW[method], 1) for one in patch]

@@ -103,6 +103,8 @@ def kernel_shap(
     found = np.zeros((len(target.structures), len(parts)))
     if target.quantity == "probability":
         joined = np.unique(np.concatenate(players))
+        if not joined.size:
+            return found
         game = chosen(joined)
         rows = [
             _exchanged(target, held, gone, parts, image, replacement, players, joined[~members])
@@ -113,14 +115,18 @@ def kernel_shap(
 
     def jobs() -> Iterator[tuple[int, Tensor]]:
         for number, inside in enumerate(players):
+            if not inside.size:
+                continue
             box = target.box(target.windows[number].place, image.shape[1:])
             for members in chosen(inside).members:
                 yield number, parts.replaced(image, replacement, inside[~members], box)
 
-    total = sum(len(chosen(inside).members) for inside in players)
+    total = sum(len(chosen(inside).members) for inside in players if inside.size)
     rows = [sums.numpy() for sums in target.run(track(jobs(), "KernelSHAP", total))]
     first = 0
     for inside, none, every in zip(players, gone.parts, held.parts, strict=True):
+        if not inside.size:
+            continue
         game = chosen(inside)
         own = np.array(rows[first : first + len(game.members)])
         found[:, inside] += fit_shapley(game, own, none.numpy(), every.numpy()).T

@@ -49,8 +49,10 @@ class Supervoxels:
 
     @classmethod
     def of(cls, numbers: Integer[ndarray, "x y z"], image: Grid) -> "Supervoxels":
-        """Supervoxels of any shape, from the number of each voxel; -1 is in no part."""
-        held = np.ascontiguousarray(numbers, np.int32)
+        """Supervoxels of any shape: the voxels of each number above 0. 0 and less is in no part."""
+        present, places = np.unique(numbers, return_inverse=True)
+        held = (places.reshape(numbers.shape) - np.searchsorted(present, 1)).astype(np.int32)
+        held = np.maximum(held, -1)
         boxes = tuple(find_objects(held + 1))
         return cls(torch.from_numpy(held), boxes, image, Placement.identity(3), are_boxes=False)
 

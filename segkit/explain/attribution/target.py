@@ -36,7 +36,7 @@ SMALL_WINDOW = 2**18
 """Windows of at most so many voxels run together."""
 WINDOWS_TOGETHER = 2
 """Small windows in each call: on a CPU, PyTorch (2.13) is several times slower with only one."""
-Values = Float[ndarray, " structures"]
+StructureSums = Float[ndarray, " structures"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,15 +165,15 @@ class SummedOutput:
         numbers = range(len(self.windows))
         return Held(self, list(self.run((number, self.cut(image, number)) for number in numbers)))
 
-    def value(self, image: Float[Tensor, "channel x y z"]) -> Values:
+    def value(self, image: Float[Tensor, "channel x y z"]) -> StructureSums:
         """The sum of each structure, with every window computed."""
         return self.hold(image).value()
 
-    def of_blended(self, blended: Float[Tensor, "output region"]) -> Values:
+    def of_blended(self, blended: Float[Tensor, "output region"]) -> StructureSums:
         """The sum of each structure from the blended logits in the region."""
         shares = blended.softmax(dim=0) if self.softmax else blended.sigmoid()
         chosen = blended if self.quantity == "logit" else shares
-        sums: Values = (chosen[self.outputs].double() * self.inside).sum(dim=1).numpy()
+        sums: StructureSums = (chosen[self.outputs].double() * self.inside).sum(dim=1).numpy()
         return sums
 
     def gradient(
@@ -199,51 +199,57 @@ class SummedOutput:
             numbers[first : first + self.batch_size] for first in numbers[:: self.batch_size]
         ]
         total: Tensor | None = None
-        slopes: Tensor | None = None
+        shares: Tensor | None = None
         image: Tensor | None = None
         source = iter(images)
         steps = itertools.product(range(len(weights)), batches)
         for step, batch in track(steps, what, len(weights) * len(batches)):
             if batch[0] == 0:
                 image = next(source)
-                slopes = self._slopes(image)
-            assert image is not None and slopes is not None
+                shares = self._shares(image)
+            assert image is not None
             if total is None:
                 total = torch.zeros(len(self.structures), *image.shape)
-            for structure, number, gradient in self._gradients(image, batch, slopes):
+            for structure, number, gradient in self._gradients(image, batch, shares):
                 self.cut(total[structure], number).add_(gradient, alpha=weights[step])
         assert total is not None, "there is a window"
         return total
 
-    def _slopes(self, image: Tensor) -> Float[Tensor, "structure output region"]:
-        """The derivative of each structure's sum with respect to the blended logits."""
-        structures, voxels = self.inside.shape
+    def _shares(self, image: Tensor) -> Tensor | None:
+        """The probabilities in the region; None if logits are summed, which do not need them."""
         if self.quantity == "logit":
-            num_outputs = len(self.member.model.description.labelling.outputs)
-            slopes = torch.zeros(structures, num_outputs, voxels)
-            for number, output in enumerate(self.outputs):
-                slopes[number, output] = self.inside[number].float()
-            return slopes
+            return None
         blended = self.hold(image).blended()
-        shares = blended.softmax(dim=0) if self.softmax else blended.sigmoid()
-        slopes = torch.zeros(structures, *shares.shape)
-        for number, output in enumerate(self.outputs):
-            if self.softmax:
-                slopes[number] = -shares * shares[output]
-                slopes[number, output] += shares[output]
-            else:
-                slopes[number, output] = shares[output] * (1 - shares[output])
-            slopes[number] *= self.inside[number]
-        return slopes
+        return blended.softmax(dim=0) if self.softmax else blended.sigmoid()
+
+    def _slope(
+        self, structure: int, share: WindowShare, shares: Tensor | None
+    ) -> Float[Tensor, "output inside"]:
+        """The derivative of a structure's sum with respect to the logits of a window.
+
+        For logits, it has a row only for the structure's output.
+        """
+        positions, output = share.positions.long(), self.outputs[structure]
+        weights = share.weights * self.inside[structure, positions]
+        if shares is None:
+            return weights[None]
+        here = shares[:, positions]
+        if self.softmax:
+            slope = -here * here[output]
+            slope[output] += here[output]
+        else:
+            slope = torch.zeros_like(here)
+            slope[output] = here[output] * (1 - here[output])
+        return slope * weights
 
     def _gradients(
-        self, image: Tensor, numbers: Sequence[int], slopes: Tensor
+        self, image: Tensor, numbers: Sequence[int], shares: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
         """The structure, the window, and the gradient on the window's voxels, for some windows."""
         network = self.member.model.network
         device = next((each.device for each in network.parameters()), torch.device("cpu"))
-        shares = [self.windows[number] for number in numbers]
-        inside = [self.inside[:, share.positions.long()].any(dim=1) for share in shares]
+        own = [self.windows[number] for number in numbers]
+        inside = [self.inside[:, share.positions.long()].any(dim=1) for share in own]
         wanted = torch.stack(inside).any(dim=0).nonzero()[:, 0].tolist()
         with self.member.lock, torch.enable_grad():
             parts = [
@@ -253,9 +259,10 @@ class SummedOutput:
             logits = network(torch.stack(windows)).float().flatten(2)
             for structure in wanted:
                 total = torch.zeros((), device=device)
-                for share, output in zip(shares, logits, strict=True):
-                    along = slopes[structure][:, share.positions.long()] * share.weights
-                    chosen = output[:, share.voxels.to(device).long()]
+                for share, output in zip(own, logits, strict=True):
+                    along = self._slope(structure, share, shares)
+                    rows = output[self.outputs[structure]][None] if shares is None else output
+                    chosen = rows[:, share.voxels.to(device).long()]
                     total = total + (chosen * along.to(device)).sum()
                 found = torch.autograd.grad(total, parts, retain_graph=structure != wanted[-1])
                 for number, gradient in zip(numbers, found, strict=True):
@@ -269,11 +276,11 @@ class Held:
     target: SummedOutput
     parts: list[Tensor]
 
-    def value(self, changed: Mapping[int, Tensor] | None = None) -> Values:
+    def value(self, changed: Mapping[int, Tensor] | None = None) -> StructureSums:
         """The sum of each structure, if the parts of some windows are exchanged for others."""
         parts = [(changed or {}).get(number, part) for number, part in enumerate(self.parts)]
         if self.target.quantity == "logit":
-            sums: Values = torch.stack(parts).sum(dim=0).numpy()
+            sums: StructureSums = torch.stack(parts).sum(dim=0).numpy()
             return sums
         return self.target.of_blended(self._blend(parts))
 

@@ -28,6 +28,7 @@ from segkit.io.volume import Volume, read_labels
 from segkit.nn.cross_attention import CrossAttention, UTransformerGate
 from segkit.nn.losses import dice_binary_cross_entropy, dice_cross_entropy
 from segkit.nn.map_tap import Edit, editing
+from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.nn.self_attention import SelfAttention
 from segkit.system.progress import Track, untracked
 
@@ -41,6 +42,8 @@ class ScoredVolume:
     name: str
     volume: Volume
     reference: Volume
+    unlabelled: tuple[str, ...] = ()
+    """Classes or regions that nobody labelled in the reference; they do not count."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class CaseOnDisk:
     source: Input
     path: Path
     """The file of the reference."""
+    unlabelled: tuple[str, ...] = ()
+    """Classes or regions that nobody labelled in the reference; they do not count."""
 
     @property
     def name(self) -> str:
@@ -290,6 +295,7 @@ def head_importance(
             pool_batch=False,
         )
     positions = list(multi_headed(network))
+    partly: PartlyLabelled | None = None
     totals: dict[str, Tensor] = {}
     switches: dict[str, Tensor] = {}
 
@@ -303,7 +309,10 @@ def head_importance(
     def differentiate(windows: Tensor) -> dict[str, Tensor]:
         image, label = windows[:, :-1].to(device), windows[:, -1].round().long().to(device)
         with torch.enable_grad():
-            loss = loss_of(network(image), label)
+            logits = network(image)
+            if partly is not None:
+                (logits,), _, label = partly.known((logits,), None, label + partly.num_labels)
+            loss = loss_of(logits, label)
         slopes = torch.autograd.grad(loss, [switches[position] for position in positions])
         for position, slope in zip(positions, slopes, strict=True):
             total = slope.abs().double().sum(dim=0)
@@ -314,6 +323,7 @@ def head_importance(
     with editing(network, edits):
         for given in track(cases, "importance of heads", len(cases)):
             case = on_one_grid(given, labelling)
+            partly = _partly_labelled(labelling, case.unlabelled)
             prepared = predictor.prepare(case.volume)
             label = prepare_label(case.reference, prepared)
             both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
@@ -326,12 +336,24 @@ def head_importance(
     }
 
 
+def _partly_labelled(labelling: Labelling, unlabelled: Sequence[str]) -> PartlyLabelled | None:
+    """The outputs that the loss of a case leaves out; None if the case is labelled completely."""
+    if not unlabelled:
+        return None
+    outputs = labelling.outputs
+    hidden = tuple(outputs.index(name) for name in unlabelled)
+    regions = tuple(labelling.regions.values())
+    return PartlyLabelled(len(labelling.value_names), ((), hidden), len(outputs), regions)
+
+
 def case_dice(predictor: Predictor, case: LabelledCase) -> float:
-    """Mean Dice of a case, over the classes that its reference or prediction contains."""
+    """Mean Dice of a case, over the labelled classes that its reference or prediction contains."""
     labelling = predictor.model.description.labelling
     case = on_one_grid(case, labelling)
     found = predictor.numbers_of(case.volume)
-    return float(overlap_with(found, case.reference, labelling).dice.nanmean())
+    dice = overlap_with(found, case.reference, labelling).dice
+    labelled = [name not in case.unlabelled for name in labelling.members]
+    return float(dice[torch.tensor(labelled)].nanmean())
 
 
 def overlap_with(found: Volume, reference: Volume, labelling: Labelling) -> Overlap:
@@ -354,7 +376,8 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
     name = f"{case.name}: its reference"
     reference = case.reference.sized_as(volume).onto(volume.grid, what=name, whose="the volume")
     try:
-        return ScoredVolume(case.name, volume, volume_within(reference, labelling))
+        numbers = volume_within(reference, labelling)
+        return ScoredVolume(case.name, volume, numbers, case.unlabelled)
     except ValueError as error:
         raise VolumeError(f"{name} {error}") from None
 

@@ -1,6 +1,6 @@
 """Compare every map of a scan with labels, and compare intensity and gradient as baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ TOLERANCE_MM = 5.0
 """Largest distance from a structure at which the highest value still counts as pointing at it."""
 HALF = 0.5 - 1e-6
 """A cell lies inside a structure if at least this share of it does: half, minus rounding error."""
+MAGNITUDE = "magnitude"
+"""Name of the absolute values of an attribution."""
 FOREGROUND = "foreground"
 """Name of all structures together, if there are several."""
 
@@ -30,7 +32,8 @@ class Measure:
     map: str
     """The map's key."""
     of: str
-    """'map', or the name of a baseline: 'intensity' or 'gradient'."""
+    """'map', 'magnitude' for the absolute values of an attribution, or the name of a baseline:
+    'intensity' or 'gradient'."""
     structure: str
     """Empty for measures without a structure, such as entropy."""
     name: str
@@ -48,6 +51,7 @@ def measure_maps(
     *,
     channels: Sequence[str],
     tolerance_mm: float = TOLERANCE_MM,
+    unlabelled: Collection[str] = (),
 ) -> list[Measure]:
     """Measures of each map that has a spatial grid, on the cells of this grid.
 
@@ -56,6 +60,9 @@ def measure_maps(
     measured in the same way, so that a reader sees if a map shows more than these baselines. Their
     lowest value is subtracted first, because energy needs values of 0 or more.
 
+    An attribution may be negative. Its ranks are those of its values; energy and entropy use its
+    positive part. Its absolute values are measured beside it, as 'magnitude'.
+
     Args:
         maps: the scan's maps, by key.
         scan: the scan.
@@ -63,6 +70,7 @@ def measure_maps(
         labelling: the classes or regions of the labels.
         channels: names of the scan's channels.
         tolerance_mm: largest distance (mm) from a structure that still counts as pointing at it.
+        unlabelled: classes or regions that nobody labelled in this case; they are not measured.
 
     Raises:
         VolumeError: if the labels lie on another grid than the scan.
@@ -77,19 +85,28 @@ def measure_maps(
     numbers_seen = seen_part(labels.data, scan.grid, seen)
     inside = {
         name: np.isin(numbers_seen, numbers)
-        for name, numbers in measured_structures(labelling).items()
+        for name, numbers in measured_structures(labelling, unlabelled).items()
     }
-    unlabelled = None if labelling.ignore is None else numbers_seen == labelling.ignore
+    ignored = None if labelling.ignore is None else numbers_seen == labelling.ignore
     measured = []
     for key, one in placed.items():
-        measured += _measure(key, one, baselines, inside, unlabelled, tolerance_mm)
+        measured += _measure(key, one, baselines, inside, ignored, tolerance_mm)
     return measured
 
 
-def measured_structures(labelling: Labelling) -> dict[str, tuple[int, ...]]:
-    """The label numbers of each structure. If there are several, all together come last."""
-    found = labelling.members
-    if len(found) > 1:
+def measured_structures(
+    labelling: Labelling, unlabelled: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The label numbers of each structure. If there are several, all together come last.
+
+    Args:
+        labelling: the classes or regions.
+        unlabelled: those that nobody labelled in a case. They are left out, and so are all
+            structures together, because any background voxel may belong to one of them.
+    """
+    members = labelling.members
+    found = {name: numbers for name, numbers in members.items() if name not in unlabelled}
+    if len(members) > 1 and len(found) == len(members):
         found[FOREGROUND] = tuple(sorted({number for some in found.values() for number in some}))
     return found
 
@@ -99,7 +116,7 @@ def _measure(
     one: AttentionMap,
     baselines: Mapping[str, ndarray],
     structures: Mapping[str, ndarray],
-    unlabelled: ndarray | None,
+    ignored: ndarray | None,
     tolerance_mm: float,
 ) -> list[Measure]:
     assert one.volume is not None
@@ -107,12 +124,17 @@ def _measure(
     cells = Cells(grid, one.seen)
     own_values = scalar(one.volume).data
     counted = cells.counted & np.isfinite(own_values)
-    if unlabelled is not None:
-        counted = counted & (cells.mean(unlabelled.astype(np.float32)) == 0)
+    if ignored is not None:
+        counted = counted & (cells.mean(ignored.astype(np.float32)) == 0)
     if not counted.any():
         return []
     values = Ranked.of(own_values[counted].astype(np.float64))
     others: dict[str, Ranked] = {}
+    magnitude: dict[str, Ranked] = {}
+    if one.info.kind == "attribution":
+        channels = np.abs(one.volume.data[counted].astype(np.float64))
+        magnitude[MAGNITUDE] = Ranked.of(channels.reshape(len(channels), -1).mean(axis=1))
+        values = Ranked(np.maximum(values.values, 0), values.ranks)
     for name, image in baselines.items():
         covered = cells.mean(image)[counted].astype(np.float64)
         others[name] = Ranked.of(covered - covered.min())
@@ -139,6 +161,6 @@ def _measure(
         within &= counted
         inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
         add("map", name, localisation(values, inside, near))
-        for baseline, ranked in others.items():
+        for baseline, ranked in {**magnitude, **others}.items():
             add(baseline, name, localisation(ranked, inside, near))
     return measured

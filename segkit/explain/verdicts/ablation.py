@@ -138,6 +138,7 @@ def ablate(
     keys: Collection[str] | None = None,
     operations: Sequence[AblationKind] = OPERATIONS,
     seed: int = 0,
+    unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> list[Ablation]:
     """Dice before and after each operation on each map.
@@ -155,6 +156,7 @@ def ablate(
         keys: the maps; all gates and spatial maps if None.
         operations: the operations on each map.
         seed: of the random orders.
+        unlabelled: classes or regions that nobody labelled in the reference; they do not count.
         track: reports the progress.
 
     Returns:
@@ -170,7 +172,8 @@ def ablate(
         reference = on_one_grid(scored, labelling).reference
     whole = predictor.numbers_of(volume)
     target = whole if reference is None else reference
-    before = class_dice(whole, target, labelling)
+    lacking = unlabelled if reference is not None else ()
+    before = class_dice(whole, target, labelling, lacking)
     if not before:
         return []
     infos = ablated_maps(predictor)
@@ -180,7 +183,7 @@ def ablate(
     for key, operation in track(trials, "ablating maps", len(trials)):
         edit = operation_edit(infos[key], operation, seed=seed)
         with editing(predictor.model.network, {key: edit}):
-            after = class_dice(predictor.numbers_of(volume), target, labelling)
+            after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
         for label in (None, *before):
             old, new = (_of(scores, label) for scores in (before, after))
             against: Literal["reference", "prediction"] = (
@@ -190,12 +193,14 @@ def ablate(
     return rows
 
 
-def class_dice(found: Volume, reference: Volume, labelling: Labelling) -> dict[str, float]:
-    """Dice of every class or region that the reference contains."""
+def class_dice(
+    found: Volume, reference: Volume, labelling: Labelling, unlabelled: Collection[str] = ()
+) -> dict[str, float]:
+    """Dice of every class or region that the reference contains, except those in `unlabelled`."""
     overlap = overlap_with(found, reference, labelling)
     held = (overlap.true_positive + overlap.false_negative > 0).tolist()
     scores = zip(labelling.members, overlap.dice.tolist(), held, strict=True)
-    return {label: dice for label, dice, there in scores if there}
+    return {label: dice for label, dice, there in scores if there and label not in unlabelled}
 
 
 def _of(scores: dict[str, float], label: str | None) -> float:

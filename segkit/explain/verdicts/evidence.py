@@ -11,6 +11,7 @@ channel of each gate and for each structure, it contains:
 - correlations: |ρ| with the same channel of untrained networks.
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -113,6 +114,7 @@ def gather_evidence(
     earlier: Sequence[CaseEvidence] = (),
     seed: int = 0,
     untrained: MakeUntrained | None = None,
+    unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> CaseEvidence:
     """The evidence of one scan.
@@ -132,6 +134,8 @@ def gather_evidence(
         seed: of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
+        unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
+            no AUROC, and neither has the whole foreground.
         track: reports the progress.
 
     Raises:
@@ -146,10 +150,14 @@ def gather_evidence(
             check_case(given, labelling)
     labels = volume_within(labels, labelling)
     keys = [key for key in ablated_maps(predictor) if maps[key].volume is not None]
-    structures = measured_structures(labelling)
+    if reference is None:
+        unlabelled = ()
+    structures = measured_structures(labelling, unlabelled)
     truth = labels if reference is None else reference
     shared = _Shared(predictor, volume, truth, labels, structures, seed)
-    drops = dice_drops(predictor, volume, truth, labels, maps, keys, track=track)
+    drops = dice_drops(
+        predictor, volume, truth, labels, maps, keys, unlabelled=unlabelled, track=track
+    )
     draws = list(untrained_maps(predictor, shared.image, keys, seed=seed, make=untrained))
     found: dict[GateChannel, ChannelEvidence] = {}
     for key in track(keys, "comparing maps", len(keys)):
@@ -177,6 +185,7 @@ def dice_drops(
     maps: Mapping[str, AttentionMap],
     keys: Sequence[str],
     *,
+    unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> dict[GateChannel, dict[str, tuple[float, ...]]]:
     """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`."""
@@ -185,7 +194,8 @@ def dice_drops(
     units = [(key, channel) for key in keys for channel in range(counts[key])]
 
     def dice(found: Volume) -> dict[str, float]:
-        return with_foreground(class_dice(found, truth, labelling), labelling)
+        scores = class_dice(found, truth, labelling, unlabelled)
+        return scores if unlabelled else with_foreground(scores, labelling)
 
     def without(removed: Collection[GateChannel]) -> dict[str, float]:
         edits: dict[str, Edit] = {}
@@ -254,8 +264,10 @@ class _Shared:
         true = seen_part(truth.data, volume.grid, self.seen)
         predicted = seen_part(labels.data, volume.grid, self.seen)
         self.structures = {name: np.isin(true, numbers) for name, numbers in structures.items()}
+        # The prediction has all structures, whatever is labelled in the reference.
         self.predicted = np.isin(
-            predicted, [one for numbers in structures.values() for one in numbers]
+            predicted,
+            list(itertools.chain(*measured_structures(described.labelling).values())),
         )
         ignore = described.labelling.ignore
         self.unlabelled = None if ignore is None else true == ignore

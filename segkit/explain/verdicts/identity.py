@@ -81,7 +81,13 @@ class BlockVerdict:
 
 @dataclass(frozen=True)
 class AttentionStudy:
-    """What the attention of a network is worth: verdicts, each scan's Dice, and shares."""
+    """What the attention of a network is worth: verdicts, each scan's Dice, and shares.
+
+    Example:
+        study = segkit.judge_attention(predictor, pairs)
+        [(verdict.block, verdict.word) for verdict in study.verdicts]
+        study.share.parameters_share_outside
+    """
 
     verdicts: tuple[BlockVerdict, ...]
     """One for each block, and one for all of them if there are several."""
@@ -206,6 +212,7 @@ def without_blocks(
     *,
     case: str,
     blocks: Sequence[str],
+    unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> list[Ablation]:
     """Dice of one scan before and after each block is replaced by the identity, and all of them.
@@ -216,6 +223,7 @@ def without_blocks(
         reference: its labels, or None to compare with the unchanged segmentation.
         case: name of the scan in the rows.
         blocks: from `check_blocks`.
+        unlabelled: classes or regions that nobody labelled in the reference; they do not count.
         track: reports the progress.
 
     Returns:
@@ -237,7 +245,8 @@ def without_blocks(
     whole = predictor.numbers_of(volume)
     against: Literal["reference", "prediction"] = "prediction" if target is None else "reference"
     target = whole if target is None else target
-    before = class_dice(whole, target, labelling)
+    lacking = unlabelled if reference is not None else ()
+    before = class_dice(whole, target, labelling, lacking)
     if not before:
         return []
     trials: list[tuple[str, tuple[str, ...]]] = [(block, (block,)) for block in blocks]
@@ -246,7 +255,7 @@ def without_blocks(
     rows = []
     for name, replaced in track(trials, "blocks as the identity", len(trials)):
         with as_identity(predictor.model.network, replaced):
-            after = class_dice(predictor.numbers_of(volume), target, labelling)
+            after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
         old = mean_of(list(before.values())), mean_of([after[label] for label in before])
         rows.append(Ablation(case, name, "identity", None, against, *old, old[1] - old[0]))
         for label, dice in before.items():

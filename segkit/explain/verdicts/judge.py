@@ -1,6 +1,7 @@
 """Verdicts on a model's gates over several scans."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
@@ -17,6 +18,7 @@ def judge_gates(
     *,
     seed: int = 0,
     untrained: MakeUntrained | None = None,
+    unlabelled: Mapping[int, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> list[GateVerdict]:
     """A verdict on each gate channel and structure of a model, over scans with references.
@@ -32,6 +34,8 @@ def judge_gates(
         seed: of the untrained networks and the random order of equal values.
         untrained: a function from a seed to an untrained network with the model's architecture. If
             None, networks are built from the model's description.
+        unlabelled: for the index of a pair, the classes or regions that nobody labelled in its
+            reference; they do not count there.
         track: reports the progress.
 
     Returns:
@@ -64,6 +68,7 @@ def judge_gates(
                 earlier=found,
                 seed=seed,
                 untrained=untrained,
+                unlabelled=unlabelled.get(number, ()),
                 track=track,
             )
         )

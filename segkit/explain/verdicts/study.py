@@ -4,7 +4,7 @@ The evidence of several scans can be judged together (`cohort_figures`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ def study_gates(
     earlier: Sequence[CaseEvidence] = (),
     seed: int = 0,
     untrained: MakeUntrained | None = None,
+    unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> Worth:
     """Evidence, ablations and verdicts for the gates of a scan.
@@ -71,6 +72,7 @@ def study_gates(
         seed: of random orders and weights.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
+        unlabelled: classes or regions that nobody labelled in the reference; they do not count.
         track: reports the progress.
 
     Raises:
@@ -88,12 +90,21 @@ def study_gates(
         earlier=earlier,
         seed=seed,
         untrained=untrained,
+        unlabelled=unlabelled,
         track=track,
     )
     ablations: list[Ablation] = []
     labelling = predictor.model.description.labelling
     if reference is None or holds_foreground(volume_within(reference, labelling), labelling):
-        ablations = ablate(predictor, volume, reference, case=case, seed=seed, track=track)
+        ablations = ablate(
+            predictor,
+            volume,
+            reference,
+            case=case,
+            seed=seed,
+            unlabelled=unlabelled,
+            track=track,
+        )
     return worth_of(evidence, ablations)
 
 

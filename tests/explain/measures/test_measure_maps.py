@@ -84,6 +84,23 @@ def test_a_map_equal_to_the_scan_measures_as_the_scan(labels: ndarray) -> None:
             assert found["map", structure, name].value == pytest.approx(expected.value), name
 
 
+def test_an_attribution_is_ranked_with_its_sign_and_also_by_its_magnitude(labels: ndarray) -> None:
+    scan = scan_of(np.random.default_rng(1).random(SHAPE))
+    # It speaks for the left structure, and twice as much against the right one.
+    values = pooled((labels == 1) - 2.0 * (labels == 2), 1)
+    one = map_of(values, scan, 1)
+    info = replace(one.info, kind="attribution", lowest=-np.inf, highest=np.inf)
+    found = measured(replace(one, info=info), scan, scan.like(scan_of(labels).data))
+    assert found["map", "left", "auroc"].value == found["map", "left", "energy"].value == 1
+    assert found["map", "right", "auroc"].value == found["map", "right", "energy"].value == 0
+    assert found["magnitude", "right", "auroc"].value == 1
+    left, right = (labels == 1).sum(), (labels == 2).sum()
+    share = 2 * right / (left + 2 * right)
+    assert found["magnitude", "right", "energy"].value == pytest.approx(share)
+    assert math.isnan(found["map", "", "saturated_low"].value)
+    assert ("map", "", "spearman_magnitude") not in found
+
+
 def test_unlabelled_voxels_do_not_count(labels: ndarray) -> None:
     labelling = replace(TOLD_APART, ignore=3)
     random = np.random.default_rng(2)
