@@ -347,7 +347,7 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
 
 def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
     statistics = {
-        _name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
+        name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
         for metric, value in of_class.metrics.items()
     }
     return {"label": of_class.label, "name": of_class.name, **statistics}
@@ -357,19 +357,20 @@ def _is_length(name: str) -> bool:
     return name.endswith("_mm")
 
 
-def _name_in(name: str, unit: Unit) -> str:
+def name_in(name: str, unit: Unit) -> str:
+    """The name of a score in JSON; that of a length ends in its unit, as `hd95_um` does."""
     return name.removesuffix("_mm") + ENDING_OF[unit] if _is_length(name) else name
 
 
 def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """The fields with lengths converted from mm to another unit, and named after it."""
     return {
-        _name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
+        name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
         for name, value in fields.items()
     }
 
 
-def _metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
+def metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
     """A metric with the heading and number format for lengths in this unit."""
     if not _is_length(name):
         return metric
@@ -412,7 +413,7 @@ def to_table(summary: Summary) -> Table:
     for of_class in (*summary.classes, summary.overall):
         lines = [
             _line(
-                _metric_in(metric, key, summary.unit),
+                metric_in(metric, key, summary.unit),
                 _statistic_in(key, of_class.metrics[key], summary.unit),
             )
             for key, metric in METRICS.items()

@@ -483,6 +483,11 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
         attribute(predictor, volume, "occlusion", region=region(scan(2, (12, 8, 4)), 1))
     with pytest.raises(ModelError, match="steps: expected 1 or more, found 0"):
         AttributionSettings(steps=0)
+    with pytest.raises(ModelError, match="quantity: expected logit, probability, found 'loss'"):
+        AttributionSettings(quantity="loss")  # type: ignore[arg-type]
+    message = "baseline: expected mean, minimum, blurred, or a number, found 'zero'"
+    with pytest.raises(ModelError, match=message):
+        AttributionSettings(baseline="zero")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="cell_mm: expected more than 0 mm, found 0"):
         AttributionSettings(cell_mm=0)
     empty = volume.like(np.zeros(SHAPE, np.uint8))
