@@ -25,9 +25,9 @@ MEANT_FOR = (
     "author has not stated any other intended use."
 )
 KNOWN_LIMITS = (
-    "Scores are those of the cases described above. On scans of other scanners, sites, protocols, ages "
-    "or diseases it may do worse, and it does not say so. Try it on your own labelled scans first "
-    "(`segkit evaluate`)."
+    "Scores are those of the cases described above. On scans of other scanners, sites, protocols, "
+    "ages or diseases it may do worse, and it does not say so. Try it on your own labelled scans "
+    "first (`segkit evaluate`)."
 )
 SHORTEST_INTERVAL = 2
 """Fewest scores of which an interval is shown."""
