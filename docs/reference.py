@@ -33,9 +33,8 @@ API = {
     ),
     "What it is worth": (
         "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "
-        "attention_share evaluate compare Explanation Attribution AttributionSettings GateVerdict "
-        "AttentionStudy BlockVerdict AttentionShare "
-        "Evaluation Comparison"
+        "attention_share gate record evaluate compare Explanation Attribution AttributionSettings "
+        "GateVerdict AttentionStudy BlockVerdict AttentionShare Evaluation Comparison"
     ),
     "Measures of attributions": (
         "max_sensitivity relative_input_stability relative_output_stability noisy_copies road "

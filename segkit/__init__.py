@@ -61,6 +61,8 @@ if TYPE_CHECKING:
         attention_blocks,
         attention_share,
     )
+    from segkit.nn.foreign_gates import gate
+    from segkit.nn.foreign_maps import record
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
     from segkit.training.fit import Run, fit, resume, train
@@ -116,6 +118,7 @@ __all__ = [
     "export_model",
     "fetch_model",
     "fit",
+    "gate",
     "judge_attention",
     "judge_gates",
     "label_colour",
@@ -132,6 +135,7 @@ __all__ = [
     "random_logit",
     "read_labels",
     "read_volume",
+    "record",
     "relative_input_stability",
     "relative_output_stability",
     "resume",
@@ -194,6 +198,8 @@ _HOMES = {
         "attention_blocks",
         "attention_share",
     ),
+    "segkit.nn.foreign_gates": ("gate",),
+    "segkit.nn.foreign_maps": ("record",),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
