@@ -28,13 +28,13 @@ API = {
         "Predictor load_model map_on_source Model Prediction AttentionMap"
     ),
     "To other programs, and from them": (
-        "fetch_model export_model described_model save_model Export ModelDescription WholeVolume"
+        "push_model fetch_model export_model described_model save_model Push Export "
+        "ModelDescription WholeVolume"
     ),
     "What it is worth": (
         "explain_volume attribute judge_gates judge_attention attention_blocks as_identity "
-        "attention_share evaluate compare Explanation Attribution AttributionSettings GateVerdict "
-        "AttentionStudy BlockVerdict AttentionShare "
-        "Evaluation Comparison"
+        "attention_share gate record evaluate compare Explanation Attribution AttributionSettings "
+        "GateVerdict AttentionStudy BlockVerdict AttentionShare Evaluation Comparison"
     ),
     "Measures of attributions": (
         "max_sensitivity relative_input_stability relative_output_stability noisy_copies road "

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
     from segkit.export.export import Export, export_model
+    from segkit.export.push import Push, push_model
     from segkit.export.whole_volume import WholeVolume
     from segkit.geometry.grid import Grid, Orientation, Placement
     from segkit.inference.attention_maps import AttentionMap, map_on_source
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
         attention_blocks,
         attention_share,
     )
+    from segkit.nn.foreign_gates import gate
+    from segkit.nn.foreign_maps import record
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
     from segkit.training.fit import Run, fit, resume, train
@@ -91,6 +94,7 @@ __all__ = [
     "Planned",
     "Prediction",
     "Predictor",
+    "Push",
     "Run",
     "SegkitError",
     "TrainingError",
@@ -114,6 +118,7 @@ __all__ = [
     "export_model",
     "fetch_model",
     "fit",
+    "gate",
     "judge_attention",
     "judge_gates",
     "label_colour",
@@ -126,9 +131,11 @@ __all__ = [
     "plan_dataset",
     "pool",
     "prepare",
+    "push_model",
     "random_logit",
     "read_labels",
     "read_volume",
+    "record",
     "relative_input_stability",
     "relative_output_stability",
     "resume",
@@ -178,6 +185,7 @@ _HOMES = {
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
     "segkit.export.export": ("Export", "export_model"),
+    "segkit.export.push": ("Push", "push_model"),
     "segkit.export.whole_volume": ("WholeVolume",),
     "segkit.geometry.grid": ("Grid", "Orientation", "Placement"),
     "segkit.inference.attention_maps": ("AttentionMap", "map_on_source"),
@@ -190,6 +198,8 @@ _HOMES = {
         "attention_blocks",
         "attention_share",
     ),
+    "segkit.nn.foreign_gates": ("gate",),
+    "segkit.nn.foreign_maps": ("record",),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
     "segkit.training.fit": ("Run", "fit", "resume", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),

@@ -13,18 +13,11 @@ from pydantic import BaseModel
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
+from segkit.data.case_facts import facts_of_cases
 from segkit.data.case_groups import grouping_advice
-from segkit.data.dataset import (
-    CaseFiles,
-    Dataset,
-    dataset_of,
-    read_case,
-    read_case_label,
-    unlabelled,
-)
+from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.dicom_cases import told_tree
-from segkit.data.label_numbers import other_numbers
-from segkit.errors import DatasetError, Problems, SegkitError, VolumeError, first_few
+from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import (
@@ -81,6 +74,7 @@ def check(
     *,
     series: str | SeriesRule | None = None,
     pixel_size: Sequence[str] | None = None,
+    cache: str | Path | None = None,
     track: Track = untracked,
 ) -> Understood:
     """Description of a config (.yaml), a dataset folder, DICOM series or a volume.
@@ -91,6 +85,8 @@ def check(
         series: the UID of a DICOM series in the folder, or a rule for the series in the folder and
             below it. If None, the folder's only series is described, or its several are listed.
         pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
+        cache: the folder in which the facts of a large dataset's cases are stored, so that a check
+            that was stopped goes on where it was. If None, nothing is stored.
         track: shows the progress over cases.
 
     Returns:
@@ -114,7 +110,7 @@ def check(
         dataset = dataset_in(path, overrides)
         if dataset is None:
             return check_config(path, overrides, track)
-        return check_dataset(dataset, track)
+        return check_dataset(dataset, track, cache=None if cache is None else Path(cache))
     rules = with_pixel_size(AS_IT_SAYS, pixel_size)
     return describe_volume(path, read_volume(path, rules=rules))
 
@@ -221,42 +217,33 @@ def _changes(before: BaseModel, after: BaseModel) -> list[str]:
     return found
 
 
-def check_dataset(source: DatasetConfig, track: Track) -> Understood:
+def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = None) -> Understood:
     """Description of a dataset: sizes, spacings and the voxels of each class, from every case.
 
     Each case is read and compared with the dataset's declaration. Raises DatasetError or
-    VolumeError with one sentence for each wrong case.
+    VolumeError with one sentence for each wrong case. If this takes long, the facts of cases are
+    stored in `cache`, and a check that was stopped goes on where it was.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures = PictureSummary()
     shapes, spacings, problems, orientations = [], [], Problems(), set[str]()
-    seen: set[int] = set()
     labelling = dataset.labelling
     groups = _groups(labelling)
-    voxels = np.zeros(len(groups), dtype=np.int64)
+    held = np.zeros(len(labelling.value_names), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
     undeclared = UndeclaredNumbers()
-    for case in track(dataset.cases, "reading", len(dataset.cases)):
-        image = None
-        with problems.noted():
-            image, label = read_case(case, dataset)
-        if image is None or labelling.others is not None:
-            undeclared.add_label(case, dataset)
-        if image is None:
+    for examined in facts_of_cases(dataset, problems, cache=cache, track=track):
+        known = examined.facts
+        undeclared.add((examined.others or {}) if known is None else known.others)
+        if known is None:
             continue
-        pictures.add(case.name, image)
-        orientation = Orientation.of(image.grid.affine)
-        orientations.add(orientation.code)
-        turned = orientation.turn_grid(image.grid)
-        shapes.append(turned.shape)
-        spacings.append(turned.spacing)
-        held = np.zeros(len(labelling.value_names), np.int64)
-        for plane in np.moveaxis(label.data, 2, 0):  # bincount copies to eight bytes per voxel
-            held += np.bincount(plane.ravel(), minlength=len(held))
-        seen |= set(np.flatnonzero(held).tolist())
-        counts = np.array([held[list(numbers)].sum() for numbers in groups.values()])
-        voxels += counts
-        present += counts > 0
+        pictures.add(known.name, known.picture)
+        orientations.add(known.orientation)
+        shapes.append(known.shape)
+        spacings.append(known.spacing)
+        of_case = np.array(known.voxels)
+        held += of_case
+        present += [of_case[list(numbers)].any() for numbers in groups.values()]
     if undeclared.voxels and labelling.others is None:
         with problems.noted():
             raise DatasetError(
@@ -264,6 +251,8 @@ def check_dataset(source: DatasetConfig, track: Track) -> Understood:
                 f"add them to data.labels, or set others there"
             )
     problems.refuse()
+    voxels = [int(held[list(numbers)].sum()) for numbers in groups.values()]
+    seen = set(np.flatnonzero(held).tolist())
     warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
     proposed = grouping_advice(dataset, None)
     lines = [
@@ -339,13 +328,8 @@ class UndeclaredNumbers:
     voxels: Counter[int] = field(default_factory=Counter)
     cases: Counter[int] = field(default_factory=Counter)
 
-    def add_label(self, case: CaseFiles, dataset: Dataset) -> None:
-        """Add the undeclared numbers of a case; none if its label cannot be read."""
-        try:
-            label = read_case_label(case, dataset)
-        except SegkitError:  # reading the whole case has reported it already
-            return
-        found = other_numbers(label.data, dataset.labelling)
+    def add(self, found: Mapping[int, int]) -> None:
+        """Add the undeclared numbers of a case, with their voxels."""
         self.voxels.update(found)
         self.cases.update(found.keys())
 
@@ -462,13 +446,13 @@ class PictureSummary:
         """Whether all cases are pictures."""
         self.first_with: dict[str, str] = {}
 
-    def add(self, case: str, image: Volume) -> None:
-        """Add the facts of a case's image."""
-        if image.picture is None:
+    def add(self, case: str, picture: PictureFacts | None) -> None:
+        """Add the facts of a case's image; None if it is not a picture."""
+        if picture is None:
             self.all = False
             return
-        self.facts.append(image.picture)
-        for note in image.picture.notes:
+        self.facts.append(picture)
+        for note in picture.notes:
             self.first_with.setdefault(note, case)
 
     def notes(self) -> list[str]:

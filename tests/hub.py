@@ -181,7 +181,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.answer(409, json.dumps({"url": f"{hub.url}/{name}"}).encode())
             else:
                 hub.put(name, {".gitattributes": b"*.safetensors filter=lfs"})
-                if asked.get("private"):
+                if asked.get("private") or asked.get("visibility") == "private":
                     hub.private.add(name)
                 self.answer_json({"url": f"{hub.url}/{name}", "name": name})
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument
+from typer import Argument, Option
 
 from segkit.cli.options import Overrides, PixelSizeOption, SeriesOption
 from segkit.cli.terminal import JsonOption, console, say, say_json
@@ -17,6 +17,9 @@ def check_command(
     json: JsonOption = False,
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
+    runs: Annotated[
+        Path, Option(help="The folder whose cache stores the cases of a long check.")
+    ] = Path("runs"),
 ) -> None:
     """Check a config, a dataset or a volume: show how segkit reads it, or report its errors."""
     from segkit.checking import check
@@ -28,6 +31,7 @@ def check_command(
         overrides or (),
         series=parse_series(series),
         pixel_size=pixel_size,
+        cache=runs / ".cache",
         track=Tracker(console),
     )
     say(understood.text)

@@ -15,7 +15,8 @@ def compare_command(
     a: Annotated[Path, Argument(help=SCORES)],
     b: Annotated[Path, Argument(help="Scores to compare with A, in either form.")],
     metric: Annotated[
-        list[str] | None, Option(help="dice, iou, hd95_mm, assd_mm or nsd; may be repeated.")
+        list[str] | None,
+        Option(help="dice, iou, hd95_mm (_um, _px), assd_mm or nsd; may be repeated."),
     ] = None,
     strata: Annotated[
         tuple[Path, str] | None,

@@ -57,9 +57,13 @@ def explain_command(
         Option("--identity", help="Segment again with each attention block as the identity."),
     ] = False,
     tolerance: Annotated[
-        float,
-        Option(min=0, help="Largest distance in mm at which a map still points at a structure."),
-    ] = 5.0,
+        str | None,
+        Option(
+            metavar="LENGTH",
+            help="Largest distance at which a map still points at a structure, such as 5 (mm), "
+            "'0.5 µm' or '2 pixels'. The default is 5 mm, and 5 pixels for pictures.",
+        ),
+    ] = None,
     series: SeriesOption = None,
     checkpoint: CheckpointOption = None,
     pixel_size: PixelSizeOption = None,
@@ -93,7 +97,7 @@ def explain_command(
 
     if heads and reference is None:
         raise VolumeError("--heads needs --reference; give a label file or a folder of labels")
-    if cell is not None and not attribution:
+    if cell is not None and not {"occlusion", "kernel_shap"} & {*(attribution or ())}:
         raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
     methods = chosen_methods(attribution or ())
     settings = AttributionSettings(cell_mm=cell)
@@ -128,7 +132,7 @@ def explain_command(
         found,
         out,
         references=reference,
-        tolerance_mm=tolerance,
+        tolerance=tolerance,
         verdicts=verdicts,
         attributions=methods,
         attribution_settings=settings,

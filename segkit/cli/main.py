@@ -18,6 +18,7 @@ from segkit.cli.fetch import fetch_command
 from segkit.cli.plan import plan_command
 from segkit.cli.pool import pool_command
 from segkit.cli.predict import predict_command
+from segkit.cli.push import push_command
 from segkit.cli.terminal import (
     Commands,
     Quiet,
@@ -79,6 +80,7 @@ app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("check")(check_command)
 app.command("export")(export_command)
+app.command("push")(push_command)
 
 
 def main() -> NoReturn:

@@ -1,7 +1,7 @@
 """Groups of cases that stay together in a split, and strata that all parts share evenly."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -90,7 +90,7 @@ def likely_grouping(dataset: Dataset) -> str | None:
         return "subject" if several and len(set(subjects)) > 1 else None
     match = [re.fullmatch(ALIKE, case.name) for case in dataset.cases]
     stems = [found[1] for found in match if found]
-    counts = {stem: stems.count(stem) for stem in set(stems)}
+    counts = Counter(stems)
     if len(stems) < len(match) or len(counts) < 2 or len(counts) == len(stems):
         return None
     if max(counts.values()) > MOST_VISITS or 2 * len(counts) > len(stems) + len(counts) // 2:

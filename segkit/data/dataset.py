@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from segkit.io.volume import (
     value_problem,
     whole_numbers,
 )
+from segkit.system.progress import Track, untracked
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
     return label.like(_whole(case, label, dataset))
 
 
-def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
+def check_headers(cases: Collection[CaseFiles], dataset: Dataset, track: Track = untracked) -> None:
     """Check the headers of all cases, which is fast, before their voxels are read.
 
     Raises:
@@ -302,7 +303,7 @@ def check_headers(cases: Iterable[CaseFiles], dataset: Dataset) -> None:
             such case.
     """
     problems = Problems()
-    for case in cases:
+    for case in track(cases, "reading headers", len(cases)):
         if any(map(is_picture, (*case.images, case.label))):
             continue  # reading the header of a picture takes as long as reading its voxels
         with problems.noted():

@@ -16,8 +16,9 @@ from scipy.stats import permutation_test
 
 from segkit.data.tables import read_csv
 from segkit.errors import ConfigError, DatasetError, first_few
-from segkit.evaluation.scores import METRICS
+from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, name_in
 from segkit.io.atomic import without_nan
+from segkit.io.picture_rules import MM_OF, Unit
 from segkit.io.safe_text import read_json_object
 
 SUMMARY_FILE = "summary.json"
@@ -36,6 +37,7 @@ class Difference:
     name: str
     """Name of the class; `overall` is the mean over the classes of each case."""
     metric: str
+    """Name of the metric; lengths end in their unit, such as `hd95_um`."""
     cases: int
     """Number of cases in which both scores are defined."""
     only_a: int
@@ -80,6 +82,8 @@ class Comparison:
     """Cases that have scores only in B. They are left out."""
     num_resamples: int
     seed: int
+    unit: Unit = "mm"
+    """Unit of lengths: that of the scores of A."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers; NaN becomes None."""
@@ -109,7 +113,8 @@ def compare(
         a: scores written by `segkit evaluate --out`, or the folder of a run or cross-validation,
             which contains the Dice of its held-out cases.
         b: the scores to compare with A, in either form.
-        metrics: dice, iou, hd95_mm, assd_mm or nsd.
+        metrics: dice, iou, hd95_mm, assd_mm or nsd. Lengths of pictures are given in the unit of
+            A's scores, as `hd95_um` or `hd95_px`; each of these names may be asked for.
         strata: the group of each case, such as its hospital. Each bootstrap resample has as many
             cases of each group as the data.
         num_resamples: number of bootstrap resamples.
@@ -120,16 +125,23 @@ def compare(
 
     Raises:
         ConfigError: if a file has no scores, no case is in both, the classes differ, a metric is
-            unknown, or a case has no stratum.
+            unknown, a case has no stratum, or only one of the two has lengths in pixels.
 
     Example:
         comparison = segkit.compare("scores_of_a.json", "scores_of_b.json", metrics=["dice", "nsd"])
         comparison.differences[-1].difference
     """
+    metrics = [_in_mm(metric) for metric in metrics]
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
-    first, second = read_scores(Path(a)), read_scores(Path(b))
+    (first, unit), (second, other_unit) = _read(Path(a)), _read(Path(b))
+    lengths = [metric for metric in metrics if name_in(metric, "pixel") != metric]
+    if lengths and (unit == "pixel") != (other_unit == "pixel"):
+        raise ConfigError(
+            f"{a} has lengths in {unit}, {b} in {other_unit}; evaluate both with the same "
+            f"--pixel-size, or compare metrics that are no lengths"
+        )
     names = sorted(first.keys() & second.keys())
     if not names:
         raise ConfigError(
@@ -147,9 +159,12 @@ def compare(
                 f"{without}: has no scores of {metric}; write them with segkit evaluate --out FILE"
             )
         smaller = metric in SMALLER_IS_BETTER
+        shown = name_in(metric, unit)
+        if metric in lengths:
+            table_a, table_b = table_a / MM_OF[unit], table_b / MM_OF[unit]
         columns = [*table_a.T, _mean_over(table_a)], [*table_b.T, _mean_over(table_b)]
         rows = [
-            _difference(name, metric, one, other, groups, smaller, num_resamples, seed)
+            _difference(name, shown, one, other, groups, smaller, num_resamples, seed)
             for name, one, other in zip([*classes, "overall"], *columns, strict=True)
         ]
         corrected = holm([row.p for row in rows[:-1]])
@@ -166,11 +181,18 @@ def compare(
         only_in_b=tuple(sorted(second.keys() - first.keys())),
         num_resamples=num_resamples,
         seed=seed,
+        unit=unit,
     )
 
 
+def _in_mm(metric: str) -> str:
+    """The name in `METRICS` of a metric whose name may end in another unit of length."""
+    known = {name_in(name, unit): name for name in METRICS for unit in ENDING_OF}
+    return known.get(metric, metric)
+
+
 def read_scores(path: Path) -> ScoresOfCases:
-    """Scores of each case.
+    """Scores of each case, by the names in `METRICS`; lengths are in mm, or in pixels.
 
     Args:
         path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
@@ -178,18 +200,29 @@ def read_scores(path: Path) -> ScoresOfCases:
     Raises:
         ConfigError: if there are no scores.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
+    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file."""
     source = path / SUMMARY_FILE if path.is_dir() else path
     if not source.is_file():
         raise ConfigError(
             f"{source}: no such file; give a file from segkit evaluate --out, or the folder of a "
             f"finished run or cross-validation"
         )
+    unit: Unit = "mm"
     try:
         content = read_json_object(source)
         if "cases" in content:
             found: dict[str, dict[str, dict[str, float]]] = {}
             for row in content["cases"]:
-                scores = {key: _number(row[key]) for key in METRICS if key in row}
+                unit = next((each for each in ENDING_OF if name_in("hd95_mm", each) in row), unit)
+                scores = {
+                    key: _number(row[name]) * (MM_OF[unit] if name != key else 1)
+                    for key in METRICS
+                    if (name := name_in(key, unit)) in row
+                }
                 found.setdefault(str(row["case"]), {})[str(row["name"])] = scores
         else:
             found = {
@@ -207,7 +240,7 @@ def read_scores(path: Path) -> ScoresOfCases:
             f"{source}: contains no scores of cases; give a file from segkit evaluate --out, or "
             f"the folder of a run with held-out cases"
         )
-    return found
+    return found, unit
 
 
 def read_strata(path: Path, column: str) -> dict[str, str]:
@@ -387,8 +420,9 @@ def to_comparison_table(comparison: Comparison) -> Table:
         if each.metric != shown:
             shown = each.metric
             table.add_section()
-            table.add_row(Text(METRICS[shown].heading, style="bold"))
-        form = METRICS[each.metric].form
+            metric = metric_in(METRICS[_in_mm(shown)], _in_mm(shown), comparison.unit)
+            table.add_row(Text(metric.heading, style="bold"))
+        form = metric.form
         mean_a, mean_b = (
             "-" if isnan(value) else f"{value:{form}}" for value in (each.mean_a, each.mean_b)
         )

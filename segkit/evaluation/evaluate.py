@@ -262,7 +262,12 @@ def _failure_recorded(failures: dict[str, str], name: str, path: Path) -> Iterat
 
 
 def tolerance_of(
-    tolerance: str | float | None, pair: Sequence[Path | None], rules: PictureRules
+    tolerance: str | float | None,
+    pair: Sequence[Path | None],
+    rules: PictureRules,
+    *,
+    of_volumes: float = TOLERANCE_OF_VOLUMES,
+    of_pictures: float = PIXELS_OF_TOLERANCE,
 ) -> float:
     """A tolerance in mm.
 
@@ -270,6 +275,8 @@ def tolerance_of(
         tolerance: a number in mm, or a length with its unit; if None, the default.
         pair: the first prediction and reference, whose pixel size converts pixels to mm.
         rules: how pictures are read.
+        of_volumes: the default for volumes, in mm.
+        of_pictures: the default for pictures, in pixels.
 
     Raises:
         VolumeError: if the tolerance is not a length, or is in mm and the pixels have no size.
@@ -279,7 +286,7 @@ def tolerance_of(
     picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
     pixel = max(picture[0].spacing[:2]) if picture else None
     if tolerance is None:
-        return PIXELS_OF_TOLERANCE * pixel if pixel else TOLERANCE_OF_VOLUMES
+        return of_pictures * pixel if pixel else of_volumes
     text = str(tolerance).strip()
     in_pixels = IN_PIXELS.fullmatch(text)
     try:

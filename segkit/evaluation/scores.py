@@ -263,7 +263,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
 
     def summary_of(label: int | None, name: str, of_classes: slice) -> ClassSummary:
         statistics = {
-            metric: _statistic(values[of_classes], num_resamples, seed)
+            metric: statistic_of(values[of_classes], num_resamples, seed)
             for metric, values in scores.items()
         }
         return ClassSummary(label, name, statistics)
@@ -282,9 +282,18 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     )
 
 
-def _statistic(
-    scores: Float64[np.ndarray, "num_classes num_cases"], num_resamples: int, seed: int
+def statistic_of(
+    scores: Float64[np.ndarray, "num_classes num_cases"],
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> Statistic:
+    """Mean, median and bootstrap interval of one metric, as `summarise` computes them.
+
+    Args:
+        scores: the score of each class in each case; NaN if it is undefined.
+        num_resamples: number of bootstrap resamples.
+        seed: of the resamples.
+    """
     defined = [of_class[~np.isnan(of_class)] for of_class in scores]
     defined = [of_class for of_class in defined if len(of_class)]
     num_scored = sum(len(of_class) for of_class in defined)
@@ -338,7 +347,7 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
 
 def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
     statistics = {
-        _name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
+        name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
         for metric, value in of_class.metrics.items()
     }
     return {"label": of_class.label, "name": of_class.name, **statistics}
@@ -348,19 +357,20 @@ def _is_length(name: str) -> bool:
     return name.endswith("_mm")
 
 
-def _name_in(name: str, unit: Unit) -> str:
+def name_in(name: str, unit: Unit) -> str:
+    """The name of a score in JSON; that of a length ends in its unit, as `hd95_um` does."""
     return name.removesuffix("_mm") + ENDING_OF[unit] if _is_length(name) else name
 
 
 def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """The fields with lengths converted from mm to another unit, and named after it."""
     return {
-        _name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
+        name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
         for name, value in fields.items()
     }
 
 
-def _metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
+def metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
     """A metric with the heading and number format for lengths in this unit."""
     if not _is_length(name):
         return metric
@@ -403,7 +413,7 @@ def to_table(summary: Summary) -> Table:
     for of_class in (*summary.classes, summary.overall):
         lines = [
             _line(
-                _metric_in(metric, key, summary.unit),
+                metric_in(metric, key, summary.unit),
                 _statistic_in(key, of_class.metrics[key], summary.unit),
             )
             for key, metric in METRICS.items()

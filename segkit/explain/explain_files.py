@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
+from segkit.evaluation.evaluate import tolerance_of
 from segkit.evaluation.pairing import called, pair_by_name, references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
-from segkit.explain.explain_scan import ENDINGS, FIGURES, PAGE, TABLE, explain_volume, facts_of
+from segkit.explain.explain_scan import (
+    ENDINGS,
+    FIGURES,
+    PAGE,
+    TABLE,
+    Explanation,
+    explain_volume,
+    facts_of,
+)
 from segkit.explain.heads.reach import HeadReach
 from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
@@ -42,6 +51,9 @@ from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
+PIXELS_OF_POINTING = 5.0
+"""The default tolerance of pointing for pictures."""
+
 HEADS = ("heads.csv", "heads.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
@@ -67,13 +79,24 @@ class Explained:
     """The reason as one sentence; None if the files were written."""
 
 
+def _pointing_tolerance(tolerance: str | float | None, source: Input) -> float:
+    """The tolerance of pointing in mm, by the pixel size of a picture. Raises VolumeError."""
+    return tolerance_of(
+        tolerance,
+        [source.files[0]],
+        source.rules,
+        of_volumes=TOLERANCE_MM,
+        of_pictures=PIXELS_OF_POINTING,
+    )
+
+
 def explain_files(
     predictor: Predictor,
     inputs: Sequence[Input],
     folder: str | Path,
     *,
     references: str | Path | None = None,
-    tolerance_mm: float = TOLERANCE_MM,
+    tolerance: str | float | None = None,
     verdicts: bool = False,
     attributions: Sequence[Method] = (),
     attribution_settings: AttributionSettings | None = None,
@@ -104,8 +127,9 @@ def explain_files(
             folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
             calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
-        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
-            counts as pointing at it.
+        tolerance: largest distance from a structure at which a map's highest value still counts as
+            pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
+            mm, or 5 pixels for pictures.
         verdicts: whether to judge if each gate matters, and to test each attribution. This takes
             minutes for each volume.
         attributions: methods of `attribute` that are applied to every predicted structure. Their
@@ -137,7 +161,7 @@ def explain_files(
     sources: list[Input] = []
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
-    asked = {**models_and_settings(predictor), "tolerance_mm": tolerance_mm}
+    asked = models_and_settings(predictor)
     if attributions:
         settings = attribution_settings or AttributionSettings()
         asked["attributions"] = {"methods": list(attributions), **vars(settings)}
@@ -145,6 +169,8 @@ def explain_files(
         path = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
+            tolerance_mm = _pointing_tolerance(tolerance, source)
+            asked = {**asked, "tolerance_mm": tolerance_mm}
             explanation = explain_volume(
                 predictor,
                 read_input(source),
@@ -174,17 +200,14 @@ def explain_files(
             continue
         _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
         shown = tuple(shown_verdicts(explanation.verdicts))
-        said = [one.sentence() for one in explanation.attributions.values()]
-        known = {one.structure for one in explanation.attributions.values()}
-        if attributions and (missing := set(explanation.labelling.members) - known):
-            said.append(f"{', '.join(sorted(missing))}: not predicted, so nothing is attributed")
+        said = _said(explanation) if attributions else ()
         yield Explained(
             source.name,
             written,
             explanation.reach,
             shown,
             explanation.attention,
-            attributed=tuple(said),
+            attributed=said,
         )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
@@ -199,6 +222,14 @@ def explain_files(
         _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)
+
+
+def _said(explanation: Explanation) -> tuple[str, ...]:
+    """A sentence about each attribution, and about the structures that have none."""
+    found = explanation.attributions.values()
+    missing = sorted(set(explanation.labelling.members) - {one.structure for one in found})
+    without = f"{', '.join(missing)}: not predicted, so nothing is attributed"
+    return (*(one.sentence() for one in found), *([without] if missing else []))
 
 
 def _write_cohort(

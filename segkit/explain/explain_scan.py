@@ -72,6 +72,7 @@ from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
+from segkit.io.picture_rules import length_in_words
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
 from segkit.provenance import PROVENANCE
@@ -261,9 +262,8 @@ class Explanation:
         return widget
 
     def _tables(self) -> list[Table]:
-        return measure_tables(
-            self.measures, self.dice, against=self.against, tolerance_mm=self.tolerance_mm
-        )
+        tolerance = length_in_words(self.tolerance_mm, self.scan.unit)
+        return measure_tables(self.measures, self.dice, against=self.against, tolerance=tolerance)
 
     def _shown(self, labels: Volume) -> tuple[Volume, dict[int, str]]:
         """Labels for display, with 0 as background, and their names."""

@@ -32,7 +32,7 @@ FINER = 15
 """Number of pixels along the edge of a voxel while a contour is filled. It is odd, so that one
 pixel lies at the centre of the voxel."""
 FILLED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-FILES_KEPT = 2**14
+STRUCTURE_FILES_KEPT = 2**14
 """Most files whose names of structures are not read again."""
 MOST_STRUCTURES = 20
 """A sentence names at most so many structures."""
@@ -80,7 +80,7 @@ def structure_kind(path: Path) -> StructureKind | None:
     return "segmentation" if storage in SEGMENTATIONS else None
 
 
-@kept_while_unchanged(FILES_KEPT)
+@kept_while_unchanged(STRUCTURE_FILES_KEPT)
 def read_structure_file(path: Path) -> StructureFile:
     """The description of a structure set or a segmentation, with the names of its structures.
 

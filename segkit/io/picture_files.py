@@ -1,19 +1,65 @@
 """Reading and writing of pictures: PNG, TIFF, JPEG and BMP files."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from numpy import ndarray
 
+from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io.bitmap import BITMAP_SUFFIXES, read_bitmap_header, write_png
 from segkit.io.picture_rules import PictureFacts, PictureRules
 from segkit.io.raster import Raster, check_claimed_size, image_of, labels_of_picture
+from segkit.io.safe_text import read_json
 from segkit.io.tiff import TIFF_SUFFIXES, read_tiff_header, write_tiff
 from segkit.system.memory import free_memory
 
 PICTURE_SUFFIXES = (*BITMAP_SUFFIXES, *TIFF_SUFFIXES)
 """Suffixes of pictures that segkit reads."""
+MOST_OF_SPACING = 2**16
+"""So many first bytes of a JSON file are searched for a spacing."""
+
+
+FOUR_DIGITS = re.compile(r"_[0-9]{4}$")
+
+
+def spacing_file(path: Path) -> Path | None:
+    """The JSON file beside a picture that says its pixel size, as nnU-Net has it; None if none.
+
+    `CASE_0000.tif` and its label `CASE.tif` have it in `CASE.json`:
+    `{"spacing": [slice distance, row distance, column distance]}`.
+    """
+    stem = path.name[: -len(next(s for s in PICTURE_SUFFIXES if path.name.lower().endswith(s)))]
+    names = dict.fromkeys((stem, FOUR_DIGITS.sub("", stem)))
+    return next(
+        (file for name in names if _says_spacing(file := path.with_name(f"{name}.json"))), None
+    )
+
+
+def _says_spacing(file: Path) -> bool:
+    return file.is_file() and b'"spacing"' in file.read_bytes()[:MOST_OF_SPACING]
+
+
+def _spacing_in(file: Path) -> tuple[float, float, float | None] | None:
+    """The pixel size in a JSON file, along columns, rows and slices; None if it has none."""
+    try:
+        content = read_json(file)
+    except ValueError as error:
+        raise VolumeError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict) or "spacing" not in content:
+        return None
+    steps = content["spacing"]
+    numbers = isinstance(steps, list) and all(
+        isinstance(step, int | float) and 0 < step < float("inf") for step in steps
+    )
+    if not numbers or len(steps) not in (2, 3):
+        raise VolumeError(
+            f"{file}: expected in spacing the distances of slices, rows and columns in mm, found "
+            f"{steps}; correct it"
+        )
+    *across, rows, columns = map(float, steps)
+    return columns, rows, across[0] if across else None
 
 
 def picture_grid(path: Path, rules: PictureRules) -> tuple[Grid, PictureFacts]:
@@ -82,6 +128,10 @@ def write_picture(
 
 
 def _raster(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
-    if path.name.lower().endswith(TIFF_SUFFIXES):
-        return read_tiff_header(path, rules)
-    return read_bitmap_header(path)
+    is_tiff = path.name.lower().endswith(TIFF_SUFFIXES)
+    raster, capacity = read_tiff_header(path, rules) if is_tiff else read_bitmap_header(path)
+    file = spacing_file(path)
+    spacing = _spacing_in(file) if file else None
+    if file and spacing:
+        raster = replace(raster, pixel_mm=spacing, source=f"spacing in {file.name}, in mm")
+    return raster, capacity

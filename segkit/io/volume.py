@@ -37,6 +37,7 @@ from segkit.io.picture_files import (
     picture_channels,
     picture_grid,
     read_picture,
+    spacing_file,
     write_picture,
 )
 from segkit.io.picture_rules import PictureFacts, PictureRules
@@ -329,6 +330,9 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """
     if is_dicom_path(path):
         return (path,) if structure_kind(path) else series_at(path).files
+    if is_picture(path):
+        beside = spacing_file(path)
+        return (path, beside) if beside else (path,)
     if not path.name.lower().endswith(tuple(ONE_FILE)):
         return (path,)
     beside = _open(path, lambda path: _layout(path)[1].file)

@@ -25,7 +25,7 @@ from segkit.model.file_names import DESCRIPTION, FOLD, SUMS, WEIGHTS
 
 MODEL_FILES = (DESCRIPTION, WEIGHTS, SUMS)
 MOST_FILES = 1000
-SECONDS = 30.0
+SECONDS_TO_DESCRIBE = 30.0
 """The longest time that the server may take to describe a repository."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PIN = "commit"
@@ -87,7 +87,7 @@ def _listed(address: HubAddress, revision: str) -> tuple[str, list[HubFile]]:
         from huggingface_hub import HfApi
 
         info = HfApi(endpoint=hub_server()).model_info(
-            address.repository, revision=revision, files_metadata=True, timeout=SECONDS
+            address.repository, revision=revision, files_metadata=True, timeout=SECONDS_TO_DESCRIBE
         )
     listed = list(info.siblings or ())
     files = [_hub_file(each) for each in listed if _is_of_model(each.rfilename)]
@@ -179,7 +179,7 @@ def hub_errors(address: HubAddress) -> Iterator[None]:
     server = hub_server()
     # The base classes hold the errors of the library that sends requests, which differs between
     # versions of huggingface_hub.
-    network = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
+    network = (OSError, ValueError, RuntimeError, *errors.HfHubHTTPError.__bases__)
     try:
         yield
     except errors.GatedRepoError:
@@ -208,6 +208,8 @@ def hub_errors(address: HubAddress) -> Iterator[None]:
 
 def _failure(address: HubAddress, error: Exception) -> str:
     """The sentence of an error that has no class of its own."""
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of a large file that could not be sent
     code = getattr(getattr(error, "response", None), "status_code", None)
     said = " ".join((getattr(error, "server_message", None) or str(error)).split())[:300]
     if code == 401:

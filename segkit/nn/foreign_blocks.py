@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from segkit.nn.gates import Gate
 from segkit.nn.map_tap import features_argument
 
-WHOLE = re.compile(r".*transformer(encoder)?(block|layer)")
+WHOLE_BLOCK = re.compile(r".*transformer(encoder)?(block|layer)")
 """Classes of whole blocks: attention, perceptron and their shortcuts."""
 ATTENTION = re.compile(
     r".*(attention|attn)(block|gate|module)?([23]d)?"
@@ -26,6 +27,12 @@ ATTENTION = re.compile(
 )
 """Classes of attention, which may be a part of a block."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the name of a module's class is one of attention, or of a gate."""
+    kind = type(module).__name__.lower().replace("_", "")
+    return ATTENTION.fullmatch(kind) is not None or isinstance(module, Gate)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def foreign_blocks(
         if not name or name not in calls or _within(name, [*left_out, *found]):
             continue
         kind = type(module).__name__.lower().replace("_", "")
-        whole = WHOLE.fullmatch(kind) is not None
+        whole = WHOLE_BLOCK.fullmatch(kind) is not None
         # Some libraries wrap a choice of attention, which may be none.
         if not (whole or ATTENTION.fullmatch(kind)) or not any(True for _ in module.parameters()):
             continue

@@ -126,7 +126,7 @@ def fingerprint(
     paths = {case.name: _path(case, dataset, cache) for case in dataset.cases}
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
-    check_headers(pending, dataset)
+    check_headers(pending, dataset, track)
     fresh = in_processes(partial(attempted, measure), pending, min(workers, len(pending)))
     new: dict[str, Measurement] = {}
     problems = Problems()

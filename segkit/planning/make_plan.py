@@ -16,6 +16,7 @@ from segkit.config.model import FirstStageConfig, ModelDescription, description_
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
+from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.case_groups import grouping_advice
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
@@ -61,8 +62,6 @@ STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "
 NNUNET_STEPS = 250_000
 MORE_STEPS = 3
 """The narrower candidate of a race must allow so many times the steps."""
-CASES_PER_PROCESS = 300
-"""About so many small cases are measured in the time that another process needs to start."""
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def test_an_attribution_that_does_not_exist_is_one_line_and_exit_code_2(
     code, _, err = command(*words, "--attribution", "lime")
     assert code == 2 and err.startswith("segkit: expected a method of integrated_gradients, ")
     assert "found 'lime'" in err and err.count("\n") == 1
-    code, _, err = command(*words, "--cell", 4)
+    code, _, err = command(*words, "--cell", 4, "--attribution", "smoothgrad")
     assert code == 2 and "--cell needs --attribution" in err
 
 

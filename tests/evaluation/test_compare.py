@@ -171,3 +171,34 @@ def test_the_command_says_what_python_says(
     assert json.loads(printed) == json.loads(json.dumps(compare(a, b, strata=strata).to_json()))
     code, printed, _ = run("compare", a, b, capsys=capsys)
     assert code == 0 and "+0.350" in printed and "liver" in printed
+
+
+def test_lengths_of_pictures_are_compared_in_their_unit(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, name, far in zip(paths, ["hd95_um", "hd95_mm"], [3.0, 0.002], strict=True):
+        rows = [{"case": "x", "label": 1, "name": "cell", "dice": 0.5, name: far}]
+        path.write_text(json.dumps({"cases": rows}))
+    for asked in ("hd95_mm", "hd95_um"):
+        found = compare(*paths, metrics=[asked])
+        row = found.differences[0]
+        assert (row.metric, found.unit) == ("hd95_um", "µm")
+        # 0.002 mm are 2 µm, 1 µm less than in A.
+        assert (row.mean_a, row.mean_b, row.difference) == pytest.approx((3, 2, -1))
+        assert (row.better, row.worse) == (1, 0)
+    other = compare(*reversed(paths), metrics=["hd95_mm"])
+    assert other.differences[0].metric == "hd95_mm"
+    assert other.differences[0].difference == pytest.approx(0.001)
+
+
+def test_pixels_are_not_compared_with_millimetres(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mm = evaluation(tmp_path / "a.json", [("x", "liver", 0.5, 4.0)])
+    pixels = tmp_path / "b.json"
+    row = {"case": "x", "label": 1, "name": "liver", "dice": 0.75, "hd95_px": 3.0}
+    pixels.write_text(json.dumps({"cases": [row]}))
+    with pytest.raises(ConfigError, match=r"has lengths in mm, .*b\.json in pixel; evaluate both"):
+        compare(mm, pixels, metrics=["hd95_mm"])
+    assert compare(mm, pixels).differences[0].difference == 0.25
+    code, out, _ = run("compare", pixels, pixels, "--metric", "hd95_px", capsys=capsys)
+    assert code == 0 and "HD95 (pixels)" in out

@@ -320,7 +320,7 @@ def test_the_table_of_a_cohort_joins_the_tables_of_its_scans(scans: Path, tmp_pa
         write_volume(path, read_volume(path).like(halves))
     predictor = predictor_of(skip=AdditiveGridGateConfig(levels=[0, 1]))
     inputs = find_inputs([scans], 1)
-    list(explain_files(predictor, inputs, out, references=labels, tolerance_mm=2.0))
+    list(explain_files(predictor, inputs, out, references=labels, tolerance=2.0))
     rows = {name: rows_of(out / name / "measures.csv") for name in ("a", "b")}
     assert rows_of(out / "cohort.csv") == rows["a"] + rows["b"]
     for name in ("a", "b"):

@@ -123,6 +123,9 @@ def test_a_prediction_can_be_stopped_and_mistakes_are_sentences(
     widget = PredictWidget(viewer)
     widget.model.value = tmp_path
     assert "expected a run or a model folder" in widget.status.value
+    widget.model.line_edit.value = "hf:owner/name"
+    assert widget.address == "hf:owner/name"
+    assert [box.label for box in widget.channels] == ["layer"]
     widget.model.value = untrained_model
     widget.start()
     widget.stop()

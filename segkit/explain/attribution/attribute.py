@@ -49,6 +49,8 @@ CELLS_PER_WINDOW = {"occlusion": 4, "kernel_shap": 2}
 class AttributionSettings:
     """Settings of attributions. Each method uses those that it needs.
 
+    A setting that is out of range raises a ModelError.
+
     Example:
         settings = segkit.AttributionSettings(quantity="probability", cell_mm=10.0)
         segkit.attribute(predictor, scan, "kernel_shap", settings=settings)
@@ -77,6 +79,11 @@ class AttributionSettings:
     """Seed of noise and coalitions."""
 
     def __post_init__(self) -> None:
+        for name, known in (("quantity", get_args(Quantity)), ("baseline", get_args(Baseline))):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in known:
+                expected = ", ".join(known) + (", or a number" if name == "baseline" else "")
+                raise ModelError(f"{name}: expected {expected}, found {value!r}; choose one")
         for name, lowest in (("steps", 1), ("draws", 1), ("samples", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:

@@ -120,7 +120,7 @@ def map_layers(maps: Mapping[str, AttentionMap]) -> list[Layer]:
 
 
 def measure_tables(
-    measures: Sequence[Measure], dice: Mapping[str, float], *, against: str, tolerance_mm: float
+    measures: Sequence[Measure], dice: Mapping[str, float], *, against: str, tolerance: str
 ) -> list[Table]:
     """The tables of measures on a page.
 
@@ -128,7 +128,7 @@ def measure_tables(
         measures: of the scan's maps.
         dice: of each structure with the reference.
         against: the labels that maps are compared with: 'reference' or 'prediction'.
-        tolerance_mm: the tolerance of pointing.
+        tolerance: the tolerance of pointing, such as "5 mm".
     """
     grouped = by_row(measures)
     tables = []
@@ -159,7 +159,7 @@ def measure_tables(
                 rows,
                 note=f"Compared with the {against}, on each map's own grid; a cell is inside if at "
                 f"least half of it is. By chance, enrichment is 1 and AUROC 0.5. Pointing allows "
-                f"{tolerance_mm:g} mm. Rows of intensity and gradient are baselines on the same "
+                f"{tolerance}. Rows of intensity and gradient are baselines on the same "
                 "cells: a map that is no better adds nothing to them. An AUROC near 0 is as "
                 "informative as one near 1; low values then show the structure.",
             )

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.attribution.attribute import (
@@ -27,7 +28,7 @@ from segkit.explain.attribution.target import Quantity, SummedOutput
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
-from segkit.model.build import wrap_network
+from segkit.model.build import build_network, wrap_network
 from segkit.model.folder import Model
 from tests.helpers import affine_of
 from tests.models import FAST, description, model_of
@@ -419,6 +420,55 @@ def test_baselines_are_the_values_that_their_names_say() -> None:
     assert_allclose(blurred[:2], gaussian_filter(image[:2].numpy(), (0, 2, 2, 2), mode="nearest"))
 
 
+def test_probabilities_of_regions_have_the_slope_of_a_sigmoid() -> None:
+    given = NetworkConfig.model_validate({"given": {"name": "test", "multiple": [1, 1, 1]}})
+    told = description(channels=2, classes=4, spacing=(1.0, 1.0, 1.0), network=given)
+    regions = {"label 1": [1, 2, 3], "label 2": [2, 3], "label 3": [3]}
+    told = ModelDescription.model_validate({**told.model_dump(), "regions": regions})
+    model = Model(told, wrap_network(told, Linear()).eval())
+    volume = scan()
+    one = attribute(
+        Predictor(model, device="cpu", engine="torch"),
+        volume,
+        "smoothgrad",
+        structure="label 2",
+        region=region(volume, 3),
+        settings=AttributionSettings(quantity="probability", draws=1, noise=0.0),
+    )["label 2"]
+    share = 1 / (1 + np.exp(0.4 - volume.data @ WEIGHTS))  # the second of the network's outputs
+    expected = in_region(volume) * share * (1 - share)
+    assert_allclose(one.values.data, expected[..., None] * WEIGHTS, atol=1e-6)
+    assert one.value == pytest.approx((in_region(volume) * share).sum(), rel=1e-5)
+
+
+def test_labels_of_a_first_stage_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = NetworkConfig(channels=[2, 2])
+    first = description(classes=2, spacing=(1.0, 1.0, 1.0), network=network)
+    told = ModelDescription.model_validate(
+        {**first.model_dump(), "first_stage": {"classes": ["label 1"], "models": 1}}
+    )
+    model = Model(told, build_network(told).eval(), (Model(first, build_network(first).eval()),))
+    predictor = Predictor(model, device="cpu", engine="torch")
+    volume = scan(1, (8, 8, 8))
+    given = region(volume)
+    settings = AttributionSettings(draws=1, cell_mm=8.0, baseline=0.0)
+    one = attribute(predictor, volume, "occlusion", region=given, settings=settings)["label 1"]
+    image = predictor.prepare(volume).image
+    assert len(image) == 2
+    target = SummedOutput(
+        predictor.members[0],
+        (8, 8, 8),
+        {"label 1": torch.from_numpy(given.data > 0)},
+        outputs={"label 1": 1},
+    )
+    without = torch.cat([torch.zeros_like(image[:1]), image[1:]])
+    expected = target.value(image)[0] - target.value(without)[0]
+    assert one.values.data.ravel().tolist() == [pytest.approx(expected, rel=1e-5)]
+    gradient = attribute(predictor, volume, "smoothgrad", region=given, settings=settings)
+    assert gradient["label 1"].values.data.shape == (8, 8, 8)
+
+
 def test_mistakes_are_refused_in_a_sentence() -> None:
     volume, predictor = scan(), wrapped(Linear(), 2)
     with pytest.raises(ModelError, match=r"expected a method of integrated_gradients, .*'lime'"):
@@ -433,6 +483,11 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
         attribute(predictor, volume, "occlusion", region=region(scan(2, (12, 8, 4)), 1))
     with pytest.raises(ModelError, match="steps: expected 1 or more, found 0"):
         AttributionSettings(steps=0)
+    with pytest.raises(ModelError, match="quantity: expected logit, probability, found 'loss'"):
+        AttributionSettings(quantity="loss")  # type: ignore[arg-type]
+    message = "baseline: expected mean, minimum, blurred, or a number, found 'zero'"
+    with pytest.raises(ModelError, match=message):
+        AttributionSettings(baseline="zero")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="cell_mm: expected more than 0 mm, found 0"):
         AttributionSettings(cell_mm=0)
     empty = volume.like(np.zeros(SHAPE, np.uint8))

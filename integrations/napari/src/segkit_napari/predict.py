@@ -58,7 +58,7 @@ def predicted_layers(
     """The labels of a volume and, below them, its attention maps, each on its own grid.
 
     Args:
-        model: a run, a model folder or a cross-validation.
+        model: a run, a model folder or a cross-validation, or an address that segkit loads.
         volume: the scan, with the channels of the model.
         name: name of the scan.
         maps: return the attention maps too; they come from the same pass.

@@ -52,10 +52,21 @@ class PredictWidget(widgets.Container):
         self.timer.timeout.connect(self.poll)
         self._show_channels(["layer"])
 
+    @property
+    def address(self) -> str:
+        """The model as it was typed: a folder, or an address such as `hf:owner/name`."""
+        return str(self.model.line_edit.value)
+
     def list_channels(self, _: Any = None) -> None:
-        """Show a choice of layers for each channel of the model."""
+        """Show a choice of layers for each channel of the model.
+
+        While an address is typed nothing is fetched, so its model is taken to have one channel.
+        """
+        if not Path(self.address).is_dir():
+            self._show_channels(["layer"])
+            return
         try:
-            self._show_channels(channels_of(self.model.value))
+            self._show_channels(channels_of(self.address))
             self.status.value = ""
         except SegkitError as error:
             self.status.value = str(error)
@@ -76,7 +87,7 @@ class PredictWidget(widgets.Container):
         self.work = Work()
         self.future = self.threads.submit(
             predicted_layers,
-            Path(self.model.value),
+            self.address,
             volume,
             layers[0].name,
             maps=self.maps.value,

@@ -1,0 +1,402 @@
+"""Oktay's attention gates in the skips of a network that segkit did not build.
+
+A gate becomes a part of the module in which a skip joins the decoder, called `segkit_gate`, and a
+hook of that module lets the skip through it. So the network keeps its code, its weights and their
+names. Three forms of joins are known:
+
+- a module that is called with coarse features and a skip: MONAI's DynUNet, BasicUNet, UNETR and
+  SwinUNETR, the decoder blocks of segmentation_models_pytorch;
+- MONAI's `SkipConnection`, in its UNet: the skip and the features from below, on one grid;
+- a decoder with the lists `transpconvs` and `stages`, as nnU-Net's.
+"""
+
+import inspect
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segkit.errors import ModelError
+from segkit.geometry.grid import Placement
+from segkit.nn.blocks import CONV_FUNCTION
+from segkit.nn.follow import Follower, followed_calls
+from segkit.nn.foreign_blocks import in_prediction, is_attention
+from segkit.nn.gates import AdditiveGridGate
+from segkit.nn.map_tap import MapTap
+
+GATE = "segkit_gate"
+SIGNAL = "segkit_signal"
+SHUT = 1 / 16
+"""A gate is sigmoid(logit + log 16) / sigmoid(log 16), which is 1 if the logit is 0."""
+
+
+class OpenCoefficients(nn.Module):
+    """A map that is exactly 1 at first: sigmoid(q + log 16) / sigmoid(log 16) with q = 0.
+
+    It lies between 0 and 1 + 1 / 16. Its weights start at 0, so that their gradient, but not that
+    of the layers before them, differs from 0 at the first step.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, in_channels, *[1] * spatial_dims))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.convolve = CONV_FUNCTION[spatial_dims]
+
+    def forward(
+        self, features: Float[Tensor, "batch channel *cells"]
+    ) -> Float[Tensor, "batch 1 *cells"]:
+        """The map, float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.convolve(features.float(), self.weight.float(), self.bias.float())
+            # The quotient of sigmoids, in a form that is exactly 1 for a logit of 0. (The
+            # exponential of less than -60 would overflow in the gradient.)
+            return (1 + SHUT) / (1 + SHUT * torch.exp(-logits.clamp(min=-60)))
+
+
+class OpenGate(AdditiveGridGate):
+    """An additive gate (Oktay et al. 2018) that lets everything through until it is trained."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        *,
+        skip_channels: int,
+        signal_channels: int,
+        stride: Sequence[int],
+    ) -> None:
+        super().__init__(
+            spatial_dims,
+            skip_channels=skip_channels,
+            signal_channels=signal_channels,
+            stride=stride,
+            deepest=False,
+        )
+        self.stride = tuple(stride)
+        self.coefficients: nn.Module = OpenCoefficients(spatial_dims, skip_channels)  # type: ignore[assignment]
+        self.tap = MapTap("gate", stride=self.stride, highest=1 + SHUT)
+
+    def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
+        """The skip times the map.
+
+        Raises:
+            ValueError: if the skip's size is not that of the signal times the stride.
+        """
+        wanted = [size * step for size, step in zip(signal.shape[2:], self.stride, strict=True)]
+        if list(skip.shape[2:]) != wanted:
+            raise ValueError(
+                f"a gate of stride {self.stride} expected a skip of {wanted} cells, found "
+                f"{list(skip.shape[2:])}; give the network an image whose size is a multiple of "
+                f"its strides"
+            )
+        return super().let_through(skip, signal)
+
+
+class LatestSignal(nn.Module):
+    """Holds the coarse features from their transposed convolution to the gate of their level."""
+
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GatedArgument:
+    """Before a call: the skip goes through the gate. Places and names are those of arguments."""
+
+    skip: tuple[int, str]
+    signal: tuple[int, str]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (place, name), (other, label) = self.skip, self.signal
+        skip = named[name] if name in named else args[place]
+        signal = named[label] if label in named else args[other]
+        gated = getattr(module, GATE).let_through(skip, signal)
+        if name in named:
+            return args, {**named, name: gated}
+        return (*args[:place], gated, *args[place + 1 :]), named
+
+
+class GatedConnection:
+    """After a call of a `SkipConnection`: the first part of its output goes through the gate."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        skip = args[0]
+        below = output[:, skip.shape[1] :]
+        return torch.cat([getattr(module, GATE).let_through(skip, below), below], dim=1)
+
+
+class KeptSignal:
+    """Before a transposed convolution: its input is kept for the gate."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        getattr(module, SIGNAL).value = args[0]
+
+
+@dataclass(frozen=True)
+class GatedConcatenation:
+    """Before convolutions of [upsampled; skip]: the second part goes through the gate."""
+
+    upsampled: int
+    """Channels of the first part."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        holder = getattr(module, SIGNAL)
+        upsampled, skip = args[0][:, : self.upsampled], args[0][:, self.upsampled :]
+        gated = getattr(module, GATE).let_through(skip, holder.value)
+        holder.value = None
+        return (torch.cat([upsampled, gated], dim=1), *args[1:])
+
+
+@dataclass(frozen=True)
+class FoundJoin:
+    """Where a skip joins the decoder."""
+
+    module: str
+    form: Literal["arguments", "connection", "concatenation"]
+    skip_channels: int
+    signal_channels: int
+    cells: tuple[int, ...]
+    """Of the skip."""
+    coarse: tuple[int, ...]
+    """Cells of the signal."""
+    placement: Placement | None
+    """Of the skip; None if it could not be followed."""
+    arguments: GatedArgument | None = None
+    before: str = ""
+    """The transposed convolution, of a concatenation."""
+
+
+def gate(
+    network: nn.Module,
+    image: Float[Tensor, "batch channel *space"],
+    *,
+    skips: Collection[str] | None = None,
+    placements: Mapping[str, Placement] | None = None,
+) -> dict[str, str]:
+    """Put attention gates (Oktay et al. 2018) into the skips of a network of another library.
+
+    The network changes, and its output does not: gates start exactly open, at a map of 1, and learn
+    from there, up to 1.0625. The gating signal are the coarser features of the decoder. The weights
+    of the network keep their values and names; each gate is a part of the module where its skip
+    joins, `….segkit_gate`. Its map passes a tap, so that `Predictor`, `explain_volume` and
+    `judge_gates` find it by its key, 'skip.1/gate', as in segkit's own networks. Gate a network
+    before it is compiled, exported, trained or loaded with weights of a gated one.
+
+    Args:
+        network: MONAI's DynUNet, BasicUNet, UNet, UNETR or SwinUNETR, a U-Net of
+            segmentation_models_pytorch, nnU-Net's PlainConvUNet or ResidualEncoderUNet, or another
+            with joins of these forms.
+        image: an input; the network runs once. Its sizes are multiples of the network's strides.
+        skips: names of the modules where skips join (`named_modules`); if None, all but that of the
+            finest level, as in the paper (or the only one).
+        placements: where features of skips lie, in voxels of the input, by the name of the join;
+            only for those that cannot be followed through the layers.
+
+    Returns:
+        Names of the gated modules by the position of their gate, 'skip.1', the finest first.
+
+    Raises:
+        ModelError: if there is no such join, if a grid is no multiple of the coarser one, or if a
+            skip cannot be followed from the input, so that its map would have no place.
+
+    Example:
+        network = monai.networks.nets.BasicUNet(spatial_dims=3, out_channels=2)
+        segkit.gate(network, torch.zeros(1, 1, 32, 32, 32))  # {'skip.1': 'upcat_2', …}
+        run = segkit.train(config, network=network)
+    """
+    joins = find_joins(network, image)
+    names = [join.module for join in joins]
+    if not joins:
+        raise ModelError(
+            f"{type(network).__name__}: found no module in which a skip joins the decoder; such a "
+            f"module is called with coarse features and a skip, or is MONAI's SkipConnection (by "
+            f"concatenation), or its decoder has the lists transpconvs and stages, as nnU-Net's"
+        )
+    wanted = names[1:] or names if skips is None else list(skips)
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ModelError(
+            f"skips: expected names of modules in which skips join ({', '.join(names)}), found "
+            f"{', '.join(unknown)}"
+        )
+    gated: dict[str, str] = {}
+    made = []
+    for level, join in enumerate(joins):
+        if join.module in wanted:
+            made.append((level, join, _made(network, join, level, placements or {})))
+            gated[f"skip.{level}"] = join.module
+    # Only now, so that a network that cannot be gated stays as it was.
+    for _, join, gate_of_join in made:
+        _put(network, join, gate_of_join)
+    return gated
+
+
+def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
+    """The modules in which skips join the decoder, that of the finest skip first."""
+    found: dict[str, FoundJoin] = {}
+    modules = dict(network.named_modules())
+    ups = _concatenations(modules)
+    signals: dict[str, Tensor] = {}
+
+    def watch(
+        name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
+    ) -> None:
+        join = None
+        if is_attention(modules[name]):  # a gate of segkit's, or the network's own
+            return
+        if name in ups.values():
+            signals[name] = args[0]
+        elif name in ups:
+            upsampled = modules[ups[name]].out_channels
+            join = _concatenated(name, args[0], signals.pop(ups[name]), upsampled, follower)
+            join = _with_before(join, ups[name])
+        elif type(modules[name]).__name__ == "SkipConnection":
+            join = _connected(name, args, output, follower)
+        else:
+            join = _called(name, modules[name], args, named, output, follower, image.ndim)
+        if join is not None:
+            found[name] = join
+
+    with in_prediction(network):
+        followed_calls(network, image, modules, watch)
+    # Of nested joins, the inner one calls the layers.
+    inner = [
+        join
+        for name, join in found.items()
+        if join.form != "arguments" or not any(other.startswith(f"{name}.") for other in found)
+    ]
+    return sorted(inner, key=lambda join: -math.prod(join.cells))
+
+
+def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Names of nnU-Net's transposed convolutions, by that of the convolutions that follow."""
+    found = {}
+    for name, module in modules.items():
+        ups, stages = (getattr(module, part, None) for part in ("transpconvs", "stages"))
+        if isinstance(ups, nn.ModuleList) and isinstance(stages, nn.ModuleList):
+            prefix = f"{name}." if name else ""
+            for number in range(min(len(ups), len(stages))):
+                found[f"{prefix}stages.{number}"] = f"{prefix}transpconvs.{number}"
+    return found
+
+
+def _concatenated(
+    name: str, both: Tensor, signal: Tensor, upsampled: int, follower: Follower
+) -> FoundJoin:
+    followed = follower.of(both)
+    return FoundJoin(
+        name,
+        "concatenation",
+        both.shape[1] - upsampled,
+        signal.shape[1],
+        tuple(both.shape[2:]),
+        tuple(signal.shape[2:]),
+        followed.placement if followed is not None else None,
+    )
+
+
+def _with_before(join: FoundJoin, before: str) -> FoundJoin:
+    return FoundJoin(**{**vars(join), "before": before})
+
+
+def _connected(
+    name: str, args: tuple[Any, ...], output: Any, follower: Follower
+) -> FoundJoin | None:
+    skip = args[0]
+    if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
+        return None
+    below = output.shape[1] - skip.shape[1]
+    if below <= 0:  # added, or multiplied
+        return None
+    followed = follower.of(skip)
+    cells = tuple(skip.shape[2:])
+    place = followed.placement if followed is not None else None
+    return FoundJoin(name, "connection", skip.shape[1], below, cells, cells, place)
+
+
+def _called(
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+    output: Any,
+    follower: Follower,
+    ndim: int,
+) -> FoundJoin | None:
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **named).arguments
+    except (TypeError, ValueError):  # a module without a signature takes no two features
+        return None
+    given = [
+        (place, label, value)
+        for place, (label, value) in enumerate(bound.items())
+        if isinstance(value, Tensor) and value.ndim == ndim
+    ]
+    if len(given) != 2 or not isinstance(output, Tensor):
+        return None
+    coarse, skip = sorted(given, key=lambda each: math.prod(each[2].shape[2:]))
+    if coarse[2].shape[2:] == skip[2].shape[2:] or output.shape[2:] != skip[2].shape[2:]:
+        return None
+    followed = follower.of(skip[2])
+    return FoundJoin(
+        name,
+        "arguments",
+        skip[2].shape[1],
+        coarse[2].shape[1],
+        tuple(skip[2].shape[2:]),
+        tuple(coarse[2].shape[2:]),
+        followed.placement if followed is not None and not followed.tokens else None,
+        GatedArgument(skip[:2], coarse[:2]),
+    )
+
+
+def _made(
+    network: nn.Module, join: FoundJoin, level: int, placements: Mapping[str, Placement]
+) -> OpenGate:
+    """The gate of a join, with its tap placed."""
+    if hasattr(network.get_submodule(join.module), GATE):
+        raise ModelError(f"{join.module}: has a gate of segkit already; gate a network once")
+    if any(fine % coarse for fine, coarse in zip(join.cells, join.coarse, strict=True)):
+        raise ModelError(
+            f"{join.module}: the skip's {join.cells} cells are no multiple of the {join.coarse} "
+            f"below; give an image whose size is a multiple of the network's strides"
+        )
+    placement = placements.get(join.module, join.placement)
+    if placement is None:
+        raise ModelError(
+            f"{join.module}: cannot follow from the input where the features of this skip lie; "
+            f"leave it out of skips, or give placements={{{join.module!r}: "
+            f"segkit.Placement(stride, offset)}} in voxels of the input"
+        )
+    stride = [fine // coarse for fine, coarse in zip(join.cells, join.coarse, strict=True)]
+    made = OpenGate(
+        len(join.cells),
+        skip_channels=join.skip_channels,
+        signal_channels=join.signal_channels,
+        stride=stride,
+    )
+    made.tap.place(f"skip.{level}", level, placement)
+    weight = next(network.parameters())
+    return made.to(weight.device).train(network.training)
+
+
+def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
+    """Make a gate a part of its module, and let the skip through it."""
+    module = network.get_submodule(join.module)
+    module.add_module(GATE, made)
+    match join.form:
+        case "arguments":
+            assert join.arguments is not None
+            module.register_forward_pre_hook(join.arguments, with_kwargs=True)
+        case "connection":
+            module.register_forward_hook(GatedConnection())
+        case "concatenation":
+            before, holder = network.get_submodule(join.before), LatestSignal()
+            module.add_module(SIGNAL, holder)
+            before.add_module(SIGNAL, holder)
+            before.register_forward_pre_hook(KeptSignal())
+            module.register_forward_pre_hook(GatedConcatenation(before.out_channels))  # type: ignore[arg-type]

@@ -1,0 +1,299 @@
+"""Attention maps of a network that segkit did not build: named modules get a tap.
+
+`nn.Sigmoid` and `nn.Softmax` over features give their output as a map. A softmax over the keys of
+attention, and `nn.MultiheadAttention`, give the attention that each key receives. A hook of the
+module sends the map through a tap, which is a part of the module without parameters.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segkit.errors import ModelError
+from segkit.geometry.grid import Placement
+from segkit.nn.follow import Followed, Follower, followed_calls
+from segkit.nn.foreign_blocks import in_prediction
+from segkit.nn.map_tap import MapInfo, MapTap
+
+TAP = "segkit_tap"
+Readable = nn.Sigmoid | nn.Softmax | nn.MultiheadAttention
+
+
+@dataclass(frozen=True)
+class TappedOutput:
+    """After a call: the output is a map, which the tap records or replaces."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        tapped: Tensor = getattr(module, TAP)(output)
+        return tapped
+
+
+@dataclass(frozen=True)
+class TappedVector:
+    """After a call: the output has a value for each channel."""
+
+    spatial_dims: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        shape = (*output.shape[:2], *[1] * self.spatial_dims)
+        tapped: Tensor = getattr(module, TAP)(output.reshape(shape))
+        return tapped.reshape(output.shape)
+
+
+@dataclass(frozen=True)
+class TappedKeys:
+    """After a call of a softmax over keys: the tap records what each key receives."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        tap = getattr(module, TAP)
+        if tap.sink is not None:
+            tap.record(_received(output, tap.cells_of(output.shape[-1])))
+
+
+@dataclass(frozen=True)
+class TappedHeads:
+    """After a call of `nn.MultiheadAttention`: its weights are computed again, and recorded.
+
+    The output stays as it was, whatever kernel computed it.
+    """
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: object
+    ) -> None:
+        tap = getattr(module, TAP)
+        if tap.sink is not None:
+            weights = head_weights(module, args, named)
+            tap.record(_received(weights, tap.cells_of(weights.shape[-1])))
+
+
+class ForeignTap(MapTap):
+    """A tap that knows the grid of the keys."""
+
+    def __init__(self, kind: Any, *, shares: tuple[int, ...] = (), highest: float = 1.0) -> None:
+        super().__init__(kind, highest=highest)
+        self.shares = shares
+        """The cells of the keys' grid along each axis, in the run that placed the tap."""
+
+    def cells_of(self, num_keys: int) -> tuple[int, ...]:
+        """The keys' grid of a window with so many keys."""
+        placed = math.prod(self.shares)
+        if num_keys != placed:
+            assert self.info is not None
+            raise ModelError(
+                f"{self.info.key}: was placed for {placed} keys, found {num_keys}; record it "
+                f"with an image of the size of the network's windows"
+            )
+        return self.shares
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One run of a module: the shape of its map, and where the cells lie."""
+
+    shape: tuple[int, ...]
+    followed: Followed | None
+    """Of the output, or of the keys of multi-head attention."""
+
+
+def record(
+    network: nn.Module,
+    image: Float[Tensor, "batch channel *space"],
+    modules: Sequence[str],
+    *,
+    placements: Mapping[str, Placement] | None = None,
+) -> dict[str, MapInfo]:
+    """Make attention maps of a network that segkit did not build readable, by its modules' names.
+
+    The network then has these maps as segkit's own have theirs: `Predictor(…)(scan, maps=True)`
+    returns each on its own grid with world coordinates, and `explain_volume` measures it. Weights
+    and output stay as they are; a map of the kind `spatial` can be changed too (`judge_gates`).
+
+    - `nn.Sigmoid` or `nn.Softmax` whose output are cells of features: the output ('name/spatial'),
+      or a value for each channel ('name/channel').
+    - `nn.Softmax` of attention, (batch, heads, queries, keys), and `nn.MultiheadAttention`: the
+      attention that each key receives from all queries, for each head; 1 is an equal share
+      ('name/received'). For the latter, weights are computed a second time while maps are recorded.
+
+    Args:
+        network: any network. Call this before it is compiled.
+        image: an input, of the size of the windows in prediction; the network runs once.
+        modules: names of such modules, as in `network.named_modules()`.
+        placements: where the cells of a map lie, in voxels of the input, by the module's name; only
+            for those that cannot be followed through the layers.
+
+    Returns:
+        Kind and position of each map, by its key.
+
+    Raises:
+        ModelError: if a module is missing or of another kind, is not called or called several
+            times, if fused attention computes what it would give, or if its cells cannot be
+            followed from the input.
+
+    Example:
+        gates = ["model.1.attention.psi.2", "model.1.submodule.1.attention.psi.2"]
+        segkit.record(attention_unet, torch.zeros(1, 1, 64, 64, 64), gates)
+    """
+    known = dict(network.named_modules())
+    if missing := [name for name in modules if name not in known]:
+        raise ModelError(
+            f"expected names of modules, found {', '.join(missing)}; "
+            f"print(dict(network.named_modules())) shows them"
+        )
+    seen: dict[str, list[Seen]] = {}
+    around: dict[str, list[Followed]] = {}
+
+    def watch(
+        name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
+    ) -> None:
+        given = [follower.of(value) for value in (*args, *named.values())]
+        around.setdefault(name, []).extend(one for one in given if one is not None)
+        module = known[name]
+        if name not in modules:
+            return
+        if isinstance(module, nn.MultiheadAttention):
+            shape = tuple(head_weights(module, args, named).shape)
+            key = named.get("key", args[1] if len(args) > 1 else None)
+            seen.setdefault(name, []).append(Seen(shape, follower.of(key)))
+        elif isinstance(output, Tensor):
+            seen.setdefault(name, []).append(Seen(tuple(output.shape), follower.of(output)))
+
+    with in_prediction(network):
+        follower = followed_calls(network, image, known, watch)
+    for name in modules:
+        _check(name, known[name], seen.get(name, []), follower.fused)
+    taps = []
+    for name in modules:
+        made = _made(name, known[name], seen[name][0], around, image, placements or {})
+        taps.append((known[name], *made))
+    for module, tap, hook in taps:
+        module.add_module(TAP, tap)
+        module.register_forward_hook(hook, with_kwargs=isinstance(hook, TappedHeads))
+    infos = [tap.info for _, tap, _ in taps]
+    return {info.key: info for info in infos if info is not None}
+
+
+def _check(name: str, module: nn.Module, seen: Sequence[Seen], fused: set[str]) -> None:
+    kind = type(module).__name__
+    if not isinstance(module, Readable):
+        if name in fused:
+            raise ModelError(
+                f"{name}: {kind} computes fused attention (scaled_dot_product_attention), which "
+                f"gives no weights; build the network without it (in MONAI "
+                f"use_flash_attention=False) and name its nn.Softmax"
+            )
+        raise ModelError(
+            f"{name}: expected an nn.Softmax, an nn.Sigmoid or an nn.MultiheadAttention, found a "
+            f"{kind}; name such a module"
+        )
+    if hasattr(module, TAP):
+        raise ModelError(f"{name}: is recorded already; name each module once")
+    if not seen:
+        parent = name.rpartition(".")[0]
+        why = (
+            f"{parent} computes fused attention (scaled_dot_product_attention) instead; build the "
+            f"network without it (in MONAI use_flash_attention=False)"
+            if parent in fused
+            else "name a module that the network runs"
+        )
+        raise ModelError(f"{name}: this {kind} is not called when the network runs; {why}")
+    if len(seen) > 1:
+        raise ModelError(
+            f"{name}: this {kind} is called {len(seen)} times in a run, so its maps would be mixed "
+            f"up; give each call a module of its own"
+        )
+
+
+def _made(
+    name: str,
+    module: nn.Module,
+    seen: Seen,
+    around: Mapping[str, Sequence[Followed]],
+    image: Tensor,
+    placements: Mapping[str, Placement],
+) -> tuple[ForeignTap, Callable[..., Any]]:
+    """The tap of a module, with its place, and the hook that feeds it."""
+    shape, space = seen.shape, image.ndim - 2
+    attention = isinstance(module, nn.MultiheadAttention) or (
+        isinstance(module, nn.Softmax)
+        and module.dim in (-1, len(shape) - 1)
+        and (len(shape) == 4 or len(shape) == 3)
+        and not (seen.followed is not None and not seen.followed.tokens)
+    )
+    if attention:
+        if len(shape) != 4 or shape[0] != image.shape[0]:
+            raise ModelError(
+                f"{name}: expected attention of shape (batch, heads, queries, keys) with a batch "
+                f"of {image.shape[0]}, found {shape}; attention within windows, or of heads that "
+                f"are counted with the batch, has no place in the image that could be followed"
+            )
+        keys = _keys(name, shape[-1], seen, around)
+        placement = placements.get(name, keys.placement if keys is not None else None)
+        if keys is None or placement is None:
+            raise ModelError(
+                f"{name}: its {shape[-1]} keys are not the cells of any features whose place could "
+                f"be followed from the input; attention in windows, and extra tokens such as a "
+                f"class token, cannot be placed"
+            )
+        tap = ForeignTap("received", shares=keys.cells, highest=math.inf)
+        tap.place(name, _level(placement), placement)
+        hooks: Callable[..., Any] = (
+            TappedHeads() if isinstance(module, nn.MultiheadAttention) else TappedKeys()
+        )
+        return tap, hooks
+    if len(shape) == 2 or (len(shape) == space + 2 and math.prod(shape[2:]) == 1 < shape[1]):
+        tap = ForeignTap("channel")
+        tap.place(name, 0, Placement.identity(space))
+        return tap, TappedVector(space)
+    placement = placements.get(name)
+    if placement is None and seen.followed is not None:
+        channels_first = seen.followed.axes == tuple(range(2, space + 2))
+        placement = seen.followed.placement if channels_first else None
+    if placement is None or len(shape) != space + 2:
+        raise ModelError(
+            f"{name}: cannot follow from the input where the cells of its output {shape} lie; give "
+            f"placements={{{name!r}: segkit.Placement(stride, offset)}} in voxels of the input, if "
+            f"the output is (batch, channel, *cells)"
+        )
+    tap = ForeignTap("spatial")
+    tap.place(name, _level(placement), placement)
+    return tap, TappedOutput()
+
+
+def _keys(
+    name: str, num_keys: int, seen: Seen, around: Mapping[str, Sequence[Followed]]
+) -> Followed | None:
+    """The features whose cells are the keys: the module's own, or those of a module around it."""
+    candidates = [seen.followed] if seen.followed is not None else []
+    while name:
+        name = name.rpartition(".")[0]
+        candidates += around.get(name, [])
+    fitting = [one for one in candidates if math.prod(one.cells) == num_keys]
+    return fitting[0] if fitting else None
+
+
+def _level(placement: Placement) -> int:
+    return max(0, round(math.log2(max(placement.stride))))
+
+
+def _received(weights: Float[Tensor, "batch heads queries keys"], cells: tuple[int, ...]) -> Tensor:
+    """What each key receives from all queries, over an equal share: (batch, heads, *cells)."""
+    received = weights.detach().float().mean(dim=2) * weights.shape[-1]
+    return received.reshape(*received.shape[:2], *cells)
+
+
+def head_weights(
+    module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The weights of a call of `nn.MultiheadAttention`, for each head."""
+    bound = inspect.signature(module.forward).bind(*args, **named)
+    bound.arguments.update(need_weights=True, average_attn_weights=False)
+    with torch.no_grad():
+        _, weights = module.forward(*bound.args, **bound.kwargs)
+    found: Tensor = weights
+    return found

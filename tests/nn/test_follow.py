@@ -1,0 +1,98 @@
+"""A placement that is followed through layers is where the features really lie."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+
+from segkit.nn.follow import Follower
+
+
+def mean_kernel(size: int) -> Tensor:
+    return torch.full((1, 1, size), 1.0 / size)
+
+
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stride": lambda x: F.conv1d(x, mean_kernel(3), stride=2, padding=1),
+    "dilation": lambda x: F.conv1d(x, mean_kernel(3), dilation=2, padding=1),
+    "same": lambda x: F.conv1d(x, mean_kernel(3), padding="same"),
+    "pool": lambda x: F.avg_pool1d(x, 2),
+    "two pools": lambda x: F.avg_pool1d(F.avg_pool1d(x, 2), 3, stride=1),
+    "linear": lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
+    "corners": lambda x: F.interpolate(x, size=9, mode="linear", align_corners=True),
+    "down and up": lambda x: F.interpolate(F.avg_pool1d(x, 4), size=32, mode="linear"),
+    "pad": lambda x: F.pad(x, (3, 1), mode="replicate"),
+    "slice": lambda x: x[:, :, 3:-2:2],
+    "last axis": lambda x: x.permute(0, 2, 1)[..., 1::2, :].transpose(1, 2),
+    "tokens": lambda x: x.transpose(1, 2).reshape(1, -1, 1).transpose(-1, -2),
+    "norm": lambda x: F.relu(F.instance_norm(x) * 0 + x + 5) - 5,
+    "in place": lambda x: F.avg_pool1d(x, 2).add_(0),
+    "patches": lambda x: torch.cat([x[:, :, 0::2], x[:, :, 1::2]], dim=1).mean(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_field_of_coordinates_has_the_values_of_its_placement(name: str) -> None:
+    image = torch.arange(32, dtype=torch.float32)[None, None]
+    with Follower(image) as follower:
+        features = LAYERS[name](image)
+    followed = follower.of(features)
+    assert followed is not None and followed.axes == (2,) and followed.cells == features.shape[2:]
+    places = torch.arange(features.shape[2]) * followed.placement.stride[0]
+    places += followed.placement.offset[0]
+    inside = (places > 3) & (places < 28)
+    assert inside.sum() > 4
+    assert_allclose(features[0, 0][inside], places[inside], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "expected"),
+    # The middle of each input cell, which has its value, lies at output s j + (k - 1) / 2 - p.
+    [(2, 2, 0, (0.5, -0.25)), (3, 2, 1, (0.5, 0.0)), (4, 4, 0, (0.25, -0.375))],
+)
+def test_transposed_convolutions_place_their_cells_by_the_middle_of_what_they_write(
+    kernel: int, stride: int, padding: int, expected: tuple[float, float]
+) -> None:
+    image = torch.zeros(1, 1, 8)
+    layer = nn.ConvTranspose1d(1, 1, kernel, stride, padding)
+    with Follower(image) as follower:
+        features = layer(image)
+    followed = follower.of(features)
+    assert followed is not None
+    assert (followed.placement.stride[0], followed.placement.offset[0]) == expected
+
+
+def test_tokens_are_followed_and_come_back_to_their_grid() -> None:
+    image = torch.zeros(2, 3, 8, 12)
+    patches = nn.Conv2d(3, 6, 4, stride=4)
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    with Follower(image) as follower:
+        tokens = layer(patches(image).flatten(2).transpose(1, 2))
+        back = tokens.transpose(1, 2).reshape(2, 6, 2, 3)
+        shuffled = tokens.roll(1, dims=1)
+    followed, again = follower.of(tokens), follower.of(back)
+    assert followed is not None and followed.tokens and followed.axes == (1,)
+    assert followed.cells == (2, 3)
+    assert again is not None and again.axes == (2, 3)
+    assert again.placement.stride == (4, 4) and again.placement.offset == (1.5, 1.5)
+    assert follower.of(shuffled) is None
+
+
+def test_what_is_lost_is_found_again_by_a_shortcut_and_the_skip_decides() -> None:
+    image = torch.zeros(1, 2, 8, 8)
+    with Follower(image) as follower:
+        windows = image.view(1, 2, 2, 4, 2, 4).permute(0, 1, 2, 4, 3, 5)
+        added = image + windows.permute(0, 1, 2, 4, 3, 5).reshape(1, 2, 8, 8)
+        down = F.conv2d(image, torch.zeros(2, 2, 3, 3), stride=2, padding=1)
+        up = F.conv_transpose2d(down, torch.zeros(2, 2, 2, 2), stride=2)
+        joined = torch.cat([up, image], dim=1)
+    assert follower.of(windows) is None
+    found = follower.of(added)
+    assert found is not None and found.placement.offset == (0, 0)
+    # The decoder lies a quarter of a coarse cell off; the skip has fewer layers behind it.
+    shifted, both = follower.of(up), follower.of(joined)
+    assert shifted is not None and shifted.placement.offset == (-0.5, -0.5)
+    assert both is not None and both.placement.offset == (0, 0)

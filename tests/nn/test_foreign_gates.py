@@ -1,0 +1,300 @@
+"""Laws of gates in the skips of networks that segkit did not build."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import BasicUNet, DynUNet, UNet
+from torch import Tensor, nn
+
+from segkit.errors import ModelError
+from segkit.explain.explain_scan import explain_volume
+from segkit.explain.verdicts.identity import judge_attention
+from segkit.explain.verdicts.judge import judge_gates
+from segkit.geometry.grid import Placement
+from segkit.inference.predictor import Predictor
+from segkit.io.volume import read_labels, read_volume
+from segkit.model.build import wrap_network
+from segkit.nn.attention_blocks import as_identity, attention_blocks
+from segkit.nn.foreign_gates import OpenGate, gate
+from segkit.nn.map_tap import editing, maps_of, recording
+from segkit.nn.network import SegmentationNetwork
+from segkit.training.fit import train
+from tests.nn.test_external import config_for
+from tests.small import small_dataset
+
+
+class SmpBlock(nn.Module):
+    """A decoder block with the signature of segmentation_models_pytorch 0.5."""
+
+    def __init__(self, below: int, skip: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(below + skip, out, 3, padding=1)
+
+    def forward(
+        self, feature_map: Tensor, height: int, width: int, skip_connection: Tensor | None = None
+    ) -> Tensor:
+        features = nn.functional.interpolate(feature_map, size=(height, width), mode="nearest")
+        if skip_connection is not None:
+            features = torch.cat([features, skip_connection], dim=1)
+        return self.conv(features).relu()
+
+
+class SmpUnet(nn.Module):
+    """A stand-in with the names of a U-Net of segmentation_models_pytorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 7, stride=2, padding=3)
+        self.layer = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 6, 3, padding=1))
+        self.deep = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList([SmpBlock(8, 6, 6), SmpBlock(6, 4, 4), SmpBlock(4, 0, 4)])
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        skips = [image, self.stem(image)]
+        skips.append(self.layer(skips[-1]))
+        features = self.deep(skips[-1])
+        for block, above, skip in zip(
+            self.blocks, (skips[2], skips[1], image), (skips[2], skips[1], None), strict=True
+        ):
+            features = block(features, *above.shape[2:], skip_connection=skip)
+        return self.head(features)
+
+
+class Decoder(nn.Module):
+    """A stand-in with the names of nnU-Net's UNetDecoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv3d(12, 6, 3, padding=1), nn.Conv3d(8, 4, 3, padding=1)])
+        self.transpconvs = nn.ModuleList(
+            [nn.ConvTranspose3d(8, 6, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose3d(6, 4, 2, 2)]
+        )
+        self.seg_layers = nn.ModuleList([nn.Conv3d(6, 2, 1), nn.Conv3d(4, 2, 1)])
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        features = skips[-1]
+        for number, stage in enumerate(self.stages):
+            up = self.transpconvs[number](features)
+            features = stage(torch.cat((up, skips[-(number + 2)]), 1)).relu()
+        return self.seg_layers[-1](features)
+
+
+class PlainConvUNet(nn.Module):
+    """A stand-in with the names of nnU-Net's network (dynamic_network_architectures)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.stages = nn.ModuleList(
+            [
+                nn.Conv3d(1, 4, 3, padding=1),
+                nn.Conv3d(4, 6, 3, 2, 1),
+                nn.Conv3d(6, 8, 3, (1, 2, 2), 1),
+            ]
+        )
+        self.decoder = Decoder()
+
+    def forward(self, image: Tensor) -> Tensor:
+        skips, features = [], image
+        for stage in self.encoder.stages:
+            features = stage(features)
+            skips.append(features)
+        return self.decoder(skips)
+
+
+def dyn_unet() -> DynUNet:
+    return DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 6, 8])
+
+
+IMAGE = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+BUILT: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str], list[Placement]]] = {
+    "dynunet": (
+        dyn_unet,
+        IMAGE,
+        {"skip.1": "upsamples.0"},
+        # Level 1 lies at 2 j; two of its cells make one of the gate's.
+        [Placement((4, 4), (1, 1))],
+    ),
+    "basicunet": (
+        lambda: BasicUNet(2, 1, 2, features=(4, 4, 6, 6, 8, 4)),
+        IMAGE,
+        {"skip.1": "upcat_2", "skip.2": "upcat_3", "skip.3": "upcat_4"},
+        [Placement((step, step), ((step - 1) / 2,) * 2) for step in (4, 8, 16)],
+    ),
+    "unet": (
+        lambda: UNet(2, 1, 2, channels=(4, 6, 8), strides=(2, 2), num_res_units=1),
+        IMAGE,
+        {"skip.1": "model.1.submodule.1"},
+        # Skip and signal are on one grid, that of level 1... whose features were halved once more.
+        [Placement((4, 4), (0, 0))],
+    ),
+    "smp": (SmpUnet, IMAGE, {"skip.1": "blocks.0"}, [Placement((8, 8), (2, 2))]),
+    "nnunet": (
+        PlainConvUNet,
+        torch.randn(1, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0)),
+        {"skip.1": "decoder.stages.0"},
+        [Placement((2, 4, 4), (0, 1, 1))],
+    ),
+}
+each_network = pytest.mark.parametrize("name", BUILT)
+
+
+def built(name: str) -> tuple[nn.Module, Tensor, dict[str, str]]:
+    torch.manual_seed(0)
+    build, image, _, _ = BUILT[name]
+    network = build().eval()
+    return network, image, gate(network, image)
+
+
+def partly_open(network: nn.Module) -> None:
+    """Gates that are neither open nor shut."""
+    for module in network.modules():
+        if isinstance(module, OpenGate):
+            nn.init.normal_(module.coefficients.weight, std=2.0)
+
+
+@each_network
+def test_a_gate_starts_open_and_changes_nothing_and_is_then_the_only_difference(name: str) -> None:
+    torch.manual_seed(0)
+    build, image, expected, places = BUILT[name]
+    network = build().eval()
+    whole, state = network(image), {k: v.clone() for k, v in network.state_dict().items()}
+    assert gate(network, image) == expected
+    with recording(network) as maps:
+        assert torch.equal(network(image), whole)
+    assert maps.keys() == {f"{position}/gate" for position in expected} and all(
+        torch.equal(one, torch.ones_like(one)) for one in maps.values()
+    )
+    infos = maps_of(network)
+    assert [infos[f"{position}/gate"].placement for position in expected] == places
+    # Weights keep their names and values.
+    gated = network.state_dict()
+    assert all(torch.equal(gated[key], value) for key, value in state.items())
+    assert all("segkit_gate" in key for key in gated.keys() - state.keys())
+    partly_open(network)
+    with recording(network) as maps:
+        assert not torch.allclose(network(image), whole, atol=1e-5)
+    assert all(one.min() >= 0 and one.max() <= 1.0625 for one in maps.values())
+    with editing(network, dict.fromkeys(maps, torch.ones_like)):
+        assert torch.equal(network(image), whole)
+    assert set(attention_blocks(network, image)) == set(expected)
+    with as_identity(network, list(expected)):
+        assert torch.equal(network(image), whole)
+
+
+@pytest.mark.parametrize("name", ["dynunet", "unet", "nnunet"])
+def test_gates_learn_are_copied_saved_and_loaded(name: str) -> None:
+    network, image, gated = built(name)
+    network.train()(image).square().mean().backward()
+    for position in gated.values():
+        coefficients = network.get_submodule(position).segkit_gate.coefficients
+        assert coefficients.weight.grad.abs().sum() > 0
+    network.eval()
+    whole, other = network(image), copy.deepcopy(network)
+    partly_open(other)
+    assert torch.equal(network(image), whole) and not torch.equal(other(image), whole)
+    assert torch.equal(pickle.loads(pickle.dumps(other))(image), other(image))
+    network.load_state_dict(other.state_dict())
+    assert torch.equal(network(image), other(image))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynunet", "unet", "smp", "nnunet"])
+def test_gates_are_compiled_and_exported_with_their_network(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dynamo cannot trace through the checks of shapes, which are here only in tests.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch.compiler.reset()
+    network, image, _ = built(name)
+    partly_open(network)
+    with torch.no_grad():
+        expected = network(image)
+        compiled = torch.compile(network, fullgraph=True, backend="eager")(image)
+        torch.testing.assert_close(compiled, expected)
+        exported = torch.export.export(network, (image,)).module()(image)
+        torch.testing.assert_close(exported, expected)
+
+
+def test_skips_are_chosen_by_name_and_a_gate_is_that_of_its_formula() -> None:
+    torch.manual_seed(0)
+    network = dyn_unet().eval()
+    assert gate(network, IMAGE, skips=["upsamples.1"]) == {"skip.0": "upsamples.1"}
+    made = network.get_submodule("upsamples.1").segkit_gate
+    # σ(q + log 16) / σ(log 16) for logits q of -1, 0 and 3.
+    logits = torch.tensor([-1.0, 0.0, 3.0])
+    made.coefficients.weight.data[:] = 0
+    for logit in logits:
+        made.coefficients.bias.data[:] = logit
+        with recording(network) as maps:
+            network(IMAGE)
+        expected = torch.sigmoid(logit + np.log(16)) / torch.sigmoid(torch.tensor(np.log(16)))
+        torch.testing.assert_close(maps["skip.0/gate"].mean(), expected.float())
+
+
+def test_what_cannot_be_gated_is_refused_and_stays_as_it_was() -> None:
+    network = dyn_unet().eval()
+    with pytest.raises(ModelError, match=r"found upsamples\.7$"):
+        gate(network, IMAGE, skips=["upsamples.0", "upsamples.7"])
+    with pytest.raises(ModelError, match="found no module in which a skip joins"):
+        gate(nn.Sequential(nn.Conv2d(1, 2, 1)), IMAGE)
+    with pytest.raises(ModelError, match="no multiple of the"):
+        gate(BasicUNet(2, 1, 2, features=(4,) * 6), torch.zeros(1, 1, 36, 36))
+    assert not any(isinstance(module, OpenGate) for module in network.modules())
+    gate(network, IMAGE)
+    with pytest.raises(ModelError, match="has a gate of segkit already"):
+        gate(network, IMAGE)
+    smp, image, _ = built("smp")
+    assert torch.isfinite(smp(image[..., :24])).all()
+    with pytest.raises(ValueError, match=r"expected a skip of .*give the network an image"):
+        smp(image[..., :20])
+
+
+class Shuffled(SmpUnet):
+    """Puts the voxels of an image in another order."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.roll(3, dims=3))
+
+
+def test_a_skip_that_cannot_be_followed_needs_a_placement() -> None:
+    torch.manual_seed(0)
+    network = Shuffled().eval()
+    with pytest.raises(ModelError, match=r"blocks\.0: cannot follow from the input where"):
+        gate(network, IMAGE)
+    gate(network, IMAGE, placements={"blocks.0": Placement((4, 4), (1, 1))})
+    assert maps_of(network)["skip.1/gate"].placement == Placement((8, 8), (3, 3))
+
+
+@pytest.mark.slow
+def test_a_gated_network_is_trained_read_explained_and_judged(tmp_path: Path) -> None:
+    def network(seed: int) -> DynUNet:
+        torch.manual_seed(seed)
+        made = DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 6, 8])
+        gate(made, torch.zeros(1, 1, 16, 16, 16))
+        return made
+
+    data = small_dataset(tmp_path / "data")
+    run = train(config_for(data), runs=tmp_path / "runs", network=network(0))
+    gates = [module for module in run.model.network.modules() if isinstance(module, OpenGate)]
+    assert any(module.coefficients.weight.abs().sum() > 0 for module in gates)
+    predictor = Predictor.load(run.folder, network=network(9), device="cpu")
+    scan = read_volume(data / "imagesTr" / "case_0.nii.gz")
+    label = read_labels(data / "labelsTr" / "case_0.nii.gz")
+    explanation = explain_volume(predictor, scan, label, identity=True)
+    assert explanation.maps["skip.1/gate"].volume is not None
+    assert explanation.attention is not None and explanation.attention.blocks == ("skip.1",)
+
+    def untrained(seed: int) -> SegmentationNetwork:
+        return wrap_network(run.model.description, network(seed)).eval()
+
+    (verdict, *_) = judge_gates(predictor, [(scan, label)], untrained=untrained)
+    assert verdict.map == "skip.1/gate" and verdict.word == "cannot tell"
+    assert judge_attention(predictor, [(scan, label)]).verdicts[0].block == "skip.1"
