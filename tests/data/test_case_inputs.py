@@ -257,5 +257,5 @@ def test_a_table_of_labelled_scans_is_a_dataset_without_yaml(tmp_path: Path) -> 
     assert dataset.channels == ("image",) and dataset.labels == {"background": 0, "ball": 1}
     understood = check(table, [words])
     assert understood.facts["cases"] == [case.name for case in dataset.cases]
-    with pytest.raises(DatasetError, match="expected names of labels, found none; set data.labels"):
+    with pytest.raises(DatasetError, match=r"expected names of labels, found none; set data"):
         check(table)
