@@ -9,6 +9,7 @@ import yaml
 
 from segkit.config.data import CtWindowConfig
 from segkit.config.model import ModelDescription
+from segkit.config.training import SCHEDULE_OF
 from segkit.evaluation.scores import METRICS, Statistic
 from segkit.export.shared_facts import Scores, SharedFacts, SharedVerdicts
 
@@ -24,9 +25,9 @@ MEANT_FOR = (
     "author has not stated any other intended use."
 )
 KNOWN_LIMITS = (
-    "Scores are those of the cases named above. On scans of other scanners, sites, protocols, ages "
-    "or diseases it may do worse, and it does not say so. Try it on your own labelled scans first "
-    "(`segkit evaluate`)."
+    "Scores are those of the cases described above. On scans of other scanners, sites, protocols, "
+    "ages or diseases it may do worse, and it does not say so. Try it on your own labelled scans "
+    "first (`segkit evaluate`)."
 )
 SHORTEST_INTERVAL = 2
 """Fewest scores of which an interval is shown."""
@@ -149,7 +150,10 @@ def _plan(described: ModelDescription, facts: SharedFacts) -> str:
         train = facts.config.train
         rows += [
             ("batch", facts.config.data.batch_size),
-            ("optimiser", f"{train.optimiser}, schedule {train.schedule or 'of its own'}"),
+            (
+                "optimiser",
+                f"{train.optimiser}, schedule {train.schedule or SCHEDULE_OF[train.optimiser]}",
+            ),
         ]
     told = {
         "parameters": "weights of the network",

@@ -226,7 +226,8 @@ def read_verdicts(path: Path, folders: Sequence[Path]) -> SharedVerdicts:
     try:
         content = read_json_object(path)
         judged = [one[WEIGHTS] for one in content["provenance"]["models"]]
-        rows = [{key: one[key] for key in OF_VERDICT} for one in content["verdicts"]]
+        judgement = content.get("worth", content)  # in measures.json they lie one level deeper
+        rows = [{key: one[key] for key in OF_VERDICT} for one in judgement["verdicts"]]
         scans = int(content.get("scans", 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

@@ -214,6 +214,7 @@ def test_the_card_has_each_class_with_its_interval(run: Path, tmp_path: Path) ->
     assert "20 cases trained the model; 3 others were held out" in card
     assert "| steps | 1,000 |" in card and "| weights of the network | 12,345 |" in card
     assert "| attention | skip: additive_grid |" in card
+    assert "| optimiser | adamw, schedule one_cycle |" in card
     told = json.loads((tmp_path / "brains" / "scores.json").read_text())
     assert told["held_out"]["classes"]["one"]["dice"]["mean"] == pytest.approx(0.7)
     assert told["held_out"]["classes"]["two"]["dice"]["num_undefined"] == 1
@@ -265,6 +266,12 @@ def test_verdicts_on_this_model_are_found_in_its_run_and_those_of_another_are_re
     assert "| skip.1/gate | one | informative | Over 4 scans, the gate lets one through" in card
     rows = json.loads((tmp_path / "a" / "verdicts.json").read_text())
     assert (rows["scans"], [row["structure"] for row in rows["verdicts"]]) == (4, ["one", "two"])
+    told = json.loads((copied / "explained" / "all" / "cohort.json").read_text())
+    (tmp_path / "one").mkdir()
+    of_one_scan = {"worth": {"verdicts": told["verdicts"][:1]}, "provenance": told["provenance"]}
+    write_json(tmp_path / "one" / "measures.json", of_one_scan)
+    push_model(run, tmp_path / "one_scan", verdicts=tmp_path / "one")
+    assert "Over 1 scan, the best verdict" in (tmp_path / "one_scan" / "README.md").read_text()
     provenance = {"models": [{"run": "x", "weights.safetensors": "0" * 64}]}
     other = verdicts_of(run, tmp_path / "other", provenance=provenance)
     with pytest.raises(
