@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from segkit.config.dataset_files import DatasetConfig
+from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.data.case_facts import facts_of_cases
@@ -106,7 +106,7 @@ def check(
             refuse_volumes_beside_series(path)
             return describe_series(path, None)
         return describe_tree(path, series or SeriesRule())
-    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+    if path.is_dir() or path.suffix.lower() in (".yaml", ".yml", *TABLE_SUFFIXES):
         dataset = dataset_in(path, overrides)
         if dataset is None:
             return check_config(path, overrides, track)

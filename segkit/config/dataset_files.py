@@ -12,6 +12,7 @@ from segkit.config.pictures import PicturesConfig
 
 OTHERS = "others"
 """This word stands for all numbers in label files that belong to no name."""
+TABLE_SUFFIXES = (".csv", ".tsv")
 NumberInFiles = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Word = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from segkit.config.base import Section
-from segkit.config.dataset_files import DatasetConfig
+from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.refusals import refusal
 from segkit.config.training import Config, with_schedules
 from segkit.errors import ConfigError
@@ -52,14 +52,20 @@ def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | Non
     """The dataset that a path names, or None if the path is a config for training.
 
     Args:
-        path: a folder, or a YAML file that has only dataset settings, such as files and labels.
+        path: a folder, a YAML file that has only dataset settings, such as files and labels, or a
+            table of cases with the columns `id`, `image` and `label`; `overrides` then name labels.
         overrides: `key=value` changes; those that do not change a dataset setting are ignored.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is wrong.
     """
     own = set(DatasetConfig.model_fields)
-    tree = {"data": {"folder": str(path)}} if path.is_dir() else read_yaml(path)
+    is_table = not path.is_dir() and path.suffix.lower() in TABLE_SUFFIXES
+    if is_table:
+        files = {"table": path.name, "images": {"image": "image"}}
+        tree: dict[str, Any] = {"data": {"folder": str(path.parent), "files": files}}
+    else:
+        tree = {"data": {"folder": str(path)}} if path.is_dir() else read_yaml(path)
     data = tree.get("data")
     if set(tree) != {"data"} or not isinstance(data, dict) or not set(data) <= own:
         return None

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from segkit.config.dataset_files import DatasetConfig, FilesConfig
+from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig, FilesConfig
 from segkit.config.load import dataset_in, load_config
 from segkit.config.pictures import pixel_mm_of
 from segkit.data.bids import bids_images, is_bids
 from segkit.data.dataset import dataset_of
 from segkit.data.dicom_cases import list_dicom
 from segkit.data.file_patterns import ID, IMAGE, list_images
-from segkit.data.tables import TABLE_SUFFIXES, read_csv
+from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.inputs import Input, find_inputs
 from segkit.io.picture_rules import PictureRules

@@ -7,8 +7,6 @@ from pathlib import Path
 from segkit.errors import DatasetError
 from segkit.io.safe_text import read_text
 
-TABLE_SUFFIXES = (".csv", ".tsv")
-
 
 def read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table, by column, and its columns.

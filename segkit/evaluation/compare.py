@@ -16,7 +16,7 @@ from scipy.stats import permutation_test
 
 from segkit.data.tables import read_csv
 from segkit.errors import ConfigError, DatasetError, first_few
-from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, name_in
+from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, score_name
 from segkit.io.atomic import without_nan
 from segkit.io.picture_rules import MM_OF, Unit
 from segkit.io.safe_text import read_json_object
@@ -136,7 +136,7 @@ def compare(
         if metric not in METRICS:
             raise ConfigError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
     (first, unit), (second, other_unit) = _read(Path(a)), _read(Path(b))
-    lengths = [metric for metric in metrics if name_in(metric, "pixel") != metric]
+    lengths = [metric for metric in metrics if score_name(metric, "pixel") != metric]
     if lengths and (unit == "pixel") != (other_unit == "pixel"):
         raise ConfigError(
             f"{a} has lengths in {unit}, {b} in {other_unit}; evaluate both with the same "
@@ -159,7 +159,7 @@ def compare(
                 f"{without}: has no scores of {metric}; write them with segkit evaluate --out FILE"
             )
         smaller = metric in SMALLER_IS_BETTER
-        shown = name_in(metric, unit)
+        shown = score_name(metric, unit)
         if metric in lengths:
             table_a, table_b = table_a / MM_OF[unit], table_b / MM_OF[unit]
         columns = [*table_a.T, _mean_over(table_a)], [*table_b.T, _mean_over(table_b)]
@@ -187,7 +187,7 @@ def compare(
 
 def _in_mm(metric: str) -> str:
     """The name in `METRICS` of a metric whose name may end in another unit of length."""
-    known = {name_in(name, unit): name for name in METRICS for unit in ENDING_OF}
+    known = {score_name(name, unit): name for name in METRICS for unit in ENDING_OF}
     return known.get(metric, metric)
 
 
@@ -217,11 +217,13 @@ def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
         if "cases" in content:
             found: dict[str, dict[str, dict[str, float]]] = {}
             for row in content["cases"]:
-                unit = next((each for each in ENDING_OF if name_in("hd95_mm", each) in row), unit)
+                unit = next(
+                    (each for each in ENDING_OF if score_name("hd95_mm", each) in row), unit
+                )
                 scores = {
                     key: _number(row[name]) * (MM_OF[unit] if name != key else 1)
                     for key in METRICS
-                    if (name := name_in(key, unit)) in row
+                    if (name := score_name(key, unit)) in row
                 }
                 found.setdefault(str(row["case"]), {})[str(row["name"])] = scores
         else:

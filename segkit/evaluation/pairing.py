@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from segkit.config.dataset_files import TABLE_SUFFIXES
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config
 from segkit.data.bids import bids_label_names, bids_labels, is_bids
 from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.data.dataset_json import labelling_of
 from segkit.data.file_patterns import ID, LABEL
-from segkit.data.tables import TABLE_SUFFIXES, read_csv
+from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import (

@@ -347,7 +347,7 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
 
 def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
     statistics = {
-        name_in(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
+        score_name(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
         for metric, value in of_class.metrics.items()
     }
     return {"label": of_class.label, "name": of_class.name, **statistics}
@@ -357,7 +357,7 @@ def _is_length(name: str) -> bool:
     return name.endswith("_mm")
 
 
-def name_in(name: str, unit: Unit) -> str:
+def score_name(name: str, unit: Unit) -> str:
     """The name of a score in JSON; that of a length ends in its unit, as `hd95_um` does."""
     return name.removesuffix("_mm") + ENDING_OF[unit] if _is_length(name) else name
 
@@ -365,7 +365,7 @@ def name_in(name: str, unit: Unit) -> str:
 def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """The fields with lengths converted from mm to another unit, and named after it."""
     return {
-        name_in(name, unit): value / MM_OF[unit] if _is_length(name) else value
+        score_name(name, unit): value / MM_OF[unit] if _is_length(name) else value
         for name, value in fields.items()
     }
 

@@ -15,7 +15,7 @@ IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 """The uncompressed transfer syntaxes in use, both little-endian."""
 PIXELS = b"\xe0\x7f\x10\0"
 """The tag of pixel data."""
-WORDS = (b"OW\0\0", b"OB\0\0")
+PIXEL_TYPES = (b"OW\0\0", b"OB\0\0")
 """The types of pixel data, with two bytes that are not used."""
 PADDING = b"\xfc\xff\xfc\xff"
 """The tag of bytes after the last element that mean nothing."""
@@ -59,7 +59,7 @@ def _length_at_end(content: bytes, *, explicit: bool) -> int | None:
     place = content.find(PIXELS)
     while place >= 0:
         start = place + len(PIXELS)
-        if not explicit or content[start : start + 4] in WORDS:
+        if not explicit or content[start : start + 4] in PIXEL_TYPES:
             start += 4 * explicit
             length = int.from_bytes(content[start : start + 4], "little")
             end = start + 4 + length

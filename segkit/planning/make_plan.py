@@ -352,20 +352,24 @@ def _in_slices_if_time_is_short(task: _Task) -> _Task:
     return replace(task, spatial_dims=2, why_slices=why)
 
 
+def _minutes(count: float) -> str:
+    return f"{count:g} minute" + "s" * (count != 1)
+
+
 def _planned_task(task: _Task) -> Planned:
     """The planned config, or the configs of two stages."""
     minutes, source = task.minutes, task.source
-    plan, share = task.plan(), f"{minutes:g}"
+    plan, share = task.plan(), _minutes(minutes)
     if not task.own_schedule and plan.low_resolution is not None:
         task = replace(task, minutes=minutes / 2)
-        plan, share = task.plan(), f"{minutes / 2:g} of {minutes:g}"
+        plan, share = task.plan(), f"{minutes / 2:g} of {_minutes(minutes)}"
     budget = f"{task.gigabytes:g} GB of memory"
     if task.timed:
         on_cpu = task.device.type == "cpu"
         machine = "this machine's CPU" if on_cpu else torch.cuda.get_device_name(task.device)
-        budget = f"{share} minutes of training on {machine}"
+        budget = f"{share} of training on {machine}"
     elif not task.own_schedule:
-        budget += f" and {share} minutes of training on a GPU that this machine does not have"
+        budget += f" and {share} of training on a GPU that this machine does not have"
     dataset = task.dataset
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
@@ -488,7 +492,7 @@ def schedule_within(
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
     why = (
-        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. Of {minutes:g} minutes, "
+        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. Of {_minutes(minutes)}, "
         f"{preparing:.0f} s are reserved for preparing, {validating:.0f} s for {count} validations "
         f"of {cases} cases and {scoring:.0f} s for the final scores; {steps:,} steps fit into the "
         f"rest."

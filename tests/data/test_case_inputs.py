@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from segkit.checking import check
 from segkit.config.dataset_files import DatasetConfig
+from segkit.config.load import dataset_in
 from segkit.data.bids import bids_labels, parts_of
 from segkit.data.case_inputs import inputs_in
 from segkit.data.dataset import dataset_of
@@ -234,3 +236,26 @@ def test_derivatives_are_scored_against_bids_folders_and_tables(
     scores = evaluate(out, references)
     assert [row.case for row in scores.cases] == ["sub-01_ses-b", "sub-02_ses-b"]
     assert scores.summary.overall.metrics["dice"].mean == 1.0 and not scores.extra
+
+
+def test_a_table_of_labelled_scans_is_a_dataset_without_yaml(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data")
+    names = sorted(path.name for path in (folder / "labelsTr").iterdir())
+    rows = [
+        f"c{number},imagesTr/{image.name},labelsTr/{label},p{number // 2}"
+        for number, (image, label) in enumerate(
+            zip(sorted((folder / "imagesTr").iterdir()), names, strict=True)
+        )
+    ]
+    table = folder / "cases.csv"
+    table.write_text("\n".join(["id,image,label,patient", *rows]) + "\n")
+    words = "data.labels={background: 0, ball: 1}"
+    found = dataset_in(table, [words, "data.group_by={column: patient}"])
+    assert found is not None
+    dataset = dataset_of(found)
+    assert [case.name for case in dataset.cases] == [f"c{number}" for number in range(len(rows))]
+    assert dataset.channels == ("image",) and dataset.labels == {"background": 0, "ball": 1}
+    understood = check(table, [words])
+    assert understood.facts["cases"] == [case.name for case in dataset.cases]
+    with pytest.raises(DatasetError, match=r"expected names of labels, found none; set data"):
+        check(table)
