@@ -224,6 +224,11 @@ def _failure(address: HubAddress, error: Exception) -> str:
         )
     if code is not None:
         return f"{address}: {hub_server()} answered {code}: {said}; try again later"
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return (
+            f"{address}: huggingface_hub refuses it: {said}; check the two names, or update "
+            f"huggingface_hub"
+        )
     return (
         f"{address}: {hub_server()} cannot be reached: {said or type(error).__name__}; check the "
         f"network, or name the folder of a model"
