@@ -14,7 +14,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeCon
 from segkit.config.dicom import DicomConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
-from segkit.data.bids import is_bids, list_bids
+from segkit.data.bids import bids_label_names, is_bids, list_bids
 from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
 from segkit.data.dicom_cases import check_structures, list_dicom_files, structure_rules
@@ -161,7 +161,7 @@ def read_dataset(
             if not is_file_name(case.name):
                 raise DatasetError(
                     f"{case.label}: the name of the case, {case.name!r}, cannot be the name of a "
-                    f"file; rename the label"
+                    f"file on every system; rename the label"
                 )
     problems.refuse()
     labelling = file.labelling
@@ -224,10 +224,20 @@ def _labelled(data: DatasetConfig) -> Dataset:
     if data.labels is None:
         return read_dataset(data.folder, data.files, data.pictures, dicom=data.dicom)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
-    if data.dicom is None or not data.dicom.images:
-        source = "dataset.json" if data.files is None else "data.files"
-        logger.info("%s: labels come from data.labels instead of %s", data.folder, source)
+    if source := _other_source_of_labels(data):
+        logger.warning("%s: labels come from data.labels instead of %s", data.folder, source)
     return read_dataset(data.folder, data.files, data.pictures, labelling, data.dicom)
+
+
+def _other_source_of_labels(data: DatasetConfig) -> str | None:
+    """The place of names of labels that `data.labels` replaces, if there is one."""
+    if data.dicom is not None and data.dicom.images:
+        return None
+    if data.files is not None:
+        return "data.files.labels" if data.files.labels else None
+    if (data.folder / "dataset.json").exists():
+        return "dataset.json"
+    return "dseg.tsv" if is_bids(data.folder) and bids_label_names(data.folder) else None
 
 
 def _of_pictures(

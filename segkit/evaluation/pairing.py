@@ -27,9 +27,9 @@ from segkit.data.bids import bids_label_names, bids_labels, is_bids
 from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.data.dataset_json import labelling_of
 from segkit.data.file_patterns import ID, LABEL
-from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.picture_rules import PictureRules
+from segkit.io.tables import read_csv
 from segkit.io.volume import (
     AS_IT_SAYS,
     SUFFIXES,

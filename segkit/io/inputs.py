@@ -326,7 +326,8 @@ def check_name(name: str, whose: Path) -> None:
     """Raise VolumeError if a case's name cannot be a file name or would leave its folder."""
     if not is_file_name(name):
         raise VolumeError(
-            f"{whose}: expected a name that can be a file name, found {name!r}; rename it"
+            f"{whose}: expected a name that can be a file name, also on Windows, found {name!r}; "
+            f"rename it"
         )
 
 

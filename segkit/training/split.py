@@ -9,6 +9,7 @@ import numpy as np
 from segkit.config.data import DataConfig
 from segkit.config.training import Config
 from segkit.data.case_groups import divided_groups, grouping_advice, groups_of, strata_of
+from segkit.data.case_table import unused_columns
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
 from segkit.training.distribute import distribute
@@ -34,6 +35,8 @@ def split_of(dataset: Dataset, config: Config) -> Split:
         ConfigError: a setting of the split does not fit the dataset.
     """
     data = config.data
+    for sentence in unused_columns(data):
+        logger.warning("%s", sentence)
     if data.fold is not None or data.splits is not None:
         return nth_of(dataset, folds_of(dataset, data), data.fold or 0)
     if (data.folder / SPLITS_FILE).is_file():

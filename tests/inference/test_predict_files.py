@@ -368,7 +368,9 @@ def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
     assert not list(out.glob(".unfinished*"))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "/a", "a\0b", "a\x1b[2J"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "/a", "a\0b", "a\x1b[2J", "12:30", "CON", "a."]
+)
 def test_a_name_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     source = Input(name, (noise_at(tmp_path / "scan.nii.gz"),))
     (outcome,) = predict_files(predictor_of(None), [source], out=tmp_path / "out" / "labels")
