@@ -14,7 +14,7 @@ from segkit.errors import ConfigError, DatasetError
 from segkit.planning.make_plan import plan_dataset
 from segkit.training.split import split_of
 from tests.cli.command import run
-from tests.small import small_config, small_dataset
+from tests.small import small_dataset
 
 LABELS = "data.labels={background: 0, ball: 1}"
 COLUMNS = "patient,fold,set,age"
@@ -111,7 +111,7 @@ def test_a_table_is_planned_with_settings_of_the_command(
     config = load_config(tmp_path / "data.yaml")
     assert config.data.files is not None and config.data.files.table == Path("cases.csv")
     assert [case.name for case in dataset_of(config.data).cases] == ["c0", "c1", "c2"]
-    train, held_out = split_of(dataset_of(config.data), config)
+    held_out = split_of(dataset_of(config.data), config).held_out
     assert {case.name for case in held_out} in ({"c0", "c1"}, {"c2"})
     code, _, err = run("plan", table, LABELS, "train.steps=5", capsys=capsys)
     assert code == 2 and "found 'train.steps=5'; give it to segkit train" in err
@@ -134,5 +134,5 @@ def test_a_table_without_names_of_labels_is_refused_with_the_numbers_that_it_hol
     )
     with pytest.raises(DatasetError, match=words):
         check(table)
-    with pytest.raises(ConfigError, match="data.labels"):
+    with pytest.raises(ConfigError, match=r"data\.labels"):
         check(table, ["data.labels=5"])
