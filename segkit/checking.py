@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from segkit.config.data import DataConfig
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
@@ -257,7 +257,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     voxels = [int(held[list(numbers)].sum()) for numbers in groups.values()]
     seen = set(np.flatnonzero(held).tolist())
     warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
-    own = source if isinstance(source, DataConfig) else None
+    own = source if isinstance(source, SplitDatasetConfig) else None
     proposed = grouping_advice(dataset, own)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
@@ -304,7 +304,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     return Understood("dataset", "\n".join(lines), facts)
 
 
-def _lines_of_split(dataset: Dataset, data: DataConfig) -> list[str]:
+def _lines_of_split(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
     """Lines on groups and own folds, if settings beside a dataset ask for them."""
     lines = []
     if (groups := groups_of(dataset, data)) is not None:

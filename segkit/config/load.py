@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from segkit.config.base import Section
-from segkit.config.data import DataConfig
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.refusals import refusal
 from segkit.config.training import Config, with_schedules
@@ -32,7 +32,7 @@ OF_TABLES = frozenset({"id", "label"})
 class DatasetFileConfig(Section):
     """A YAML file that describes a dataset, and settings of its split from the command."""
 
-    data: DataConfig
+    data: SplitDatasetConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -56,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, source=str(path))
 
 
-def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DataConfig | None:
+def dataset_in(path: Path, overrides: Sequence[str] = ()) -> SplitDatasetConfig | None:
     """The dataset that a path names, or None if the path is a config for training.
 
     Args:

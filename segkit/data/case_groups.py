@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from segkit.config.data import DataConfig, PatternConfig
+from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, first_few
@@ -18,7 +18,7 @@ ALIKE = r"^(.+?)[ _-](?:ses|visit|time|tp|scan|v|t)?-?[A-Za-z]?[0-9]{0,8}$"
 MOST_VISITS = 20
 
 
-def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None:
+def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]] | None:
     """Numbers of the cases in each group, by the group's name; None without `data.group_by`.
 
     Raises:
@@ -59,7 +59,7 @@ def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
     return match[1] if match else None
 
 
-def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
+def strata_of(dataset: Dataset, data: SplitDatasetConfig) -> np.ndarray:
     """Whether each case belongs to each stratum: an array (case, stratum) of 0 and 1.
 
     Raises:
@@ -98,7 +98,7 @@ def likely_grouping(dataset: Dataset) -> str | None:
     return f"{{pattern: '{ALIKE}'}}"
 
 
-def grouping_advice(dataset: Dataset, data: DataConfig | None) -> str | None:
+def grouping_advice(dataset: Dataset, data: SplitDatasetConfig | None) -> str | None:
     """Advice to group cases whose names look alike; None if there are none or a config does it."""
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None

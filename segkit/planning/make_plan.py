@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from segkit.config.data import DataConfig
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
@@ -377,7 +377,7 @@ def _planned_task(task: _Task) -> Planned:
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
-    advice = grouping_advice(dataset, source if isinstance(source, DataConfig) else None)
+    advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
     for sentence in ([advice] if advice else []) + unused_columns(source):
         heading = f"{heading} {sentence.removesuffix('.')}."
     name = _run_name(source.folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from segkit.checking import check
-from segkit.config.data import DataConfig
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.load import dataset_in, load_config
 from segkit.data.case_table import unused_columns
 from segkit.data.dataset import dataset_of
@@ -32,7 +32,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def data_of(path: Path, *overrides: str) -> DataConfig:
+def data_of(path: Path, *overrides: str) -> SplitDatasetConfig:
     found = dataset_in(path, [LABELS, *overrides])
     assert found is not None
     return found
