@@ -77,6 +77,7 @@ def test_columns_are_known_by_their_names_and_values(
     assert advice is None or f"column {column} is not used; {advice}" in found[0]
 
 
+@pytest.mark.slow
 def test_check_plan_and_train_report_unused_columns(
     table: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
