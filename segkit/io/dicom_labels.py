@@ -2,8 +2,8 @@
 
 A structure set (RTSTRUCT) holds contours in mm, which are filled here. A voxel is inside if its
 centre lies within an odd number of the contours on its slice; so a contour inside another is a
-hole. A segmentation (SEG) holds masks with the position of each frame. Names of structures differ
-from patient to patient, so patterns assign them to classes.
+hole. Segmentations (SEG) are read by `segkit.io.dicom_segments`. Names of structures differ from
+patient to patient, so patterns assign them to classes.
 """
 
 import logging
@@ -16,18 +16,18 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image, ImageDraw
 
-from segkit.errors import SegkitError, VolumeError, first_few
+from segkit.errors import VolumeError, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
 from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
-from segkit.io.dicom_frames import damaged, group_of, read_header
+from segkit.io.dicom_frames import damaged, read_header
+from segkit.io.dicom_segments import named_segments, paint_segments
 from segkit.io.kept import kept_while_unchanged
 from segkit.io.structure_rules import StructureRules
 
 logger = logging.getLogger(__name__)
 
 OFF_SLICE = 0.25
-"""The largest distance of a contour from its slice, in slice distances, and of a mask's pixel
-from its voxel, in voxels."""
+"""The largest distance of a contour from its slice, in slice distances."""
 FINER = 15
 """Number of pixels along the edge of a voxel while a contour is filled. It is odd, so that one
 pixel lies at the centre of the voxel."""
@@ -41,6 +41,7 @@ TOLD_BY_FILE = (
     *("SOPClassUID", "SeriesDescription", "StructureSetLabel", "Modality", "StudyInstanceUID"),
     *("StructureSetROISequence", "ReferencedFrameOfReferenceSequence"),
     *("SegmentSequence", "ReferencedSeriesSequence", "FrameOfReferenceUID"),
+    *("SegmentationType", "PixelPaddingValue"),
 )
 """Elements of the header that describe a file of structures, without its contours."""
 
@@ -114,7 +115,7 @@ def read_structure_file(path: Path) -> StructureFile:
         ]
         frames = [str(world.get("FrameOfReferenceUID") or "") for world in worlds]
     else:
-        names = [str(one.get("SegmentLabel") or "") for one in _listed(header, "SegmentSequence")]
+        names = [name for _, name in named_segments(header)]
         series = [
             str(one.SeriesInstanceUID)
             for one in _listed(header, "ReferencedSeriesSequence")
@@ -152,10 +153,12 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
     signed = min(rules.background, *rules.numbers.values()) < 0
     kind_of = np.min_scalar_type(-highest if signed else highest)
     labels = np.full(grid.shape, rules.background, kind_of, order="F")
-    masks = _contoured if kind == "contours" else _segmented
+    if kind == "segmentation":
+        paint_segments(path, header, chosen, rules.numbers, grid, labels)
+        return labels
     for name, places in chosen.items():
         for place in places:
-            masks(path, header, place, names[place], grid, labels, rules.numbers[name])
+            _contoured(path, header, place, names[place], grid, labels, rules.numbers[name])
     return labels
 
 
@@ -244,74 +247,6 @@ def _toggle(mask: ndarray, corners: ndarray) -> None:
     ImageDraw.Draw(drawn).polygon([tuple(corner) for corner in fine.tolist()], fill=1, outline=1)
     centres = np.asarray(drawn)[FINER // 2 :: FINER, FINER // 2 :: FINER]
     mask[low[0] : high[0] + 1, low[1] : high[1] + 1] ^= centres.T
-
-
-def _segmented(
-    path: Path, header: Any, place: int, name: str, grid: Grid, labels: ndarray, number: int
-) -> None:
-    """Paint one segment of a segmentation."""
-    try:
-        import highdicom
-    except ImportError:
-        raise SegkitError(
-            f"{path}: expected highdicom, which reads segmentations, but it is not installed; run "
-            f"pip install 'segkit[dicom]'"
-        ) from None
-    segment = _listed(header, "SegmentSequence")[place].get("SegmentNumber")
-    try:
-        segmentation = highdicom.seg.Segmentation.from_dataset(header, copy=False)
-        shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
-        for index, own in enumerate(header.PerFrameFunctionalGroupsSequence):
-            belongs = group_of(own, shared, "SegmentIdentificationSequence")
-            if belongs is not None and belongs.ReferencedSegmentNumber != segment:
-                continue
-            stored = segmentation.get_stored_frame(index + 1)
-            if belongs is None:  # a map of labels
-                inside = stored == segment
-            else:
-                inside = 2 * stored.astype(int) >= int(header.get("MaximumFractionalValue") or 1)
-            if inside.any():
-                _stamp(path, name, inside, _frame_affine(own, shared), grid, labels, number)
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise damaged(path, error) from None
-
-
-def _frame_affine(own: Any, shared: Any) -> ndarray:
-    """The matrix (4, 3) from (column, row, 1) of a frame to RAS+ in mm."""
-    position = group_of(own, shared, "PlanePositionSequence").ImagePositionPatient
-    along = group_of(own, shared, "PlaneOrientationSequence").ImageOrientationPatient
-    spacing = group_of(own, shared, "PixelMeasuresSequence").PixelSpacing
-    affine = np.zeros((4, 3))
-    affine[:3, 0] = np.array(along[:3], float) * float(spacing[1])
-    affine[:3, 1] = np.array(along[3:], float) * float(spacing[0])
-    affine[:3, 2] = np.array(position, float)
-    affine[3, 2] = 1
-    return LPS_TO_RAS @ affine
-
-
-def _stamp(
-    path: Path,
-    name: str,
-    inside: ndarray,
-    affine: ndarray,
-    grid: Grid,
-    labels: ndarray,
-    number: int,
-) -> None:
-    """Paint the pixels (row, column) of a frame into the voxels at their positions."""
-    rows, columns = np.nonzero(inside)
-    world = np.stack([columns, rows, np.ones(len(rows))]).T @ affine[:3].T
-    places = grid.index(world)
-    nearest = np.rint(places).astype(int)
-    off = float(np.abs(places - nearest).max())
-    beyond = (nearest < 0).any() or (nearest >= grid.shape).any()
-    if off > OFF_SLICE or beyond:
-        what = "outside it" if beyond else f"up to {off:.2g} voxels beside its voxels"
-        raise VolumeError(
-            f"{path}: segment {name} lies on another grid than the series, {what}; choose the "
-            f"series that it was made from, or resample the segmentation"
-        )
-    labels[tuple(nearest.T)] = number
 
 
 def _listed(header: Any, name: str) -> list[Any]:

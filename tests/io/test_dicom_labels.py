@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import highdicom
 import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
 from numpy import ndarray
 from numpy.testing import assert_array_equal
 from pydicom import Dataset, dcmread
-from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
 
 from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
@@ -220,46 +217,6 @@ def test_a_segmentation_comes_back_as_the_labels_that_it_was_made_of(
     assert told.series == {choose_series(tmp_path / "ct").uid}
     rules = rules_of(path, tmp_path / "ct", {"liver": ["liver"], "lesion": ["lesion"]})
     assert_array_equal(read_label_values(path, rules=rules).data, labels)
-
-
-def test_of_fractions_those_of_half_and_more_are_inside(series: Path, tmp_path: Path) -> None:
-    sources = [dcmread(one.path) for one in choose_series(series).slices]
-    sources.sort(key=lambda one: one.InstanceNumber)
-    shares = np.zeros((SHAPE[2], SHAPE[1], SHAPE[0], 1))
-    shares[2, 3, 4:8, 0] = 0.2, 0.49, 0.51, 1.0
-    made_by = highdicom.AlgorithmIdentificationSequence(
-        name="test", family=codes.DCM.ArtificialIntelligence, version="1"
-    )
-    made = highdicom.seg.Segmentation(
-        source_images=sources,
-        pixel_array=shares,
-        segmentation_type=highdicom.seg.SegmentationTypeValues.FRACTIONAL,
-        segment_descriptions=[
-            highdicom.seg.SegmentDescription(
-                segment_number=1,
-                segment_label="Nodule",
-                segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-                segmented_property_type=codes.SCT.Lesion,
-                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=made_by,
-            )
-        ],
-        series_instance_uid=generate_uid(),
-        series_number=2,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer="test",
-        manufacturer_model_name="test",
-        software_versions="1",
-        device_serial_number="1",
-    )
-    path = tmp_path / "seg.dcm"
-    made.save_as(path)
-    labels = read_label_values(path, rules=rules_of(path, series, {"nodule": ["nodule"]}))
-    expected = np.zeros(labels.grid.shape, int)
-    places = GRID.world(np.array([[6.0, 3.0, 2.0], [7.0, 3.0, 2.0]]))
-    expected[tuple(np.rint(labels.grid.index(places)).astype(int).T)] = 1
-    assert_array_equal(labels.data, expected)
 
 
 def test_a_segmentation_on_another_grid_is_refused(series: Path, tmp_path: Path) -> None:
