@@ -39,6 +39,7 @@ from segkit.explain.attribution.examine import (
 )
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
+from segkit.explain.heads.study import check_unlabelled
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
     TOLERANCE_MM,
@@ -383,7 +384,7 @@ def explain_volume(
     chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
-    _check_unlabelled(name, unlabelled, labelling)
+    check_unlabelled(name, unlabelled, labelling)
     lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
         reference = _reference_on(volume, reference, labelling, name)
@@ -458,15 +459,6 @@ def explain_volume(
         attributed,
         tests,
     )
-
-
-def _check_unlabelled(name: str, unlabelled: Collection[str], labelling: Labelling) -> None:
-    """Raise VolumeError if the model does not know one of these classes or regions."""
-    if unknown := [each for each in unlabelled if each not in labelling.members]:
-        raise VolumeError(
-            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
-            f"{', '.join(labelling.members)}; correct the name"
-        )
 
 
 def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:

@@ -1,11 +1,13 @@
 """`segkit predict`: predict files and write the results to files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
@@ -166,7 +168,7 @@ def predict_files(
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: TrackSlabs = untracked_slabs,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Segment each input and write the results. A bad input does not stop the others.
 
     While the network runs, the next volume is read and prepared and the last result is written, so
@@ -243,7 +245,9 @@ def predict_files(
     ) -> tuple[Input, Targets | Outcome, Future[_Read] | None]:
         if isinstance(plan, Targets):
             plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(_read, predictor, source) if isinstance(plan, Targets) else None
+        reading = (
+            reader.submit(_read, predictor, source, stopped) if isinstance(plan, Targets) else None
+        )
         return source, plan, reading
 
     def segment(
@@ -271,17 +275,33 @@ def predict_files(
         work = partial(_write, source, plan, prediction, image, description, made)
         return writer.submit(_guarded, source, work)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as writer, _reading_ahead() as (reader, stopped):
         reading = (read(source, plan) for source, plan in planned[number - 1 :: count])
         writing = (segment(*plan) for plan in _one_ahead(reading))
         for outcome in _one_ahead(writing):
             yield outcome if isinstance(outcome, Outcome) else outcome.result()
 
 
-def _read(predictor: Predictor, source: Input) -> _Read:
+@contextmanager
+def _reading_ahead() -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+    """A thread for `_read`, and the event that tells it to stop.
+
+    The block may end early, for example by Ctrl-C. Then only the file that is being read is read to
+    its end; it is not prepared, and the next is not begun.
+    """
+    stopped = Event()
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            yield reader, stopped
+        finally:
+            stopped.set()
+            reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(predictor: Predictor, source: Input, stopped: Event) -> _Read:
     """The volume of an input, and its images if they may be prepared already."""
     volume = predictor.with_numbers(read_input(source))
-    return volume, predictor.prepare_next(volume)
+    return volume, None if stopped.is_set() else predictor.prepare_next(volume)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -1,11 +1,13 @@
 """Which files are one volume, where its result goes, and that what lies there is kept."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +20,7 @@ from segkit.config.attention import AttentionConfig, MeanPoolingConfig
 from segkit.config.data import ZScoreConfig
 from segkit.config.model import ModelDescription
 from segkit.config.network import NetworkConfig
-from segkit.errors import ConfigError, SegkitError, VolumeError
+from segkit.errors import ConfigError, SegkitError, Stopped, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
 from segkit.inference.model_walk import ModelWalk
@@ -28,6 +30,7 @@ from segkit.io.inputs import Input, find_inputs, parse_shard, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model
+from segkit.system.signals import handling_signals
 from tests.helpers import ORIENTATIONS, STORED, affine_of, stored_otherwise
 
 
@@ -581,6 +584,36 @@ def test_a_consumer_that_stops_leaves_only_complete_files(tmp_path: Path) -> Non
     for path in (tmp_path / "out").glob("*.nii.gz"):
         assert read_volume(path).data.shape == (8, 8, 8)
         assert sidecar_of(path).is_file()
+
+
+def test_ctrl_c_while_a_volume_is_read_prepares_and_begins_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = find_inputs([scans_in(tmp_path / "in")], 1)
+    begun: list[str] = []
+    prepared: list[Volume] = []
+    stopping = threading.Event()
+    read, shutdown = prediction.read_input, ThreadPoolExecutor.shutdown
+
+    def reading(source: Input) -> Volume:
+        begun.append(source.name)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert stopping.wait(timeout=30)
+        return read(source)
+
+    def shutting(self: ThreadPoolExecutor, wait: bool = True, **more: bool) -> None:
+        shutdown(self, wait=False, **more)
+        stopping.set()
+        shutdown(self, wait=wait, **more)
+
+    monkeypatch.setattr(prediction, "read_input", reading)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutting)
+    monkeypatch.setattr(Predictor, "prepare_next", lambda _, volume: prepared.append(volume))
+    before = threading.active_count()
+    with pytest.raises(Stopped, match="stopped by Ctrl-C"), handling_signals():
+        list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
+    assert begun == ["a"] and prepared == []
+    assert threading.active_count() == before and not list(tmp_path.glob("out/*"))
 
 
 def test_a_prediction_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Heads are masked through their map taps (`segkit.nn.map_tap`). Nothing is traine
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -395,6 +395,15 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
     if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
         raise VolumeError(
             f"{case.name}: its reference contains only background; leave the case out"
+        )
+
+
+def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{case}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
         )
 
 
