@@ -9,6 +9,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -592,11 +593,19 @@ def test_ctrl_c_while_a_volume_is_read_prepares_and_begins_no_other(
     inputs = find_inputs([scans_in(tmp_path / "in")], 1)
     begun: list[str] = []
     prepared: list[Volume] = []
-    stopping = threading.Event()
+    second_asked, stopping = threading.Event(), threading.Event()
     read, shutdown = prediction.read_input, ThreadPoolExecutor.shutdown
+    submit = ThreadPoolExecutor.submit
+
+    def submitting(self: ThreadPoolExecutor, *given: Any) -> Any:
+        future = submit(self, *given)
+        if given[2].name == "b":
+            second_asked.set()
+        return future
 
     def reading(source: Input) -> Volume:
         begun.append(source.name)
+        assert second_asked.wait(timeout=30)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         assert stopping.wait(timeout=30)
         return read(source)
@@ -608,6 +617,7 @@ def test_ctrl_c_while_a_volume_is_read_prepares_and_begins_no_other(
 
     monkeypatch.setattr(prediction, "read_input", reading)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutting)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submitting)
     monkeypatch.setattr(Predictor, "prepare_next", lambda _, volume: prepared.append(volume))
     before = threading.active_count()
     with pytest.raises(Stopped, match="stopped by Ctrl-C"), handling_signals():
