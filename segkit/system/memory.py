@@ -1,14 +1,14 @@
 """Memory that this process may use."""
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from segkit.system.control_groups import groups_of
+
 UNKNOWN_MEMORY = 4 * 1024**3
 MEMORY_STATE = Path("/proc/meminfo")
-PROCESS = Path("/proc/self")
 
 
 class GroupFiles(NamedTuple):
@@ -46,50 +46,9 @@ def free_memory() -> int:
         free = int(available) * 1024
     except (OSError, ValueError):
         return _half_of_what_is_built_in()
-    for folder, files in _groups():
-        free = min(free, _left(folder, files, free))
+    for folder, kind in groups_of("memory"):
+        free = min(free, _left(folder, GROUP_FILES[kind], free))
     return max(free, 0)
-
-
-def _groups() -> Iterator[tuple[Path, GroupFiles]]:
-    """The folder of each control group of this process, from its own to the outermost visible."""
-    try:
-        mounts = (PROCESS / "mountinfo").read_text(encoding="utf-8", errors="replace")
-        groups = (PROCESS / "cgroup").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux, or /proc is closed
-        return
-    paths: dict[str, str] = {}
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            paths["cgroup2"] = path
-        elif "memory" in controllers.split(","):
-            paths["cgroup"] = path
-    for line in mounts.splitlines():
-        mount, _, system = line.partition(" - ")
-        kind, _, options = system.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
-            continue
-        root, top = (_unescaped(word) for word in mount.split(" ")[3:5])
-        yield from ((folder, GROUP_FILES[kind]) for folder in _upwards(top, root, paths[kind]))
-
-
-def _upwards(top: str, root: str, path: str) -> Iterator[Path]:
-    """The folder of a group and those above it, up to the mount point.
-
-    Args:
-        top: the mount point.
-        root: the group that lies at the mount point.
-        path: the group of this process.
-    """
-    inside = Path(path)
-    # A container may see paths of the host, of which its mount shows nothing but its own group.
-    inside = inside.relative_to(root) if inside.is_relative_to(root) else Path()
-    if ".." in inside.parts:
-        inside = Path()
-    yield Path(top) / inside
-    for parent in inside.parents:
-        yield Path(top) / parent
 
 
 def _left(folder: Path, files: GroupFiles, unlimited: int) -> int:
@@ -118,11 +77,6 @@ def _statistics(file: Path) -> Mapping[str, int]:
         return {}
     pairs = (line.split() for line in lines)
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-
-
-def _unescaped(word: str) -> str:
-    r"""A path in mountinfo, in which a space is written as `\040`."""
-    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), word)
 
 
 def _half_of_what_is_built_in() -> int:

@@ -1,5 +1,6 @@
 """The cores, memory and devices that this process may use."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from segkit.system.control_groups import quota_of_cores
 from segkit.system.memory import free_memory
 
 try:
@@ -44,10 +46,16 @@ def precision_of(device: torch.device) -> torch.dtype:
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use."""
+    """Number of cores that this process may use.
+
+    The quota of a container counts (`quota_of_cores`), rounded up: 1.5 cores keep two threads busy.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = quota_of_cores()
+    return cores if quota is None else min(cores, math.ceil(quota))
 
 
 def free_memory_of(device: torch.device) -> int:

@@ -31,7 +31,6 @@ from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
 from segkit.data.prepared_cache import StoredCase
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.system.core_share import FREE, CoreShare
-from segkit.system.resources import num_cores
 from segkit.training.lightning_private import set_last_step
 
 logger = logging.getLogger(__name__)
@@ -239,7 +238,8 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
             f"{budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
             f"validation takes {budget.validated * budget.per_case:.0f} s; {end}"
         )
-    cores, load = num_cores(), os.getloadavg()[0]
+    # The load counts the whole machine, also in a container that may use only a part of it.
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     reason = "the machine is slower than when the run was planned"
     if share < FREE:
         reason = f"other programs use the cores, and this run has {share:.0%} of its time on them"

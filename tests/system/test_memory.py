@@ -1,20 +1,18 @@
 """Free memory respects the limits of the system and of each control group around this process."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from segkit.system import memory
+from segkit.system import control_groups, memory
 from segkit.system.memory import free_memory, in_words
+from tests.control_groups import VERSION_2, lies_in, write_group
 
 AVAILABLE = 300 * 1024
 UNLIMITED_V1 = "9223372036854771712"
 VERSION_1 = "32 31 0:32 {root} {top}/memory rw,relatime - cgroup cgroup rw,memory"
 VERSION_1_WITH_CPU = "32 31 0:32 {root} {top}/memory rw - cgroup cgroup rw,cpuacct,memory"
-VERSION_2 = "41 31 0:38 {root} {top} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
-OTHERS = "23 1 8:1 / / rw - ext4 /dev/sda rw\n30 31 0:29 / {top}/cpu rw - cgroup cgroup rw,cpu\n"
 
 
 @pytest.fixture
@@ -23,27 +21,9 @@ def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     state = tmp_path / "meminfo"
     state.write_text(f"MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: {AVAILABLE // 1024} kB\n")
     monkeypatch.setattr(memory, "MEMORY_STATE", state)
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    monkeypatch.setattr(control_groups, "PROCESS", tmp_path)
     (tmp_path / "sys fs cgroup").mkdir()
     return tmp_path
-
-
-def lies_in(linux: Path, groups: str, mounted: str, root: str = "/") -> Path:
-    """Write which groups the process lies in, and where they are mounted; the latter's folder."""
-    top = linux / "sys fs cgroup"
-    escaped = str(top).replace(" ", "\\040")
-    (linux / "cgroup").write_text(groups)
-    (linux / "mountinfo").write_text(f"{OTHERS}{mounted}\n".format(top=escaped, root=root))
-    return top
-
-
-def write(folder: Path, **files: str | int | Mapping[str, int]) -> None:
-    """Files of a group: `memory_max` is `memory.max`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        lines = content.items() if isinstance(content, Mapping) else None
-        text = "".join(f"{key} {value}\n" for key, value in lines) if lines else f"{content}\n"
-        (folder / name.replace("memory_", "memory.", 1)).write_text(text)
 
 
 def test_free_memory_is_what_linux_leaves_without_control_groups(
@@ -58,15 +38,17 @@ def test_free_memory_is_what_linux_leaves_without_control_groups(
 
 def test_a_container_of_version_2_leaves_its_limit_less_what_cannot_be_dropped(linux: Path) -> None:
     top = lies_in(linux, "0::/\n", VERSION_2)
-    write(top, memory_max="max", memory_stat={"anon": 1000, "file": 5000})
+    write_group(top, memory_max="max", memory_stat={"anon": 1000, "file": 5000})
     assert free_memory() == AVAILABLE
-    write(top, memory_max=3000)
+    write_group(top, memory_max=3000)
     assert free_memory() == 2000
-    write(top, memory_stat={"anon": 1000, "file": 5000, "shmem": 300, "slab_unreclaimable": 50})
+    write_group(
+        top, memory_stat={"anon": 1000, "file": 5000, "shmem": 300, "slab_unreclaimable": 50}
+    )
     assert free_memory() == 1650
-    write(top, memory_high=2000)  # above it, processes are slowed down until they stand still
+    write_group(top, memory_high=2000)  # above it, processes are slowed down until they stand still
     assert free_memory() == 650
-    write(top, memory_max=500)
+    write_group(top, memory_max=500)
     assert free_memory() == 0
 
 
@@ -75,16 +57,16 @@ def test_the_tightest_limit_along_the_path_counts_in_version_2(linux: Path, tigh
     top = lies_in(linux, "0::/slurm/job_7/step_0\n", VERSION_2)
     for group in (".", "slurm", "slurm/job_7", "slurm/job_7/step_0"):
         limit = 9000 if group == tightest else 90_000
-        write(top / group, memory_max=limit, memory_stat={"anon": 2000})
-    write(top / "slurm/job_8", memory_max=10, memory_stat={"anon": 0})  # another job's
+        write_group(top / group, memory_max=limit, memory_stat={"anon": 2000})
+    write_group(top / "slurm/job_8", memory_max=10, memory_stat={"anon": 0})  # another job's
     assert free_memory() == 7000
 
 
 def test_a_limit_that_others_use_too_leaves_less_than_a_smaller_one(linux: Path) -> None:
     """A group of 10,000 bytes of which a neighbour holds 9,500 leaves less than one of 5,000."""
     top = lies_in(linux, "0::/user/session\n", VERSION_2)
-    write(top / "user", memory_max=10_000, memory_stat={"anon": 9_500})
-    write(top / "user/session", memory_max=5000, memory_stat={"anon": 100})
+    write_group(top / "user", memory_max=10_000, memory_stat={"anon": 9_500})
+    write_group(top / "user/session", memory_max=5000, memory_stat={"anon": 100})
     assert free_memory() == 500
 
 
@@ -97,7 +79,7 @@ def test_the_tightest_limit_along_the_path_counts_in_version_1(
     top = lies_in(linux, groups, mounted) / "memory"
     for group in (".", "batch", "batch/job_7"):
         limit = "9000" if group == tightest else UNLIMITED_V1
-        write(
+        write_group(
             top / group,
             memory_limit_in_bytes=limit,
             memory_stat={"rss": 10, "total_rss": 2000, "total_shmem": 500, "total_cache": 4000},
@@ -107,7 +89,7 @@ def test_the_tightest_limit_along_the_path_counts_in_version_1(
 
 def test_version_1_without_limits_leaves_what_linux_leaves(linux: Path) -> None:
     top = lies_in(linux, "4:memory:/batch\n", VERSION_1) / "memory"
-    write(top / "batch", memory_limit_in_bytes=UNLIMITED_V1, memory_stat={"total_rss": 2000})
+    write_group(top / "batch", memory_limit_in_bytes=UNLIMITED_V1, memory_stat={"total_rss": 2000})
     assert free_memory() == AVAILABLE
 
 
@@ -115,10 +97,10 @@ def test_both_versions_together_leave_the_least_of_both(linux: Path) -> None:
     """systemd's hybrid: version 2 is mounted beside version 1, which holds the memory."""
     both = f"{VERSION_1}\n{VERSION_2.replace('{top}', '{top}/unified')}"
     top = lies_in(linux, "4:memory:/job\n0::/job\n", both)
-    write(top / "memory/job", memory_limit_in_bytes=9000, memory_stat={"total_rss": 1000})
-    write(top / "unified/job", cgroup_procs="1")
+    write_group(top / "memory/job", memory_limit_in_bytes=9000, memory_stat={"total_rss": 1000})
+    write_group(top / "unified/job", cgroup_procs="1")
     assert free_memory() == 8000
-    write(top / "unified/job", memory_max=5000, memory_stat={"anon": 1000})
+    write_group(top / "unified/job", memory_max=5000, memory_stat={"anon": 1000})
     assert free_memory() == 4000
 
 
@@ -131,7 +113,7 @@ def test_a_container_that_sees_paths_of_its_host_finds_its_limit(linux: Path, ro
     ):
         limit, held, folder = files
         top = lies_in(linux, groups, mounted, root) / folder
-        write(top, **{limit: 9000}, memory_stat={held: 2000})
+        write_group(top, **{limit: 9000}, memory_stat={held: 2000})
         assert free_memory() == 7000
 
 
@@ -139,13 +121,13 @@ def test_a_process_that_was_moved_out_of_its_namespace_finds_the_limit_it_sees(
     linux: Path,
 ) -> None:
     top = lies_in(linux, "0::/../other\n", VERSION_2)
-    write(top, memory_max=9000, memory_stat={"anon": 2000})
+    write_group(top, memory_max=9000, memory_stat={"anon": 2000})
     assert free_memory() == 7000
 
 
 def test_a_group_without_statistics_counts_all_that_it_uses(linux: Path) -> None:
     top = lies_in(linux, "0::/job\n", VERSION_2)
-    write(top / "job", memory_max=9000, memory_current=3000)
+    write_group(top / "job", memory_max=9000, memory_current=3000)
     assert free_memory() == 6000
 
 

@@ -169,7 +169,7 @@ def test_a_machine_that_changes_its_speed_midway_ends_on_time_with_the_rate_down
 
 def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (8.14, 0.0, 0.0))
-    monkeypatch.setattr("segkit.training.time_budget.num_cores", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     budget, _, _ = simulated(600.0, 3.6, 0.0)
     told = slower_than_planned(budget)
     assert "a step takes 3.6 s instead of the planned 1.5 s" in told
