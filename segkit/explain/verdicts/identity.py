@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from segkit.errors import ModelError
+from segkit.errors import ModelError, counted
 from segkit.evaluation.compare import holm
 from segkit.explain.display import Table, Verdict, rounded
 from segkit.explain.heads.study import ScoredVolume, check_case, check_unlabelled, on_one_grid
-from segkit.explain.verdicts.ablation import Ablation, class_dice
+from segkit.explain.verdicts.ablation import Ablation, Against, ablation_rows, class_dice
 from segkit.explain.verdicts.evidence import holds_foreground
 from segkit.explain.verdicts.falls import (
     DICE_MARGIN,
@@ -255,7 +255,7 @@ def without_blocks(
             return []
         check_case(scored, labelling)
     whole = predictor.numbers_of(volume)
-    against: Literal["reference", "prediction"] = "prediction" if target is None else "reference"
+    against: Against = "prediction" if target is None else "reference"
     target = whole if target is None else target
     lacking = unlabelled if reference is not None else ()
     before = class_dice(whole, target, labelling, lacking)
@@ -268,11 +268,7 @@ def without_blocks(
     for name, replaced in track(trials, "blocks as the identity", len(trials)):
         with as_identity(predictor.model.network, replaced):
             after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
-        old = mean_of(list(before.values())), mean_of([after[label] for label in before])
-        rows.append(Ablation(case, name, "identity", None, against, *old, old[1] - old[0]))
-        for label, dice in before.items():
-            new = after[label]
-            rows.append(Ablation(case, name, "identity", label, against, dice, new, new - dice))
+        rows += ablation_rows(case, name, "identity", against, before, after)
     return rows
 
 
@@ -331,7 +327,7 @@ def _verdict(
         "cannot tell": "the evidence cannot tell",
         None: "there is no verdict without a reference",
     }[word]
-    scans = f"{len(falls)} scan{'s' * (len(falls) != 1)}"
+    scans = counted(len(falls), "scan")
     what = "they are" if block == EVERY_BLOCK else "it is"
     reason = (
         f"Over {scans}, {said}: Dice {old:.3f}, and {new:.3f} if {what} the identity{span}; it "
