@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.data.preprocess import prepare_label
-from segkit.errors import ModelError, VolumeError
+from segkit.errors import ModelError, VolumeError, counted
 from segkit.evaluation.overlap import Overlap, confusion_matrix
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import stream
@@ -141,7 +141,7 @@ class PositionFigures:
             )
         won, lost = self.won_and_lost
         if self.p_value >= 0.05:
-            verdict = f"{len(self.gain)} case{'s' * (len(self.gain) != 1)} cannot tell"
+            verdict = f"{counted(len(self.gain), 'case')} cannot tell"
         else:
             verdict = "better than one" if won > lost else "no better than one"
         return (

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from segkit.errors import counted
 from segkit.explain.display import Table, Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
@@ -43,7 +44,7 @@ def cohort_text(
         tables: below the verdicts, from all scans together.
     """
     style = (VIEWER / "cohort.css").read_text(encoding="utf-8")
-    title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
+    title = f"Attention maps of {counted(len(cases), 'scan')}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy(style)}">',
