@@ -31,11 +31,10 @@ from segkit.data.dataset import dataset_of
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.folder import SUMMARY
+from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
 from segkit.training.fit import resume, train
-from segkit.training.run_folder import CONFIG
 
 TABLE = Path(__file__).with_suffix(".json")
 DEFAULT = "default"
