@@ -156,7 +156,7 @@ def merged(old: str, new: str) -> str:
     found = _sections(new)
     before = None
     for heading, text in _sections(old).items():
-        if heading not in found:
+        if text and heading not in found:
             names = list(found)
             place = names.index(before) + 1 if before in found else len(names)
             entries = list(found.items())

@@ -19,7 +19,7 @@ from segkit.data.case_groups import grouping_advice, groups_of
 from segkit.data.case_table import unused_columns
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.dicom_cases import told_tree
-from segkit.errors import DatasetError, Problems, VolumeError, first_few
+from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
 from segkit.io.dicom import (
@@ -352,16 +352,12 @@ class UndeclaredNumbers:
 
     def __str__(self) -> str:
         texts = [
-            f"{number} ({self.voxels[number]:,} voxels in {_cases(self.cases[number])})"
+            f"{number} ({self.voxels[number]:,} voxels in {counted(self.cases[number], 'case')})"
             for number in sorted(self.voxels)
         ]
         return ", ".join(
             [*texts[:MOST_NUMBERS], *[f"{len(texts) - MOST_NUMBERS} more"]][: len(texts)]
         )
-
-
-def _cases(count: int) -> str:
-    return "1 case" if count == 1 else f"{count} cases"
 
 
 def _groups(labelling: Labelling) -> dict[str, tuple[int, ...]]:

@@ -88,6 +88,17 @@ def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") ->
     return shown if len(texts) <= most else f"{shown} and {len(texts) - most:,} more"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number with its noun, in the plural unless the number is 1.
+
+    Example:
+        >>> counted(1, "case"), counted(2.5, "minute")
+        ('1 case', '2.5 minutes')
+    """
+    text = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{text} {noun}" + "s" * (number != 1)
+
+
 class Problems:
     """Collects the errors of many files and raises them together at the end.
 

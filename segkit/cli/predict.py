@@ -1,6 +1,7 @@
 """`segkit predict`: segment volumes."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -129,22 +130,27 @@ def predict_command(
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0
     reports = sys.stderr if progress else None
-    with CohortProgress(console, "segmenting", mine, reports=reports) as shown:
-        outcomes = predict_files(
-            predictor,
-            found,
-            out=out,
-            maps=maps,
-            probabilities=probabilities,
-            uncertainty=uncertainty,
-            statistics=statistics,
-            preview=preview,
-            as_dicom=dicom_seg,
-            layout=layout,
-            overwrite=overwrite,
-            shard=(number, count),
-            track=shown.track,
-        )
+    # Closed at once if Ctrl-C ends the loop, so that no further volume is read.
+    with (
+        CohortProgress(console, "segmenting", mine, reports=reports) as shown,
+        closing(
+            predict_files(
+                predictor,
+                found,
+                out=out,
+                maps=maps,
+                probabilities=probabilities,
+                uncertainty=uncertainty,
+                statistics=statistics,
+                preview=preview,
+                as_dicom=dicom_seg,
+                layout=layout,
+                overwrite=overwrite,
+                shard=(number, count),
+                track=shown.track,
+            )
+        ) as outcomes,
+    ):
         for outcome in outcomes:
             shown.done()
             volumes.append(outcome.to_json())

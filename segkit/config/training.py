@@ -14,7 +14,7 @@ from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
 from segkit.config.loss import LossConfig
 from segkit.config.network import NetworkConfig
-from segkit.io.atomic import is_file_name
+from segkit.io.file_names import is_file_name
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """The share of a running mean that each step keeps."""

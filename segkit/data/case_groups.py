@@ -3,10 +3,12 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from segkit.config.data import PatternConfig, SplitDatasetConfig
+from segkit.config.dataset_files import ColumnConfig
 from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, first_few
@@ -27,19 +29,7 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     if data.group_by is None:
         return None
     names = [case.name for case in dataset.cases]
-    if isinstance(data.group_by, PatternConfig):
-        pattern = re.compile(data.group_by.pattern)
-        found = {name: match[1] for name in names if (match := pattern.search(name))}
-        wanted = f"data.group_by: pattern {data.group_by.pattern!r}"
-    elif data.group_by == "subject":
-        subjects = {case.name: subject_of(case, dataset) for case in dataset.cases}
-        found = {name: subject for name, subject in subjects.items() if subject}
-        wanted = "data.group_by: subject (sub-… in a name or a path)"
-    else:
-        column = data.group_by.column
-        every = [*names, *dataset.test]
-        found = column_of(data, column, every, "data.group_by")
-        wanted = f"{table_of(data)}: column {column}"
+    found, wanted = _group_of_each(dataset, data, data.group_by)
     groups: dict[str, list[int]] = defaultdict(list)
     if lacking := [name for name in names if not found.get(name)]:
         raise DatasetError(
@@ -48,6 +38,41 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     for number, name in enumerate(names):
         groups[found[name]].append(number)
     return dict(groups)
+
+
+def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> str:
+    """Groups of which some cases are kept for the test and some are not, as text; empty if none."""
+    if data.group_by is None or not dataset.test:
+        return ""
+    found, _ = _group_of_each(dataset, data, data.group_by)
+    kept = {found[name] for name in dataset.test if name in found}
+    both = sorted({found[case.name] for case in dataset.cases if case.name in found} & kept)
+    return first_few(both, NAMES_SHOWN)
+
+
+def _group_of_each(
+    dataset: Dataset,
+    data: SplitDatasetConfig,
+    group_by: PatternConfig | ColumnConfig | Literal["subject"],
+) -> tuple[dict[str, str], str]:
+    """The group of each case that has one, also of test cases, and the setting for messages."""
+    every = [*(case.name for case in dataset.cases), *dataset.test]
+    if isinstance(group_by, PatternConfig):
+        pattern = re.compile(group_by.pattern)
+        found = {name: match[1] for name in every if (match := pattern.search(name))}
+        return found, f"data.group_by: pattern {group_by.pattern!r}"
+    if group_by == "subject":
+        named = {name: SUBJECT.search(name) for name in dataset.test}
+        subjects = {name: match[1] for name, match in named.items() if match}
+        for case in dataset.cases:
+            if subject := subject_of(case, dataset):
+                subjects[case.name] = subject
+        return subjects, "data.group_by: subject (sub-… in a name or a path)"
+    column = group_by.column
+    values = column_of(data, column, every, "data.group_by")
+    return {name: value for name, value in values.items() if value}, (
+        f"{table_of(data)}: column {column}"
+    )
 
 
 def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:

@@ -23,7 +23,7 @@ from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
-from segkit.io.atomic import is_file_name
+from segkit.io.file_names import safe_name, tell_changed_names
 from segkit.io.nan_values import nan_as_zero
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
@@ -61,6 +61,11 @@ class CaseFiles:
     name: str
     images: tuple[Path, ...]
     label: Path
+
+    @property
+    def file_name(self) -> str:
+        """The name in names of files; another only if no file can be called so."""
+        return safe_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,17 @@ def read_dataset(
                 raise DatasetError(
                     f"{folder}/dataset.json: case {name} is listed twice in training; remove one"
                 )
-    for case in cases:
+    alike: dict[str, str] = {}
+    for name in dict.fromkeys(case.name for case in cases):
         with problems.noted():
-            if not is_file_name(case.name):
+            if (other := alike.setdefault(safe_name(name), name)) != name:
                 raise DatasetError(
-                    f"{case.label}: the name of the case, {case.name!r}, cannot be the name of a "
-                    f"file on every system; rename the label"
+                    f"{folder}: results of the cases {other!r} and {name!r} would have the same "
+                    f"file names, because not every system can write both; give each another id "
+                    f"in a table (data.files.table)"
                 )
     problems.refuse()
+    tell_changed_names(case.name for case in cases)
     labelling = file.labelling
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, labelling)

@@ -16,7 +16,6 @@ from segkit.io.volume import check_readable, is_dicom_path
 logger = logging.getLogger(__name__)
 
 ID, IMAGE, LABEL = "id", "image", "label"
-NAME = re.compile(r"[^./\\\s][^/\\\n]*")
 WILDCARD = re.compile(r"\*\*/|\*|\?")
 MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
@@ -178,10 +177,9 @@ def _rows_of(
     cases = []
     for number, row in enumerate(rows, start=2):
         with problems.noted():
-            if not NAME.fullmatch(row[ID]):
+            if not row[ID].strip():
                 raise DatasetError(
-                    f"{path}: row {number} has the id {row[ID]!r}, which cannot be the name of a "
-                    f"file; change it"
+                    f"{path}: row {number} has an empty {ID}; give the case a name there"
                 )
         named = [folder / row[column] for column in paths]
         for column, file in zip(paths, named, strict=True):

@@ -381,6 +381,11 @@ def _score_pair(
             (within(volume.data, labelling) if labelling.in_files else volume.data).reshape(shape)
             for volume in (prediction, reference)
         )
+        if prediction_path and labelling.ignore is not None and (found == labelling.ignore).any():
+            raise ValueError(
+                f"expected a class for each voxel of a prediction, found "
+                f"{labelling.in_file(labelling.ignore)}, the number of ignore; give it a class"
+            )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),
             right,

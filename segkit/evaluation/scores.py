@@ -13,6 +13,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
+from segkit.errors import counted
 from segkit.evaluation.overlap import Overlap
 from segkit.evaluation.surface import (
     SurfaceDistances,
@@ -399,7 +400,7 @@ def to_table(summary: Summary) -> Table:
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
-        title=f"{summary.num_cases} case{'s' * (summary.num_cases != 1)}",
+        title=counted(summary.num_cases, "case"),
         caption=(
             "95 %: bootstrap interval of the mean over cases. "
             f"NSD: within {length_in_words(summary.tolerance_mm, summary.unit)}. "

@@ -39,6 +39,7 @@ from segkit.explain.attribution.examine import (
 )
 from segkit.explain.display import Table
 from segkit.explain.heads.reach import HeadReach, watching
+from segkit.explain.heads.study import check_unlabelled
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import (
     TOLERANCE_MM,
@@ -72,6 +73,7 @@ from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
+from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import length_in_words
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
@@ -190,13 +192,14 @@ class Explanation:
         """
         folder = Path(folder)
         provenance = {} if made is None else {PROVENANCE: made}
-        volume, sidecar, _, flat, stack = (folder / f"{self.name}{ending}" for ending in ENDINGS)
+        name = safe_name(self.name)
+        volume, sidecar, _, flat, stack = (folder / f"{name}{ending}" for ending in ENDINGS)
         labels = flat if self.scan.is_flat else stack if self.scan.picture else volume
         write_volume(labels, self.labels)
         numbers = {label: number for number, label in self.label_names.items()}
         write_json(sidecar, {"labels": numbers, **provenance})
         heads = {place: [head.figures() for head in reach] for place, reach in self.reach.items()}
-        maps = write_maps(folder, self.name, self.maps, self.scan, heads=heads, made=provenance)
+        maps = write_maps(folder, name, self.maps, self.scan, heads=heads, made=provenance)
         write_text(folder / TABLE, rows_as_csv(self.rows()))
         figures = {
             "case": self.name,
@@ -383,7 +386,7 @@ def explain_volume(
     chosen_methods(attributions)
     chosen = check_blocks(predictor, blocks) if identity else ()
     volume = predictor.with_numbers(volume)
-    _check_unlabelled(name, unlabelled, labelling)
+    check_unlabelled(name, unlabelled, labelling)
     lacking = () if reference is None else tuple(unlabelled)
     if reference is not None:
         reference = _reference_on(volume, reference, labelling, name)
@@ -458,15 +461,6 @@ def explain_volume(
         attributed,
         tests,
     )
-
-
-def _check_unlabelled(name: str, unlabelled: Collection[str], labelling: Labelling) -> None:
-    """Raise VolumeError if the model does not know one of these classes or regions."""
-    if unknown := [each for each in unlabelled if each not in labelling.members]:
-        raise VolumeError(
-            f"{name}: unlabelled has {unknown[0]!r}, which is not one of "
-            f"{', '.join(labelling.members)}; correct the name"
-        )
 
 
 def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:

@@ -11,7 +11,7 @@ from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import layout_of
 from segkit.inference.source_rows import labels_of
-from segkit.inference.windows import slide
+from segkit.inference.windows import WindowLayout, slide
 from segkit.model.folder import Model
 
 DIFFERENCE = 1e-3
@@ -61,6 +61,7 @@ def compare_outputs(
     *,
     names: Sequence[str] | None = None,
     batch_size: int = 2,
+    layout: WindowLayout | None = None,
 ) -> Agreement:
     """Compare an exported network with PyTorch on the windows of a prepared image.
 
@@ -71,6 +72,7 @@ def compare_outputs(
         names: the outputs of the exported network, logits first; all outputs if not given.
         batch_size: number of windows in each call. With two, a network that was exported for a
             batch of one fails.
+        layout: the windows over the image; those of the model if not given.
     """
     names = names or Traced(model.network).names
     eager = TorchEngine(model.network, device=torch.device("cpu"))
@@ -88,7 +90,7 @@ def compare_outputs(
         largest = max(largest, float(expected[LOGITS].abs().max()))
         return {"eager": expected[LOGITS], "exported": found[LOGITS]}
 
-    blended = slide(image, both, layout_of(model), batch_size=batch_size)
+    blended = slide(image, both, layout or layout_of(model), batch_size=batch_size)
     written = model.description.labelling.written
     same = labels_of(blended["eager"], written) == labels_of(blended["exported"], written)
     return Agreement(differences, largest, float(same.double().mean()))

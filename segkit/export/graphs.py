@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from segkit.errors import ModelError
-from segkit.export.agreement import DIFFERENCE
+from segkit.export.agreement import compare_outputs
 from segkit.export.deployment import DEPLOYMENT_KEY, deployment
 from segkit.export.reduced import ExportPrecision, halved, quantised, windows_of
 from segkit.inference.engines.converted import RunGraph, Traced, exported_program
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.model_walk import layout_of
+from segkit.inference.windows import WindowLayout
 from segkit.io.atomic import whole
 from segkit.io.volume import Volume
 from segkit.model.folder import Model
 
-AXES = ("x", "y", "z")
-"""Names of the spatial axes in a graph for windows of any size."""
+FREE_BATCH = {0: "batch"}
+FREE_SPACE = {2: "x", 3: "y", 4: "z"}
+"""Names of the axes that may have any length, by number."""
 WINDOWS = 2
 """Batch size of the example for an export. With a batch of one, the batch size would be fixed."""
 
@@ -58,10 +60,10 @@ def export_onnx(
     metadata = json.dumps(deployment(model, overlap=overlap, any_size=any_size))
     with exporting_to("ONNX"):
         with whole(file) as partial:
-            axes = AXES if any_size else ()
-            runtime.write(traced, example_windows(model), partial, batch="batch", axes=axes)
+            free = FREE_BATCH | FREE_SPACE if any_size else FREE_BATCH
+            runtime.write(traced, example_windows(model), partial, free=free)
             if any_size:
-                _check_other_size(model, traced, runtime.read(partial, traced.names))
+                _check_other_size(model, runtime.read(partial, traced.names))
             graph = onnx.load(partial)
             onnx.helper.set_model_props(graph, {DEPLOYMENT_KEY: metadata})
             onnx.save(graph, partial)
@@ -69,30 +71,26 @@ def export_onnx(
         return runtime.read(file, traced.names)
 
 
-def _check_other_size(model: Model, traced: Traced, run_graph: RunGraph) -> None:
-    """Raise ModelError if the graph differs from the network on larger windows of other shape."""
-    patch, _, multiple = layout_of(model)
-    size = [
-        length + step * (axis + 1)
-        for axis, (length, step) in enumerate(zip(patch, multiple, strict=True))
-    ]
-    windows = torch.randn(
-        (1, model.description.channels_in, *size), generator=torch.Generator().manual_seed(0)
+def _check_other_size(model: Model, exported: RunGraph) -> None:
+    """Raise ModelError if a graph differs from the network in a larger window of another shape."""
+    patch, overlaps, multiple = layout_of(model)
+    sizes = zip(patch, multiple, strict=True)
+    larger = tuple(size + step * (axis + 1) for axis, (size, step) in enumerate(sizes))
+    image = torch.randn(
+        (model.description.channels_in, *larger), generator=torch.Generator().manual_seed(0)
     )
     wanted = "the network takes only windows of its patch; export without any size"
     try:
-        with torch.inference_mode():
-            expected = traced(windows)
-        found = run_graph(windows, tuple(traced.names))
+        agreement = compare_outputs(
+            model, exported, image, layout=WindowLayout(larger, overlaps, multiple)
+        )
     except Exception as error:  # the errors of networks and runtimes have no common base class
-        raise ModelError(f"expected windows of {size} voxels to work; {wanted}") from error
-    for name, ours, theirs in zip(traced.names, expected, found, strict=True):
-        limit = DIFFERENCE * max(float(ours.abs().max()), 1.0)
-        if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > limit:
-            raise ModelError(
-                f"{name} differs from PyTorch by more than {limit:.2g} in windows of {size} "
-                f"voxels; {wanted}"
-            )
+        raise ModelError(f"expected windows of {larger} voxels to work; {wanted}") from error
+    if not agreement.holds:
+        raise ModelError(
+            f"windows of {larger} voxels differ from PyTorch ({'; '.join(agreement.lines())}); "
+            f"{wanted}"
+        )
 
 
 def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:

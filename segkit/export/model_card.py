@@ -10,6 +10,7 @@ import yaml
 from segkit.config.data import CtWindowConfig
 from segkit.config.model import ModelDescription
 from segkit.config.training import SCHEDULE_OF
+from segkit.errors import counted
 from segkit.evaluation.scores import METRICS, Statistic
 from segkit.export.shared_facts import Scores, SharedFacts, SharedVerdicts
 
@@ -227,9 +228,9 @@ def _verdicts(verdicts: SharedVerdicts | None) -> str:
     for row in verdicts.rows:
         best.setdefault(str(row["map"]), row)
     rows = [(key, row["structure"], row["word"] or "–", row["reason"]) for key, row in best.items()]
-    scans = f"{verdicts.scans} scan{'s' * (verdicts.scans != 1)}"
-    return f"Over {scans}, the best verdict on each map; `verdicts.json` has all.\n\n" + _table(
-        ("map", "structure", "verdict", "reason"), rows
+    return (
+        f"Over {counted(verdicts.scans, 'scan')}, the best verdict on each map; `verdicts.json` "
+        "has all.\n\n" + _table(("map", "structure", "verdict", "reason"), rows)
     )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.inference.attention_maps import AttentionMap, map_on_source
-from segkit.io.atomic import as_file_name, write_json
+from segkit.io.atomic import write_json
 from segkit.io.disk_arrays import OnDisk
+from segkit.io.file_names import safe_name
 from segkit.io.volume import Volume, write_volume
 
 
@@ -80,7 +81,7 @@ def names_of_maps(keys: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken = set[str]()
     for key in keys:
-        wanted = name = as_file_name(key)
+        wanted = name = safe_name(key)
         for number in itertools.count(2):
             if name.lower() not in taken:
                 break

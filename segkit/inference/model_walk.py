@@ -165,6 +165,10 @@ class ModelWalk:
         )
         return BYTES_PREPARED * len(self.normalisers) * voxels
 
+    def skipped(self, volume: Volume, prepared: Prepared) -> frozenset[WindowPlace]:
+        """Positions of empty windows, on which the network is not run; none if it runs on all."""
+        return empty_windows(volume, prepared, self.layout) if self.skip_empty else frozenset()
+
     def maps(self) -> dict[str, MapInfo]:
         """The maps that `walk` can collect, by key."""
         infos = self.model.network.maps()
@@ -195,9 +199,7 @@ class ModelWalk:
         """
         spreads = uncertainty and len(self.mirror_axes) > 0
         starts = self.layout.starts(prepared.grid.shape)
-        empty: frozenset[WindowPlace] = frozenset()
-        if self.skip_empty:
-            empty = empty_windows(volume, prepared, self.layout)
+        empty = self.skipped(volume, prepared)
         if maps.spread is not None:
             places = (place for place in itertools.product(*starts) if place not in empty)
             maps.spread.set_windows(places, self.layout.patch_size)

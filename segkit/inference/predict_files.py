@@ -1,11 +1,13 @@
 """`segkit predict`: predict files and write the results to files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 from segkit.config.model import ModelDescription
@@ -29,7 +31,8 @@ from segkit.io.atomic import (
 )
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, check_name, failure, read_input, series_of
+from segkit.io.file_names import tell_changed_names
+from segkit.io.inputs import Input, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, label_colour, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -122,16 +125,15 @@ def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool
     Raises:
         VolumeError: the name does not fit.
     """
-    check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        path = source.folder / f"{source.name}_seg{suffix}"
+        path = source.folder / f"{source.file_name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not single:
             raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
         path = out
     else:
-        path = out / f"{source.name}{suffix}"
+        path = out / f"{source.file_name}{suffix}"
     if as_dicom and not _is_dicom(path):
         raise VolumeError(
             f"{path}: expected a name in {DICOM_SUFFIX} for a DICOM segmentation; name another "
@@ -166,7 +168,7 @@ def predict_files(
     overwrite: bool = False,
     shard: tuple[int, int] = (1, 1),
     track: TrackSlabs = untracked_slabs,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Segment each input and write the results. A bad input does not stop the others.
 
     While the network runs, the next volume is read and prepared and the last result is written, so
@@ -225,11 +227,12 @@ def predict_files(
             labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
-            maps / f"{source.name}_maps.json" if maps else None,
+            maps / f"{source.file_name}_maps.json" if maps else None,
             labels.with_name(f"{stem}_statistics.json") if statistics else None,
             labels.with_name(f"{stem}_preview.png") if preview else None,
         )
 
+    tell_changed_names(source.name for source in inputs)
     planned = _planned(inputs, targets_of)
     files = {file.resolve() for source in inputs for file in source.files}
     asked = models_and_settings(predictor)
@@ -243,7 +246,9 @@ def predict_files(
     ) -> tuple[Input, Targets | Outcome, Future[_Read] | None]:
         if isinstance(plan, Targets):
             plan = _checked(source, plan, files, asked, out=out, overwrite=overwrite)
-        reading = reader.submit(_read, predictor, source) if isinstance(plan, Targets) else None
+        reading = (
+            reader.submit(_read, predictor, source, stopped) if isinstance(plan, Targets) else None
+        )
         return source, plan, reading
 
     def segment(
@@ -271,17 +276,33 @@ def predict_files(
         work = partial(_write, source, plan, prediction, image, description, made)
         return writer.submit(_guarded, source, work)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as writer, _reading_ahead() as (reader, stopped):
         reading = (read(source, plan) for source, plan in planned[number - 1 :: count])
         writing = (segment(*plan) for plan in _one_ahead(reading))
         for outcome in _one_ahead(writing):
             yield outcome if isinstance(outcome, Outcome) else outcome.result()
 
 
-def _read(predictor: Predictor, source: Input) -> _Read:
+@contextmanager
+def _reading_ahead() -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+    """A thread for `_read`, and the event that tells it to stop.
+
+    The block may end early, for example by Ctrl-C. Then only the file that is being read is read to
+    its end; it is not prepared, and the next is not begun.
+    """
+    stopped = Event()
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            yield reader, stopped
+        finally:
+            stopped.set()
+            reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(predictor: Predictor, source: Input, stopped: Event) -> _Read:
     """The volume of an input, and its images if they may be prepared already."""
     volume = predictor.with_numbers(read_input(source))
-    return volume, predictor.prepare_next(volume)
+    return volume, None if stopped.is_set() else predictor.prepare_next(volume)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -307,7 +328,8 @@ def _planned(
             owner = owners.setdefault(sidecar_of(targets.labels.resolve()), source)
             if owner is not source:
                 raise VolumeError(
-                    f"{targets.labels}: is also the result of {owner.files[0]}; rename one input"
+                    f"{targets.labels}: is also the result of {owner.files[0]}; give one of "
+                    f"them another --out"
                 )
             planned.append((source, targets))
         except VolumeError as error:
@@ -349,7 +371,7 @@ def _asked_for(source: Input, asked: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(source: Input, labels: Path) -> tuple[str, str]:
     """Stem and suffix of the other results, which are named after the labels."""
     stem, suffix = _stem(labels), source.suffix if _is_dicom(labels) else suffix_of(labels)
-    return stem if stem == source.name else stem.removesuffix("_seg"), suffix
+    return stem if stem == source.file_name else stem.removesuffix("_seg"), suffix
 
 
 def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bool) -> None:
@@ -474,7 +496,9 @@ def _others(
         parts.append(partial(write_statistics, targets.statistics))
     if targets.figures is not None:
         folder = targets.figures.parent
-        parts.append(partial(write_maps, folder, source.name, prediction.maps, image, made=made))
+        parts.append(
+            partial(write_maps, folder, source.file_name, prediction.maps, image, made=made)
+        )
     if targets.preview is not None:
         parts.append(partial(write_preview, targets.preview))
     return parts

@@ -18,50 +18,6 @@ ABANDONED = 3600.0
 """Seconds without a change after which an unfinished file belongs to a process that was killed."""
 
 
-NOT_IN_NAMES = frozenset('/\\<>:"|?*')
-"""Characters that a file name cannot contain on Windows."""
-DEVICES = frozenset(
-    ["con", "prn", "aux", "nul"]
-    + [f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"]
-)
-"""Names of devices on Windows. No file can have one of them, whatever its suffix."""
-
-
-def is_file_name(name: str) -> bool:
-    """Whether the name of a case can be a file name, also on Windows: printable, and not a path.
-
-    Example:
-        >>> [is_file_name(name) for name in ("case 1", "..", "a/b", "", "12:30", "a.", "nul.x")]
-        [True, False, False, False, False, False, False]
-    """
-    return (
-        bool(name)
-        and name.isprintable()
-        and not NOT_IN_NAMES & set(name)
-        and not name.endswith((".", " "))
-        and name.partition(".")[0].rstrip(" ").lower() not in DEVICES
-    )
-
-
-def as_file_name(text: str) -> str:
-    """Any text, such as the name of a structure, as part of a file name, also on Windows.
-
-    Blanks become `_`, and each other character that a name cannot have becomes `-`.
-
-    Example:
-        >>> as_file_name("occlusion/left kidney: cyst")
-        'occlusion-left_kidney-_cyst'
-    """
-    return "".join(
-        "_"
-        if character.isspace()
-        else character
-        if character.isprintable() and character not in NOT_IN_NAMES
-        else "-"
-        for character in text
-    )
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add the path to an OSError from the block if the error does not name a file."""

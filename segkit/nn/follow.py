@@ -149,19 +149,25 @@ def _onto(one: Followed, result: Tensor, placement: Placement) -> Followed:
     return replace(one, placement=placement, cells=cells, depth=one.depth + 1)
 
 
-def _channels_first(known: Known) -> Followed | None:
-    one, tensor = known[0]
-    space = len(one.cells)
-    inner = tuple(range(tensor.ndim - space, tensor.ndim))
-    return None if one.tokens or one.axes != inner else one
+def _on_grid(
+    rule: Callable[[Followed, Tensor, Sequence[Any], Mapping[str, Any]], Followed],
+) -> Rule:
+    """The rule of a call that takes (batch, channel, *space); other tensors are not followed."""
+
+    def followed(
+        known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    ) -> Followed | None:
+        one, tensor = known[0]
+        space = tuple(range(tensor.ndim - len(one.cells), tensor.ndim))
+        return rule(one, result, args, named) if one.axes == space else None
+
+    return followed
 
 
+@_on_grid
 def _convolved(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
-) -> Followed | None:
-    one = _channels_first(known)
-    if one is None:
-        return None
+    one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
     count = len(one.cells)
     kernel = tuple(_argument(args, named, 1, "weight", None).shape[2:])
     stride = _each(_argument(args, named, 3, "stride", 1), count)
@@ -176,12 +182,10 @@ def _convolved(
     return _onto(one, result, one.placement.through(wide, stride, before))
 
 
+@_on_grid
 def _transposed(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
-) -> Followed | None:
-    one = _channels_first(known)
-    if one is None:
-        return None
+    one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
     count = len(one.cells)
     kernel = tuple(_argument(args, named, 1, "weight", None).shape[2:])
     stride = _each(_argument(args, named, 3, "stride", 1), count)
@@ -197,12 +201,10 @@ def _transposed(
     return _onto(one, result, Placement(tuple(steps), tuple(offsets)))
 
 
+@_on_grid
 def _pooled(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
-) -> Followed | None:
-    one = _channels_first(known)
-    if one is None:
-        return None
+    one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
     count = len(one.cells)
     kernel = _each(_argument(args, named, 1, "kernel_size", None), count)
     stride = _each(_argument(args, named, 2, "stride", None) or kernel, count)
@@ -210,12 +212,10 @@ def _pooled(
     return _onto(one, result, one.placement.through(kernel, stride, padding))
 
 
+@_on_grid
 def _interpolated(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
-) -> Followed | None:
-    one = _channels_first(known)
-    if one is None:
-        return None
+    one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
     corners = bool(_argument(args, named, 4, "align_corners", False))
     steps, offsets = [], []
     for axis, (old, new) in enumerate(zip(one.cells, result.shape[2:], strict=True)):
@@ -243,8 +243,6 @@ def _padded(
         if axis in one.axes:
             place = one.axes.index(axis)
             offsets[place] -= one.placement.stride[place] * before
-        elif before or sides[2 * number + 1]:
-            continue  # more channels
     return _onto(one, result, Placement(one.placement.stride, tuple(offsets)))
 
 

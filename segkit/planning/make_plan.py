@@ -22,9 +22,9 @@ from segkit.data.case_groups import grouping_advice
 from segkit.data.case_table import unused_columns
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
-from segkit.errors import printable
+from segkit.errors import counted, printable
 from segkit.inference.window_seconds import num_windows, seconds_of_window
-from segkit.io.atomic import is_file_name
+from segkit.io.file_names import is_file_name
 from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
@@ -348,24 +348,20 @@ def _in_slices_if_time_is_short(task: _Task) -> _Task:
     if not rules.needs_low_resolution(plan.patch_size, image) or 2 * patch > possible:
         return task
     why = (
-        f" Slices, as {task.minutes:g} minutes leave a 3D patch of "
+        f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
         f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / image:.2g} of the median "
         f"image; more minutes or --dims 3 train in 3D."
     )
     return replace(task, spatial_dims=2, why_slices=why)
 
 
-def _minutes(count: float) -> str:
-    return f"{count:g} minute" + "s" * (count != 1)
-
-
 def _planned_task(task: _Task) -> Planned:
     """The planned config, or the configs of two stages."""
     minutes, source = task.minutes, task.source
-    plan, share = task.plan(), _minutes(minutes)
+    plan, share = task.plan(), counted(minutes, "minute")
     if not task.own_schedule and plan.low_resolution is not None:
         task = replace(task, minutes=minutes / 2)
-        plan, share = task.plan(), f"{minutes / 2:g} of {_minutes(minutes)}"
+        plan, share = task.plan(), f"{minutes / 2:g} of {counted(minutes, 'minute')}"
     budget = f"{task.gigabytes:g} GB of memory"
     if task.timed:
         on_cpu = task.device.type == "cpu"
@@ -496,10 +492,10 @@ def schedule_within(
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
     why = (
-        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. Of {_minutes(minutes)}, "
-        f"{preparing:.0f} s are reserved for preparing, {validating:.0f} s for {count} validations "
-        f"of {cases} cases and {scoring:.0f} s for the final scores; {steps:,} steps fit into the "
-        f"rest."
+        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. "
+        f"Of {counted(minutes, 'minute')}, {preparing:.0f} s are reserved for preparing, "
+        f"{validating:.0f} s for {count} validations of {cases} cases and "
+        f"{scoring:.0f} s for the final scores; {steps:,} steps fit into the rest."
     )
     if steps == LEAST_STEPS:
         why += " This is the smallest number of steps, so the run may take longer."

@@ -10,7 +10,7 @@ from pathlib import Path
 PROCESS = Path("/proc/self")
 
 
-def groups_of(controller: str) -> Iterator[tuple[Path, str]]:
+def groups_around(controller: str) -> Iterator[tuple[Path, str]]:
     """The control groups that limit this process, from its own to the outermost visible.
 
     Args:
@@ -74,7 +74,9 @@ def quota_of_cores() -> float | None:
         quota_of_cores()  # 1.5 in a container of `docker run --cpus 1.5`
     """
     quotas = [
-        quota for folder, kind in groups_of("cpu") if (quota := _quota_of(folder, kind)) is not None
+        quota
+        for folder, kind in groups_around("cpu")
+        if (quota := _quota_of(folder, kind)) is not None
     ]
     return min(quotas, default=None)
 

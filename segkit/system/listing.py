@@ -3,22 +3,15 @@
 Many functions list files before their own work, so this display is not passed as an argument.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Any, TypeVar
 
-Item = TypeVar("Item")
-Display = Callable[[Iterable[Any], str, int], Iterable[Any]]
+from segkit.system.progress import Item, Track, untracked
 
-
-def _hidden(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    return items
+_DISPLAY: ContextVar[Track] = ContextVar("listing", default=untracked)
 
 
-_DISPLAY: ContextVar[Display] = ContextVar("listing", default=_hidden)
-
-
-def show_listing(display: Display) -> None:
+def show_listing(display: Track) -> None:
     """Show the listing of files by `display` from now on, a function like `Tracker`."""
     _DISPLAY.set(display)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from segkit.system.control_groups import groups_of
+from segkit.system.control_groups import groups_around
 
 UNKNOWN_MEMORY = 4 * 1024**3
 MEMORY_STATE = Path("/proc/meminfo")
@@ -46,7 +46,7 @@ def free_memory() -> int:
         free = int(available) * 1024
     except (OSError, ValueError):
         return _half_of_what_is_built_in()
-    for folder, kind in groups_of("memory"):
+    for folder, kind in groups_around("memory"):
         free = min(free, _left(folder, GROUP_FILES[kind], free))
     return max(free, 0)
 

@@ -23,6 +23,7 @@ from segkit.config.training import LEAST_STEPS, Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
+from segkit.errors import counted
 from segkit.geometry.grid import Orientation
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.model.folder import Model
@@ -134,7 +135,7 @@ class DryRun:
         line = f"{schedule.steps} steps would take {steps}"
         if self.held_out:
             rest = timedelta(seconds=round(self.whole - self.seconds * schedule.steps))
-            each = "1 case" if cases == 1 else f"{cases} cases"
+            each = counted(cases, "case")
             line += f", {count} validations of {each} and the final scores about {rest}"
         line += f"; {timedelta(seconds=round(self.whole))} in all, without preparing"
         if schedule.minutes is not None:

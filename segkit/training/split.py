@@ -8,7 +8,13 @@ import numpy as np
 
 from segkit.config.data import DataConfig
 from segkit.config.training import Config
-from segkit.data.case_groups import divided_groups, grouping_advice, groups_of, strata_of
+from segkit.data.case_groups import (
+    divided_groups,
+    grouping_advice,
+    groups_in_test,
+    groups_of,
+    strata_of,
+)
 from segkit.data.case_table import unused_columns
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
@@ -37,6 +43,12 @@ def split_of(dataset: Dataset, config: Config) -> Split:
     data = config.data
     for sentence in unused_columns(data):
         logger.warning("%s", sentence)
+    if both := groups_in_test(dataset, data):
+        logger.warning(
+            "data.test keeps some cases of these groups of data.group_by and leaves others for "
+            "training: %s; keep all or none of a group",
+            both,
+        )
     if data.fold is not None or data.splits is not None:
         return nth_of(dataset, folds_of(dataset, data), data.fold or 0)
     if (data.folder / SPLITS_FILE).is_file():

@@ -29,6 +29,7 @@ from torch import nn
 
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
 from segkit.data.prepared_cache import StoredCase
+from segkit.errors import counted
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.system.core_share import FREE, CoreShare
 from segkit.training.lightning_private import set_last_step
@@ -266,6 +267,6 @@ def _steps_that_fit(budget: TimeBudget) -> str:
         f"{steps} steps, {planned} planned," if steps > planned else f"{steps} of {planned} steps"
     )
     return (
-        f"{many} fit into the {budget.seconds / 60:g} minutes, and the learning rate follows the "
-        f"time"
+        f"{many} fit into the {counted(budget.seconds / 60, 'minute')}, and the learning rate "
+        f"follows the time"
     )

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import nibabel as nib
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from segkit.config.network import NetworkConfig
 from segkit.io.checksums import checksum
+from segkit.io.volume import read_labels, write_volume
+from segkit.model.folder import save_model
 from tests.cli.command import run
 from tests.helpers import affine_of
+from tests.models import noise_volume, random_model
 
 
 def test_predicting_without_a_model_says_so(
@@ -217,3 +223,34 @@ def test_a_program_reads_progress_from_stderr_and_the_result_from_stdout(
     assert told["colours"] == {"ball": "#4c9be8"}
     shares = [json.loads(line)["progress"] for line in err.splitlines()]
     assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_cohort_that_is_asked_to_stop_ends_in_one_line_with_complete_files(
+    signum: int,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_model(tmp_path / "model", random_model(NetworkConfig(channels=[2, 4])))
+    for name in "abcdef":
+        write_volume(tmp_path / f"in/{name}.nii.gz", noise_volume((8, 8, 8)))
+    words = ("predict", tmp_path / "in", "--out", tmp_path / "out", "--model", tmp_path / "model")
+    words = (*words, "--engine", "torch", "--device", "cpu")
+    before = threading.active_count()
+    with monkeypatch.context() as patched:
+        patched.setattr("segkit.cli.predict._tell", lambda _: signal.raise_signal(signum))
+        stopped, _, err = run(*words, capsys=capsys)
+    name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+    assert stopped == code
+    assert err.splitlines()[-1] == (
+        f"segkit: stopped by {name}; run the same command again to go on"
+    )
+    assert "Traceback" not in err and threading.active_count() == before
+    written = sorted((tmp_path / "out").glob("*"))
+    labels = [path for path in written if path.suffix == ".gz"]
+    assert 1 <= len(labels) < 6 and len(written) == 2 * len(labels)  # none partial, none marked
+    assert all(read_labels(path).data.shape == (8, 8, 8) for path in labels)
+    assert run(*words, capsys=capsys)[0] == 0
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 6

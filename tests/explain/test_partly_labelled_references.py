@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from segkit.explain.explain_files import explain_files
 from segkit.explain.explain_scan import Explanation, explain_volume
 from segkit.explain.heads.study import ScoredVolume, case_dice, head_importance
 from segkit.explain.measures.measure_maps import FOREGROUND
+from segkit.explain.verdicts.identity import judge_attention
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
@@ -92,6 +94,31 @@ def test_verdicts_count_only_labelled_classes() -> None:
     verdicts = judge_gates(predictor, pairs, unlabelled={0: [SECOND]})
     scans = {one.structure: one.figures for one in verdicts}
     assert {FIRST, SECOND} <= set(scans)
+
+
+def test_attention_is_judged_only_by_labelled_classes() -> None:
+    predictor = predictor_of(skip=AdditiveGridGateConfig())
+    case, other = halves(), halves(1)
+    pairs = [(one.volume, one.reference) for one in (case, other)]
+    bare = [(case.volume, without_second(case).reference), pairs[1]]
+    found = judge_attention(predictor, pairs, unlabelled={0: [SECOND]})
+    assert {row.label for row in found.ablations if row.case == "case 0"} == {None, FIRST}
+    assert {row.label for row in found.ablations if row.case == "case 1"} == {None, FIRST, SECOND}
+    # Voxels of the class in the reference change nothing, as they may be only some of it.
+    assert found.to_json() == judge_attention(predictor, bare, unlabelled={0: [SECOND]}).to_json()
+    mean, first = found.ablations[:2]
+    assert (
+        mean.dice_before
+        == first.dice_before
+        == case_dice(predictor, ScoredVolume(case.name, case.volume, case.reference, (SECOND,)))
+    )
+
+
+@pytest.mark.parametrize("judge", [judge_attention, judge_gates])
+def test_verdicts_refuse_an_unknown_class(judge: Callable[..., object]) -> None:
+    predictor, case = predictor_of(skip=AdditiveGridGateConfig()), halves()
+    with pytest.raises(VolumeError, match=r"case 0: unlabelled has 'liver', which is not one of"):
+        judge(predictor, [(case.volume, case.reference)], unlabelled={0: ["liver"]})
 
 
 def test_heads_count_only_labelled_classes() -> None:

@@ -16,7 +16,7 @@ GRID = Grid((3, 3, 3), np.eye(4))
 
 def test_maps_of_structures_with_any_name_have_different_files() -> None:
     keys = ["ig/left kidney", "ig/a/b", "ig/a-b", "ig/A:B", "ig/who?"]
-    names = ["ig-left_kidney", "ig-a-b", "ig-a-b-2", "ig-A-B-3", "ig-who-"]
+    names = ["ig-left kidney", "ig-a-b", "ig-a-b-2", "ig-A-B-3", "ig-who-"]
     assert list(names_of_maps(keys).items()) == list(zip(keys, names, strict=True))
 
 
@@ -32,7 +32,7 @@ def test_the_json_file_names_the_files_of_each_map(tmp_path: Path) -> None:
     }
     write_maps(tmp_path, "scan", maps, source)
     told = json.loads((tmp_path / "scan_maps.json").read_text())["maps"]
-    names = ["scan_map-ig-cyst-_small", "scan_map-ig-cyst-_small-2"]
+    names = ["scan_map-ig-cyst- small", "scan_map-ig-cyst- small-2"]
     assert [(one["key"], one["file"]) for one in told] == list(zip(maps, names, strict=True))
     for value, one in enumerate(told):
         for folder in (tmp_path, tmp_path / "native"):

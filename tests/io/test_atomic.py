@@ -10,8 +10,6 @@ import pytest
 from segkit.errors import Stopped, VolumeError, sentence_of
 from segkit.io.atomic import (
     ABANDONED,
-    as_file_name,
-    is_file_name,
     mark_finished,
     mark_unfinished,
     naming,
@@ -130,35 +128,3 @@ def test_a_signal_is_raised_with_the_advice_of_the_outermost_block(tmp_path: Pat
         ):
             signal.raise_signal(signum)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *["case 1", "sub-01_ses-b", "Müller", "a.b", ".a", "1.2.840.113619.2.5", "console", "com"],
-        *["com10", "lpt", "auxiliary", "nul_1", "x.con", "a+b=c,d;e'f(g)[h]{i}~!@#$%^&"],
-    ],
-)
-def test_names_that_every_system_can_write_are_file_names(name: str) -> None:
-    assert is_file_name(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *["", ".", "..", "a/b", "a\\b", "a\nb", "a\tb", "a\0b"],
-        *[f"a{character}b" for character in '<>:"|?*'],
-        *["2024-01-01T12:30:00", "a.", "a ", "a. ", "...", " "],
-        *["con", "CON", "Prn", "aux", "NUL", "com1", "COM9", "lpt1", "LPT9", "COM¹", "com0"],
-        *["nul.x", "CON.b.c", "aux ", "con .x"],
-    ],
-)
-def test_names_that_windows_cannot_write_are_no_file_names(name: str) -> None:
-    assert not is_file_name(name)
-
-
-def test_any_text_becomes_part_of_a_file_name() -> None:
-    assert as_file_name("skip.2/gate") == "skip.2-gate"
-    assert as_file_name('a<b>c:d"e/f\\g|h?i*j\nk l\x07m') == "a-b-c-d-e-f-g-h-i-j_k_l-m"
-    for text in ("a/b", "left kidney", "x:y?", "tab\there"):
-        assert is_file_name(as_file_name(text))

@@ -245,6 +245,9 @@ def test_progress_counts_what_is_measured_now(three: Dataset, tmp_path: Path) ->
     told: list[tuple[str, int, list[str]]] = []
 
     def track(measurements, what, count):  # type: ignore[no-untyped-def]
+        if what != "measuring cases":
+            yield from measurements
+            return
         done: list[str] = []
         told.append((what, count, done))
         for measurement in measurements:

@@ -320,7 +320,7 @@ def test_cases_that_lie_on_the_device_give_the_weights_of_cases_on_disk(
 ) -> None:
     config = small_config(dataset, train={"averaging": 0.9})
     on_disk = train(config, runs=tmp_path / "disk")
-    monkeypatch.setattr("segkit.data.datamodule.fits", lambda cases, device: True)
+    monkeypatch.setattr("segkit.data.datamodule.fits", lambda *_: True)
     resident = train(config, runs=tmp_path / "device")
     expected = load_file(on_disk.folder / "model" / "weights.safetensors")
     found = load_file(resident.folder / "model" / "weights.safetensors")

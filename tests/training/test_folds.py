@@ -203,6 +203,20 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
     assert "1 more are kept for a test" in str(check(folder, ["data.test=[case_1]"]))
 
 
+@pytest.mark.parametrize("grouping", [{"pattern": "(p[0-9])_"}, {"column": "patient"}])
+def test_a_group_with_only_some_cases_in_the_test_is_reported(
+    tmp_path: Path, grouping: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"{name},{name[:2]}\n" for name in PATIENTS)
+    (tmp_path / "cases.csv").write_text(f"id,patient\n{rows}")
+    config = config_with(tmp_path, group_by=grouping, case_table="cases.csv", validation=0.25)
+    whole = dataset_with(tmp_path, PATIENTS[2:], test=("p0_a", "p0_b"))
+    split_of(whole, config)
+    assert "data.test keeps some" not in caplog.text
+    split_of(dataset_with(tmp_path, PATIENTS[1:], test=("p0_a",)), config)
+    assert "leaves others for training: p0; keep all or none of a group" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("cases", "setting"),
     [

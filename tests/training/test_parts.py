@@ -245,7 +245,7 @@ def test_parts_that_are_not_those_of_the_run_are_refused(dataset: Path, stopped:
     more = replace(parts, augmentation=Augmentation(parts.augmentation.vary, (2, 2, 2)))
     with pytest.raises(ConfigError, match=r"replaced \(loss\), found augmentation, loss; repla"):
         resume(stopped, more)
-    other = small_config(dataset, train={"seed": 6})
+    other = load_config(stopped / "config.yaml", ["train.seed=6"])
     with pytest.raises(ConfigError, match=r"train\.seed was changed from 0 to 6, but the earlier"):
         resume(stopped, with_doubled_loss(prepare(other, runs=stopped.parent)))
 

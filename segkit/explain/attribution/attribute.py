@@ -30,7 +30,6 @@ from segkit.explain.verdicts.deletion import mean_of_channels
 from segkit.geometry.grid import Placement
 from segkit.geometry.resample import nearest
 from segkit.inference.attention_maps import AttentionMap, map_on_source
-from segkit.inference.empty_windows import empty_windows
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import MapInfo
@@ -356,7 +355,7 @@ def _target(
         {name: torch.isin(numbers, torch.tensor(labelling.members[name])) for name in wanted},
         outputs={name: labelling.outputs.index(output or name) for name in wanted},
         quantity=quantity,
-        skip=empty_windows(volume, prepared, member.layout) if member.skip_empty else (),
+        skip=member.skipped(volume, prepared),
     )
 
 

@@ -26,7 +26,6 @@ from segkit.explain.verdicts.deletion import (
     mean_of_channels,
 )
 from segkit.explain.verdicts.evidence import HIGH_FIRST
-from segkit.inference.empty_windows import empty_windows
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.system.progress import Track, untracked
@@ -108,7 +107,7 @@ def _deletion(
     image, channels = prepared.image, len(member.model.description.channels)
     replacement = mean_of_channels(image, channels)
     structures = list(dict.fromkeys(one.structure for one in found.values()))
-    skip = empty_windows(volume, prepared, member.layout) if member.skip_empty else frozenset()
+    skip = member.skipped(volume, prepared)
     agreement = SoftDiceToFirst(predictor, image, structures, skip=skip)
     results: dict[str, dict[str, DeletionCurve]] = {key: {} for key in found}
     for key, one in track(found.items(), "deleting by attributions", len(found)):

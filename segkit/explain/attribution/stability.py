@@ -103,7 +103,7 @@ def relative_input_stability(
     """
     own = explain(image)
     return _largest(
-        _length((own - _same(explain(copy), own)) / _apart_from_0(own))
+        _relative_change(explain(copy), own)
         / _not_0(_length((image - copy) / _apart_from_0(image)))
         for copy in copies
     )
@@ -138,8 +138,7 @@ def relative_output_stability(
     """
     own, logits = explain(image), output(image)
     return _largest(
-        _length((own - _same(explain(copy), own)) / _apart_from_0(own))
-        / _not_0(_length(logits - output(copy)))
+        _relative_change(explain(copy), own) / _not_0(_length(logits - output(copy)))
         for copy in copies
     )
 
@@ -152,6 +151,11 @@ def _largest(values: Iterable[float]) -> float:
 def _length(values: ndarray) -> float:
     """The Euclidean norm of the values that are not NaN."""
     return float(np.sqrt(np.nansum(np.square(values, dtype=np.float64))))
+
+
+def _relative_change(values: ndarray, own: ndarray) -> float:
+    """The length of the change of an attribution, each value relative to its own."""
+    return _length((own - _same(values, own)) / _apart_from_0(own))
 
 
 def _apart_from_0(values: ndarray) -> ndarray:

@@ -5,7 +5,7 @@ Heads are masked through their map taps (`segkit.nn.map_tap`). Nothing is traine
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.data.preprocess import prepare_label
-from segkit.errors import ModelError, VolumeError
+from segkit.errors import ModelError, VolumeError, counted
 from segkit.evaluation.overlap import Overlap, confusion_matrix
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import stream
@@ -141,7 +141,7 @@ class PositionFigures:
             )
         won, lost = self.won_and_lost
         if self.p_value >= 0.05:
-            verdict = f"{len(self.gain)} case{'s' * (len(self.gain) != 1)} cannot tell"
+            verdict = f"{counted(len(self.gain), 'case')} cannot tell"
         else:
             verdict = "better than one" if won > lost else "no better than one"
         return (
@@ -395,6 +395,15 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
     if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
         raise VolumeError(
             f"{case.name}: its reference contains only background; leave the case out"
+        )
+
+
+def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{case}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
         )
 
 

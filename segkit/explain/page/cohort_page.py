@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 import numpy as np
 
+from segkit.errors import counted
 from segkit.explain.display import Table, Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
 from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
+from segkit.io.file_names import safe_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def cohort_text(
         tables: below the verdicts, from all scans together.
     """
     style = (VIEWER / "cohort.css").read_text(encoding="utf-8")
-    title = f"Attention maps of {len(cases)} scan{'s' * (len(cases) != 1)}"
+    title = f"Attention maps of {counted(len(cases), 'scan')}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy(style)}">',
@@ -109,7 +111,7 @@ def _case_table(cases: Sequence[CaseFigures]) -> str:
     structures = list(dict.fromkeys(name for case in cases for name in case.dice))
     rows = [
         [
-            f'<a href="{quote(case.name)}/index.html">{_text(case.name)}</a>',
+            f'<a href="{quote(safe_name(case.name))}/index.html">{_text(case.name)}</a>',
             *(_number(case.dice.get(name, math.nan)) for name in structures),
         ]
         for case in cases

@@ -7,7 +7,7 @@ this reason. `permuted` keeps all values, but at random cells. `inverted` exchan
 values.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,6 +31,8 @@ AblationKind = Literal["open", "mean", "permuted", "inverted"]
 - inverted: lowest + highest - map, with the ends of the map's range. If the range is infinite, with
   the lowest and highest value in the window.
 """
+Replacement = AblationKind | Literal["identity"]
+Against = Literal["reference", "prediction"]
 OPERATIONS: tuple[AblationKind, ...] = get_args(AblationKind)
 ABLATED = ("gate", "spatial")
 """Kinds of maps that are multiplied with features, cell by cell."""
@@ -42,11 +44,11 @@ class Ablation:
 
     case: str
     map: str
-    operation: AblationKind | Literal["identity"]
+    operation: Replacement
     """How the map was replaced; 'identity' if `map` is an attention block instead."""
     label: str | None
     """The class or region; None for the mean over those that the reference contains."""
-    against: Literal["reference", "prediction"]
+    against: Against
     """The labels that Dice compares with: a reference, or without one the unedited prediction."""
     dice_before: float
     """Dice of the unedited prediction; 1 if compared with itself."""
@@ -184,12 +186,24 @@ def ablate(
         edit = operation_edit(infos[key], operation, seed=seed)
         with editing(predictor.model.network, {key: edit}):
             after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
-        for label in (None, *before):
-            old, new = (_of(scores, label) for scores in (before, after))
-            against: Literal["reference", "prediction"] = (
-                "prediction" if reference is None else "reference"
-            )
-            rows.append(Ablation(case, key, operation, label, against, old, new, new - old))
+        against: Against = "prediction" if reference is None else "reference"
+        rows += ablation_rows(case, key, operation, against, before, after)
+    return rows
+
+
+def ablation_rows(
+    case: str,
+    key: str,
+    operation: Replacement,
+    against: Against,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> list[Ablation]:
+    """A row for the mean over classes, and one for each class, from Dice before and after."""
+    rows = []
+    for label in (None, *before):
+        old, new = (_of(scores, label) for scores in (before, after))
+        rows.append(Ablation(case, key, operation, label, against, old, new, new - old))
     return rows
 
 
@@ -203,5 +217,5 @@ def class_dice(
     return {label: dice for label, dice, there in scores if there and label not in unlabelled}
 
 
-def _of(scores: dict[str, float], label: str | None) -> float:
+def _of(scores: Mapping[str, float], label: str | None) -> float:
     return sum(scores.values()) / len(scores) if label is None else scores[label]

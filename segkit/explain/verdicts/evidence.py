@@ -45,7 +45,6 @@ from segkit.explain.verdicts.deletion import (
 )
 from segkit.explain.verdicts.untrained import MakeUntrained, untrained_maps
 from segkit.inference.attention_maps import AttentionMap
-from segkit.inference.empty_windows import empty_windows
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.nn.map_tap import Edit, editing
@@ -271,9 +270,7 @@ class _Shared:
         )
         ignore = described.labelling.ignore
         self.unlabelled = None if ignore is None else true == ignore
-        skip: Collection[tuple[int, ...]] = ()
-        if predictor.members[0].skip_empty:
-            skip = empty_windows(volume, prepared, predictor.members[0].layout)
+        skip = predictor.members[0].skipped(volume, prepared)
         self.agreement = SoftDiceToFirst(
             predictor, self.image, list(described.labelling.members), skip=skip
         )

@@ -6,17 +6,18 @@ which does not say that it needed one.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
-from segkit.errors import ModelError
+from segkit.errors import ModelError, counted
 from segkit.evaluation.compare import holm
 from segkit.explain.display import Table, Verdict, rounded
-from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
-from segkit.explain.verdicts.ablation import Ablation, class_dice
+from segkit.explain.heads.study import ScoredVolume, check_case, check_unlabelled, on_one_grid
+from segkit.explain.verdicts.ablation import Ablation, Against, ablation_rows, class_dice
 from segkit.explain.verdicts.evidence import holds_foreground
 from segkit.explain.verdicts.falls import (
     DICE_MARGIN,
@@ -127,6 +128,7 @@ def judge_attention(
     cases: Iterable[tuple[Volume, Volume | None]],
     *,
     blocks: Collection[str] | None = None,
+    unlabelled: Mapping[int, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> AttentionStudy:
     """Dice of scans with each attention block replaced by the identity, and what follows from it.
@@ -141,6 +143,8 @@ def judge_attention(
             that with the unchanged segmentation, and there is no verdict. Pairs without a reference
             are used only if no pair has one.
         blocks: names as for `as_identity`; all of `attention_blocks` if None.
+        unlabelled: for the index of a pair, the classes or regions that nobody labelled in its
+            reference; they do not count there.
         track: reports the progress.
 
     Returns:
@@ -149,7 +153,7 @@ def judge_attention(
     Raises:
         ModelError: if the model has no such attention block.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
-            know.
+            know, or if `unlabelled` names an unknown class.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -159,8 +163,16 @@ def judge_attention(
     chosen = check_blocks(predictor, blocks)
     rows: list[Ablation] = []
     for number, (volume, reference) in enumerate(cases):
+        name, lacking = f"case {number}", unlabelled.get(number, ())
+        check_unlabelled(name, lacking, predictor.model.description.labelling)
         rows += without_blocks(
-            predictor, volume, reference, case=f"case {number}", blocks=chosen, track=track
+            predictor,
+            volume,
+            reference,
+            case=name,
+            blocks=chosen,
+            unlabelled=lacking,
+            track=track,
         )
     return study_of(predictor, chosen, rows)
 
@@ -243,7 +255,7 @@ def without_blocks(
             return []
         check_case(scored, labelling)
     whole = predictor.numbers_of(volume)
-    against: Literal["reference", "prediction"] = "prediction" if target is None else "reference"
+    against: Against = "prediction" if target is None else "reference"
     target = whole if target is None else target
     lacking = unlabelled if reference is not None else ()
     before = class_dice(whole, target, labelling, lacking)
@@ -256,11 +268,7 @@ def without_blocks(
     for name, replaced in track(trials, "blocks as the identity", len(trials)):
         with as_identity(predictor.model.network, replaced):
             after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
-        old = mean_of(list(before.values())), mean_of([after[label] for label in before])
-        rows.append(Ablation(case, name, "identity", None, against, *old, old[1] - old[0]))
-        for label, dice in before.items():
-            new = after[label]
-            rows.append(Ablation(case, name, "identity", label, against, dice, new, new - dice))
+        rows += ablation_rows(case, name, "identity", against, before, after)
     return rows
 
 
@@ -319,7 +327,7 @@ def _verdict(
         "cannot tell": "the evidence cannot tell",
         None: "there is no verdict without a reference",
     }[word]
-    scans = f"{len(falls)} scan{'s' * (len(falls) != 1)}"
+    scans = counted(len(falls), "scan")
     what = "they are" if block == EVERY_BLOCK else "it is"
     reason = (
         f"Over {scans}, {said}: Dice {old:.3f}, and {new:.3f} if {what} the identity{span}; it "

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
+from segkit.explain.heads.study import check_unlabelled
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
 from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
@@ -44,7 +45,7 @@ def judge_gates(
     Raises:
         ModelError: if the model has no gates.
         VolumeError: if a reference lies on another grid than its scan, or has labels that the model
-            does not know.
+            does not know, or if `unlabelled` names an unknown class.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -56,6 +57,8 @@ def judge_gates(
     found: list[CaseEvidence] = []
     for number, (volume, reference) in enumerate(cases):
         name = f"case {number}"
+        lacking = unlabelled.get(number, ())
+        check_unlabelled(name, lacking, predictor.model.description.labelling)
         prediction = predictor(volume, maps=True)
         found.append(
             gather_evidence(
@@ -68,7 +71,7 @@ def judge_gates(
                 earlier=found,
                 seed=seed,
                 untrained=untrained,
-                unlabelled=unlabelled.get(number, ()),
+                unlabelled=lacking,
                 track=track,
             )
         )

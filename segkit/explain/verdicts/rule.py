@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 from scipy import stats
 
+from segkit.errors import counted
 from segkit.evaluation.compare import holm
 from segkit.explain.measures.ranks import Ranked, rise_p, simes
 from segkit.explain.measures.statistics import auroc
@@ -342,7 +343,7 @@ def _verdict(
 def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
-    scans = f"{of.cases} scan{'s' * (of.cases != 1)}"
+    scans = counted(of.cases, "scan")
     clauses = []
     if of.contexts:
         fall, low, high = (

@@ -1,9 +1,10 @@
 """ONNX Runtime on the CPU."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ class OnnxRuntime:
         window: Tensor,
         file: Path,
         *,
-        batch: str = "",
-        axes: Sequence[str] = (),
+        free: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         """Write a network for windows of this shape; its outputs have names.
 
@@ -63,15 +63,13 @@ class OnnxRuntime:
             network: the network.
             window: a batch of windows.
             file: the file to write.
-            batch: name of the batch axis, if the file must take batches of any size; if empty, it
-                takes batches of the same size as `window`.
-            axes: names of the spatial axes, if the file must take windows of any size.
+            free: names of the axes that may have any length, by number: 0 is the batch, and space
+                begins at 2. The others keep the length that they have in `window`.
         """
-        free = {0: batch} if batch else {}
-        free |= dict(enumerate(axes, start=2))
-        changing = {name: free for name in (INPUT, *network.names) if name != PRESENCE}
-        if batch and PRESENCE in network.names:
-            changing[PRESENCE] = {0: batch}
+        of_batch = {axis: name for axis, name in free.items() if axis == 0}
+        changing = {
+            name: of_batch if name == PRESENCE else dict(free) for name in (INPUT, *network.names)
+        }
         with warnings.catch_warnings():
             for message in WANTED:
                 warnings.filterwarnings("ignore", message)
@@ -84,7 +82,7 @@ class OnnxRuntime:
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=network.names,
-                dynamic_axes=changing if free else {},
+                dynamic_axes=changing,
             )
 
     def load(self, folder: Path, names: Sequence[str]) -> RunGraph:

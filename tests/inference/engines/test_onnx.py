@@ -16,7 +16,7 @@ from tests.models import model_of
 def test_a_file_with_a_named_batch_runs_any_number_of_windows(count: int, tmp_path: Path) -> None:
     model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3, count)
     traced, runtime = Traced(model.network).eval(), OnnxRuntime()
-    runtime.write(traced, windows_of(3, 2), tmp_path / "network.onnx", batch="batch")
+    runtime.write(traced, windows_of(3, 2), tmp_path / "network.onnx", free={0: "batch"})
     asked = (LOGITS, traced.names[-1])
     found = runtime.read(tmp_path / "network.onnx", traced.names)(batch, asked)
     expected = TorchEngine(model.network, device=CPU)(batch, asked[1:])
