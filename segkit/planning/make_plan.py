@@ -375,7 +375,7 @@ def _planned_task(task: _Task) -> Planned:
     heading += task.why_slices + _about_lengths(dataset)
     advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
     for sentence in ([advice] if advice else []) + unused_columns(source):
-        heading = f"{heading} {sentence.removesuffix('.')}."
+        logger.warning("%s", printable(sentence))
     name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
