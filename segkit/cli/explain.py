@@ -17,7 +17,7 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
@@ -171,7 +171,7 @@ def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> Non
 
 def _tell(explained: "Explained") -> None:
     """Print the files and results of one volume."""
-    say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
+    say(f"wrote {explained.written[0]} and {counted(len(explained.written) - 1, 'more file')}")
     for position, reach in explained.reach.items():
         for number, head in enumerate(reach):
             say(

@@ -133,7 +133,7 @@ class Calibration:
         """
         if probabilities.shape[-1] != len(self.members):
             raise ValueError(
-                f"expected {len(self.members)} probabilities ({', '.join(self.members)}), got "
+                f"expected a probability for each of {', '.join(self.members)}, got "
                 f"{probabilities.shape[-1]}; evaluate predictions of the same classes"
             )
         total, voxels = 0.0, 0

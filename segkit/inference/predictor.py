@@ -24,7 +24,7 @@ from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
-from segkit.errors import ModelError, SegkitError, VolumeError
+from segkit.errors import ModelError, SegkitError, VolumeError, counted
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -382,7 +382,8 @@ class Predictor:
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
             raise ModelError(
-                f"the model expects {len(expected)} channels ({', '.join(expected)}), found "
+                f"the model expects {counted(len(expected), 'channel')} ({', '.join(expected)}), "
+                f"found "
                 f"{found} in the volume; use the channels of the training data"
             )
         if trouble := value_problem(volume.data):

@@ -311,7 +311,7 @@ def _task(
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     labelled = {number for case in measured.cases for number in case.classes}
-    if warning := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+    if warning := unlabelled(dataset, labelled, f"the {counted(len(dataset.cases), 'case')}"):
         logger.warning("%s", printable(warning))
     task = _Task(
         source,
@@ -367,7 +367,7 @@ def _planned_task(task: _Task) -> Planned:
     elif not task.own_schedule:
         budget += f" and {share} of training on a GPU that this machine does not have"
     dataset = task.dataset
-    size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
+    size = f"{counted(len(dataset.cases), 'case')}, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
     if advice := grouping_advice(dataset, None):
@@ -490,8 +490,9 @@ def schedule_within(
     why = (
         f"A step takes {seconds_per_step:.3g} s {place}, in {name}. "
         f"Of {counted(minutes, 'minute')}, {preparing:.0f} s are reserved for preparing, "
-        f"{validating:.0f} s for {count} validations of {cases} cases and "
-        f"{scoring:.0f} s for the final scores; {steps:,} steps fit into the rest."
+        f"{validating:.0f} s for {counted(count, 'validation')} of "
+        f"{counted(cases, 'case')} and {scoring:.0f} s for the final scores; "
+        f"{counted(steps, 'step', form=',')} fit{'s' * (steps == 1)} into the rest."
     )
     if steps == LEAST_STEPS:
         why += " This is the smallest number of steps, so the run may take longer."

@@ -200,7 +200,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         dataset_of(config_with(folder, test=["nobody"]).data)
     with pytest.raises(DatasetError, match=r"data\.validation names case_1, which is also in data"):
         split_of(dataset, config_with(folder, validation=["case_1"]))
-    assert "1 more are kept for a test" in str(check(folder, ["data.test=[case_1]"]))
+    assert "1 more kept for a test" in str(check(folder, ["data.test=[case_1]"]))
 
 
 @pytest.mark.parametrize("grouping", [{"pattern": "(p[0-9])_"}, {"column": "patient"}])

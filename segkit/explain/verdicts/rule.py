@@ -386,7 +386,8 @@ def _said(verdict: GateVerdict) -> str:
             return "there is no verdict without a reference"
     further = verdict.figures["further scans"]
     if isinstance(further, int):
-        return f"the evidence cannot tell; about {further} more scans like these may be enough"
+        more = counted(further, "more scan")
+        return f"the evidence cannot tell; about {more} like these may be enough"
     return f"the evidence cannot tell, and {MOST_FURTHER} more scans like these are not enough"
 
 
