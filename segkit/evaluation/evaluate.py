@@ -24,6 +24,7 @@ from segkit.io.picture_rules import PictureRules, length_mm
 from segkit.io.volume import AS_IT_SAYS, Volume, is_picture, read_labels, read_picture_facts
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
+from segkit.system.resources import limit_threads
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def evaluate(
         evaluation = segkit.evaluate("predictions", "references")
         evaluation.summary.overall.metrics["dice"].mean
     """
+    limit_threads()
     predictions, references = Path(predictions), Path(references)
     if missing not in get_args(Missing):
         raise ConfigError(

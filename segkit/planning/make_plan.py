@@ -40,7 +40,13 @@ from segkit.planning.plan import (
 from segkit.planning.speed import CPU, Figures, multiply_adds_per_second, step_seconds
 from segkit.system.core_share import CoreShare
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
+from segkit.system.resources import (
+    choose_device,
+    free_memory_of,
+    limit_threads,
+    num_cores,
+    precision_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +307,7 @@ def _task(
     track: Track,
 ) -> _Task:
     """Measure the dataset and find out the budget."""
+    limit_threads()
     dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"

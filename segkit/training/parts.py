@@ -33,6 +33,7 @@ from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.progress import Track, untracked
+from segkit.system.resources import limit_threads
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.make_sampler import make_sampler
@@ -197,6 +198,7 @@ def make_parts(
         kept: makes the split of a run that already has one; without it, the config decides.
     """
     started = time.monotonic()
+    limit_threads()
     check_installed(config.trainer.loggers)
     check_precision(config)
     dataset = dataset or dataset_of(config.data)
