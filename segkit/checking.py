@@ -34,7 +34,7 @@ from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
 from segkit.io.series_rules import SeriesRule
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, rounded_in_words, value_problem
 from segkit.model.build import build_network
 from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked
@@ -231,13 +231,14 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     groups = _groups(labelling)
     held = np.zeros(len(labelling.value_names), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    undeclared = UndeclaredNumbers()
+    undeclared, rounded = UndeclaredNumbers(), dict[str, float]()
     for examined in facts_of_cases(dataset, problems, cache=cache, track=track):
         known = examined.facts
         undeclared.add((examined.others or {}) if known is None else known.others)
         if known is None:
             continue
         pictures.add(known.name, known.picture)
+        rounded.update(known.rounded)
         orientations.add(known.orientation)
         shapes.append(known.shape)
         spacings.append(known.spacing)
@@ -275,6 +276,8 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
         for name, cases, count in zip(groups, present, voxels, strict=True)
     }
     lines += _lines_of_labels(dataset, shares, undeclared)
+    if (told := rounded_in_words(rounded)) is not None:
+        lines.append(told)
     if warning:
         lines.append(f"warning: {warning}")
     facts = {
@@ -290,6 +293,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
             for name, cases, count in zip(groups, present, voxels, strict=True)
         ],
         "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
+        "rounded": rounded,
         "other_numbers": [
             {"number": number, "cases": undeclared.cases[number], "voxels": count}
             for number, count in sorted(undeclared.voxels.items())
