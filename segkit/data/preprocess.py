@@ -120,7 +120,7 @@ def _float32_on(device: torch.device, values: Shaped[ndarray, "x y z"]) -> Float
     """
     if values.dtype not in SHARED_TYPES or not values.flags.writeable:
         values = np.array(values, np.float32, order="K")
-    reversed_axes = [axis for axis in range(values.ndim) if values.strides[axis] < 0]
+    reversed_axes = tuple(axis for axis in range(values.ndim) if values.strides[axis] < 0)
     forward = np.flip(values, reversed_axes)
     slowest_first = sorted(range(values.ndim), key=lambda axis: -forward.strides[axis])
     stored = torch.from_numpy(forward.transpose(slowest_first)).to(device)

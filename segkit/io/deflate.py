@@ -6,23 +6,24 @@ and writes about four times as fast.
 
 # mypy: disable-error-code="import-not-found, import-untyped"
 
+import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
+fast_gzip: Any
+fast_zlib: Any
 try:
     from isal import igzip as fast_gzip
     from isal import isal_zlib as fast_zlib
 except ImportError:  # there is no wheel for this processor
-    import gzip as fast_gzip  # type: ignore[no-redef]
-
-    fast_zlib = zlib
+    fast_gzip, fast_zlib = gzip, zlib
 
 EITHER_HEADER = zlib.MAX_WBITS | 32
 """Argument by which zlib accepts both gzip and zlib streams."""
-DAMAGED = (zlib.error, fast_zlib.error)
+DAMAGED: tuple[type[Exception], ...] = (zlib.error, fast_zlib.error)
 """Errors about a stream that is damaged."""
 LEVEL = 1
 """Level of compression. Higher levels take much longer and save a few percent."""
