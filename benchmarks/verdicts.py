@@ -70,6 +70,10 @@ class Gate:
     """Whether the gate is the magnitude of several convolutions, such as a gradient."""
     placed: bool = False
     """Whether the gate has a fixed value for each cell of the window, for every image."""
+    features: Callable[[Tensor], Tensor] | None = None
+    """A fixed function from the image to features on its grid. The gate then comes from their means
+    over a cell instead of from the image's channels."""
+    num_features: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class PlantedNet(UNet):
             look: nn.Module = Position(PATCHES[dims][:dims], gate.stride)
             if not gate.placed:
                 look = CONV[dims](
-                    planted.channels,
+                    gate.num_features or planted.channels,
                     dims if gate.edges else gate.maps,
                     kernel_size=gate.kernel,
                     stride=gate.stride,
@@ -122,7 +126,7 @@ class PlantedNet(UNet):
         """Background and foreground logits."""
         gates = []
         for gate, look, tap in zip(self.planted.gates, self.looks, self.taps, strict=True):
-            raw = look(image)
+            raw = look(image if gate.features is None else gate.features(image))
             if gate.edges:
                 raw = (raw**2).sum(dim=1, keepdim=True).sqrt() - 1
             gates.append(F.interpolate(tap(torch.sigmoid(raw)), size=image.shape[2:]))
