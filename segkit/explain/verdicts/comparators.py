@@ -198,8 +198,10 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
     return [
         name
         for name in names
-        if name.startswith(("intensity", "gradient"))
-        and not ("smoothed" in name or "averaged" in name)
+        if (
+            name.startswith(("intensity", "gradient"))
+            and not ("smoothed" in name or "averaged" in name)
+        )
         or (name.startswith("intensity") and any(name.endswith(end) for end in smoothed))
     ]
 
