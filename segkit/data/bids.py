@@ -13,9 +13,10 @@ from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.data.tables import read_csv
+from segkit.data.proposed_files import told_labels, told_proposal
 from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.dicom import find_folders
+from segkit.io.tables import read_csv
 from segkit.io.volume import NIFTI_SUFFIXES, stem_of
 
 DESCRIPTION_FILE = "dataset_description.json"
@@ -134,25 +135,24 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     if not labels:
         raise DatasetError(
             f"{folder}: expected labels of its subjects, derivatives/*/sub-*/**/*_dseg.nii.gz, "
-            f"found none; name your files by data.files"
+            f"found none; {told_proposal(folder)}"
         )
     bare = [name for name in labels if not images.get(name)]
     if bare:
         raise DatasetError(
             f"{folder}: has labels of {first_few(bare, MOST_CASES)} and no anatomical image of "
-            f"theirs; complete it, or name your files by data.files"
+            f"theirs; complete it, or {told_proposal(folder)}"
         )
     common = set.intersection(*(set(images[name]) for name in labels))
     if not common:
         raise DatasetError(
-            f"{folder}: its labelled cases have no kind of image in common; name files by "
-            f"data.files"
+            f"{folder}: its labelled cases have no kind of image in common; {told_proposal(folder)}"
         )
     names = bids_label_names(folder)
     if given is None and names is None:
         raise DatasetError(
-            f"{folder}: expected a table dseg.tsv with the names of labels, found none; give "
-            f"data.labels"
+            f"{folder}: expected a table dseg.tsv with the names of labels, found none; add names "
+            f"to the command, such as {told_labels(list(labels.values()))}"
         )
     labelling = given or labelling_of(str(folder), names or {}, None, {})
     channels = tuple(sorted(common))

@@ -18,16 +18,6 @@ ABANDONED = 3600.0
 """Seconds without a change after which an unfinished file belongs to a process that was killed."""
 
 
-def is_file_name(name: str) -> bool:
-    """Whether the name of a case or label can be a file name: printable, and not a path.
-
-    Example:
-        >>> [is_file_name(name) for name in ("case 1", "..", "a/b", "")]
-        [True, False, False, False]
-    """
-    return name not in ("", ".", "..") and name.isprintable() and not set("/\\") & set(name)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add the path to an OSError from the block if the error does not name a file."""
@@ -99,9 +89,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, complete or not at all."""
+    """Write a text file, complete or not at all.
+
+    Bytes of file names that are not UTF-8 are escaped.
+    """
     with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -152,7 +152,9 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     inputs = [Input("scan", (path,)) for path in paths]
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
-    assert second.error.endswith(f"is also the result of {paths[0]}; rename one input")
+    assert second.error.endswith(
+        f"is also the result of {paths[0]}; give one of them another --out"
+    )
 
 
 def test_models_and_settings_are_part_of_the_provenance(tmp_path: Path) -> None:
