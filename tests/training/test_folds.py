@@ -160,7 +160,7 @@ def test_groups_that_your_own_split_divides_are_reported(
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
     dataset = dataset_with(tmp_path, ["p0_a", "p0_b", "p1_a", "p1_b"])
     split_of(dataset, config_with(tmp_path, splits=own, group_by={"pattern": "(p[0-9])"}))
-    assert "splits groups of data.group_by: 1 groups, p0 (p0_a, p0_b)" in caplog.text
+    assert "splits groups of data.group_by: 1 group, p0 (p0_a, p0_b)" in caplog.text
 
 
 def test_each_fold_has_its_share_of_every_stratum() -> None:
