@@ -11,7 +11,10 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 
 
 def evaluate_command(
-    predictions: Annotated[Path, Argument(help="A segmentation, or a folder of segmentations.")],
+    predictions: Annotated[
+        Path,
+        Argument(metavar="PREDICTIONS", help="A segmentation, or a folder of segmentations."),
+    ],
     references: Annotated[
         Path,
         Argument(

@@ -6,15 +6,17 @@ Colours and progress bars appear only on a terminal, and no colours if the varia
 
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from segkit.errors import ConfigError, SegkitError, abridged, printable
 from segkit.io.atomic import json_text
@@ -32,6 +34,12 @@ OURS = logging.getLogger("segkit")
 class Commands(TyperGroup):
     """A group of commands that all accept the options in `EVERYWHERE`."""
 
+    def get_params(self, ctx: Any) -> Any:
+        """The options before a command."""
+        parameters = super().get_params(ctx)
+        simplify_help(parameters)
+        return parameters
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command with this name, or None."""
         command = super().get_command(ctx, cmd_name)
@@ -39,6 +47,8 @@ class Commands(TyperGroup):
             known = {option.name for option in command.params}
             shared = [option for option in self.params if option.name in EVERYWHERE]
             command.params += [option for option in shared if option.name not in known]
+            # Without a context, as in the documentation, there is no option --help yet.
+            simplify_help(command.params if ctx is None else command.get_params(ctx))
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -68,6 +78,18 @@ class Commands(TyperGroup):
         return name, command, words
 
 
+def simplify_help(parameters: Iterable[Any]) -> None:
+    """Leave types of Python out of the help: flags take no value, and arguments have a name.
+
+    By default `--json` is shown as `--json <bool>`, and `INPUT` as `INPUT <list[Path]>`.
+    """
+    for parameter in parameters:
+        if isinstance(parameter, TyperArgument):
+            parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+        elif isinstance(parameter, TyperOption) and parameter.is_flag:
+            parameter.metavar = parameter.metavar or ""
+
+
 @dataclass
 class Answer:
     """Whether a script expects JSON. Each command then prints one object, even if it fails."""
@@ -83,11 +105,12 @@ class NoRepetition(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[tuple[str, str]] = set()
+        self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
-        told = (record.name, record.getMessage())
+        # A config may name the folder of a dataset from the root, and another from here.
+        told = record.getMessage().replace(f"{Path.cwd()}{os.sep}", "")
         is_new = told not in self.seen
         self.seen.add(told)
         return is_new
