@@ -234,7 +234,8 @@ def _with_new_settings(folder: Path, record: Record, overrides: Sequence[str]) -
                     f"{folder}: another process trains fold {fold}; stop it, and then resume with "
                     f"{overrides[0]}"
                 )
-    found = list(changes(*(each.model_dump(mode="json") for each in (record.config, config))))
+    begun_with = record.config.model_dump(mode="json")
+    found = list(changes(begun_with, config.model_dump(mode="json")))
     if found:
         logger.info("%s: continues with %s", folder, in_a_sentence(found))
     new = {key: f"{key}={json.dumps(after)}" for key, _, after in found}
