@@ -252,7 +252,7 @@ class Predictor:
             results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
-            alone = len(walks) == 1 and not walks[0].mirror_axes
+            alone = len(self.members) == 1 and not self.members[0].mirror_axes
             results.add("variance", np.dtype(np.float32), [np.nan if alone else 0.0])
         turned = first.orientation.turn(labels)[first.box]
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
