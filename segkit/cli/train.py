@@ -231,12 +231,9 @@ def _resumed(
 
     callbacks, track = _shown()
     if is_cross_validation(run):
-        if overrides:
-            raise ConfigError(
-                f"{run}: a cross-validation resumes without new settings, found {overrides[0]}; "
-                f"leave it out, or resume one of the folds with it"
-            )
-        return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
+        return resume_folds(
+            run, folds, overrides=overrides, say=say, callbacks=callbacks, track=track
+        )
     if folds:
         raise ConfigError(
             f"{run}: --folds needs a cross-validation, found a single run; leave --folds out"

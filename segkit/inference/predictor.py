@@ -89,7 +89,8 @@ class Prediction:
     [0, 1]. None if not requested."""
     variance: Volume | None = None
     """Variance of the probabilities between models and between mirror images, mean over classes:
-    float32 (x, y, z). None if not requested."""
+    float32 (x, y, z). NaN for one model without mirror images, which has no variance. None if not
+    requested."""
 
 
 class Predictor:
@@ -251,7 +252,8 @@ class Predictor:
             results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
-            results.add("variance", np.dtype(np.float32), [0.0])
+            alone = len(self.members) == 1 and not self.members[0].mirror_axes
+            results.add("variance", np.dtype(np.float32), [np.nan if alone else 0.0])
         turned = first.orientation.turn(labels)[first.box]
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
             rows = slice(start, start + merged.labels.shape[-1])

@@ -505,33 +505,51 @@ def schedule_within(
     preparing = SHARE_OF_PREPARING * total
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
+    reserved = [f"{preparing:.0f} s are reserved for preparing"]
+    if cases:
+        each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
+        reserved.append(f"{validating:.0f} s for {each}")
+    if held_out:
+        reserved.append(f"{scoring:.0f} s for the final scores")
+    *most, last = reserved
+    parts = f"{', '.join(most)} and {last}" if most else last
     why = (
         f"A step takes {seconds_per_step:.3g} s {place}, in {name}. "
-        f"Of {counted(minutes, 'minute')}, {preparing:.0f} s are reserved for preparing, "
-        f"{validating:.0f} s for {counted(count, 'validation')} of "
-        f"{counted(cases, 'case')} and {scoring:.0f} s for the final scores; "
+        f"Of {counted(minutes, 'minute')}, {parts}; "
         f"{counted(steps, 'step', form=',')} fit{'s' * (steps == 1)} into the rest."
     )
+    if held_out and not cases:
+        why += (
+            f" There is no validation, as a single case takes {seconds_per_case:.0f} s, over a "
+            f"tenth of the time."
+        )
+    elif not held_out:
+        why += " No case is held out, so there are no scores."
     if steps == LEAST_STEPS:
         why += " This is the smallest number of steps, so the run may take longer."
     return Schedule(
         steps,
         why,
         validate_every=max(math.ceil(steps / (count + 0.5)), 1),
-        validation_cases=cases if 0 < cases < held_out else None,
+        validation_cases=cases if cases < held_out else None,
         minutes=minutes,
     )
 
 
 def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, int]:
-    """The number of validations that fit into the time, and the number of cases in each."""
+    """The number of validations that fit into the time, and the number of cases in each.
+
+    If not even one case fits, there are checkpoints without validation: validations of 0 cases.
+    """
     whole = held_out * per_case
     if not whole or MOST_VALIDATIONS * whole <= seconds:
         return MOST_VALIDATIONS, held_out
     if FEWEST_VALIDATIONS * whole <= seconds:
         return int(seconds / whole), held_out
     cases = int(seconds / FEWEST_VALIDATIONS / per_case)
-    return (FEWEST_VALIDATIONS, cases) if cases else (1, 1)
+    if cases:
+        return FEWEST_VALIDATIONS, cases
+    return (1, 1) if per_case <= seconds else (MOST_VALIDATIONS, 0)
 
 
 def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescription:

@@ -85,9 +85,10 @@ class DryRun:
     @property
     def validations(self) -> tuple[int, int]:
         """Number of validations, and of held-out cases in each."""
-        schedule = self.config.train
-        cases = min(schedule.validation_cases or self.held_out, self.held_out)
-        return (schedule.steps // min(schedule.validate_every, schedule.steps), cases)
+        schedule, most = self.config.train, self.config.train.validation_cases
+        cases = self.held_out if most is None else min(most, self.held_out)
+        count = schedule.steps // min(schedule.validate_every, schedule.steps)
+        return (count if cases else 0, cases)
 
     @property
     def whole(self) -> float:
@@ -101,7 +102,8 @@ class DryRun:
         data, schedule = self.config.data, self.config.train
         patch = self.description.volume_patch
         cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} for rotation"
-        every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
+        looked = self.validations[1]
+        every = f"validated every {schedule.validate_every}" if looked else "not validated"
         measured = "the peak is not measured on this system"
         if self.peak is not None and self.before:
             measured = (
@@ -137,8 +139,9 @@ class DryRun:
         line = f"{counted(schedule.steps, 'step')} would take {steps}"
         if self.held_out:
             rest = timedelta(seconds=round(self.whole - self.seconds * schedule.steps))
-            each = counted(cases, "case")
-            line += f", {counted(count, 'validation')} of {each} and the final scores about {rest}"
+            each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
+            line += f", {each} and the final scores" if cases else ", the final scores"
+            line += f" about {rest}"
         line += f"; {timedelta(seconds=round(self.whole))} in all, without preparing"
         if schedule.minutes is not None:
             share = min(60 * schedule.minutes / max(self.whole, 1e-9), 1e6)

@@ -70,8 +70,9 @@ def make_trainer(
         ConfigError: Lightning or the server of a tracker refuses the settings, or there are fewer
             held-out cases than processes.
     """
-    validated, every = bool(len(parts.validation.cases)), steps_between(config)
-    metrics, looked = metrics_of(folder), cases_per_validation(parts, config)
+    metrics, every = metrics_of(folder), steps_between(config)
+    looked = cases_per_validation(parts, config)
+    validated = looked > 0
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers", "deterministic", "compile"}),
