@@ -12,8 +12,8 @@ SCORES = "Scores from segkit evaluate --out, or the folder of a run or cross-val
 
 
 def compare_command(
-    a: Annotated[Path, Argument(help=SCORES)],
-    b: Annotated[Path, Argument(help="Scores to compare with A, in either form.")],
+    a: Annotated[Path, Argument(metavar="A", help=SCORES)],
+    b: Annotated[Path, Argument(metavar="B", help="Scores to compare with A, in either form.")],
     metric: Annotated[
         list[str] | None,
         Option(help="dice, iou, hd95_mm (_um, _px), assd_mm or nsd; may be repeated."),

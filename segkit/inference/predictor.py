@@ -13,18 +13,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
+from numpy import ndarray
 from torch import Tensor, nn
 
 from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
-from segkit.errors import ModelError, SegkitError, VolumeError
+from segkit.errors import ModelError, SegkitError, VolumeError, counted
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -88,7 +89,8 @@ class Prediction:
     [0, 1]. None if not requested."""
     variance: Volume | None = None
     """Variance of the probabilities between models and between mirror images, mean over classes:
-    float32 (x, y, z). None if not requested."""
+    float32 (x, y, z). NaN for one model without mirror images, which has no variance. None if not
+    requested."""
 
 
 class Predictor:
@@ -250,11 +252,12 @@ class Predictor:
             results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
-            results.add("variance", np.dtype(np.float32), [0.0])
+            alone = len(self.members) == 1 and not self.members[0].mirror_axes
+            results.add("variance", np.dtype(np.float32), [np.nan if alone else 0.0])
         turned = first.orientation.turn(labels)[first.box]
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
             rows = slice(start, start + merged.labels.shape[-1])
-            turned[:, :, rows] = as_small(merged.labels, kind).cpu().numpy()
+            put_labels(turned[:, :, rows], merged.labels)
             for name, values in (
                 ("probabilities", merged.probabilities),
                 ("entropy", merged.entropy),
@@ -382,7 +385,8 @@ class Predictor:
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
             raise ModelError(
-                f"the model expects {len(expected)} channels ({', '.join(expected)}), found "
+                f"the model expects {counted(len(expected), 'channel')} ({', '.join(expected)}), "
+                f"found "
                 f"{found} in the volume; use the channels of the training data"
             )
         if trouble := value_problem(volume.data):
@@ -426,11 +430,15 @@ def segment_prepared(
     return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])
 
 
-def as_small(labels: Tensor, kind: np.dtype[Any]) -> Tensor:
-    """Labels on a GPU in a small data type, so that less is copied to the host."""
-    if labels.device.type == "cpu":
-        return labels
-    return labels.to(torch.uint8 if kind.itemsize == 1 else torch.int32)
+def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z"]) -> None:
+    """Write labels into an array, which may be a view of any strides.
+
+    Their device converts and sorts them first, so that less is copied, and in the order in memory.
+    """
+    slowest_first = sorted(range(target.ndim), key=lambda axis: -abs(target.strides[axis]))
+    small = torch.uint8 if target.dtype.itemsize == 1 else torch.int32
+    sorted_labels = labels.to(small).permute(slowest_first).contiguous()
+    target.transpose(slowest_first)[...] = sorted_labels.cpu().numpy()
 
 
 def _check_alike(models: Sequence[Model]) -> None:

@@ -9,7 +9,6 @@ header is wrong, and every voxel would be misplaced.
 
 import math
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -18,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
+from segkit.io.deflate import DAMAGED, inflater
 from segkit.system.memory import free_memory, in_words
 
 DEFLATE_RATIO = 1032
 """Largest number of bytes that one byte of deflate can decompress to (zlib's technical details)."""
 PIECE_OF_FILE = 2**20
 GZIP = b"\x1f\x8b"
-EITHER_HEADER = 32 + zlib.MAX_WBITS
-"""Argument by which zlib accepts both gzip and zlib streams."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
         held = (size - layout.stream) * DEFLATE_RATIO - offset
     if claimed > held:
         raise VolumeError(
-            f"its header claims {claimed} bytes of voxels, but the file can only hold "
+            f"its header claims {counted(claimed, 'byte')} of voxels, but the file can only hold "
             f"{max(held, 0)}; it is incomplete or damaged, so get a new copy"
         )
     channels = layout.channels or 1
@@ -167,7 +165,8 @@ def refuse_beyond_memory(space: Sequence[int], held: float, *, working: float = 
 
 def _too_much(claimed: int, held: str) -> VolumeError:
     return VolumeError(
-        f"its header claims {claimed} bytes of voxels, but the file holds {held}, so a size or the "
+        f"its header claims {counted(claimed, 'byte')} of voxels, but the file holds {held}, so "
+        f"a size or the "
         f"type is wrong; repair its header"
     )
 
@@ -189,11 +188,11 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
         file.seek(start)
         packed = file.read(PIECE_OF_FILE)
         while packed:
-            engine = zlib.decompressobj(EITHER_HEADER)
+            engine = inflater()
             while not engine.eof:
                 try:
                     piece = engine.decompress(packed, PIECE_OF_FILE)
-                except zlib.error as error:
+                except DAMAGED as error:
                     raise ValueError(f"its compressed data are damaged ({error})") from None
                 if piece:
                     yield piece
@@ -227,6 +226,6 @@ def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int, spare: int | N
             raise _too_much(len(values), f"{filled} or more")
     if filled < len(values):
         raise EOFError(
-            f"its header claims {len(values)} bytes of voxels, but the file holds only "
+            f"its header claims {counted(len(values), 'byte')} of voxels, but the file holds only "
             f"{max(filled, 0)}; it is incomplete or damaged, so get a new copy"
         )

@@ -186,7 +186,7 @@ def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
     assert code == 0 and told[0]["sha256"] == checksum(scans / "c.nii.gz")
     # One file alone, too.
     code, out, _ = run(*words[:2], *words[3:], capsys=capsys)
-    assert code == 0 and "skipped 1 of 1 volumes" in out
+    assert code == 0 and "skipped 1 of 1 volume, because results are there" in out
 
 
 def test_predict_prints_its_results_as_json(

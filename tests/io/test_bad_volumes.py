@@ -147,11 +147,11 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "gzip without its checksum": (changed("scan.nii.gz", lambda raw: raw[:-8]), CUT_SHORT),
     "gzip with a wrong checksum": (
         changed("scan.nii.gz", flipped(-8)),
-        r"its compressed data are damaged \(.*incorrect data check",
+        r"its compressed data are damaged \(.*(incorrect data check|Incorrect checksum)",
     ),
     "gzip with a wrong length": (
         changed("scan.nii.gz", flipped(-4)),
-        r"its compressed data are damaged \(.*incorrect length check",
+        r"its compressed data are damaged \(.*(incorrect length check|Incorrect checksum)",
     ),
     "rubbish after gzip": (
         changed("scan.nii.gz", lambda raw: raw + b"rubbish"),
@@ -399,7 +399,7 @@ def test_a_header_that_claims_less_than_the_file_holds_is_refused(
         content = with_line("DimSize", f"DimSize = {sizes}")(content)
     path.write_bytes(content)
     claimed = size[0] * size[1] * size[2]
-    expected = f"{claimed} bytes of voxels, but the file holds 1728( or more)?, so"
+    expected = f"{claimed} bytes? of voxels, but the file holds 1728( or more)?, so"
     for read in (read_volume, read_labels):
         with pytest.raises(VolumeError, match=expected):
             read(path)
