@@ -15,8 +15,7 @@ from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.data.case_facts import facts_of_cases
-from segkit.data.case_groups import grouping_advice, groups_of
-from segkit.data.case_table import unused_columns
+from segkit.data.case_groups import groups_of, told_of_split
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.dicom_cases import told_tree
 from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
@@ -259,13 +258,11 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     seen = set(np.flatnonzero(held).tolist())
     warning = unlabelled(dataset, seen, f"the {counted(len(dataset.cases), 'case')}")
     own = source if isinstance(source, SplitDatasetConfig) else None
-    proposed = grouping_advice(dataset, own)
     lines = [
         f"{folder}: {counted(len(dataset.cases), 'case')}, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more kept for a test"] if dataset.test else []),
-        *([proposed] if proposed else []),
         *(_lines_of_split(dataset, own) if own else []),
-        *unused_columns(source),
+        *told_of_split(dataset, source),
         f"channels: {', '.join(dataset.channels)}",
     ]
     total = sum(math.prod(shape) for shape in shapes)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from segkit.config.data import PatternConfig, SplitDatasetConfig
-from segkit.config.dataset_files import ColumnConfig
+from segkit.config.dataset_files import ColumnConfig, DatasetConfig
 from segkit.data.case_table import NAMES_SHOWN, column_of, table_of, unused_columns
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, counted, first_few
@@ -40,14 +40,26 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     return dict(groups)
 
 
-def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> str:
-    """Groups of which some cases are kept for the test and some are not, as text; empty if none."""
+def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
+    """What a user should know of a split: groups that the test divides, columns that are not used,
+    and a grouping that names propose."""
+    own = data if isinstance(data, SplitDatasetConfig) else None
+    found = [] if own is None else groups_in_test(dataset, own)
+    advice = grouping_advice(dataset, own)
+    return [*found, *unused_columns(data), *([advice] if advice else [])]
+
+
+def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
+    """A sentence on the groups of which the test keeps some cases and not all; none without."""
     if data.group_by is None or not dataset.test:
-        return ""
+        return []
     found, _ = _group_of_each(dataset, data, data.group_by)
     kept = {found[name] for name in dataset.test if name in found}
     both = sorted({found[case.name] for case in dataset.cases if case.name in found} & kept)
-    return first_few(both, NAMES_SHOWN)
+    return [
+        f"data.test keeps some cases of these groups of data.group_by and leaves others for "
+        f"training: {first_few(both, NAMES_SHOWN)}; keep all or none of a group"
+    ] * bool(both)
 
 
 def _group_of_each(

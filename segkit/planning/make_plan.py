@@ -18,8 +18,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.case_facts import CASES_PER_PROCESS
-from segkit.data.case_groups import grouping_advice
-from segkit.data.case_table import unused_columns
+from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
 from segkit.errors import counted, printable
@@ -380,8 +379,7 @@ def _planned_task(task: _Task) -> Planned:
     size = f"{counted(len(dataset.cases), 'case')}, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
-    advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
-    for sentence in ([advice] if advice else []) + unused_columns(source):
+    for sentence in told_of_split(dataset, source):
         logger.warning("%s", printable(sentence))
     name = _run_name(source.folder)
     if plan.low_resolution is None:

@@ -41,14 +41,8 @@ def split_of(dataset: Dataset, config: Config) -> Split:
         ConfigError: a setting of the split does not fit the dataset.
     """
     data = config.data
-    for sentence in unused_columns(data):
+    for sentence in (*groups_in_test(dataset, data), *unused_columns(data)):
         logger.warning("%s", sentence)
-    if both := groups_in_test(dataset, data):
-        logger.warning(
-            "data.test keeps some cases of these groups of data.group_by and leaves others for "
-            "training: %s; keep all or none of a group",
-            both,
-        )
     if data.fold is not None or data.splits is not None:
         return nth_of(dataset, folds_of(dataset, data), data.fold or 0)
     if (data.folder / SPLITS_FILE).is_file():

@@ -97,8 +97,22 @@ def test_check_describes_the_split_that_a_table_asks_for(table: Path) -> None:
     text = check(table, [LABELS, "data.group_by={column: patient}"]).text
     assert "2 groups stay together (data.group_by)" in text
     assert "column patient is not used" not in text
+    text = check(table, [LABELS, "data.group_by={column: patient}", "data.test=[c3]"]).text
+    assert "leaves others for training: p1; keep all or none of a group" in text
     with pytest.raises(DatasetError, match="expected a column clinic"):
         check(table, [LABELS, "data.group_by={column: clinic}"])
+
+
+def test_a_column_of_patients_is_proposed_before_the_names_of_cases(table: Path) -> None:
+    named = table.read_text()
+    for number in range(4):
+        named = named.replace(f"\nc{number},", f"\nsub-{number // 2}_ses-{number % 2},")
+    table.write_text(named)
+    text = check(table, [LABELS]).text
+    assert text.count("data.group_by=") == 1 and "data.group_by={column: patient}" in text
+    table.write_text(named.replace("id,image,label,patient", "id,image,label,age"))
+    text = check(table, [LABELS]).text
+    assert text.count("data.group_by=") == 1 and "data.group_by=subject" in text
 
 
 def test_a_table_is_planned_with_settings_of_the_command(
