@@ -64,7 +64,7 @@ def export_command(
     folder, *more = model_folders(find_models([model])[0], checkpoint)
     if more:
         raise SegkitError(
-            f"{model}: expected one model, found {1 + len(more)}; export one, such as {folder}"
+            f"{model}: expected one model, found {1 + len(more)}; choose one, such as {folder}"
         )
     loaded = load_model(folder, checkpoint=checkpoint)
     description = loaded.description
@@ -93,8 +93,9 @@ def export_command(
         say_json(exported.content())
     if not exported.holds and exported.reduced is not None:
         raise SegkitError(
-            f"{out}: {precision} gives {exported.reduced.same_labels:.4%} of the voxels the label "
-            f"of float32, which is too few; measure ranges on more scans, or export float16"
+            f"{out}: only {exported.reduced.same_labels:.4%} of the voxels have the same label in "
+            f"{precision} as in float32, which is too few; measure ranges on more scans, or export "
+            "float16"
         )
     if not exported.holds:
         raise SegkitError(

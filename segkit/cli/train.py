@@ -91,11 +91,15 @@ def train_command(
         # The first word after --resume RUN is a setting.
         config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
-        raise ConfigError("expected either a CONFIG to train or --resume RUN; give one of them")
+        raise ConfigError(
+            "expected either a CONFIG or --resume RUN, found both or neither; give one of them"
+        )
     if dry_run and resume is not None:
         raise ConfigError("--dry-run does not work with --resume; give a CONFIG or DATASET")
     if dry_run and json:
-        raise ConfigError("--json needs a finished run, but --dry-run makes none; leave one out")
+        raise ConfigError(
+            "--json needs a finished run, but --dry-run makes none; leave out one of them"
+        )
     if minutes is not None and (config is None or dataset_in(config) is None):
         raise ConfigError("--minutes is only for a DATASET; for a CONFIG set train.minutes=5")
     started = time.monotonic()

@@ -150,8 +150,8 @@ class _Store:
                 found = STORED.validate_python(read_json(path))
             except (OSError, ValueError) as error:
                 raise DatasetError(
-                    f"{path}: expected what an earlier check stored, found something else; delete "
-                    f"the file to check all cases again ({' '.join(str(error).split())[:80]})"
+                    f"{path}: cannot be read as the stored results of a check; delete the file to "
+                    f"check all cases again ({' '.join(str(error).split())[:80]})"
                 ) from None
             wanted = set(keys.values())
             self.known = {key: facts for key, facts in found.items() if key in wanted}

@@ -160,8 +160,8 @@ def read_dataset(
         with problems.noted():
             if not is_file_name(case.name):
                 raise DatasetError(
-                    f"{case.label}: the name of the case, {case.name!r}, cannot be the name of a "
-                    f"file; rename the label"
+                    f"{case.label}: the case would be called {case.name!r}, which cannot be a file "
+                    "name; rename the label"
                 )
     problems.refuse()
     labelling = file.labelling

@@ -161,8 +161,8 @@ def _in_table(path: Path) -> list[NamedVolume]:
     absent = [row[LABEL] for row in rows if not (path.parent / row[LABEL]).is_file()]
     if absent:
         raise DatasetError(
-            f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is no file in {path.parent}"
-            "; correct the table, or add the file"
+            f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is not a file in "
+            f"{path.parent}; correct the table, or add the file"
         )
     return [
         NamedVolume(path.parent / row[LABEL], row[ID], ((_normal(row[ID]),), parts))

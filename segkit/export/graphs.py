@@ -85,7 +85,7 @@ def _check_other_size(model: Model, exported: RunGraph) -> None:
             model, exported, image, layout=WindowLayout(larger, overlaps, multiple)
         )
     except Exception as error:  # the errors of networks and runtimes have no common base class
-        raise ModelError(f"expected windows of {larger} voxels to work; {wanted}") from error
+        raise ModelError(f"the network fails in windows of {larger} voxels; {wanted}") from error
     if not agreement.holds:
         raise ModelError(
             f"windows of {larger} voxels differ from PyTorch ({'; '.join(agreement.lines())}); "

@@ -161,7 +161,7 @@ def quantised(file: Path, windows: Sequence[Tensor]) -> Any:
 
     if not windows:
         raise ModelError(
-            "int8 needs real scans, on which the range of features is measured; give some, such as "
+            "int8 needs real scans to measure the range of the features; pass some, such as "
             "--calibration imagesTr"
         )
 

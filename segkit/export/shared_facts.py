@@ -238,6 +238,6 @@ def read_verdicts(path: Path, folders: Sequence[Path]) -> SharedVerdicts:
     if not rows or not set(judged) <= own:
         raise ModelError(
             f"{path}: expected verdicts on the gates of this model, found "
-            f"{'those of another' if rows else 'none'}; explain this model with --verdicts"
+            f"{'those of another model' if rows else 'none'}; explain this model with --verdicts"
         )
     return SharedVerdicts(scans, rows)

@@ -42,12 +42,13 @@ def bids_path(source: Input, out: Path | None) -> Path:
     """
     if out is None or has_volume_suffix(out):
         raise VolumeError(
-            f"{out or source.files[0]}: BIDS derivatives go into a folder; name it as --out"
+            f"{out or source.files[0]}: BIDS derivatives are written into a folder; pass a folder "
+            "as --out"
         )
     if is_picture(source.files[0]):
         raise VolumeError(
-            f"{source.files[0]}: is a picture, expected a volume, as BIDS derivatives are NIfTI "
-            f"files; leave --layout bids out"
+            f"{source.files[0]}: BIDS derivatives need a volume, found a picture; leave out "
+            "--layout bids"
         )
     entities = _entities(source)
     folder = out / f"sub-{entities['sub']}"
@@ -78,12 +79,12 @@ def write_bids_root(out: Path, labelling: Labelling, *, models: Sequence[str]) -
             kind = read_json_object(described).get("DatasetType")
         except (OSError, ValueError) as error:
             raise VolumeError(
-                f"{described}: cannot be read as JSON: {error}; repair it, or name another folder"
+                f"{described}: cannot be read as JSON: {error}; repair it, or choose another folder"
             ) from None
         if kind != "derivative":
             raise VolumeError(
-                f"{out}: is a BIDS folder of the type {kind or 'raw'}, expected one of "
-                f"derivatives; name another folder, such as {out / 'derivatives' / 'segkit'}"
+                f"{out}: expected a BIDS folder of derivatives, found one of the type "
+                f"{kind or 'raw'}; choose another folder, such as {out / 'derivatives' / 'segkit'}"
             )
     else:
         write_json(
@@ -123,8 +124,8 @@ def _entities(source: Input) -> dict[str, str]:
     plain = NOT_ALPHANUMERIC.sub("", source.name)
     if not plain:
         raise VolumeError(
-            f"{source.files[0]}: expected a name with letters or digits, of which a subject of "
-            f"BIDS can be called; rename it"
+            f"{source.files[0]}: BIDS needs letters or digits in the file name to name the "
+            "subject, found none; rename the file"
         )
     return {"sub": plain}
 

@@ -442,9 +442,9 @@ def _check_alike(models: Sequence[Model]) -> None:
             expected, found = list(getattr(first, name)), list(getattr(other, name))
             if getattr(first, name) != getattr(other, name):
                 raise ModelError(
-                    f"models that predict together must have the same labels and channels, but "
+                    "models that predict together must have the same labels and channels, but "
                     f"{first.run} has the {name} {', '.join(expected)} and {other.run} has "
-                    f"{', '.join(found)}; name models of one task"
+                    f"{', '.join(found)}; use models of the same task"
                 )
 
 

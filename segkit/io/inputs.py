@@ -273,7 +273,7 @@ def refuse_volumes_beside_series(folder: Path) -> None:
     if volumes := _scans_at(folder):
         raise VolumeError(
             f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
-            f"pass the file that is meant, pass the UID of the series as --series, or move one away"
+            "pass one of these files, pass the UID of the series as --series, or move one away"
         )
 
 
@@ -295,7 +295,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(
-            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; give such a share"
+            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; correct it"
         )
     return int(found[1]), int(found[2])
 
@@ -326,7 +326,7 @@ def check_name(name: str, whose: Path) -> None:
     """Raise VolumeError if a case's name cannot be a file name or would leave its folder."""
     if not is_file_name(name):
         raise VolumeError(
-            f"{whose}: expected a name that can be a file name, found {name!r}; rename it"
+            f"{whose}: expected a name that is allowed as a file name, found {name!r}; rename it"
         )
 
 

@@ -209,8 +209,8 @@ def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules,
     structures = rules.structures
     if structures is None or path not in structures.images:
         raise VolumeError(
-            f"{path}: is a DICOM structure set or segmentation; say which structures are what, by "
-            f"data.dicom.structures of a dataset's YAML file, and name that file"
+            f"{path}: is a DICOM structure set or segmentation; name its structures with "
+            "data.dicom.structures in a dataset's YAML file, and pass that file"
         )
     return structures, read_grid(structures.images[path])
 

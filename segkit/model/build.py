@@ -138,12 +138,12 @@ def wrap_network(description: ModelDescription, module: nn.Module) -> Segmentati
     if given is None:
         raise ModelError(
             f"{description.run}: is described as a U-Net, but a module was passed; set "
-            f"network.given.multiple to the numbers of which its input sizes must be multiples"
+            "network.given.multiple, so that input sizes become multiples of these numbers"
         )
     if description.first_stage is not None:
         raise ModelError(
             f"{description.run}: only a U-Net can use the labels of a first stage, found a Python "
-            f"module; describe it without a first stage"
+            "module; train it without a first stage"
         )
     network = ExternalNetwork(
         module, out_channels=len(description.labelling.outputs), multiple=given.multiple

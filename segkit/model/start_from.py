@@ -89,8 +89,8 @@ def start_from(
     folders = model_folders(path)
     if len(folders) > 1:
         raise ModelError(
-            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
-            f"{folders[0].parent}"
+            f"{path}: expected one model, found the models of {len(folders)} folds; choose one, "
+            f"such as {folders[0].parent}"
         )
     model = load_model(path)
     given: dict[str, Tensor] = weights_of(model.network).state_dict()
@@ -100,8 +100,8 @@ def start_from(
     }
     if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
         raise ModelError(
-            f"{path}: none of its weights fits the network; use the same network.spatial_dims, "
-            f"channels, strides and kernels for both"
+            f"{path}: none of its weights fits the network; give the network the same "
+            "network.spatial_dims, channels, strides and kernels"
         )
     copied = len(fitting)
     first, sources = _first_layer(model, own, channels, other_channels)

@@ -193,8 +193,8 @@ def _place(network: nn.Module, block: str) -> tuple[nn.Module, str]:
     parent, _, child = path.rpartition(".")
     if isinstance(modules[path], nn.MultiheadAttention):
         raise ValueError(
-            f"{block} is an nn.MultiheadAttention, whose output is added to features; name the "
-            f"block around it ({parent or 'it has none'})"
+            f"{block} is an nn.MultiheadAttention, whose output is added to features; choose the "
+            f"block that contains it ({parent or 'there is none'})"
         )
     return network.get_submodule(parent), child
 

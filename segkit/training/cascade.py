@@ -57,8 +57,9 @@ def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, .
         description = load_description(folder)
         if tuple(description.channels) != dataset.channels:
             raise ModelError(
-                f"{folder}: the model takes the channels {', '.join(description.channels)}, but "
-                f"{dataset.folder} has {', '.join(dataset.channels)}; name one of these"
+                f"{folder}: expected a first stage with the channels of {dataset.folder}, "
+                f"{', '.join(dataset.channels)}, found {', '.join(description.channels)}; choose a "
+                "model with these channels"
             )
         labels = found[0].model.description.labels if found else description.labels
         check_first_stage(folder, description, list(labels)[1:])

@@ -170,7 +170,8 @@ def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None
             )
         if key == "train.steps" and after <= steps_done:
             raise ConfigError(
-                f"{source}: train.steps is {after}, but {steps_done} steps are done; set it higher"
+                f"{source}: train.steps is {after}, but the run has already done {steps_done} "
+                "steps; set it higher"
             )
 
 

@@ -124,8 +124,8 @@ def cross_validate(
     refuse_replaced(config)
     if config.data.fold is not None:
         raise ConfigError(
-            f"data.fold is {config.data.fold}, but --folds names the folds to train; give only one "
-            f"of the two"
+            f"data.fold is {config.data.fold}, but --folds also chooses the folds to train; give "
+            "only one of the two"
         )
     devices = config.trainer.devices
     if config.trainer.num_nodes != 1 or not (
@@ -194,8 +194,8 @@ def resume_folds(
         (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
     ):
         raise ConfigError(
-            f"{folder}: the cross-validation is finished already; name more --folds, or read its "
-            f"{SUMMARY}"
+            f"{folder}: the cross-validation is finished already; add folds with --folds, or read "
+            f"its {SUMMARY}"
         )
     with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
@@ -283,8 +283,8 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {case_names(gone)}, which {dataset.folder} no "
-            f"longer contains; put the cases back, or start a new cross-validation"
+            f"{folder}: its folds contain {case_names(gone)}, but {dataset.folder} no longer does; "
+            "put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(

@@ -441,7 +441,7 @@ def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) ->
         names = [", ".join(part) or "none" for part in (config.replaced, parts.replaced)]
         raise ConfigError(
             f"{folder}: expected the parts that the run replaced ({names[0]}), found {names[1]}; "
-            f"replace the same ones"
+            "replace the same parts"
         )
 
 

@@ -160,10 +160,7 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert code == 0 and "wrote" not in out
     code, _, err = run(*words, "--shard", "3/2", capsys=capsys)
     assert code == 2
-    assert (
-        err
-        == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8; give such a share\n"
-    )
+    assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8; correct it\n"
 
 
 def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(

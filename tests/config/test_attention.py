@@ -200,12 +200,12 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "skip",
             {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
-            r"heads must be one number or a list of 2, one for each of the levels \[0, 1\]",
+            r"heads must be one number, or a list of 2 with one number for each of the levels \[0, 1\]",
         ),
         (
             "skip",
             {"kind": "u_transformer", "heads": [1, 2]},
-            r"heads must be one number or a list of 1, one for each of the levels \[1\]",
+            r"heads must be one number, or a list of 1 with one number for each of the levels \[1\]",
         ),
         (
             "bottleneck",
@@ -228,8 +228,8 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "positions": "none", "window": [4, 4, 8], "shift": True},
-            r"shift needs windows smaller than the coarsest level's \[4, 4, 4\] voxels .*, found "
-            r"\[4, 4, 8\]; give it another window or no shift",
+            r"shift needs windows smaller than the coarsest level, which has \[4, 4, 4\] voxels, "
+            r".* found \[4, 4, 8\]; change the window, or set shift to false",
         ),
         (
             "bottleneck",
@@ -239,7 +239,7 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "window": [1, 1, 1], "shift": True},
-            r"shift needs windows .* of 2 or more along some axis, found \[1, 1, 1\]",
+            r"shift needs windows .* longer than 1 voxel along at least one axis, found \[1, 1, 1\]",
         ),
         (
             "bottleneck",
@@ -255,7 +255,8 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "encoder",
             {"kind": "epa", "heads": 3},
-            "epa shares channels out to 3 heads and to two halves, and level 0 has 8; give it",
+            "epa needs a number of channels that is even and a multiple of its 3 heads, but level 0 "
+            "has 8; change heads",
         ),
         ("decoder", {"kind": "epa", "projected": 0}, "projected is 0: it should be greater"),
         ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),
@@ -290,9 +291,9 @@ def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: in
         )
 
     for narrow, reason in (
-        (sincos, rf"bottleneck\.positions: sincos needs {fewest} channels or more"),
-        (rotary, rf"bottleneck\.positions: rotary needs {fewest} channels or more"),
-        (skip, rf"skip needs network\.channels of {fewest} or more to encode positions"),
+        (sincos, rf"bottleneck\.positions: sincos needs {fewest} or more channels"),
+        (rotary, rf"bottleneck\.positions: rotary needs {fewest} or more channels"),
+        (skip, rf"skip encodes positions in {fewest} or more channels"),
     ):
         assert narrow(fewest).network.spatial_dims == spatial_dims
         with pytest.raises(

@@ -407,7 +407,9 @@ def test_attention_that_knows_positions_needs_channels_for_them(
 
 @pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
 def test_attention_without_any_skip_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"two network.channels has no other skip; set levels"):
+    with pytest.raises(
+        ConfigError, match=r"two network.channels has no other skip connection; set levels"
+    ):
         validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")
 
 

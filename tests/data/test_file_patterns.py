@@ -112,7 +112,7 @@ def test_two_files_of_one_name_are_refused(study: Path) -> None:
         ({"label": "labels/*.nii.gz"}, "no file matches labels/"),
         (
             {"label": "derivatives/**/*_dseg.nii.gz"},
-            "wildcards of both patterns must match the same",
+            "patterns whose wildcards match the same text",
         ),
         ({"images": {"T1": "sub-*/ses-*/anat/sub-*_T1w.json"}}, "expected a volume named"),
         (

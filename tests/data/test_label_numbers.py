@@ -118,7 +118,7 @@ def test_what_is_written_is_what_was_read(numbers: list[int], kind: type) -> Non
             {"background": 0, "a": [1, "others"]},
             "others must belong to background or ignore, found it",
         ),
-        ({"background": 0, "a": 70000}, "a needs a number from 0 to 65535"),
+        ({"background": 0, "a": 70000}, "a is written to files as a number from 0 to 65535"),
         ({"a": 1, "b": 2}, "expected a label with number 0 or name background, found a, b"),
         ({"background": 0, "ignore": 255}, "must have a class in addition to the background"),
     ],

@@ -275,7 +275,7 @@ def test_verdicts_on_this_model_are_found_in_its_run_and_those_of_another_are_re
     provenance = {"models": [{"run": "x", "weights.safetensors": "0" * 64}]}
     other = verdicts_of(run, tmp_path / "other", provenance=provenance)
     with pytest.raises(
-        ModelError, match="verdicts on the gates of this model, found those of another"
+        ModelError, match="verdicts on the gates of this model, found those of another model"
     ):
         push_model(run, tmp_path / "b", verdicts=other)
     with pytest.raises(ModelError, match="found none"):
@@ -329,8 +329,10 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(run: Path, tmp_path: Path
         lambda: push_model(run, tmp_path / "taken"): "exists already; pass --overwrite",
         lambda: push_model(run, tmp_path / "taken", overwrite=True): "expected a shared mod",
         lambda: push_model(run, "hf:clinic"): "expected hf:OWNER/NAME",
-        lambda: push_model(run, "hf:clinic/brains@v1"): "a commit goes to the main branch",
-        lambda: push_model(run, "https://a.org/m.zip"): "expected hf:OWNER/NAME or a folder",
+        lambda: push_model(run, "hf:clinic/brains@v1"): "without a revision",
+        lambda: push_model(
+            run, "https://a.org/m.zip"
+        ): "expected hf:OWNER/NAME without a revision, or a folder",
     }.items():
         with pytest.raises(ModelError, match=sentence):
             call()

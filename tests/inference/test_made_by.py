@@ -129,7 +129,7 @@ def test_labels_without_their_sidecar_are_no_finished_result(tmp_path: Path) -> 
     (out / "b.nii.gz").unlink()  # as where the process was killed in between
     first, second, third = predict_files(predictor_of(), inputs, out=out)
     assert first.error is not None and first.error.endswith(
-        "a.nii.gz: exists already; pass --overwrite or name another --out"
+        "a.nii.gz: exists already; pass --overwrite or choose another --out"
     )
     assert second.written and third.kept is not None
     assert everything(out) == {name: whole[name] for name in whole if name != "a.json"}
@@ -152,7 +152,9 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     inputs = [Input("scan", (path,)) for path in paths]
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
-    assert second.error.endswith(f"is also the result of {paths[0]}; rename one input")
+    assert second.error.endswith(
+        f"would also be the prediction of {paths[0]}; rename one of the inputs"
+    )
 
 
 def test_models_and_settings_are_part_of_the_provenance(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path:
     told.write_text("kept")
     predictor = predictor_of(MeanPoolingConfig())
     (refused,) = predict_files(predictor, inputs)
-    reason = f"{told}: exists already; pass --overwrite or name another --out"
+    reason = f"{told}: exists already; pass --overwrite or choose another --out"
     assert refused.error is not None and refused.error.endswith(reason)
     assert refused.written == () and refused.presence is None
     assert told.read_text() == "kept"
@@ -240,7 +240,7 @@ def test_maps_that_are_there_already_are_kept_unless_they_may_be_overwritten(
     told.write_text("precious")
     (outcome,) = predict_files(predictor, inputs, maps=told.parent)
     assert outcome.error is not None and outcome.error.endswith(
-        "scan_maps.json: exists already; pass --overwrite or name another --out"
+        "scan_maps.json: exists already; pass --overwrite or choose another --out"
     )
     assert told.read_text() == "precious"
     (outcome,) = predict_files(predictor, inputs, maps=told.parent, overwrite=True)
@@ -376,7 +376,10 @@ def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
 def test_a_name_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     source = Input(name, (noise_at(tmp_path / "scan.nii.gz"),))
     (outcome,) = predict_files(predictor_of(None), [source], out=tmp_path / "out" / "labels")
-    assert outcome.error is not None and "expected a name that can be a file name" in outcome.error
+    assert (
+        outcome.error is not None
+        and "expected a name that is allowed as a file name" in outcome.error
+    )
     assert names_in(tmp_path) == ["scan.nii.gz"]
 
 
@@ -428,7 +431,7 @@ def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) ->
     )
     assert outcomes[0].written and outcomes[1].error is not None
     assert outcomes[1].error.endswith(
-        f"is also the result of {folders[0] / 'a.nii.gz'}; rename one input"
+        f"would also be the prediction of {folders[0] / 'a.nii.gz'}; rename one of the inputs"
     )
 
 

@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
+    refused(run(*words, "--overwrite"), "the stored measurement of case_2.*delete the file")
 
 
 # Models
@@ -468,11 +468,11 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
-        with pytest.raises(VolumeError, match=r"voxels there, which need .* check both spacings"):
+        with pytest.raises(VolumeError, match=r"voxels, which need .* check the spacing"):
             prepared(spacing)
     monkeypatch.setattr(preprocess, "free_memory", lambda: 4 * 4 * 5 * 6)
     assert prepared(1.0) == (4, 5, 6)
-    with pytest.raises(VolumeError, match="check both spacings"):
+    with pytest.raises(VolumeError, match="check the spacing"):
         prepared(0.99)
 
 

@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="0: this Sigmoid is called 2 times in a run"):
         record(twice, IMAGE, ["0"])
     rolled = nn.Sequential(Rolled(), nn.Sigmoid())
-    with pytest.raises(ModelError, match=r"1: cannot follow from the input where the cells"):
+    with pytest.raises(ModelError, match=r"1: the positions of its output's cells"):
         record(rolled, IMAGE, ["1"])
     place = Placement((1, 1), (0, 0))
     assert record(rolled, IMAGE, ["1"], placements={"1": place})["1/spatial"].placement == place

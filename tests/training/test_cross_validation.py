@@ -224,7 +224,8 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert json.loads(after)["validation"] == json.loads(before)["validation"]
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_0", "fold_2"]
     with pytest.raises(
-        ConfigError, match=r"small: the cross-validation is finished already; name more --folds"
+        ConfigError,
+        match=r"small: the cross-validation is finished already; add folds with --folds",
     ):
         resume_folds(folder)
     counter = CountRuns()
@@ -278,7 +279,7 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
         (
             small_config(data, data={"fold": 1}),
             ConfigError,
-            "data.fold is 1, but --folds names the folds to train; give only one of the two",
+            "data.fold is 1, but --folds also chooses the folds to train; give only one of the two",
         ),
         (
             small_config(data, trainer={"devices": 2}),
@@ -324,7 +325,8 @@ def test_a_fold_lends_its_weights_and_a_cross_validation_does_not(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ModelError, match=r"expected one model, found those of 5 folds; name one, such as .*fold_0$"
+        ModelError,
+        match=r"expected one model, found the models of 5 folds; choose one, such as .*fold_0$",
     ):
         training.train(small_config(data, train={"start_from": str(finished)}), runs=tmp_path)
     assert not (tmp_path / "small").exists()

@@ -86,9 +86,9 @@ def test_own_folds_stand_in_a_file_or_in_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fold", "reason"),
     [
-        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; name each"),
+        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; list each"),
         ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, unknown in"),
-        ({"train": ["a", "t"], "val": ["b"]}, "fold 0 names t, kept for the test by data.test"),
+        ({"train": ["a", "t"], "val": ["b"]}, "fold 0 contains t, but data.test keeps them"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, fold: Any, reason: str) -> None:

@@ -56,8 +56,11 @@ def test_weights_are_frozen_by_their_names_until_their_step() -> None:
 @pytest.mark.parametrize(
     ("patterns", "sentence"),
     [
-        ({"encoder": None}, r"train\.freeze: 'encoder' fits the name of no weight; .*encoder\.wei"),
-        ({"*": None}, r"train\.freeze: '\*' fits all weights, and none is left to train"),
+        (
+            {"encoder": None},
+            r"train\.freeze: 'encoder' matches no weight of the network, .*encoder\.wei",
+        ),
+        ({"*": None}, r"train\.freeze: '\*' matches all weights, so no weight is left to train"),
     ],
 )
 def test_patterns_that_say_nothing_are_refused(patterns: Any, sentence: str) -> None:

@@ -200,7 +200,7 @@ def test_a_network_that_would_take_biases_alone_is_refused_and_leaves_no_run(
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data, train={"steps": 1}), runs=tmp_path / "first")
     sections = {"train": {"steps": 1, "start_from": str(first.folder)}, **sections}
-    message = r"small: none of its weights fits the network; use the same network\.spatial_d"
+    message = r"small: none of its weights fits the network; give the network the same network\.sp"
     with pytest.raises(ModelError, match=message):
         train(small_config(data, **sections), runs=tmp_path / "second")
     assert not (tmp_path / "second" / "small").exists()

@@ -58,9 +58,9 @@ def test_a_table_or_the_config_says_what_is_labelled(data: Path) -> None:
         ({"case_9": ["lower"]}, "data.labelled: names case_9, unknown in"),
         (
             {"case_1": ["liver"]},
-            "has 'liver' for case_1, which is not one of the classes lower",
+            "expected for case_1 some of the classes lower",
         ),
-        ({"case_1": []}, "has no classes for case_1; name the classes"),
+        ({"case_1": []}, "expected for case_1 the classes that are labelled"),
     ],
 )
 def test_what_does_not_fit_is_refused(data: Path, labelled: Any, reason: str) -> None:

@@ -67,7 +67,7 @@ def test_pooled_folds_say_what_one_cross_validation_says(
         ]
         assert weights[0] == weights[1]
     assert is_cross_validation(result.folder)
-    with pytest.raises(ConfigError, match=r"all: the cross-validation is finished already; name"):
+    with pytest.raises(ConfigError, match=r"all: the cross-validation is finished already; add"):
         resume_folds(result.folder)
 
 
@@ -101,9 +101,9 @@ def test_what_does_not_belong_together_is_refused(
     ):
         pool([here, data], out)
     whole = train(config_of(data), runs=tmp_path)
-    with pytest.raises(ConfigError, match=r"small: is a run of no fold, as its data\.fold is null"):
+    with pytest.raises(ConfigError, match=r"small: expected a run of one fold, but its data\.fold"):
         pool([here, whole.folder], out)
-    with pytest.raises(ConfigError, match=r"both.small: exists already; name another folder"):
+    with pytest.raises(ConfigError, match=r"both.small: exists already; choose another folder"):
         pool([here, there], both)
     other = Path(shutil.copytree(there, tmp_path / "other"))
     path = other / "fold_1" / "config.yaml"
@@ -111,17 +111,19 @@ def test_what_does_not_belong_together_is_refused(
     tree["train"]["seed"] = 7
     tree["data"]["folder"] = "/elsewhere"
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match=r"fold_1: train\.seed is 7, and 0 in .*fold_0; folds of"):
+    with pytest.raises(
+        ConfigError, match=r"fold_1: expected the train\.seed of .*fold_0, 0, found 7;"
+    ):
         pool([here, other], out)
     shutil.copy(there / "fold_1" / "config.yaml", path)
     split = other / "fold_1" / "split.json"
     names = json.loads((there / "fold_1" / "split.json").read_text())
     split.write_text(json.dumps({**names, "train": [*names["train"][1:], "strange"]}))
-    with pytest.raises(ConfigError, match=r"fold_1: its folds were not drawn from the cases of"):
+    with pytest.raises(ConfigError, match=r"fold_1: expected the same cases as in .*fold_0, but"):
         pool([here, other], out)
     held = json.loads((here / "fold_0" / "split.json").read_text())
     split.write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match=r"case_\d is held out by .*fold_0 and by .*fold_1; give"):
+    with pytest.raises(ConfigError, match=r"case_\d is held out by both .*fold_0 and .*fold_1"):
         pool([here, other], out)
     assert not out.exists() and not list(tmp_path.glob(".partial*"))
 

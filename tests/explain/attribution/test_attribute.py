@@ -471,13 +471,15 @@ def test_labels_of_a_first_stage_stay_as_they_are() -> None:
 
 def test_mistakes_are_refused_in_a_sentence() -> None:
     volume, predictor = scan(), wrapped(Linear(), 2)
-    with pytest.raises(ModelError, match=r"expected a method of integrated_gradients, .*'lime'"):
+    with pytest.raises(
+        ModelError, match=r"expected a method out of integrated_gradients, .*'lime'"
+    ):
         attribute(predictor, volume, "lime")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="expected one of label 1, label 2, found 'liver'"):
         attribute(predictor, volume, "occlusion", structure="liver")
     with pytest.raises(ModelError, match="expected one of label 0, label 1, label 2, found 'x'"):
         attribute(predictor, volume, "occlusion", output="x")
-    with pytest.raises(VolumeError, match="label 2: expected a voxel of it in the region"):
+    with pytest.raises(VolumeError, match="expected at least one voxel of label 2 in the region"):
         attribute(predictor, volume, "occlusion", structure="label 2", region=region(volume))
     with pytest.raises(VolumeError, match="the region lies on another grid than the scan"):
         attribute(predictor, volume, "occlusion", region=region(scan(2, (12, 8, 4)), 1))
@@ -491,6 +493,8 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
     with pytest.raises(ModelError, match="cell_mm: expected more than 0 mm, found 0"):
         AttributionSettings(cell_mm=0)
     empty = volume.like(np.zeros(SHAPE, np.uint8))
-    with pytest.raises(VolumeError, match="supervoxels: expected numbers from 1"):
+    with pytest.raises(
+        VolumeError, match="supervoxels: expected the parts of the scan numbered from 1"
+    ):
         attribute(predictor, volume, "occlusion", region=region(volume), supervoxels=empty)
     assert attribute(predictor, volume, "occlusion", region=empty) == {}
