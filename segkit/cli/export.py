@@ -38,17 +38,17 @@ def export_command(
     ] = None,
     precision: Annotated[
         Literal["float32", "float16", "int8"],
-        Option(help="Of the exported network; float16 for onnx and openvino, int8 for onnx."),
+        Option(help="Precision of the network: float16 needs onnx or openvino, int8 needs onnx."),
     ] = "float32",
     calibration: Annotated[
         list[Path] | None,
         Option(metavar="SCANS", help="Real scans, or a folder of them, for --precision int8."),
     ] = None,
     reference: Annotated[
-        Path | None, Option(help="Labels of --scan, which float16 or int8 is scored by.")
+        Path | None, Option(help="Labels of --scan, to score the float16 or int8 network.")
     ] = None,
     any_size: Annotated[
-        bool, Option("--any-size", help="Take windows of any size, not only the patch; for onnx.")
+        bool, Option("--any-size", help="Let the network take windows of any size (onnx only).")
     ] = False,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,

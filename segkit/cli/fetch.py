@@ -21,7 +21,7 @@ def fetch_command(
         Path | None,
         Option(
             help="The folder in which the dataset, or a copy of the model, is placed. By default "
-            "datasets are placed here, and models only in the cache."
+            "datasets are placed in the current folder, and models only in the cache."
         ),
     ] = None,
 ) -> None:

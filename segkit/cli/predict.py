@@ -36,7 +36,9 @@ def predict_command(
     ] = False,
     uncertainty: Annotated[
         bool,
-        Option("--uncertainty", help="Also write entropy, and variance over models and mirrors."),
+        Option(
+            "--uncertainty", help="Also write entropy, and variance over models and mirror images."
+        ),
     ] = False,
     statistics: Annotated[
         bool,
@@ -80,7 +82,9 @@ def predict_command(
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
+        Option(
+            help="Number format of the network. The default is float32 on a CPU, float16 on a GPU."
+        ),
     ] = None,
     json: JsonOption = False,
     progress: Annotated[
@@ -162,7 +166,9 @@ def predict_command(
                 if len(found) > 1:
                     complain(outcome.error)
     if kept:
-        say(f"skipped {kept} of {mine} volumes that have results; --overwrite segments them again")
+        say(
+            f"skipped {kept} of {mine} volumes with results; pass --overwrite to segment them again"
+        )
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)

@@ -71,7 +71,7 @@ def train_command(
     ] = False,
     folds: Annotated[
         str | None,
-        Option(metavar="all|0,2,…", help="Cross-validate with all folds or the given ones."),
+        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or only these."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -277,7 +277,9 @@ def say_result(result: "Run | CrossValidation") -> None:
     summary = result.summary
     say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
     if (limit := summary.get("minutes")) is not None:
-        say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, with preparation and scoring")
+        say(
+            f"{limit['taken']:.1f} of {limit['given']:g} minutes, including preparation and scoring"
+        )
     scores = summary["validation"]
     if scores["cases"]:
         classes = first_few([f"{name} {_dice(dice)}" for name, dice in scores["dice"].items()], 20)

@@ -180,7 +180,7 @@ class _Store:
         try:
             write_json(self.path, {key: asdict(facts) for key, facts in self.all.items()})
         except OSError as error:
-            logger.warning("%s: cannot store what was checked: %s", self.path, error)
+            logger.warning("%s: cannot store the results of the check: %s", self.path, error)
             self.path = None
 
 

@@ -184,11 +184,11 @@ def _all_scores(facts: SharedFacts) -> Iterable[str]:
     if facts.held_out is None and facts.tested is None:
         yield "None were shared."
     if facts.held_out is not None:
-        yield f"Of {facts.held_out.cases} held-out cases of the training:"
+        yield f"Scores of {facts.held_out.cases} held-out cases of the training:"
         yield _scores(facts.held_out)
         yield f"Note: {facts.held_out.note}." if facts.held_out.note else ""
     if facts.tested is not None:
-        yield f"Of {facts.tested.cases} cases, by `segkit evaluate`:"
+        yield f"Scores of {facts.tested.cases} cases, computed by `segkit evaluate`:"
         yield _scores(facts.tested)
         yield f"Note: {facts.tested.note}." if facts.tested.note else ""
 

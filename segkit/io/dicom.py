@@ -367,7 +367,7 @@ def _filled(slices: Sequence[Slice], shape: tuple[int, int, int]) -> ndarray:
             data[:, :, places[path, frame]] = values
     if longer:
         logger.warning(
-            "%s: %d of %d files hold more pixels than their header says; the rest is left out",
+            "%s: %d of %d files hold more pixels than their header says; these are ignored",
             *(longer[0], len(longer), len(files)),
         )
     return data

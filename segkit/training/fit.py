@@ -699,7 +699,7 @@ def _scores(
     temperature = voxels.fit() if voxels is not None else None
     if temperature is None and voxels is not None:
         logger.warning(
-            "train.calibrate: no held-out case is labelled whole; no temperature is kept"
+            "train.calibrate: no held-out case is completely labelled, so no temperature is stored"
         )
     if temperature is not None and temperature.at_limit:
         logger.warning("train.calibrate: %s", temperature.told)

@@ -200,12 +200,14 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "skip",
             {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
-            r"heads must be one number, or a list of 2 with one number for each of the levels \[0, 1\]",
+            r"heads must be one number, or a list of 2 with one number for each of the levels "
+            r"\[0, 1\]",
         ),
         (
             "skip",
             {"kind": "u_transformer", "heads": [1, 2]},
-            r"heads must be one number, or a list of 1 with one number for each of the levels \[1\]",
+            r"heads must be one number, or a list of 1 with one number for each of the levels "
+            r"\[1\]",
         ),
         (
             "bottleneck",
@@ -239,7 +241,8 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "window": [1, 1, 1], "shift": True},
-            r"shift needs windows .* longer than 1 voxel along at least one axis, found \[1, 1, 1\]",
+            r"shift needs windows .* longer than 1 voxel along at least one axis, found "
+            r"\[1, 1, 1\]",
         ),
         (
             "bottleneck",
@@ -255,8 +258,8 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "encoder",
             {"kind": "epa", "heads": 3},
-            "epa needs a number of channels that is even and a multiple of its 3 heads, but level 0 "
-            "has 8; change heads",
+            "epa needs a number of channels that is even and a multiple of its 3 heads, but level "
+            "0 has 8; change heads",
         ),
         ("decoder", {"kind": "epa", "projected": 0}, "projected is 0: it should be greater"),
         ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),

@@ -115,7 +115,7 @@ def test_a_step_that_cannot_be_compiled_runs_as_usual(
     for _ in range(2):
         assert float(step(torch.ones(2), torch.ones(3))[0]) == 5.0
     (told,) = (each.message for each in caplog.records if each.name == compiled_step.__name__)
-    assert "cannot compile this step, so it runs as usual" in told
+    assert "cannot compile this step, so it runs uncompiled" in told
     assert "there is no compiler" in told
 
 
