@@ -159,7 +159,7 @@ def explain_command(
 
 
 def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> None:
-    """Print what all volumes show together."""
+    """Print the results over all volumes."""
     from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.identity import identity_tables
 

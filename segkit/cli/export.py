@@ -11,7 +11,7 @@ from segkit.cli.terminal import JsonOption, say, say_json
 from segkit.errors import SegkitError
 
 MOST_SCANS = 8
-"""Of a folder, on which int8 measures the range of features: the first by name."""
+"""Most scans of a folder that int8 measures the range of features on: the first by name."""
 
 
 def export_command(

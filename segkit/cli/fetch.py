@@ -27,7 +27,7 @@ def fetch_command(
 ) -> None:
     """Download a dataset of the Medical Segmentation Decathlon, or the newest version of a model.
 
-    A model is kept in the cache, where --model finds it, also without a network.
+    A model is kept in the cache: --model finds it there, also without a network.
     """
     from segkit.data.fetch import decathlon, fetch_dataset, named
     from segkit.model.addresses import HubAddress, parse_address

@@ -175,7 +175,7 @@ def predict_command(
 
 
 def _tell(outcome: "Outcome") -> None:
-    """Say what was written of one volume."""
+    """Print the files that were written for one volume."""
     if not outcome.written:
         return
     more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)

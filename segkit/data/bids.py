@@ -1,4 +1,4 @@
-"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and what labels mean.
+"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and the meaning of labels.
 
 bids/dataset_description.json
 bids/sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz                   an image

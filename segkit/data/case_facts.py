@@ -1,7 +1,7 @@
 """Facts of each case: size, spacing, and the voxels of each label, from reading the whole case.
 
-Facts are stored in one file while cases are read, if this takes long. So work that was stopped goes
-on where it was, and only files that changed are read again.
+Facts are stored in one file while cases are read, if this takes long. So stopped work
+continues, and only files that changed are read again.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ SECONDS_BEFORE_STORING = 10.0
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of a case that fits its dataset."""
+    """Facts of a case that fits its dataset."""
 
     name: str
     shape: tuple[int, int, int]
@@ -58,7 +58,7 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Examined:
-    """The facts of a case, or what is wrong with it."""
+    """The facts of a case, or its errors."""
 
     facts: CaseFacts | None
     error: SegkitError | None = None
@@ -190,7 +190,7 @@ def _key(case: CaseFiles) -> str:
 
 
 def _digest(dataset: Dataset) -> str:
-    """A digest of all settings of a dataset that decide what its cases must be like."""
+    """A digest of all settings of a dataset that decide which cases are valid."""
     labelling: Sequence[object] = (
         dataset.labels,
         dataset.regions,

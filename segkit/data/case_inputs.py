@@ -71,7 +71,7 @@ def is_dataset(path: Path) -> bool:
 
 
 def config_at(path: Path) -> DatasetConfig:
-    """What a YAML file or a folder says of a dataset. Raises ConfigError."""
+    """The dataset settings of a YAML file or of a folder. Raises ConfigError."""
     return dataset_in(path) or load_config(path).data
 
 

@@ -168,7 +168,7 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
     """Write a dataset of two cases: the tissue map for training, and the held-out real scan.
 
     Args:
-        folder: where the dataset is written.
+        folder: the folder to write the dataset to.
         scan: the real scan.
         reference: the tissue labels on the same grid.
 

@@ -123,7 +123,7 @@ def export_reduced(
     overlap: float = 0.5,
     any_size: bool = False,
 ) -> tuple[RunGraph, RunGraph]:
-    """Write a model in lower precision; return what runs it in float32, and in this precision.
+    """Write a model in lower precision; return runtimes for float32 and for this precision.
 
     Args:
         model: a trained model.

@@ -36,7 +36,7 @@ SHORTEST_INTERVAL = 2
 
 @dataclass(frozen=True)
 class AuthorsWords:
-    """What only the author of a model can say about it, as Markdown; None if it is not stated."""
+    """Statements of a model's author about it, as Markdown; None if one is not made."""
 
     licence: str | None = None
     data: str | None = None
@@ -57,10 +57,10 @@ def card_text(
 
     Args:
         name: name of the model.
-        address: what `--model` takes to load it.
+        address: the value of `--model` that loads it.
         descriptions: of the model, or of the model of each fold.
         facts: settings, scores and verdicts.
-        words: what the author says.
+        words: the author's statements.
         picture: name of the file with a picture, if one is shared.
     """
     described = descriptions[0]

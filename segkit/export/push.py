@@ -16,7 +16,7 @@ from segkit.model.hub import hub_errors
 
 @dataclass(frozen=True)
 class Push:
-    """Where a model was pushed to, and the files that were written.
+    """The place that a model was pushed to, and the files that were written.
 
     Example:
         pushed = segkit.push_model("runs/mine", "hf:clinic/hippocampus", licence="cc-by-4.0")
@@ -55,9 +55,9 @@ def push_model(
         to: `hf:OWNER/NAME`, a repository that is made if it does not exist; or a folder, to look at
             the files first.
         licence: licence of the weights, such as `cc-by-4.0`.
-        data: where the training data come from, as Markdown for the card.
-        intended_use: what the model is for, as Markdown for the card.
-        limits: where it fails, as Markdown for the card.
+        data: origin of the training data, as Markdown for the card.
+        intended_use: purpose of the model, as Markdown for the card.
+        limits: cases in which the model fails, as Markdown for the card.
         scores: a file of `segkit evaluate --out` with scores of other cases.
         verdicts: a folder of `segkit explain --verdicts`. By default, verdicts on this model in the
             folder of the run are taken, if there are any.

@@ -34,7 +34,7 @@ OF_VERDICT = ("map", "channel", "structure", "direction", "word", "reason")
 EXPLANATIONS = ("cohort.json", "measures.json")
 """The files of `segkit explain` that hold verdicts: over several scans, and of one scan."""
 FOLDER = "my_dataset"
-"""What stands for the folder of the dataset."""
+"""Text in place of the folder of the dataset."""
 NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 
 

@@ -33,7 +33,7 @@ NOT_ALPHANUMERIC = re.compile(r"[^a-zA-Z0-9]")
 
 
 def bids_path(source: Input, out: Path | None) -> Path:
-    """Where the labels of an input go in a folder of derivatives.
+    """The path of an input's labels in a folder of derivatives.
 
     Entities are those that the names of all its files have. An input that has no name in BIDS is
     the subject of its own name: `sub-PA0ST0SE1`.
@@ -59,17 +59,17 @@ def bids_path(source: Input, out: Path | None) -> Path:
 
 
 def bids_stem(labels: Path) -> str:
-    """What other results beside the labels begin with: without `_dseg` and the suffix."""
+    """The start of the other results' names: the labels' name without `_dseg` and the suffix."""
     return labels.name.removesuffix("_dseg.nii.gz")
 
 
 def told_of_sources(source: Input) -> dict[str, Any]:
-    """What BIDS asks the JSON file beside labels for: the files that they were made of."""
+    """Fields that BIDS requires in the JSON file beside labels: the files they were made from."""
     return {"Sources": [_relative(file) for file in source.files], "Manual": False}
 
 
 def write_bids_root(out: Path, labelling: Labelling, *, models: Sequence[str]) -> None:
-    """Write what describes a folder of derivatives, if it is not there yet.
+    """Write the files that describe a folder of derivatives, if they are not there yet.
 
     Raises VolumeError if the folder's dataset_description.json is not that of derivatives.
     """

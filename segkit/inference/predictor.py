@@ -286,7 +286,7 @@ class Predictor:
 
     @property
     def temperature(self) -> float | None:
-        """By what logits are divided for probabilities: the geometric mean of the models' own.
+        """The divisor of logits before they become probabilities: the geometric mean over models.
 
         A model without one counts as 1; None if no model has one.
         """

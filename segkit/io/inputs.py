@@ -69,7 +69,7 @@ class Input:
 
     @property
     def folder(self) -> Path:
-        """Where results lie that go beside it: with its file, or beside its folder of DICOM."""
+        """The folder for results beside it: that of its file, or the parent of its DICOM folder."""
         if not self.is_series:
             return self.files[0].parent
         first = self.files[0].resolve()

@@ -131,7 +131,7 @@ def has_volume_suffix(path: Path) -> bool:
 
 
 def case_name_of(path: Path) -> str:
-    """What a case is called by a file of it: without its suffix, if it is that of a volume."""
+    """The name of a case from one of its files: without the suffix if it is that of a volume."""
     return stem_of(path) if has_volume_suffix(path) else path.name
 
 

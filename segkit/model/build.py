@@ -44,7 +44,7 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
 def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
     """Raise ConfigError if the features of a window need more memory than is free.
 
-    This counts only the features where the decoder joins the skip of the finest level, which every
+    This counts only the features at the join of decoder and finest skip, which every
     U-Net holds in memory.
     """
     if description.network.given is not None:
@@ -114,7 +114,7 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
 
 
 def _convolutions(config: NetworkConfig) -> ConvolutionsFactory:
-    """What makes each level's convolutions."""
+    """The makers of each level's convolutions."""
     match config.block:
         case ConvolutionBlockConfig():
             return ConvolutionBlock

@@ -22,7 +22,7 @@ MODELS = "models"
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A model in the cache, and what identifies it: a commit, or the SHA-256 of an archive."""
+    """A model in the cache, and its identity: a commit, or the SHA-256 of an archive."""
 
     folder: Path
     version: str

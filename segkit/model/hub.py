@@ -113,7 +113,7 @@ def _hub_file(listed: Any) -> HubFile:
 
 
 def _is_of_model(path: str) -> bool:
-    """Whether a path in a repository is that of a file of a model, at a place where one lies."""
+    """Whether a path in a repository is that of a model's file, in its usual place."""
     *above, name = path.split("/")
     known = re.compile(rf"model|first|\d+|{FOLD}\d+")
     return name in MODEL_FILES and all(known.fullmatch(part) for part in above)

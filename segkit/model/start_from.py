@@ -32,8 +32,8 @@ class TakenOver:
     of: int
     """The number of weights that the network has."""
     channels: Mapping[str, str] = field(default_factory=dict)
-    """By channel of the image, where its kernels in the first layer come from; empty if the first
-    layer was copied as it is, or begins anew."""
+    """For each channel of the image, the origin of its kernels in the first layer; empty if the
+    first layer was copied as it is, or begins anew."""
     anew: tuple[str, ...] = ()
     """Names of the weights that begin anew."""
 
@@ -121,7 +121,7 @@ def fitted_kernels(
     channels: Sequence[str],
     other_channels: OtherChannels,
 ) -> tuple[Tensor, dict[str, str]]:
-    """Kernels of a first layer for the channels of another image, and where each comes from.
+    """Kernels of a first layer for the channels of another image, and the origin of each.
 
     A channel that both have by name keeps its kernels. If none is of the same name and both have as
     many, the first takes those of the first, and so on. Each other channel takes the `mean` of all,
@@ -163,7 +163,7 @@ def _first_layer(
     channels: Sequence[str] | None,
     other_channels: OtherChannels,
 ) -> tuple[Tensor | None, dict[str, str]]:
-    """Kernels of the first layer and where they come from; None if it is copied or begins anew."""
+    """Kernels of the first layer and their origin; None if it is copied or begins anew."""
     theirs = model.description.channels
     given = weights_of(model.network).state_dict().get(FIRST_LAYER)
     kernels = own.get(FIRST_LAYER)

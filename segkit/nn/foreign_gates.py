@@ -154,18 +154,18 @@ class GatedConcatenation:
 
 @dataclass(frozen=True)
 class FoundJoin:
-    """Where a skip joins the decoder."""
+    """A join: the module in which a skip joins the decoder."""
 
     module: str
     form: Literal["arguments", "connection", "concatenation"]
     skip_channels: int
     signal_channels: int
     cells: tuple[int, ...]
-    """Of the skip."""
+    """Number of cells of the skip along each axis."""
     coarse: tuple[int, ...]
-    """Cells of the signal."""
+    """Number of cells of the signal along each axis."""
     placement: Placement | None
-    """Of the skip; None if it could not be followed."""
+    """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
     before: str = ""
     """The transposed convolution, of a concatenation."""

@@ -48,7 +48,7 @@ class TappedVector:
 
 @dataclass(frozen=True)
 class TappedKeys:
-    """After a call of a softmax over keys: the tap records what each key receives."""
+    """After a call of a softmax over keys: the tap records how much each key receives."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         tap = getattr(module, TAP)
@@ -94,11 +94,11 @@ class ForeignTap(MapTap):
 
 @dataclass(frozen=True)
 class Seen:
-    """One run of a module: the shape of its map, and where the cells lie."""
+    """One run of a module: the shape of its map, and the positions of its cells."""
 
     shape: tuple[int, ...]
     followed: Followed | None
-    """Of the output, or of the keys of multi-head attention."""
+    """Positions of the cells of the output, or of the keys of multi-head attention."""
 
 
 def record(
@@ -282,7 +282,7 @@ def _level(placement: Placement) -> int:
 
 
 def _received(weights: Float[Tensor, "batch heads queries keys"], cells: tuple[int, ...]) -> Tensor:
-    """What each key receives from all queries, over an equal share: (batch, heads, *cells)."""
+    """How much each key receives from all queries, over an equal share: (batch, heads, *cells)."""
     received = weights.detach().float().mean(dim=2) * weights.shape[-1]
     return received.reshape(*received.shape[:2], *cells)
 

@@ -79,7 +79,7 @@ class CohortProgress:
     each volume, even if it failed.
 
     Args:
-        console: where bars or lines for people are shown.
+        console: the console for bars or lines for people.
         what: the name of the work.
         count: the number of volumes.
         reports: where reports for programs are written: one JSON object per line, with `progress`

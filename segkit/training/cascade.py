@@ -118,7 +118,7 @@ def label_cases(
         dataset: the dataset of these cases.
         models: the models of the first stage.
         cache: the folder in which the files are written.
-        device: where the models run.
+        device: the device that runs the models.
         segmenter: makes a function that labels a volume, from a model and a device.
         track: shows the progress over cases.
 

@@ -205,7 +205,7 @@ def split_is_edited(run: Path, config: Config) -> bool:
 
 
 def check_same_classes(run: Path, begun: ModelDescription, now: ModelDescription) -> None:
-    """Check that labels and channels still mean what the weights of a run were trained with.
+    """Check that labels and channels are still those that a run's weights were trained with.
 
     Args:
         run: the run's folder.

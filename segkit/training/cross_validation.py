@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "cross_validation.json"
 SECONDS_FOR_ANOTHER = 60.0
-"""To wait for a process that writes what all folds share."""
+"""Seconds to wait for a process that writes the shared files of all folds."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 """Dice by case, then by class; None if a class is in neither prediction nor reference."""
@@ -56,7 +56,7 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validation, with a run for each fold, and what all folds say together.
+    """A cross-validation, with a run for each fold and the results over all folds.
 
     Example:
         result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
@@ -247,7 +247,7 @@ def _go_on(
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
-    """Pool the finished folds of a folder; its models adopt what all of them favour."""
+    """Pool the finished folds of a folder; its models adopt the choices that all of them favour."""
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
@@ -263,7 +263,7 @@ def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
 
 
 def _record_of(folder: Path) -> Record:
-    """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
+    """The record that a cross-validation continues from. Raises ConfigError if it is unreadable."""
     return validated(Record, _read(folder / RECORD), str(folder / RECORD))
 
 

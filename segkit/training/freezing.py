@@ -10,7 +10,7 @@ from torch import nn
 from segkit.errors import ConfigError, first_few
 
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Layers that keep means of what they have seen, which stay as they are with their weights."""
+"""Layers that keep means of their inputs; if their weights are frozen, these stay fixed too."""
 
 
 class Freezing:

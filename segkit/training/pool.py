@@ -33,7 +33,7 @@ OF_THE_MACHINE = {
     "train.pictures",
     "train.validation_cases",
 }
-"""Settings that may differ between folds: where files lie, what trains, and what is shown."""
+"""Settings that may differ between folds: paths, the trainer, and output."""
 OF_THE_FOLD = {"data.spacing", "data.normalisation"}
 """Settings that each fold measures on its own cases, unless they were given."""
 

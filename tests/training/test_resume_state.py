@@ -126,8 +126,8 @@ def test_files_that_changed_under_their_names_are_told(
     resume(run)
     told = [line for line in caplog.messages if "changed since" in line]
     assert told == [
-        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); the "
-        f"run continues with the new files, but was also trained on the old ones"
+        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); "
+        f"the run continues with the new files, but was also trained on the old ones"
     ]
 
 

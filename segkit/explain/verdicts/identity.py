@@ -82,7 +82,7 @@ class BlockVerdict:
 
 @dataclass(frozen=True)
 class AttentionStudy:
-    """What the attention of a network is worth: verdicts, each scan's Dice, and shares.
+    """The worth of a network's attention: verdicts, each scan's Dice, and shares.
 
     Example:
         study = segkit.judge_attention(predictor, pairs)
@@ -131,7 +131,7 @@ def judge_attention(
     unlabelled: Mapping[int, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> AttentionStudy:
-    """Dice of scans with each attention block replaced by the identity, and what follows from it.
+    """Dice of scans with each attention block replaced by the identity, and verdicts from it.
 
     Each scan is segmented once, once for each block, and once without any. About ten scans with
     references are needed for a verdict, more if there are many blocks.

@@ -95,7 +95,7 @@ class GateVerdict:
 
     @property
     def claim(self) -> str:
-        """What the channel does with the structure, such as 'lets liver through'."""
+        """The effect of the channel on the structure, such as 'lets liver through'."""
         verb, particle = self.direction.split()
         return f"{verb} {self.structure} {particle}"
 
