@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, dump_yaml, load_config
 from segkit.data.case_facts import facts_of_cases
-from segkit.data.case_groups import grouping_advice
+from segkit.data.case_groups import grouping_advice, groups_of
+from segkit.data.case_table import unused_columns
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.dicom_cases import told_tree
 from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
@@ -39,6 +41,7 @@ from segkit.model.build import build_network
 from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import described, first_models
+from segkit.training.folds import folds_of
 from segkit.training.resolve import check_images, describe, resolve
 from segkit.training.split import split_of
 
@@ -254,11 +257,14 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     voxels = [int(held[list(numbers)].sum()) for numbers in groups.values()]
     seen = set(np.flatnonzero(held).tolist())
     warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
-    proposed = grouping_advice(dataset, None)
+    own = source if isinstance(source, SplitDatasetConfig) else None
+    proposed = grouping_advice(dataset, own)
     lines = [
         f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
         *([proposed] if proposed else []),
+        *(_lines_of_split(dataset, own) if own else []),
+        *unused_columns(source),
         f"channels: {', '.join(dataset.channels)}",
     ]
     total = sum(math.prod(shape) for shape in shapes)
@@ -296,6 +302,17 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
         ],
     }
     return Understood("dataset", "\n".join(lines), facts)
+
+
+def _lines_of_split(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
+    """Lines on groups and own folds, if settings beside a dataset ask for them."""
+    lines = []
+    if (groups := groups_of(dataset, data)) is not None:
+        lines.append(f"{len(groups)} groups stay together (data.group_by)")
+    if data.splits is not None or data.fold is not None:
+        folds = folds_of(dataset, data)
+        lines.append(f"{len(folds)} folds ({folds.source})")
+    return lines
 
 
 def _lines_of_labels(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import Device, Overwrite
+from segkit.cli.options import Device, Overrides, Overwrite
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError
 from segkit.system.allocator import keep_freed_memory
@@ -13,8 +13,10 @@ from segkit.system.allocator import keep_freed_memory
 
 def plan_command(
     dataset: Annotated[
-        Path, Argument(help="A folder with a dataset.json, or a YAML file with data.files.")
+        Path,
+        Argument(help="A folder with a dataset.json or of BIDS, a table, or YAML with data.files."),
     ],
+    overrides: Overrides = None,
     out: Annotated[
         Path | None,
         Option(
@@ -57,14 +59,20 @@ def plan_command(
 
     If two stages are better, it writes a config for each.
     """
-    from segkit.config.load import dataset_in
+    from segkit.config.load import dataset_in, is_of_dataset
     from segkit.io.atomic import refuse_existing, write_text
     from segkit.planning.make_plan import plan_dataset
     from segkit.racing import plan_by_race
     from segkit.system.progress import Tracker
 
     keep_freed_memory()
-    source = dataset_in(dataset)
+    for override in overrides or ():
+        if not is_of_dataset(override):
+            raise ConfigError(
+                f"segkit plan takes settings of the dataset and its folds, such as data.labels, "
+                f"found {override!r}; give it to segkit train, or change it in the planned config"
+            )
+    source = dataset_in(dataset, overrides or ())
     if source is None:
         raise ConfigError(
             f"{dataset}: expected a dataset (a YAML file with only data.files), found a config; "

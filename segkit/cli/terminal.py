@@ -78,10 +78,39 @@ class Answer:
 answer = Answer()
 
 
+class NoRepetition(logging.Filter):
+    """Lets each warning pass once, because a command may read a dataset several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        told = (record.name, record.getMessage())
+        is_new = told not in self.seen
+        self.seen.add(told)
+        return is_new
+
+
+FILTERS: list[NoRepetition] = []
+"""The filter of the command that runs."""
+
+
+def last_resort() -> logging.Handler:
+    """The handler of Python that prints warnings if no other handler is set up."""
+    assert logging.lastResort is not None
+    return logging.lastResort
+
+
 def start() -> None:
     """Reset the output, because a process may run several commands with different options."""
     console.quiet = False
     answer.expected = False
+    for earlier in FILTERS:
+        last_resort().removeFilter(earlier)
+    FILTERS[:] = [NoRepetition()]
+    last_resort().addFilter(FILTERS[0])
     show_listing(_shown_on_console)
     OURS.setLevel(logging.NOTSET)
     for handler in OURS.handlers[:]:
@@ -104,6 +133,7 @@ def _explain_more(asked: bool) -> None:
     if asked and not is_verbose():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.addFilter(NoRepetition())
         OURS.addHandler(handler)
         OURS.setLevel(logging.INFO)
 

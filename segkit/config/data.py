@@ -98,8 +98,8 @@ class PatternConfig(Section):
         return self
 
 
-class DataConfig(DatasetConfig):
-    """The volumes of a dataset, their preprocessing, and how patches are drawn from them."""
+class SplitDatasetConfig(DatasetConfig):
+    """A dataset and its split into training and held-out cases."""
 
     validation: Share | list[str] = 0.2
     """The share of cases that is held out, drawn by the seed, or a list of their names."""
@@ -119,6 +119,11 @@ class DataConfig(DatasetConfig):
     the patient in a case's name; or `subject`, the `sub-…` of BIDS in the case's name or paths."""
     stratify_by: Literal["classes"] | ColumnConfig | None = None
     """A property that all folds share evenly: the values of a column, or the classes in a label."""
+
+
+class DataConfig(SplitDatasetConfig):
+    """The volumes of a dataset, their preprocessing, and how patches are drawn from them."""
+
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     """Voxel size in mm along right-left, back-front and foot-head. Default: the cases' median."""
     interpolation: Literal["linear", "cubic"] = "cubic"

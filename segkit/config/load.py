@@ -12,19 +12,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from segkit.config.base import Section
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig
 from segkit.config.refusals import refusal
 from segkit.config.training import Config, with_schedules
 from segkit.errors import ConfigError
 from segkit.io.safe_text import parse_yaml, read_text
+from segkit.io.tables import read_csv
 
 ConfigClass = TypeVar("ConfigClass", bound=BaseModel)
 
 
-class DatasetFileConfig(Section):
-    """A YAML file that describes a dataset and has no training settings."""
+OF_SPLITS = ("fold", "num_folds", "splits", "group_by", "stratify_by")
+"""Settings of a split, which a command may give beside a dataset."""
+OF_TABLES = frozenset({"id", "label"})
+"""Columns of a table that are not images."""
 
-    data: DatasetConfig
+
+class DatasetFileConfig(Section):
+    """A YAML file that describes a dataset, and settings of its split from the command."""
+
+    data: SplitDatasetConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,22 +56,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, source=str(path))
 
 
-def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | None:
+def dataset_in(path: Path, overrides: Sequence[str] = ()) -> SplitDatasetConfig | None:
     """The dataset that a path names, or None if the path is a config for training.
 
     Args:
         path: a folder, a YAML file that has only dataset settings, such as files and labels, or a
-            table of cases with the columns `id`, `image` and `label`; `overrides` then name labels.
-        overrides: `key=value` changes; those that do not change a dataset setting are ignored.
+            table of cases with the columns `id`, `label`, and `image` or one for each channel;
+            `overrides` then name labels.
+        overrides: `key=value` changes; those that do not change a setting of the dataset or of its
+            split are ignored.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is wrong.
+        DatasetError: the table cannot be read.
     """
     own = set(DatasetConfig.model_fields)
     is_table = not path.is_dir() and path.suffix.lower() in TABLE_SUFFIXES
     if is_table:
-        files = {"table": path.name, "images": {"image": "image"}}
-        tree: dict[str, Any] = {"data": {"folder": str(path.parent), "files": files}}
+        tree: dict[str, Any] = {"data": _settings_of_table(path)}
     else:
         tree = {"data": {"folder": str(path)}} if path.is_dir() else read_yaml(path)
     data = tree.get("data")
@@ -72,9 +82,31 @@ def dataset_in(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig | Non
     if not path.is_dir() and set(data) == {"folder"}:
         return None
     for override in overrides:
-        if override.partition("=")[0].split(".")[:2] in [["data", name] for name in own]:
+        if is_of_dataset(override):
             _apply(tree, override)
     return validated(DatasetFileConfig, tree, str(path)).data
+
+
+def is_of_dataset(override: str) -> bool:
+    """Whether a `key=value` change is one of a dataset or of its split."""
+    section, *inner = override.partition("=")[0].strip().split(".")
+    known = (*DatasetConfig.model_fields, *OF_SPLITS)
+    return section == "data" and bool(inner) and inner[0] in known
+
+
+def _settings_of_table(path: Path) -> dict[str, Any]:
+    """The settings that a table has by itself: its images are the column `image`, or all columns
+    that name files."""
+    rows, columns = read_csv(path)
+    named = [
+        column
+        for column in columns
+        if column.strip() and column not in OF_TABLES
+        if any(row[column] and (path.parent / row[column]).is_file() for row in rows)
+    ]
+    images = ["image"] if "image" in columns or not named else named
+    files = {"table": path.name, "images": {column: column for column in images}}
+    return {"folder": str(path.parent), "files": files}
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:

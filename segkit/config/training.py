@@ -14,6 +14,7 @@ from segkit.config.base import Positive, Section
 from segkit.config.data import DataConfig
 from segkit.config.loss import LossConfig
 from segkit.config.network import NetworkConfig
+from segkit.io.file_names import is_file_name
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """The share of a running mean that each step keeps."""
@@ -237,6 +238,14 @@ class TrainerConfig(Section):
     run's folder always holds metrics.csv, and TensorBoard events if TensorBoard is installed."""
 
 
+def _possible_name(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError(
+            f"name must be a possible name of a folder, also on Windows, found {name!r}; change it"
+        )
+    return name
+
+
 class Config(Section):
     """All settings of one training run.
 
@@ -247,6 +256,7 @@ class Config(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The run is written to `runs/<name>`."""
+    _name_of_folder = field_validator("name")(_possible_name)
     data: DataConfig
     network: NetworkConfig = NetworkConfig()
     train: TrainConfig = TrainConfig()

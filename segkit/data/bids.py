@@ -13,9 +13,10 @@ from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.data.tables import read_csv
+from segkit.data.proposed_files import told_labels, told_proposal
 from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.dicom import find_folders
+from segkit.io.tables import read_csv
 from segkit.io.volume import NIFTI_SUFFIXES, stem_of
 
 DESCRIPTION_FILE = "dataset_description.json"
@@ -135,25 +136,25 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     if not labels:
         raise DatasetError(
             f"{folder}: expected label files derivatives/*/sub-*/**/*_dseg.nii.gz of its subjects, "
-            "found none; set data.files to the names of your files"
+            f"found none; {told_proposal(folder)}"
         )
     bare = [name for name in labels if not images.get(name)]
     if bare:
         raise DatasetError(
             f"{folder}: found labels but no anatomical image of {first_few(bare, MOST_CASES)}; add "
-            "the images, or set data.files to the names of your files"
+            f"the images, or {told_proposal(folder)}"
         )
     common = set.intersection(*(set(images[name]) for name in labels))
     if not common:
         raise DatasetError(
             f"{folder}: expected a kind of image, such as T1w, that every labelled case has, found "
-            "none; set data.files to the names of your files"
+            f"none; {told_proposal(folder)}"
         )
     names = bids_label_names(folder)
     if given is None and names is None:
         raise DatasetError(
             f"{folder}: expected a table dseg.tsv with the names of the labels, found none; add "
-            "it, or set data.labels"
+            f"names to the command, such as {told_labels(list(labels.values()))}"
         )
     labelling = given or labelling_of(str(folder), names or {}, None, {})
     channels = tuple(sorted(common))

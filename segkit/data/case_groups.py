@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from segkit.config.data import DataConfig, PatternConfig
+from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig
 from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
 from segkit.data.dataset import CaseFiles, Dataset, read_case
@@ -20,7 +20,7 @@ ALIKE = r"^(.+?)[ _-](?:ses|visit|time|tp|scan|v|t)?-?[A-Za-z]?[0-9]{0,8}$"
 MOST_VISITS = 20
 
 
-def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None:
+def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]] | None:
     """Numbers of the cases in each group, by the group's name; None without `data.group_by`.
 
     Raises:
@@ -41,7 +41,7 @@ def groups_of(dataset: Dataset, data: DataConfig) -> dict[str, list[int]] | None
     return dict(groups)
 
 
-def groups_in_test(dataset: Dataset, data: DataConfig) -> str:
+def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> str:
     """Groups of which some cases are kept for the test and some are not, as text; empty if none."""
     if data.group_by is None or not dataset.test:
         return ""
@@ -52,7 +52,9 @@ def groups_in_test(dataset: Dataset, data: DataConfig) -> str:
 
 
 def _group_of_each(
-    dataset: Dataset, data: DataConfig, group_by: PatternConfig | ColumnConfig | Literal["subject"]
+    dataset: Dataset,
+    data: SplitDatasetConfig,
+    group_by: PatternConfig | ColumnConfig | Literal["subject"],
 ) -> tuple[dict[str, str], str]:
     """The group of each case that has one, also of test cases, and the setting for messages."""
     every = [*(case.name for case in dataset.cases), *dataset.test]
@@ -83,7 +85,7 @@ def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
     return match[1] if match else None
 
 
-def strata_of(dataset: Dataset, data: DataConfig) -> np.ndarray:
+def strata_of(dataset: Dataset, data: SplitDatasetConfig) -> np.ndarray:
     """Whether each case belongs to each stratum: an array (case, stratum) of 0 and 1.
 
     Raises:
@@ -122,7 +124,7 @@ def likely_grouping(dataset: Dataset) -> str | None:
     return f"{{pattern: '{ALIKE}'}}"
 
 
-def grouping_advice(dataset: Dataset, data: DataConfig | None) -> str | None:
+def grouping_advice(dataset: Dataset, data: SplitDatasetConfig | None) -> str | None:
     """Advice to group cases whose names look alike; None if there are none or a config does it."""
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None

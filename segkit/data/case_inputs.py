@@ -12,11 +12,11 @@ from segkit.data.bids import bids_images, is_bids
 from segkit.data.dataset import dataset_of
 from segkit.data.dicom_cases import list_dicom
 from segkit.data.file_patterns import ID, IMAGE, list_images
-from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.inputs import Input, find_inputs
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
+from segkit.io.tables import read_csv
 from segkit.io.volume import AS_IT_SAYS, is_picture, volumes_among
 
 logger = logging.getLogger(__name__)

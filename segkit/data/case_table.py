@@ -5,15 +5,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
-from segkit.data.file_patterns import ID
-from segkit.data.tables import read_csv
+from segkit.data.file_patterns import ID, LABEL
 from segkit.errors import DatasetError, first_few
+from segkit.io.tables import read_csv
 
 logger = logging.getLogger(__name__)
 
 YES_WORDS = frozenset({"test", "yes", "true", "1"})
 """Values that mark test cases in a column."""
 NAMES_SHOWN = 5
+OF_PATIENTS = frozenset(
+    [
+        "patient",
+        "patientid",
+        "subject",
+        "subjectid",
+        "participant",
+        "participantid",
+        "person",
+        "group",
+    ]
+)
+OF_FOLDS = frozenset(["fold", "folds", "foldid", "cvfold"])
+OF_PARTS = frozenset(["split", "set", "subset", "partition", "part", "phase"])
+OF_TEST = frozenset(["test", "istest", "testset", "holdout"])
+OF_LABELLED = frozenset(["labelled", "labeled"])
+"""Names of columns, without capitals and separators, whose values a setting can use."""
+HELD_OUT_WORDS = frozenset(["val", "valid", "validation", "dev"])
 
 
 def table_of(data: DatasetConfig) -> Path | None:
@@ -99,3 +117,63 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
             "some cases from it"
         )
     return kept
+
+
+def unused_columns(data: DatasetConfig) -> list[str]:
+    """A sentence for each column of the table of cases that a setting could use and none does.
+
+    They are columns with the names of patients, folds, parts of a split or labelled classes.
+
+    Raises:
+        DatasetError: the table cannot be read.
+    """
+    path = table_of(data)
+    if path is None or not path.is_file():
+        return []
+    settings = [getattr(data, name) for name in type(data).model_fields]
+    used = {setting.column for setting in settings if isinstance(setting, ColumnConfig)} | {ID}
+    if data.files is not None and data.files.table is not None:
+        used |= {data.files.label or LABEL, *data.files.images.values()}
+    rows, columns = read_csv(path)
+    sentences = []
+    for column in columns:
+        values = {row[ID]: row[column].strip() for row in rows} if ID in columns else {}
+        if column in used or not any(values.values()):
+            continue
+        if advice := _use_of(column, values, data):
+            sentences.append(f"{path}: column {column} is not used; {advice}")
+    return sentences
+
+
+def _use_of(column: str, values: Mapping[str, str], data: DatasetConfig) -> str | None:
+    """What uses a column of this name; None for other names, or if another setting is given."""
+    word = "".join(character for character in column.lower() if character.isalnum())
+    setting = f"{{column: {column}}}"
+    splits = getattr(data, "splits", None)
+    filled = [value for value in values.values() if value]
+    numbered = all(value.isdecimal() for value in filled)
+    if word in OF_PATIENTS:
+        several = len(set(filled)) < len(filled)
+        if several and splits is None and getattr(data, "group_by", None) is None:
+            return f"data.group_by={setting} keeps the cases of each {column} together"
+    elif word in OF_FOLDS or (word in OF_PARTS and numbered):
+        return None if splits else f"data.splits={setting} uses these folds"
+    elif word in OF_PARTS or word in OF_TEST:
+        return _use_of_parts(setting, values, data)
+    elif word in OF_LABELLED and data.labelled is None:
+        return f"data.labelled={setting} says which classes each case has labels of"
+    return None
+
+
+def _use_of_parts(setting: str, values: Mapping[str, str], data: DatasetConfig) -> str | None:
+    """What uses a column that marks test cases and held-out cases."""
+    uses = []
+    if data.test is None and any(value.lower() in YES_WORDS for value in values.values()):
+        uses.append(f"data.test={setting} keeps its test cases for a last test")
+    held_out = [name for name, value in values.items() if value.lower() in HELD_OUT_WORDS]
+    given = isinstance(getattr(data, "validation", None), list) or getattr(data, "splits", None)
+    if held_out and not given:
+        few = len(held_out) <= NAMES_SHOWN
+        names = f"=[{', '.join(held_out)}]" if few else f", a list of {len(held_out)} names,"
+        uses.append(f"data.validation{names} holds out its validation cases")
+    return ", and ".join(uses) or None

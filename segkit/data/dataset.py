@@ -14,7 +14,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig, LabelCodeCon
 from segkit.config.dicom import DicomConfig
 from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
-from segkit.data.bids import is_bids, list_bids
+from segkit.data.bids import bids_label_names, is_bids, list_bids
 from segkit.data.case_table import kept_for_test
 from segkit.data.dataset_json import labelling_of, picture_rules, read_dataset_file
 from segkit.data.dicom_cases import check_structures, list_dicom_files, structure_rules
@@ -23,7 +23,7 @@ from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
-from segkit.io.atomic import is_file_name
+from segkit.io.file_names import safe_name, tell_changed_names
 from segkit.io.nan_values import nan_as_zero
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
@@ -61,6 +61,11 @@ class CaseFiles:
     name: str
     images: tuple[Path, ...]
     label: Path
+
+    @property
+    def file_name(self) -> str:
+        """The name in names of files; another only if no file can be called so."""
+        return safe_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,17 @@ def read_dataset(
                 raise DatasetError(
                     f"{folder}/dataset.json: case {name} is listed twice in training; remove one"
                 )
-    for case in cases:
+    alike: dict[str, str] = {}
+    for name in dict.fromkeys(case.name for case in cases):
         with problems.noted():
-            if not is_file_name(case.name):
+            if (other := alike.setdefault(safe_name(name), name)) != name:
                 raise DatasetError(
-                    f"{case.label}: the case would be called {case.name!r}, which cannot be a file "
-                    "name; rename the label"
+                    f"{folder}: results of the cases {other!r} and {name!r} would have the same "
+                    f"file names, because not every system can write both; give each another id "
+                    f"in a table (data.files.table)"
                 )
     problems.refuse()
+    tell_changed_names(case.name for case in cases)
     labelling = file.labelling
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, labelling)
@@ -224,10 +232,20 @@ def _labelled(data: DatasetConfig) -> Dataset:
     if data.labels is None:
         return read_dataset(data.folder, data.files, data.pictures, dicom=data.dicom)
     labelling = labelling_of("data.labels", data.labels, data.regions_class_order, {})
-    if data.dicom is None or not data.dicom.images:
-        source = "dataset.json" if data.files is None else "data.files"
-        logger.info("%s: labels come from data.labels instead of %s", data.folder, source)
+    if source := _other_source_of_labels(data):
+        logger.warning("%s: labels come from data.labels instead of %s", data.folder, source)
     return read_dataset(data.folder, data.files, data.pictures, labelling, data.dicom)
+
+
+def _other_source_of_labels(data: DatasetConfig) -> str | None:
+    """The place of names of labels that `data.labels` replaces, if there is one."""
+    if data.dicom is not None and data.dicom.images:
+        return None
+    if data.files is not None:
+        return "data.files.labels" if data.files.labels else None
+    if (data.folder / "dataset.json").exists():
+        return "dataset.json"
+    return "dseg.tsv" if is_bids(data.folder) and bids_label_names(data.folder) else None
 
 
 def _of_pictures(

@@ -14,6 +14,7 @@ from segkit.config.labels import Labelling
 from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
 from segkit.data.labelling_from import labelling_from
+from segkit.data.proposed_files import told_proposal
 from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
@@ -92,7 +93,7 @@ def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJs
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     if not path.exists():
         raise DatasetError(
-            f"{folder}: expected a dataset.json in it, found none; add one, or set data.files"
+            f"{folder}: expected a dataset.json in it, found none; {told_proposal(folder)}"
         )
     file = _read(path, _DatasetFile)
     names = file.modality if file.channel_names is None else file.channel_names

@@ -8,14 +8,14 @@ from pathlib import Path
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.data.tables import read_csv
+from segkit.data.proposed_files import told_labels
 from segkit.errors import DatasetError, Problems, first_few, printable
+from segkit.io.tables import read_csv
 from segkit.io.volume import check_readable, is_dicom_path
 
 logger = logging.getLogger(__name__)
 
 ID, IMAGE, LABEL = "id", "image", "label"
-NAME = re.compile(r"[^./\\\s][^/\\\n]*")
 WILDCARD = re.compile(r"\*\*/|\*|\?")
 MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
@@ -32,13 +32,6 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
         DatasetError: files are missing, or patterns, table or labels are wrong.
         VolumeError: a file is not a volume.
     """
-    if given is None and not files.labels:
-        raise DatasetError(
-            "data.files: expected the names of the labels, found none; set data.labels"
-        )
-    labelling = given or labelling_of(
-        "data.files", files.labels, files.regions_class_order, files.codes
-    )
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")
     if files.table is None and not files.label:
@@ -47,6 +40,14 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
             "; give data.files.label"
         )
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
+    if given is None and not files.labels:
+        raise DatasetError(
+            f"data.files: expected names of labels, found none; set data.labels, such as "
+            f"{told_labels([label for *_, label in found])} for the numbers in {found[0][2]}"
+        )
+    labelling = given or labelling_of(
+        "data.files", files.labels, files.regions_class_order, files.codes
+    )
     return DatasetJson(channels, labelling, tuple(found), dict(files.codes))
 
 
@@ -180,10 +181,9 @@ def _rows_of(
     cases = []
     for number, row in enumerate(rows, start=2):
         with problems.noted():
-            if not NAME.fullmatch(row[ID]):
+            if not row[ID].strip():
                 raise DatasetError(
-                    f"{path}: row {number} has the id {row[ID]!r}, which cannot be the name of a "
-                    f"file; change it"
+                    f"{path}: row {number} has an empty {ID}; give the case a name there"
                 )
         named = [folder / row[column] for column in paths]
         for column, file in zip(paths, named, strict=True):

@@ -140,7 +140,7 @@ def store_cases(
     described = replace(dataset, cases=())
     firsts = {case.name: (first_labels or {}).get(case.name) for case in cases}
     stored = [
-        StoredCase(case.name, folder / f"{case.name}-{digest}")
+        StoredCase(case.name, folder / f"{case.file_name}-{digest}")
         for case in cases
         for digest in [_digest(case, dataset, spacing, order, settings, firsts[case.name])]
     ]

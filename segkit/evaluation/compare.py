@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import permutation_test
 
-from segkit.data.tables import read_csv
 from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, score_name
 from segkit.io.atomic import without_nan
 from segkit.io.picture_rules import MM_OF, Unit
 from segkit.io.safe_text import read_json_object
+from segkit.io.tables import read_csv
 
 SUMMARY_FILE = "summary.json"
 SMALLER_IS_BETTER = ("hd95_mm", "assd_mm")

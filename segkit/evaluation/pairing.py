@@ -6,18 +6,20 @@ Two files are a pair if they have, tried in this order:
     2  the same name and last folders          x/sub-01/a        sub-01/a
     3  the same name, in any folder            fold_0/a          a
     4  the same name without final words       a_seg, a_0000     a-label
+    5  the same after changes that make a name possible on every system   12-30   12:30
 
 Each file is in one pair at most. If a name is only such a word, or all files have the same name,
 the name of the folder is used instead: `sub-01/seg.nii.gz`. Ambiguous files are an error; segkit
 does not guess.
 """
 
+import itertools
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from segkit.config.dataset_files import TABLE_SUFFIXES
@@ -27,9 +29,10 @@ from segkit.data.bids import bids_label_names, bids_labels, is_bids
 from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
 from segkit.data.dataset_json import labelling_of
 from segkit.data.file_patterns import ID, LABEL
-from segkit.data.tables import read_csv
 from segkit.errors import DatasetError, VolumeError, first_few
+from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import PictureRules
+from segkit.io.tables import read_csv
 from segkit.io.volume import (
     AS_IT_SAYS,
     SUFFIXES,
@@ -251,13 +254,14 @@ def pair_by_name(predictions: Sequence[NamedVolume], references: Sequence[NamedV
     loose: set[int] = set()
     """References that were paired by name only, without their folder."""
     deepest = max((len(name) for side in (mine, theirs) for name in side.all_names), default=1)
-    for bare in (False, True):
-        rounds: list[int | None] = [None, *range(deepest, 0, -1)]  # None: the whole path
-        for depth in rounds:
-            for found, reference in _matches(mine, theirs, bare, depth, partner):
-                partner[reference] = found
-                if depth == 1 or len(theirs.names[reference][0]) == 1:
-                    loose.add(reference)
+    rounds: list[int | None] = [None, *range(deepest, 0, -1)]  # None: the whole path
+    for sides, bare, depth in itertools.product(
+        ((mine, theirs), (mine.safe(), theirs.safe())), (False, True), rounds
+    ):
+        for found, reference in _matches(*sides, bare, depth, partner):
+            partner[reference] = found
+            if depth == 1 or len(theirs.names[reference][0]) == 1:
+                loose.add(reference)
     _check_clear(mine, theirs, partner, loose)
     used = set(partner.values())
     return Pairing(
@@ -292,6 +296,15 @@ class _Side:
             for kind, name in enumerate(names):
                 kinds[kind].append(name[-1])
         self.shared = {kind: Counter(stems) for kind, stems in kinds.items()}
+
+    def safe(self) -> "_Side":
+        """The same volumes by names that every system can write, as results are called."""
+        return _Side(
+            [
+                replace(volume, names=tuple(tuple(map(safe_name, parts)) for parts in volume.names))
+                for volume in self.volumes
+            ]
+        )
 
     def keys(self, place: int, bare: bool, depth: int | None) -> set[Parts]:
         """The names of a volume: their last `depth` parts, or the whole path if None.

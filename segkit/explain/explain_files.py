@@ -1,5 +1,6 @@
 """The work of `segkit explain`: write maps, measures, verdicts and a page for each volume."""
 
+import glob
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +47,8 @@ from segkit.io.atomic import (
     write_text,
 )
 from segkit.io.checksums import checksums
-from segkit.io.inputs import Input, check_name, failure, read_input
+from segkit.io.file_names import tell_changed_names
+from segkit.io.inputs import Input, failure, read_input
 from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
@@ -149,6 +151,7 @@ def explain_files(
     """
     folder = Path(folder)
     targets = check_targets(inputs, folder, overwrite=overwrite)
+    tell_changed_names(source.name for source in inputs)
     for place in {folder, *(case_folder(source, inputs, folder) for source in inputs)}:
         remove_leftovers(place)
     labels = {} if references is None else find_references(inputs, Path(references))
@@ -198,7 +201,9 @@ def explain_files(
             incomplete |= isinstance(error, OSError)
             yield Explained(source.name, error=left_out[-1])
             continue
-        _remove((*_of_volume(source.name, place), *_maps_of(source.name, place)), but=written)
+        _remove(
+            (*_of_volume(source.file_name, place), *_maps_of(source.file_name, place)), but=written
+        )
         shown = tuple(shown_verdicts(explanation.verdicts))
         said = _said(explanation) if attributions else ()
         yield Explained(
@@ -270,7 +275,7 @@ def _write_cohort(
 
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
     """The folder for the files of one volume: `folder` itself if there is only one volume."""
-    return folder if len(inputs) == 1 else folder / source.name
+    return folder if len(inputs) == 1 else folder / source.file_name
 
 
 def explain_heads(
@@ -361,15 +366,16 @@ def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> 
     targets: list[Path] = []
     maps: list[Path] = []
     for source in inputs:
-        check_name(source.name, source.files[0])
-        if source.name in names:
+        name = source.file_name
+        if name in names:
             raise VolumeError(
-                f"{source.files[0]}: another volume is also called {source.name}; rename one"
+                f"{source.files[0]}: results of another volume are also called {name}; explain one "
+                f"of them by itself with another --out"
             )
-        names.add(source.name)
+        names.add(name)
         place = case_folder(source, inputs, folder)
-        targets += _of_volume(source.name, place)
-        maps += _maps_of(source.name, place)
+        targets += _of_volume(name, place)
+        maps += _maps_of(name, place)
     if len(inputs) > 1:
         targets += _of_cohort(folder)
     for target in (*targets, *maps):
@@ -392,6 +398,7 @@ def _of_volume(name: str, folder: Path) -> list[Path]:
 
 def _maps_of(name: str, folder: Path) -> list[Path]:
     """The existing map files of one volume. Their names depend on the model."""
+    name = glob.escape(name)
     return [
         *folder.glob(f"{name}_map-*.nii.gz"),
         *folder.glob(f"{name}_map-*.tif"),

@@ -73,6 +73,7 @@ from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.inference.map_files import write_maps
 from segkit.inference.predictor import Predictor
 from segkit.io.atomic import write_json, write_text
+from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import length_in_words
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
@@ -191,13 +192,14 @@ class Explanation:
         """
         folder = Path(folder)
         provenance = {} if made is None else {PROVENANCE: made}
-        volume, sidecar, _, flat, stack = (folder / f"{self.name}{ending}" for ending in ENDINGS)
+        name = safe_name(self.name)
+        volume, sidecar, _, flat, stack = (folder / f"{name}{ending}" for ending in ENDINGS)
         labels = flat if self.scan.is_flat else stack if self.scan.picture else volume
         write_volume(labels, self.labels)
         numbers = {label: number for number, label in self.label_names.items()}
         write_json(sidecar, {"labels": numbers, **provenance})
         heads = {place: [head.figures() for head in reach] for place, reach in self.reach.items()}
-        maps = write_maps(folder, self.name, self.maps, self.scan, heads=heads, made=provenance)
+        maps = write_maps(folder, name, self.maps, self.scan, heads=heads, made=provenance)
         write_text(folder / TABLE, rows_as_csv(self.rows()))
         figures = {
             "case": self.name,

@@ -6,6 +6,7 @@ out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.nii.gz   labels
 out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.json     what made them
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,7 +37,8 @@ def bids_path(source: Input, out: Path | None) -> Path:
     """The path of an input's labels in a folder of derivatives.
 
     Entities are those that the names of all its files have. An input that has no name in BIDS is
-    the subject of its own name: `sub-PA0ST0SE1`.
+    the subject of its own name: `sub-PA0ST0SE1`. A name without letters from a to z and digits
+    becomes a digest.
 
     Raises VolumeError: no folder is given, or the input is a picture.
     """
@@ -122,11 +124,8 @@ def _entities(source: Input) -> dict[str, str]:
     if "sub" in named:
         return {"sub": named["sub"], **({"ses": named["ses"]} if "ses" in named else {})}
     plain = NOT_ALPHANUMERIC.sub("", source.name)
-    if not plain:
-        raise VolumeError(
-            f"{source.files[0]}: BIDS needs letters or digits in the file name to name the "
-            "subject, found none; rename the file"
-        )
+    if not plain:  # such as a name in Chinese
+        plain = hashlib.sha256(source.name.encode(errors="surrogateescape")).hexdigest()[:8]
     return {"sub": plain}
 
 

@@ -1,7 +1,8 @@
 """Write attention maps to files: on the input's grid, on their own grid, and as figures in JSON."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy import ndarray
 from segkit.inference.attention_maps import AttentionMap, map_on_source
 from segkit.io.atomic import write_json
 from segkit.io.disk_arrays import OnDisk
+from segkit.io.file_names import safe_name
 from segkit.io.volume import Volume, write_volume
 
 
@@ -28,8 +30,8 @@ def write_maps(
     `STEM_map-skip.2-gate.nii.gz` is on the input's grid. The file of the same name in `native/` is
     on the map's own grid. Both are float32 with the map's raw values, and NaN where no value was
     computed. If the input is a picture, the first file is a TIFF (`.tif`) with the same pixels.
-    `STEM_maps.json` describes each map. A map over channels has no position, so it is only in the
-    JSON file.
+    `STEM_maps.json` describes each map; `file` is the name of its files, without the suffix. A map
+    over channels has no position, so it is only in the JSON file.
 
     Args:
         folder: the folder to write to.
@@ -45,6 +47,7 @@ def write_maps(
     """
     written = []
     figures = []
+    names = names_of_maps(maps)
     for key, attention_map in maps.items():
         figures.append(_figures(attention_map))
         of_heads = (heads or {}).get(key.split("/")[0])
@@ -52,7 +55,8 @@ def write_maps(
             figures[-1]["heads"] = list(of_heads)
         if attention_map.volume is None:
             continue
-        name = f"{stem}_map-{key.replace('/', '-')}"
+        name = f"{stem}_map-{names[key]}"
+        figures[-1]["file"] = name
         # Always NIfTI, because a TIFF cannot store the position of a coarser grid.
         native = folder / "native" / f"{name}.nii.gz"
         path = folder / f"{name}{'.tif' if source.picture else '.nii.gz'}"
@@ -62,6 +66,29 @@ def write_maps(
     summary = folder / f"{stem}_maps.json"
     write_json(summary, {"maps": figures, **(made or {})})
     return [*written, summary]
+
+
+def names_of_maps(keys: Iterable[str]) -> dict[str, str]:
+    """The name of each map in file names, by its key.
+
+    Keys may contain any name of a structure. Names differ on Windows too, which does not tell
+    capital from small letters.
+
+    Example:
+        >>> names_of_maps(["skip.2/gate", "occlusion/a/b", "occlusion/A:B"]).values()
+        dict_values(['skip.2-gate', 'occlusion-a-b', 'occlusion-A-B-2'])
+    """
+    names: dict[str, str] = {}
+    taken = set[str]()
+    for key in keys:
+        wanted = name = safe_name(key)
+        for number in itertools.count(2):
+            if name.lower() not in taken:
+                break
+            name = f"{wanted}-{number}"
+        taken.add(name.lower())
+        names[key] = name
+    return names
 
 
 def _figures(attention_map: AttentionMap) -> dict[str, Any]:

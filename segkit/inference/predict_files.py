@@ -31,7 +31,8 @@ from segkit.io.atomic import (
 )
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.disk_arrays import OnDisk
-from segkit.io.inputs import Input, check_name, failure, read_input, series_of
+from segkit.io.file_names import tell_changed_names
+from segkit.io.inputs import Input, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, label_colour, write_montage
 from segkit.io.volume import (
     SUFFIXES,
@@ -124,10 +125,9 @@ def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool
     Raises:
         VolumeError: the name does not fit.
     """
-    check_name(source.name, source.files[0])
     suffix = DICOM_SUFFIX if as_dicom else source.suffix
     if out is None:
-        path = source.folder / f"{source.name}_seg{suffix}"
+        path = source.folder / f"{source.file_name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not single:
             raise VolumeError(
@@ -135,7 +135,7 @@ def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool
             )
         path = out
     else:
-        path = out / f"{source.name}{suffix}"
+        path = out / f"{source.file_name}{suffix}"
     if as_dicom and not _is_dicom(path):
         raise VolumeError(
             f"{path}: expected a name ending in {DICOM_SUFFIX} for a DICOM segmentation; choose "
@@ -232,11 +232,12 @@ def predict_files(
             labels.with_name(f"{stem}_entropy{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_variance{suffix}") if uncertainty else None,
             labels.with_name(f"{stem}_presence.json") if predictor.classifies else None,
-            maps / f"{source.name}_maps.json" if maps else None,
+            maps / f"{source.file_name}_maps.json" if maps else None,
             labels.with_name(f"{stem}_statistics.json") if statistics else None,
             labels.with_name(f"{stem}_preview.png") if preview else None,
         )
 
+    tell_changed_names(source.name for source in inputs)
     planned = _planned(inputs, targets_of)
     files = {file.resolve() for source in inputs for file in source.files}
     asked = models_and_settings(predictor)
@@ -332,8 +333,8 @@ def _planned(
             owner = owners.setdefault(sidecar_of(targets.labels.resolve()), source)
             if owner is not source:
                 raise VolumeError(
-                    f"{targets.labels}: would also be the prediction of {owner.files[0]}; rename "
-                    "one of the inputs"
+                    f"{targets.labels}: would also be the prediction of {owner.files[0]}; give "
+                    f"one of them another --out"
                 )
             planned.append((source, targets))
         except VolumeError as error:
@@ -375,7 +376,7 @@ def _asked_for(source: Input, asked: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(source: Input, labels: Path) -> tuple[str, str]:
     """Stem and suffix of the other results, which are named after the labels."""
     stem, suffix = _stem(labels), source.suffix if _is_dicom(labels) else suffix_of(labels)
-    return stem if stem == source.name else stem.removesuffix("_seg"), suffix
+    return stem if stem == source.file_name else stem.removesuffix("_seg"), suffix
 
 
 def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bool) -> None:
@@ -502,7 +503,9 @@ def _others(
         parts.append(partial(write_statistics, targets.statistics))
     if targets.figures is not None:
         folder = targets.figures.parent
-        parts.append(partial(write_maps, folder, source.name, prediction.maps, image, made=made))
+        parts.append(
+            partial(write_maps, folder, source.file_name, prediction.maps, image, made=made)
+        )
     if targets.preview is not None:
         parts.append(partial(write_preview, targets.preview))
     return parts

@@ -18,16 +18,6 @@ ABANDONED = 3600.0
 """Seconds without a change after which an unfinished file belongs to a process that was killed."""
 
 
-def is_file_name(name: str) -> bool:
-    """Whether the name of a case or label can be a file name: printable, and not a path.
-
-    Example:
-        >>> [is_file_name(name) for name in ("case 1", "..", "a/b", "")]
-        [True, False, False, False]
-    """
-    return name not in ("", ".", "..") and name.isprintable() and not set("/\\") & set(name)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add the path to an OSError from the block if the error does not name a file."""

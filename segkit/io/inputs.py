@@ -1,14 +1,13 @@
 """Inputs of a prediction: which files make up one volume, and which volumes a folder holds."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
-from segkit.io.atomic import is_file_name
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import (
     Series,
@@ -21,6 +20,7 @@ from segkit.io.dicom import (
     series_at,
 )
 from segkit.io.dicom_tree import name_in, path_of, read_tree
+from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import (
@@ -61,6 +61,11 @@ class Input:
     """UID of the DICOM series; None if its folder holds only one."""
     rules: PictureRules = field(default=AS_IT_SAYS, compare=False)
     """Settings for reading it if it is a picture."""
+
+    @property
+    def file_name(self) -> str:
+        """The name in names of result files; another only if no file can be called so."""
+        return safe_name(self.name)
 
     @property
     def is_series(self) -> bool:
@@ -159,7 +164,8 @@ def find_inputs(
             files = tuple(file.parent / part for part in parts)
             inputs[file.parent, name] = Input(name, files, of_folder, rules=rules)
     found = alone if num_channels == 1 else inputs.values()
-    return [source for source in found if not _is_result(source, inputs)]
+    names = {(folder, safe_name(name)) for folder, name in inputs}
+    return [source for source in found if not _is_result(source, names)]
 
 
 def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
@@ -282,10 +288,10 @@ def _all_numbered(files: Sequence[Path]) -> bool:
     return all(stem_of(file).endswith(("_0000", *RESULT_ENDINGS)) for file in files)
 
 
-def _is_result(source: Input, inputs: Mapping[tuple[Path, str], Input]) -> bool:
+def _is_result(source: Input, names: Collection[tuple[Path, str]]) -> bool:
     folder = source.files[0].parent
     return source.of_folder and any(
-        source.name.endswith(ending) and (folder, source.name.removesuffix(ending)) in inputs
+        source.name.endswith(ending) and (folder, source.name.removesuffix(ending)) in names
         for ending in RESULT_ENDINGS
     )
 
@@ -320,14 +326,6 @@ def read_input(source: Input) -> Volume:
     ]
     channels = [part.data.reshape(*first.grid.shape, -1) for part in (first, *others)]
     return first.like(np.concatenate(channels, axis=3))
-
-
-def check_name(name: str, whose: Path) -> None:
-    """Raise VolumeError if a case's name cannot be a file name or would leave its folder."""
-    if not is_file_name(name):
-        raise VolumeError(
-            f"{whose}: expected a name that is allowed as a file name, found {name!r}; rename it"
-        )
 
 
 def failure(source: Input, error: SegkitError | OSError) -> str:

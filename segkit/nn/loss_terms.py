@@ -112,13 +112,14 @@ def generalised_dice(inputs: LossInputs) -> Float[Tensor, ""]:
 
     The weight of each class, the background included, is one over its squared volume, times its
     weight in `LossInputs`. For a class that is absent from a sample this would be infinite; it gets
-    the largest weight of the classes in the sample.
+    the largest weight of the classes in the sample. We divide the weights by the largest, which
+    changes no quotient: one over the squared volume of an organ would be less than `SMOOTH`, so
+    that the loss would be near 0 for any prediction.
     """
     found, target, axes = inputs.probabilities, inputs.target, inputs.axes
     volume = target.sum(axes)
-    weight = torch.where(volume > 0, volume.clamp(min=1) ** -2, 0)
-    largest = weight.amax(-1, keepdim=True)
-    weight = torch.where(volume > 0, weight, torch.where(largest > 0, largest, 1))
+    smallest = torch.where(volume > 0, volume, torch.inf).amin(-1, keepdim=True)
+    weight = torch.where(volume > 0, (smallest / volume.clamp(min=1)) ** 2, 1)
     weight = weight * constants(inputs.weights, weight.device)
     overlap = (weight * (found * target).sum(axes)).sum(-1)
     total = (weight * (found.sum(axes) + volume)).sum(-1)
@@ -142,12 +143,20 @@ def focal(inputs: LossInputs, gamma: float) -> Float[Tensor, ""]:
 
 
 def top_k(inputs: LossInputs, share: float) -> Float[Tensor, ""]:
-    """Mean of the largest cross-entropies (Wu et al. 2016, arXiv:1605.06885).
+    """Mean of the largest cross-entropies: the term of nnU-Net's `DC_and_topk_loss`.
+
+    Wu et al. (2016, arXiv:1605.06885, section 4) keep the voxels whose true class has a probability
+    below a threshold, and at least a number of them; here their number is fixed. The mean is over
+    the voxels that are kept, so the gradient of each is 1 / share times that in `cross_entropy`.
+
+    If a structure cannot be told from more than `share` of the voxels, this term is least if all of
+    these have a probability of at most 1/2. Then nothing is predicted, and only another term with
+    enough weight can change that (docs/training.md).
 
     Args:
         inputs: probabilities and targets.
         share: share of the voxels that count, in (0, 1]; at least one voxel counts. Ignored voxels
-            are not part of the total.
+            are not part of the total. With regions, of all voxels of all regions.
     """
     each = torch.where(inputs.weight > 0, inputs.cross_entropy * inputs.weight, 0).flatten()
     counted = (inputs.weight > 0).sum()
@@ -162,18 +171,28 @@ def boundary(inputs: LossInputs, reach: int) -> Float[Tensor, ""]:
 
     Kervadec et al. (2019, arXiv:1812.07032, equation 5). The distance is negative inside the
     structure. It is divided by `reach` times the smallest spacing and limited to [-1, 1]. In the
-    paper it has no limit and is in voxels.
+    paper it has no limit and is in voxels. An axis of one voxel has no distances, so its spacing
+    does not count. Ignored voxels belong neither to the structure nor to its outside, and the mean
+    is over the others.
 
     Args:
         inputs: probabilities and targets.
         reach: largest distance along an axis, in voxels.
     """
     found, target = inputs.structures
+    counted = inputs.weight[:, -found.shape[1] :] > 0
+    sizes = found.shape[2:]
+    within = [step for step, size in zip(inputs.spacing, sizes, strict=True) if size > 1]
+    finest = min(within or inputs.spacing)
+    spacing = [
+        step if size > 1 else finest for step, size in zip(inputs.spacing, sizes, strict=True)
+    ]
     with torch.no_grad():
-        inside = distance_from(target == 0, inputs.spacing, reach)
-        outside = distance_from(target == 1, inputs.spacing, reach)
-        signed = (outside - inside) / (reach * min(inputs.spacing))
-    return inputs.mean((found * signed).flatten(2).mean(-1))
+        inside = distance_from((target == 0) & counted, spacing, reach)
+        outside = distance_from(target == 1, spacing, reach)
+        signed = (outside - inside) / (reach * finest)
+        voxels = counted.expand_as(signed).flatten(2).sum(-1).clamp(min=1)
+    return inputs.mean((found * signed).flatten(2).sum(-1) / voxels)
 
 
 def distance_from(

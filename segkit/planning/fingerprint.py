@@ -234,7 +234,7 @@ def _path(case: CaseFiles, dataset: Dataset, cache: Path) -> Path:
         "files": file_states((*case.images, case.label)),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return cache / f"{case.name}-{digest}.json"
+    return cache / f"{case.file_name}-{digest}.json"
 
 
 def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:

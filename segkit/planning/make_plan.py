@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
@@ -18,10 +19,12 @@ from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, Config
 from segkit.data.augment_spatial import Vary
 from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.case_groups import grouping_advice
+from segkit.data.case_table import unused_columns
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.data.variation import build_variation
 from segkit.errors import counted, printable
 from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.io.file_names import is_file_name
 from segkit.io.volume import is_picture, read_picture_facts
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
@@ -370,8 +373,9 @@ def _planned_task(task: _Task) -> Planned:
     size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
-    if advice := grouping_advice(dataset, None):
-        heading = f"{heading} {advice}"
+    advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
+    for sentence in ([advice] if advice else []) + unused_columns(source):
+        heading = f"{heading} {sentence.removesuffix('.')}."
     name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
@@ -580,4 +584,5 @@ def _about_lengths(dataset: Dataset) -> str:
 def _run_name(folder: Path) -> str:
     """The name of the folder, with only characters that the name of a run may have."""
     name = folder.resolve().name
-    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).lstrip("_.-") or "run"
+    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).strip("_.-") or "run"
+    return name if is_file_name(name) else f"run_{name}"

@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TextIO, TypeAlias, TypeVar
@@ -53,18 +54,30 @@ class Tracker:
         with bars(self.console) as display:
             task = display.add_task(what, total=count)
             started = last = time.monotonic()
+            first = math.inf
             for number, item in enumerate(items, start=1):
                 yield item
                 display.advance(task)
                 if not self.console.is_terminal:
                     now = time.monotonic()
+                    first = min(first, now)
                     if now - last > SECONDS_BETWEEN_LINES:
-                        left = (now - started) / number * max(count - number, 0)
-                        self.console.print(
-                            f"{what}: {number} of {count}, {_in_minutes(left)} left",
-                            highlight=False,
-                        )
+                        left = _time_left(started, first, now, number, count)
+                        self.console.print(f"{what}: {number} of {count}{left}", highlight=False)
                         last = now
+
+
+def _time_left(started: float, first: float, now: float, number: int, count: int) -> str:
+    """The time left as text, such as ", about 3 min left"; empty before it can be estimated.
+
+    The time until the first item includes the start of processes, and several processes finish
+    their first items together. So the speed is measured after the first item, and for at least as
+    long as the first item took.
+    """
+    if now - first < first - started or number < 2:
+        return ""
+    left = (now - first) / (number - 1) * max(count - number, 0)
+    return f", {_in_minutes(left)} left"
 
 
 def _in_minutes(seconds: float) -> str:

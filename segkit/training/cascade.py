@@ -134,7 +134,7 @@ def label_cases(
     for case in track(cases, "first stage", len(cases)):
         chosen = out_of_fold(case.name, held_out)
         digest = _digest(case, [models[number].digest for number in chosen])
-        path = cache / "first_stage" / f"{case.name}-{digest}.nii.gz"
+        path = cache / "first_stage" / f"{case.file_name}-{digest}.nii.gz"
         files[case.name] = path
         if path.is_file():
             continue

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from segkit.config.base import Section
-from segkit.config.data import DataConfig, FoldConfig
+from segkit.config.data import FoldConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig
 from segkit.config.load import validated
 from segkit.data.case_groups import divided_groups, groups_of, strata_of
@@ -50,7 +50,7 @@ class Folds:
         return len(self.train)
 
 
-def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
+def folds_of(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
     """The folds that a config asks for.
 
     They come from `data.splits` if it is given. If not, they come from a splits_final.json beside
@@ -97,7 +97,7 @@ def folds_of(dataset: Dataset, data: DataConfig) -> Folds:
     return folds
 
 
-def drawn(dataset: Dataset, data: DataConfig) -> Folds:
+def drawn(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
     """Drawn folds, which hold out about equally many cases.
 
     Without groups and strata they are the same as nnU-Net's: cases in the order of their names are
@@ -186,7 +186,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
     )
 
 
-def _of_column(dataset: Dataset, data: DataConfig, column: str) -> Folds:
+def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds:
     """Folds from a column, which holds the number of the fold that holds a case out, or nothing."""
     names = [case.name for case in dataset.cases]
     found = column_of(data, column, [*names, *dataset.test], "data.splits")

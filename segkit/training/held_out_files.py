@@ -39,7 +39,7 @@ class HeldOutFiles:
         suffix = result_suffix(case.images[0])
         if not suffix.lower().endswith((*WRITTEN_SUFFIXES, *WRITTEN_PICTURES)):
             suffix = ".nii.gz"
-        write_volume(self.folder / f"{case.name}_seg{suffix}", prediction.labels)
+        write_volume(self.folder / f"{case.file_name}_seg{suffix}", prediction.labels)
         if self.probabilities and prediction.probabilities is not None:
-            path = self.folder / f"{case.name}_prob{numbers_suffix(suffix)}"
+            path = self.folder / f"{case.file_name}_prob{numbers_suffix(suffix)}"
             write_volume(path, prediction.probabilities)

@@ -15,6 +15,7 @@ from segkit.data.case_groups import (
     groups_of,
     strata_of,
 )
+from segkit.data.case_table import unused_columns
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
 from segkit.training.distribute import distribute
@@ -40,6 +41,8 @@ def split_of(dataset: Dataset, config: Config) -> Split:
         ConfigError: a setting of the split does not fit the dataset.
     """
     data = config.data
+    for sentence in unused_columns(data):
+        logger.warning("%s", sentence)
     if both := groups_in_test(dataset, data):
         logger.warning(
             "data.test keeps some cases of these groups of data.group_by and leaves others for "

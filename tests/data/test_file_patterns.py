@@ -194,8 +194,8 @@ def test_columns_may_be_named_and_others_are_let_be(study: Path) -> None:
         ("id,image,label\np,a.nii.gz\n", "row 2 has nothing in column label"),
         ("id,age,image,label\np,6,a.nii.gz,a.nii.gz\n", "or set data.files.images if age is not"),
         (
-            "id,image,label\n../p,a.nii.gz,a.nii.gz\n",
-            "row 2 has the id '../p', which cannot be the name",
+            "id,image,label\n ,a.nii.gz,a.nii.gz\n",
+            "row 2 has an empty id; give the case a name there",
         ),
         ("id,image,label\n" + "p,a.nii.gz,a.nii.gz\n" * 2, "case p has several rows"),
         ("id,image,label\np,cases.csv,a.nii.gz\n", "expected a volume named"),
@@ -206,6 +206,20 @@ def test_a_table_that_does_not_fit_is_refused(text: str, words: str, study: Path
     with pytest.raises(SegkitError, match=words) as refusal:
         table(study, text)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_id_may_be_any_text_but_gives_one_file_name(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(study / "a.nii.gz")
+    rows = "".join(f"{name},a.nii.gz,a.nii.gz\n" for name in ("../p", "12:30", "q"))
+    dataset = table(study, f"id,image,label\n{rows}")
+    assert [case.name for case in dataset.cases] == ["../p", "12:30", "q"]
+    assert [case.file_name for case in dataset.cases] == ["..-p", "12-30", "q"]
+    (said,) = [text for text in caplog.messages if "becomes" in text]
+    assert said.endswith("'../p' becomes '..-p', '12:30' becomes '12-30'")
+    with pytest.raises(DatasetError, match=r"results of the cases '12-30' and '12:30' would have"):
+        table(study, f"id,image,label\n{rows}12-30,a.nii.gz,a.nii.gz\n")
 
 
 def test_a_table_that_is_no_text_is_refused(study: Path) -> None:

@@ -144,9 +144,9 @@ def test_labels_of_the_config_win_over_the_dataset_and_it_is_said(
     renumbered: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     labels = {"background": [0, "others"], "ball": [17, 53]}
-    caplog.set_level(logging.INFO, "segkit")
     dataset = dataset_of(DatasetConfig(folder=renumbered, labels=labels))
     assert "labels come from data.labels instead of dataset.json" in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     for case in dataset.cases:
         raw = read_labels(case.label).data
         assert_array_equal(read_case(case, dataset)[1].data, np.isin(raw, (17, 53)))

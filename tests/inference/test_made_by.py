@@ -153,7 +153,7 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
     assert second.error.endswith(
-        f"would also be the prediction of {paths[0]}; rename one of the inputs"
+        f"would also be the prediction of {paths[0]}; give one of them another --out"
     )
 
 

@@ -372,23 +372,51 @@ def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
     assert not list(out.glob(".unfinished*"))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "/a", "a\0b", "a\x1b[2J"])
-def test_a_name_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *[("", "unnamed"), (".", "-"), ("..", "--"), ("a/b", "a-b"), ("../a", "..-a")],
+        *[("/a", "-a"), ("a\0b", "a-b"), ("a\x1b[2J", "a-[2J"), ("12:30", "12-30")],
+        *[("CON", "CON-"), ("a.", "a-"), ("x" * 240, f"{'x' * 140}-718df670")],
+    ],
+)
+def test_results_of_any_name_lie_in_their_folder(tmp_path: Path, name: str, file: str) -> None:
     source = Input(name, (noise_at(tmp_path / "scan.nii.gz"),))
-    (outcome,) = predict_files(predictor_of(None), [source], out=tmp_path / "out" / "labels")
-    assert (
-        outcome.error is not None
-        and "expected a name that is allowed as a file name" in outcome.error
-    )
-    assert names_in(tmp_path) == ["scan.nii.gz"]
+    out = tmp_path / "out" / "labels"
+    for kept in (False, True):
+        (outcome,) = predict_files(predictor_of(None), [source], out=out, maps=out)
+        assert outcome.error is None and (outcome.kept is not None) == kept
+    assert names_in(tmp_path) == ["out", "scan.nii.gz"] and names_in(tmp_path / "out") == ["labels"]
+    found = [each for each in names_in(out) if "_map" not in each and each != "native"]
+    assert found == [f"{file}.json", f"{file}.nii.gz"]
+    assert (out / f"{file}_maps.json").is_file()
 
 
-def test_a_file_whose_name_leads_upwards_is_refused(tmp_path: Path) -> None:
+def test_no_file_has_to_be_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "in"
+    for name in ("12:30", "12-30", "b?", "c"):
+        noise_at(folder / "scan.nii.gz").rename(folder / f"{name}.nii.gz")
+    outcomes = list(predict_files(predictor_of(None), find_inputs([folder], 1)))
+    refused = [outcome.error for outcome in outcomes if outcome.error]
+    assert refused == [
+        f"{folder}/12:30.nii.gz: {folder}/12-30_seg.nii.gz: would also be the prediction of "
+        f"{folder}/12-30.nii.gz; give one of them another --out"
+    ]
+    assert [record.message for record in caplog.records if "becomes" in record.message] == [
+        "results are called otherwise than their inputs if not every system can write the name of "
+        "the file: '12:30' becomes '12-30', 'b?' becomes 'b-'"
+    ]
+    # Results with changed names are no inputs.
+    names = [source.name for source in find_inputs([folder], 1)]
+    assert sorted(names) == ["12-30", "12:30", "b?", "c"]
+
+
+def test_a_file_whose_name_leads_upwards_keeps_its_result_in_the_folder(tmp_path: Path) -> None:
     noise_at(tmp_path / "in" / "scan.nii.gz").rename(tmp_path / "in" / "...nii.gz")
     inputs = find_inputs([tmp_path / "in" / "...nii.gz"], 1)
     assert [source.name for source in inputs] == [".."]
     (outcome,) = predict_files(predictor_of(None), inputs, out=tmp_path / "out")
-    assert outcome.error is not None and "found '..'; rename it" in outcome.error
+    assert outcome.error is None and names_in(tmp_path / "out") == ["--.json", "--.nii.gz"]
 
 
 def test_results_beside_the_inputs_of_a_folder_are_no_inputs(tmp_path: Path) -> None:
@@ -431,7 +459,7 @@ def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) ->
     )
     assert outcomes[0].written and outcomes[1].error is not None
     assert outcomes[1].error.endswith(
-        f"would also be the prediction of {folders[0] / 'a.nii.gz'}; rename one of the inputs"
+        f"would also be the prediction of {folders[0] / 'a.nii.gz'}; give one of them another --out"
     )
 
 

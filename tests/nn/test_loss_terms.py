@@ -18,6 +18,7 @@ from segkit.nn.losses import (
     deep_dice_cross_entropy,
     level_weights,
 )
+from segkit.nn.partly_labelled import PartlyLabelled
 from tests.nn.test_losses import example
 
 EVERY = {
@@ -104,7 +105,7 @@ def test_voxels_that_are_ignored_change_nothing(
     assert torch.isfinite(loss([logits], torch.full_like(label, 7)))
 
 
-@pytest.mark.parametrize("name", ["dice", "cross_entropy", "focal", "top_k", "tversky"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "centre_line"])
 def test_ignored_voxels_count_as_if_they_were_absent(name: str) -> None:
     logits, label = example(VOLUME)
     less = alone(name)([logits[..., :-1]], label[..., :-1])
@@ -143,7 +144,8 @@ def test_tversky_and_generalised_dice_agree_with_monai(pool_batch: bool) -> None
     peer = losses.TverskyLoss(include_background=False, alpha=0.3, beta=0.7, **settings)
     ours = alone("tversky", pool_batch=pool_batch)([logits], label)
     assert_close(ours, peer(logits, label[:, None]), atol=1e-5, rtol=0)
-    peer = losses.GeneralizedDiceLoss(**settings)
+    # MONAI adds its smoothing to sums that are far smaller, so that it would change the loss.
+    peer = losses.GeneralizedDiceLoss(**settings, smooth_nr=0, smooth_dr=0)
     label[0][label[0] == 2] = 0  # a class that one sample lacks
     ours = alone("generalised_dice", pool_batch=pool_batch)([logits], label)
     assert_close(ours, peer(logits, label[:, None]), atol=1e-5, rtol=0)
@@ -255,3 +257,126 @@ def test_the_inputs_of_terms_follow_the_label() -> None:
     )
     assert torch.equal(inputs.target.argmax(1), label) and inputs.spacing == (2.0, 2.0, 3.0)
     assert_close(inputs.probabilities.sum(1), torch.ones(label.shape))
+
+
+def test_generalised_dice_is_one_of_a_large_structure_that_is_missed() -> None:
+    # 125,000 voxels in a row of 250,000. Weights are equal, so everything wrong is 1 and chance is
+    # 1/2. One over the squared volume is 6.4e-11.
+    label = torch.arange(250_000)[None, :, None, None] // 125_000
+    logits = 60.0 * torch.stack([label * 2 - 1, 1 - label * 2], 1)
+    loss = alone("generalised_dice", (1.0, 1.0))
+    assert_close(loss([logits], label), torch.tensor(1.0))
+    assert_close(loss([0 * logits], label), torch.tensor(0.5))
+
+
+def test_generalised_dice_counts_what_is_found_of_an_absent_class_like_the_smallest_class() -> None:
+    # 6 voxels of background, 2 of class 1, none of class 2, all probabilities 1/3. Weights are 1/9,
+    # 1 and 1: 2 (6/9 + 2) / 3 over (8/3 + 6)/9 + (8/3 + 2) + 8/3.
+    label = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]).view(1, 8, 1)
+    loss = alone("generalised_dice")([torch.zeros(1, 3, 8, 1)], label)
+    overlap, total = (6 / 9 + 2) * 2 / 3, (8 / 3 + 6) / 9 + 14 / 3 + 8 / 3
+    assert_close(loss, torch.tensor(1 - overlap / total), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(0, 0.25), (1, -0.25)])
+def test_the_boundary_of_an_empty_or_full_label_is_beyond_reach(
+    whole: int, expected: float
+) -> None:
+    logits = torch.full((1, 2, 9, 7), math.log(3))
+    logits[:, 1] = 0  # class 1 has probability 1/4
+    label = torch.full((1, 9, 7), whole)
+    assert_close(alone("boundary", (1.0, 1.0))([logits], label), torch.tensor(expected))
+
+
+def test_the_boundary_of_what_is_ignored_is_none() -> None:
+    # Columns 0 to 3 are the structure, 4 and 5 are ignored: its surface may be anywhere there.
+    label = torch.tensor([1, 1, 1, 1, 7, 7]).view(1, 6, 1)
+    loss = alone("boundary", (1.0, 1.0), ignore=7)([torch.zeros(1, 2, 6, 1)], label)
+    assert_close(loss, torch.tensor(-0.5))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("thickness", [0.05, 1.0, 50.0])
+def test_a_volume_of_one_slice_has_the_loss_of_the_slice(
+    name: str, axis: int, thickness: float
+) -> None:
+    logits, label = example((9, 8))
+    spacing = [0.5, 1.5]
+    slices = alone(name, spacing=tuple(spacing))([logits, logits[..., ::2]], label)
+    spacing.insert(axis, thickness)
+    logits, label = logits.unsqueeze(2 + axis), label.unsqueeze(1 + axis)
+    every_second = logits.index_select(-2 if axis == 2 else -1, torch.arange(0, 8, 2))
+    volumes = alone(name, spacing=tuple(spacing))([logits, every_second], label)
+    assert_close(volumes, slices)
+
+
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+@pytest.mark.parametrize("ignore", [None, 7])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_term_is_finite_in_half_precision_of_one_voxel_and_of_no_voxel(
+    name: str, ignore: int | None, regions: tuple[tuple[int, ...], ...]
+) -> None:
+    outputs = 2 if regions else 3
+    loss = alone(name, (1.0,) * outputs, regions=regions, ignore=ignore)
+    # The largest logits of float16, and any probability, in a coarsest level of one voxel.
+    for dtype, size in ((torch.float16, 60_000.0), (torch.bfloat16, 1.0)):
+        levels = [
+            (size * example(space, classes=outputs)[0].clamp(-1, 1)).to(dtype).requires_grad_()
+            for space in ((4, 4, 2), (1, 1, 1))
+        ]
+        _, label = example((4, 4, 2))
+        for seen in (label, torch.full_like(label, 7 if ignore else 0)):
+            with torch.autocast("cpu", dtype):
+                value = loss(levels, seen)
+            assert value.dtype == torch.float32 and torch.isfinite(value)
+            for slope in torch.autograd.grad(value, levels):
+                assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("pool_batch", [False, True])
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+@pytest.mark.parametrize("name", EVERY)
+def test_an_unlabelled_class_has_no_gradient_in_any_term(
+    name: str, regions: tuple[tuple[int, ...], ...], pool_batch: bool
+) -> None:
+    outputs = 2 if regions else 3
+    hidden = 1 if regions else 2
+    partly = PartlyLabelled(3, ((), (hidden,)), outputs, regions)
+    logits, label = example(VOLUME, classes=outputs)
+    label = label.clamp(max=1)
+    label[0] += 3  # sample 0 has no labels of the last output
+    loss = alone(name, (1.0,) * outputs, regions=regions, pool_batch=pool_batch)
+    start = logits.requires_grad_()
+    levels, _, known = partly.known([start], None, label)
+    value = loss(levels, known)
+    (slope,) = torch.autograd.grad(value, start)
+    assert torch.isfinite(value) and torch.isfinite(slope).all() and slope[1, hidden].any()
+    if regions:
+        assert not slope[0, hidden].any()
+    else:  # as a part of the background: its share of the background's gradient
+        share = (start[0, hidden] - start[0, 0]).exp()
+        assert_close(slope[0, hidden], share * slope[0, 0], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25])
+def test_top_k_leaves_voxels_that_look_alike_at_one_half(share: float) -> None:
+    # 40 of 100 voxels look alike, and 8 of them are the structure. While their probability p is
+    # below 1/2, all 8 are among the k worst: the mean is least at p = 8/k. Above 1/2 the worst are
+    # background only, as 32 >= k. So the least is at min(8/k, 1/2): nothing is ever found.
+    label = torch.zeros(1, 100, 1, dtype=torch.long)
+    label[0, :8] = 1
+    term = partial(loss_terms.top_k, share=share)
+    loss = SummedLoss(((1.0, term),), (1.0, 1.0))
+    tried = torch.linspace(0.01, 0.99, 99)
+    values = []
+    for p in tried.tolist():
+        logits = torch.zeros(1, 2, 100, 1)
+        logits[0, 1] = -30.0
+        logits[0, 1, :40] = math.log(p / (1 - p))
+        values.append(float(loss([logits], label)))
+    number = round(100 * share)
+    expected = min(8 / number, 0.5)
+    assert float(tried[int(np.argmin(values))]) == pytest.approx(expected, abs=0.006)
+    by_hand = -(8 * math.log(expected) + (number - 8) * math.log(1 - expected)) / number
+    assert min(values) == pytest.approx(by_hand, abs=1e-4)

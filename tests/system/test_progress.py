@@ -46,10 +46,35 @@ def test_a_line_of_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch)
     text = io.StringIO()
     for _ in Tracker(Console(file=text, force_terminal=False, width=100))(range(4), "reading", 4):
         clock += 40
-    # After the first of four, which took 40 s, 120 s are left; after the third, 40 s.
+    # The time of the first may be mostly that of starting, so that it tells nothing. After the
+    # second of four, which took 40 s, 80 s are left; after the third, 40 s.
     lines = text.getvalue().splitlines()
-    assert lines[0] == "reading: 1 of 4, about 2 min left"
+    assert lines[0] == "reading: 1 of 4"
+    assert lines[1] == "reading: 2 of 4, about 1 min left"
     assert lines[2] == "reading: 3 of 4, about 40 s left"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_start_of_processes_does_not_count_in_the_time_left(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes start in 60 s, then each finishes a case every 20 s; 400 cases in all."""
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    text = io.StringIO()
+    for number in Tracker(Console(file=text, force_terminal=False, width=100))(
+        range(400), "reading", 400
+    ):
+        clock = 60 + 20 * (1 + number // workers)
+    told = {
+        int(line.split()[1]): int(line.split("about ")[1].split()[0])
+        for line in text.getvalue().splitlines()
+        if "min left" in line
+    }
+    assert text.getvalue().splitlines()[0] == "reading: 1 of 400"
+    assert min(told) > 4 * workers
+    for number, minutes in told.items():
+        assert minutes == pytest.approx((400 - number) * 20 / workers / 60, rel=0.35, abs=1)
 
 
 def test_a_program_is_told_the_share_that_is_done_and_the_seconds_left(

@@ -14,6 +14,7 @@ from segkit.explain.display import Table, Verdict
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import VIEWER, policy
 from segkit.explain.page.parts import DISTRIBUTION, LOCALISATION, TITLES, by_row, measure_rows
+from segkit.io.file_names import safe_name
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _case_table(cases: Sequence[CaseFigures]) -> str:
     structures = list(dict.fromkeys(name for case in cases for name in case.dice))
     rows = [
         [
-            f'<a href="{quote(case.name)}/index.html">{_text(case.name)}</a>',
+            f'<a href="{quote(safe_name(case.name))}/index.html">{_text(case.name)}</a>',
             *(_number(case.dice.get(name, math.nan)) for name in structures),
         ]
         for case in cases

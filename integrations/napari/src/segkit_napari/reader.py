@@ -73,7 +73,8 @@ def read_maps(described: Path) -> list[LayerTuple]:
     layers: list[LayerTuple] = []
     for entry in sorted(entries, key=lambda each: int(each["level"])):
         key = str(entry["key"])
-        path = described.parent / "native" / f"{stem}_map-{key.replace('/', '-')}.nii.gz"
+        name = entry.get("file") or f"{stem}_map-{key.replace('/', '-')}"
+        path = described.parent / "native" / f"{Path(str(name)).name}.nii.gz"
         layers += map_layers(read_volume(path), key, _limits(entry), visible=not layers)
     return layers
 
@@ -83,7 +84,8 @@ def _entry_of(path: Path) -> dict[str, Any] | None:
     stem, found, name = _stem(path).rpartition("_map-")
     for folder in (path.parent, path.parent.parent) if found else ():
         for entry in _told(folder / f"{stem}{DESCRIBED}").get("maps", ()):
-            if str(entry.get("key", "")).replace("/", "-") == name:
+            named = str(entry.get("key", "")).replace("/", "-")
+            if str(entry.get("file") or f"{stem}_map-{named}") == f"{stem}_map-{name}":
                 return dict(entry)
     return None
 

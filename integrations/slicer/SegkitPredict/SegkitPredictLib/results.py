@@ -175,7 +175,8 @@ def maps_of(described: Path) -> tuple[tuple[Overlay, ...], tuple[str, ...]]:
     stem = described.name[: -len("_maps.json")]
     for entry in _json(described)["maps"]:
         key = str(entry["key"])
-        path = described.parent / "native" / f"{stem}_map-{key.replace('/', '-')}.nii.gz"
+        name = entry.get("file") or f"{stem}_map-{key.replace('/', '-')}"
+        path = described.parent / "native" / f"{Path(str(name)).name}.nii.gz"
         low, high = entry.get("range") or (None, None)
         low = entry["min"] if low is None else low
         high = entry["max"] if high is None else high
