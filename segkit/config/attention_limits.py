@@ -117,8 +117,8 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     narrowest = min((channels[level] for level in placed), default=2 * spatial_dims)
     if narrowest < 2 * spatial_dims:
         raise ValueError(
-            f"network.attention.skip encodes positions in {2 * spatial_dims} or more channels, but "
-            f"a level has {narrowest}; increase network.channels, or choose another attention"
+            f"network.attention.skip needs {2 * spatial_dims} or more network.channels to encode "
+            f"positions, found {narrowest}; increase them, or choose another attention"
         )
 
 

@@ -42,7 +42,7 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
     if given is None and not files.labels:
         raise DatasetError(
-            f"data.files: expected names of labels, found none; set data.labels, such as "
+            f"data.files: expected the names of the labels, found none; set data.labels, such as "
             f"{told_labels([label for *_, label in found])} for the numbers in {found[0][2]}"
         )
     labelling = given or labelling_of(

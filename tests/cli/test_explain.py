@@ -98,7 +98,7 @@ def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
     assert answer in said.splitlines()
 
 
-def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
+def test_the_command_writes_no_tables_of_heads_unless_they_are_requested(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))

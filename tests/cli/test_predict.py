@@ -163,7 +163,7 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8; correct it\n"
 
 
-def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
+def test_a_scan_with_results_is_skipped_unless_the_scan_was_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
 ) -> None:
     files = [Path(shutil.copy(scans / f"{name}.nii.gz", tmp_path)) for name in "ab"]

@@ -156,7 +156,9 @@ NOT_A_KIND = {
 
 
 @pytest.mark.parametrize("place", list(NOT_A_KIND))
-def test_a_kind_that_is_none_of_a_places_is_refused_with_those_that_are(place: str) -> None:
+def test_an_attention_kind_that_does_not_fit_its_place_is_refused_with_those_that_do(
+    place: str,
+) -> None:
     of_another_place = "se" if place in ("skip", "bottleneck", "head") else "additive_grid"
     for kind in ("softmax", of_another_place):
         reason = rf"^settings: network\.attention\.{place}\.kind is '{kind}'; choose "
@@ -225,7 +227,7 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "positions": "rotary", "head_channels": 5},
-            "positions: rotary needs 6 channels or more .*, found 5",
+            "positions: rotary needs 6 or more channels .*, found 5",
         ),
         (
             "bottleneck",
@@ -247,7 +249,7 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "transformer", "head_channels": 32},
-            "head_channels must be a multiple of 6, as pairs .* 3 axes, found 32",
+            "head_channels must be a multiple of 6 for rotary .* 3 dimensions, found 32",
         ),
         ("bottleneck", {"kind": "transformer", "depth": 0}, "depth is 0: it should be greater"),
         ("bottleneck", {"kind": "transformer", "drop_path": 1}, "drop_path is 1: it should be les"),
@@ -296,7 +298,7 @@ def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: in
     for narrow, reason in (
         (sincos, rf"bottleneck\.positions: sincos needs {fewest} or more channels"),
         (rotary, rf"bottleneck\.positions: rotary needs {fewest} or more channels"),
-        (skip, rf"skip encodes positions in {fewest} or more channels"),
+        (skip, rf"skip needs {fewest} or more network\.channels"),
     ):
         assert narrow(fewest).network.spatial_dims == spatial_dims
         with pytest.raises(

@@ -171,7 +171,7 @@ def test_series_that_share_a_folder_are_told_apart(tmp_path: Path) -> None:
     assert sorted(int(read_input(source).data.max()) for source in found) == [0, 1]
 
 
-def test_a_damaged_series_of_a_cohort_is_an_input_that_fails_alone(tmp_path: Path) -> None:
+def test_a_damaged_series_of_a_cohort_is_the_only_input_that_fails(tmp_path: Path) -> None:
     write_series(tmp_path / "a", np.zeros((4, 4, 3), np.uint16), Grid((4, 4, 3), np.eye(4)))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.dcm").write_bytes(b"nothing")

@@ -204,7 +204,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_together_is_refused_in_one_sentence(folder: Path, name: str) -> None:
+def test_contradictions_in_a_dataset_json_are_refused_in_one_sentence(
+    folder: Path, name: str
+) -> None:
     keys, reason = REFUSALS[name]
     with pytest.raises(DatasetError, match=reason) as refusal:
         read_dataset(written(folder, **keys))

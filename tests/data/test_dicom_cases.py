@@ -122,7 +122,7 @@ def test_labels_are_written_in_the_numbers_of_data_labels(cohort: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(
+def test_dicom_settings_that_do_not_fit_the_files_are_refused_in_a_sentence(
     dicom: dict[str, Any], words: str, cohort: Path
 ) -> None:
     with pytest.raises(DatasetError, match=words):
@@ -223,7 +223,7 @@ def test_predictions_are_scored_against_structures(cohort: Path, tmp_path: Path)
     assert empty.summary.num_cases == 2
 
 
-def test_check_tells_what_a_tree_of_dicom_files_holds(
+def test_check_lists_the_series_and_structures_of_a_dicom_folder(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run("check", cohort, capsys=capsys)

@@ -121,13 +121,15 @@ def test_the_ten_tasks_are_known_by_whole_names_and_halves() -> None:
         named("nose", tasks)
 
 
-def test_without_monai_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_monai_the_error_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "monai.apps.datasets", None)
     with pytest.raises(SegkitError, match=r"pip install 'segkit\[fetch\]'"):
         decathlon()
 
 
-def test_the_command_says_where_it_is_and_what_to_do_next(
+def test_the_command_prints_the_folder_and_the_next_command(
     served: str,
     packed: Path,
     tmp_path: Path,

@@ -36,7 +36,7 @@ def half_spaces(grid: Grid, at: Sequence[float]) -> Volume:
 
 
 @pytest.mark.parametrize("code", sorted(ORIENTATIONS)[::5])
-def test_labels_lie_where_they_lay_in_the_world(code: str) -> None:
+def test_first_stage_labels_keep_their_world_positions(code: str) -> None:
     grid = Grid((18, 20, 12), affine_of(code))
     at = (0.3, -0.5, 0.8)
     image = np.zeros(grid.shape, np.float32)

@@ -156,7 +156,7 @@ def test_scores_that_cannot_be_compared_are_refused_in_a_sentence(tmp_path: Path
         read_strata(tmp_path / "table.csv", "age")
 
 
-def test_the_command_says_what_python_says(
+def test_the_command_prints_the_same_numbers_as_python(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = of_one_class(tmp_path / "a", [0.5, 0.4, 0.3]), of_one_class(tmp_path / "b", [0.75] * 3)

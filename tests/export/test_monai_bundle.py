@@ -100,7 +100,7 @@ def test_a_bundle_takes_nan_as_the_background_if_its_model_does(tmp_path: Path) 
     assert len(np.unique(expected)) > 1
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_other_than_a_bundle_is_never_replaced(tmp_path: Path) -> None:
     model = model_for()
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "mine.txt").write_text("irreplaceable")

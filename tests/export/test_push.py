@@ -228,7 +228,7 @@ def test_one_score_has_no_interval(tmp_path: Path) -> None:
     assert "| one | Dice | 0.500 | – | 1 |" in card and "| two | Dice | – | – | 0 |" in card
 
 
-def test_what_the_author_says_is_on_the_card_and_what_is_not_said_is_named(
+def test_the_card_has_the_authors_statements_and_lists_the_missing_ones(
     run: Path, tmp_path: Path
 ) -> None:
     push_model(run, tmp_path / "silent")
@@ -301,7 +301,9 @@ def test_the_folds_of_a_cross_validation_are_pushed_together(tmp_path: Path) -> 
     assert "weights.safetensors" in alone.files
 
 
-def test_a_model_folder_is_pushed_without_what_is_not_known(run: Path, tmp_path: Path) -> None:
+def test_a_model_folder_is_pushed_without_the_facts_that_only_a_run_has(
+    run: Path, tmp_path: Path
+) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run / "model", bare)
     pushed = push_model(bare, tmp_path / "brains")
@@ -311,7 +313,7 @@ def test_a_model_folder_is_pushed_without_what_is_not_known(run: Path, tmp_path:
     assert "scores.json" in push_model(run / "model", tmp_path / "of_run").files
 
 
-def test_what_cannot_be_pushed_is_said_in_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_a_push_that_is_refused_says_so_in_one_sentence(run: Path, tmp_path: Path) -> None:
     (tmp_path / "not.png").write_text("no picture")
     (tmp_path / "not.json").write_text("{}")
     (tmp_path / "taken").mkdir()

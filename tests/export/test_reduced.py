@@ -91,7 +91,9 @@ def test_ranges_are_measured_on_a_few_windows_that_are_not_empty(data: Path, mod
     assert windows_of(model, [empty]) == []
 
 
-def test_what_cannot_be_exported_so_is_refused(data: Path, model: Model, tmp_path: Path) -> None:
+def test_precisions_that_cannot_be_exported_are_refused(
+    data: Path, model: Model, tmp_path: Path
+) -> None:
     scan, labels = scan_and_labels(data)
     out = tmp_path / "a.onnx"
     with pytest.raises(
@@ -113,7 +115,7 @@ def test_what_cannot_be_exported_so_is_refused(data: Path, model: Model, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_too_few_labels_of_float32_do_not_hold() -> None:
+def test_a_check_fails_if_too_few_labels_equal_those_of_float32() -> None:
     found = ReducedCheck("int8", 0.97, {"ball": 0.8}, (2.0, 1.0), {"ball": (0.9, 0.75)})
     assert not found.holds and ReducedCheck("int8", 0.985, {}, (1.0, 1.0), {}).holds
     assert found.lines() == [

@@ -121,7 +121,7 @@ def test_a_cohort_is_continued_only_with_the_same_models_and_settings(tmp_path: 
     assert json.loads((out / "a.json").read_text())["provenance"]["settings"]["skip_empty"] is False
 
 
-def test_labels_without_their_sidecar_are_no_finished_result(tmp_path: Path) -> None:
+def test_labels_without_their_json_file_count_as_unfinished(tmp_path: Path) -> None:
     inputs, out = find_inputs([scans_in(tmp_path / "in")], 2), tmp_path / "out"
     list(predict_files(predictor_of(), inputs, out=out))
     whole = everything(out)

@@ -181,7 +181,7 @@ def test_any_damage_is_refused_in_one_sentence_or_is_harmless(
         shutil.rmtree(out, ignore_errors=True)
 
 
-def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_not_changed(tmp_path: Path) -> None:
     archive = as_zip(tmp_path / "archive.zip", FILES)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")

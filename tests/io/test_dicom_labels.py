@@ -174,7 +174,7 @@ def test_a_class_without_a_structure_is_refused_unless_the_rules_say_what_it_is(
     assert not painted(series, drawn, patterns, absent="background").data.any()
 
 
-def test_structures_are_refused_where_nothing_says_what_they_are(
+def test_structures_without_rules_for_their_classes_are_refused(
     series: Path, tmp_path: Path
 ) -> None:
     path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), {"a": []})

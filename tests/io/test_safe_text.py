@@ -671,7 +671,7 @@ def test_the_error_for_half_a_file_names_the_place(tmp_path: Path, text: str, re
         ("a: 1\n---\nb: 2\n", "line 2: a second document begins with '---'"),
     ],
 )
-def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
+def test_an_error_in_yaml_is_reported_with_its_line(text: str, told: str) -> None:
     with pytest.raises(ValueError) as refusal:
         parse_yaml(text)
     assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)

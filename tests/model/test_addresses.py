@@ -60,7 +60,7 @@ def test_an_address_means(text: str | Path, meant: HubAddress | ArchiveAddress |
         ("https://a.org/m.zip#md5=12", "expected #sha256= and 64 hexadecimal digits"),
     ],
 )
-def test_what_is_almost_an_address_is_refused(text: str, sentence: str) -> None:
+def test_a_malformed_address_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
         parse_address(text)
 

@@ -106,7 +106,7 @@ def test_a_file_that_differs_from_its_checksum_is_refused(
     assert not list((user_cache() / "models").rglob("model.json"))
 
 
-def test_what_is_wrong_with_an_address_is_said_in_one_sentence(
+def test_an_unusable_address_is_refused_in_one_sentence(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.put("clinic/other", {"pytorch_model.bin": b"x", "README.md": b"x"})

@@ -239,7 +239,7 @@ def test_skips_are_chosen_by_name_and_a_gate_is_that_of_its_formula() -> None:
         torch.testing.assert_close(maps["skip.0/gate"].mean(), expected.float())
 
 
-def test_what_cannot_be_gated_is_refused_and_stays_as_it_was() -> None:
+def test_a_network_that_cannot_be_gated_is_refused_and_unchanged() -> None:
     network = dyn_unet().eval()
     with pytest.raises(ModelError, match=r"found upsamples\.7$"):
         gate(network, IMAGE, skips=["upsamples.0", "upsamples.7"])

@@ -72,7 +72,7 @@ def test_gates_of_monais_attention_unet_are_read_and_can_be_changed() -> None:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_attention_is_what_each_key_receives_whatever_kernel_computes_it(inference: bool) -> None:
+def test_recorded_attention_is_the_same_for_every_kernel(inference: bool) -> None:
     torch.manual_seed(0)
     network = Tokens().eval()
     with torch.inference_mode(inference):
@@ -147,7 +147,7 @@ class Fused(nn.Module):
         return mixed[:, 0].transpose(1, 2).reshape(image.shape)
 
 
-def test_what_cannot_be_read_is_refused_by_name() -> None:
+def test_a_module_without_readable_attention_is_refused_by_name() -> None:
     network = Tokens().eval()
     for names, reason in (
         (["nothing"], "expected names of modules, found nothing"),

@@ -145,7 +145,9 @@ def test_the_evidence_is_the_dice_of_the_predicted_labels_after_each_operation(
             assert told[operation][name]["ball"] == pytest.approx(dice, abs=1e-12)
 
 
-def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_path: Path) -> None:
+def test_every_fold_adopts_post_processing_that_the_pooled_cases_favour(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "small"
     shutil.copytree(finished, folder)
     (folder / "summary.json").unlink()
@@ -234,7 +236,7 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert wider.summary["validation"]["cases"] == 4
 
 
-def test_a_cross_validation_that_was_stopped_goes_on_with_what_is_missing(
+def test_a_stopped_cross_validation_trains_only_missing_folds(
     data: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StoppedError):
@@ -272,7 +274,9 @@ def test_a_second_of_the_same_name_gets_a_folder_of_its_own(data: Path, tmp_path
 # What it refuses
 
 
-def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_settings_that_exclude_cross_validation_are_refused_and_leave_no_folder(
+    tmp_path: Path,
+) -> None:
     data = small_dataset(tmp_path / "data")
     refusals: list[tuple[Config, type[Exception], str]] = [
         (quick_config(data), DatasetError, "5 folds need 5 cases or more, found 4"),
@@ -293,13 +297,13 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_fold_refuses_at_once_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+def test_an_invalid_setting_of_a_fold_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.precision is 7-bit; choose auto"):
         cross_validate(small_config(data, trainer={"precision": "7-bit"}), [0], runs=tmp_path)
     assert not (tmp_path / "small").exists()
 
 
-def test_a_cross_validation_is_no_run_to_resume_as_one(finished: Path, tmp_path: Path) -> None:
+def test_a_cross_validation_cannot_be_resumed_as_a_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"small: expected a run with config\.yaml"):
         training.resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):

@@ -48,7 +48,7 @@ def splits_final() -> list[dict[str, list[str]]]:
     ]
 
 
-def test_nnunets_file_beside_the_dataset_is_what_a_fold_means(
+def test_folds_come_from_nnunets_file_beside_the_dataset(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "splits_final.json").write_text(json.dumps(splits_final()))

@@ -110,6 +110,6 @@ def test_settings_of_schedules_from_before_they_had_sections_mean_the_same() -> 
         ({"sgd": {"momentum": 0}}, r"c: sgd: nesterov needs a momentum above 0; raise momentum"),
     ],
 )
-def test_what_no_optimiser_can_take_is_refused(tree: dict[str, Any], sentence: str) -> None:
+def test_invalid_settings_of_optimisers_are_refused(tree: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         validated(TrainConfig, tree, "c")

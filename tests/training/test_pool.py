@@ -48,7 +48,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_pooled_folds_say_what_one_cross_validation_says(
+def test_pooled_folds_give_the_results_of_one_cross_validation(
     apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, both = apart
@@ -71,7 +71,7 @@ def test_pooled_folds_say_what_one_cross_validation_says(
         resume_folds(result.folder)
 
 
-def test_what_was_pooled_goes_on_with_more_folds(
+def test_a_pooled_cross_validation_continues_with_more_folds(
     apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, _ = apart
@@ -89,7 +89,7 @@ def test_runs_of_a_fold_are_pooled_too(
     assert found["validation"] == summary(apart[2])["validation"]
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_folds_that_do_not_belong_together_are_refused(
     data: Path, apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, both = apart

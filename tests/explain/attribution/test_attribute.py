@@ -321,7 +321,7 @@ def test_the_region_is_the_prediction_if_none_is_given() -> None:
         assert_array_equal((one.values.data != 0).any(axis=3), labels.data == number)
 
 
-def test_on_the_scan_it_lies_where_it_lies_in_the_world() -> None:
+def test_an_attribution_on_the_scan_keeps_its_world_positions() -> None:
     """A resampled, oblique scan whose stored axes run otherwise, with air around the body."""
     grid = Grid((9, 14, 11), affine_of("PIR", (1.0, 1.5, 2.0)))
     values = np.zeros(grid.shape, np.float32)
@@ -369,7 +369,7 @@ def test_windows_without_a_voxel_other_than_0_are_nan() -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param("self-attention", marks=pytest.mark.slow), "planes with presence"]
 )
-def test_attention_and_planes_have_attributions_too(kind: str) -> None:
+def test_attention_networks_in_2d_and_3d_have_attributions(kind: str) -> None:
     dims, attention = FAST[kind]
     predictor = Predictor(model_of(attention, dims), device="cpu", engine="torch")
     volume = scan(2, (16, 12 if dims == 2 else 8, 8))

@@ -108,7 +108,7 @@ def test_a_gate_that_is_not_needed_is_redundant_with_enough_scans() -> None:
     assert words == {6: "cannot tell", 8: "cannot tell", 12: "redundant", 20: "redundant"}
 
 
-def test_a_gate_whose_need_is_not_significant_is_not_redundant_for_that() -> None:
+def test_a_gate_without_significant_need_is_not_therefore_redundant() -> None:
     """A fall of a tenth in one scan of six, on average too small to be needed or to be nothing."""
 
     def some(number: int) -> ChannelEvidence:
@@ -142,7 +142,7 @@ def test_a_useless_gate_that_jitters_dice_is_seldom_needed(count: int) -> None:
 
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 @pytest.mark.parametrize("auroc", [0.7, 0.3])
-def test_a_gate_that_shows_what_intensity_shows_is_uninformative_needed_or_not(
+def test_a_gate_no_better_than_intensity_is_uninformative_even_if_needed(
     auroc: float, drop: float
 ) -> None:
     verdict = judged(scans(12, lambda i: channel(auroc, drop, seed=i)))
