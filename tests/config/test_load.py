@@ -403,7 +403,7 @@ def test_attention_that_knows_positions_needs_channels_for_them(
     if found is None:
         assert validated(NetworkConfig, tree, "c").channels == channels
         return
-    with pytest.raises(ConfigError, match=f"needs network.channels of 6 or more .* found {found};"):
+    with pytest.raises(ConfigError, match=f"needs 6 or more network.channels .* found {found};"):
         validated(NetworkConfig, tree, "c")
 
 

@@ -63,7 +63,7 @@ def test_labels_of_another_volume_are_refused() -> None:
         affine = np.eye(4)
         affine[0, 3] = shift
         labels = Volume(np.zeros(shape, np.uint8), Grid(shape, affine))
-        with pytest.raises(VolumeError, match="lie on another grid than the volume"):
+        with pytest.raises(VolumeError, match="expected labels of the first stage on the grid"):
             with_labels(prepared, labels)
 
 

@@ -84,7 +84,7 @@ def test_in_strata_cases_are_drawn_from_their_own_group(tmp_path: Path) -> None:
     together = compare(a, b).differences[0]
     assert apart.low == apart.high == pytest.approx(apart.difference)
     assert together.low < together.difference < together.high
-    with pytest.raises(ConfigError, match="no stratum for case_5"):
+    with pytest.raises(ConfigError, match="found none for case_5"):
         compare(a, b, strata={name: "x" for name in list(strata)[:-1]})
 
 

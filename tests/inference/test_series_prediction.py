@@ -175,7 +175,7 @@ def test_only_a_series_can_have_a_dicom_segmentation(series: Path, tmp_path: Pat
     with pytest.raises(VolumeError, match="needs a DICOM series"):
         output_path(scan, out=None, single=True, as_dicom=True)
     (source,) = find_inputs([series], 1)
-    with pytest.raises(VolumeError, match=r"expected a name in \.dcm for a DICOM segmentation"):
+    with pytest.raises(VolumeError, match=r"expected a name ending in \.dcm for a DICOM"):
         output_path(source, out=tmp_path / "x.nii.gz", single=True, as_dicom=True)
     assert output_path(source, out=tmp_path, single=False, as_dicom=True) == tmp_path / "thorax.dcm"
 

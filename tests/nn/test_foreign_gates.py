@@ -245,7 +245,7 @@ def test_a_network_that_cannot_be_gated_is_refused_and_unchanged() -> None:
         gate(network, IMAGE, skips=["upsamples.0", "upsamples.7"])
     with pytest.raises(ModelError, match="found no skip connection to gate"):
         gate(nn.Sequential(nn.Conv2d(1, 2, 1)), IMAGE)
-    with pytest.raises(ModelError, match="no multiple of the"):
+    with pytest.raises(ModelError, match="not a multiple of the"):
         gate(BasicUNet(2, 1, 2, features=(4,) * 6), torch.zeros(1, 1, 36, 36))
     assert not any(isinstance(module, OpenGate) for module in network.modules())
     gate(network, IMAGE)

@@ -164,7 +164,7 @@ def test_a_module_without_readable_attention_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"0\.softmax: this Softmax is not called.*; 0 computes"):
         record(fused, small, ["0.softmax"])
     twice = nn.Sequential(shared := nn.Sigmoid(), nn.ReLU(), shared)
-    with pytest.raises(ModelError, match="0: this Sigmoid is called 2 times in a run"):
+    with pytest.raises(ModelError, match="0: this Sigmoid is called 2 times in one run"):
         record(twice, IMAGE, ["0"])
     rolled = nn.Sequential(Rolled(), nn.Sigmoid())
     with pytest.raises(ModelError, match=r"1: the positions of its output's cells"):

@@ -179,7 +179,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     (lung,) = first_models([tmp_path / "lung"], known)
     told = described(described_model().description, [lung])
     assert told.first_stage is not None and told.first_stage.classes == ["lung"]
-    with pytest.raises(ModelError, match=r"takes the channels CT, PET, but .* has MRI"):
+    with pytest.raises(ModelError, match=r"with the channels of .*, MRI, found CT, PET"):
         first_models([tmp_path / "ct"], known)
     with pytest.raises(ModelError, match="expected a run or a model folder"):
         first_models([tmp_path / "none"], known)

@@ -55,7 +55,7 @@ def test_a_table_or_the_config_says_what_is_labelled(data: Path) -> None:
 @pytest.mark.parametrize(
     ("labelled", "reason"),
     [
-        ({"case_9": ["lower"]}, "data.labelled: names case_9, unknown in"),
+        ({"case_9": ["lower"]}, "data.labelled: expected only cases of .*, found case_9"),
         (
             {"case_1": ["liver"]},
             "expected for case_1 some of the classes lower",
