@@ -72,10 +72,11 @@ def plan_command(
                 f"segkit plan takes settings of the dataset and its folds, such as data.labels, "
                 f"found {override!r}; give it to segkit train, or change it in the planned config"
             )
-    source = dataset_in(dataset, overrides or ())
+    source = dataset_in(dataset, overrides or (), minimal=True)
     if source is None:
         raise ConfigError(
-            f"{dataset}: expected a dataset (a YAML file with only data.files), found a config; "
+            f"{dataset}: expected a dataset (YAML with only its data and split), found a "
+            f"config; "
             f"train with it, or remove its other settings"
         )
     target = out or _new_config(source.folder.resolve().name, dataset)

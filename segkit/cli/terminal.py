@@ -6,10 +6,12 @@ Colours and progress bars appear only on a terminal, and no colours if the varia
 
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -83,11 +85,12 @@ class NoRepetition(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[tuple[str, str]] = set()
+        self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
-        told = (record.name, record.getMessage())
+        # A config may name the folder of a dataset from the root, and another from here.
+        told = record.getMessage().replace(f"{Path.cwd()}{os.sep}", "")
         is_new = told not in self.seen
         self.seen.add(told)
         return is_new

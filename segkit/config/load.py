@@ -23,8 +23,8 @@ from segkit.io.tables import read_csv
 ConfigClass = TypeVar("ConfigClass", bound=BaseModel)
 
 
-OF_SPLITS = ("fold", "num_folds", "splits", "group_by", "stratify_by")
-"""Settings of a split, which a command may give beside a dataset."""
+OF_SPLITS = ("validation", "fold", "num_folds", "splits", "group_by", "stratify_by")
+"""Settings of a split, which may stand beside those of a dataset."""
 OF_TABLES = frozenset({"id", "label"})
 """Columns of a table that are not images."""
 
@@ -56,21 +56,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, source=str(path))
 
 
-def dataset_in(path: Path, overrides: Sequence[str] = ()) -> SplitDatasetConfig | None:
+def dataset_in(
+    path: Path, overrides: Sequence[str] = (), *, minimal: bool = False
+) -> SplitDatasetConfig | None:
     """The dataset that a path names, or None if the path is a config for training.
 
     Args:
-        path: a folder, a YAML file that has only dataset settings, such as files and labels, or a
-            table of cases with the columns `id`, `label`, and `image` or one for each channel;
-            `overrides` then name labels.
+        path: a folder, a YAML file that has only settings of a dataset, such as files and labels,
+            and of its split; or a table of cases with the columns `id`, `label`, and `image` or one
+            for each channel; `overrides` then name labels.
         overrides: `key=value` changes; those that do not change a setting of the dataset or of its
             split are ignored.
+        minimal: whether a YAML file that has `data.folder` and a split only is a dataset. It is
+            also the shortest config, which trains with defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is wrong.
         DatasetError: the table cannot be read.
     """
-    own = set(DatasetConfig.model_fields)
+    own = {*DatasetConfig.model_fields, *OF_SPLITS}
     is_table = not path.is_dir() and path.suffix.lower() in TABLE_SUFFIXES
     if is_table:
         tree: dict[str, Any] = {"data": _settings_of_table(path)}
@@ -79,7 +83,7 @@ def dataset_in(path: Path, overrides: Sequence[str] = ()) -> SplitDatasetConfig 
     data = tree.get("data")
     if set(tree) != {"data"} or not isinstance(data, dict) or not set(data) <= own:
         return None
-    if not path.is_dir() and set(data) == {"folder"}:
+    if not (path.is_dir() or is_table or minimal) and set(data) - set(OF_SPLITS) == {"folder"}:
         return None
     for override in overrides:
         if is_of_dataset(override):

@@ -124,12 +124,9 @@ class SpatialVariation:
             )
             patch = patch.index_copy(0, rows, seen)
             patch_label = patch_label.index_copy(0, rows, seen_label)
+        mirrored = flips < self.mirror_probability
         from_last = [axis - len(self.patch_size) for axis in self.mirror_axes]
-        mirrored = [
-            tuple(axis for axis, drawn in zip(from_last, sample, strict=True) if drawn)
-            for sample in (flips < self.mirror_probability).tolist()
-        ]
-        return _mirror(patch, mirrored), _mirror(patch_label, mirrored)
+        return _mirror(patch, from_last, mirrored), _mirror(patch_label, from_last, mirrored)
 
     @property
     def _spacing(self) -> tuple[float, ...]:
@@ -284,17 +281,21 @@ def _resample(
     return seen.to(image.dtype), seen_label
 
 
-def _mirror(patches: Tensor, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
-    """Each patch, flipped along its own axes; patches with the same axes are flipped together."""
-    members: dict[tuple[int, ...], list[int]] = {}
-    for number, axes in enumerate(mirrored):
-        members.setdefault(axes, []).append(number)
-    result = torch.empty_like(patches, memory_format=torch.contiguous_format)
-    for axes, numbers in members.items():
-        rows = torch.tensor(numbers).to(patches.device, non_blocking=True)
-        chosen = patches.index_select(0, rows)
-        result.index_copy_(0, rows, chosen.flip(axes))
-    return result
+def _mirror(patches: Tensor, axes: Sequence[int], mirrored: Bool[Tensor, "row axis"]) -> Tensor:
+    """Patches that are flipped along those of the axes that are drawn for them.
+
+    Args:
+        patches: patches, one for each row.
+        axes: the axes, counted from the last.
+        mirrored: whether a patch is flipped along each of the axes.
+    """
+    for axis, drawn in zip(axes, mirrored.unbind(1), strict=True):
+        if drawn.all():
+            patches = patches.flip(axis)
+        elif drawn.any():
+            rows = drawn.view(-1, *[1] * (patches.ndim - 1)).to(patches.device, non_blocking=True)
+            patches = torch.where(rows, patches.flip(axis), patches)
+    return patches.contiguous()
 
 
 def _rotation(num_axes: int, first: int, second: int, angle: float) -> Float[Tensor, "n n"]:

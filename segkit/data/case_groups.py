@@ -9,7 +9,7 @@ import numpy as np
 
 from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig
-from segkit.data.case_table import NAMES_SHOWN, column_of, table_of
+from segkit.data.case_table import NAMES_SHOWN, column_of, table_of, unused_columns
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.errors import DatasetError, first_few
 
@@ -128,6 +128,8 @@ def grouping_advice(dataset: Dataset, data: SplitDatasetConfig | None) -> str | 
     """Advice to group cases whose names look alike; None if there are none or a config does it."""
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None
+    if data is not None and any("data.group_by=" in told for told in unused_columns(data)):
+        return None  # the column of patients is proposed, which is surer than names
     setting = likely_grouping(dataset)
     if setting is None:
         return None

@@ -13,7 +13,7 @@ from segkit.data.dataset import dataset_of
 from segkit.data.dicom_cases import list_dicom
 from segkit.data.file_patterns import ID, IMAGE, list_images
 from segkit.errors import DatasetError, VolumeError, first_few
-from segkit.io.inputs import Input, find_inputs
+from segkit.io.inputs import Input, find_inputs, without_results
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
 from segkit.io.tables import read_csv
@@ -103,10 +103,13 @@ def _of_dataset(path: Path, channels: Sequence[str], rules: PictureRules) -> lis
     if data.pictures is not None and not rules.pixel_mm and not rules.in_pixels:
         pixel_mm, in_pixels = pixel_mm_of(data.pictures.pixel_size)
         rules = replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels, pages=data.pictures.pages)
-    return [
+    found = [
         Input(name, _in_order(path, names, images, channels), of_folder=True, rules=rules)
         for name, images in sorted(cases)
     ]
+    # A pattern such as `images/*.nii.gz` also matches results. A table names what it means.
+    by_pattern = data.files is not None and data.files.table is None
+    return without_results(found) if by_pattern else found
 
 
 def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[str], NamedImages]:

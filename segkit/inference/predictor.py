@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
+from numpy import ndarray
 from torch import Tensor, nn
 
 from segkit.config.model import PostprocessingConfig
@@ -254,7 +255,7 @@ class Predictor:
         turned = first.orientation.turn(labels)[first.box]
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
             rows = slice(start, start + merged.labels.shape[-1])
-            turned[:, :, rows] = as_small(merged.labels, kind).cpu().numpy()
+            put_labels(turned[:, :, rows], merged.labels)
             for name, values in (
                 ("probabilities", merged.probabilities),
                 ("entropy", merged.entropy),
@@ -426,11 +427,15 @@ def segment_prepared(
     return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])
 
 
-def as_small(labels: Tensor, kind: np.dtype[Any]) -> Tensor:
-    """Labels on a GPU in a small data type, so that less is copied to the host."""
-    if labels.device.type == "cpu":
-        return labels
-    return labels.to(torch.uint8 if kind.itemsize == 1 else torch.int32)
+def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z"]) -> None:
+    """Write labels into an array, which may be a view of any strides.
+
+    Their device converts and sorts them first, so that less is copied, and in the order in memory.
+    """
+    slowest_first = sorted(range(target.ndim), key=lambda axis: -abs(target.strides[axis]))
+    small = torch.uint8 if target.dtype.itemsize == 1 else torch.int32
+    sorted_labels = labels.to(small).permute(slowest_first).contiguous()
+    target.transpose(slowest_first)[...] = sorted_labels.cpu().numpy()
 
 
 def _check_alike(models: Sequence[Model]) -> None:

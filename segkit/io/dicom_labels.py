@@ -156,6 +156,7 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
     if kind == "segmentation":
         paint_segments(path, header, chosen, rules.numbers, grid, labels)
         return labels
+    _refuse_unknown_contours(path, header)
     for name, places in chosen.items():
         for place in places:
             _contoured(path, header, place, names[place], grid, labels, rules.numbers[name])
@@ -174,6 +175,18 @@ def absent_structure(
         f"{first_few(names, MOST_STRUCTURES) or 'none'}; add its name to data.dicom.structures, or "
         f"set data.dicom.absent, which decides about cases without it"
     )
+
+
+def _refuse_unknown_contours(path: Path, header: Any) -> None:
+    """Raise VolumeError for contours of no structure, as they would become background."""
+    known = {roi.get("ROINumber") for roi in _listed(header, "StructureSetROISequence")}
+    for one in _listed(header, "ROIContourSequence"):
+        number = one.get("ReferencedROINumber")
+        if number not in known and _listed(one, "ContourSequence"):
+            raise VolumeError(
+                f"{path}: expected contours of its structures, found those of number {number}, "
+                f"which no structure has; export the file again"
+            )
 
 
 def _contoured(

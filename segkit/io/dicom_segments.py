@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from segkit.errors import SegkitError, VolumeError
+from segkit.errors import SegkitError, VolumeError, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
 from segkit.io.dicom_frames import damaged, group_of
 
@@ -74,11 +74,20 @@ def paint_segments(
     opened = _opened(path, header)
     if header.SegmentationType == LABELMAP:
         painted = {segment: (label, number) for segment, label, number in owners}
+        known = _described(header) | {0, header.get("PixelPaddingValue")}
         for stored, affine in _frames(path, opened):
-            for segment in sorted(painted.keys() & set(np.unique(stored).tolist())):
+            held = set(np.unique(stored).tolist())
+            _refuse_unknown(path, held - known)
+            for segment in sorted(painted.keys() & held):
                 label, number = painted[segment]
                 _stamp(path, label, stored == segment, affine, grid, labels, number)
         return
+    try:
+        shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
+        shown = {_segment_of(own, shared) for own in header.PerFrameFunctionalGroupsSequence}
+    except DAMAGES as error:
+        raise damaged(path, error) from None
+    _refuse_unknown(path, shown - _described(header))
     highest = int(header.MaximumFractionalValue) if header.SegmentationType == FRACTIONAL else 1
     for segment, label, number in owners:
         for stored, affine in _frames(path, opened, segment):
@@ -114,6 +123,20 @@ def _check_header(path: Path, header: Any) -> None:
         )
 
 
+def _described(header: Any) -> set[int]:
+    """The numbers of all segments, that of a background included."""
+    return {int(each.get("SegmentNumber") or 0) for each in header.get("SegmentSequence") or []}
+
+
+def _refuse_unknown(path: Path, unknown: set[int]) -> None:
+    """Raise VolumeError for numbers in frames that no segment has, as they would be background."""
+    if unknown:
+        raise VolumeError(
+            f"{path}: expected numbers of its segments in its frames, found "
+            f"{first_few(sorted(unknown))}, which no segment describes; export the file again"
+        )
+
+
 def _opened(path: Path, header: Any) -> Any:
     """The file as a segmentation of highdicom, which decodes frames. Raises SegkitError."""
     try:
@@ -138,13 +161,16 @@ def _frames(path: Path, opened: Any, segment: int | None = None) -> Iterator[tup
     try:
         shared = (opened.get("SharedFunctionalGroupsSequence") or [None])[0]
         for index, own in enumerate(opened.PerFrameFunctionalGroupsSequence):
-            if segment is not None:
-                belongs = group_of(own, shared, "SegmentIdentificationSequence")
-                if belongs.ReferencedSegmentNumber != segment:
-                    continue
+            if segment is not None and _segment_of(own, shared) != segment:
+                continue
             yield opened.get_stored_frame(index + 1), _frame_affine(own, shared)
     except DAMAGES as error:
         raise damaged(path, error) from None
+
+
+def _segment_of(own: Any, shared: Any) -> int:
+    """The number of the segment that a frame of the type BINARY or FRACTIONAL shows."""
+    return int(group_of(own, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
 
 
 def _frame_affine(own: Any, shared: Any) -> ndarray:

@@ -64,8 +64,8 @@ def tell_changed_names(names: Iterable[str]) -> None:
     changed = {name: safe for name in names if (safe := safe_name(name)) != name}
     if changed:
         logger.warning(
-            "results are called otherwise than their inputs if not every system can write the name "
-            "of the file: %s",
+            "some names cannot be file names on every system, so files of results are called "
+            "differently: %s",
             first_few(
                 [f"{name!r} becomes {safe!r}" for name, safe in changed.items()], CHANGES_SHOWN
             ),

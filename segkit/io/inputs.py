@@ -164,8 +164,7 @@ def find_inputs(
             files = tuple(file.parent / part for part in parts)
             inputs[file.parent, name] = Input(name, files, of_folder, rules=rules)
     found = alone if num_channels == 1 else inputs.values()
-    names = {(folder, safe_name(name)) for folder, name in inputs}
-    return [source for source in found if not _is_result(source, names)]
+    return without_results(list(found))
 
 
 def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
@@ -286,6 +285,12 @@ def refuse_volumes_beside_series(folder: Path) -> None:
 def _all_numbered(files: Sequence[Path]) -> bool:
     """Whether each volume is the first channel of a case or a result beside its input."""
     return all(stem_of(file).endswith(("_0000", *RESULT_ENDINGS)) for file in files)
+
+
+def without_results(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs of folders without results beside their inputs, such as `a_seg` beside `a`."""
+    own = {(each.files[0].parent, each.file_name) for each in inputs if not each.is_series}
+    return [source for source in inputs if not _is_result(source, own)]
 
 
 def _is_result(source: Input, names: Collection[tuple[Path, str]]) -> bool:

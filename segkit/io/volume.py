@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
+from segkit.io.deflate import gzip_file
 from segkit.io.dicom import arranged, is_dicom, read_series, series_at
 from segkit.io.dicom_labels import paint_structures, structure_kind
 from segkit.io.disk_arrays import release
@@ -515,7 +515,7 @@ def _write_nifti(path: Path, volume: Volume) -> None:
     image = _to_nifti(volume)
     data = np.asanyarray(image.dataobj)
     kind = image.get_data_dtype()
-    with ImageOpener(str(path), "wb") as file:
+    with gzip_file(path) if path.name.lower().endswith(".gz") else path.open("wb") as file:
         image.header.set_slope_inter(1, 0)
         image.header.write_to(file)
         for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:

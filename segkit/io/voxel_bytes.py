@@ -9,7 +9,6 @@ header is wrong, and every voxel would be misplaced.
 
 import math
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -19,14 +18,13 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import VolumeError
+from segkit.io.deflate import DAMAGED, inflater
 from segkit.system.memory import free_memory, in_words
 
 DEFLATE_RATIO = 1032
 """Largest number of bytes that one byte of deflate can decompress to (zlib's technical details)."""
 PIECE_OF_FILE = 2**20
 GZIP = b"\x1f\x8b"
-EITHER_HEADER = 32 + zlib.MAX_WBITS
-"""Argument by which zlib accepts both gzip and zlib streams."""
 
 
 @dataclass(frozen=True)
@@ -189,11 +187,11 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
         file.seek(start)
         packed = file.read(PIECE_OF_FILE)
         while packed:
-            engine = zlib.decompressobj(EITHER_HEADER)
+            engine = inflater()
             while not engine.eof:
                 try:
                     piece = engine.decompress(packed, PIECE_OF_FILE)
-                except zlib.error as error:
+                except DAMAGED as error:
                     raise ValueError(f"its compressed data are damaged ({error})") from None
                 if piece:
                     yield piece

@@ -6,7 +6,7 @@ of 0.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -79,15 +79,15 @@ class HardGate(nn.Module):
         return (relaxed > 0.5).to(logits.dtype) + (relaxed - relaxed.detach())
 
 
-def anneal(network: nn.Module, progress: float) -> None:
-    """Lower the temperature of every hard gate of a network, linearly from 1 to 0.5.
+def anneal(modules: Iterable[nn.Module], progress: float) -> None:
+    """Lower the temperature of every hard gate among modules, linearly from 1 to 0.5.
 
     Args:
-        network: any module; without a `HardGate` nothing changes.
+        modules: such as `network.modules()`; others than a `HardGate` do not change.
         progress: share of the training that is done, in [0, 1].
     """
     temperature = HIGHEST_TEMPERATURE + progress * (LOWEST_TEMPERATURE - HIGHEST_TEMPERATURE)
-    for module in network.modules():
+    for module in modules:
         if isinstance(module, HardGate):
             module.temperature.fill_(temperature)
 

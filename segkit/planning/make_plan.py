@@ -375,7 +375,7 @@ def _planned_task(task: _Task) -> Planned:
     heading += task.why_slices + _about_lengths(dataset)
     advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
     for sentence in ([advice] if advice else []) + unused_columns(source):
-        heading = f"{heading} {sentence.removesuffix('.')}."
+        logger.warning("%s", printable(sentence))
     name = _run_name(source.folder)
     if plan.low_resolution is None:
         return _planned(task, plan, name, heading)
@@ -433,10 +433,7 @@ def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> 
     median = rules.median_shape(shapes.spacings, shapes.shapes, plan.spacing)
     size = [round(n) for n in median]
     per_case = window * num_windows(size, description.volume_patch)
-    share = config.data.validation
-    assert isinstance(share, float), "a plan holds out a share of the cases"
-    count = len(task.dataset.cases)
-    held_out = max(round(share * count), 1) if count > 1 else 0
+    held_out = _num_held_out(config.data, len(task.dataset.cases))
     return schedule_within(
         task.minutes,
         seconds_per_step=seconds,
@@ -445,6 +442,16 @@ def _schedule(task: _Task, plan: Plan, config: Config, *, with_labels: bool) -> 
         precision=precision_of(task.device) if task.timed else torch.bfloat16,
         place=place,
     )
+
+
+def _num_held_out(data: SplitDatasetConfig, count: int) -> int:
+    """About how many of `count` cases a split holds out."""
+    if data.fold is not None or data.splits is not None:
+        folds = len(data.splits) if isinstance(data.splits, list) else data.num_folds
+        return count // folds
+    if isinstance(data.validation, list):
+        return len(data.validation)
+    return max(round(data.validation * count), 1) if count > 1 else 0
 
 
 def _timed(task: _Task, config: Config, description: ModelDescription) -> tuple[float, float]:

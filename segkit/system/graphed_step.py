@@ -26,7 +26,8 @@ run normally. Another order of summation makes a smaller difference, even in hal
 
 
 class GraphedStep:
-    """Forward pass, loss and backward pass for one fixed shape on a CUDA device, as a graph.
+    """Forward pass, loss, backward pass and clipping for one fixed shape on a CUDA device, as a
+    graph.
 
     A call sets the gradients of the parameters to those of the batch: it overwrites them and never
     adds to them. They must not be deleted or replaced between calls.
@@ -37,6 +38,7 @@ class GraphedStep:
         parameters: the parameters that need gradients.
         image: a batch on the device, with the shape and type of every later batch.
         label: its labels, likewise.
+        clip: the largest norm of all gradients together; larger ones are scaled down. None: any.
 
     Raises:
         RuntimeError: the step cannot be recorded, or one replay of the recording gives other values
@@ -44,25 +46,36 @@ class GraphedStep:
     """
 
     def __init__(
-        self, loss: LossesOfBatch, parameters: Sequence[Tensor], image: Tensor, label: Tensor
+        self,
+        loss: LossesOfBatch,
+        parameters: Sequence[Tensor],
+        image: Tensor,
+        label: Tensor,
+        clip: float | None = None,
     ) -> None:
         self.image, self.label = image.clone(), label.clone()
         self.parameters = parameters
+
+        def step() -> tuple[Tensor, ...]:
+            values = loss(self.image, self.label)
+            values[0].backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            return values
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 _forget_gradients(parameters)
-                value = loss(self.image, self.label)[0]
-                value.backward()
+                value = step()[0]
         torch.cuda.current_stream().wait_stream(stream)
         expected = torch.stack([value.detach().float(), _gradient_norm(parameters)])
         # The recording allocates gradients in the graph's memory; each replay writes them there.
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            values = loss(self.image, self.label)
-            values[0].backward()
+            values = step()
         self.values = tuple(value.detach() for value in values)
         self.graph.replay()
         found = torch.stack([self.values[0].float(), _gradient_norm(parameters)])
@@ -94,7 +107,11 @@ class GraphedStep:
 
 
 def record_step(
-    network: nn.Module, losses: LossesOfBatch, image: Tensor, label: Tensor
+    network: nn.Module,
+    losses: LossesOfBatch,
+    image: Tensor,
+    label: Tensor,
+    clip: float | None = None,
 ) -> GraphedStep | None:
     """Recording of a network's step in the active precision, or None if it cannot be recorded.
 
@@ -111,7 +128,7 @@ def record_step(
     try:
         # Random numbers drawn here must not change those of the real steps.
         with torch.random.fork_rng([image.device]), torch.autocast("cuda", enabled=False):
-            return GraphedStep(in_precision, list(network.parameters()), image, label)
+            return GraphedStep(in_precision, list(network.parameters()), image, label, clip)
     except torch.OutOfMemoryError:
         reason = "not enough GPU memory is free"
     except RuntimeError as error:

@@ -29,6 +29,11 @@ def log_by_true_step(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
+def logs_this_step(trainer: L.Trainer) -> bool:
+    """Whether the logger gets the values of the running step."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
 def can_record(trainer: L.Trainer) -> bool:
     """Whether gradients may be set without Lightning: one process and no scaling of the loss."""
     plugin = trainer.precision_plugin

@@ -7,19 +7,26 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from segkit.data.augment_spatial import Vary
 from segkit.errors import ConfigError
-from segkit.nn.gates import anneal
+from segkit.nn.gates import HardGate, anneal
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.graphed_step import GraphedStep, record_step
+from segkit.system.random_seeds import seed_generators
 from segkit.training.compiled_step import CompiledStep
 from segkit.training.freezing import Freezing
-from segkit.training.lightning_private import can_record, is_fused, log_by_true_step, unscale
+from segkit.training.lightning_private import (
+    can_record,
+    is_fused,
+    log_by_true_step,
+    logs_this_step,
+    unscale,
+)
 from segkit.training.loss_watch import LossWatch
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
 from segkit.training.time_budget import TimeBudget
@@ -80,6 +87,7 @@ class SegmentationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
+        self.hard_gates: list[nn.Module] = []
         self.loss = loss
         self.optimiser = optimiser
         self.schedule = schedule
@@ -98,6 +106,7 @@ class SegmentationModule(L.LightningModule):
         self.freezing = freezing
         self.notes = tuple(notes)
         self.graphed: GraphedStep | None = None
+        self.clipped = False
         self.compiled = CompiledStep(self._losses, compiled)
         self.losses = LossWatch()
         self.losses_of_step: list[Tensor] = []
@@ -107,12 +116,16 @@ class SegmentationModule(L.LightningModule):
         place = batch_index % self.trainer.accumulate_grad_batches
         image, label = self._varied(batch, place)
         self.compiled.begin(self._seconds_left, self.device)
-        loss, *others = self._graphed(image, label) or self.compiled(image, label)
-        if others:
-            self.log("train/presence_loss", others[0], batch_size=len(label))
+        replayed = self._graphed(image, label)
+        self.clipped = bool(replayed)
+        loss, *others = replayed or self.compiled(image, label)
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
         # If a step has several batches, this is the mean of the batches so far.
         self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]
+        if self.device.type == "cuda" and not logs_this_step(self.trainer):
+            return loss  # a GPU's step is so short that logging each would be a part of it
+        if others:
+            self.log("train/presence_loss", others[0], batch_size=len(label))
         self.log(
             "train/loss",
             torch.stack(self.losses_of_step).mean() if place else loss,
@@ -131,8 +144,8 @@ class SegmentationModule(L.LightningModule):
         entropy = np.random.SeedSequence(drawn_by)
         seeds = [int(word >> 1) for word in entropy.generate_state(2, np.uint64)]
         generator = Generator().manual_seed(seeds[0])
-        torch.manual_seed(seeds[1])  # for random numbers in the network: the noise of hard gates
-        anneal(self.network, self.share_done)
+        seed_generators(seeds[1], self.device)  # for the noise of hard gates
+        anneal(self.hard_gates, self.share_done)
         # In half precision, sampling positions would be wrong by a fraction of a voxel.
         with torch.autocast(self.device.type, enabled=False):
             return self.vary(batch["image"].float(), batch["label"], generator)
@@ -158,7 +171,8 @@ class SegmentationModule(L.LightningModule):
             self.recorded = can_record(self.trainer)
             if not self.recorded:
                 return ()
-            self.graphed = record_step(self.network, self._losses, image, label)
+            clip = self.trainer.gradient_clip_val
+            self.graphed = record_step(self.network, self._losses, image, label, clip)
             self.recorded = self.graphed is not None
         if self.graphed is None:
             return ()
@@ -190,7 +204,12 @@ class SegmentationModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the gradient. Lightning refuses this for a fused optimiser."""
+        """Clip the norm of the gradient, unless a recorded step has done so.
+
+        Lightning refuses this for a fused optimiser.
+        """
+        if self.clipped:
+            return
         if gradient_clip_val is not None and is_fused(optimizer):
             unscale(self.trainer, optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
@@ -202,10 +221,13 @@ class SegmentationModule(L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Refuse to unfreeze weights if several processes train: these would not share gradients.
+        """Find the hard gates. Refuse to unfreeze weights if several processes train, because these
+        would not share gradients.
 
         Raises ConfigError.
         """
+        modules = self.network.modules()
+        self.hard_gates = [module for module in modules if isinstance(module, HardGate)]
         if self.freezing is not None and self.freezing.unfreezes and self.trainer.world_size > 1:
             raise ConfigError(
                 f"train.freeze cannot unfreeze weights at a step while {self.trainer.world_size} "

@@ -109,6 +109,15 @@ def test_patterns_and_tables_give_images_with_or_without_labels(bids: Path) -> N
         inputs_in([table], ["CT"])
 
 
+def test_results_beside_the_inputs_of_a_pattern_are_no_inputs(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    files = {"images": {"CT": "ct/*.nii.gz"}}
+    study.write_text(json.dumps({"data": {"folder": str(tmp_path), "files": files}}))
+    for name in ("12:30", "12-30_seg", "b_seg", "c", "c_prob"):
+        save(tmp_path / "ct" / f"{name}.nii.gz", 1)
+    assert [source.name for source in inputs_in([study], ["CT"])] == ["12:30", "b_seg", "c"]
+
+
 def test_channels_of_other_names_are_taken_in_order_and_this_is_said(
     bids: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

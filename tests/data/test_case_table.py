@@ -84,11 +84,10 @@ def test_check_plan_and_train_report_unused_columns(
     sentences = unused_columns(data_of(table))
     text = check(table, [LABELS]).text
     assert all(sentence in text.splitlines() for sentence in sentences)
-    planned = plan_dataset(data_of(table), minutes=0.1, device="cpu", runs=tmp_path / "runs")
-    # Comments are wrapped at blanks and hyphens.
-    heading = "".join(line.removeprefix("# ") for line in planned.text.splitlines())
-    for sentence in sentences:
-        assert sentence.replace(" ", "") in heading.replace(" ", "")
+    with caplog.at_level(logging.WARNING):
+        planned = plan_dataset(data_of(table), minutes=0.1, device="cpu", runs=tmp_path / "runs")
+    assert all(sentence in caplog.text for sentence in sentences)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         split_of(dataset_of(planned.config.data), planned.config)
     assert all(sentence in caplog.text for sentence in sentences)

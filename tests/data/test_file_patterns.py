@@ -249,6 +249,22 @@ def test_a_yaml_with_only_files_is_a_dataset_and_with_other_settings_a_config(
     assert folder is not None and folder.files is None
 
 
+@pytest.mark.parametrize("more", [{"group_by": "subject"}, {"validation": ["p"], "num_folds": 3}])
+def test_a_yaml_may_say_the_split_of_its_dataset(more: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({"data": {"folder": "study", "files": PATTERNS, **more}}))
+    found = dataset_in(path)
+    assert found is not None and {name: getattr(found, name) for name in more} == more
+    # Without files, it is also the shortest config for training; segkit plan takes it.
+    path.write_text(json.dumps({"data": {"folder": "study", **more}}))
+    assert dataset_in(path) is None
+    found = dataset_in(path, minimal=True)
+    assert found is not None and found.model_dump(exclude_unset=True) == {
+        "folder": Path("study"),
+        **more,
+    }
+
+
 def test_codes_of_a_dataset_json_are_kept(tmp_path: Path) -> None:
     save(tmp_path / "a.nii.gz")
     content = {

@@ -234,3 +234,19 @@ def test_an_image_with_only_zeros_is_not_cropped() -> None:
         normalisers=[unchanged],
     )
     assert prepared.grid.shape == (3, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["i2", ">i2", "u2", "u4", "f2", "f8", "?", "u1"])
+@pytest.mark.parametrize("code", ["RAS", "LPI", "SAR"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_values_of_any_type_and_order_in_memory_reach_the_network_unchanged(
+    kind: str, code: str, order: Literal["C", "F"]
+) -> None:
+    anatomy = np.random.default_rng(0).integers(1, 100, ANATOMY.shape).astype(kind)
+    back = Orientation.of(affine_of(code, spacing=(1.0, 1.0, 1.0)))
+    scanned = np.array(back.turn_back(anatomy), order=order)
+    scanned.flags.writeable = False
+    placed = Volume(scanned, Grid(scanned.shape, affine_of(code, spacing=(1.0, 1.0, 1.0))))
+    image = prepare_image(placed, spacing=(1.0, 1.0, 1.0), normalisers=[unchanged]).image
+    assert image.dtype == torch.float32 and image.is_contiguous()
+    assert_array_equal(image[0].numpy(), anatomy.astype(np.float32))

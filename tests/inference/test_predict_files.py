@@ -403,8 +403,8 @@ def test_no_file_has_to_be_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixt
         f"{folder}/12-30.nii.gz; give one of them another --out"
     ]
     assert [record.message for record in caplog.records if "becomes" in record.message] == [
-        "results are called otherwise than their inputs if not every system can write the name of "
-        "the file: '12:30' becomes '12-30', 'b?' becomes 'b-'"
+        "some names cannot be file names on every system, so files of results are called "
+        "differently: '12:30' becomes '12-30', 'b?' becomes 'b-'"
     ]
     # Results with changed names are no inputs.
     names = [source.name for source in find_inputs([folder], 1)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +24,7 @@ from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.attention_maps import map_on_source
 from segkit.inference.engines.torch_eager import PRESENCE
 from segkit.inference.predict_files import predict_files
-from segkit.inference.predictor import Predictor, segment_prepared
+from segkit.inference.predictor import Predictor, put_labels, segment_prepared
 from segkit.inference.source_rows import WALK_AXIS, to_source_rows
 from segkit.inference.windows import WindowLayout, stream
 from segkit.io.inputs import find_inputs
@@ -434,3 +435,17 @@ def test_presence_is_the_same_with_maps_and_does_not_change_them() -> None:
     left, right = plain.maps["skip.1/gate"].volume, full.maps["skip.1/gate"].volume
     assert left is not None and right is not None
     assert_array_equal(left.data, right.data)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_labels_are_put_into_arrays_of_any_order(order: Any, kind: Any) -> None:
+    labels = torch.randint(0, 200, (4, 5, 3))
+    whole = np.zeros((6, 5, 7), kind, order=order)
+    for target in (
+        whole[1:5, :, 2:5],
+        whole[1:5, ::-1, 2:5][::-1],
+        whole.transpose(0, 1, 2)[1:5, :, 4:],
+    ):
+        put_labels(target, labels)
+        np.testing.assert_array_equal(target, labels.numpy())

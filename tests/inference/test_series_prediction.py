@@ -373,7 +373,7 @@ def test_a_yaml_of_patterns_is_checked_planned_and_trained_on(
     code, _, err = run("plan", "data.yaml", capsys=capsys)
     assert (
         code == 2
-        and "data.yaml: expected a dataset (a YAML file with only data.files), found a config"
+        and "data.yaml: expected a dataset (YAML with only its data and split), found a config"
         in err
     )
 

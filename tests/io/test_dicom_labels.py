@@ -174,6 +174,16 @@ def test_a_class_without_a_structure_is_refused_unless_the_rules_say_what_it_is(
     assert not painted(series, drawn, patterns, absent="background").data.any()
 
 
+def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> None:
+    drawn = {"a": [], "b": [box_contour(GRID, (1, 1), (4, 4), 2)]}
+    path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), drawn)
+    file = dcmread(path)
+    del file.StructureSetROISequence[-1]
+    file.save_as(path)
+    with pytest.raises(VolumeError, match="found those of number 8, which no structure has"):
+        read_label_values(path, rules=rules_of(path, series, {"a": ["a"]}))
+
+
 def test_structures_without_rules_for_their_classes_are_refused(
     series: Path, tmp_path: Path
 ) -> None:

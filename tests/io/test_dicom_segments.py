@@ -151,3 +151,22 @@ def test_a_segmentation_that_would_be_read_wrongly_is_refused(
     with pytest.raises(VolumeError, match=words) as refusal:
         read(path, series)
     assert str(refusal.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_numbers_that_no_segment_describes_are_refused(
+    kind: str, series: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "seg.dcm"
+    masks = np.stack([EXPECTED == 1, EXPECTED == 2], axis=-1).astype(float)
+    values = masks if kind == "FRACTIONAL" else EXPECTED.astype(np.uint8)
+    write_segments(path, series, values, NAMES, kind)
+    file = dcmread(path)
+    del file.SegmentSequence[-1]
+    file.save_as(path)
+    with pytest.raises(VolumeError, match="found 2, which no segment describes; export the file"):
+        read(path, series, {"liver": ["liver"]})
+    if kind == "LABELMAP":  # such pixels are padding if the file says so
+        file.PixelPaddingValue = 2
+        file.save_as(path)
+        assert_array_equal(read(path, series, {"liver": ["liver"]}), EXPECTED == 1)

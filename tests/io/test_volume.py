@@ -3,14 +3,14 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
-from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Image
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
@@ -639,7 +639,12 @@ def test_a_failed_write_leaves_the_old_file(
     kept = tmp_path / f"kept{suffix}"
     write_volume(kept, volume)
     content = kept.read_bytes()
-    monkeypatch.setattr("segkit.io.volume.ImageOpener", write_half)
+
+    def write_half_of_nifti(header: Nifti1Header, file: BinaryIO) -> None:
+        file.write(b"half a volume")
+        raise failure
+
+    monkeypatch.setattr(Nifti1Header, "write_to", write_half_of_nifti)
     monkeypatch.setattr(sitk, "WriteImage", write_half)
     for path in (kept, tmp_path / f"new{suffix}"):
         with pytest.raises(type(failure)):

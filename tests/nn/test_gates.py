@@ -425,7 +425,7 @@ def test_a_hard_gate_opens_with_the_probability_of_its_sigmoid_at_any_temperatur
 ) -> None:
     torch.manual_seed(0)
     gate = HardGate()
-    anneal(gate, progress)
+    anneal(gate.modules(), progress)
     num_draws = 20_000
     for logit in (-2.0, -0.5, 0.0, 1.0, 3.0):
         draws = gate(torch.full((1, 1, num_draws), logit))
@@ -450,7 +450,7 @@ def test_each_voxel_of_a_hard_gate_draws_on_its_own() -> None:
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_the_gradient_of_a_hard_gate_is_that_of_the_relaxed_one(progress: float) -> None:
     gate = HardGate()
-    anneal(gate, progress)
+    anneal(gate.modules(), progress)
     temperature = 1 - progress / 2
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 1, 6, 5, generator=generator).requires_grad_()
@@ -529,14 +529,14 @@ def test_annealing_lowers_the_temperature_of_every_hard_gate_from_1_to_a_half() 
     network = hard_unet()
     assert temperatures(network) == [1.0, 1.0, 1.0]
     for progress, temperature in ((0.5, 0.75), (1.0, 0.5), (0.0, 1.0)):
-        anneal(network, progress)
+        anneal(network.modules(), progress)
         assert temperatures(network) == [temperature] * 3
 
 
 def test_annealing_changes_nothing_but_temperatures() -> None:
     network = hard_unet()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    anneal(network, 1.0)
+    anneal(network.modules(), 1.0)
     changed = {
         name for name, value in network.state_dict().items() if not torch.equal(value, before[name])
     }
@@ -545,7 +545,7 @@ def test_annealing_changes_nothing_but_temperatures() -> None:
 
 def test_the_temperature_survives_a_round_trip_through_a_state_dict() -> None:
     network, other = hard_unet(), hard_unet()
-    anneal(network, 0.25)
+    anneal(network.modules(), 0.25)
     other.load_state_dict(network.state_dict())
     assert temperatures(other) == [0.875] * 3
 
