@@ -225,8 +225,8 @@ def _corners(path: Path, name: str, contour: Any, grid: Grid) -> ndarray:
     kind = str(contour.get("ContourGeometricType") or "")
     if kind not in FILLED:
         raise VolumeError(
-            f"{path}: expected contours of the kind {FILLED[0]}, but structure {name} has one of "
-            f"the kind {kind or 'unknown'}; leave the structure out of data.dicom.structures"
+            f"{path}: structure {name} has a contour of the kind {kind or 'unknown'}, but segkit "
+            f"fills only {FILLED[0]}; leave the structure out of data.dicom.structures"
         )
     try:
         points = np.array(contour.get("ContourData"), float).reshape(-1, 3)
@@ -234,8 +234,8 @@ def _corners(path: Path, name: str, contour: Any, grid: Grid) -> ndarray:
         raise damaged(path, error) from None
     if len(points) < 3 or not np.isfinite(points).all():
         raise VolumeError(
-            f"{path}: expected contours of three or more points in mm, but structure {name} has "
-            f"one of {len(points)}; repair it, or leave it out of data.dicom.structures"
+            f"{path}: structure {name} has a contour of {len(points)} points, but a contour needs "
+            f"three or more in mm; repair it, or leave it out of data.dicom.structures"
         )
     corners: ndarray = grid.index(points @ LPS_TO_RAS[:3, :3].T)
     middle = round(float(corners[:, 2].mean()))
