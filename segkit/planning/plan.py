@@ -394,7 +394,12 @@ def _assembled(
 ) -> Plan:
     chosen = fitted.topology
     current = _median_spacing(numbers)
-    ratios = [max(each) / min(each) for each in (current, spacing)]
+    # Along an axis of one voxel, as in pictures, a spacing means nothing.
+    thick = [axis for axis in range(3) if any(shape[axis] > 1 for shape in numbers.shapes)]
+    ratios = [
+        max(each[axis] for axis in thick or [0]) / min(each[axis] for axis in thick or [0])
+        for each in (current, spacing)
+    ]
     share = float(np.median(numbers.box_shares))
     num_flat = sum(1 in kernel for kernel in chosen.kernels)
     return Plan(
