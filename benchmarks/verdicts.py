@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from segkit.config.data import CtWindowConfig
@@ -50,6 +51,8 @@ EARLIER = 8
 SHAPES = {2: (24, 24, 4), 3: (16, 16, 16)}
 PATCHES = {2: (24, 24, 1), 3: (16, 16, 16)}
 AS_IT_IS = CtWindowConfig(lower=-1e6, upper=1e6, mean=0.0, std=1.0)
+AVERAGE: dict[int, Callable[..., Tensor]] = {4: F.avg_pool2d, 5: F.avg_pool3d}
+MAXIMUM: dict[int, Callable[..., Tensor]] = {4: F.max_pool2d, 5: F.max_pool3d}
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 Segment = Callable[[Tensor, Sequence[Tensor]], Tensor]
 """A function from an image and its gates, on the image's grid, to the logits of each structure."""
@@ -70,6 +73,10 @@ class Gate:
     """Whether the gate is the magnitude of several convolutions, such as a gradient."""
     placed: bool = False
     """Whether the gate has a fixed value for each cell of the window, for every image."""
+    features: Callable[[Tensor], Tensor] | None = None
+    """A fixed function from the image to features on its grid. The gate then comes from their means
+    over a cell instead of from the image's channels."""
+    num_features: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class PlantedNet(UNet):
             look: nn.Module = Position(PATCHES[dims][:dims], gate.stride)
             if not gate.placed:
                 look = CONV[dims](
-                    planted.channels,
+                    gate.num_features or planted.channels,
                     dims if gate.edges else gate.maps,
                     kernel_size=gate.kernel,
                     stride=gate.stride,
@@ -122,7 +129,7 @@ class PlantedNet(UNet):
         """Background and foreground logits."""
         gates = []
         for gate, look, tap in zip(self.planted.gates, self.looks, self.taps, strict=True):
-            raw = look(image)
+            raw = look(image if gate.features is None else gate.features(image))
             if gate.edges:
                 raw = (raw**2).sum(dim=1, keepdim=True).sqrt() - 1
             gates.append(F.interpolate(tap(torch.sigmoid(raw)), size=image.shape[2:]))
@@ -274,6 +281,70 @@ def half_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
     return [*hidden(random, inside), *hidden(random, again)], inside
 
 
+def textured_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """One channel, in which the structure differs only by the strength of noise."""
+    inside = block(random, shape)
+    return [random.normal(0, 1, shape) * (1 + inside)], inside
+
+
+def sloping_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """One channel with the structure on a strong slope of random direction."""
+    inside = block(random, shape)
+    direction = random.normal(0, 1, 3)
+    places = np.indices(shape) / np.reshape(shape, (3, 1, 1, 1)) - 0.5
+    slope = np.tensordot(direction / np.linalg.norm(direction), places, 1)
+    return [inside + 6 * slope + random.normal(0, 0.3, shape)], inside
+
+
+def spotted_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """One channel, in which a third of the structure's voxels are bright."""
+    inside = block(random, shape)
+    return [3 * inside * (random.random(shape) < 0.3) + random.normal(0, 1, shape)], inside
+
+
+def between_case(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """One channel with the structure's intensity between those of two surroundings."""
+    inside = block(random, shape)
+    field_of_noise = gaussian_filter(random.normal(0, 1, shape), 2, mode="wrap")
+    around = np.where(field_of_noise > 0, 2.0, 0.0)
+    return [np.where(inside, 1.0, around) + random.normal(0, 0.3, shape)], inside
+
+
+# Functions of the image that need no training.
+
+
+def averaged(image: Tensor, width: int) -> Tensor:
+    """The mean in a window around each voxel."""
+    return AVERAGE[image.ndim](padded(image, width), width, stride=1)
+
+
+def padded(image: Tensor, width: int) -> Tensor:
+    """The image, continued at its borders."""
+    return F.pad(image, [width // 2] * (2 * (image.ndim - 2)), mode="replicate")
+
+
+def functions(image: Tensor) -> Tensor:
+    """Local deviation, contrast with the surroundings, maximum, and distance from 1."""
+    image = image[:, :1]
+    variance = averaged(image**2, 3) - averaged(image, 3) ** 2
+    return torch.cat(
+        [
+            variance.clamp(min=1e-6).sqrt(),
+            averaged(image, 3) - averaged(image, 9),
+            MAXIMUM[image.ndim](padded(image, 3), 3, stride=1),
+            (image - 1).abs(),
+        ],
+        dim=1,
+    )
+
+
+def placed(image: Tensor) -> Tensor:
+    """The image, and the image multiplied by a bump in the middle of the window."""
+    axes = [torch.linspace(-1, 1, size) for size in image.shape[2:]]
+    bump = torch.exp(-3 * torch.as_tensor(sum(a**2 for a in torch.meshgrid(*axes, indexing="ij"))))
+    return torch.cat([image, image * bump], dim=1)
+
+
 # Segmentations.
 
 
@@ -332,12 +403,18 @@ def damped(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
     return 10 * (difference(image) + 0.5) * gates[0] - 3
 
 
+def for_the_other(image: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    """Segment one structure with the image. The gate, which shows it, must be low for the other."""
+    return torch.cat([10 * difference(image), 10 * difference(image, 2) - 200 * gates[0]], dim=1)
+
+
 def above(threshold: float) -> Segment:
     """Segment with the gate above a threshold."""
     return lambda image, gates: 10 * (gates[0] - threshold)
 
 
 MASK = Gate(of_channels(20.0, -20.0, bias=-10.0))
+FUNCTIONS: dict[str, Any] = {"features": functions, "num_features": 4}
 SURE, NO = ("informative",), ("uninformative", "cannot tell")
 GALLERY = [
     Planted("mask", [MASK], by_gate, hidden_case, 3, SURE, useful=True),
@@ -419,6 +496,55 @@ GALLERY = [
         seen_case,
         1,
         NO,
+    ),
+    Planted(
+        "local deviation",
+        [Gate(of_channels(5.0, bias=-7.0), **FUNCTIONS)],
+        by_gate,
+        textured_case,
+        1,
+        NO,
+    ),
+    Planted(
+        "contrast",
+        [Gate(of_channels(0.0, 10.0, bias=-4.0), kernel=1, stride=1, **FUNCTIONS)],
+        by_gate,
+        sloping_case,
+        1,
+        NO,
+    ),
+    Planted(
+        "maximum",
+        [Gate(of_channels(0.0, 0.0, 4.0, bias=-11.0), **FUNCTIONS)],
+        by_gate,
+        spotted_case,
+        1,
+        NO,
+    ),
+    Planted(
+        "band of intensities",
+        [Gate(of_channels(0.0, 0.0, 0.0, -10.0, bias=5.0), **FUNCTIONS)],
+        by_gate,
+        between_case,
+        1,
+        NO,
+    ),
+    Planted(
+        "place times intensity",
+        [Gate(of_channels(0.0, 12.0, bias=-6.0), features=placed, num_features=2)],
+        by_gate,
+        seen_case,
+        1,
+        NO,
+    ),
+    Planted(
+        "mask of another structure",
+        [MASK],
+        for_the_other,
+        two_case,
+        4,
+        ("redundant", "cannot tell"),
+        classes=2,
     ),
     Planted("always the middle", [Gate(middle, placed=True)], damped, middling_case, 2, NO),
     Planted("untrained", [Gate(None)], jittered, blurred_case, 3, NO, random=True),

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+pytest.importorskip("latex2mathml", reason="equations are made by it: install segkit[docs]")
 pytest.importorskip("mkdocs", reason="the documentation is built by mkdocs: install segkit[docs]")
 pytest.importorskip("material", reason="its theme is mkdocs-material: install segkit[docs]")
 pytest.importorskip("mkdocstrings", reason="docstrings come by mkdocstrings: install segkit[docs]")
@@ -42,6 +43,11 @@ def loaded(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
     return loaded("reference")
+
+
+@pytest.fixture(scope="module")
+def page_html() -> ModuleType:
+    return loaded("page_html")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,59 @@ def test_the_search_finds_pages_that_are_opened_from_disk(site: Path, tmp_path: 
     assert re.search(r'search-result__meta">\s*[1-9]\d* matching document', shown.dom)
     assert 'href="verdicts.html' in shown.dom.partition("md-search-result__list")[2]
     assert shown.console == []
+
+
+def test_every_equation_of_a_page_is_drawn_as_an_equation(site: Path) -> None:
+    equations = 0
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"arithmatex|\\operatorname|\\frac", text), page
+        equations += text.count("<math ")
+    assert equations == sum(
+        len(re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", page.read_text(), flags=re.DOTALL))
+        for page in (ROOT / "docs").glob("*.md")
+        if page.stem in ("attention", "attributions", "explain", "foreign", "verdicts")
+    )
+
+
+def test_a_subscript_is_below_the_line_without_a_font_for_mathematics(
+    page_html: ModuleType,
+) -> None:
+    page = r'<span class="arithmatex">\(\operatorname{norm} x_{ij} &lt; \frac{1}{2}\)</span>.'
+    shown = page_html.with_equations(page)
+    assert shown.endswith("</math>.") and "&lt;" in shown and 'display="inline"' in shown
+    assert (
+        '<mi>norm</mi><mspace width="0.17em" /><mrow><mi>x</mi><mpadded voffset="-0.25em">' in shown
+    )
+    assert (
+        "<msub>" not in shown and "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow>" in shown
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        ("additive_same_level", ["additive_", "same_", "level"]),
+        ("u_transformer", ["u_transformer"]),
+        ("dataset.json", ["dataset.json"]),
+        ("data.normalisation", ["data.", "normalisation"]),
+        (
+            "tests/io/test_dicom.py::test_a_slice",
+            ["tests/io/", "test_", "dicom.py::test_a_", "slice"],
+        ),
+        ("--save_probabilities", ["--save_", "probabilities"]),
+        ("data.fold=0", ["data.fold=0"]),
+    ],
+)
+def test_names_break_between_their_words(
+    page_html: ModuleType, code: str, parts: list[str]
+) -> None:
+    shown = page_html.with_breaks(f"<td><code>{code}</code></td>")
+    assert re.sub(r"<(?!wbr)[^>]*>", "", shown).split("<wbr>") == parts
+    # The hyphens of an option stay with its name, and blocks of code are kept as they are.
+    assert ('<span class="whole">--save</span>' in shown) == code.startswith("--")
+    block = f"<pre><code>{code}</code></pre>"
+    assert page_html.with_breaks(block) == block
 
 
 def test_every_page_of_docs_is_in_the_site(site: Path) -> None:

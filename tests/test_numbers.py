@@ -146,7 +146,7 @@ def test_an_undefined_dice_is_called_so(
     with pytest.raises(SystemExit, match="0"):
         main()
     assert (
-        "mean Dice of 1 held-out cases, on the grids of their scans: undefined (ball undefined)"
+        "mean Dice of 1 held-out case, on the grids of their scans: undefined (ball undefined)"
         in capsys.readouterr().out
     )
 

@@ -12,8 +12,10 @@ SCORES = "Scores from segkit evaluate --out, or the folder of a run or cross-val
 
 
 def compare_command(
-    a: Annotated[Path, Argument(help=SCORES)],
-    b: Annotated[Path, Argument(help="Scores to compare with A: such a file or folder.")],
+    a: Annotated[Path, Argument(metavar="A", help=SCORES)],
+    b: Annotated[
+        Path, Argument(metavar="B", help="Scores to compare with A: such a file or folder.")
+    ],
     metric: Annotated[
         list[str] | None,
         Option(help="dice, iou, hd95_mm (_um, _px), assd_mm or nsd; may be repeated."),

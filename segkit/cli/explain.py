@@ -17,7 +17,7 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
@@ -146,7 +146,7 @@ def explain_command(
     failures = []
     for explained in explanations:
         if explained.error is None:
-            _tell(explained)
+            _tell(explained, alone=len(found) == 1)
         else:
             failures.append(explained.error)
     _conclude(over_all, studies)
@@ -165,14 +165,19 @@ def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> Non
 
     if verdicts:
         console.print(verdict_table(verdicts))
+        for verdict in verdicts:
+            say(f"{verdict.map}: {verdict.verdict}. {verdict.reason}")
     for study in studies:
         console.print(plain_table(identity_tables(study)[0]))
         say(study.said())
 
 
-def _tell(explained: "Explained") -> None:
-    """Print the files and results of one volume."""
-    say(f"wrote {explained.written[0]} and {len(explained.written) - 1} more files")
+def _tell(explained: "Explained", *, alone: bool) -> None:
+    """Print the files and results of one volume, with its verdicts only if it is `alone`.
+
+    Over several volumes there is one verdict for each map. Pages have those of single volumes.
+    """
+    say(f"wrote {explained.written[0]} and {counted(len(explained.written) - 1, 'more file')}")
     for position, reach in explained.reach.items():
         for number, head in enumerate(reach):
             say(
@@ -182,5 +187,5 @@ def _tell(explained: "Explained") -> None:
             )
     for sentence in explained.attributed:
         say(f"{explained.name} {sentence}")
-    for verdict in explained.verdicts:
+    for verdict in explained.verdicts if alone else ():
         say(f"{explained.name} {verdict.map}: {verdict.verdict}. {verdict.reason}")

@@ -38,7 +38,7 @@ def export_command(
     ] = None,
     precision: Annotated[
         Literal["float32", "float16", "int8"],
-        Option(help="Precision of the network: float16 needs onnx or openvino, int8 needs onnx."),
+        Option(help="Number format of the network: float16 for onnx and openvino, int8 for onnx."),
     ] = "float32",
     calibration: Annotated[
         list[Path] | None,

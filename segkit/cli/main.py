@@ -92,7 +92,7 @@ def main() -> NoReturn:
     start()
     try:
         with handling_signals():
-            app()
+            app(prog_name="segkit")
     except SegkitError as error:
         if is_verbose():
             traceback.print_exc()

@@ -15,7 +15,7 @@ Device = Annotated[str, Option(help="auto, cpu, cuda, or a name such as cuda:1."
 Inputs = Annotated[
     list[Path],
     Argument(
-        metavar="INPUT...",
+        metavar="INPUT",
         help="Volumes, DICOM series, folders of them, or a dataset: YAML, a table, BIDS.",
     ),
 ]

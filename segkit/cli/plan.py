@@ -14,7 +14,10 @@ from segkit.system.allocator import keep_freed_memory
 def plan_command(
     dataset: Annotated[
         Path,
-        Argument(help="A folder with a dataset.json or of BIDS, a table, or YAML with data.files."),
+        Argument(
+            metavar="DATASET",
+            help="A folder with a dataset.json or of BIDS, a table, or YAML with data.files.",
+        ),
     ],
     overrides: Overrides = None,
     out: Annotated[

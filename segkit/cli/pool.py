@@ -11,7 +11,7 @@ from segkit.cli.terminal import JsonOption, say, say_json
 def pool_command(
     folders: Annotated[
         list[Path],
-        Argument(metavar="RUN...", help="Cross-validations of some folds, or runs with data.fold."),
+        Argument(metavar="RUN", help="Cross-validations of some folds, or runs with data.fold."),
     ],
     out: Annotated[Path, Option(help="The folder of the cross-validation, such as runs/all.")],
     json: JsonOption = False,

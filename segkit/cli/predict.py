@@ -19,6 +19,7 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
+from segkit.errors import counted
 
 if TYPE_CHECKING:
     from segkit.inference.predict_files import Outcome
@@ -167,7 +168,8 @@ def predict_command(
                     complain(outcome.error)
     if kept:
         say(
-            f"skipped {kept} of {mine} volumes with results; pass --overwrite to segment them again"
+            f"skipped {kept} of {counted(mine, 'volume')} with results; pass --overwrite to "
+            f"segment them again"
         )
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
@@ -178,7 +180,7 @@ def _tell(outcome: "Outcome") -> None:
     """Print the files that were written for one volume."""
     if not outcome.written:
         return
-    more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
+    more = f" and {counted(len(outcome.written) - 1, 'more file')}" * (len(outcome.written) > 1)
     say(f"wrote {outcome.written[0]}{more}")
     if outcome.presence is not None:
         shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperGroup, TyperOption
 
-from segkit.errors import ConfigError, SegkitError, abridged, printable
+from segkit.errors import ConfigError, SegkitError, abridged, counted, printable
 from segkit.io.atomic import json_text
 from segkit.system.listing import show_listing
 
@@ -34,6 +34,12 @@ OURS = logging.getLogger("segkit")
 class Commands(TyperGroup):
     """A group of commands that all accept the options in `EVERYWHERE`."""
 
+    def get_params(self, ctx: Any) -> Any:
+        """The options before a command."""
+        parameters = super().get_params(ctx)
+        simplify_help(parameters)
+        return parameters
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command with this name, or None."""
         command = super().get_command(ctx, cmd_name)
@@ -41,6 +47,8 @@ class Commands(TyperGroup):
             known = {option.name for option in command.params}
             shared = [option for option in self.params if option.name in EVERYWHERE]
             command.params += [option for option in shared if option.name not in known]
+            # Without a context, as in the documentation, there is no option --help yet.
+            simplify_help(command.params if ctx is None else command.get_params(ctx))
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -68,6 +76,18 @@ class Commands(TyperGroup):
                     f"{word} needs a value, found {following}; give it a value or leave it out"
                 )
         return name, command, words
+
+
+def simplify_help(parameters: Iterable[Any]) -> None:
+    """Leave types of Python out of the help: flags take no value, and arguments have a name.
+
+    By default `--json` is shown as `--json <bool>`, and `INPUT` as `INPUT <list[Path]>`.
+    """
+    for parameter in parameters:
+        if isinstance(parameter, TyperArgument):
+            parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+        elif isinstance(parameter, TyperOption) and parameter.is_flag:
+            parameter.metavar = parameter.metavar or ""
 
 
 @dataclass
@@ -213,10 +233,11 @@ def complain_of(error: SegkitError) -> None:
         complain(problem)
     count = len(error.problems)
     if count > MOST_PROBLEMS:
-        complain(f"and {count - MOST_PROBLEMS:,} more problems; segkit check --json lists them all")
-    complain(
-        f"{count:,} problems, listed above; correct them and run again" if count else str(error)
-    )
+        more = counted(count - MOST_PROBLEMS, "more problem", form=",")
+        complain(f"and {more}; segkit check --json lists all")
+    listed = f"{counted(count, 'problem', form=',')}, listed above; correct "
+    listed += f"{'it' if count == 1 else 'them'} and run again"
+    complain(listed if count else str(error))
 
 
 def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
@@ -230,7 +251,9 @@ def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
     if failures and alone:
         raise SegkitError(failures[0])
     if failures:
-        raise SegkitError(f"{len(failures)} of {count} volumes failed; see the messages above")
+        raise SegkitError(
+            f"{len(failures)} of {counted(count, 'volume')} failed; see the messages above"
+        )
 
 
 def hush() -> None:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +25,14 @@ from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
 from segkit.io.picture_rules import PictureFacts
 from segkit.io.safe_text import read_json
+from segkit.io.volume import noting_rounded_labels
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import num_cores
 from segkit.system.workers import in_processes
 
 logger = logging.getLogger(__name__)
 
-FACTS_FORMAT = 1
+FACTS_FORMAT = 2
 CASES_PER_PROCESS = 300
 """About so many small cases are read in the time that another process needs to start."""
 SECONDS_BEFORE_STORING = 10.0
@@ -54,6 +55,8 @@ class CaseFacts:
     """Numbers in its label file that belong to no name, with their voxels."""
     picture: PictureFacts | None
     """Facts about its image if it is a picture."""
+    rounded: Mapping[str, float] = field(default_factory=dict)
+    """Largest difference of its labels from whole numbers, by file, if they were rounded."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def facts_of_cases(
 def _examined(case: CaseFiles, dataset: Dataset) -> Examined:
     labelling = dataset.labelling
     try:
-        image, label = read_case(case, dataset)
+        with noting_rounded_labels() as rounded:
+            image, label = read_case(case, dataset)
     except SegkitError as error:
         return Examined(None, error, _other_numbers(case, dataset))
     others = _other_numbers(case, dataset) if labelling.others is not None else {}
@@ -126,6 +130,7 @@ def _examined(case: CaseFiles, dataset: Dataset) -> Examined:
             tuple(voxels.tolist()),
             others,
             image.picture,
+            rounded,
         )
     )
 

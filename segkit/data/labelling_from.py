@@ -5,7 +5,7 @@ from typing import Any
 
 from segkit.config.dataset_files import OTHERS
 from segkit.config.labels import Labelling
-from segkit.errors import DatasetError, first_few
+from segkit.errors import DatasetError, counted, first_few
 
 IGNORE = "ignore"
 """The name of voxels that nobody labelled."""
@@ -154,8 +154,9 @@ def _check_regions(
     regions = {name: group for name, group in named.items() if name != background}
     if len(order) != len(regions) or len(set(order)) != len(order):
         raise DatasetError(
-            f"{source}: regions_class_order must have {len(regions)} different numbers, one for "
-            f"each of {_listing(regions)}, found {list(order)}"
+            f"{source}: regions_class_order must have "
+            f"{counted(len(regions), 'different number')}, one for each of {_listing(regions)}, "
+            f"found {list(order)}"
             "; give one number for each region"
         )
     for (name, group), number in zip(regions.items(), order, strict=True):

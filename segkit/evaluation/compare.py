@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import permutation_test
 
-from segkit.errors import ConfigError, DatasetError, first_few
+from segkit.errors import ConfigError, DatasetError, counted, first_few
 from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, score_name
 from segkit.io.atomic import without_nan
 from segkit.io.picture_rules import MM_OF, Unit
@@ -411,7 +411,7 @@ def to_comparison_table(comparison: Comparison) -> Table:
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
-        title=f"B compared with A, {comparison.num_cases} cases",
+        title=f"B compared with A, {counted(comparison.num_cases, 'case')}",
         caption=(
             "B - A: mean over cases. 95 %: bootstrap interval. p: sign permutation test, corrected "
             "for the number of classes (Holm). Cases in which only one has a score are left out."

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float64, Integer
 from numpy import ndarray
 from scipy.optimize import minimize_scalar
 
+from segkit.errors import counted
 from segkit.evaluation.calibration import IN_QUESTION, Reliability
 
 MOST_VOXELS, FEWEST_VOXELS = 200_000, 10_000
@@ -65,8 +66,8 @@ class Temperature:
                 f"cases too few, and they should not be used as probabilities"
             )
         return (
-            f"temperature {self.value:.3f}, fitted on {self.cases} held-out cases: ECE of voxels "
-            f"in question {self.ece[0]:.4f} -> {self.ece[1]:.4f}, "
+            f"temperature {self.value:.3f}, fitted on {counted(self.cases, 'held-out case')}: "
+            f"ECE of voxels in question {self.ece[0]:.4f} -> {self.ece[1]:.4f}, "
             f"log loss {self.log_loss[0]:.4f} -> {self.log_loss[1]:.4f}{limit}"
         )
 

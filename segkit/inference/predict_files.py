@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from segkit.config.model import ModelDescription
 from segkit.data.label_numbers import within
 from segkit.data.preprocess import Prepared
-from segkit.errors import SegkitError, VolumeError
+from segkit.errors import SegkitError, VolumeError, counted
 from segkit.inference.bids_layout import bids_path, bids_stem, told_of_sources, write_bids_root
 from segkit.inference.dicom_seg import write_dicom_segmentation
 from segkit.inference.label_statistics import label_statistics
@@ -428,7 +428,7 @@ def _write(
             failures.append(failure(source, error))
     written.append(sidecar_of(targets.labels))
     if failures:  # left marked as unfinished, so that the next run writes the rest
-        more = f" (and {len(failures) - 1} more results)" if len(failures) > 1 else ""
+        more = f" (and {counted(len(failures) - 1, 'more result')})" if len(failures) > 1 else ""
         reason = f"{failures[0]}{more}; its labels are written: {targets.labels}"
         return Outcome(source, tuple(written), reason, prediction.presence)
     mark_finished(targets.labels)

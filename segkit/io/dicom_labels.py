@@ -16,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image, ImageDraw
 
-from segkit.errors import VolumeError, first_few
+from segkit.errors import VolumeError, counted, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
 from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_frames import damaged, read_header
@@ -169,7 +169,7 @@ def absent_structure(
     """A sentence about the classes that have no structure in a file."""
     first = absent[0]
     patterns = ", ".join(rules.patterns[first])
-    more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
+    more = f" and {counted(len(absent) - 1, 'more class')}" if len(absent) > 1 else ""
     return (
         f"{path}: expected a structure called {patterns} for {first}{more}, found "
         f"{first_few(names, MOST_STRUCTURES) or 'none'}; add its name to data.dicom.structures, or "
@@ -205,9 +205,10 @@ def _contoured(
         corners = _corners(path, name, contour, grid)
         z = round(float(corners[:, 2].mean()))
         if not 0 <= z < grid.shape[2]:
+            beyond = abs(z - (z > 0) * (grid.shape[2] - 1))
             raise VolumeError(
-                f"{path}: structure {name} has a contour {abs(z - (z > 0) * (grid.shape[2] - 1))} "
-                f"slices beyond the series; complete the series, or choose the one it belongs to"
+                f"{path}: structure {name} has a contour {counted(beyond, 'slice')} beyond the "
+                f"series; complete the series, or choose the one it belongs to"
             )
         mask = slices.setdefault(z, np.zeros(grid.shape[:2], bool))
         _toggle(mask, corners[:, :2])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, printable, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import (
     Series,
@@ -338,4 +338,5 @@ def failure(source: Input, error: SegkitError | OSError) -> str:
     file = str(source.files[0])
     if isinstance(error, OSError):
         return f"{file}: cannot write its result: {sentence_of(error)}"
-    return str(error) if file in str(error) else f"{file}: {error}"
+    # The text of an error shows control characters in names as text.
+    return str(error) if printable(file) in str(error) else f"{file}: {error}"

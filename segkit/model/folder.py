@@ -18,7 +18,7 @@ from torch import nn
 
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription, PostprocessingConfig
-from segkit.errors import ConfigError, ModelError
+from segkit.errors import ConfigError, ModelError, counted
 from segkit.io.atomic import json_text, whole, write_json
 from segkit.io.checksums import checksum
 from segkit.io.picture_rules import PictureRules
@@ -219,8 +219,9 @@ def load_description(folder: Path) -> ModelDescription:
         ) from None
     if len(description.normalisation) != len(description.channels):
         raise ModelError(
-            f"{source}: expected a normalisation for each of {len(description.channels)} channels, "
-            f"found {len(description.normalisation)}"
+            f"{source}: expected a normalisation for each of "
+            f"{counted(len(description.channels), 'channel')}, found "
+            f"{len(description.normalisation)}"
             "; use a model that segkit train has written"
         )
     if any(None in setting.model_dump().values() for setting in description.normalisation):

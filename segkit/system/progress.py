@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from segkit.errors import counted
+
 Item = TypeVar("Item")
 Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """A function of items, the name of the work and the number of items; it yields the items."""
@@ -147,7 +149,8 @@ class CohortProgress:
             return
         self.last = now
         self.console.print(
-            f"{self.what}: {share:.1f} of {self.count} volumes, about {left / 60:.0f} min left",
+            f"{self.what}: {share:.1f} of {counted(self.count, 'volume')}, about {left / 60:.0f} "
+            f"min left",
             highlight=False,
         )
 

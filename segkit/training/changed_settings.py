@@ -7,7 +7,7 @@ from typing import Any
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.training import SCHEDULE_OF, Config
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, counted
 from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG
 from segkit.training.resolve import with_absolute_paths
@@ -170,8 +170,8 @@ def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None
             )
         if key == "train.steps" and after <= steps_done:
             raise ConfigError(
-                f"{source}: train.steps is {after}, but the run has already done {steps_done} "
-                "steps; set it higher"
+                f"{source}: train.steps is {after}, but the run has already done "
+                f"{counted(steps_done, 'step')}; set it higher"
             )
 
 

@@ -7,6 +7,7 @@ Dice of all cases by models that were not trained on them. This Dice decides whe
 keep only the largest components.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from numpy import ndarray
 from pydantic import Field
 
 from segkit.config.base import Section
-from segkit.config.load import validated
+from segkit.config.load import changed, load_config, validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, dataset_of, grid_of_case
@@ -31,12 +32,18 @@ from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.file_names import FOLD, SPLIT, SUMMARY
+from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY
 from segkit.model.folder import adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
+from segkit.training.changed_settings import changes, in_a_sentence
 from segkit.training.fit import resume, train
+from segkit.training.fold_settings import (
+    check_new_settings,
+    is_done,
+    tell_differences,
+)
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
@@ -86,6 +93,8 @@ class Record(Section):
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     config: Config
     """The config of all folds, except for `name` and `data.fold`."""
+    overrides: list[str] = Field([])
+    """Settings that were changed since the first fold began, such as `train.steps=2000`."""
 
 
 def cross_validate(
@@ -127,15 +136,7 @@ def cross_validate(
             f"data.fold is {config.data.fold}, but --folds also chooses the folds to train; give "
             "only one of the two"
         )
-    devices = config.trainer.devices
-    if config.trainer.num_nodes != 1 or not (
-        devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    ):
-        raise ConfigError(
-            f"trainer.devices is {devices} and trainer.num_nodes {config.trainer.num_nodes}, but "
-            f"--folds trains in one process; set both to 1, or train each fold as a run of its own "
-            f"with data.fold"
-        )
+    _check_one_process(config)
     dataset = dataset_of(config.data)
     known = folds_of(dataset, config.data)
     numbers = range(len(known)) if folds == "all" else folds
@@ -158,10 +159,23 @@ def cross_validate(
         raise
 
 
+def _check_one_process(config: Config) -> None:
+    devices = config.trainer.devices
+    if config.trainer.num_nodes != 1 or not (
+        devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    ):
+        raise ConfigError(
+            f"trainer.devices is {devices} and trainer.num_nodes {config.trainer.num_nodes}, but "
+            f"--folds trains in one process; set both to 1, or train each fold as a run of its own "
+            f"with data.fold"
+        )
+
+
 def resume_folds(
     folder: Path,
     folds: Sequence[int] | Literal["all"] = (),
     *,
+    overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
@@ -174,6 +188,8 @@ def resume_folds(
     Args:
         folder: the folder of the cross-validation.
         folds: numbers of folds to train as well, or "all".
+        overrides: changes of settings such as `train.steps=2000`, for all folds. With more steps,
+            finished folds go on too.
         say: receives a line of text before each fold.
         callbacks: Lightning callbacks that are called during each training.
         track: shows the progress over cases.
@@ -182,23 +198,54 @@ def resume_folds(
         The folder and the summary of all folds.
 
     Raises:
-        ConfigError: nothing is missing.
+        ConfigError: nothing is missing, or a setting was changed that must stay.
         SegkitError: a training fails, as `train` describes.
     """
     record = _record_of(folder)
+    if overrides:
+        record = _with_new_settings(folder, record, overrides)
     if folds == "all":
         data = record.config.data
         folds = range(len(folds_of(dataset_of(data), data)))
     record = record.model_copy(update={"folds": sorted({*record.folds, *folds})})
-    if (folder / SUMMARY).is_file() and all(
-        (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
-    ):
+    if (folder / SUMMARY).is_file() and not _missing(folder, record):
         raise ConfigError(
-            f"{folder}: the cross-validation is finished already; add folds with --folds, or read "
-            f"its {SUMMARY}"
+            f"{folder}: the cross-validation is finished already; add folds with --folds, set more "
+            f"train.steps, or read its {SUMMARY}"
         )
     with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
+
+
+def _with_new_settings(folder: Path, record: Record, overrides: Sequence[str]) -> Record:
+    """The record with changed settings, which apply to all folds from now on.
+
+    Raises:
+        ConfigError: a setting must not change, or another process trains a fold now.
+    """
+    config = with_absolute_paths(changed(record.config, overrides))
+    _check_one_process(config)
+    begun = {fold: run for fold in record.folds if (run := _fold(folder, fold)).is_dir()}
+    check_new_settings(folder, record.config, config, begun)
+    for fold in begun:
+        with lock_if_free(_lock_of(folder, fold)) as free:
+            if not free:
+                raise ConfigError(
+                    f"{folder}: another process trains fold {fold}; stop it, and then resume with "
+                    f"{overrides[0]}"
+                )
+    begun_with = record.config.model_dump(mode="json")
+    found = list(changes(begun_with, config.model_dump(mode="json")))
+    if found:
+        logger.info("%s: continues with %s", folder, in_a_sentence(found))
+    new = {key: f"{key}={json.dumps(after)}" for key, _, after in found}
+    old = [each for each in record.overrides if each.partition("=")[0] not in new]
+    return record.model_copy(update={"config": config, "overrides": [*old, *new.values()]})
+
+
+def _missing(folder: Path, record: Record) -> list[int]:
+    """The folds that are not finished."""
+    return [f for f in record.folds if not is_done(_fold(folder, f), record.overrides)]
 
 
 def is_cross_validation(folder: Path) -> bool:
@@ -220,13 +267,13 @@ def _go_on(
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
         write_json(folder / RECORD, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
-        with lock_if_free(folder / f".{FOLD}{fold}.lock") as mine:
+        with lock_if_free(_lock_of(folder, fold)) as mine:
             run = _fold(folder, fold)
-            if not mine or (run / SUMMARY).is_file():
+            if not mine or is_done(run, record.overrides):
                 continue
             say(f"fold {fold}, {number} of {len(record.folds)}")
             if run.exists():
-                resume(run, callbacks=callbacks, track=track)
+                resume(run, overrides=record.overrides, callbacks=callbacks, track=track)
             else:
                 data = record.config.data.model_copy(update={"fold": fold})
                 config = record.config.model_copy(update={"name": run.name, "data": data})
@@ -234,16 +281,17 @@ def _go_on(
                 train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         # Another process may have begun more of them meanwhile; the last to end pools all.
-        folds = _record_of(folder).folds
-        missing = [fold for fold in folds if not (_fold(folder, fold) / SUMMARY).is_file()]
-        if missing:
+        record = _record_of(folder)
+        if missing := _missing(folder, record):
             say(
                 f"{folder}: not finished yet: {', '.join(f'fold {fold}' for fold in missing)}; "
                 f"the process that trains it pools all folds when it ends, or "
                 f"{_how_to_go_on(folder)}"
             )
             return CrossValidation(folder, {})
-        return write_pooled(folder, folds)
+        runs = {fold: _fold(folder, fold) for fold in record.folds}
+        tell_differences(folder, {fold: load_config(run / CONFIG) for fold, run in runs.items()})
+        return write_pooled(folder, record.folds)
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
@@ -348,6 +396,10 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
 
 def _how_to_go_on(folder: Path) -> str:
     return f"segkit train --resume {folder} continues from there"
+
+
+def _lock_of(folder: Path, fold: int) -> Path:
+    return folder / f".{FOLD}{fold}.lock"
 
 
 def _fold(folder: Path, fold: int) -> Path:

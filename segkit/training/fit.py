@@ -27,7 +27,7 @@ from segkit.config.training import Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
-from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
+from segkit.errors import ConfigError, ModelError, SegkitError, Stopped, counted
 from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
@@ -395,7 +395,8 @@ def _check_more_to_do(
     if not more or not steps_done or config.train.minutes is not None:
         raise ConfigError(
             f"{folder}: the run is finished already, and its model is {folder / 'model'}; to train "
-            f"more than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
+            f"more than its {counted(steps_done, 'step')}: segkit train --resume {folder} "
+            f"train.steps=N"
             if config.train.minutes is None
             else f"{folder}: the run is finished already, and its model is {folder / 'model'}; "
             f"because train.minutes limited it, start a new run with train.start_from={folder}"

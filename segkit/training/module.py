@@ -129,7 +129,7 @@ class SegmentationModule(L.LightningModule):
         self.log(
             "train/loss",
             torch.stack(self.losses_of_step).mean() if place else loss,
-            prog_bar=True,
+            prog_bar=False,  # or Lightning would wait for the loss of each step
             batch_size=len(label),
             sync_dist=self.trainer.world_size > 1,
         )
@@ -287,7 +287,7 @@ class SegmentationModule(L.LightningModule):
             if is_defined:
                 self.log(f"validation/{measure}_{name}", mean, batch_size=1)
         mean = means[defined].mean() if defined.any() else means.new_ones(())
-        self.log(f"validation/{measure}", mean, prog_bar=True, batch_size=1)
+        self.log(f"validation/{measure}", mean, batch_size=1)
 
     @property
     def share_done(self) -> float:

@@ -3,14 +3,12 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole_folder, write_json
 from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY, WEIGHTS
-from segkit.training.changed_settings import changes, is_one_of
 from segkit.training.cross_validation import (
     RECORD,
     CrossValidation,
@@ -18,24 +16,8 @@ from segkit.training.cross_validation import (
     is_cross_validation,
     write_pooled,
 )
+from segkit.training.fold_settings import check_alike
 from segkit.training.kept_split import SplitNames, case_names, read_split
-
-OF_THE_MACHINE = {
-    "name",
-    "replaced",
-    "trainer",
-    "data.folder",
-    "data.cache",
-    "data.workers",
-    "data.fold",
-    "data.first_stage",
-    "train.start_from",
-    "train.pictures",
-    "train.validation_cases",
-}
-"""Settings that may differ between folds: paths, the trainer, and output."""
-OF_THE_FOLD = {"data.spacing", "data.normalisation"}
-"""Settings that each fold measures on its own cases, unless they were given."""
 
 
 def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
@@ -65,7 +47,7 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
         raise ConfigError(f"{out}: exists already; choose another folder for the pooled results")
     runs = _runs_of([Path(folder) for folder in folders])
     configs = {fold: load_config(run / CONFIG) for fold, run in runs.items()}
-    _check_settings(runs, configs)
+    check_alike(runs, configs)
     _check_splits(runs, configs)
     first = next(iter(configs.values()))
     data = first.data.model_copy(update={"fold": None})
@@ -110,20 +92,6 @@ def _runs_of(folders: Sequence[Path]) -> dict[int, Path]:
                 )
             found[fold] = run
     return dict(sorted(found.items()))
-
-
-def _check_settings(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
-    """Raise ConfigError for the first setting that differs between folds and may not."""
-    (first, config), *others = configs.items()
-    expected: dict[str, Any] = config.model_dump(mode="json")
-    for fold, other in others:
-        for key, before, after in changes(expected, other.model_dump(mode="json")):
-            if is_one_of(key, OF_THE_MACHINE | OF_THE_FOLD):
-                continue
-            raise ConfigError(
-                f"{runs[fold]}: expected the {key} of {runs[first]}, {before}, found {after}; give "
-                "folds that were trained with the same settings"
-            )
 
 
 def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:

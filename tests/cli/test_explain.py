@@ -43,7 +43,8 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
         rows[name] = (out / name / "ablation.csv").read_text().splitlines()
         told = json.loads((out / name / "measures.json").read_text())["worth"]
         best = told["verdicts"][0]
-        assert f"{name} {best['map']}: {best['word']}. Over 1 scan, " in said
+        page = (out / name / "index.html").read_text()
+        assert f'"verdict": "{best["word"]}", "reason": "Over 1 scan, ' in page
     assert (out / "ablation.csv").read_text().splitlines() == rows["a"] + rows["b"][1:]
     cohort = json.loads((out / "cohort.json").read_text())
     assert cohort["scans"] == 2 and [one["case"] for one in cohort["evidence"]] == ["a", "b"]
@@ -52,9 +53,11 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     # Two scans are too few for any other word.
     assert (verdict["map"], verdict["word"]) == ("skip.1/gate", "cannot tell")
     assert '</b>: <b class="cannot-tell">cannot tell</b>. Over 2 scans, ' in page
-    # … and the terminal has them as a table, with the figures of the file.
+    # … and the terminal has one sentence for each map, below a table with the figures of the file.
+    assert "Over 1 scan" not in said
+    assert " ".join(said.split()).count("skip.1/gate: cannot tell. Over 2 scans, ") == 1
     table = said[said.index("Verdicts over 2 scans") :]
-    (row,) = [line for line in table.splitlines() if "skip.1/gate" in line]
+    (row,) = [line for line in table.splitlines() if "skip.1/gate " in line]
     for name, how in (("Dice lost without it", "+.3f"), ("AUROC", ".2f")):
         value = verdict["figures"][name]
         assert ("–" if value is None else format(value, how)) in row.split()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.cli.main import main
+from segkit.cli.main import app, main
 from tests.cli.command import run
 
 COMMANDS = ("demo", "train", "predict", "evaluate", "check")
@@ -34,9 +34,29 @@ def test_module_and_command_are_one() -> None:
         [sys.executable, "-m", "segkit", "--version"], capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stdout.startswith("segkit 0.")
+    script = subprocess.run(
+        [sys.executable, "-m", "segkit", "--show-completion", "bash"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "_SEGKIT_COMPLETE=complete_bash" in script and script.rstrip().endswith(" segkit"), (
+        script
+    )
     lines = dict(line.split(" ", 1) for line in result.stdout.splitlines())
     assert lines["torch"] == torch.__version__ and lines["CUDA"] and lines["cuDNN"]
     assert lines["openvino"] == version("openvino") and lines["onnxruntime"]
+
+
+def test_help_names_the_program_and_no_types_of_python(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("", *(command.name or "" for command in app.registered_commands)):
+        code, out, _ = run(*filter(None, [name, "--help"]), capsys=capsys)
+        assert code == 0 and f"Usage: segkit {name}".strip() in out, out
+        assert "<bool>" not in out and "list[Path]" not in out, out
+    assert "{A} {B}" in run("compare", "--help", capsys=capsys)[1]
+    assert "{INPUT}..." in run("predict", "--help", capsys=capsys)[1]
 
 
 def test_the_version_warns_of_a_slow_cudnn(

@@ -183,7 +183,7 @@ def test_a_scan_with_results_is_skipped_unless_the_scan_was_replaced(
     assert code == 0 and told[0]["sha256"] == checksum(scans / "c.nii.gz")
     # One file alone, too.
     code, out, _ = run(*words[:2], *words[3:], capsys=capsys)
-    assert code == 0 and "skipped 1 of 1 volumes" in out
+    assert code == 0 and "skipped 1 of 1 volume with results" in out
 
 
 def test_predict_prints_its_results_as_json(

@@ -156,10 +156,10 @@ def test_labels_of_the_config_win_over_the_dataset_and_it_is_said(
 
 
 def test_check_counts_the_numbers_that_nobody_names(renumbered: Path) -> None:
-    with pytest.raises(DatasetError, match=r"9 \(1 voxels in 1 case\), 17 \([0-9]+ voxels in 1 c"):
+    with pytest.raises(DatasetError, match=r"9 \(1 voxel in 1 case\), 17 \([0-9]+ voxels in 1 c"):
         check(renumbered)
     labels = ["data.labels={background: [0, others], ball: [17, 53]}"]
     told = check(renumbered, labels)
     assert "label 17, 53 ball: in 2 cases" in str(told)
-    assert "other numbers, read as background: 9 (1 voxels in 1 case)" in str(told)
+    assert "other numbers, read as background: 9 (1 voxel in 1 case)" in str(told)
     assert told.facts["other_numbers"] == [{"number": 9, "cases": 1, "voxels": 1}]

@@ -131,7 +131,7 @@ def test_the_command_writes_checks_and_prints_the_differences(tmp_path: Path) ->
     assert done.exit_code == 0
     assert f"wrote {out}" in done.output
     assert "largest difference of logits: " in done.output
-    assert "largest difference of 1 maps: " in done.output
+    assert "largest difference of 1 map: " in done.output
     assert "same label: 100.0000% of voxels" in done.output
     again = CliRunner().invoke(app, [*arguments, "--check", "--overwrite", "--json"])
     terminal.start()

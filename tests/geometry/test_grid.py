@@ -261,7 +261,7 @@ DIFFERENCES = {
     "axes": (
         (11, 21, 30),
         changed(degrees=1.0),
-        "its axes are turned by 1 degrees, so that voxels lie up to 0.351 voxels apart",
+        "its axes are turned by 1 degree, so that voxels lie up to 0.351 voxels apart",
     ),
     "all at once": (
         (11, 21, 30),

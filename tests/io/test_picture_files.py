@@ -361,7 +361,7 @@ def two_sizes(path: Path) -> Path:
 CMYK = np.zeros((4, 6, 4), np.uint8)
 REFUSED = {
     "cut.png": (cut_png, "cannot be read as .png: image file is truncated"),
-    "cut.tif": (cut_tiff, "it is incomplete: 1000 bytes of pixels are missing"),
+    "cut.tif": (cut_tiff, "it is incomplete: its pixels lack 1000 bytes"),
     "bomb.png": (bomb, "its header claims 60000 x 60000 pixels.*its file can only hold"),
     "times.tif": (times, "found time points; set data.pictures.pages"),
     "sizes.tif": (two_sizes, r"expected one picture, found 2 \(2x6, 4x6\)"),

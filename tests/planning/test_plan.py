@@ -209,6 +209,12 @@ def test_the_spacing_of_an_axis_of_one_voxel_is_ignored(axis: int, spacing: Trip
         plan_for_memory(planes, spatial_dims=3)
 
 
+def test_the_spacing_along_an_axis_of_one_voxel_is_not_compared() -> None:
+    picture = alike((512, 512, 1), (4e-6, 4e-6, 1.0), 24)
+    told = plan_for_memory(picture, spatial_dims=2).reasons["separate_z"]
+    assert told.startswith("The coarsest spacing is 1 times the finest in the median case and 1 ")
+
+
 def test_lines_are_refused() -> None:
     with pytest.raises(DatasetError, match="one voxel along x and z"):
         plan_for_memory(alike((1, 96, 1), (1.0, 1.0, 1.0), 20), spatial_dims=2)

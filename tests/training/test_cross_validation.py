@@ -27,6 +27,7 @@ from segkit.training.cross_validation import (
     pool_folds,
     resume_folds,
 )
+from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
 from tests.training.drawn_folds import fold_of
 
@@ -255,6 +256,81 @@ def test_a_stopped_cross_validation_trains_only_missing_folds(
         name: dice for name, dice in whole.items() if name in summary["validation"]["dice_of_cases"]
     }
     assert summary["validation"]["cases"] == 4
+
+
+@pytest.mark.slow
+def test_new_settings_of_a_cross_validation_are_those_of_every_fold(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StoppedError):
+        cross_validate(quick_config(data), [0, 1], runs=tmp_path, callbacks=[CountRuns(2)])
+    folder = tmp_path / "small"
+    before = (folder / "cross_validation.json").read_bytes()
+    for override, why in (
+        (
+            "train.seed=3",
+            r"small: train\.seed was changed from 0 to 3, but the earlier steps used it",
+        ),
+        ("data.num_folds=3", "data.num_folds was changed from 5 to 3, but a run keeps its split"),
+        ("data.fold=3", "data.fold was changed from null to 3, but a run keeps its split"),
+        ("name=other", "name was changed from small to other, but a run keeps its name"),
+        (
+            "data.batch_size=1",
+            r"small: data\.batch_size was changed, but fold 0 finished with the earlier value, and "
+            r"folds of one cross-validation share",
+        ),
+        ("train.steps=1", r"train\.steps is 1, but 2 steps are done; set it higher"),
+        ("trainer.devices=2", r"trainer\.devices is 2 and trainer\.num_nodes 1, but --folds"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            resume_folds(folder, overrides=[override])
+    assert (folder / "cross_validation.json").read_bytes() == before
+    # Who cuts patches changes nothing, so fold 0 stays as it is.
+    kept = (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns
+    resume_folds(folder, overrides=["data.workers=0"])
+    assert (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns == kept
+    # With more steps all folds go on, with the other settings too; a new fold begins with them.
+    wanted = ["train.steps=3", "data.batch_size=1"]
+    summary = resume_folds(folder, [4], overrides=wanted).summary
+    assert {fold: told["steps"] for fold, told in summary["folds"].items()} == {
+        "0": 3,
+        "1": 3,
+        "4": 3,
+    }
+    for fold in (0, 1, 4):
+        config = load_config(folder / f"fold_{fold}" / "config.yaml")
+        assert (config.train.steps, config.data.batch_size, config.data.workers) == (3, 1, 0)
+    changed = read(folder / "fold_0" / "summary.json")["changed_settings"]
+    expected = {"train.steps", "data.batch_size", "data.workers"}
+    assert {each["setting"] for each in changed} == expected
+    with pytest.raises(
+        ConfigError, match=r"finished already; name more --folds, set more train\.st"
+    ):
+        resume_folds(folder, overrides=wanted)
+
+
+def test_settings_of_a_fold_that_is_trained_now_do_not_change(data: Path, tmp_path: Path) -> None:
+    folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
+    with (
+        lock_if_free(folder / ".fold_0.lock"),
+        pytest.raises(
+            ConfigError, match=r"another process trains fold 0; stop it, and then resume"
+        ),
+    ):
+        resume_folds(folder, overrides=["train.steps=9"])
+
+
+@pytest.mark.slow
+def test_a_fold_with_settings_of_its_own_is_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
+    assert "differ" not in caplog.text
+    training.resume(folder / "fold_0", overrides=["train.steps=3"])
+    resume_folds(folder, [1])
+    assert "small: the folds were not all trained in the same way, as they differ in train.ste" in (
+        caplog.text
+    )
 
 
 def newest_of(runs: Path) -> Path | None:

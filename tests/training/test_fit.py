@@ -200,7 +200,7 @@ def test_fewer_held_out_cases_than_processes_are_refused(dataset: Path, tmp_path
         dataset, data={"validation": 0.25}, trainer={"devices": 4, "strategy": "ddp"}
     )
     with pytest.raises(
-        ConfigError, match=r"^each of the 4 processes needs a held-out case, but there are only \d"
+        ConfigError, match=r"^each of the 4 processes needs a held-out case, but only \d"
     ):
         train(config, runs=tmp_path)
     assert not (tmp_path / "small").exists()

@@ -160,7 +160,7 @@ def test_groups_that_your_own_split_divides_are_reported(
     own = [{"train": ["p0_a", "p1_a", "p1_b"], "val": ["p0_b"]}]
     dataset = dataset_with(tmp_path, ["p0_a", "p0_b", "p1_a", "p1_b"])
     split_of(dataset, config_with(tmp_path, splits=own, group_by={"pattern": "(p[0-9])"}))
-    assert "splits groups of data.group_by: 1 groups, p0 (p0_a, p0_b)" in caplog.text
+    assert "splits groups of data.group_by: 1 group, p0 (p0_a, p0_b)" in caplog.text
 
 
 def test_each_fold_has_its_share_of_every_stratum() -> None:
@@ -200,7 +200,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         dataset_of(config_with(folder, test=["nobody"]).data)
     with pytest.raises(DatasetError, match=r"data\.validation names case_1, which is also in data"):
         split_of(dataset, config_with(folder, validation=["case_1"]))
-    assert "1 more are kept for a test" in str(check(folder, ["data.test=[case_1]"]))
+    assert "1 more kept for a test" in str(check(folder, ["data.test=[case_1]"]))
 
 
 @pytest.mark.parametrize("grouping", [{"pattern": "(p[0-9])_"}, {"column": "patient"}])

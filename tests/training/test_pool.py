@@ -128,6 +128,46 @@ def test_folds_that_do_not_belong_together_are_refused(
     assert not out.exists() and not list(tmp_path.glob(".partial*"))
 
 
+def test_settings_that_decide_what_a_fold_learns_are_the_same_in_all_folds(
+    apart: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there, _ = apart
+    path = Path(shutil.copytree(there, tmp_path / "other")) / "fold_1" / "config.yaml"
+    before = path.read_text()
+
+    def pooled_with(section: str, key: str, value: Any) -> None:
+        tree = yaml.safe_load(before)
+        (tree[section] if section else tree)[key] = value
+        path.write_text(yaml.safe_dump(tree))
+        shutil.rmtree(tmp_path / "all", ignore_errors=True)
+        caplog.clear()
+        pool([here, tmp_path / "other"], tmp_path / "all")
+
+    for section, key, value in (
+        ("", "replaced", ["loss"]),
+        ("trainer", "accumulate_grad_batches", 2),
+        ("trainer", "max_time", "00:00:01:00"),
+        ("train", "start_from", "/some/run"),
+        ("train", "batch_dice", True),
+        ("data", "normalisation", [{"kind": "zscore", "nonzero": True}]),
+        ("data", "labelled", {"case_0": ["organ"]}),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"fold_1: expected the {section}\.?{key} of .*found .*same settings"
+        ):
+            pooled_with(section, key, value)
+    for section, key, value in (
+        ("trainer", "precision", "bf16-mixed"),
+        ("data", "spacing", [2.0, 1.0, 1.0]),
+    ):
+        pooled_with(section, key, value)
+        assert (
+            f"not all trained in the same way, as they differ in {section}.{key} (" in caplog.text
+        )
+    pooled_with("data", "cache", "/elsewhere")
+    assert not caplog.text
+
+
 class Resumed(Callback):
     """While a fold is trained, goes on with the folder as another process would."""
 

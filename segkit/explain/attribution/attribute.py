@@ -20,7 +20,7 @@ from torch import Tensor
 
 from segkit.data.label_numbers import volume_within
 from segkit.data.preprocess import Prepared, prepare_label
-from segkit.errors import ModelError, VolumeError
+from segkit.errors import ModelError, VolumeError, counted
 from segkit.explain.attribution.gradients import integrated_gradients, smoothgrad
 from segkit.explain.attribution.perturbations import kernel_shap, occlusion
 from segkit.explain.attribution.supervoxels import Supervoxels
@@ -153,7 +153,7 @@ class Attribution:
     def sentence(self) -> str:
         """Its sums in words."""
         about = f"{self.key}: the {self.settings.quantity} sums to {self.value:.4g} over "
-        about += f"{self.region_voxels} voxels"
+        about += f"{counted(self.region_voxels, 'voxel')}"
         if self.method == "smoothgrad":
             return about
         base = f"{about}, and to {self.baseline_value:.4g} for the baseline"

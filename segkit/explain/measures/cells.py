@@ -50,6 +50,16 @@ class Cells:
             values = np.tensordot(values, share.astype(np.float32), axes=(0, 1))
         return values
 
+    def lowest(self, values: Float[ndarray, "x y z"]) -> Float[ndarray, "cells_x cells_y cells_z"]:
+        """The lowest voxel that each cell covers; 0 for a cell that covers none."""
+        for share in self.shares:  # as in `mean`
+            lowest = [
+                values[covered].min(axis=0) if covered.any() else np.zeros_like(values[0])
+                for covered in share > 0
+            ]
+            values = np.stack(lowest, axis=-1)
+        return values
+
 
 def seen_part(values: ndarray, grid: Grid, seen: Grid) -> ndarray:
     """The part of an array (x, y, z, …) on a scan's grid that the network processed, in RAS+ order.

@@ -48,9 +48,9 @@ class Ranked:
 def spearman(first: Ranked, second: Ranked) -> float:
     """Spearman's rank correlation of two maps on one grid, from -1 to 1.
 
-    NaN if either map is constant.
+    NaN if either map is constant, or if there are no cells.
     """
-    if np.ptp(first.ranks) == 0 or np.ptp(second.ranks) == 0:
+    if not first.ranks.size or np.ptp(first.ranks) == 0 or np.ptp(second.ranks) == 0:
         return float("nan")
     one, other = first.ranks - first.ranks.mean(), second.ranks - second.ranks.mean()
     return float(one @ other / np.sqrt((one @ one) * (other @ other)))

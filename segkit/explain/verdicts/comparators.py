@@ -3,6 +3,8 @@
 - the intensity of each channel: unchanged, smoothed with Gaussians of half a cell to eight cells,
   and averaged over boxes;
 - the gradient magnitude of the intensity, unchanged and smoothed;
+- other fixed functions of the intensity (`OTHER`): its ranks, its deviation, its highest and lowest
+  value, the difference of two smoothings, and its distance from the structure's own median;
 - the same gate of several untrained networks (`untrained`);
 - the mean map of other scans, cell by cell of the processed part of each scan (`mean_map`).
 
@@ -10,13 +12,14 @@ Each comparator is used in both directions, with high values first and with low 
 because inverting a map needs no training either.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, uniform_filter
 
 from segkit.explain.measures.cells import Cells, gradient_length
 from segkit.explain.measures.ranks import Ranked
@@ -31,6 +34,15 @@ BOX_WIDTHS = (2, 3, 5, 7)
 """Sizes, in cells along each axis, of the boxes that the intensity is averaged over."""
 EDGE_WIDTHS = (1.0, 2.0, 4.0)
 """Standard deviations, in cells, of the Gaussians before the gradient."""
+OTHER_WIDTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Standard deviations, in cells, of the Gaussians after the functions of intensity in `OTHER`."""
+CONTRAST_WIDTHS = (0.0, 1.0, 2.0, 4.0, 8.0)
+"""Standard deviations, in cells, of the Gaussians whose differences are comparators."""
+OTHER = ("rank", "deviation", "maximum", "minimum", "contrast", "closeness")
+"""How the names of further functions of the intensity begin. Each stands for a kind of map that
+needs no training: a monotone change of the intensity, a texture, a pooled maximum, a Laplacian, a
+band of intensities."""
+NUM_QUANTILES = 256
 DELETED_WIDTHS = (1.0, 4.0)
 """Standard deviations, in cells, of the smoothed intensities for deletion. They are few, because
 each needs several passes over the volume."""
@@ -41,6 +53,26 @@ BOX_CELLS = 32
 """Largest number of cells kept along each axis of a map, to compare it with other scans."""
 
 CellValues3d = Float[ndarray, "x y z"]
+
+
+class _Smooth:
+    """A Gaussian on a map's grid, whose width counts cells along the finest axis."""
+
+    def __init__(self, grid: Grid) -> None:
+        pitches = [pitch for pitch, size in zip(grid.spacing, grid.shape, strict=True) if size > 1]
+        finest = min(pitches or grid.spacing)
+        self.scales = [
+            finest / pitch if size > 1 else 0.0
+            for pitch, size in zip(grid.spacing, grid.shape, strict=True)
+        ]
+
+    def __call__(self, values: CellValues3d, width: float) -> CellValues3d:
+        """The values smoothed over `width` cells; unchanged if it is 0."""
+        if not width:
+            return values
+        sigma = [width * scale for scale in self.scales]
+        smooth: ndarray = gaussian_filter(values, sigma, mode="nearest")
+        return smooth
 
 
 def image_comparators(
@@ -54,11 +86,7 @@ def image_comparators(
         cells: the map's cells.
         grid: the map's grid.
     """
-    finest = (
-        min(pitch for pitch, size in zip(grid.spacing, grid.shape, strict=True) if size > 1)
-        if max(grid.shape) > 1
-        else min(grid.spacing)
-    )
+    smoothed = _Smooth(grid)
     found: dict[str, CellValues3d] = {}
     for name, image in pictures.items():
         covered = cells.mean(image).astype(np.float64)
@@ -66,15 +94,98 @@ def image_comparators(
         if not name.startswith("intensity"):
             continue
         for width in SMOOTHING_WIDTHS:
-            found[f"{name} smoothed over {width:g} cells"] = _smoothed(covered, width, finest, grid)
+            found[f"{name} smoothed over {width:g} cells"] = smoothed(covered, width)
         for count in BOX_WIDTHS:
             sizes = [min(count, size) for size in grid.shape]
             found[f"{name} averaged over {count} cells"] = uniform_filter(covered, sizes)
         for width in EDGE_WIDTHS:
-            smooth = _smoothed(covered, width, finest, grid)
-            edges = gradient_length(smooth, grid.spacing)
+            edges = gradient_length(smoothed(covered, width), grid.spacing)
             found[f"{name.replace('intensity', 'gradient')} smoothed over {width:g} cells"] = edges
+        found |= _other_functions(name, image, covered, cells, smoothed)
     return found
+
+
+def _other_functions(
+    name: str, image: CellValues3d, covered: CellValues3d, cells: Cells, smoothed: _Smooth
+) -> dict[str, CellValues3d]:
+    """Further functions of one channel's intensity, on a map's cells; see `OTHER`."""
+    size = [min(3, count) for count in image.shape]
+    centred = image - np.float32(image.mean())
+    mean, square = (cells.mean(one).astype(np.float64) for one in (centred, centred**2))
+    functions = {
+        "rank": cells.mean(_ranked(image)),
+        "maximum": -cells.lowest(-image),
+        "minimum": cells.lowest(image),
+        "maximum over 3 voxels": cells.mean(maximum_filter(image, size)),
+        "minimum over 3 voxels": cells.mean(minimum_filter(image, size)),
+        "deviation over 3 voxels": cells.mean(_deviation(centred, size)),
+    }
+    found: dict[str, CellValues3d] = {}
+
+    def add(kind: str, values: CellValues3d, of: str) -> None:
+        kind, _, over = kind.partition(" ")
+        found[f"{name.replace('intensity', kind)}{' ' * bool(over)}{over}{of}"] = values
+
+    for width in OTHER_WIDTHS:
+        of = f" smoothed over {width:g} cells" if width else ""
+        variance = smoothed(square, width) - smoothed(mean, width) ** 2
+        add("deviation", np.sqrt(np.maximum(variance, 0)), of)
+        for kind, values in functions.items():
+            add(kind, smoothed(values.astype(np.float64), width), of)
+    for fine, coarse in itertools.combinations(CONTRAST_WIDTHS, 2):
+        difference = smoothed(covered, fine) - smoothed(covered, coarse)
+        add("contrast", difference, f" of {fine:g} and {coarse:g} cells")
+    return found
+
+
+def closeness_comparators(
+    pictures: Mapping[str, CellValues3d],
+    inside: Bool[ndarray, "x y z"],
+    cells: Cells,
+    grid: Grid,
+) -> dict[str, CellValues3d]:
+    """How close the intensity is to a structure's median, on a map's cells, by name.
+
+    A gate may show a band of intensities; a viewer's window does so without training. The distance
+    is taken both before and after smoothing.
+
+    Args:
+        pictures: as for `image_comparators`.
+        inside: the voxels of the structure.
+        cells: the map's cells.
+        grid: the map's grid.
+    """
+    found: dict[str, CellValues3d] = {}
+    if not inside.any():
+        return found
+    smoothed = _Smooth(grid)
+    for name, image in pictures.items():
+        if not name.startswith("intensity"):
+            continue
+        median = np.median(image[inside])
+        away = cells.mean(np.abs(image - median)).astype(np.float64)
+        covered = cells.mean(image).astype(np.float64)
+        for width in OTHER_WIDTHS:
+            of = f" smoothed over {width:g} cells" if width else ""
+            named = f"{name.replace('intensity', 'closeness')} to the median{of}"
+            found[named] = -smoothed(away, width)
+            found[f"{named} before"] = -np.abs(smoothed(covered, width) - median)
+    return found
+
+
+def _deviation(image: Float[ndarray, "x y z"], size: Sequence[int]) -> Float[ndarray, "x y z"]:
+    """The standard deviation of the intensity in a window around each voxel."""
+    variance = uniform_filter(image**2, size) - uniform_filter(image, size) ** 2
+    deviation: ndarray = np.sqrt(np.maximum(variance, 0))
+    return deviation
+
+
+def _ranked(image: Float[ndarray, "x y z"]) -> Float[ndarray, "x y z"]:
+    """Each voxel's share of voxels below it, to within 1 / `NUM_QUANTILES`, from 0 to 1."""
+    thinned = image.ravel()[:: max(1, image.size // MOST_CELLS)]
+    shares = np.linspace(0, 1, NUM_QUANTILES)
+    ranked: ndarray = np.interp(image, np.quantile(thinned, shares), shares)
+    return ranked.astype(np.float32)
 
 
 def deleted_comparators(names: Sequence[str]) -> list[str]:
@@ -87,18 +198,12 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
     return [
         name
         for name in names
-        if not ("smoothed" in name or "averaged" in name)
+        if (
+            name.startswith(("intensity", "gradient"))
+            and not ("smoothed" in name or "averaged" in name)
+        )
         or (name.startswith("intensity") and any(name.endswith(end) for end in smoothed))
     ]
-
-
-def _smoothed(values: CellValues3d, width: float, finest: float, grid: Grid) -> CellValues3d:
-    sigma = [
-        width * finest / pitch if size > 1 else 0.0
-        for pitch, size in zip(grid.spacing, grid.shape, strict=True)
-    ]
-    smooth: ndarray = gaussian_filter(values, sigma, mode="nearest")
-    return smooth
 
 
 class Sides:

@@ -30,6 +30,7 @@ from segkit.explain.verdicts.comparators import (
     CellValues3d,
     Sides,
     boxed,
+    closeness_comparators,
     deleted_comparators,
     image_comparators,
     mean_map,
@@ -56,6 +57,9 @@ HIGH_FIRST = "highest first"
 LOW_FIRST = "lowest first"
 """The two deletion orders of a channel's own cells."""
 EARLIER = "mean map of earlier scans"
+BEST_IMAGE = "best function of the image"
+"""The comparator from the scan's intensity that localises the predicted structures best, in this
+scan. Deletion has it as one of its few comparators."""
 UNTRAINED = "untrained network"
 """Prefix of the names of comparators from untrained networks."""
 DELETED_DRAWS = 2
@@ -120,7 +124,7 @@ def gather_evidence(
 
     The scan is segmented once for each channel (about twice if there are several), the network
     processes it once for each untrained network and four times for each deletion order. A gate has
-    about ten deletion orders.
+    about eleven deletion orders.
 
     Args:
         predictor: runs the model. In an ensemble, only the first model is edited and tested.
@@ -295,8 +299,16 @@ class _MapGrid:
         }
         self.predicted = cells.mean(shared.predicted.astype(np.float32)) >= HALF
         self.images = image_comparators(shared.pictures, cells, grid)
+        self.closeness = {
+            name: closeness_comparators(shared.pictures, mask, cells, grid)
+            for name, mask in shared.structures.items()
+        }
+        self.images_of_prediction = self.images | closeness_comparators(
+            shared.pictures, shared.predicted, cells, grid
+        )
         self.blocks = Blocks.of(grid, shared.grid)
         self.known: dict[tuple[str, bytes], Sequence[DeletionCurve]] = {}
+        self.scores: dict[tuple[str, bytes], dict[str, float]] = {}
 
     def evidence(
         self,
@@ -319,8 +331,11 @@ class _MapGrid:
         for name, inside in self.inside.items():
             sides = Sides(inside, counted, seed=self.shared.seed)
             if sides.both:
-                compared = {"map": values, **self.images, **draws}
-                aurocs[name] = {of: sides.auroc(one) for of, one in compared.items()}
+                aurocs[name] = {
+                    "map": sides.auroc(values),
+                    **self._image_scores(name, sides, counted),
+                    **{of: sides.auroc(one) for of, one in draws.items()},
+                }
         own = Ranked.of(values[counted].astype(np.float64))
         correlations = [
             abs(spearman(own, Ranked.of(one[counted].astype(np.float64)))) for one in untrained
@@ -334,6 +349,25 @@ class _MapGrid:
             {name: boxed(inside) for name, inside in self.inside.items()},
         )
 
+    def _image_scores(self, structure: str, sides: Sides, counted: ndarray) -> dict[str, float]:
+        """The AUROC of each comparator from the image, which all channels of a map share."""
+        memory = (structure, counted.tobytes())
+        if memory not in self.scores:
+            compared = self.images | self.closeness[structure]
+            self.scores[memory] = {of: sides.auroc(one) for of, one in compared.items()}
+        return self.scores[memory]
+
+    def _best_image(self, sides: Sides, known: ndarray) -> CellValues3d:
+        """The comparator from the image that localises the prediction best, high values inside."""
+        memory = (BEST_IMAGE, known.tobytes())
+        if memory not in self.scores:
+            compared = self.images_of_prediction
+            self.scores[memory] = {of: sides.auroc(one) for of, one in compared.items()}
+        scores = self.scores[memory]
+        best = max(scores, key=lambda name: abs(scores[name] - 0.5))
+        values = self.images_of_prediction[best]
+        return values if scores[best] >= 0.5 else -values
+
     def _curves(
         self,
         values: CellValues3d,
@@ -346,6 +380,8 @@ class _MapGrid:
         orders = {HIGH_FIRST: values, LOW_FIRST: -values}
         sides = Sides(self.predicted, self.counted & known, seed=self.shared.seed)
         others = {name: self.images[name] for name in deleted_comparators(list(self.images))}
+        if sides.both:
+            others[BEST_IMAGE] = self._best_image(sides, known)
         others |= dict(list(draws.items())[:DELETED_DRAWS])
         if earlier:
             others[EARLIER] = mean_map(earlier, values.shape)
@@ -355,10 +391,11 @@ class _MapGrid:
         for name, one in orders.items():
             # Orders from the intensity are the same for all channels with the same known cells.
             memory = (name, known.tobytes())
-            curves = self.known.get(memory) if name in self.images else None
+            of_image = name in self.images or name == BEST_IMAGE
+            curves = self.known.get(memory) if of_image else None
             if curves is None:
                 curves = self._deleted(np.where(known, np.nan_to_num(one), np.nan))
-                if name in self.images:
+                if of_image:
                     self.known[memory] = curves
             found[name] = curves
         return found

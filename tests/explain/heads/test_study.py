@@ -397,7 +397,7 @@ def test_the_sign_test_has_the_p_values_worked_out_by_hand(
         (
             figures_of([-0.25], heads=3),
             "bottleneck: 3 heads, 1 case cannot tell: Dice 0.2500 with all, 0.5000 with only "
-            "head 1, 0.2500 with none; all are better than head 1 in 0 of 1 cases and worse in 1 "
+            "head 1, 0.2500 with none; all are better than head 1 in 0 of 1 case and worse in 1 "
             "(p = 1)",
         ),
         (

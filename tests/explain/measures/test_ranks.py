@@ -68,6 +68,10 @@ def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two()
 
 
 @pytest.mark.parity
+def test_no_cells_have_no_correlation() -> None:
+    assert np.isnan(correlation(np.zeros(0), np.zeros(0)))
+
+
 @pytest.mark.parametrize("count", [3, 8, 20, 50, 80])
 def test_the_signed_rank_test_equals_scipy(count: int) -> None:
     changes = np.random.default_rng(count).normal(0.2, 1, count)

@@ -8,6 +8,7 @@ from torch import Tensor
 from segkit.errors import VolumeError
 from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
 from segkit.explain.verdicts.evidence import (
+    BEST_IMAGE,
     EARLIER,
     HIGH_FIRST,
     LOW_FIRST,
@@ -59,6 +60,35 @@ def test_without_a_gate_equal_to_the_mask_dice_is_lost_and_the_gate_was_learned(
     areas = found.areas("label 1")
     assert areas[HIGH_FIRST] < 0.2 < areas[LOW_FIRST] and EARLIER not in areas
     assert min(area for order, area in areas.items() if order != HIGH_FIRST) > areas[HIGH_FIRST]
+
+
+class Unknown(Planted):
+    """A gate that is NaN everywhere, and a network that takes it as 0."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        gate = self.tap(torch.full_like(image[:, :1], torch.nan))
+        logit = 10 * (image[:, :1] - image[:, 1:2] - 0.5) + torch.nan_to_num(gate)
+        return torch.cat([-logit / 2, logit / 2], dim=1)
+
+
+def test_a_gate_of_nan_has_no_measures() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    predictor.model.network.__class__ = Unknown
+    (verdict,) = judge_gates(
+        predictor, [(case.volume, case.reference)], untrained=untrained_planted
+    )
+    assert verdict.word == "cannot tell"
+    assert np.isnan(verdict.figures["AUROC"]) and np.isnan(verdict.figures["least"])  # type: ignore[arg-type]
+
+
+def test_deletion_is_compared_with_the_best_function_of_the_image(mask: CaseEvidence) -> None:
+    found = channel_of(mask)
+    areas = found.areas("label 1")
+    scores = {name: abs(score - 0.5) for name, score in found.aurocs["label 1"].items()}
+    of_image = {n: s for n, s in scores.items() if n != "map" and "untrained" not in n}
+    assert len(of_image) > 100 and max(of_image.values()) < scores["map"]
+    assert areas[HIGH_FIRST] < areas[BEST_IMAGE]
+    assert areas[BEST_IMAGE] <= max(area for of, area in areas.items() if of.startswith("gradient"))
 
 
 def test_a_constant_gate_loses_no_dice_and_has_no_correlation() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from segkit.explain.measures.measure_maps import FOREGROUND
 from segkit.explain.verdicts.deletion import DeletionCurve
 from segkit.explain.verdicts.evidence import (
     EARLIER,
@@ -255,6 +256,88 @@ def test_p_values_are_corrected_for_the_number_of_tests() -> None:
 
     assert p_value(1) == pytest.approx(2 * 2**-12 / 0.8)
     assert p_value(2) == pytest.approx(2 * p_value(1))
+
+
+def test_one_useful_channel_of_forty_is_found_after_the_correction() -> None:
+    def case(number: int) -> CaseEvidence:
+        found = {
+            (KEY, one): channel(0.95 if one == 7 else 0.5, 0.1 if one == 7 else 0.0, seed=number)
+            for one in range(40)
+        }
+        return CaseEvidence(f"{number}", "reference", found)
+
+    verdicts = judge_evidence([case(number) for number in range(12)])
+    assert (verdicts[0].channel, verdicts[0].word) == (7, "informative")
+    assert all(one.word != "informative" for one in verdicts[1:])
+    p = verdicts[0].figures["p, informative"]
+    assert isinstance(p, float) and p == pytest.approx(80 * 2**-12 / 0.8)
+
+
+def test_a_gate_that_shows_one_structure_and_is_needed_for_another_is_not_informative() -> None:
+    """Not even for all structures together, which it shows, and whose mean Dice falls."""
+
+    def case(number: int) -> CaseEvidence:
+        seen = channel(seed=number)
+        hidden = {"map": 0.5, **COMPARED}
+        told = replace(
+            seen,
+            drops={"a": (0.0,), "b": (0.6,), FOREGROUND: (0.3,)},
+            aurocs={"a": seen.aurocs["a"], "b": hidden, FOREGROUND: seen.aurocs["a"]},
+            inside={
+                "a": seen.inside["a"],
+                "b": seen.inside["a"][::-1],
+                FOREGROUND: seen.inside["a"],
+            },
+        )
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): told})
+
+    verdicts = judge_evidence([case(number) for number in range(12)])
+    words = {one.structure: one.word for one in verdicts}
+    assert words == {"a": "redundant", "b": "uninformative", FOREGROUND: "cannot tell"}
+
+
+@pytest.mark.parametrize("drops", [(0.1, 0.2), (0.05, 0.6)])
+def test_a_gate_that_all_structures_need_is_informative_for_all_together(
+    drops: tuple[float, float],
+) -> None:
+    def case(number: int) -> CaseEvidence:
+        seen = channel(seed=number)
+        scores, inside = seen.aurocs["a"], seen.inside["a"]
+        told = replace(
+            seen,
+            drops={"a": drops[:1], "b": drops[1:], FOREGROUND: (sum(drops) / 2,)},
+            aurocs=dict.fromkeys(("a", "b", FOREGROUND), scores),
+            inside=dict.fromkeys(("a", "b", FOREGROUND), inside),
+        )
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): told})
+
+    verdicts = judge_evidence([case(number) for number in range(12)])
+    assert {one.structure: one.word for one in verdicts}[FOREGROUND] == "informative"
+
+
+def test_a_function_of_the_image_must_be_beaten_and_many_of_them_hide_no_other() -> None:
+    def compared(number: int, shown: str) -> ChannelEvidence:
+        others = {f"deviation smoothed over {width} cells": 0.6 for width in range(60)}
+        return channel(compared={**COMPARED, **others, shown: 0.95}, seed=number)
+
+    texture = judged(scans(12, lambda i: compared(i, "deviation")))
+    assert texture.word == "cannot tell"
+    assert texture.figures["AUROC: best comparator"] == "deviation"
+    assert judged(scans(12, lambda i: compared(i, "intensity"))).word == "uninformative"
+    assert judged(scans(20, lambda i: compared(i, "deviation"))).word == "uninformative"
+
+
+def test_deletions_for_which_the_network_gives_nan_are_left_out() -> None:
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+
+    def found(number: int) -> ChannelEvidence:
+        return channel(areas={**areas, "gradient": math.nan if number else 0.4}, seed=number)
+
+    assert judged(scans(12, found)).word == "informative"
+    nothing = dict.fromkeys(areas, math.nan)
+    verdict = judged(scans(3, lambda i: channel(areas=nothing, seed=i)))
+    gain = verdict.figures["deletion: more than the best comparator"]
+    assert isinstance(gain, float) and math.isnan(gain) and "deletion" not in verdict.reason
 
 
 def test_a_structure_that_a_scan_does_not_have_is_left_out_there() -> None:

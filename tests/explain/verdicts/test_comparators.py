@@ -1,0 +1,126 @@
+"""Laws of the functions of the image that a gate is compared with."""
+
+import numpy as np
+import pytest
+from numpy import ndarray
+from numpy.testing import assert_allclose
+from scipy.ndimage import maximum_filter, uniform_filter
+
+from segkit.explain.measures.cells import Cells
+from segkit.explain.verdicts.comparators import (
+    OTHER,
+    Sides,
+    closeness_comparators,
+    deleted_comparators,
+    image_comparators,
+)
+from segkit.geometry.grid import Grid
+
+SHAPE = (16, 12, 8)
+VOXELS = Grid(SHAPE, np.eye(4))
+HALVES = VOXELS.placed((8, 6, 4), (2, 2, 2), (0.5, 0.5, 0.5))
+
+
+def inside_of(shape: tuple[int, ...] = SHAPE) -> ndarray:
+    inside = np.zeros(shape, bool)
+    inside[4:8, 4:8, 2:6] = True
+    return inside
+
+
+def halved(values: ndarray) -> ndarray:
+    x, y, z = (size // 2 for size in values.shape)
+    return values.reshape(x, 2, y, 2, z, 2).mean(axis=(1, 3, 5))
+
+
+def best(image: ndarray, inside: ndarray) -> tuple[str, float]:
+    """The comparator that localises a structure best, on cells of two voxels."""
+    cells = Cells(HALVES, VOXELS)
+    pictures = {"intensity": image.astype(np.float32)}
+    found = image_comparators(pictures, cells, HALVES)
+    found |= closeness_comparators(pictures, inside, cells, HALVES)
+    sides = Sides(halved(inside) >= 0.5, cells.counted)
+    scores = {name: abs(sides.auroc(values) - 0.5) for name, values in found.items()}
+    name = max(scores, key=lambda one: scores[one])
+    return name, scores[name]
+
+
+def test_a_cell_has_the_lowest_voxel_that_it_covers() -> None:
+    values = np.random.default_rng(0).normal(size=SHAPE)
+    lowest = Cells(HALVES, VOXELS).lowest(values)
+    assert_allclose(lowest, values.reshape(8, 2, 6, 2, 4, 2).min(axis=(1, 3, 5)))
+    further = VOXELS.placed((9, 6, 4), (2, 2, 2), (0.5, 0.5, 0.5))
+    assert_allclose(Cells(further, VOXELS).lowest(values)[-1], 0)
+
+
+def test_a_texture_and_a_band_are_shown_by_functions_of_the_image() -> None:
+    """Each structure is invisible in the mean intensity, and one comparator shows it."""
+    random, inside = np.random.default_rng(1), inside_of()
+    texture = random.normal(0, 1, SHAPE) * np.where(inside, 4, 1)
+    band = np.where(inside, 1.0, np.where(random.random(SHAPE) < 0.5, 0.0, 2.0))
+    for image, kinds in (
+        (texture, ("deviation", "maximum", "minimum")),
+        (band, ("closeness", "deviation", "minimum", "maximum")),
+    ):
+        name, score = best(image, inside)
+        assert name.startswith(kinds) and score > 0.47, (name, score)
+        assert name.startswith(OTHER)
+
+
+def test_functions_of_voxels_are_averaged_over_cells() -> None:
+    image = np.random.default_rng(2).gamma(1, 1, SHAPE).astype(np.float32)
+    found = image_comparators({"intensity of a": image}, Cells(HALVES, VOXELS), HALVES)
+    highest = found["maximum of a over 3 voxels"]
+    assert_allclose(highest, halved(maximum_filter(image, 3)), rtol=1e-5)
+    variance = halved(image.astype(float) ** 2) - halved(image.astype(float)) ** 2
+    assert_allclose(found["deviation of a"], np.sqrt(variance), atol=1e-4)
+    precise = image.astype(float)
+    squares = uniform_filter(precise**2, 3) - uniform_filter(precise, 3) ** 2
+    expected = halved(np.sqrt(squares))
+    assert_allclose(found["deviation of a over 3 voxels"], expected, atol=1e-3)
+    fine, coarse = (found[f"intensity of a smoothed over {width} cells"] for width in (1, 4))
+    assert_allclose(found["contrast of a of 1 and 4 cells"], fine - coarse)
+    # A monotone change of the intensity does not change its ranks.
+    ranks = found["rank of a"]
+    changed = image_comparators({"intensity of a": np.log(image)}, Cells(HALVES, VOXELS), HALVES)
+    assert_allclose(changed["rank of a"], ranks, atol=2 / 256)
+
+
+def test_planes_of_one_voxel_and_a_constant_image_have_finite_comparators() -> None:
+    flat = Grid((8, 8, 1), np.eye(4))
+    cells = Cells(flat, flat)
+    for image in (np.ones((8, 8, 1), np.float32), np.zeros((8, 8, 1), np.float32)):
+        found = image_comparators({"intensity": image}, cells, flat)
+        found |= closeness_comparators({"intensity": image}, image > 0, cells, flat)
+        assert all(np.isfinite(values).all() for values in found.values())
+        assert all(values.shape == (8, 8, 1) for values in found.values())
+
+
+def test_deletion_has_only_intensity_and_gradient_of_its_own() -> None:
+    found = image_comparators(
+        {"intensity": np.ones(SHAPE, np.float32), "gradient": np.ones(SHAPE, np.float32)},
+        Cells(HALVES, VOXELS),
+        HALVES,
+    )
+    assert sorted(deleted_comparators(list(found))) == [
+        "gradient",
+        "intensity",
+        "intensity smoothed over 1 cells",
+        "intensity smoothed over 4 cells",
+    ]
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 5.0), (0.5, 2.0, 1.0)])
+def test_smoothing_has_the_same_width_in_mm_along_each_axis(
+    spacing: tuple[float, float, float],
+) -> None:
+    grid = Grid((21, 21, 21), np.diag([*spacing, 1.0]))
+    image = np.zeros((21, 21, 21), np.float32)
+    image[10, 10, 10] = 1
+    found = image_comparators({"intensity": image}, Cells(grid, grid), grid)
+    smooth = found["intensity smoothed over 2 cells"]
+    finest = min(spacing)
+    for axis, step in enumerate(spacing):
+        line = np.moveaxis(smooth, axis, 0)[:, 10, 10]
+        ratio = line[11] / line[10]
+        expected = np.exp(-0.5 * (step / (2 * finest)) ** 2)
+        assert ratio == pytest.approx(expected, rel=1e-3)
