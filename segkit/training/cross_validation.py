@@ -32,7 +32,7 @@ from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY
+from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY
 from segkit.model.folder import adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
@@ -53,7 +53,6 @@ from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 
-RECORD = "cross_validation.json"
 SECONDS_FOR_ANOTHER = 60.0
 """To wait for a process that writes what all folds share."""
 
@@ -250,7 +249,7 @@ def _missing(folder: Path, record: Record) -> list[int]:
 
 def is_cross_validation(folder: Path) -> bool:
     """Whether a folder holds a cross-validation, finished or not."""
-    return (folder / RECORD).is_file()
+    return (folder / FOLDS).is_file()
 
 
 def _go_on(
@@ -263,9 +262,9 @@ def _go_on(
 ) -> CrossValidation:
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
-        known = _record_of(folder).folds if (folder / RECORD).is_file() else []
+        known = _record_of(folder).folds if (folder / FOLDS).is_file() else []
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
-        write_json(folder / RECORD, record.model_dump(mode="json"))
+        write_json(folder / FOLDS, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
         with lock_if_free(_lock_of(folder, fold)) as mine:
             run = _fold(folder, fold)
@@ -312,7 +311,7 @@ def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
 
 def _record_of(folder: Path) -> Record:
     """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
-    return validated(Record, _read(folder / RECORD), str(folder / RECORD))
+    return validated(Record, _read(folder / FOLDS), str(folder / FOLDS))
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:

@@ -8,9 +8,8 @@ from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole_folder, write_json
-from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY, WEIGHTS
+from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY, WEIGHTS
 from segkit.training.cross_validation import (
-    RECORD,
     CrossValidation,
     Record,
     is_cross_validation,
@@ -57,7 +56,7 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
             hidden = shutil.ignore_patterns(".*")
             shutil.copytree(run, partial / f"{FOLD}{fold}", ignore=hidden)
         record = Record(folds=list(runs), config=config)
-        write_json(partial / RECORD, record.model_dump(mode="json"))
+        write_json(partial / FOLDS, record.model_dump(mode="json"))
         result = write_pooled(partial, list(runs))
         summary = {**result.summary, "run": out.name}
         write_json(partial / SUMMARY, summary)

@@ -324,6 +324,12 @@ def test_a_fold_with_settings_of_its_own_is_told(
     folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
     assert "differ" not in caplog.text
     training.resume(folder / "fold_0", overrides=["train.steps=3"])
+    assert "small: its summary.json was removed, because fold_0 goes on" in caplog.text
+    assert not (folder / "summary.json").exists()
+    pooled = resume_folds(folder).summary  # trains nothing
+    own = read(folder / "fold_0" / "summary.json")
+    assert pooled["steps"] == 3 and read(folder / "summary.json")["steps"] == 3
+    assert pooled["validation"]["dice_of_cases"] == own["validation"]["dice_of_cases"]
     resume_folds(folder, [1])
     assert "small: the folds were not all trained in the same way, as they differ in train.ste" in (
         caplog.text
