@@ -215,6 +215,16 @@ def test_two_channels_that_substitute_for_each_other_are_needed() -> None:
     assert "by 0.600 if all other gates are replaced" in verdicts[0].reason
 
 
+def test_a_rise_of_dice_is_called_a_rise() -> None:
+    def case(number: int) -> CaseEvidence:
+        worse = replace(channel(seed=number), drops={"a": (-0.02 - 0.001 * number,)})
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): worse})
+
+    (verdict,) = judge_evidence([case(number) for number in range(3)])
+    assert "Dice rises by 0.021 (95 % interval +0.0" in verdict.reason
+    assert verdict.figures["Dice lost without it"] == pytest.approx(-0.021)
+
+
 def test_each_structure_has_a_verdict_and_the_best_comes_first() -> None:
     def case(number: int) -> CaseEvidence:
         seen = channel(seed=number)
