@@ -1,4 +1,4 @@
-"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and what labels mean.
+"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and the meaning of labels.
 
 bids/dataset_description.json
 bids/sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz                   an image
@@ -26,6 +26,9 @@ OF_CASE = ("sub", "ses", "run")
 LABEL_SUFFIX = "dseg"
 LABEL_SUFFIXES = (LABEL_SUFFIX, "probseg", "mask", "defacemask")
 ANATOMY = "anat"
+DERIVATIVES = "derivatives"
+PREDICTED = "segkit"
+"""The entity `desc` of labels that segkit predicted."""
 MOST_CASES = 5
 
 Images = dict[str, dict[str, Path]]
@@ -67,9 +70,9 @@ def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[
             found.append((name, tuple(path for path in own if path)))
     if not found:
         raise DatasetError(
-            f"{folder}: no case of it has images for the channels {', '.join(channels)}; it has "
-            f"{first_few(sorted(suffixes)) or 'no images'}; give a YAML file with data.files, "
-            f"which says what is what"
+            f"{folder}: expected a case with images of the channels {', '.join(channels)}, found "
+            f"{first_few(sorted(suffixes)) or 'no images'}; write a YAML file whose data.files "
+            "names the files"
         )
     return found
 
@@ -77,12 +80,16 @@ def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[
 def bids_labels(folder: Path) -> dict[str, Path]:
     """The file of labels (`…_dseg.nii.gz`) of each case, in the folder or in its derivatives.
 
+    Predictions by segkit (`…_desc-segkit_dseg.nii.gz`) in its derivatives are no labels.
+
     Raises DatasetError if a case has several.
     """
     found: dict[str, Path] = {}
     problems = Problems()
+    depth = len(folder.parts)
     for path, entities, suffix in _files(folder, derivatives=True):
-        if suffix != LABEL_SUFFIX:
+        predicted = entities.get("desc") == PREDICTED and DERIVATIVES in path.parts[depth:]
+        if suffix != LABEL_SUFFIX or predicted:
             continue
         with problems.noted():
             _add(found, _name(entities), path, folder)
@@ -95,8 +102,13 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
 
     Raises DatasetError for a table without the columns index and name, or for several that differ.
     """
-    roots = [folder, *sorted((folder / "derivatives").glob("*"))]
-    tables = [path for root in roots for path in sorted(root.glob(f"*{LABEL_SUFFIX}.tsv"))]
+    roots = [folder, *sorted((folder / DERIVATIVES).glob("*"))]
+    tables = [
+        path
+        for root in roots
+        for path in sorted(root.glob(f"*{LABEL_SUFFIX}.tsv"))
+        if root == folder or parts_of(path)[0].get("desc") != PREDICTED
+    ]
     told: dict[str, tuple[int, ...]] | None = None
     for path in tables:
         rows, columns = read_csv(path)
@@ -115,7 +127,8 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
             names[row["name"]] = (*names.get(row["name"], ()), int(row["index"]))
         if told is not None and told != names:
             raise DatasetError(
-                f"{path}: says other labels than {tables[0]}; say which by data.labels"
+                f"{path}: has other labels than {tables[0]}; set data.labels to the labels that "
+                "are right"
             )
         told = names
     if told is not None and not any(0 in numbers for numbers in told.values()):
@@ -134,25 +147,26 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     labels, images = bids_labels(folder), _images(folder, anywhere=False)
     if not labels:
         raise DatasetError(
-            f"{folder}: expected labels of its subjects, derivatives/*/sub-*/**/*_dseg.nii.gz, "
+            f"{folder}: expected label files derivatives/*/sub-*/**/*_dseg.nii.gz of its subjects, "
             f"found none; {told_proposal(folder)}"
         )
     bare = [name for name in labels if not images.get(name)]
     if bare:
         raise DatasetError(
-            f"{folder}: has labels of {first_few(bare, MOST_CASES)} and no anatomical image of "
-            f"theirs; complete it, or {told_proposal(folder)}"
+            f"{folder}: found labels but no anatomical image of {first_few(bare, MOST_CASES)}; add "
+            f"the images, or {told_proposal(folder)}"
         )
     common = set.intersection(*(set(images[name]) for name in labels))
     if not common:
         raise DatasetError(
-            f"{folder}: its labelled cases have no kind of image in common; {told_proposal(folder)}"
+            f"{folder}: expected a kind of image, such as T1w, that every labelled case has, found "
+            f"none; {told_proposal(folder)}"
         )
     names = bids_label_names(folder)
     if given is None and names is None:
         raise DatasetError(
-            f"{folder}: expected a table dseg.tsv with the names of labels, found none; add names "
-            f"to the command, such as {told_labels(list(labels.values()))}"
+            f"{folder}: expected a table dseg.tsv with the names of the labels, found none; add "
+            f"names to the command, such as {told_labels(list(labels.values()))}"
         )
     labelling = given or labelling_of(str(folder), names or {}, None, {})
     channels = tuple(sorted(common))
@@ -189,8 +203,8 @@ def _add(found: dict[str, Path], key: str, path: Path, folder: Path) -> None:
     other = found.setdefault(key, path)
     if other is not path:
         raise DatasetError(
-            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are of one case "
-            f"and one kind; choose by patterns in data.files"
+            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are two images "
+            "of the same kind and case; select one of them with a pattern in data.files"
         )
 
 
@@ -200,7 +214,7 @@ def _name(entities: Mapping[str, str]) -> str:
 
 def _files(folder: Path, *, derivatives: bool) -> Iterator[tuple[Path, dict[str, str], str]]:
     """The NIfTI files of subjects, with entities and suffix, by rising path."""
-    roots = [folder, *(sorted((folder / "derivatives").glob("*")) if derivatives else [])]
+    roots = [folder, *(sorted((folder / DERIVATIVES).glob("*")) if derivatives else [])]
     for root in roots:
         for subject in sorted(root.glob("sub-*")):
             if not subject.is_dir():

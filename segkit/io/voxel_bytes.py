@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 
 from segkit.errors import VolumeError, counted
-from segkit.io.deflate import DAMAGED, inflater
+from segkit.io.deflate import STREAM_ERRORS, inflater
 from segkit.system.memory import free_memory, in_words
 
 DEFLATE_RATIO = 1032
@@ -192,7 +192,7 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
             while not engine.eof:
                 try:
                     piece = engine.decompress(packed, PIECE_OF_FILE)
-                except DAMAGED as error:
+                except STREAM_ERRORS as error:
                     raise ValueError(f"its compressed data are damaged ({error})") from None
                 if piece:
                     yield piece
