@@ -36,7 +36,7 @@ from segkit.io.inputs import refuse_volumes_beside_series
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
 from segkit.io.series_rules import SeriesRule
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, value_problem
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, rounded_in_words, value_problem
 from segkit.model.build import build_network
 from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked
@@ -49,6 +49,9 @@ MOST_NUMBERS = 20
 """Most undeclared label numbers that are listed; the others are only counted."""
 MOST_SHOWN = 40
 """Most labels, cases or maps that one line lists."""
+NNUNETS_NORMALISATIONS = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
+"""Names of channels, in small letters, by which nnU-Net selects a normalisation; CT is known here
+too."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def check(
             below it. If None, the folder's only series is described, or its several are listed.
         pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
         cache: the folder in which the facts of a large dataset's cases are stored, so that a check
-            that was stopped goes on where it was. If None, nothing is stored.
+            that was stopped can continue. If None, nothing is stored.
         track: shows the progress over cases.
 
     Returns:
@@ -186,7 +189,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         f"{dump_yaml(resolved)}"
         f"# values that come from the dataset, this machine or other settings: "
         f"{_listing(_changes(config, resolved)) or 'none'}\n"
-        f"# {len(train)} cases to train on, {len(held_out)} held out"
+        f"# {counted(len(train), 'case')} to train on, {len(held_out)} held out"
         f"{f', {len(dataset.test)} kept for a test' if dataset.test else ''}\n"
         f"# {_classes_in_words(dataset.labelling)}\n"
         f"# spacing {description.spacing} mm; normalisation "
@@ -225,7 +228,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
 
     Each case is read and compared with the dataset's declaration. Raises DatasetError or
     VolumeError with one sentence for each wrong case. If this takes long, the facts of cases are
-    stored in `cache`, and a check that was stopped goes on where it was.
+    stored in `cache`, and a check that was stopped continues.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures = PictureSummary()
@@ -234,13 +237,14 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     groups = _groups(labelling)
     held = np.zeros(len(labelling.value_names), dtype=np.int64)
     present = np.zeros(len(groups), dtype=np.int64)
-    undeclared = UndeclaredNumbers()
+    undeclared, rounded = UndeclaredNumbers(), dict[str, float]()
     for examined in facts_of_cases(dataset, problems, cache=cache, track=track):
         known = examined.facts
         undeclared.add((examined.others or {}) if known is None else known.others)
         if known is None:
             continue
         pictures.add(known.name, known.picture)
+        rounded.update(known.rounded)
         orientations.add(known.orientation)
         shapes.append(known.shape)
         spacings.append(known.spacing)
@@ -256,16 +260,16 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
     problems.refuse()
     voxels = [int(held[list(numbers)].sum()) for numbers in groups.values()]
     seen = set(np.flatnonzero(held).tolist())
-    warning = unlabelled(dataset, seen, f"the {len(dataset.cases)} cases")
+    warning = unlabelled(dataset, seen, f"the {counted(len(dataset.cases), 'case')}")
     own = source if isinstance(source, SplitDatasetConfig) else None
     proposed = grouping_advice(dataset, own)
     lines = [
-        f"{folder}: {len(dataset.cases)} cases, all readable and on their labels' grids",
-        *([f"{len(dataset.test)} more are kept for a test"] if dataset.test else []),
+        f"{folder}: {counted(len(dataset.cases), 'case')}, all readable and on their labels' grids",
+        *([f"{len(dataset.test)} more kept for a test"] if dataset.test else []),
         *([proposed] if proposed else []),
         *(_lines_of_split(dataset, own) if own else []),
         *unused_columns(source),
-        f"channels: {', '.join(dataset.channels)}",
+        *_lines_of_channels(dataset.channels),
     ]
     total = sum(math.prod(shape) for shape in shapes)
     if pictures.all:
@@ -281,6 +285,8 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
         for name, cases, count in zip(groups, present, voxels, strict=True)
     }
     lines += _lines_of_labels(dataset, shares, undeclared)
+    if (told := rounded_in_words(rounded)) is not None:
+        lines.append(told)
     if warning:
         lines.append(f"warning: {warning}")
     facts = {
@@ -296,6 +302,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
             for name, cases, count in zip(groups, present, voxels, strict=True)
         ],
         "unlabelled": {name: list(names) for name, names in dataset.unlabelled.items()},
+        "rounded": rounded,
         "other_numbers": [
             {"number": number, "cases": undeclared.cases[number], "voxels": count}
             for number, count in sorted(undeclared.voxels.items())
@@ -315,13 +322,24 @@ def _lines_of_split(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
     return lines
 
 
+def _lines_of_channels(channels: Sequence[str]) -> list[str]:
+    """The channels, and those whose names ask nnU-Net for a normalisation that segkit lacks."""
+    lines = [f"channels: {', '.join(channels)}"]
+    if asked := [name for name in channels if name.lower() in NNUNETS_NORMALISATIONS]:
+        lines.append(
+            f"{', '.join(asked)}: nnU-Net reads this name as a normalisation that segkit does not "
+            f"have; segkit normalises each image to mean 0 and standard deviation 1"
+        )
+    return lines
+
+
 def _lines_of_labels(
     dataset: Dataset, shares: Mapping[str, tuple[int, float]], undeclared: "UndeclaredNumbers"
 ) -> list[str]:
     """Lines on each class (its number of cases, its share of voxels), then on partial labels."""
     labelling = dataset.labelling
     lines = [
-        f"{name}: in {cases} cases, {share:.2%} of voxels"
+        f"{name}: in {counted(cases, 'case')}, {share:.2%} of voxels"
         for name, (cases, share) in shares.items()
     ]
     lines += [
@@ -329,7 +347,7 @@ def _lines_of_labels(
         for name, names in list(dataset.unlabelled.items())[:MOST_NUMBERS]
     ]
     if (more := len(dataset.unlabelled) - MOST_NUMBERS) > 0:
-        lines.append(f"{more} more cases are partly labelled")
+        lines.append(f"{counted(more, 'more case')} {'is' if more == 1 else 'are'} partly labelled")
     if labelling.others is not None:
         name = labelling.value_names[labelling.others]
         lines.append(
@@ -352,7 +370,8 @@ class UndeclaredNumbers:
 
     def __str__(self) -> str:
         texts = [
-            f"{number} ({self.voxels[number]:,} voxels in {counted(self.cases[number], 'case')})"
+            f"{number} ({counted(self.voxels[number], 'voxel', form=',')} in "
+            f"{counted(self.cases[number], 'case')})"
             for number in sorted(self.voxels)
         ]
         return ", ".join(
@@ -404,7 +423,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
     lines = [
         f"{path}: {' x '.join(str(size) for size in grid.shape)} voxels of "
         f"{' x '.join(f'{size:.3g}' for size in grid.spacing)} mm, {data.dtype}, "
-        f"{channels} channel(s)",
+        f"{counted(channels, 'channel')}",
         f"axes run to {orientation}; the first voxel's centre lies at "
         f"({first[0]:.2f}, {first[1]:.2f}, {first[2]:.2f}) mm, RAS+",
     ]
@@ -432,7 +451,7 @@ def _describe_picture(path: Path, volume: Volume, picture: PictureFacts) -> Unde
     lines = [
         f"{path}: {sizes} pixels{', a stack,' * (axes == 3)} of "
         f"{size_in_words(volume.grid.spacing[:axes], picture.unit)} ({picture.source}), "
-        f"{data.dtype}, {channels} channel(s)",
+        f"{data.dtype}, {counted(channels, 'channel')}",
         *picture.notes,
         f"values {data.min():g} to {data.max():g}, mean {data.mean(dtype=float):g}",
     ]
@@ -472,7 +491,8 @@ class PictureSummary:
         """Each note, with the number of its cases and the first of them."""
         counts = Counter(note for facts in self.facts for note in facts.notes)
         return [
-            f"{note} (in {count} of {len(self.facts)} cases, the first {self.first_with[note]})"
+            f"{note} (in {count} of {counted(len(self.facts), 'case')}, the first "
+            f"{self.first_with[note]})"
             for note, count in counts.items()
         ]
 
@@ -490,7 +510,9 @@ class PictureSummary:
             f"size in pixels (columns, rows{', slices' * (axes == 3)}): "
             f"{_range([shape[:axes] for shape in shapes], 'd')}",
             f"pixel size in {WORD_OF[unit]}: {_range(scaled, '.3g')}; "
-            + "; ".join(f"{source} ({count} cases)" for source, count in sources.items()),
+            + "; ".join(
+                f"{source} ({counted(count, 'case')})" for source, count in sources.items()
+            ),
             *self.notes(),
         ]
 

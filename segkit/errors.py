@@ -88,15 +88,28 @@ def first_few(items: Iterable[object], most: int = 8, *, between: str = ", ") ->
     return shown if len(texts) <= most else f"{shown} and {len(texts) - most:,} more"
 
 
-def counted(number: float, noun: str) -> str:
+def counted(number: float, noun: str, *, form: str | None = None) -> str:
     """A number with its noun, in the plural unless the number is 1.
 
+    Args:
+        number: a number of things.
+        noun: the noun in the singular; words may stand before it.
+        form: format of the number; by default, whole numbers are written in full.
+
     Example:
-        >>> counted(1, "case"), counted(2.5, "minute")
-        ('1 case', '2.5 minutes')
+        >>> counted(1, "case"), counted(2.5, "minute"), counted(2, "more class")
+        ('1 case', '2.5 minutes', '2 more classes')
     """
-    text = f"{number:g}" if isinstance(number, float) else str(number)
-    return f"{text} {noun}" + "s" * (number != 1)
+    if form is None:
+        form = "g" if isinstance(number, float) else "d"
+    text = f"{number:{form}}"
+    return f"{text} {noun if text == '1' else _plural(noun)}"
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{noun}es"
+    return f"{noun}s"
 
 
 class Problems:

@@ -24,6 +24,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.errors import counted
 from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
 from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
@@ -269,12 +270,13 @@ def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str
     if not rounds:
         return ""
     lines = [
-        f"# Chosen by mean Dice of {num_cases} training cases that the race held out (successive",
+        f"# Chosen by mean Dice of {counted(num_cases, 'training case')} that the race held out "
+        f"(successive",
         "# halving, Jamieson and Talwalkar 2016). The held-out cases of the run were not used:",
     ]
     for name in [entry.candidate for entry in rounds[0]]:
         results = [
-            f"{entry.dice:.3f} in {entry.seconds:.0f} s, {entry.steps} steps"
+            f"{entry.dice:.3f} in {entry.seconds:.0f} s, {counted(entry.steps, 'step')}"
             for entries in rounds
             for entry in entries
             if entry.candidate == name

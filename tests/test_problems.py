@@ -9,7 +9,7 @@ import pytest
 
 from segkit.config.load import load_config
 from segkit.data.dataset import read_dataset
-from segkit.errors import ConfigError, DatasetError, Problems, SegkitError, VolumeError
+from segkit.errors import ConfigError, DatasetError, Problems, SegkitError, VolumeError, counted
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from tests.cli.command import run
@@ -253,3 +253,23 @@ def test_names_of_labels_may_be_any_text_that_can_be_shown(
         assert code == 0, (words, err)
     scores = json.loads((here / "runs" / "run" / "summary.json").read_text())
     assert NAMES[0] in json.dumps(scores, ensure_ascii=False).replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "told"),
+    [
+        (0, "case", "0 cases"),
+        (1, "more class", "1 more class"),
+        (2, "more class", "2 more classes"),
+        (3, "patch", "3 patches"),
+        (1.0, "minute", "1 minute"),
+        (0.5, "minute", "0.5 minutes"),
+    ],
+)
+def test_numbers_agree_with_their_nouns(number: float, noun: str, told: str) -> None:
+    assert counted(number, noun) == told
+
+
+def test_a_number_that_is_shown_as_1_has_a_noun_in_the_singular() -> None:
+    assert counted(1.0004, "degree", form=".3g") == "1 degree"
+    assert counted(12000, "voxel", form=",") == "12,000 voxels"

@@ -66,6 +66,7 @@ def evaluate_command(
     from segkit.evaluation.evaluate import evaluate
     from segkit.evaluation.scores import to_table
     from segkit.io.atomic import refuse_existing, write_json, write_text
+    from segkit.io.volume import rounded_in_words
     from segkit.system.progress import Tracker
 
     if diagram is not None and not probabilities:
@@ -91,6 +92,8 @@ def evaluate_command(
             say(f"Spearman's correlation of entropy and error over cases: {correlation:.2f}")
         if diagram is not None:
             write_text(diagram, reliability_diagram(scores.calibration))
+    if (told := rounded_in_words(scores.rounded)) is not None:
+        say(told)
     if scores.missing:
         treated = "left out" if missing == "skip" else "scored as empty"
         say(f"{treated}, because there is no prediction: {first_few(scores.missing)}")

@@ -19,6 +19,7 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import JsonOption, complain, console, raise_failures, say, say_json
+from segkit.errors import counted
 
 if TYPE_CHECKING:
     from segkit.inference.predict_files import Outcome
@@ -36,7 +37,9 @@ def predict_command(
     ] = False,
     uncertainty: Annotated[
         bool,
-        Option("--uncertainty", help="Also write entropy, and variance over models and mirrors."),
+        Option(
+            "--uncertainty", help="Also write entropy, and variance over models and mirror images."
+        ),
     ] = False,
     statistics: Annotated[
         bool,
@@ -80,7 +83,9 @@ def predict_command(
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
+        Option(
+            help="Number format of the network. The default is float32 on a CPU, float16 on a GPU."
+        ),
     ] = None,
     json: JsonOption = False,
     progress: Annotated[
@@ -162,17 +167,20 @@ def predict_command(
                 if len(found) > 1:
                     complain(outcome.error)
     if kept:
-        say(f"skipped {kept} of {mine} volumes that have results; --overwrite segments them again")
+        say(
+            f"skipped {kept} of {counted(mine, 'volume')} with results; pass --overwrite to "
+            f"segment them again"
+        )
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)
 
 
 def _tell(outcome: "Outcome") -> None:
-    """Say what was written of one volume."""
+    """Print the files that were written for one volume."""
     if not outcome.written:
         return
-    more = f" and {len(outcome.written) - 1} more files" * (len(outcome.written) > 1)
+    more = f" and {counted(len(outcome.written) - 1, 'more file')}" * (len(outcome.written) > 1)
     say(f"wrote {outcome.written[0]}{more}")
     if outcome.presence is not None:
         shares = ", ".join(f"{name} {p:.3f}" for name, p in outcome.presence.items())

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
-from segkit.errors import ConfigError, SegkitError, abridged, printable
+from segkit.errors import ConfigError, SegkitError, abridged, counted, printable
 from segkit.io.atomic import json_text
 from segkit.system.listing import show_listing
 
@@ -233,10 +233,11 @@ def complain_of(error: SegkitError) -> None:
         complain(problem)
     count = len(error.problems)
     if count > MOST_PROBLEMS:
-        complain(f"and {count - MOST_PROBLEMS:,} more problems; segkit check --json lists them all")
-    complain(
-        f"{count:,} problems, listed above; correct them and run again" if count else str(error)
-    )
+        more = counted(count - MOST_PROBLEMS, "more problem", form=",")
+        complain(f"and {more}; segkit check --json lists all")
+    listed = f"{counted(count, 'problem', form=',')}, listed above; correct "
+    listed += f"{'it' if count == 1 else 'them'} and run again"
+    complain(listed if count else str(error))
 
 
 def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
@@ -250,7 +251,9 @@ def raise_failures(failures: Sequence[str], count: int, *, alone: bool) -> None:
     if failures and alone:
         raise SegkitError(failures[0])
     if failures:
-        raise SegkitError(f"{len(failures)} of {count} volumes failed; see the messages above")
+        raise SegkitError(
+            f"{len(failures)} of {counted(count, 'volume')} failed; see the messages above"
+        )
 
 
 def hush() -> None:

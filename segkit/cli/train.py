@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 from segkit.cli.options import Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.config.load import dataset_in
-from segkit.errors import ConfigError, Stopped, first_few
+from segkit.errors import ConfigError, Stopped, counted, first_few
 from segkit.system.allocator import keep_freed_memory
 
 MOST_PICTURES = 200
@@ -71,7 +71,7 @@ def train_command(
     ] = False,
     folds: Annotated[
         str | None,
-        Option(metavar="all|0,2,…", help="Cross-validate with all folds or the given ones."),
+        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or only these."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -91,11 +91,15 @@ def train_command(
         # The first word after --resume RUN is a setting.
         config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
-        raise ConfigError("expected either a CONFIG to train or --resume RUN; give one of them")
+        raise ConfigError(
+            "expected either a CONFIG or --resume RUN, found both or neither; give one of them"
+        )
     if dry_run and resume is not None:
         raise ConfigError("--dry-run does not work with --resume; give a CONFIG or DATASET")
     if dry_run and json:
-        raise ConfigError("--json needs a finished run, but --dry-run makes none; leave one out")
+        raise ConfigError(
+            "--json needs a finished run, but --dry-run makes none; leave out one of them"
+        )
     if minutes is not None and (config is None or dataset_in(config) is None):
         raise ConfigError("--minutes is only for a DATASET; for a CONFIG set train.minutes=5")
     started = time.monotonic()
@@ -231,12 +235,9 @@ def _resumed(
 
     callbacks, track = _shown()
     if is_cross_validation(run):
-        if overrides:
-            raise ConfigError(
-                f"{run}: a cross-validation resumes without new settings, found {overrides[0]}; "
-                f"leave it out, or resume one of the folds with it"
-            )
-        return resume_folds(run, folds, say=say, callbacks=callbacks, track=track)
+        return resume_folds(
+            run, folds, overrides=overrides, say=say, callbacks=callbacks, track=track
+        )
     if folds:
         raise ConfigError(
             f"{run}: --folds needs a cross-validation, found a single run; leave --folds out"
@@ -271,15 +272,19 @@ def say_result(result: "Run | CrossValidation") -> None:
     if isinstance(result, CrossValidation):
         say(result.post_processing())
     summary = result.summary
-    say(f"{summary['steps']} steps in {summary['seconds_of_training']:.0f} s")
+    say(f"{counted(summary['steps'], 'step')} in {summary['seconds_of_training']:.0f} s")
     if (limit := summary.get("minutes")) is not None:
-        say(f"{limit['taken']:.1f} of {limit['given']:g} minutes, with preparation and scoring")
+        say(
+            f"{limit['taken']:.1f} of {counted(limit['given'], 'minute', form='g')}, including "
+            f"preparation and scoring"
+        )
     scores = summary["validation"]
     if scores["cases"]:
         classes = first_few([f"{name} {_dice(dice)}" for name, dice in scores["dice"].items()], 20)
         mean = _dice(scores["mean_dice"])
         say(
-            f"mean Dice of {scores['cases']} held-out cases, on the grids of their scans: "
+            f"mean Dice of {counted(scores['cases'], 'held-out case')}, on the grids of their "
+            f"scans: "
             f"{mean} ({classes})"
         )
     for name in ("temperature", "start_from", "freeze"):

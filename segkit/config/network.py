@@ -15,6 +15,7 @@ from pydantic import (
 from segkit.config.attention import AttentionConfig
 from segkit.config.attention_limits import check_attention, check_attention_grids
 from segkit.config.base import Few, Positive, Section, Width, section_of_kind
+from segkit.errors import counted
 
 MOST_VOXELS = 2**27
 """The largest patch: 512 x 512 x 512."""
@@ -66,7 +67,7 @@ class NetworkConfig(Section):
     kernels: list[list[Few]] | None = None
     """For each level, the odd size of convolutions along each axis. Default: 3 everywhere."""
     block: LevelBlockConfig = ConvolutionBlockConfig()
-    """What each level of the encoder and of the decoder is made of."""
+    """Kind of block in each level of the encoder and of the decoder."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
     """A strided convolution, as in nnU-Net, or max-pooling, as in the first U-Nets."""
@@ -121,9 +122,10 @@ class NetworkConfig(Section):
         ):
             if len(rows) != wanted or any(len(row) != self.spatial_dims for row in rows):
                 raise ValueError(
-                    f"network.{name} must have {wanted} lists of {self.spatial_dims} numbers "
-                    f"for {len(self.channels)} levels"
-                    "; give one list for each"
+                    f"network.{name} must have {counted(wanted, 'list')} of "
+                    f"{self.spatial_dims} numbers for {counted(len(self.channels), 'level')}, "
+                    f"found {rows}; give one list for each "
+                    f"{'halving' if name == 'strides' else 'level'}, or null for the default"
                 )
         if any(size % 2 == 0 for row in self.level_kernels for size in row):
             raise ValueError(

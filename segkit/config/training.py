@@ -50,7 +50,9 @@ class SgdConfig(Section):
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0; set nesterov to false")
+            raise ValueError(
+                "nesterov needs a momentum above 0; raise momentum, or set nesterov to false"
+            )
         return self
 
 
@@ -160,9 +162,9 @@ class TrainConfig(Section):
     validate_every: Positive = 200
     """Steps between validations on whole volumes. Each validation also writes a checkpoint from
     which training can resume."""
-    validation_cases: Positive | None = None
-    """Number of held-out cases, the first by name, that each validation uses. Default: all. The
-    final scores always use all held-out cases."""
+    validation_cases: Annotated[int, Field(ge=0)] | None = None
+    """Number of held-out cases, the first by name, that each validation uses. Default: all. With 0
+    there is no validation, only a checkpoint. The final scores always use all held-out cases."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time of the whole run, from preparing the cases to the final scores. Default: no limit.
     With a limit, the learning rate follows the time instead of the steps: the schedule was planned
@@ -201,6 +203,15 @@ class TrainConfig(Section):
         if isinstance(given, list) and all(isinstance(each, str) for each in given):
             return dict.fromkeys(given)
         return given
+
+    @model_validator(mode="after")
+    def _patience_needs_validations(self) -> Self:
+        if self.patience is not None and self.validation_cases == 0:
+            raise ValueError(
+                f"patience is {self.patience}, but with validation_cases 0 there is no validation "
+                f"that it could count; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

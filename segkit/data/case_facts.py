@@ -1,7 +1,7 @@
 """Facts of each case: size, spacing, and the voxels of each label, from reading the whole case.
 
-Facts are stored in one file while cases are read, if this takes long. So work that was stopped goes
-on where it was, and only files that changed are read again.
+Facts are stored in one file while cases are read, if this takes long. So stopped work
+continues, and only files that changed are read again.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +25,14 @@ from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
 from segkit.io.picture_rules import PictureFacts
 from segkit.io.safe_text import read_json
+from segkit.io.volume import noting_rounded_labels
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import num_cores
 from segkit.system.workers import in_processes
 
 logger = logging.getLogger(__name__)
 
-FACTS_FORMAT = 1
+FACTS_FORMAT = 2
 CASES_PER_PROCESS = 300
 """About so many small cases are read in the time that another process needs to start."""
 SECONDS_BEFORE_STORING = 10.0
@@ -40,7 +41,7 @@ SECONDS_BEFORE_STORING = 10.0
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of a case that fits its dataset."""
+    """Facts of a case that fits its dataset."""
 
     name: str
     shape: tuple[int, int, int]
@@ -54,11 +55,13 @@ class CaseFacts:
     """Numbers in its label file that belong to no name, with their voxels."""
     picture: PictureFacts | None
     """Facts about its image if it is a picture."""
+    rounded: Mapping[str, float] = field(default_factory=dict)
+    """Largest difference of its labels from whole numbers, by file, if they were rounded."""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """The facts of a case, or what is wrong with it."""
+    """The facts of a case, or its errors."""
 
     facts: CaseFacts | None
     error: SegkitError | None = None
@@ -108,7 +111,8 @@ def facts_of_cases(
 def _examined(case: CaseFiles, dataset: Dataset) -> Examined:
     labelling = dataset.labelling
     try:
-        image, label = read_case(case, dataset)
+        with noting_rounded_labels() as rounded:
+            image, label = read_case(case, dataset)
     except SegkitError as error:
         return Examined(None, error, _other_numbers(case, dataset))
     others = _other_numbers(case, dataset) if labelling.others is not None else {}
@@ -126,6 +130,7 @@ def _examined(case: CaseFiles, dataset: Dataset) -> Examined:
             tuple(voxels.tolist()),
             others,
             image.picture,
+            rounded,
         )
     )
 
@@ -150,8 +155,8 @@ class _Store:
                 found = STORED.validate_python(read_json(path))
             except (OSError, ValueError) as error:
                 raise DatasetError(
-                    f"{path}: expected what an earlier check stored, found something else; delete "
-                    f"the file to check all cases again ({' '.join(str(error).split())[:80]})"
+                    f"{path}: cannot be read as the stored results of a check; delete the file to "
+                    f"check all cases again ({' '.join(str(error).split())[:80]})"
                 ) from None
             wanted = set(keys.values())
             self.known = {key: facts for key, facts in found.items() if key in wanted}
@@ -180,7 +185,7 @@ class _Store:
         try:
             write_json(self.path, {key: asdict(facts) for key, facts in self.all.items()})
         except OSError as error:
-            logger.warning("%s: cannot store what was checked: %s", self.path, error)
+            logger.warning("%s: cannot store the results of the check: %s", self.path, error)
             self.path = None
 
 
@@ -190,7 +195,7 @@ def _key(case: CaseFiles) -> str:
 
 
 def _digest(dataset: Dataset) -> str:
-    """A digest of all settings of a dataset that decide what its cases must be like."""
+    """A digest of all settings of a dataset that decide which cases are valid."""
     labelling: Sequence[object] = (
         dataset.labels,
         dataset.regions,

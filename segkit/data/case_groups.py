@@ -11,7 +11,7 @@ from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig
 from segkit.data.case_table import NAMES_SHOWN, column_of, table_of, unused_columns
 from segkit.data.dataset import CaseFiles, Dataset, read_case
-from segkit.errors import DatasetError, first_few
+from segkit.errors import DatasetError, counted, first_few
 
 SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)")
 """The subject of BIDS in a name or a path."""
@@ -33,7 +33,8 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     groups: dict[str, list[int]] = defaultdict(list)
     if lacking := [name for name in names if not found.get(name)]:
         raise DatasetError(
-            f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one"
+            f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one "
+            "group"
         )
     for number, name in enumerate(names):
         groups[found[name]].append(number)
@@ -149,4 +150,4 @@ def divided_groups(
         for group, numbers in groups.items()
         if sum(any(names[number] in part for number in numbers) for part in inside) > 1
     ]
-    return f"{len(found)} groups, {first_few(found, 3)}" if found else ""
+    return f"{counted(len(found), 'group')}, {first_few(found, 3)}" if found else ""

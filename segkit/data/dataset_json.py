@@ -15,7 +15,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
 from segkit.data.labelling_from import labelling_from
 from segkit.data.proposed_files import told_proposal
-from segkit.errors import DatasetError, Problems, first_few
+from segkit.errors import DatasetError, Problems, counted, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
 from segkit.io.volume import SUFFIXES, case_name_of, is_dicom_path, is_picture, stem_of
@@ -260,8 +260,8 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
         )
     if file.num_training not in (None, len(labels)):
         raise DatasetError(
-            f"{path}: numTraining is {file.num_training}, but {folder}/labelsTr has {len(labels)} "
-            f"labels; correct the number or add the missing files"
+            f"{path}: numTraining is {file.num_training}, but {folder}/labelsTr has "
+            f"{counted(len(labels), 'label')}; correct the number or add the missing files"
         )
     found, problems = [], Problems()
     for label in labels:
@@ -275,8 +275,9 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
             with problems.noted():
                 if not image.is_file():
                     raise DatasetError(
-                        f"{image}: no such file; {label.name} needs {num_channels} images, one per "
-                        f"channel"
+                        f"{image}: no such file; {label.name} needs "
+                        f"{counted(num_channels, 'image')}, "
+                        f"one per channel"
                     )
         found.append((stem_of(label), images, label))
     problems.refuse()

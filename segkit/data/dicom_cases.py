@@ -10,7 +10,7 @@ from pathlib import Path
 from segkit.config.dicom import DicomConfig, SeriesConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.errors import DatasetError, Problems, first_few, printable
+from segkit.errors import DatasetError, Problems, counted, first_few, printable
 from segkit.io.dicom import Series
 from segkit.io.dicom_labels import (
     StructureFile,
@@ -98,7 +98,8 @@ def labelled_cases(folder: Path, dicom: DicomConfig) -> list[NamedFiles]:
     found = [(case.name, case.images, case.label) for case in cases if case.label is not None]
     if not found:
         raise DatasetError(
-            f"{folder}: none of {len(cases)} cases has labels, because no structure set or "
+            f"{folder}: none of {counted(len(cases), 'case')} has labels, because no structure "
+            f"set or "
             f"segmentation that fits data.dicom.label refers to their series; correct "
             f"data.dicom.label, or add the files"
         )
@@ -216,11 +217,11 @@ def told_tree(tree: DicomTree) -> list[str]:
         ]
         lines.append(
             f"{count} series: {modality or 'no modality'}, {description or 'no description'}, "
-            f"{min(slices)} to {max(slices)} slices"
+            f"{min(slices)} to {counted(max(slices), 'slice')}"
         )
     names = told_names(tree.structures)
-    files = len(tree.structures)
-    lines += [f"structure {name}: in {count} of {files} files" for name, count in names.items()]
+    files = counted(len(tree.structures), "file")
+    lines += [f"structure {name}: in {count} of {files}" for name, count in names.items()]
     return [*lines, *tree.failures.values()]
 
 
@@ -278,8 +279,8 @@ def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFil
     if len(found) > 1:
         listing = first_few([str(file.path) for file in found], MOST_SERIES)
         raise DatasetError(
-            f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one "
-            f"with data.dicom.label"
+            f"case {name}: expected one file of structures, found {len(found)}: {listing}; select "
+            "one with data.dicom.label"
         )
     return found[0].path if found else None
 

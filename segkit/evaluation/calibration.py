@@ -21,6 +21,8 @@ IN_QUESTION = 0.01
 """A voxel is in question if it is a structure with at least this probability."""
 SMALLEST = 1e-7
 """Smallest probability in a logarithm; lower ones are replaced by it."""
+BEYOND_RANGE = 1e-3
+"""A probability may lie so far outside 0 and 1."""
 FEWEST_CASES = 3
 """Smallest number of cases for a correlation."""
 
@@ -129,11 +131,12 @@ class Calibration:
                 count: the background of the reference may be any of the others.
 
         Raises:
-            ValueError: if there are more or fewer probabilities than outputs.
+            ValueError: if there are more or fewer probabilities than outputs, or numbers that are
+                no probabilities.
         """
         if probabilities.shape[-1] != len(self.members):
             raise ValueError(
-                f"expected {len(self.members)} probabilities ({', '.join(self.members)}), got "
+                f"expected a probability for each of {', '.join(self.members)}, got "
                 f"{probabilities.shape[-1]}; evaluate predictions of the same classes"
             )
         total, voxels = 0.0, 0
@@ -143,6 +146,12 @@ class Calibration:
             if self.ignore is not None:
                 counted = truth != self.ignore
                 found, truth = found[counted], truth[counted]
+            if not ((found >= -BEYOND_RANGE) & (found <= 1 + BEYOND_RANGE)).all():
+                wrong = found[~((found >= -BEYOND_RANGE) & (found <= 1 + BEYOND_RANGE))][0]
+                raise ValueError(
+                    f"expected probabilities from 0 to 1, found {wrong:g}; evaluate what segkit "
+                    f"predict --probabilities wrote"
+                )
             within = np.stack([np.isin(truth, group) for group in self.members.values()], axis=1)
             asked = found.max(1) >= IN_QUESTION if self.are_regions else self._asked(found)
             if not unlabelled:

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,9 +21,17 @@ from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.picture_rules import PictureRules, length_mm
-from segkit.io.volume import AS_IT_SAYS, Volume, is_picture, read_labels, read_picture_facts
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    Volume,
+    is_picture,
+    noting_rounded_labels,
+    read_labels,
+    read_picture_facts,
+)
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
+from segkit.system.resources import limit_threads
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +73,9 @@ class Evaluation:
     """Paths of predictions without a reference."""
     calibration: Calibration | None = None
     """Calibration of the probabilities beside the predictions, if wanted."""
+    rounded: Mapping[str, float] = field(default_factory=dict)
+    """Files whose labels were not whole numbers, up to rounding errors, and were rounded; with the
+    largest difference."""
 
     @property
     def dice_of_cases(self) -> dict[str, float]:
@@ -81,6 +92,8 @@ class Evaluation:
         """The same as plain dicts, lists and numbers; an undefined score is None."""
         scores = to_json(self.cases, self.summary)
         more: dict[str, Any] = {"missing": list(self.missing), "extra": list(self.extra)}
+        if self.rounded:
+            more["rounded"] = dict(self.rounded)
         if self.calibration is not None:
             more["calibration"] = self.calibration.to_json(self.dice_of_cases)
         return {**scores, "failures": dict(self.failures), **more, PROVENANCE: dict(self.made)}
@@ -134,6 +147,7 @@ def evaluate(
         evaluation = segkit.evaluate("predictions", "references")
         evaluation.summary.overall.metrics["dice"].mean
     """
+    limit_threads()
     predictions, references = Path(predictions), Path(references)
     if missing not in get_args(Missing):
         raise ConfigError(
@@ -154,9 +168,10 @@ def evaluate(
         rules = replace(rules, structures=known.rules.structures)
     rules = with_pixel_size(rules, pixel_size)
     tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
-    rows, failures = score_pairs(
-        pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
-    )
+    with noting_rounded_labels() as rounded:
+        rows, failures = score_pairs(
+            pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
+        )
     lacking = {name: known.unlabelled.get(path, ()) for name, _, path in pairs}
     rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
@@ -165,6 +180,7 @@ def evaluate(
         raise VolumeError(
             f"{references}: expected labels to score, found only background; check the references"
         )
+    _check_units(rows, references)
     made = {
         "tolerance_mm": tolerance_mm,
         "missing": missing,
@@ -188,7 +204,7 @@ def evaluate(
         )
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration)
+    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration, rounded)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
@@ -200,6 +216,17 @@ def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> No
         f"{len(pairing.missing) + len(pairing.pairs)} references in {references}: {names}; predict "
         f"them, or pass --missing skip (leave them out) or --missing empty (Dice 0)"
     )
+
+
+def _check_units(rows: Sequence[CaseScores], references: Path) -> None:
+    """Raise VolumeError if some pictures have a pixel size and others have none."""
+    unsized = next((row.case for row in rows if row.unit == "pixel"), None)
+    sized = next((row.case for row in rows if row.unit != "pixel"), None)
+    if unsized is not None and sized is not None:
+        raise VolumeError(
+            f"{references}: expected a pixel size for all pictures or for none, but {sized} has "
+            f"one and {unsized} has none; set one for all by --pixel-size, or evaluate them apart"
+        )
 
 
 def _unscored(row: CaseScores) -> CaseScores:
@@ -357,7 +384,7 @@ def _with_labels_of(
     if len(present) > MOST_LABELS:
         raise VolumeError(
             f"{reference}: expected at most {MOST_LABELS} labels, found {len(present)} different "
-            f"numbers in this and other files; give segmentations, or name the labels by --labels"
+            "numbers in this and other files; give segmentations, or list the labels with --labels"
         )
     return present
 
@@ -383,8 +410,9 @@ def _score_pair(
         )
         if prediction_path and labelling.ignore is not None and (found == labelling.ignore).any():
             raise ValueError(
-                f"expected a class for each voxel of a prediction, found "
-                f"{labelling.in_file(labelling.ignore)}, the number of ignore; give it a class"
+                "expected a class for each voxel of a prediction, found "
+                f"{labelling.in_file(labelling.ignore)}, the number of ignore; replace it with the "
+                "number of a class"
             )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),

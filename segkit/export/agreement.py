@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segkit.errors import counted
 from segkit.inference.engines.converted import RunGraph, Traced
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.model_walk import layout_of
@@ -50,7 +51,9 @@ class Agreement:
         ]
         if maps:
             name, value = max(maps.items(), key=lambda item: item[1])
-            lines.append(f"largest difference of {len(maps)} maps: {value:.2g}, of {name}")
+            lines.append(
+                f"largest difference of {counted(len(maps), 'map')}: {value:.2g}, of {name}"
+            )
         return [*lines, f"same label: {self.same_labels:.4%} of voxels"]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from segkit.errors import counted
+
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 ANISOTROPY = 3.0
 """An axis that is more than this many times coarser than the finest is resampled separately."""
@@ -171,13 +173,13 @@ class Grid:
             differences.append(f"its spacing is {sizes[0]} mm, not {sizes[1]} mm")
         if voxels(corners @ (turn * own).T) > threshold:
             angle = np.degrees(2 * np.arcsin(np.linalg.norm(turn, axis=0).max() / 2))
-            differences.append(f"its axes are turned by {angle:.3g} degrees")
+            differences.append(f"its axes are turned by {counted(angle, 'degree', form='.3g')}")
         if voxels(shift) > threshold:
             differences.append(f"its first voxel lies {np.linalg.norm(shift):.3g} mm off")
         listed = " and ".join(filter(None, [", ".join(differences[:-1]), differences[-1]]))
         if self.shape != other.shape:
             return listed
-        return f"{listed}, so that voxels lie up to {apart:.3g} voxels apart"
+        return f"{listed}, so that voxels lie up to {counted(apart, 'voxel', form='.3g')} apart"
 
     def placed(
         self, shape: Sequence[int], stride: Sequence[float], offset: Sequence[float]

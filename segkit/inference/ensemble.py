@@ -25,7 +25,8 @@ class MergedRows:
     entropy: Float[Tensor, "x y rows"] | None = None
     """Entropy of the mean probabilities, divided by its maximum, which equal probabilities have."""
     variance: Float[Tensor, "x y rows"] | None = None
-    """Variance of the probabilities between models and between mirror images, mean over classes."""
+    """Variance of the probabilities between models and between mirror images, mean over classes;
+    NaN for one model without mirror images, which has no variance."""
 
 
 def merge(
@@ -94,6 +95,8 @@ def combine(
     if not uncertainty:
         return MergedRows(labels, mean if probabilities else None)
     variance = running.variance
+    if single and not members[0].with_spread:
+        variance = torch.full_like(variance, torch.nan)
     for rows in members:
         variance = variance + rows.spread() / len(members)
     entropy = predictive_entropy if written is None else region_entropy

@@ -26,7 +26,7 @@ from segkit.model.build import check_windows
 from segkit.model.folder import Model
 from segkit.nn.map_tap import MapInfo
 from segkit.nn.network import SegmentationNetwork
-from segkit.system.resources import choose_device, free_memory_of
+from segkit.system.resources import choose_device, free_memory_of, limit_threads
 
 SLICES_PER_WINDOW = 8
 WINDOWS_ON_GPU = 4
@@ -98,6 +98,7 @@ class ModelWalk:
     """One model of a predictor, with its engine and its layout of windows."""
 
     def __init__(self, model: Model, settings: PredictionSettings) -> None:
+        limit_threads()
         settings = settings.with_defaults()
         assert settings.batch_size is not None and settings.precision is not None
         self.model = model

@@ -25,7 +25,7 @@ from segkit.config.model import PostprocessingConfig
 from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
-from segkit.errors import ModelError, SegkitError, VolumeError
+from segkit.errors import ModelError, SegkitError, VolumeError, counted
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -89,7 +89,8 @@ class Prediction:
     [0, 1]. None if not requested."""
     variance: Volume | None = None
     """Variance of the probabilities between models and between mirror images, mean over classes:
-    float32 (x, y, z). None if not requested."""
+    float32 (x, y, z). NaN for one model without mirror images, which has no variance. None if not
+    requested."""
 
 
 class Predictor:
@@ -251,7 +252,8 @@ class Predictor:
             results.add("probabilities", np.dtype(np.float32), beyond)
         if uncertainty:
             results.add("entropy", np.dtype(np.float32), [0.0])
-            results.add("variance", np.dtype(np.float32), [0.0])
+            alone = len(self.members) == 1 and not self.members[0].mirror_axes
+            results.add("variance", np.dtype(np.float32), [np.nan if alone else 0.0])
         turned = first.orientation.turn(labels)[first.box]
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
             rows = slice(start, start + merged.labels.shape[-1])
@@ -287,7 +289,7 @@ class Predictor:
 
     @property
     def temperature(self) -> float | None:
-        """By what logits are divided for probabilities: the geometric mean of the models' own.
+        """The divisor of logits before they become probabilities: the geometric mean over models.
 
         A model without one counts as 1; None if no model has one.
         """
@@ -383,7 +385,8 @@ class Predictor:
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
             raise ModelError(
-                f"the model expects {len(expected)} channels ({', '.join(expected)}), found "
+                f"the model expects {counted(len(expected), 'channel')} ({', '.join(expected)}), "
+                f"found "
                 f"{found} in the volume; use the channels of the training data"
             )
         if trouble := value_problem(volume.data):
@@ -447,9 +450,9 @@ def _check_alike(models: Sequence[Model]) -> None:
             expected, found = list(getattr(first, name)), list(getattr(other, name))
             if getattr(first, name) != getattr(other, name):
                 raise ModelError(
-                    f"models that predict together must have the same labels and channels, but "
+                    "models that predict together must have the same labels and channels, but "
                     f"{first.run} has the {name} {', '.join(expected)} and {other.run} has "
-                    f"{', '.join(found)}; name models of one task"
+                    f"{', '.join(found)}; use models of the same task"
                 )
 
 

@@ -23,7 +23,7 @@ except ImportError:  # there is no wheel for this processor
 
 EITHER_HEADER = zlib.MAX_WBITS | 32
 """Argument by which zlib accepts both gzip and zlib streams."""
-DAMAGED: tuple[type[Exception], ...] = (zlib.error, fast_zlib.error)
+STREAM_ERRORS: tuple[type[Exception], ...] = (zlib.error, fast_zlib.error)
 """Errors about a stream that is damaged."""
 LEVEL = 1
 """Level of compression. Higher levels take much longer and save a few percent."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sentence_of
+from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, printable, sentence_of
 from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
 from segkit.io.dicom import (
     Series,
@@ -74,7 +74,7 @@ class Input:
 
     @property
     def folder(self) -> Path:
-        """Where results lie that go beside it: with its file, or beside its folder of DICOM."""
+        """The folder for results beside it: that of its file, or the parent of its DICOM folder."""
         if not self.is_series:
             return self.files[0].parent
         first = self.files[0].resolve()
@@ -278,7 +278,7 @@ def refuse_volumes_beside_series(folder: Path) -> None:
     if volumes := _scans_at(folder):
         raise VolumeError(
             f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
-            f"pass the file that is meant, pass the UID of the series as --series, or move one away"
+            "pass one of these files, pass the UID of the series as --series, or move one away"
         )
 
 
@@ -306,7 +306,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(
-            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; give such a share"
+            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; correct it"
         )
     return int(found[1]), int(found[2])
 
@@ -338,4 +338,5 @@ def failure(source: Input, error: SegkitError | OSError) -> str:
     file = str(source.files[0])
     if isinstance(error, OSError):
         return f"{file}: cannot write its result: {sentence_of(error)}"
-    return str(error) if file in str(error) else f"{file}: {error}"
+    # The text of an error shows control characters in names as text.
+    return str(error) if printable(file) in str(error) else f"{file}: {error}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**20
@@ -76,7 +76,7 @@ def read_metaimage_header(path: Path) -> Layout:
     channels = int(fields.get("ElementNumberOfChannels", "1"))
     if len(sizes) != num or min([*sizes, channels]) < 1:
         raise ValueError(
-            f"expected {num} sizes and channels above zero, found {sizes} and {channels}"
+            f"expected {counted(num, 'size')} and channels above zero, found {sizes} and {channels}"
         )
     kind = fields["ElementType"].removesuffix("_ARRAY")
     if kind not in KINDS:

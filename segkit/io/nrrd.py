@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.io.voxel_bytes import Layout, file_beside
 
 _LONGEST = 2**24
@@ -79,7 +79,8 @@ def read_nrrd_header(path: Path) -> Layout:
     sizes = [int(word) for word in fields["sizes"].split()]
     if len(sizes) != int(fields["dimension"]) or min(sizes, default=0) < 1:
         raise ValueError(
-            f"expected {fields['dimension']} sizes above zero, found {fields['sizes']}"
+            f"expected {counted(int(fields['dimension']), 'size')} above zero, found "
+            f"{fields['sizes']}"
         )
     places = _channel_axes(fields, len(sizes))
     along = [axis for axis in range(len(sizes)) if axis not in places]
@@ -122,7 +123,10 @@ def _data(path: Path, fields: dict[str, str], end: int) -> tuple[Path | None, in
                 lines -= line.endswith(b"\n")
             start = content.tell()
         if lines:
-            raise EOFError(f"its data file has fewer than the {fields['line skip']} lines to skip")
+            raise EOFError(
+                f"its data file has fewer than the "
+                f"{counted(int(fields['line skip']), 'line')} to skip"
+            )
     return file, start, int(fields.get("byte skip", "0"))
 
 
@@ -158,7 +162,7 @@ def _channel_axes(fields: dict[str, str], num_axes: int) -> list[int]:
     """Axes of channels, along which a voxel's several values lie."""
     kinds = fields.get("kinds", "").lower().split() or ["???"] * num_axes
     if len(kinds) != num_axes:
-        raise ValueError(f"expected {num_axes} kinds of axes, found {fields['kinds']}")
+        raise ValueError(f"expected {counted(num_axes, 'kind')} of axes, found {fields['kinds']}")
     strange = [kind for kind in kinds if kind not in SPACE + _CHANNELS]
     if strange:
         raise VolumeError(f"expected one real number per voxel, found {strange[0]}")
@@ -198,7 +202,9 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
     if "space directions" in fields:
         vectors = _vectors(fields["space directions"])
         if len(vectors) != num_axes:
-            raise ValueError(f"expected {num_axes} space directions, found {len(vectors)}")
+            raise ValueError(
+                f"expected {counted(num_axes, 'space direction')}, found {len(vectors)}"
+            )
         for column, axis in enumerate(along[:3]):
             affine[:placed, column] = _of_length(num, vectors[axis])[:placed]
         if "space origin" in fields:
@@ -208,7 +214,7 @@ def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
     elif "spacings" in fields:
         sizes = [float(word) for word in fields["spacings"].split()]
         if len(sizes) != num_axes:
-            raise ValueError(f"expected {num_axes} spacings, found {len(sizes)}")
+            raise ValueError(f"expected {counted(num_axes, 'spacing')}, found {len(sizes)}")
         if not all(0 < sizes[axis] < np.inf for axis in along):
             raise VolumeError(f"expected voxel sizes above zero, found {sizes} mm")
         affine[range(placed), range(placed)] = [sizes[axis] for axis in along[:3]]
@@ -229,5 +235,5 @@ def _vectors(text: str) -> list[list[float] | None]:
 def _of_length(num: int, *vectors: list[float] | None) -> list[float]:
     """The only vector, which must have `num` numbers."""
     if len(vectors) != 1 or vectors[0] is None or len(vectors[0]) != num:
-        raise ValueError(f"expected a vector of {num} numbers, found {vectors}")
+        raise ValueError(f"expected a vector of {counted(num, 'number')}, found {vectors}")
     return vectors[0]

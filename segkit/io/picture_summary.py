@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.io.picture_rules import PictureRules, size_in_words
 from segkit.io.volume import is_picture, read_picture_facts
 
@@ -31,6 +31,6 @@ def picture_lines(files: Sequence[Path], rules: PictureRules) -> list[str]:
         sizes[f"{size_in_words(grid.spacing[:2], facts.unit)} ({facts.source})"] += 1
         notes.update(facts.notes)
     return [
-        *(f"pixel size of {count} pictures: {size}" for size, count in sizes.items()),
-        *(f"note on {count} pictures: {note}" for note, count in notes.items()),
+        *(f"pixel size of {counted(count, 'picture')}: {size}" for size, count in sizes.items()),
+        *(f"note on {counted(count, 'picture')}: {note}" for note, count in notes.items()),
     ]

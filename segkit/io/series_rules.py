@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.io.dicom import Series
 from segkit.io.name_patterns import matches_any
 
@@ -51,7 +51,11 @@ class SeriesRule:
             *([f"description {' or '.join(self.descriptions)}"] if self.descriptions else []),
             *([f"folder {' or '.join(self.folders)}"] if self.folders else []),
             *([f"{self.min_slices} slices or more"] if self.min_slices > 1 else []),
-            *([f"at most {self.max_slices} slices"] if self.max_slices is not None else []),
+            *(
+                [f"at most {counted(self.max_slices, 'slice')}"]
+                if self.max_slices is not None
+                else []
+            ),
         ]
         return ", ".join(parts) or "any series"
 

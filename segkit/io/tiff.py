@@ -18,7 +18,7 @@ import tifffile
 from numpy import ndarray
 from PIL import TiffImagePlugin
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.io.bitmap import CHANNELS_OF_MODE, ORIENTATION_TAG, palette_of, pillow_values
 from segkit.io.picture_rules import IN_LENGTHS, PictureFacts, PictureRules
 from segkit.io.raster import Raster, scale_of
@@ -233,7 +233,9 @@ def _capacity(series: Any, size: int) -> int | None:
             raise ValueError("it is incomplete: some of its pixels are missing")
         ends = [at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
         if max(ends) > size:
-            raise ValueError(f"it is incomplete: {max(ends) - size} bytes of pixels are missing")
+            raise ValueError(
+                f"it is incomplete: its pixels lack {counted(max(ends) - size, 'byte')}"
+            )
     # No method of compression makes a real picture 65535 times smaller.
     return size * 2**16
 

@@ -8,7 +8,9 @@ wrong voxels for others (docs/volumes.md has the counts).
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
 from segkit.io.deflate import gzip_file
@@ -131,7 +133,7 @@ def has_volume_suffix(path: Path) -> bool:
 
 
 def case_name_of(path: Path) -> str:
-    """What a case is called by a file of it: without its suffix, if it is that of a volume."""
+    """The name of a case from one of its files: without the suffix if it is that of a volume."""
     return stem_of(path) if has_volume_suffix(path) else path.name
 
 
@@ -209,8 +211,8 @@ def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules,
     structures = rules.structures
     if structures is None or path not in structures.images:
         raise VolumeError(
-            f"{path}: is a DICOM structure set or segmentation; say which structures are what, by "
-            f"data.dicom.structures of a dataset's YAML file, and name that file"
+            f"{path}: is a DICOM structure set or segmentation; name its structures with "
+            "data.dicom.structures in a dataset's YAML file, and pass that file"
         )
     return structures, read_grid(structures.images[path])
 
@@ -252,6 +254,24 @@ def read_labels(
     return volume.like(whole)
 
 
+_ROUNDED: ContextVar[dict[str, float] | None] = ContextVar("rounded", default=None)
+
+
+@contextmanager
+def noting_rounded_labels() -> Iterator[dict[str, float]]:
+    """Note the label files whose values are rounded to whole numbers in this block.
+
+    Yields:
+        The largest difference from a whole number, by the path of each such file.
+    """
+    noted: dict[str, float] = {}
+    before = _ROUNDED.set(noted)
+    try:
+        yield noted
+    finally:
+        _ROUNDED.reset(before)
+
+
 def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
     """The values of a label file, with rounding errors removed.
 
@@ -262,7 +282,7 @@ def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
 
     Args:
         values: the values of the file.
-        path: the file, for the log.
+        path: the file, for the log and for `noting_rounded_labels`.
     """
     if values.dtype.kind != "f":
         return values
@@ -281,7 +301,24 @@ def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
         farthest = max(farthest, apart)
     if farthest:
         logger.info("%s: rounded labels that were up to %.2g off whole numbers", path, farthest)
+        if (noted := _ROUNDED.get()) is not None:
+            noted[str(path)] = farthest
     return whole
+
+
+def rounded_in_words(rounded: Mapping[str, float]) -> str | None:
+    """A sentence about label files whose values were rounded; None if there are none.
+
+    Args:
+        rounded: the largest difference from a whole number, by file.
+    """
+    if not rounded:
+        return None
+    worst = max(rounded, key=lambda path: rounded[path])
+    return (
+        f"rounded the labels of {counted(len(rounded), 'file')} to whole numbers; the largest "
+        f"difference was {rounded[worst]:.2g}, in {worst}"
+    )
 
 
 def in_full(value: Any) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from segkit.errors import VolumeError
-from segkit.io.deflate import DAMAGED, inflater
+from segkit.errors import VolumeError, counted
+from segkit.io.deflate import STREAM_ERRORS, inflater
 from segkit.system.memory import free_memory, in_words
 
 DEFLATE_RATIO = 1032
@@ -121,7 +121,7 @@ def read_voxels(header: Path, layout: Layout, *, working: float = 0) -> ndarray:
         held = (size - layout.stream) * DEFLATE_RATIO - offset
     if claimed > held:
         raise VolumeError(
-            f"its header claims {claimed} bytes of voxels, but the file can only hold "
+            f"its header claims {counted(claimed, 'byte')} of voxels, but the file can only hold "
             f"{max(held, 0)}; it is incomplete or damaged, so get a new copy"
         )
     channels = layout.channels or 1
@@ -165,7 +165,8 @@ def refuse_beyond_memory(space: Sequence[int], held: float, *, working: float = 
 
 def _too_much(claimed: int, held: str) -> VolumeError:
     return VolumeError(
-        f"its header claims {claimed} bytes of voxels, but the file holds {held}, so a size or the "
+        f"its header claims {counted(claimed, 'byte')} of voxels, but the file holds {held}, so "
+        f"a size or the "
         f"type is wrong; repair its header"
     )
 
@@ -191,7 +192,7 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
             while not engine.eof:
                 try:
                     piece = engine.decompress(packed, PIECE_OF_FILE)
-                except DAMAGED as error:
+                except STREAM_ERRORS as error:
                     raise ValueError(f"its compressed data are damaged ({error})") from None
                 if piece:
                     yield piece
@@ -225,6 +226,6 @@ def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int, spare: int | N
             raise _too_much(len(values), f"{filled} or more")
     if filled < len(values):
         raise EOFError(
-            f"its header claims {len(values)} bytes of voxels, but the file holds only "
+            f"its header claims {counted(len(values), 'byte')} of voxels, but the file holds only "
             f"{max(filled, 0)}; it is incomplete or damaged, so get a new copy"
         )

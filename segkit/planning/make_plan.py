@@ -43,7 +43,13 @@ from segkit.planning.plan import (
 from segkit.planning.speed import CPU, Figures, multiply_adds_per_second, step_seconds
 from segkit.system.core_share import CoreShare
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import choose_device, free_memory_of, num_cores, precision_of
+from segkit.system.resources import (
+    choose_device,
+    free_memory_of,
+    limit_threads,
+    num_cores,
+    precision_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -304,6 +310,7 @@ def _task(
     track: Track,
 ) -> _Task:
     """Measure the dataset and find out the budget."""
+    limit_threads()
     dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
@@ -314,7 +321,7 @@ def _task(
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
     labelled = {number for case in measured.cases for number in case.classes}
-    if warning := unlabelled(dataset, labelled, f"the {len(dataset.cases)} cases"):
+    if warning := unlabelled(dataset, labelled, f"the {counted(len(dataset.cases), 'case')}"):
         logger.warning("%s", printable(warning))
     task = _Task(
         source,
@@ -370,7 +377,7 @@ def _planned_task(task: _Task) -> Planned:
     elif not task.own_schedule:
         budget += f" and {share} of training on a GPU that this machine does not have"
     dataset = task.dataset
-    size = f"{len(dataset.cases)} cases, channels {', '.join(dataset.channels)}"
+    size = f"{counted(len(dataset.cases), 'case')}, channels {', '.join(dataset.channels)}"
     heading = f"Planned for {source.folder} ({size}) and {budget}."
     heading += task.why_slices + _about_lengths(dataset)
     advice = grouping_advice(dataset, source if isinstance(source, SplitDatasetConfig) else None)
@@ -498,32 +505,51 @@ def schedule_within(
     preparing = SHARE_OF_PREPARING * total
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
+    reserved = [f"{preparing:.0f} s are reserved for preparing"]
+    if cases:
+        each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
+        reserved.append(f"{validating:.0f} s for {each}")
+    if held_out:
+        reserved.append(f"{scoring:.0f} s for the final scores")
+    *most, last = reserved
+    parts = f"{', '.join(most)} and {last}" if most else last
     why = (
         f"A step takes {seconds_per_step:.3g} s {place}, in {name}. "
-        f"Of {counted(minutes, 'minute')}, {preparing:.0f} s are reserved for preparing, "
-        f"{validating:.0f} s for {count} validations of {cases} cases and "
-        f"{scoring:.0f} s for the final scores; {steps:,} steps fit into the rest."
+        f"Of {counted(minutes, 'minute')}, {parts}; "
+        f"{counted(steps, 'step', form=',')} fit{'s' * (steps == 1)} into the rest."
     )
+    if held_out and not cases:
+        why += (
+            f" There is no validation, as a single case takes {seconds_per_case:.0f} s, over a "
+            f"tenth of the time."
+        )
+    elif not held_out:
+        why += " No case is held out, so there are no scores."
     if steps == LEAST_STEPS:
         why += " This is the smallest number of steps, so the run may take longer."
     return Schedule(
         steps,
         why,
         validate_every=max(math.ceil(steps / (count + 0.5)), 1),
-        validation_cases=cases if 0 < cases < held_out else None,
+        validation_cases=cases if cases < held_out else None,
         minutes=minutes,
     )
 
 
 def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, int]:
-    """The number of validations that fit into the time, and the number of cases in each."""
+    """The number of validations that fit into the time, and the number of cases in each.
+
+    If not even one case fits, there are checkpoints without validation: validations of 0 cases.
+    """
     whole = held_out * per_case
     if not whole or MOST_VALIDATIONS * whole <= seconds:
         return MOST_VALIDATIONS, held_out
     if FEWEST_VALIDATIONS * whole <= seconds:
         return int(seconds / whole), held_out
     cases = int(seconds / FEWEST_VALIDATIONS / per_case)
-    return (FEWEST_VALIDATIONS, cases) if cases else (1, 1)
+    if cases:
+        return FEWEST_VALIDATIONS, cases
+    return (1, 1) if per_case <= seconds else (MOST_VALIDATIONS, 0)
 
 
 def _described(task: _Task, config: Config, *, with_labels: bool) -> ModelDescription:

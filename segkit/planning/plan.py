@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, counted
 from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import (
@@ -168,8 +168,8 @@ def flat_axes(numbers: Numbers) -> list[int]:
     if len(flat) > 1:
         axes = " and ".join("xyz"[axis] for axis in flat)
         raise DatasetError(
-            f"expected slices or volumes, found cases of one voxel along {axes}, which no network "
-            f"here can segment; use images of two or three dimensions"
+            f"expected slices or volumes, found cases of one voxel along {axes}, which segkit "
+            "cannot segment; use images of two or three dimensions"
         )
     return flat
 
@@ -215,7 +215,8 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
         f"{budget / 1e6:.4g} million.",
         "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
         f"voxels are {covered:.4g} patches, and a batch has at least {rules.SMALLEST_BATCH}.",
-        "channels": f"{channels[0]} at the finest of {len(channels)} levels, doubled at each step, "
+        "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
+        "at each step, "
         f"and at most {rules.MOST_CHANNELS[num_axes]}.",
     }
     batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
@@ -308,7 +309,7 @@ def _plan(
         low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
     median = _median_spacing(numbers)
-    why_spacing = f"{_size(median)} mm is the median of {len(numbers.spacings)} cases"
+    why_spacing = f"{_size(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
     if spacing != median:
         why_spacing += (
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
@@ -393,7 +394,12 @@ def _assembled(
 ) -> Plan:
     chosen = fitted.topology
     current = _median_spacing(numbers)
-    ratios = [max(each) / min(each) for each in (current, spacing)]
+    # Along an axis of one voxel, as in pictures, a spacing means nothing.
+    thick = [axis for axis in range(3) if any(shape[axis] > 1 for shape in numbers.shapes)]
+    ratios = [
+        max(each[axis] for axis in thick or [0]) / min(each[axis] for axis in thick or [0])
+        for each in (current, spacing)
+    ]
     share = float(np.median(numbers.box_shares))
     num_flat = sum(1 in kernel for kernel in chosen.kernels)
     return Plan(

@@ -1,5 +1,6 @@
 """The cores, memory and devices that this process may use."""
 
+import logging
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 STATUS = Path("/proc/self/status")
+logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,6 +58,24 @@ def num_cores() -> int:
         cores = os.cpu_count() or 1
     quota = quota_of_cores()
     return cores if quota is None else min(cores, math.ceil(quota))
+
+
+def limit_threads() -> None:
+    """Let torch use no more threads than the control groups give this process cores.
+
+    Torch counts the cores of the machine. If a container has a quota of 2 of 64 cores, 64 threads
+    use it up at the start of each period, and then all of them wait for the next.
+    """
+    quota, threads = quota_of_cores(), torch.get_num_threads()
+    if quota is not None and threads > (most := num_cores()):
+        torch.set_num_threads(most)
+        logger.info(
+            "torch uses %d instead of %d threads, because the limit of this container or job is "
+            "%.3g cores",
+            most,
+            threads,
+            quota,
+        )
 
 
 def free_memory_of(device: torch.device) -> int:

@@ -89,9 +89,16 @@ def loading(workers: int) -> Iterator[None]:
         if not lost and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
-            f"one of {workers} processes that load patches was killed, probably because memory ran "
-            "out; free some memory or lower data.workers in the run's config.yaml, and --resume it"
+            f"{_one_that_loads(workers)} was killed, probably because memory ran out; free some "
+            f"memory or lower data.workers in the run's config.yaml, "
+            "and --resume it"
         ) from None
+
+
+def _one_that_loads(workers: int) -> str:
+    if workers == 1:
+        return "the process that loads patches"
+    return f"one of {workers} processes that load patches"
 
 
 def _in_one_thread(function: Callable[[Argument], Result], item: Argument) -> Result:

@@ -7,7 +7,7 @@ from typing import Any
 from segkit.config.load import validated
 from segkit.config.model import ModelDescription
 from segkit.config.training import SCHEDULE_OF, Config
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, counted
 from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG
 from segkit.training.resolve import with_absolute_paths
@@ -170,7 +170,8 @@ def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None
             )
         if key == "train.steps" and after <= steps_done:
             raise ConfigError(
-                f"{source}: train.steps is {after}, but {steps_done} steps are done; set it higher"
+                f"{source}: train.steps is {after}, but the run has already done "
+                f"{counted(steps_done, 'step')}; set it higher"
             )
 
 
@@ -204,7 +205,7 @@ def split_is_edited(run: Path, config: Config) -> bool:
 
 
 def check_same_classes(run: Path, begun: ModelDescription, now: ModelDescription) -> None:
-    """Check that labels and channels still mean what the weights of a run were trained with.
+    """Check that labels and channels are still those that a run's weights were trained with.
 
     Args:
         run: the run's folder.

@@ -7,6 +7,7 @@ Dice of all cases by models that were not trained on them. This Dice decides whe
 keep only the largest components.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from numpy import ndarray
 from pydantic import Field
 
 from segkit.config.base import Section
-from segkit.config.load import validated
+from segkit.config.load import changed, load_config, validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, dataset_of, grid_of_case
@@ -31,12 +32,18 @@ from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
-from segkit.model.file_names import FOLD, SPLIT, SUMMARY
+from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY
 from segkit.model.folder import adopt, load_description
 from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
+from segkit.training.changed_settings import changes, in_a_sentence
 from segkit.training.fit import resume, train
+from segkit.training.fold_settings import (
+    check_new_settings,
+    is_done,
+    tell_differences,
+)
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
@@ -46,9 +53,8 @@ from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 
-RECORD = "cross_validation.json"
 SECONDS_FOR_ANOTHER = 60.0
-"""To wait for a process that writes what all folds share."""
+"""Seconds to wait for a process that writes the shared files of all folds."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 """Dice by case, then by class; None if a class is in neither prediction nor reference."""
@@ -56,7 +62,7 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validation, with a run for each fold, and what all folds say together.
+    """A cross-validation, with a run for each fold and the results over all folds.
 
     Example:
         result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
@@ -86,6 +92,8 @@ class Record(Section):
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     config: Config
     """The config of all folds, except for `name` and `data.fold`."""
+    overrides: list[str] = Field([])
+    """Settings that were changed since the first fold began, such as `train.steps=2000`."""
 
 
 def cross_validate(
@@ -124,18 +132,10 @@ def cross_validate(
     refuse_replaced(config)
     if config.data.fold is not None:
         raise ConfigError(
-            f"data.fold is {config.data.fold}, but --folds names the folds to train; give only one "
-            f"of the two"
+            f"data.fold is {config.data.fold}, but --folds also chooses the folds to train; give "
+            "only one of the two"
         )
-    devices = config.trainer.devices
-    if config.trainer.num_nodes != 1 or not (
-        devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    ):
-        raise ConfigError(
-            f"trainer.devices is {devices} and trainer.num_nodes {config.trainer.num_nodes}, but "
-            f"--folds trains in one process; set both to 1, or train each fold as a run of its own "
-            f"with data.fold"
-        )
+    _check_one_process(config)
     dataset = dataset_of(config.data)
     known = folds_of(dataset, config.data)
     numbers = range(len(known)) if folds == "all" else folds
@@ -158,10 +158,23 @@ def cross_validate(
         raise
 
 
+def _check_one_process(config: Config) -> None:
+    devices = config.trainer.devices
+    if config.trainer.num_nodes != 1 or not (
+        devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    ):
+        raise ConfigError(
+            f"trainer.devices is {devices} and trainer.num_nodes {config.trainer.num_nodes}, but "
+            f"--folds trains in one process; set both to 1, or train each fold as a run of its own "
+            f"with data.fold"
+        )
+
+
 def resume_folds(
     folder: Path,
     folds: Sequence[int] | Literal["all"] = (),
     *,
+    overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
     callbacks: Sequence[Callback] = (),
     track: Track = untracked,
@@ -174,6 +187,8 @@ def resume_folds(
     Args:
         folder: the folder of the cross-validation.
         folds: numbers of folds to train as well, or "all".
+        overrides: changes of settings such as `train.steps=2000`, for all folds. With more steps,
+            finished folds go on too.
         say: receives a line of text before each fold.
         callbacks: Lightning callbacks that are called during each training.
         track: shows the progress over cases.
@@ -182,28 +197,59 @@ def resume_folds(
         The folder and the summary of all folds.
 
     Raises:
-        ConfigError: nothing is missing.
+        ConfigError: nothing is missing, or a setting was changed that must stay.
         SegkitError: a training fails, as `train` describes.
     """
     record = _record_of(folder)
+    if overrides:
+        record = _with_new_settings(folder, record, overrides)
     if folds == "all":
         data = record.config.data
         folds = range(len(folds_of(dataset_of(data), data)))
     record = record.model_copy(update={"folds": sorted({*record.folds, *folds})})
-    if (folder / SUMMARY).is_file() and all(
-        (_fold(folder, fold) / SUMMARY).is_file() for fold in record.folds
-    ):
+    if (folder / SUMMARY).is_file() and not _missing(folder, record):
         raise ConfigError(
-            f"{folder}: the cross-validation is finished already; name more --folds, or read its "
-            f"{SUMMARY}"
+            f"{folder}: the cross-validation is finished already; add folds with --folds, set more "
+            f"train.steps, or read its {SUMMARY}"
         )
     with advice_on_stop(_how_to_go_on(folder)):
         return _go_on(folder, record, say=say, callbacks=callbacks, track=track)
 
 
+def _with_new_settings(folder: Path, record: Record, overrides: Sequence[str]) -> Record:
+    """The record with changed settings, which apply to all folds from now on.
+
+    Raises:
+        ConfigError: a setting must not change, or another process trains a fold now.
+    """
+    config = with_absolute_paths(changed(record.config, overrides))
+    _check_one_process(config)
+    begun = {fold: run for fold in record.folds if (run := _fold(folder, fold)).is_dir()}
+    check_new_settings(folder, record.config, config, begun)
+    for fold in begun:
+        with lock_if_free(_lock_of(folder, fold)) as free:
+            if not free:
+                raise ConfigError(
+                    f"{folder}: another process trains fold {fold}; stop it, and then resume with "
+                    f"{overrides[0]}"
+                )
+    begun_with = record.config.model_dump(mode="json")
+    found = list(changes(begun_with, config.model_dump(mode="json")))
+    if found:
+        logger.info("%s: continues with %s", folder, in_a_sentence(found))
+    new = {key: f"{key}={json.dumps(after)}" for key, _, after in found}
+    old = [each for each in record.overrides if each.partition("=")[0] not in new]
+    return record.model_copy(update={"config": config, "overrides": [*old, *new.values()]})
+
+
+def _missing(folder: Path, record: Record) -> list[int]:
+    """The folds that are not finished."""
+    return [f for f in record.folds if not is_done(_fold(folder, f), record.overrides)]
+
+
 def is_cross_validation(folder: Path) -> bool:
     """Whether a folder holds a cross-validation, finished or not."""
-    return (folder / RECORD).is_file()
+    return (folder / FOLDS).is_file()
 
 
 def _go_on(
@@ -216,17 +262,17 @@ def _go_on(
 ) -> CrossValidation:
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
-        known = _record_of(folder).folds if (folder / RECORD).is_file() else []
+        known = _record_of(folder).folds if (folder / FOLDS).is_file() else []
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
-        write_json(folder / RECORD, record.model_dump(mode="json"))
+        write_json(folder / FOLDS, record.model_dump(mode="json"))
     for number, fold in enumerate(record.folds, start=1):
-        with lock_if_free(folder / f".{FOLD}{fold}.lock") as mine:
+        with lock_if_free(_lock_of(folder, fold)) as mine:
             run = _fold(folder, fold)
-            if not mine or (run / SUMMARY).is_file():
+            if not mine or is_done(run, record.overrides):
                 continue
             say(f"fold {fold}, {number} of {len(record.folds)}")
             if run.exists():
-                resume(run, callbacks=callbacks, track=track)
+                resume(run, overrides=record.overrides, callbacks=callbacks, track=track)
             else:
                 data = record.config.data.model_copy(update={"fold": fold})
                 config = record.config.model_copy(update={"name": run.name, "data": data})
@@ -234,20 +280,21 @@ def _go_on(
                 train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         # Another process may have begun more of them meanwhile; the last to end pools all.
-        folds = _record_of(folder).folds
-        missing = [fold for fold in folds if not (_fold(folder, fold) / SUMMARY).is_file()]
-        if missing:
+        record = _record_of(folder)
+        if missing := _missing(folder, record):
             say(
                 f"{folder}: not finished yet: {', '.join(f'fold {fold}' for fold in missing)}; "
                 f"the process that trains it pools all folds when it ends, or "
                 f"{_how_to_go_on(folder)}"
             )
             return CrossValidation(folder, {})
-        return write_pooled(folder, folds)
+        runs = {fold: _fold(folder, fold) for fold in record.folds}
+        tell_differences(folder, {fold: load_config(run / CONFIG) for fold, run in runs.items()})
+        return write_pooled(folder, record.folds)
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
-    """Pool the finished folds of a folder; its models adopt what all of them favour."""
+    """Pool the finished folds of a folder; its models adopt the choices that all of them favour."""
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
@@ -263,8 +310,8 @@ def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
 
 
 def _record_of(folder: Path) -> Record:
-    """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
-    return validated(Record, _read(folder / RECORD), str(folder / RECORD))
+    """The record that a cross-validation continues from. Raises ConfigError if it is unreadable."""
+    return validated(Record, _read(folder / FOLDS), str(folder / FOLDS))
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:
@@ -283,8 +330,8 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {case_names(gone)}, which {dataset.folder} no "
-            f"longer contains; put the cases back, or start a new cross-validation"
+            f"{folder}: its folds contain {case_names(gone)}, but {dataset.folder} no longer does; "
+            "put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(
@@ -348,6 +395,10 @@ def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, A
 
 def _how_to_go_on(folder: Path) -> str:
     return f"segkit train --resume {folder} continues from there"
+
+
+def _lock_of(folder: Path, fold: int) -> Path:
+    return folder / f".{FOLD}{fold}.lock"
 
 
 def _fold(folder: Path, fold: int) -> Path:

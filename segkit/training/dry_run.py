@@ -71,7 +71,7 @@ class DryRun:
     """Estimated time of a held-out case in a validation, in seconds; 0 if none is held out."""
     loss: float
     notes: tuple[str, ...] = ()
-    """Of weights that are another model's, and of those that are frozen."""
+    """Sentences on weights that come from another model, and on frozen weights."""
 
     @property
     def fitting(self) -> int | None:
@@ -85,9 +85,10 @@ class DryRun:
     @property
     def validations(self) -> tuple[int, int]:
         """Number of validations, and of held-out cases in each."""
-        schedule = self.config.train
-        cases = min(schedule.validation_cases or self.held_out, self.held_out)
-        return (schedule.steps // min(schedule.validate_every, schedule.steps), cases)
+        schedule, most = self.config.train, self.config.train.validation_cases
+        cases = self.held_out if most is None else min(most, self.held_out)
+        count = schedule.steps // min(schedule.validate_every, schedule.steps)
+        return (count if cases else 0, cases)
 
     @property
     def whole(self) -> float:
@@ -101,7 +102,8 @@ class DryRun:
         data, schedule = self.config.data, self.config.train
         patch = self.description.volume_patch
         cut = "" if self.cut_size == patch else f", cut as {_size(self.cut_size)} for rotation"
-        every = f"validated every {schedule.validate_every}" if self.held_out else "not validated"
+        looked = self.validations[1]
+        every = f"validated every {schedule.validate_every}" if looked else "not validated"
         measured = "the peak is not measured on this system"
         if self.peak is not None and self.before:
             measured = (
@@ -111,13 +113,15 @@ class DryRun:
         elif self.peak is not None:
             measured = f"peak memory of the GPU {in_words(self.peak)}"
         lines = [
-            f"{self.config.name}: {self.training_cases} training cases of {data.folder}, "
+            f"{self.config.name}: {counted(self.training_cases, 'training case')} of "
+            f"{data.folder}, "
             f"{self.held_out} held out; labels {', '.join(self.description.labels)}",
             f"spacing {_size(self.description.spacing)} mm; patches of {_size(patch)} voxels{cut}; "
             f"batches of {data.batch_size}",
             f"network: {self.parameters:,} parameters, channels "
             f"{', '.join(map(str, self.description.network.channels))}",
-            f"{schedule.steps} steps of {schedule.optimiser}, {every}; {self.precision} on "
+            f"{counted(schedule.steps, 'step')} of {schedule.optimiser}, {every}; "
+            f"{self.precision} on "
             f"{self.device}",
             f"one step: {_duration(self.seconds)} (mean of {self.measured_steps}), loss "
             f"{self.loss:.3f}; {measured}",
@@ -132,11 +136,12 @@ class DryRun:
         """A line with the time of the steps and of the whole run."""
         schedule, (count, cases) = self.config.train, self.validations
         steps = timedelta(seconds=round(self.seconds * schedule.steps))
-        line = f"{schedule.steps} steps would take {steps}"
+        line = f"{counted(schedule.steps, 'step')} would take {steps}"
         if self.held_out:
             rest = timedelta(seconds=round(self.whole - self.seconds * schedule.steps))
-            each = counted(cases, "case")
-            line += f", {count} validations of {each} and the final scores about {rest}"
+            each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
+            line += f", {each} and the final scores" if cases else ", the final scores"
+            line += f" about {rest}"
         line += f"; {timedelta(seconds=round(self.whole))} in all, without preparing"
         if schedule.minutes is not None:
             share = min(60 * schedule.minutes / max(self.whole, 1e-9), 1e6)

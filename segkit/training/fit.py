@@ -27,13 +27,13 @@ from segkit.config.training import Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import Dataset
 from segkit.data.patches import PatchDataset
-from segkit.errors import ConfigError, ModelError, SegkitError, Stopped
+from segkit.errors import ConfigError, ModelError, SegkitError, Stopped, counted
 from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.postprocess import candidates
 from segkit.io.atomic import remove_leftovers, write_json, write_text
 from segkit.model.build import weight_shapes, wrap_network
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
-from segkit.model.file_names import CONFIG, DESCRIPTION, SPLIT, SUMMARY
+from segkit.model.file_names import CONFIG, DESCRIPTION, FOLD, FOLDS, SPLIT, SUMMARY
 from segkit.model.folder import (
     Model,
     load_description,
@@ -359,7 +359,25 @@ def resume(
                 write_json(folder / BEGUN, {"config": now})
             write_text(folder / CONFIG, dump_yaml(config))
             (folder / SUMMARY).unlink(missing_ok=True)
+            _drop_pooled_scores(folder)
         return _trained(parts, config, module, trainer, folder, checkpoint, track)
+
+
+def _drop_pooled_scores(run: Path) -> None:
+    """Remove the summary of the cross-validation that a run is a fold of, as it is out of date."""
+    folder = run.parent
+    if not (run.name.startswith(FOLD) and (folder / FOLDS).is_file()):
+        return
+    if (folder / SUMMARY).is_file():
+        (folder / SUMMARY).unlink()
+        logger.warning(
+            "%s: its %s was removed, because %s goes on; segkit train --resume %s pools the folds "
+            "again",
+            folder,
+            SUMMARY,
+            run.name,
+            folder,
+        )
 
 
 def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
@@ -395,7 +413,8 @@ def _check_more_to_do(
     if not more or not steps_done or config.train.minutes is not None:
         raise ConfigError(
             f"{folder}: the run is finished already, and its model is {folder / 'model'}; to train "
-            f"more than its {steps_done} steps: segkit train --resume {folder} train.steps=N"
+            f"more than its {counted(steps_done, 'step')}: segkit train --resume {folder} "
+            f"train.steps=N"
             if config.train.minutes is None
             else f"{folder}: the run is finished already, and its model is {folder / 'model'}; "
             f"because train.minutes limited it, start a new run with train.start_from={folder}"
@@ -441,7 +460,7 @@ def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) ->
         names = [", ".join(part) or "none" for part in (config.replaced, parts.replaced)]
         raise ConfigError(
             f"{folder}: expected the parts that the run replaced ({names[0]}), found {names[1]}; "
-            f"replace the same ones"
+            "replace the same parts"
         )
 
 
@@ -699,7 +718,7 @@ def _scores(
     temperature = voxels.fit() if voxels is not None else None
     if temperature is None and voxels is not None:
         logger.warning(
-            "train.calibrate: no held-out case is labelled whole; no temperature is kept"
+            "train.calibrate: no held-out case is completely labelled, so no temperature is stored"
         )
     if temperature is not None and temperature.at_limit:
         logger.warning("train.calibrate: %s", temperature.told)

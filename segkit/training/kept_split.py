@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.dataset import CaseFiles, Dataset
-from segkit.errors import ConfigError, DatasetError
+from segkit.errors import ConfigError, DatasetError, counted
 from segkit.io.safe_text import read_json_object
 from segkit.training.parts import TrainingParts
 from segkit.training.split import Split
@@ -62,8 +62,8 @@ def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     ):
         if moved := sorted(set(now[part]) & set(begun[other])):
             raise ConfigError(
-                f"{path}: {part} has {case_names(moved)}, which the run has {done} so far; move it "
-                f"back, or start a new run"
+                f"{path}: {part} now has {case_names(moved)}, which the run has {done} until now; "
+                "move it back, or start a new run"
             )
 
 
@@ -88,8 +88,8 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
         gone = [name for name in names[part] if name not in here]
         if gone and len(gone) == len(names[part]):
             raise DatasetError(
-                f"{dataset.folder}: none of the {len(gone)} {kind} cases of {source} is there; "
-                f"check data.folder, or start a new run"
+                f"{dataset.folder}: contains none of the {counted(len(gone), f'{kind} case')} of "
+                f"{source}; check data.folder, or start a new run"
             )
         if gone:
             logger.warning(

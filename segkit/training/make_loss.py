@@ -7,7 +7,7 @@ from torch import Tensor
 
 from segkit.config.loss import LossConfig, TermName
 from segkit.config.model import ModelDescription
-from segkit.errors import ConfigError
+from segkit.errors import ConfigError, counted
 from segkit.nn import loss_terms
 from segkit.nn.losses import (
     SummedLoss,
@@ -75,8 +75,9 @@ def check_levels(config: LossConfig, network: SegmentationNetwork, image: Tensor
         supervised = len(network.supervised(image).levels)
     if len(weights) != supervised:
         raise ConfigError(
-            f"train.loss.level_weights has {len(weights)} numbers, but the network supervises "
-            f"{supervised} levels (see network.deep_supervision); give {supervised}, finest first"
+            f"train.loss.level_weights has {counted(len(weights), 'number')}, but the network "
+            f"supervises {counted(supervised, 'level')} (see network.deep_supervision); give "
+            f"{supervised}, finest first"
         )
 
 

@@ -129,7 +129,7 @@ class SegmentationModule(L.LightningModule):
         self.log(
             "train/loss",
             torch.stack(self.losses_of_step).mean() if place else loss,
-            prog_bar=True,
+            prog_bar=False,  # or Lightning would wait for the loss of each step
             batch_size=len(label),
             sync_dist=self.trainer.world_size > 1,
         )
@@ -230,8 +230,8 @@ class SegmentationModule(L.LightningModule):
         self.hard_gates = [module for module in modules if isinstance(module, HardGate)]
         if self.freezing is not None and self.freezing.unfreezes and self.trainer.world_size > 1:
             raise ConfigError(
-                f"train.freeze unfreezes weights at a step, and {self.trainer.world_size} "
-                f"processes train; freeze them to the end (null), or set trainer.devices to 1"
+                f"train.freeze cannot unfreeze weights at a step while {self.trainer.world_size} "
+                "processes train; freeze them to the end (null), or set trainer.devices to 1"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -287,7 +287,7 @@ class SegmentationModule(L.LightningModule):
             if is_defined:
                 self.log(f"validation/{measure}_{name}", mean, batch_size=1)
         mean = means[defined].mean() if defined.any() else means.new_ones(())
-        self.log(f"validation/{measure}", mean, prog_bar=True, batch_size=1)
+        self.log(f"validation/{measure}", mean, batch_size=1)
 
     @property
     def share_done(self) -> float:

@@ -24,7 +24,7 @@ from segkit.data.normalise import build_normalisers
 from segkit.data.patches import PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
 from segkit.data.variation import build_variation
-from segkit.errors import ConfigError, Problems, printable
+from segkit.errors import ConfigError, Problems, counted, printable
 from segkit.inference.predictor import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.start_from import TakenOver, start_from
@@ -33,6 +33,7 @@ from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.partly_labelled import PartlyLabelled
 from segkit.system.progress import Track, untracked
+from segkit.system.resources import limit_threads
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.make_sampler import make_sampler
@@ -197,6 +198,7 @@ def make_parts(
         kept: makes the split of a run that already has one; without it, the config decides.
     """
     started = time.monotonic()
+    limit_threads()
     check_installed(config.trainer.loggers)
     check_precision(config)
     dataset = dataset or dataset_of(config.data)
@@ -210,7 +212,7 @@ def make_parts(
     first_labels, cases, held_out = _stored(config, dataset, split, description, first_stage, track)
     present = {number for case in cases for number in case.labels}
     present = {number % len(dataset.labelling.value_names) for number in present}
-    if warning := unlabelled(dataset, present, f"the {len(cases)} training cases"):
+    if warning := unlabelled(dataset, present, f"the {counted(len(cases), 'training case')}"):
         logger.warning("%s", printable(warning))
     patch_size, stage = description.volume_patch, description.first_stage
     groups = list(description.regions.values())
@@ -283,7 +285,7 @@ def check_replaced(parts: TrainingParts) -> None:
     if fixed := [name for name in FIXED if name in replaced]:
         raise ConfigError(
             f"parts.{fixed[0]} was replaced, but other parts were made from the old one; change "
-            f"the config and call segkit.prepare again"
+            "the config instead, and call segkit.prepare again"
         )
     refuse_replaced(parts.config, replaced)
 

@@ -3,39 +3,20 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole_folder, write_json
-from segkit.model.file_names import CONFIG, FOLD, SPLIT, SUMMARY, WEIGHTS
-from segkit.training.changed_settings import changes, is_one_of
+from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY, WEIGHTS
 from segkit.training.cross_validation import (
-    RECORD,
     CrossValidation,
     Record,
     is_cross_validation,
     write_pooled,
 )
+from segkit.training.fold_settings import check_alike
 from segkit.training.kept_split import SplitNames, case_names, read_split
-
-OF_THE_MACHINE = {
-    "name",
-    "replaced",
-    "trainer",
-    "data.folder",
-    "data.cache",
-    "data.workers",
-    "data.fold",
-    "data.first_stage",
-    "train.start_from",
-    "train.pictures",
-    "train.validation_cases",
-}
-"""Settings that may differ between folds: where files lie, what trains, and what is shown."""
-OF_THE_FOLD = {"data.spacing", "data.normalisation"}
-"""Settings that each fold measures on its own cases, unless they were given."""
 
 
 def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
@@ -62,10 +43,10 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
     """
     out = Path(out)
     if out.exists():
-        raise ConfigError(f"{out}: exists already; name another folder for what is pooled")
+        raise ConfigError(f"{out}: exists already; choose another folder for the pooled results")
     runs = _runs_of([Path(folder) for folder in folders])
     configs = {fold: load_config(run / CONFIG) for fold, run in runs.items()}
-    _check_settings(runs, configs)
+    check_alike(runs, configs)
     _check_splits(runs, configs)
     first = next(iter(configs.values()))
     data = first.data.model_copy(update={"fold": None})
@@ -75,7 +56,7 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
             hidden = shutil.ignore_patterns(".*")
             shutil.copytree(run, partial / f"{FOLD}{fold}", ignore=hidden)
         record = Record(folds=list(runs), config=config)
-        write_json(partial / RECORD, record.model_dump(mode="json"))
+        write_json(partial / FOLDS, record.model_dump(mode="json"))
         result = write_pooled(partial, list(runs))
         summary = {**result.summary, "run": out.name}
         write_json(partial / SUMMARY, summary)
@@ -101,27 +82,15 @@ def _runs_of(folders: Sequence[Path]) -> dict[int, Path]:
             fold = load_config(run / CONFIG).data.fold
             if fold is None:
                 raise ConfigError(
-                    f"{run}: is a run of no fold, as its data.fold is null; give runs of "
-                    f"segkit train --folds N or data.fold=N"
+                    f"{run}: expected a run of one fold, but its data.fold is null; give runs that "
+                    "were trained with --folds N or data.fold=N"
                 )
             if fold in found:
-                raise ConfigError(f"fold {fold} is in {found[fold]} and in {run}; give it once")
+                raise ConfigError(
+                    f"{found[fold]} and {run} are both fold {fold}; give only one of them"
+                )
             found[fold] = run
     return dict(sorted(found.items()))
-
-
-def _check_settings(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
-    """Raise ConfigError for the first setting that differs between folds and may not."""
-    (first, config), *others = configs.items()
-    expected: dict[str, Any] = config.model_dump(mode="json")
-    for fold, other in others:
-        for key, before, after in changes(expected, other.model_dump(mode="json")):
-            if is_one_of(key, OF_THE_MACHINE | OF_THE_FOLD):
-                continue
-            raise ConfigError(
-                f"{runs[fold]}: {key} is {after}, and {before} in {runs[first]}; folds of one "
-                f"cross-validation share their settings"
-            )
 
 
 def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
@@ -130,7 +99,7 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
     for fold, run in runs.items():
         names = read_split(run / SPLIT)
         if names is None:
-            raise ConfigError(f"{run}: expected {SPLIT} in it, found none; train the fold anew")
+            raise ConfigError(f"{run}: expected {SPLIT} in it, found none; train the fold again")
         splits[fold] = names
     first, *others = splits
     known = {*splits[first]["train"], *splits[first]["held_out"]}
@@ -142,13 +111,13 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
             if given:  # a file of folds may leave cases out of some
                 continue
             raise ConfigError(
-                f"{runs[fold]}: its folds were not drawn from the cases of {runs[first]}, as "
-                f"{case_names(apart)} is in one only; train both on the same dataset"
+                f"{runs[fold]}: expected the same cases as in {runs[first]}, but "
+                f"{case_names(apart)} is in only one of them; train both on the same dataset"
             )
         for name in splits[fold]["held_out"]:
             if name in seen and not given:
                 raise ConfigError(
-                    f"{name} is held out by {runs[seen[name]]} and by {runs[fold]}; give folds "
-                    f"that were drawn together"
+                    f"{name} is held out by both {runs[seen[name]]} and {runs[fold]}; give folds "
+                    "of the same cross-validation"
                 )
             seen[name] = fold

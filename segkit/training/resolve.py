@@ -33,7 +33,7 @@ from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConf
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
-from segkit.errors import ConfigError, DatasetError, Problems
+from segkit.errors import ConfigError, DatasetError, Problems, counted
 from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
@@ -123,7 +123,7 @@ def check_images(
             if not case.images:
                 raise DatasetError(
                     f"{dataset.folder}: case {case.name} has no image; add one, or train on its "
-                    f"labels with data.synthesis and hold out other cases by data.validation"
+                    "labels with data.synthesis and hold out other cases with data.validation"
                 )
     with problems.noted():
         check_headers((*train_cases, *held_out), dataset)
@@ -348,8 +348,9 @@ def _asked(config: DataConfig, dataset: Dataset) -> list[NormalisationConfig]:
     if isinstance(asked, list):
         if len(asked) != len(dataset.channels):
             raise ConfigError(
-                f"data.normalisation: expected one for each of the {len(dataset.channels)} "
-                f"channels of {dataset.folder}, found {len(asked)}; give one for each, or one for "
+                f"data.normalisation: expected one for each of the "
+                f"{counted(len(dataset.channels), 'channel')} of {dataset.folder}, found "
+                f"{len(asked)}; give one for each, or one for "
                 f"all"
             )
         return asked

@@ -264,7 +264,9 @@ def faster_than_planned(budget: TimeBudget) -> str:
 def _steps_that_fit(budget: TimeBudget) -> str:
     steps, planned = budget.expected_steps, budget.planned_steps
     many = (
-        f"{steps} steps, {planned} planned," if steps > planned else f"{steps} of {planned} steps"
+        f"{counted(steps, 'step')}, {planned} planned,"
+        if steps > planned
+        else f"{steps} of {counted(planned, 'step')}"
     )
     return (
         f"{many} fit into the {counted(budget.seconds / 60, 'minute')}, and the learning rate "

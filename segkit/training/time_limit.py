@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
+from segkit.errors import counted
+
 logger = logging.getLogger(__name__)
 
 UNCOUNTED = 5
@@ -61,7 +63,8 @@ class TimeLimitWarning(Callback):
 def too_slow(per_step: float, fitting: int, steps: int) -> str:
     """A warning that only `fitting` of all steps fit, with advice."""
     return (
-        f"at {per_step:.2g} s a step, without validations, only {fitting} of {steps} steps fit "
+        f"at {per_step:.2g} s a step, without validations, only {fitting} of "
+        f"{counted(steps, 'step')} fit "
         f"into trainer.max_time, and training would end at a high learning rate; "
         f"set train.steps={fitting}"
     )

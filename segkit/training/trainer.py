@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from segkit.config.training import Config
 from segkit.data.datamodule import workers_for
-from segkit.errors import ConfigError, TrainingError
+from segkit.errors import ConfigError, TrainingError, counted
 from segkit.system.workers import loading
 from segkit.training.csv_logger import MetricsFile
 from segkit.training.lightning_private import is_first_process
@@ -70,8 +70,9 @@ def make_trainer(
         ConfigError: Lightning or the server of a tracker refuses the settings, or there are fewer
             held-out cases than processes.
     """
-    validated, every = bool(len(parts.validation.cases)), steps_between(config)
-    metrics, looked = metrics_of(folder), cases_per_validation(parts, config)
+    metrics, every = metrics_of(folder), steps_between(config)
+    looked = cases_per_validation(parts, config)
+    validated = looked > 0
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers", "deterministic", "compile"}),
@@ -105,8 +106,9 @@ def make_trainer(
     held_out, processes = len(parts.validation.cases), trainer.world_size
     if 0 < held_out < processes:
         raise ConfigError(
-            f"each of the {processes} processes needs a held-out case, but there are only "
-            f"{held_out}; hold out {processes} or more (data.validation), or none, or use fewer "
+            f"each of the {processes} processes needs a held-out case, but only "
+            f"{counted(held_out, 'case')} {'is' if held_out == 1 else 'are'} held out; hold out "
+            f"{processes} or more (data.validation), or none, or use fewer "
             f"processes (trainer.devices, trainer.num_nodes)"
         )
     if trainer.strategy.root_device.type == "cuda":
@@ -145,8 +147,9 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
         except torch.OutOfMemoryError:
             voxels = "x".join(str(size) for size in config.data.patch_size)
             raise TrainingError(
-                f"{device}: its memory is too small for a step of {config.data.batch_size} patches "
-                f"of {voxels} voxels with network.channels {config.network.channels}; lower "
+                f"{device}: its memory is too small for a step of "
+                f"{counted(config.data.batch_size, 'patch')} of {voxels} voxels with "
+                f"network.channels {config.network.channels}; lower "
                 f"data.batch_size or data.patch_size, or make a smaller plan with segkit plan "
                 f"--memory"
             ) from None

@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[ndarray, float, str]] = {
         1e4,
         "expected a volume that fits into memory at the network's spacing",
     ),
-    "two channels": (np.stack([NOISE, NOISE], axis=3), 1.0, "the model expects 1 channels (MRI)"),
+    "two channels": (np.stack([NOISE, NOISE], axis=3), 1.0, "the model expects 1 channel (MRI)"),
 }
 
 

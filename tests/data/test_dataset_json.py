@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from segkit.checking import check
 from segkit.config.labels import Labelling
 from segkit.data.dataset import read_case, read_dataset
 from segkit.data.dataset_json import read_dataset_file, read_labelling
@@ -13,6 +14,7 @@ from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 from tests.helpers import affine_of
+from tests.small import small_dataset
 
 SHAPE = (3, 4, 5)
 GRID = Grid(SHAPE, affine_of("LPS"))
@@ -131,7 +133,7 @@ ALONE = "labels must have a class in addition to the background, found backgroun
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no order": (
         {"regions_class_order": None},
-        "add regions_class_order, with the number that each",
+        "add regions_class_order, with the number to write for each",
     ),
     "a short order": (
         {"regions_class_order": [1, 2]},
@@ -164,11 +166,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing but ignore": ({"labels": {"background": 0, "ignore": 1}}, ALONE),
     "a number that no file can hold": (
         {"labels": {"background": 0, "a": 70000}},
-        "a needs a number from 0 to 65535 to be written as, found 70000; add one to its list",
+        "a is written to files as a number from 0 to 65535, but its list has 70000; add such a",
     ),
     "a class of negative numbers": (
         {"labels": {"background": 0, "a": [-1, -2]}, "regions_class_order": None},
-        "a needs a number from 0 to 65535 to be written as, found -1, -2",
+        "a is written to files as a number from 0 to 65535, but its list has -1, -2",
     ),
     "a number twice": (
         {"labels": {"background": 0, "a": 1, "b": 1}},
@@ -204,8 +206,22 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_together_is_refused_in_one_sentence(folder: Path, name: str) -> None:
+def test_contradictions_in_a_dataset_json_are_refused_in_one_sentence(
+    folder: Path, name: str
+) -> None:
     keys, reason = REFUSALS[name]
     with pytest.raises(DatasetError, match=reason) as refusal:
         read_dataset(written(folder, **keys))
     assert str(refusal.value).startswith(str(folder)) and "\n" not in str(refusal.value)
+
+
+def test_a_normalisation_of_nnunet_that_segkit_lacks_is_told(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    path = folder / "dataset.json"
+    described = json.loads(path.read_text())
+    kind = "channel_names" if "channel_names" in described else "modality"
+    for name, told in (("noNorm", 1), ("T1", 0), ("CT", 0)):
+        path.write_text(json.dumps({**described, kind: {"0": name}}))
+        lines = [line for line in check(folder).text.splitlines() if "nnU-Net" in line]
+        assert len(lines) == told, lines
+        assert all(line.startswith(f"{name}: ") and "mean 0" in line for line in lines)

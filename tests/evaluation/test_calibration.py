@@ -85,7 +85,7 @@ def test_ignored_voxels_do_not_count_and_no_voxels_give_nan() -> None:
     assert "no voxels" in reliability_diagram(none)
 
 
-def test_of_a_partly_labelled_case_only_what_is_labelled_counts() -> None:
+def test_calibration_of_a_partly_labelled_case_counts_only_labelled_classes() -> None:
     # Nobody labelled class 2: at the second voxel it may well be right.
     found = np.array([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75]]).reshape(2, 1, 1, 3)
     calibration = classes()
@@ -124,7 +124,34 @@ def test_the_number_of_probabilities_must_be_that_of_the_classes() -> None:
         classes().add("a", np.zeros((2, 2, 2, 2)), np.zeros((2, 2, 2), int))
 
 
-def test_the_diagram_is_a_picture_whose_curve_lies_where_the_bins_do() -> None:
+@pytest.mark.parametrize("wrong", [float("nan"), 3.0, -0.5])
+def test_numbers_that_are_no_probabilities_are_refused_unless_they_are_ignored(
+    wrong: float,
+) -> None:
+    found, label = drawn((4, 3, 2))
+    found[1, 1, 1, 0] = wrong
+    with pytest.raises(
+        ValueError, match=f"expected probabilities from 0 to 1, found {wrong:g}; ev"
+    ):
+        classes().add("a", found, label)
+    label[1, 1, 1] = 9
+    calibration = classes(ignore=9)
+    calibration.add("a", found, label)
+    assert calibration.largest.voxels == 23
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_picture_has_the_calibration_of_its_pixels_whatever_axis_has_one_voxel(axis: int) -> None:
+    found, label = drawn((6, 5, 1))
+    upright, turned = classes(), classes()
+    upright.add("a", found, label)
+    turned.add("a", np.moveaxis(found, 2, axis), np.moveaxis(label, 2, axis))
+    assert turned.largest.ece == pytest.approx(upright.largest.ece)
+    assert turned.in_question.brier == pytest.approx(upright.in_question.brier)
+    assert turned.entropy_of_cases["a"] == pytest.approx(upright.entropy_of_cases["a"])
+
+
+def test_the_curve_of_the_diagram_passes_through_the_bins() -> None:
     calibration = Calibration({"background": (0,), "<b>": (1,)}, are_regions=False)
     found = np.repeat([[0.25, 0.75]], 4, axis=0).reshape(4, 1, 1, 2)
     calibration.add("a", found, np.array([1, 1, 0, 0]).reshape(4, 1, 1))

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 import segkit
-from segkit.evaluation.evaluate import labels_file
+from segkit.errors import VolumeError
+from segkit.evaluation.evaluate import evaluate, labels_file
 from segkit.geometry.grid import Grid
-from segkit.io.volume import Volume, write_volume
+from segkit.io.volume import Volume, rounded_in_words, write_volume
 
 
 @pytest.fixture
@@ -71,3 +74,34 @@ def test_a_missing_file_of_label_names_is_refused(tmp_path: Path) -> None:
         segkit.VolumeError, match=r"other.json: no such file or folder; check the path"
     ):
         labels_file(tmp_path, tmp_path / "other.json")
+
+
+def test_labels_that_were_rounded_are_told(tmp_path: Path) -> None:
+    labels = np.zeros((4, 4, 4))
+    labels[1:3] = 3
+    for side, values in (("p", labels), ("r", labels * (1 - 1e-4))):
+        for case in ("a", "b"):
+            (tmp_path / side).mkdir(exist_ok=True)
+            nib.save(
+                nib.Nifti1Image(values if case == "a" else labels, np.eye(4)),
+                tmp_path / side / f"{case}.nii",
+            )
+    scores = evaluate(tmp_path / "p", tmp_path / "r")
+    file = str(tmp_path / "r" / "a.nii")
+    assert scores.rounded == {file: pytest.approx(3e-4)} and scores.to_json()["rounded"]
+    assert scores.summary.overall.metrics["dice"].mean == 1
+    told = rounded_in_words(scores.rounded)
+    assert told == (
+        f"rounded the labels of 1 file to whole numbers; the largest difference was 0.0003, in "
+        f"{file}"
+    )
+    assert "rounded" not in evaluate(tmp_path / "p", tmp_path / "p").to_json()
+
+
+def test_pictures_with_and_without_a_pixel_size_are_refused_together(tmp_path: Path) -> None:
+    for case, dots_per_inch in (("a", (50800, 50800)), ("b", None)):
+        picture = Image.fromarray(np.eye(8, dtype=np.uint8))
+        picture.save(tmp_path / f"{case}.png", **({"dpi": dots_per_inch} if dots_per_inch else {}))
+    with pytest.raises(VolumeError, match=r"but a has one and b has none; set one for all by --pi"):
+        evaluate(tmp_path, tmp_path)
+    assert evaluate(tmp_path, tmp_path, pixel_size="0.5 um").summary.unit == "µm"

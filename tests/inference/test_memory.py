@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).parents[1] / "peak_memory.py"
 
 
 def peak(folder: Path, *, classes: int, slices: int) -> int:
-    """Bytes at most held by a process that segments, with probabilities and uncertainty."""
+    """Largest own memory in bytes of a process that predicts probabilities and uncertainty."""
     folder.mkdir()
     result = subprocess.run(
         [sys.executable, PROGRAM, folder, str(classes), str(slices)],

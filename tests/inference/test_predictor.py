@@ -321,9 +321,7 @@ def test_more_labels_than_a_byte_holds_take_two_bytes() -> None:
 def test_a_volume_with_other_channels_is_refused() -> None:
     predictor = Predictor(Model(description(spacing=(1.0, 1.0, 1.0)), nearest_class(2)))
     volume = Volume(np.zeros((8, 8, 8, 2)), Grid((8, 8, 8), np.eye(4)))
-    with pytest.raises(
-        ModelError, match=r"expects 1 channels \(channel 0\), found 2 in the volume"
-    ):
+    with pytest.raises(ModelError, match=r"expects 1 channel \(channel 0\), found 2 in the volume"):
         predictor(volume)
 
 
@@ -418,7 +416,7 @@ def test_presence_in_2d_is_the_maximum_over_slices() -> None:
     assert_allclose(list(presence.values()), torch.sigmoid(highest).numpy(), rtol=1e-5)
 
 
-def test_presence_is_the_same_beside_maps_and_changes_none_of_them() -> None:
+def test_presence_is_the_same_with_maps_and_does_not_change_them() -> None:
     volume = noise_volume((12, 8, 13))
     model = headed_model()
     predictor = Predictor(model)

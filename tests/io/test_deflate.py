@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from segkit.io import deflate
-from segkit.io.deflate import DAMAGED, gzip_file, inflater
+from segkit.io.deflate import STREAM_ERRORS, gzip_file, inflater
 
 CONTENT = bytes(range(256)) * 999
 
@@ -39,7 +39,7 @@ def test_a_written_file_is_read_by_python_and_is_the_same_each_time(tmp_path: Pa
 def test_a_wrong_checksum_is_an_error(pack: object) -> None:
     stream = bytearray(pack(CONTENT))  # type: ignore[operator]
     stream[-5 if pack is gzip.compress else -1] ^= 1
-    with pytest.raises(DAMAGED):
+    with pytest.raises(STREAM_ERRORS):
         inflated(bytes(stream))
 
 

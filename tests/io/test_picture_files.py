@@ -361,7 +361,7 @@ def two_sizes(path: Path) -> Path:
 CMYK = np.zeros((4, 6, 4), np.uint8)
 REFUSED = {
     "cut.png": (cut_png, "cannot be read as .png: image file is truncated"),
-    "cut.tif": (cut_tiff, "it is incomplete: 1000 bytes of pixels are missing"),
+    "cut.tif": (cut_tiff, "it is incomplete: its pixels lack 1000 bytes"),
     "bomb.png": (bomb, "its header claims 60000 x 60000 pixels.*its file can only hold"),
     "times.tif": (times, "found time points; set data.pictures.pages"),
     "sizes.tif": (two_sizes, r"expected one picture, found 2 \(2x6, 4x6\)"),
@@ -408,7 +408,7 @@ def test_pictures_that_cannot_be_labels_are_refused_in_one_sentence(tmp_path: Pa
             read_labels(path, rules=PictureRules(colours=colours))
 
 
-def test_png_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+def test_png_refuses_values_that_it_cannot_hold(tmp_path: Path) -> None:
     grid = Grid((2, 2, 1), np.diag([-1.0, -1, 1, 1]))
     facts = PictureFacts("mm", "a test")
     refused = {

@@ -1,13 +1,16 @@
 """The number of cores respects the CPU quota of each control group around this process."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from segkit.system import control_groups
 from segkit.system.control_groups import quota_of_cores
-from segkit.system.resources import num_cores
+from segkit.system.resources import limit_threads, num_cores
 from tests.control_groups import VERSION_2, lies_in, write_group
 
 VERSION_1 = "33 31 0:33 {root} {top}/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
@@ -87,6 +90,38 @@ def test_quotas_of_cores_and_limits_of_memory_can_lie_in_two_groups(linux: Path)
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "100000", "0 100000", "100000 0", "1 2 3"])
-def test_a_file_that_says_no_quota_is_no_limit(content: str, linux: Path) -> None:
+def test_a_file_without_a_quota_sets_no_limit(content: str, linux: Path) -> None:
     write_group(lies_in(linux, "0::/\n", VERSION_2), cpu_max=content)
     assert quota_of_cores() is None
+
+
+@pytest.fixture
+def five_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [("max 100000", 5), ("150000 100000", 2), ("50000 100000", 1), ("700000 100000", 5)],
+)
+def test_torch_uses_no_more_threads_than_the_quota_has_cores(
+    limit: str,
+    threads: int,
+    linux: Path,
+    five_threads: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_group(lies_in(linux, "0::/\n", VERSION_2), cpu_max=limit)
+    with caplog.at_level(logging.INFO):
+        limit_threads()
+    assert torch.get_num_threads() == threads
+    assert (f"torch uses {threads} instead of 5 threads" in caplog.text) == (threads < 5)
+
+
+def test_the_quota_never_raises_the_number_of_threads(linux: Path, five_threads: None) -> None:
+    write_group(lies_in(linux, "0::/\n", VERSION_2), cpu_max="800000 100000")
+    limit_threads()
+    assert torch.get_num_threads() == 5

@@ -27,6 +27,7 @@ from segkit.training.cross_validation import (
     pool_folds,
     resume_folds,
 )
+from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
 from tests.training.drawn_folds import fold_of
 
@@ -145,7 +146,9 @@ def test_the_evidence_is_the_dice_of_the_predicted_labels_after_each_operation(
             assert told[operation][name]["ball"] == pytest.approx(dice, abs=1e-12)
 
 
-def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_path: Path) -> None:
+def test_every_fold_adopts_post_processing_that_the_pooled_cases_favour(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "small"
     shutil.copytree(finished, folder)
     (folder / "summary.json").unlink()
@@ -224,7 +227,8 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert json.loads(after)["validation"] == json.loads(before)["validation"]
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_0", "fold_2"]
     with pytest.raises(
-        ConfigError, match=r"small: the cross-validation is finished already; name more --folds"
+        ConfigError,
+        match=r"small: the cross-validation is finished already; add folds with --folds",
     ):
         resume_folds(folder)
     counter = CountRuns()
@@ -233,7 +237,7 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert wider.summary["validation"]["cases"] == 4
 
 
-def test_a_cross_validation_that_was_stopped_goes_on_with_what_is_missing(
+def test_a_stopped_cross_validation_trains_only_missing_folds(
     data: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StoppedError):
@@ -254,6 +258,87 @@ def test_a_cross_validation_that_was_stopped_goes_on_with_what_is_missing(
     assert summary["validation"]["cases"] == 4
 
 
+@pytest.mark.slow
+def test_new_settings_of_a_cross_validation_are_those_of_every_fold(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StoppedError):
+        cross_validate(quick_config(data), [0, 1], runs=tmp_path, callbacks=[CountRuns(2)])
+    folder = tmp_path / "small"
+    before = (folder / "cross_validation.json").read_bytes()
+    for override, why in (
+        (
+            "train.seed=3",
+            r"small: train\.seed was changed from 0 to 3, but the earlier steps used it",
+        ),
+        ("data.num_folds=3", "data.num_folds was changed from 5 to 3, but a run keeps its split"),
+        ("data.fold=3", "data.fold was changed from null to 3, but a run keeps its split"),
+        ("name=other", "name was changed from small to other, but a run keeps its name"),
+        (
+            "data.batch_size=1",
+            r"small: data\.batch_size was changed, but fold 0 finished with the earlier value, and "
+            r"folds of one cross-validation share",
+        ),
+        ("train.steps=1", r"train\.steps is 1, but 2 steps are done; set it higher"),
+        ("trainer.devices=2", r"trainer\.devices is 2 and trainer\.num_nodes 1, but --folds"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            resume_folds(folder, overrides=[override])
+    assert (folder / "cross_validation.json").read_bytes() == before
+    # Who cuts patches changes nothing, so fold 0 stays as it is.
+    kept = (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns
+    resume_folds(folder, overrides=["data.workers=0"])
+    assert (folder / "fold_0" / "last.ckpt").stat().st_mtime_ns == kept
+    # With more steps all folds go on, with the other settings too; a new fold begins with them.
+    wanted = ["train.steps=3", "data.batch_size=1"]
+    summary = resume_folds(folder, [4], overrides=wanted).summary
+    assert {fold: told["steps"] for fold, told in summary["folds"].items()} == {
+        "0": 3,
+        "1": 3,
+        "4": 3,
+    }
+    for fold in (0, 1, 4):
+        config = load_config(folder / f"fold_{fold}" / "config.yaml")
+        assert (config.train.steps, config.data.batch_size, config.data.workers) == (3, 1, 0)
+    changed = read(folder / "fold_0" / "summary.json")["changed_settings"]
+    expected = {"train.steps", "data.batch_size", "data.workers"}
+    assert {each["setting"] for each in changed} == expected
+    with pytest.raises(
+        ConfigError, match=r"finished already; add folds with --folds, set more train\.st"
+    ):
+        resume_folds(folder, overrides=wanted)
+
+
+def test_settings_of_a_fold_that_is_trained_now_do_not_change(data: Path, tmp_path: Path) -> None:
+    folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
+    with (
+        lock_if_free(folder / ".fold_0.lock"),
+        pytest.raises(
+            ConfigError, match=r"another process trains fold 0; stop it, and then resume"
+        ),
+    ):
+        resume_folds(folder, overrides=["train.steps=9"])
+
+
+@pytest.mark.slow
+def test_a_fold_with_settings_of_its_own_is_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
+    assert "differ" not in caplog.text
+    training.resume(folder / "fold_0", overrides=["train.steps=3"])
+    assert "small: its summary.json was removed, because fold_0 goes on" in caplog.text
+    assert not (folder / "summary.json").exists()
+    pooled = resume_folds(folder).summary  # trains nothing
+    own = read(folder / "fold_0" / "summary.json")
+    assert pooled["steps"] == 3 and read(folder / "summary.json")["steps"] == 3
+    assert pooled["validation"]["dice_of_cases"] == own["validation"]["dice_of_cases"]
+    resume_folds(folder, [1])
+    assert "small: the folds were not all trained in the same way, as they differ in train.ste" in (
+        caplog.text
+    )
+
+
 def newest_of(runs: Path) -> Path | None:
     try:
         return newest_model(runs)
@@ -271,14 +356,16 @@ def test_a_second_of_the_same_name_gets_a_folder_of_its_own(data: Path, tmp_path
 # What it refuses
 
 
-def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_settings_that_exclude_cross_validation_are_refused_and_leave_no_folder(
+    tmp_path: Path,
+) -> None:
     data = small_dataset(tmp_path / "data")
     refusals: list[tuple[Config, type[Exception], str]] = [
         (quick_config(data), DatasetError, "5 folds need 5 cases or more, found 4"),
         (
             small_config(data, data={"fold": 1}),
             ConfigError,
-            "data.fold is 1, but --folds names the folds to train; give only one of the two",
+            "data.fold is 1, but --folds also chooses the folds to train; give only one of the two",
         ),
         (
             small_config(data, trainer={"devices": 2}),
@@ -292,13 +379,13 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_fold_refuses_at_once_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+def test_an_invalid_setting_of_a_fold_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.precision is 7-bit; choose auto"):
         cross_validate(small_config(data, trainer={"precision": "7-bit"}), [0], runs=tmp_path)
     assert not (tmp_path / "small").exists()
 
 
-def test_a_cross_validation_is_no_run_to_resume_as_one(finished: Path, tmp_path: Path) -> None:
+def test_a_cross_validation_cannot_be_resumed_as_a_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"small: expected a run with config\.yaml"):
         training.resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):
@@ -324,7 +411,8 @@ def test_a_fold_lends_its_weights_and_a_cross_validation_does_not(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ModelError, match=r"expected one model, found those of 5 folds; name one, such as .*fold_0$"
+        ModelError,
+        match=r"expected one model, found the models of 5 folds; choose one, such as .*fold_0$",
     ):
         training.train(small_config(data, train={"start_from": str(finished)}), runs=tmp_path)
     assert not (tmp_path / "small").exists()

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -343,7 +344,7 @@ def test_the_loss_is_that_of_segmentation_plus_the_weighted_one_of_presence(weig
     assert logged["train/presence_loss"].item() == pytest.approx(presence, rel=1e-6)
 
 
-def test_the_loss_of_presence_teaches_the_head() -> None:
+def test_the_presence_loss_trains_the_presence_head() -> None:
     for weight in (0.0, 0.5):
         network = with_head()
         assert isinstance(network.presence, MeanPooling)
@@ -399,7 +400,7 @@ class Unsettled(L.Callback):
         self.seed += 1
 
 
-def test_the_noise_of_hard_gates_depends_on_the_seed_and_the_step_alone() -> None:
+def test_the_noise_of_hard_gates_depends_only_on_the_seed_and_the_step() -> None:
     # So slow that the weights stay as they are: whatever changes is noise.
     still = {"optimiser": "sgd", "learning_rate": 1e-12}
     losses, _ = trained(hard_gated(), 4, **still)
@@ -424,3 +425,27 @@ def test_hard_gates_cool_from_1_to_a_half_over_the_steps_of_training() -> None:
     temperatures = Temperatures()
     trained(hard_gated(), 4, temperatures, num_steps=4)
     assert temperatures.values == [1.0, 0.875, 0.75, 0.625]  # a step later it would be a half
+
+
+def test_lightning_reads_no_loss_while_steps_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[str] = []
+    item = Tensor.item
+
+    def watched(value: Tensor) -> Any:
+        readers.append(sys._getframe(1).f_code.co_filename)
+        return item(value)
+
+    class Watch(L.Callback):
+        """Watches all steps but the first and the last."""
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 1:
+                monkeypatch.setattr(Tensor, "item", watched)
+            if trainer.global_step == 7:
+                monkeypatch.undo()
+
+    module = module_of()
+    trainer = trainer_of(8, callbacks=[Watch()], log_every_n_steps=50)
+    trainer.fit(module, batches(20))
+    assert any("optim" in name for name in readers)  # the optimiser of a CPU reads its step
+    assert not [name for name in readers if "lightning" in name]

@@ -198,9 +198,7 @@ def test_as_many_normalisations_as_channels_are_taken(datasets: dict[str, Path])
     each = resolve(one, dataset).data.normalisation
     assert each == resolve(small_config(datasets["mri"]), dataset).data.normalisation
     two = small_config(datasets["mri"], data={"normalisation": ["zscore", "ct"]})
-    with pytest.raises(
-        ConfigError, match=r"expected one for each of the 1 channels of .*, found 2"
-    ):
+    with pytest.raises(ConfigError, match=r"expected one for each of the 1 channel of .*, found 2"):
         resolve(two, dataset)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from segkit.config.network import NetworkConfig
 from segkit.config.training import LEAST_STEPS, TrainConfig
-from segkit.errors import Stopped
+from segkit.errors import ConfigError, Stopped
 from segkit.inference.window_seconds import num_windows
 from segkit.training.fit import resume, scored_model, train
 from segkit.training.optimisers import make_optimiser, make_schedule
@@ -279,3 +279,18 @@ def test_a_timed_run_ends_on_time_and_goes_on_after_a_stop(
     assert told["given"] == 0.1 and told["planned_steps"] == 1000
     # How far over depends on the programs that use this machine's cores.
     assert 0 < told["taken"] < (time.monotonic() - started) / 60
+
+
+def test_a_run_without_validations_writes_checkpoints_and_goes_on(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=4)
+    settings_of = {"steps": 20, "validate_every": 5, "validation_cases": 0}
+    config = small_config(folder, train=settings_of, data={"validation": 0.5})
+    with pytest.raises(Stopped):
+        train(config, runs=tmp_path, callbacks=[StoppedAtTwelve()])
+    run = resume(tmp_path / config.name)
+    assert run.summary["steps"] == 20 and run.summary["validation"]["cases"] == 2
+    assert run.summary["validation"]["best_mean_dice_during_training"] is None
+    assert "validation/dice" not in (run.folder / "metrics.csv").read_text()
+    assert (run.folder / LAST).is_file()
+    with pytest.raises(ConfigError, match="patience is 3, but with validation_cases 0 there is no"):
+        small_config(folder, train={**settings_of, "patience": 3})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from segkit.data.label_numbers import volume_within
 from segkit.data.preprocess import Prepared, prepare_label
-from segkit.errors import ModelError, VolumeError
+from segkit.errors import ModelError, VolumeError, counted
 from segkit.explain.attribution.gradients import integrated_gradients, smoothgrad
 from segkit.explain.attribution.perturbations import kernel_shap, occlusion
 from segkit.explain.attribution.supervoxels import Supervoxels
@@ -153,7 +153,7 @@ class Attribution:
     def sentence(self) -> str:
         """Its sums in words."""
         about = f"{self.key}: the {self.settings.quantity} sums to {self.value:.4g} over "
-        about += f"{self.region_voxels} voxels"
+        about += f"{counted(self.region_voxels, 'voxel')}"
         if self.method == "smoothgrad":
             return about
         base = f"{about}, and to {self.baseline_value:.4g} for the baseline"
@@ -221,9 +221,9 @@ def attribute(
     target = _target(predictor, volume, prepared, asked, region, output, settings.quantity)
     if asked and (missing := [name for name in asked if name not in target.structures]):
         raise VolumeError(
-            f"{', '.join(missing)}: expected a voxel of it in the "
-            f"{'prediction' if region is None else 'region'}, found none; give a region that has "
-            f"one"
+            f"expected at least one voxel of {', '.join(missing)} in the "
+            f"{'prediction' if region is None else 'region'}, found none; give a region that "
+            "contains one"
         )
     if not target.structures:
         return {}
@@ -271,7 +271,8 @@ def chosen_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names, each once. Raises ModelError if there is no such method."""
     if unknown := [name for name in names if name not in METHODS]:
         raise ModelError(
-            f"expected a method of {', '.join(METHODS)}, found {unknown[0]!r}; choose one of these"
+            f"expected a method out of {', '.join(METHODS)}, found {unknown[0]!r}; choose one of "
+            "these"
         )
     return [method for method in METHODS if method in names]
 
@@ -379,8 +380,8 @@ def _parts(
         parts = Supervoxels.of(turned[np.ix_(x, y, z)], prepared.grid)
         if not len(parts):
             raise VolumeError(
-                "supervoxels: expected numbers from 1 for the parts of the scan, found none; "
-                "number them"
+                "supervoxels: expected the parts of the scan numbered from 1, found only 0; "
+                "number the parts"
             )
         return parts
     patch = predictor.layout.patch_size

@@ -145,10 +145,12 @@ class PositionFigures:
         else:
             verdict = "better than one" if won > lost else "no better than one"
         return (
-            f"{self.position}: {num} heads, {verdict}: Dice {_mean(self.dice):.4f} with all, "
+            f"{self.position}: {counted(num, 'head')}, {verdict}: Dice {_mean(self.dice):.4f} "
+            f"with all, "
             f"{_mean(best.dice_alone):.4f} with only head {best.head}, "
             f"{_mean(self.dice_without_any):.4f} with none; all are better than head {best.head} "
-            f"in {won} of {len(self.gain)} cases and worse in {lost} (p = {self.p_value:.3g})"
+            f"in {won} of {counted(len(self.gain), 'case')} and worse in {lost} (p = "
+            f"{self.p_value:.3g})"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from segkit.errors import counted
 from segkit.explain import display
 from segkit.explain.display import Cell, Verdict
 
@@ -24,8 +25,10 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     Args:
         verdicts: at least one.
     """
+    scans = verdicts[0].numbers["scans"]
+    assert isinstance(scans, int)
     table = Table(
-        title=f"Verdicts over {verdicts[0].numbers['scans']} scans",
+        title=f"Verdicts over {counted(scans, 'scan')}",
         caption="Dice lost: if the map is replaced by its mean. More: gain of AUROC over the best "
         "comparator. |ρ|: rank correlation with untrained networks.",
         box=SIMPLE_HEAD,
