@@ -23,7 +23,7 @@ MOST_FILES = 20_000
 MOST_READ = 3
 """So many label files are read to find their numbers."""
 MOST_NUMBERS = 12
-"""More numbers are no names of classes."""
+"""More different numbers than this are not those of classes."""
 ENTITY_VALUE = re.compile(r"(?<![A-Za-z0-9])(sub|ses|run)-[A-Za-z0-9]+")
 LABEL_WORD = re.compile(
     r"(?:^|[/_.\-*])(?:d?segs?|segm|segmentations?|labels?(?:tr)?|masks?|gt|ground_?truth|truth|"
