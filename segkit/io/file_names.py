@@ -15,7 +15,7 @@ DEVICES = frozenset(
     + [f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"]
 )
 """Names of devices on Windows. No file can have one of them, whatever its suffix."""
-LONGEST_NAME = 180
+LONGEST_FILE_NAME = 180
 """Length of a name in UTF-8; systems allow 255, and results add a prefix and an ending."""
 BYTES_KEPT = 140
 """Length of the beginning that is kept of a longer name; then results of the name stay shorter."""
@@ -52,7 +52,7 @@ def safe_name(name: str) -> str:
     start, dot, rest = safe.partition(".")
     if start.rstrip(" ").lower() in DEVICES:
         safe = f"{start.rstrip(' ')}-{dot}{rest}"
-    if len(safe.encode()) > LONGEST_NAME:
+    if len(safe.encode()) > LONGEST_FILE_NAME:
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
         kept = safe.encode()[:BYTES_KEPT].decode(errors="ignore")
         safe = f"{kept}-{digest}"
