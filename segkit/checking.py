@@ -265,13 +265,8 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
         f"{folder}: {counted(len(dataset.cases), 'case')}, all readable and on their labels' grids",
         *([f"{len(dataset.test)} more kept for a test"] if dataset.test else []),
         *(_lines_of_split(dataset, own) if own else []),
-<<<<<<< HEAD
         *told_of_split(dataset, source),
-        f"channels: {', '.join(dataset.channels)}",
-=======
-        *unused_columns(source),
         *_lines_of_channels(dataset.channels),
->>>>>>> main
     ]
     total = sum(math.prod(shape) for shape in shapes)
     if pictures.all:
